@@ -1,0 +1,1 @@
+#include "estimators/running.h"

@@ -1,0 +1,53 @@
+/* checkpoint.h - a Hugging Face checkpoint folder (or one safetensors file), opened to read.
+ *
+ * A folder holds shards named by model.safetensors.index.json, or one model.safetensors, or,
+ * without an index, any *.safetensors files whose tensors do not overlap. */
+#ifndef PERTA_IO_CHECKPOINT_H
+#define PERTA_IO_CHECKPOINT_H
+
+#include <jansson.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "io/err.h"
+#include "io/safetensors.h"
+
+#define PERTA_INDEX_NAME "model.safetensors.index.json"
+
+struct perta_shard {
+    char *name; /* within the folder */
+    char *path; /* as opened: for messages and for opening it again */
+    struct perta_header *header;
+    uint64_t dev, ino, size_bytes; /* as found when the header was read */
+    struct timespec mtime;
+};
+
+struct perta_checkpoint {
+    char *path;
+    struct perta_shard *shards; /* (n_shards), sorted by name */
+    uint32_t n_shards;
+    json_t *index;         /* the index file's object, NULL without one */
+    json_t *config;        /* config.json's object, NULL without one */
+    uint64_t n_tensors;    /* over all shards */
+    struct perta_ref *by_name; /* (n_tensors), sorted by name */
+};
+
+/* Where a tensor lies. */
+struct perta_ref {
+    const struct perta_tensor *tensor;
+    uint32_t shard;
+};
+
+/* Open the folder or file at path, check every shard's header and the index against them.
+ * Shards are opened, read and closed again: no file stays open. Errors: PERTA_EINPUT for what
+ * the files hold (names folder, shard, tensor, byte), PERTA_ESYS. *out is the caller's. */
+PERTA_API int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
+                                    struct perta_err *err);
+
+/* NULL where the checkpoint has no tensor of that name. Borrowed from ck. */
+PERTA_API const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
+                                                        const char *name);
+
+PERTA_API void perta_checkpoint_close(struct perta_checkpoint *ck);
+
+#endif

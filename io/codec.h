@@ -1,0 +1,66 @@
+/* codec.h - one chunk's exact difference, from the bytes before and after to a zstd frame and
+ * back. Spec: docs/patch-format.md.
+ *
+ * Elements are mapped to integers whose order is the order of the floats, subtracted modulo
+ * 2^bits and zigzagged. apply adds, revert subtracts; both are exact for every bit pattern.
+ * Same bytes out for every CPU. Threads: one codec each. */
+#ifndef PERTA_IO_CODEC_H
+#define PERTA_IO_CODEC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "io/dtype.h"
+#include "io/err.h"
+
+#define PERTA_CHUNK_ELEMS (1u << 20)
+
+enum perta_encoding {
+    PERTA_ENC_ZERO = 0,    /* nothing changed: no frame at all */
+    PERTA_ENC_PLANES = 1,  /* byte planes of the zigzagged deltas */
+    PERTA_ENC_GROUPED = 2, /* the same, elements grouped by exponent before (see the spec) */
+    PERTA_ENC_RAW = 3,     /* the deltas as they are */
+    PERTA_N_ENCODINGS,
+};
+
+struct perta_codec;
+
+/* A codec for chunks of at most max_bytes bytes; NULL without memory. Its scratch is
+ * perta_codec_scratch_bytes(max_bytes) large, allocated and touched here. */
+PERTA_API struct perta_codec *perta_codec_new(size_t max_bytes);
+PERTA_API void perta_codec_free(struct perta_codec *codec);
+PERTA_API size_t perta_codec_scratch_bytes(size_t max_bytes);
+
+/* The most bytes that the frame of a chunk of n bytes can take. */
+PERTA_API size_t perta_codec_bound(size_t n);
+
+/* What encoding made of a chunk. */
+struct perta_coded {
+    enum perta_encoding encoding;
+    uint32_t frame_bytes;   /* written to dst; 0 for PERTA_ENC_ZERO */
+    uint32_t payload_bytes; /* what the frame decompresses to */
+    uint64_t n_changed;     /* units whose bytes differ */
+};
+
+/* Encode the change from before to after (n_bytes each, a multiple of the dtype's unit) into
+ * dst, which holds at least perta_codec_bound(n_bytes) bytes. Never fails for lack of room. */
+PERTA_API int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype,
+                                 const void *before, const void *after, size_t n_bytes,
+                                 uint8_t *dst, size_t dst_capacity, struct perta_coded *coded,
+                                 struct perta_err *err);
+
+/* From the bytes before and the frame (frame_bytes at frame) to the bytes after, n_bytes at
+ * after. payload_bytes is the table's. A damaged frame is PERTA_ECHECK; never reads or writes
+ * out of bounds, whatever the frame holds. before and after may not overlap. */
+PERTA_API int perta_codec_apply(struct perta_codec *codec, enum perta_dtype dtype,
+                                enum perta_encoding encoding, const uint8_t *frame,
+                                size_t frame_bytes, size_t payload_bytes, const void *before,
+                                void *after, size_t n_bytes, struct perta_err *err);
+
+/* The way back: from the bytes after to the bytes before. */
+PERTA_API int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dtype,
+                                 enum perta_encoding encoding, const uint8_t *frame,
+                                 size_t frame_bytes, size_t payload_bytes, const void *after,
+                                 void *before, size_t n_bytes, struct perta_err *err);
+
+#endif

@@ -1,0 +1,41 @@
+#include "io/err.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *file, int line,
+                   const char *fmt, ...)
+{
+    if (err->code)
+        return err->code;
+    err->code = code;
+    err->sys_errno = sys_errno;
+    err->file = file;
+    err->line = line;
+
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(err->msg, sizeof err->msg, fmt, ap);
+    va_end(ap);
+    if (sys_errno) {
+        char text[128];
+        size_t len = strlen(err->msg);
+        snprintf(err->msg + len, sizeof err->msg - len, ": %s",
+                 strerror_r(sys_errno, text, sizeof text));
+    }
+    return code;
+}
+
+int perta_err_context(struct perta_err *err, const char *fmt, ...)
+{
+    char context[512], whole[sizeof err->msg + sizeof context];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(context, sizeof context, fmt, ap);
+    va_end(ap);
+    snprintf(whole, sizeof whole, "%s: %s", context, err->msg);
+    memcpy(err->msg, whole, sizeof err->msg);
+    err->msg[sizeof err->msg - 1] = '\0';
+    return err->code;
+}
