@@ -1,0 +1,24 @@
+# The front door: `make demo` sets up, builds and runs the main job; `make check` sets up,
+# builds and passes every test. The build itself is meson's.
+BUILD := build
+DEV := build-dev
+.PHONY: all setup demo check install clean
+
+all: setup
+	@[ -f $(BUILD)/build.ninja ] || meson setup $(BUILD) >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
+	@ninja -C $(BUILD) --quiet
+
+setup:
+	@scripts/setup.sh
+
+demo: all
+	@examples/demo.sh $(BUILD)/perta demo
+
+check: all
+	@scripts/check.sh
+
+install: all
+	meson install -C $(BUILD)
+
+clean:
+	rm -rf $(BUILD) $(BUILD).log $(DEV) $(DEV).log build-tsan demo

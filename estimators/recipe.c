@@ -1,0 +1,88 @@
+#include "estimators/recipe.h"
+
+#include <string.h>
+
+const char *perta_method_name(enum perta_method method)
+{
+    static const char *const names[] = {"grad", "fisher", "power", "tv", "constant", "random"};
+    return names[method];
+}
+
+const char *perta_stat_name(enum perta_stat stat)
+{
+    return stat == PERTA_STAT_MEAN ? "mean" : "meansq";
+}
+
+static const char *metadata_of(const struct perta_shard *shard, const char *key)
+{
+    return json_string_value(json_object_get(shard->header->metadata, key));
+}
+
+int perta_stat_of(const struct perta_checkpoint *ck, enum perta_stat *stat, json_t *notes,
+                  struct perta_err *err)
+{
+    const char *first = NULL;
+    for (uint32_t i = 0; i < ck->n_shards; i++) {
+        const char *says = metadata_of(&ck->shards[i], "perta.stat");
+        const char *kind = says ? says : "mean";
+        if (strcmp(kind, "mean") && strcmp(kind, "meansq"))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: metadata perta.stat is \"%s\"; mean or meansq expected",
+                              ck->shards[i].path, kind);
+        if (first && strcmp(first, kind))
+            return perta_fail(err, PERTA_EINPUT, "%s: holds %s, other shards %s",
+                              ck->shards[i].path, kind, first);
+        if (!says && !i) {
+            json_t *note = json_sprintf("%s does not say what it holds (metadata perta.stat); "
+                                        "taken as mean gradients",
+                                        ck->path);
+            json_array_append_new(notes, note);
+        }
+        first = kind;
+    }
+    *stat = first && !strcmp(first, "meansq") ? PERTA_STAT_MEANSQ : PERTA_STAT_MEAN;
+    return 0;
+}
+
+static json_t *strings(const char *const *list, unsigned n)
+{
+    json_t *array = json_array();
+    for (unsigned i = 0; i < n; i++)
+        json_array_append_new(array, json_string(list[i]));
+    return array;
+}
+
+/* How many samples the importance is over, if it says so. */
+static void add_samples(json_t *recipe, const char *key, const struct perta_input *input)
+{
+    if (!input->ck || !input->ck->n_shards)
+        return;
+    const char *samples = metadata_of(&input->ck->shards[0], "perta.samples");
+    if (samples)
+        json_object_set_new(recipe, key, json_string(samples));
+}
+
+json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct perta_rule *rule,
+                          unsigned a, const struct perta_input *inputs)
+{
+    static const char *const missing[] = {"error", "tv", "keep"};
+    json_t *recipe =
+        json_pack("{s:s, s:s, s:s, s:f, s:s, s:s, s:o, s:o}", "command", "unlearn", "method",
+                  perta_method_name(rule->method), "alpha", unlearn->alphas[a].text,
+                  "alpha_float32", (double)unlearn->alphas[a].value, "missing",
+                  missing[unlearn->missing], "nonfinite", rule->keep_nonfinite ? "keep" : "error",
+                  "include", strings(unlearn->globs.include, unlearn->globs.n_include),
+                  "exclude", strings(unlearn->globs.exclude, unlearn->globs.n_exclude));
+    if (rule->method == PERTA_POWER)
+        json_object_set_new(recipe, "power", json_real(rule->power));
+    if (rule->method == PERTA_CONSTANT)
+        json_object_set_new(recipe, "weight", json_real(rule->weight));
+    if (rule->method == PERTA_RANDOM)
+        json_object_set_new(recipe, "seed", json_sprintf("%llu", (unsigned long long)rule->seed));
+    if (perta_rule_needs_importance(rule)) {
+        json_object_set_new(recipe, "stat", json_string(perta_stat_name(rule->stat)));
+        add_samples(recipe, "forget_samples", &inputs[PERTA_ROLE_FORGET]);
+        add_samples(recipe, "retain_samples", &inputs[PERTA_ROLE_RETAIN]);
+    }
+    return recipe;
+}

@@ -1,0 +1,134 @@
+/* Mapped files: no copy. A window is mapped for each read and the kernel is told to read ahead;
+ * windows are given back with their slot, so that neither address space nor resident memory
+ * grows with the file. Writes are plain pwrites. */
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include "io/checked.h"
+#include "io/engine.h"
+
+struct mapped {
+    struct perta_engine base;
+    struct perta_request *first, **last; /* done, not yet reported */
+    int wake_fd;
+};
+
+static void map_window(struct perta_request *r)
+{
+    struct stat st;
+    uint64_t from = perta_align_down(r->off_bytes, PERTA_BLOCK_BYTES);
+    uint64_t to = r->off_bytes + r->len_bytes;
+    if (fstat(r->file->fd, &st)) {
+        r->sys_errno = errno;
+        return;
+    }
+    if ((uint64_t)st.st_size < to) { /* touching it would be a bus error */
+        r->done_bytes = (uint64_t)st.st_size > r->off_bytes ? (uint64_t)st.st_size - r->off_bytes : 0;
+        r->sys_errno = ENODATA;
+        return;
+    }
+    r->map_bytes = to - from;
+    r->map = mmap(NULL, r->map_bytes, PROT_READ, MAP_SHARED, r->file->fd, (off_t)from);
+    if (r->map == MAP_FAILED) {
+        r->map = NULL;
+        r->sys_errno = errno;
+        return;
+    }
+    madvise(r->map, r->map_bytes, MADV_WILLNEED);
+    r->data = (const uint8_t *)r->map + (r->off_bytes - from);
+}
+
+static void write_now(struct perta_request *r)
+{
+    ssize_t put;
+    do
+        put = pwrite(r->file->fd, r->buf + (r->at - r->off_bytes), r->end - r->at,
+                     (off_t)r->at);
+    while (!perta_request_advance(r, put < 0 ? -errno : put));
+}
+
+static void mapped_submit(struct perta_engine *engine, struct perta_request *r)
+{
+    struct mapped *m = (struct mapped *)engine;
+    if (r->write)
+        write_now(r);
+    else
+        map_window(r);
+    *m->last = r;
+    m->last = &r->next;
+}
+
+static int mapped_wait(struct perta_engine *engine, struct perta_err *err)
+{
+    struct mapped *m = (struct mapped *)engine;
+    if (!m->first) {
+        struct pollfd fd = {.fd = m->wake_fd, .events = POLLIN};
+        if (poll(&fd, 1, 200) < 0 && errno != EINTR)
+            return perta_fail_sys(err, errno, "poll");
+    }
+    uint64_t count;
+    ssize_t got = read(m->wake_fd, &count, sizeof count); /* does not block */
+    (void)got;
+    struct perta_request *r = m->first;
+    m->first = NULL;
+    m->last = &m->first;
+    while (r) {
+        struct perta_request *next = r->next;
+        m->base.n_in_flight--;
+        r->done(r);
+        r = next;
+    }
+    return 0;
+}
+
+static void mapped_wake(struct perta_engine *engine)
+{
+    uint64_t one = 1;
+    while (write(((struct mapped *)engine)->wake_fd, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+static void mapped_release(struct perta_engine *engine, struct perta_request *r)
+{
+    (void)engine;
+    if (r->map)
+        munmap(r->map, r->map_bytes);
+    r->map = NULL;
+}
+
+static void mapped_close(struct perta_engine *engine)
+{
+    close(((struct mapped *)engine)->wake_fd);
+    free(engine);
+}
+
+static const struct perta_engine_ops mapped_ops = {
+    .name = "mmap",
+    .submit = mapped_submit,
+    .wait = mapped_wait,
+    .wake = mapped_wake,
+    .release = mapped_release,
+    .close = mapped_close,
+};
+
+int perta_engine_mmap_open(struct perta_engine **out, struct perta_err *err)
+{
+    struct mapped *m = calloc(1, sizeof *m);
+    if (!m)
+        return perta_fail_sys(err, ENOMEM, "mmap");
+    m->base = (struct perta_engine){.ops = &mapped_ops};
+    m->last = &m->first;
+    m->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (m->wake_fd < 0) {
+        int rc = perta_fail_sys(err, errno, "eventfd");
+        free(m);
+        return rc;
+    }
+    *out = &m->base;
+    return 0;
+}

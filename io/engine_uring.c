@@ -1,0 +1,192 @@
+/* io_uring: direct reads and writes from registered, huge-page-backed memory. */
+#include <errno.h>
+#include <liburing.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "io/checked.h"
+#include "io/engine.h"
+
+/* The kernel takes at most 1 GiB in one registered vector. */
+#define VECTOR_BYTES (1ull << 30)
+#define VECTORS_MAX 1024
+
+struct uring {
+    struct perta_engine base;
+    struct io_uring ring;
+    uint8_t *pool;
+    size_t pool_bytes;
+    bool registered;
+    unsigned depth, n_busy;       /* requests that the kernel has */
+    struct perta_request *first; /* waiting for a place */
+    struct perta_request **last;
+    int wake_fd;
+    uint64_t wake_count; /* where the kernel puts the event counter */
+};
+
+static int vector_of(const struct uring *u, const struct perta_request *r)
+{
+    if (!u->registered || r->buf < u->pool || r->buf >= u->pool + u->pool_bytes)
+        return -1;
+    uint64_t from = (uint64_t)(r->buf - u->pool), to = from + (r->end - r->at) - 1;
+    return from / VECTOR_BYTES == to / VECTOR_BYTES ? (int)(from / VECTOR_BYTES) : -1;
+}
+
+static void prepare(struct uring *u, struct perta_request *r)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&u->ring);
+    uint64_t unit = r->file->direct ? PERTA_BLOCK_BYTES : 1;
+    uint8_t *to = r->buf + (r->at - perta_align_down(r->off_bytes, unit));
+    unsigned len = (unsigned)(r->end - r->at);
+    int vector = vector_of(u, r);
+    if (vector >= 0 && r->write)
+        io_uring_prep_write_fixed(sqe, r->file->fd, to, len, r->at, vector);
+    else if (vector >= 0)
+        io_uring_prep_read_fixed(sqe, r->file->fd, to, len, r->at, vector);
+    else if (r->write)
+        io_uring_prep_write(sqe, r->file->fd, to, len, r->at);
+    else
+        io_uring_prep_read(sqe, r->file->fd, to, len, r->at);
+    io_uring_sqe_set_data(sqe, r);
+}
+
+static void start_waiting(struct uring *u)
+{
+    while (u->first && u->n_busy < u->depth) {
+        struct perta_request *r = u->first;
+        u->first = r->next;
+        if (!u->first)
+            u->last = &u->first;
+        u->n_busy++;
+        prepare(u, r);
+    }
+}
+
+static void uring_submit(struct perta_engine *engine, struct perta_request *request)
+{
+    struct uring *u = (struct uring *)engine;
+    *u->last = request;
+    u->last = &request->next;
+    start_waiting(u);
+}
+
+static void listen_for_wake(struct uring *u)
+{
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&u->ring);
+    io_uring_prep_read(sqe, u->wake_fd, &u->wake_count, sizeof u->wake_count, 0);
+    io_uring_sqe_set_data(sqe, NULL);
+}
+
+static void complete(struct uring *u, struct perta_request *r, int res)
+{
+    if (!perta_request_advance(r, res)) {
+        prepare(u, r);
+        return;
+    }
+    u->n_busy--;
+    u->base.n_in_flight--;
+    start_waiting(u);
+    r->done(r);
+}
+
+static int uring_wait(struct perta_engine *engine, struct perta_err *err)
+{
+    struct uring *u = (struct uring *)engine;
+    struct __kernel_timespec fifth = {.tv_nsec = 200000000};
+    struct io_uring_cqe *cqe;
+    int rc = io_uring_submit_and_wait_timeout(&u->ring, &cqe, 1, &fifth, NULL);
+    if (rc < 0 && rc != -ETIME && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
+        return perta_fail_sys(err, -rc, "io_uring");
+    while (!io_uring_peek_cqe(&u->ring, &cqe)) {
+        struct perta_request *r = io_uring_cqe_get_data(cqe);
+        int res = cqe->res;
+        io_uring_cqe_seen(&u->ring, cqe);
+        if (r)
+            complete(u, r, res);
+        else
+            listen_for_wake(u);
+    }
+    return 0;
+}
+
+static void uring_wake(struct perta_engine *engine)
+{
+    uint64_t one = 1;
+    while (write(((struct uring *)engine)->wake_fd, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+static void uring_close(struct perta_engine *engine)
+{
+    struct uring *u = (struct uring *)engine;
+    io_uring_queue_exit(&u->ring); /* cancels the read of wake_fd */
+    close(u->wake_fd);
+    free(u);
+}
+
+static const struct perta_engine_ops uring_ops = {
+    .name = "io_uring",
+    .submit = uring_submit,
+    .wait = uring_wait,
+    .wake = uring_wake,
+    .close = uring_close,
+};
+
+/* Pinned memory is charged to RLIMIT_MEMLOCK of ordinary users; without it, plain reads do. */
+static void try_to_register(struct uring *u)
+{
+    struct iovec vectors[VECTORS_MAX];
+    unsigned n = 0;
+    for (uint64_t off = 0; off < u->pool_bytes && n < VECTORS_MAX; off += VECTOR_BYTES, n++) {
+        uint64_t left = u->pool_bytes - off;
+        vectors[n] = (struct iovec){u->pool + off, left < VECTOR_BYTES ? left : VECTOR_BYTES};
+    }
+    u->registered = n && n < VECTORS_MAX && !io_uring_register_buffers(&u->ring, vectors, n);
+}
+
+int perta_engine_uring_open(void *pool, size_t pool_bytes, unsigned depth,
+                            struct perta_engine **out, struct perta_err *err)
+{
+    struct uring *u = calloc(1, sizeof *u);
+    if (!u)
+        return perta_fail_sys(err, ENOMEM, "io_uring");
+    u->base = (struct perta_engine){.ops = &uring_ops, .wants_direct = true};
+    u->pool = pool;
+    u->pool_bytes = pool_bytes;
+    u->depth = depth;
+    u->last = &u->first;
+    u->wake_fd = eventfd(0, EFD_CLOEXEC);
+    if (u->wake_fd < 0) {
+        int rc = perta_fail_sys(err, errno, "eventfd");
+        free(u);
+        return rc;
+    }
+    /* A place more than depth for the wake-up, and a resubmission needs none of its own. */
+    int rc = io_uring_queue_init(2 * depth + 2, &u->ring, 0);
+    if (rc < 0) {
+        close(u->wake_fd);
+        free(u);
+        return perta_fail_sys(err, -rc, "io_uring");
+    }
+    try_to_register(u);
+    listen_for_wake(u);
+    *out = &u->base;
+    return 0;
+}
+
+int perta_engine_uring_probe(void)
+{
+    struct io_uring ring;
+    int rc = io_uring_queue_init(4, &ring, 0);
+    if (rc < 0)
+        return -rc;
+    struct io_uring_cqe *cqe;
+    io_uring_prep_nop(io_uring_get_sqe(&ring));
+    rc = io_uring_submit_and_wait(&ring, 1);
+    if (rc >= 0)
+        rc = io_uring_peek_cqe(&ring, &cqe);
+    io_uring_queue_exit(&ring);
+    return rc < 0 ? -rc : 0;
+}

@@ -1,0 +1,48 @@
+/* file.h - one file that the engine reads or writes, direct where the file system can. */
+#ifndef PERTA_IO_FILE_H
+#define PERTA_IO_FILE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "io/err.h"
+
+/* Direct I/O is done in multiples of this; memory is aligned to it too. */
+#define PERTA_BLOCK_BYTES 4096u
+
+struct perta_file {
+    char *path;
+    int fd;      /* -1 while closed */
+    bool direct; /* opened with O_DIRECT */
+    uint64_t len_bytes;
+    uint64_t dev, ino;
+    struct timespec mtime;
+};
+
+/* Open a regular file to read; direct where wanted and possible, else through the page cache.
+ * The caller closes it, on error too. */
+PERTA_API int perta_file_open(struct perta_file *file, const char *path, bool want_direct,
+                              struct perta_err *err);
+/* Create a file that must not exist. */
+PERTA_API int perta_file_create(struct perta_file *file, const char *path, bool want_direct,
+                                struct perta_err *err);
+/* PERTA_EINPUT if size or modification time are no longer what they were at opening. */
+PERTA_API int perta_file_unchanged(const struct perta_file *file, struct perta_err *err);
+/* May be called on a zeroed or closed file. */
+PERTA_API void perta_file_close(struct perta_file *file);
+
+/* Can files in this folder be read with O_DIRECT in PERTA_BLOCK_BYTES blocks? Looks at one
+ * open file. */
+PERTA_API bool perta_file_can_direct(const char *path);
+/* Share of the file's pages that are in the page cache, 0 to 1, from a sample. */
+PERTA_API double perta_file_cached_share(const char *path);
+
+/* Read the whole range with plain preads; a shorter file is PERTA_EINPUT. */
+PERTA_API int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes,
+                              const char *path, struct perta_err *err);
+/* Write the whole buffer to fd at its position. */
+PERTA_API int perta_write_all(int fd, const void *buf, uint64_t len_bytes, const char *path,
+                              struct perta_err *err);
+
+#endif

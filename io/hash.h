@@ -1,0 +1,34 @@
+/* hash.h - digests of files and chunks. XXH3 is for speed, SHA-256 for authenticity. */
+#ifndef PERTA_IO_HASH_H
+#define PERTA_IO_HASH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "io/err.h"
+
+#define PERTA_XXH128_HEX 33 /* characters with the final NUL */
+#define PERTA_SHA256_HEX 65
+
+/* XXH3-64, seed 0. */
+PERTA_API uint64_t perta_hash64(const void *data, size_t len_bytes);
+
+/* Running digests of a stream of bytes. */
+struct perta_digest;
+
+/* with_sha256: XXH3-128 and SHA-256; else XXH3-128 alone. NULL without memory. */
+PERTA_API struct perta_digest *perta_digest_new(bool with_sha256);
+PERTA_API void perta_digest_free(struct perta_digest *digest);
+PERTA_API void perta_digest_update(struct perta_digest *digest, const void *data,
+                                   size_t len_bytes);
+
+struct perta_digest_hex {
+    uint64_t len_bytes;
+    char xxh128[PERTA_XXH128_HEX]; /* canonical, as xxhsum -H2 prints it */
+    char sha256[PERTA_SHA256_HEX]; /* empty where it was not asked for */
+};
+/* The digest of what was added. Ends the digest: it can only be freed afterwards. */
+PERTA_API void perta_digest_finish(struct perta_digest *digest, struct perta_digest_hex *hex);
+
+#endif

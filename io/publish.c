@@ -1,0 +1,254 @@
+#include "io/publish.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <libgen.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "io/file.h"
+
+#define PARTIAL_SUFFIX ".perta-partial"
+
+char *perta_path_join(const char *dir, const char *name)
+{
+    char *path = NULL;
+    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
+}
+
+static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)st;
+    (void)type;
+    (void)ftw;
+    return remove(path);
+}
+
+static int remove_tree(const char *path)
+{
+    return nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
+}
+
+static int make_parents(const char *path, struct perta_err *err)
+{
+    char *copy = strdup(path);
+    if (!copy)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    int rc = 0;
+    for (char *slash = strchr(copy + 1, '/'); slash && !rc; slash = strchr(slash + 1, '/')) {
+        *slash = '\0';
+        if (mkdir(copy, 0777) && errno != EEXIST)
+            rc = perta_fail_sys(err, errno, "%s", copy);
+        *slash = '/';
+    }
+    free(copy);
+    return rc;
+}
+
+static bool is_empty_dir(const char *path)
+{
+    DIR *dir = opendir(path);
+    if (!dir)
+        return false;
+    unsigned n = 0;
+    for (struct dirent *entry; (entry = readdir(dir)) && n < 3;)
+        n++;
+    closedir(dir);
+    return n == 2; /* . and .. */
+}
+
+/* Only what perta or transformers wrote may be replaced: never a home folder by a slip. */
+static bool is_replaceable(const char *path)
+{
+    static const char *const marks[] = {"manifest.json", "config.json", "model.safetensors",
+                                        "model.safetensors.index.json"};
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
+        char *mark = perta_path_join(path, marks[i]);
+        bool there = mark && !access(mark, F_OK);
+        free(mark);
+        if (there)
+            return true;
+    }
+    return false;
+}
+
+static int check_target(struct perta_publish *out, bool force, struct perta_err *err)
+{
+    struct stat st;
+    if (lstat(out->path, &st))
+        return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", out->path);
+    if (is_empty_dir(out->path))
+        return 0;
+    if (!force)
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists; choose another name, or --force to "
+                          "replace it", out->path);
+    if (!S_ISDIR(st.st_mode) || !is_replaceable(out->path))
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: exists and is neither a checkpoint nor a patch; --force does "
+                          "not replace it", out->path);
+    out->replace = true;
+    return 0;
+}
+
+static int make_partial(struct perta_publish *out, bool force, struct perta_err *err)
+{
+    if (!mkdir(out->partial, 0777)) {
+        out->made = true;
+        return 0;
+    }
+    if (errno != EEXIST)
+        return perta_fail_sys(err, errno, "%s", out->partial);
+    if (!force)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: left by a run that was interrupted, or of one that is still "
+                          "running; it is not a result. Remove it, or --force to start over",
+                          out->partial);
+    if (remove_tree(out->partial) || mkdir(out->partial, 0777))
+        return perta_fail_sys(err, errno, "%s", out->partial);
+    out->made = true;
+    return 0;
+}
+
+int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
+                        struct perta_err *err)
+{
+    *out = (struct perta_publish){0};
+    size_t len = strlen(path);
+    while (len > 1 && path[len - 1] == '/')
+        len--;
+    if (!len)
+        return perta_fail(err, PERTA_EUSAGE, "an output folder needs a name");
+    out->path = strndup(path, len);
+    if (!out->path || asprintf(&out->partial, "%s" PARTIAL_SUFFIX, out->path) < 0) {
+        out->partial = NULL;
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    }
+    int rc = check_target(out, force, err);
+    if (!rc)
+        rc = make_parents(out->path, err);
+    return rc ? rc : make_partial(out, force, err);
+}
+
+char *perta_publish_path(const struct perta_publish *out, const char *name)
+{
+    return perta_path_join(out->partial, name);
+}
+
+static int create(const struct perta_publish *out, const char *name, char **path,
+                  struct perta_err *err)
+{
+    *path = perta_publish_path(out, name);
+    if (!*path)
+        return perta_fail_sys(err, ENOMEM, "%s", name);
+    int fd = open(*path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    return fd < 0 ? perta_fail_sys(err, errno, "%s", *path) : fd;
+}
+
+static int finish(int fd, const char *path, int rc, struct perta_err *err)
+{
+    if (!rc && fsync(fd))
+        rc = perta_fail_sys(err, errno, "%s: fsync", path);
+    close(fd);
+    return rc;
+}
+
+int perta_publish_file(const struct perta_publish *out, const char *name, const void *data,
+                       uint64_t len_bytes, struct perta_err *err)
+{
+    char *path = NULL;
+    int fd = create(out, name, &path, err);
+    int rc = fd < 0 ? fd : finish(fd, path, perta_write_all(fd, data, len_bytes, path, err), err);
+    free(path);
+    return rc;
+}
+
+static int copy_bytes(int from, const char *from_path, int to, const char *to_path,
+                      struct perta_err *err)
+{
+    char buf[65536];
+    for (;;) {
+        ssize_t got = read(from, buf, sizeof buf);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return perta_fail_sys(err, errno, "%s", from_path);
+        if (!got)
+            return 0;
+        int rc = perta_write_all(to, buf, (uint64_t)got, to_path, err);
+        if (rc)
+            return rc;
+    }
+}
+
+int perta_publish_copy(const struct perta_publish *out, const char *from, const char *name,
+                       struct perta_err *err)
+{
+    int in = open(from, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (in < 0)
+        return perta_fail_sys(err, errno, "%s", from);
+    char *path = NULL;
+    int fd = create(out, name, &path, err);
+    int rc = fd < 0 ? fd : finish(fd, path, copy_bytes(in, from, fd, path, err), err);
+    free(path);
+    close(in);
+    return rc;
+}
+
+static int sync_dir(const char *path, struct perta_err *err)
+{
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = fsync(fd) && errno != EINVAL ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
+    close(fd);
+    return rc;
+}
+
+static int sync_parent(const char *path, struct perta_err *err)
+{
+    char *copy = strdup(path);
+    if (!copy)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    int rc = sync_dir(dirname(copy), err);
+    free(copy);
+    return rc;
+}
+
+/* The two folders change places at once, then the old one goes. */
+static int exchange(struct perta_publish *out, struct perta_err *err)
+{
+    if (renameat2(AT_FDCWD, out->partial, AT_FDCWD, out->path, RENAME_EXCHANGE))
+        return perta_fail_sys(err, errno, "%s: replace", out->path);
+    out->made = false;
+    int rc = sync_parent(out->path, err);
+    if (!rc && remove_tree(out->partial))
+        rc = perta_fail_sys(err, errno, "%s: remove what was replaced", out->partial);
+    return rc;
+}
+
+int perta_publish_commit(struct perta_publish *out, struct perta_err *err)
+{
+    int rc = sync_dir(out->partial, err);
+    if (rc)
+        return rc;
+    if (out->replace)
+        return exchange(out, err);
+    if (rename(out->partial, out->path))
+        return perta_fail_sys(err, errno, "%s", out->path);
+    out->made = false;
+    return sync_parent(out->path, err);
+}
+
+void perta_publish_release(struct perta_publish *out)
+{
+    if (out->made)
+        remove_tree(out->partial);
+    free(out->path);
+    free(out->partial);
+    *out = (struct perta_publish){0};
+}

@@ -1,0 +1,39 @@
+/* publish.h - an output folder that appears whole or not at all: it is filled under another
+ * name beside its own, and renamed when everything in it is on disk. */
+#ifndef PERTA_IO_PUBLISH_H
+#define PERTA_IO_PUBLISH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "io/err.h"
+
+struct perta_publish {
+    char *path;    /* the folder's own name */
+    char *partial; /* where it is filled: path + ".perta-partial" */
+    bool made;
+    bool replace;
+};
+
+/* Make the partial folder. path may not exist, or be an empty folder; with force what stands
+ * there is replaced when the new folder is complete. With force a partial folder left by an
+ * interrupted run is removed; without, it is an error that says so. Creates missing parents. */
+PERTA_API int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
+                                  struct perta_err *err);
+/* path of name within the partial folder; the caller's (free). NULL without memory. */
+PERTA_API char *perta_publish_path(const struct perta_publish *out, const char *name);
+/* Write a small file into the partial folder, fsynced. */
+PERTA_API int perta_publish_file(const struct perta_publish *out, const char *name,
+                                 const void *data, uint64_t len_bytes, struct perta_err *err);
+/* Copy a regular file into the partial folder under name, fsynced. */
+PERTA_API int perta_publish_copy(const struct perta_publish *out, const char *from,
+                                 const char *name, struct perta_err *err);
+/* fsync the folder, give it its name, fsync its parent. */
+PERTA_API int perta_publish_commit(struct perta_publish *out, struct perta_err *err);
+/* Remove the partial folder if it was not committed, and free. Zeroed is fine. */
+PERTA_API void perta_publish_release(struct perta_publish *out);
+
+/* dir/name; the caller's (free). NULL without memory. */
+PERTA_API char *perta_path_join(const char *dir, const char *name);
+
+#endif

@@ -1,0 +1,132 @@
+#include "io/writer.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "io/checked.h"
+
+static void on_written(struct perta_request *request)
+{
+    struct perta_writer *writer = request->user;
+    writer->busy[request - writer->requests] = false;
+    if (request->sys_errno && !writer->failed)
+        writer->failed = request;
+}
+
+int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
+                      const char *path, uint64_t expected_bytes, uint8_t *bufs,
+                      struct perta_err *err)
+{
+    *writer = (struct perta_writer){.engine = engine, .bufs = bufs, .open = true};
+    int rc = perta_file_create(&writer->file, path, true, err);
+    if (rc)
+        return rc;
+    writer->digest = perta_digest_new(true);
+    if (!writer->digest)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    if (expected_bytes && fallocate(writer->file.fd, FALLOC_FL_KEEP_SIZE, 0,
+                                    (off_t)expected_bytes) &&
+        errno == ENOSPC)
+        return perta_fail_sys(err, ENOSPC, "%s: needs %llu bytes", path,
+                              (unsigned long long)expected_bytes);
+    return 0;
+}
+
+static int wait_for(struct perta_writer *writer, unsigned i, struct perta_err *err)
+{
+    while (writer->busy[i]) {
+        int rc = perta_engine_wait(writer->engine, err);
+        if (rc)
+            return rc;
+    }
+    return writer->failed ? perta_request_error(writer->failed, err) : 0;
+}
+
+/* Send the buffer being filled; only the last one of a file is not full. */
+static int send(struct perta_writer *writer, struct perta_err *err)
+{
+    unsigned i = writer->filling;
+    uint8_t *buf = writer->bufs + (uint64_t)i * PERTA_WRITER_BUF_BYTES;
+    uint64_t whole = perta_align_up(writer->fill_bytes, PERTA_BLOCK_BYTES);
+    memset(buf + writer->fill_bytes, 0, whole - writer->fill_bytes);
+    writer->requests[i] = (struct perta_request){
+        .file = &writer->file,
+        .write = true,
+        .off_bytes = writer->off_bytes,
+        .len_bytes = writer->file.direct ? whole : writer->fill_bytes,
+        .buf = buf,
+        .done = on_written,
+        .user = writer,
+    };
+    writer->busy[i] = true;
+    perta_engine_submit(writer->engine, &writer->requests[i]);
+    writer->off_bytes += writer->fill_bytes;
+    writer->fill_bytes = 0;
+    writer->filling = (i + 1) % PERTA_WRITER_BUFS;
+    return wait_for(writer, writer->filling, err);
+}
+
+int perta_writer_append(struct perta_writer *writer, const void *data, uint64_t len_bytes,
+                        struct perta_err *err)
+{
+    perta_digest_update(writer->digest, data, len_bytes);
+    const uint8_t *from = data;
+    while (len_bytes) {
+        uint64_t room = PERTA_WRITER_BUF_BYTES - writer->fill_bytes;
+        uint64_t n = len_bytes < room ? len_bytes : room;
+        uint8_t *buf = writer->bufs + (uint64_t)writer->filling * PERTA_WRITER_BUF_BYTES;
+        memcpy(buf + writer->fill_bytes, from, n);
+        writer->fill_bytes += n;
+        from += n;
+        len_bytes -= n;
+        if (writer->fill_bytes == PERTA_WRITER_BUF_BYTES) {
+            int rc = send(writer, err);
+            if (rc)
+                return rc;
+        }
+    }
+    return 0;
+}
+
+uint64_t perta_writer_tell(const struct perta_writer *writer)
+{
+    return writer->off_bytes + writer->fill_bytes;
+}
+
+int perta_writer_close(struct perta_writer *writer, struct perta_digest_hex *hex,
+                       struct perta_err *err)
+{
+    int rc = 0;
+    uint64_t len_bytes = perta_writer_tell(writer);
+    if (writer->fill_bytes)
+        rc = send(writer, err);
+    for (unsigned i = 0; !rc && i < PERTA_WRITER_BUFS; i++)
+        rc = wait_for(writer, i, err);
+    if (rc)
+        return rc;
+    if (ftruncate(writer->file.fd, (off_t)len_bytes))
+        return perta_fail_sys(err, errno, "%s", writer->file.path);
+    /* After a failed fsync a second one may succeed with the data lost: the first is final. */
+    if (fsync(writer->file.fd))
+        return perta_fail_sys(err, errno, "%s: fsync", writer->file.path);
+    struct perta_digest_hex sink;
+    perta_digest_finish(writer->digest, hex ? hex : &sink);
+    perta_writer_abort(writer);
+    return 0;
+}
+
+void perta_writer_abort(struct perta_writer *writer)
+{
+    struct perta_err ignored = {0};
+    if (!writer->open)
+        return;
+    for (unsigned i = 0; i < PERTA_WRITER_BUFS; i++)
+        while (writer->busy[i] && !perta_engine_wait(writer->engine, &ignored))
+            ;
+    perta_file_close(&writer->file);
+    perta_digest_free(writer->digest);
+    writer->digest = NULL;
+    writer->open = false;
+}

@@ -1,0 +1,45 @@
+/* writer.h - a new file, written from front to back through the engine: direct, in large
+ * aligned blocks, the next filling while the last is on its way. */
+#ifndef PERTA_IO_WRITER_H
+#define PERTA_IO_WRITER_H
+
+#include <stdint.h>
+
+#include "io/engine.h"
+#include "io/hash.h"
+
+#define PERTA_WRITER_BUFS 2
+#define PERTA_WRITER_BUF_BYTES (2u << 20)
+#define PERTA_WRITER_BYTES (PERTA_WRITER_BUFS * (uint64_t)PERTA_WRITER_BUF_BYTES)
+
+struct perta_writer {
+    struct perta_engine *engine;
+    struct perta_file file;
+    struct perta_digest *digest; /* of all that was appended */
+    struct perta_request requests[PERTA_WRITER_BUFS];
+    bool busy[PERTA_WRITER_BUFS];
+    uint8_t *bufs; /* PERTA_WRITER_BYTES, block-aligned, borrowed */
+    unsigned filling;
+    uint64_t fill_bytes; /* in the buffer being filled */
+    uint64_t off_bytes;  /* where that buffer goes */
+    struct perta_request *failed;
+    bool open;
+};
+
+/* Create path (must not exist) and preallocate expected_bytes where that is known (else 0).
+ * bufs is borrowed until the writer is closed. */
+PERTA_API int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
+                                const char *path, uint64_t expected_bytes, uint8_t *bufs,
+                                struct perta_err *err);
+PERTA_API int perta_writer_append(struct perta_writer *writer, const void *data,
+                                  uint64_t len_bytes, struct perta_err *err);
+/* Bytes appended so far. */
+PERTA_API uint64_t perta_writer_tell(const struct perta_writer *writer);
+/* Write the rest, cut to length, fsync, close; *hex (may be NULL) gets the digests. */
+PERTA_API int perta_writer_close(struct perta_writer *writer, struct perta_digest_hex *hex,
+                                 struct perta_err *err);
+/* Give up: wait for what is in flight, close, leave the file. For writers closed or never
+ * opened it does nothing. */
+PERTA_API void perta_writer_abort(struct perta_writer *writer);
+
+#endif

@@ -1,0 +1,228 @@
+#include "stream/diff.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/codec.h"
+#include "stream/input.h"
+#include "stream/naming.h"
+#include "stream/patch_out.h"
+#include "stream/walk.h"
+
+#define OUT_ALIGN 64
+
+struct job {
+    struct perta_input before, after;
+    struct perta_patch_out out;
+    struct perta_codec **codecs; /* (n_workers) */
+    unsigned n_workers;
+    const char **actions;
+    struct perta_walk walk; /* where next() stands, in after */
+};
+
+struct result {
+    struct perta_coded coded;
+    uint64_t hash_before, hash_after;
+};
+
+static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    (void)err;
+    struct job *job = ctx;
+    struct perta_chunk_at at;
+    if (!perta_walk_next(&job->walk, &at))
+        return 0;
+    struct perta_ref to = {.tensor = at.info, .shard = at.shard};
+    const struct perta_ref *from = perta_checkpoint_find(job->before.ck, at.info->name);
+    piece->shard = at.shard;
+    piece->tensor = at.tensor;
+    piece->n_elems = at.n_units;
+    perta_input_range(&job->before, from, at.off_bytes, at.len_bytes, &piece->in[0]);
+    perta_input_range(&job->after, &to, at.off_bytes, at.len_bytes, &piece->in[1]);
+    piece->out_bytes = OUT_ALIGN + perta_codec_bound(at.len_bytes);
+    return 1;
+}
+
+static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
+{
+    struct job *job = ctx;
+    struct result *result = (struct result *)(void *)piece->out;
+    const struct perta_tensor *t =
+        &job->after.ck->shards[piece->shard].header->tensors[piece->tensor];
+    uint64_t n_bytes = piece->in[0].len_bytes;
+    result->hash_before = perta_hash64(piece->in[0].data, n_bytes);
+    result->hash_after = perta_hash64(piece->in[1].data, n_bytes);
+    return perta_codec_encode(job->codecs[worker], t->dtype, piece->in[0].data,
+                              piece->in[1].data, n_bytes, piece->out + OUT_ALIGN,
+                              piece->out_bytes - OUT_ALIGN, &result->coded, err);
+}
+
+static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    struct job *job = ctx;
+    const struct result *result = (const struct result *)(const void *)piece->out;
+    perta_input_digest(&job->before, &piece->in[0]);
+    perta_input_digest(&job->after, &piece->in[1]);
+    int rc = perta_patch_out_reach(&job->out, piece->shard, piece->tensor, err);
+    if (rc)
+        return rc;
+    struct perta_chunk_out chunk = {
+        .coded = result->coded,
+        .frame = piece->out + OUT_ALIGN,
+        .after = piece->in[1].data,
+        .after_bytes = piece->in[1].len_bytes,
+        .n_units = (uint32_t)piece->n_elems,
+        .hash_before = result->hash_before,
+        .hash_after = result->hash_after,
+    };
+    return perta_patch_out_chunk(&job->out, &chunk, err);
+}
+
+static int check_tensor(const struct perta_checkpoint *before, uint32_t shard,
+                        const struct perta_tensor *to, struct perta_err *err)
+{
+    const struct perta_ref *from = perta_checkpoint_find(before, to->name);
+    if (!from)
+        return perta_fail(err, PERTA_EINPUT, "tensor %s: only in the new checkpoint", to->name);
+    if (from->shard != shard)
+        return perta_fail(err, PERTA_EINPUT,
+                          "tensor %s: in shard %s of the old checkpoint, %s of the new; both "
+                          "need the same shards",
+                          to->name, before->shards[from->shard].name,
+                          before->shards[shard].name);
+    if (from->tensor->dtype != to->dtype)
+        return perta_fail(err, PERTA_EINPUT, "tensor %s: %s in the old checkpoint, %s in the new",
+                          to->name, perta_dtype_name(from->tensor->dtype),
+                          perta_dtype_name(to->dtype));
+    return perta_shapes_agree("the old checkpoint", from->tensor, "the new", to, err);
+}
+
+static int check_pair(const struct perta_checkpoint *before,
+                      const struct perta_checkpoint *after, struct perta_err *err)
+{
+    for (uint32_t i = 0; i < before->n_shards || i < after->n_shards; i++) {
+        const char *old = i < before->n_shards ? before->shards[i].name : "none";
+        const char *new = i < after->n_shards ? after->shards[i].name : "none";
+        if (strcmp(old, new))
+            return perta_fail(err, PERTA_EINPUT,
+                              "the checkpoints are cut into different shards: shard %u is %s in "
+                              "%s, %s in %s",
+                              i + 1, old, before->path, new, after->path);
+    }
+    for (uint64_t i = 0; i < before->n_tensors; i++)
+        if (!perta_checkpoint_find(after, before->by_name[i].tensor->name))
+            return perta_fail(err, PERTA_EINPUT, "tensor %s: only in the old checkpoint",
+                              before->by_name[i].tensor->name);
+    for (uint32_t i = 0; i < after->n_shards; i++)
+        for (uint64_t t = 0; t < after->shards[i].header->n_tensors; t++) {
+            int rc = check_tensor(before, i, &after->shards[i].header->tensors[t], err);
+            if (rc)
+                return rc;
+        }
+    return 0;
+}
+
+/* Sizes of the largest chunk, and how much there is to read. */
+static void measure(const struct perta_checkpoint *ck, struct perta_job *sizes)
+{
+    uint64_t most = 0;
+    for (uint64_t i = 0; i < ck->n_tensors; i++) {
+        const struct perta_tensor *t = ck->by_name[i].tensor;
+        uint64_t chunk = perta_walk_chunk_bytes(t);
+        most = chunk > most ? chunk : most;
+        sizes->total_bytes += 2 * t->len_bytes;
+    }
+    sizes->in_bytes_max = 2 * most;
+    sizes->out_bytes_max = OUT_ALIGN + perta_codec_bound(most);
+}
+
+static int prepare(struct job *job, const struct perta_diff *diff, const struct perta_run *run,
+                   struct perta_stream **stream, struct perta_err *err)
+{
+    struct perta_job sizes = {.ctx = job, .n_in = 2, .next = next, .work = work, .commit = commit};
+    const char **paths = NULL;
+    size_t n_paths = 0;
+    int rc = perta_input_open(&job->before, "old checkpoint", diff->before, err);
+    if (!rc)
+        rc = perta_input_open(&job->after, "new checkpoint", diff->after, err);
+    if (!rc)
+        rc = check_pair(job->before.ck, job->after.ck, err);
+    if (!rc)
+        rc = perta_patch_out_begin(&job->out, diff->patch, NULL, diff->force, err);
+    if (rc)
+        return rc;
+    measure(job->after.ck, &sizes);
+    job->n_workers = perta_run_threads(run);
+    job->actions = calloc(job->after.ck->n_tensors + 1, sizeof *job->actions);
+    for (uint64_t i = 0; job->actions && i < job->after.ck->n_tensors; i++)
+        job->actions[i] = "compared";
+    job->walk.ck = job->after.ck;
+    job->codecs = perta_codecs_new(job->n_workers, sizes.in_bytes_max / 2, err);
+    if (job->codecs && !job->actions)
+        perta_fail_sys(err, ENOMEM, "diff");
+    rc = err->code;
+    if (!rc)
+        rc = perta_input_paths(&job->before, &paths, &n_paths, err);
+    if (!rc)
+        rc = perta_input_paths(&job->after, &paths, &n_paths, err);
+    if (!rc)
+        rc = perta_stream_open(run, &sizes, paths, n_paths, 1, stream, err);
+    free(paths);
+    if (rc)
+        return rc;
+    bool direct = perta_stream_engine(*stream)->wants_direct;
+    rc = perta_input_open_files(&job->before, direct, err);
+    if (!rc)
+        rc = perta_input_open_files(&job->after, direct, err);
+    if (!rc)
+        rc = perta_patch_out_attach(&job->out, job->before.ck, job->after.ck, job->actions,
+                                    perta_stream_engine(*stream),
+                                    perta_stream_writer_bufs(*stream, 0), NULL, err);
+    return rc;
+}
+
+static int finish(struct job *job, json_t **summary, struct perta_err *err)
+{
+    int rc = perta_patch_out_reach(&job->out, job->after.ck->n_shards, 0, err);
+    if (!rc)
+        rc = perta_input_unchanged(&job->before, err);
+    if (!rc)
+        rc = perta_input_unchanged(&job->after, err);
+    if (rc)
+        return rc;
+    json_t *recipe = json_pack("{s:s}", "command", "diff");
+    json_t *inputs = json_pack("{s:o, s:o}", "before", perta_input_json(&job->before), "after",
+                               perta_input_json(&job->after));
+    rc = perta_patch_out_commit(&job->out, recipe, inputs, job->before.ck, summary, err);
+    json_decref(recipe);
+    json_decref(inputs);
+    return rc;
+}
+
+static void release(struct job *job)
+{
+    perta_patch_out_release(&job->out);
+    perta_input_close(&job->before);
+    perta_input_close(&job->after);
+    perta_codecs_free(job->codecs, job->n_workers);
+    free(job->actions);
+}
+
+int perta_diff(const struct perta_diff *diff, const struct perta_run *run, json_t **summary,
+               struct perta_err *err)
+{
+    struct job job = {0};
+    struct perta_stream *stream = NULL;
+    int rc = prepare(&job, diff, run, &stream, err);
+    if (!rc)
+        rc = perta_stream_run(stream, err);
+    if (!rc)
+        rc = finish(&job, summary, err);
+    if (!rc)
+        json_object_set_new(*summary, "read_bytes",
+                            json_integer((json_int_t)perta_stream_read_bytes(stream)));
+    release(&job);
+    perta_stream_close(stream);
+    return rc;
+}

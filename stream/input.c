@@ -1,0 +1,117 @@
+#include "stream/input.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+int perta_input_open(struct perta_input *input, const char *role, const char *path,
+                     struct perta_err *err)
+{
+    *input = (struct perta_input){.role = role};
+    int rc = perta_checkpoint_open(path, &input->ck, err);
+    return rc ? perta_err_context(err, "%s", role) : 0;
+}
+
+int perta_input_open_files(struct perta_input *input, bool direct, struct perta_err *err)
+{
+    uint32_t n = input->ck->n_shards;
+    input->files = calloc(n ? n : 1, sizeof *input->files);
+    input->digests = calloc(n ? n : 1, sizeof *input->digests);
+    input->seen_bytes = calloc(n ? n : 1, sizeof *input->seen_bytes);
+    input->broken = calloc(n ? n : 1, sizeof *input->broken);
+    if (!input->files || !input->digests || !input->seen_bytes || !input->broken)
+        return perta_fail_sys(err, ENOMEM, "%s", input->ck->path);
+    for (uint32_t i = 0; i < n; i++) {
+        const struct perta_shard *shard = &input->ck->shards[i];
+        struct perta_file *file = &input->files[i];
+        int rc = perta_file_open(file, shard->path, direct, err);
+        if (rc)
+            return rc;
+        if (file->len_bytes != shard->size_bytes || file->ino != shard->ino ||
+            file->mtime.tv_sec != shard->mtime.tv_sec ||
+            file->mtime.tv_nsec != shard->mtime.tv_nsec)
+            return perta_fail(err, PERTA_EINPUT, "%s: changed since its header was read",
+                              shard->path);
+        input->digests[i] = perta_digest_new(false);
+        if (!input->digests[i])
+            return perta_fail_sys(err, ENOMEM, "%s", shard->path);
+        perta_digest_update(input->digests[i], shard->header->bytes, shard->header->len_bytes);
+        input->seen_bytes[i] = shard->header->len_bytes;
+    }
+    return 0;
+}
+
+void perta_input_close(struct perta_input *input)
+{
+    for (uint32_t i = 0; input->ck && i < input->ck->n_shards; i++) {
+        if (input->files)
+            perta_file_close(&input->files[i]);
+        if (input->digests)
+            perta_digest_free(input->digests[i]);
+    }
+    free(input->files);
+    free(input->digests);
+    free(input->seen_bytes);
+    free(input->broken);
+    perta_checkpoint_close(input->ck);
+    *input = (struct perta_input){0};
+}
+
+void perta_input_range(struct perta_input *input, const struct perta_ref *ref,
+                       uint64_t off_bytes, uint64_t len_bytes, struct perta_range *range)
+{
+    *range = (struct perta_range){
+        .file = &input->files[ref->shard],
+        .off_bytes = ref->tensor->off_bytes + off_bytes,
+        .len_bytes = len_bytes,
+    };
+}
+
+void perta_input_digest(struct perta_input *input, const struct perta_range *range)
+{
+    if (!range->file)
+        return;
+    size_t shard = (size_t)(range->file - input->files);
+    if (range->off_bytes != input->seen_bytes[shard])
+        input->broken[shard] = true;
+    if (input->broken[shard])
+        return;
+    perta_digest_update(input->digests[shard], range->data, range->len_bytes);
+    input->seen_bytes[shard] += range->len_bytes;
+}
+
+int perta_input_unchanged(const struct perta_input *input, struct perta_err *err)
+{
+    int rc = 0;
+    for (uint32_t i = 0; i < input->ck->n_shards && !rc; i++)
+        rc = perta_file_unchanged(&input->files[i], err);
+    return rc;
+}
+
+json_t *perta_input_json(struct perta_input *input)
+{
+    json_t *shards = json_array();
+    for (uint32_t i = 0; i < input->ck->n_shards; i++) {
+        const struct perta_shard *shard = &input->ck->shards[i];
+        struct perta_digest_hex hex;
+        perta_digest_finish(input->digests[i], &hex);
+        bool whole = !input->broken[i] && input->seen_bytes[i] == shard->size_bytes;
+        json_array_append_new(shards, json_pack("{s:s, s:I, s:s?}", "name", shard->name,
+                                                "bytes", (json_int_t)shard->size_bytes,
+                                                "xxh3_128", whole ? hex.xxh128 : NULL));
+    }
+    return json_pack("{s:o}", "shards", shards);
+}
+
+int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
+                      struct perta_err *err)
+{
+    size_t n = *n_paths + input->ck->n_shards;
+    const char **grown = realloc(*paths, (n ? n : 1) * sizeof *grown);
+    if (!grown)
+        return perta_fail_sys(err, ENOMEM, "%s", input->ck->path);
+    for (uint32_t i = 0; i < input->ck->n_shards; i++)
+        grown[*n_paths + i] = input->ck->shards[i].path;
+    *paths = grown;
+    *n_paths = n;
+    return 0;
+}

@@ -1,0 +1,47 @@
+/* input.h - a checkpoint whose shards are open for the engine, and their digests. */
+#ifndef PERTA_STREAM_INPUT_H
+#define PERTA_STREAM_INPUT_H
+
+#include <jansson.h>
+
+#include "io/checkpoint.h"
+#include "io/file.h"
+#include "io/hash.h"
+#include "stream/stream.h"
+
+struct perta_input {
+    const char *role; /* "model", "tuned", ...: the flag's name */
+    struct perta_checkpoint *ck;
+    struct perta_file *files;             /* (ck->n_shards) */
+    struct perta_digest **digests;        /* (ck->n_shards), of all bytes, header first */
+    uint64_t *seen_bytes;                 /* (ck->n_shards): how far the digest has come */
+    bool *broken;                         /* (ck->n_shards): read with gaps or out of order */
+};
+
+/* Open the checkpoint; role is borrowed. */
+int perta_input_open(struct perta_input *input, const char *role, const char *path,
+                     struct perta_err *err);
+/* Open its shards for reading and start their digests. */
+int perta_input_open_files(struct perta_input *input, bool direct, struct perta_err *err);
+/* Zeroed is fine. */
+void perta_input_close(struct perta_input *input);
+
+/* Point range at elements of a tensor: len_bytes from off_bytes within it. */
+void perta_input_range(struct perta_input *input, const struct perta_ref *ref,
+                       uint64_t off_bytes, uint64_t len_bytes, struct perta_range *range);
+
+/* In order of commit: add a range that was read to its shard's digest. */
+void perta_input_digest(struct perta_input *input, const struct perta_range *range);
+
+/* No shard changed while it was read. */
+int perta_input_unchanged(const struct perta_input *input, struct perta_err *err);
+
+/* For a manifest: {"path"?, "shards": [{name, bytes, xxh3_128 | null}]}. The digest is the whole
+ * file's; null where not all of it was read in order. Ends the digests. NULL without memory. */
+json_t *perta_input_json(struct perta_input *input);
+
+/* Append the paths of all shards to *paths (n of *n_paths); the strings stay the input's. */
+int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
+                      struct perta_err *err);
+
+#endif

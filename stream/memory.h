@@ -1,0 +1,21 @@
+/* memory.h - the budget of the process and the pool of buffers that it pays for. */
+#ifndef PERTA_STREAM_MEMORY_H
+#define PERTA_STREAM_MEMORY_H
+
+#include <stdint.h>
+
+#include "io/err.h"
+
+/* Resident now, after giving back what malloc keeps for later. */
+uint64_t perta_memory_trimmed(void);
+
+/* One mapping, 2 MiB aligned, of huge pages where the kernel gives them. */
+struct perta_pool {
+    uint8_t *base;
+    uint64_t len_bytes;
+};
+
+int perta_pool_take(struct perta_pool *pool, uint64_t len_bytes, struct perta_err *err);
+void perta_pool_give(struct perta_pool *pool);
+
+#endif

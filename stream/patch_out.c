@@ -1,0 +1,291 @@
+#include "stream/patch_out.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "planes", "grouped",
+                                                              "raw"};
+
+int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
+                          bool force, struct perta_err *err)
+{
+    *p = (struct perta_patch_out){.shards = json_array()};
+    int rc = perta_model_out_begin(&p->model, out, force, err);
+    return rc ? rc : perta_publish_begin(&p->folder, path, force, err);
+}
+
+int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
+                           const struct perta_checkpoint *after, const char *const *actions,
+                           struct perta_engine *engine, uint8_t *patch_bufs,
+                           uint8_t *model_bufs, struct perta_err *err)
+{
+    p->before = before;
+    p->after = after;
+    p->actions = actions;
+    p->engine = engine;
+    p->writer_bufs = patch_bufs;
+    p->model.engine = engine;
+    p->model.writer_bufs = model_bufs;
+    p->tensors = calloc(after->n_tensors + 1, sizeof *p->tensors);
+    return p->tensors ? 0 : perta_fail_sys(err, ENOMEM, "counts");
+}
+
+static char *patch_name(const char *shard)
+{
+    char *name = malloc(strlen(shard) + sizeof PERTA_PATCH_SUFFIX);
+    if (name)
+        strcat(strcpy(name, shard), PERTA_PATCH_SUFFIX);
+    return name;
+}
+
+static int open_patch_file(struct perta_patch_out *p, const char *shard, struct perta_err *err)
+{
+    char *name = patch_name(shard);
+    char *path = name ? perta_publish_path(&p->folder, name) : NULL;
+    int rc = path ? perta_writer_open(&p->writer, p->engine, path, 0, p->writer_bufs, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", shard);
+    free(name);
+    free(path);
+    return rc;
+}
+
+static int begin_shard(struct perta_patch_out *p, struct perta_err *err)
+{
+    const struct perta_shard *to = &p->after->shards[p->shard];
+    uint8_t *head = NULL;
+    uint64_t head_bytes = 0;
+    int rc = open_patch_file(p, to->name, err);
+    if (!rc)
+        rc = perta_patch_head_build(p->before->shards[p->shard].header, to->header, &head,
+                                    &head_bytes, err);
+    if (!rc)
+        rc = perta_writer_append(&p->writer, head, head_bytes, err);
+    free(head);
+    if (rc)
+        return rc;
+    p->n_entries = 0;
+    p->n_begun = 0;
+    p->frames_at = head_bytes;
+    p->shard_open = true;
+    return perta_model_out_shard(&p->model, to->name, to->header->bytes, to->header->len_bytes,
+                                 to->header->file_len_bytes, err);
+}
+
+static int end_shard(struct perta_patch_out *p, struct perta_err *err)
+{
+    const char *name = p->after->shards[p->shard].name;
+    uint8_t *table = NULL;
+    uint64_t table_bytes = 0;
+    struct perta_digest_hex hex;
+    int rc = perta_patch_table_build(p->entries, p->n_entries, &table, &table_bytes, err);
+    if (!rc)
+        rc = perta_writer_append(&p->writer, table, table_bytes, err);
+    if (!rc)
+        rc = perta_writer_close(&p->writer, &hex, err);
+    free(table);
+    if (rc)
+        return rc;
+    p->written_bytes += hex.len_bytes;
+    char *file = patch_name(name);
+    json_array_append_new(p->shards, json_pack("{s:s, s:I, s:s, s:s}", "name", file, "bytes",
+                                               (json_int_t)hex.len_bytes, "xxh3_128",
+                                               hex.xxh128, "sha256", hex.sha256));
+    free(file);
+    p->shard++;
+    p->shard_open = false;
+    return perta_model_out_shard_end(&p->model, name, err);
+}
+
+static void begin_tensors(struct perta_patch_out *p, uint64_t n_wanted)
+{
+    const struct perta_header *header = p->after->shards[p->shard].header;
+    for (; p->n_begun < n_wanted; p->n_begun++, p->n_tensors++)
+        p->tensors[p->n_tensors] = (struct perta_tensor_counts){
+            .name = header->tensors[p->n_begun].name,
+            .action = p->actions[p->n_tensors],
+            .n_params = header->tensors[p->n_begun].n_elems,
+        };
+}
+
+int perta_patch_out_reach(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
+                          struct perta_err *err)
+{
+    for (;;) {
+        if (p->shard == p->after->n_shards)
+            return 0;
+        int rc = p->shard_open ? 0 : begin_shard(p, err);
+        if (rc)
+            return rc;
+        if (p->shard == shard) {
+            begin_tensors(p, tensor + 1);
+            return 0;
+        }
+        begin_tensors(p, p->after->shards[p->shard].header->n_tensors);
+        rc = end_shard(p, err);
+        if (rc)
+            return rc;
+    }
+}
+
+struct perta_tensor_counts *perta_patch_out_counts(struct perta_patch_out *p)
+{
+    return &p->tensors[p->n_tensors - 1];
+}
+
+static int add_entry(struct perta_patch_out *p, const struct perta_patch_entry *entry,
+                     struct perta_err *err)
+{
+    if (p->n_entries == p->entries_max) {
+        uint64_t max = p->entries_max ? 2 * p->entries_max : 1024;
+        void *grown = realloc(p->entries, max * sizeof *p->entries);
+        if (!grown)
+            return perta_fail_sys(err, ENOMEM, "patch table");
+        p->entries = grown;
+        p->entries_max = max;
+    }
+    p->entries[p->n_entries++] = *entry;
+    return 0;
+}
+
+int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_out *chunk,
+                          struct perta_err *err)
+{
+    const struct perta_coded *coded = &chunk->coded;
+    struct perta_patch_entry entry = {
+        .frame_off = coded->encoding == PERTA_ENC_ZERO ? 0 : p->frames_at,
+        .frame_bytes = coded->frame_bytes,
+        .payload_bytes = coded->payload_bytes,
+        .tensor = (uint32_t)(p->n_begun - 1),
+        .n_units = chunk->n_units,
+        .encoding = coded->encoding,
+        .hash_before = chunk->hash_before,
+        .hash_after = chunk->hash_after,
+    };
+    p->frames_at += coded->frame_bytes;
+    p->n_encoded[coded->encoding]++;
+    p->encoded_bytes[coded->encoding] += coded->frame_bytes;
+    p->encoded_units[coded->encoding] += chunk->n_units;
+    perta_patch_out_counts(p)->n_changed += coded->n_changed;
+    int rc = add_entry(p, &entry, err);
+    if (!rc)
+        rc = perta_writer_append(&p->writer, chunk->frame, coded->frame_bytes, err);
+    if (!rc)
+        rc = perta_model_out_append(&p->model, chunk->after, chunk->after_bytes, err);
+    return rc;
+}
+
+static json_t *counts_json(const struct perta_tensor_counts *c)
+{
+    uint64_t weighed = c->n_params - c->n_nonfinite;
+    json_t *json = json_pack(
+        "{s:I, s:I, s:I, s:I}", "parameters", (json_int_t)c->n_params, "changed",
+        (json_int_t)c->n_changed, "rounded_away", (json_int_t)c->n_rounded_away, "nonfinite",
+        (json_int_t)c->n_nonfinite);
+    if (!strcmp(c->action, "edited"))
+        json_object_set_new(json, "mean_weight",
+                            json_real(weighed ? c->sum_weight / (double)weighed : 0));
+    return json;
+}
+
+static json_t *tensors_json(const struct perta_patch_out *p, struct perta_tensor_counts *total)
+{
+    json_t *tensors = json_array();
+    *total = (struct perta_tensor_counts){.action = "edited"};
+    uint64_t edited_nonfinite = 0, edited = 0;
+    for (uint64_t i = 0; i < p->n_tensors; i++) {
+        const struct perta_tensor_counts *c = &p->tensors[i];
+        json_t *json = counts_json(c);
+        json_object_set_new(json, "name", json_string(c->name));
+        json_object_set_new(json, "action", json_string(c->action));
+        json_array_append_new(tensors, json);
+        total->n_params += c->n_params;
+        total->n_changed += c->n_changed;
+        total->n_rounded_away += c->n_rounded_away;
+        total->n_nonfinite += c->n_nonfinite;
+        total->sum_weight += c->sum_weight;
+        if (!strcmp(c->action, "edited")) {
+            edited += c->n_params;
+            edited_nonfinite += c->n_nonfinite;
+        }
+    }
+    /* The mean weight is over parameters that were weighed. */
+    uint64_t weighed = edited - edited_nonfinite;
+    total->sum_weight = weighed ? total->sum_weight / (double)weighed : 0;
+    return tensors;
+}
+
+static json_t *total_json(const struct perta_tensor_counts *total)
+{
+    return json_pack("{s:I, s:I, s:I, s:I, s:f}", "parameters", (json_int_t)total->n_params,
+                     "changed", (json_int_t)total->n_changed, "rounded_away",
+                     (json_int_t)total->n_rounded_away, "nonfinite",
+                     (json_int_t)total->n_nonfinite, "mean_weight", total->sum_weight);
+}
+
+static json_t *encodings_json(const struct perta_patch_out *p)
+{
+    json_t *json = json_object();
+    for (int i = 0; i < PERTA_N_ENCODINGS; i++)
+        json_object_set_new(json, encoding_names[i],
+                            json_pack("{s:I, s:I, s:I}", "chunks", (json_int_t)p->n_encoded[i],
+                                      "elements", (json_int_t)p->encoded_units[i], "bytes",
+                                      (json_int_t)p->encoded_bytes[i]));
+    return json;
+}
+
+static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
+                          json_t *counts, json_t *tensors, struct perta_err *err)
+{
+    json_t *manifest = json_pack(
+        "{s:s, s:i, s:s, s:O, s:O, s:{s:O, s:O}, s:O, s:O, s:o}", "format", "perta-patch",
+        "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe", recipe,
+        "inputs", inputs, "outputs", "patch", p->shards, "model", p->model.shards, "counts",
+        counts, "tensors", tensors, "encodings", encodings_json(p));
+    char *text = manifest ? json_dumps(manifest, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
+    int rc = text ? perta_publish_file(&p->folder, "manifest.json", text, strlen(text), err)
+                  : perta_fail_sys(err, ENOMEM, "manifest.json");
+    free(text);
+    json_decref(manifest);
+    return rc;
+}
+
+int perta_patch_out_commit(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
+                           const struct perta_checkpoint *from, json_t **summary,
+                           struct perta_err *err)
+{
+    int rc = perta_patch_out_reach(p, p->after->n_shards, 0, err);
+    if (rc)
+        return rc;
+    struct perta_tensor_counts total;
+    json_t *tensors = tensors_json(p, &total);
+    json_t *counts = total_json(&total);
+    json_t *skipped = json_array();
+    rc = write_manifest(p, recipe, inputs, counts, tensors, err);
+    if (!rc)
+        rc = perta_model_out_copy_rest(&p->model, from, skipped, err);
+    if (!rc)
+        rc = perta_publish_commit(&p->folder, err);
+    if (!rc)
+        rc = perta_model_out_commit(&p->model, err);
+    if (!rc && summary)
+        *summary = json_pack("{s:s, s:O, s:o, s:I, s:I, s:O}", "patch", p->folder.path,
+                             "counts", counts, "encodings", encodings_json(p), "patch_bytes",
+                             (json_int_t)p->written_bytes, "model_bytes",
+                             (json_int_t)p->model.written_bytes, "left_behind", skipped);
+    json_decref(tensors);
+    json_decref(counts);
+    json_decref(skipped);
+    return rc;
+}
+
+void perta_patch_out_release(struct perta_patch_out *p)
+{
+    perta_writer_abort(&p->writer);
+    perta_model_out_release(&p->model);
+    perta_publish_release(&p->folder);
+    json_decref(p->shards);
+    free(p->entries);
+    free(p->tensors);
+    *p = (struct perta_patch_out){0};
+}

@@ -1,0 +1,82 @@
+/* patch_out.h - the patch folder that a run writes, and the model that it leads to.
+ * Spec: docs/patch-format.md */
+#ifndef PERTA_STREAM_PATCH_OUT_H
+#define PERTA_STREAM_PATCH_OUT_H
+
+#include <jansson.h>
+
+#include "io/patch.h"
+#include "stream/input.h"
+#include "stream/model_out.h"
+
+/* What happened to one tensor. */
+struct perta_tensor_counts {
+    const char *name;   /* borrowed */
+    const char *action; /* "edited", "kept", ...; borrowed */
+    uint64_t n_params, n_changed, n_rounded_away, n_nonfinite;
+    double sum_weight;
+};
+
+struct perta_patch_out {
+    struct perta_publish folder;
+    struct perta_model_out model; /* after the patch; with or without a folder */
+    struct perta_engine *engine;
+    struct perta_writer writer;
+    uint8_t *writer_bufs;
+
+    const struct perta_checkpoint *before, *after; /* borrowed */
+    const char *const *actions;                    /* borrowed; one for each tensor of after */
+    uint32_t shard;                                /* under way, or the next */
+    bool shard_open;
+    uint64_t n_begun; /* tensors of it */
+
+    struct perta_patch_entry *entries; /* of the shard under way */
+    uint64_t n_entries, entries_max;
+    uint64_t frames_at; /* where the next frame goes */
+
+    struct perta_tensor_counts *tensors; /* (after->n_tensors), shard by shard */
+    uint64_t n_tensors;                  /* begun of all */
+    json_t *shards; /* finished .perta files */
+    uint64_t n_encoded[PERTA_N_ENCODINGS], encoded_bytes[PERTA_N_ENCODINGS];
+    uint64_t encoded_units[PERTA_N_ENCODINGS];
+    uint64_t written_bytes;
+};
+
+/* out NULL: no model folder. */
+int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
+                          bool force, struct perta_err *err);
+/* What is patched: shards and tensors of both agree (the caller checked), and after's order is
+ * the order of the chunks to come. actions (after->n_tensors, shard by shard) say what is done
+ * to each tensor. patch_bufs and model_bufs (with a model folder) are PERTA_WRITER_BYTES. */
+int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
+                           const struct perta_checkpoint *after, const char *const *actions,
+                           struct perta_engine *engine, uint8_t *patch_bufs,
+                           uint8_t *model_bufs, struct perta_err *err);
+
+/* Go on to this tensor of this shard: finish what comes before, begin it if it is new. */
+int perta_patch_out_reach(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
+                          struct perta_err *err);
+/* Counts of the tensor that was reached; the caller adds to all but n_changed, n_params. */
+struct perta_tensor_counts *perta_patch_out_counts(struct perta_patch_out *p);
+
+/* A chunk of the tensor that was reached. */
+struct perta_chunk_out {
+    struct perta_coded coded;
+    const uint8_t *frame; /* (coded.frame_bytes) */
+    const void *after;    /* (after_bytes) */
+    uint64_t after_bytes;
+    uint32_t n_units;
+    uint64_t hash_before, hash_after;
+};
+int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_out *chunk,
+                          struct perta_err *err);
+
+/* Finish all shards, write manifest.json and publish both folders. recipe and inputs are borrowed; from is the
+ * checkpoint whose other files go with the model. *summary (may be NULL) gets what a person
+ * wants to know, the caller's. */
+int perta_patch_out_commit(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
+                           const struct perta_checkpoint *from, json_t **summary,
+                           struct perta_err *err);
+void perta_patch_out_release(struct perta_patch_out *p);
+
+#endif

@@ -1,0 +1,356 @@
+#include "stream/stream.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "io/checked.h"
+#include "stream/memory.h"
+#include "stream/slot.h"
+
+#define SLOTS_MAX 64
+/* More than this much ahead of the disk gains nothing, and touching memory costs. */
+#define AHEAD_BYTES (128ull << 20)
+#define THREADS_MAX 256
+#define DEPTH 32
+/* Thread stacks, the heap's own, what the kernel charges us for. */
+#define MARGIN_BYTES (12ull << 20)
+
+struct perta_stream {
+    struct perta_run run;
+    struct perta_job job;
+    struct perta_io_choice choice;
+    struct perta_engine *engine;
+    struct perta_pool pool;
+    struct perta_slot_shape shape;
+    struct perta_slot slots[SLOTS_MAX]; /* used round and round, in order of the pieces */
+    unsigned n_slots;
+    uint8_t *writer_bufs;
+
+    /* the owner's */
+    uint64_t n_filled, n_committed; /* batches so far; a batch's slot is its number mod n_slots */
+    bool ended;                     /* next() had no more */
+    struct perta_piece pending;     /* taken from next(), not in a slot yet */
+    bool has_pending;
+    uint64_t read_bytes;
+
+    /* the owner's and the workers', under lock */
+    pthread_mutex_t lock;
+    pthread_cond_t ready;
+    bool stopping;
+    pthread_t threads[THREADS_MAX];
+    unsigned n_threads;
+    unsigned next_worker;
+};
+
+unsigned perta_run_threads(const struct perta_run *run)
+{
+    long n = run->n_threads ? (long)run->n_threads : sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > THREADS_MAX ? THREADS_MAX : (unsigned)n;
+}
+
+static unsigned queue_depth(void)
+{
+    const char *asked = getenv("PERTA_QUEUE_DEPTH"); /* for measurements and tests */
+    int depth = asked ? atoi(asked) : 0;
+    return depth > 0 && depth <= 1024 ? (unsigned)depth : DEPTH;
+}
+
+/* How many slots the budget allows; as many as are of use, one at least. */
+static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
+{
+    uint64_t slot = perta_slot_pool_bytes(&s->shape);
+    uint64_t heap = perta_slot_heap_bytes(&s->shape);
+    uint64_t fixed = perta_memory_trimmed() + MARGIN_BYTES + n_writers * PERTA_WRITER_BYTES;
+    uint64_t least = fixed + slot + heap + (2u << 20);
+    if (s->run.memory_bytes < least)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--memory %lluM is too small for this job: it needs %lluM",
+                          (unsigned long long)(s->run.memory_bytes >> 20),
+                          (unsigned long long)((least >> 20) + 1));
+    uint64_t fit = 1 + (s->run.memory_bytes - least) / (slot + heap);
+    uint64_t useful = AHEAD_BYTES / slot + 2 * perta_run_threads(&s->run) + 2;
+    uint64_t n = fit < useful ? fit : useful;
+    s->n_slots = n < SLOTS_MAX ? (unsigned)n : SLOTS_MAX;
+    return 0;
+}
+
+static int take_memory(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
+{
+    int rc = count_slots(s, n_writers, err);
+    if (rc)
+        return rc;
+    uint64_t slot_bytes = perta_slot_pool_bytes(&s->shape);
+    uint64_t slots_bytes = slot_bytes * s->n_slots;
+    rc = perta_pool_take(&s->pool, slots_bytes + n_writers * PERTA_WRITER_BYTES, err);
+    if (rc)
+        return rc;
+    s->writer_bufs = s->pool.base + slots_bytes;
+    for (unsigned i = 0; i < s->n_slots && !rc; i++)
+        rc = perta_slot_init(&s->slots[i], &s->shape, s->pool.base + i * slot_bytes, err);
+    s->pending.in = calloc(s->shape.n_in, sizeof *s->pending.in);
+    if (!rc && !s->pending.in)
+        rc = perta_fail_sys(err, ENOMEM, "slots");
+    return rc;
+}
+
+int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
+                      const char *const *paths, size_t n_paths, unsigned n_writers,
+                      struct perta_stream **out, struct perta_err *err)
+{
+    struct perta_stream *s = calloc(1, sizeof *s);
+    if (!s)
+        return perta_fail_sys(err, ENOMEM, "stream");
+    s->run = *run;
+    s->job = *job;
+    s->shape = perta_slot_shape_for(job);
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->ready, NULL);
+    int rc = perta_engine_choose(run->io, paths, n_paths, &s->choice, err);
+    if (!rc)
+        rc = take_memory(s, n_writers, err);
+    if (!rc)
+        rc = perta_engine_open(s->choice.mode, s->pool.base, s->pool.len_bytes, queue_depth(),
+                               &s->engine, err);
+    if (rc) {
+        perta_stream_close(s);
+        return rc;
+    }
+    *out = s;
+    return 0;
+}
+
+void perta_stream_close(struct perta_stream *s)
+{
+    if (!s)
+        return;
+    perta_engine_close(s->engine);
+    for (unsigned i = 0; i < s->n_slots; i++)
+        perta_slot_release(&s->slots[i]);
+    free(s->pending.in);
+    perta_pool_give(&s->pool);
+    pthread_cond_destroy(&s->ready);
+    pthread_mutex_destroy(&s->lock);
+    free(s);
+}
+
+struct perta_engine *perta_stream_engine(struct perta_stream *s)
+{
+    return s->engine;
+}
+
+const struct perta_io_choice *perta_stream_choice(const struct perta_stream *s)
+{
+    return &s->choice;
+}
+
+uint8_t *perta_stream_writer_bufs(struct perta_stream *s, unsigned i)
+{
+    return s->writer_bufs + i * PERTA_WRITER_BYTES;
+}
+
+uint64_t perta_stream_read_bytes(const struct perta_stream *s)
+{
+    return s->read_bytes;
+}
+
+static void set_state(struct perta_stream *s, struct perta_slot *slot,
+                      enum perta_slot_state state)
+{
+    pthread_mutex_lock(&s->lock);
+    slot->state = state;
+    if (state == SLOT_READY)
+        pthread_cond_broadcast(&s->ready);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static enum perta_slot_state get_state(struct perta_stream *s, const struct perta_slot *slot)
+{
+    pthread_mutex_lock(&s->lock);
+    enum perta_slot_state state = slot->state;
+    pthread_mutex_unlock(&s->lock);
+    return state;
+}
+
+/* READING -> READY, when the last of the slot's reads is done. */
+static void on_read(struct perta_request *request)
+{
+    struct perta_slot *slot = request->user;
+    struct perta_stream *s = slot->stream;
+    if (request->sys_errno)
+        perta_request_error(request, &slot->err);
+    if (--slot->n_pending)
+        return;
+    perta_slot_point(slot, &s->shape);
+    set_state(s, slot, SLOT_READY);
+}
+
+/* Put pieces into a slot until one does not fit. 1: the slot has some. */
+static int pack(struct perta_stream *s, struct perta_slot *slot, struct perta_err *err)
+{
+    perta_slot_clear(slot);
+    for (;;) {
+        if (!s->has_pending && !s->ended) {
+            struct perta_range *in = s->pending.in;
+            memset(in, 0, s->shape.n_in * sizeof *in);
+            s->pending = (struct perta_piece){.in = in};
+            int rc = s->job.next(s->job.ctx, &s->pending, err);
+            if (rc < 0)
+                return rc;
+            s->has_pending = rc;
+            s->ended = !rc;
+        }
+        if (!s->has_pending || !perta_slot_add(slot, &s->shape, &s->pending)) {
+            assert(!s->has_pending || slot->n_pieces); /* the job's *_max must be true */
+            return slot->n_pieces > 0;
+        }
+        s->has_pending = false;
+    }
+}
+
+/* FREE -> READING: fill every free slot in turn. */
+static int read_ahead(struct perta_stream *s, struct perta_err *err)
+{
+    while (s->n_filled - s->n_committed < s->n_slots && (!s->ended || s->has_pending)) {
+        struct perta_slot *slot = &s->slots[s->n_filled % s->n_slots];
+        int rc = pack(s, slot, err);
+        if (rc <= 0)
+            return rc;
+        perta_slot_lay_out(slot, &s->shape);
+        slot->stream = s;
+        slot->n_pending = slot->n_reads;
+        pthread_mutex_lock(&s->lock);
+        slot->state = slot->n_reads ? SLOT_READING : SLOT_READY;
+        s->n_filled++;
+        pthread_cond_broadcast(&s->ready);
+        pthread_mutex_unlock(&s->lock);
+        for (uint32_t i = 0; i < slot->n_reads; i++) {
+            slot->reads[i].request.done = on_read;
+            perta_engine_submit(s->engine, &slot->reads[i].request);
+        }
+    }
+    return 0;
+}
+
+/* DONE -> FREE: commit the oldest batch. */
+static int commit(struct perta_stream *s, struct perta_slot *slot, struct perta_err *err)
+{
+    if (slot->err.code) {
+        *err = slot->err;
+        return err->code;
+    }
+    int rc = 0;
+    for (uint32_t i = 0; i < slot->n_pieces && !rc; i++) {
+        for (uint32_t k = 0; k < s->shape.n_in; k++)
+            s->read_bytes += slot->pieces[i].in[k].len_bytes;
+        rc = s->job.commit(s->job.ctx, &slot->pieces[i], err);
+    }
+    for (uint32_t i = 0; i < slot->n_reads; i++)
+        perta_engine_release(s->engine, &slot->reads[i].request);
+    pthread_mutex_lock(&s->lock);
+    slot->state = SLOT_FREE;
+    s->n_committed++;
+    pthread_mutex_unlock(&s->lock);
+    if (s->run.progress)
+        s->run.progress(s->run.progress_user, s->read_bytes, s->job.total_bytes);
+    return rc;
+}
+
+static bool cancelled(const struct perta_stream *s)
+{
+    return s->run.cancel && *s->run.cancel;
+}
+
+/* The loop. */
+static int turn(struct perta_stream *s, struct perta_err *err)
+{
+    for (;;) {
+        if (cancelled(s))
+            return perta_fail(err, PERTA_EINTR, "interrupted");
+        int rc = read_ahead(s, err);
+        if (rc)
+            return rc;
+        if (s->n_committed == s->n_filled)
+            return 0;
+        struct perta_slot *oldest = &s->slots[s->n_committed % s->n_slots];
+        if (get_state(s, oldest) == SLOT_DONE)
+            rc = commit(s, oldest, err);
+        else
+            rc = perta_engine_wait(s->engine, err);
+        if (rc)
+            return rc;
+    }
+}
+
+/* READY -> WORKING: workers take slots in order as they become ready. */
+static struct perta_slot *take_slot(struct perta_stream *s)
+{
+    pthread_mutex_lock(&s->lock);
+    struct perta_slot *slot = NULL;
+    while (!s->stopping) {
+        for (uint64_t b = s->n_committed; b < s->n_filled && !slot; b++)
+            if (s->slots[b % s->n_slots].state == SLOT_READY)
+                slot = &s->slots[b % s->n_slots];
+        if (slot)
+            break;
+        pthread_cond_wait(&s->ready, &s->lock);
+    }
+    if (slot)
+        slot->state = SLOT_WORKING;
+    pthread_mutex_unlock(&s->lock);
+    return slot;
+}
+
+/* WORKING -> DONE. */
+static void *worker(void *arg)
+{
+    struct perta_stream *s = arg;
+    pthread_mutex_lock(&s->lock);
+    unsigned number = s->next_worker++;
+    pthread_mutex_unlock(&s->lock);
+    for (struct perta_slot *slot; (slot = take_slot(s));) {
+        for (uint32_t i = 0; i < slot->n_pieces && !slot->err.code; i++)
+            s->job.work(s->job.ctx, number, &slot->pieces[i], &slot->err);
+        set_state(s, slot, SLOT_DONE);
+        perta_engine_wake(s->engine);
+    }
+    return NULL;
+}
+
+static int start_workers(struct perta_stream *s, struct perta_err *err)
+{
+    unsigned wanted = perta_run_threads(&s->run);
+    for (; s->n_threads < wanted; s->n_threads++) {
+        int rc = pthread_create(&s->threads[s->n_threads], NULL, worker, s);
+        if (rc)
+            return perta_fail_sys(err, rc, "worker threads");
+    }
+    return 0;
+}
+
+static void stop_workers(struct perta_stream *s)
+{
+    pthread_mutex_lock(&s->lock);
+    s->stopping = true;
+    pthread_cond_broadcast(&s->ready);
+    pthread_mutex_unlock(&s->lock);
+    while (s->n_threads)
+        pthread_join(s->threads[--s->n_threads], NULL);
+}
+
+int perta_stream_run(struct perta_stream *s, struct perta_err *err)
+{
+    int rc = start_workers(s, err);
+    if (!rc)
+        rc = turn(s, err);
+    stop_workers(s);
+    struct perta_err ignored = {0};
+    perta_engine_drain(s->engine, &ignored);
+    for (unsigned i = 0; i < s->n_slots; i++)
+        for (uint32_t r = 0; r < s->slots[i].n_reads; r++)
+            perta_engine_release(s->engine, &s->slots[i].reads[r].request);
+    return rc;
+}

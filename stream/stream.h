@@ -1,0 +1,85 @@
+/* stream.h - the loop: read chunks side by side, work on them, commit them in order.
+ * Spec: docs/data-path.md
+ *
+ * A job cuts its inputs into pieces (one chunk of one tensor, the same elements of every
+ * input). The stream packs pieces into slots: one large piece, or many small ones. Slots go
+ * FREE -> READING -> READY -> WORKING -> DONE -> FREE. The caller's thread owns the engine,
+ * reads ahead and commits in order; workers do the rest. All memory is taken at the start. */
+#ifndef PERTA_STREAM_STREAM_H
+#define PERTA_STREAM_STREAM_H
+
+#include <signal.h>
+#include <stdint.h>
+
+#include "io/engine.h"
+#include "io/writer.h"
+
+#define PERTA_MEMORY_DEFAULT (1ull << 30)
+
+/* How to run, from the command line. */
+struct perta_run {
+    uint64_t memory_bytes; /* budget of the whole process */
+    unsigned n_threads;    /* workers; 0: one for each CPU */
+    enum perta_io_mode io;
+    void (*progress)(void *user, uint64_t done_bytes, uint64_t total_bytes); /* may be NULL */
+    void *progress_user;
+    const volatile sig_atomic_t *cancel; /* set from outside to stop; may be NULL */
+};
+
+struct perta_range {
+    struct perta_file *file; /* NULL: the piece has no such input */
+    uint64_t off_bytes, len_bytes;
+    const uint8_t *data; /* set when read */
+};
+
+/* A piece of work. next() fills it, work() uses it on a worker, commit() in order. */
+struct perta_piece {
+    uint32_t shard, tensor; /* whatever the job says they are */
+    uint64_t first_elem, n_elems;
+    uint64_t tag;
+    struct perta_range *in; /* (job.n_in), zeroed before next() */
+    uint64_t out_bytes;     /* room it needs for results; set by next() */
+    uint8_t *out;           /* (out_bytes), 64-byte aligned, for work() and commit() */
+};
+
+struct perta_job {
+    void *ctx;
+    uint32_t n_in;          /* ranges of a piece */
+    uint64_t in_bytes_max;  /* of all ranges of the largest piece */
+    uint64_t out_bytes_max; /* of a piece */
+    uint64_t total_bytes;   /* to be read, for progress */
+    /* The next piece in order. 1: one; 0: no more. Called on the owner's thread. */
+    int (*next)(void *ctx, struct perta_piece *piece, struct perta_err *err);
+    /* On worker number worker; pieces of one slot in order, slots in any. */
+    int (*work)(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err);
+    /* In order, on the owner's thread; may append to writers. */
+    int (*commit)(void *ctx, struct perta_piece *piece, struct perta_err *err);
+};
+
+struct perta_stream;
+
+/* Choose an engine for reading paths and take all memory: slots, and room for n_writers
+ * writers, so that the process stays below run->memory_bytes. Scratch of the workers
+ * (run->n_threads, see perta_run_threads) is to be taken before. Too small a budget is
+ * PERTA_EUSAGE, and the message says what is enough. */
+PERTA_API int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
+                                const char *const *paths, size_t n_paths, unsigned n_writers,
+                                struct perta_stream **out, struct perta_err *err);
+PERTA_API void perta_stream_close(struct perta_stream *stream);
+
+PERTA_API struct perta_engine *perta_stream_engine(struct perta_stream *stream);
+PERTA_API const struct perta_io_choice *perta_stream_choice(const struct perta_stream *stream);
+/* Buffers for writer i of n_writers (PERTA_WRITER_BYTES). */
+PERTA_API uint8_t *perta_stream_writer_bufs(struct perta_stream *stream, unsigned i);
+
+/* Run the job to its end. The first error in order of the pieces is returned; then nothing is
+ * in flight any more. */
+PERTA_API int perta_stream_run(struct perta_stream *stream, struct perta_err *err);
+/* Bytes of the ranges read so far. */
+PERTA_API uint64_t perta_stream_read_bytes(const struct perta_stream *stream);
+
+PERTA_API unsigned perta_run_threads(const struct perta_run *run);
+/* Resident memory of the process without file pages, now. */
+PERTA_API uint64_t perta_memory_now(void);
+
+#endif

@@ -1,0 +1,71 @@
+#include "stream/walk.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+static uint64_t units_of(const struct perta_tensor *tensor)
+{
+    return tensor->len_bytes / perta_dtype_unit_bytes(tensor->dtype);
+}
+
+int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at)
+{
+    for (;;) {
+        if (walk->shard == walk->ck->n_shards)
+            return 0;
+        const struct perta_header *header = walk->ck->shards[walk->shard].header;
+        if (walk->tensor == header->n_tensors) {
+            walk->shard++;
+            walk->tensor = 0;
+            continue;
+        }
+        const struct perta_tensor *tensor = &header->tensors[walk->tensor];
+        uint64_t left = units_of(tensor) - walk->unit;
+        if (!left) {
+            walk->tensor++;
+            walk->index++;
+            walk->unit = 0;
+            continue;
+        }
+        uint64_t width = perta_dtype_unit_bytes(tensor->dtype);
+        uint64_t n = left < PERTA_CHUNK_ELEMS ? left : PERTA_CHUNK_ELEMS;
+        *at = (struct perta_chunk_at){
+            .shard = walk->shard,
+            .tensor = (uint32_t)walk->tensor,
+            .index = walk->index,
+            .info = tensor,
+            .first_unit = walk->unit,
+            .n_units = n,
+            .off_bytes = walk->unit * width,
+            .len_bytes = n * width,
+        };
+        walk->unit += n;
+        return 1;
+    }
+}
+
+uint64_t perta_walk_chunk_bytes(const struct perta_tensor *tensor)
+{
+    uint64_t chunk = (uint64_t)PERTA_CHUNK_ELEMS * perta_dtype_unit_bytes(tensor->dtype);
+    return tensor->len_bytes < chunk ? tensor->len_bytes : chunk;
+}
+
+struct perta_codec **perta_codecs_new(unsigned n, uint64_t chunk_bytes, struct perta_err *err)
+{
+    struct perta_codec **codecs = calloc(n, sizeof *codecs);
+    for (unsigned i = 0; codecs && i < n; i++)
+        if (!(codecs[i] = perta_codec_new(chunk_bytes))) {
+            perta_codecs_free(codecs, n);
+            codecs = NULL;
+        }
+    if (!codecs)
+        perta_fail_sys(err, ENOMEM, "codecs");
+    return codecs;
+}
+
+void perta_codecs_free(struct perta_codec **codecs, unsigned n)
+{
+    for (unsigned i = 0; codecs && i < n; i++)
+        perta_codec_free(codecs[i]);
+    free(codecs);
+}

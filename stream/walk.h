@@ -1,0 +1,34 @@
+/* walk.h - all chunks of a checkpoint, in order: shard by shard, tensor by tensor. */
+#ifndef PERTA_STREAM_WALK_H
+#define PERTA_STREAM_WALK_H
+
+#include "io/checkpoint.h"
+#include "io/codec.h"
+
+struct perta_walk {
+    const struct perta_checkpoint *ck;
+    uint32_t shard; /* where the next chunk is */
+    uint64_t tensor, unit;
+    uint64_t index; /* of that tensor in the whole checkpoint */
+};
+
+/* PERTA_CHUNK_ELEMS units of a tensor, or its last ones. */
+struct perta_chunk_at {
+    uint32_t shard, tensor;
+    uint64_t index;                 /* of the tensor in the whole checkpoint */
+    const struct perta_tensor *info;
+    uint64_t first_unit, n_units;
+    uint64_t off_bytes, len_bytes; /* within the tensor */
+};
+
+/* 1: *at is the next chunk; 0: there is none. Empty tensors have none. */
+int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at);
+
+/* Bytes of the largest chunk that a tensor has. */
+uint64_t perta_walk_chunk_bytes(const struct perta_tensor *tensor);
+
+/* A codec for each of n workers, for chunks of at most chunk_bytes. */
+struct perta_codec **perta_codecs_new(unsigned n, uint64_t chunk_bytes, struct perta_err *err);
+void perta_codecs_free(struct perta_codec **codecs, unsigned n);
+
+#endif
