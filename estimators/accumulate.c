@@ -1,0 +1,490 @@
+#include "estimators/accumulate.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/recipe.h"
+#include "estimators/running.h"
+#include "io/checked.h"
+#include "stream/input.h"
+#include "stream/model_out.h"
+
+#define ELEMS_MAX (1ull << 20)
+#define ELEMS_MIN 1024ull
+#define OUT_ALIGN 64
+/* Slots that the elements of a piece are chosen for, so that reading and work overlap. */
+#define SLOTS_WANTED 4
+
+enum { MEAN, MEANSQ, N_STATS };
+
+/* Where one sample's tensor lies; what is kept of its checkpoint. */
+struct place {
+    uint64_t off_bytes;
+    uint32_t file;
+    enum perta_dtype dtype;
+};
+
+struct scratch {
+    float *sums[4]; /* (elems) each: sum, carry, sum of squares, its carry */
+};
+
+struct job {
+    const struct perta_accumulate *accumulate;
+    struct perta_checkpoint *first; /* the layout of the output */
+    struct perta_file *files;
+    uint32_t n_files;
+    struct place *places; /* (n_tensors, n_gradients), tensors shard by shard */
+    bool wanted[N_STATS];
+    struct perta_model_out outs[N_STATS];
+    uint8_t **headers[N_STATS]; /* (n_shards) of the output */
+    uint64_t *header_bytes[N_STATS];
+    uint64_t elems; /* of a piece, at most */
+    struct scratch *scratch;
+    unsigned n_workers;
+    /* where next() stands */
+    uint32_t shard;
+    uint64_t tensor, index, elem;
+    uint32_t shards_begun; /* the owner's, for commit() */
+};
+
+static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    (void)err;
+    struct job *job = ctx;
+    const struct perta_tensor *t = NULL;
+    for (;; job->tensor++, job->index++, job->elem = 0) {
+        while (job->shard < job->first->n_shards &&
+               job->tensor == job->first->shards[job->shard].header->n_tensors) {
+            job->shard++;
+            job->tensor = 0;
+        }
+        if (job->shard == job->first->n_shards)
+            return 0;
+        t = &job->first->shards[job->shard].header->tensors[job->tensor];
+        if (job->elem < t->n_elems)
+            break;
+    }
+    uint64_t left = t->n_elems - job->elem;
+    piece->shard = job->shard;
+    piece->tensor = (uint32_t)job->tensor;
+    piece->tag = job->index;
+    piece->first_elem = job->elem;
+    piece->n_elems = left < job->elems ? left : job->elems;
+    uint32_t n = job->accumulate->n_gradients;
+    for (uint32_t i = 0; i < n; i++) {
+        const struct place *place = &job->places[job->index * n + i];
+        uint64_t width = perta_dtype_unit_bytes(place->dtype);
+        piece->in[i] = (struct perta_range){
+            .file = &job->files[place->file],
+            .off_bytes = place->off_bytes + job->elem * width,
+            .len_bytes = piece->n_elems * width,
+        };
+    }
+    piece->out_bytes = N_STATS * perta_align_up(piece->n_elems * sizeof(float), OUT_ALIGN);
+    job->elem += piece->n_elems;
+    return 1;
+}
+
+static int not_finite(const struct job *job, const struct perta_piece *piece, uint32_t sample,
+                      uint64_t elem, struct perta_err *err)
+{
+    const struct place *place =
+        &job->places[piece->tag * job->accumulate->n_gradients + sample];
+    uint64_t at = piece->first_elem + elem;
+    return perta_fail(
+        err, PERTA_EINPUT, "%s: tensor %s, element %llu (byte %llu): not a finite float32",
+        job->files[place->file].path,
+        job->first->shards[piece->shard].header->tensors[piece->tensor].name,
+        (unsigned long long)at,
+        (unsigned long long)(place->off_bytes + at * perta_dtype_unit_bytes(place->dtype)));
+}
+
+static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
+{
+    struct job *job = ctx;
+    uint32_t n = job->accumulate->n_gradients;
+    float **sums = job->scratch[worker].sums;
+    struct perta_running running = {
+        .sum = job->wanted[MEAN] ? sums[0] : NULL,
+        .carry = job->wanted[MEAN] ? sums[1] : NULL,
+        .sq_sum = job->wanted[MEANSQ] ? sums[2] : NULL,
+        .sq_carry = job->wanted[MEANSQ] ? sums[3] : NULL,
+        .n = piece->n_elems,
+    };
+    perta_running_zero(&running);
+    for (uint32_t i = 0; i < n; i++) {
+        const struct perta_view view = {job->places[piece->tag * n + i].dtype,
+                                        piece->in[i].data};
+        uint64_t bad = perta_running_add(&running, &view);
+        if (bad != UINT64_MAX)
+            return not_finite(job, piece, i, bad, err);
+    }
+    uint8_t *meansq = piece->out + perta_align_up(piece->n_elems * sizeof(float), OUT_ALIGN);
+    uint64_t bad = perta_running_finish(&running, n, job->wanted[MEAN] ? piece->out : NULL,
+                                        job->wanted[MEANSQ] ? meansq : NULL);
+    if (bad != UINT64_MAX)
+        return perta_fail(err, PERTA_EINPUT,
+                          "tensor %s, element %llu: the mean over all gradients is not finite",
+                          job->first->shards[piece->shard].header->tensors[piece->tensor].name,
+                          (unsigned long long)(piece->first_elem + bad));
+    return 0;
+}
+
+/* Shards of the output are called as transformers expects them. */
+static const char *shard_name(const struct job *job, uint32_t shard)
+{
+    return job->first->n_shards == 1 ? "model.safetensors" : job->first->shards[shard].name;
+}
+
+static int reach_shard(struct job *job, uint32_t shard, struct perta_err *err)
+{
+    int rc = 0;
+    for (; !rc && job->shards_begun <= shard; job->shards_begun++)
+        for (int stat = 0; stat < N_STATS && !rc; stat++) {
+            uint32_t begun = job->shards_begun;
+            if (!job->wanted[stat])
+                continue;
+            if (begun)
+                rc = perta_model_out_shard_end(&job->outs[stat], shard_name(job, begun - 1), err);
+            if (!rc && begun < job->first->n_shards)
+                rc = perta_model_out_shard(&job->outs[stat], shard_name(job, begun),
+                                           job->headers[stat][begun],
+                                           job->header_bytes[stat][begun], 0, err);
+        }
+    return rc;
+}
+
+static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    struct job *job = ctx;
+    uint64_t len_bytes = piece->n_elems * sizeof(float);
+    int rc = reach_shard(job, piece->shard, err);
+    for (int stat = 0; stat < N_STATS && !rc; stat++)
+        if (job->wanted[stat])
+            rc = perta_model_out_append(
+                &job->outs[stat],
+                piece->out + (stat == MEAN ? 0 : perta_align_up(len_bytes, OUT_ALIGN)),
+                len_bytes, err);
+    return rc;
+}
+
+static int add_file(struct job *job, const struct perta_shard *shard, struct perta_err *err)
+{
+    struct perta_file *grown = realloc(job->files, (job->n_files + 1) * sizeof *grown);
+    if (!grown)
+        return perta_fail_sys(err, ENOMEM, "%s", shard->path);
+    job->files = grown;
+    struct perta_file *file = &grown[job->n_files++];
+    *file = (struct perta_file){.fd = -1, .path = strdup(shard->path),
+                                .len_bytes = shard->size_bytes};
+    return file->path ? 0 : perta_fail_sys(err, ENOMEM, "%s", shard->path);
+}
+
+static int place_tensor(struct job *job, const struct perta_checkpoint *ck,
+                        const struct perta_tensor *want, struct place *place,
+                        uint32_t first_file, struct perta_err *err)
+{
+    const struct perta_ref *ref = perta_checkpoint_find(ck, want->name);
+    if (!ref)
+        return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which %s has", ck->path,
+                          want->name, job->first->path);
+    if (!perta_dtype_is_editable(ref->tensor->dtype))
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
+                          ck->path, want->name, perta_dtype_name(ref->tensor->dtype));
+    *place = (struct place){ref->tensor->off_bytes, first_file + ref->shard, ref->tensor->dtype};
+    return perta_shapes_agree(job->first->path, want, ck->path, ref->tensor, err);
+}
+
+/* Check one sample against the first and keep where its tensors lie. */
+static int add_sample(struct job *job, uint32_t sample, struct perta_err *err)
+{
+    struct perta_checkpoint *ck = NULL;
+    uint32_t n = job->accumulate->n_gradients, first_file = job->n_files;
+    int rc = perta_checkpoint_open(job->accumulate->gradients[sample], &ck, err);
+    if (!rc && !sample) {
+        job->first = ck;
+        job->places = calloc(ck->n_tensors * n + 1, sizeof *job->places);
+        if (!job->places)
+            rc = perta_fail_sys(err, ENOMEM, "plan");
+    }
+    if (!rc && ck->n_tensors != job->first->n_tensors)
+        rc = perta_fail(err, PERTA_EINPUT, "%s: %llu tensors, %s has %llu", ck->path,
+                        (unsigned long long)ck->n_tensors, job->first->path,
+                        (unsigned long long)job->first->n_tensors);
+    for (uint32_t s = 0; !rc && s < ck->n_shards; s++)
+        rc = add_file(job, &ck->shards[s], err);
+    uint64_t index = 0;
+    for (uint32_t s = 0; !rc && s < job->first->n_shards; s++)
+        for (uint64_t t = 0; !rc && t < job->first->shards[s].header->n_tensors; t++, index++)
+            rc = place_tensor(job, ck, &job->first->shards[s].header->tensors[t],
+                              &job->places[index * n + sample], first_file, err);
+    if (ck != job->first)
+        perta_checkpoint_close(ck);
+    return rc;
+}
+
+static int build_headers(struct job *job, int stat, struct perta_err *err)
+{
+    const struct perta_checkpoint *ck = job->first;
+    job->headers[stat] = calloc(ck->n_shards + 1, sizeof *job->headers[stat]);
+    job->header_bytes[stat] = calloc(ck->n_shards + 1, sizeof *job->header_bytes[stat]);
+    if (!job->headers[stat] || !job->header_bytes[stat])
+        return perta_fail_sys(err, ENOMEM, "headers");
+    json_t *metadata =
+        json_pack("{s:s, s:s, s:o}", "format", "pt", "perta.stat",
+                  perta_stat_name(stat == MEAN ? PERTA_STAT_MEAN : PERTA_STAT_MEANSQ),
+                  "perta.samples", json_sprintf("%u", job->accumulate->n_gradients));
+    int rc = 0;
+    for (uint32_t s = 0; s < ck->n_shards && !rc; s++) {
+        const struct perta_header *from = ck->shards[s].header;
+        struct perta_tensor *tensors = calloc(from->n_tensors + 1, sizeof *tensors);
+        if (!tensors)
+            rc = perta_fail_sys(err, ENOMEM, "headers");
+        for (uint64_t t = 0; !rc && t < from->n_tensors; t++) {
+            tensors[t] = from->tensors[t];
+            tensors[t].dtype = PERTA_F32;
+        }
+        if (!rc)
+            rc = perta_safetensors_build(tensors, from->n_tensors, metadata,
+                                         &job->headers[stat][s], &job->header_bytes[stat][s],
+                                         err);
+        free(tensors);
+    }
+    json_decref(metadata);
+    return rc;
+}
+
+/* As many elements a piece as let a few slots fit the budget, whatever the number of samples. */
+static int choose_elems(struct job *job, const struct perta_run *run, struct perta_err *err)
+{
+    uint64_t n = job->accumulate->n_gradients, width = 0;
+    for (uint64_t i = 0; i < n * job->first->n_tensors; i++) {
+        uint64_t bytes = perta_dtype_unit_bytes(job->places[i].dtype);
+        width = bytes > width ? bytes : width;
+    }
+    /* A slot has every sample's elements and the results; a worker has four sums. */
+    uint64_t for_slots = run->memory_bytes / 2;
+    uint64_t each = SLOTS_WANTED * (n * width + N_STATS * sizeof(float)) +
+                    job->n_workers * 4 * sizeof(float);
+    uint64_t overhang = SLOTS_WANTED * n * perta_read_room(0);
+    uint64_t elems = for_slots > overhang ? (for_slots - overhang) / each : 0;
+    if (elems < ELEMS_MIN)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--memory %lluM is too small to read %llu gradients side by side: it "
+                          "needs %lluM",
+                          (unsigned long long)(run->memory_bytes >> 20), (unsigned long long)n,
+                          (unsigned long long)((2 * (overhang + ELEMS_MIN * each)) >> 20) + 1);
+    elems = elems < ELEMS_MAX ? elems : ELEMS_MAX;
+    job->elems = perta_align_down(elems, ELEMS_MIN);
+    return 0;
+}
+
+static int make_scratch(struct job *job, struct perta_err *err)
+{
+    job->scratch = calloc(job->n_workers, sizeof *job->scratch);
+    for (unsigned w = 0; job->scratch && w < job->n_workers; w++)
+        for (int i = 0; i < 4; i++) {
+            float **sums = job->scratch[w].sums;
+            sums[i] = job->wanted[i / 2] ? malloc(job->elems * sizeof(float)) : NULL;
+            if (job->wanted[i / 2] && !sums[i])
+                return perta_fail_sys(err, ENOMEM, "sums");
+            if (sums[i])
+                memset(sums[i], 0, job->elems * sizeof(float)); /* counts from now on */
+        }
+    return job->scratch ? 0 : perta_fail_sys(err, ENOMEM, "sums");
+}
+
+static int begin_outputs(struct job *job, struct perta_err *err)
+{
+    static const char *const names[N_STATS] = {"mean", "meansq"};
+    int rc = 0;
+    for (int stat = 0; stat < N_STATS && !rc; stat++) {
+        if (!job->wanted[stat])
+            continue;
+        char *path = perta_path_join(job->accumulate->out, names[stat]);
+        rc = path ? perta_model_out_begin(&job->outs[stat], path, job->accumulate->force, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
+        free(path);
+        if (!rc)
+            rc = build_headers(job, stat, err);
+    }
+    return rc;
+}
+
+static int prepare(struct job *job, const struct perta_run *run, struct perta_err *err)
+{
+    if (!job->accumulate->n_gradients)
+        return perta_fail(err, PERTA_EUSAGE, "no gradients given");
+    int rc = 0;
+    for (uint32_t i = 0; i < job->accumulate->n_gradients && !rc; i++)
+        rc = add_sample(job, i, err);
+    if (!rc)
+        rc = choose_elems(job, run, err);
+    if (!rc)
+        rc = make_scratch(job, err);
+    return rc ? rc : begin_outputs(job, err);
+}
+
+static uint64_t total_bytes(const struct job *job)
+{
+    uint64_t total = 0, index = 0;
+    uint32_t n = job->accumulate->n_gradients;
+    for (uint32_t s = 0; s < job->first->n_shards; s++)
+        for (uint64_t t = 0; t < job->first->shards[s].header->n_tensors; t++, index++)
+            for (uint32_t i = 0; i < n; i++)
+                total += job->first->shards[s].header->tensors[t].n_elems *
+                         perta_dtype_unit_bytes(job->places[index * n + i].dtype);
+    return total;
+}
+
+static uint64_t largest_piece(const struct job *job)
+{
+    uint64_t most = 0;
+    uint32_t n = job->accumulate->n_gradients;
+    for (uint64_t t = 0; t < job->first->n_tensors; t++) {
+        uint64_t width = 0;
+        for (uint32_t i = 0; i < n; i++)
+            width += perta_dtype_unit_bytes(job->places[t * n + i].dtype);
+        most = width > most ? width : most;
+    }
+    return most * job->elems;
+}
+
+static int open_stream(struct job *job, const struct perta_run *run,
+                       struct perta_stream **stream, struct perta_err *err)
+{
+    struct perta_job sizes = {
+        .ctx = job,
+        .n_in = job->accumulate->n_gradients,
+        .in_bytes_max = largest_piece(job),
+        .out_bytes_max = N_STATS * perta_align_up(job->elems * sizeof(float), OUT_ALIGN),
+        .total_bytes = total_bytes(job),
+        .next = next,
+        .work = work,
+        .commit = commit,
+    };
+    const char **paths = calloc(job->n_files + 1, sizeof *paths);
+    if (!paths)
+        return perta_fail_sys(err, ENOMEM, "paths");
+    for (uint32_t i = 0; i < job->n_files; i++)
+        paths[i] = job->files[i].path;
+    unsigned n_writers = (unsigned)job->wanted[MEAN] + (unsigned)job->wanted[MEANSQ];
+    int rc = perta_stream_open(run, &sizes, paths, job->n_files, n_writers, stream, err);
+    free(paths);
+    if (rc)
+        return rc;
+    struct perta_engine *engine = perta_stream_engine(*stream);
+    for (uint32_t i = 0; i < job->n_files && !rc; i++) {
+        char *path = job->files[i].path;
+        uint64_t len_bytes = job->files[i].len_bytes;
+        rc = perta_file_open(&job->files[i], path, engine->wants_direct, err);
+        if (!rc && job->files[i].len_bytes != len_bytes)
+            rc = perta_fail(err, PERTA_EINPUT, "%s: changed since its header was read", path);
+        free(path);
+    }
+    unsigned writer = 0;
+    for (int stat = 0; stat < N_STATS; stat++)
+        if (job->wanted[stat]) {
+            job->outs[stat].engine = engine;
+            job->outs[stat].writer_bufs = perta_stream_writer_bufs(*stream, writer++);
+        }
+    return rc;
+}
+
+/* The index that transformers looks for beside several shards. */
+static int write_index(struct job *job, int stat, struct perta_err *err)
+{
+    if (job->first->n_shards < 2)
+        return 0;
+    json_t *map = json_object();
+    uint64_t total = 0;
+    for (uint32_t s = 0; s < job->first->n_shards; s++) {
+        const struct perta_header *header = job->first->shards[s].header;
+        for (uint64_t t = 0; t < header->n_tensors; t++) {
+            json_object_set_new(map, header->tensors[t].name, json_string(shard_name(job, s)));
+            total += header->tensors[t].n_elems * sizeof(float);
+        }
+    }
+    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total,
+                              "weight_map", map);
+    char *text = json_dumps(index, JSON_INDENT(1) | JSON_SORT_KEYS);
+    int rc = text ? perta_publish_file(&job->outs[stat].folder, PERTA_INDEX_NAME, text,
+                                       strlen(text), err)
+                  : perta_fail_sys(err, ENOMEM, PERTA_INDEX_NAME);
+    free(text);
+    json_decref(index);
+    return rc;
+}
+
+static int finish(struct job *job, json_t *summary, struct perta_err *err)
+{
+    json_t *folders = json_array();
+    uint64_t written = 0;
+    json_object_set_new(summary, "folders", folders);
+    int rc = reach_shard(job, job->first->n_shards, err);
+    for (uint32_t i = 0; i < job->n_files && !rc; i++)
+        rc = perta_file_unchanged(&job->files[i], err);
+    for (int stat = 0; stat < N_STATS && !rc; stat++) {
+        if (!job->wanted[stat])
+            continue;
+        rc = write_index(job, stat, err);
+        if (!rc)
+            rc = perta_model_out_commit(&job->outs[stat], err);
+        json_array_append_new(folders, json_string(job->outs[stat].folder.path));
+        written += job->outs[stat].written_bytes;
+    }
+    json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
+    json_object_set_new(summary, "samples", json_integer(job->accumulate->n_gradients));
+    json_object_set_new(summary, "tensors", json_integer((json_int_t)job->first->n_tensors));
+    return rc;
+}
+
+static void release(struct job *job)
+{
+    for (int stat = 0; stat < N_STATS; stat++) {
+        perta_model_out_release(&job->outs[stat]);
+        for (uint32_t s = 0; job->headers[stat] && s < job->first->n_shards; s++)
+            free(job->headers[stat][s]);
+        free(job->headers[stat]);
+        free(job->header_bytes[stat]);
+    }
+    for (uint32_t i = 0; i < job->n_files; i++)
+        perta_file_close(&job->files[i]);
+    free(job->files);
+    free(job->places);
+    for (unsigned w = 0; job->scratch && w < job->n_workers; w++)
+        for (int i = 0; i < 4; i++)
+            free(job->scratch[w].sums[i]);
+    free(job->scratch);
+    perta_checkpoint_close(job->first);
+}
+
+int perta_accumulate(const struct perta_accumulate *accumulate, const struct perta_run *run,
+                     json_t **summary, struct perta_err *err)
+{
+    struct job job = {
+        .accumulate = accumulate,
+        .wanted = {accumulate->mean, accumulate->meansq},
+        .n_workers = perta_run_threads(run),
+    };
+    struct perta_stream *stream = NULL;
+    *summary = json_object();
+    int rc = prepare(&job, run, err);
+    if (!rc)
+        rc = open_stream(&job, run, &stream, err);
+    if (!rc)
+        rc = perta_stream_run(stream, err);
+    if (!rc)
+        rc = finish(&job, *summary, err);
+    if (!rc)
+        json_object_set_new(*summary, "read_bytes",
+                            json_integer((json_int_t)perta_stream_read_bytes(stream)));
+    release(&job);
+    perta_stream_close(stream);
+    if (rc) {
+        json_decref(*summary);
+        *summary = NULL;
+    }
+    return rc;
+}

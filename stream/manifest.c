@@ -1,0 +1,379 @@
+#include "stream/manifest.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "io/checkpoint.h"
+#include "io/hash.h"
+#include "io/publish.h"
+
+#define PIECE_BYTES (4ull << 20)
+
+/* One file and where in it we are. */
+struct entry {
+    char *name, *path;
+    struct perta_file file;
+    struct perta_header *header; /* NULL: not a safetensors file, or its header is damaged */
+    json_t *tensors;
+};
+
+struct job {
+    struct entry *entries; /* (n), sorted by name */
+    size_t n;
+    bool with_sha256;
+    json_t *files;
+    /* where next() stands */
+    size_t at;
+    uint64_t off_bytes, tensor;
+    /* the owner's, for commit(): digests under way */
+    size_t done;
+    struct perta_digest *whole, *part;
+};
+
+/* End of the run of bytes that off lies in: the header, or one tensor. */
+static uint64_t run_end(const struct entry *e, uint64_t off_bytes, uint64_t tensor)
+{
+    if (!e->header)
+        return e->file.len_bytes;
+    if (off_bytes < e->header->len_bytes)
+        return e->header->len_bytes;
+    const struct perta_tensor *t = &e->header->tensors[tensor];
+    return t->off_bytes + t->len_bytes;
+}
+
+static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    (void)err;
+    struct job *job = ctx;
+    while (job->at < job->n && job->off_bytes == job->entries[job->at].file.len_bytes) {
+        job->at++;
+        job->off_bytes = job->tensor = 0;
+    }
+    if (job->at == job->n)
+        return 0;
+    struct entry *e = &job->entries[job->at];
+    while (e->header && job->off_bytes >= e->header->len_bytes &&
+           run_end(e, job->off_bytes, job->tensor) <= job->off_bytes)
+        job->tensor++;
+    uint64_t end = run_end(e, job->off_bytes, job->tensor);
+    uint64_t n = end - job->off_bytes < PIECE_BYTES ? end - job->off_bytes : PIECE_BYTES;
+    piece->tag = job->at;
+    piece->tensor = (uint32_t)job->tensor;
+    piece->first_elem = job->off_bytes;
+    piece->in[0] = (struct perta_range){
+        .file = &e->file, .off_bytes = job->off_bytes, .len_bytes = n};
+    job->off_bytes += n;
+    return 1;
+}
+
+static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
+{
+    /* Digests run through a file in order: commit() makes them. */
+    (void)ctx;
+    (void)worker;
+    (void)piece;
+    (void)err;
+    return 0;
+}
+
+static void end_tensor(struct job *job, const struct entry *e, uint64_t tensor)
+{
+    const struct perta_tensor *t = &e->header->tensors[tensor];
+    struct perta_digest_hex hex;
+    perta_digest_finish(job->part, &hex);
+    perta_digest_free(job->part);
+    job->part = NULL;
+    json_array_append_new(e->tensors,
+                          json_pack("{s:s, s:I, s:s}", "name", t->name, "bytes",
+                                    (json_int_t)t->len_bytes, "xxh3_128", hex.xxh128));
+}
+
+static int end_file(struct job *job, struct perta_err *err)
+{
+    struct entry *e = &job->entries[job->done++];
+    struct perta_digest_hex hex;
+    if (!job->whole && !(job->whole = perta_digest_new(job->with_sha256)))
+        return perta_fail_sys(err, ENOMEM, "%s", e->path);
+    perta_digest_finish(job->whole, &hex);
+    perta_digest_free(job->whole);
+    job->whole = NULL;
+    json_t *file = json_pack("{s:s, s:I, s:s}", "name", e->name, "bytes",
+                             (json_int_t)e->file.len_bytes, "xxh3_128", hex.xxh128);
+    if (job->with_sha256)
+        json_object_set_new(file, "sha256", json_string(hex.sha256));
+    if (e->header)
+        json_object_set(file, "tensors", e->tensors);
+    json_array_append_new(job->files, file);
+    return perta_file_unchanged(&e->file, err);
+}
+
+static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    struct job *job = ctx;
+    struct entry *e = &job->entries[piece->tag];
+    const struct perta_range *in = &piece->in[0];
+    while (job->done < piece->tag) {
+        int rc = end_file(job, err);
+        if (rc)
+            return rc;
+    }
+    if (!job->whole && !(job->whole = perta_digest_new(job->with_sha256)))
+        return perta_fail_sys(err, ENOMEM, "%s", e->path);
+    perta_digest_update(job->whole, in->data, in->len_bytes);
+    if (!e->header || in->off_bytes < e->header->len_bytes)
+        return 0;
+    if (!job->part && !(job->part = perta_digest_new(false)))
+        return perta_fail_sys(err, ENOMEM, "%s", e->path);
+    perta_digest_update(job->part, in->data, in->len_bytes);
+    if (in->off_bytes + in->len_bytes == run_end(e, in->off_bytes, piece->tensor))
+        end_tensor(job, e, piece->tensor);
+    return 0;
+}
+
+static bool ends_with(const char *name, const char *suffix)
+{
+    size_t n = strlen(name), m = strlen(suffix);
+    return n >= m && !strcmp(name + n - m, suffix);
+}
+
+static int add_entry(struct job *job, const char *dir, const char *name, struct perta_err *err)
+{
+    struct entry *grown = realloc(job->entries, (job->n + 1) * sizeof *grown);
+    if (!grown)
+        return perta_fail_sys(err, ENOMEM, "%s", name);
+    job->entries = grown;
+    struct entry *e = &grown[job->n++];
+    *e = (struct entry){.file.fd = -1, .tensors = json_array()};
+    e->name = strdup(name);
+    e->path = dir ? perta_path_join(dir, name) : strdup(name);
+    if (!e->name || !e->path)
+        return perta_fail_sys(err, ENOMEM, "%s", name);
+    if (strpbrk(name, "\n\r\\"))
+        return perta_fail(err, PERTA_EINPUT, "%s: has a line break or backslash in its name; "
+                          "checksum files cannot name it", e->path);
+    return 0;
+}
+
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(((const struct entry *)a)->name, ((const struct entry *)b)->name);
+}
+
+static int list(struct job *job, const char *path, const char *skip, struct perta_err *err)
+{
+    struct stat st, skipped = {0};
+    if (stat(path, &st))
+        return perta_fail_sys(err, errno, "%s", path);
+    if (S_ISREG(st.st_mode))
+        return add_entry(job, NULL, path, err);
+    bool skips = skip && !stat(skip, &skipped);
+    DIR *dir = opendir(path);
+    if (!dir)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = 0;
+    for (struct dirent *d; !rc && (d = readdir(dir));) {
+        if (fstatat(dirfd(dir), d->d_name, &st, 0) || !S_ISREG(st.st_mode) ||
+            (skips && st.st_dev == skipped.st_dev && st.st_ino == skipped.st_ino))
+            continue;
+        rc = add_entry(job, path, d->d_name, err);
+    }
+    closedir(dir);
+    if (!rc && !job->n)
+        rc = perta_fail(err, PERTA_EINPUT, "%s: no files in it", path);
+    if (job->n)
+        qsort(job->entries, job->n, sizeof *job->entries, by_name);
+    return rc;
+}
+
+/* A damaged header is no error here: the file's own digest will tell. */
+static void try_header(struct entry *e)
+{
+    struct perta_err ignored = {0};
+    int fd = ends_with(e->name, ".safetensors") ? open(e->path, O_RDONLY | O_CLOEXEC) : -1;
+    struct stat st;
+    if (fd >= 0 && !fstat(fd, &st))
+        perta_safetensors_read(fd, (uint64_t)st.st_size, e->path, &e->header, &ignored);
+    if (fd >= 0)
+        close(fd);
+}
+
+static int open_stream(struct job *job, const struct perta_run *run,
+                       struct perta_stream **stream, struct perta_err *err)
+{
+    struct perta_job sizes = {
+        .ctx = job, .n_in = 1, .in_bytes_max = PIECE_BYTES, .next = next, .work = work,
+        .commit = commit};
+    const char **paths = calloc(job->n, sizeof *paths);
+    if (!paths)
+        return perta_fail_sys(err, ENOMEM, "manifest");
+    for (size_t i = 0; i < job->n; i++) {
+        struct stat st;
+        paths[i] = job->entries[i].path;
+        try_header(&job->entries[i]);
+        if (!stat(paths[i], &st))
+            sizes.total_bytes += (uint64_t)st.st_size;
+    }
+    int rc = perta_stream_open(run, &sizes, paths, job->n, 0, stream, err);
+    free(paths);
+    for (size_t i = 0; i < job->n && !rc; i++) {
+        struct entry *e = &job->entries[i];
+        rc = perta_file_open(&e->file, e->path, perta_stream_engine(*stream)->wants_direct, err);
+        if (!rc && e->header && e->header->file_len_bytes != e->file.len_bytes)
+            rc = perta_fail(err, PERTA_EINPUT, "%s: changed since its header was read", e->path);
+    }
+    return rc;
+}
+
+static void release(struct job *job)
+{
+    for (size_t i = 0; i < job->n; i++) {
+        free(job->entries[i].name);
+        free(job->entries[i].path);
+        perta_file_close(&job->entries[i].file);
+        perta_header_free(job->entries[i].header);
+        json_decref(job->entries[i].tensors);
+    }
+    free(job->entries);
+    perta_digest_free(job->whole);
+    perta_digest_free(job->part);
+}
+
+int perta_manifest(const char *path, bool with_sha256, const char *skip,
+                   const struct perta_run *run, json_t **manifest, struct perta_err *err)
+{
+    struct job job = {.with_sha256 = with_sha256, .files = json_array()};
+    struct perta_stream *stream = NULL;
+    int rc = list(&job, path, skip, err);
+    if (!rc)
+        rc = open_stream(&job, run, &stream, err);
+    if (!rc)
+        rc = perta_stream_run(stream, err);
+    while (!rc && job.done < job.n)
+        rc = end_file(&job, err);
+    *manifest = rc ? NULL
+                   : json_pack("{s:s, s:i, s:s, s:O}", "format", "perta-manifest", "version", 1,
+                               "tool", "perta " PERTA_VERSION, "files", job.files);
+    release(&job);
+    json_decref(job.files);
+    perta_stream_close(stream);
+    return rc;
+}
+
+static json_t *find_named(const json_t *array, const char *name)
+{
+    size_t i;
+    json_t *item;
+    json_array_foreach (array, i, item) {
+        const char *other = json_string_value(json_object_get(item, "name"));
+        if (other && !strcmp(name, other))
+            return item;
+    }
+    return NULL;
+}
+
+static void add_difference(json_t *differences, const char *file, const char *tensor,
+                           const char *what)
+{
+    json_array_append_new(differences, json_pack("{s:s, s:s?, s:s}", "file", file, "tensor",
+                                                 tensor, "what", what));
+}
+
+static void compare_tensors(const char *file, const json_t *want, const json_t *have,
+                            json_t *differences)
+{
+    size_t i;
+    json_t *item;
+    json_t *by_names = json_object(); /* 100,000 tensors are nothing unusual */
+    json_array_foreach (have, i, item)
+        json_object_set(by_names, json_string_value(json_object_get(item, "name")), item);
+    json_array_foreach (want, i, item) {
+        const char *name = json_string_value(json_object_get(item, "name"));
+        const json_t *other = name ? json_object_get(by_names, name) : NULL;
+        if (!other)
+            add_difference(differences, file, name, "is missing");
+        else if (!json_equal(item, other))
+            add_difference(differences, file, name, "differs");
+    }
+    json_decref(by_names);
+}
+
+static void compare_file(const json_t *want, const json_t *have, json_t *differences)
+{
+    const char *name = json_string_value(json_object_get(want, "name"));
+    const json_t *digest = json_object_get(want, "xxh3_128");
+    if (!have) {
+        add_difference(differences, name, NULL, "is missing");
+        return;
+    }
+    if (json_equal(digest, json_object_get(have, "xxh3_128")) &&
+        json_equal(json_object_get(want, "bytes"), json_object_get(have, "bytes")))
+        return;
+    size_t before = json_array_size(differences);
+    const json_t *tensors = json_object_get(have, "tensors");
+    if (json_object_get(want, "tensors") && !tensors)
+        add_difference(differences, name, NULL,
+                       "differs: its header is damaged, so that its tensors cannot be told "
+                       "apart");
+    else if (tensors)
+        compare_tensors(name, json_object_get(want, "tensors"), tensors, differences);
+    if (json_array_size(differences) == before)
+        add_difference(differences, name, NULL,
+                       tensors ? "differs in its header, not in its tensors" : "differs");
+}
+
+static int load(const char *path, json_t **manifest, struct perta_err *err)
+{
+    json_error_t why;
+    *manifest = json_load_file(path, JSON_REJECT_DUPLICATES, &why);
+    if (!*manifest)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: line %d: %s; verify reads manifests of the format perta; "
+                          "xxhsum --check and sha256sum --check read the others",
+                          path, why.line, why.text);
+    const char *format = json_string_value(json_object_get(*manifest, "format"));
+    if (!format || strcmp(format, "perta-manifest") ||
+        !json_is_array(json_object_get(*manifest, "files")))
+        return perta_fail(err, PERTA_EINPUT, "%s: not a manifest that perta wrote", path);
+    return 0;
+}
+
+int perta_manifest_verify(const char *path, const char *manifest_path,
+                          const struct perta_run *run, json_t **summary, struct perta_err *err)
+{
+    json_t *want = NULL, *have = NULL;
+    *summary = NULL;
+    int rc = load(manifest_path, &want, err);
+    if (!rc)
+        rc = perta_manifest(path, false, manifest_path, run, &have, err);
+    if (rc)
+        goto out;
+    json_t *differences = json_array(), *unlisted = json_array();
+    const json_t *want_files = json_object_get(want, "files");
+    const json_t *have_files = json_object_get(have, "files");
+    size_t i;
+    json_t *item;
+    json_array_foreach (want_files, i, item) {
+        const char *name = json_string_value(json_object_get(item, "name"));
+        if (name)
+            compare_file(item, find_named(have_files, name), differences);
+    }
+    json_array_foreach (have_files, i, item) {
+        const char *name = json_string_value(json_object_get(item, "name"));
+        if (!find_named(want_files, name))
+            json_array_append_new(unlisted, json_string(name));
+    }
+    *summary = json_pack("{s:I, s:o, s:o}", "files", (json_int_t)json_array_size(want_files),
+                         "differences", differences, "unlisted", unlisted);
+    if (json_array_size(differences))
+        rc = perta_fail(err, PERTA_ECHECK, "%s: %zu differences from %s", path,
+                        json_array_size(differences), manifest_path);
+out:
+    json_decref(want);
+    json_decref(have);
+    return rc;
+}

@@ -1,0 +1,32 @@
+/* manifest.h - digests of everything in a folder, down to the tensor; and the check against
+ * them. Spec: docs/manifest.md */
+#ifndef PERTA_STREAM_MANIFEST_H
+#define PERTA_STREAM_MANIFEST_H
+
+#include <jansson.h>
+#include <stdbool.h>
+
+#include "stream/stream.h"
+
+/* Digest every regular file of the folder (or the one file) at path. *manifest is the caller's:
+ * {"format": "perta-manifest", "version": 1, "files": [{name, bytes, xxh3_128, sha256?,
+ * tensors?: [{name, bytes, xxh3_128}]}]}, sorted by name; tensors for safetensors files whose
+ * header is sound. with_sha256 false leaves SHA-256 out: faster. skip (may be NULL) is a path
+ * that is left out. */
+PERTA_API int perta_manifest(const char *path, bool with_sha256, const char *skip,
+                             const struct perta_run *run, json_t **manifest,
+                             struct perta_err *err);
+
+/* Compare what is there with a manifest. *summary (the caller's, also with PERTA_ECHECK) lists
+ * under "differences" each file that is missing or differs and, where headers allow, each
+ * tensor of it. Files that the manifest does not name are listed under "unlisted". */
+PERTA_API int perta_manifest_verify(const char *path, const char *manifest_path,
+                                    const struct perta_run *run, json_t **summary,
+                                    struct perta_err *err);
+
+/* Check every table, every frame and every digest of a patch folder against its manifest. As
+ * above, *summary lists the differences. */
+PERTA_API int perta_patch_verify(const char *path, const struct perta_run *run,
+                                 json_t **summary, struct perta_err *err);
+
+#endif
