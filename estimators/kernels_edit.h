@@ -1,0 +1,263 @@
+/* kernels_edit.h - the edit for one type of arithmetic. kernels.c includes it twice, with
+ * real as float and as double. No include guard on purpose. */
+
+/* One tile, widened. Padded so that the arrays do not share cache sets. */
+struct REAL(tile) {
+    real model[PERTA_TILE + 16], tuned[PERTA_TILE + 16], base[PERTA_TILE + 16];
+    real forget[PERTA_TILE + 16], retain[PERTA_TILE + 16];
+    real weight[PERTA_TILE + 16];
+};
+
+/* dst (n) = elements first.. of view, converted. */
+static void REAL(load)(const struct perta_view *view, uint64_t first, size_t n,
+                       real *restrict dst)
+{
+    const u16_any *u16 = (const u16_any *)view->data + first;
+    const f32_any *f32 = (const f32_any *)view->data + first;
+    const f64_any *f64 = (const f64_any *)view->data + first;
+    switch (view->dtype) {
+    case PERTA_F16:
+        for (size_t i = 0; i < n; i++)
+            dst[i] = (real)perta_f32_from_f16(u16[i]);
+        break;
+    case PERTA_BF16:
+        for (size_t i = 0; i < n; i++)
+            dst[i] = (real)perta_f32_from_bf16(u16[i]);
+        break;
+    case PERTA_F32:
+        for (size_t i = 0; i < n; i++)
+            dst[i] = (real)f32[i];
+        break;
+    default:
+        for (size_t i = 0; i < n; i++)
+            dst[i] = (real)f64[i];
+        break;
+    }
+}
+
+static bool REAL(is_bad)(real x, bool refuse_negative)
+{
+    return (REAL_BITS(x) & REAL_EXPONENT) == REAL_EXPONENT || (refuse_negative && x < 0);
+}
+
+static bool REAL(any_bad)(const real *x, size_t n, bool refuse_negative)
+{
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++)
+        bad |= (REAL_BITS(x[i]) & REAL_EXPONENT) == REAL_EXPONENT;
+    for (size_t i = 0; refuse_negative && i < n; i++)
+        bad |= x[i] < 0;
+    return bad != 0;
+}
+
+/* Returns whether anything in the tile is not a number to work with. */
+static bool REAL(load_tile)(const struct perta_rule *rule, const struct perta_edit_in *in,
+                            uint64_t first, size_t n, struct REAL(tile) * t)
+{
+    REAL(load)(&in->model, first, n, t->model);
+    REAL(load)(&in->tuned, first, n, t->tuned);
+    REAL(load)(&in->base, first, n, t->base);
+    bool bad = REAL(any_bad)(t->model, n, false);
+    bad |= REAL(any_bad)(t->tuned, n, false);
+    bad |= REAL(any_bad)(t->base, n, false);
+    if (!perta_rule_needs_importance(rule))
+        return bad;
+    bool squares = rule->stat == PERTA_STAT_MEANSQ;
+    REAL(load)(&in->forget, first, n, t->forget);
+    REAL(load)(&in->retain, first, n, t->retain);
+    bad |= REAL(any_bad)(t->forget, n, squares);
+    bad |= REAL(any_bad)(t->retain, n, squares);
+    return bad;
+}
+
+/* w = 1 / (1 + x), x = EXPR of r = |retain| / |forget|; 0 where forget is 0. */
+#define WEIGH(name, expr)                                               \
+    static void REAL(name)(struct REAL(tile) * t, size_t n, double p)   \
+    {                                                                   \
+        (void)p;                                                        \
+        for (size_t i = 0; i < n; i++) {                                \
+            real r = REAL_FABS(t->retain[i]) / REAL_FABS(t->forget[i]); \
+            real w = 1 / (1 + (expr));                                  \
+            t->weight[i] = t->forget[i] == 0 ? 0 : w;                   \
+        }                                                               \
+    }
+WEIGH(weigh_plain, r)
+WEIGH(weigh_square, r *r)
+WEIGH(weigh_root, REAL_SQRT(r))
+WEIGH(weigh_power, (real)perta_pow((double)r, p))
+#undef WEIGH
+
+static void REAL(weigh_random)(const struct perta_rule *rule,
+                               const struct perta_edit_in *in, uint64_t first, size_t n,
+                               struct REAL(tile) * t)
+{
+    uint64_t state = rule->seed ^ in->name_hash;
+    for (size_t i = 0; i < n; i++)
+        t->weight[i] = (real)perta_random_weight(state, in->first_elem + first + i);
+}
+
+static void REAL(weigh)(const struct perta_rule *rule, const struct perta_edit_in *in,
+                        uint64_t first, size_t n, struct REAL(tile) * t)
+{
+    bool squares = rule->stat == PERTA_STAT_MEANSQ;
+    real same = rule->method == PERTA_TV ? 1 : (real)rule->weight;
+    switch (rule->method) {
+    case PERTA_GRAD:
+        (squares ? REAL(weigh_root) : REAL(weigh_plain))(t, n, 1);
+        break;
+    case PERTA_FISHER:
+        (squares ? REAL(weigh_plain) : REAL(weigh_square))(t, n, 2);
+        break;
+    case PERTA_POWER:
+        REAL(weigh_power)(t, n, squares ? rule->power / 2 : rule->power);
+        break;
+    case PERTA_RANDOM:
+        REAL(weigh_random)(rule, in, first, n, t);
+        break;
+    default:
+        for (size_t i = 0; i < n; i++)
+            t->weight[i] = same;
+        break;
+    }
+}
+
+/* Writes zeros behind the n weights, up to a whole number of lanes. */
+static double REAL(sum_weights)(real *w, size_t n)
+{
+    double lanes[PERTA_SUM_LANES] = {0}, sum = 0;
+    for (size_t i = n; i % PERTA_SUM_LANES; i++)
+        w[i] = 0;
+    for (size_t i = 0; i < n; i += PERTA_SUM_LANES)
+        for (size_t j = 0; j < PERTA_SUM_LANES; j++)
+            lanes[j] += (double)w[i + j];
+    for (size_t j = 0; j < PERTA_SUM_LANES; j++)
+        sum += lanes[j];
+    return sum;
+}
+
+/* The edit of one tile into one dtype, with what is seen on the way: elements whose bits
+ * changed, whose step rounding took away; returns whether any result is not finite. */
+#define FINISH(name, uint, any, round, exponent)                              \
+    static bool REAL(name)(const struct REAL(tile) * t, real alpha, size_t n, \
+                           const any *restrict model, any *restrict out,      \
+                           uint32_t *n_changed, uint32_t *n_away)             \
+    {                                                                         \
+        uint32_t bad = 0, changed = 0, away = 0;                              \
+        for (size_t i = 0; i < n; i++) {                                      \
+            real step = (alpha * t->weight[i]) * (t->tuned[i] - t->base[i]);  \
+            uint rounded = round(t->model[i] - step);                         \
+            uint was = model[i], is = step == 0 ? was : rounded;              \
+            out[i] = is;                                                      \
+            changed += is != was;                                             \
+            away += (step != 0) & (is == was);                                \
+            bad |= (is & (exponent)) == (exponent);                           \
+        }                                                                     \
+        *n_changed = changed;                                                 \
+        *n_away = away;                                                       \
+        return bad != 0;                                                      \
+    }
+#ifdef REAL_IS_F64
+FINISH(finish_f64, uint64_t, u64_any, perta_f64_bits, REAL_EXPONENT)
+#else
+FINISH(finish_f16, uint16_t, u16_any, perta_f16_from_f32, 0x7c00)
+FINISH(finish_bf16, uint16_t, u16_any, perta_bf16_from_f32, 0x7f80)
+FINISH(finish_f32, uint32_t, u32_any, perta_f32_bits, REAL_EXPONENT)
+#endif
+#undef FINISH
+
+static bool REAL(finish)(const struct REAL(tile) * t, enum perta_dtype dtype, real alpha,
+                         size_t n, const void *model, void *out, uint32_t *n_changed,
+                         uint32_t *n_away)
+{
+#ifdef REAL_IS_F64
+    (void)dtype;
+    return REAL(finish_f64)(t, alpha, n, model, out, n_changed, n_away);
+#else
+    if (dtype == PERTA_F16)
+        return REAL(finish_f16)(t, alpha, n, model, out, n_changed, n_away);
+    if (dtype == PERTA_BF16)
+        return REAL(finish_bf16)(t, alpha, n, model, out, n_changed, n_away);
+    return REAL(finish_f32)(t, alpha, n, model, out, n_changed, n_away);
+#endif
+}
+
+static enum perta_operand REAL(bad_operand)(const struct perta_rule *rule,
+                                            const struct REAL(tile) * t, real result,
+                                            size_t i)
+{
+    bool squares = rule->stat == PERTA_STAT_MEANSQ;
+    if (REAL(is_bad)(t->model[i], false))
+        return PERTA_IN_MODEL;
+    if (REAL(is_bad)(t->tuned[i], false))
+        return PERTA_IN_TUNED;
+    if (REAL(is_bad)(t->base[i], false))
+        return PERTA_IN_BASE;
+    if (perta_rule_needs_importance(rule) && REAL(is_bad)(t->forget[i], squares))
+        return PERTA_IN_FORGET;
+    if (perta_rule_needs_importance(rule) && REAL(is_bad)(t->retain[i], squares))
+        return PERTA_IN_RETAIN;
+    return REAL(is_bad)(result, false) ? PERTA_IN_RESULT : PERTA_N_OPERANDS;
+}
+
+/* The slow way for a finished tile in which something is not finite: put the model's bits
+ * back there, and count again. */
+static void REAL(settle)(const struct perta_rule *rule, const struct REAL(tile) * t,
+                         enum perta_dtype dtype, real alpha, uint64_t first, size_t n,
+                         const char *model, char *out, struct perta_edit_counts *c)
+{
+    const struct perta_view done = {dtype, out};
+    size_t width = width_bytes(dtype);
+    double lanes[PERTA_SUM_LANES] = {0}, sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        real result;
+        REAL(load)(&done, i, 1, &result);
+        enum perta_operand operand = REAL(bad_operand)(rule, t, result, i);
+        if (operand != PERTA_N_OPERANDS) {
+            memcpy(out + i * width, model + i * width, width);
+            if (c->n_nonfinite++ == 0) {
+                c->bad_elem = first + i;
+                c->bad_operand = operand;
+            }
+            continue;
+        }
+        real step = (alpha * t->weight[i]) * (t->tuned[i] - t->base[i]);
+        bool changed = memcmp(out + i * width, model + i * width, width) != 0;
+        c->n_changed += changed;
+        c->n_rounded_away += step != 0 && !changed;
+        lanes[i % PERTA_SUM_LANES] += (double)t->weight[i];
+    }
+    for (size_t j = 0; j < PERTA_SUM_LANES; j++)
+        sum += lanes[j];
+    c->sum_weight += sum;
+}
+
+static void REAL(edit)(const struct perta_rule *rule, const struct perta_edit_in *in,
+                       const float *alphas, uint32_t n_alphas, void *const *outs,
+                       struct perta_edit_counts *counts)
+{
+    struct REAL(tile) t;
+    enum perta_dtype dtype = in->model.dtype;
+    memset(counts, 0, n_alphas * sizeof *counts);
+    for (uint64_t first = 0; first < in->n; first += PERTA_TILE) {
+        uint64_t left = in->n - first;
+        size_t n = left < PERTA_TILE ? (size_t)left : PERTA_TILE;
+        const char *model = (const char *)in->model.data + first * width_bytes(dtype);
+        bool bad_inputs = REAL(load_tile)(rule, in, first, n, &t);
+        REAL(weigh)(rule, in, first, n, &t);
+        double sum = REAL(sum_weights)(t.weight, n);
+        for (uint32_t a = 0; a < n_alphas; a++) {
+            struct perta_edit_counts *c = &counts[a];
+            char *out = (char *)outs[a] + first * width_bytes(dtype);
+            real alpha = (real)alphas[a];
+            uint32_t n_changed, n_away;
+            bool bad = REAL(finish)(&t, dtype, alpha, n, model, out, &n_changed, &n_away);
+            if (bad || bad_inputs) {
+                REAL(settle)(rule, &t, dtype, alpha, first, n, model, out, c);
+                continue;
+            }
+            c->n_changed += n_changed;
+            c->n_rounded_away += n_away;
+            c->sum_weight += sum;
+        }
+    }
+}
