@@ -1,0 +1,286 @@
+#include "tools/cli.h"
+
+#include <errno.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { KEY_MEMORY = 0x100, KEY_THREADS, KEY_IO, KEY_JSON, KEY_PROGRESS, KEY_FORCE, KEY_DRY_RUN };
+
+static volatile sig_atomic_t cancelled;
+
+static void on_signal(int signal)
+{
+    (void)signal;
+    cancelled = 1;
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+double cli_seconds(const struct cli *cli)
+{
+    return now() - cli->started;
+}
+
+const char *cli_bytes(double bytes, char *buf)
+{
+    static const char *const units[] = {"B", "kB", "MB", "GB", "TB", "PB"};
+    int i = 0;
+    for (; bytes >= 1000 && i < 5; i++)
+        bytes /= 1000;
+    snprintf(buf, 32, i ? "%.2f %s" : "%.0f %s", bytes, units[i]);
+    return buf;
+}
+
+static void draw_bar(const struct cli *cli, uint64_t done, uint64_t total, double rate)
+{
+    enum { WIDTH = 30 };
+    char a[32], b[32], c[32], bar[WIDTH + 1];
+    int full = total ? (int)(WIDTH * (double)done / (double)total) : WIDTH;
+    for (int i = 0; i < WIDTH; i++)
+        bar[i] = i < full ? '#' : '.';
+    bar[WIDTH] = '\0';
+    double left = rate > 0 ? ((double)total - (double)done) / rate : 0;
+    fprintf(stderr, "\r%s [%s] %s of %s, %s/s, %.0f s left \033[K", cli->verb, bar,
+            cli_bytes((double)done, a), cli_bytes((double)total, b), cli_bytes(rate, c), left);
+}
+
+static void draw_plain(const struct cli *cli, uint64_t done, uint64_t total, double rate)
+{
+    char a[32], b[32], c[32];
+    double left = rate > 0 ? ((double)total - (double)done) / rate : 0;
+    fprintf(stderr, "%s: %s of %s read, %s/s, %.0f s left\n", cli->verb,
+            cli_bytes((double)done, a), cli_bytes((double)total, b), cli_bytes(rate, c), left);
+}
+
+static void on_progress(void *user, uint64_t done, uint64_t total)
+{
+    struct cli *cli = user;
+    double pause = cli->progress == PROGRESS_PLAIN ? 10 : 1.0 / 6;
+    double t = cli_seconds(cli);
+    if (t - cli->last_drawn < pause && !(done == total && cli->progress != PROGRESS_PLAIN))
+        return;
+    cli->last_drawn = t;
+    double rate = t > 0 ? (double)done / t : 0;
+    if (cli->progress == PROGRESS_BAR)
+        draw_bar(cli, done, total, rate);
+    else if (cli->progress == PROGRESS_PLAIN)
+        draw_plain(cli, done, total, rate);
+    else
+        fprintf(stderr, "{\"done_bytes\": %llu, \"total_bytes\": %llu, \"seconds\": %.3f}\n",
+                (unsigned long long)done, (unsigned long long)total, t);
+    cli->drew = cli->progress == PROGRESS_BAR;
+}
+
+double cli_number(struct argp_state *state, const char *option, const char *text)
+{
+    char *end;
+    errno = 0;
+    double value = strtod(text, &end);
+    if (end == text || *end || errno == ERANGE || !isfinite(value))
+        argp_error(state, "%s: %s is no number", option, text);
+    return value;
+}
+
+uint64_t cli_count(struct argp_state *state, const char *option, const char *text)
+{
+    char *end;
+    errno = 0;
+    unsigned long long value = strtoull(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || errno)
+        argp_error(state, "%s: %s is no whole number", option, text);
+    return value;
+}
+
+/* 512M, 1G, 2GiB: powers of 1024. */
+static uint64_t size_of(struct argp_state *state, const char *text)
+{
+    char *end;
+    double value = strtod(text, &end);
+    static const char units[] = "KMGT";
+    const char *unit = *end ? strchr(units, *end & ~0x20) : NULL;
+    if (unit) {
+        value *= exp2(10.0 * (double)(unit - units + 1));
+        end++;
+    }
+    if (!strcmp(end, "iB") || !strcmp(end, "B"))
+        end += strlen(end);
+    if (end == text || *end || !(value >= 1) || value > 0x1p60)
+        argp_error(state, "--memory: %s is no size; 512M or 8G, say", text);
+    return (uint64_t)value;
+}
+
+static int choice_of(struct argp_state *state, const char *option, const char *text,
+                     const char *const *names)
+{
+    for (int i = 0; names[i]; i++)
+        if (!strcmp(text, names[i]))
+            return i;
+    argp_error(state, "%s: %s is none of its values; see --help", option, text);
+    return 0;
+}
+
+static error_t parse_common(int key, char *arg, struct argp_state *state)
+{
+    static const char *const ios[] = {"auto", "direct", "mmap", "pread", NULL};
+    static const char *const styles[] = {"auto", "bar", "plain", "json", "none", NULL};
+    struct cli *cli = state->input;
+    switch (key) {
+    case KEY_MEMORY:
+        cli->run.memory_bytes = size_of(state, arg);
+        return 0;
+    case KEY_THREADS:
+        cli->run.n_threads = (unsigned)cli_count(state, "--threads", arg);
+        if (!cli->run.n_threads || cli->run.n_threads > 256)
+            argp_error(state, "--threads: 1 to 256");
+        return 0;
+    case KEY_IO:
+        cli->run.io = (enum perta_io_mode)choice_of(state, "--io", arg, ios);
+        return 0;
+    case KEY_PROGRESS:
+        cli->progress = (enum progress_style)choice_of(state, "--progress", arg, styles);
+        return 0;
+    case KEY_JSON:
+        cli->json = true;
+        return 0;
+    case 'q':
+        cli->quiet = true;
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
+static const struct argp_option common_options[] = {
+    {"memory", KEY_MEMORY, "SIZE", 0, "Budget of the whole process (default 1G)", 90},
+    {"threads", KEY_THREADS, "N", 0, "Worker threads (default: one for each CPU)", 90},
+    {"io", KEY_IO, "auto|direct|mmap|pread", 0,
+     "How files are read: io_uring past the page cache, mapped, or by threads (default auto; "
+     "`perta inspect --io PATH' says what that picks)", 90},
+    {"json", KEY_JSON, NULL, 0, "Print the result as one JSON object", 90},
+    {"quiet", 'q', NULL, 0, "Print errors only", 90},
+    {"progress", KEY_PROGRESS, "auto|bar|plain|json|none", 0,
+     "How progress is shown on stderr", 90},
+    {0}};
+
+const struct argp cli_common_argp = {common_options, parse_common, NULL, NULL, NULL, NULL, NULL};
+
+static error_t parse_writing(int key, char *arg, struct argp_state *state)
+{
+    (void)arg;
+    struct cli *cli = state->input;
+    switch (key) {
+    case KEY_FORCE:
+        cli->force = true;
+        return 0;
+    case KEY_DRY_RUN:
+        cli->run.dry_run = true;
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
+static const struct argp_option writing_options[] = {
+    {"force", KEY_FORCE, NULL, 0,
+     "Replace an output folder that exists, and what an interrupted run left", 80},
+    {"dry-run", KEY_DRY_RUN, NULL, 0,
+     "Check everything that can be checked without reading tensors; write nothing", 80},
+    {0}};
+
+const struct argp cli_writing_argp = {writing_options, parse_writing, NULL, NULL, NULL, NULL,
+                                      NULL};
+
+/* As many open files as the system lets us have: gradients come in hundreds of dumps. */
+static void raise_file_limit(void)
+{
+    struct rlimit limit;
+    if (!getrlimit(RLIMIT_NOFILE, &limit) && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+static void catch_signals(void)
+{
+    /* The second Ctrl-C kills; what it leaves is named as a leftover by the next run. */
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGHUP, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN); /* a file size limit is then an error like a full disk */
+}
+
+void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, void *input)
+{
+    *cli = (struct cli){
+        .verb = argv[0],
+        .run = {.memory_bytes = PERTA_MEMORY_DEFAULT, .cancel = &cancelled},
+        .started = now(),
+    };
+    char name[64];
+    snprintf(name, sizeof name, "perta %s", argv[0]);
+    argv[0] = name;
+    argp_err_exit_status = 2;
+    argp_parse(argp, argc, argv, 0, NULL, input);
+    argv[0] = (char *)(uintptr_t)cli->verb;
+    if (cli->progress == PROGRESS_AUTO)
+        cli->progress = isatty(STDERR_FILENO) ? PROGRESS_BAR : PROGRESS_PLAIN;
+    if (cli->progress != PROGRESS_NONE && !cli->quiet) {
+        cli->run.progress = on_progress;
+        cli->run.progress_user = cli;
+    }
+    raise_file_limit();
+    catch_signals();
+}
+
+static void clear_bar(const struct cli *cli)
+{
+    if (cli->drew)
+        fputs("\r\033[K", stderr);
+}
+
+bool cli_json(const struct cli *cli, json_t *summary)
+{
+    clear_bar(cli);
+    if (cli->json && summary) {
+        json_dumpf(summary, stdout, JSON_INDENT(1) | JSON_SORT_KEYS);
+        putchar('\n');
+    }
+    json_decref(summary);
+    return cli->json;
+}
+
+void cli_say(const struct cli *cli, const char *fmt, ...)
+{
+    if (cli->json || cli->quiet)
+        return;
+    va_list ap;
+    va_start(ap, fmt);
+    vprintf(fmt, ap);
+    va_end(ap);
+}
+
+int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
+{
+    clear_bar(cli);
+    if (!rc && !fflush(stdout) && !ferror(stdout))
+        return 0;
+    if (!rc) {
+        fprintf(stderr, "perta %s: standard output: %s\n", cli->verb, strerror(errno));
+        return -PERTA_ESYS;
+    }
+    fprintf(stderr, "perta %s: %s\n", cli->verb, err->msg);
+    if (getenv("PERTA_DEBUG"))
+        fprintf(stderr, "perta %s: from %s:%d\n", cli->verb, err->file, err->line);
+    return rc == PERTA_EINTR ? 130 : -rc;
+}

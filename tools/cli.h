@@ -1,0 +1,59 @@
+/* cli.h - what all verbs of the command share: options, progress, results, errors. */
+#ifndef PERTA_TOOLS_CLI_H
+#define PERTA_TOOLS_CLI_H
+
+#include <argp.h>
+#include <jansson.h>
+#include <stdbool.h>
+
+#include "stream/stream.h"
+
+enum progress_style { PROGRESS_AUTO, PROGRESS_BAR, PROGRESS_PLAIN, PROGRESS_JSON, PROGRESS_NONE };
+
+struct cli {
+    const char *verb;
+    struct perta_run run;
+    bool json, quiet, force;
+    enum progress_style progress;
+    double started, last_drawn; /* seconds */
+    bool drew;
+};
+
+/* Child parsers: options that every verb takes, and those of verbs that write a folder. Their
+ * input is the struct cli. */
+extern const struct argp cli_common_argp;
+extern const struct argp cli_writing_argp;
+
+/* Keys of long-only options start here, for every verb's own. */
+#define CLI_KEY_OWN 0x200
+
+/* Parse a verb's arguments; argp_state->input is input. Exits with 2 on a usage error. */
+void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, void *input);
+
+/* Numbers in arguments; argp_error (exit 2) when they make no sense. */
+double cli_number(struct argp_state *state, const char *option, const char *text);
+uint64_t cli_count(struct argp_state *state, const char *option, const char *text);
+
+/* Seconds since the verb started. */
+double cli_seconds(const struct cli *cli);
+/* "1.25 GB", in powers of ten; buf holds at least 32 bytes. */
+const char *cli_bytes(double bytes, char *buf);
+
+/* Print results: with --json the object, else nothing. Takes the reference. Returns whether it
+ * was printed. */
+bool cli_json(const struct cli *cli, json_t *summary);
+/* A line of the result for people; nothing with --json or --quiet. */
+void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Print the error and give the exit status for it. 0 stays 0. */
+int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
+
+int cmd_inspect(int argc, char **argv);
+int cmd_accumulate(int argc, char **argv);
+int cmd_unlearn(int argc, char **argv);
+int cmd_diff(int argc, char **argv);
+int cmd_apply(int argc, char **argv);
+int cmd_revert(int argc, char **argv);
+int cmd_manifest(int argc, char **argv);
+int cmd_verify(int argc, char **argv);
+
+#endif

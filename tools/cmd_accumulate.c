@@ -1,0 +1,102 @@
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/accumulate.h"
+#include "tools/cli.h"
+
+enum { KEY_OUT = CLI_KEY_OWN, KEY_STAT };
+
+struct args {
+    struct cli cli;
+    struct perta_accumulate accumulate;
+};
+
+static const struct argp_option options[] = {
+    {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},
+    {"stat", KEY_STAT, "mean,meansq", 0,
+     "Which statistics: mean gradient, mean squared gradient, or both (default mean)", 1},
+    {0}};
+
+static void parse_stats(struct argp_state *state, struct perta_accumulate *a, const char *arg)
+{
+    a->mean = a->meansq = false;
+    char copy[64];
+    if (strlen(arg) >= sizeof copy)
+        argp_error(state, "--stat: mean, meansq or mean,meansq");
+    for (char *rest = strcpy(copy, arg), *name; (name = strsep(&rest, ","));)
+        if (!strcmp(name, "mean"))
+            a->mean = true;
+        else if (!strcmp(name, "meansq"))
+            a->meansq = true;
+        else
+            argp_error(state, "--stat: %s is neither mean nor meansq", name);
+}
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct args *args = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = state->child_inputs[1] = &args->cli;
+        return 0;
+    case KEY_OUT:
+        args->accumulate.out = arg;
+        return 0;
+    case KEY_STAT:
+        parse_stats(state, &args->accumulate, arg);
+        return 0;
+    case ARGP_KEY_ARGS:
+        args->accumulate.gradients = (const char *const *)(state->argv + state->next);
+        args->accumulate.n_gradients = (uint32_t)(state->argc - state->next);
+        return 0;
+    case ARGP_KEY_END:
+        if (!args->accumulate.out)
+            argp_error(state, "--out DIR is needed");
+        if (!args->accumulate.n_gradients)
+            argp_error(state, "which gradients? Name files or folders");
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
+static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
+                                             {&cli_common_argp, 0, "Common:", 6},
+                                             {0}};
+static const struct argp argp = {
+    options, parse, "GRADIENTS...",
+    "The mean and the mean of squares over gradient dumps: safetensors files or checkpoint "
+    "folders, one for each sample or batch, read side by side."
+    "\v"
+    "Sums are float32 with compensation; results are F32 folders that --forget and --retain of "
+    "`perta unlearn' take.\n\n"
+    "Example:\n"
+    "  perta accumulate --out imp/forget --stat mean,meansq grads/forget/*.safetensors",
+    children, NULL, NULL};
+
+int cmd_accumulate(int argc, char **argv)
+{
+    struct args args = {.accumulate = {.mean = true}};
+    struct perta_err err = {0};
+    json_t *summary = NULL;
+    cli_parse(&args.cli, &argp, argc, argv, &args);
+    args.accumulate.force = args.cli.force;
+    int rc = perta_accumulate(&args.accumulate, &args.cli.run, &summary, &err);
+    if (!rc) {
+        double t = cli_seconds(&args.cli);
+        double read = json_number_value(json_object_get(summary, "read_bytes"));
+        char a[32], b[32];
+        size_t i;
+        json_t *folder;
+        json_object_set_new(summary, "seconds", json_real(t));
+        if (args.cli.run.dry_run)
+            cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
+        json_array_foreach (json_object_get(summary, "folders"), i, folder)
+            cli_say(&args.cli, "%s: over %u gradients\n", json_string_value(folder),
+                    args.accumulate.n_gradients);
+        if (!args.cli.run.dry_run)
+            cli_say(&args.cli, "read %s in %.2f s (%s/s)\n", cli_bytes(read, a), t,
+                    cli_bytes(read / t, b));
+        cli_json(&args.cli, summary);
+    }
+    return cli_status(&args.cli, rc, &err);
+}

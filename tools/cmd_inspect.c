@@ -1,0 +1,229 @@
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/checkpoint.h"
+#include "io/engine.h"
+#include "stream/patch_in.h"
+#include "tools/cli.h"
+
+enum { KEY_IO = CLI_KEY_OWN, KEY_JSON, KEY_TENSORS };
+
+struct args {
+    struct cli cli;
+    const char *path;
+    bool io, tensors;
+};
+
+/* inspect's --io takes no value: it tells what `auto' would pick. */
+static const struct argp_option options[] = {
+    {"io", KEY_IO, NULL, 0, "Say how the files would be read, and why", 1},
+    {"tensors", KEY_TENSORS, NULL, 0, "List every tensor", 1},
+    {"json", KEY_JSON, NULL, 0, "Print the result as one JSON object", 1},
+    {0}};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct args *args = state->input;
+    switch (key) {
+    case KEY_IO:
+        args->io = true;
+        return 0;
+    case KEY_TENSORS:
+        args->tensors = true;
+        return 0;
+    case KEY_JSON:
+        args->cli.json = true;
+        return 0;
+    case ARGP_KEY_ARG:
+        if (args->path)
+            return ARGP_ERR_UNKNOWN;
+        args->path = arg;
+        return 0;
+    case ARGP_KEY_END:
+        if (!args->path)
+            argp_error(state, "inspect what?");
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
+static const struct argp argp = {options, parse, "PATH",
+                                 "What is in a checkpoint, an importance folder or a patch."
+                                 "\v"
+                                 "Examples:\n"
+                                 "  perta inspect model\n"
+                                 "  perta inspect --io model\n"
+                                 "  perta inspect --tensors patches/alpha-1",
+                                 NULL, NULL, NULL};
+
+static json_t *shape_json(const struct perta_tensor *tensor)
+{
+    json_t *shape = json_array();
+    for (uint32_t i = 0; i < tensor->n_dims; i++)
+        json_array_append_new(shape, json_integer((json_int_t)tensor->shape[i]));
+    return shape;
+}
+
+static json_t *checkpoint_json(const struct perta_checkpoint *ck)
+{
+    json_t *shards = json_array(), *tensors = json_array(), *dtypes = json_object();
+    json_int_t parameters = 0, bytes = 0;
+    for (uint32_t s = 0; s < ck->n_shards; s++) {
+        const struct perta_shard *shard = &ck->shards[s];
+        for (uint64_t t = 0; t < shard->header->n_tensors; t++) {
+            const struct perta_tensor *tensor = &shard->header->tensors[t];
+            const char *dtype = perta_dtype_name(tensor->dtype);
+            json_int_t so_far = json_integer_value(json_object_get(dtypes, dtype));
+            json_object_set_new(dtypes, dtype,
+                                json_integer(so_far + (json_int_t)tensor->n_elems));
+            parameters += (json_int_t)tensor->n_elems;
+            json_array_append_new(
+                tensors, json_pack("{s:s, s:s, s:o, s:s}", "name", tensor->name, "dtype", dtype,
+                                   "shape", shape_json(tensor), "shard", shard->name));
+        }
+        bytes += (json_int_t)shard->size_bytes;
+        json_array_append_new(
+            shards, json_pack("{s:s, s:I, s:I, s:O?}", "name", shard->name, "bytes",
+                              (json_int_t)shard->size_bytes, "tensors",
+                              (json_int_t)shard->header->n_tensors, "metadata",
+                              shard->header->metadata));
+    }
+    const char *stat = ck->n_shards ? json_string_value(json_object_get(
+                                          ck->shards[0].header->metadata, "perta.stat"))
+                                    : NULL;
+    return json_pack("{s:s, s:I, s:I, s:o, s:o, s:o}", "kind",
+                     stat ? "importance" : "checkpoint", "parameters", parameters, "bytes",
+                     bytes, "dtypes", dtypes, "shards", shards, "tensors", tensors);
+}
+
+static json_t *choice_json(const char *const *paths, size_t n)
+{
+    static const char *const names[] = {"auto", "io_uring", "mmap", "pread"};
+    struct perta_io_choice choice;
+    struct perta_err err = {0};
+    if (perta_engine_choose(PERTA_IO_AUTO, paths, n, &choice, &err))
+        return json_pack("{s:s}", "why", err.msg);
+    return json_pack("{s:s, s:s}", "engine", names[choice.mode], "why", choice.why);
+}
+
+static int inspect_checkpoint(const struct args *args, json_t **result, struct perta_err *err)
+{
+    struct perta_checkpoint *ck = NULL;
+    int rc = perta_checkpoint_open(args->path, &ck, err);
+    if (rc)
+        return rc;
+    *result = checkpoint_json(ck);
+    const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
+    for (uint32_t i = 0; paths && i < ck->n_shards; i++)
+        paths[i] = ck->shards[i].path;
+    if (args->io && paths)
+        json_object_set_new(*result, "io", choice_json(paths, ck->n_shards));
+    free(paths);
+    perta_checkpoint_close(ck);
+    return 0;
+}
+
+/* The whole manifest, for it says all. */
+static int inspect_patch(const struct args *args, json_t **result, struct perta_err *err)
+{
+    struct perta_patch_in patch = {0};
+    int rc = perta_patch_in_open(&patch, args->path, err);
+    if (!rc) {
+        *result = json_deep_copy(patch.manifest);
+        json_object_set_new(*result, "kind", json_string("patch"));
+        const char **paths = calloc(patch.n_shards + 1, sizeof *paths);
+        for (uint32_t i = 0; paths && i < patch.n_shards; i++)
+            paths[i] = patch.shards[i].path;
+        if (args->io && paths)
+            json_object_set_new(*result, "io", choice_json(paths, patch.n_shards));
+        free(paths);
+    }
+    perta_patch_in_close(&patch);
+    return rc;
+}
+
+static const char *text(const json_t *object, const char *key)
+{
+    const char *value = json_string_value(json_object_get(object, key));
+    return value ? value : "?";
+}
+
+static double real(const json_t *object, const char *key)
+{
+    return json_number_value(json_object_get(object, key));
+}
+
+static void say_checkpoint(const struct args *args, const json_t *r)
+{
+    const struct cli *cli = &args->cli;
+    char a[32];
+    cli_say(cli, "%s: %.0f parameters, %s in %zu shards\n", text(r, "kind"),
+            real(r, "parameters"), cli_bytes(real(r, "bytes"), a),
+            json_array_size(json_object_get(r, "shards")));
+    const char *key;
+    json_t *item;
+    json_object_foreach (json_object_get(r, "dtypes"), key, item)
+        cli_say(cli, "  %-8s %lld elements\n", key, (long long)json_integer_value(item));
+    size_t i;
+    json_array_foreach (json_object_get(r, "shards"), i, item) {
+        cli_say(cli, "  %s: %s, %.0f tensors", text(item, "name"),
+                cli_bytes(real(item, "bytes"), a), real(item, "tensors"));
+        json_t *value;
+        json_object_foreach (json_object_get(item, "metadata"), key, value)
+            cli_say(cli, ", %s=%s", key, json_string_value(value));
+        cli_say(cli, "\n");
+    }
+    json_array_foreach (json_object_get(r, "tensors"), i, item) {
+        if (!args->tensors)
+            break;
+        char *shape = json_dumps(json_object_get(item, "shape"), JSON_COMPACT);
+        cli_say(cli, "  %-8s %-20s %s\n", text(item, "dtype"), shape, text(item, "name"));
+        free(shape);
+    }
+}
+
+static void say_patch(const struct args *args, const json_t *r)
+{
+    const struct cli *cli = &args->cli;
+    const json_t *counts = json_object_get(r, "counts");
+    char *recipe = json_dumps(json_object_get(r, "recipe"), JSON_COMPACT | JSON_SORT_KEYS);
+    cli_say(cli, "patch by %s\n  recipe %s\n  %.0f of %.0f parameters changed\n", text(r, "tool"),
+            recipe, real(counts, "changed"), real(counts, "parameters"));
+    free(recipe);
+    char a[32];
+    const char *key;
+    size_t i;
+    json_t *item;
+    json_object_foreach (json_object_get(r, "encodings"), key, item)
+        cli_say(cli, "  %-8s %.0f chunks, %s\n", key, real(item, "chunks"),
+                cli_bytes(real(item, "bytes"), a));
+    json_array_foreach (json_object_get(json_object_get(r, "outputs"), "patch"), i, item)
+        cli_say(cli, "  %s: %s\n", text(item, "name"), cli_bytes(real(item, "bytes"), a));
+    json_array_foreach (json_object_get(r, "tensors"), i, item)
+        if (args->tensors)
+            cli_say(cli, "  %.0f of %.0f changed (%s)  %s\n", real(item, "changed"),
+                    real(item, "parameters"), text(item, "action"), text(item, "name"));
+}
+
+int cmd_inspect(int argc, char **argv)
+{
+    struct args args = {0};
+    struct perta_err err = {0};
+    json_t *result = NULL;
+    cli_parse(&args.cli, &argp, argc, argv, &args);
+    bool is_patch = perta_patch_in_is_patch(args.path);
+    int rc = is_patch ? inspect_patch(&args, &result, &err)
+                      : inspect_checkpoint(&args, &result, &err);
+    if (!rc) {
+        if (is_patch)
+            say_patch(&args, result);
+        else
+            say_checkpoint(&args, result);
+        const json_t *io = json_object_get(result, "io");
+        if (io)
+            cli_say(&args.cli, "read by %s: %s\n", text(io, "engine"), text(io, "why"));
+        cli_json(&args.cli, result);
+    }
+    return cli_status(&args.cli, rc, &err);
+}

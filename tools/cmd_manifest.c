@@ -1,0 +1,92 @@
+#include <stdio.h>
+#include <string.h>
+
+#include "stream/manifest.h"
+#include "tools/cli.h"
+
+enum { KEY_FORMAT = CLI_KEY_OWN };
+enum format { FORMAT_PERTA, FORMAT_XXHSUM, FORMAT_SHA256SUM };
+
+struct args {
+    struct cli cli;
+    enum format format;
+    const char *path;
+};
+
+static const struct argp_option options[] = {
+    {"format", KEY_FORMAT, "perta|xxhsum|sha256sum", 0,
+     "perta: JSON with digests of every tensor (default). The others: what xxhsum --check and "
+     "sha256sum --check read, run inside PATH", 1},
+    {0}};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct args *args = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &args->cli;
+        return 0;
+    case KEY_FORMAT:
+        if (!strcmp(arg, "perta"))
+            args->format = FORMAT_PERTA;
+        else if (!strcmp(arg, "xxhsum"))
+            args->format = FORMAT_XXHSUM;
+        else if (!strcmp(arg, "sha256sum"))
+            args->format = FORMAT_SHA256SUM;
+        else
+            argp_error(state, "--format: %s is none of perta, xxhsum, sha256sum", arg);
+        return 0;
+    case ARGP_KEY_ARG:
+        if (args->path)
+            return ARGP_ERR_UNKNOWN;
+        args->path = arg;
+        return 0;
+    case ARGP_KEY_END:
+        if (!args->path)
+            argp_error(state, "which folder?");
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
+static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
+static const struct argp argp = {
+    options, parse, "PATH",
+    "Print digests of every file in a folder (or of one file): XXH3-128 for speed, SHA-256 for "
+    "authenticity; for safetensors files, of every tensor."
+    "\v"
+    "Examples:\n"
+    "  perta manifest model >model.manifest.json\n"
+    "  perta verify model --manifest model.manifest.json\n"
+    "  perta manifest --format sha256sum model >SHA256SUMS\n"
+    "  (cd model && sha256sum --check ../SHA256SUMS)",
+    children, NULL, NULL};
+
+static void print_sums(const json_t *manifest, const char *key)
+{
+    size_t i;
+    json_t *file;
+    json_array_foreach (json_object_get(manifest, "files"), i, file)
+        printf("%s  %s\n", json_string_value(json_object_get(file, key)),
+               json_string_value(json_object_get(file, "name")));
+}
+
+int cmd_manifest(int argc, char **argv)
+{
+    struct args args = {0};
+    struct perta_err err = {0};
+    json_t *manifest = NULL;
+    cli_parse(&args.cli, &argp, argc, argv, &args);
+    int rc = perta_manifest(args.path, args.format != FORMAT_XXHSUM, NULL, &args.cli.run,
+                            &manifest, &err);
+    if (!rc) {
+        if (args.format == FORMAT_PERTA)
+            args.cli.json = true;
+        else
+            print_sums(manifest, args.format == FORMAT_XXHSUM ? "xxh3_128" : "sha256");
+        if (args.format != FORMAT_PERTA)
+            args.cli.json = false;
+        cli_json(&args.cli, manifest);
+    }
+    return cli_status(&args.cli, rc, &err);
+}

@@ -1,0 +1,272 @@
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/unlearn.h"
+#include "tools/cli.h"
+
+enum {
+    KEY_MODEL = CLI_KEY_OWN, KEY_TUNED, KEY_BASE, KEY_FORGET, KEY_RETAIN, KEY_METHOD, KEY_POWER,
+    KEY_WEIGHT, KEY_SEED, KEY_ALPHA, KEY_PATCH, KEY_OUT, KEY_INCLUDE, KEY_EXCLUDE, KEY_MISSING,
+    KEY_NONFINITE,
+};
+
+struct args {
+    struct cli cli; /* first: the children's input */
+    struct perta_unlearn unlearn;
+    char *alpha_texts;
+    const char **include, **exclude;
+    bool has_power, has_weight, has_seed;
+};
+
+static const struct argp_option options[] = {
+    {"model", KEY_MODEL, "DIR", 0, "The model to unlearn from", 1},
+    {"tuned", KEY_TUNED, "DIR", 0, "--base, tuned on the forget set alone", 1},
+    {"base", KEY_BASE, "DIR", 0, "What --tuned was tuned from", 1},
+    {"forget", KEY_FORGET, "DIR", 0, "Importance over the forget set", 1},
+    {"retain", KEY_RETAIN, "DIR", 0, "Importance over the retain set", 1},
+    {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 2},
+    {"out", KEY_OUT, "DIR", 0, "Write the finished model here, too", 2},
+    {"alpha", KEY_ALPHA, "A[,A...]", 0,
+     "How far to go (default 1). Several, from one read: DIR/alpha-A for each", 3},
+    {"method", KEY_METHOD, "grad|fisher|power|tv|constant|random", 0,
+     "How parameters are weighed (default grad)", 3},
+    {"power", KEY_POWER, "P", 0, "p of --method power", 3},
+    {"weight", KEY_WEIGHT, "W", 0, "The weight of --method constant, 0 to 1", 3},
+    {"seed", KEY_SEED, "S", 0, "Seed of --method random (default 0)", 3},
+    {"include", KEY_INCLUDE, "GLOB", 0, "Edit only tensors of such names; repeatable", 4},
+    {"exclude", KEY_EXCLUDE, "GLOB", 0, "Leave tensors of such names as they are; repeatable", 4},
+    {"missing", KEY_MISSING, "error|tv|keep", 0,
+     "Tensors without importance: an error (default), edit them unweighed, or keep them", 4},
+    {"nonfinite", KEY_NONFINITE, "error|keep", 0,
+     "NaN or Inf in an input: an error (default), or keep that parameter", 4},
+    {0}};
+
+static int one_of(struct argp_state *state, const char *option, const char *arg,
+                  const char *const *names)
+{
+    for (int i = 0; names[i]; i++)
+        if (!strcmp(arg, names[i]))
+            return i;
+    argp_error(state, "%s: %s is none of its values; see --help", option, arg);
+    return 0;
+}
+
+static void parse_alphas(struct argp_state *state, struct args *args, const char *arg)
+{
+    struct perta_unlearn *u = &args->unlearn;
+    free(args->alpha_texts);
+    args->alpha_texts = strdup(arg);
+    u->n_alphas = 0;
+    for (char *rest = args->alpha_texts, *text; rest && (text = strsep(&rest, ","));) {
+        if (u->n_alphas == PERTA_ALPHAS_MAX)
+            argp_error(state, "--alpha: %d at most", PERTA_ALPHAS_MAX);
+        double value = cli_number(state, "--alpha", text);
+        if (strspn(text, "0123456789.eE+-") != strlen(text))
+            argp_error(state, "--alpha: write %s in decimal", text);
+        if (value > 3e38 || value < -3e38)
+            argp_error(state, "--alpha: %s is no float32", text);
+        for (unsigned i = 0; i < u->n_alphas; i++)
+            if (!strcmp(u->alphas[i].text, text))
+                argp_error(state, "--alpha: %s twice", text);
+        u->alphas[u->n_alphas++] = (struct perta_alpha){(float)value, text};
+    }
+}
+
+static void add_glob(const char ***list, unsigned *n, const char *arg)
+{
+    *list = realloc(*list, (*n + 1) * sizeof **list);
+    if (!*list)
+        abort();
+    (*list)[(*n)++] = arg;
+}
+
+static void check(struct argp_state *state, const struct args *args)
+{
+    const struct perta_unlearn *u = &args->unlearn;
+    if (!u->model || !u->tuned || !u->base)
+        argp_error(state, "--model, --tuned and --base are needed");
+    if (perta_rule_needs_importance(&u->rule) && (!u->forget || !u->retain))
+        argp_error(state, "this method needs --forget and --retain");
+    if (!u->patch)
+        argp_error(state, "--patch DIR is needed: the record of the change, and the way back");
+    if ((u->rule.method == PERTA_POWER) != args->has_power)
+        argp_error(state, "--method power and --power P go together");
+    if ((u->rule.method == PERTA_CONSTANT) != args->has_weight)
+        argp_error(state, "--method constant and --weight W go together");
+    if (u->rule.method != PERTA_RANDOM && args->has_seed)
+        argp_error(state, "--seed goes with --method random");
+}
+
+static error_t parse_rest(int key, char *arg, struct argp_state *state);
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    static const char *const methods[] = {"grad", "fisher", "power", "tv", "constant", "random",
+                                          NULL};
+    static const char *const missing[] = {"error", "tv", "keep", NULL};
+    static const char *const nonfinite[] = {"error", "keep", NULL};
+    struct args *args = state->input;
+    struct perta_unlearn *u = &args->unlearn;
+    switch (key) {
+    case KEY_METHOD:
+        u->rule.method = (enum perta_method)one_of(state, "--method", arg, methods);
+        return 0;
+    case KEY_POWER:
+        u->rule.power = cli_number(state, "--power", arg);
+        args->has_power = true;
+        if (!(u->rule.power > 0) || u->rule.power > 64)
+            argp_error(state, "--power: above 0, up to 64");
+        return 0;
+    case KEY_WEIGHT:
+        u->rule.weight = cli_number(state, "--weight", arg);
+        args->has_weight = true;
+        if (!(u->rule.weight >= 0) || u->rule.weight > 1)
+            argp_error(state, "--weight: 0 to 1");
+        return 0;
+    case KEY_SEED:
+        u->rule.seed = cli_count(state, "--seed", arg);
+        args->has_seed = true;
+        return 0;
+    case KEY_ALPHA:
+        parse_alphas(state, args, arg);
+        return 0;
+    case KEY_MISSING:
+        u->missing = (enum perta_missing)one_of(state, "--missing", arg, missing);
+        return 0;
+    case KEY_NONFINITE:
+        u->rule.keep_nonfinite = one_of(state, "--nonfinite", arg, nonfinite);
+        return 0;
+    default:
+        return parse_rest(key, arg, state);
+    }
+}
+
+static error_t parse_rest(int key, char *arg, struct argp_state *state)
+{
+    struct args *args = state->input;
+    struct perta_unlearn *u = &args->unlearn;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = state->child_inputs[1] = &args->cli;
+        return 0;
+    case KEY_MODEL:
+        u->model = arg;
+        return 0;
+    case KEY_TUNED:
+        u->tuned = arg;
+        return 0;
+    case KEY_BASE:
+        u->base = arg;
+        return 0;
+    case KEY_FORGET:
+        u->forget = arg;
+        return 0;
+    case KEY_RETAIN:
+        u->retain = arg;
+        return 0;
+    case KEY_PATCH:
+        u->patch = arg;
+        return 0;
+    case KEY_OUT:
+        u->out = arg;
+        return 0;
+    case KEY_INCLUDE:
+        add_glob(&args->include, &u->globs.n_include, arg);
+        return 0;
+    case KEY_EXCLUDE:
+        add_glob(&args->exclude, &u->globs.n_exclude, arg);
+        return 0;
+    case ARGP_KEY_ARG:
+        argp_error(state, "what is %s? Folders are given with --model, --tuned, ...", arg);
+        return 0;
+    case ARGP_KEY_END:
+        check(state, args);
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
+static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
+                                             {&cli_common_argp, 0, "Common:", 6},
+                                             {0}};
+static const struct argp argp = {
+    options, parse, "",
+    "Subtract the weighed task vector from a model, in one pass over all folders."
+    "\v"
+    "tau = tuned - base, w = |g_f|^p / (|g_f|^p + |g_r|^p), result = model - alpha * w * tau.\n\n"
+    "Example:\n"
+    "  perta unlearn --model full --tuned tuned --base base \\\n"
+    "    --forget imp/forget/mean --retain imp/retain/mean \\\n"
+    "    --alpha 0.5,1,2 --patch patches --out models",
+    children, NULL, NULL};
+
+static double real(const json_t *object, const char *key)
+{
+    return json_number_value(json_object_get(object, key));
+}
+
+static void say_result(const struct cli *cli, const json_t *result)
+{
+    char a[32], b[32];
+    const json_t *counts = json_object_get(result, "counts");
+    double n = real(counts, "parameters"), changed = real(counts, "changed");
+    double patch = real(result, "patch_bytes"), model = real(result, "model_bytes");
+    cli_say(cli, "alpha %s: %.0f of %.0f parameters changed (%.2f%%), mean weight %.4f\n",
+            json_string_value(json_object_get(result, "alpha")), changed, n,
+            n > 0 ? 100 * changed / n : 0, real(counts, "mean_weight"));
+    if (real(counts, "rounded_away") > 0)
+        cli_say(cli, "  %.0f changes were too small for the model's dtype\n",
+                real(counts, "rounded_away"));
+    if (real(counts, "nonfinite") > 0)
+        cli_say(cli, "  %.0f parameters with NaN or Inf kept\n", real(counts, "nonfinite"));
+    cli_say(cli, "  patch %s: %s, %.3f bits a parameter\n",
+            json_string_value(json_object_get(result, "patch")), cli_bytes(patch, a),
+            n > 0 ? 8 * patch / n : 0);
+    if (model > 0)
+        cli_say(cli, "  model written: %s\n", cli_bytes(model, b));
+    size_t i;
+    json_t *name;
+    json_array_foreach (json_object_get(result, "left_behind"), i, name)
+        cli_say(cli, "  left behind (weights in another format): %s\n", json_string_value(name));
+}
+
+static void say(const struct cli *cli, const json_t *summary)
+{
+    size_t i;
+    json_t *item;
+    json_array_foreach (json_object_get(summary, "notes"), i, item)
+        cli_say(cli, "note: %s\n", json_string_value(item));
+    json_array_foreach (json_object_get(summary, "results"), i, item)
+        say_result(cli, item);
+    char a[32], b[32];
+    double read = real(summary, "read_bytes"), t = cli_seconds(cli);
+    const json_t *io = json_object_get(summary, "io");
+    if (io)
+        cli_say(cli, "read %s in %.2f s (%s/s) by %s: %s\n", cli_bytes(read, a), t,
+                cli_bytes(read / t, b), json_string_value(json_object_get(io, "engine")),
+                json_string_value(json_object_get(io, "why")));
+    else
+        cli_say(cli, "dry run: everything fits; nothing was written\n");
+}
+
+int cmd_unlearn(int argc, char **argv)
+{
+    struct args args = {.unlearn = {.n_alphas = 1, .alphas = {{1, "1"}}}};
+    struct perta_err err = {0};
+    json_t *summary = NULL;
+    cli_parse(&args.cli, &argp, argc, argv, &args);
+    args.unlearn.force = args.cli.force;
+    args.unlearn.globs.include = args.include;
+    args.unlearn.globs.exclude = args.exclude;
+    int rc = perta_unlearn(&args.unlearn, &args.cli.run, &summary, &err);
+    if (!rc) {
+        json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
+        say(&args.cli, summary);
+        cli_json(&args.cli, summary);
+    }
+    free(args.alpha_texts);
+    free(args.include);
+    free(args.exclude);
+    return cli_status(&args.cli, rc, &err);
+}
