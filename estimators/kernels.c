@@ -13,6 +13,10 @@
 
 #include "estimators/pow.h"
 
+/* Said again, that they read and write no memory (errno), or loops with them stay scalar. */
+float sqrtf(float x) __attribute__((const));
+double sqrt(double x) __attribute__((const));
+
 typedef uint16_t __attribute__((aligned(1), may_alias)) u16_any;
 typedef uint32_t __attribute__((aligned(1), may_alias)) u32_any;
 typedef uint64_t __attribute__((aligned(1), may_alias)) u64_any;

@@ -137,24 +137,24 @@ static double REAL(sum_weights)(real *w, size_t n)
 
 /* The edit of one tile into one dtype, with what is seen on the way: elements whose bits
  * changed, whose step rounding took away; returns whether any result is not finite. */
-#define FINISH(name, uint, any, round, exponent)                              \
-    static bool REAL(name)(const struct REAL(tile) * t, real alpha, size_t n, \
-                           const any *restrict model, any *restrict out,      \
-                           uint32_t *n_changed, uint32_t *n_away)             \
-    {                                                                         \
-        uint32_t bad = 0, changed = 0, away = 0;                              \
-        for (size_t i = 0; i < n; i++) {                                      \
-            real step = (alpha * t->weight[i]) * (t->tuned[i] - t->base[i]);  \
-            uint rounded = round(t->model[i] - step);                         \
-            uint was = model[i], is = step == 0 ? was : rounded;              \
-            out[i] = is;                                                      \
-            changed += is != was;                                             \
-            away += (step != 0) & (is == was);                                \
-            bad |= (is & (exponent)) == (exponent);                           \
-        }                                                                     \
-        *n_changed = changed;                                                 \
-        *n_away = away;                                                       \
-        return bad != 0;                                                      \
+#define FINISH(name, uint, any, round, exponent)                                               \
+    static bool REAL(name)(const struct REAL(tile) * t, real alpha, size_t n,                  \
+                           const any *restrict model, any *restrict out,                       \
+                           uint32_t *n_changed, uint32_t *n_away)                              \
+    {                                                                                          \
+        uint32_t n_bad = 0, n_differ = 0, n_step = 0;                                          \
+        for (size_t i = 0; i < n; i++) {                                                       \
+            real step = (alpha * t->weight[i]) * (t->tuned[i] - t->base[i]);                   \
+            uint was = model[i], is = round(t->model[i] - step);                               \
+            is = step == 0 ? was : is;                                                         \
+            out[i] = is;                                                                       \
+            n_step += step != 0;                                                               \
+            n_differ += is != was;                                                             \
+            n_bad += (is & (exponent)) == (exponent);                                          \
+        }                                                                                      \
+        *n_changed = n_differ;                                                                 \
+        *n_away = n_step - n_differ;                                                           \
+        return n_bad != 0;                                                                     \
     }
 #ifdef REAL_IS_F64
 FINISH(finish_f64, uint64_t, u64_any, perta_f64_bits, REAL_EXPONENT)
