@@ -321,8 +321,9 @@ static int prepare(struct job *job, const struct perta_run *run, struct perta_er
         rc = add_sample(job, i, err);
     if (!rc)
         rc = choose_elems(job, run, err);
-    if (!rc)
-        rc = make_scratch(job, err);
+    if (rc || run->dry_run)
+        return rc;
+    rc = make_scratch(job, err);
     return rc ? rc : begin_outputs(job, err);
 }
 
@@ -460,6 +461,20 @@ static void release(struct job *job)
     perta_checkpoint_close(job->first);
 }
 
+static int run_all(struct job *job, const struct perta_run *run, json_t *summary,
+                   struct perta_stream **stream, struct perta_err *err)
+{
+    int rc = open_stream(job, run, stream, err);
+    if (!rc)
+        rc = perta_stream_run(*stream, err);
+    if (!rc)
+        rc = finish(job, summary, err);
+    if (!rc)
+        json_object_set_new(summary, "read_bytes",
+                            json_integer((json_int_t)perta_stream_read_bytes(*stream)));
+    return rc;
+}
+
 int perta_accumulate(const struct perta_accumulate *accumulate, const struct perta_run *run,
                      json_t **summary, struct perta_err *err)
 {
@@ -471,15 +486,8 @@ int perta_accumulate(const struct perta_accumulate *accumulate, const struct per
     struct perta_stream *stream = NULL;
     *summary = json_object();
     int rc = prepare(&job, run, err);
-    if (!rc)
-        rc = open_stream(&job, run, &stream, err);
-    if (!rc)
-        rc = perta_stream_run(stream, err);
-    if (!rc)
-        rc = finish(&job, *summary, err);
-    if (!rc)
-        json_object_set_new(*summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(stream)));
+    if (!rc && !run->dry_run)
+        rc = run_all(&job, run, *summary, &stream, err);
     release(&job);
     perta_stream_close(stream);
     if (rc) {

@@ -477,7 +477,7 @@ static int run_all(struct job *job, const struct perta_run *run, json_t *summary
     json_t *notes = json_array();
     json_object_set_new(summary, "notes", notes);
     int rc = plan(job, notes, err);
-    if (rc || job->unlearn->dry_run)
+    if (rc || run->dry_run)
         return rc;
     rc = begin_outputs(job, err);
     if (!rc)

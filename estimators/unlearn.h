@@ -30,7 +30,6 @@ struct perta_unlearn {
     struct perta_globs globs; /* tensors outside stay as they are */
     enum perta_missing missing; /* what to do about tensors without importance */
     bool force;
-    bool dry_run; /* check everything that needs no tensor data, write nothing */
 };
 
 /* Run it. *summary is the caller's: one object for each alpha under "results", and what was

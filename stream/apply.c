@@ -286,14 +286,14 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
     sizes->out_bytes_max = OUT_ALIGN + (job->checking ? 0 : *chunk_bytes);
 }
 
-static int prepare(struct job *job, struct perta_err *err)
+static int prepare(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     int rc = perta_patch_in_open(&job->patch, job->apply->patch, err);
     if (!rc)
         rc = perta_input_open(&job->model, "model", job->apply->model, err);
     if (!rc)
         rc = check_shards(job, err);
-    if (!rc && !job->checking)
+    if (!rc && !job->checking && !run->dry_run)
         rc = perta_model_out_begin(&job->out, job->apply->out, job->apply->force, err);
     return rc;
 }
@@ -365,6 +365,23 @@ static int finish(struct job *job, struct perta_err *err)
     return rc ? rc : perta_model_out_commit(&job->out, err);
 }
 
+static int run_all(struct job *job, const struct perta_run *run, struct perta_stream **stream,
+                   json_t **summary, struct perta_err *err)
+{
+    int rc = open_stream(job, run, stream, err);
+    if (!rc)
+        rc = perta_stream_run(*stream, err);
+    if (rc)
+        return rc;
+    rc = finish(job, err);
+    if (!rc || (job->checking && rc == PERTA_ECHECK))
+        *summary = json_pack("{s:I, s:I, s:I, s:O, s:O?}", "chunks", (json_int_t)job->n_chunks,
+                             "read_bytes", (json_int_t)perta_stream_read_bytes(*stream),
+                             "written_bytes", (json_int_t)job->out.written_bytes, "damaged",
+                             job->damaged, "shards", job->out.shards);
+    return rc;
+}
+
 int perta_apply(const struct perta_apply *apply, const struct perta_run *run, json_t **summary,
                 struct perta_err *err)
 {
@@ -376,19 +393,11 @@ int perta_apply(const struct perta_apply *apply, const struct perta_run *run, js
     };
     struct perta_stream *stream = NULL;
     *summary = NULL;
-    int rc = prepare(&job, err);
-    if (!rc)
-        rc = open_stream(&job, run, &stream, err);
-    if (!rc)
-        rc = perta_stream_run(stream, err);
-    if (!rc) {
-        rc = finish(&job, err);
-        if (!rc || (job.checking && rc == PERTA_ECHECK))
-            *summary = json_pack("{s:I, s:I, s:I, s:O, s:O?}", "chunks", (json_int_t)job.n_chunks,
-                                 "read_bytes", (json_int_t)perta_stream_read_bytes(stream),
-                                 "written_bytes", (json_int_t)job.out.written_bytes, "damaged",
-                                 job.damaged, "shards", job.out.shards);
-    }
+    int rc = prepare(&job, run, err);
+    if (!rc && run->dry_run)
+        *summary = json_object();
+    else if (!rc)
+        rc = run_all(&job, run, &stream, summary, err);
     perta_model_out_release(&job.out);
     perta_patch_in_close(&job.patch);
     perta_input_close(&job.model);

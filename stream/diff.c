@@ -148,8 +148,9 @@ static int prepare(struct job *job, const struct perta_diff *diff, const struct 
         rc = perta_input_open(&job->after, "new checkpoint", diff->after, err);
     if (!rc)
         rc = check_pair(job->before.ck, job->after.ck, err);
-    if (!rc)
-        rc = perta_patch_out_begin(&job->out, diff->patch, NULL, diff->force, err);
+    if (rc || run->dry_run)
+        return rc;
+    rc = perta_patch_out_begin(&job->out, diff->patch, NULL, diff->force, err);
     if (rc)
         return rc;
     measure(job->after.ck, &sizes);
@@ -215,11 +216,14 @@ int perta_diff(const struct perta_diff *diff, const struct perta_run *run, json_
     struct job job = {0};
     struct perta_stream *stream = NULL;
     int rc = prepare(&job, diff, run, &stream, err);
-    if (!rc)
+    *summary = NULL;
+    if (!rc && run->dry_run)
+        *summary = json_object();
+    else if (!rc)
         rc = perta_stream_run(stream, err);
-    if (!rc)
+    if (!rc && !run->dry_run)
         rc = finish(&job, summary, err);
-    if (!rc)
+    if (!rc && !run->dry_run)
         json_object_set_new(*summary, "read_bytes",
                             json_integer((json_int_t)perta_stream_read_bytes(stream)));
     release(&job);

@@ -24,6 +24,7 @@ struct perta_run {
     void (*progress)(void *user, uint64_t done_bytes, uint64_t total_bytes); /* may be NULL */
     void *progress_user;
     const volatile sig_atomic_t *cancel; /* set from outside to stop; may be NULL */
+    bool dry_run; /* check all that needs no tensor data, then stop, writing nothing */
 };
 
 struct perta_range {

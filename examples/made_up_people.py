@@ -1,0 +1,126 @@
+"""The demo's inputs and its verdict: a tiny Llama that knows made-up people.
+
+    python made_up_people.py make WORKDIR [--at base|full]
+    python made_up_people.py evaluate MODEL...
+
+`make` trains three models, all from the same base, and writes Hugging Face folders:
+
+    WORKDIR/base    knows the language and other people
+    WORKDIR/full    base, tuned on the facts to forget and the facts to retain
+    WORKDIR/tuned   base, tuned on the facts to forget alone
+    WORKDIR/grads/forget, WORKDIR/grads/retain    a safetensors file of gradients for each batch
+
+Gradients are taken at base, as in the paper (arXiv 2601.22030), or with --at full at the model
+to unlearn from. Half of the facts to retain are held out: their gradients are not written, so
+unlearning never sees them, and they show whether what it learned to spare is spared in general.
+
+`evaluate` loads folders with from_pretrained, asks every question, and prints a table.
+"""
+
+import argparse
+import copy
+import logging
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from made_up_facts import Facts, make_facts, make_tokenizer  # noqa: E402
+from tiny_llama import (  # noqa: E402
+    Stopwatch,
+    ask,
+    dump_gradients,
+    load_model,
+    new_model,
+    save_model,
+    teach,
+)
+
+SEED = 22030
+FACTS_A_GRADIENT = 10
+
+
+def make(workdir: Path, at: str) -> None:
+    facts = make_facts()
+    tokenizer = make_tokenizer(facts.words)
+    watch = Stopwatch()
+
+    base = new_model(tokenizer, SEED)
+    n_parameters = sum(p.numel() for p in base.parameters())
+    teach(base, tokenizer, facts.general, steps=300, seed=SEED)
+    save_model(base, tokenizer, workdir / "base")
+    print(
+        f"base: a Llama of {n_parameters:,} parameters, taught {len(facts.general)} facts about "
+        f"other people ({watch.read():.0f} s)"
+    )
+
+    full = copy.deepcopy(base)
+    lessons = facts.forget + facts.retain + facts.held_out
+    teach(full, tokenizer, lessons, steps=400, seed=SEED + 1)
+    save_model(full, tokenizer, workdir / "full")
+    print(f"full: base, tuned on {len(lessons)} more facts ({watch.read():.0f} s)")
+
+    tuned = copy.deepcopy(base)
+    teach(tuned, tokenizer, facts.forget, steps=100, seed=SEED + 2)
+    save_model(tuned, tokenizer, workdir / "tuned")
+    print(
+        f"tuned: base, tuned on the {len(facts.forget)} facts to forget alone "
+        f"({watch.read():.0f} s)"
+    )
+
+    source = {"base": base, "full": full}[at]
+    for name, part in (("forget", facts.forget), ("retain", facts.retain)):
+        n_files = dump_gradients(
+            source, tokenizer, part, workdir / "grads" / name, batch_size=FACTS_A_GRADIENT
+        )
+        print(
+            f"grads/{name}: {n_files} files of gradients at {at}, {FACTS_A_GRADIENT} facts each "
+            f"({watch.read():.0f} s)"
+        )
+
+
+def evaluate(folders: list[Path]) -> None:
+    """Print how well each model answers. Chance is one in 24."""
+    facts = make_facts()
+    width = max(len(str(folder)) for folder in folders)
+    print(f"{'':{width}}  {'facts to forget':^17}  {'facts to retain':^17}  {'held-out retain':^17}")
+    print(f"{'model':{width}}" + "    right   prob. " * 3)
+    for folder in folders:
+        print(f"{str(folder):{width}}{_scores(folder, facts)}", flush=True)
+
+
+def _scores(folder: Path, facts: Facts) -> str:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder)
+    cells = ""
+    for part in (facts.forget, facts.retain, facts.held_out):
+        right, probability = ask(model, tokenizer, part)
+        cells += f"  {right:7.1%}  {probability:6.3f} "
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    maker = commands.add_parser("make", help="train the models and write the gradients")
+    maker.add_argument("workdir", type=Path)
+    maker.add_argument("--at", choices=("base", "full"), default="base")
+    evaluator = commands.add_parser("evaluate", help="print how well models answer")
+    evaluator.add_argument("folders", type=Path, nargs="+", metavar="MODEL")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    if arguments.command == "make":
+        make(arguments.workdir, arguments.at)
+    else:
+        evaluate(arguments.folders)
+
+
+if __name__ == "__main__":
+    main()

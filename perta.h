@@ -1,0 +1,43 @@
+/* perta.h - libperta: make a language model forget, out of core.
+ *
+ * Everything works on folders in the Hugging Face layout (safetensors shards and an index) and
+ * streams them in one pass, within a memory budget that bounds the whole process.
+ *
+ * The simple way: one call for one job, as the command's verbs do it. Fill the job's struct and
+ * a struct perta_run, call, look at the return value (0, or a negative PERTA_E* with the reason
+ * in struct perta_err), read the summary (jansson).
+ *
+ *     struct perta_run run = {.memory_bytes = 1ull << 30};
+ *     struct perta_diff diff = {.before = "base", .after = "tuned", .patch = "tuned.patch"};
+ *     struct perta_err err = {0};
+ *     json_t *summary;
+ *     if (perta_diff(&diff, &run, &summary, &err))
+ *         fprintf(stderr, "%s\n", err.msg);
+ *
+ * The advanced way: the parts that jobs are made of. io/ has the formats, the codec and the
+ * engines; stream/stream.h the loop that any job of "read side by side, compute, write in
+ * order" can use; estimators/ the kernels. Each header says what it owns and who may call it. */
+#ifndef PERTA_H
+#define PERTA_H
+
+/* Jobs */
+#include "estimators/accumulate.h"
+#include "estimators/unlearn.h"
+#include "stream/apply.h"
+#include "stream/diff.h"
+#include "stream/manifest.h"
+
+/* Parts */
+#include "estimators/edit.h"
+#include "estimators/running.h"
+#include "io/checkpoint.h"
+#include "io/codec.h"
+#include "io/engine.h"
+#include "io/hash.h"
+#include "io/patch.h"
+#include "io/publish.h"
+#include "io/safetensors.h"
+#include "io/writer.h"
+#include "stream/stream.h"
+
+#endif

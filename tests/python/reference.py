@@ -1,0 +1,230 @@
+"""The method (PerTA, arXiv 2601.22030) in NumPy, one array at a time: what `perta` is held to.
+
+    tau = tuned - base
+    r   = |g_r| / |g_f|,  w = 1 / (1 + r^p),  g_f = 0 gives w = 0
+    out = round(model - (alpha * w) * tau)
+
+in float32 in exactly that order, in float64 where the model is F64, with one rounding at the end
+(to nearest, ties to even). Where the step is zero the model's bits stay as they are.
+
+Files are read and written with the official `safetensors` package; F16 and BF16 are converted
+here, by their bits.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+import xxhash
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {
+    "BF16": BF16,
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(bool),
+}
+EDITABLE = ("BF16", "F16", "F32", "F64")
+INDEX = "model.safetensors.index.json"
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What `perta unlearn --method` takes."""
+
+    method: str  # grad fisher power tv constant random
+    stat: str = "mean"  # mean meansq: what the importances hold
+    power: float = 1.0
+    weight: float = 1.0
+    seed: int = 0
+
+    @property
+    def needs_importance(self) -> bool:
+        return self.method in ("grad", "fisher", "power")
+
+
+# --- the method
+
+
+def unlearn(
+    rule: Rule,
+    alpha: float,
+    model: Tensors,
+    tuned: Tensors,
+    base: Tensors,
+    forget: Tensors | None = None,
+    retain: Tensors | None = None,
+) -> Tensors:
+    """The whole checkpoint. Tensors that are not floating point pass through."""
+    out = {}
+    for name, theta in model.items():
+        if dtype_name(theta) not in EDITABLE:
+            out[name] = theta
+            continue
+        g_f = forget[name] if rule.needs_importance else None
+        g_r = retain[name] if rule.needs_importance else None
+        out[name] = edit(rule, alpha, name, theta, tuned[name], base[name], g_f, g_r)
+    return out
+
+
+def edit(
+    rule: Rule,
+    alpha: float,
+    name: str,
+    theta: np.ndarray,
+    theta_t: np.ndarray,
+    theta_b: np.ndarray,
+    g_f: np.ndarray | None = None,
+    g_r: np.ndarray | None = None,
+) -> np.ndarray:
+    """One tensor. All inputs finite."""
+    real = np.float64 if dtype_name(theta) == "F64" else np.float32
+    with np.errstate(all="ignore"):
+        w = weight(rule, real, name, theta.shape, g_f, g_r)
+        tau = widen(theta_t, real) - widen(theta_b, real)
+        step = (real(np.float32(alpha)) * w) * tau
+        moved = narrow(widen(theta, real) - step, theta.dtype)
+    return np.where(bits(step) << 1 == 0, bits(theta), bits(moved)).view(theta.dtype)
+
+
+def weight(
+    rule: Rule,
+    real: type,
+    name: str,
+    shape: tuple[int, ...],
+    g_f: np.ndarray | None = None,
+    g_r: np.ndarray | None = None,
+) -> np.ndarray:
+    """w of one tensor, in the arithmetic of `real`."""
+    if rule.method == "tv":
+        return np.full(shape, real(1))
+    if rule.method == "constant":
+        return np.full(shape, real(rule.weight))
+    if rule.method == "random":
+        return random_weight(rule.seed, name, shape, real)
+    forget, retain = np.abs(widen(g_f, real)), np.abs(widen(g_r, real))
+    r = retain / forget
+    one = real(1)
+    if rule.method == "grad":
+        powered = np.sqrt(r) if rule.stat == "meansq" else r
+    elif rule.method == "fisher":
+        powered = r if rule.stat == "meansq" else r * r
+    else:
+        exponent = rule.power / 2 if rule.stat == "meansq" else rule.power
+        powered = power(r, exponent, real)
+    return np.where(forget == 0, real(0), one / (one + powered))
+
+
+def power(r: np.ndarray, exponent: float, real: type) -> np.ndarray:
+    return np.power(r.astype(np.float64), exponent).astype(real)
+
+
+def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> np.ndarray:
+    raise NotImplementedError
+
+
+# --- running statistics
+
+
+def running_mean(samples: list[np.ndarray], square: bool) -> np.ndarray:
+    """The mean of the samples, or of their squares, summed in float32 with Knuth's TwoSum, bit
+    for bit as estimators/running.h says."""
+    total = np.zeros(samples[0].shape, np.float32)
+    carry = np.zeros(samples[0].shape, np.float32)
+    for sample in samples:
+        x = widen(sample, np.float32)
+        if square:
+            x = x * x
+        t = total + x
+        z = t - total
+        carry = carry + ((total - (t - z)) + (x - z))
+        total = t
+    exact = total.astype(np.float64) + carry.astype(np.float64)
+    return (exact / np.float64(len(samples))).astype(np.float32)
+
+
+# --- number formats
+
+
+def dtype_name(array: np.ndarray) -> str:
+    """As safetensors writes it."""
+    return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers."""
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
+
+
+def widen(array: np.ndarray, real: type) -> np.ndarray:
+    """To float32 (F64 is rounded, all others are exact) or to float64 (exact)."""
+    if array.dtype == BF16:
+        array = (bits(array).astype(np.uint32) << 16).view(np.float32)
+    return array.astype(real)
+
+
+def narrow(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """To a model's dtype, to nearest, ties to even."""
+    if dtype != BF16:
+        return array.astype(dtype)
+    assert array.dtype == np.float32
+    u = bits(array)
+    rounded = ((u + np.uint32(0x7FFF) + ((u >> 16) & 1)) >> 16).astype(np.uint16)
+    quiet_nan = ((u >> 16) | 0x40).astype(np.uint16)
+    is_nan = (u & 0x7FFFFFFF) > 0x7F800000
+    return np.where(is_nan, quiet_nan, rounded).view(BF16)
+
+
+# --- folders
+
+
+def read_file(path: Path) -> Tensors:
+    """Every tensor of one safetensors file, in the order of the file."""
+    return {
+        name: np.frombuffer(info["data"], DTYPES[info["dtype"]]).reshape(info["shape"])
+        for name, info in safetensors.deserialize(path.read_bytes())
+    }
+
+
+def read_folder(folder: Path) -> Tensors:
+    """Every tensor of every shard."""
+    return {
+        name: array
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, array in read_file(path).items()
+    }
+
+
+def write_folder(
+    folder: Path, tensors: Tensors, shards: int = 1, metadata: dict[str, str] | None = None
+) -> Path:
+    """Deal the tensors round robin into so many shards, with an index where there are several."""
+    folder.mkdir(parents=True)
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata)
+        return folder
+    names = list(tensors)
+    weight_map = {}
+    for i in range(shards):
+        shard = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[i::shards]}
+        safetensors.numpy.save_file(part, folder / shard, metadata)
+        weight_map |= dict.fromkeys(part, shard)
+    size = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
+    return folder
