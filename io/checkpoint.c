@@ -1,1 +1,411 @@
 #include "io/checkpoint.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define SUFFIX ".safetensors"
+#define SINGLE_NAME "model.safetensors"
+
+static char *join(const char *folder, const char *name)
+{
+    char *path = NULL;
+    return asprintf(&path, "%s/%s", folder, name) < 0 ? NULL : path;
+}
+
+static bool ends_in(const char *name, const char *suffix)
+{
+    size_t n = strlen(name), m = strlen(suffix);
+    return n > m && !strcmp(name + n - m, suffix);
+}
+
+static bool exists(const char *folder, const char *name)
+{
+    char *path = join(folder, name);
+    bool there = path && !access(path, F_OK);
+    free(path);
+    return there;
+}
+
+/* ---- files ---- */
+
+/* Open a regular file to read. A FIFO must not hang us, hence O_NONBLOCK. Returns the file
+ * descriptor or PERTA_E*. */
+static int open_regular(const char *path, struct stat *st, struct perta_err *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (fd < 0 && (errno == ENOENT || errno == ELOOP || errno == ENXIO))
+        return perta_fail(err, PERTA_EINPUT, "%s: %s", path,
+                          errno == ENOENT ? "no such file" : "not a regular file");
+    if (fd < 0)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = 0;
+    if (fstat(fd, st))
+        rc = perta_fail_sys(err, errno, "%s", path);
+    else if (!S_ISREG(st->st_mode))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: %s, where a regular file should be", path,
+                        S_ISDIR(st->st_mode) ? "a folder" : "not a regular file");
+    if (rc) {
+        close(fd);
+        return rc;
+    }
+    return fd;
+}
+
+static bool is_inside(const char *path, const char *folder, const char *below)
+{
+    size_t n = strlen(folder), m = strlen(below);
+    return !strncmp(path, folder, n) && !strncmp(path + n, below, m);
+}
+
+/* The Hugging Face cache keeps MODEL/snapshots/REVISION/NAME -> ../../blobs/DIGEST. */
+static bool is_in_cache_blobs(const char *path, const char *folder)
+{
+    char model[PATH_MAX];
+    snprintf(model, sizeof model, "%s", folder);
+    char *revision = strrchr(model, '/');
+    if (!revision)
+        return false;
+    *revision = '\0';
+    if (!ends_in(model, "/snapshots"))
+        return false;
+    *strrchr(model, '/') = '\0';
+    return is_inside(path, model, "/blobs/");
+}
+
+/* A link may lead to where the folder's owner put it, not to anywhere. */
+static int check_link(const char *folder, const char *path, struct perta_err *err)
+{
+    struct stat st;
+    if (lstat(path, &st) || !S_ISLNK(st.st_mode))
+        return 0; /* what is not there is reported at opening */
+    char real_folder[PATH_MAX], real_path[PATH_MAX];
+    if (!realpath(folder, real_folder))
+        return perta_fail_sys(err, errno, "%s", folder);
+    if (!realpath(path, real_path))
+        return perta_fail(err, PERTA_EINPUT, "%s: a link that leads nowhere", path);
+    if (is_inside(real_path, real_folder, "/") || is_in_cache_blobs(real_path, real_folder))
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: a link to %s, outside the checkpoint; put the file into the folder, "
+                      "or name the folder that holds it",
+                      path, real_path);
+}
+
+static int read_json(const char *path, json_t **out, struct perta_err *err)
+{
+    struct stat st;
+    int fd = open_regular(path, &st, err);
+    if (fd < 0)
+        return fd;
+    json_error_t where;
+    *out = json_loadfd(fd, JSON_REJECT_DUPLICATES, &where);
+    close(fd);
+    if (!*out)
+        return perta_fail(err, PERTA_EINPUT, "%s: byte %d: not valid JSON: %s", path,
+                          where.position, where.text);
+    return 0;
+}
+
+/* ---- shards ---- */
+
+static int add_shard(struct perta_checkpoint *ck, const char *folder, const char *name,
+                     struct perta_err *err)
+{
+    struct perta_shard *shard = &ck->shards[ck->n_shards++];
+    shard->name = strdup(name);
+    shard->path = folder ? join(folder, name) : strdup(ck->path);
+    if (!shard->name || !shard->path)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    int rc = folder ? check_link(folder, shard->path, err) : 0;
+    if (rc)
+        return rc;
+    struct stat st;
+    int fd = open_regular(shard->path, &st, err);
+    if (fd < 0)
+        return fd;
+    shard->dev = st.st_dev;
+    shard->ino = st.st_ino;
+    shard->size_bytes = (uint64_t)st.st_size;
+    shard->mtime = st.st_mtim;
+    rc = perta_safetensors_read(fd, shard->size_bytes, shard->path, &shard->header, err);
+    close(fd);
+    if (!rc)
+        ck->n_tensors += shard->header->n_tensors;
+    return rc;
+}
+
+static int compare_names(const void *a, const void *b)
+{
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+/* Add the shards that names (n, may repeat) say, in order of name. */
+static int add_shards(struct perta_checkpoint *ck, const char **names, size_t n,
+                      struct perta_err *err)
+{
+    ck->shards = calloc(n + 1, sizeof *ck->shards);
+    if (!ck->shards)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    qsort(names, n, sizeof *names, compare_names);
+    int rc = 0;
+    for (size_t i = 0; i < n && !rc; i++)
+        if (!i || strcmp(names[i], names[i - 1]))
+            rc = add_shard(ck, ck->path, names[i], err);
+    return rc;
+}
+
+/* ---- the index ---- */
+
+static int check_shard_name(const char *name, const char *path, const char *tensor,
+                            struct perta_err *err)
+{
+    if (strchr(name, '/') || name[0] == '.')
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s: shard \"%.200s\" is not a plain file name in the "
+                          "folder",
+                          path, tensor, name);
+    if (!ends_in(name, SUFFIX))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s: shard \"%.200s\" is not a " SUFFIX " file", path,
+                          tensor, name);
+    return 0;
+}
+
+static int open_indexed(struct perta_checkpoint *ck, const char *path, struct perta_err *err)
+{
+    int rc = read_json(path, &ck->index, err);
+    if (rc)
+        return rc;
+    json_t *map = json_object_get(ck->index, "weight_map");
+    if (!json_is_object(map))
+        return perta_fail(err, PERTA_EINPUT, "%s: no object \"weight_map\"", path);
+    const char **names = calloc(json_object_size(map) + 1, sizeof *names);
+    if (!names)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    size_t n = 0;
+    const char *tensor;
+    json_t *value;
+    json_object_foreach(map, tensor, value) {
+        if (rc)
+            break;
+        names[n] = json_string_value(value);
+        rc = names[n] ? check_shard_name(names[n], path, tensor, err)
+                      : perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no shard name", path,
+                                   tensor);
+        n++;
+    }
+    if (!rc)
+        rc = add_shards(ck, names, n, err);
+    free(names);
+    return rc;
+}
+
+static int check_index(const struct perta_checkpoint *ck, struct perta_err *err)
+{
+    json_t *map = json_object_get(ck->index, "weight_map");
+    const char *tensor;
+    json_t *value;
+    json_object_foreach(map, tensor, value) {
+        const struct perta_ref *ref = perta_checkpoint_find(ck, tensor);
+        const char *shard = json_string_value(value);
+        if (!ref)
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s/" PERTA_INDEX_NAME ": tensor %s should be in %s, which does "
+                              "not have it",
+                              ck->path, tensor, shard);
+        if (strcmp(ck->shards[ref->shard].name, shard))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s/" PERTA_INDEX_NAME ": tensor %s should be in %s, but is in %s",
+                              ck->path, tensor, shard, ck->shards[ref->shard].name);
+    }
+    for (uint64_t i = 0; i < ck->n_tensors; i++)
+        if (!json_object_get(map, ck->by_name[i].tensor->name))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensor %s is not in " PERTA_INDEX_NAME,
+                              ck->shards[ck->by_name[i].shard].path,
+                              ck->by_name[i].tensor->name);
+    return 0;
+}
+
+/* ---- folders without one ---- */
+
+static int list_shards(const char *folder, char ***names, size_t *n, struct perta_err *err)
+{
+    DIR *dir = opendir(folder);
+    if (!dir)
+        return perta_fail_sys(err, errno, "%s", folder);
+    int rc = 0;
+    for (const struct dirent *entry; !rc && (entry = readdir(dir));) {
+        if (entry->d_name[0] == '.' || !ends_in(entry->d_name, SUFFIX))
+            continue;
+        char **grown = realloc(*names, (*n + 1) * sizeof *grown);
+        if (grown)
+            *names = grown;
+        if (!grown || !((*names)[(*n)++] = strdup(entry->d_name)))
+            rc = perta_fail_sys(err, ENOMEM, "%s", folder);
+    }
+    closedir(dir);
+    return rc;
+}
+
+static int none_found(const char *folder, struct perta_err *err)
+{
+    static const char *const other[] = {"pytorch_model.bin.index.json", "pytorch_model.bin",
+                                        "tf_model.h5", "consolidated.00.pth"};
+    for (size_t i = 0; i < sizeof other / sizeof *other; i++)
+        if (exists(folder, other[i]))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: holds %s, but no " SUFFIX " file; load it with transformers "
+                              "and save it again (save_pretrained writes safetensors)",
+                              folder, other[i]);
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: no " SUFFIX " file in this folder; other formats (.bin, .gguf) must "
+                      "be converted first",
+                      folder);
+}
+
+static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
+{
+    const char *single = SINGLE_NAME;
+    if (exists(ck->path, SINGLE_NAME))
+        return add_shards(ck, &single, 1, err);
+    if (exists(ck->path, "adapter_config.json"))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: a PEFT adapter, not a checkpoint; merge it into its base first "
+                          "(merge_and_unload, save_pretrained)",
+                          ck->path);
+    char **names = NULL;
+    size_t n = 0;
+    int rc = list_shards(ck->path, &names, &n, err);
+    if (!rc)
+        rc = n ? add_shards(ck, (const char **)names, n, err) : none_found(ck->path, err);
+    for (size_t i = 0; i < n; i++)
+        free(names[i]);
+    free(names);
+    return rc;
+}
+
+static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
+{
+    char *index = join(ck->path, PERTA_INDEX_NAME), *config = join(ck->path, "config.json");
+    int rc = 0;
+    if (!index || !config)
+        rc = perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    else
+        rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
+    if (!rc && !access(config, F_OK)) {
+        /* Python's json writes Infinity, which is not JSON. Without its config a checkpoint
+         * still opens; only tied embeddings are then not known to be tied. */
+        struct perta_err ignored = {0};
+        read_json(config, &ck->config, &ignored);
+    }
+    free(index);
+    free(config);
+    return rc;
+}
+
+/* ---- all tensors ---- */
+
+static int compare_refs(const void *a, const void *b)
+{
+    const struct perta_ref *x = a, *y = b;
+    return strcmp(x->tensor->name, y->tensor->name);
+}
+
+static int sort_by_name(struct perta_checkpoint *ck, struct perta_err *err)
+{
+    ck->by_name = calloc(ck->n_tensors + 1, sizeof *ck->by_name);
+    if (!ck->by_name)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    uint64_t n = 0;
+    for (uint32_t s = 0; s < ck->n_shards; s++)
+        for (uint64_t i = 0; i < ck->shards[s].header->n_tensors; i++)
+            ck->by_name[n++] = (struct perta_ref){&ck->shards[s].header->tensors[i], s};
+    qsort(ck->by_name, n, sizeof *ck->by_name, compare_refs);
+    for (uint64_t i = 1; i < n; i++) {
+        const struct perta_ref *a = &ck->by_name[i - 1], *b = &ck->by_name[i];
+        if (!compare_refs(a, b))
+            return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is in %s and in %s", ck->path,
+                              a->tensor->name, ck->shards[a->shard].name,
+                              ck->shards[b->shard].name);
+    }
+    return 0;
+}
+
+static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
+{
+    if (!ends_in(ck->path, SUFFIX))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: neither a folder nor a " SUFFIX " file", ck->path);
+    ck->shards = calloc(1, sizeof *ck->shards);
+    if (!ck->shards)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    const char *slash = strrchr(ck->path, '/');
+    return add_shard(ck, NULL, slash ? slash + 1 : ck->path, err);
+}
+
+static int open_any(struct perta_checkpoint *ck, struct perta_err *err)
+{
+    struct stat st;
+    if (stat(ck->path, &st))
+        return errno == ENOENT || errno == ENOTDIR
+                   ? perta_fail(err, PERTA_EINPUT, "%s: no such file or folder", ck->path)
+                   : perta_fail_sys(err, errno, "%s", ck->path);
+    int rc = S_ISDIR(st.st_mode) ? open_folder(ck, err) : open_single(ck, err);
+    if (!rc)
+        rc = sort_by_name(ck, err);
+    return rc || !ck->index ? rc : check_index(ck, err);
+}
+
+int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
+                          struct perta_err *err)
+{
+    *out = NULL;
+    struct perta_checkpoint *ck = calloc(1, sizeof *ck);
+    if (!ck || !(ck->path = strdup(path))) {
+        free(ck);
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    }
+    /* "model/" and "model" are the same folder, and read better as the latter. */
+    for (size_t n = strlen(ck->path); n > 1 && ck->path[n - 1] == '/'; n--)
+        ck->path[n - 1] = '\0';
+    int rc = open_any(ck, err);
+    if (rc) {
+        perta_checkpoint_close(ck);
+        return rc;
+    }
+    *out = ck;
+    return 0;
+}
+
+const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
+                                              const char *name)
+{
+    struct perta_tensor wanted = {.name = (char *)name};
+    struct perta_ref key = {.tensor = &wanted};
+    return bsearch(&key, ck->by_name, ck->n_tensors, sizeof key, compare_refs);
+}
+
+void perta_checkpoint_close(struct perta_checkpoint *ck)
+{
+    if (!ck)
+        return;
+    for (uint32_t s = 0; s < ck->n_shards; s++) {
+        free(ck->shards[s].name);
+        free(ck->shards[s].path);
+        perta_header_free(ck->shards[s].header);
+    }
+    free(ck->shards);
+    free(ck->by_name);
+    json_decref(ck->index);
+    json_decref(ck->config);
+    free(ck->path);
+    free(ck);
+}

@@ -27,7 +27,7 @@ struct perta_checkpoint {
     struct perta_shard *shards; /* (n_shards), sorted by name */
     uint32_t n_shards;
     json_t *index;         /* the index file's object, NULL without one */
-    json_t *config;        /* config.json's object, NULL without one */
+    json_t *config;        /* config.json's object, NULL without one or where it is not JSON */
     uint64_t n_tensors;    /* over all shards */
     struct perta_ref *by_name; /* (n_tensors), sorted by name */
 };

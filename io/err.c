@@ -29,13 +29,13 @@ int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *f
 
 int perta_err_context(struct perta_err *err, const char *fmt, ...)
 {
-    char context[512], whole[sizeof err->msg + sizeof context];
+    char was[sizeof err->msg];
+    memcpy(was, err->msg, sizeof was);
     va_list ap;
     va_start(ap, fmt);
-    vsnprintf(context, sizeof context, fmt, ap);
+    vsnprintf(err->msg, sizeof err->msg, fmt, ap);
     va_end(ap);
-    snprintf(whole, sizeof whole, "%s: %s", context, err->msg);
-    memcpy(err->msg, whole, sizeof err->msg);
-    err->msg[sizeof err->msg - 1] = '\0';
+    size_t len = strlen(err->msg);
+    snprintf(err->msg + len, sizeof err->msg - len, ": %.*s", (int)sizeof was, was);
     return err->code;
 }
