@@ -25,14 +25,16 @@ enum perta_encoding {
 
 struct perta_codec;
 
-/* A codec for chunks of at most max_bytes bytes; NULL without memory. Its scratch is
- * perta_codec_scratch_bytes(max_bytes) large, allocated and touched here. */
+/* A codec for chunks of at most max_bytes bytes; NULL without memory. Its scratch, about five
+ * times that, is allocated and touched here. */
 PERTA_API struct perta_codec *perta_codec_new(size_t max_bytes);
 PERTA_API void perta_codec_free(struct perta_codec *codec);
-PERTA_API size_t perta_codec_scratch_bytes(size_t max_bytes);
 
 /* The most bytes that the frame of a chunk of n bytes can take. */
 PERTA_API size_t perta_codec_bound(size_t n);
+
+/* The most bytes that the frame of a chunk of n bytes can decompress to. */
+PERTA_API size_t perta_codec_payload_max(size_t n);
 
 /* What encoding made of a chunk. */
 struct perta_coded {

@@ -279,7 +279,7 @@ int perta_safetensors_parse(const uint8_t *bytes, uint64_t len_bytes, uint64_t f
     *out = NULL;
     if (file_len_bytes < PREFIX_BYTES || len_bytes < PREFIX_BYTES)
         return too_short(file_len_bytes, path, err);
-    uint64_t header_bytes;
+    uint64_t header_bytes = 0;
     int rc = check_prefix(bytes, file_len_bytes, path, &header_bytes, err);
     if (rc)
         return rc;
@@ -301,7 +301,7 @@ int perta_safetensors_read(int fd, uint64_t file_len_bytes, const char *path,
     if (file_len_bytes < PREFIX_BYTES)
         return too_short(file_len_bytes, path, err);
     uint8_t prefix[PREFIX_BYTES];
-    uint64_t header_bytes;
+    uint64_t header_bytes = 0;
     int rc = perta_pread_all(fd, prefix, sizeof prefix, 0, path, err);
     if (!rc)
         rc = check_prefix(prefix, file_len_bytes, path, &header_bytes, err);
