@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from made_up_facts import Facts, make_facts, make_tokenizer  # noqa: E402
+from made_up_facts import make_facts, make_tokenizer  # noqa: E402
 from tiny_llama import (  # noqa: E402
     Stopwatch,
     ask,
@@ -83,23 +83,41 @@ def make(workdir: Path, at: str) -> None:
 
 
 def evaluate(folders: list[Path]) -> None:
-    """Print how well each model answers. Chance is one in 24."""
+    """Print how well each model answers, then compare methods at the same forgetting. Chance is
+    one in 24."""
     facts = make_facts()
     width = max(len(str(folder)) for folder in folders)
     print(f"{'':{width}}  {'facts to forget':^17}  {'facts to retain':^17}  {'held-out retain':^17}")
     print(f"{'model':{width}}" + "    right   prob. " * 3)
+    scores = {}
     for folder in folders:
-        print(f"{str(folder):{width}}{_scores(folder, facts)}", flush=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = load_model(folder)
+        parts = (facts.forget, facts.retain, facts.held_out)
+        scores[folder] = [ask(model, tokenizer, part) for part in parts]
+        cells = "".join(f"  {right:7.1%}  {prob:6.3f} " for right, prob in scores[folder])
+        print(f"{str(folder):{width}}{cells}", flush=True)
+    _compare(folders[0], {folder: [r for r, _ in cells] for folder, cells in scores.items()})
 
 
-def _scores(folder: Path, facts: Facts) -> str:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = load_model(folder)
-    cells = ""
-    for part in (facts.forget, facts.retain, facts.held_out):
-        right, probability = ask(model, tokenizer, part)
-        cells += f"  {right:7.1%}  {probability:6.3f} "
-    return cells
+def _compare(full: Path, rights: dict[Path, list[float]]) -> None:
+    """How much of the rest is left when half of what is to be forgotten is gone: along each
+    method's folders alpha-A, in order of A, by linear interpolation."""
+    print("\nWhen the model has lost half of the facts to forget, it still answers of the rest:")
+    for method in dict.fromkeys(folder.parent for folder in rights if "alpha-" in folder.name):
+        path = [rights[full]] + [
+            rights[folder]
+            for folder in sorted(rights, key=lambda f: float(f.name.partition("alpha-")[2] or 0))
+            if folder.parent == method and "alpha-" in folder.name
+        ]
+        for before, after in zip(path, path[1:]):
+            if before[0] > 0.5 >= after[0]:
+                t = (before[0] - 0.5) / (before[0] - after[0])
+                retain, held_out = (b + t * (a - b) for b, a in zip(before[1:], after[1:]))
+                print(f"  {method.name:8} {retain:6.1%} of those to retain, {held_out:6.1%} held out")
+                break
+        else:
+            print(f"  {method.name:8} (never lost half)")
 
 
 def main() -> None:

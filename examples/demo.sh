@@ -1,0 +1,64 @@
+#!/bin/sh
+# The whole story on a model made here: tune, dump gradients, accumulate, unlearn, verify,
+# apply, revert, ask. Usage: examples/demo.sh PERTA WORKDIR
+set -eu
+perta=$(realpath "$1")
+work=$2
+here=$(dirname "$(realpath "$0")")
+cd "$here/.."
+mkdir -p "$work"
+work=$(realpath "$work")
+
+# PyTorch for CPUs alone is a tenth of what PyPI has; where its index is not to be had, PyPI is.
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/python -c 'import torch' 2>/dev/null ||
+    .venv/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 20 \
+        --no-deps --index-url https://download.pytorch.org/whl/cpu \
+        "$(grep ^torch== examples/requirements.txt)" 2>/dev/null || true
+scripts/venv.sh examples/requirements.txt
+python=$here/../.venv/bin/python
+
+say() { printf '\n== %s\n' "$*"; }
+# Patterns reach it quoted, so that they are shown as they are.
+run() {
+    printf '$ perta %s\n' "$*"
+    # shellcheck disable=SC2068
+    "$perta" $@
+}
+
+cd "$work"
+rm -rf base full tuned grads importance patches models applied reverted
+say "A model that knows made-up people, one tuned on what to forget, and gradients (PyTorch)"
+"$python" "$here/made_up_people.py" make .
+
+say "accumulate: gradients of many batches to importances"
+for set in forget retain; do
+    run accumulate --stat mean,meansq --out "importance/$set" "grads/$set/*.safetensors"
+done
+
+say "unlearn: plain task arithmetic (tv), and weighed by gradients (grad) and Fisher (fisher)"
+inputs="--model full --tuned tuned --base base"
+alphas=0.25,0.5,0.75,1,1.25,1.5
+mean="--forget importance/forget/mean --retain importance/retain/mean"
+meansq="--forget importance/forget/meansq --retain importance/retain/meansq"
+# shellcheck disable=SC2086
+{
+    run unlearn $inputs --method tv --alpha $alphas --patch patches/tv --out models/tv
+    run unlearn $inputs $mean --method grad --alpha $alphas --patch patches/grad --out models/grad
+    run unlearn $inputs $meansq --method fisher --alpha $alphas --patch patches/fisher \
+        --out models/fisher
+}
+
+say "verify, apply, revert: the patch alone gives the same model, and takes it back"
+run verify patches/fisher/alpha-1
+run apply full patches/fisher/alpha-1 --out applied
+run revert applied patches/fisher/alpha-1 --out reverted
+for shard in full/*.safetensors; do
+    name=$(basename "$shard")
+    cmp "models/fisher/alpha-1/$name" "applied/$name"
+    cmp "$shard" "reverted/$name"
+done
+echo "byte for byte: applied = unlearned, reverted = full"
+
+say "ask: loaded with transformers' from_pretrained"
+"$python" "$here/made_up_people.py" evaluate full models/*/*
