@@ -11,7 +11,7 @@
 #define MAX_KEYS 2048u        /* F64 has 11 bits of exponent */
 #define GROUPED_HEAD_BYTES 10 /* floor u16, crossers u32, length of the gaps u32 */
 /* More crossers than one in so many are not worth listing. */
-#define CROSSER_SHARE 64
+#define CROSSER_SHARE 32
 
 struct perta_codec {
     const struct perta_codec_kernels *kernels;
