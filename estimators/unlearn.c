@@ -434,7 +434,8 @@ static int attach(struct job *job, struct perta_stream *stream, struct perta_err
     return rc;
 }
 
-static int finish(struct job *job, json_t *summary, struct perta_err *err)
+static int finish(struct job *job, struct perta_stream *stream, json_t *summary,
+                  struct perta_err *err)
 {
     json_t *inputs = json_object();
     json_t *results = json_array();
@@ -442,7 +443,8 @@ static int finish(struct job *job, json_t *summary, struct perta_err *err)
     for (unsigned a = 0; a < job->n_outs && !rc; a++)
         rc = perta_patch_out_reach(&job->outs[a], job->in[PERTA_ROLE_MODEL].ck->n_shards, 0, err);
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
-        if (job->in[i].ck && !(rc = perta_input_unchanged(&job->in[i], err)))
+        if (job->in[i].ck && !(rc = perta_input_digest_rest(&job->in[i], stream, err)) &&
+            !(rc = perta_input_unchanged(&job->in[i], err)))
             json_object_set_new(inputs, roles[i] + 2, perta_input_json(&job->in[i]));
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         json_t *recipe = perta_recipe_json(job->unlearn, &job->rule, a, job->in);
@@ -487,7 +489,7 @@ static int run_all(struct job *job, const struct perta_run *run, json_t *summary
     if (!rc)
         rc = perta_stream_run(*stream, err);
     if (!rc)
-        rc = finish(job, summary, err);
+        rc = finish(job, *stream, summary, err);
     if (!rc) {
         const struct perta_io_choice *choice = perta_stream_choice(*stream);
         json_object_set_new(summary, "read_bytes",

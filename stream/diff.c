@@ -183,9 +183,12 @@ static int prepare(struct job *job, const struct perta_diff *diff, const struct 
     return rc;
 }
 
-static int finish(struct job *job, json_t **summary, struct perta_err *err)
+static int finish(struct job *job, struct perta_stream *stream, json_t **summary,
+                  struct perta_err *err)
 {
     int rc = perta_patch_out_reach(&job->out, job->after.ck->n_shards, 0, err);
+    if (!rc)
+        rc = perta_input_digest_rest(&job->before, stream, err);
     if (!rc)
         rc = perta_input_unchanged(&job->before, err);
     if (!rc)
@@ -222,7 +225,7 @@ int perta_diff(const struct perta_diff *diff, const struct perta_run *run, json_
     else if (!rc)
         rc = perta_stream_run(stream, err);
     if (!rc && !run->dry_run)
-        rc = finish(&job, summary, err);
+        rc = finish(&job, stream, summary, err);
     if (!rc && !run->dry_run)
         json_object_set_new(*summary, "read_bytes",
                             json_integer((json_int_t)perta_stream_read_bytes(stream)));

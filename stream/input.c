@@ -17,8 +17,8 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
     input->files = calloc(n ? n : 1, sizeof *input->files);
     input->digests = calloc(n ? n : 1, sizeof *input->digests);
     input->seen_bytes = calloc(n ? n : 1, sizeof *input->seen_bytes);
-    input->broken = calloc(n ? n : 1, sizeof *input->broken);
-    if (!input->files || !input->digests || !input->seen_bytes || !input->broken)
+    input->read_bytes = calloc(n ? n : 1, sizeof *input->read_bytes);
+    if (!input->files || !input->digests || !input->seen_bytes || !input->read_bytes)
         return perta_fail_sys(err, ENOMEM, "%s", input->ck->path);
     for (uint32_t i = 0; i < n; i++) {
         const struct perta_shard *shard = &input->ck->shards[i];
@@ -35,7 +35,7 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
         if (!input->digests[i])
             return perta_fail_sys(err, ENOMEM, "%s", shard->path);
         perta_digest_update(input->digests[i], shard->header->bytes, shard->header->len_bytes);
-        input->seen_bytes[i] = shard->header->len_bytes;
+        input->seen_bytes[i] = input->read_bytes[i] = shard->header->len_bytes;
     }
     return 0;
 }
@@ -51,7 +51,7 @@ void perta_input_close(struct perta_input *input)
     free(input->files);
     free(input->digests);
     free(input->seen_bytes);
-    free(input->broken);
+    free(input->read_bytes);
     perta_checkpoint_close(input->ck);
     *input = (struct perta_input){0};
 }
@@ -71,12 +71,34 @@ void perta_input_digest(struct perta_input *input, const struct perta_range *ran
     if (!range->file)
         return;
     size_t shard = (size_t)(range->file - input->files);
+    input->read_bytes[shard] += range->len_bytes;
     if (range->off_bytes != input->seen_bytes[shard])
-        input->broken[shard] = true;
-    if (input->broken[shard])
         return;
     perta_digest_update(input->digests[shard], range->data, range->len_bytes);
     input->seen_bytes[shard] += range->len_bytes;
+}
+
+static void add_bytes(void *digest, const uint8_t *data, uint64_t len_bytes)
+{
+    perta_digest_update(digest, data, len_bytes);
+}
+
+int perta_input_digest_rest(struct perta_input *input, struct perta_stream *stream,
+                            struct perta_err *err)
+{
+    int rc = 0;
+    for (uint32_t i = 0; i < input->ck->n_shards && !rc; i++) {
+        struct perta_file *file = &input->files[i];
+        if (input->seen_bytes[i] == file->len_bytes || input->read_bytes[i] < file->len_bytes)
+            continue;
+        perta_digest_free(input->digests[i]);
+        input->digests[i] = perta_digest_new(false);
+        rc = input->digests[i] ? perta_stream_read_file(stream, file, add_bytes,
+                                                        input->digests[i], err)
+                               : perta_fail_sys(err, ENOMEM, "%s", file->path);
+        input->seen_bytes[i] = file->len_bytes;
+    }
+    return rc;
 }
 
 int perta_input_unchanged(const struct perta_input *input, struct perta_err *err)
@@ -94,7 +116,7 @@ json_t *perta_input_json(struct perta_input *input)
         const struct perta_shard *shard = &input->ck->shards[i];
         struct perta_digest_hex hex;
         perta_digest_finish(input->digests[i], &hex);
-        bool whole = !input->broken[i] && input->seen_bytes[i] == shard->size_bytes;
+        bool whole = input->seen_bytes[i] == shard->size_bytes;
         json_array_append_new(shards, json_pack("{s:s, s:I, s:s?}", "name", shard->name,
                                                 "bytes", (json_int_t)shard->size_bytes,
                                                 "xxh3_128", whole ? hex.xxh128 : NULL));

@@ -15,7 +15,7 @@ struct perta_input {
     struct perta_file *files;             /* (ck->n_shards) */
     struct perta_digest **digests;        /* (ck->n_shards), of all bytes, header first */
     uint64_t *seen_bytes;                 /* (ck->n_shards): how far the digest has come */
-    bool *broken;                         /* (ck->n_shards): read with gaps or out of order */
+    uint64_t *read_bytes;                 /* (ck->n_shards): in whatever order */
 };
 
 /* Open the checkpoint; role is borrowed. */
@@ -32,12 +32,15 @@ void perta_input_range(struct perta_input *input, const struct perta_ref *ref,
 
 /* In order of commit: add a range that was read to its shard's digest. */
 void perta_input_digest(struct perta_input *input, const struct perta_range *range);
+/* After the run: read shards that were used whole but out of order again, for their digests. */
+int perta_input_digest_rest(struct perta_input *input, struct perta_stream *stream,
+                            struct perta_err *err);
 
 /* No shard changed while it was read. */
 int perta_input_unchanged(const struct perta_input *input, struct perta_err *err);
 
-/* For a manifest: {"path"?, "shards": [{name, bytes, xxh3_128 | null}]}. The digest is the whole
- * file's; null where not all of it was read in order. Ends the digests. NULL without memory. */
+/* For a manifest: {"shards": [{name, bytes, xxh3_128 | null}]}. The digest is the whole file's;
+ * null where not all of it was used. Ends the digests. NULL without memory. */
 json_t *perta_input_json(struct perta_input *input);
 
 /* Append the paths of all shards to *paths (n of *n_paths); the strings stay the input's. */

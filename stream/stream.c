@@ -354,3 +354,62 @@ int perta_stream_run(struct perta_stream *s, struct perta_err *err)
             perta_engine_release(s->engine, &s->slots[i].reads[r].request);
     return rc;
 }
+
+/* ---- one file in order ---- */
+
+#define PARTS_MAX 8
+#define PART_BYTES (2ull << 20)
+
+static void on_part(struct perta_request *request)
+{
+    *(bool *)request->user = true;
+}
+
+int perta_stream_read_file(struct perta_stream *s, struct perta_file *file,
+                           void (*use)(void *ctx, const uint8_t *data, uint64_t len_bytes),
+                           void *ctx, struct perta_err *err)
+{
+    struct perta_request requests[PARTS_MAX];
+    bool done[PARTS_MAX];
+    uint64_t room = perta_slot_pool_bytes(&s->shape) * s->n_slots;
+    uint64_t n = room / perta_read_room(PART_BYTES), part = PART_BYTES, sent = 0, used = 0;
+    n = n < PARTS_MAX ? n : PARTS_MAX;
+    if (!n) { /* a tiny job */
+        n = 1;
+        part = room - perta_read_room(0);
+    }
+    int rc = 0;
+    while (!rc && used < file->len_bytes) {
+        for (; sent < file->len_bytes && sent - used < n * part; sent += part) {
+            uint64_t i = sent / part % n, left = file->len_bytes - sent;
+            requests[i] = (struct perta_request){
+                .file = file,
+                .off_bytes = sent,
+                .len_bytes = left < part ? left : part,
+                .buf = s->pool.base + i * perta_read_room(part),
+                .done = on_part,
+                .user = &done[i],
+            };
+            done[i] = false;
+            perta_engine_submit(s->engine, &requests[i]);
+        }
+        struct perta_request *oldest = &requests[used / part % n];
+        while (!rc && !done[used / part % n])
+            rc = cancelled(s) ? perta_fail(err, PERTA_EINTR, "interrupted")
+                              : perta_engine_wait(s->engine, err);
+        if (!rc && oldest->sys_errno)
+            rc = perta_request_error(oldest, err);
+        if (!rc)
+            use(ctx, oldest->data, oldest->len_bytes);
+        perta_engine_release(s->engine, oldest);
+        used += part;
+        if (s->run.progress)
+            s->run.progress(s->run.progress_user, used, file->len_bytes);
+    }
+    s->read_bytes += used < file->len_bytes ? used : file->len_bytes;
+    struct perta_err ignored = {0};
+    perta_engine_drain(s->engine, &ignored);
+    for (; used < sent; used += part)
+        perta_engine_release(s->engine, &requests[used / part % n]);
+    return rc;
+}

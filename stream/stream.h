@@ -76,7 +76,12 @@ PERTA_API uint8_t *perta_stream_writer_bufs(struct perta_stream *stream, unsigne
 /* Run the job to its end. The first error in order of the pieces is returned; then nothing is
  * in flight any more. */
 PERTA_API int perta_stream_run(struct perta_stream *stream, struct perta_err *err);
-/* Bytes of the ranges read so far. */
+/* After the run: read a whole file in order, in the room of the slots, and pass its bytes on. */
+PERTA_API int perta_stream_read_file(struct perta_stream *stream, struct perta_file *file,
+                                     void (*use)(void *ctx, const uint8_t *data,
+                                                 uint64_t len_bytes),
+                                     void *ctx, struct perta_err *err);
+/* Bytes read so far. */
 PERTA_API uint64_t perta_stream_read_bytes(const struct perta_stream *stream);
 
 PERTA_API unsigned perta_run_threads(const struct perta_run *run);

@@ -62,8 +62,8 @@ static void parse_alphas(struct argp_state *state, struct args *args, const char
         if (u->n_alphas == PERTA_ALPHAS_MAX)
             argp_error(state, "--alpha: %d at most", PERTA_ALPHAS_MAX);
         double value = cli_number(state, "--alpha", text);
-        if (strspn(text, "0123456789.eE+-") != strlen(text))
-            argp_error(state, "--alpha: write %s in decimal", text);
+        if (strspn(text, "0123456789.eE+-") != strlen(text) || strlen(text) > 32)
+            argp_error(state, "--alpha: write %s in decimal, in 32 characters at most", text);
         if (value > 3e38 || value < -3e38)
             argp_error(state, "--alpha: %s is no float32", text);
         for (unsigned i = 0; i < u->n_alphas; i++)
