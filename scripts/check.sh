@@ -12,5 +12,7 @@ echo "== unit tests"
 meson test -C build --print-errorlogs --quiet
 echo "== unit tests, address and undefined-behaviour sanitizers"
 meson test -C build-dev --print-errorlogs --quiet
+echo "== installed: command, library, headers, pkg-config, man page"
+tests/install.sh build
 echo "== the command, against NumPy and independent readers"
 PERTA=build/perta .venv/bin/python -m pytest -q tests/python "$@"
