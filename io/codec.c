@@ -181,26 +181,54 @@ static inline uint32_t exponent_at(const uint8_t *bytes, unsigned width, struct 
 
 /* ---- grouping: encode ---- */
 
-/* The lowest floor that leaves few crossers; false where that leaves one group. Elements
- * whose exponent changes cross under every floor below the larger of the two. */
-static bool choose_floor(const uint8_t *before, const uint8_t *after, unsigned width,
-                         struct exponent e, size_t n, uint32_t *key_floor)
+/* Units by the larger of their two exponents: where those agree, and where not. Two of each,
+ * for neighbours mostly fall into the same place, and one increment waits for the other. */
+struct tally {
+    uint32_t counts[2][2][MAX_KEYS];
+    uint32_t top;
+};
+
+static inline void tally_units(struct tally *t, const uint8_t *before, const uint8_t *after,
+                               unsigned width, struct exponent e, size_t n)
 {
-    uint32_t crossing[MAX_KEYS] = {0}; /* (keys) by the larger exponent */
-    uint32_t top = 0;
+    memset(t, 0, sizeof *t);
     for (size_t i = 0; i < n; i++) {
         uint32_t a = exponent_at(before, width, e, i), b = exponent_at(after, width, e, i);
         uint32_t larger = a > b ? a : b;
-        top = larger > top ? larger : top;
-        if (a != b)
-            crossing[larger]++;
+        t->top = larger > t->top ? larger : t->top;
+        t->counts[i & 1][a != b][larger]++;
     }
+}
+
+static uint32_t counted(const struct tally *t, bool differ, uint32_t exponent)
+{
+    return t->counts[0][differ][exponent] + t->counts[1][differ][exponent];
+}
+
+/* The lowest floor that leaves few crossers: units whose exponent changes cross under every
+ * floor below the larger of the two. */
+static uint32_t choose_floor(const struct tally *t, size_t n)
+{
     size_t crossers = 0;
-    uint32_t f = (1u << e.bits) - 1;
-    while (f && crossers + crossing[f] <= n / CROSSER_SHARE)
-        crossers += crossing[f--];
-    *key_floor = f;
-    return f < top;
+    uint32_t f = t->top;
+    while (f && crossers + counted(t, true, f) <= n / CROSSER_SHARE)
+        crossers += counted(t, true, f--);
+    return f;
+}
+
+/* Where the group of each key starts; returns where the last one ends. */
+static uint32_t starts_under(const struct tally *t, uint32_t key_floor,
+                             uint32_t starts[MAX_KEYS])
+{
+    uint32_t at = 0;
+    starts[key_floor] = 0;
+    for (uint32_t k = 0; k <= key_floor; k++)
+        at += counted(t, false, k) + counted(t, true, k);
+    for (uint32_t k = key_floor + 1; k <= t->top; k++) {
+        starts[k] = at;
+        at += counted(t, false, k);
+    }
+    return at;
 }
 
 static void put_le(uint8_t *to, uint64_t value, unsigned bytes)
@@ -230,52 +258,36 @@ static inline uint32_t key_of(uint32_t exponent, uint32_t key_floor)
     return exponent > key_floor ? exponent : key_floor;
 }
 
-/* From counts to where each group starts. */
-static void starts_of(uint32_t counts[MAX_KEYS])
-{
-    uint32_t at = 0;
-    for (uint32_t k = 0; k < MAX_KEYS; k++) {
-        uint32_t count = counts[k];
-        counts[k] = at;
-        at += count;
-    }
-}
-
-/* The payload of PERTA_ENC_GROUPED from codec->z; 0 where grouping makes no sense. */
+/* The payload of PERTA_ENC_GROUPED from codec->z; 0 where there would be one group. */
 static inline size_t group_units(struct perta_codec *codec, const uint8_t *before,
                                  const uint8_t *after, unsigned width, struct exponent e,
                                  size_t n)
 {
-    uint32_t starts[MAX_KEYS] = {0}, key_floor;
-    if (!choose_floor(before, after, width, e, n, &key_floor))
+    struct tally tally;
+    uint32_t starts[MAX_KEYS];
+    tally_units(&tally, before, after, width, e, n);
+    uint32_t key_floor = choose_floor(&tally, n);
+    if (key_floor == tally.top)
         return 0;
+    uint32_t inside = starts_under(&tally, key_floor, starts), cross_at = inside;
     uint8_t *gaps = codec->payload + GROUPED_HEAD_BYTES, *gap = gaps;
-    size_t n_crossers = 0, from = 0;
+    size_t from = 0;
     for (size_t i = 0; i < n; i++) {
         uint32_t key = key_of(exponent_at(before, width, e, i), key_floor);
         if (key == key_of(exponent_at(after, width, e, i), key_floor)) {
-            starts[key]++;
+            unit_copy(codec->grouped, starts[key]++, codec->z, i, width);
         } else {
+            unit_copy(codec->grouped, cross_at++, codec->z, i, width);
             gap = put_gap(gap, i - from);
             from = i + 1;
-            n_crossers++;
         }
     }
-    starts_of(starts);
-    uint32_t cross_at = (uint32_t)(n - n_crossers);
-    for (size_t i = 0; i < n; i++) {
-        uint32_t key = key_of(exponent_at(before, width, e, i), key_floor);
-        bool crosses = key != key_of(exponent_at(after, width, e, i), key_floor);
-        uint32_t *at = crosses ? &cross_at : &starts[key];
-        unit_copy(codec->grouped, (*at)++, codec->z, i, width);
-    }
     put_le(codec->payload, key_floor, 2);
-    put_le(codec->payload + 2, n_crossers, 4);
+    put_le(codec->payload + 2, n - inside, 4);
     put_le(codec->payload + 6, (size_t)(gap - gaps), 4);
-    size_t inside = n - n_crossers;
     codec->kernels->split(width, codec->grouped, gap, inside);
     codec->kernels->split(width, codec->grouped + inside * width, gap + inside * width,
-                          n_crossers);
+                          n - inside);
     return (size_t)(gap - codec->payload) + n * width;
 }
 
@@ -339,6 +351,17 @@ int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype, const 
 static int damaged(struct perta_err *err, const char *what)
 {
     return perta_fail(err, PERTA_ECHECK, "the frame is damaged: %s", what);
+}
+
+/* From counts to where each group starts. */
+static void starts_of(uint32_t counts[MAX_KEYS])
+{
+    uint32_t at = 0;
+    for (uint32_t k = 0; k < MAX_KEYS; k++) {
+        uint32_t count = counts[k];
+        counts[k] = at;
+        at += count;
+    }
 }
 
 /* Put units of codec->grouped back in order, into codec->z. from is either side: those that
