@@ -295,14 +295,31 @@ static int make_scratch(struct job *job, struct perta_err *err)
     return job->scratch ? 0 : perta_fail_sys(err, ENOMEM, "sums");
 }
 
-static int begin_outputs(struct job *job, struct perta_err *err)
+static const char *const stat_names[N_STATS] = {"mean", "meansq"};
+
+static int check_outputs(const struct job *job, struct perta_err *err)
 {
-    static const char *const names[N_STATS] = {"mean", "meansq"};
+    const struct perta_accumulate *acc = job->accumulate;
     int rc = 0;
     for (int stat = 0; stat < N_STATS && !rc; stat++) {
         if (!job->wanted[stat])
             continue;
-        char *path = perta_path_join(job->accumulate->out, names[stat]);
+        char *path = perta_path_join(acc->out, stat_names[stat]);
+        rc = path ? perta_publish_check((const char *const *)&path, 1, acc->gradients,
+                                        acc->n_gradients, acc->force, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", acc->out);
+        free(path);
+    }
+    return rc;
+}
+
+static int begin_outputs(struct job *job, struct perta_err *err)
+{
+    int rc = 0;
+    for (int stat = 0; stat < N_STATS && !rc; stat++) {
+        if (!job->wanted[stat])
+            continue;
+        char *path = perta_path_join(job->accumulate->out, stat_names[stat]);
         rc = path ? perta_model_out_begin(&job->outs[stat], path, job->accumulate->force, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
         free(path);
@@ -321,6 +338,8 @@ static int prepare(struct job *job, const struct perta_run *run, struct perta_er
         rc = add_sample(job, i, err);
     if (!rc)
         rc = choose_elems(job, run, err);
+    if (!rc)
+        rc = check_outputs(job, err);
     if (rc || run->dry_run)
         return rc;
     rc = make_scratch(job, err);

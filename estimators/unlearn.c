@@ -343,6 +343,38 @@ static int find_stat(struct job *job, json_t *notes, struct perta_err *err)
     return 0;
 }
 
+static char *folder_of(const struct job *job, const char *dir, unsigned a)
+{
+    if (!dir || job->unlearn->n_alphas == 1)
+        return dir ? strdup(dir) : NULL;
+    char name[64];
+    snprintf(name, sizeof name, "alpha-%s", job->unlearn->alphas[a].text);
+    return perta_path_join(dir, name);
+}
+
+static int check_outputs(const struct job *job, struct perta_err *err)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    const char *const inputs[] = {u->model, u->tuned, u->base, u->forget, u->retain};
+    char *outputs[2 * PERTA_ALPHAS_MAX] = {0};
+    size_t n = 0;
+    for (unsigned a = 0; a < u->n_alphas; a++) {
+        outputs[n++] = folder_of(job, u->patch, a);
+        if (u->out)
+            outputs[n++] = folder_of(job, u->out, a);
+    }
+    int rc = 0;
+    for (size_t i = 0; i < n; i++)
+        if (!outputs[i])
+            rc = perta_fail_sys(err, ENOMEM, "%s", u->patch);
+    if (!rc)
+        rc = perta_publish_check((const char *const *)outputs, n, inputs, PERTA_N_ROLES,
+                                 u->force, err);
+    for (size_t i = 0; i < n; i++)
+        free(outputs[i]);
+    return rc;
+}
+
 static int plan(struct job *job, json_t *notes, struct perta_err *err)
 {
     int rc = open_inputs(job, err);
@@ -350,7 +382,9 @@ static int plan(struct job *job, json_t *notes, struct perta_err *err)
         rc = find_stat(job, notes, err);
     if (!rc)
         rc = check_extra(job, err);
-    return rc ? rc : fill_rows(job, err);
+    if (!rc)
+        rc = fill_rows(job, err);
+    return rc ? rc : check_outputs(job, err);
 }
 
 static void measure(const struct job *job, struct perta_job *sizes, uint64_t *chunk_bytes)
@@ -368,15 +402,6 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
         sizes->in_bytes_max = in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
     }
     sizes->out_bytes_max = lay_out(job->n_outs, *chunk_bytes).whole;
-}
-
-static char *folder_of(const struct job *job, const char *dir, unsigned a)
-{
-    if (!dir || job->unlearn->n_alphas == 1)
-        return dir ? strdup(dir) : NULL;
-    char name[64];
-    snprintf(name, sizeof name, "alpha-%s", job->unlearn->alphas[a].text);
-    return perta_path_join(dir, name);
 }
 
 static int begin_outputs(struct job *job, struct perta_err *err)

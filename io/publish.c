@@ -77,21 +77,89 @@ static bool is_replaceable(const char *path)
     return false;
 }
 
-static int check_target(struct perta_publish *out, bool force, struct perta_err *err)
+static int check_target(const char *path, bool force, bool *replace, struct perta_err *err)
 {
     struct stat st;
-    if (lstat(out->path, &st))
-        return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", out->path);
-    if (is_empty_dir(out->path))
+    *replace = false;
+    if (lstat(path, &st))
+        return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
+    if (is_empty_dir(path))
         return 0;
     if (!force)
         return perta_fail(err, PERTA_EUSAGE, "%s: exists; choose another name, or --force to "
-                          "replace it", out->path);
-    if (!S_ISDIR(st.st_mode) || !is_replaceable(out->path))
+                          "replace it", path);
+    if (!S_ISDIR(st.st_mode) || !is_replaceable(path))
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: exists and is neither a checkpoint nor a patch; --force does "
-                          "not replace it", out->path);
-    out->replace = true;
+                          "not replace it", path);
+    *replace = true;
+    return 0;
+}
+
+/* The true path of what may not exist yet: of the longest part that does, then the rest. */
+static int true_path(const char *path, char **out, struct perta_err *err)
+{
+    char *whole = path[0] == '/' ? strdup(path) : perta_path_join(".", path), *real = NULL;
+    size_t len = whole ? strlen(whole) : 0;
+    *out = NULL;
+    while (whole && !real) {
+        char next = whole[len];
+        whole[len] = '\0';
+        real = realpath(len ? whole : "/", NULL);
+        whole[len] = next;
+        while (!real && len && whole[--len] != '/')
+            ;
+    }
+    const char *rest = real ? whole + len : "";
+    int rc = 0;
+    if (strstr(rest, "/..")) /* what it means depends on what is made first */
+        rc = perta_fail(err, PERTA_EUSAGE, "%s: the folder before \"..\" does not exist", path);
+    else if (!real || asprintf(out, "%s%s", strcmp(real, "/") ? real : "", rest) < 0)
+        rc = perta_fail_sys(err, ENOMEM, "%s", path);
+    if (!rc)
+        for (size_t n = strlen(*out); n > 1 && (*out)[n - 1] == '/'; n--)
+            (*out)[n - 1] = '\0';
+    free(real);
+    free(whole);
+    return rc;
+}
+
+static bool contains(const char *outer, const char *inner)
+{
+    size_t n = strlen(outer);
+    return !strncmp(outer, inner, n) && (!inner[n] || inner[n] == '/' || !strcmp(outer, "/"));
+}
+
+static int check_apart(const char *output, const char *other, const char *what,
+                       struct perta_err *err)
+{
+    char *a = NULL, *b = NULL;
+    int rc = true_path(output, &a, err);
+    if (!rc)
+        rc = true_path(other, &b, err);
+    if (!rc && (contains(a, b) || contains(b, a)))
+        rc = perta_fail(err, PERTA_EUSAGE, "%s: would overwrite, or lie within, %s %s", output,
+                        what, other);
+    free(a);
+    free(b);
+    return rc;
+}
+
+int perta_publish_check(const char *const *outputs, size_t n_outputs, const char *const *inputs,
+                        size_t n_inputs, bool force, struct perta_err *err)
+{
+    for (size_t o = 0; o < n_outputs; o++) {
+        bool replace;
+        int rc = 0;
+        for (size_t i = 0; i < n_inputs && !rc; i++)
+            rc = inputs[i] ? check_apart(outputs[o], inputs[i], "the input", err) : 0;
+        for (size_t i = 0; i < o && !rc; i++)
+            rc = check_apart(outputs[o], outputs[i], "the other output", err);
+        if (!rc)
+            rc = check_target(outputs[o], force, &replace, err);
+        if (rc)
+            return rc;
+    }
     return 0;
 }
 
@@ -128,7 +196,7 @@ int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
         out->partial = NULL;
         return perta_fail_sys(err, ENOMEM, "%s", path);
     }
-    int rc = check_target(out, force, err);
+    int rc = check_target(out->path, force, &out->replace, err);
     if (!rc)
         rc = make_parents(out->path, err);
     return rc ? rc : make_partial(out, force, err);

@@ -4,6 +4,7 @@
 #define PERTA_IO_PUBLISH_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "io/err.h"
@@ -15,6 +16,11 @@ struct perta_publish {
     bool replace;
 };
 
+/* May these folders be written? Not where one is, holds, or lies within an input (NULL ones do
+ * not count) or another output, nor where perta_publish_begin would refuse. Touches nothing. */
+PERTA_API int perta_publish_check(const char *const *outputs, size_t n_outputs,
+                                  const char *const *inputs, size_t n_inputs, bool force,
+                                  struct perta_err *err);
 /* Make the partial folder. path may not exist, or be an empty folder; with force what stands
  * there is replaced when the new folder is complete. With force a partial folder left by an
  * interrupted run is removed; without, it is an error that says so. Creates missing parents. */

@@ -293,6 +293,10 @@ static int prepare(struct job *job, const struct perta_run *run, struct perta_er
         rc = perta_input_open(&job->model, "model", job->apply->model, err);
     if (!rc)
         rc = check_shards(job, err);
+    if (!rc && !job->checking)
+        rc = perta_publish_check(&job->apply->out, 1,
+                                 (const char *[]){job->apply->model, job->apply->patch}, 2,
+                                 job->apply->force, err);
     if (!rc && !job->checking && !run->dry_run)
         rc = perta_model_out_begin(&job->out, job->apply->out, job->apply->force, err);
     return rc;

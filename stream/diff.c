@@ -148,6 +148,9 @@ static int prepare(struct job *job, const struct perta_diff *diff, const struct 
         rc = perta_input_open(&job->after, "new checkpoint", diff->after, err);
     if (!rc)
         rc = check_pair(job->before.ck, job->after.ck, err);
+    if (!rc)
+        rc = perta_publish_check(&diff->patch, 1, (const char *[]){diff->before, diff->after}, 2,
+                                 diff->force, err);
     if (rc || run->dry_run)
         return rc;
     rc = perta_patch_out_begin(&job->out, diff->patch, NULL, diff->force, err);
