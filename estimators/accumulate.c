@@ -267,7 +267,7 @@ static int choose_elems(struct job *job, const struct perta_run *run, struct per
     uint64_t for_slots = run->memory_bytes / 2;
     uint64_t each = SLOTS_WANTED * (n * width + N_STATS * sizeof(float)) +
                     job->n_workers * 4 * sizeof(float);
-    uint64_t overhang = SLOTS_WANTED * n * perta_read_room(0);
+    uint64_t overhang = SLOTS_WANTED * n * PERTA_READ_OVERHANG;
     uint64_t elems = for_slots > overhang ? (for_slots - overhang) / each : 0;
     if (elems < ELEMS_MIN)
         return perta_fail(err, PERTA_EUSAGE,

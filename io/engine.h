@@ -42,6 +42,9 @@ static inline uint64_t perta_read_room(uint64_t len_bytes)
     return (len_bytes + 3 * PERTA_BLOCK_BYTES - 1) & ~(uint64_t)(PERTA_BLOCK_BYTES - 1);
 }
 
+/* perta_read_room is never more than len_bytes and this. */
+#define PERTA_READ_OVERHANG (3 * PERTA_BLOCK_BYTES)
+
 struct perta_engine;
 struct perta_engine_ops {
     const char *name;

@@ -16,7 +16,7 @@ struct perta_slot_shape perta_slot_shape_for(const struct perta_job *job)
     uint32_t pieces = RANGES_MAX / n_in;
     if (pieces > PIECES_MAX)
         pieces = PIECES_MAX;
-    uint64_t overhang = (uint64_t)n_in * perta_read_room(0);
+    uint64_t overhang = (uint64_t)n_in * PERTA_READ_OVERHANG;
     return (struct perta_slot_shape){
         .pieces_max = pieces ? pieces : 1,
         .n_in = n_in,

@@ -376,7 +376,7 @@ int perta_stream_read_file(struct perta_stream *s, struct perta_file *file,
     n = n < PARTS_MAX ? n : PARTS_MAX;
     if (!n) { /* a tiny job */
         n = 1;
-        part = room - perta_read_room(0);
+        part = room - PERTA_READ_OVERHANG;
     }
     int rc = 0;
     while (!rc && used < file->len_bytes) {
