@@ -12,6 +12,8 @@ here, by their bits.
 """
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,7 @@ DTYPES = {
     "BOOL": np.dtype(bool),
 }
 EDITABLE = ("BF16", "F16", "F32", "F64")
+CHUNK = 1 << 20  # elements that perta works on at a time
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, np.ndarray]
 
@@ -60,6 +63,14 @@ class Rule:
 # --- the method
 
 
+@dataclass(frozen=True)
+class Edited:
+    """One tensor after the edit, and what the manifest says of it."""
+
+    out: np.ndarray
+    counts: dict
+
+
 def unlearn(
     rule: Rule,
     alpha: float,
@@ -68,17 +79,22 @@ def unlearn(
     base: Tensors,
     forget: Tensors | None = None,
     retain: Tensors | None = None,
-) -> Tensors:
-    """The whole checkpoint. Tensors that are not floating point pass through."""
+) -> dict[str, Edited]:
+    """Every tensor of the model. Those that are not floating point pass through."""
     out = {}
     for name, theta in model.items():
         if dtype_name(theta) not in EDITABLE:
-            out[name] = theta
+            out[name] = kept(theta)
             continue
         g_f = forget[name] if rule.needs_importance else None
         g_r = retain[name] if rule.needs_importance else None
         out[name] = edit(rule, alpha, name, theta, tuned[name], base[name], g_f, g_r)
     return out
+
+
+def kept(theta: np.ndarray) -> Edited:
+    counts = {"parameters": theta.size, "changed": 0, "rounded_away": 0, "nonfinite": 0}
+    return Edited(theta, counts)
 
 
 def edit(
@@ -90,15 +106,44 @@ def edit(
     theta_b: np.ndarray,
     g_f: np.ndarray | None = None,
     g_r: np.ndarray | None = None,
-) -> np.ndarray:
-    """One tensor. All inputs finite."""
+) -> Edited:
+    """One tensor. Parameters that are not finite stay as they are."""
     real = np.float64 if dtype_name(theta) == "F64" else np.float32
     with np.errstate(all="ignore"):
         w = weight(rule, real, name, theta.shape, g_f, g_r)
         tau = widen(theta_t, real) - widen(theta_b, real)
         step = (real(np.float32(alpha)) * w) * tau
         moved = narrow(widen(theta, real) - step, theta.dtype)
-    return np.where(bits(step) << 1 == 0, bits(theta), bits(moved)).view(theta.dtype)
+        bad = (step != 0) & ~np.isfinite(widen(moved, real))
+        for operand in (theta, theta_t, theta_b, g_f, g_r):
+            if operand is not None:
+                bad = bad | ~np.isfinite(widen(operand, real))
+        for importance in (g_f, g_r):
+            if importance is not None and rule.stat == "meansq":
+                bad = bad | (widen(importance, real) < 0)
+    out = np.where((step == 0) | bad, bits(theta), bits(moved))
+    changed = out != bits(theta)
+    counts = {
+        "parameters": theta.size,
+        "changed": np.count_nonzero(changed),
+        "rounded_away": np.count_nonzero((step != 0) & ~changed & ~bad),
+        "nonfinite": np.count_nonzero(bad),
+        "mean_weight": mean_weight(np.where(bad, real(0), w), np.count_nonzero(bad)),
+    }
+    return Edited(out.view(theta.dtype), counts)
+
+
+def mean_weight(w: np.ndarray, n_bad: int) -> float:
+    """In the order of estimators/edit.h: lanes, blocks, chunks."""
+    total = np.float64(0)
+    flat = w.reshape(-1).astype(np.float64)
+    for first in range(0, flat.size, CHUNK):
+        chunk = flat[first : first + CHUNK]
+        blocks = np.pad(chunk, (0, -chunk.size % 1024)).reshape(-1, 64, 16)
+        lanes = np.cumsum(blocks, axis=1)[:, -1]
+        total += np.cumsum(np.cumsum(lanes, axis=1)[:, -1])[-1]
+    n = flat.size - n_bad
+    return float(total / n) if n else 0.0
 
 
 def weight(
@@ -129,12 +174,51 @@ def weight(
     return np.where(forget == 0, real(0), one / (one + powered))
 
 
-def power(r: np.ndarray, exponent: float, real: type) -> np.ndarray:
-    return np.power(r.astype(np.float64), exponent).astype(real)
+def power(x: np.ndarray, p: float, real: type) -> np.ndarray:
+    """x^p as estimators/pow.h computes it, rounded once to `real`."""
+    x = np.asarray(x, np.float64)
+    sqrt_half = np.uint64(0x3FE6A09E667F3BCD)
+    tiny = x < np.finfo(np.float64).tiny
+    u = np.where(tiny, x * 2.0**54, x).view(np.uint64) + (np.uint64(0x3FF << 52) - sqrt_half)
+    k = ((u >> 52) | np.uint64(0x433 << 52)).view(np.float64) - 2.0**52
+    k = k - np.where(tiny, 1023.0 + 54, 1023.0)
+    m = ((u & np.uint64((1 << 52) - 1)) + sqrt_half).view(np.float64)
+    whole, part = p * k, p * log2_near_1(m)
+    y = whole + part
+    clamped = np.clip(y, -1100, 1100)
+    n, half = np.rint(clamped), np.rint(clamped * 0.5)
+    exp2 = exp2_near_0((whole - n) + part)
+    result = (exp2 * np.ldexp(1.0, half.astype(int))) * np.ldexp(1.0, (n - half).astype(int))
+    result = np.where(y >= 1025, np.inf, np.where(y <= -1080, 0.0, result))
+    return np.where(x == 0, 0.0, np.where(np.isinf(x), x, result)).astype(real)
+
+
+def log2_near_1(m: np.ndarray) -> np.ndarray:
+    s = (m - 1) / (m + 1)
+    return (s * horner(s * s, range(21, 0, -2))) * float.fromhex("0x1.71547652b82fep+1")
+
+
+def exp2_near_0(f: np.ndarray) -> np.ndarray:
+    t = f * float.fromhex("0x1.62e42fefa39efp-1")
+    return horner(t, [math.factorial(i) for i in range(13, -1, -1)])
+
+
+def horner(x: np.ndarray, divisors: Iterable[int]) -> np.ndarray:
+    total = np.float64(0)
+    for divisor in divisors:
+        total = total * x + 1.0 / divisor
+    return total
 
 
 def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> np.ndarray:
-    raise NotImplementedError
+    """SplitMix64 of seed, tensor name and element: 24 bits, as estimators/kernels.h says."""
+    state = np.uint64(seed ^ xxhash.xxh3_64_intdigest(name.encode()))
+    index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
+    z = state + index * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27)) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> 31)
+    return ((z >> 40).astype(real) * real(2.0**-24)).reshape(shape)
 
 
 # --- running statistics
@@ -207,6 +291,16 @@ def read_folder(folder: Path) -> Tensors:
         for path in sorted(folder.glob("*.safetensors"))
         for name, array in read_file(path).items()
     }
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file, at any depth."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def write_folder(
