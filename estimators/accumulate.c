@@ -4,11 +4,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/recipe.h"
+#include "estimators/importance.h"
 #include "estimators/running.h"
 #include "io/checked.h"
 #include "stream/input.h"
 #include "stream/model_out.h"
+#include "stream/naming.h"
 
 #define ELEMS_MAX (1ull << 20)
 #define ELEMS_MIN 1024ull
@@ -37,8 +38,7 @@ struct job {
     struct place *places; /* (n_tensors, n_gradients), tensors shard by shard */
     bool wanted[N_STATS];
     struct perta_model_out outs[N_STATS];
-    uint8_t **headers[N_STATS]; /* (n_shards) of the output */
-    uint64_t *header_bytes[N_STATS];
+    struct perta_importance plans[N_STATS];
     uint64_t elems; /* of a piece, at most */
     struct scratch *scratch;
     unsigned n_workers;
@@ -131,12 +131,6 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     return 0;
 }
 
-/* Shards of the output are called as transformers expects them. */
-static const char *shard_name(const struct job *job, uint32_t shard)
-{
-    return job->first->n_shards == 1 ? "model.safetensors" : job->first->shards[shard].name;
-}
-
 static int reach_shard(struct job *job, uint32_t shard, struct perta_err *err)
 {
     int rc = 0;
@@ -145,12 +139,13 @@ static int reach_shard(struct job *job, uint32_t shard, struct perta_err *err)
             uint32_t begun = job->shards_begun;
             if (!job->wanted[stat])
                 continue;
+            const struct perta_importance_shard *shards = job->plans[stat].shards;
             if (begun)
-                rc = perta_model_out_shard_end(&job->outs[stat], shard_name(job, begun - 1), err);
+                rc = perta_model_out_shard_end(&job->outs[stat], shards[begun - 1].name, err);
             if (!rc && begun < job->first->n_shards)
-                rc = perta_model_out_shard(&job->outs[stat], shard_name(job, begun),
-                                           job->headers[stat][begun],
-                                           job->header_bytes[stat][begun], 0, err);
+                rc = perta_model_out_shard(&job->outs[stat], shards[begun].name,
+                                           shards[begun].header, shards[begun].header_bytes,
+                                           shards[begun].file_bytes, err);
         }
     return rc;
 }
@@ -224,37 +219,6 @@ static int add_sample(struct job *job, uint32_t sample, struct perta_err *err)
     return rc;
 }
 
-static int build_headers(struct job *job, int stat, struct perta_err *err)
-{
-    const struct perta_checkpoint *ck = job->first;
-    job->headers[stat] = calloc(ck->n_shards + 1, sizeof *job->headers[stat]);
-    job->header_bytes[stat] = calloc(ck->n_shards + 1, sizeof *job->header_bytes[stat]);
-    if (!job->headers[stat] || !job->header_bytes[stat])
-        return perta_fail_sys(err, ENOMEM, "headers");
-    json_t *metadata =
-        json_pack("{s:s, s:s, s:o}", "format", "pt", "perta.stat",
-                  perta_stat_name(stat == MEAN ? PERTA_STAT_MEAN : PERTA_STAT_MEANSQ),
-                  "perta.samples", json_sprintf("%u", job->accumulate->n_gradients));
-    int rc = 0;
-    for (uint32_t s = 0; s < ck->n_shards && !rc; s++) {
-        const struct perta_header *from = ck->shards[s].header;
-        struct perta_tensor *tensors = calloc(from->n_tensors + 1, sizeof *tensors);
-        if (!tensors)
-            rc = perta_fail_sys(err, ENOMEM, "headers");
-        for (uint64_t t = 0; !rc && t < from->n_tensors; t++) {
-            tensors[t] = from->tensors[t];
-            tensors[t].dtype = PERTA_F32;
-        }
-        if (!rc)
-            rc = perta_safetensors_build(tensors, from->n_tensors, metadata,
-                                         &job->headers[stat][s], &job->header_bytes[stat][s],
-                                         err);
-        free(tensors);
-    }
-    json_decref(metadata);
-    return rc;
-}
-
 /* As many elements a piece as let a few slots fit the budget, whatever the number of samples. */
 static int choose_elems(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
@@ -324,7 +288,9 @@ static int begin_outputs(struct job *job, struct perta_err *err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
         free(path);
         if (!rc)
-            rc = build_headers(job, stat, err);
+            rc = perta_importance_plan(&job->plans[stat], job->first,
+                                       stat == MEAN ? PERTA_STAT_MEAN : PERTA_STAT_MEANSQ,
+                                       job->accumulate->n_gradients, NULL, NULL, err);
     }
     return rc;
 }
@@ -412,31 +378,6 @@ static int open_stream(struct job *job, const struct perta_run *run,
     return rc;
 }
 
-/* The index that transformers looks for beside several shards. */
-static int write_index(struct job *job, int stat, struct perta_err *err)
-{
-    if (job->first->n_shards < 2)
-        return 0;
-    json_t *map = json_object();
-    uint64_t total = 0;
-    for (uint32_t s = 0; s < job->first->n_shards; s++) {
-        const struct perta_header *header = job->first->shards[s].header;
-        for (uint64_t t = 0; t < header->n_tensors; t++) {
-            json_object_set_new(map, header->tensors[t].name, json_string(shard_name(job, s)));
-            total += header->tensors[t].n_elems * sizeof(float);
-        }
-    }
-    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total,
-                              "weight_map", map);
-    char *text = json_dumps(index, JSON_INDENT(1) | JSON_SORT_KEYS);
-    int rc = text ? perta_publish_file(&job->outs[stat].folder, PERTA_INDEX_NAME, text,
-                                       strlen(text), err)
-                  : perta_fail_sys(err, ENOMEM, PERTA_INDEX_NAME);
-    free(text);
-    json_decref(index);
-    return rc;
-}
-
 static int finish(struct job *job, json_t *summary, struct perta_err *err)
 {
     json_t *folders = json_array();
@@ -448,7 +389,9 @@ static int finish(struct job *job, json_t *summary, struct perta_err *err)
     for (int stat = 0; stat < N_STATS && !rc; stat++) {
         if (!job->wanted[stat])
             continue;
-        rc = write_index(job, stat, err);
+        if (job->plans[stat].index)
+            rc = perta_publish_file(&job->outs[stat].folder, PERTA_INDEX_NAME,
+                                    job->plans[stat].index, strlen(job->plans[stat].index), err);
         if (!rc)
             rc = perta_model_out_commit(&job->outs[stat], err);
         json_array_append_new(folders, json_string(job->outs[stat].folder.path));
@@ -464,10 +407,7 @@ static void release(struct job *job)
 {
     for (int stat = 0; stat < N_STATS; stat++) {
         perta_model_out_release(&job->outs[stat]);
-        for (uint32_t s = 0; job->headers[stat] && s < job->first->n_shards; s++)
-            free(job->headers[stat][s]);
-        free(job->headers[stat]);
-        free(job->header_bytes[stat]);
+        perta_importance_release(&job->plans[stat]);
     }
     for (uint32_t i = 0; i < job->n_files; i++)
         perta_file_close(&job->files[i]);

@@ -1,0 +1,57 @@
+/* importance.h - the layout of an importance folder: the shards and tensors of a checkpoint, in
+ * float32, with metadata that says what they hold. */
+#ifndef PERTA_ESTIMATORS_IMPORTANCE_H
+#define PERTA_ESTIMATORS_IMPORTANCE_H
+
+#include <jansson.h>
+#include <stdbool.h>
+
+#include "estimators/edit.h"
+#include "io/checkpoint.h"
+#include "io/publish.h"
+
+struct perta_importance_shard {
+    const char *name; /* borrowed from the checkpoint */
+    uint8_t *header;
+    uint64_t header_bytes, file_bytes;
+    struct perta_tensor *tensors; /* (n_tensors), laid out; names and shapes are borrowed */
+    uint64_t n_tensors;
+};
+
+struct perta_importance {
+    struct perta_importance_shard *shards; /* (n_shards) */
+    uint32_t n_shards;
+    char *index; /* text of the index file; NULL for one shard */
+};
+
+/* Lay out like a checkpoint, tensors for which wanted (NULL: all) says yes; shards without any
+ * stay away. like is borrowed. Released with perta_importance_release, on error too. */
+int perta_importance_plan(struct perta_importance *plan, const struct perta_checkpoint *like,
+                          enum perta_stat stat, uint64_t n_samples,
+                          bool (*wanted)(void *ctx, const char *name), void *ctx,
+                          struct perta_err *err);
+void perta_importance_release(struct perta_importance *plan);
+
+/* An importance folder that is written anywhere, in any order. */
+struct perta_importance_out {
+    struct perta_importance plan;
+    struct perta_publish folder;
+    int *fds; /* (plan.n_shards) */
+    struct by_name {
+        const struct perta_tensor *tensor;
+        uint32_t shard;
+    } *by_name; /* sorted */
+    uint64_t n_tensors, written_bytes;
+};
+
+/* Takes over plan. */
+int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
+                           const char *path, bool force, struct perta_err *err);
+/* n floats of a tensor from element first on. */
+int perta_importance_write(struct perta_importance_out *out, const char *name, uint64_t first,
+                           const float *data, uint64_t n, struct perta_err *err);
+/* fsync, add the index, publish. Tensors that nobody wrote are zero. */
+int perta_importance_commit(struct perta_importance_out *out, struct perta_err *err);
+void perta_importance_out_release(struct perta_importance_out *out);
+
+#endif
