@@ -1,6 +1,7 @@
 #include "estimators/accumulate.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -123,11 +124,17 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     uint8_t *meansq = piece->out + perta_align_up(piece->n_elems * sizeof(float), OUT_ALIGN);
     uint64_t bad = perta_running_finish(&running, n, job->wanted[MEAN] ? piece->out : NULL,
                                         job->wanted[MEANSQ] ? meansq : NULL);
-    if (bad != UINT64_MAX)
+    if (bad != UINT64_MAX) {
+        float mean = INFINITY; /* of squares, if this one is finite */
+        if (job->wanted[MEAN])
+            memcpy(&mean, piece->out + bad * sizeof mean, sizeof mean);
+        bool squares = job->wanted[MEANSQ] && (!job->wanted[MEAN] || isfinite(mean));
         return perta_fail(err, PERTA_EINPUT,
-                          "tensor %s, element %llu: the mean over all gradients is not finite",
+                          "tensor %s, element %llu: the mean %s all gradients is not finite",
                           job->first->shards[piece->shard].header->tensors[piece->tensor].name,
-                          (unsigned long long)(piece->first_elem + bad));
+                          (unsigned long long)(piece->first_elem + bad),
+                          squares ? "square over" : "over");
+    }
     return 0;
 }
 
@@ -219,29 +226,67 @@ static int add_sample(struct job *job, uint32_t sample, struct perta_err *err)
     return rc;
 }
 
+static uint64_t total_bytes(const struct job *job)
+{
+    uint64_t total = 0, index = 0;
+    uint32_t n = job->accumulate->n_gradients;
+    for (uint32_t s = 0; s < job->first->n_shards; s++)
+        for (uint64_t t = 0; t < job->first->shards[s].header->n_tensors; t++, index++)
+            for (uint32_t i = 0; i < n; i++)
+                total += job->first->shards[s].header->tensors[t].n_elems *
+                         perta_dtype_unit_bytes(job->places[index * n + i].dtype);
+    return total;
+}
+
+static uint64_t largest_piece(const struct job *job)
+{
+    uint64_t most = 0;
+    uint32_t n = job->accumulate->n_gradients;
+    for (uint64_t t = 0; t < job->first->n_tensors; t++) {
+        uint64_t width = 0;
+        for (uint32_t i = 0; i < n; i++)
+            width += perta_dtype_unit_bytes(job->places[t * n + i].dtype);
+        most = width > most ? width : most;
+    }
+    return most * job->elems;
+}
+
+static struct perta_job sizes_of(struct job *job)
+{
+    return (struct perta_job){
+        .ctx = job,
+        .n_in = job->accumulate->n_gradients,
+        .in_bytes_max = largest_piece(job),
+        .out_bytes_max = N_STATS * perta_align_up(job->elems * sizeof(float), OUT_ALIGN),
+        .total_bytes = total_bytes(job),
+        .next = next,
+        .work = work,
+        .commit = commit,
+    };
+}
+
+static unsigned count_writers(const struct job *job)
+{
+    return (unsigned)job->wanted[MEAN] + (unsigned)job->wanted[MEANSQ];
+}
+
 /* As many elements a piece as let a few slots fit the budget, whatever the number of samples. */
 static int choose_elems(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
-    uint64_t n = job->accumulate->n_gradients, width = 0;
-    for (uint64_t i = 0; i < n * job->first->n_tensors; i++) {
-        uint64_t bytes = perta_dtype_unit_bytes(job->places[i].dtype);
-        width = bytes > width ? bytes : width;
+    uint64_t needed = 0;
+    for (job->elems = ELEMS_MAX; job->elems >= ELEMS_MIN; job->elems /= 2) {
+        struct perta_job sizes = sizes_of(job);
+        unsigned n_slots = job->elems > ELEMS_MIN ? SLOTS_WANTED : 1;
+        uint64_t sums = job->n_workers * 2 * count_writers(job) * job->elems * sizeof(float);
+        needed = perta_stream_memory(&sizes, count_writers(job), n_slots) + sums;
+        if (needed <= run->memory_bytes)
+            return 0;
     }
-    /* A slot has every sample's elements and the results; a worker has four sums. */
-    uint64_t for_slots = run->memory_bytes / 2;
-    uint64_t each = SLOTS_WANTED * (n * width + N_STATS * sizeof(float)) +
-                    job->n_workers * 4 * sizeof(float);
-    uint64_t overhang = SLOTS_WANTED * n * PERTA_READ_OVERHANG;
-    uint64_t elems = for_slots > overhang ? (for_slots - overhang) / each : 0;
-    if (elems < ELEMS_MIN)
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--memory %lluM is too small to read %llu gradients side by side: it "
-                          "needs %lluM",
-                          (unsigned long long)(run->memory_bytes >> 20), (unsigned long long)n,
-                          (unsigned long long)((2 * (overhang + ELEMS_MIN * each)) >> 20) + 1);
-    elems = elems < ELEMS_MAX ? elems : ELEMS_MAX;
-    job->elems = perta_align_down(elems, ELEMS_MIN);
-    return 0;
+    return perta_fail(err, PERTA_EUSAGE,
+                      "--memory %lluM is too small to read %u gradients side by side: it needs "
+                      "%lluM",
+                      (unsigned long long)(run->memory_bytes >> 20),
+                      job->accumulate->n_gradients, (unsigned long long)(needed >> 20) + 2);
 }
 
 static int make_scratch(struct job *job, struct perta_err *err)
@@ -312,51 +357,16 @@ static int prepare(struct job *job, const struct perta_run *run, struct perta_er
     return rc ? rc : begin_outputs(job, err);
 }
 
-static uint64_t total_bytes(const struct job *job)
-{
-    uint64_t total = 0, index = 0;
-    uint32_t n = job->accumulate->n_gradients;
-    for (uint32_t s = 0; s < job->first->n_shards; s++)
-        for (uint64_t t = 0; t < job->first->shards[s].header->n_tensors; t++, index++)
-            for (uint32_t i = 0; i < n; i++)
-                total += job->first->shards[s].header->tensors[t].n_elems *
-                         perta_dtype_unit_bytes(job->places[index * n + i].dtype);
-    return total;
-}
-
-static uint64_t largest_piece(const struct job *job)
-{
-    uint64_t most = 0;
-    uint32_t n = job->accumulate->n_gradients;
-    for (uint64_t t = 0; t < job->first->n_tensors; t++) {
-        uint64_t width = 0;
-        for (uint32_t i = 0; i < n; i++)
-            width += perta_dtype_unit_bytes(job->places[t * n + i].dtype);
-        most = width > most ? width : most;
-    }
-    return most * job->elems;
-}
-
 static int open_stream(struct job *job, const struct perta_run *run,
                        struct perta_stream **stream, struct perta_err *err)
 {
-    struct perta_job sizes = {
-        .ctx = job,
-        .n_in = job->accumulate->n_gradients,
-        .in_bytes_max = largest_piece(job),
-        .out_bytes_max = N_STATS * perta_align_up(job->elems * sizeof(float), OUT_ALIGN),
-        .total_bytes = total_bytes(job),
-        .next = next,
-        .work = work,
-        .commit = commit,
-    };
+    struct perta_job sizes = sizes_of(job);
     const char **paths = calloc(job->n_files + 1, sizeof *paths);
     if (!paths)
         return perta_fail_sys(err, ENOMEM, "paths");
     for (uint32_t i = 0; i < job->n_files; i++)
         paths[i] = job->files[i].path;
-    unsigned n_writers = (unsigned)job->wanted[MEAN] + (unsigned)job->wanted[MEANSQ];
-    int rc = perta_stream_open(run, &sizes, paths, job->n_files, n_writers, stream, err);
+    int rc = perta_stream_open(run, &sizes, paths, job->n_files, count_writers(job), stream, err);
     free(paths);
     if (rc)
         return rc;

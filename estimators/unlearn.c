@@ -287,7 +287,7 @@ static int fill_rows(struct job *job, struct perta_err *err)
     job->actions = calloc(model->n_tensors + 1, sizeof *job->actions);
     if (!job->rows || !job->actions)
         return perta_fail_sys(err, ENOMEM, "plan");
-    uint64_t index = 0;
+    uint64_t index = 0, n_edited = 0;
     for (uint32_t s = 0; s < model->n_shards; s++)
         for (uint64_t t = 0; t < model->shards[s].header->n_tensors; t++, index++) {
             const struct perta_tensor *tensor = &model->shards[s].header->tensors[t];
@@ -303,7 +303,11 @@ static int fill_rows(struct job *job, struct perta_err *err)
                 rc = fill_operands(job, row, &job->actions[index], tied, err);
             if (rc)
                 return rc;
+            n_edited += row->edited;
         }
+    if (!n_edited && job->unlearn->globs.n_include)
+        return perta_fail(err, PERTA_EUSAGE, "%s: --include and --exclude leave no tensor to edit",
+                          model->path);
     return 0;
 }
 

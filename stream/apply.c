@@ -141,8 +141,8 @@ static int wrong_chunk(const struct job *job, const struct perta_piece *piece, u
         (unsigned long long)(piece->first_elem + piece->n_elems - 1), (unsigned long long)found,
         shard->path, (unsigned long long)wanted,
         found != other     ? "it is for another model, or one of the two is damaged"
-        : job->forward ? "the patch is applied already"
-                       : "the patch is not applied");
+        : job->forward ? "here the patch is applied already"
+                       : "here the patch is not applied");
 }
 
 /* First word of a piece's room: the digest found. Bytes of the result follow. */

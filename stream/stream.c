@@ -59,19 +59,32 @@ static unsigned queue_depth(void)
     return depth > 0 && depth <= 1024 ? (unsigned)depth : DEPTH;
 }
 
+static uint64_t slot_bytes(const struct perta_slot_shape *shape)
+{
+    return perta_slot_pool_bytes(shape) + perta_slot_heap_bytes(shape);
+}
+
+static uint64_t fixed_bytes(unsigned n_writers)
+{
+    return perta_memory_trimmed() + MARGIN_BYTES + n_writers * PERTA_WRITER_BYTES + (2u << 20);
+}
+
+uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, unsigned n_slots)
+{
+    struct perta_slot_shape shape = perta_slot_shape_for(job);
+    return fixed_bytes(n_writers) + n_slots * slot_bytes(&shape);
+}
+
 /* How many slots the budget allows; as many as are of use, one at least. */
 static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
-    uint64_t slot = perta_slot_pool_bytes(&s->shape);
-    uint64_t heap = perta_slot_heap_bytes(&s->shape);
-    uint64_t fixed = perta_memory_trimmed() + MARGIN_BYTES + n_writers * PERTA_WRITER_BYTES;
-    uint64_t least = fixed + slot + heap + (2u << 20);
+    uint64_t slot = slot_bytes(&s->shape), least = fixed_bytes(n_writers) + slot;
     if (s->run.memory_bytes < least)
         return perta_fail(err, PERTA_EUSAGE,
                           "--memory %lluM is too small for this job: it needs %lluM",
                           (unsigned long long)(s->run.memory_bytes >> 20),
                           (unsigned long long)((least >> 20) + 1));
-    uint64_t fit = 1 + (s->run.memory_bytes - least) / (slot + heap);
+    uint64_t fit = 1 + (s->run.memory_bytes - least) / slot;
     uint64_t useful = AHEAD_BYTES / slot + 2 * perta_run_threads(&s->run) + 2;
     uint64_t n = fit < useful ? fit : useful;
     s->n_slots = n < SLOTS_MAX ? (unsigned)n : SLOTS_MAX;
@@ -83,14 +96,13 @@ static int take_memory(struct perta_stream *s, unsigned n_writers, struct perta_
     int rc = count_slots(s, n_writers, err);
     if (rc)
         return rc;
-    uint64_t slot_bytes = perta_slot_pool_bytes(&s->shape);
-    uint64_t slots_bytes = slot_bytes * s->n_slots;
+    uint64_t stride = perta_slot_pool_bytes(&s->shape), slots_bytes = stride * s->n_slots;
     rc = perta_pool_take(&s->pool, slots_bytes + n_writers * PERTA_WRITER_BYTES, err);
     if (rc)
         return rc;
     s->writer_bufs = s->pool.base + slots_bytes;
     for (unsigned i = 0; i < s->n_slots && !rc; i++)
-        rc = perta_slot_init(&s->slots[i], &s->shape, s->pool.base + i * slot_bytes, err);
+        rc = perta_slot_init(&s->slots[i], &s->shape, s->pool.base + i * stride, err);
     s->pending.in = calloc(s->shape.n_in, sizeof *s->pending.in);
     if (!rc && !s->pending.in)
         rc = perta_fail_sys(err, ENOMEM, "slots");

@@ -67,6 +67,10 @@ PERTA_API int perta_stream_open(const struct perta_run *run, const struct perta_
                                 const char *const *paths, size_t n_paths, unsigned n_writers,
                                 struct perta_stream **out, struct perta_err *err);
 PERTA_API void perta_stream_close(struct perta_stream *stream);
+/* What perta_stream_open needs for such a job with n_slots slots: the budget of the process, with
+ * what is resident now. For jobs that may choose the size of their pieces. */
+PERTA_API uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers,
+                                       unsigned n_slots);
 
 PERTA_API struct perta_engine *perta_stream_engine(struct perta_stream *stream);
 PERTA_API const struct perta_io_choice *perta_stream_choice(const struct perta_stream *stream);

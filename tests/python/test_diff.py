@@ -241,7 +241,7 @@ def test_another_header_is_another_model(perta, pair):
 
 
 def test_a_patch_that_is_applied_already_says_so(perta, pair):
-    assert "applied already" in refusal(perta, pair, *"apply b p --out out".split())
+    assert "is applied already" in refusal(perta, pair, *"apply b p --out out".split())
     assert "not applied" in refusal(perta, pair, *"revert a p --out out".split())
 
 

@@ -77,3 +77,8 @@ def test_the_record_holds_the_digest_of_every_input_whatever_its_sharding(perta,
             data = (inputs / folder / shard["name"]).read_bytes()
             assert shard["bytes"] == len(data)
             assert shard["xxh3_128"] == xxhash.xxh3_128_hexdigest(data)
+
+
+def test_a_pattern_that_leaves_nothing_to_edit_is_refused(perta, inputs):
+    refusal = perta(*UNLEARN, "--patch", "p", "--include", "lm_head*", check=2).stderr
+    assert "leave no tensor to edit" in refusal
