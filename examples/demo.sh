@@ -9,12 +9,6 @@ cd "$here/.."
 mkdir -p "$work"
 work=$(realpath "$work")
 
-# PyTorch for CPUs alone is a tenth of what PyPI has; where its index is not to be had, PyPI is.
-[ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/python -c 'import torch' 2>/dev/null ||
-    .venv/bin/python -m pip install -q --disable-pip-version-check --retries 0 --timeout 20 \
-        --no-deps --index-url https://download.pytorch.org/whl/cpu \
-        "$(grep ^torch== examples/requirements.txt)" 2>/dev/null || true
 scripts/venv.sh examples/requirements.txt
 python=$here/../.venv/bin/python
 

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 [ -f build-dev/build.ninja ] || meson setup build-dev --native-file build-dev.ini >build-dev.log
 ninja -C build-dev --quiet
 scripts/layers.sh
-scripts/venv.sh tests/python/requirements.txt
+scripts/venv.sh tests/python/requirements.txt examples/requirements.txt
 echo "== unit tests"
 meson test -C build --print-errorlogs --quiet
 echo "== unit tests, address and undefined-behaviour sanitizers"

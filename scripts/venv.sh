@@ -1,14 +1,17 @@
 #!/bin/sh
-# Make the Python environment of the tests (or of what a requirements file names) in .venv.
+# Put what requirements files name into the Python environment .venv.
 # Usage: scripts/venv.sh REQUIREMENTS...
 set -eu
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
+install() { .venv/bin/python -m pip install -q --disable-pip-version-check "$@"; }
 for file in "$@"; do
     stamp=.venv/$(echo "$file" | tr / _).done
-    if ! cmp -s "$file" "$stamp"; then
-        echo "setup: installing Python packages of $file"
-        .venv/bin/python -m pip install -q --disable-pip-version-check -r "$file"
-        cp "$file" "$stamp"
-    fi
+    cmp -s "$file" "$stamp" && continue
+    echo "setup: installing Python packages of $file"
+    # PyTorch for CPUs alone is a tenth of what PyPI has; where its index is out of reach, PyPI is.
+    torch=$(grep '^torch==' "$file") && install --retries 0 --timeout 20 --no-deps \
+        --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null || true
+    install -r "$file"
+    cp "$file" "$stamp"
 done
