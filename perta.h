@@ -22,6 +22,7 @@
 
 /* Jobs */
 #include "estimators/accumulate.h"
+#include "estimators/estimate.h"
 #include "estimators/unlearn.h"
 #include "stream/apply.h"
 #include "stream/diff.h"

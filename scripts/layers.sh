@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 bad=$(
     grep -nE '#include "(stream|estimators|tools|bench)/' io/*.[ch]
     grep -nE '#include "(estimators|tools|bench)/' stream/*.[ch]
-    grep -nE '#include "(tools|bench)/' estimators/*.[ch]
+    grep -nE '#include "(tools|bench)/' estimators/*.[ch] estimators/backprop/*.[ch]
 ) || true
 [ -z "$bad" ] || { echo "upward includes:"; echo "$bad"; exit 1; }

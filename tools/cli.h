@@ -48,6 +48,7 @@ void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
 
 int cmd_inspect(int argc, char **argv);
+int cmd_estimate(int argc, char **argv);
 int cmd_accumulate(int argc, char **argv);
 int cmd_unlearn(int argc, char **argv);
 int cmd_diff(int argc, char **argv);

@@ -10,6 +10,7 @@ static const struct verb {
     const char *what;
 } verbs[] = {
     {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch"},
+    {"estimate", cmd_estimate, "importance from a model and text"},
     {"accumulate", cmd_accumulate, "importance from gradient dumps"},
     {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model"},
     {"diff", cmd_diff, "a patch between any two checkpoints"},

@@ -1,0 +1,60 @@
+/* head.h - the two ends of the model: embedding, and final norm, head and loss. The vocabulary is
+ * gone through in blocks of rows, so logits are never whole.
+ *
+ * Loss of a sample, as transformers computes it: the mean over its labels of
+ * log(sum over v of exp(logit_v)) - logit_label. */
+#ifndef PERTA_BACKPROP_HEAD_H
+#define PERTA_BACKPROP_HEAD_H
+
+#include "estimators/backprop/samples.h"
+#include "estimators/backprop/statistic.h"
+#include "estimators/backprop/weights.h"
+
+struct perta_head {
+    struct perta_weights *weights;
+    struct perta_gemm *gemm;
+    const struct perta_samples *samples;
+    struct perta_statistic *statistic;
+    const struct perta_segments *batches; /* of tokens; whole samples */
+    const uint64_t *batch_samples;        /* (batches->n + 1): samples of each */
+
+    size_t n_labels;
+    uint32_t *token;  /* (n_labels): which token predicts it */
+    int32_t *target;  /* (n_labels) */
+    float *share;     /* (n_labels): 1 / labels of its sample */
+    float *lse;       /* (n_labels): log of the sum of exponentials */
+    size_t *starts;   /* (samples->n + 1): labels of each sample */
+    size_t *batch_starts; /* (batches->n + 1): of each batch */
+    float *norm;      /* (H): weight of the final norm */
+    struct perta_store normed, dnormed; /* (n_labels, H): what the head sees, and its gradient */
+
+    size_t block_rows; /* of the vocabulary at a time */
+    uint8_t *room;     /* for block_rows of weights, borrowed */
+    float *work;       /* perta_head_work floats, borrowed */
+};
+
+/* Working memory for batches of so many tokens. */
+size_t perta_head_work(const struct perta_llm *llm, size_t batch_tokens, size_t block_rows);
+/* Bytes that labels take, besides the stores. */
+uint64_t perta_head_bytes(const struct perta_samples *samples, const struct perta_llm *llm);
+
+/* The fields above the first blank line, block_rows, room and work are set. */
+int perta_head_open(struct perta_head *head, struct perta_scratch *scratch,
+                    struct perta_err *err);
+void perta_head_close(struct perta_head *head);
+
+/* x (tokens, H) = embeddings of all tokens. */
+int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err *err);
+/* From x, what the last block gives, to the loss: the mean over samples of their losses. */
+int perta_head_forward(struct perta_head *head, const struct perta_store *x, double *loss,
+                       struct perta_err *err);
+/* After it: dx (tokens, H) = gradient of each sample's loss. Writes the importance of the final
+ * norm and, where it is not tied, of the head. */
+int perta_head_backward(struct perta_head *head, const struct perta_store *x,
+                        struct perta_store *dx, struct perta_err *err);
+/* dx: gradients of all tokens' embeddings. Writes the importance of the embedding (and with it
+ * of the head where they are tied). */
+int perta_embed_backward(struct perta_head *head, const struct perta_store *dx,
+                         struct perta_err *err);
+
+#endif

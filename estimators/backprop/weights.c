@@ -1,0 +1,322 @@
+#include "estimators/backprop/weights.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/convert.h"
+#include "io/checked.h"
+
+#define PIECE_BYTES (4ull << 20)
+#define PIECES 16
+#define NAME_BYTES 128
+
+const char *perta_weights_name(char *buf, uint32_t layer, const char *part, const char *kind)
+{
+    snprintf(buf, NAME_BYTES, "model.layers.%u.%s.%s", layer, part, kind);
+    return buf;
+}
+
+/* ---- what the architecture wants ---- */
+
+static void linear_shape(const struct perta_llm *llm, enum perta_linear_name name, size_t *out,
+                         size_t *in)
+{
+    size_t H = llm->hidden, I = llm->intermediate;
+    size_t Q = (size_t)llm->n_heads * llm->head_dim, K = (size_t)llm->n_kv_heads * llm->head_dim;
+    const size_t outs[PERTA_N_LINEARS] = {Q, K, K, H, I, I, H};
+    const size_t ins[PERTA_N_LINEARS] = {H, H, H, Q, H, H, I};
+    *out = outs[name];
+    *in = ins[name];
+}
+
+static bool has_bias(const struct perta_llm *llm, enum perta_linear_name name)
+{
+    return name <= PERTA_V ? llm->qkv_bias : name == PERTA_O ? llm->o_bias : llm->mlp_bias;
+}
+
+static size_t norm_size(const struct perta_llm *llm, enum perta_norm_name name)
+{
+    return name <= PERTA_NORM_2 ? llm->hidden : llm->qk_norm ? llm->head_dim : 0;
+}
+
+/* rows 0: one dimension. */
+static int check_tensor(const struct perta_weights *w, const char *name, size_t rows, size_t cols,
+                        struct perta_err *err)
+{
+    const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
+    if (!ref)
+        return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which its config.json calls for",
+                          w->ck->path, name);
+    const struct perta_tensor *t = ref->tensor;
+    bool fits = rows ? t->n_dims == 2 && t->shape[0] == rows && t->shape[1] == cols
+                     : t->n_dims == 1 && t->shape[0] == cols;
+    if (!fits)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s has not the shape [%zu%s%zu] that config.json calls for",
+                          w->ck->path, name, rows ? rows : cols, rows ? ", " : "",
+                          rows ? cols : 0);
+    if (t->dtype != PERTA_F32 && t->dtype != PERTA_BF16 && t->dtype != PERTA_F16)
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
+                          w->ck->path, name, perta_dtype_name(t->dtype));
+    return 0;
+}
+
+static int check_layer(const struct perta_weights *w, uint32_t layer, struct perta_err *err)
+{
+    char name[NAME_BYTES];
+    int rc = 0;
+    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
+        size_t out, in;
+        linear_shape(&w->llm, (enum perta_linear_name)i, &out, &in);
+        rc = check_tensor(w, perta_weights_name(name, layer, perta_linear_names[i], "weight"),
+                          out, in, err);
+        if (!rc && has_bias(&w->llm, (enum perta_linear_name)i))
+            rc = check_tensor(w, perta_weights_name(name, layer, perta_linear_names[i], "bias"),
+                              0, out, err);
+    }
+    for (int i = 0; i < PERTA_N_NORMS && !rc; i++) {
+        size_t n = norm_size(&w->llm, (enum perta_norm_name)i);
+        if (n)
+            rc = check_tensor(w, perta_weights_name(name, layer, perta_norm_names[i], "weight"),
+                              0, n, err);
+    }
+    return rc;
+}
+
+bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
+{
+    if (!strcmp(name, PERTA_HEAD))
+        return !w->llm.tied;
+    return !strstr(name, "rotary_emb.inv_freq");
+}
+
+/* A tensor that nothing below would read has no gradient; better said than written as zero. */
+static int check_strangers(const struct perta_weights *w, struct perta_err *err)
+{
+    uint64_t n_norms = w->llm.qk_norm ? 4 : 2;
+    uint64_t n_biases = 3u * w->llm.qkv_bias + w->llm.o_bias + 3u * w->llm.mlp_bias;
+    uint64_t wanted = w->llm.n_layers * (PERTA_N_LINEARS + n_norms + n_biases) + 2 +
+                      (w->llm.tied ? 0 : 1);
+    uint64_t have = 0;
+    for (uint64_t i = 0; i < w->ck->n_tensors; i++)
+        have += perta_weights_is_parameter(w, w->ck->by_name[i].tensor->name);
+    if (have != wanted)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: %llu tensors, but its config.json calls for %llu; is it another "
+                          "architecture, or an adapter?",
+                          w->ck->path, (unsigned long long)have, (unsigned long long)wanted);
+    return 0;
+}
+
+int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err)
+{
+    *w = (struct perta_weights){0};
+    int rc = perta_checkpoint_open(path, &w->ck, err);
+    if (rc)
+        return rc;
+    if (!w->ck->config)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: no config.json, which says what architecture it is", path);
+    char config[4096];
+    snprintf(config, sizeof config, "%s/config.json", path);
+    rc = perta_llm_parse(w->ck->config, config, &w->llm, err);
+    if (!rc)
+        rc = check_tensor(w, PERTA_EMBEDDING, w->llm.vocab, w->llm.hidden, err);
+    if (!rc)
+        rc = check_tensor(w, perta_weights_head(w), w->llm.vocab, w->llm.hidden, err);
+    if (!rc)
+        rc = check_tensor(w, PERTA_FINAL_NORM, 0, w->llm.hidden, err);
+    for (uint32_t l = 0; l < w->llm.n_layers && !rc; l++)
+        rc = check_layer(w, l, err);
+    return rc ? rc : check_strangers(w, err);
+}
+
+const char *perta_weights_head(const struct perta_weights *w)
+{
+    return w->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD;
+}
+
+int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *pool,
+                        size_t pool_bytes, struct perta_err *err)
+{
+    const char **paths = calloc(w->ck->n_shards + 1, sizeof *paths);
+    w->files = calloc(w->ck->n_shards + 1, sizeof *w->files);
+    if (!paths || !w->files) {
+        free(paths);
+        return perta_fail_sys(err, ENOMEM, "%s", w->ck->path);
+    }
+    for (uint32_t i = 0; i < w->ck->n_shards; i++)
+        paths[i] = w->ck->shards[i].path;
+    int rc = perta_engine_choose(io, paths, w->ck->n_shards, &w->choice, err);
+    free(paths);
+    if (!rc)
+        rc = perta_engine_open(w->choice.mode, pool, pool_bytes, PIECES, &w->engine, err);
+    for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
+        rc = perta_file_open(&w->files[i], w->ck->shards[i].path, w->engine->wants_direct, err);
+    return rc;
+}
+
+void perta_weights_close(struct perta_weights *w)
+{
+    perta_engine_close(w->engine);
+    for (uint32_t i = 0; w->files && i < w->ck->n_shards; i++)
+        perta_file_close(&w->files[i]);
+    free(w->files);
+    perta_checkpoint_close(w->ck);
+    *w = (struct perta_weights){0};
+}
+
+/* ---- reading ---- */
+
+uint64_t perta_weights_room(uint64_t len_bytes)
+{
+    return perta_align_up(len_bytes, PERTA_BLOCK_BYTES) + PERTA_READ_OVERHANG;
+}
+
+static void on_read(struct perta_request *request)
+{
+    *(bool *)request->user = true;
+}
+
+/* len_bytes of a file from off_bytes on, in pieces that touch in room; *data is where they are. */
+static int read_range(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
+                      uint64_t len_bytes, uint8_t *room, const void **data,
+                      struct perta_err *err)
+{
+    struct perta_request requests[PIECES];
+    bool done[PIECES];
+    uint64_t start = perta_align_down(off_bytes, PERTA_BLOCK_BYTES), end = off_bytes + len_bytes;
+    int rc = 0;
+    for (uint64_t at = start; at < end && !rc;) {
+        unsigned n = 0;
+        for (; n < PIECES && at < end; n++) {
+            uint64_t len = end - at < PIECE_BYTES ? end - at : PIECE_BYTES;
+            requests[n] = (struct perta_request){.file = file, .off_bytes = at, .len_bytes = len,
+                                                 .buf = room + (at - start), .done = on_read,
+                                                 .user = &done[n]};
+            done[n] = false;
+            perta_engine_submit(w->engine, &requests[n]);
+            at += len;
+        }
+        rc = perta_engine_drain(w->engine, err);
+        for (unsigned i = 0; i < n; i++) {
+            if (!rc && requests[i].sys_errno)
+                rc = perta_request_error(&requests[i], err);
+            if (!rc && requests[i].data != requests[i].buf) /* mapped */
+                memcpy(requests[i].buf, requests[i].data, requests[i].len_bytes);
+            perta_engine_release(w->engine, &requests[i]);
+        }
+    }
+    *data = room + (off_bytes - start);
+    w->read_bytes += len_bytes;
+    return rc;
+}
+
+int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
+                       uint8_t *room, struct perta_linear *linear, struct perta_err *err)
+{
+    const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
+    const struct perta_tensor *t = ref->tensor;
+    uint64_t row_bytes = t->shape[1] * perta_dtype_unit_bytes(t->dtype);
+    *linear = (struct perta_linear){.dtype = t->dtype, .out = n, .in = t->shape[1]};
+    return read_range(w, &w->files[ref->shard], t->off_bytes + first * row_bytes, n * row_bytes,
+                      room, &linear->weight, err);
+}
+
+int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
+                         float *to, struct perta_err *err)
+{
+    const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
+    const struct perta_tensor *t = ref->tensor;
+    const void *data;
+    int rc = read_range(w, &w->files[ref->shard], t->off_bytes, t->len_bytes, room, &data, err);
+    for (size_t i = 0; i < n && !rc; i++) {
+        uint16_t half;
+        memcpy(&half, (const uint8_t *)data + 2 * i, t->dtype == PERTA_F32 ? 0 : 2);
+        if (t->dtype == PERTA_F32)
+            memcpy(&to[i], (const uint8_t *)data + 4 * i, 4);
+        else
+            to[i] = t->dtype == PERTA_BF16 ? perta_f32_from_bf16(half) : perta_f32_from_f16(half);
+    }
+    return rc;
+}
+
+/* ---- a block ---- */
+
+static uint64_t matrix_room(const struct perta_weights *w, uint32_t layer,
+                            enum perta_linear_name name)
+{
+    char buf[NAME_BYTES];
+    const struct perta_ref *ref = perta_checkpoint_find(
+        w->ck, perta_weights_name(buf, layer, perta_linear_names[name], "weight"));
+    return perta_weights_room(ref->tensor->len_bytes);
+}
+
+/* Of a vector: its bytes as they are, which conversion frees again, and as float32. */
+static uint64_t vector_room(size_t n)
+{
+    return perta_align_up(n * sizeof(float), PERTA_BLOCK_BYTES);
+}
+
+uint64_t perta_weights_block_room(const struct perta_weights *w)
+{
+    uint64_t most = 0;
+    size_t longest = 0;
+    for (uint32_t layer = 0; layer < w->llm.n_layers; layer++) {
+        uint64_t room = 0;
+        for (int i = 0; i < PERTA_N_LINEARS; i++) {
+            size_t out, in;
+            linear_shape(&w->llm, (enum perta_linear_name)i, &out, &in);
+            room += matrix_room(w, layer, (enum perta_linear_name)i) + vector_room(out);
+            longest = out > longest ? out : longest;
+        }
+        for (int i = 0; i < PERTA_N_NORMS; i++)
+            room += vector_room(w->llm.hidden > w->llm.head_dim ? w->llm.hidden
+                                                               : w->llm.head_dim);
+        most = room > most ? room : most;
+    }
+    return most + perta_weights_room(longest * sizeof(float));
+}
+
+static int take_vector(struct perta_weights *w, const char *name, size_t n, uint8_t **at,
+                       const float **vector, struct perta_err *err)
+{
+    float *to = (float *)(void *)*at;
+    *at += vector_room(n);
+    *vector = to;
+    return perta_weights_vector(w, name, n, *at, to, err); /* what follows is free yet */
+}
+
+int perta_weights_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
+                        struct perta_block *block, struct perta_err *err)
+{
+    char name[NAME_BYTES];
+    uint8_t *at = room;
+    int rc = 0;
+    block->window = perta_llm_window(&w->llm, layer);
+    for (int i = 0; i < PERTA_N_NORMS && !rc; i++) {
+        size_t n = norm_size(&w->llm, (enum perta_norm_name)i);
+        block->norm[i] = NULL;
+        if (n)
+            rc = take_vector(w, perta_weights_name(name, layer, perta_norm_names[i], "weight"),
+                             n, &at, &block->norm[i], err);
+    }
+    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
+        struct perta_linear *linear = &block->linear[i];
+        size_t out, in;
+        const float *bias = NULL;
+        linear_shape(&w->llm, (enum perta_linear_name)i, &out, &in);
+        if (has_bias(&w->llm, (enum perta_linear_name)i))
+            rc = take_vector(w, perta_weights_name(name, layer, perta_linear_names[i], "bias"),
+                             out, &at, &bias, err);
+        if (!rc)
+            rc = perta_weights_rows(
+                w, perta_weights_name(name, layer, perta_linear_names[i], "weight"), 0, out, at,
+                linear, err);
+        at += matrix_room(w, layer, (enum perta_linear_name)i);
+        linear->bias = bias;
+    }
+    return rc;
+}

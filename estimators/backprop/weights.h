@@ -1,0 +1,56 @@
+/* weights.h - a model's tensors, read when they are needed. */
+#ifndef PERTA_BACKPROP_WEIGHTS_H
+#define PERTA_BACKPROP_WEIGHTS_H
+
+#include "estimators/backprop/block.h"
+#include "estimators/backprop/config.h"
+#include "io/checkpoint.h"
+#include "io/engine.h"
+
+struct perta_weights {
+    struct perta_checkpoint *ck;
+    struct perta_llm llm;
+    struct perta_file *files; /* (ck->n_shards) */
+    struct perta_engine *engine;
+    struct perta_io_choice choice;
+    uint64_t read_bytes;
+};
+
+#define PERTA_EMBEDDING "model.embed_tokens.weight"
+#define PERTA_FINAL_NORM "model.norm.weight"
+#define PERTA_HEAD "lm_head.weight"
+
+/* Open the checkpoint and its config; check that every tensor that the architecture wants is
+ * there in its shape. Closed with perta_weights_close, on error too. */
+int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err);
+/* Begin to read: pool is the memory that reads go to, for registration. */
+int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *pool,
+                        size_t pool_bytes, struct perta_err *err);
+void perta_weights_close(struct perta_weights *w);
+
+/* The head is the embedding where they are tied. */
+const char *perta_weights_head(const struct perta_weights *w);
+/* Is this one of the model's parameters? Others (tied copies, buffers of old checkpoints) get no
+ * importance. */
+bool perta_weights_is_parameter(const struct perta_weights *w, const char *name);
+
+/* Room that reading len_bytes of a tensor takes. */
+uint64_t perta_weights_room(uint64_t len_bytes);
+/* Read n rows of a tensor (2 dimensions) from row first on into room (block-aligned,
+ * perta_weights_room); *linear is those rows. */
+int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
+                       uint8_t *room, struct perta_linear *linear, struct perta_err *err);
+/* A small tensor, whole, as float32 to (n). room as above, for n elements of the tensor. */
+int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
+                         float *to, struct perta_err *err);
+
+/* Room for a whole block: weights and vectors. */
+uint64_t perta_weights_block_room(const struct perta_weights *w);
+/* Read a block into room; pointers in *block are into it. */
+int perta_weights_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
+                        struct perta_block *block, struct perta_err *err);
+
+/* "model.layers.LAYER.PART.weight" (or bias), in buf (128). */
+const char *perta_weights_name(char *buf, uint32_t layer, const char *part, const char *kind);
+
+#endif

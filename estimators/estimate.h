@@ -1,0 +1,28 @@
+/* estimate.h - importance from a model and text: forward and backward through a Llama-family
+ * model that need not fit in memory, block by block. Spec: docs/estimate.md */
+#ifndef PERTA_ESTIMATORS_ESTIMATE_H
+#define PERTA_ESTIMATORS_ESTIMATE_H
+
+#include <jansson.h>
+#include <stdbool.h>
+
+#include "stream/stream.h"
+
+enum perta_compute { PERTA_COMPUTE_AUTO, PERTA_COMPUTE_F32, PERTA_COMPUTE_BF16 };
+
+struct perta_estimate {
+    const char *model; /* checkpoint with config.json */
+    const char *data;  /* JSON lines: input_ids, labels */
+    const char *out;   /* OUT/mean, OUT/meansq are written */
+    bool mean, meansq;
+    uint64_t max_tokens; /* of a sample; 0: no bound */
+    enum perta_compute compute;
+    const char *scratch; /* folder for what does not fit in memory; NULL: beside out */
+    bool force;
+};
+
+/* Run it. *summary is the caller's: loss, samples, tokens, folders, bytes read. */
+PERTA_API int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
+                             json_t **summary, struct perta_err *err);
+
+#endif

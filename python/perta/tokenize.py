@@ -1,0 +1,93 @@
+"""Make the data of `perta estimate` from text: JSON lines of input_ids and labels.
+
+    python -m perta.tokenize MODEL TEXT.jsonl OUT.jsonl [--chat] [--max-tokens N]
+
+MODEL is the model's folder, for its tokenizer. Each line of TEXT.jsonl is an object with
+
+    question, answer    the question is not learned (its labels are -100), the answer is, with
+                        the token that ends it
+    text                all of it is learned
+
+--chat puts question and answer into the model's chat template; without it they stand as
+"Question: ...\\nAnswer: ...", as the TOFU benchmark has it. Needs transformers.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    ids = tokenizer(text)["input_ids"]
+    return ids, list(ids)
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids, and labels in which the question is ignored. Question and answer are tokenised
+    apart, so that where one ends does not depend on what follows."""
+    if chat:
+        turn = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        answer_text = answer
+    else:
+        prompt_ids = tokenizer(f"Question: {question}\nAnswer:")["input_ids"]
+        if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]
+        answer_text = " " + answer
+    answer_ids = tokenizer(answer_text, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        answer_ids = [*answer_ids, tokenizer.eos_token_id]
+    return prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids
+
+
+def encode_lines(
+    tokenizer: PreTrainedTokenizerBase, path: Path, chat: bool, max_tokens: int | None
+) -> Iterator[dict[str, list[int]]]:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            if "text" in item:
+                ids, labels = encode_text(tokenizer, item["text"])
+            else:
+                ids, labels = encode_pair(tokenizer, item["question"], item["answer"], chat)
+        except (ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{path}: line {number}: needs text, or question and answer ({error!r})")
+        if max_tokens and len(ids) > max_tokens:
+            sys.exit(f"{path}: line {number}: {len(ids)} tokens, --max-tokens allows {max_tokens}")
+        yield {"input_ids": ids, "labels": labels}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m perta.tokenize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--max-tokens", type=int)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    samples = list(
+        encode_lines(tokenizer, arguments.text, arguments.chat, arguments.max_tokens)
+    )
+    arguments.out.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    n_labels = sum(sum(label != IGNORED for label in sample["labels"]) for sample in samples)
+    print(f"{arguments.out}: {len(samples)} samples, {n_labels} labels")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""`perta estimate` against PyTorch: loss and every gradient, for every architecture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+from safetensors import safe_open  # noqa: E402
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCABULARY = 301
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, scaled positions": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama, linear positions": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama, wide heads": ("Llama", {"head_dim": 24}),
+    "llama, every head its own": ("Llama", {"num_key_value_heads": 8}),
+    "mistral, window": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}
+LENGTHS = (2, 3, 17, 66, 1 + 64, 130)
+
+
+def samples():
+    """Ragged lengths; the first third of each is not learned, as a question would be."""
+    generator = torch.Generator().manual_seed(1)
+    for n in LENGTHS:
+        ids = torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()
+        yield {"input_ids": ids, "labels": [-100] * (n // 3) + ids[n // 3 :]}
+
+
+def make_model(folder, family, changes):
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+
+
+def gradients(model):
+    """Mean loss, and mean and mean square of each sample's gradient, in float64."""
+    loss, mean, meansq = 0.0, {}, {}
+    for sample in samples():
+        model.zero_grad()
+        ids, labels = (torch.tensor([sample[key]]) for key in ("input_ids", "labels"))
+        one = model(input_ids=ids, labels=labels).loss
+        one.backward()
+        loss += one.item() / len(LENGTHS)
+        for name, parameter in model.named_parameters():
+            g = parameter.grad.double()
+            mean[name] = mean.get(name, 0) + g / len(LENGTHS)
+            meansq[name] = meansq.get(name, 0) + g * g / len(LENGTHS)
+    return loss, mean, meansq
+
+
+def read(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name).double() for name in file.keys()}
+            assert file.metadata()["perta.stat"] == folder.name
+            assert file.metadata()["perta.samples"] == str(len(LENGTHS))
+    return tensors
+
+
+def write_data(path, repeat=1):
+    text = "".join(json.dumps(sample) + "\n" for sample in samples())
+    path.write_text(text * repeat)
+
+
+def estimate(perta, *flags):
+    words = "estimate --model model --data data.jsonl --out imp --stat mean,meansq --json".split()
+    return json.loads(perta(*words, *flags).stdout)
+
+
+def assert_close(have, want, relative, cosine):
+    assert have.keys() == want.keys()
+    for name, g in want.items():
+        error = (have[name] - g).norm() / g.norm()
+        assert error <= relative, f"{name}: {error}"
+        assert torch.cosine_similarity(have[name].ravel(), g.ravel(), 0) >= cosine, name
+
+
+@pytest.mark.parametrize("family, changes", MODELS.values(), ids=MODELS.keys())
+def test_loss_and_gradients_are_pytorchs(perta, tmp_path, family, changes):
+    loss, mean, meansq = gradients(make_model(tmp_path / "model", family, changes))
+    write_data(tmp_path / "data.jsonl")
+    summary = estimate(perta, "--compute", "f32")
+    assert abs(summary["loss"] - loss) < 1e-5
+    assert_close(read(tmp_path / "imp/mean"), mean, relative=1e-4, cosine=0.99999)
+    assert_close(read(tmp_path / "imp/meansq"), meansq, relative=1e-4, cosine=0.99999)
+
+
+@pytest.mark.skipif("avx512bw" not in Path("/proc/cpuinfo").read_text(), reason="no AVX-512")
+def test_bf16_products_stay_near(perta, tmp_path):
+    """Measured over all the models above: within 1.4 % of each mean gradient's norm, and 2.4 % of
+    each mean square's; about twice that is allowed."""
+    loss, mean, meansq = gradients(make_model(tmp_path / "model", "Llama", {}))
+    write_data(tmp_path / "data.jsonl")
+    summary = estimate(perta, "--compute", "bf16")
+    assert abs(summary["loss"] - loss) < 2e-3
+    assert_close(read(tmp_path / "imp/mean"), mean, relative=0.03, cosine=0.999)
+    assert_close(read(tmp_path / "imp/meansq"), meansq, relative=0.06, cosine=0.998)
+
+
+@pytest.mark.parametrize("family, changes", [MODELS["llama"], MODELS["qwen2"]])
+def test_more_tokens_than_memory_give_the_same(perta, tmp_path, family, changes):
+    """Batches, and what is kept for all tokens in a file; against one batch in memory."""
+    make_model(tmp_path / "model", family, changes)
+    write_data(tmp_path / "data.jsonl", repeat=100)
+    whole = estimate(perta, "--compute", "f32", "--memory", "2G")
+    want = {stat: read_any(tmp_path / "imp" / stat) for stat in ("mean", "meansq")}
+    assert (whole["batches"], whole["scratch_bytes"]) == (1, 0)
+    cut = estimate(perta, "--compute", "f32", "--memory", "140M", "--force", "--threads", "1")
+    assert cut["batches"] > 3 and cut["scratch_bytes"] > 0
+    for stat, tensors in want.items():
+        assert_close(read_any(tmp_path / "imp" / stat), tensors, relative=1e-6, cosine=0.999999)
+
+
+def read_any(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name).double() for name in file.keys()}
+    return tensors
+
+
+def test_every_run_gives_the_same_bytes(perta, tmp_path):
+    make_model(tmp_path / "model", "Llama", {})
+    write_data(tmp_path / "data.jsonl", repeat=3)
+    runs = []
+    for _ in range(2):
+        estimate(perta, "--force")
+        runs.append([p.read_bytes() for p in sorted((tmp_path / "imp").rglob("*.safetensors"))])
+    assert runs[0] == runs[1]
+
+
+GOOD = {"input_ids": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([GOOD, "{"], "line 2: "),
+        ([GOOD, GOOD, [1]], 'line 3: no array "input_ids"'),
+        ([{"labels": [1]}], 'line 1: no array "input_ids"'),
+        ([{"input_ids": []}], 'line 1: no array "input_ids"'),
+        ([{"input_ids": [1, -2]}], "line 1: "),
+        ([{"input_ids": [1, 2.5]}], "line 1: "),
+        ([{"input_ids": [1, VOCABULARY]}], f"token id {VOCABULARY}, but the vocabulary has"),
+        ([{"input_ids": [1, 2], "labels": [1]}], 'line 1: "labels" is not as long'),
+        ([{"input_ids": [1, 2], "labels": [1, -7]}], "line 1: "),
+        ([{"input_ids": [1, 2], "labels": [1, -100]}], "line 1: no label"),
+        ([{"input_ids": [1]}], "line 1: no label"),
+        ([{"input_ids": list(range(1, 60))}], "line 1: 59 tokens, --max-tokens allows 50"),
+        ([], "no samples"),
+    ],
+)
+def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (tmp_path / "data.jsonl").write_text("\n".join(text))
+    words = "estimate --model model --data data.jsonl --out imp --max-tokens 50".split()
+    assert message in perta(*words, check=3).stderr
+    assert not list(tmp_path.glob("imp*/*"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"architectures": None}, "(none named)"),
+        ({"hidden_act": "gelu"}, "only silu"),
+        ({"num_key_value_heads": 3}, "cannot share"),
+        ({"num_hidden_layers": 3}, "no tensor model.layers.1."),
+        ({"hidden_size": 32}, "has not the shape"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, '"yarn" is not supported'),
+        ({"vocab_size": "many"}, '"vocab_size"'),
+        ({"attention_bias": True}, "q_proj.bias"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(perta, tmp_path, change, message):
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    write_data(tmp_path / "data.jsonl")
+    words = "estimate --model model --data data.jsonl --out imp".split()
+    assert message in perta(*words, check=3).stderr
+    assert not (tmp_path / "imp").exists() or not list((tmp_path / "imp").iterdir())
+
+
+def test_too_little_memory_is_said_with_what_is_enough(perta, tmp_path):
+    make_model(tmp_path / "model", "Llama", {})
+    write_data(tmp_path / "data.jsonl")
+    words = "estimate --model model --data data.jsonl --out imp --memory".split()
+    refusal = perta(*words, "20M", check=2).stderr
+    perta(*words, refusal.rsplit("needs ", 1)[1].strip())
+
+
+def test_text_becomes_data_with_questions_masked(perta, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    words = ["<s>", "</s>", "Question", "Answer", ":", "who", "?", "me", "some", "text"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path / "model")
+    lines = [{"question": "who ?", "answer": "me"}, {"text": "some text"}]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [sys.executable, "-m", "perta.tokenize", "model", "text.jsonl", "data.jsonl"]
+    path = {"PYTHONPATH": str(Path(__file__).parents[2] / "python")}
+    subprocess.run(command, cwd=tmp_path, env=os.environ | path, check=True)
+    data = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+    assert data == [
+        {"input_ids": [2, 4, 5, 6, 3, 4, 7, 1], "labels": [-100] * 6 + [7, 1]},
+        {"input_ids": [8, 9], "labels": [8, 9]},
+    ]
+    assert estimate(perta)["samples"] == 2

@@ -1,0 +1,132 @@
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/estimate.h"
+#include "tools/cli.h"
+
+enum {
+    KEY_MODEL = CLI_KEY_OWN, KEY_DATA, KEY_OUT, KEY_STAT, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH,
+};
+
+struct args {
+    struct cli cli; /* first: the children's input */
+    struct perta_estimate estimate;
+};
+
+static const struct argp_option options[] = {
+    {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
+    {"data", KEY_DATA, "FILE", 0, "JSON lines with \"input_ids\" and \"labels\"", 1},
+    {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},
+    {"stat", KEY_STAT, "mean,meansq", 0,
+     "Which statistics over samples: mean gradient, mean squared gradient, or both (default "
+     "mean)",
+     2},
+    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
+    {"compute", KEY_COMPUTE, "auto|f32|bf16", 0,
+     "Matrix products: bfloat16 with float32 sums, or float32 (auto: bf16 where the CPU has it)",
+     2},
+    {"scratch", KEY_SCRATCH, "DIR", 0, "For what does not fit in memory (default: within --out)",
+     2},
+    {0}};
+
+static void parse_stats(struct argp_state *state, struct perta_estimate *e, char *arg)
+{
+    e->mean = e->meansq = false;
+    for (char *rest = arg, *stat; (stat = strsep(&rest, ","));) {
+        if (!strcmp(stat, "mean"))
+            e->mean = true;
+        else if (!strcmp(stat, "meansq"))
+            e->meansq = true;
+        else
+            argp_error(state, "--stat: %s is neither mean nor meansq", stat);
+    }
+}
+
+static enum perta_compute compute_of(struct argp_state *state, const char *arg)
+{
+    static const char *const names[] = {"auto", "f32", "bf16"};
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(arg, names[i]))
+            return (enum perta_compute)i;
+    argp_error(state, "--compute: %s is none of auto, f32, bf16", arg);
+    return PERTA_COMPUTE_AUTO;
+}
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct args *args = state->input;
+    struct perta_estimate *e = &args->estimate;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = state->child_inputs[1] = &args->cli;
+        return 0;
+    case KEY_MODEL:
+        e->model = arg;
+        return 0;
+    case KEY_DATA:
+        e->data = arg;
+        return 0;
+    case KEY_OUT:
+        e->out = arg;
+        return 0;
+    case KEY_STAT:
+        parse_stats(state, e, arg);
+        return 0;
+    case KEY_MAX_TOKENS:
+        e->max_tokens = cli_count(state, "--max-tokens", arg);
+        return 0;
+    case KEY_COMPUTE:
+        e->compute = compute_of(state, arg);
+        return 0;
+    case KEY_SCRATCH:
+        e->scratch = arg;
+        return 0;
+    case ARGP_KEY_END:
+        if (!e->model || !e->data || !e->out)
+            argp_error(state, "--model, --data and --out are needed");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
+                                             {&cli_common_argp, 0, "Common:", 6},
+                                             {0}};
+static const struct argp argp = {
+    options, parse, NULL,
+    "Importance from a model and text: the mean gradient of the loss over samples, and the mean "
+    "of its squares, block by block through a model that need not fit in memory."
+    "\v"
+    "The loss of a sample is the mean cross-entropy over its labels, as transformers computes "
+    "it. `python -m perta.tokenize' makes the data from text.\n\n"
+    "Example:\n"
+    "  perta estimate --model base --data forget.jsonl --out imp/forget --memory 8G",
+    children, NULL, NULL};
+
+int cmd_estimate(int argc, char **argv)
+{
+    struct args args = {.estimate = {.mean = true}};
+    struct perta_err err = {0};
+    json_t *summary = NULL;
+    cli_parse(&args.cli, &argp, argc, argv, &args);
+    args.estimate.force = args.cli.force;
+    int rc = perta_estimate(&args.estimate, &args.cli.run, &summary, &err);
+    if (!rc) {
+        double t = cli_seconds(&args.cli);
+        double tokens = json_number_value(json_object_get(summary, "tokens"));
+        size_t i;
+        json_t *folder;
+        json_object_set_new(summary, "seconds", json_real(t));
+        if (args.cli.run.dry_run)
+            cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
+        json_array_foreach (json_object_get(summary, "folders"), i, folder)
+            cli_say(&args.cli, "%s: over %lld samples\n", json_string_value(folder),
+                    (long long)json_integer_value(json_object_get(summary, "samples")));
+        if (!args.cli.run.dry_run)
+            cli_say(&args.cli, "loss %.6f over %.0f tokens, in %.1f s (%.0f tokens/s)\n",
+                    json_number_value(json_object_get(summary, "loss")), tokens, t, tokens / t);
+        cli_json(&args.cli, summary);
+    }
+    return cli_status(&args.cli, rc, &err);
+}
