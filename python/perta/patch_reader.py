@@ -1,6 +1,6 @@
 """Apply or revert one shard of a perta patch: a second implementation of docs/patch-format.md.
 
-    python patch_reader.py MODEL.safetensors NAME.safetensors.perta OUT.safetensors [--revert]
+    python -m perta.patch_reader MODEL.safetensors NAME.safetensors.perta OUT.safetensors [--revert]
 """
 
 import json

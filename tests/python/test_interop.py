@@ -11,7 +11,7 @@ from reference import CHUNK, folder_bytes, write_folder
 from safetensors import safe_open
 from test_diff import drifting_bytes, fine_tuned, medium, random_bits, write_checkpoint
 
-PATCH_READER = ROOT / "python/perta/patch_reader.py"
+PATCH_READER = [sys.executable, "-m", "perta.patch_reader"]
 
 
 @pytest.fixture
@@ -124,5 +124,5 @@ def test_the_patch_reader_of_the_format_page_agrees(perta, tmp_path, dtype, make
     shard = "model-00001-of-00001.safetensors"
     for model, wanted, flags in [("a", "b", []), ("b", "a", ["--revert"])]:
         paths = [tmp_path / model / shard, tmp_path / f"p/{shard}.perta", tmp_path / "out"]
-        subprocess.run([sys.executable, PATCH_READER, *paths, *flags], check=True)
+        subprocess.run([*PATCH_READER, *paths, *flags], cwd=ROOT / "python", check=True)
         assert paths[2].read_bytes() == (tmp_path / wanted / shard).read_bytes()
