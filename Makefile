@@ -1,7 +1,6 @@
 # The front door: `make demo` sets up, builds and runs the main job; `make check` sets up,
 # builds and passes every test. The build itself is meson's.
 BUILD := build
-DEV := build-dev
 .PHONY: all setup demo check install clean
 
 all: setup
@@ -21,4 +20,4 @@ install: all
 	meson install -C $(BUILD)
 
 clean:
-	rm -rf $(BUILD) $(BUILD).log $(DEV) $(DEV).log build-tsan demo
+	rm -rf $(BUILD) $(BUILD).log build-dev build-dev.log build-tsan build-tsan.log demo

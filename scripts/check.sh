@@ -1,18 +1,34 @@
 #!/bin/sh
-# Every test: the unit tests as built for use and with sanitizers, then the command as a user
-# runs it, against NumPy. Sums up on its last line.
+# Every test: the unit tests and the command as a user runs it, as built for use, with address
+# and undefined-behaviour sanitizers, and the loop with the thread sanitizer.
+# Arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/.."
 
-[ -f build-dev/build.ninja ] || meson setup build-dev --native-file build-dev.ini >build-dev.log
-ninja -C build-dev --quiet
+build() { # folder, options
+    dir=$1 && shift
+    [ -f "$dir/build.ninja" ] || meson setup "$dir" "$@" >"$dir.log" || { cat "$dir.log"; exit 1; }
+    ninja -C "$dir" --quiet
+}
+build build-dev --native-file build-dev.ini
+build build-tsan --native-file build-tsan.ini
 scripts/layers.sh
 scripts/venv.sh tests/python/requirements.txt examples/requirements.txt
-echo "== unit tests"
-meson test -C build --print-errorlogs --quiet
-echo "== unit tests, address and undefined-behaviour sanitizers"
-meson test -C build-dev --print-errorlogs --quiet
+pytest() { # build, tests
+    PERTA=$1/perta && export PERTA && shift
+    .venv/bin/python -m pytest -q --no-header -p no:cacheprovider "$@"
+}
+export TSAN_OPTIONS=halt_on_error=1
+
+echo "== unit tests; with address and undefined-behaviour sanitizers; with the thread sanitizer"
+for dir in build build-dev build-tsan; do
+    meson test -C $dir --print-errorlogs --quiet
+done
 echo "== installed: command, library, headers, pkg-config, man page"
 tests/install.sh build
-echo "== the command, against NumPy and independent readers"
-PERTA=build/perta .venv/bin/python -m pytest -q tests/python "$@"
+echo "== the command, against NumPy, PyTorch and independent readers"
+pytest build tests/python "$@"
+echo "== the same, with address and undefined-behaviour sanitizers"
+pytest build-dev tests/python "$@"
+echo "== the loop, with the thread sanitizer"
+pytest build-tsan tests/python/test_outputs.py tests/python/test_interop.py "$@"
