@@ -15,12 +15,11 @@ def perta(tmp_path):
     """Run the command in the test's own folder; assert its exit status (None: any)."""
 
     def run(*args, check=0, env=None, **kw):
-        kw.setdefault("cwd", tmp_path)
+        kw = {"cwd": tmp_path, "timeout": 120} | kw
         result = subprocess.run(
             [str(PERTA), *map(str, args)],
             capture_output=True,
             text=True,
-            timeout=120,
             env=os.environ | (env or {}),
             **kw,
         )
