@@ -299,7 +299,8 @@ static int make_scratch(struct job *job, struct perta_err *err)
             if (job->wanted[i / 2] && !sums[i])
                 return perta_fail_sys(err, ENOMEM, "sums");
             if (sums[i])
-                memset(sums[i], 0, job->elems * sizeof(float)); /* counts from now on */
+                memset(sums[i], 1, job->elems * sizeof(float)); /* resident from now on; gcc makes
+                                                                   calloc of 0 */
         }
     return job->scratch ? 0 : perta_fail_sys(err, ENOMEM, "sums");
 }

@@ -86,11 +86,12 @@ struct perta_codec *perta_codec_new(size_t max_bytes)
         perta_codec_free(codec);
         return NULL;
     }
-    /* Touch it all, so that what is resident now is what a run needs. */
-    memset(codec->z, 0, max_bytes);
-    memset(codec->grouped, 0, max_bytes);
-    memset(codec->payload, 0, perta_codec_payload_max(max_bytes));
-    memset(codec->frame, 0, perta_codec_bound(max_bytes));
+    /* Touch it all, so that what is resident now is what a run needs. (Of zeros gcc would make
+     * calloc, which does not.) */
+    memset(codec->z, 1, max_bytes);
+    memset(codec->grouped, 1, max_bytes);
+    memset(codec->payload, 1, perta_codec_payload_max(max_bytes));
+    memset(codec->frame, 1, perta_codec_bound(max_bytes));
     size_t n = ZSTD_compress2(codec->pack, codec->frame, perta_codec_bound(max_bytes), codec->z,
                               max_bytes);
     ZSTD_decompressDCtx(codec->unpack, codec->payload, max_bytes, codec->frame, n);

@@ -7,6 +7,7 @@
 
 #include "io/checked.h"
 #include "io/engine.h"
+#include "io/thread.h"
 
 #define THREADS_MAX 8
 
@@ -156,7 +157,7 @@ int perta_engine_threads_open(unsigned depth, struct perta_engine **out, struct 
     pthread_cond_init(&t->news, NULL);
     unsigned wanted = depth < THREADS_MAX ? depth : THREADS_MAX;
     for (; t->n < wanted; t->n++) {
-        int rc = pthread_create(&t->ids[t->n], NULL, serve, t);
+        int rc = perta_thread_start(&t->ids[t->n], serve, t);
         if (rc && !t->n) {
             threads_close(&t->base);
             return perta_fail_sys(err, rc, "reader threads");

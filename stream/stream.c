@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/thread.h"
 #include "stream/memory.h"
 #include "stream/slot.h"
 
@@ -337,7 +338,7 @@ static int start_workers(struct perta_stream *s, struct perta_err *err)
 {
     unsigned wanted = perta_run_threads(&s->run);
     for (; s->n_threads < wanted; s->n_threads++) {
-        int rc = pthread_create(&s->threads[s->n_threads], NULL, worker, s);
+        int rc = perta_thread_start(&s->threads[s->n_threads], worker, s);
         if (rc)
             return perta_fail_sys(err, rc, "worker threads");
     }

@@ -1,4 +1,5 @@
 /* perta - make a language model forget, out of core. */
+#include <malloc.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -34,6 +35,7 @@ static void usage(FILE *to)
 
 int main(int argc, char **argv)
 {
+    mallopt(M_ARENA_MAX, 1); /* workers allocate nothing; arenas would take address space */
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_VERBS; i++)
         if (!strcmp(name, verbs[i].name))

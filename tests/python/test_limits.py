@@ -1,0 +1,267 @@
+"""What a run may take and leave: memory, a full disk, interruption, a machine that forbids."""
+
+import ctypes
+import json
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import PERTA
+from reference import BF16, folder_bytes, write_folder
+
+MIB = 1 << 20
+UNLEARN = "unlearn --model model --tuned tuned --base base --forget forget --retain retain".split()
+
+
+def make_set(path, n_params, seed=0):
+    """Folders for UNLEARN; tensors of 12 Mi elements, larger than a budget's share for one."""
+    rng = np.random.default_rng(seed)
+    sizes = [n_params // 4] * 4
+    base = {f"layer.{i}": rng.standard_normal(n, np.float32) for i, n in enumerate(sizes)}
+
+    def tuned():
+        return {
+            name: (x * np.float32(1 + 1e-3)).astype(BF16) if i % 2 else x.astype(BF16)
+            for i, (name, x) in enumerate(base.items())
+        }
+
+    write_folder(path / "base", {name: x.astype(BF16) for name, x in base.items()})
+    write_folder(path / "model", tuned(), shards=2)
+    write_folder(path / "tuned", tuned(), shards=2)
+    for folder in ("forget", "retain"):
+        values = {name: np.roll(x, 7) for name, x in base.items()}
+        write_folder(path / folder, values, metadata={"perta.stat": "mean"})
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """600 MiB of inputs."""
+    path = tmp_path_factory.mktemp("big")
+    make_set(path, 44 * MIB)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small")
+    make_set(path, MIB)
+    return path
+
+
+def peak_mib(command, cwd):
+    """Most resident at once. The child starts small: peaks are inherited over fork."""
+    helper = (
+        "import os, resource, subprocess, sys;"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", helper, str(PERTA), *command]
+    return int(subprocess.run(command, cwd=cwd, check=True, capture_output=True).stdout) / 1024
+
+
+JOBS = {
+    "unlearn": [*UNLEARN, "--patch", "p", "--out", "o"],
+    "diff": "diff base model --patch p".split(),
+    "accumulate": "accumulate --stat mean,meansq --out i forget retain".split(),
+    "manifest": "manifest forget".split(),
+}
+sanitized = pytest.mark.skipif("build/" not in f"{PERTA}", reason="sanitizers take memory too")
+
+
+@sanitized
+@pytest.mark.parametrize("io", ["direct", "pread"])
+@pytest.mark.parametrize("job", JOBS)
+def test_memory_bounds_the_whole_process(big, tmp_path, job, io):
+    """Mapped files count as page cache, so they are left out here."""
+    for folder in ("model", "tuned", "base", "forget", "retain"):
+        (tmp_path / folder).symlink_to(big / folder)
+    command = [*JOBS[job], "--memory", "128M", "--io", io, "--threads", "2"]
+    if job == "diff":
+        command[1:3] = ["tuned", "model"]
+    assert peak_mib(command, tmp_path) <= 128
+
+
+@sanitized
+def test_the_budget_holds_under_a_hard_limit_on_the_process(perta, big, tmp_path):
+    """Address space, which has stacks, libraries and arenas in it besides what is resident."""
+    for folder in ("model", "tuned", "base", "forget", "retain"):
+        (tmp_path / folder).symlink_to(big / folder)
+    limit = (128 + 64) * MIB
+    for io in ("direct", "pread"):
+        perta(
+            *UNLEARN, "--patch", "p", "--force", "--memory", "128M", "--threads", "2", "--io", io,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        )  # fmt: skip
+
+
+# --- interruption
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("io", ["direct", "mmap", "pread"])
+def test_an_interrupted_run_leaves_nothing(big, tmp_path, number, io):
+    command = [str(PERTA), *UNLEARN, "--patch", tmp_path / "p", "--out", tmp_path / "o", "--io", io]
+    with subprocess.Popen(command, cwd=big, stderr=subprocess.PIPE) as run:
+        begun = tmp_path / "o.perta-partial/model-00001-of-00002.safetensors"
+        while run.poll() is None and not begun.exists():
+            time.sleep(0.002)
+        run.send_signal(number)
+        message = run.stderr.read().decode()
+    assert run.returncode == 130 and "interrupted" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_leaves_is_reported_and_force_starts_over(perta, big, small, tmp_path):
+    command = [str(PERTA), *UNLEARN, "--patch", tmp_path / "p"]
+    with subprocess.Popen(command, cwd=big) as run:
+        while run.poll() is None and not (tmp_path / "p.perta-partial").exists():
+            time.sleep(0.002)
+        run.kill()
+    assert not (tmp_path / "p").exists()
+    refusal = perta(*UNLEARN, "--patch", tmp_path / "p", cwd=small, check=2).stderr
+    assert "p.perta-partial: left by a run" in refusal and "--force" in refusal
+    perta(*UNLEARN, "--patch", tmp_path / "p", "--force", cwd=small)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p"]
+
+
+# --- a full disk
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(perta, small, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", disk]).returncode:
+        pytest.skip("may not mount")
+    try:
+        before = {folder: folder_bytes(small / folder) for folder in ("model", "base")}
+        for flags in (["--patch", disk / "p"], ["--patch", tmp_path / "p", "--out", disk / "o"]):
+            refusal = perta(*UNLEARN, *flags, cwd=small, check=4).stderr
+            assert "No space left on device" in refusal and str(disk) in refusal
+            assert not list(disk.iterdir()) and not (tmp_path / "p").exists()
+        assert {folder: folder_bytes(small / folder) for folder in before} == before
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_limit_on_file_size_is_an_error_not_a_death(perta, small, tmp_path):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+
+    words = [*UNLEARN, "--patch", tmp_path / "p", "--out", tmp_path / "o"]
+    assert "File too large" in perta(*words, cwd=small, check=4, preexec_fn=limit).stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- what containers and ordinary users may not do
+
+IO_URING_SETUP, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, EPERM = 425, 38, 22, 1
+
+
+def forbid_io_uring():
+    """As Docker's default profile does: a seccomp filter that answers EPERM."""
+    instructions = [
+        (0x20, 0, 0, 0),  # load the system call's number
+        (0x15, 0, 1, IO_URING_SETUP),
+        (0x06, 0, 0, 0x00050000 | EPERM),
+        (0x06, 0, 0, 0x7FFF0000),
+    ]
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+    buffer = ctypes.create_string_buffer(code)
+    program = struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.prctl(PR_SET_SECCOMP, 2, program) == 0, os.strerror(ctypes.get_errno())
+
+
+def evict(path):
+    """Out of the page cache, so that auto would read it directly."""
+    for file in path.rglob("*.safetensors"):
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def test_where_io_uring_is_forbidden_threads_read(perta, small, tmp_path):
+    perta(*UNLEARN, "--patch", tmp_path / "p", cwd=small)
+    evict(small)
+    said = perta("inspect", "--io", "model", cwd=small, preexec_fn=forbid_io_uring).stdout
+    assert "pread" in said and "Operation not permitted" in said
+    evict(small)
+    result = perta(
+        *UNLEARN, "--patch", tmp_path / "q", "--json", cwd=small, preexec_fn=forbid_io_uring
+    )
+    assert json.loads(result.stdout)["io"]["engine"] == "pread"
+    assert folder_bytes(tmp_path / "p") == folder_bytes(tmp_path / "q")
+    words = [*UNLEARN, "--patch", tmp_path / "r", "--io", "direct"]
+    refusal = perta(*words, cwd=small, check=4, preexec_fn=forbid_io_uring).stderr
+    assert "io_uring is refused here" in refusal and "--io auto" in refusal
+
+
+@pytest.mark.parametrize("kib", [0, 64, 8192])
+def test_an_ordinary_user_with_little_lockable_memory_gets_the_same(perta, small, tmp_path, kib):
+    if os.getuid():
+        pytest.skip("only root can become another user")
+
+    def become_nobody():
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (kib * 1024,) * 2)
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+    for path in [*small.rglob("*.*"), small, *small.parents[:2], *tmp_path.parents[:2]]:
+        path.chmod(0o755)
+    tmp_path.chmod(0o777)
+    perta(*UNLEARN, "--patch", tmp_path / "p", cwd=small)
+    if subprocess.run(["test", "-x", PERTA], preexec_fn=become_nobody).returncode:
+        pytest.skip(f"others may not run {PERTA}")
+    evict(small)
+    perta(*UNLEARN, "--patch", tmp_path / "q", cwd=small, preexec_fn=become_nobody)
+    assert folder_bytes(tmp_path / "p") == folder_bytes(tmp_path / "q")
+
+
+# --- results and silence
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*UNLEARN, "--patch", "p", "--out", "o"],
+        "diff base model --patch d".split(),
+        "apply model p --out a".split(),
+        "revert o p --out r".split(),
+        "accumulate --out i forget retain".split(),
+        "verify p".split(),
+        "verify o --patch p --applied".split(),
+        "manifest model".split(),
+        "inspect model".split(),
+        "inspect p".split(),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_json_is_one_object_and_quiet_is_silent(perta, small, tmp_path, words):
+    for folder in ("model", "tuned", "base", "forget", "retain"):
+        (tmp_path / folder).symlink_to(small / folder)
+    if words[0] in ("apply", "revert", "verify") or words[-1] == "p":
+        perta(*UNLEARN, "--patch", "p", "--out", "o")
+    if words[0] == "diff":
+        words = ["diff", "tuned", *words[2:]]
+    assert isinstance(json.loads(perta(*words, "--json").stdout), dict)
+    if words[0] not in ("inspect", "manifest"):
+        again = [] if words[0] == "verify" else ["--force"]
+        result = perta(*words, "--quiet", *again)
+        assert not result.stdout and not result.stderr
+
+
+def test_a_dry_run_writes_nothing(perta, small, tmp_path):
+    result = perta(*UNLEARN, "--patch", tmp_path / "p", "--dry-run", cwd=small)
+    assert re.search("nothing was written", result.stdout)
+    assert not list(tmp_path.iterdir())
