@@ -306,15 +306,15 @@ static size_t group(struct perta_codec *codec, enum perta_dtype dtype, const voi
 
 /* ---- encode ---- */
 
-/* Pack len_bytes of payload; keep the frame in dst where it is smaller than what is there.
- * A frame that does not fit is none. */
+/* Pack len_bytes of payload; keep the frame in dst where it is smaller than what is there, or
+ * raw and as small. A frame that does not fit is none. */
 static void offer(struct perta_codec *codec, enum perta_encoding encoding,
                   const uint8_t *payload, size_t len_bytes, uint8_t *dst, size_t dst_capacity,
                   struct perta_coded *coded)
 {
     bool first = !coded->frame_bytes;
     uint8_t *to = first ? dst : codec->frame;
-    size_t room = first ? dst_capacity : coded->frame_bytes - 1;
+    size_t room = first ? dst_capacity : coded->frame_bytes - (encoding != PERTA_ENC_RAW);
     size_t n = ZSTD_compress2(codec->pack, to, room, payload, len_bytes);
     if (ZSTD_isError(n))
         return;

@@ -130,6 +130,7 @@ void perta_request_align(struct perta_request *request)
     uint64_t unit = request->file->direct ? PERTA_BLOCK_BYTES : 1;
     request->at = perta_align_down(request->off_bytes, unit);
     request->end = perta_align_up(request->off_bytes + request->len_bytes, unit);
+    request->reached = request->at;
     request->data = request->buf + (request->off_bytes - request->at);
 }
 
@@ -142,11 +143,13 @@ bool perta_request_advance(struct perta_request *request, int64_t got)
         request->sys_errno = (int)-got;
         return true;
     }
-    if (!got && request->at < wanted_end) {
+    request->at += (uint64_t)got;
+    /* Nothing more: a direct read at the file's end gives its last part block again and again. */
+    if (request->at <= request->reached && request->at < wanted_end) {
         request->sys_errno = request->write ? EIO : ENODATA;
         return true;
     }
-    request->at += (uint64_t)got;
+    request->reached = request->at;
     if (request->at > request->off_bytes)
         request->done_bytes = (request->at < wanted_end ? request->at : wanted_end) -
                               request->off_bytes;

@@ -31,6 +31,7 @@ struct perta_request {
 
     /* the engine's own */
     uint64_t at, end;
+    uint64_t reached; /* how far any transfer came */
     void *map;
     size_t map_bytes;
     struct perta_request *next;

@@ -2,11 +2,19 @@
 
 #include <dnnl.h>
 #include <errno.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "estimators/convert.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#else /* fuzzers do without */
+static void omp_set_num_threads(int n)
+{
+    (void)n;
+}
+#endif
 
 struct perta_gemm {
     dnnl_engine_t engine;

@@ -1,0 +1,40 @@
+/* Decoding a chunk: dtype, encoding, claimed payload and the payload itself are the input's. It
+ * comes as plain bytes and is put into a frame here, for a fuzzer would hardly make one; and
+ * once as the frame itself. */
+#include "io/codec.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <zstd.h>
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+#define CHUNK 4096
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static struct perta_codec *codec;
+    static uint8_t before[CHUNK], after[CHUNK], frame[1 << 17];
+    if (!codec) {
+        codec = perta_codec_new(CHUNK);
+        for (int i = 0; i < CHUNK; i++)
+            before[i] = (uint8_t)(i * 37);
+    }
+    if (size < 4 || size > 1 << 16)
+        return 0;
+    enum perta_dtype dtype = (enum perta_dtype)(data[0] % PERTA_N_DTYPES);
+    enum perta_encoding encoding = (enum perta_encoding)(data[1] % PERTA_N_ENCODINGS);
+    size_t width = perta_dtype_unit_bytes(dtype), len = (data[2] * 16u) / width * width;
+    const uint8_t *payload = data + 4;
+    size_t n = size - 4;
+    struct perta_err err = {0};
+    size_t frame_bytes = ZSTD_compress(frame, sizeof frame, payload, n, 1);
+    int rc = perta_codec_apply(codec, dtype, encoding, frame, frame_bytes, n, before, after, len,
+                               &err);
+    err.code = 0;
+    int rc2 = perta_codec_revert(codec, dtype, encoding, payload, n, len + data[3], before, after,
+                                 len, &err);
+    if ((rc && rc != PERTA_ECHECK) || (rc2 && rc2 != PERTA_ECHECK))
+        __builtin_trap();
+    return 0;
+}

@@ -1,0 +1,26 @@
+/* JSON lines of token ids. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "estimators/backprop/samples.h"
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    char path[64];
+    int fd = memfd_create("samples", 0);
+    if (fd < 0 || write(fd, data, size) != (ssize_t)size)
+        abort();
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    struct perta_samples samples;
+    struct perta_err err = {0};
+    if (!perta_samples_read(path, 1000, 0, &samples, &err))
+        perta_samples_release(&samples);
+    else if (!err.msg[0])
+        __builtin_trap();
+    close(fd);
+    return 0;
+}

@@ -1,0 +1,201 @@
+/* apply(encode(a, b), a) == b and revert(encode(a, b), b) == a, for any bits. */
+#include "tests/unit.h"
+
+#include "io/codec.h"
+#include "io/codec_kernels.h"
+#include "io/isa.h"
+
+static struct perta_err err;
+
+enum change { NONE, FEW, FINE, HEAVY, ANY, N_CHANGES };
+
+/* bf16 weights, and what fine-tuning makes of them: small weights change most. */
+static void tune(size_t n, uint8_t *before, uint8_t *after, uint64_t seed)
+{
+    for (size_t i = 0; i < n; i++) {
+        float x[2];
+        x[0] = ((float)(next_random(&seed) % 20001) - 10000) * 4e-6f;
+        x[1] = x[0] + ((float)(next_random(&seed) % 201) - 100) * 4e-7f;
+        memcpy(before + 2 * i, (char *)&x[0] + 2, 2);
+        memcpy(after + 2 * i, (char *)&x[1] + 2, 2);
+    }
+}
+
+/* before: floats of a model's size (or any bits); after: changed by so much. */
+static void make(enum perta_dtype dtype, enum change change, size_t n, uint8_t *before,
+                 uint8_t *after, uint64_t seed)
+{
+    unsigned width = perta_dtype_unit_bytes(dtype);
+    fill_random(before, n * width, seed);
+    for (size_t i = 0; i < n && change != ANY && width > 1; i++) {
+        /* an exponent in a narrow range, whatever the dtype */
+        uint8_t *top = before + i * width + width - 1;
+        *top = (uint8_t)((*top & 0x80) | 0x3b | (next_random(&seed) & 3));
+    }
+    memcpy(after, before, n * width);
+    for (size_t i = 0; i < n; i++) {
+        uint64_t r = next_random(&seed);
+        uint8_t *low = after + i * width;
+        if (change == FEW && r % 16 == 0)
+            *low = (uint8_t)(*low + 1);
+        else if (change == FINE)
+            *low = (uint8_t)(*low ^ (r & 3));
+        else if (change == HEAVY)
+            *low = (uint8_t)r;
+        else if (change == ANY)
+            fill_random(low, width, r);
+    }
+}
+
+static unsigned seen; /* encodings, as bits */
+
+static void round_trip(struct perta_codec *codec, enum perta_dtype dtype, enum change change,
+                       size_t n)
+{
+    unsigned width = perta_dtype_unit_bytes(dtype);
+    size_t len = n * width, room = perta_codec_bound(len);
+    uint8_t *before = alloc(len + 1), *after = alloc(len + 1), *back = alloc(len);
+    uint8_t *frame = alloc(room);
+    struct perta_coded coded;
+    make(dtype, change, n, before, after, 1000 * n + change);
+    ck_assert_ok(
+        perta_codec_encode(codec, dtype, before, after, len, frame, room, &coded, &err));
+    uint64_t n_changed = 0;
+    for (size_t i = 0; i < n; i++)
+        n_changed += memcmp(before + i * width, after + i * width, width) != 0;
+    ck_assert_uint_eq(coded.n_changed, n_changed);
+    ck_assert_int_eq(coded.encoding == PERTA_ENC_ZERO, n_changed == 0);
+    ck_assert_uint_le(coded.payload_bytes, perta_codec_payload_max(len));
+    seen |= 1u << coded.encoding;
+    ck_assert_ok(perta_codec_apply(codec, dtype, coded.encoding, frame, coded.frame_bytes,
+                                   coded.payload_bytes, before, back, len, &err));
+    ck_assert_mem_eq(back, after, len);
+    ck_assert_ok(perta_codec_revert(codec, dtype, coded.encoding, frame, coded.frame_bytes,
+                                    coded.payload_bytes, after, back, len, &err));
+    ck_assert_mem_eq(back, before, len);
+
+    /* the same at an odd address */
+    struct perta_coded again;
+    uint8_t *frame2 = alloc(room);
+    memmove(before + 1, before, len);
+    memmove(after + 1, after, len);
+    ck_assert_ok(perta_codec_encode(codec, dtype, before + 1, after + 1, len, frame2, room, &again,
+                                    &err));
+    ck_assert_uint_eq(again.frame_bytes, coded.frame_bytes);
+    ck_assert_mem_eq(frame, frame2, coded.frame_bytes);
+    free(before);
+    free(after);
+    free(back);
+    free(frame);
+    free(frame2);
+}
+
+START_TEST(any_bits_come_back_for_every_dtype)
+{
+    static const size_t sizes[] = {1, 2, 3, 63, 64, 65, 1000, 4097};
+    struct perta_codec *codec = perta_codec_new(4097 * 8);
+    for (int d = 0; d < PERTA_N_DTYPES; d++)
+        for (int change = 0; change < N_CHANGES; change++)
+            for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+                round_trip(codec, (enum perta_dtype)d, (enum change)change, sizes[i]);
+    perta_codec_free(codec);
+}
+END_TEST
+
+START_TEST(whole_chunks_come_back_and_every_encoding_occurs)
+{
+    static const enum perta_dtype dtypes[] = {PERTA_BF16, PERTA_F16, PERTA_F32, PERTA_F64,
+                                              PERTA_U8};
+    struct perta_codec *codec = perta_codec_new(PERTA_CHUNK_ELEMS * 8);
+    for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++)
+        for (int change = 0; change < N_CHANGES; change++) {
+            round_trip(codec, dtypes[d], (enum change)change, PERTA_CHUNK_ELEMS);
+            round_trip(codec, dtypes[d], (enum change)change, PERTA_CHUNK_ELEMS - 1);
+        }
+    ck_assert_uint_eq(seen, (1u << PERTA_N_ENCODINGS) - 1);
+    perta_codec_free(codec);
+}
+END_TEST
+
+START_TEST(kernels_agree_for_every_instruction_set)
+{
+    static const struct perta_codec_kernels *const all[] = {
+        &perta_codec_kernels_v2, &perta_codec_kernels_v3, &perta_codec_kernels_v4};
+    size_t n = 1003, len = n * 8;
+    uint8_t *a = alloc(len), *b = alloc(len), *z[2], *out[2];
+    for (int i = 0; i < 2; i++) {
+        z[i] = alloc(len);
+        out[i] = alloc(len);
+    }
+    fill_random(a, len, 1);
+    fill_random(b, len, 2);
+    for (int isa = 1; isa <= (int)perta_isa_best(); isa++)
+        for (unsigned width = 1; width <= 8; width *= 2)
+            for (int ordered = 0; ordered < 2; ordered++) {
+                const struct perta_codec_kernels *k[2] = {all[0], all[isa]};
+                uint64_t changed[2];
+                for (int i = 0; i < 2; i++)
+                    changed[i] = k[i]->delta(width, ordered, a, b, z[i], n);
+                ck_assert_uint_eq(changed[0], changed[1]);
+                ck_assert_mem_eq(z[0], z[1], n * width);
+                for (int i = 0; i < 2; i++)
+                    k[i]->add(width, ordered, a, z[i], 1, out[i], n);
+                ck_assert_mem_eq(out[0], b, n * width);
+                ck_assert_mem_eq(out[1], b, n * width);
+                for (int i = 0; i < 2; i++)
+                    k[i]->split(width, z[i], out[i], n);
+                ck_assert_mem_eq(out[0], out[1], n * width);
+                for (int i = 0; i < 2; i++)
+                    k[i]->join(width, out[i], z[1 - i], n);
+                ck_assert_mem_eq(z[0], z[1], n * width);
+            }
+    for (int i = 0; i < 2; i++) {
+        free(z[i]);
+        free(out[i]);
+    }
+    free(a);
+    free(b);
+}
+END_TEST
+
+START_TEST(frames_that_lie_are_refused_or_harmless)
+{
+    size_t n = 200000, len = n * 2, room = perta_codec_bound(len);
+    struct perta_codec *codec = perta_codec_new(len);
+    uint8_t *before = alloc(len), *after = alloc(len), *out = alloc(len), *frame = alloc(room);
+    struct perta_coded coded;
+    uint64_t seed = 9;
+    tune(n, before, after, 5);
+    ck_assert_ok(perta_codec_encode(codec, PERTA_BF16, before, after, len, frame, room, &coded,
+                                    &err));
+    ck_assert_int_eq(coded.encoding, PERTA_ENC_GROUPED);
+    for (int i = 0; i < 3000; i++) {
+        uint64_t r = next_random(&seed);
+        size_t at = r % coded.frame_bytes;
+        uint8_t was = frame[at];
+        enum perta_encoding encoding = (enum perta_encoding)(1 + (r >> 32) % 3);
+        size_t payload = (r >> 40) % 3 ? coded.payload_bytes : (r >> 20) % (len + 99);
+        frame[at] = (uint8_t)(r >> 16);
+        struct perta_err why = {0};
+        int rc = perta_codec_apply(codec, PERTA_BF16, encoding, frame, coded.frame_bytes, payload,
+                                   before, out, len, &why);
+        ck_assert(rc == 0 || rc == PERTA_ECHECK);
+        frame[at] = was;
+    }
+    perta_codec_free(codec);
+    free(before);
+    free(after);
+    free(out);
+    free(frame);
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("codec");
+    tcase_add_test(tests, any_bits_come_back_for_every_dtype);
+    tcase_add_test(tests, whole_chunks_come_back_and_every_encoding_occurs);
+    tcase_add_test(tests, kernels_agree_for_every_instruction_set);
+    tcase_add_test(tests, frames_that_lie_are_refused_or_harmless);
+    return run_suite("codec", tests);
+}

@@ -1,0 +1,179 @@
+#include "tests/unit.h"
+
+#include <unistd.h>
+
+#include "io/patch.h"
+
+static struct perta_err err;
+
+/* A header of n U8 tensors of 5 bytes, and metadata that tells it apart. */
+static struct perta_header *header(unsigned n, const char *mark)
+{
+    struct perta_tensor tensors[8] = {{0}};
+    char names[8][8];
+    static uint64_t five = 5;
+    for (unsigned i = 0; i < n; i++) {
+        snprintf(names[i], sizeof names[i], "t%u", i);
+        tensors[i] = (struct perta_tensor){.name = names[i], .dtype = PERTA_U8, .n_dims = 1,
+                                           .shape = &five, .n_elems = 5};
+    }
+    json_t *metadata = json_pack("{s:s}", "mark", mark);
+    uint8_t *bytes;
+    uint64_t len;
+    struct perta_header *made;
+    ck_assert_ok(perta_safetensors_build(tensors, n, metadata, &bytes, &len, &err));
+    ck_assert_ok(perta_safetensors_parse(bytes, len, len + 5 * n, "made", &made, &err));
+    json_decref(metadata);
+    free(bytes);
+    return made;
+}
+
+/* A patch of three tensors, the second without change. Returns its length. */
+static uint64_t build(uint8_t **bytes, bool headers_differ)
+{
+    struct perta_header *before = header(3, "a"), *after = header(3, headers_differ ? "b" : "a");
+    uint8_t *head, *table;
+    uint64_t head_bytes, table_bytes;
+    ck_assert_ok(perta_patch_head_build(before, after, &head, &head_bytes, &err));
+    struct perta_patch_entry entries[3] = {
+        {head_bytes, 7, 5, 0, 5, PERTA_ENC_PLANES, 1, 2},
+        {0, 0, 0, 1, 5, PERTA_ENC_ZERO, 3, 3},
+        {head_bytes + 7, 9, 5, 2, 5, PERTA_ENC_RAW, 4, 5},
+    };
+    ck_assert_ok(perta_patch_table_build(entries, 3, &table, &table_bytes, &err));
+    uint64_t len = head_bytes + 16 + table_bytes;
+    *bytes = alloc(len);
+    memcpy(*bytes, head, head_bytes);
+    memset(*bytes + head_bytes, 'x', 16);
+    memcpy(*bytes + head_bytes + 16, table, table_bytes);
+    free(head);
+    free(table);
+    perta_header_free(before);
+    perta_header_free(after);
+    return len;
+}
+
+START_TEST(what_was_built_is_parsed_from_memory_and_from_a_file)
+{
+    for (int differ = 0; differ < 2; differ++) {
+        uint8_t *bytes;
+        uint64_t len = build(&bytes, differ);
+        FILE *file = tmpfile();
+        ck_assert_uint_eq(fwrite(bytes, 1, len, file), len);
+        fflush(file);
+        struct perta_patch *patches[2];
+        ck_assert_ok(perta_patch_parse(bytes, len, "p", &patches[0], &err));
+        ck_assert_ok(perta_patch_read(fileno(file), len, "p", &patches[1], &err));
+        for (int i = 0; i < 2; i++) {
+            const struct perta_patch *p = patches[i];
+            ck_assert_int_eq(p->before == p->after, !differ);
+            ck_assert_uint_eq(p->n_entries, 3);
+            ck_assert_uint_eq(p->entries[2].frame_off, p->head_bytes + 7);
+            ck_assert_uint_eq(p->entries[2].hash_after, 5);
+            ck_assert_int_eq(p->entries[1].encoding, PERTA_ENC_ZERO);
+            ck_assert_uint_eq(p->table_off, p->head_bytes + 16);
+            ck_assert_str_eq(p->after->tensors[2].name, "t2");
+            perta_patch_free(patches[i]);
+        }
+        fclose(file);
+        free(bytes);
+    }
+}
+END_TEST
+
+START_TEST(every_flipped_bit_outside_the_frames_is_refused)
+{
+    uint8_t *bytes;
+    uint64_t len = build(&bytes, true);
+    struct perta_patch *patch;
+    ck_assert_ok(perta_patch_parse(bytes, len, "p", &patch, &err));
+    uint64_t frames = patch->head_bytes;
+    perta_patch_free(patch);
+    for (uint64_t at = 0; at < len; at++)
+        for (int bit = 0; bit < 8 && (at < frames || at >= frames + 16); bit++) {
+            struct perta_err why = {0};
+            bytes[at] ^= (uint8_t)(1 << bit);
+            int rc = perta_patch_parse(bytes, len, "p", &patch, &why);
+            ck_assert_msg(rc == PERTA_ECHECK || rc == PERTA_EINPUT, "byte %llu, bit %d: %d",
+                          (unsigned long long)at, bit, rc);
+            ck_assert(strstr(why.msg, "p: "));
+            bytes[at] ^= (uint8_t)(1 << bit);
+        }
+    free(bytes);
+}
+END_TEST
+
+START_TEST(every_truncation_is_refused)
+{
+    uint8_t *bytes;
+    uint64_t len = build(&bytes, false);
+    for (uint64_t n = 0; n < len; n++) {
+        struct perta_err why = {0};
+        struct perta_patch *patch;
+        uint8_t *cut = malloc(n ? n : 1); /* so that the sanitizer sees the end */
+        memcpy(cut, bytes, n);
+        int rc = perta_patch_parse(cut, n, "p", &patch, &why);
+        ck_assert(rc == PERTA_ECHECK || rc == PERTA_EINPUT);
+        free(cut);
+    }
+    free(bytes);
+}
+END_TEST
+
+/* Entries whose digest is right but that make no sense. */
+static int parse_with(struct perta_patch_entry *entries, uint64_t n)
+{
+    struct perta_header *h = header(2, "a");
+    uint8_t *head, *table, *bytes;
+    uint64_t head_bytes, table_bytes;
+    ck_assert_ok(perta_patch_head_build(h, h, &head, &head_bytes, &err));
+    for (uint64_t i = 0; i < n; i++)
+        entries[i].frame_off += entries[i].frame_off ? head_bytes : 0;
+    ck_assert_ok(perta_patch_table_build(entries, n, &table, &table_bytes, &err));
+    bytes = alloc(head_bytes + 10 + table_bytes);
+    memcpy(bytes, head, head_bytes);
+    memcpy(bytes + head_bytes + 10, table, table_bytes);
+    struct perta_patch *patch;
+    struct perta_err why = {0};
+    int rc = perta_patch_parse(bytes, head_bytes + 10 + table_bytes, "p", &patch, &why);
+    if (!rc)
+        perta_patch_free(patch);
+    perta_header_free(h);
+    free(head);
+    free(table);
+    free(bytes);
+    return rc;
+}
+
+START_TEST(entries_must_cover_the_tensors_in_order_and_frames_touch)
+{
+    const struct perta_patch_entry zero = {0, 0, 0, 0, 5, PERTA_ENC_ZERO, 1, 1};
+    const struct perta_patch_entry second = {0, 0, 0, 1, 5, PERTA_ENC_ZERO, 1, 1};
+    struct perta_patch_entry bad[][3] = {
+        {zero, second},                                          /* frames missing */
+        {second, zero},                                          /* out of order */
+        {{0, 0, 0, 0, 4, PERTA_ENC_ZERO, 1, 1}, second},         /* too few units */
+        {{0, 0, 0, 0, 5, PERTA_ENC_ZERO, 1, 2}, second},         /* no change, two digests */
+        {{1, 9, 5, 0, 5, PERTA_ENC_RAW, 1, 2}, second},          /* a hole before the frame */
+        {zero, {0, 0, 0, 1, 5, PERTA_ENC_RAW, 1, 2}},            /* a frame of nothing */
+        {zero, {1, 10, 900, 1, 5, PERTA_ENC_RAW, 1, 2}},         /* a payload too long */
+        {zero, {1, UINT32_MAX, 5, 1, 5, PERTA_ENC_RAW, 1, 2}},   /* a frame past the end */
+        {zero, {1, 10, 5, 7, 5, PERTA_ENC_RAW, 1, 2}},           /* a tensor that is not there */
+        {zero, {1, 10, 5, 1, 5, (enum perta_encoding)9, 1, 2}},  /* an unknown encoding */
+        {zero, second, second},                                  /* too many */
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        ck_assert_int_eq(parse_with(bad[i], i == 10 ? 3 : 2), PERTA_ECHECK);
+    ck_assert_int_eq(parse_with(bad[0], 1), PERTA_ECHECK); /* too few */
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("patch");
+    tcase_add_test(tests, what_was_built_is_parsed_from_memory_and_from_a_file);
+    tcase_add_test(tests, every_flipped_bit_outside_the_frames_is_refused);
+    tcase_add_test(tests, every_truncation_is_refused);
+    tcase_add_test(tests, entries_must_cover_the_tensors_in_order_and_frames_touch);
+    return run_suite("patch", tests);
+}

@@ -1,0 +1,353 @@
+/* Engines, writers and the loop: every byte, once, in order; errors in order; nothing in flight. */
+#include "tests/unit.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "io/writer.h"
+#include "stream/stream.h"
+
+static struct perta_err err;
+static char dir[64];
+
+static void enter(void)
+{
+    /* on the disk, where O_DIRECT works, if /var/tmp is one */
+    snprintf(dir, sizeof dir, "/var/tmp/perta-test-XXXXXX");
+    ck_assert_ptr_nonnull(mkdtemp(dir));
+    ck_assert_int_eq(chdir(dir), 0);
+}
+
+static void leave(void)
+{
+    ck_assert_int_eq(chdir("/"), 0);
+    char command[128];
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    ck_assert_int_eq(system(command), 0);
+}
+
+static uint8_t *make_file(const char *name, size_t len, uint64_t seed)
+{
+    uint8_t *data = alloc(len);
+    fill_random(data, len, seed);
+    FILE *file = fopen(name, "w");
+    ck_assert_uint_eq(fwrite(data, 1, len, file), len);
+    fclose(file);
+    return data;
+}
+
+static const enum perta_io_mode modes[] = {PERTA_IO_DIRECT, PERTA_IO_MMAP, PERTA_IO_PREAD};
+enum { N_MODES = 3 };
+
+static bool is_there(enum perta_io_mode mode)
+{
+    return mode != PERTA_IO_DIRECT || !perta_engine_uring_probe();
+}
+
+#define POOL_BYTES (8u << 20)
+static uint8_t *pool;
+
+static struct perta_engine *open_engine(enum perta_io_mode mode, unsigned depth)
+{
+    struct perta_engine *engine;
+    pool = aligned_alloc(2 << 20, POOL_BYTES);
+    ck_assert_ok(perta_engine_open(mode, pool, POOL_BYTES, depth, &engine, &err));
+    return engine;
+}
+
+static void close_engine(struct perta_engine *engine)
+{
+    perta_engine_close(engine);
+    free(pool);
+}
+
+static void count_down(struct perta_request *request)
+{
+    --*(unsigned *)request->user;
+}
+
+START_TEST(every_engine_reads_any_range)
+{
+    size_t len = 1000003;
+    uint8_t *data = make_file("f", len, 1);
+    uint64_t seed = 2;
+    for (unsigned m = 0; m < N_MODES; m++) {
+        if (!is_there(modes[m]))
+            continue;
+        struct perta_engine *engine = open_engine(modes[m], m + 1);
+        struct perta_file file;
+        ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
+        for (int round = 0; round < 20; round++) {
+            struct perta_request r[16];
+            unsigned left = 16;
+            for (unsigned i = 0; i < 16; i++) {
+                uint64_t off = next_random(&seed) % len;
+                uint64_t n = 1 + next_random(&seed) % (len - off < 300000 ? len - off : 300000);
+                r[i] = (struct perta_request){.file = &file, .off_bytes = off, .len_bytes = n,
+                                              .buf = pool + i * (POOL_BYTES / 16),
+                                              .done = count_down, .user = &left};
+                perta_engine_submit(engine, &r[i]);
+            }
+            ck_assert_ok(perta_engine_drain(engine, &err));
+            ck_assert_uint_eq(left, 0);
+            for (unsigned i = 0; i < 16; i++) {
+                ck_assert_int_eq(r[i].sys_errno, 0);
+                ck_assert_mem_eq(r[i].data, data + r[i].off_bytes, r[i].len_bytes);
+                perta_engine_release(engine, &r[i]);
+            }
+        }
+        perta_file_close(&file);
+        close_engine(engine);
+    }
+    free(data);
+}
+END_TEST
+
+START_TEST(a_file_that_ends_early_is_said_with_its_byte)
+{
+    free(make_file("f", 10000, 1));
+    for (unsigned m = 0; m < N_MODES; m++) {
+        if (!is_there(modes[m]))
+            continue;
+        struct perta_engine *engine = open_engine(modes[m], 4);
+        struct perta_file file;
+        unsigned left = 1;
+        ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
+        struct perta_request r = {.file = &file, .off_bytes = 9000, .len_bytes = 5000, .buf = pool,
+                                  .done = count_down, .user = &left};
+        perta_engine_submit(engine, &r);
+        ck_assert_ok(perta_engine_drain(engine, &err));
+        struct perta_err why = {0};
+        ck_assert_int_eq(perta_request_error(&r, &why), PERTA_EINPUT);
+        ck_assert_str_eq(why.msg, "f: ends at byte 10000, 4000 more expected");
+        perta_engine_release(engine, &r);
+        perta_file_close(&file);
+        close_engine(engine);
+    }
+}
+END_TEST
+
+START_TEST(a_writer_writes_what_was_appended)
+{
+    static const size_t sizes[] = {0, 1, 4095, 4096, 4097, PERTA_WRITER_BUF_BYTES - 1,
+                                   PERTA_WRITER_BUF_BYTES, PERTA_WRITER_BUF_BYTES + 1,
+                                   5 * PERTA_WRITER_BUF_BYTES + 7};
+    uint64_t seed = 3;
+    for (unsigned m = 0; m < N_MODES; m++)
+        for (size_t s = 0; is_there(modes[m]) && s < sizeof sizes / sizeof *sizes; s++) {
+            struct perta_engine *engine = open_engine(modes[m], 4);
+            struct perta_writer writer;
+            uint8_t *data = alloc(sizes[s]), *back = alloc(sizes[s]);
+            fill_random(data, sizes[s], s);
+            ck_assert_ok(perta_writer_open(&writer, engine, "w", s % 2 ? sizes[s] : 0, pool, &err));
+            for (size_t at = 0; at < sizes[s];) {
+                size_t n = 1 + next_random(&seed) % 3000000;
+                n = n < sizes[s] - at ? n : sizes[s] - at;
+                ck_assert_ok(perta_writer_append(&writer, data + at, n, &err));
+                at += n;
+                ck_assert_uint_eq(perta_writer_tell(&writer), at);
+            }
+            struct perta_digest_hex hex, want;
+            ck_assert_ok(perta_writer_close(&writer, &hex, &err));
+            struct perta_digest *digest = perta_digest_new(true);
+            perta_digest_update(digest, data, sizes[s]);
+            perta_digest_finish(digest, &want);
+            perta_digest_free(digest);
+            ck_assert_str_eq(hex.xxh128, want.xxh128);
+            ck_assert_str_eq(hex.sha256, want.sha256);
+            FILE *file = fopen("w", "r");
+            ck_assert_uint_eq(fread(back, 1, sizes[s] + 1, file), sizes[s]);
+            ck_assert_mem_eq(back, data, sizes[s]);
+            fclose(file);
+            unlink("w");
+            free(data);
+            free(back);
+            close_engine(engine);
+        }
+}
+END_TEST
+
+/* A job that reads two files side by side in pieces of many sizes, and sums what it sees. */
+struct toy {
+    struct perta_file files[2];
+    const uint8_t *data[2];
+    uint64_t len, at, seed;
+    uint64_t n_next, n_commit, fail_next, fail_work, fail_commit; /* at this piece; 0: never */
+    uint8_t *seen;
+    volatile sig_atomic_t *cancel;
+    uint64_t cancel_at;
+};
+
+static int toy_next(void *ctx, struct perta_piece *piece, struct perta_err *e)
+{
+    struct toy *t = ctx;
+    if (t->at == t->len)
+        return 0;
+    if (++t->n_next == t->fail_next)
+        return perta_fail(e, PERTA_EINPUT, "next %llu", (unsigned long long)t->n_next);
+    uint64_t n = next_random(&t->seed) % (t->n_next % 7 ? 5000 : 900000);
+    n = n < t->len - t->at ? n : t->len - t->at;
+    n = n ? n : 1;
+    for (int i = 0; i < 2; i++)
+        piece->in[i] = (struct perta_range){
+            .file = &t->files[i], .off_bytes = t->at, .len_bytes = n};
+    if (t->n_next % 5 == 0)
+        piece->in[1] = (struct perta_range){0}; /* a piece without its second input */
+    piece->tag = t->n_next;
+    piece->first_elem = t->at;
+    piece->n_elems = n;
+    piece->out_bytes = n;
+    t->at += n;
+    return 1;
+}
+
+static int toy_work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *e)
+{
+    struct toy *t = ctx;
+    ck_assert_uint_lt(worker, 4);
+    if (t->fail_work && piece->tag >= t->fail_work)
+        return perta_fail(e, PERTA_EINPUT, "work %llu", (unsigned long long)piece->tag);
+    for (uint64_t i = 0; i < piece->n_elems; i++)
+        piece->out[i] = piece->in[0].data[i] ^ (piece->in[1].file ? piece->in[1].data[i] : 0);
+    return 0;
+}
+
+static int toy_commit(void *ctx, struct perta_piece *piece, struct perta_err *e)
+{
+    struct toy *t = ctx;
+    ck_assert_uint_eq(piece->tag, ++t->n_commit); /* in order */
+    if (t->n_commit == t->fail_commit)
+        return perta_fail(e, PERTA_EINPUT, "commit %llu", (unsigned long long)t->n_commit);
+    memcpy(t->seen + piece->first_elem, piece->out, piece->n_elems);
+    if (t->cancel && t->n_commit == t->cancel_at)
+        *t->cancel = 1;
+    return 0;
+}
+
+static int run_toy(struct toy *t, enum perta_io_mode mode, unsigned n_threads, uint64_t memory,
+                   struct perta_err *e)
+{
+    static const char *const paths[] = {"a", "b"};
+    struct perta_run run = {.memory_bytes = memory, .n_threads = n_threads, .io = mode,
+                            .cancel = t->cancel};
+    struct perta_job job = {.ctx = t, .n_in = 2, .in_bytes_max = 2 * 900000,
+                            .out_bytes_max = 900000, .next = toy_next, .work = toy_work,
+                            .commit = toy_commit};
+    struct perta_stream *stream;
+    ck_assert_ok(perta_stream_open(&run, &job, paths, 2, 0, &stream, &err));
+    for (int i = 0; i < 2; i++)
+        ck_assert_ok(perta_file_open(&t->files[i], paths[i],
+                                     perta_stream_engine(stream)->wants_direct, &err));
+    int rc = perta_stream_run(stream, e);
+    perta_stream_close(stream);
+    perta_file_close(&t->files[0]);
+    perta_file_close(&t->files[1]);
+    return rc;
+}
+
+#define TOY_BYTES 6000011u
+
+static void with_toys(void (*use)(struct toy *toy, enum perta_io_mode mode, unsigned n_threads))
+{
+    uint8_t *a = make_file("a", TOY_BYTES, 1), *b = make_file("b", TOY_BYTES, 2);
+    uint8_t *seen = alloc(TOY_BYTES);
+    for (unsigned m = 0; m < N_MODES; m++)
+        for (unsigned threads = 1; is_there(modes[m]) && threads <= 4; threads *= 2) {
+            struct toy toy = {.data = {a, b}, .len = TOY_BYTES, .seed = 5, .seen = seen};
+            memset(seen, 0, TOY_BYTES);
+            use(&toy, modes[m], threads);
+        }
+    free(a);
+    free(b);
+    free(seen);
+}
+
+static void all_is_seen(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    struct perta_err e = {0};
+    /* enough for a few slots, more under a sanitizer */
+    ck_assert_msg(!run_toy(toy, mode, n_threads, 512u << 20, &e), "%s", e.msg);
+    ck_assert_uint_eq(toy->n_commit, toy->n_next);
+    uint64_t at = 0, seed = 5;
+    for (uint64_t piece = 1; at < TOY_BYTES; piece++) {
+        uint64_t n = next_random(&seed) % (piece % 7 ? 5000 : 900000);
+        n = n < TOY_BYTES - at ? n : TOY_BYTES - at;
+        n = n ? n : 1;
+        for (uint64_t i = at; i < at + n; i++)
+            if (toy->seen[i] != (toy->data[0][i] ^ (piece % 5 ? toy->data[1][i] : 0)))
+                ck_abort_msg("byte %llu", (unsigned long long)i);
+        at += n;
+    }
+}
+
+START_TEST(the_loop_commits_every_byte_once_in_order)
+{
+    with_toys(all_is_seen);
+}
+END_TEST
+
+static void errors_come_in_order(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    struct toy at_next = *toy, at_work = *toy, at_commit = *toy;
+    struct perta_err e = {0};
+    at_next.fail_next = 40;
+    ck_assert_int_eq(run_toy(&at_next, mode, n_threads, 512u << 20, &e), PERTA_EINPUT);
+    ck_assert_str_eq(e.msg, "next 40");
+    e = (struct perta_err){0};
+    at_work.fail_work = 23;
+    ck_assert_int_eq(run_toy(&at_work, mode, n_threads, 512u << 20, &e), PERTA_EINPUT);
+    ck_assert_str_eq(e.msg, "work 23");
+    e = (struct perta_err){0};
+    at_commit.fail_commit = 31;
+    ck_assert_int_eq(run_toy(&at_commit, mode, n_threads, 512u << 20, &e), PERTA_EINPUT);
+    ck_assert_str_eq(e.msg, "commit 31");
+}
+
+START_TEST(the_first_error_in_order_stops_the_loop)
+{
+    with_toys(errors_come_in_order);
+}
+END_TEST
+
+static void stops_when_told(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    volatile sig_atomic_t cancel = 0;
+    struct perta_err e = {0};
+    toy->cancel = &cancel;
+    toy->cancel_at = 10;
+    ck_assert_int_eq(run_toy(toy, mode, n_threads, 512u << 20, &e), PERTA_EINTR);
+    ck_assert_uint_ge(toy->n_commit, 10);
+    ck_assert_uint_lt(toy->at, toy->len + 1);
+}
+
+START_TEST(the_loop_stops_when_told)
+{
+    with_toys(stops_when_told);
+}
+END_TEST
+
+START_TEST(a_budget_too_small_is_refused_with_what_is_enough)
+{
+    struct perta_run run = {.memory_bytes = 1 << 20, .n_threads = 1, .io = PERTA_IO_PREAD};
+    struct perta_job job = {.n_in = 2, .in_bytes_max = 8 << 20, .out_bytes_max = 1 << 20};
+    struct perta_stream *stream;
+    struct perta_err e = {0};
+    ck_assert_int_eq(perta_stream_open(&run, &job, NULL, 0, 1, &stream, &e), PERTA_EUSAGE);
+    ck_assert_ptr_nonnull(strstr(e.msg, "it needs "));
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("stream");
+    tcase_add_checked_fixture(tests, enter, leave);
+    tcase_add_test(tests, every_engine_reads_any_range);
+    tcase_add_test(tests, a_file_that_ends_early_is_said_with_its_byte);
+    tcase_add_test(tests, a_writer_writes_what_was_appended);
+    tcase_add_test(tests, the_loop_commits_every_byte_once_in_order);
+    tcase_add_test(tests, the_first_error_in_order_stops_the_loop);
+    tcase_add_test(tests, the_loop_stops_when_told);
+    tcase_add_test(tests, a_budget_too_small_is_refused_with_what_is_enough);
+    return run_suite("stream", tests);
+}
