@@ -83,7 +83,7 @@ static int check_target(const char *path, bool force, bool *replace, struct pert
     *replace = false;
     if (lstat(path, &st))
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
-    if (is_empty_dir(path))
+    if (S_ISDIR(st.st_mode) && is_empty_dir(path)) /* a link cannot be renamed over */
         return 0;
     if (!force)
         return perta_fail(err, PERTA_EUSAGE, "%s: exists; choose another name, or --force to "

@@ -3,6 +3,7 @@
 #define PERTA_TESTS_UNIT_H
 
 #include <check.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

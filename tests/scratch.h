@@ -1,0 +1,86 @@
+/* scratch.h - a folder of its own for each case, and files in it. */
+#ifndef PERTA_TESTS_SCRATCH_H
+#define PERTA_TESTS_SCRATCH_H
+
+#include <dirent.h>
+#include <unistd.h>
+
+#include "tests/unit.h"
+
+static char scratch_dir[64];
+
+/* Checked fixture: a new folder, as the working one; on the disk, where O_DIRECT works. */
+static inline void enter(void)
+{
+    snprintf(scratch_dir, sizeof scratch_dir, "/var/tmp/perta-test-XXXXXX");
+    ck_assert_ptr_nonnull(mkdtemp(scratch_dir));
+    ck_assert_int_eq(chdir(scratch_dir), 0);
+}
+
+static inline void leave(void)
+{
+    ck_assert_int_eq(chdir("/"), 0);
+    char command[128];
+    snprintf(command, sizeof command, "rm -r %s", scratch_dir);
+    ck_assert_int_eq(system(command), 0);
+}
+
+static inline void put_file(const char *name, const void *data, size_t len_bytes)
+{
+    FILE *file = fopen(name, "w");
+    ck_assert_msg(file, "%s", name);
+    ck_assert_uint_eq(fwrite(data, 1, len_bytes, file), len_bytes);
+    ck_assert_int_eq(fclose(file), 0);
+}
+
+static inline void put_text(const char *name, const char *text)
+{
+    put_file(name, text, strlen(text));
+}
+
+/* len_bytes of noise, in the file and returned (free). */
+static inline uint8_t *make_file(const char *name, size_t len_bytes, uint64_t seed)
+{
+    uint8_t *data = alloc(len_bytes);
+    fill_random(data, len_bytes, seed);
+    put_file(name, data, len_bytes);
+    return data;
+}
+
+/* Does the file hold these bytes and no more? */
+static inline bool holds(const char *name, const void *data, size_t len_bytes)
+{
+    FILE *file = fopen(name, "r");
+    if (!file)
+        return false;
+    uint8_t *have = alloc(len_bytes + 1);
+    bool same = fread(have, 1, len_bytes + 1, file) == len_bytes && !memcmp(have, data, len_bytes);
+    fclose(file);
+    free(have);
+    return same;
+}
+
+static inline bool is_there(const char *path)
+{
+    return !access(path, F_OK);
+}
+
+/* How many entries a folder has. */
+static inline unsigned count_entries(const char *path)
+{
+    DIR *dir = opendir(path);
+    ck_assert_msg(dir, "%s", path);
+    unsigned n = 0;
+    for (struct dirent *entry; (entry = readdir(dir));)
+        n += strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..");
+    closedir(dir);
+    return n;
+}
+
+/* How many files this process has open. */
+static inline unsigned count_open_files(void)
+{
+    return count_entries("/proc/self/fd");
+}
+
+#endif
