@@ -13,6 +13,11 @@
 static int remember(struct perta_file *file, const char *path, struct perta_err *err)
 {
     struct stat st;
+    file->path = strdup(path); /* first: perta_file_close closes what has one */
+    if (!file->path) {
+        close(file->fd);
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    }
     if (fstat(file->fd, &st))
         return perta_fail_sys(err, errno, "%s", path);
     if (!S_ISREG(st.st_mode))
@@ -21,9 +26,6 @@ static int remember(struct perta_file *file, const char *path, struct perta_err 
     file->dev = st.st_dev;
     file->ino = st.st_ino;
     file->mtime = st.st_mtim;
-    file->path = strdup(path);
-    if (!file->path)
-        return perta_fail_sys(err, ENOMEM, "%s", path);
     return 0;
 }
 

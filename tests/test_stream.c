@@ -1,172 +1,10 @@
-/* Engines, writers and the loop: every byte, once, in order; errors in order; nothing in flight. */
-#include "tests/unit.h"
+/* The loop: every byte, once, in order; errors in order; nothing in flight. */
+#include "tests/scratch.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include "io/writer.h"
 #include "stream/stream.h"
+#include "tests/engines.h"
 
 static struct perta_err err;
-static char dir[64];
-
-static void enter(void)
-{
-    /* on the disk, where O_DIRECT works, if /var/tmp is one */
-    snprintf(dir, sizeof dir, "/var/tmp/perta-test-XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(dir));
-    ck_assert_int_eq(chdir(dir), 0);
-}
-
-static void leave(void)
-{
-    ck_assert_int_eq(chdir("/"), 0);
-    char command[128];
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    ck_assert_int_eq(system(command), 0);
-}
-
-static uint8_t *make_file(const char *name, size_t len, uint64_t seed)
-{
-    uint8_t *data = alloc(len);
-    fill_random(data, len, seed);
-    FILE *file = fopen(name, "w");
-    ck_assert_uint_eq(fwrite(data, 1, len, file), len);
-    fclose(file);
-    return data;
-}
-
-static const enum perta_io_mode modes[] = {PERTA_IO_DIRECT, PERTA_IO_MMAP, PERTA_IO_PREAD};
-enum { N_MODES = 3 };
-
-static bool is_there(enum perta_io_mode mode)
-{
-    return mode != PERTA_IO_DIRECT || !perta_engine_uring_probe();
-}
-
-#define POOL_BYTES (8u << 20)
-static uint8_t *pool;
-
-static struct perta_engine *open_engine(enum perta_io_mode mode, unsigned depth)
-{
-    struct perta_engine *engine;
-    pool = aligned_alloc(2 << 20, POOL_BYTES);
-    ck_assert_ok(perta_engine_open(mode, pool, POOL_BYTES, depth, &engine, &err));
-    return engine;
-}
-
-static void close_engine(struct perta_engine *engine)
-{
-    perta_engine_close(engine);
-    free(pool);
-}
-
-static void count_down(struct perta_request *request)
-{
-    --*(unsigned *)request->user;
-}
-
-START_TEST(every_engine_reads_any_range)
-{
-    size_t len = 1000003;
-    uint8_t *data = make_file("f", len, 1);
-    uint64_t seed = 2;
-    for (unsigned m = 0; m < N_MODES; m++) {
-        if (!is_there(modes[m]))
-            continue;
-        struct perta_engine *engine = open_engine(modes[m], m + 1);
-        struct perta_file file;
-        ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
-        for (int round = 0; round < 20; round++) {
-            struct perta_request r[16];
-            unsigned left = 16;
-            for (unsigned i = 0; i < 16; i++) {
-                uint64_t off = next_random(&seed) % len;
-                uint64_t n = 1 + next_random(&seed) % (len - off < 300000 ? len - off : 300000);
-                r[i] = (struct perta_request){.file = &file, .off_bytes = off, .len_bytes = n,
-                                              .buf = pool + i * (POOL_BYTES / 16),
-                                              .done = count_down, .user = &left};
-                perta_engine_submit(engine, &r[i]);
-            }
-            ck_assert_ok(perta_engine_drain(engine, &err));
-            ck_assert_uint_eq(left, 0);
-            for (unsigned i = 0; i < 16; i++) {
-                ck_assert_int_eq(r[i].sys_errno, 0);
-                ck_assert_mem_eq(r[i].data, data + r[i].off_bytes, r[i].len_bytes);
-                perta_engine_release(engine, &r[i]);
-            }
-        }
-        perta_file_close(&file);
-        close_engine(engine);
-    }
-    free(data);
-}
-END_TEST
-
-START_TEST(a_file_that_ends_early_is_said_with_its_byte)
-{
-    free(make_file("f", 10000, 1));
-    for (unsigned m = 0; m < N_MODES; m++) {
-        if (!is_there(modes[m]))
-            continue;
-        struct perta_engine *engine = open_engine(modes[m], 4);
-        struct perta_file file;
-        unsigned left = 1;
-        ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
-        struct perta_request r = {.file = &file, .off_bytes = 9000, .len_bytes = 5000, .buf = pool,
-                                  .done = count_down, .user = &left};
-        perta_engine_submit(engine, &r);
-        ck_assert_ok(perta_engine_drain(engine, &err));
-        struct perta_err why = {0};
-        ck_assert_int_eq(perta_request_error(&r, &why), PERTA_EINPUT);
-        ck_assert_str_eq(why.msg, "f: ends at byte 10000, 4000 more expected");
-        perta_engine_release(engine, &r);
-        perta_file_close(&file);
-        close_engine(engine);
-    }
-}
-END_TEST
-
-START_TEST(a_writer_writes_what_was_appended)
-{
-    static const size_t sizes[] = {0, 1, 4095, 4096, 4097, PERTA_WRITER_BUF_BYTES - 1,
-                                   PERTA_WRITER_BUF_BYTES, PERTA_WRITER_BUF_BYTES + 1,
-                                   5 * PERTA_WRITER_BUF_BYTES + 7};
-    uint64_t seed = 3;
-    for (unsigned m = 0; m < N_MODES; m++)
-        for (size_t s = 0; is_there(modes[m]) && s < sizeof sizes / sizeof *sizes; s++) {
-            struct perta_engine *engine = open_engine(modes[m], 4);
-            struct perta_writer writer;
-            uint8_t *data = alloc(sizes[s]), *back = alloc(sizes[s]);
-            fill_random(data, sizes[s], s);
-            ck_assert_ok(perta_writer_open(&writer, engine, "w", s % 2 ? sizes[s] : 0, pool, &err));
-            for (size_t at = 0; at < sizes[s];) {
-                size_t n = 1 + next_random(&seed) % 3000000;
-                n = n < sizes[s] - at ? n : sizes[s] - at;
-                ck_assert_ok(perta_writer_append(&writer, data + at, n, &err));
-                at += n;
-                ck_assert_uint_eq(perta_writer_tell(&writer), at);
-            }
-            struct perta_digest_hex hex, want;
-            ck_assert_ok(perta_writer_close(&writer, &hex, &err));
-            struct perta_digest *digest = perta_digest_new(true);
-            perta_digest_update(digest, data, sizes[s]);
-            perta_digest_finish(digest, &want);
-            perta_digest_free(digest);
-            ck_assert_str_eq(hex.xxh128, want.xxh128);
-            ck_assert_str_eq(hex.sha256, want.sha256);
-            FILE *file = fopen("w", "r");
-            ck_assert_uint_eq(fread(back, 1, sizes[s] + 1, file), sizes[s]);
-            ck_assert_mem_eq(back, data, sizes[s]);
-            fclose(file);
-            unlink("w");
-            free(data);
-            free(back);
-            close_engine(engine);
-        }
-}
-END_TEST
 
 /* A job that reads two files side by side in pieces of many sizes, and sums what it sees. */
 struct toy {
@@ -253,7 +91,7 @@ static void with_toys(void (*use)(struct toy *toy, enum perta_io_mode mode, unsi
     uint8_t *a = make_file("a", TOY_BYTES, 1), *b = make_file("b", TOY_BYTES, 2);
     uint8_t *seen = alloc(TOY_BYTES);
     for (unsigned m = 0; m < N_MODES; m++)
-        for (unsigned threads = 1; is_there(modes[m]) && threads <= 4; threads *= 2) {
+        for (unsigned threads = 1; runs_here(modes[m]) && threads <= 4; threads *= 2) {
             struct toy toy = {.data = {a, b}, .len = TOY_BYTES, .seed = 5, .seen = seen};
             memset(seen, 0, TOY_BYTES);
             use(&toy, modes[m], threads);
@@ -342,9 +180,6 @@ int main(void)
 {
     TCase *tests = tcase_create("stream");
     tcase_add_checked_fixture(tests, enter, leave);
-    tcase_add_test(tests, every_engine_reads_any_range);
-    tcase_add_test(tests, a_file_that_ends_early_is_said_with_its_byte);
-    tcase_add_test(tests, a_writer_writes_what_was_appended);
     tcase_add_test(tests, the_loop_commits_every_byte_once_in_order);
     tcase_add_test(tests, the_first_error_in_order_stops_the_loop);
     tcase_add_test(tests, the_loop_stops_when_told);
