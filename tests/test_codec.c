@@ -5,9 +5,11 @@
 #include "io/codec_kernels.h"
 #include "io/isa.h"
 
+#include <zstd.h>
+
 static struct perta_err err;
 
-enum change { NONE, FEW, FINE, HEAVY, ANY, N_CHANGES };
+enum change { NONE, FEW, FINE, HEAVY, ANY, SPECIAL, N_CHANGES };
 
 /* bf16 weights, and what fine-tuning makes of them: small weights change most. */
 static void tune(size_t n, uint8_t *before, uint8_t *after, uint64_t seed)
@@ -21,11 +23,43 @@ static void tune(size_t n, uint8_t *before, uint8_t *after, uint64_t seed)
     }
 }
 
+/* -0, subnormals, Inf, NaNs with payloads, the largest and smallest, for any float dtype. */
+static void special(enum perta_dtype dtype, size_t n, uint8_t *to, uint64_t seed)
+{
+    unsigned width = perta_dtype_unit_bytes(dtype), mantissa = 8 * width - 9;
+    switch (dtype) {
+    case PERTA_F16:
+        mantissa = 10;
+        break;
+    case PERTA_F64:
+        mantissa = 52;
+        break;
+    case PERTA_F8_E5M2:
+    case PERTA_F8_E4M3:
+        mantissa = dtype == PERTA_F8_E5M2 ? 2 : 3;
+        break;
+    default:
+        mantissa = width == 1 ? 4 : mantissa;
+    }
+    uint64_t sign = 1ull << (8 * width - 1), inf = (sign - 1) >> mantissa << mantissa;
+    const uint64_t all[] = {0, 1, inf - 1, inf, inf + 1, sign - 1, inf | 1ull << (mantissa - 1),
+                            1ull << mantissa, (1ull << mantissa) - 1};
+    for (size_t i = 0; i < n; i++) {
+        uint64_t r = next_random(&seed), bits = all[r % 9] | (r & 512 ? sign : 0);
+        memcpy(to + i * width, &bits, width);
+    }
+}
+
 /* before: floats of a model's size (or any bits); after: changed by so much. */
 static void make(enum perta_dtype dtype, enum change change, size_t n, uint8_t *before,
                  uint8_t *after, uint64_t seed)
 {
     unsigned width = perta_dtype_unit_bytes(dtype);
+    if (change == SPECIAL) {
+        special(dtype, n, before, seed);
+        special(dtype, n, after, seed + 1);
+        return;
+    }
     fill_random(before, n * width, seed);
     for (size_t i = 0; i < n && change != ANY && width > 1; i++) {
         /* an exponent in a narrow range, whatever the dtype */
@@ -121,34 +155,41 @@ START_TEST(kernels_agree_for_every_instruction_set)
 {
     static const struct perta_codec_kernels *const all[] = {
         &perta_codec_kernels_v2, &perta_codec_kernels_v3, &perta_codec_kernels_v4};
-    size_t n = 1003, len = n * 8;
-    uint8_t *a = alloc(len), *b = alloc(len), *z[2], *out[2];
+    static const size_t sizes[] = {1, 2, 3, 15, 17, 31, 33, 63, 64, 65, 127, 1003};
+    size_t room = 1003 * 8 + 1;
+    uint8_t *a = alloc(room), *b = alloc(room), *z[2], *out[2];
     for (int i = 0; i < 2; i++) {
-        z[i] = alloc(len);
-        out[i] = alloc(len);
+        z[i] = alloc(room);
+        out[i] = alloc(room);
     }
-    fill_random(a, len, 1);
-    fill_random(b, len, 2);
+    fill_random(a, room, 1);
+    fill_random(b, room, 2);
     for (int isa = 1; isa <= (int)perta_isa_best(); isa++)
-        for (unsigned width = 1; width <= 8; width *= 2)
-            for (int ordered = 0; ordered < 2; ordered++) {
-                const struct perta_codec_kernels *k[2] = {all[0], all[isa]};
-                uint64_t changed[2];
-                for (int i = 0; i < 2; i++)
-                    changed[i] = k[i]->delta(width, ordered, a, b, z[i], n);
-                ck_assert_uint_eq(changed[0], changed[1]);
-                ck_assert_mem_eq(z[0], z[1], n * width);
-                for (int i = 0; i < 2; i++)
-                    k[i]->add(width, ordered, a, z[i], 1, out[i], n);
-                ck_assert_mem_eq(out[0], b, n * width);
-                ck_assert_mem_eq(out[1], b, n * width);
-                for (int i = 0; i < 2; i++)
-                    k[i]->split(width, z[i], out[i], n);
-                ck_assert_mem_eq(out[0], out[1], n * width);
-                for (int i = 0; i < 2; i++)
-                    k[i]->join(width, out[i], z[1 - i], n);
-                ck_assert_mem_eq(z[0], z[1], n * width);
+        for (unsigned c = 0; c < 2 * 4 * 12; c++) {
+            bool ordered = c & 1;
+            unsigned width = 1u << ((c >> 1) & 3);
+            size_t n = sizes[c >> 3], len = n * width;
+            const struct perta_codec_kernels *k[2] = {all[0], all[isa]};
+            uint64_t changed[2];
+            for (int i = 0; i < 2; i++) { /* at an even and at an odd address */
+                memset(z[i], 0x5a, room);
+                changed[i] = k[i]->delta(width, ordered, a + 1, b + 1, z[i] + i, n);
             }
+            ck_assert_uint_eq(changed[0], changed[1]);
+            ck_assert_mem_eq(z[0], z[1] + 1, len);
+            ck_assert(len + 2 > room || z[1][len + 1] == 0x5a); /* it kept to its room */
+            for (int i = 0; i < 2; i++) {
+                k[i]->add(width, ordered, a + 1, z[i] + i, 1, out[i] + i, n);
+                ck_assert_mem_eq(out[i] + i, b + 1, len);
+                k[i]->add(width, ordered, b + 1, z[i] + i, -1, out[i] + i, n);
+                ck_assert_mem_eq(out[i] + i, a + 1, len);
+                k[i]->split(width, z[i] + i, out[i] + i, n);
+            }
+            ck_assert_mem_eq(out[0], out[1] + 1, len);
+            for (int i = 0; i < 2; i++)
+                k[i]->join(width, out[i] + i, z[1 - i], n);
+            ck_assert_mem_eq(z[0], z[1], len);
+        }
     for (int i = 0; i < 2; i++) {
         free(z[i]);
         free(out[i]);
@@ -190,6 +231,66 @@ START_TEST(frames_that_lie_are_refused_or_harmless)
 }
 END_TEST
 
+/* Whatever bytes a sound frame holds, and whatever the table says of them. */
+START_TEST(payloads_that_lie_are_refused_or_harmless)
+{
+    enum { MAX = 4096 };
+    struct perta_codec *codec = perta_codec_new(MAX);
+    uint8_t *payload = alloc(2 * MAX), *frame = alloc(ZSTD_compressBound(2 * MAX));
+    uint64_t seed = 11;
+    unsigned n_fine[PERTA_N_ENCODINGS] = {0};
+    for (int i = 0; i < 20000; i++) {
+        uint64_t r = next_random(&seed);
+        enum perta_dtype dtype = (enum perta_dtype)(r % PERTA_N_DTYPES);
+        enum perta_encoding encoding = (enum perta_encoding)((r >> 8) % PERTA_N_ENCODINGS);
+        unsigned width = perta_dtype_unit_bytes(dtype);
+        size_t n = (r >> 16) % (i % 8 ? 40 : MAX / width), len = n * width;
+        size_t payload_bytes = len;
+        fill_random(payload, 2 * MAX, r);
+        if (encoding == PERTA_ENC_GROUPED) { /* a head that makes some sense */
+            size_t crossers = (r >> 32) % (n / 8 + 2), gaps = (r >> 40) % (crossers + 2);
+            uint16_t key_floor = (uint16_t)((r >> 48) % 300);
+            uint32_t head[2] = {(uint32_t)crossers, (uint32_t)gaps};
+            memcpy(payload, &key_floor, 2);
+            memcpy(payload + 2, head, 8);
+            for (size_t g = 0; g < gaps; g++)
+                payload[10 + g] = (uint8_t)(payload[10 + g] % 9 == 8 ? 255 : payload[10 + g] % 9);
+            payload_bytes += 10 + gaps;
+        }
+        if (r >> 60 == 0)
+            payload_bytes = (r >> 20) % (2 * MAX);
+        size_t frame_bytes = ZSTD_compress(frame, ZSTD_compressBound(2 * MAX), payload,
+                                           payload_bytes, 1);
+        uint8_t *from = malloc(len + 1), *to = malloc(len + !len); /* ASan sees their ends */
+        fill_random(from, len, r + 1);
+        struct perta_err why = {0};
+        int rc = (i & 1 ? perta_codec_apply : perta_codec_revert)(
+            codec, dtype, encoding, frame, frame_bytes, payload_bytes, from, to, len, &why);
+        ck_assert(rc == 0 || (rc == PERTA_ECHECK && strstr(why.msg, "the frame is damaged: ")));
+        n_fine[encoding] += !rc;
+        free(from);
+        free(to);
+    }
+    for (int e = 0; e < PERTA_N_ENCODINGS; e++)
+        ck_assert_uint_gt(n_fine[e], 100); /* so that refusals are not all it saw */
+    perta_codec_free(codec);
+    free(payload);
+    free(frame);
+}
+END_TEST
+
+START_TEST(a_chunk_too_large_for_the_codec_is_refused)
+{
+    struct perta_codec *codec = perta_codec_new(64);
+    uint8_t bytes[128] = {0}, out[128], frame[256];
+    size_t n = ZSTD_compress(frame, sizeof frame, bytes, sizeof bytes, 1);
+    ck_assert_int_eq(perta_codec_apply(codec, PERTA_U8, PERTA_ENC_RAW, frame, n, 128, bytes, out,
+                                       128, &err),
+                     PERTA_ECHECK);
+    perta_codec_free(codec);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("codec");
@@ -197,5 +298,7 @@ int main(void)
     tcase_add_test(tests, whole_chunks_come_back_and_every_encoding_occurs);
     tcase_add_test(tests, kernels_agree_for_every_instruction_set);
     tcase_add_test(tests, frames_that_lie_are_refused_or_harmless);
+    tcase_add_test(tests, payloads_that_lie_are_refused_or_harmless);
+    tcase_add_test(tests, a_chunk_too_large_for_the_codec_is_refused);
     return run_suite("codec", tests);
 }

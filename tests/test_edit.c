@@ -4,7 +4,6 @@
 #include <math.h>
 
 #include "estimators/edit.h"
-#include "estimators/running.h"
 
 #define N 2077 /* two whole tiles and a part */
 
@@ -143,40 +142,96 @@ START_TEST(weights_are_what_the_formula_says)
 }
 END_TEST
 
-START_TEST(running_means_keep_what_float32_sums_lose)
+START_TEST(odd_lengths_and_addresses_give_the_same_bits)
 {
-    enum { SAMPLES = 100000 };
-    float sums[4];
-    struct perta_running r = {&sums[0], &sums[1], &sums[2], &sums[3], 1};
-    const float x = 1e-6f; /* its square is 1e-12 */
-    const struct perta_view view = {PERTA_F32, &x};
-    perta_running_zero(&r);
-    for (int i = 0; i < SAMPLES; i++)
-        ck_assert_uint_eq(perta_running_add(&r, &view), UINT64_MAX);
-    float mean, meansq;
-    ck_assert_uint_eq(perta_running_finish(&r, SAMPLES, &mean, &meansq), UINT64_MAX);
-    ck_assert_float_eq_tol(mean, x, 2.4e-13f); /* two units in the last place */
-    ck_assert_float_eq_tol(meansq, x * x, 2.4e-19f);
+    static const uint64_t lengths[] = {1, 2, 3, 7, 15, 16, 17, 31, 33, 1023, 1024, 1025};
+    static char moved[5][N * 8 + 1], out[2][N * 8 + 2];
+    const float alpha = 0.7f;
+    for (size_t d = 0; d < 4; d++)
+        for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
+            struct perta_rule rule = {.method = (enum perta_method)(l % 6), .power = 1.5,
+                                      .weight = 0.4, .seed = l, .keep_nonfinite = true};
+            struct perta_edit_in in[2] = {{.n = lengths[l], .first_elem = 3, .name_hash = 5}};
+            in[1] = in[0];
+            for (int i = 0; i < 5; i++) {
+                fill(inputs[i], dtypes[d], i < 3 ? 0.1 : 1e-5, false, true, l * 5 + (uint64_t)i);
+                memcpy(moved[i] + 1, inputs[i], N * 8);
+                (&in[0].model)[i] = (struct perta_view){dtypes[d], inputs[i]};
+                (&in[1].model)[i] = (struct perta_view){dtypes[d], moved[i] + 1};
+            }
+            size_t len = lengths[l] * perta_dtype_unit_bytes(dtypes[d]);
+            for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
+                void *to[2] = {out[0], out[1] + 1};
+                struct perta_edit_counts counts[2];
+                memset(out, 0x5a, sizeof out);
+                perta_edit_reference(&rule, &in[0], &alpha, 1, &to[0], &counts[0]);
+                perta_edit_isa((enum perta_isa)isa, &rule, &in[1], &alpha, 1, &to[1], &counts[1]);
+                ck_assert_mem_eq(out[0], out[1] + 1, len);
+                ck_assert_int_eq(out[1][0], 0x5a); /* it kept to its room */
+                ck_assert_int_eq(out[1][1 + len], 0x5a);
+                ck_assert_uint_eq(counts[0].n_changed, counts[1].n_changed);
+                ck_assert_uint_eq(counts[0].n_nonfinite, counts[1].n_nonfinite);
+                ck_assert_mem_eq(&counts[0].sum_weight, &counts[1].sum_weight, sizeof(double));
+            }
+        }
 }
 END_TEST
 
-START_TEST(running_sums_are_the_same_for_every_instruction_set_and_name_what_is_bad)
+/* One element of each operand bad in turn; the others are sound. */
+START_TEST(the_first_bad_element_and_its_operand_are_named_by_every_instruction_set)
 {
-    static float data[N], sums[3][4][N], means[3][2][N];
-    for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
-        float(*s)[N] = sums[isa];
-        struct perta_running r = {s[0], s[1], s[2], s[3], N};
-        const struct perta_view view = {PERTA_F32, data};
-        perta_running_zero(&r);
-        for (uint64_t i = 0; i < 20; i++) {
-            fill(data, PERTA_F32, 1e-3, false, false, i);
-            ck_assert_uint_eq(perta_running_add_isa((enum perta_isa)isa, &r, &view), UINT64_MAX);
+    const float alpha = 1;
+    for (int operand = 0; operand < PERTA_N_OPERANDS; operand++)
+        for (int keep = 0; keep < 2; keep++)
+            for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
+                struct perta_rule rule = {.method = PERTA_FISHER, .stat = PERTA_STAT_MEANSQ,
+                                          .keep_nonfinite = keep};
+                struct perta_edit_in in = {.n = N};
+                for (int i = 0; i < 5; i++) {
+                    fill(inputs[i], PERTA_F32, 1, true, false, (uint64_t)i);
+                    (&in.model)[i] = (struct perta_view){PERTA_F32, inputs[i]};
+                }
+                for (size_t at = 1300; at < N; at += 500) { /* 1300 and 1800 */
+                    if (operand == PERTA_IN_RESULT) {       /* 3e38 + 3e38 */
+                        put(inputs[PERTA_IN_MODEL], PERTA_F32, at, 3e38);
+                        put(inputs[PERTA_IN_BASE], PERTA_F32, at, 3e38);
+                        put(inputs[PERTA_IN_FORGET], PERTA_F32, at, 1);
+                        put(inputs[PERTA_IN_RETAIN], PERTA_F32, at, 0);
+                    } else {
+                        put(inputs[operand], PERTA_F32, at, operand < 3 ? (double)NAN : -1);
+                    }
+                }
+                struct perta_edit_counts counts;
+                void *to = outs[0][0];
+                perta_edit_isa((enum perta_isa)isa, &rule, &in, &alpha, 1, &to, &counts);
+                ck_assert_uint_eq(counts.n_nonfinite, 2);
+                ck_assert_uint_eq(counts.bad_elem, 1300);
+                ck_assert_int_eq(counts.bad_operand, operand);
+                if (keep) /* the model's bits stay there */
+                    ck_assert_mem_eq(outs[0][0] + 4 * 1800, inputs[0] + 4 * 1800, 4);
+            }
+}
+END_TEST
+
+START_TEST(importances_are_read_by_the_methods_that_need_them)
+{
+    const bool needs[] = {true, true, true, false, false, false};
+    for (int m = 0; m <= PERTA_RANDOM; m++) {
+        struct perta_rule rule = {.method = (enum perta_method)m, .power = 1, .weight = 0.5};
+        ck_assert_int_eq(perta_rule_needs_importance(&rule), needs[m]);
+        if (needs[m])
+            continue;
+        const float alpha = 1;
+        struct perta_edit_in in = {.n = N}; /* importances are NULL */
+        for (int i = 0; i < 3; i++) {
+            fill(inputs[i], PERTA_BF16, 0.1, false, false, (uint64_t)i);
+            (&in.model)[i] = (struct perta_view){PERTA_BF16, inputs[i]};
         }
-        perta_running_finish(&r, 20, means[isa][0], means[isa][1]);
-        ck_assert_mem_eq(means[isa], means[0], sizeof means[0]);
-        data[1500] = NAN;
-        data[1700] = INFINITY;
-        ck_assert_uint_eq(perta_running_add_isa((enum perta_isa)isa, &r, &view), 1500);
+        struct perta_edit_counts counts;
+        void *to = outs[0][0];
+        perta_edit(&rule, &in, &alpha, 1, &to, &counts);
+        ck_assert_uint_eq(counts.n_nonfinite, 0);
+        ck_assert_double_eq_tol(counts.sum_weight / N, m == PERTA_TV ? 1 : 0.5, 0.02);
     }
 }
 END_TEST
@@ -186,7 +241,8 @@ int main(void)
     TCase *tests = tcase_create("edit");
     tcase_add_test(tests, every_method_and_dtype_equals_the_reference);
     tcase_add_test(tests, weights_are_what_the_formula_says);
-    tcase_add_test(tests, running_means_keep_what_float32_sums_lose);
-    tcase_add_test(tests, running_sums_are_the_same_for_every_instruction_set_and_name_what_is_bad);
+    tcase_add_test(tests, odd_lengths_and_addresses_give_the_same_bits);
+    tcase_add_test(tests, the_first_bad_element_and_its_operand_are_named_by_every_instruction_set);
+    tcase_add_test(tests, importances_are_read_by_the_methods_that_need_them);
     return run_suite("edit", tests);
 }

@@ -74,8 +74,8 @@ START_TEST(ranges_at_block_boundaries_and_the_end_are_exact)
             for (uint64_t to = from + 1; to <= 5; to++)
                 for (int s = 0; s < 9; s++) {
                     uint64_t off = from * PERTA_BLOCK_BYTES + (uint64_t)(int64_t)steps[s % 3];
-                    uint64_t end = to == 5 ? len
-                                           : to * PERTA_BLOCK_BYTES + (uint64_t)(int64_t)steps[s / 3];
+                    uint64_t end = to * PERTA_BLOCK_BYTES + (uint64_t)(int64_t)steps[s / 3];
+                    end = to == 5 ? len : end;
                     unsigned left = 1;
                     uint64_t room = perta_read_room(end - off);
                     memset(pool, 0x5a, room + 64);

@@ -1,3 +1,4 @@
+/* The patch container: what was built is parsed; what is damaged or foreign is refused. */
 #include "tests/unit.h"
 
 #include <unistd.h>
@@ -168,6 +169,85 @@ START_TEST(entries_must_cover_the_tensors_in_order_and_frames_touch)
 }
 END_TEST
 
+START_TEST(another_version_or_another_file_is_not_called_damaged)
+{
+    static const struct {
+        unsigned at, value;
+        int code;
+        const char *says;
+    } cases[] = {
+        {16, 2, PERTA_EINPUT, "p: byte 16: patch format 2"},
+        {20, 1, PERTA_EINPUT, "p: byte 16: patch format 1, flags 1"},
+        {0, 0x28, PERTA_EINPUT, "p: byte 0: not a perta patch"},
+        {8, 'p', PERTA_EINPUT, "p: byte 0: not a perta patch"},
+        {4, 0xff, PERTA_ECHECK, "p: byte 4: the patch is damaged"},
+        {60, 0xff, PERTA_ECHECK, "p: byte 8: the patch is damaged: the digest of its head"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint8_t *bytes;
+        uint64_t len = build(&bytes, false);
+        struct perta_patch *patch = (void *)1;
+        struct perta_err why = {0};
+        bytes[cases[i].at] = (uint8_t)cases[i].value;
+        ck_assert_int_eq(perta_patch_parse(bytes, len, "p", &patch, &why), cases[i].code);
+        ck_assert_msg(!strncmp(why.msg, cases[i].says, strlen(cases[i].says)), "%s", why.msg);
+        ck_assert_ptr_null(patch);
+        free(bytes);
+    }
+}
+END_TEST
+
+START_TEST(a_file_shorter_than_it_was_is_refused)
+{
+    uint8_t *bytes;
+    uint64_t len = build(&bytes, false);
+    for (uint64_t n = 0; n < len; n += 7) {
+        FILE *file = tmpfile();
+        struct perta_patch *patch;
+        struct perta_err why = {0};
+        ck_assert_uint_eq(fwrite(bytes, 1, n, file), n);
+        fflush(file);
+        ck_assert_int_eq(perta_patch_read(fileno(file), len, "p", &patch, &why), PERTA_EINPUT);
+        ck_assert_ptr_nonnull(strstr(why.msg, "p: ends at byte "));
+        fclose(file);
+    }
+    free(bytes);
+}
+END_TEST
+
+START_TEST(a_tensor_of_many_chunks_has_as_many_entries)
+{
+    uint64_t n = 2 * PERTA_CHUNK_ELEMS + 1, len, head_bytes, table_bytes;
+    struct perta_tensor tensor = {.name = (char *)"t", .dtype = PERTA_BF16, .n_dims = 1,
+                                  .shape = &n, .n_elems = n};
+    uint8_t *bytes, *head, *table;
+    struct perta_header *h;
+    ck_assert_ok(perta_safetensors_build(&tensor, 1, NULL, &bytes, &len, &err));
+    ck_assert_ok(perta_safetensors_parse(bytes, len, len + 2 * n, "made", &h, &err));
+    ck_assert_ok(perta_patch_head_build(h, h, &head, &head_bytes, &err));
+    struct perta_patch_entry entries[3] = {
+        {.n_units = PERTA_CHUNK_ELEMS}, {.n_units = PERTA_CHUNK_ELEMS}, {.n_units = 1}};
+    for (int wrong = 0; wrong < 2; wrong++) {
+        struct perta_patch *patch;
+        struct perta_err why = {0};
+        entries[1].n_units -= (uint32_t)wrong; /* the same sum, cut elsewhere */
+        entries[2].n_units += (uint32_t)wrong;
+        ck_assert_ok(perta_patch_table_build(entries, 3, &table, &table_bytes, &err));
+        uint8_t *whole = alloc(head_bytes + table_bytes);
+        memcpy(whole, head, head_bytes);
+        memcpy(whole + head_bytes, table, table_bytes);
+        ck_assert_int_eq(perta_patch_parse(whole, head_bytes + table_bytes, "p", &patch, &why),
+                         wrong ? PERTA_ECHECK : 0);
+        perta_patch_free(patch);
+        free(whole);
+        free(table);
+    }
+    perta_header_free(h);
+    free(head);
+    free(bytes);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("patch");
@@ -175,5 +255,8 @@ int main(void)
     tcase_add_test(tests, every_flipped_bit_outside_the_frames_is_refused);
     tcase_add_test(tests, every_truncation_is_refused);
     tcase_add_test(tests, entries_must_cover_the_tensors_in_order_and_frames_touch);
+    tcase_add_test(tests, another_version_or_another_file_is_not_called_damaged);
+    tcase_add_test(tests, a_file_shorter_than_it_was_is_refused);
+    tcase_add_test(tests, a_tensor_of_many_chunks_has_as_many_entries);
     return run_suite("patch", tests);
 }
