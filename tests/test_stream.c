@@ -12,6 +12,9 @@ struct toy {
     const uint8_t *data[2];
     uint64_t len, at, seed;
     uint64_t n_next, n_commit, fail_next, fail_work, fail_commit; /* at this piece; 0: never */
+    unsigned n_threads;
+    uint64_t told_bytes, n_told; /* of progress */
+    const uint8_t *file_at;      /* in data, for read_file */
     uint8_t *seen;
     volatile sig_atomic_t *cancel;
     uint64_t cancel_at;
@@ -43,7 +46,7 @@ static int toy_next(void *ctx, struct perta_piece *piece, struct perta_err *e)
 static int toy_work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *e)
 {
     struct toy *t = ctx;
-    ck_assert_uint_lt(worker, 4);
+    ck_assert_uint_lt(worker, t->n_threads);
     if (t->fail_work && piece->tag >= t->fail_work)
         return perta_fail(e, PERTA_EINPUT, "work %llu", (unsigned long long)piece->tag);
     for (uint64_t i = 0; i < piece->n_elems; i++)
@@ -63,21 +66,41 @@ static int toy_commit(void *ctx, struct perta_piece *piece, struct perta_err *e)
     return 0;
 }
 
+static void toy_progress(void *user, uint64_t done_bytes, uint64_t total_bytes)
+{
+    struct toy *t = user;
+    ck_assert_uint_ge(done_bytes, t->told_bytes);
+    ck_assert_uint_eq(total_bytes, 2 * t->len);
+    t->told_bytes = done_bytes;
+    t->n_told++;
+}
+
+static void toy_compare(void *ctx, const uint8_t *data, uint64_t len_bytes)
+{
+    struct toy *t = ctx;
+    ck_assert_mem_eq(t->file_at, data, len_bytes);
+    t->file_at += len_bytes;
+}
+
 static int run_toy(struct toy *t, enum perta_io_mode mode, unsigned n_threads, uint64_t memory,
                    struct perta_err *e)
 {
     static const char *const paths[] = {"a", "b"};
     struct perta_run run = {.memory_bytes = memory, .n_threads = n_threads, .io = mode,
-                            .cancel = t->cancel};
+                            .cancel = t->cancel, .progress = toy_progress, .progress_user = t};
     struct perta_job job = {.ctx = t, .n_in = 2, .in_bytes_max = 2 * 900000,
+                            .total_bytes = 2 * t->len,
                             .out_bytes_max = 900000, .next = toy_next, .work = toy_work,
                             .commit = toy_commit};
     struct perta_stream *stream;
+    t->n_threads = n_threads;
     ck_assert_ok(perta_stream_open(&run, &job, paths, 2, 0, &stream, &err));
     for (int i = 0; i < 2; i++)
         ck_assert_ok(perta_file_open(&t->files[i], paths[i],
                                      perta_stream_engine(stream)->wants_direct, &err));
     int rc = perta_stream_run(stream, e);
+    ck_assert_uint_eq(perta_stream_engine(stream)->n_in_flight, 0);
+    ck_assert_uint_eq(perta_stream_read_bytes(stream), t->told_bytes);
     perta_stream_close(stream);
     perta_file_close(&t->files[0]);
     perta_file_close(&t->files[1]);
@@ -165,6 +188,130 @@ START_TEST(the_loop_stops_when_told)
 }
 END_TEST
 
+static void cut_short(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    struct perta_err e = {0};
+    ck_assert_int_eq(truncate("b", TOY_BYTES / 2), 0);
+    ck_assert_int_eq(run_toy(toy, mode, n_threads, 512u << 20, &e), PERTA_EINPUT);
+    ck_assert_msg(!strncmp(e.msg, "b: ends at byte ", 16), "%s", e.msg);
+    ck_assert_uint_gt(toy->n_commit, 0); /* what was whole before it came through */
+    put_file("b", toy->data[1], TOY_BYTES);
+}
+
+START_TEST(a_file_cut_short_stops_the_loop)
+{
+    with_toys(cut_short);
+}
+END_TEST
+
+static void does_not_start(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    volatile sig_atomic_t cancel = 1;
+    struct perta_err e = {0};
+    toy->cancel = &cancel;
+    ck_assert_int_eq(run_toy(toy, mode, n_threads, 512u << 20, &e), PERTA_EINTR);
+    ck_assert_uint_eq(toy->n_next, 0);
+    ck_assert_uint_eq(toy->n_commit, 0);
+}
+
+START_TEST(the_loop_does_not_start_when_told_before)
+{
+    with_toys(does_not_start);
+}
+END_TEST
+
+static void there_is_nothing(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    struct perta_err e = {0};
+    toy->len = 0;
+    ck_assert_int_eq(run_toy(toy, mode, n_threads, 512u << 20, &e), 0);
+    ck_assert_uint_eq(toy->n_commit, 0);
+}
+
+START_TEST(a_job_without_pieces_is_done)
+{
+    with_toys(there_is_nothing);
+}
+END_TEST
+
+/* A job whose pieces read nothing, many to a slot. */
+static int idle_next(void *ctx, struct perta_piece *piece, struct perta_err *e)
+{
+    (void)e;
+    uint64_t *n = ctx;
+    piece->tag = n[0];
+    piece->out_bytes = sizeof(uint64_t);
+    return n[0]++ < 10000;
+}
+
+static int idle_work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *e)
+{
+    (void)ctx;
+    (void)worker;
+    (void)e;
+    ck_assert_uint_eq((uintptr_t)piece->out % 64, 0);
+    *(uint64_t *)(void *)piece->out = piece->tag * piece->tag;
+    return 0;
+}
+
+static int idle_commit(void *ctx, struct perta_piece *piece, struct perta_err *e)
+{
+    (void)e;
+    uint64_t *n = ctx;
+    ck_assert_uint_eq(piece->tag, n[1]++);
+    ck_assert_uint_eq(*(uint64_t *)(void *)piece->out, piece->tag * piece->tag);
+    return 0;
+}
+
+START_TEST(pieces_that_read_nothing_are_worked_on_too)
+{
+    uint64_t n[2] = {0};
+    struct perta_run run = {.memory_bytes = 512u << 20, .n_threads = 2, .io = PERTA_IO_PREAD};
+    struct perta_job job = {.ctx = n, .n_in = 1, .out_bytes_max = 4096, .next = idle_next,
+                            .work = idle_work, .commit = idle_commit};
+    struct perta_stream *stream;
+    ck_assert_ok(perta_stream_open(&run, &job, NULL, 0, 0, &stream, &err));
+    ck_assert_ok(perta_stream_run(stream, &err));
+    perta_stream_close(stream);
+    ck_assert_uint_eq(n[1], 10000);
+}
+END_TEST
+
+START_TEST(a_file_is_read_in_order_in_the_room_of_the_slots)
+{
+    static const uint64_t lengths[] = {0, 1, 4096, 2u << 20, (2u << 20) + 1, 20000003};
+    static const uint64_t rooms[] = {1, 100000, 8u << 20};
+    for (unsigned m = 0; m < N_MODES; m++)
+        for (unsigned i = 0; runs_here(modes[m]) && i < 6 * 3; i++) {
+            uint64_t n[2] = {10000}; /* nothing left to do */
+            uint8_t *data = make_file("f", lengths[i % 6], i);
+            struct perta_run run = {.memory_bytes = 512u << 20, .n_threads = 1, .io = modes[m]};
+            struct perta_job job = {.ctx = n, .n_in = 1, .in_bytes_max = rooms[i / 6],
+                                    .next = idle_next, .work = idle_work, .commit = idle_commit};
+            struct perta_stream *stream;
+            struct perta_file file;
+            struct toy toy = {.file_at = data};
+            ck_assert_ok(perta_stream_open(&run, &job, NULL, 0, 0, &stream, &err));
+            ck_assert_ok(perta_file_open(&file, "f", perta_stream_engine(stream)->wants_direct,
+                                         &err));
+            ck_assert_ok(perta_stream_run(stream, &err));
+            ck_assert_ok(perta_stream_read_file(stream, &file, toy_compare, &toy, &err));
+            ck_assert_ptr_eq(toy.file_at, data + lengths[i % 6]);
+            ck_assert_uint_eq(perta_stream_read_bytes(stream), lengths[i % 6]);
+            file.len_bytes += 5; /* as if it had become shorter */
+            struct perta_err e = {0};
+            toy.file_at = data;
+            ck_assert_int_eq(perta_stream_read_file(stream, &file, toy_compare, &toy, &e),
+                             PERTA_EINPUT);
+            ck_assert_ptr_nonnull(strstr(e.msg, "f: ends at byte "));
+            ck_assert_uint_eq(perta_stream_engine(stream)->n_in_flight, 0);
+            perta_file_close(&file);
+            perta_stream_close(stream);
+            free(data);
+        }
+}
+END_TEST
+
 START_TEST(a_budget_too_small_is_refused_with_what_is_enough)
 {
     struct perta_run run = {.memory_bytes = 1 << 20, .n_threads = 1, .io = PERTA_IO_PREAD};
@@ -183,6 +330,11 @@ int main(void)
     tcase_add_test(tests, the_loop_commits_every_byte_once_in_order);
     tcase_add_test(tests, the_first_error_in_order_stops_the_loop);
     tcase_add_test(tests, the_loop_stops_when_told);
+    tcase_add_test(tests, a_file_cut_short_stops_the_loop);
+    tcase_add_test(tests, the_loop_does_not_start_when_told_before);
+    tcase_add_test(tests, a_job_without_pieces_is_done);
+    tcase_add_test(tests, pieces_that_read_nothing_are_worked_on_too);
+    tcase_add_test(tests, a_file_is_read_in_order_in_the_room_of_the_slots);
     tcase_add_test(tests, a_budget_too_small_is_refused_with_what_is_enough);
     return run_suite("stream", tests);
 }
