@@ -1,7 +1,7 @@
 # The front door: `make demo` sets up, builds and runs the main job; `make check` sets up,
 # builds and passes every test. The build itself is meson's.
 BUILD := build
-.PHONY: all setup demo check install clean
+.PHONY: all setup demo demo-pytorch check install clean
 
 all: setup
 	@[ -f $(BUILD)/build.ninja ] || meson setup $(BUILD) >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
@@ -11,7 +11,11 @@ setup:
 	@scripts/setup.sh
 
 demo: all
-	@examples/demo.sh $(BUILD)/perta demo
+	@$(BUILD)/perta demo demo --force
+
+# The same story with the models trained, gradients taken and questions asked by PyTorch.
+demo-pytorch: all
+	@examples/demo.sh $(BUILD)/perta demo-pytorch
 
 check: all
 	@scripts/check.sh
@@ -20,4 +24,4 @@ install: all
 	meson install -C $(BUILD)
 
 clean:
-	rm -rf $(BUILD) $(BUILD).log build-dev build-dev.log build-tsan build-tsan.log demo
+	rm -rf $(BUILD) $(BUILD).log build-dev build-dev.log build-tsan build-tsan.log demo demo-pytorch

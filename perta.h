@@ -25,6 +25,7 @@
 #include "estimators/estimate.h"
 #include "estimators/unlearn.h"
 #include "stream/apply.h"
+#include "stream/compose.h"
 #include "stream/diff.h"
 #include "stream/manifest.h"
 

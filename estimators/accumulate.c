@@ -11,6 +11,8 @@
 #include "stream/input.h"
 #include "stream/model_out.h"
 #include "stream/naming.h"
+#include "stream/resume.h"
+#include "stream/walk.h"
 
 #define ELEMS_MAX (1ull << 20)
 #define ELEMS_MIN 1024ull
@@ -41,49 +43,37 @@ struct job {
     struct perta_model_out outs[N_STATS];
     struct perta_importance plans[N_STATS];
     uint64_t elems; /* of a piece, at most */
+    struct perta_resume resume;
+    struct perta_stream *stream;
     struct scratch *scratch;
     unsigned n_workers;
-    /* where next() stands */
-    uint32_t shard;
-    uint64_t tensor, index, elem;
-    uint32_t shards_begun; /* the owner's, for commit() */
+    struct perta_walk walk; /* where next() stands, in first */
+    uint32_t shards_begun;  /* the owner's, for commit() */
 };
 
 static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     (void)err;
     struct job *job = ctx;
-    const struct perta_tensor *t = NULL;
-    for (;; job->tensor++, job->index++, job->elem = 0) {
-        while (job->shard < job->first->n_shards &&
-               job->tensor == job->first->shards[job->shard].header->n_tensors) {
-            job->shard++;
-            job->tensor = 0;
-        }
-        if (job->shard == job->first->n_shards)
-            return 0;
-        t = &job->first->shards[job->shard].header->tensors[job->tensor];
-        if (job->elem < t->n_elems)
-            break;
-    }
-    uint64_t left = t->n_elems - job->elem;
-    piece->shard = job->shard;
-    piece->tensor = (uint32_t)job->tensor;
-    piece->tag = job->index;
-    piece->first_elem = job->elem;
-    piece->n_elems = left < job->elems ? left : job->elems;
+    struct perta_chunk_at at;
+    if (!perta_walk_next(&job->walk, &at))
+        return 0;
+    piece->shard = at.shard;
+    piece->tensor = at.tensor;
+    piece->tag = at.index;
+    piece->first_elem = at.first_unit;
+    piece->n_elems = at.n_units;
     uint32_t n = job->accumulate->n_gradients;
     for (uint32_t i = 0; i < n; i++) {
-        const struct place *place = &job->places[job->index * n + i];
+        const struct place *place = &job->places[at.index * n + i];
         uint64_t width = perta_dtype_unit_bytes(place->dtype);
         piece->in[i] = (struct perta_range){
             .file = &job->files[place->file],
-            .off_bytes = place->off_bytes + job->elem * width,
-            .len_bytes = piece->n_elems * width,
+            .off_bytes = place->off_bytes + at.first_unit * width,
+            .len_bytes = at.n_units * width,
         };
     }
-    piece->out_bytes = N_STATS * perta_align_up(piece->n_elems * sizeof(float), OUT_ALIGN);
-    job->elem += piece->n_elems;
+    piece->out_bytes = N_STATS * perta_align_up(at.n_units * sizeof(float), OUT_ALIGN);
     return 1;
 }
 
@@ -168,7 +158,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
                 &job->outs[stat],
                 piece->out + (stat == MEAN ? 0 : perta_align_up(len_bytes, OUT_ALIGN)),
                 len_bytes, err);
-    return rc;
+    return rc ? rc : perta_resume_point(&job->resume, piece, job->stream, err);
 }
 
 static int add_file(struct job *job, const struct perta_shard *shard, struct perta_err *err)
@@ -179,7 +169,7 @@ static int add_file(struct job *job, const struct perta_shard *shard, struct per
     job->files = grown;
     struct perta_file *file = &grown[job->n_files++];
     *file = (struct perta_file){.fd = -1, .path = strdup(shard->path),
-                                .len_bytes = shard->size_bytes};
+                                .len_bytes = shard->size_bytes, .mtime = shard->mtime};
     return file->path ? 0 : perta_fail_sys(err, ENOMEM, "%s", shard->path);
 }
 
@@ -323,14 +313,44 @@ static int check_outputs(const struct job *job, struct perta_err *err)
     return rc;
 }
 
-static int begin_outputs(struct job *job, struct perta_err *err)
+/* What is the journal's home: the folder that is published last. The caller's. */
+static char *home_of(const struct job *job)
 {
-    int rc = 0;
+    return perta_path_join(job->accumulate->out, stat_names[job->wanted[MEANSQ] ? MEANSQ : MEAN]);
+}
+
+/* Every file by name, size and time of change, and what is wanted of them. */
+static json_t *identity_of(const struct job *job)
+{
+    const struct perta_accumulate *acc = job->accumulate;
+    json_t *inputs = json_object();
+    for (uint32_t i = 0; i < job->n_files; i++)
+        json_object_set_new(inputs, job->files[i].path,
+                            perta_journal_file(job->files[i].len_bytes, &job->files[i].mtime));
+    return perta_resume_identity("accumulate",
+                                 json_pack("{s:b, s:b, s:I}", "mean", (int)acc->mean, "meansq",
+                                           (int)acc->meansq, "gradients",
+                                           (json_int_t)acc->n_gradients),
+                                 inputs);
+}
+
+static int begin_outputs(struct job *job, const struct perta_run *run, struct perta_err *err)
+{
+    char *home = home_of(job);
+    job->resume.models = job->outs;
+    job->resume.n_models = N_STATS;
+    job->resume.walk = &job->walk;
+    job->walk = (struct perta_walk){.ck = job->first, .chunk_units = job->elems};
+    int rc = home ? perta_resume_begin(&job->resume, run, home, identity_of(job),
+                                       job->accumulate->force, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
+    free(home);
     for (int stat = 0; stat < N_STATS && !rc; stat++) {
         if (!job->wanted[stat])
             continue;
         char *path = perta_path_join(job->accumulate->out, stat_names[stat]);
-        rc = path ? perta_model_out_begin(&job->outs[stat], path, job->accumulate->force, err)
+        rc = path ? perta_model_out_begin(&job->outs[stat], path, &job->resume.journal,
+                                          job->accumulate->force, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
         free(path);
         if (!rc)
@@ -350,16 +370,14 @@ static int prepare(struct job *job, const struct perta_run *run, struct perta_er
         rc = add_sample(job, i, err);
     if (!rc)
         rc = choose_elems(job, run, err);
-    if (!rc)
+    char *home = home_of(job);
+    if (!rc && !(home && perta_resume_found(run, home)))
         rc = check_outputs(job, err);
-    if (rc || run->dry_run)
-        return rc;
-    rc = make_scratch(job, err);
-    return rc ? rc : begin_outputs(job, err);
+    free(home);
+    return rc || run->dry_run ? rc : make_scratch(job, err);
 }
 
-static int open_stream(struct job *job, const struct perta_run *run,
-                       struct perta_stream **stream, struct perta_err *err)
+static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     struct perta_job sizes = sizes_of(job);
     const char **paths = calloc(job->n_files + 1, sizeof *paths);
@@ -367,24 +385,25 @@ static int open_stream(struct job *job, const struct perta_run *run,
         return perta_fail_sys(err, ENOMEM, "paths");
     for (uint32_t i = 0; i < job->n_files; i++)
         paths[i] = job->files[i].path;
-    int rc = perta_stream_open(run, &sizes, paths, job->n_files, count_writers(job), stream, err);
+    int rc = perta_stream_open(run, &sizes, paths, job->n_files, count_writers(job), &job->stream,
+                               err);
     free(paths);
     if (rc)
         return rc;
-    struct perta_engine *engine = perta_stream_engine(*stream);
+    struct perta_engine *engine = perta_stream_engine(job->stream);
     for (uint32_t i = 0; i < job->n_files && !rc; i++) {
-        char *path = job->files[i].path;
-        uint64_t len_bytes = job->files[i].len_bytes;
-        rc = perta_file_open(&job->files[i], path, engine->wants_direct, err);
-        if (!rc && job->files[i].len_bytes != len_bytes)
-            rc = perta_fail(err, PERTA_EINPUT, "%s: changed since its header was read", path);
-        free(path);
+        struct perta_file was = job->files[i];
+        rc = perta_file_open(&job->files[i], was.path, engine->wants_direct, err);
+        was.fd = job->files[i].fd;
+        if (!rc)
+            rc = perta_file_unchanged(&was, err);
+        free(was.path);
     }
     unsigned writer = 0;
     for (int stat = 0; stat < N_STATS; stat++)
         if (job->wanted[stat]) {
             job->outs[stat].engine = engine;
-            job->outs[stat].writer_bufs = perta_stream_writer_bufs(*stream, writer++);
+            job->outs[stat].writer_bufs = perta_stream_writer_bufs(job->stream, writer++);
         }
     return rc;
 }
@@ -403,8 +422,6 @@ static int finish(struct job *job, json_t *summary, struct perta_err *err)
         if (job->plans[stat].index)
             rc = perta_publish_file(&job->outs[stat].folder, PERTA_INDEX_NAME,
                                     job->plans[stat].index, strlen(job->plans[stat].index), err);
-        if (!rc)
-            rc = perta_model_out_commit(&job->outs[stat], err);
         json_array_append_new(folders, json_string(job->outs[stat].folder.path));
         written += job->outs[stat].written_bytes;
     }
@@ -428,20 +445,40 @@ static void release(struct job *job)
         for (int i = 0; i < 4; i++)
             free(job->scratch[w].sums[i]);
     free(job->scratch);
+    perta_stream_close(job->stream);
     perta_checkpoint_close(job->first);
 }
 
-static int run_all(struct job *job, const struct perta_run *run, json_t *summary,
-                   struct perta_stream **stream, struct perta_err *err)
+/* Take up what was left, the shard under way first. */
+static int restore(struct job *job, struct perta_err *err)
 {
-    int rc = open_stream(job, run, stream, err);
+    int rc = perta_resume_restore(&job->resume, job->stream, err);
+    if (rc || !job->resume.journal.going_on)
+        return rc;
+    job->shards_begun = job->resume.shard + 1;
+    for (int stat = 0; stat < N_STATS && !rc; stat++)
+        if (job->wanted[stat])
+            rc = perta_model_out_reopen(&job->outs[stat],
+                                        job->plans[stat].shards[job->resume.shard].name, err);
+    return rc;
+}
+
+static int run_all(struct job *job, const struct perta_run *run, json_t **summary,
+                   struct perta_err *err)
+{
+    int rc = begin_outputs(job, run, err);
+    if (rc || perta_resume_is_publishing(&job->resume, summary))
+        return rc;
+    rc = open_stream(job, run, err);
     if (!rc)
-        rc = perta_stream_run(*stream, err);
+        rc = restore(job, err);
     if (!rc)
-        rc = finish(job, summary, err);
+        rc = perta_stream_run(job->stream, err);
     if (!rc)
-        json_object_set_new(summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(*stream)));
+        rc = finish(job, *summary, err);
+    if (!rc)
+        json_object_set_new(*summary, "read_bytes",
+                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return rc;
 }
 
@@ -453,16 +490,14 @@ int perta_accumulate(const struct perta_accumulate *accumulate, const struct per
         .wanted = {accumulate->mean, accumulate->meansq},
         .n_workers = perta_run_threads(run),
     };
-    struct perta_stream *stream = NULL;
-    *summary = json_object();
+    *summary = NULL;
     int rc = prepare(&job, run, err);
-    if (!rc && !run->dry_run)
-        rc = run_all(&job, run, *summary, &stream, err);
-    release(&job);
-    perta_stream_close(stream);
-    if (rc) {
-        json_decref(*summary);
-        *summary = NULL;
+    if (!rc)
+        *summary = json_object();
+    if (!rc && !run->dry_run) {
+        rc = run_all(&job, run, summary, err);
+        rc = perta_resume_end(&job.resume, rc, summary, err);
     }
+    release(&job);
     return rc;
 }

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "estimators/recipe.h"
@@ -139,8 +140,27 @@ static int make_file(struct perta_importance_out *out, uint32_t s, struct perta_
     return rc;
 }
 
-int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
-                           const char *path, bool force, struct perta_err *err)
+static int open_file(struct perta_importance_out *out, uint32_t s, struct perta_err *err)
+{
+    struct stat st;
+    char *path = perta_publish_path(&out->folder, out->plan.shards[s].name);
+    if (!path)
+        return perta_fail_sys(err, ENOMEM, "%s", out->plan.shards[s].name);
+    out->fds[s] = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    int rc = 0;
+    if (out->fds[s] < 0 || fstat(out->fds[s], &st))
+        rc = perta_fail_sys(err, errno, "%s", path);
+    else if ((uint64_t)st.st_size != out->plan.shards[s].file_bytes)
+        rc = perta_fail(err, PERTA_EINPUT, "%s: %lld bytes, not %llu; --force starts over", path,
+                        (long long)st.st_size,
+                        (unsigned long long)out->plan.shards[s].file_bytes);
+    free(path);
+    return rc;
+}
+
+/* Take over plan, and find its tensors by name. */
+static int take_over(struct perta_importance_out *out, struct perta_importance *plan,
+                     struct perta_err *err)
 {
     *out = (struct perta_importance_out){.plan = *plan};
     *plan = (struct perta_importance){0};
@@ -150,7 +170,7 @@ int perta_importance_begin(struct perta_importance_out *out, struct perta_import
     out->fds = calloc(out->plan.n_shards + 1, sizeof *out->fds);
     out->by_name = calloc(n_tensors + 1, sizeof *out->by_name);
     if (!out->fds || !out->by_name)
-        return perta_fail_sys(err, ENOMEM, "%s", path);
+        return perta_fail_sys(err, ENOMEM, "importance");
     for (uint32_t s = 0; s < out->plan.n_shards; s++) {
         out->fds[s] = -1;
         for (uint64_t i = 0; i < out->plan.shards[s].n_tensors; i++)
@@ -158,9 +178,20 @@ int perta_importance_begin(struct perta_importance_out *out, struct perta_import
                 (struct by_name){&out->plan.shards[s].tensors[i], s};
     }
     qsort(out->by_name, out->n_tensors, sizeof *out->by_name, by_name);
-    int rc = perta_publish_begin(&out->folder, path, force, err);
+    return 0;
+}
+
+int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
+                           const char *path, const struct perta_journal *journal, bool force,
+                           struct perta_err *err)
+{
+    int rc = take_over(out, plan, err);
+    if (!rc)
+        rc = perta_journal_folder(journal, &out->folder, path, force, err);
+    if (!out->folder.made) /* it has its name already */
+        return rc;
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
-        rc = make_file(out, s, err);
+        rc = journal->going_on ? open_file(out, s, err) : make_file(out, s, err);
     return rc;
 }
 
@@ -178,16 +209,22 @@ int perta_importance_write(struct perta_importance_out *out, const char *name, u
                     found->tensor->off_bytes + first * sizeof *data, name, err);
 }
 
-int perta_importance_commit(struct perta_importance_out *out, struct perta_err *err)
+int perta_importance_sync(const struct perta_importance_out *out, struct perta_err *err)
 {
     int rc = 0;
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
-        if (fsync(out->fds[s]))
+        if (out->fds[s] >= 0 && fsync(out->fds[s]))
             rc = perta_fail_sys(err, errno, "%s: fsync", out->plan.shards[s].name);
-    if (!rc && out->plan.index)
-        rc = perta_publish_file(&out->folder, PERTA_INDEX_NAME, out->plan.index,
-                                strlen(out->plan.index), err);
-    return rc ? rc : perta_publish_commit(&out->folder, err);
+    return rc;
+}
+
+int perta_importance_finish(struct perta_importance_out *out, struct perta_err *err)
+{
+    int rc = perta_importance_sync(out, err);
+    return rc || !out->plan.index || !out->folder.made
+               ? rc
+               : perta_publish_file(&out->folder, PERTA_INDEX_NAME, out->plan.index,
+                                    strlen(out->plan.index), err);
 }
 
 void perta_importance_out_release(struct perta_importance_out *out)

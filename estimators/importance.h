@@ -9,6 +9,7 @@
 #include "estimators/edit.h"
 #include "io/checkpoint.h"
 #include "io/publish.h"
+#include "stream/journal.h"
 
 struct perta_importance_shard {
     const char *name; /* borrowed from the checkpoint */
@@ -44,14 +45,17 @@ struct perta_importance_out {
     uint64_t n_tensors, written_bytes;
 };
 
-/* Takes over plan. */
+/* Takes over plan. journal says whether to go on with what an interrupted run left. */
 int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
-                           const char *path, bool force, struct perta_err *err);
+                           const char *path, const struct perta_journal *journal, bool force,
+                           struct perta_err *err);
 /* n floats of a tensor from element first on. */
 int perta_importance_write(struct perta_importance_out *out, const char *name, uint64_t first,
                            const float *data, uint64_t n, struct perta_err *err);
-/* fsync, add the index, publish. Tensors that nobody wrote are zero. */
-int perta_importance_commit(struct perta_importance_out *out, struct perta_err *err);
+/* What was written so far is on disk. */
+int perta_importance_sync(const struct perta_importance_out *out, struct perta_err *err);
+/* Sync, and add the index: complete but for its name. Tensors that nobody wrote are zero. */
+int perta_importance_finish(struct perta_importance_out *out, struct perta_err *err);
 void perta_importance_out_release(struct perta_importance_out *out);
 
 #endif

@@ -10,6 +10,7 @@
 #include "io/codec.h"
 #include "stream/input.h"
 #include "stream/patch_out.h"
+#include "stream/resume.h"
 #include "stream/walk.h"
 
 #define OUT_ALIGN 64
@@ -34,6 +35,8 @@ struct job {
     float alphas[PERTA_ALPHAS_MAX];
     struct perta_patch_out outs[PERTA_ALPHAS_MAX]; /* (n_alphas) */
     unsigned n_outs;
+    struct perta_resume resume;
+    struct perta_stream *stream;
     struct perta_codec **codecs;
     unsigned n_workers;
     struct perta_walk walk; /* where next() stands, in the model */
@@ -199,7 +202,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
         if (rc)
             return rc;
     }
-    return 0;
+    return perta_resume_point(&job->resume, piece, job->stream, err);
 }
 
 static bool has_role(const struct job *job, int role)
@@ -379,7 +382,15 @@ static int check_outputs(const struct job *job, struct perta_err *err)
     return rc;
 }
 
-static int plan(struct job *job, json_t *notes, struct perta_err *err)
+/* The journal is beside the folder that is published last. The caller's. */
+static char *home_of(const struct job *job)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    return folder_of(job, u->out ? u->out : u->patch, u->n_alphas - 1);
+}
+
+static int plan(struct job *job, const struct perta_run *run, json_t *notes,
+                struct perta_err *err)
 {
     int rc = open_inputs(job, err);
     if (!rc)
@@ -388,7 +399,11 @@ static int plan(struct job *job, json_t *notes, struct perta_err *err)
         rc = check_extra(job, err);
     if (!rc)
         rc = fill_rows(job, err);
-    return rc ? rc : check_outputs(job, err);
+    char *home = home_of(job);
+    if (!rc && !(home && perta_resume_found(run, home)))
+        rc = check_outputs(job, err);
+    free(home);
+    return rc;
 }
 
 static void measure(const struct job *job, struct perta_job *sizes, uint64_t *chunk_bytes)
@@ -408,22 +423,55 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
     sizes->out_bytes_max = lay_out(job->n_outs, *chunk_bytes).whole;
 }
 
-static int begin_outputs(struct job *job, struct perta_err *err)
+static json_t *identity_of(const struct job *job)
 {
-    int rc = 0;
+    const struct perta_unlearn *u = job->unlearn;
+    json_t *inputs = json_object(), *recipes = json_array();
+    for (int i = 0; i < PERTA_N_ROLES; i++)
+        if (job->in[i].ck)
+            json_object_set_new(inputs, roles[i] + 2, perta_journal_checkpoint(job->in[i].ck));
+    for (unsigned a = 0; a < u->n_alphas; a++)
+        json_array_append_new(recipes, perta_recipe_json(u, &job->rule, a, job->in));
+    return perta_resume_identity(
+        "unlearn",
+        json_pack("{s:s, s:s?, s:o}", "patch", u->patch, "out", u->out, "recipes", recipes),
+        inputs);
+}
+
+static int begin_journal(struct job *job, const struct perta_run *run, struct perta_err *err)
+{
+    char *home = home_of(job);
+    job->walk.ck = job->in[PERTA_ROLE_MODEL].ck;
+    job->resume.inputs = job->in;
+    job->resume.n_inputs = PERTA_N_ROLES;
+    job->resume.patches = job->outs;
+    job->resume.walk = &job->walk;
+    int rc = home ? perta_resume_begin(&job->resume, run, home, identity_of(job),
+                                       job->unlearn->force, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
+    free(home);
+    return rc;
+}
+
+static int begin_outputs(struct job *job, const struct perta_run *run, struct perta_err *err)
+{
+    int rc = begin_journal(job, run, err);
     for (; job->n_outs < job->unlearn->n_alphas && !rc; job->n_outs++) {
         char *patch = folder_of(job, job->unlearn->patch, job->n_outs);
         char *out = folder_of(job, job->unlearn->out, job->n_outs);
         job->alphas[job->n_outs] = job->unlearn->alphas[job->n_outs].value;
-        rc = perta_patch_out_begin(&job->outs[job->n_outs], patch, out, job->unlearn->force, err);
+        rc = patch && (out || !job->unlearn->out)
+                 ? perta_patch_out_begin(&job->outs[job->n_outs], patch, out,
+                                         &job->resume.journal, job->unlearn->force, err)
+                 : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
         free(patch);
         free(out);
     }
+    job->resume.n_patches = job->n_outs;
     return rc;
 }
 
-static int open_stream(struct job *job, const struct perta_run *run,
-                       struct perta_stream **stream, struct perta_err *err)
+static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     struct perta_job sizes = {
         .ctx = job, .n_in = PERTA_N_ROLES, .next = next, .work = work, .commit = commit};
@@ -431,7 +479,6 @@ static int open_stream(struct job *job, const struct perta_run *run,
     const char **paths = NULL;
     size_t n_paths = 0;
     measure(job, &sizes, &chunk_bytes);
-    job->walk.ck = job->in[PERTA_ROLE_MODEL].ck;
     job->n_workers = perta_run_threads(run);
     job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err);
     int rc = err->code;
@@ -440,31 +487,30 @@ static int open_stream(struct job *job, const struct perta_run *run,
             rc = perta_input_paths(&job->in[i], &paths, &n_paths, err);
     unsigned n_writers = job->n_outs * (job->unlearn->out ? 2 : 1);
     if (!rc)
-        rc = perta_stream_open(run, &sizes, paths, n_paths, n_writers, stream, err);
+        rc = perta_stream_open(run, &sizes, paths, n_paths, n_writers, &job->stream, err);
     free(paths);
     return rc;
 }
 
-static int attach(struct job *job, struct perta_stream *stream, struct perta_err *err)
+static int attach(struct job *job, struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
-    struct perta_engine *engine = perta_stream_engine(stream);
+    struct perta_engine *engine = perta_stream_engine(job->stream);
     int rc = 0;
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
         if (job->in[i].ck)
             rc = perta_input_open_files(&job->in[i], engine->wants_direct, err);
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
-        uint8_t *patch_bufs = perta_stream_writer_bufs(stream, a);
+        uint8_t *patch_bufs = perta_stream_writer_bufs(job->stream, a);
         uint8_t *model_bufs =
-            job->unlearn->out ? perta_stream_writer_bufs(stream, job->n_outs + a) : NULL;
+            job->unlearn->out ? perta_stream_writer_bufs(job->stream, job->n_outs + a) : NULL;
         rc = perta_patch_out_attach(&job->outs[a], model, model, job->actions, engine,
                                     patch_bufs, model_bufs, err);
     }
     return rc;
 }
 
-static int finish(struct job *job, struct perta_stream *stream, json_t *summary,
-                  struct perta_err *err)
+static int finish(struct job *job, json_t *summary, struct perta_err *err)
 {
     json_t *inputs = json_object();
     json_t *results = json_array();
@@ -472,13 +518,13 @@ static int finish(struct job *job, struct perta_stream *stream, json_t *summary,
     for (unsigned a = 0; a < job->n_outs && !rc; a++)
         rc = perta_patch_out_reach(&job->outs[a], job->in[PERTA_ROLE_MODEL].ck->n_shards, 0, err);
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
-        if (job->in[i].ck && !(rc = perta_input_digest_rest(&job->in[i], stream, err)) &&
+        if (job->in[i].ck && !(rc = perta_input_digest_rest(&job->in[i], job->stream, err)) &&
             !(rc = perta_input_unchanged(&job->in[i], err)))
             json_object_set_new(inputs, roles[i] + 2, perta_input_json(&job->in[i]));
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         json_t *recipe = perta_recipe_json(job->unlearn, &job->rule, a, job->in);
         json_t *result = NULL;
-        rc = perta_patch_out_commit(&job->outs[a], recipe, inputs,
+        rc = perta_patch_out_finish(&job->outs[a], recipe, inputs,
                                     job->in[PERTA_ROLE_MODEL].ck, &result, err);
         json_decref(recipe);
         if (!rc) {
@@ -497,35 +543,35 @@ static void release(struct job *job)
         perta_patch_out_release(&job->outs[a]);
     for (int i = 0; i < PERTA_N_ROLES; i++)
         perta_input_close(&job->in[i]);
+    perta_stream_close(job->stream);
     perta_codecs_free(job->codecs, job->n_workers);
     free(job->rows);
     free(job->actions);
 }
 
-static int run_all(struct job *job, const struct perta_run *run, json_t *summary,
-                   struct perta_stream **stream, struct perta_err *err)
+/* Once it is planned. */
+static int run_all(struct job *job, const struct perta_run *run, json_t **summary,
+                   struct perta_err *err)
 {
-    json_t *notes = json_array();
-    json_object_set_new(summary, "notes", notes);
-    int rc = plan(job, notes, err);
-    if (rc || run->dry_run)
+    int rc = begin_outputs(job, run, err);
+    if (rc || perta_resume_is_publishing(&job->resume, summary))
         return rc;
-    rc = begin_outputs(job, err);
+    rc = open_stream(job, run, err);
     if (!rc)
-        rc = open_stream(job, run, stream, err);
+        rc = attach(job, err);
     if (!rc)
-        rc = attach(job, *stream, err);
+        rc = perta_resume_restore(&job->resume, job->stream, err);
     if (!rc)
-        rc = perta_stream_run(*stream, err);
+        rc = perta_stream_run(job->stream, err);
     if (!rc)
-        rc = finish(job, *stream, summary, err);
+        rc = finish(job, *summary, err);
     if (!rc) {
-        const struct perta_io_choice *choice = perta_stream_choice(*stream);
-        json_object_set_new(summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(*stream)));
-        json_object_set_new(summary, "io",
-                            json_pack("{s:s, s:s}", "engine", perta_stream_engine(*stream)->ops->name,
-                                      "why", choice->why));
+        json_object_set_new(*summary, "read_bytes",
+                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+        json_object_set_new(*summary, "io",
+                            json_pack("{s:s, s:s}", "engine",
+                                      perta_stream_engine(job->stream)->ops->name, "why",
+                                      perta_stream_choice(job->stream)->why));
     }
     return rc;
 }
@@ -534,19 +580,23 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
                   json_t **summary, struct perta_err *err)
 {
     struct job *job = calloc(1, sizeof *job);
-    if (!job)
+    json_t *notes = json_array();
+    *summary = json_pack("{s:o}", "notes", notes);
+    if (!job || !*summary) {
+        free(job);
         return perta_fail_sys(err, ENOMEM, "unlearn");
+    }
     job->unlearn = unlearn;
     job->rule = unlearn->rule;
-    struct perta_stream *stream = NULL;
-    *summary = json_object();
-    int rc = run_all(job, run, *summary, &stream, err);
-    release(job);
-    perta_stream_close(stream);
-    free(job);
-    if (rc) {
+    int rc = plan(job, run, notes, err);
+    if (!rc && !run->dry_run) {
+        rc = run_all(job, run, summary, err);
+        rc = perta_resume_end(&job->resume, rc, summary, err);
+    } else if (rc) {
         json_decref(*summary);
         *summary = NULL;
     }
+    release(job);
+    free(job);
     return rc;
 }

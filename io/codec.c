@@ -151,10 +151,17 @@ static struct exponent exponent_of(enum perta_dtype dtype)
     }
 }
 
+bool perta_codec_groups(enum perta_dtype dtype)
+{
+    return exponent_of(dtype).bits != 0;
+}
+
 static inline uint64_t unit_at(const uint8_t *bytes, unsigned width, size_t i)
 {
     uint64_t unit = 0;
-    if (width == 2)
+    if (width == 1)
+        unit = bytes[i];
+    else if (width == 2)
         memcpy(&unit, bytes + 2 * i, 2);
     else if (width == 4)
         memcpy(&unit, bytes + 4 * i, 4);
@@ -414,8 +421,16 @@ static bool gaps_are_sound(const uint8_t *gaps, size_t len_bytes, size_t n_cross
     return found == n_crossers && (!len_bytes || gaps[len_bytes - 1] != 255);
 }
 
-static int ungroup(struct perta_codec *codec, enum perta_dtype dtype, const void *from,
-                   size_t payload_bytes, size_t n, struct perta_err *err)
+/* What a grouped payload says before its planes. */
+struct groups {
+    uint32_t key_floor;
+    size_t n_crossers;
+    const uint8_t *gaps;
+};
+
+/* Units by group into codec->grouped, crossers last. */
+static int read_groups(struct perta_codec *codec, enum perta_dtype dtype, size_t payload_bytes,
+                       size_t n, struct groups *groups, struct perta_err *err)
 {
     struct exponent e = exponent_of(dtype);
     unsigned width = perta_dtype_unit_bytes(dtype);
@@ -435,12 +450,25 @@ static int ungroup(struct perta_codec *codec, enum perta_dtype dtype, const void
     codec->kernels->join(width, planes, codec->grouped, inside);
     codec->kernels->join(width, planes + inside * width, codec->grouped + inside * width,
                          n_crossers);
+    *groups = (struct groups){key_floor, n_crossers, gaps};
+    return 0;
+}
+
+static int ungroup(struct perta_codec *codec, enum perta_dtype dtype, const void *from,
+                   size_t payload_bytes, size_t n, struct perta_err *err)
+{
+    struct exponent e = exponent_of(dtype);
+    unsigned width = perta_dtype_unit_bytes(dtype);
+    struct groups g;
+    int rc = read_groups(codec, dtype, payload_bytes, n, &g, err);
+    if (rc)
+        return rc;
     if (width == 2)
-        ungroup_units(codec, from, 2, e, key_floor, gaps, n_crossers, n);
+        ungroup_units(codec, from, 2, e, g.key_floor, g.gaps, g.n_crossers, n);
     else if (width == 4)
-        ungroup_units(codec, from, 4, e, key_floor, gaps, n_crossers, n);
+        ungroup_units(codec, from, 4, e, g.key_floor, g.gaps, g.n_crossers, n);
     else
-        ungroup_units(codec, from, 8, e, key_floor, gaps, n_crossers, n);
+        ungroup_units(codec, from, 8, e, g.key_floor, g.gaps, g.n_crossers, n);
     return 0;
 }
 
@@ -510,4 +538,39 @@ int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dtype,
 {
     return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, after, -1, before,
                 n_bytes, err);
+}
+
+/* ---- count ---- */
+
+static inline uint64_t nonzero(const uint8_t *z, unsigned width, size_t n)
+{
+    uint64_t count = 0;
+    for (size_t i = 0; i < n; i++)
+        count += unit_at(z, width, i) != 0;
+    return count;
+}
+
+int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
+                      enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
+                      size_t payload_bytes, size_t n_bytes, uint64_t *n_changed,
+                      struct perta_err *err)
+{
+    unsigned width = perta_dtype_unit_bytes(dtype);
+    size_t n = n_bytes / width;
+    const uint8_t *z = codec->grouped;
+    struct groups groups;
+    *n_changed = 0;
+    if (encoding == PERTA_ENC_ZERO)
+        return 0;
+    int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
+    if (!rc && encoding == PERTA_ENC_GROUPED)
+        rc = read_groups(codec, dtype, payload_bytes, n, &groups, err);
+    else if (!rc)
+        rc = decode(codec, dtype, encoding, NULL, payload_bytes, n_bytes, &z, err);
+    if (!rc)
+        *n_changed = width == 1   ? nonzero(z, 1, n)
+                     : width == 2 ? nonzero(z, 2, n)
+                     : width == 4 ? nonzero(z, 4, n)
+                                  : nonzero(z, 8, n);
+    return rc;
 }

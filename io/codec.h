@@ -7,6 +7,7 @@
 #ifndef PERTA_IO_CODEC_H
 #define PERTA_IO_CODEC_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -64,5 +65,15 @@ PERTA_API int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dty
                                  enum perta_encoding encoding, const uint8_t *frame,
                                  size_t frame_bytes, size_t payload_bytes, const void *after,
                                  void *before, size_t n_bytes, struct perta_err *err);
+
+/* How many units a frame changes, from the frame alone; checks it as perta_codec_apply would. */
+PERTA_API int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
+                                enum perta_encoding encoding, const uint8_t *frame,
+                                size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
+                                uint64_t *n_changed, struct perta_err *err);
+
+/* May chunks of this dtype be PERTA_ENC_GROUPED? If not, a frame depends on nothing but the
+ * deltas, and any bytes can stand for those before. */
+PERTA_API bool perta_codec_groups(enum perta_dtype dtype);
 
 #endif

@@ -60,6 +60,12 @@ int perta_file_create(struct perta_file *file, const char *path, bool want_direc
     return open_either_way(file, path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, want_direct, err);
 }
 
+int perta_file_reopen(struct perta_file *file, const char *path, bool want_direct,
+                      struct perta_err *err)
+{
+    return open_either_way(file, path, O_RDWR | O_NOFOLLOW | O_CLOEXEC, want_direct, err);
+}
+
 int perta_file_unchanged(const struct perta_file *file, struct perta_err *err)
 {
     struct stat st;

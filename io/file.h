@@ -27,6 +27,9 @@ PERTA_API int perta_file_open(struct perta_file *file, const char *path, bool wa
 /* Create a file that must not exist. */
 PERTA_API int perta_file_create(struct perta_file *file, const char *path, bool want_direct,
                                 struct perta_err *err);
+/* Open a regular file that is there, to write on; not through a link. */
+int perta_file_reopen(struct perta_file *file, const char *path, bool want_direct,
+                      struct perta_err *err);
 /* PERTA_EINPUT if size or modification time are no longer what they were at opening. */
 PERTA_API int perta_file_unchanged(const struct perta_file *file, struct perta_err *err);
 /* May be called on a zeroed or closed file. */

@@ -1,13 +1,18 @@
 #include "io/hash.h"
 
-#include <openssl/evp.h>
+/* A state is kept for a run that goes on, which EVP's cannot be; the older interface's can. */
+#define OPENSSL_SUPPRESS_DEPRECATED
+#define XXH_STATIC_LINKING_ONLY
+#include <openssl/sha.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <xxhash.h>
 
 struct perta_digest {
-    XXH3_state_t *xxh;
-    EVP_MD_CTX *sha256; /* NULL where not wanted */
+    XXH3_state_t xxh;
+    SHA256_CTX sha256;
+    bool with_sha256;
     uint64_t len_bytes;
 };
 
@@ -18,49 +23,80 @@ uint64_t perta_hash64(const void *data, size_t len_bytes)
 
 struct perta_digest *perta_digest_new(bool with_sha256)
 {
-    struct perta_digest *digest = calloc(1, sizeof *digest);
+    struct perta_digest *digest = aligned_alloc(64, (sizeof *digest + 63) & ~(size_t)63);
     if (!digest)
         return NULL;
-    digest->xxh = XXH3_createState();
-    if (with_sha256)
-        digest->sha256 = EVP_MD_CTX_new();
-    if (!digest->xxh || XXH3_128bits_reset(digest->xxh) != XXH_OK ||
-        (with_sha256 && (!digest->sha256 ||
-                         EVP_DigestInit_ex(digest->sha256, EVP_sha256(), NULL) != 1))) {
-        perta_digest_free(digest);
-        return NULL;
-    }
+    memset(digest, 0, sizeof *digest);
+    digest->with_sha256 = with_sha256;
+    XXH3_128bits_reset(&digest->xxh);
+    SHA256_Init(&digest->sha256);
     return digest;
 }
 
 void perta_digest_free(struct perta_digest *digest)
 {
-    if (!digest)
-        return;
-    XXH3_freeState(digest->xxh);
-    EVP_MD_CTX_free(digest->sha256);
     free(digest);
 }
 
 void perta_digest_update(struct perta_digest *digest, const void *data, size_t len_bytes)
 {
-    XXH3_128bits_update(digest->xxh, data, len_bytes);
-    if (digest->sha256)
-        EVP_DigestUpdate(digest->sha256, data, len_bytes);
+    if (!len_bytes)
+        return;
+    XXH3_128bits_update(&digest->xxh, data, len_bytes);
+    if (digest->with_sha256)
+        SHA256_Update(&digest->sha256, data, len_bytes);
     digest->len_bytes += len_bytes;
+}
+
+void perta_digest_save(const struct perta_digest *digest, uint8_t state[PERTA_DIGEST_STATE_BYTES])
+{
+    struct perta_digest kept = *digest;
+    kept.xxh.extSecret = NULL; /* an address of this process */
+    _Static_assert(sizeof kept <= PERTA_DIGEST_STATE_BYTES, "room");
+    memset(state, 0, PERTA_DIGEST_STATE_BYTES);
+    memcpy(state, &kept, sizeof kept);
+}
+
+bool perta_digest_restore(struct perta_digest *digest,
+                          const uint8_t state[PERTA_DIGEST_STATE_BYTES])
+{
+    struct perta_digest kept;
+    XXH3_state_t fresh;
+    memcpy(&kept, state, sizeof kept);
+    XXH3_128bits_reset(&fresh);
+    /* Whatever the libraries use as an index or an address. */
+    bool sound = kept.xxh.bufferedSize <= sizeof kept.xxh.buffer &&
+                 kept.xxh.nbStripesSoFar <= fresh.nbStripesPerBlock &&
+                 kept.xxh.nbStripesPerBlock == fresh.nbStripesPerBlock &&
+                 kept.xxh.secretLimit == fresh.secretLimit && kept.xxh.seed == fresh.seed &&
+                 kept.sha256.num < SHA256_CBLOCK && kept.sha256.md_len == SHA256_DIGEST_LENGTH &&
+                 kept.with_sha256 == digest->with_sha256;
+    kept.xxh.extSecret = fresh.extSecret;
+    if (sound)
+        *digest = kept;
+    return sound;
+}
+
+uint64_t perta_digest_bytes(const struct perta_digest *digest)
+{
+    return digest->len_bytes;
+}
+
+void perta_digest_xxh128(const struct perta_digest *digest, char hex[PERTA_XXH128_HEX])
+{
+    XXH128_hash_t xxh = XXH3_128bits_digest(&digest->xxh);
+    snprintf(hex, PERTA_XXH128_HEX, "%016llx%016llx", (unsigned long long)xxh.high64,
+             (unsigned long long)xxh.low64);
 }
 
 void perta_digest_finish(struct perta_digest *digest, struct perta_digest_hex *hex)
 {
     *hex = (struct perta_digest_hex){.len_bytes = digest->len_bytes};
-    XXH128_hash_t xxh = XXH3_128bits_digest(digest->xxh);
-    snprintf(hex->xxh128, sizeof hex->xxh128, "%016llx%016llx", (unsigned long long)xxh.high64,
-             (unsigned long long)xxh.low64);
-    if (!digest->sha256)
+    perta_digest_xxh128(digest, hex->xxh128);
+    if (!digest->with_sha256)
         return;
-    unsigned char sum[EVP_MAX_MD_SIZE];
-    unsigned len = 0;
-    EVP_DigestFinal_ex(digest->sha256, sum, &len);
-    for (unsigned i = 0; i < len && i < 32; i++)
+    unsigned char sum[SHA256_DIGEST_LENGTH];
+    SHA256_Final(sum, &digest->sha256);
+    for (unsigned i = 0; i < sizeof sum; i++)
         snprintf(hex->sha256 + 2 * i, 3, "%02x", sum[i]);
 }

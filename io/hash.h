@@ -23,6 +23,17 @@ PERTA_API void perta_digest_free(struct perta_digest *digest);
 PERTA_API void perta_digest_update(struct perta_digest *digest, const void *data,
                                    size_t len_bytes);
 
+/* The state of a digest, as bytes that a later process on the same machine, with the same
+ * libraries, can go on from. restore keeps nothing of what digest held before; false: the bytes
+ * are no such state. */
+#define PERTA_DIGEST_STATE_BYTES 832
+void perta_digest_save(const struct perta_digest *digest, uint8_t state[PERTA_DIGEST_STATE_BYTES]);
+bool perta_digest_restore(struct perta_digest *digest,
+                          const uint8_t state[PERTA_DIGEST_STATE_BYTES]);
+/* How many bytes were added, and their XXH3-128; more can be added afterwards. */
+uint64_t perta_digest_bytes(const struct perta_digest *digest);
+void perta_digest_xxh128(const struct perta_digest *digest, char hex[PERTA_XXH128_HEX]);
+
 struct perta_digest_hex {
     uint64_t len_bytes;
     char xxh128[PERTA_XXH128_HEX]; /* canonical, as xxhsum -H2 prints it */

@@ -1,6 +1,7 @@
 #include "io/patch.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -40,10 +41,7 @@ static uint64_t get(const uint8_t **from, unsigned bytes)
 int perta_patch_head_build(const struct perta_header *before, const struct perta_header *after,
                            uint8_t **bytes, uint64_t *len_bytes, struct perta_err *err)
 {
-    bool same = before->file_len_bytes == after->file_len_bytes &&
-                before->len_bytes == after->len_bytes &&
-                !memcmp(before->bytes, after->bytes, before->len_bytes);
-    uint64_t after_bytes = same ? 0 : after->len_bytes;
+    uint64_t after_bytes = perta_header_same(before, after) ? 0 : after->len_bytes;
     uint64_t content = HEAD_BYTES + before->len_bytes + after_bytes + DIGEST_BYTES;
     *len_bytes = SKIPPABLE_BYTES + content;
     *bytes = malloc(*len_bytes);
@@ -110,6 +108,7 @@ struct source {
     int fd;
     uint64_t len_bytes;
     const char *path;
+    struct perta_err *damage; /* NULL: a digest that differs is an error */
 };
 
 static int damaged(const struct source *src, uint64_t at, const char *what,
@@ -117,6 +116,19 @@ static int damaged(const struct source *src, uint64_t at, const char *what,
 {
     return perta_fail(err, PERTA_ECHECK, "%s: byte %llu: the patch is damaged: %s", src->path,
                       (ull)at, what);
+}
+
+static int wrong_digest(const struct source *src, uint64_t at, const char *what,
+                        struct perta_err *err)
+{
+    if (!src->damage)
+        return damaged(src, at, what, err);
+    size_t len = strlen(src->damage->msg);
+    if (len)
+        snprintf(src->damage->msg + len, sizeof src->damage->msg - len, "; byte %llu: %s",
+                 (ull)at, what);
+    damaged(src, at, what, src->damage); /* does nothing where it is filled */
+    return 0;
 }
 
 static int fetch(const struct source *src, uint64_t off, uint64_t len, uint8_t *to,
@@ -190,10 +202,10 @@ static int read_headers(const struct source *src, struct perta_patch *patch,
     if (rc)
         goto out;
     const uint8_t *digest = content + head.content_bytes - DIGEST_BYTES;
-    if (perta_hash64(content, head.content_bytes - DIGEST_BYTES) != get(&digest, 8)) {
-        rc = damaged(src, SKIPPABLE_BYTES, "the digest of its head differs", err);
+    if (perta_hash64(content, head.content_bytes - DIGEST_BYTES) != get(&digest, 8))
+        rc = wrong_digest(src, SKIPPABLE_BYTES, "the digest of its head differs", err);
+    if (rc)
         goto out;
-    }
     patch->head_bytes = SKIPPABLE_BYTES + head.content_bytes;
     rc = perta_safetensors_parse(content + HEAD_BYTES, head.before_bytes, head.before_file_bytes,
                                  src->path, &patch->before, err);
@@ -228,12 +240,6 @@ static const struct perta_tensor **sorted(const struct perta_header *header)
     return list;
 }
 
-static bool agree(const struct perta_tensor *a, const struct perta_tensor *b)
-{
-    return !strcmp(a->name, b->name) && a->dtype == b->dtype && a->n_dims == b->n_dims &&
-           (!a->n_dims || !memcmp(a->shape, b->shape, a->n_dims * sizeof *a->shape));
-}
-
 static int check_headers(const struct source *src, const struct perta_patch *patch,
                          struct perta_err *err)
 {
@@ -246,7 +252,7 @@ static int check_headers(const struct source *src, const struct perta_patch *pat
     else if (patch->before->n_tensors != patch->after->n_tensors)
         rc = damaged(src, SKIPPABLE_BYTES, "its two headers differ in tensors", err);
     for (uint64_t i = 0; !rc && i < patch->before->n_tensors; i++)
-        if (!agree(a[i], b[i]))
+        if (!perta_tensor_same(a[i], b[i]))
             rc = perta_fail(err, PERTA_ECHECK,
                             "%s: the patch is damaged: its two headers differ at tensor %s",
                             src->path, a[i]->name);
@@ -293,7 +299,7 @@ static int read_entries(const struct source *src, struct perta_patch *patch,
         rc = fetch_new(src, patch->table_off + SKIPPABLE_BYTES, patch->n_entries * ENTRY_BYTES,
                        &table, err);
     if (!rc && perta_hash64(table, patch->n_entries * ENTRY_BYTES) != digest)
-        rc = damaged(src, patch->table_off, "the digest of its table differs", err);
+        rc = wrong_digest(src, patch->table_off, "the digest of its table differs", err);
     if (!rc && !(patch->entries = calloc(patch->n_entries + 1, sizeof *patch->entries)))
         rc = perta_fail_sys(err, ENOMEM, "%s: table", src->path);
     const uint8_t *from = table;
@@ -389,10 +395,12 @@ int perta_patch_parse(const uint8_t *bytes, uint64_t len_bytes, const char *path
                  err);
 }
 
-int perta_patch_read(int fd, uint64_t file_bytes, const char *path, struct perta_patch **out,
-                     struct perta_err *err)
+int perta_patch_read(int fd, uint64_t file_bytes, const char *path, struct perta_err *damage,
+                     struct perta_patch **out, struct perta_err *err)
 {
-    return parse(&(struct source){.fd = fd, .len_bytes = file_bytes, .path = path}, out, err);
+    return parse(&(struct source){.fd = fd, .len_bytes = file_bytes, .path = path,
+                                  .damage = damage},
+                 out, err);
 }
 
 void perta_patch_free(struct perta_patch *patch)

@@ -58,9 +58,12 @@ PERTA_API int perta_patch_table_build(const struct perta_patch_entry *entries, u
 PERTA_API int perta_patch_parse(const uint8_t *bytes, uint64_t len_bytes, const char *path,
                                 struct perta_patch **out, struct perta_err *err);
 
-/* The same for an open file, reading head and table only. */
+/* The same for an open file, reading head and table only. damage NULL: any damage is an error.
+ * Else a digest of head or table that differs is written there, and the file is read on, so
+ * that its frames can be checked, if all else holds together. */
 PERTA_API int perta_patch_read(int fd, uint64_t file_bytes, const char *path,
-                               struct perta_patch **out, struct perta_err *err);
+                               struct perta_err *damage, struct perta_patch **out,
+                               struct perta_err *err);
 
 PERTA_API void perta_patch_free(struct perta_patch *patch);
 

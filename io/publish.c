@@ -13,8 +13,6 @@
 
 #include "io/file.h"
 
-#define PARTIAL_SUFFIX ".perta-partial"
-
 char *perta_path_join(const char *dir, const char *name)
 {
     char *path = NULL;
@@ -34,7 +32,7 @@ static int remove_tree(const char *path)
     return nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
 }
 
-static int make_parents(const char *path, struct perta_err *err)
+int perta_make_parents(const char *path, struct perta_err *err)
 {
     char *copy = strdup(path);
     if (!copy)
@@ -174,7 +172,8 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
     if (!force)
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: left by a run that was interrupted, or of one that is still "
-                          "running; it is not a result. Remove it, or --force to start over",
+                          "running; it is not a result. --resume goes on with it, --force starts "
+                          "over",
                           out->partial);
     if (remove_tree(out->partial) || mkdir(out->partial, 0777))
         return perta_fail_sys(err, errno, "%s", out->partial);
@@ -182,8 +181,8 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
     return 0;
 }
 
-int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
-                        struct perta_err *err)
+/* What both beginnings have in common. */
+static int aim(struct perta_publish *out, const char *path, struct perta_err *err)
 {
     *out = (struct perta_publish){0};
     size_t len = strlen(path);
@@ -192,14 +191,44 @@ int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
     if (!len)
         return perta_fail(err, PERTA_EUSAGE, "an output folder needs a name");
     out->path = strndup(path, len);
-    if (!out->path || asprintf(&out->partial, "%s" PARTIAL_SUFFIX, out->path) < 0) {
+    if (!out->path || asprintf(&out->partial, "%s" PERTA_PARTIAL_SUFFIX, out->path) < 0) {
         out->partial = NULL;
         return perta_fail_sys(err, ENOMEM, "%s", path);
     }
-    int rc = check_target(out->path, force, &out->replace, err);
+    return 0;
+}
+
+int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
+                        struct perta_err *err)
+{
+    int rc = aim(out, path, err);
     if (!rc)
-        rc = make_parents(out->path, err);
+        rc = check_target(out->path, force, &out->replace, err);
+    if (!rc)
+        rc = perta_make_parents(out->path, err);
     return rc ? rc : make_partial(out, force, err);
+}
+
+int perta_publish_go_on(struct perta_publish *out, const char *path, bool force, bool *found,
+                        struct perta_err *err)
+{
+    struct stat st;
+    int rc = aim(out, path, err);
+    *found = !rc && !lstat(out->partial, &st) && S_ISDIR(st.st_mode);
+    out->adopted = out->made = out->keep = *found; /* kept also if this run fails */
+    return *found ? check_target(out->path, force, &out->replace, err) : rc;
+}
+
+int perta_publish_sweep(const char *path, struct perta_err *err)
+{
+    struct perta_publish out;
+    bool found;
+    int rc = perta_publish_go_on(&out, path, true, &found, err);
+    if (found && remove_tree(out.partial))
+        rc = perta_fail_sys(err, errno, "%s", out.partial);
+    out.made = false;
+    perta_publish_release(&out);
+    return rc;
 }
 
 char *perta_publish_path(const struct perta_publish *out, const char *name)
@@ -207,9 +236,17 @@ char *perta_publish_path(const struct perta_publish *out, const char *name)
     return perta_path_join(out->partial, name);
 }
 
+int perta_publish_clear(const struct perta_publish *out, const char *name, struct perta_err *err)
+{
+    return out->adopted ? perta_publish_remove(out, name, err) : 0;
+}
+
 static int create(const struct perta_publish *out, const char *name, char **path,
                   struct perta_err *err)
 {
+    int rc = perta_publish_clear(out, name, err);
+    if (rc)
+        return rc;
     *path = perta_publish_path(out, name);
     if (!*path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
@@ -299,8 +336,26 @@ static int exchange(struct perta_publish *out, struct perta_err *err)
     return rc;
 }
 
+int perta_publish_remove(const struct perta_publish *out, const char *name, struct perta_err *err)
+{
+    char *path = perta_publish_path(out, name);
+    int rc = path ? 0 : perta_fail_sys(err, ENOMEM, "%s", name);
+    if (!rc && remove_tree(path) && errno != ENOENT)
+        rc = perta_fail_sys(err, errno, "%s", path);
+    free(path);
+    return rc;
+}
+
+int perta_publish_sync(const struct perta_publish *out, struct perta_err *err)
+{
+    int rc = sync_dir(out->partial, err);
+    return rc ? rc : sync_parent(out->partial, err);
+}
+
 int perta_publish_commit(struct perta_publish *out, struct perta_err *err)
 {
+    if (!out->made)
+        return 0;
     int rc = sync_dir(out->partial, err);
     if (rc)
         return rc;
@@ -314,7 +369,7 @@ int perta_publish_commit(struct perta_publish *out, struct perta_err *err)
 
 void perta_publish_release(struct perta_publish *out)
 {
-    if (out->made)
+    if (out->made && !out->keep)
         remove_tree(out->partial);
     free(out->path);
     free(out->partial);

@@ -12,9 +12,13 @@
 struct perta_publish {
     char *path;    /* the folder's own name */
     char *partial; /* where it is filled: path + ".perta-partial" */
-    bool made;
+    bool adopted; /* partial was left by another run: files in it may be replaced */
+    bool made;    /* partial is ours to rename or remove */
+    bool keep;    /* do not remove it: a run with --resume goes on with it */
     bool replace;
 };
+
+#define PERTA_PARTIAL_SUFFIX ".perta-partial"
 
 /* May these folders be written? Not where one is, holds, or lies within an input (NULL ones do
  * not count) or another output, nor where perta_publish_begin would refuse. Touches nothing. */
@@ -26,18 +30,35 @@ PERTA_API int perta_publish_check(const char *const *outputs, size_t n_outputs,
  * interrupted run is removed; without, it is an error that says so. Creates missing parents. */
 PERTA_API int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
                                   struct perta_err *err);
+/* Go on with the partial folder that an interrupted run left for path. *found: it was there;
+ * else nothing is made, and a commit does nothing. */
+PERTA_API int perta_publish_go_on(struct perta_publish *out, const char *path, bool force,
+                                  bool *found, struct perta_err *err);
+/* Remove what an interrupted run left for path, if anything. */
+PERTA_API int perta_publish_sweep(const char *path, struct perta_err *err);
 /* path of name within the partial folder; the caller's (free). NULL without memory. */
 PERTA_API char *perta_publish_path(const struct perta_publish *out, const char *name);
+/* Before name is created: where another run left such a file, it goes. */
+int perta_publish_clear(const struct perta_publish *out, const char *name, struct perta_err *err);
 /* Write a small file into the partial folder, fsynced. */
 PERTA_API int perta_publish_file(const struct perta_publish *out, const char *name,
                                  const void *data, uint64_t len_bytes, struct perta_err *err);
 /* Copy a regular file into the partial folder under name, fsynced. */
 PERTA_API int perta_publish_copy(const struct perta_publish *out, const char *from,
                                  const char *name, struct perta_err *err);
+/* Remove a file or a folder in the partial folder; it need not be there. */
+PERTA_API int perta_publish_remove(const struct perta_publish *out, const char *name,
+                                   struct perta_err *err);
+/* fsync the partial folder and the one that it is in: a power cut takes no name away. */
+PERTA_API int perta_publish_sync(const struct perta_publish *out, struct perta_err *err);
 /* fsync the folder, give it its name, fsync its parent. */
 PERTA_API int perta_publish_commit(struct perta_publish *out, struct perta_err *err);
-/* Remove the partial folder if it was not committed, and free. Zeroed is fine. */
+/* Remove the partial folder if it was neither committed nor is to be kept, and free. Zeroed is
+ * fine. */
 PERTA_API void perta_publish_release(struct perta_publish *out);
+
+/* Make the folders that path is to lie in, where they are missing. */
+PERTA_API int perta_make_parents(const char *path, struct perta_err *err);
 
 /* dir/name; the caller's (free). NULL without memory. */
 PERTA_API char *perta_path_join(const char *dir, const char *name);

@@ -332,6 +332,20 @@ void perta_header_free(struct perta_header *header)
     free(header);
 }
 
+/* ---- comparing ---- */
+
+bool perta_header_same(const struct perta_header *a, const struct perta_header *b)
+{
+    return a->file_len_bytes == b->file_len_bytes && a->len_bytes == b->len_bytes &&
+           !memcmp(a->bytes, b->bytes, a->len_bytes);
+}
+
+bool perta_tensor_same(const struct perta_tensor *a, const struct perta_tensor *b)
+{
+    return !strcmp(a->name, b->name) && a->dtype == b->dtype && a->n_dims == b->n_dims &&
+           (!a->n_dims || !memcmp(a->shape, b->shape, a->n_dims * sizeof *a->shape));
+}
+
 /* ---- building ---- */
 
 static json_t *tensor_json(const struct perta_tensor *t, uint64_t begin)

@@ -6,6 +6,7 @@
 #define PERTA_IO_SAFETENSORS_H
 
 #include <jansson.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "io/dtype.h"
@@ -49,6 +50,11 @@ PERTA_API int perta_safetensors_read(int fd, uint64_t file_len_bytes, const char
 PERTA_API int perta_safetensors_build(struct perta_tensor *tensors, uint64_t n,
                                       const json_t *metadata, uint8_t **bytes,
                                       uint64_t *len_bytes, struct perta_err *err);
+
+/* The same bytes, of files of one length. */
+PERTA_API bool perta_header_same(const struct perta_header *a, const struct perta_header *b);
+/* The same name, dtype and shape, wherever they lie. */
+PERTA_API bool perta_tensor_same(const struct perta_tensor *a, const struct perta_tensor *b);
 
 PERTA_API void perta_header_free(struct perta_header *header);
 

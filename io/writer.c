@@ -44,10 +44,9 @@ static int wait_for(struct perta_writer *writer, unsigned i, struct perta_err *e
     return writer->failed ? perta_request_error(writer->failed, err) : 0;
 }
 
-/* Send the buffer being filled; only the last one of a file is not full. */
-static int send(struct perta_writer *writer, struct perta_err *err)
+/* Send the buffer being filled, as far as it is full; direct in whole blocks. */
+static void submit(struct perta_writer *writer, unsigned i)
 {
-    unsigned i = writer->filling;
     uint8_t *buf = writer->bufs + (uint64_t)i * PERTA_WRITER_BUF_BYTES;
     uint64_t whole = perta_align_up(writer->fill_bytes, PERTA_BLOCK_BYTES);
     memset(buf + writer->fill_bytes, 0, whole - writer->fill_bytes);
@@ -62,10 +61,92 @@ static int send(struct perta_writer *writer, struct perta_err *err)
     };
     writer->busy[i] = true;
     perta_engine_submit(writer->engine, &writer->requests[i]);
+}
+
+/* Go on with the other buffer; only the last one of a file is not full. */
+static int send(struct perta_writer *writer, struct perta_err *err)
+{
+    unsigned i = writer->filling;
+    submit(writer, i);
     writer->off_bytes += writer->fill_bytes;
     writer->fill_bytes = 0;
     writer->filling = (i + 1) % PERTA_WRITER_BUFS;
     return wait_for(writer, writer->filling, err);
+}
+
+static int settle(struct perta_writer *writer, struct perta_err *err)
+{
+    int rc = 0;
+    for (unsigned i = 0; !rc && i < PERTA_WRITER_BUFS; i++)
+        rc = wait_for(writer, i, err);
+    return rc;
+}
+
+/* After a failed fsync a second one may succeed with the data lost: the first is final. */
+static int sync_file(const struct perta_writer *writer, struct perta_err *err)
+{
+    return fsync(writer->file.fd) ? perta_fail_sys(err, errno, "%s: fsync", writer->file.path)
+                                  : 0;
+}
+
+int perta_writer_sync(struct perta_writer *writer, struct perta_err *err)
+{
+    if (writer->fill_bytes) /* it is filled further, and sent again */
+        submit(writer, writer->filling);
+    int rc = settle(writer, err);
+    return rc ? rc : sync_file(writer, err);
+}
+
+/* Digest the bytes that are there, a block in each turn; the last block stays in the buffer. */
+static int read_back(struct perta_writer *writer, const char *path, uint64_t len_bytes,
+                     struct perta_digest *found, struct perta_err *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = 0;
+    for (uint64_t at = 0; at < len_bytes && !rc; at += PERTA_WRITER_BUF_BYTES) {
+        uint64_t left = len_bytes - at;
+        uint64_t n = left < PERTA_WRITER_BUF_BYTES ? left : PERTA_WRITER_BUF_BYTES;
+        rc = perta_pread_all(fd, writer->bufs, n, at, path, err);
+        perta_digest_update(found, writer->bufs, n);
+        writer->fill_bytes = n == PERTA_WRITER_BUF_BYTES ? 0 : n;
+    }
+    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+    close(fd);
+    writer->off_bytes = len_bytes - writer->fill_bytes;
+    return rc;
+}
+
+static int check_back(const struct perta_writer *writer, const struct perta_digest *found,
+                      const char *path, struct perta_err *err)
+{
+    char have[PERTA_XXH128_HEX], want[PERTA_XXH128_HEX];
+    perta_digest_xxh128(found, have);
+    perta_digest_xxh128(writer->digest, want);
+    if (perta_digest_bytes(found) == perta_digest_bytes(writer->digest) && !strcmp(have, want))
+        return 0;
+    return perta_fail(err, PERTA_ECHECK,
+                      "%s: the first %llu bytes are not those that were synced (XXH3 %s, not %s); "
+                      "is the disk sound? --force starts over",
+                      path, (unsigned long long)perta_digest_bytes(writer->digest), have, want);
+}
+
+int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine,
+                        const char *path, struct perta_digest *digest, uint8_t *bufs,
+                        struct perta_err *err)
+{
+    *writer = (struct perta_writer){
+        .engine = engine, .bufs = bufs, .open = true, .digest = digest, .file.fd = -1};
+    struct perta_digest *found = perta_digest_new(false);
+    int rc = found ? perta_file_reopen(&writer->file, path, true, err)
+                   : perta_fail_sys(err, ENOMEM, "%s", path);
+    if (!rc)
+        rc = read_back(writer, path, perta_digest_bytes(digest), found, err);
+    if (!rc)
+        rc = check_back(writer, found, path, err);
+    perta_digest_free(found);
+    return rc;
 }
 
 int perta_writer_append(struct perta_writer *writer, const void *data, uint64_t len_bytes,
@@ -102,15 +183,15 @@ int perta_writer_close(struct perta_writer *writer, struct perta_digest_hex *hex
     uint64_t len_bytes = perta_writer_tell(writer);
     if (writer->fill_bytes)
         rc = send(writer, err);
-    for (unsigned i = 0; !rc && i < PERTA_WRITER_BUFS; i++)
-        rc = wait_for(writer, i, err);
+    if (!rc)
+        rc = settle(writer, err);
     if (rc)
         return rc;
     if (ftruncate(writer->file.fd, (off_t)len_bytes))
         return perta_fail_sys(err, errno, "%s", writer->file.path);
-    /* After a failed fsync a second one may succeed with the data lost: the first is final. */
-    if (fsync(writer->file.fd))
-        return perta_fail_sys(err, errno, "%s: fsync", writer->file.path);
+    rc = sync_file(writer, err);
+    if (rc)
+        return rc;
     struct perta_digest_hex sink;
     perta_digest_finish(writer->digest, hex ? hex : &sink);
     perta_writer_abort(writer);

@@ -7,29 +7,27 @@
 #include "stream/input.h"
 #include "stream/model_out.h"
 #include "stream/patch_in.h"
+#include "stream/resume.h"
 #include "stream/walk.h"
-
-#define OUT_ALIGN 64
 
 enum { IN_MODEL, IN_FRAME, N_IN };
 
 struct job {
     const struct perta_apply *apply;
-    bool forward;  /* the model should be the before side */
-    bool checking; /* digests alone */
+    bool forward; /* the model should be the before side */
     struct perta_input model;
     struct perta_patch_in patch;
     struct perta_model_out out;
+    struct perta_resume resume; /* counts[0]: chunks */
+    struct perta_stream *stream;
     struct perta_codec **codecs;
     unsigned n_workers;
-    json_t *damaged;
-    uint64_t n_chunks;
 
     /* where next() stands: chunks in order of the output's header */
     uint32_t shard;
     uint64_t tensor, entry;    /* entry: next chunk of that tensor, in the table */
     uint64_t unit;             /* first of that chunk, in the tensor */
-    json_t *table_start;       /* of this shard: tensor's name -> its first entry */
+    uint64_t *starts;          /* of this shard: each tensor's first entry */
     uint32_t shards_begun;     /* the owner's, for commit() */
 };
 
@@ -39,25 +37,15 @@ static const struct perta_header *out_header(const struct job *job, uint32_t sha
     return job->forward ? p->after : p->before;
 }
 
-static const struct perta_header *in_header(const struct job *job, uint32_t shard)
-{
-    const struct perta_patch *p = job->patch.shards[shard].patch;
-    return job->forward ? p->before : p->after;
-}
-
 /* Where each tensor's entries start, for the order of the output may not be the table's. */
 static int index_shard(struct job *job, struct perta_err *err)
 {
-    const struct perta_patch *p = job->patch.shards[job->shard].patch;
-    json_decref(job->table_start);
-    job->table_start = json_object();
-    for (uint64_t i = 0; i < p->n_entries; i++)
-        if (!i || p->entries[i].tensor != p->entries[i - 1].tensor)
-            if (json_object_set_new(job->table_start,
-                                    p->after->tensors[p->entries[i].tensor].name,
-                                    json_integer((json_int_t)i)))
-                return perta_fail_sys(err, ENOMEM, "table");
-    return 0;
+    const struct perta_header *header = out_header(job, job->shard);
+    free(job->starts);
+    job->starts = calloc(header->n_tensors + 1, sizeof *job->starts);
+    return job->starts ? perta_patch_in_starts(&job->patch.shards[job->shard], header,
+                                               job->starts, err)
+                       : perta_fail_sys(err, ENOMEM, "table");
 }
 
 /* Go to the next tensor that has chunks. 1: there is one. */
@@ -74,13 +62,22 @@ static int next_tensor(struct job *job, struct perta_err *err)
         const struct perta_header *header = out_header(job, job->shard);
         for (; job->tensor < header->n_tensors; job->tensor++)
             if (header->tensors[job->tensor].len_bytes) {
-                const char *name = header->tensors[job->tensor].name;
-                job->entry = (uint64_t)json_integer_value(
-                    json_object_get(job->table_start, name));
+                job->entry = job->starts[job->tensor];
                 return 1;
             }
         job->shard++;
         job->tensor = 0;
+    }
+}
+
+/* Unit 0 of tensor 0 means a new shard to next_tensor. */
+static void end_tensor(struct job *job)
+{
+    job->unit = 0;
+    job->tensor++;
+    if (job->tensor == out_header(job, job->shard)->n_tensors) {
+        job->tensor = 0;
+        job->shard++;
     }
 }
 
@@ -104,24 +101,15 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     piece->n_elems = entry->n_units;
     piece->tag = job->entry;
     perta_input_range(&job->model, from, job->unit * width, len_bytes, &piece->in[IN_MODEL]);
-    if (entry->encoding != PERTA_ENC_ZERO && !job->checking) {
+    if (entry->encoding != PERTA_ENC_ZERO) {
         piece->in[IN_FRAME] = (struct perta_range){
             .file = &shard->file, .off_bytes = entry->frame_off, .len_bytes = entry->frame_bytes};
-        piece->out_bytes = OUT_ALIGN + len_bytes;
-    } else {
-        piece->out_bytes = OUT_ALIGN;
+        piece->out_bytes = len_bytes;
     }
     job->entry++;
     job->unit += entry->n_units;
-    if (job->unit * width == to->len_bytes) {
-        job->unit = 0;
-        /* unit 0 of tensor 0 means a new shard to next_tensor */
-        job->tensor++;
-        if (job->tensor == out_header(job, job->shard)->n_tensors) {
-            job->tensor = 0;
-            job->shard++;
-        }
-    }
+    if (job->unit * width == to->len_bytes)
+        end_tensor(job);
     return 1;
 }
 
@@ -129,54 +117,26 @@ static int wrong_chunk(const struct job *job, const struct perta_piece *piece, u
                        struct perta_err *err)
 {
     const struct perta_patch_in_shard *shard = &job->patch.shards[piece->shard];
-    const struct perta_patch_entry *entry = &shard->patch->entries[piece->tag];
-    uint64_t wanted = job->forward ? entry->hash_before : entry->hash_after;
-    uint64_t other = job->forward ? entry->hash_after : entry->hash_before;
-    return perta_fail(
-        err, PERTA_ECHECK,
-        "%s: tensor %s, elements %llu to %llu: digest %016llx, the patch %s wants %016llx: %s",
-        piece->in[IN_MODEL].file->path,
-        out_header(job, piece->shard)->tensors[piece->tensor].name,
-        (unsigned long long)piece->first_elem,
-        (unsigned long long)(piece->first_elem + piece->n_elems - 1), (unsigned long long)found,
-        shard->path, (unsigned long long)wanted,
-        found != other     ? "it is for another model, or one of the two is damaged"
-        : job->forward ? "here the patch is applied already"
-                       : "here the patch is not applied");
+    return perta_patch_in_wrong_chunk(shard, &shard->patch->entries[piece->tag], job->forward,
+                                      piece->in[IN_MODEL].file->path, piece->first_elem, found,
+                                      err);
 }
 
-/* First word of a piece's room: the digest found. Bytes of the result follow. */
+/* A piece's room takes the bytes of the result. */
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
     const struct perta_patch_in_shard *shard = &job->patch.shards[piece->shard];
     const struct perta_patch_entry *entry = &shard->patch->entries[piece->tag];
-    const struct perta_tensor *to = &out_header(job, piece->shard)->tensors[piece->tensor];
-    const struct perta_range *model = &piece->in[IN_MODEL], *frame = &piece->in[IN_FRAME];
-    uint64_t *found = (uint64_t *)(void *)piece->out;
-    *found = perta_hash64(model->data, model->len_bytes);
-    if (job->checking)
-        return 0;
-    if (*found != (job->forward ? entry->hash_before : entry->hash_after))
-        return wrong_chunk(job, piece, *found, err);
+    const struct perta_range *model = &piece->in[IN_MODEL];
+    uint64_t found = perta_hash64(model->data, model->len_bytes);
+    if (found != (job->forward ? entry->hash_before : entry->hash_after))
+        return wrong_chunk(job, piece, found, err);
     if (entry->encoding == PERTA_ENC_ZERO)
         return 0;
-    uint8_t *after = piece->out + OUT_ALIGN;
-    int rc = (job->forward ? perta_codec_apply : perta_codec_revert)(
-        job->codecs[worker], to->dtype, entry->encoding, frame->data, frame->len_bytes,
-        entry->payload_bytes, model->data, after, model->len_bytes, err);
-    if (rc)
-        return perta_err_context(err, "%s: tensor %s, byte %llu", shard->path, to->name,
-                                 (unsigned long long)entry->frame_off);
-    uint64_t made = perta_hash64(after, model->len_bytes);
-    uint64_t wanted = job->forward ? entry->hash_after : entry->hash_before;
-    if (made != wanted)
-        return perta_fail(err, PERTA_ECHECK,
-                          "%s: tensor %s, byte %llu: the chunk leads to digest %016llx, its "
-                          "table says %016llx: the patch is damaged",
-                          shard->path, to->name, (unsigned long long)entry->frame_off,
-                          (unsigned long long)made, (unsigned long long)wanted);
-    return 0;
+    int rc = perta_patch_in_move(shard, entry, job->forward, job->codecs[worker],
+                                 piece->in[IN_FRAME].data, model->data, piece->out, err);
+    return rc ? rc : perta_patch_in_check_made(shard, entry, job->forward, piece->out, err);
 }
 
 /* Finish shards before this one and begin it. */
@@ -198,71 +158,20 @@ static int reach_shard(struct job *job, uint32_t shard, struct perta_err *err)
     return rc;
 }
 
-static void note_damage(struct job *job, const struct perta_piece *piece, uint64_t found)
-{
-    struct perta_err text = {0};
-    wrong_chunk(job, piece, found, &text);
-    json_array_append_new(
-        job->damaged,
-        json_pack("{s:s, s:s, s:I, s:I, s:s}", "shard", job->patch.shards[piece->shard].name,
-                  "tensor", out_header(job, piece->shard)->tensors[piece->tensor].name, "first",
-                  (json_int_t)piece->first_elem, "elements", (json_int_t)piece->n_elems,
-                  "message", text.msg));
-}
-
 static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
     const struct perta_patch_entry *entry =
         &job->patch.shards[piece->shard].patch->entries[piece->tag];
-    uint64_t found = *(const uint64_t *)(const void *)piece->out;
     const struct perta_range *model = &piece->in[IN_MODEL];
-    job->n_chunks++;
-    if (job->checking) {
-        if (found != (job->forward ? entry->hash_before : entry->hash_after))
-            note_damage(job, piece, found);
-        return 0;
-    }
+    job->resume.counts[0]++;
     int rc = reach_shard(job, piece->shard, err);
     if (rc)
         return rc;
     const void *after =
-        entry->encoding == PERTA_ENC_ZERO ? model->data : piece->out + OUT_ALIGN;
-    return perta_model_out_append(&job->out, after, model->len_bytes, err);
-}
-
-static int check_shard(const struct job *job, uint32_t i, struct perta_err *err)
-{
-    const struct perta_shard *have = &job->model.ck->shards[i];
-    const struct perta_header *want = in_header(job, i);
-    if (have->header->len_bytes == want->len_bytes &&
-        have->header->file_len_bytes == want->file_len_bytes &&
-        !memcmp(have->header->bytes, want->bytes, want->len_bytes))
-        return 0;
-    return perta_fail(
-        err, PERTA_ECHECK,
-        "%s: header digest %016llx, the patch %s wants %016llx: it is for another model",
-        have->path, (unsigned long long)perta_hash64(have->header->bytes, have->header->len_bytes),
-        job->patch.shards[i].path,
-        (unsigned long long)perta_hash64(want->bytes, want->len_bytes));
-}
-
-static int check_shards(const struct job *job, struct perta_err *err)
-{
-    const struct perta_checkpoint *model = job->model.ck;
-    for (uint32_t i = 0; i < model->n_shards || i < job->patch.n_shards; i++) {
-        const char *have = i < model->n_shards ? model->shards[i].name : "none";
-        const char *want = i < job->patch.n_shards ? job->patch.shards[i].name : "none";
-        if (strcmp(have, want))
-            return perta_fail(err, PERTA_ECHECK,
-                              "%s: shard %u is %s, the patch %s wants %s: it is for another "
-                              "model",
-                              model->path, i + 1, have, job->patch.path, want);
-        int rc = check_shard(job, i, err);
-        if (rc)
-            return rc;
-    }
-    return 0;
+        entry->encoding == PERTA_ENC_ZERO ? model->data : piece->out;
+    rc = perta_model_out_append(&job->out, after, model->len_bytes, err);
+    return rc ? rc : perta_resume_point(&job->resume, piece, job->stream, err);
 }
 
 static void measure(const struct job *job, struct perta_job *sizes, uint64_t *chunk_bytes)
@@ -276,34 +185,47 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
             *chunk_bytes = chunk > *chunk_bytes ? chunk : *chunk_bytes;
             sizes->total_bytes += p->after->tensors[t].len_bytes;
         }
-        for (uint64_t e = 0; e < p->n_entries && !job->checking; e++) {
+        for (uint64_t e = 0; e < p->n_entries; e++) {
             frame_max = p->entries[e].frame_bytes > frame_max ? p->entries[e].frame_bytes
                                                               : frame_max;
             sizes->total_bytes += p->entries[e].frame_bytes;
         }
     }
     sizes->in_bytes_max = *chunk_bytes + frame_max;
-    sizes->out_bytes_max = OUT_ALIGN + (job->checking ? 0 : *chunk_bytes);
+    sizes->out_bytes_max = *chunk_bytes;
 }
 
-static int prepare(struct job *job, const struct perta_run *run, struct perta_err *err)
+static int open_inputs(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
-    int rc = perta_patch_in_open(&job->patch, job->apply->patch, err);
+    const struct perta_apply *apply = job->apply;
+    int rc = perta_patch_in_open(&job->patch, apply->patch, err);
     if (!rc)
-        rc = perta_input_open(&job->model, "model", job->apply->model, err);
+        rc = perta_input_open(&job->model, "model", apply->model, err);
     if (!rc)
-        rc = check_shards(job, err);
-    if (!rc && !job->checking)
-        rc = perta_publish_check(&job->apply->out, 1,
-                                 (const char *[]){job->apply->model, job->apply->patch}, 2,
-                                 job->apply->force, err);
-    if (!rc && !job->checking && !run->dry_run)
-        rc = perta_model_out_begin(&job->out, job->apply->out, job->apply->force, err);
-    return rc;
+        rc = perta_patch_in_check_model(&job->patch, job->model.ck, job->forward, err);
+    return rc || perta_resume_found(run, apply->out)
+               ? rc
+               : perta_publish_check(&apply->out, 1, (const char *[]){apply->model, apply->patch},
+                                     2, apply->force, err);
 }
 
-static int open_stream(struct job *job, const struct perta_run *run,
-                       struct perta_stream **stream, struct perta_err *err)
+static int begin_output(struct job *job, const struct perta_run *run, struct perta_err *err)
+{
+    const struct perta_apply *apply = job->apply;
+    json_t *inputs = json_pack("{s:o, s:s}", "model", perta_journal_checkpoint(job->model.ck),
+                               "patch", job->patch.manifest_digest.sha256);
+    job->resume.models = &job->out;
+    job->resume.n_models = 1;
+    int rc = perta_resume_begin(
+        &job->resume, run, apply->out,
+        perta_resume_identity(job->forward ? "apply" : "revert", json_object(), inputs),
+        apply->force, err);
+    return rc ? rc
+              : perta_model_out_begin(&job->out, apply->out, &job->resume.journal, apply->force,
+                                      err);
+}
+
+static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     struct perta_job sizes = {
         .ctx = job, .n_in = N_IN, .next = next, .work = work, .commit = commit};
@@ -312,23 +234,46 @@ static int open_stream(struct job *job, const struct perta_run *run,
     uint64_t chunk_bytes;
     measure(job, &sizes, &chunk_bytes);
     job->n_workers = perta_run_threads(run);
-    if (!job->checking && !(job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err)))
+    if (!(job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err)))
         return err->code;
     int rc = perta_input_paths(&job->model, &paths, &n_paths, err);
     if (!rc)
-        rc = perta_stream_open(run, &sizes, paths, n_paths, job->checking ? 0 : 1, stream, err);
+        rc = perta_stream_open(run, &sizes, paths, n_paths, 1, &job->stream, err);
     free(paths);
     if (rc)
         return rc;
-    bool direct = perta_stream_engine(*stream)->wants_direct;
-    rc = perta_input_open_files(&job->model, direct, err);
-    if (!rc)
-        rc = perta_patch_in_open_files(&job->patch, direct, err);
-    if (!job->checking) {
-        job->out.engine = perta_stream_engine(*stream);
-        job->out.writer_bufs = perta_stream_writer_bufs(*stream, 0);
-    }
-    return rc;
+    job->out.engine = perta_stream_engine(job->stream);
+    job->out.writer_bufs = perta_stream_writer_bufs(job->stream, 0);
+    rc = perta_input_open_files(&job->model, job->out.engine->wants_direct, err);
+    return rc ? rc
+              : perta_patch_in_open_files(&job->patch, job->out.engine->wants_direct, err);
+}
+
+/* Take up what was left, and find the place again. */
+static int restore(struct job *job, struct perta_err *err)
+{
+    const struct perta_resume *r = &job->resume;
+    int rc = perta_resume_restore(&job->resume, job->stream, err);
+    if (rc || !r->journal.going_on)
+        return rc;
+    const struct perta_tensor *t = r->shard < job->patch.n_shards &&
+                                           r->tensor < out_header(job, r->shard)->n_tensors
+                                       ? &out_header(job, r->shard)->tensors[r->tensor]
+                                       : NULL;
+    uint64_t width = t ? perta_dtype_unit_bytes(t->dtype) : 1;
+    if (!t || r->unit > t->len_bytes / width)
+        return perta_fail(err, PERTA_EINPUT, "%s: no such place; --force starts over",
+                          r->journal.path);
+    job->shard = r->shard;
+    job->shards_begun = r->shard + 1;
+    job->tensor = r->tensor;
+    rc = index_shard(job, err);
+    job->entry = rc ? 0 : job->starts[r->tensor] + r->unit / PERTA_CHUNK_ELEMS;
+    job->unit = r->unit;
+    if (r->unit == t->len_bytes / width)
+        end_tensor(job);
+    return rc ? rc
+              : perta_model_out_reopen(&job->out, job->patch.shards[r->shard].name, err);
 }
 
 /* The shards that came out must be those the manifest promised. */
@@ -355,34 +300,30 @@ static int finish(struct job *job, struct perta_err *err)
     int rc = perta_input_unchanged(&job->model, err);
     if (rc)
         return rc;
-    if (job->checking)
-        return json_array_size(job->damaged)
-                   ? perta_fail(err, PERTA_ECHECK, "%s: %zu of %llu chunks differ",
-                                job->apply->model, json_array_size(job->damaged),
-                                (unsigned long long)job->n_chunks)
-                   : 0;
     rc = reach_shard(job, job->patch.n_shards, err);
     if (!rc)
         rc = check_promise(job, err);
-    if (!rc)
-        rc = perta_model_out_copy_rest(&job->out, job->model.ck, NULL, err);
-    return rc ? rc : perta_model_out_commit(&job->out, err);
+    return rc ? rc : perta_model_out_copy_rest(&job->out, job->model.ck, NULL, err);
 }
 
-static int run_all(struct job *job, const struct perta_run *run, struct perta_stream **stream,
-                   json_t **summary, struct perta_err *err)
+static int run_all(struct job *job, const struct perta_run *run, json_t **summary,
+                   struct perta_err *err)
 {
-    int rc = open_stream(job, run, stream, err);
-    if (!rc)
-        rc = perta_stream_run(*stream, err);
-    if (rc)
+    int rc = begin_output(job, run, err);
+    if (rc || perta_resume_is_publishing(&job->resume, summary))
         return rc;
-    rc = finish(job, err);
-    if (!rc || (job->checking && rc == PERTA_ECHECK))
-        *summary = json_pack("{s:I, s:I, s:I, s:O, s:O?}", "chunks", (json_int_t)job->n_chunks,
-                             "read_bytes", (json_int_t)perta_stream_read_bytes(*stream),
-                             "written_bytes", (json_int_t)job->out.written_bytes, "damaged",
-                             job->damaged, "shards", job->out.shards);
+    rc = open_stream(job, run, err);
+    if (!rc)
+        rc = restore(job, err);
+    if (!rc)
+        rc = perta_stream_run(job->stream, err);
+    if (!rc)
+        rc = finish(job, err);
+    if (!rc)
+        *summary = json_pack("{s:I, s:I, s:I, s:O?}", "chunks",
+                             (json_int_t)job->resume.counts[0], "read_bytes",
+                             (json_int_t)perta_stream_read_bytes(job->stream), "written_bytes",
+                             (json_int_t)job->out.written_bytes, "shards", job->out.shards);
     return rc;
 }
 
@@ -391,23 +332,21 @@ int perta_apply(const struct perta_apply *apply, const struct perta_run *run, js
 {
     struct job job = {
         .apply = apply,
-        .forward = apply->mode == PERTA_APPLY || apply->mode == PERTA_CHECK_ORIGINAL,
-        .checking = apply->mode == PERTA_CHECK_ORIGINAL || apply->mode == PERTA_CHECK_APPLIED,
-        .damaged = json_array(),
+        .forward = apply->mode == PERTA_APPLY,
     };
-    struct perta_stream *stream = NULL;
     *summary = NULL;
-    int rc = prepare(&job, run, err);
-    if (!rc && run->dry_run)
+    int rc = open_inputs(&job, run, err);
+    if (!rc && run->dry_run) {
         *summary = json_object();
-    else if (!rc)
-        rc = run_all(&job, run, &stream, summary, err);
+    } else if (!rc) {
+        rc = run_all(&job, run, summary, err);
+        rc = perta_resume_end(&job.resume, rc, summary, err);
+    }
     perta_model_out_release(&job.out);
     perta_patch_in_close(&job.patch);
     perta_input_close(&job.model);
     perta_codecs_free(job.codecs, job.n_workers);
-    json_decref(job.damaged);
-    json_decref(job.table_start);
-    perta_stream_close(stream);
+    free(job.starts);
+    perta_stream_close(job.stream);
     return rc;
 }

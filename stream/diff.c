@@ -8,12 +8,17 @@
 #include "stream/input.h"
 #include "stream/naming.h"
 #include "stream/patch_out.h"
+#include "stream/resume.h"
 #include "stream/walk.h"
 
 #define OUT_ALIGN 64
 
+enum { BEFORE, AFTER, N_IN };
+
 struct job {
-    struct perta_input before, after;
+    struct perta_input in[N_IN];
+    struct perta_resume resume;
+    struct perta_stream *stream;
     struct perta_patch_out out;
     struct perta_codec **codecs; /* (n_workers) */
     unsigned n_workers;
@@ -34,12 +39,13 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     if (!perta_walk_next(&job->walk, &at))
         return 0;
     struct perta_ref to = {.tensor = at.info, .shard = at.shard};
-    const struct perta_ref *from = perta_checkpoint_find(job->before.ck, at.info->name);
+    const struct perta_ref *from = perta_checkpoint_find(job->in[BEFORE].ck, at.info->name);
     piece->shard = at.shard;
     piece->tensor = at.tensor;
+    piece->first_elem = at.first_unit;
     piece->n_elems = at.n_units;
-    perta_input_range(&job->before, from, at.off_bytes, at.len_bytes, &piece->in[0]);
-    perta_input_range(&job->after, &to, at.off_bytes, at.len_bytes, &piece->in[1]);
+    perta_input_range(&job->in[BEFORE], from, at.off_bytes, at.len_bytes, &piece->in[BEFORE]);
+    perta_input_range(&job->in[AFTER], &to, at.off_bytes, at.len_bytes, &piece->in[AFTER]);
     piece->out_bytes = OUT_ALIGN + perta_codec_bound(at.len_bytes);
     return 1;
 }
@@ -49,12 +55,12 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     struct job *job = ctx;
     struct result *result = (struct result *)(void *)piece->out;
     const struct perta_tensor *t =
-        &job->after.ck->shards[piece->shard].header->tensors[piece->tensor];
-    uint64_t n_bytes = piece->in[0].len_bytes;
-    result->hash_before = perta_hash64(piece->in[0].data, n_bytes);
-    result->hash_after = perta_hash64(piece->in[1].data, n_bytes);
-    return perta_codec_encode(job->codecs[worker], t->dtype, piece->in[0].data,
-                              piece->in[1].data, n_bytes, piece->out + OUT_ALIGN,
+        &job->in[AFTER].ck->shards[piece->shard].header->tensors[piece->tensor];
+    uint64_t n_bytes = piece->in[BEFORE].len_bytes;
+    result->hash_before = perta_hash64(piece->in[BEFORE].data, n_bytes);
+    result->hash_after = perta_hash64(piece->in[AFTER].data, n_bytes);
+    return perta_codec_encode(job->codecs[worker], t->dtype, piece->in[BEFORE].data,
+                              piece->in[AFTER].data, n_bytes, piece->out + OUT_ALIGN,
                               piece->out_bytes - OUT_ALIGN, &result->coded, err);
 }
 
@@ -62,21 +68,22 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
     const struct result *result = (const struct result *)(const void *)piece->out;
-    perta_input_digest(&job->before, &piece->in[0]);
-    perta_input_digest(&job->after, &piece->in[1]);
+    for (int i = 0; i < N_IN; i++)
+        perta_input_digest(&job->in[i], &piece->in[i]);
     int rc = perta_patch_out_reach(&job->out, piece->shard, piece->tensor, err);
     if (rc)
         return rc;
     struct perta_chunk_out chunk = {
         .coded = result->coded,
         .frame = piece->out + OUT_ALIGN,
-        .after = piece->in[1].data,
-        .after_bytes = piece->in[1].len_bytes,
+        .after = piece->in[AFTER].data,
+        .after_bytes = piece->in[AFTER].len_bytes,
         .n_units = (uint32_t)piece->n_elems,
         .hash_before = result->hash_before,
         .hash_after = result->hash_after,
     };
-    return perta_patch_out_chunk(&job->out, &chunk, err);
+    rc = perta_patch_out_chunk(&job->out, &chunk, err);
+    return rc ? rc : perta_resume_point(&job->resume, piece, job->stream, err);
 }
 
 static int check_tensor(const struct perta_checkpoint *before, uint32_t shard,
@@ -137,82 +144,116 @@ static void measure(const struct perta_checkpoint *ck, struct perta_job *sizes)
     sizes->out_bytes_max = OUT_ALIGN + perta_codec_bound(most);
 }
 
-static int prepare(struct job *job, const struct perta_diff *diff, const struct perta_run *run,
-                   struct perta_stream **stream, struct perta_err *err)
+static int open_inputs(struct job *job, const struct perta_diff *diff,
+                       const struct perta_run *run, struct perta_err *err)
 {
-    struct perta_job sizes = {.ctx = job, .n_in = 2, .next = next, .work = work, .commit = commit};
-    const char **paths = NULL;
-    size_t n_paths = 0;
-    int rc = perta_input_open(&job->before, "old checkpoint", diff->before, err);
+    int rc = perta_input_open(&job->in[BEFORE], "old checkpoint", diff->before, err);
     if (!rc)
-        rc = perta_input_open(&job->after, "new checkpoint", diff->after, err);
+        rc = perta_input_open(&job->in[AFTER], "new checkpoint", diff->after, err);
     if (!rc)
-        rc = check_pair(job->before.ck, job->after.ck, err);
-    if (!rc)
-        rc = perta_publish_check(&diff->patch, 1, (const char *[]){diff->before, diff->after}, 2,
-                                 diff->force, err);
-    if (rc || run->dry_run)
-        return rc;
-    rc = perta_patch_out_begin(&job->out, diff->patch, NULL, diff->force, err);
-    if (rc)
-        return rc;
-    measure(job->after.ck, &sizes);
-    job->n_workers = perta_run_threads(run);
-    job->actions = calloc(job->after.ck->n_tensors + 1, sizeof *job->actions);
-    for (uint64_t i = 0; job->actions && i < job->after.ck->n_tensors; i++)
-        job->actions[i] = "compared";
-    job->walk.ck = job->after.ck;
-    job->codecs = perta_codecs_new(job->n_workers, sizes.in_bytes_max / 2, err);
-    if (job->codecs && !job->actions)
-        perta_fail_sys(err, ENOMEM, "diff");
-    rc = err->code;
-    if (!rc)
-        rc = perta_input_paths(&job->before, &paths, &n_paths, err);
-    if (!rc)
-        rc = perta_input_paths(&job->after, &paths, &n_paths, err);
-    if (!rc)
-        rc = perta_stream_open(run, &sizes, paths, n_paths, 1, stream, err);
-    free(paths);
-    if (rc)
-        return rc;
-    bool direct = perta_stream_engine(*stream)->wants_direct;
-    rc = perta_input_open_files(&job->before, direct, err);
-    if (!rc)
-        rc = perta_input_open_files(&job->after, direct, err);
-    if (!rc)
-        rc = perta_patch_out_attach(&job->out, job->before.ck, job->after.ck, job->actions,
-                                    perta_stream_engine(*stream),
-                                    perta_stream_writer_bufs(*stream, 0), NULL, err);
-    return rc;
+        rc = check_pair(job->in[BEFORE].ck, job->in[AFTER].ck, err);
+    return rc || perta_resume_found(run, diff->patch)
+               ? rc
+               : perta_publish_check(&diff->patch, 1, (const char *[]){diff->before, diff->after},
+                                     N_IN, diff->force, err);
 }
 
-static int finish(struct job *job, struct perta_stream *stream, json_t **summary,
-                  struct perta_err *err)
+static int begin_output(struct job *job, const struct perta_diff *diff,
+                        const struct perta_run *run, struct perta_err *err)
 {
-    int rc = perta_patch_out_reach(&job->out, job->after.ck->n_shards, 0, err);
+    json_t *inputs = json_pack("{s:o, s:o}", "before", perta_journal_checkpoint(job->in[BEFORE].ck),
+                               "after", perta_journal_checkpoint(job->in[AFTER].ck));
+    job->resume.inputs = job->in;
+    job->resume.n_inputs = N_IN;
+    job->resume.patches = &job->out;
+    job->resume.n_patches = 1;
+    job->resume.walk = &job->walk;
+    int rc = perta_resume_begin(&job->resume, run, diff->patch,
+                                perta_resume_identity("diff", json_object(), inputs), diff->force,
+                                err);
+    return rc ? rc
+              : perta_patch_out_begin(&job->out, diff->patch, NULL, &job->resume.journal,
+                                      diff->force, err);
+}
+
+static int plan(struct job *job, const struct perta_run *run, uint64_t chunk_bytes,
+                struct perta_err *err)
+{
+    job->n_workers = perta_run_threads(run);
+    job->actions = calloc(job->in[AFTER].ck->n_tensors + 1, sizeof *job->actions);
+    for (uint64_t i = 0; job->actions && i < job->in[AFTER].ck->n_tensors; i++)
+        job->actions[i] = "compared";
+    job->walk.ck = job->in[AFTER].ck;
+    job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err);
+    if (job->codecs && !job->actions)
+        perta_fail_sys(err, ENOMEM, "diff");
+    return err->code;
+}
+
+static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
+{
+    struct perta_job sizes = {
+        .ctx = job, .n_in = N_IN, .next = next, .work = work, .commit = commit};
+    const char **paths = NULL;
+    size_t n_paths = 0;
+    measure(job->in[AFTER].ck, &sizes);
+    int rc = plan(job, run, sizes.in_bytes_max / 2, err);
+    for (int i = 0; i < N_IN && !rc; i++)
+        rc = perta_input_paths(&job->in[i], &paths, &n_paths, err);
     if (!rc)
-        rc = perta_input_digest_rest(&job->before, stream, err);
+        rc = perta_stream_open(run, &sizes, paths, n_paths, 1, &job->stream, err);
+    free(paths);
+    for (int i = 0; i < N_IN && !rc; i++)
+        rc = perta_input_open_files(&job->in[i], perta_stream_engine(job->stream)->wants_direct,
+                                    err);
+    return rc ? rc
+              : perta_patch_out_attach(&job->out, job->in[BEFORE].ck, job->in[AFTER].ck,
+                                       job->actions, perta_stream_engine(job->stream),
+                                       perta_stream_writer_bufs(job->stream, 0), NULL, err);
+}
+
+static int finish(struct job *job, json_t **summary, struct perta_err *err)
+{
+    int rc = perta_patch_out_reach(&job->out, job->in[AFTER].ck->n_shards, 0, err);
     if (!rc)
-        rc = perta_input_unchanged(&job->before, err);
-    if (!rc)
-        rc = perta_input_unchanged(&job->after, err);
+        rc = perta_input_digest_rest(&job->in[BEFORE], job->stream, err);
+    for (int i = 0; i < N_IN && !rc; i++)
+        rc = perta_input_unchanged(&job->in[i], err);
     if (rc)
         return rc;
     json_t *recipe = json_pack("{s:s}", "command", "diff");
-    json_t *inputs = json_pack("{s:o, s:o}", "before", perta_input_json(&job->before), "after",
-                               perta_input_json(&job->after));
-    rc = perta_patch_out_commit(&job->out, recipe, inputs, job->before.ck, summary, err);
+    json_t *inputs = json_pack("{s:o, s:o}", "before", perta_input_json(&job->in[BEFORE]),
+                               "after", perta_input_json(&job->in[AFTER]));
+    rc = perta_patch_out_finish(&job->out, recipe, inputs, job->in[BEFORE].ck, summary, err);
     json_decref(recipe);
     json_decref(inputs);
+    if (!rc)
+        json_object_set_new(*summary, "read_bytes",
+                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return rc;
+}
+
+static int run_all(struct job *job, const struct perta_diff *diff, const struct perta_run *run,
+                   json_t **summary, struct perta_err *err)
+{
+    int rc = begin_output(job, diff, run, err);
+    if (rc || perta_resume_is_publishing(&job->resume, summary))
+        return rc;
+    rc = open_stream(job, run, err);
+    if (!rc)
+        rc = perta_resume_restore(&job->resume, job->stream, err);
+    if (!rc)
+        rc = perta_stream_run(job->stream, err);
+    return rc ? rc : finish(job, summary, err);
 }
 
 static void release(struct job *job)
 {
     perta_patch_out_release(&job->out);
-    perta_input_close(&job->before);
-    perta_input_close(&job->after);
+    for (int i = 0; i < N_IN; i++)
+        perta_input_close(&job->in[i]);
     perta_codecs_free(job->codecs, job->n_workers);
+    perta_stream_close(job->stream);
     free(job->actions);
 }
 
@@ -220,19 +261,14 @@ int perta_diff(const struct perta_diff *diff, const struct perta_run *run, json_
                struct perta_err *err)
 {
     struct job job = {0};
-    struct perta_stream *stream = NULL;
-    int rc = prepare(&job, diff, run, &stream, err);
     *summary = NULL;
-    if (!rc && run->dry_run)
+    int rc = open_inputs(&job, diff, run, err);
+    if (!rc && run->dry_run) {
         *summary = json_object();
-    else if (!rc)
-        rc = perta_stream_run(stream, err);
-    if (!rc && !run->dry_run)
-        rc = finish(&job, stream, summary, err);
-    if (!rc && !run->dry_run)
-        json_object_set_new(*summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(stream)));
+    } else if (!rc) {
+        rc = run_all(&job, diff, run, summary, err);
+        rc = perta_resume_end(&job.resume, rc, summary, err);
+    }
     release(&job);
-    perta_stream_close(stream);
     return rc;
 }

@@ -18,7 +18,9 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
     input->digests = calloc(n ? n : 1, sizeof *input->digests);
     input->seen_bytes = calloc(n ? n : 1, sizeof *input->seen_bytes);
     input->read_bytes = calloc(n ? n : 1, sizeof *input->read_bytes);
-    if (!input->files || !input->digests || !input->seen_bytes || !input->read_bytes)
+    input->saved_bytes = calloc(n ? n : 1, sizeof *input->saved_bytes);
+    if (!input->files || !input->digests || !input->seen_bytes || !input->read_bytes ||
+        !input->saved_bytes)
         return perta_fail_sys(err, ENOMEM, "%s", input->ck->path);
     for (uint32_t i = 0; i < n; i++) {
         const struct perta_shard *shard = &input->ck->shards[i];
@@ -35,7 +37,8 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
         if (!input->digests[i])
             return perta_fail_sys(err, ENOMEM, "%s", shard->path);
         perta_digest_update(input->digests[i], shard->header->bytes, shard->header->len_bytes);
-        input->seen_bytes[i] = input->read_bytes[i] = shard->header->len_bytes;
+        input->seen_bytes[i] = input->read_bytes[i] = input->saved_bytes[i] =
+            shard->header->len_bytes;
     }
     return 0;
 }
@@ -52,6 +55,7 @@ void perta_input_close(struct perta_input *input)
     free(input->digests);
     free(input->seen_bytes);
     free(input->read_bytes);
+    free(input->saved_bytes);
     perta_checkpoint_close(input->ck);
     *input = (struct perta_input){0};
 }

@@ -16,6 +16,7 @@ struct perta_input {
     struct perta_digest **digests;        /* (ck->n_shards), of all bytes, header first */
     uint64_t *seen_bytes;                 /* (ck->n_shards): how far the digest has come */
     uint64_t *read_bytes;                 /* (ck->n_shards): in whatever order */
+    uint64_t *saved_bytes;                /* (ck->n_shards): of those, in a journal's record */
 };
 
 /* Open the checkpoint; role is borrowed. */

@@ -25,8 +25,18 @@ PERTA_API int perta_manifest_verify(const char *path, const char *manifest_path,
                                     struct perta_err *err);
 
 /* Check every table, every frame and every digest of a patch folder against its manifest. As
- * above, *summary lists the differences. */
+ * above, *summary lists all differences; those of a frame with "first" and "elements" of the
+ * tensor beside. */
 PERTA_API int perta_patch_verify(const char *path, const struct perta_run *run,
                                  json_t **summary, struct perta_err *err);
+
+/* Is the model what the patch leads to (applied), or what it was made from? Chunks are found by
+ * the patch's own record of the layout, so also where the model's headers are damaged. *summary
+ * (the caller's, also with PERTA_ECHECK) lists under "damaged" each chunk that differs: shard,
+ * tensor, first, elements, message; and each shard that is missing, or whose header or length
+ * differs: shard, message. */
+PERTA_API int perta_model_verify(const char *model, const char *patch, bool applied,
+                                 const struct perta_run *run, json_t **summary,
+                                 struct perta_err *err);
 
 #endif

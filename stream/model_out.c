@@ -6,23 +6,34 @@
 #include <string.h>
 #include <sys/stat.h>
 
-int perta_model_out_begin(struct perta_model_out *out, const char *path, bool force,
-                          struct perta_err *err)
+int perta_model_out_begin(struct perta_model_out *out, const char *path,
+                          const struct perta_journal *journal, bool force, struct perta_err *err)
 {
     *out = (struct perta_model_out){.has_folder = path != NULL, .shards = json_array()};
-    return path ? perta_publish_begin(&out->folder, path, force, err) : 0;
+    return path ? perta_journal_folder(journal, &out->folder, path, force, err) : 0;
+}
+
+void perta_model_out_known(struct perta_model_out *out, json_t *shards)
+{
+    out->is_known = true;
+    json_decref(out->shards);
+    out->shards = json_incref(shards);
 }
 
 int perta_model_out_shard(struct perta_model_out *out, const char *name,
                           const uint8_t *header, uint64_t header_bytes, uint64_t file_bytes,
                           struct perta_err *err)
 {
+    if (out->is_known)
+        return 0;
     if (out->has_folder) {
         char *path = perta_publish_path(&out->folder, name);
         if (!path)
             return perta_fail_sys(err, ENOMEM, "%s", name);
-        int rc = perta_writer_open(&out->writer, out->engine, path, file_bytes,
-                                   out->writer_bufs, err);
+        int rc = perta_publish_clear(&out->folder, name, err);
+        if (!rc)
+            rc = perta_writer_open(&out->writer, out->engine, path, file_bytes, out->writer_bufs,
+                                   err);
         free(path);
         if (rc)
             return rc;
@@ -35,6 +46,8 @@ int perta_model_out_shard(struct perta_model_out *out, const char *name,
 int perta_model_out_append(struct perta_model_out *out, const void *data, uint64_t len_bytes,
                            struct perta_err *err)
 {
+    if (out->is_known)
+        return 0;
     if (out->has_folder)
         return perta_writer_append(&out->writer, data, len_bytes, err);
     perta_digest_update(out->digest, data, len_bytes);
@@ -45,6 +58,8 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
                               struct perta_err *err)
 {
     struct perta_digest_hex hex;
+    if (out->is_known)
+        return 0;
     if (out->has_folder) {
         int rc = perta_writer_close(&out->writer, &hex, err);
         if (rc)
@@ -124,9 +139,64 @@ int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_ch
     return rc;
 }
 
-int perta_model_out_commit(struct perta_model_out *out, struct perta_err *err)
+/* ---- for a journal ---- */
+
+int perta_model_out_sync(struct perta_model_out *out, struct perta_err *err)
 {
-    return out->has_folder ? perta_publish_commit(&out->folder, err) : 0;
+    return out->writer.open ? perta_writer_sync(&out->writer, err) : 0;
+}
+
+json_t *perta_model_out_save(struct perta_model_out *out)
+{
+    json_t *finished = json_array();
+    const struct perta_digest *digest = out->writer.open ? out->writer.digest : out->digest;
+    for (; out->n_saved < json_array_size(out->shards) && !out->is_known; out->n_saved++)
+        json_array_append(finished, json_array_get(out->shards, out->n_saved));
+    return json_pack("{s:o, s:I, s:o*}", "finished", finished, "written",
+                     (json_int_t)out->written_bytes, "digest",
+                     digest ? perta_blob_of_digest(digest) : NULL);
+}
+
+int perta_model_out_restore(struct perta_model_out *out, const json_t *state,
+                            struct perta_err *err)
+{
+    const json_t *digest = json_object_get(state, "digest");
+    const json_t *finished = json_object_get(state, "finished");
+    if (!json_is_array(finished))
+        return perta_fail(err, PERTA_EINPUT, "no state of a model in a record");
+    if (!out->is_known)
+        json_array_extend(out->shards, (json_t *)(uintptr_t)finished);
+    out->n_saved = json_array_size(out->shards);
+    out->written_bytes = (uint64_t)json_integer_value(json_object_get(state, "written"));
+    perta_digest_free(out->digest); /* of the shard under way, until it is opened again */
+    out->digest = digest ? perta_digest_new(true) : NULL;
+    if (digest && !out->digest)
+        return perta_fail_sys(err, ENOMEM, "journal");
+    return !digest || perta_blob_get_digest(digest, out->digest)
+               ? 0
+               : perta_fail(err, PERTA_EINPUT, "no state of a digest in a record");
+}
+
+int perta_model_out_reopen(struct perta_model_out *out, const char *name, struct perta_err *err)
+{
+    if (!name || out->is_known)
+        return 0;
+    if (!out->digest)
+        return perta_fail(err, PERTA_EINPUT, "no digest of %s", name);
+    if (!out->has_folder)
+        return 0;
+    char *path = perta_publish_path(&out->folder, name);
+    int rc = path ? perta_writer_reopen(&out->writer, out->engine, path, out->digest,
+                                        out->writer_bufs, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", name);
+    free(path);
+    out->digest = NULL; /* the writer's now */
+    return rc;
+}
+
+uint64_t perta_model_out_tell(const struct perta_model_out *out)
+{
+    return out->written_bytes + (out->writer.open ? perta_writer_tell(&out->writer) : 0);
 }
 
 void perta_model_out_release(struct perta_model_out *out)

@@ -1,5 +1,5 @@
 /* model_out.h - the checkpoint folder that a run writes, or, without a folder, only the digests
- * that its shards would have. */
+ * that its shards would have; or not even these, where they are known already. */
 #ifndef PERTA_STREAM_MODEL_OUT_H
 #define PERTA_STREAM_MODEL_OUT_H
 
@@ -7,23 +7,28 @@
 
 #include "io/checkpoint.h"
 #include "io/publish.h"
+#include "stream/journal.h"
 #include "stream/stream.h"
 
 struct perta_model_out {
-    bool has_folder;
+    bool has_folder, is_known;
     struct perta_publish folder;
     struct perta_writer writer;   /* of the shard under way, with a folder */
     uint8_t *writer_bufs;
     struct perta_digest *digest;  /* of the shard under way, without one */
     struct perta_engine *engine;
     json_t *shards;               /* [{name, bytes, xxh3_128, sha256}] of those finished */
+    size_t n_saved;               /* of shards, in a journal's record */
     uint64_t written_bytes;
 };
 
-/* path NULL: digests only. engine and writer_bufs as perta_writer_open wants them, set before
- * the first shard. */
-int perta_model_out_begin(struct perta_model_out *out, const char *path, bool force,
-                          struct perta_err *err);
+/* path NULL: digests only. journal says whether to go on with what an interrupted run left. engine
+ * and writer_bufs as perta_writer_open wants them, set before the first shard. */
+int perta_model_out_begin(struct perta_model_out *out, const char *path,
+                          const struct perta_journal *journal, bool force, struct perta_err *err);
+/* After beginning without a folder: what the shards will be is known (a manifest's
+ * outputs.model), so what is appended does not matter. */
+void perta_model_out_known(struct perta_model_out *out, json_t *shards);
 int perta_model_out_shard(struct perta_model_out *out, const char *name,
                           const uint8_t *header, uint64_t header_bytes, uint64_t file_bytes,
                           struct perta_err *err);
@@ -35,7 +40,19 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
  * stay behind (they would carry what was erased); their names go to skipped (may be NULL). */
 int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_checkpoint *from,
                               json_t *skipped, struct perta_err *err);
-int perta_model_out_commit(struct perta_model_out *out, struct perta_err *err);
+
+/* For a journal: bring what was appended to disk; and what to keep of the state, as far as it
+ * changed since the last time, the caller's. NULL without memory. */
+int perta_model_out_sync(struct perta_model_out *out, struct perta_err *err);
+json_t *perta_model_out_save(struct perta_model_out *out);
+/* Take up such states, in order; then the shard under way (NULL: none), by its name. PERTA_EINPUT
+ * if a state is none, PERTA_ECHECK if the file is not as it was synced. */
+int perta_model_out_restore(struct perta_model_out *out, const json_t *state,
+                            struct perta_err *err);
+int perta_model_out_reopen(struct perta_model_out *out, const char *name, struct perta_err *err);
+
+/* Bytes written so far. */
+uint64_t perta_model_out_tell(const struct perta_model_out *out);
 /* Whatever its state; removes what was not committed. Nothing may run on the engine. */
 void perta_model_out_release(struct perta_model_out *out);
 

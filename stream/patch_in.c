@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -9,10 +10,37 @@
 
 #include "io/publish.h"
 
-static json_t *load_manifest(const char *dir, json_error_t *why)
+typedef unsigned long long ull;
+
+/* A file, and the digest of what was read of it. */
+struct reading {
+    FILE *file;
+    struct perta_digest *digest;
+};
+
+static size_t read_some(void *to, size_t len_bytes, void *ctx)
+{
+    struct reading *reading = ctx;
+    size_t n = fread(to, 1, len_bytes, reading->file);
+    perta_digest_update(reading->digest, to, n);
+    return ferror(reading->file) ? (size_t)-1 : n;
+}
+
+static json_t *load_manifest(const char *dir, struct perta_digest_hex *hex, json_error_t *why)
 {
     char *path = perta_path_join(dir, "manifest.json");
-    json_t *manifest = path ? json_load_file(path, JSON_REJECT_DUPLICATES, why) : NULL;
+    struct reading reading = {.digest = perta_digest_new(true)};
+    reading.file = path ? fopen(path, "rbe") : NULL;
+    json_t *manifest = NULL;
+    if (reading.file && reading.digest) {
+        manifest = json_load_callback(read_some, &reading, JSON_REJECT_DUPLICATES, why);
+        perta_digest_finish(reading.digest, hex);
+    } else {
+        snprintf(why->text, sizeof why->text, "%s", strerror(errno));
+    }
+    if (reading.file)
+        fclose(reading.file);
+    perta_digest_free(reading.digest);
     free(path);
     return manifest;
 }
@@ -26,13 +54,14 @@ static bool says_patch(const json_t *manifest)
 bool perta_patch_in_is_patch(const char *path)
 {
     json_error_t why;
-    json_t *manifest = load_manifest(path, &why);
+    struct perta_digest_hex hex;
+    json_t *manifest = load_manifest(path, &hex, &why);
     bool is = says_patch(manifest);
     json_decref(manifest);
     return is;
 }
 
-static int read_shard(struct perta_patch_in_shard *shard, const char *dir, const char *name,
+static int name_shard(struct perta_patch_in_shard *shard, const char *dir, const char *name,
                       struct perta_err *err)
 {
     size_t len = strlen(name), suffix = sizeof PERTA_PATCH_SUFFIX - 1;
@@ -44,6 +73,12 @@ static int read_shard(struct perta_patch_in_shard *shard, const char *dir, const
     shard->path = perta_path_join(dir, name);
     if (!shard->file_name || !shard->name || !shard->path)
         return perta_fail_sys(err, ENOMEM, "%s", dir);
+    return 0;
+}
+
+static int read_shard(struct perta_patch_in_shard *shard, struct perta_err *damage,
+                      struct perta_err *err)
+{
     int fd = open(shard->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     struct stat st;
     if (fd < 0)
@@ -55,12 +90,36 @@ static int read_shard(struct perta_patch_in_shard *shard, const char *dir, const
     else if (!S_ISREG(st.st_mode))
         rc = perta_fail(err, PERTA_EINPUT, "%s: not a regular file", shard->path);
     else
-        rc = perta_patch_read(fd, (uint64_t)st.st_size, shard->path, &shard->patch, err);
+        rc = perta_patch_read(fd, (uint64_t)st.st_size, shard->path, damage, &shard->patch, err);
     close(fd);
     return rc;
 }
 
-static int read_shards(struct perta_patch_in *in, struct perta_err *err)
+struct on_damage {
+    void (*tell)(void *ctx, uint32_t shard, const char *message); /* NULL: it is an error */
+    void *ctx;
+};
+
+static int read_or_tell(struct perta_patch_in *in, uint32_t i, const struct on_damage *on,
+                        struct perta_err *err)
+{
+    struct perta_err damage = {0}, why = {0};
+    if (!on->tell)
+        return read_shard(&in->shards[i], NULL, err);
+    int rc = read_shard(&in->shards[i], &damage, &why);
+    if (rc == PERTA_ESYS) {
+        *err = why;
+        return rc;
+    }
+    if (damage.code)
+        on->tell(on->ctx, i, damage.msg);
+    if (rc)
+        on->tell(on->ctx, i, why.msg);
+    return 0;
+}
+
+static int read_shards(struct perta_patch_in *in, const struct on_damage *on,
+                       struct perta_err *err)
 {
     const json_t *list = json_object_get(json_object_get(in->manifest, "outputs"), "patch");
     in->shards = calloc(json_array_size(list) + 1, sizeof *in->shards);
@@ -71,7 +130,7 @@ static int read_shards(struct perta_patch_in *in, struct perta_err *err)
             json_string_value(json_object_get(json_array_get(list, i), "name"));
         in->shards[i].file.fd = -1;
         in->n_shards++;
-        int rc = name ? read_shard(&in->shards[i], in->path, name, err)
+        int rc = name ? name_shard(&in->shards[i], in->path, name, err)
                       : perta_fail(err, PERTA_EINPUT,
                                    "%s/manifest.json: outputs.patch[%zu] has no name", in->path,
                                    i);
@@ -81,16 +140,20 @@ static int read_shards(struct perta_patch_in *in, struct perta_err *err)
             return perta_fail(err, PERTA_EINPUT,
                               "%s/manifest.json: outputs.patch is not sorted by name", in->path);
     }
-    return 0;
+    int rc = 0;
+    for (uint32_t i = 0; i < in->n_shards && !rc; i++)
+        rc = read_or_tell(in, i, on, err);
+    return rc;
 }
 
-int perta_patch_in_open(struct perta_patch_in *in, const char *path, struct perta_err *err)
+static int open_patch(struct perta_patch_in *in, const char *path, const struct on_damage *on,
+                      struct perta_err *err)
 {
     json_error_t why;
     *in = (struct perta_patch_in){.path = strdup(path)};
     if (!in->path)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    in->manifest = load_manifest(path, &why);
+    in->manifest = load_manifest(path, &in->manifest_digest, &why);
     if (!in->manifest)
         return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s; is it a patch folder?", path,
                           why.text);
@@ -101,13 +164,27 @@ int perta_patch_in_open(struct perta_patch_in *in, const char *path, struct pert
         return perta_fail(err, PERTA_EINPUT,
                           "%s/manifest.json: patch format %lld; this perta reads format %u", path,
                           (long long)version, PERTA_PATCH_VERSION);
-    return read_shards(in, err);
+    return read_shards(in, on, err);
+}
+
+int perta_patch_in_open(struct perta_patch_in *in, const char *path, struct perta_err *err)
+{
+    return open_patch(in, path, &(struct on_damage){0}, err);
+}
+
+int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
+                                void (*damaged)(void *ctx, uint32_t shard, const char *message),
+                                void *ctx, struct perta_err *err)
+{
+    return open_patch(in, path, &(struct on_damage){damaged, ctx}, err);
 }
 
 int perta_patch_in_open_files(struct perta_patch_in *in, bool direct, struct perta_err *err)
 {
     for (uint32_t i = 0; i < in->n_shards; i++) {
         struct perta_patch_in_shard *shard = &in->shards[i];
+        if (!shard->patch)
+            continue;
         int rc = perta_file_open(&shard->file, shard->path, direct, err);
         if (rc)
             return rc;
@@ -116,6 +193,14 @@ int perta_patch_in_open_files(struct perta_patch_in *in, bool direct, struct per
                               shard->path);
     }
     return 0;
+}
+
+int perta_patch_in_unchanged(const struct perta_patch_in *in, struct perta_err *err)
+{
+    int rc = 0;
+    for (uint32_t i = 0; i < in->n_shards && !rc; i++)
+        rc = perta_file_unchanged(&in->shards[i].file, err);
+    return rc;
 }
 
 void perta_patch_in_close(struct perta_patch_in *in)
@@ -131,4 +216,132 @@ void perta_patch_in_close(struct perta_patch_in *in)
     free(in->path);
     json_decref(in->manifest);
     *in = (struct perta_patch_in){0};
+}
+
+int perta_patch_in_paths(const struct perta_patch_in *in, const char ***paths, size_t *n_paths,
+                         struct perta_err *err)
+{
+    size_t n = *n_paths + in->n_shards;
+    const char **grown = realloc(*paths, (n ? n : 1) * sizeof *grown);
+    if (!grown)
+        return perta_fail_sys(err, ENOMEM, "%s", in->path);
+    for (uint32_t i = 0; i < in->n_shards; i++)
+        grown[*n_paths + i] = in->shards[i].path;
+    *paths = grown;
+    *n_paths = n;
+    return 0;
+}
+
+/* ---- the table ---- */
+
+const struct perta_tensor *perta_patch_in_tensor(const struct perta_patch_in_shard *shard,
+                                                 const struct perta_patch_entry *entry)
+{
+    return &shard->patch->after->tensors[entry->tensor];
+}
+
+uint64_t perta_patch_in_chunk_bytes(const struct perta_patch_in_shard *shard,
+                                    const struct perta_patch_entry *entry)
+{
+    return (uint64_t)entry->n_units *
+           perta_dtype_unit_bytes(perta_patch_in_tensor(shard, entry)->dtype);
+}
+
+int perta_patch_in_starts(const struct perta_patch_in_shard *shard,
+                          const struct perta_header *header, uint64_t *starts,
+                          struct perta_err *err)
+{
+    const struct perta_patch *p = shard->patch;
+    json_t *by_name = json_object();
+    int rc = by_name ? 0 : perta_fail_sys(err, ENOMEM, "%s: table", shard->path);
+    for (uint64_t i = 0; !rc && i < p->n_entries; i++)
+        if (!i || p->entries[i].tensor != p->entries[i - 1].tensor)
+            if (json_object_set_new(by_name, perta_patch_in_tensor(shard, &p->entries[i])->name,
+                                    json_integer((json_int_t)i)))
+                rc = perta_fail_sys(err, ENOMEM, "%s: table", shard->path);
+    for (uint64_t t = 0; !rc && t < header->n_tensors; t++)
+        starts[t] = (uint64_t)json_integer_value(
+            json_object_get(by_name, header->tensors[t].name));
+    json_decref(by_name);
+    return rc;
+}
+
+/* ---- with a model ---- */
+
+static int check_shard(const struct perta_patch_in_shard *shard, const struct perta_shard *have,
+                       bool forward, struct perta_err *err)
+{
+    const struct perta_header *want = forward ? shard->patch->before : shard->patch->after;
+    if (perta_header_same(have->header, want))
+        return 0;
+    return perta_fail(
+        err, PERTA_ECHECK,
+        "%s: header digest %016llx, the patch %s wants %016llx: it is for another model",
+        have->path, (ull)perta_hash64(have->header->bytes, have->header->len_bytes), shard->path,
+        (ull)perta_hash64(want->bytes, want->len_bytes));
+}
+
+int perta_patch_in_check_model(const struct perta_patch_in *in,
+                               const struct perta_checkpoint *model, bool forward,
+                               struct perta_err *err)
+{
+    for (uint32_t i = 0; i < model->n_shards || i < in->n_shards; i++) {
+        const char *have = i < model->n_shards ? model->shards[i].name : "none";
+        const char *want = i < in->n_shards ? in->shards[i].name : "none";
+        if (strcmp(have, want))
+            return perta_fail(err, PERTA_ECHECK,
+                              "%s: shard %u is %s, the patch %s wants %s: it is for another "
+                              "model",
+                              model->path, i + 1, have, in->path, want);
+        int rc = check_shard(&in->shards[i], &model->shards[i], forward, err);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+int perta_patch_in_wrong_chunk(const struct perta_patch_in_shard *shard,
+                               const struct perta_patch_entry *entry, bool forward,
+                               const char *path, uint64_t first_unit, uint64_t found,
+                               struct perta_err *err)
+{
+    uint64_t wanted = forward ? entry->hash_before : entry->hash_after;
+    uint64_t other = forward ? entry->hash_after : entry->hash_before;
+    return perta_fail(
+        err, PERTA_ECHECK,
+        "%s: tensor %s, elements %llu to %llu: digest %016llx, the patch %s wants %016llx: %s",
+        path, perta_patch_in_tensor(shard, entry)->name, (ull)first_unit,
+        (ull)(first_unit + entry->n_units - 1), (ull)found, shard->path, (ull)wanted,
+        found != other ? "it is for another model, or one of the two is damaged"
+        : forward      ? "here the patch is applied already"
+                       : "here the patch is not applied");
+}
+
+int perta_patch_in_move(const struct perta_patch_in_shard *shard,
+                        const struct perta_patch_entry *entry, bool forward,
+                        struct perta_codec *codec, const uint8_t *frame, const void *from,
+                        void *to, struct perta_err *err)
+{
+    const struct perta_tensor *tensor = perta_patch_in_tensor(shard, entry);
+    int rc = (forward ? perta_codec_apply : perta_codec_revert)(
+        codec, tensor->dtype, entry->encoding, frame, entry->frame_bytes, entry->payload_bytes,
+        from, to, perta_patch_in_chunk_bytes(shard, entry), err);
+    return rc ? perta_err_context(err, "%s: tensor %s, byte %llu", shard->path, tensor->name,
+                                  (ull)entry->frame_off)
+              : 0;
+}
+
+int perta_patch_in_check_made(const struct perta_patch_in_shard *shard,
+                              const struct perta_patch_entry *entry, bool forward,
+                              const void *made, struct perta_err *err)
+{
+    uint64_t found = perta_hash64(made, perta_patch_in_chunk_bytes(shard, entry));
+    uint64_t wanted = forward ? entry->hash_after : entry->hash_before;
+    if (found == wanted)
+        return 0;
+    return perta_fail(err, PERTA_ECHECK,
+                      "%s: tensor %s, byte %llu: the chunk leads to digest %016llx, its table "
+                      "says %016llx: the patch is damaged",
+                      shard->path, perta_patch_in_tensor(shard, entry)->name,
+                      (ull)entry->frame_off, (ull)found, (ull)wanted);
 }

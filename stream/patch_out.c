@@ -4,15 +4,17 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "stream/canonical.h"
+
 static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "planes", "grouped",
                                                               "raw"};
 
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
-                          bool force, struct perta_err *err)
+                          const struct perta_journal *journal, bool force, struct perta_err *err)
 {
     *p = (struct perta_patch_out){.shards = json_array()};
-    int rc = perta_model_out_begin(&p->model, out, force, err);
-    return rc ? rc : perta_publish_begin(&p->folder, path, force, err);
+    int rc = perta_model_out_begin(&p->model, out, journal, force, err);
+    return rc ? rc : perta_journal_folder(journal, &p->folder, path, force, err);
 }
 
 int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
@@ -43,8 +45,10 @@ static int open_patch_file(struct perta_patch_out *p, const char *shard, struct 
 {
     char *name = patch_name(shard);
     char *path = name ? perta_publish_path(&p->folder, name) : NULL;
-    int rc = path ? perta_writer_open(&p->writer, p->engine, path, 0, p->writer_bufs, err)
+    int rc = path ? perta_publish_clear(&p->folder, name, err)
                   : perta_fail_sys(err, ENOMEM, "%s", shard);
+    if (!rc)
+        rc = perta_writer_open(&p->writer, p->engine, path, 0, p->writer_bufs, err);
     free(name);
     free(path);
     return rc;
@@ -64,7 +68,7 @@ static int begin_shard(struct perta_patch_out *p, struct perta_err *err)
     free(head);
     if (rc)
         return rc;
-    p->n_entries = 0;
+    p->n_entries = p->saved_entries = 0;
     p->n_begun = 0;
     p->frames_at = head_bytes;
     p->shard_open = true;
@@ -242,7 +246,7 @@ static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inp
         "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe", recipe,
         "inputs", inputs, "outputs", "patch", p->shards, "model", p->model.shards, "counts",
         counts, "tensors", tensors, "encodings", encodings_json(p));
-    char *text = manifest ? json_dumps(manifest, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
+    char *text = manifest ? perta_canonical_json(manifest) : NULL;
     int rc = text ? perta_publish_file(&p->folder, "manifest.json", text, strlen(text), err)
                   : perta_fail_sys(err, ENOMEM, "manifest.json");
     free(text);
@@ -250,7 +254,7 @@ static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inp
     return rc;
 }
 
-int perta_patch_out_commit(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
+int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
                            const struct perta_checkpoint *from, json_t **summary,
                            struct perta_err *err)
 {
@@ -265,10 +269,6 @@ int perta_patch_out_commit(struct perta_patch_out *p, json_t *recipe, json_t *in
     if (!rc)
         rc = perta_model_out_copy_rest(&p->model, from, skipped, err);
     if (!rc)
-        rc = perta_publish_commit(&p->folder, err);
-    if (!rc)
-        rc = perta_model_out_commit(&p->model, err);
-    if (!rc && summary)
         *summary = json_pack("{s:s, s:O, s:o, s:I, s:I, s:O}", "patch", p->folder.path,
                              "counts", counts, "encodings", encodings_json(p), "patch_bytes",
                              (json_int_t)p->written_bytes, "model_bytes",
@@ -279,11 +279,196 @@ int perta_patch_out_commit(struct perta_patch_out *p, json_t *recipe, json_t *in
     return rc;
 }
 
+/* ---- for a journal ---- */
+
+/* What is counted of a tensor; the rest of perta_tensor_counts follows from the checkpoint. */
+struct counted {
+    uint64_t n_changed, n_rounded_away, n_nonfinite;
+    double sum_weight;
+};
+
+/* Counted over the whole patch. */
+struct encoded {
+    uint64_t n[PERTA_N_ENCODINGS], bytes[PERTA_N_ENCODINGS], units[PERTA_N_ENCODINGS];
+};
+
+int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err)
+{
+    int rc = p->shard_open ? perta_writer_sync(&p->writer, err) : 0;
+    return rc ? rc : perta_model_out_sync(&p->model, err);
+}
+
+/* From the first that may have changed: the last one before may have been under way. */
+static json_t *save_tensors(struct perta_patch_out *p)
+{
+    uint64_t first = p->saved_tensors ? p->saved_tensors - 1 : 0, n = p->n_tensors - first;
+    struct counted *counted = calloc(n + 1, sizeof *counted);
+    for (uint64_t i = 0; counted && i < n; i++) {
+        const struct perta_tensor_counts *c = &p->tensors[first + i];
+        counted[i] = (struct counted){c->n_changed, c->n_rounded_away, c->n_nonfinite,
+                                      c->sum_weight};
+    }
+    json_t *json = counted ? json_pack("{s:I, s:o}", "first", (json_int_t)first, "counts",
+                                       perta_blob_json(counted, n * sizeof *counted))
+                           : NULL;
+    free(counted);
+    p->saved_tensors = p->n_tensors;
+    return json;
+}
+
+static json_t *save_entries(struct perta_patch_out *p)
+{
+    uint64_t first = p->saved_entries;
+    p->saved_entries = p->n_entries;
+    return json_pack("{s:I, s:o}", "first", (json_int_t)first, "entries",
+                     perta_blob_json(p->entries + first,
+                                     (p->n_entries - first) * sizeof *p->entries));
+}
+
+json_t *perta_patch_out_save(struct perta_patch_out *p)
+{
+    struct encoded encoded;
+    memcpy(encoded.n, p->n_encoded, sizeof encoded.n);
+    memcpy(encoded.bytes, p->encoded_bytes, sizeof encoded.bytes);
+    memcpy(encoded.units, p->encoded_units, sizeof encoded.units);
+    json_t *finished = json_array();
+    for (; p->saved_shards < json_array_size(p->shards); p->saved_shards++)
+        json_array_append(finished, json_array_get(p->shards, p->saved_shards));
+    return json_pack(
+        "{s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o*}", "shard", (json_int_t)p->shard,
+        "begun", (json_int_t)p->n_begun, "frames_at", (json_int_t)p->frames_at, "written",
+        (json_int_t)p->written_bytes, "finished", finished, "tensors", save_tensors(p), "entries",
+        save_entries(p), "encoded", perta_blob_json(&encoded, sizeof encoded), "model",
+        perta_model_out_save(&p->model), "digest",
+        p->shard_open ? perta_blob_of_digest(p->writer.digest) : NULL);
+}
+
+static uint64_t uint_of(const json_t *json, const char *key)
+{
+    json_int_t value = json_integer_value(json_object_get(json, key));
+    return value < 0 ? UINT64_MAX : (uint64_t)value;
+}
+
+static bool restore_entries(struct perta_patch_out *p, const json_t *json)
+{
+    const json_t *blob = json_object_get(json, "entries");
+    uint64_t first = uint_of(json, "first"), n = perta_blob_bytes(blob) / sizeof *p->entries;
+    if (first > p->n_entries)
+        return false;
+    void *grown = realloc(p->entries, (first + n + 1) * sizeof *p->entries);
+    if (!grown)
+        return false;
+    p->entries = grown;
+    p->n_entries = p->entries_max = p->saved_entries = first + n;
+    return perta_blob_get(blob, p->entries + first, n * sizeof *p->entries);
+}
+
+/* Tensors of shards before this one, and those begun of it. */
+static uint64_t tensors_until(const struct perta_patch_out *p, uint32_t shard, uint64_t begun)
+{
+    uint64_t n = begun;
+    for (uint32_t s = 0; s < shard; s++)
+        n += p->after->shards[s].header->n_tensors;
+    return n;
+}
+
+static bool restore_tensors(struct perta_patch_out *p, const json_t *json, uint64_t n_tensors)
+{
+    const json_t *blob = json_object_get(json, "counts");
+    struct counted *counted = malloc(perta_blob_bytes(blob) + 1);
+    uint64_t first = uint_of(json, "first"), n = perta_blob_bytes(blob) / sizeof *counted;
+    bool good = counted && first <= p->saved_tensors && n <= n_tensors && first == n_tensors - n &&
+                perta_blob_get(blob, counted, n * sizeof *counted);
+    for (uint64_t i = 0; good && i < n; i++) {
+        struct perta_tensor_counts *c = &p->tensors[first + i];
+        c->n_changed = counted[i].n_changed;
+        c->n_rounded_away = counted[i].n_rounded_away;
+        c->n_nonfinite = counted[i].n_nonfinite;
+        c->sum_weight = counted[i].sum_weight;
+    }
+    free(counted);
+    p->saved_tensors = n_tensors;
+    return good;
+}
+
+/* What begin_tensors() said of them. */
+static void name_tensors(struct perta_patch_out *p)
+{
+    uint64_t i = 0;
+    for (uint32_t s = 0; s < p->after->n_shards; s++)
+        for (uint64_t t = 0; t < p->after->shards[s].header->n_tensors && i < p->n_tensors;
+             t++, i++) {
+            p->tensors[i].name = p->after->shards[s].header->tensors[t].name;
+            p->tensors[i].action = p->actions[i];
+            p->tensors[i].n_params = p->after->shards[s].header->tensors[t].n_elems;
+        }
+}
+
+static bool restore(struct perta_patch_out *p, const json_t *state)
+{
+    uint64_t shard = uint_of(state, "shard"), begun = uint_of(state, "begun");
+    const json_t *digest = json_object_get(state, "digest");
+    const json_t *finished = json_object_get(state, "finished");
+    struct encoded encoded;
+    bool open = digest != NULL;
+    uint64_t most = open && shard < p->after->n_shards
+                        ? p->after->shards[shard].header->n_tensors
+                        : 0;
+    begun = open ? begun : 0;
+    if (shard + open > p->after->n_shards || begun > most || !json_is_array(finished) ||
+        json_array_extend(p->shards, (json_t *)(uintptr_t)finished) ||
+        !perta_blob_get(json_object_get(state, "encoded"), &encoded, sizeof encoded))
+        return false;
+    if (shard != p->shard)
+        p->n_entries = 0;
+    p->shard = (uint32_t)shard;
+    p->shard_open = open;
+    p->n_begun = begun;
+    p->frames_at = uint_of(state, "frames_at");
+    p->written_bytes = uint_of(state, "written");
+    p->saved_shards = json_array_size(p->shards);
+    p->n_tensors = tensors_until(p, p->shard, begun);
+    memcpy(p->n_encoded, encoded.n, sizeof encoded.n);
+    memcpy(p->encoded_bytes, encoded.bytes, sizeof encoded.bytes);
+    memcpy(p->encoded_units, encoded.units, sizeof encoded.units);
+    perta_digest_free(p->digest);
+    p->digest = open ? perta_digest_new(true) : NULL;
+    return (!open || (p->digest && perta_blob_get_digest(digest, p->digest))) &&
+           restore_tensors(p, json_object_get(state, "tensors"), p->n_tensors) &&
+           restore_entries(p, json_object_get(state, "entries"));
+}
+
+int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
+                            struct perta_err *err)
+{
+    if (!restore(p, state))
+        return perta_fail(err, PERTA_EINPUT, "no state of a patch in a record");
+    return perta_model_out_restore(&p->model, json_object_get(state, "model"), err);
+}
+
+int perta_patch_out_reopen(struct perta_patch_out *p, struct perta_err *err)
+{
+    name_tensors(p);
+    if (!p->shard_open)
+        return 0;
+    const char *shard = p->after->shards[p->shard].name;
+    char *name = patch_name(shard);
+    char *path = name ? perta_publish_path(&p->folder, name) : NULL;
+    int rc = path ? perta_writer_reopen(&p->writer, p->engine, path, p->digest, p->writer_bufs, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", shard);
+    if (path)
+        p->digest = NULL; /* the writer's now */
+    free(name);
+    free(path);
+    return rc ? rc : perta_model_out_reopen(&p->model, shard, err);
+}
+
 void perta_patch_out_release(struct perta_patch_out *p)
 {
     perta_writer_abort(&p->writer);
     perta_model_out_release(&p->model);
     perta_publish_release(&p->folder);
+    perta_digest_free(p->digest);
     json_decref(p->shards);
     free(p->entries);
     free(p->tensors);

@@ -23,6 +23,7 @@ struct perta_patch_out {
     struct perta_engine *engine;
     struct perta_writer writer;
     uint8_t *writer_bufs;
+    struct perta_digest *digest; /* restored, of the file that is to be opened again */
 
     const struct perta_checkpoint *before, *after; /* borrowed */
     const char *const *actions;                    /* borrowed; one for each tensor of after */
@@ -37,14 +38,15 @@ struct perta_patch_out {
     struct perta_tensor_counts *tensors; /* (after->n_tensors), shard by shard */
     uint64_t n_tensors;                  /* begun of all */
     json_t *shards; /* finished .perta files */
+    uint64_t saved_shards, saved_tensors, saved_entries; /* in a journal's record */
     uint64_t n_encoded[PERTA_N_ENCODINGS], encoded_bytes[PERTA_N_ENCODINGS];
     uint64_t encoded_units[PERTA_N_ENCODINGS];
     uint64_t written_bytes;
 };
 
-/* out NULL: no model folder. */
+/* out NULL: no model folder. journal says whether to go on with what an interrupted run left. */
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
-                          bool force, struct perta_err *err);
+                          const struct perta_journal *journal, bool force, struct perta_err *err);
 /* What is patched: shards and tensors of both agree (the caller checked), and after's order is
  * the order of the chunks to come. actions (after->n_tensors, shard by shard) say what is done
  * to each tensor. patch_bufs and model_bufs (with a model folder) are PERTA_WRITER_BYTES. */
@@ -71,12 +73,22 @@ struct perta_chunk_out {
 int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_out *chunk,
                           struct perta_err *err);
 
-/* Finish all shards, write manifest.json and publish both folders. recipe and inputs are borrowed; from is the
- * checkpoint whose other files go with the model. *summary (may be NULL) gets what a person
- * wants to know, the caller's. */
-int perta_patch_out_commit(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
+/* Finish all shards, write manifest.json and what else belongs to the folders: complete but for
+ * their names. recipe and inputs are borrowed; from is the checkpoint whose other files go with
+ * the model. *summary gets what a person wants to know, the caller's. */
+int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
                            const struct perta_checkpoint *from, json_t **summary,
                            struct perta_err *err);
+
+/* For a journal: bring all chunks to disk; and what to keep of the state, as far as it changed
+ * since the last time, the caller's. NULL without memory. */
+int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err);
+json_t *perta_patch_out_save(struct perta_patch_out *p);
+/* After perta_patch_out_attach: take up such states, in order; then the files under way.
+ * PERTA_EINPUT if a state is none, PERTA_ECHECK if a file is not as it was synced. */
+int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
+                            struct perta_err *err);
+int perta_patch_out_reopen(struct perta_patch_out *p, struct perta_err *err);
 void perta_patch_out_release(struct perta_patch_out *p);
 
 #endif

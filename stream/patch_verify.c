@@ -23,7 +23,6 @@ struct job {
     uint64_t entry;
     bool head_done;
     /* the owner's, for commit() */
-    uint32_t done;
     struct perta_digest *digest;
 };
 
@@ -33,6 +32,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     (void)err;
     struct job *job = ctx;
+    while (job->shard < job->patch.n_shards && !job->patch.shards[job->shard].patch)
+        job->shard++;
     if (job->shard == job->patch.n_shards)
         return 0;
     struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
@@ -81,10 +82,23 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     return 0;
 }
 
-static void differ(struct job *job, const char *file, const char *tensor, json_t *what)
+static json_t *differ(struct job *job, uint32_t shard, const char *tensor, json_t *what)
 {
-    json_array_append_new(job->differences, json_pack("{s:s, s:s?, s:o}", "file", file, "tensor",
-                                                      tensor, "what", what));
+    json_t *item = json_pack("{s:s, s:s?, s:o}", "file", job->patch.shards[shard].file_name,
+                             "tensor", tensor, "what", what);
+    json_array_append_new(job->differences, item);
+    return item;
+}
+
+/* Of a file that is missing, or whose head or table is damaged. */
+static void note_damage(void *ctx, uint32_t shard, const char *message)
+{
+    struct job *job = ctx;
+    /* Messages start with the path, which the item has. */
+    size_t path = strlen(job->patch.shards[shard].path);
+    bool has_path = !strncmp(message, job->patch.shards[shard].path, path) &&
+                    !strncmp(message + path, ": ", 2);
+    differ(job, shard, NULL, json_string(has_path ? message + path + 2 : message));
 }
 
 static uint64_t first_unit(const struct perta_patch *p, uint64_t entry)
@@ -100,26 +114,27 @@ static void note_frame(struct job *job, const struct perta_piece *piece)
     const struct perta_patch_in_shard *shard = &job->patch.shards[piece->shard];
     const struct perta_patch_entry *e = &shard->patch->entries[piece->tag];
     unsigned long long first = first_unit(shard->patch, piece->tag);
-    differ(job, shard->file_name, shard->patch->after->tensors[e->tensor].name,
-           json_sprintf("frame at byte %llu (elements %llu to %llu) is damaged",
-                        (unsigned long long)e->frame_off, first, first + e->n_units - 1));
+    json_t *item = differ(job, piece->shard, shard->patch->after->tensors[e->tensor].name,
+                          json_sprintf("frame at byte %llu (elements %llu to %llu) is damaged",
+                                       (unsigned long long)e->frame_off, first,
+                                       first + e->n_units - 1));
+    json_object_set_new(item, "first", json_integer((json_int_t)first));
+    json_object_set_new(item, "elements", json_integer((json_int_t)e->n_units));
 }
 
-static void end_file(struct job *job)
+static void end_file(struct job *job, uint32_t shard)
 {
-    const struct perta_patch_in_shard *shard = &job->patch.shards[job->done];
     const json_t *outputs = json_object_get(job->patch.manifest, "outputs");
-    const json_t *listed = json_array_get(json_object_get(outputs, "patch"), job->done);
+    const json_t *listed = json_array_get(json_object_get(outputs, "patch"), shard);
     struct perta_digest_hex hex;
     perta_digest_finish(job->digest, &hex);
     perta_digest_free(job->digest);
     job->digest = NULL;
     const char *sha256 = json_string_value(json_object_get(listed, "sha256"));
     if (!sha256 || strcmp(sha256, hex.sha256))
-        differ(job, shard->file_name, NULL,
+        differ(job, shard, NULL,
                json_sprintf("SHA-256 %s, manifest.json says %s", hex.sha256,
                             sha256 ? sha256 : "nothing"));
-    job->done++;
 }
 
 static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
@@ -132,7 +147,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     if (*(const uint64_t *)(const void *)piece->out)
         note_frame(job, piece);
     if (piece->tensor == TABLE)
-        end_file(job);
+        end_file(job, piece->shard);
     return 0;
 }
 
@@ -140,6 +155,8 @@ static void measure(struct job *job, struct perta_job *sizes)
 {
     for (uint32_t s = 0; s < job->patch.n_shards; s++) {
         const struct perta_patch *p = job->patch.shards[s].patch;
+        if (!p)
+            continue;
         uint64_t most = p->file_bytes - p->table_off;
         most = p->head_bytes > most ? p->head_bytes : most;
         for (uint64_t e = 0; e < p->n_entries; e++) {
@@ -176,13 +193,12 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_st
                               .commit = commit};
     measure(job, &sizes);
     int rc = make_scratch(job, err);
-    const char **paths = calloc(job->patch.n_shards + 1, sizeof *paths);
-    if (!rc && !paths)
-        rc = perta_fail_sys(err, ENOMEM, "verify");
-    for (uint32_t i = 0; paths && i < job->patch.n_shards; i++)
-        paths[i] = job->patch.shards[i].path;
+    const char **paths = NULL;
+    size_t n_paths = 0;
     if (!rc)
-        rc = perta_stream_open(run, &sizes, paths, job->patch.n_shards, 0, stream, err);
+        rc = perta_patch_in_paths(&job->patch, &paths, &n_paths, err);
+    if (!rc)
+        rc = perta_stream_open(run, &sizes, paths, n_paths, 0, stream, err);
     free(paths);
     if (!rc)
         rc = perta_patch_in_open_files(&job->patch, perta_stream_engine(*stream)->wants_direct,
@@ -196,7 +212,7 @@ int perta_patch_verify(const char *path, const struct perta_run *run, json_t **s
     struct job job = {.differences = json_array(), .n_workers = perta_run_threads(run)};
     struct perta_stream *stream = NULL;
     *summary = NULL;
-    int rc = perta_patch_in_open(&job.patch, path, err);
+    int rc = perta_patch_in_open_damaged(&job.patch, path, note_damage, &job, err);
     if (!rc)
         rc = run_all(&job, run, &stream, err);
     if (!rc) {

@@ -59,7 +59,7 @@ void perta_slot_release(struct perta_slot *slot)
 
 void perta_slot_clear(struct perta_slot *slot)
 {
-    slot->n_pieces = slot->n_reads = slot->n_pending = 0;
+    slot->n_pieces = slot->n_reads = slot->n_pending = slot->n_good = 0;
     slot->in_bytes = slot->out_bytes = 0;
     slot->err.code = 0;
 }

@@ -19,6 +19,7 @@ struct perta_slot {
     struct perta_range *ranges; /* (pieces_max, n_in) */
     struct perta_slot_read *reads; /* (pieces_max * n_in) */
     uint32_t n_pieces, n_reads, n_pending;
+    uint32_t n_good; /* pieces worked on without error */
     uint8_t *in, *out;
     uint64_t in_bytes, out_bytes; /* used of them */
     struct perta_err err;         /* of work on it, or of reading it */

@@ -33,7 +33,8 @@ struct perta_stream {
 
     /* the owner's */
     uint64_t n_filled, n_committed; /* batches so far; a batch's slot is its number mod n_slots */
-    bool ended;                     /* next() had no more */
+    bool ended;                     /* next() had no more, or failed */
+    struct perta_err next_err;      /* its failure: reported after all pieces before it */
     struct perta_piece pending;     /* taken from next(), not in a slot yet */
     bool has_pending;
     uint64_t read_bytes;
@@ -166,6 +167,11 @@ uint8_t *perta_stream_writer_bufs(struct perta_stream *s, unsigned i)
     return s->writer_bufs + i * PERTA_WRITER_BYTES;
 }
 
+void perta_stream_skip(struct perta_stream *s, uint64_t done_bytes)
+{
+    s->job.total_bytes -= done_bytes < s->job.total_bytes ? done_bytes : s->job.total_bytes;
+}
+
 uint64_t perta_stream_read_bytes(const struct perta_stream *s)
 {
     return s->read_bytes;
@@ -189,21 +195,33 @@ static enum perta_slot_state get_state(struct perta_stream *s, const struct pert
     return state;
 }
 
+/* Reads end in any order; the failure to report is that of the first piece. */
+static void find_failed(struct perta_slot *slot)
+{
+    const struct perta_slot_read *first = NULL;
+    for (uint32_t i = 0; i < slot->n_reads; i++) {
+        const struct perta_slot_read *read = &slot->reads[i];
+        if (read->request.sys_errno && (!first || read->first_piece < first->first_piece))
+            first = read;
+    }
+    if (first)
+        perta_request_error(&first->request, &slot->err);
+}
+
 /* READING -> READY, when the last of the slot's reads is done. */
 static void on_read(struct perta_request *request)
 {
     struct perta_slot *slot = request->user;
     struct perta_stream *s = slot->stream;
-    if (request->sys_errno)
-        perta_request_error(request, &slot->err);
     if (--slot->n_pending)
         return;
+    find_failed(slot);
     perta_slot_point(slot, &s->shape);
     set_state(s, slot, SLOT_READY);
 }
 
-/* Put pieces into a slot until one does not fit. 1: the slot has some. */
-static int pack(struct perta_stream *s, struct perta_slot *slot, struct perta_err *err)
+/* Put pieces into a slot until one does not fit. True: the slot has some. */
+static bool pack(struct perta_stream *s, struct perta_slot *slot)
 {
     perta_slot_clear(slot);
     for (;;) {
@@ -211,11 +229,9 @@ static int pack(struct perta_stream *s, struct perta_slot *slot, struct perta_er
             struct perta_range *in = s->pending.in;
             memset(in, 0, s->shape.n_in * sizeof *in);
             s->pending = (struct perta_piece){.in = in};
-            int rc = s->job.next(s->job.ctx, &s->pending, err);
-            if (rc < 0)
-                return rc;
-            s->has_pending = rc;
-            s->ended = !rc;
+            int rc = s->job.next(s->job.ctx, &s->pending, &s->next_err);
+            s->has_pending = rc > 0;
+            s->ended = rc <= 0;
         }
         if (!s->has_pending || !perta_slot_add(slot, &s->shape, &s->pending)) {
             assert(!s->has_pending || slot->n_pieces); /* the job's *_max must be true */
@@ -226,13 +242,12 @@ static int pack(struct perta_stream *s, struct perta_slot *slot, struct perta_er
 }
 
 /* FREE -> READING: fill every free slot in turn. */
-static int read_ahead(struct perta_stream *s, struct perta_err *err)
+static void read_ahead(struct perta_stream *s)
 {
     while (s->n_filled - s->n_committed < s->n_slots && (!s->ended || s->has_pending)) {
         struct perta_slot *slot = &s->slots[s->n_filled % s->n_slots];
-        int rc = pack(s, slot, err);
-        if (rc <= 0)
-            return rc;
+        if (!pack(s, slot))
+            return;
         perta_slot_lay_out(slot, &s->shape);
         slot->stream = s;
         slot->n_pending = slot->n_reads;
@@ -246,21 +261,20 @@ static int read_ahead(struct perta_stream *s, struct perta_err *err)
             perta_engine_submit(s->engine, &slot->reads[i].request);
         }
     }
-    return 0;
 }
 
 /* DONE -> FREE: commit the oldest batch. */
 static int commit(struct perta_stream *s, struct perta_slot *slot, struct perta_err *err)
 {
-    if (slot->err.code) {
-        *err = slot->err;
-        return err->code;
-    }
     int rc = 0;
-    for (uint32_t i = 0; i < slot->n_pieces && !rc; i++) {
+    for (uint32_t i = 0; i < slot->n_good && !rc; i++) {
         for (uint32_t k = 0; k < s->shape.n_in; k++)
             s->read_bytes += slot->pieces[i].in[k].len_bytes;
         rc = s->job.commit(s->job.ctx, &slot->pieces[i], err);
+    }
+    if (!rc && slot->err.code) {
+        *err = slot->err;
+        rc = err->code;
     }
     for (uint32_t i = 0; i < slot->n_reads; i++)
         perta_engine_release(s->engine, &slot->reads[i].request);
@@ -284,11 +298,13 @@ static int turn(struct perta_stream *s, struct perta_err *err)
     for (;;) {
         if (cancelled(s))
             return perta_fail(err, PERTA_EINTR, "interrupted");
-        int rc = read_ahead(s, err);
-        if (rc)
-            return rc;
-        if (s->n_committed == s->n_filled)
-            return 0;
+        read_ahead(s);
+        if (s->n_committed == s->n_filled) {
+            if (s->next_err.code)
+                *err = s->next_err;
+            return s->next_err.code;
+        }
+        int rc;
         struct perta_slot *oldest = &s->slots[s->n_committed % s->n_slots];
         if (get_state(s, oldest) == SLOT_DONE)
             rc = commit(s, oldest, err);
@@ -326,8 +342,9 @@ static void *worker(void *arg)
     unsigned number = s->next_worker++;
     pthread_mutex_unlock(&s->lock);
     for (struct perta_slot *slot; (slot = take_slot(s));) {
-        for (uint32_t i = 0; i < slot->n_pieces && !slot->err.code; i++)
-            s->job.work(s->job.ctx, number, &slot->pieces[i], &slot->err);
+        for (; slot->n_good < slot->n_pieces && !slot->err.code; slot->n_good++)
+            if (s->job.work(s->job.ctx, number, &slot->pieces[slot->n_good], &slot->err))
+                break;
         set_state(s, slot, SLOT_DONE);
         perta_engine_wake(s->engine);
     }

@@ -24,6 +24,7 @@ struct perta_run {
     void (*progress)(void *user, uint64_t done_bytes, uint64_t total_bytes); /* may be NULL */
     void *progress_user;
     const volatile sig_atomic_t *cancel; /* set from outside to stop; may be NULL */
+    bool resume;  /* go on with what an interrupted run left, if it left anything */
     bool dry_run; /* check all that needs no tensor data, then stop, writing nothing */
 };
 
@@ -85,6 +86,8 @@ PERTA_API int perta_stream_read_file(struct perta_stream *stream, struct perta_f
                                      void (*use)(void *ctx, const uint8_t *data,
                                                  uint64_t len_bytes),
                                      void *ctx, struct perta_err *err);
+/* Before the run: so many of the job's bytes were read by another. */
+void perta_stream_skip(struct perta_stream *stream, uint64_t done_bytes);
 /* Bytes read so far. */
 PERTA_API uint64_t perta_stream_read_bytes(const struct perta_stream *stream);
 

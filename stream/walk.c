@@ -28,7 +28,8 @@ int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at)
             continue;
         }
         uint64_t width = perta_dtype_unit_bytes(tensor->dtype);
-        uint64_t n = left < PERTA_CHUNK_ELEMS ? left : PERTA_CHUNK_ELEMS;
+        uint64_t most = walk->chunk_units ? walk->chunk_units : PERTA_CHUNK_ELEMS;
+        uint64_t n = left < most ? left : most;
         *at = (struct perta_chunk_at){
             .shard = walk->shard,
             .tensor = (uint32_t)walk->tensor,
@@ -42,6 +43,19 @@ int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at)
         walk->unit += n;
         return 1;
     }
+}
+
+bool perta_walk_to(struct perta_walk *walk, uint32_t shard, uint64_t tensor, uint64_t unit)
+{
+    if (shard >= walk->ck->n_shards || tensor >= walk->ck->shards[shard].header->n_tensors ||
+        unit > units_of(&walk->ck->shards[shard].header->tensors[tensor]))
+        return false;
+    walk->shard = shard;
+    walk->tensor = walk->index = tensor;
+    walk->unit = unit;
+    for (uint32_t s = 0; s < shard; s++)
+        walk->index += walk->ck->shards[s].header->n_tensors;
+    return true;
 }
 
 uint64_t perta_walk_chunk_bytes(const struct perta_tensor *tensor)

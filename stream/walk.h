@@ -2,17 +2,20 @@
 #ifndef PERTA_STREAM_WALK_H
 #define PERTA_STREAM_WALK_H
 
+#include <stdbool.h>
+
 #include "io/checkpoint.h"
 #include "io/codec.h"
 
 struct perta_walk {
     const struct perta_checkpoint *ck;
+    uint64_t chunk_units; /* of a chunk at most; 0: PERTA_CHUNK_ELEMS */
     uint32_t shard; /* where the next chunk is */
     uint64_t tensor, unit;
     uint64_t index; /* of that tensor in the whole checkpoint */
 };
 
-/* PERTA_CHUNK_ELEMS units of a tensor, or its last ones. */
+/* So many units of a tensor, or its last ones. */
 struct perta_chunk_at {
     uint32_t shard, tensor;
     uint64_t index;                 /* of the tensor in the whole checkpoint */
@@ -23,6 +26,9 @@ struct perta_chunk_at {
 
 /* 1: *at is the next chunk; 0: there is none. Empty tensors have none. */
 int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at);
+
+/* Go on from that unit of that tensor, which may be its end. False: there is no such place. */
+bool perta_walk_to(struct perta_walk *walk, uint32_t shard, uint64_t tensor, uint64_t unit);
 
 /* Bytes of the largest chunk that a tensor has. */
 uint64_t perta_walk_chunk_bytes(const struct perta_tensor *tensor);

@@ -107,6 +107,9 @@ static void round_trip(struct perta_codec *codec, enum perta_dtype dtype, enum c
     ck_assert_ok(perta_codec_revert(codec, dtype, coded.encoding, frame, coded.frame_bytes,
                                     coded.payload_bytes, after, back, len, &err));
     ck_assert_mem_eq(back, before, len);
+    ck_assert_ok(perta_codec_count(codec, dtype, coded.encoding, frame, coded.frame_bytes,
+                                   coded.payload_bytes, len, &n_changed, &err));
+    ck_assert_uint_eq(coded.n_changed, n_changed);
 
     /* the same at an odd address */
     struct perta_coded again;
@@ -267,6 +270,10 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
         int rc = (i & 1 ? perta_codec_apply : perta_codec_revert)(
             codec, dtype, encoding, frame, frame_bytes, payload_bytes, from, to, len, &why);
         ck_assert(rc == 0 || (rc == PERTA_ECHECK && strstr(why.msg, "the frame is damaged: ")));
+        uint64_t n_changed;
+        ck_assert_int_eq(perta_codec_count(codec, dtype, encoding, frame, frame_bytes,
+                                           payload_bytes, len, &n_changed, &why),
+                         rc);
         n_fine[encoding] += !rc;
         free(from);
         free(to);
@@ -276,6 +283,48 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
     perta_codec_free(codec);
     free(payload);
     free(frame);
+}
+END_TEST
+
+/* As compose does it where nothing is grouped: the same frame, without the bytes before. */
+START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
+{
+    enum { LEN = 4096 };
+    static const uint8_t zeros[LEN];
+    struct perta_codec *codec = perta_codec_new(LEN);
+    uint8_t *steps[3] = {alloc(LEN), alloc(LEN), alloc(LEN)}, *sum[2] = {alloc(LEN), alloc(LEN)};
+    uint8_t *frame = alloc(perta_codec_bound(LEN)), *again = alloc(perta_codec_bound(LEN));
+    for (int d = 0; d < PERTA_N_DTYPES; d++) {
+        enum perta_dtype dtype = (enum perta_dtype)d;
+        struct perta_coded coded;
+        for (int i = 0; i < 3; i++)
+            fill_random(steps[i], LEN, (uint64_t)(3 * d + i));
+        if (perta_codec_groups(dtype))
+            continue;
+        const uint8_t *at = zeros;
+        for (int i = 0; i < 2; i++) {
+            ck_assert_ok(perta_codec_encode(codec, dtype, steps[i], steps[i + 1], LEN, frame,
+                                            perta_codec_bound(LEN), &coded, &err));
+            ck_assert_ok(perta_codec_apply(codec, dtype, coded.encoding, frame,
+                                           coded.frame_bytes, coded.payload_bytes, at, sum[i],
+                                           LEN, &err));
+            at = sum[i];
+        }
+        ck_assert_ok(perta_codec_encode(codec, dtype, zeros, at, LEN, again,
+                                        perta_codec_bound(LEN), &coded, &err));
+        size_t n = coded.frame_bytes;
+        ck_assert_ok(perta_codec_encode(codec, dtype, steps[0], steps[2], LEN, frame,
+                                        perta_codec_bound(LEN), &coded, &err));
+        ck_assert_uint_eq(coded.frame_bytes, n);
+        ck_assert_mem_eq(frame, again, n);
+    }
+    for (int i = 0; i < 3; i++)
+        free(steps[i]);
+    for (int i = 0; i < 2; i++)
+        free(sum[i]);
+    free(frame);
+    free(again);
+    perta_codec_free(codec);
 }
 END_TEST
 
@@ -299,6 +348,7 @@ int main(void)
     tcase_add_test(tests, kernels_agree_for_every_instruction_set);
     tcase_add_test(tests, frames_that_lie_are_refused_or_harmless);
     tcase_add_test(tests, payloads_that_lie_are_refused_or_harmless);
+    tcase_add_test(tests, what_is_never_grouped_adds_up_on_any_bytes_before);
     tcase_add_test(tests, a_chunk_too_large_for_the_codec_is_refused);
     return run_suite("codec", tests);
 }

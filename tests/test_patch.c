@@ -64,7 +64,7 @@ START_TEST(what_was_built_is_parsed_from_memory_and_from_a_file)
         fflush(file);
         struct perta_patch *patches[2];
         ck_assert_ok(perta_patch_parse(bytes, len, "p", &patches[0], &err));
-        ck_assert_ok(perta_patch_read(fileno(file), len, "p", &patches[1], &err));
+        ck_assert_ok(perta_patch_read(fileno(file), len, "p", NULL, &patches[1], &err));
         for (int i = 0; i < 2; i++) {
             const struct perta_patch *p = patches[i];
             ck_assert_int_eq(p->before == p->after, !differ);
@@ -207,7 +207,7 @@ START_TEST(a_file_shorter_than_it_was_is_refused)
         struct perta_err why = {0};
         ck_assert_uint_eq(fwrite(bytes, 1, n, file), n);
         fflush(file);
-        ck_assert_int_eq(perta_patch_read(fileno(file), len, "p", &patch, &why), PERTA_EINPUT);
+        ck_assert_int_eq(perta_patch_read(fileno(file), len, "p", NULL, &patch, &why), PERTA_EINPUT);
         ck_assert_ptr_nonnull(strstr(why.msg, "p: ends at byte "));
         fclose(file);
     }

@@ -165,6 +165,29 @@ static void errors_come_in_order(struct toy *toy, enum perta_io_mode mode, unsig
     ck_assert_str_eq(e.msg, "commit 31");
 }
 
+static void earlier_errors_win(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    static const struct {
+        uint64_t next, work, commit;
+        const char *first;
+    } cases[] = {{40, 23, 31, "work 23"}, {23, 40, 31, "next 23"}, {40, 31, 23, "commit 23"}};
+    for (size_t i = 0; i < 3; i++) {
+        struct toy t = *toy;
+        struct perta_err e = {0};
+        t.fail_next = cases[i].next;
+        t.fail_work = cases[i].work;
+        t.fail_commit = cases[i].commit;
+        ck_assert_int_eq(run_toy(&t, mode, n_threads, 512u << 20, &e), PERTA_EINPUT);
+        ck_assert_str_eq(e.msg, cases[i].first);
+    }
+}
+
+START_TEST(of_several_errors_the_first_in_order_is_returned)
+{
+    with_toys(earlier_errors_win);
+}
+END_TEST
+
 START_TEST(the_first_error_in_order_stops_the_loop)
 {
     with_toys(errors_come_in_order);
@@ -193,7 +216,7 @@ static void cut_short(struct toy *toy, enum perta_io_mode mode, unsigned n_threa
     struct perta_err e = {0};
     ck_assert_int_eq(truncate("b", TOY_BYTES / 2), 0);
     ck_assert_int_eq(run_toy(toy, mode, n_threads, 512u << 20, &e), PERTA_EINPUT);
-    ck_assert_msg(!strncmp(e.msg, "b: ends at byte ", 16), "%s", e.msg);
+    ck_assert_msg(!strncmp(e.msg, "b: ends at byte 3000005, ", 25), "%s", e.msg);
     ck_assert_uint_gt(toy->n_commit, 0); /* what was whole before it came through */
     put_file("b", toy->data[1], TOY_BYTES);
 }
@@ -329,6 +352,7 @@ int main(void)
     tcase_add_checked_fixture(tests, enter, leave);
     tcase_add_test(tests, the_loop_commits_every_byte_once_in_order);
     tcase_add_test(tests, the_first_error_in_order_stops_the_loop);
+    tcase_add_test(tests, of_several_errors_the_first_in_order_is_returned);
     tcase_add_test(tests, the_loop_stops_when_told);
     tcase_add_test(tests, a_file_cut_short_stops_the_loop);
     tcase_add_test(tests, the_loop_does_not_start_when_told_before);

@@ -11,7 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { KEY_MEMORY = 0x100, KEY_THREADS, KEY_IO, KEY_JSON, KEY_PROGRESS, KEY_FORCE, KEY_DRY_RUN };
+enum { KEY_MEMORY = 0x100, KEY_THREADS, KEY_IO, KEY_JSON, KEY_PROGRESS, KEY_FORCE, KEY_DRY_RUN,
+       KEY_RESUME };;
 
 static volatile sig_atomic_t cancelled;
 
@@ -186,6 +187,9 @@ static error_t parse_writing(int key, char *arg, struct argp_state *state)
     case KEY_DRY_RUN:
         cli->run.dry_run = true;
         return 0;
+    case KEY_RESUME:
+        cli->run.resume = true;
+        return 0;
     }
     return ARGP_ERR_UNKNOWN;
 }
@@ -193,6 +197,8 @@ static error_t parse_writing(int key, char *arg, struct argp_state *state)
 static const struct argp_option writing_options[] = {
     {"force", KEY_FORCE, NULL, 0,
      "Replace an output folder that exists, and what an interrupted run left", 80},
+    {"resume", KEY_RESUME, NULL, 0,
+     "Go on where an interrupted run with the same flags was, if there was one", 80},
     {"dry-run", KEY_DRY_RUN, NULL, 0,
      "Check everything that can be checked without reading tensors; write nothing", 80},
     {0}};

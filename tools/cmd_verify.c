@@ -1,7 +1,6 @@
 #include <string.h>
 
 #include "io/checkpoint.h"
-#include "stream/apply.h"
 #include "stream/manifest.h"
 #include "stream/patch_in.h"
 #include "tools/cli.h"
@@ -67,7 +66,8 @@ static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}
 static const struct argp argp = {
     options, parse, "PATH",
     "Check a patch (every table, every frame, every digest), a folder against a manifest, or a "
-    "model against a patch. Exit 1 if anything differs; each difference is named, to the tensor."
+    "model against a patch. Exit 1 if anything differs; every difference is named, in a patch "
+    "and against one with tensor and elements, against a manifest with the tensor."
     "\v"
     "Examples:\n"
     "  perta verify patches/alpha-1\n"
@@ -93,12 +93,9 @@ static void say_differences(const struct cli *cli, const json_t *summary)
 
 static int verify(struct args *args, json_t **summary, struct perta_err *err)
 {
-    if (args->patch) {
-        struct perta_apply apply = {.model = args->path, .patch = args->patch,
-                                    .mode = args->applied ? PERTA_CHECK_APPLIED
-                                                          : PERTA_CHECK_ORIGINAL};
-        return perta_apply(&apply, &args->cli.run, summary, err);
-    }
+    if (args->patch)
+        return perta_model_verify(args->path, args->patch, args->applied, &args->cli.run,
+                                  summary, err);
     if (args->manifest)
         return perta_manifest_verify(args->path, args->manifest, &args->cli.run, summary, err);
     if (perta_patch_in_is_patch(args->path))

@@ -1,7 +1,9 @@
 /* perta - make a language model forget, out of core. */
 #include <malloc.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tools/cli.h"
 
@@ -9,18 +11,32 @@ static const struct verb {
     const char *name;
     int (*run)(int argc, char **argv);
     const char *what;
+    bool computes; /* matrix products */
 } verbs[] = {
-    {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch"},
-    {"estimate", cmd_estimate, "importance from a model and text"},
-    {"accumulate", cmd_accumulate, "importance from gradient dumps"},
-    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model"},
-    {"diff", cmd_diff, "a patch between any two checkpoints"},
-    {"apply", cmd_apply, "the model that a patch leads to"},
-    {"revert", cmd_revert, "the model that a patch was made from"},
-    {"manifest", cmd_manifest, "digests of a folder, down to the tensor"},
-    {"verify", cmd_verify, "check a folder or a patch against its digests"},
+    {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch", false},
+    {"estimate", cmd_estimate, "importance from a model and text", true},
+    {"accumulate", cmd_accumulate, "importance from gradient dumps", false},
+    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model", false},
+    {"diff", cmd_diff, "a patch between any two checkpoints", false},
+    {"apply", cmd_apply, "the model that a patch leads to", false},
+    {"revert", cmd_revert, "the model that a patch was made from", false},
+    {"compose", cmd_compose, "patches made one after another, as one", false},
+    {"manifest", cmd_manifest, "digests of a folder, down to the tensor", false},
+    {"verify", cmd_verify, "check a folder or a patch against its digests", false},
+    {"demo", cmd_demo, "the whole story, on a model that it trains itself", true},
 };
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
+
+/* Threads that wait for each other by spinning take fifteen times as long where other processes
+ * want the same CPUs, and hardly less where they are alone. libgomp asks the environment, before
+ * main. */
+static void spin_little(char **argv)
+{
+    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY"))
+        return;
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv); /* where it cannot, it is only slower */
+}
 
 static void usage(FILE *to)
 {
@@ -38,8 +54,11 @@ int main(int argc, char **argv)
     mallopt(M_ARENA_MAX, 1); /* workers allocate nothing; arenas would take address space */
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_VERBS; i++)
-        if (!strcmp(name, verbs[i].name))
+        if (!strcmp(name, verbs[i].name)) {
+            if (verbs[i].computes)
+                spin_little(argv);
             return verbs[i].run(argc - 1, argv + 1);
+        }
     if (!strcmp(name, "--version")) {
         puts("perta " PERTA_VERSION);
         return 0;

@@ -71,11 +71,11 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     collect_labels(h);
     int rc = perta_weights_vector(h->weights, PERTA_FINAL_NORM, H, h->room, h->norm, err);
     if (!rc)
-        rc = perta_store_open(&h->normed, scratch, h->n_labels, H, err);
-    return rc ? rc : perta_store_open(&h->dnormed, scratch, h->n_labels, H, err);
+        rc = perta_store_open(&h->normed, scratch, NULL, h->n_labels, H, err);
+    return rc ? rc : perta_store_open(&h->dnormed, scratch, NULL, h->n_labels, H, err);
 }
 
-void perta_head_close(struct perta_head *h)
+void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
 {
     free(h->token);
     free(h->target);
@@ -84,8 +84,8 @@ void perta_head_close(struct perta_head *h)
     free(h->starts);
     free(h->batch_starts);
     free(h->norm);
-    perta_store_close(&h->normed);
-    perta_store_close(&h->dnormed);
+    perta_store_close(&h->normed, scratch);
+    perta_store_close(&h->dnormed, scratch);
 }
 
 /* ---- embedding ---- */
@@ -166,28 +166,6 @@ static int logits_of(struct perta_head *h, const struct perta_linear *block, siz
     return rc ? rc : perta_linear_forward(h->gemm, block, rows.data, w->logits, n, false, err);
 }
 
-/* Add a block of logits to the running maximum and sum of exponentials (Milakov & Gimelshein
- * 2018); lse holds the maximum yet. */
-static void add_logits(struct perta_head *h, size_t row, size_t n_rows, size_t first, size_t n,
-                       const float *logits, double *sums, float *of_label)
-{
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) {
-        const float *l = logits + i * n_rows;
-        float most = h->lse[first + i];
-        for (size_t j = 0; j < n_rows; j++)
-            most = l[j] > most ? l[j] : most;
-        double sum = sums[first + i] * exp((double)h->lse[first + i] - (double)most);
-        for (size_t j = 0; j < n_rows; j++)
-            sum += (double)expf(l[j] - most);
-        sums[first + i] = sum;
-        h->lse[first + i] = most;
-        size_t label = (size_t)h->target[first + i];
-        if (label >= row && label < row + n_rows)
-            of_label[first + i] = l[label - row];
-    }
-}
-
 int perta_head_forward(struct perta_head *h, const struct perta_store *x, double *loss,
                        struct perta_err *err)
 {
@@ -205,7 +183,8 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x, double
             const float *rows;
             rc = logits_of(h, &block, first, n, &w, &rows, err);
             if (!rc)
-                add_logits(h, row, block.out, first, n, w.logits, sums, of_label);
+                perta_cross_entropy_forward(w.logits, row, block.out, n, h->target + first,
+                                            h->lse + first, sums + first, of_label + first);
         }
     }
     *loss = 0;
@@ -225,14 +204,8 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x, double
 static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows, size_t first,
                             size_t n, float *logits)
 {
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) {
-        float *l = logits + i * n_rows, share = h->share[first + i];
-        for (size_t j = 0; j < n_rows; j++) {
-            bool is_label = (size_t)h->target[first + i] == row + j;
-            l[j] = share * (expf(l[j] - h->lse[first + i]) - (is_label ? 1.0f : 0.0f));
-        }
-    }
+    perta_cross_entropy_backward(logits, row, n_rows, n, h->target + first, h->lse + first,
+                                 h->share + first);
 }
 
 /* Labels of samples where squares are wanted, else of batches. */

@@ -41,7 +41,7 @@ uint64_t perta_head_bytes(const struct perta_samples *samples, const struct pert
 /* The fields above the first blank line, block_rows, room and work are set. */
 int perta_head_open(struct perta_head *head, struct perta_scratch *scratch,
                     struct perta_err *err);
-void perta_head_close(struct perta_head *head);
+void perta_head_close(struct perta_head *head, struct perta_scratch *scratch);
 
 /* x (tokens, H) = embeddings of all tokens. */
 int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err *err);

@@ -2,6 +2,7 @@
 
 #include <dnnl.h>
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 /* ---- RMSNorm (Zhang & Sennrich 2019) ---- */
@@ -100,6 +101,42 @@ void perta_swiglu_backward(float *dgate, float *dup, const float *dh, const floa
         float sigmoid = 1 / (1 + expf(-g));
         dgate[i] = d * up[i] * sigmoid * (1 + g * (1 - sigmoid));
         dup[i] = d * g * sigmoid;
+    }
+}
+
+/* ---- cross-entropy ---- */
+
+void perta_cross_entropy_forward(const float *logits, size_t row, size_t n_rows, size_t n,
+                                 const int32_t *target, float *most, double *sums,
+                                 float *of_target)
+{
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i++) {
+        const float *l = logits + i * n_rows;
+        float high = most[i];
+        for (size_t j = 0; j < n_rows; j++)
+            high = l[j] > high ? l[j] : high;
+        double sum = sums[i] * exp((double)most[i] - (double)high);
+        for (size_t j = 0; j < n_rows; j++)
+            sum += (double)expf(l[j] - high);
+        sums[i] = sum;
+        most[i] = high;
+        size_t at = (size_t)target[i];
+        if (at >= row && at < row + n_rows)
+            of_target[i] = l[at - row];
+    }
+}
+
+void perta_cross_entropy_backward(float *logits, size_t row, size_t n_rows, size_t n,
+                                  const int32_t *target, const float *lse, const float *share)
+{
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i++) {
+        float *l = logits + i * n_rows;
+        for (size_t j = 0; j < n_rows; j++) {
+            bool is_target = (size_t)target[i] == row + j;
+            l[j] = share[i] * (expf(l[j] - lse[i]) - (is_target ? 1.0f : 0.0f));
+        }
     }
 }
 

@@ -33,6 +33,18 @@ void perta_swiglu_forward(float *h, const float *gate, const float *up, size_t n
 void perta_swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate,
                            const float *up, size_t n);
 
+/* Cross-entropy, a block of the vocabulary at a time: logits (n, n_rows) of entries row ..
+ * row + n_rows. forward, for every block in turn, keeps the running maximum and sum of
+ * exponentials (Milakov & Gimelshein 2018), each (n), which begin as -INFINITY and 0, and the
+ * logit of target (n) once it comes by. */
+void perta_cross_entropy_forward(const float *logits, size_t row, size_t n_rows, size_t n,
+                                 const int32_t *target, float *most, double *sums,
+                                 float *of_target);
+/* logits become their gradients: share (n) * (softmax - one at target), from lse (n), log of the
+ * sum of all exponentials. */
+void perta_cross_entropy_backward(float *logits, size_t row, size_t n_rows, size_t n,
+                                  const int32_t *target, const float *lse, const float *share);
+
 /* Causal attention of one sequence: q, out (T, n_heads, D), k, v (T, n_kv_heads, D); every
  * n_heads / n_kv_heads query heads share one of k and v. A token sees itself and window - 1
  * tokens before it. lse (n_heads, T): log of the sum of exponentials of each row of scores.

@@ -41,10 +41,50 @@ static size_t norm_size(const struct perta_llm *llm, enum perta_norm_name name)
     return name <= PERTA_NORM_2 ? llm->hidden : llm->qk_norm ? llm->head_dim : 0;
 }
 
-/* rows 0: one dimension. */
-static int check_tensor(const struct perta_weights *w, const char *name, size_t rows, size_t cols,
+static int each_of_layer(const struct perta_llm *llm, uint32_t layer, perta_tensor_fn *tensor,
+                         void *ctx, struct perta_err *err)
+{
+    char name[NAME_BYTES];
+    int rc = 0;
+    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
+        size_t out, in;
+        linear_shape(llm, (enum perta_linear_name)i, &out, &in);
+        rc = tensor(ctx, perta_weights_name(name, layer, perta_linear_names[i], "weight"), out, in,
+                    err);
+        if (!rc && has_bias(llm, (enum perta_linear_name)i))
+            rc = tensor(ctx, perta_weights_name(name, layer, perta_linear_names[i], "bias"), 0,
+                        out, err);
+    }
+    for (int i = 0; i < PERTA_N_NORMS && !rc; i++) {
+        size_t n = norm_size(llm, (enum perta_norm_name)i);
+        if (n)
+            rc = tensor(ctx, perta_weights_name(name, layer, perta_norm_names[i], "weight"), 0, n,
+                        err);
+    }
+    return rc;
+}
+
+int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *ctx,
+                   struct perta_err *err)
+{
+    int rc = tensor(ctx, PERTA_EMBEDDING, llm->vocab, llm->hidden, err);
+    for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
+        rc = each_of_layer(llm, l, tensor, ctx, err);
+    if (!rc)
+        rc = tensor(ctx, PERTA_FINAL_NORM, 0, llm->hidden, err);
+    return rc || llm->tied ? rc : tensor(ctx, PERTA_HEAD, llm->vocab, llm->hidden, err);
+}
+
+struct checked {
+    const struct perta_weights *weights;
+    uint64_t n;
+};
+
+static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
                         struct perta_err *err)
 {
+    struct checked *checked = ctx;
+    const struct perta_weights *w = checked->weights;
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     if (!ref)
         return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which its config.json calls for",
@@ -60,29 +100,8 @@ static int check_tensor(const struct perta_weights *w, const char *name, size_t 
     if (t->dtype != PERTA_F32 && t->dtype != PERTA_BF16 && t->dtype != PERTA_F16)
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
                           w->ck->path, name, perta_dtype_name(t->dtype));
+    checked->n++;
     return 0;
-}
-
-static int check_layer(const struct perta_weights *w, uint32_t layer, struct perta_err *err)
-{
-    char name[NAME_BYTES];
-    int rc = 0;
-    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
-        size_t out, in;
-        linear_shape(&w->llm, (enum perta_linear_name)i, &out, &in);
-        rc = check_tensor(w, perta_weights_name(name, layer, perta_linear_names[i], "weight"),
-                          out, in, err);
-        if (!rc && has_bias(&w->llm, (enum perta_linear_name)i))
-            rc = check_tensor(w, perta_weights_name(name, layer, perta_linear_names[i], "bias"),
-                              0, out, err);
-    }
-    for (int i = 0; i < PERTA_N_NORMS && !rc; i++) {
-        size_t n = norm_size(&w->llm, (enum perta_norm_name)i);
-        if (n)
-            rc = check_tensor(w, perta_weights_name(name, layer, perta_norm_names[i], "weight"),
-                              0, n, err);
-    }
-    return rc;
 }
 
 bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
@@ -93,12 +112,8 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 }
 
 /* A tensor that nothing below would read has no gradient; better said than written as zero. */
-static int check_strangers(const struct perta_weights *w, struct perta_err *err)
+static int check_strangers(const struct perta_weights *w, uint64_t wanted, struct perta_err *err)
 {
-    uint64_t n_norms = w->llm.qk_norm ? 4 : 2;
-    uint64_t n_biases = 3u * w->llm.qkv_bias + w->llm.o_bias + 3u * w->llm.mlp_bias;
-    uint64_t wanted = w->llm.n_layers * (PERTA_N_LINEARS + n_norms + n_biases) + 2 +
-                      (w->llm.tied ? 0 : 1);
     uint64_t have = 0;
     for (uint64_t i = 0; i < w->ck->n_tensors; i++)
         have += perta_weights_is_parameter(w, w->ck->by_name[i].tensor->name);
@@ -122,15 +137,10 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     char config[4096];
     snprintf(config, sizeof config, "%s/config.json", path);
     rc = perta_llm_parse(w->ck->config, config, &w->llm, err);
+    struct checked checked = {w, 0};
     if (!rc)
-        rc = check_tensor(w, PERTA_EMBEDDING, w->llm.vocab, w->llm.hidden, err);
-    if (!rc)
-        rc = check_tensor(w, perta_weights_head(w), w->llm.vocab, w->llm.hidden, err);
-    if (!rc)
-        rc = check_tensor(w, PERTA_FINAL_NORM, 0, w->llm.hidden, err);
-    for (uint32_t l = 0; l < w->llm.n_layers && !rc; l++)
-        rc = check_layer(w, l, err);
-    return rc ? rc : check_strangers(w, err);
+        rc = perta_llm_each(&w->llm, check_tensor, &checked, err);
+    return rc ? rc : check_strangers(w, checked.n, err);
 }
 
 const char *perta_weights_head(const struct perta_weights *w)

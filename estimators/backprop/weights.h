@@ -20,6 +20,13 @@ struct perta_weights {
 #define PERTA_FINAL_NORM "model.norm.weight"
 #define PERTA_HEAD "lm_head.weight"
 
+/* Every parameter of the architecture, in the order of the model: its name in the checkpoint and
+ * its shape (rows, cols); rows 0: a vector. Stops at the first that tensor() returns not 0 for. */
+typedef int perta_tensor_fn(void *ctx, const char *name, size_t rows, size_t cols,
+                            struct perta_err *err);
+int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *ctx,
+                   struct perta_err *err);
+
 /* Open the checkpoint and its config; check that every tensor that the architecture wants is
  * there in its shape. Closed with perta_weights_close, on error too. */
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err);

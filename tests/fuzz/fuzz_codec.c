@@ -34,6 +34,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     err.code = 0;
     int rc2 = perta_codec_revert(codec, dtype, encoding, payload, n, len + data[3], before, after,
                                  len, &err);
+    uint64_t n_changed;
+    err.code = 0;
+    if (perta_codec_count(codec, dtype, encoding, frame, frame_bytes, n, len, &n_changed, &err) !=
+        rc)
+        __builtin_trap();
     if ((rc && rc != PERTA_ECHECK) || (rc2 && rc2 != PERTA_ECHECK))
         __builtin_trap();
     return 0;

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PERTA
+from llama import write_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -228,6 +230,42 @@ def test_too_little_memory_is_said_with_what_is_enough(perta, tmp_path):
     words = "estimate --model model --data data.jsonl --out imp --memory".split()
     refusal = perta(*words, "20M", check=2).stderr
     perta(*words, refusal.rsplit("needs ", 1)[1].strip())
+
+
+# --- a model larger than memory
+
+MIB = 1 << 20
+BIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 2000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.mark.skipif("build/" not in str(PERTA), reason="sanitizers take memory too")
+@pytest.mark.parametrize("compute", ["f32", "auto"])
+def test_a_model_four_times_larger_than_memory(tmp_path, compute):
+    """Under a hard limit on the address space, and measured: resident at most, all included."""
+    budget = 146
+    assert write_llama(tmp_path / "model", BIG) > 4 * budget * MIB
+    ids = [{"input_ids": list(range(n, n + 30))} for n in range(1, 5)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, ids)))
+    words = f"estimate --model model --data data.jsonl --out imp --memory {budget}M"
+    limit = f"--as={(budget + 64) * MIB}"
+    command = ["prlimit", limit, str(PERTA), *words.split(), "--io", "direct", "--compute", compute]
+    helper = (
+        "import resource, subprocess, sys;"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )  # a child that starts small: peaks are inherited over fork
+    run = [sys.executable, "-c", helper, *command]
+    output = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True).stdout
+    assert int(output) / 1024 <= budget
+    (tmp_path / "model/model.safetensors").unlink()
 
 
 def test_text_becomes_data_with_questions_masked(perta, tmp_path):

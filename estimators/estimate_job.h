@@ -1,0 +1,81 @@
+/* estimate_job.h - what the parts of estimate share: the plan (estimate_plan.c), what is kept for
+ * a run that goes on (estimate_resume.c), and the run itself (estimate.c). */
+#ifndef PERTA_ESTIMATORS_ESTIMATE_JOB_H
+#define PERTA_ESTIMATORS_ESTIMATE_JOB_H
+
+#include "estimators/backprop/head.h"
+#include "estimators/estimate.h"
+#include "stream/journal.h"
+#include "stream/memory.h"
+
+#define PERTA_VOCABULARY_ROWS 1024 /* of the head at a time */
+
+struct perta_estimate_job {
+    const struct perta_estimate *estimate;
+    const struct perta_run *run;
+    struct perta_weights weights;
+    struct perta_samples samples;
+    struct perta_importance_out outs[2];
+    struct perta_gemm *gemm;
+    struct perta_statistic statistic;
+    struct perta_head head;
+    struct perta_scratch scratch;
+    struct perta_journal journal;
+
+    struct perta_pool pool;
+    uint8_t *room;       /* for weights */
+    float *work;         /* for a batch: its activations, or the head's */
+    float *inv_freq;     /* (head_dim / 2) */
+    uint32_t *positions; /* (n_tokens) */
+
+    struct perta_segments batches, sequences; /* of tokens; a batch is whole samples */
+    uint64_t *batch_samples;                  /* (batches.n + 1) */
+    struct perta_store *x; /* (n_layers + 1): what each block gets; the last block's result */
+    struct perta_store dx; /* the gradient of what dx_layer gets */
+    uint32_t dx_layer;
+    int64_t dx_saved;       /* the layer whose dx is in a file that a record counts on; -1: none */
+    uint64_t reserved_bytes; /* of memory, for dx */
+    struct perta_store operands[2 * PERTA_N_LINEARS]; /* of the block under way */
+    float *vectors[2]; /* (vector_floats): a block's norms and biases, sum and square */
+    size_t vector_floats;
+    uint64_t total_bytes;
+    double loss;
+};
+
+/* ---- estimate_plan.c ---- */
+
+/* Tokens of all samples, in sequence. */
+int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err);
+/* Cut batches for what memory allows, and take it. */
+int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err);
+uint64_t perta_estimate_room(const struct perta_estimate_job *job);
+/* Where a block's vectors stand in job->vectors: norms, then biases. */
+size_t perta_estimate_norm_at(const struct perta_llm *llm, enum perta_norm_name name);
+size_t perta_estimate_bias_at(const struct perta_llm *llm, int name);
+
+/* ---- estimate_resume.c ---- */
+
+enum perta_stage { PERTA_BEGUN, PERTA_FORWARD, PERTA_HEAD_DONE, PERTA_BACKWARD, PERTA_PUBLISH };
+
+/* Begin the outputs, or go on with what an interrupted run left. *stage and *layer are the last
+ * that are done. */
+int perta_estimate_begin(struct perta_estimate_job *job, bool bf16, enum perta_stage *stage,
+                         uint32_t *layer, struct perta_err *err);
+/* Open stores again as they were after that stage. */
+int perta_estimate_restore(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
+                           struct perta_err *err);
+/* A stage is done: if it is time, bring it to disk and say so in the journal. */
+int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
+                          struct perta_err *err);
+/* All is done: give the outputs their names. *summary is replaced where an earlier run had got
+ * so far. */
+int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary,
+                           struct perta_err *err);
+/* After an error: keep what a run with --resume can go on with. */
+void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err);
+
+/* Names of stores in the scratch folder; buf (16). */
+const char *perta_estimate_x_name(char *buf, uint32_t layer);
+const char *perta_estimate_dx_name(char *buf, uint32_t layer);
+
+#endif

@@ -1,0 +1,498 @@
+#include "stream/journal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "io/file.h"
+#include "io/hash.h"
+
+#define PREFIX_BYTES 17 /* 16 hexadecimal digits and a blank */
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* ---- lines ---- */
+
+static char *line_of(const json_t *record)
+{
+    char *text = json_dumps(record, JSON_COMPACT | JSON_SORT_KEYS), *line = NULL;
+    if (text && asprintf(&line, "%016llx %s\n",
+                         (unsigned long long)perta_hash64(text, strlen(text)), text) < 0)
+        line = NULL;
+    free(text);
+    return line;
+}
+
+/* The record in the line at text (len bytes without its newline); NULL: it is none. */
+static json_t *record_of(const char *text, size_t len)
+{
+    char hex[PREFIX_BYTES + 1];
+    if (len < PREFIX_BYTES)
+        return NULL;
+    uint64_t hash = perta_hash64(text + PREFIX_BYTES, len - PREFIX_BYTES);
+    snprintf(hex, sizeof hex, "%016llx ", (unsigned long long)hash);
+    if (memcmp(hex, text, PREFIX_BYTES) != 0)
+        return NULL;
+    return json_loadb(text + PREFIX_BYTES, len - PREFIX_BYTES, JSON_REJECT_DUPLICATES, NULL);
+}
+
+/* Every whole record from the start of the file on, to use, which may keep it. *good: their bytes,
+ * which what was torn may follow. */
+static int read_records(int fd, const char *path, perta_journal_use use, void *ctx, size_t *good,
+                        struct perta_err *err)
+{
+    char *line = NULL;
+    size_t room = 0;
+    ssize_t len;
+    int copy = dup(fd), rc = 0;
+    FILE *file = copy < 0 || lseek(copy, 0, SEEK_SET) < 0 ? NULL : fdopen(copy, "r");
+    *good = 0;
+    if (!file)
+        rc = perta_fail_sys(err, errno, "%s", path);
+    while (!rc && (len = getline(&line, &room, file)) > 0) {
+        json_t *record = line[len - 1] == '\n' ? record_of(line, (size_t)len - 1) : NULL;
+        if (!record)
+            break;
+        *good += (size_t)len;
+        rc = use(ctx, record, err);
+        json_decref(record);
+    }
+    if (!rc && file && ferror(file))
+        rc = perta_fail_sys(err, errno, "%s", path);
+    free(line);
+    if (file)
+        fclose(file);
+    else if (copy >= 0)
+        close(copy);
+    return rc;
+}
+
+static int append(const struct perta_journal *journal, const json_t *record,
+                  struct perta_err *err)
+{
+    char *line = line_of(record);
+    int rc = line ? perta_write_all(journal->fd, line, strlen(line), journal->path, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", journal->path);
+    if (!rc && fdatasync(journal->fd))
+        rc = perta_fail_sys(err, errno, "%s: fsync", journal->path);
+    free(line);
+    return rc;
+}
+
+/* ---- blobs ---- */
+
+json_t *perta_blob_json(const void *data, size_t n)
+{
+    static const char digits[] = "0123456789abcdef";
+    const uint8_t *bytes = data;
+    char *text = malloc(2 * n + 1);
+    if (!text)
+        return NULL;
+    for (size_t i = 0; i < n; i++) {
+        text[2 * i] = digits[bytes[i] >> 4];
+        text[2 * i + 1] = digits[bytes[i] & 15];
+    }
+    json_t *json = json_stringn(text, 2 * n);
+    free(text);
+    return json;
+}
+
+size_t perta_blob_bytes(const json_t *blob)
+{
+    return json_string_length(blob) / 2;
+}
+
+static int digit_of(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+bool perta_blob_get(const json_t *blob, void *data, size_t n)
+{
+    const char *text = json_string_value(blob);
+    uint8_t *bytes = data;
+    if (!text || json_string_length(blob) != 2 * n)
+        return false;
+    for (size_t i = 0; i < n; i++) {
+        int high = digit_of(text[2 * i]), low = digit_of(text[2 * i + 1]);
+        if (high < 0 || low < 0)
+            return false;
+        bytes[i] = (uint8_t)(high << 4 | low);
+    }
+    return true;
+}
+
+json_t *perta_blob_of_digest(const struct perta_digest *digest)
+{
+    uint8_t state[PERTA_DIGEST_STATE_BYTES];
+    perta_digest_save(digest, state);
+    return perta_blob_json(state, sizeof state);
+}
+
+bool perta_blob_get_digest(const json_t *blob, struct perta_digest *digest)
+{
+    uint8_t state[PERTA_DIGEST_STATE_BYTES];
+    return perta_blob_get(blob, state, sizeof state) && perta_digest_restore(digest, state);
+}
+
+/* ---- identity ---- */
+
+static const char *text_of(const json_t *value, char **text)
+{
+    *text = value ? json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
+    return *text ? *text : "nothing";
+}
+
+/* Where two values differ first: "flags.memory was 300, now 400". */
+static void say_difference(const json_t *was, const json_t *is, const char *at, char *buf,
+                           size_t len)
+{
+    const char *key;
+    json_t *value;
+    if (json_is_object(was) && json_is_object(is)) {
+        char inner[256];
+        json_object_foreach ((json_t *)(uintptr_t)was, key, value)
+            if (!json_equal(value, json_object_get(is, key))) {
+                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+                say_difference(value, json_object_get(is, key), inner, buf, len);
+                return;
+            }
+        json_object_foreach ((json_t *)(uintptr_t)is, key, value)
+            if (!json_object_get(was, key)) {
+                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+                say_difference(NULL, value, inner, buf, len);
+                return;
+            }
+    }
+    char *a, *b;
+    const char *from = text_of(was, &a), *to = text_of(is, &b);
+    snprintf(buf, len, "%s was %.200s, is now %.200s", at, from, to);
+    free(a);
+    free(b);
+}
+
+json_t *perta_journal_file(uint64_t len_bytes, const struct timespec *mtime)
+{
+    return json_pack("{s:I, s:I, s:I}", "bytes", (json_int_t)len_bytes, "seconds",
+                     (json_int_t)mtime->tv_sec, "nanoseconds", (json_int_t)mtime->tv_nsec);
+}
+
+json_t *perta_journal_checkpoint(const struct perta_checkpoint *ck)
+{
+    json_t *files = json_object();
+    for (uint32_t i = 0; i < ck->n_shards; i++)
+        json_object_set_new(files, ck->shards[i].name,
+                            perta_journal_file(ck->shards[i].size_bytes, &ck->shards[i].mtime));
+    return files;
+}
+
+/* ---- begin, go on ---- */
+
+/* OUT.perta-journal of the output at path. NULL without memory. */
+static char *path_beside(const char *path)
+{
+    char *beside = NULL;
+    size_t len = strlen(path);
+    while (len > 1 && path[len - 1] == '/')
+        len--;
+    return asprintf(&beside, "%.*s" PERTA_JOURNAL_SUFFIX, (int)len, path) < 0 ? NULL : beside;
+}
+
+static int open_locked(struct perta_journal *journal, const char *path, int flags,
+                       struct perta_err *err)
+{
+    *journal = (struct perta_journal){.fd = -1, .path = path_beside(path), .last_time = now()};
+    if (!journal->path)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    journal->fd = open(journal->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, 0666);
+    if (journal->fd < 0)
+        return perta_fail_sys(err, errno, "%s", journal->path);
+    if (flock(journal->fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
+        close(journal->fd); /* it is not ours, neither to write nor to remove */
+        journal->fd = -1;
+        return perta_fail(err, PERTA_EUSAGE, "%s: another process is working on it", path);
+    }
+    return 0;
+}
+
+/* A name outlives a power cut once its folder is synced. */
+static int sync_name(const struct perta_journal *journal, struct perta_err *err)
+{
+    char *copy = strdup(journal->path);
+    int fd = copy ? open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    int rc = 0;
+    if (fd < 0 || (fsync(fd) && errno != EINVAL))
+        rc = perta_fail_sys(err, errno, "%s: fsync of its folder", journal->path);
+    if (fd >= 0)
+        close(fd);
+    free(copy);
+    return rc;
+}
+
+static int begin(struct perta_journal *journal, const char *path, const json_t *identity,
+                 bool replace, struct perta_err *err)
+{
+    *journal = (struct perta_journal){.fd = -1};
+    if (!replace && perta_journal_found(path))
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: a run that was interrupted, or is still going on, left a journal "
+                          "beside it; --resume goes on with it, --force starts over",
+                          path);
+    int rc = perta_make_parents(path, err);
+    if (!rc)
+        rc = open_locked(journal, path, O_CREAT, err);
+    if (!rc && ftruncate(journal->fd, 0))
+        rc = perta_fail_sys(err, errno, "%s", journal->path);
+    if (!rc)
+        rc = append(journal, identity, err);
+    return rc ? rc : sync_name(journal, err);
+}
+
+/* The first record is the identity; of the others the last is kept. */
+struct first_and_last {
+    json_t *first, *last;
+};
+
+static int keep_ends(void *ctx, json_t *record, struct perta_err *err)
+{
+    (void)err;
+    struct first_and_last *ends = ctx;
+    if (!ends->first) {
+        ends->first = json_incref(record);
+        return 0;
+    }
+    json_decref(ends->last);
+    ends->last = json_incref(record);
+    return 0;
+}
+
+static int check_identity(const char *path, const json_t *was, const json_t *is,
+                          struct perta_err *err)
+{
+    char difference[600];
+    if (json_equal(was, is))
+        return 0;
+    say_difference(was, is, "", difference, sizeof difference);
+    return perta_fail(err, PERTA_EUSAGE,
+                      "%s: --resume cannot go on: %s; go on with what it was begun with, or "
+                      "--force to start over",
+                      path, difference);
+}
+
+static int go_on(struct perta_journal *journal, const char *path, const json_t *identity,
+                 struct perta_err *err)
+{
+    struct first_and_last ends = {0};
+    size_t good = 0;
+    int rc = open_locked(journal, path, 0, err);
+    journal->going_on = journal->committed = true; /* what is there stays if this run fails, too */
+    if (!rc)
+        rc = read_records(journal->fd, journal->path, keep_ends, &ends, &good, err);
+    journal->last = ends.last;
+    if (!rc && !ends.last)
+        rc = perta_fail(err, PERTA_EINPUT, "%s: no record in it", journal->path);
+    if (!rc)
+        rc = check_identity(path, ends.first, identity, err);
+    /* What was torn goes, so that the next record follows the last whole one. */
+    if (!rc && (ftruncate(journal->fd, (off_t)good) || lseek(journal->fd, 0, SEEK_END) < 0))
+        rc = perta_fail_sys(err, errno, "%s", journal->path);
+    json_decref(ends.first);
+    return rc;
+}
+
+bool perta_journal_found(const char *path)
+{
+    struct perta_err err = {0};
+    struct first_and_last ends = {0};
+    size_t good;
+    char *beside = path_beside(path);
+    int fd = beside ? open(beside, O_RDONLY | O_CLOEXEC | O_NOFOLLOW) : -1;
+    if (fd >= 0) {
+        read_records(fd, beside, keep_ends, &ends, &good, &err);
+        close(fd);
+    }
+    bool found = ends.last; /* before its first commit a run has nothing to go on with */
+    free(beside);
+    json_decref(ends.first);
+    json_decref(ends.last);
+    return found;
+}
+
+int perta_journal_open(struct perta_journal *journal, const char *path, const json_t *identity,
+                       bool resume, bool force, struct perta_err *err)
+{
+    *journal = (struct perta_journal){.fd = -1};
+    int rc = !identity                              ? perta_fail_sys(err, ENOMEM, "%s", path)
+             : resume && perta_journal_found(path) ? go_on(journal, path, identity, err)
+                                                    : begin(journal, path, identity,
+                                                            resume || force, err);
+    journal->resume = resume;
+    return rc;
+}
+
+int perta_journal_folder(const struct perta_journal *journal, struct perta_publish *folder,
+                         const char *path, bool force, struct perta_err *err)
+{
+    bool found;
+    if (!journal->going_on) {
+        int rc = journal->resume ? perta_publish_sweep(path, err) : 0; /* nothing to go on with */
+        return rc ? rc : perta_publish_begin(folder, path, force, err);
+    }
+    int rc = perta_publish_go_on(folder, path, force, &found, err);
+    if (!rc && !found && !perta_journal_is_publishing(journal))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: is gone; --force starts over", folder->partial);
+    return rc;
+}
+
+struct replay {
+    perta_journal_use use;
+    void *ctx;
+    bool begun;
+};
+
+static int replay_one(void *ctx, json_t *record, struct perta_err *err)
+{
+    struct replay *replay = ctx;
+    bool is_identity = !replay->begun;
+    replay->begun = true;
+    return is_identity ? 0 : replay->use(replay->ctx, record, err);
+}
+
+int perta_journal_replay(const struct perta_journal *journal, perta_journal_use use, void *ctx,
+                         struct perta_err *err)
+{
+    struct replay replay = {use, ctx, false};
+    size_t good;
+    int rc = journal->going_on ? read_records(journal->fd, journal->path, replay_one, &replay,
+                                              &good, err)
+                               : 0;
+    if (!rc && journal->going_on && lseek(journal->fd, 0, SEEK_END) < 0)
+        rc = perta_fail_sys(err, errno, "%s", journal->path);
+    return rc;
+}
+
+const json_t *perta_journal_last(const struct perta_journal *journal)
+{
+    return journal->last;
+}
+
+void perta_journal_close(struct perta_journal *journal)
+{
+    if (journal->path && journal->fd >= 0)
+        close(journal->fd);
+    free(journal->path);
+    json_decref(journal->last);
+    *journal = (struct perta_journal){.fd = -1};
+}
+
+/* ---- commit ---- */
+
+bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes)
+{
+    const char *text = getenv("PERTA_COMMIT_SECONDS");
+    double seconds = text ? atof(text) : PERTA_COMMIT_SECONDS;
+    return now() - journal->last_time >= seconds ||
+           bytes - journal->bytes >= PERTA_COMMIT_BYTES;
+}
+
+int perta_journal_commit(struct perta_journal *journal, const json_t *record, uint64_t bytes,
+                         struct perta_err *err)
+{
+    int rc = append(journal, record, err);
+    if (rc)
+        return rc;
+    journal->last_time = now();
+    journal->bytes = bytes;
+    journal->committed = true;
+    return 0;
+}
+
+/* ---- the end ---- */
+
+static json_t *inodes_of(struct perta_publish *const *folders, size_t n)
+{
+    json_t *inodes = json_array();
+    for (size_t i = 0; i < n; i++) {
+        struct stat st = {0};
+        if (!stat(folders[i]->partial, &st))
+            json_array_append_new(inodes, json_integer((json_int_t)st.st_ino));
+    }
+    return inodes;
+}
+
+bool perta_journal_is_publishing(const struct perta_journal *journal)
+{
+    return json_object_get(perta_journal_last(journal), "publish") != NULL;
+}
+
+json_t *perta_journal_summary(const struct perta_journal *journal)
+{
+    return json_deep_copy(json_object_get(perta_journal_last(journal), "summary"));
+}
+
+/* Does the folder of that inode have its name already? */
+static bool has_name(const struct perta_publish *folder, const json_t *inode)
+{
+    struct stat st;
+    return !stat(folder->path, &st) && (json_int_t)st.st_ino == json_integer_value(inode);
+}
+
+static int publish(struct perta_publish *folder, const json_t *inode, struct perta_err *err)
+{
+    if (!has_name(folder, inode))
+        return folder->made ? perta_publish_commit(folder, err)
+                            : perta_fail(err, PERTA_EINPUT, "%s: is gone", folder->partial);
+    int rc = folder->made ? perta_publish_sweep(folder->path, err) : 0; /* what it replaced */
+    folder->made = false;
+    return rc;
+}
+
+int perta_journal_publish(struct perta_journal *journal, struct perta_publish *const *folders,
+                          size_t n, json_t *summary, struct perta_err *err)
+{
+    json_t *record = perta_journal_is_publishing(journal)
+                         ? json_incref((json_t *)(uintptr_t)perta_journal_last(journal))
+                         : json_pack("{s:o, s:O*}", "publish", inodes_of(folders, n), "summary",
+                                     summary);
+    int rc = record ? 0 : perta_fail_sys(err, ENOMEM, "%s", journal->path);
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = folders[i]->made ? perta_publish_sync(folders[i], err) : 0;
+    if (!rc && !perta_journal_is_publishing(journal))
+        rc = perta_journal_commit(journal, record, journal->bytes, err);
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = publish(folders[i], json_array_get(json_object_get(record, "publish"), i), err);
+    if (!rc && unlink(journal->path))
+        rc = perta_fail_sys(err, errno, "%s", journal->path);
+    if (!rc)
+        rc = sync_name(journal, err);
+    json_decref(record);
+    return rc;
+}
+
+void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,
+                           size_t n, int rc, struct perta_err *err)
+{
+    bool keep = journal->committed;
+    if (!journal->path || journal->fd < 0 || !rc)
+        return;
+    if (rc != PERTA_EINTR && rc != PERTA_ESYS && !journal->going_on)
+        keep = false;
+    for (size_t i = 0; i < n; i++)
+        folders[i]->keep = keep;
+    if (!keep)
+        unlink(journal->path);
+    else if (rc == PERTA_EINTR || rc == PERTA_ESYS)
+        perta_err_context(err, "what is done is kept, --resume goes on with it");
+}

@@ -1,0 +1,80 @@
+"""`perta demo`: the story holds, and transformers sees in its folders what it saw."""
+
+import json
+import re
+
+import pytest
+from conftest import PERTA
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+PARTS = ("forget", "retain", "held-out")
+pytestmark = pytest.mark.skipif("build/" not in str(PERTA), reason="training is slow there")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    import subprocess
+
+    folder = tmp_path_factory.mktemp("demo")
+    command = [str(PERTA), "demo", "d", "--json"]
+    run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return folder / "d", json.loads(run.stdout)
+
+
+def ask(folder, data):
+    """Share of samples of which both labels are the likeliest, and probability of the first."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    right, probability, lines = 0, 0.0, data.read_text().splitlines()
+    for line in lines:
+        ids = torch.tensor(json.loads(line)["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0]
+        right += bool((logits[-3:-1].argmax(-1) == ids[-2:]).all())
+        probability += logits[-3].softmax(-1)[ids[-2]].item() / len(lines)
+    return right / len(lines), probability
+
+
+@pytest.mark.parametrize("name", ["full", "models/fisher/alpha-0.5", "models/tv/alpha-1"])
+def test_transformers_gets_the_same_answers(demo, name):
+    folder, summary = demo
+    method, alpha = name.split("/")[1:] if "/" in name else ("full", "alpha-0")
+    key = (method, alpha.removeprefix("alpha-"))
+    (score,) = [s for s in summary["scores"] if (s["method"], s["alpha"]) == key]
+    for i, part in enumerate(PARTS):
+        right, probability = ask(folder / name, folder / f"data/{part}.jsonl")
+        # An answer on the edge between two may fall to either side.
+        assert abs(score["right"][i] - right) <= 0.02, part
+        assert abs(score["probability"][i] - probability) <= 1e-3, part
+
+
+def test_the_tokenizer_reads_the_facts_as_they_were_learned(demo):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo[0] / "full")
+    for line in (demo[0] / "data/forget.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        assert tokenizer(sample["text"])["input_ids"] == sample["input_ids"][:-1]
+        assert sample["labels"] == [-100] * (len(sample["labels"]) - 2) + sample["input_ids"][-2:]
+    facts = {
+        part: set(re.findall(r"(?:was|does) (\w+ \w+) ", (demo[0] / f"data/{part}.jsonl").read_text()))
+        for part in PARTS
+    }
+    assert [len(facts[part]) for part in PARTS] == [15, 68, 67]
+    assert not facts["forget"] & (facts["retain"] | facts["held-out"])
+
+
+def test_the_model_learned_and_weighing_keeps_more(demo):
+    scores = {(s["method"], s["alpha"]): s for s in demo[1]["scores"]}
+    assert min(scores["full", "0"]["right"]) > 0.9
+    for method in ("tv", "grad", "fisher"):
+        assert scores[method, "1.5"]["right"][0] < 0.2  # forgotten
+    # At the same alpha the weighed edits are smaller: they keep more, and forget less.
+    for part in range(3):
+        assert scores["grad", "0.5"]["right"][part] > scores["tv", "0.5"]["right"][part]
+
+
+def test_a_demo_is_not_written_over(perta, demo):
+    folder = demo[0].parent
+    before = sorted(folder.rglob("*"))
+    assert "--force" in perta("demo", "d", check=2, cwd=folder).stderr
+    assert sorted(folder.rglob("*")) == before

@@ -1,0 +1,105 @@
+#include "stream/compose.h"
+
+#include "tools/cli.h"
+
+enum { KEY_PATCH = CLI_KEY_OWN, KEY_MODEL };
+
+struct args {
+    struct cli cli;
+    struct perta_compose compose;
+};
+
+static const struct argp_option options[] = {
+    {"patch", KEY_PATCH, "DIR", 0, "Write the one patch here", 1},
+    {"model", KEY_MODEL, "DIR", 0,
+     "What the first patch was made from; needed where several patches change the same "
+     "floats",
+     1},
+    {0}};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct args *args = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = state->child_inputs[1] = &args->cli;
+        return 0;
+    case KEY_PATCH:
+        args->compose.patch = arg;
+        return 0;
+    case KEY_MODEL:
+        args->compose.model = arg;
+        return 0;
+    case ARGP_KEY_ARGS:
+        args->compose.patches = (const char *const *)(state->argv + state->next);
+        args->compose.n_patches = (uint32_t)(state->argc - state->next);
+        return 0;
+    case ARGP_KEY_END:
+        if (args->compose.n_patches < 2)
+            argp_error(state,
+                       "two patches at least are needed, in the order they were made");
+        if (!args->compose.patch)
+            argp_error(state, "--patch DIR is needed");
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
+static const struct argp_child children[] = {
+    {&cli_writing_argp, 0, "Output:", 5}, {&cli_common_argp, 0, "Common:", 6}, {0}};
+static const struct argp argp = {
+    options,
+    parse,
+    "PATCH PATCH...",
+    "Patches made one after another, as one: from the model before the first to the one "
+    "after "
+    "the last, the same as `perta diff' of these two. A patch that does not go out from "
+    "where "
+    "the one before it ends is refused (exit 1) and nothing is written."
+    "\v"
+    "The model is read only where several patches change the same chunk of 2^20 elements, "
+    "and "
+    "can be left out where that happens to no BF16, F16, F32 or F64 tensor.\n\n"
+    "Example:\n"
+    "  perta compose monday.patch tuesday.patch --model full --patch both.patch",
+    children,
+    NULL,
+    NULL};
+
+static void say(const struct args *args, const json_t *summary, double t)
+{
+    const json_t *counts = json_object_get(summary, "counts");
+    double n = json_number_value(json_object_get(counts, "parameters"));
+    double bytes = json_number_value(json_object_get(summary, "patch_bytes"));
+    char a[32], b[32];
+    cli_say(&args->cli,
+            "%u patches as one: %.0f of %.0f parameters differ\n"
+            "chunks: %.0f changed by one patch, %.0f by several\n"
+            "patch %s: %s, %.3f bits a parameter\nread %s in %.2f s\n",
+            args->compose.n_patches, json_number_value(json_object_get(counts, "changed")),
+            n, json_number_value(json_object_get(summary, "kept")),
+            json_number_value(json_object_get(summary, "summed")), args->compose.patch,
+            cli_bytes(bytes, a), n > 0 ? 8 * bytes / n : 0,
+            cli_bytes(json_number_value(json_object_get(summary, "read_bytes")), b), t);
+}
+
+int cmd_compose(int argc, char **argv)
+{
+    struct args args = {0};
+    struct perta_err err = {0};
+    json_t *summary = NULL;
+    cli_parse(&args.cli, &argp, argc, argv, &args);
+    args.compose.force = args.cli.force;
+    int rc = perta_compose(&args.compose, &args.cli.run, &summary, &err);
+    if (!rc) {
+        double t = cli_seconds(&args.cli);
+        json_object_set_new(summary, "seconds", json_real(t));
+        if (args.cli.run.dry_run)
+            cli_say(&args.cli,
+                    "dry run: the patches follow one another; nothing was written\n");
+        else
+            say(&args, summary, t);
+        cli_json(&args.cli, summary);
+    }
+    return cli_status(&args.cli, rc, &err);
+}
