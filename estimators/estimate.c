@@ -8,13 +8,6 @@
 
 /* ---- stores ---- */
 
-static int open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
-{
-    char name[16];
-    return perta_store_open(&job->x[layer], &job->scratch, perta_estimate_x_name(name, layer),
-                            job->samples.n_tokens, job->weights.llm.hidden, err);
-}
-
 static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_store *dx,
                    struct perta_err *err)
 {
@@ -31,65 +24,6 @@ static void reserve_dx(struct perta_estimate_job *job)
     uint64_t bytes = 2 * job->samples.n_tokens * job->weights.llm.hidden * sizeof(float);
     job->reserved_bytes = bytes < job->scratch.free_bytes ? bytes : 0;
     job->scratch.free_bytes -= job->reserved_bytes;
-}
-
-/* ---- a block over all tokens ---- */
-
-static struct perta_batch batch_at(const struct perta_estimate_job *job, size_t b, size_t *starts)
-{
-    size_t first = job->batches.starts[b];
-    uint64_t from = job->batch_samples[b], to = job->batch_samples[b + 1];
-    for (uint64_t s = from; s <= to; s++)
-        starts[s - from] = job->samples.starts[s] - first;
-    return (struct perta_batch){to - from, job->batches.starts[b + 1] - first, starts,
-                                job->positions + first};
-}
-
-static struct perta_block block_for(const struct perta_estimate_job *job)
-{
-    return (struct perta_block){
-        .llm = &job->weights.llm, .gemm = job->gemm, .inv_freq = job->inv_freq};
-}
-
-static int load_rows(const struct perta_store *store, size_t first, size_t n, float *to,
-                     struct perta_err *err)
-{
-    struct perta_rows rows;
-    int rc = perta_store_get(store, first, n, 0, store->width, to, &rows, err);
-    if (!rc && rows.data != to)
-        memcpy(to, rows.data, n * store->width * sizeof *to);
-    return rc;
-}
-
-static int advance(struct perta_estimate_job *job, struct perta_err *err)
-{
-    if (job->run->progress)
-        job->run->progress(job->run->progress_user, job->weights.read_bytes, job->total_bytes);
-    if (job->run->cancel && *job->run->cancel)
-        return perta_fail(err, PERTA_EINTR, "interrupted");
-    return 0;
-}
-
-static int forward_layer(struct perta_estimate_job *job, uint32_t layer, size_t *starts, struct perta_err *err)
-{
-    struct perta_block block = block_for(job);
-    struct perta_acts acts;
-    int rc = open_x(job, layer + 1, err);
-    if (!rc)
-        rc = perta_weights_block(&job->weights, layer, job->room, &block, err);
-    for (size_t b = 0; b < job->batches.n && !rc; b++) {
-        struct perta_batch batch = batch_at(job, b, starts);
-        size_t first = job->batches.starts[b];
-        perta_acts_lay_out(&acts, block.llm, batch.n, job->samples.longest, job->work);
-        rc = load_rows(&job->x[layer], first, batch.n, acts.x, err);
-        if (!rc)
-            rc = perta_block_forward(&block, &batch, &acts, err);
-        if (!rc)
-            rc = perta_store_put(&job->x[layer + 1], first, batch.n, acts.out, err);
-        if (!rc)
-            rc = advance(job, err);
-    }
-    return rc ? rc : perta_estimate_commit(job, PERTA_FORWARD, layer, err);
 }
 
 /* ---- backward ---- */
@@ -187,7 +121,7 @@ static int write_weights(struct perta_estimate_job *job, uint32_t layer, struct 
             &job->statistic, perta_weights_name(name, layer, perta_linear_names[i], "weight"),
             &job->operands[2 * i], &job->operands[2 * i + 1], segments, job->work, err);
         if (!rc)
-            rc = advance(job, err);
+            rc = perta_estimate_advance(job, err);
     }
     return rc;
 }
@@ -200,12 +134,12 @@ static int backward_batches(struct perta_estimate_job *job, uint32_t layer,
     struct perta_acts acts;
     int rc = 0;
     for (size_t b = 0; b < job->batches.n && !rc; b++) {
-        struct perta_batch batch = batch_at(job, b, starts);
+        struct perta_batch batch = perta_estimate_batch(job, b, starts);
         size_t first = job->batches.starts[b];
         perta_acts_lay_out(&acts, block->llm, batch.n, job->samples.longest, job->work);
-        rc = load_rows(&job->x[layer], first, batch.n, acts.x, err);
+        rc = perta_estimate_rows(&job->x[layer], first, batch.n, acts.x, err);
         if (!rc)
-            rc = load_rows(&job->dx, first, batch.n, acts.dout, err);
+            rc = perta_estimate_rows(&job->dx, first, batch.n, acts.dout, err);
         if (!rc)
             rc = perta_block_forward(block, &batch, &acts, err);
         if (!rc)
@@ -215,7 +149,7 @@ static int backward_batches(struct perta_estimate_job *job, uint32_t layer,
         if (!rc)
             rc = keep_operands(job, block, first, batch.n, &acts, err);
         if (!rc)
-            rc = advance(job, err);
+            rc = perta_estimate_advance(job, err);
     }
     return rc;
 }
@@ -223,7 +157,7 @@ static int backward_batches(struct perta_estimate_job *job, uint32_t layer,
 static int backward_layer(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
                           struct perta_err *err)
 {
-    struct perta_block block = block_for(job);
+    struct perta_block block = perta_estimate_block(job);
     struct perta_store next;
     memset(job->vectors[0], 0, job->vector_floats * sizeof(float));
     memset(job->vectors[1], 0, job->vector_floats * sizeof(float));
@@ -270,17 +204,7 @@ static int check_outputs(const struct perta_estimate_job *job, struct perta_err 
 
 static int prepare(struct perta_estimate_job *job, struct perta_err *err)
 {
-    const struct perta_estimate *e = job->estimate;
-    if (e->compute == PERTA_COMPUTE_BF16 && !perta_gemm_can_bf16())
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--compute bf16: this CPU cannot; leave it out, or --compute f32");
-    int rc = perta_weights_open(&job->weights, e->model, err);
-    if (rc)
-        return rc;
-    job->vector_floats = perta_estimate_bias_at(&job->weights.llm, PERTA_N_LINEARS);
-    rc = perta_samples_read(e->data, job->weights.llm.vocab, e->max_tokens, &job->samples, err);
-    if (!rc)
-        rc = perta_estimate_tokens(job, err);
+    int rc = perta_estimate_open(job, err);
     return rc ? rc : check_outputs(job, err);
 }
 
@@ -304,33 +228,11 @@ static void count_bytes(struct perta_estimate_job *job, enum perta_stage stage, 
     job->total_bytes -= done * ((all - (tied ? 1 : 2) * embedding) / n); /* of a layer */
 }
 
-static bool wants_bf16(const struct perta_estimate *e)
-{
-    return e->compute == PERTA_COMPUTE_BF16 ||
-           (e->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
-}
-
-static int open_head(struct perta_estimate_job *job, struct perta_err *err)
-{
-    job->head = (struct perta_head){
-        .weights = &job->weights,
-        .gemm = job->gemm,
-        .samples = &job->samples,
-        .statistic = &job->statistic,
-        .batches = &job->batches,
-        .batch_samples = job->batch_samples,
-        .block_rows = PERTA_VOCABULARY_ROWS,
-        .room = job->room,
-        .work = job->work,
-    };
-    return perta_head_open(&job->head, &job->scratch, err);
-}
-
 static int start(struct perta_estimate_job *job, enum perta_stage *stage, uint32_t *layer,
                  struct perta_err *err)
 {
     const struct perta_estimate *e = job->estimate;
-    bool bf16 = wants_bf16(e);
+    bool bf16 = perta_estimate_bf16(job);
     job->statistic.mean = e->mean ? &job->outs[0] : NULL;
     job->statistic.meansq = e->meansq ? &job->outs[1] : NULL;
     job->statistic.n_samples = job->samples.n;
@@ -343,7 +245,7 @@ static int start(struct perta_estimate_job *job, enum perta_stage *stage, uint32
     if (rc || *stage == PERTA_PUBLISH)
         return rc;
     count_bytes(job, *stage, *layer);
-    rc = open_head(job, err);
+    rc = perta_estimate_open_head(job, &job->statistic, err);
     reserve_dx(job);
     return rc ? rc : perta_estimate_restore(job, *stage, *layer, err);
 }
@@ -355,16 +257,17 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
     uint32_t n_layers = job->weights.llm.n_layers;
     int rc = 0;
     if (stage == PERTA_BEGUN) {
-        rc = open_x(job, 0, err);
+        rc = perta_estimate_open_x(job, 0, err);
         if (!rc)
             rc = perta_embed(&job->head, &job->x[0], err);
     }
     for (uint32_t l = stage == PERTA_BEGUN ? 0 : layer + 1; l < n_layers && !rc; l++)
-        rc = forward_layer(job, l, starts, err);
+        if (!(rc = perta_estimate_forward(job, l, starts, err)))
+            rc = perta_estimate_commit(job, PERTA_FORWARD, l, err);
     if (!rc)
         rc = perta_head_forward(&job->head, &job->x[n_layers], &job->loss, err);
     if (!rc)
-        rc = advance(job, err);
+        rc = perta_estimate_advance(job, err);
     if (!rc)
         rc = open_dx(job, n_layers, &job->dx, err);
     job->dx_layer = n_layers;
@@ -387,8 +290,8 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
         rc = backward_layer(job, l, starts, err);
     if (!rc)
         rc = perta_embed_backward(&job->head, &job->dx, err);
-    for (uint32_t i = 0; i < job->weights.ck->n_shards && !rc; i++)
-        rc = perta_file_unchanged(&job->weights.files[i], err);
+    if (!rc)
+        rc = perta_weights_unchanged(&job->weights, err);
     free(starts);
     return rc;
 }
@@ -409,33 +312,6 @@ static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
     json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
     json_object_set_new(summary, "scratch_bytes",
                         json_integer((json_int_t)job->scratch.file_bytes));
-}
-
-static void release(struct perta_estimate_job *job)
-{
-    perta_head_close(&job->head, &job->scratch);
-    for (uint32_t l = 0; job->x && l <= job->weights.llm.n_layers; l++)
-        perta_store_close(&job->x[l], &job->scratch);
-    perta_store_close(&job->dx, &job->scratch);
-    for (int i = 0; i < 2 * PERTA_N_LINEARS; i++)
-        if (job->batches.n > 1)
-            perta_store_close(&job->operands[i], &job->scratch);
-    for (int i = 0; i < 2; i++) {
-        perta_importance_out_release(&job->outs[i]);
-        free(job->vectors[i]);
-    }
-    perta_weights_close(&job->weights);
-    perta_gemm_close(job->gemm);
-    perta_pool_give(&job->pool);
-    perta_samples_release(&job->samples);
-    free((void *)job->batches.starts);
-    free((void *)job->sequences.starts);
-    free(job->batch_samples);
-    free(job->x);
-    free(job->inv_freq);
-    free(job->positions);
-    free(job->scratch.dir);
-    perta_journal_close(&job->journal);
 }
 
 int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
@@ -463,7 +339,7 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
         if (rc)
             perta_estimate_abandon(job, rc, err);
     }
-    release(job);
+    perta_estimate_release(job);
     free(job);
     if (rc) {
         json_decref(*summary);

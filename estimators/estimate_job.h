@@ -1,5 +1,6 @@
-/* estimate_job.h - what the parts of estimate share: the plan (estimate_plan.c), what is kept for
- * a run that goes on (estimate_resume.c), and the run itself (estimate.c). */
+/* estimate_job.h - what the parts of estimate share: the plan (estimate_plan.c), the way forward
+ * (estimate_forward.c), which is eval's (eval.c) too, what is kept for a run that goes on
+ * (estimate_resume.c), and the run itself (estimate.c). */
 #ifndef PERTA_ESTIMATORS_ESTIMATE_JOB_H
 #define PERTA_ESTIMATORS_ESTIMATE_JOB_H
 
@@ -52,6 +53,33 @@ uint64_t perta_estimate_room(const struct perta_estimate_job *job);
 /* Where a block's vectors stand in job->vectors: norms, then biases. */
 size_t perta_estimate_norm_at(const struct perta_llm *llm, enum perta_norm_name name);
 size_t perta_estimate_bias_at(const struct perta_llm *llm, int name);
+
+/* ---- estimate_forward.c ---- */
+
+/* The model and the samples, checked. */
+int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err);
+bool perta_estimate_bf16(const struct perta_estimate_job *job);
+/* After the plan, when weights are started. statistic NULL: no gradients are to come. */
+int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statistic *statistic,
+                             struct perta_err *err);
+/* Close and free all that a job holds; half-open is fine. */
+void perta_estimate_release(struct perta_estimate_job *job);
+
+/* What layer is given, zeroed. */
+int perta_estimate_open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err);
+/* From x[layer] to x[layer + 1], which it opens. starts (samples + 1) is scratch. */
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
+                           struct perta_err *err);
+/* Batch b; its sequences' starts are put in starts. */
+struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t b,
+                                        size_t *starts);
+/* A block that has no weights yet. */
+struct perta_block perta_estimate_block(const struct perta_estimate_job *job);
+/* n rows of a store, whole, to. */
+int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
+                        struct perta_err *err);
+/* Tell of progress; PERTA_EINTR if the user wants to stop. */
+int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err);
 
 /* ---- estimate_resume.c ---- */
 

@@ -168,6 +168,14 @@ int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *po
     return rc;
 }
 
+int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err)
+{
+    int rc = 0;
+    for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
+        rc = perta_file_unchanged(&w->files[i], err);
+    return rc;
+}
+
 void perta_weights_close(struct perta_weights *w)
 {
     perta_engine_close(w->engine);

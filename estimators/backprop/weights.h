@@ -33,6 +33,8 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
 /* Begin to read: pool is the memory that reads go to, for registration. */
 int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *pool,
                         size_t pool_bytes, struct perta_err *err);
+/* No shard changed while it was read. */
+int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err);
 void perta_weights_close(struct perta_weights *w);
 
 /* The head is the embedding where they are tied. */

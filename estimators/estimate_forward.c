@@ -1,0 +1,143 @@
+/* What every pass through a model needs, with or without gradients: estimate and eval share it. */
+#include "estimators/estimate_job.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- open ---- */
+
+int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
+{
+    const struct perta_estimate *e = job->estimate;
+    if (e->compute == PERTA_COMPUTE_BF16 && !perta_gemm_can_bf16())
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--compute bf16: this CPU cannot; leave it out, or --compute f32");
+    int rc = perta_weights_open(&job->weights, e->model, err);
+    if (rc)
+        return rc;
+    job->vector_floats = perta_estimate_bias_at(&job->weights.llm, PERTA_N_LINEARS);
+    rc = perta_samples_read(e->data, job->weights.llm.vocab, e->max_tokens, &job->samples, err);
+    if (!rc)
+        rc = perta_estimate_tokens(job, err);
+    return rc;
+}
+
+bool perta_estimate_bf16(const struct perta_estimate_job *job)
+{
+    const struct perta_estimate *e = job->estimate;
+    return e->compute == PERTA_COMPUTE_BF16 ||
+           (e->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
+}
+
+int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statistic *statistic,
+                             struct perta_err *err)
+{
+    job->head = (struct perta_head){
+        .weights = &job->weights,
+        .gemm = job->gemm,
+        .samples = &job->samples,
+        .statistic = statistic,
+        .batches = &job->batches,
+        .batch_samples = job->batch_samples,
+        .block_rows = PERTA_VOCABULARY_ROWS,
+        .room = job->room,
+        .work = job->work,
+    };
+    return perta_head_open(&job->head, &job->scratch, err);
+}
+
+void perta_estimate_release(struct perta_estimate_job *job)
+{
+    perta_head_close(&job->head, &job->scratch);
+    for (uint32_t l = 0; job->x && l <= job->weights.llm.n_layers; l++)
+        perta_store_close(&job->x[l], &job->scratch);
+    perta_store_close(&job->dx, &job->scratch);
+    for (int i = 0; i < 2 * PERTA_N_LINEARS; i++)
+        if (job->batches.n > 1)
+            perta_store_close(&job->operands[i], &job->scratch);
+    for (int i = 0; i < 2; i++) {
+        perta_importance_out_release(&job->outs[i]);
+        free(job->vectors[i]);
+    }
+    perta_weights_close(&job->weights);
+    perta_gemm_close(job->gemm);
+    perta_pool_give(&job->pool);
+    perta_samples_release(&job->samples);
+    free((void *)job->batches.starts);
+    free((void *)job->sequences.starts);
+    free(job->batch_samples);
+    free(job->x);
+    free(job->inv_freq);
+    free(job->positions);
+    free(job->scratch.dir);
+    perta_journal_close(&job->journal);
+}
+
+/* ---- a block over all tokens ---- */
+
+int perta_estimate_open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+{
+    char name[16];
+    return perta_store_open(&job->x[layer], &job->scratch, perta_estimate_x_name(name, layer),
+                            job->samples.n_tokens, job->weights.llm.hidden, err);
+}
+
+struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t b,
+                                        size_t *starts)
+{
+    size_t first = job->batches.starts[b];
+    uint64_t from = job->batch_samples[b], to = job->batch_samples[b + 1];
+    for (uint64_t s = from; s <= to; s++)
+        starts[s - from] = job->samples.starts[s] - first;
+    return (struct perta_batch){to - from, job->batches.starts[b + 1] - first, starts,
+                                job->positions + first};
+}
+
+struct perta_block perta_estimate_block(const struct perta_estimate_job *job)
+{
+    return (struct perta_block){
+        .llm = &job->weights.llm, .gemm = job->gemm, .inv_freq = job->inv_freq};
+}
+
+int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
+                        struct perta_err *err)
+{
+    struct perta_rows rows;
+    int rc = perta_store_get(store, first, n, 0, store->width, to, &rows, err);
+    if (!rc && rows.data != to)
+        memcpy(to, rows.data, n * store->width * sizeof *to);
+    return rc;
+}
+
+int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err)
+{
+    if (job->run->progress)
+        job->run->progress(job->run->progress_user, job->weights.read_bytes, job->total_bytes);
+    if (job->run->cancel && *job->run->cancel)
+        return perta_fail(err, PERTA_EINTR, "interrupted");
+    return 0;
+}
+
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
+                           struct perta_err *err)
+{
+    struct perta_block block = perta_estimate_block(job);
+    struct perta_acts acts;
+    int rc = perta_estimate_open_x(job, layer + 1, err);
+    if (!rc)
+        rc = perta_weights_block(&job->weights, layer, job->room, &block, err);
+    for (size_t b = 0; b < job->batches.n && !rc; b++) {
+        struct perta_batch batch = perta_estimate_batch(job, b, starts);
+        size_t first = job->batches.starts[b];
+        perta_acts_lay_out(&acts, block.llm, batch.n, job->samples.longest, job->work);
+        rc = perta_estimate_rows(&job->x[layer], first, batch.n, acts.x, err);
+        if (!rc)
+            rc = perta_block_forward(&block, &batch, &acts, err);
+        if (!rc)
+            rc = perta_store_put(&job->x[layer + 1], first, batch.n, acts.out, err);
+        if (!rc)
+            rc = perta_estimate_advance(job, err);
+    }
+    return rc;
+}
