@@ -5,42 +5,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/recipe.h"
+#include "estimators/unlearn_job.h"
 #include "io/checked.h"
-#include "io/codec.h"
-#include "stream/input.h"
-#include "stream/patch_out.h"
-#include "stream/resume.h"
-#include "stream/walk.h"
 
 #define OUT_ALIGN 64
-
-static const char *const roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
-                                                 "--retain"};
-
-/* What is done to one tensor of the model. */
-struct row {
-    const struct perta_ref *in[PERTA_N_ROLES]; /* NULL: not read */
-    enum perta_method method;
-    uint64_t name_hash;
-    bool edited;
-};
-
-struct job {
-    const struct perta_unlearn *unlearn;
-    struct perta_rule rule;
-    struct perta_input in[PERTA_N_ROLES];
-    struct row *rows;      /* (n_tensors) of the model, shard by shard */
-    const char **actions; /* likewise */
-    float alphas[PERTA_ALPHAS_MAX];
-    struct perta_patch_out outs[PERTA_ALPHAS_MAX]; /* (n_alphas) */
-    unsigned n_outs;
-    struct perta_resume resume;
-    struct perta_stream *stream;
-    struct perta_codec **codecs;
-    unsigned n_workers;
-    struct perta_walk walk; /* where next() stands, in the model */
-};
 
 /* What work() leaves for commit(), for each alpha, in front of the bytes themselves. */
 struct result {
@@ -68,11 +36,11 @@ static struct layout lay_out(unsigned n_alphas, uint64_t len_bytes)
 static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     (void)err;
-    struct job *job = ctx;
+    struct perta_unlearn_job *job = ctx;
     struct perta_chunk_at at;
     if (!perta_walk_next(&job->walk, &at))
         return 0;
-    const struct row *row = &job->rows[at.index];
+    const struct perta_unlearn_row *row = &job->rows[at.index];
     piece->shard = at.shard;
     piece->tensor = at.tensor;
     piece->tag = at.index;
@@ -82,36 +50,39 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
         if (!row->in[i])
             continue;
         uint64_t width = perta_dtype_unit_bytes(row->in[i]->tensor->dtype);
-        perta_input_range(&job->in[i], row->in[i], at.first_unit * width, at.n_units * width,
-                          &piece->in[i]);
+        perta_input_range(&job->in[i], row->in[i], at.first_unit * width,
+                          at.n_units * width, &piece->in[i]);
     }
     piece->out_bytes = lay_out(job->n_outs, at.len_bytes).whole;
     return 1;
 }
 
-static int bad_number(const struct job *job, const struct row *row,
-                      const struct perta_piece *piece, const struct result *result,
-                      struct perta_err *err)
+static int bad_number(const struct perta_unlearn_job *job,
+                      const struct perta_unlearn_row *row, const struct perta_piece *piece,
+                      const struct result *result, struct perta_err *err)
 {
-    int role = result->counts.bad_operand == PERTA_IN_RESULT ? PERTA_ROLE_MODEL
-                                                            : (int)result->counts.bad_operand;
+    int role = result->counts.bad_operand == PERTA_IN_RESULT
+                   ? PERTA_ROLE_MODEL
+                   : (int)result->counts.bad_operand;
     const struct perta_ref *ref = row->in[role];
     uint64_t elem = piece->first_elem + result->counts.bad_elem;
     uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
-    return perta_fail(
-        err, PERTA_EINPUT,
-        "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep leaves such parameters "
-        "as they are",
-        job->in[role].ck->shards[ref->shard].path, ref->tensor->name, (unsigned long long)elem,
-        (unsigned long long)(ref->tensor->off_bytes + elem * width),
-        result->counts.bad_operand == PERTA_IN_RESULT ? "the edited value is not finite"
-        : role >= PERTA_ROLE_FORGET && job->rule.stat == PERTA_STAT_MEANSQ
-            ? "not a finite mean square"
-            : "not a finite number");
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep "
+                      "leaves such parameters as they are",
+                      job->in[role].ck->shards[ref->shard].path, ref->tensor->name,
+                      (unsigned long long)elem,
+                      (unsigned long long)(ref->tensor->off_bytes + elem * width),
+                      result->counts.bad_operand == PERTA_IN_RESULT
+                          ? "the edited value is not finite"
+                      : role >= PERTA_ROLE_FORGET && job->rule.stat == PERTA_STAT_MEANSQ
+                          ? "not a finite mean square"
+                          : "not a finite number");
 }
 
-static void edit(const struct job *job, const struct row *row, const struct perta_piece *piece,
-                 const struct layout *l, struct result *results)
+static void edit(const struct perta_unlearn_job *job, const struct perta_unlearn_row *row,
+                 const struct perta_piece *piece, const struct layout *l,
+                 struct result *results)
 {
     struct perta_rule rule = job->rule;
     struct perta_view views[PERTA_N_ROLES] = {0};
@@ -138,10 +109,11 @@ static void edit(const struct job *job, const struct row *row, const struct pert
         results[a].counts = counts[a];
 }
 
-static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
+static int work(void *ctx, unsigned worker, struct perta_piece *piece,
+                struct perta_err *err)
 {
-    struct job *job = ctx;
-    const struct row *row = &job->rows[piece->tag];
+    struct perta_unlearn_job *job = ctx;
+    const struct perta_unlearn_row *row = &job->rows[piece->tag];
     const struct perta_range *before = &piece->in[PERTA_ROLE_MODEL];
     struct result *results = (struct result *)(void *)piece->out;
     struct layout l = lay_out(job->n_outs, before->len_bytes);
@@ -160,10 +132,9 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
             return bad_number(job, row, piece, r, err);
         uint8_t *after = piece->out + l.after_at + a * l.stride;
         r->hash_after = perta_hash64(after, before->len_bytes);
-        int rc = perta_codec_encode(job->codecs[worker],
-                                    row->in[PERTA_ROLE_MODEL]->tensor->dtype, before->data,
-                                    after, before->len_bytes, after + l.frame_at, l.frame_room,
-                                    &r->coded, err);
+        int rc = perta_codec_encode(
+            job->codecs[worker], row->in[PERTA_ROLE_MODEL]->tensor->dtype, before->data,
+            after, before->len_bytes, after + l.frame_at, l.frame_room, &r->coded, err);
         if (rc)
             return rc;
     }
@@ -172,8 +143,8 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
 
 static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
-    struct job *job = ctx;
-    const struct row *row = &job->rows[piece->tag];
+    struct perta_unlearn_job *job = ctx;
+    const struct perta_unlearn_row *row = &job->rows[piece->tag];
     const struct perta_range *before = &piece->in[PERTA_ROLE_MODEL];
     const struct result *results = (const struct result *)(const void *)piece->out;
     struct layout l = lay_out(job->n_outs, before->len_bytes);
@@ -205,208 +176,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return perta_resume_point(&job->resume, piece, job->stream, err);
 }
 
-static bool has_role(const struct job *job, int role)
-{
-    return role < PERTA_ROLE_FORGET || perta_rule_needs_importance(&job->rule);
-}
-
-static int open_inputs(struct job *job, struct perta_err *err)
-{
-    const struct perta_unlearn *u = job->unlearn;
-    const char *const paths[] = {u->model, u->tuned, u->base, u->forget, u->retain};
-    for (int i = 0; i < PERTA_N_ROLES; i++) {
-        if (!has_role(job, i))
-            continue;
-        if (!paths[i])
-            return perta_fail(err, PERTA_EUSAGE, "%s DIR is needed", roles[i]);
-        int rc = perta_input_open(&job->in[i], roles[i], paths[i], err);
-        if (rc)
-            return rc;
-    }
-    return 0;
-}
-
-static int find_operand(const struct job *job, struct row *row, int role, bool tied,
-                        struct perta_err *err)
-{
-    const struct perta_tensor *model = row->in[PERTA_ROLE_MODEL]->tensor;
-    const struct perta_checkpoint *ck = job->in[role].ck;
-    const struct perta_ref *ref = perta_tied_find(ck, model->name, tied);
-    row->in[role] = ref;
-    if (!ref)
-        return 0;
-    if (!perta_dtype_is_editable(ref->tensor->dtype))
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
-                          ck->path, model->name, perta_dtype_name(ref->tensor->dtype));
-    return perta_shapes_agree(roles[PERTA_ROLE_MODEL], model, roles[role], ref->tensor, err);
-}
-
-static int fill_operands(struct job *job, struct row *row, const char **action, bool tied,
-                         struct perta_err *err)
-{
-    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name;
-    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_BASE; role++) {
-        int rc = find_operand(job, row, role, tied, err);
-        if (rc)
-            return rc;
-        if (!row->in[role])
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: no tensor %s, which --model has; is it another architecture? "
-                              "--exclude leaves tensors out",
-                              job->in[role].ck->path, name);
-    }
-    row->method = job->rule.method;
-    for (int role = PERTA_ROLE_FORGET; has_role(job, role) && role < PERTA_N_ROLES; role++) {
-        int rc = find_operand(job, row, role, tied, err);
-        if (rc)
-            return rc;
-        if (row->in[role])
-            continue;
-        if (job->unlearn->missing == PERTA_MISSING_ERROR)
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: no importance for tensor %s; --missing keep leaves such "
-                              "tensors as they are, --missing tv subtracts their whole task "
-                              "vector",
-                              job->in[role].ck->path, name);
-        row->in[PERTA_ROLE_FORGET] = row->in[PERTA_ROLE_RETAIN] = NULL;
-        if (job->unlearn->missing == PERTA_MISSING_KEEP) {
-            *action = "kept: no importance";
-            row->in[PERTA_ROLE_TUNED] = row->in[PERTA_ROLE_BASE] = NULL;
-            return 0;
-        }
-        row->method = PERTA_TV;
-        break;
-    }
-    *action = "edited";
-    row->edited = true;
-    return 0;
-}
-
-static int fill_rows(struct job *job, struct perta_err *err)
-{
-    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
-    bool tied = perta_is_tied(model);
-    job->rows = calloc(model->n_tensors + 1, sizeof *job->rows);
-    job->actions = calloc(model->n_tensors + 1, sizeof *job->actions);
-    if (!job->rows || !job->actions)
-        return perta_fail_sys(err, ENOMEM, "plan");
-    uint64_t index = 0, n_edited = 0;
-    for (uint32_t s = 0; s < model->n_shards; s++)
-        for (uint64_t t = 0; t < model->shards[s].header->n_tensors; t++, index++) {
-            const struct perta_tensor *tensor = &model->shards[s].header->tensors[t];
-            struct row *row = &job->rows[index];
-            row->in[PERTA_ROLE_MODEL] = perta_checkpoint_find(model, tensor->name);
-            row->name_hash = perta_hash64(tensor->name, strlen(tensor->name));
-            int rc = 0;
-            if (!perta_dtype_is_editable(tensor->dtype))
-                job->actions[index] = "passed through: not BF16, F16, F32 or F64";
-            else if (!perta_globs_match(&job->unlearn->globs, tensor->name))
-                job->actions[index] = "kept: excluded";
-            else
-                rc = fill_operands(job, row, &job->actions[index], tied, err);
-            if (rc)
-                return rc;
-            n_edited += row->edited;
-        }
-    if (!n_edited && job->unlearn->globs.n_include)
-        return perta_fail(err, PERTA_EUSAGE, "%s: --include and --exclude leave no tensor to edit",
-                          model->path);
-    return 0;
-}
-
-/* A tensor that the model lacks means another architecture, but for the other name of tied
- * embeddings. */
-static int check_extra(const struct job *job, struct perta_err *err)
-{
-    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
-    bool tied = perta_is_tied(model);
-    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_BASE; role++)
-        for (uint64_t i = 0; i < job->in[role].ck->n_tensors; i++) {
-            const char *name = job->in[role].ck->by_name[i].tensor->name;
-            if (!perta_tied_find(model, name, tied))
-                return perta_fail(err, PERTA_EINPUT,
-                                  "%s: has tensor %s, which --model %s lacks; is it another "
-                                  "architecture?",
-                                  job->in[role].ck->path, name, model->path);
-        }
-    return 0;
-}
-
-static int find_stat(struct job *job, json_t *notes, struct perta_err *err)
-{
-    enum perta_stat stats[2] = {PERTA_STAT_MEAN, PERTA_STAT_MEAN};
-    if (!has_role(job, PERTA_ROLE_FORGET))
-        return 0;
-    for (int i = 0; i < 2; i++) {
-        int rc = perta_stat_of(job->in[PERTA_ROLE_FORGET + i].ck, &stats[i], notes, err);
-        if (rc)
-            return rc;
-    }
-    if (stats[0] != stats[1])
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--forget holds %s, --retain %s gradients; both must hold the same",
-                          perta_stat_name(stats[0]), perta_stat_name(stats[1]));
-    job->rule.stat = stats[0];
-    return 0;
-}
-
-static char *folder_of(const struct job *job, const char *dir, unsigned a)
-{
-    if (!dir || job->unlearn->n_alphas == 1)
-        return dir ? strdup(dir) : NULL;
-    char name[64];
-    snprintf(name, sizeof name, "alpha-%s", job->unlearn->alphas[a].text);
-    return perta_path_join(dir, name);
-}
-
-static int check_outputs(const struct job *job, struct perta_err *err)
-{
-    const struct perta_unlearn *u = job->unlearn;
-    const char *const inputs[] = {u->model, u->tuned, u->base, u->forget, u->retain};
-    char *outputs[2 * PERTA_ALPHAS_MAX] = {0};
-    size_t n = 0;
-    for (unsigned a = 0; a < u->n_alphas; a++) {
-        outputs[n++] = folder_of(job, u->patch, a);
-        if (u->out)
-            outputs[n++] = folder_of(job, u->out, a);
-    }
-    int rc = 0;
-    for (size_t i = 0; i < n; i++)
-        if (!outputs[i])
-            rc = perta_fail_sys(err, ENOMEM, "%s", u->patch);
-    if (!rc)
-        rc = perta_publish_check((const char *const *)outputs, n, inputs, PERTA_N_ROLES,
-                                 u->force, err);
-    for (size_t i = 0; i < n; i++)
-        free(outputs[i]);
-    return rc;
-}
-
-/* The journal is beside the folder that is published last. The caller's. */
-static char *home_of(const struct job *job)
-{
-    const struct perta_unlearn *u = job->unlearn;
-    return folder_of(job, u->out ? u->out : u->patch, u->n_alphas - 1);
-}
-
-static int plan(struct job *job, const struct perta_run *run, json_t *notes,
-                struct perta_err *err)
-{
-    int rc = open_inputs(job, err);
-    if (!rc)
-        rc = find_stat(job, notes, err);
-    if (!rc)
-        rc = check_extra(job, err);
-    if (!rc)
-        rc = fill_rows(job, err);
-    char *home = home_of(job);
-    if (!rc && !(home && perta_resume_found(run, home)))
-        rc = check_outputs(job, err);
-    free(home);
-    return rc;
-}
-
-static void measure(const struct job *job, struct perta_job *sizes, uint64_t *chunk_bytes)
+static void measure(const struct perta_unlearn_job *job, struct perta_job *sizes,
+                    uint64_t *chunk_bytes)
 {
     *chunk_bytes = 0;
     for (uint64_t i = 0; i < job->in[PERTA_ROLE_MODEL].ck->n_tensors; i++) {
@@ -418,18 +189,20 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
             }
         uint64_t chunk = perta_walk_chunk_bytes(job->rows[i].in[PERTA_ROLE_MODEL]->tensor);
         *chunk_bytes = chunk > *chunk_bytes ? chunk : *chunk_bytes;
-        sizes->in_bytes_max = in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
+        sizes->in_bytes_max =
+            in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
     }
     sizes->out_bytes_max = lay_out(job->n_outs, *chunk_bytes).whole;
 }
 
-static json_t *identity_of(const struct job *job)
+static json_t *identity_of(const struct perta_unlearn_job *job)
 {
     const struct perta_unlearn *u = job->unlearn;
     json_t *inputs = json_object(), *recipes = json_array();
     for (int i = 0; i < PERTA_N_ROLES; i++)
         if (job->in[i].ck)
-            json_object_set_new(inputs, roles[i] + 2, perta_journal_checkpoint(job->in[i].ck));
+            json_object_set_new(inputs, perta_roles[i] + 2,
+                                perta_journal_checkpoint(job->in[i].ck));
     for (unsigned a = 0; a < u->n_alphas; a++)
         json_array_append_new(recipes, perta_recipe_json(u, &job->rule, a, job->in));
     return perta_resume_identity(
@@ -438,9 +211,10 @@ static json_t *identity_of(const struct job *job)
         inputs);
 }
 
-static int begin_journal(struct job *job, const struct perta_run *run, struct perta_err *err)
+static int begin_journal(struct perta_unlearn_job *job, const struct perta_run *run,
+                         struct perta_err *err)
 {
-    char *home = home_of(job);
+    char *home = perta_unlearn_home(job);
     job->walk.ck = job->in[PERTA_ROLE_MODEL].ck;
     job->resume.inputs = job->in;
     job->resume.n_inputs = PERTA_N_ROLES;
@@ -453,12 +227,13 @@ static int begin_journal(struct job *job, const struct perta_run *run, struct pe
     return rc;
 }
 
-static int begin_outputs(struct job *job, const struct perta_run *run, struct perta_err *err)
+static int begin_outputs(struct perta_unlearn_job *job, const struct perta_run *run,
+                         struct perta_err *err)
 {
     int rc = begin_journal(job, run, err);
     for (; job->n_outs < job->unlearn->n_alphas && !rc; job->n_outs++) {
-        char *patch = folder_of(job, job->unlearn->patch, job->n_outs);
-        char *out = folder_of(job, job->unlearn->out, job->n_outs);
+        char *patch = perta_unlearn_folder(job, job->unlearn->patch, job->n_outs);
+        char *out = perta_unlearn_folder(job, job->unlearn->out, job->n_outs);
         job->alphas[job->n_outs] = job->unlearn->alphas[job->n_outs].value;
         rc = patch && (out || !job->unlearn->out)
                  ? perta_patch_out_begin(&job->outs[job->n_outs], patch, out,
@@ -471,7 +246,8 @@ static int begin_outputs(struct job *job, const struct perta_run *run, struct pe
     return rc;
 }
 
-static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
+static int open_stream(struct perta_unlearn_job *job, const struct perta_run *run,
+                       struct perta_err *err)
 {
     struct perta_job sizes = {
         .ctx = job, .n_in = PERTA_N_ROLES, .next = next, .work = work, .commit = commit};
@@ -492,7 +268,7 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     return rc;
 }
 
-static int attach(struct job *job, struct perta_err *err)
+static int attach(struct perta_unlearn_job *job, struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
     struct perta_engine *engine = perta_stream_engine(job->stream);
@@ -502,25 +278,28 @@ static int attach(struct job *job, struct perta_err *err)
             rc = perta_input_open_files(&job->in[i], engine->wants_direct, err);
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         uint8_t *patch_bufs = perta_stream_writer_bufs(job->stream, a);
-        uint8_t *model_bufs =
-            job->unlearn->out ? perta_stream_writer_bufs(job->stream, job->n_outs + a) : NULL;
+        uint8_t *model_bufs = job->unlearn->out
+                                  ? perta_stream_writer_bufs(job->stream, job->n_outs + a)
+                                  : NULL;
         rc = perta_patch_out_attach(&job->outs[a], model, model, job->actions, engine,
                                     patch_bufs, model_bufs, err);
     }
     return rc;
 }
 
-static int finish(struct job *job, json_t *summary, struct perta_err *err)
+static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_err *err)
 {
     json_t *inputs = json_object();
     json_t *results = json_array();
     int rc = 0;
     for (unsigned a = 0; a < job->n_outs && !rc; a++)
-        rc = perta_patch_out_reach(&job->outs[a], job->in[PERTA_ROLE_MODEL].ck->n_shards, 0, err);
+        rc = perta_patch_out_reach(&job->outs[a], job->in[PERTA_ROLE_MODEL].ck->n_shards, 0,
+                                   err);
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
-        if (job->in[i].ck && !(rc = perta_input_digest_rest(&job->in[i], job->stream, err)) &&
+        if (job->in[i].ck &&
+            !(rc = perta_input_digest_rest(&job->in[i], job->stream, err)) &&
             !(rc = perta_input_unchanged(&job->in[i], err)))
-            json_object_set_new(inputs, roles[i] + 2, perta_input_json(&job->in[i]));
+            json_object_set_new(inputs, perta_roles[i] + 2, perta_input_json(&job->in[i]));
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         json_t *recipe = perta_recipe_json(job->unlearn, &job->rule, a, job->in);
         json_t *result = NULL;
@@ -537,7 +316,7 @@ static int finish(struct job *job, json_t *summary, struct perta_err *err)
     return rc;
 }
 
-static void release(struct job *job)
+static void release(struct perta_unlearn_job *job)
 {
     for (unsigned a = 0; a < job->n_outs; a++)
         perta_patch_out_release(&job->outs[a]);
@@ -550,8 +329,8 @@ static void release(struct job *job)
 }
 
 /* Once it is planned. */
-static int run_all(struct job *job, const struct perta_run *run, json_t **summary,
-                   struct perta_err *err)
+static int run_all(struct perta_unlearn_job *job, const struct perta_run *run,
+                   json_t **summary, struct perta_err *err)
 {
     int rc = begin_outputs(job, run, err);
     if (rc || perta_resume_is_publishing(&job->resume, summary))
@@ -579,7 +358,7 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
 int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *run,
                   json_t **summary, struct perta_err *err)
 {
-    struct job *job = calloc(1, sizeof *job);
+    struct perta_unlearn_job *job = calloc(1, sizeof *job);
     json_t *notes = json_array();
     *summary = json_pack("{s:o}", "notes", notes);
     if (!job || !*summary) {
@@ -588,7 +367,7 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
     }
     job->unlearn = unlearn;
     job->rule = unlearn->rule;
-    int rc = plan(job, run, notes, err);
+    int rc = perta_unlearn_plan(job, run, notes, err);
     if (!rc && !run->dry_run) {
         rc = run_all(job, run, summary, err);
         rc = perta_resume_end(&job->resume, rc, summary, err);

@@ -1,0 +1,53 @@
+/* unlearn_job.h - what the parts of unlearn share: the plan (unlearn_plan.c) and the run
+ * itself (unlearn.c). */
+#ifndef PERTA_ESTIMATORS_UNLEARN_JOB_H
+#define PERTA_ESTIMATORS_UNLEARN_JOB_H
+
+#include "estimators/recipe.h"
+#include "io/codec.h"
+#include "stream/input.h"
+#include "stream/patch_out.h"
+#include "stream/resume.h"
+#include "stream/walk.h"
+
+/* The flags of the folders, in order of enum perta_role. */
+extern const char *const perta_roles[PERTA_N_ROLES];
+
+/* What is done to one tensor of the model. */
+struct perta_unlearn_row {
+    const struct perta_ref *in[PERTA_N_ROLES]; /* NULL: not read */
+    enum perta_method method;
+    uint64_t name_hash;
+    bool edited;
+};
+
+struct perta_unlearn_job {
+    const struct perta_unlearn *unlearn;
+    struct perta_rule rule;
+    struct perta_input in[PERTA_N_ROLES];
+    struct perta_unlearn_row *rows; /* (n_tensors) of the model, shard by shard */
+    const char **actions;           /* likewise */
+    float alphas[PERTA_ALPHAS_MAX];
+    struct perta_patch_out outs[PERTA_ALPHAS_MAX]; /* (n_alphas) */
+    unsigned n_outs;
+    struct perta_resume resume;
+    struct perta_stream *stream;
+    struct perta_codec **codecs;
+    unsigned n_workers;
+    struct perta_walk walk; /* where next() stands, in the model */
+};
+
+/* Open the inputs, fit them together tensor by tensor (in, rows, actions, rule.stat), and
+ * check where the outputs go. Nothing is written. What the user ought to know is appended
+ * to notes. */
+int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
+                       json_t *notes, struct perta_err *err);
+
+/* Where alpha number a goes, of the patches' or the models' folder dir. The caller's; NULL
+ * without dir, or memory. */
+char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir,
+                           unsigned a);
+/* The journal is beside the folder that is published last. The caller's. */
+char *perta_unlearn_home(const struct perta_unlearn_job *job);
+
+#endif

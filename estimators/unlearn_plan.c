@@ -1,0 +1,216 @@
+#include "estimators/unlearn_job.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
+                                                "--retain"};
+
+static bool has_role(const struct perta_unlearn_job *job, int role)
+{
+    return role < PERTA_ROLE_FORGET || perta_rule_needs_importance(&job->rule);
+}
+
+static int open_inputs(struct perta_unlearn_job *job, struct perta_err *err)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    const char *const paths[] = {u->model, u->tuned, u->base, u->forget, u->retain};
+    for (int i = 0; i < PERTA_N_ROLES; i++) {
+        if (!has_role(job, i))
+            continue;
+        if (!paths[i])
+            return perta_fail(err, PERTA_EUSAGE, "%s DIR is needed", perta_roles[i]);
+        int rc = perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+static int find_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                        int role, bool tied, struct perta_err *err)
+{
+    const struct perta_tensor *model = row->in[PERTA_ROLE_MODEL]->tensor;
+    const struct perta_checkpoint *ck = job->in[role].ck;
+    const struct perta_ref *ref = perta_tied_find(ck, model->name, tied);
+    row->in[role] = ref;
+    if (!ref)
+        return 0;
+    if (!perta_dtype_is_editable(ref->tensor->dtype))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s is %s; BF16, F16, F32 or F64 needed", ck->path,
+                          model->name, perta_dtype_name(ref->tensor->dtype));
+    return perta_shapes_agree(perta_roles[PERTA_ROLE_MODEL], model, perta_roles[role],
+                              ref->tensor, err);
+}
+
+static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                         const char **action, bool tied, struct perta_err *err)
+{
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name;
+    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_BASE; role++) {
+        int rc = find_operand(job, row, role, tied, err);
+        if (rc)
+            return rc;
+        if (!row->in[role])
+            return perta_fail(
+                err, PERTA_EINPUT,
+                "%s: no tensor %s, which --model has; is it another architecture? "
+                "--exclude leaves tensors out",
+                job->in[role].ck->path, name);
+    }
+    row->method = job->rule.method;
+    for (int role = PERTA_ROLE_FORGET; has_role(job, role) && role < PERTA_N_ROLES;
+         role++) {
+        int rc = find_operand(job, row, role, tied, err);
+        if (rc)
+            return rc;
+        if (row->in[role])
+            continue;
+        if (job->unlearn->missing == PERTA_MISSING_ERROR)
+            return perta_fail(
+                err, PERTA_EINPUT,
+                "%s: no importance for tensor %s; --missing keep leaves such "
+                "tensors as they are, --missing tv subtracts their whole task "
+                "vector",
+                job->in[role].ck->path, name);
+        row->in[PERTA_ROLE_FORGET] = row->in[PERTA_ROLE_RETAIN] = NULL;
+        if (job->unlearn->missing == PERTA_MISSING_KEEP) {
+            *action = "kept: no importance";
+            row->in[PERTA_ROLE_TUNED] = row->in[PERTA_ROLE_BASE] = NULL;
+            return 0;
+        }
+        row->method = PERTA_TV;
+        break;
+    }
+    *action = "edited";
+    row->edited = true;
+    return 0;
+}
+
+static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
+{
+    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
+    bool tied = perta_is_tied(model);
+    job->rows = calloc(model->n_tensors + 1, sizeof *job->rows);
+    job->actions = calloc(model->n_tensors + 1, sizeof *job->actions);
+    if (!job->rows || !job->actions)
+        return perta_fail_sys(err, ENOMEM, "plan");
+    uint64_t index = 0, n_edited = 0;
+    for (uint32_t s = 0; s < model->n_shards; s++)
+        for (uint64_t t = 0; t < model->shards[s].header->n_tensors; t++, index++) {
+            const struct perta_tensor *tensor = &model->shards[s].header->tensors[t];
+            struct perta_unlearn_row *row = &job->rows[index];
+            row->in[PERTA_ROLE_MODEL] = perta_checkpoint_find(model, tensor->name);
+            row->name_hash = perta_hash64(tensor->name, strlen(tensor->name));
+            int rc = 0;
+            if (!perta_dtype_is_editable(tensor->dtype))
+                job->actions[index] = "passed through: not BF16, F16, F32 or F64";
+            else if (!perta_globs_match(&job->unlearn->globs, tensor->name))
+                job->actions[index] = "kept: excluded";
+            else
+                rc = fill_operands(job, row, &job->actions[index], tied, err);
+            if (rc)
+                return rc;
+            n_edited += row->edited;
+        }
+    if (!n_edited && job->unlearn->globs.n_include)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: --include and --exclude leave no tensor to edit",
+                          model->path);
+    return 0;
+}
+
+/* A tensor that the model lacks means another architecture, but for the other name of tied
+ * embeddings. */
+static int check_extra(const struct perta_unlearn_job *job, struct perta_err *err)
+{
+    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
+    bool tied = perta_is_tied(model);
+    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_BASE; role++)
+        for (uint64_t i = 0; i < job->in[role].ck->n_tensors; i++) {
+            const char *name = job->in[role].ck->by_name[i].tensor->name;
+            if (!perta_tied_find(model, name, tied))
+                return perta_fail(
+                    err, PERTA_EINPUT,
+                    "%s: has tensor %s, which --model %s lacks; is it another "
+                    "architecture?",
+                    job->in[role].ck->path, name, model->path);
+        }
+    return 0;
+}
+
+static int find_stat(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
+{
+    enum perta_stat stats[2] = {PERTA_STAT_MEAN, PERTA_STAT_MEAN};
+    if (!has_role(job, PERTA_ROLE_FORGET))
+        return 0;
+    for (int i = 0; i < 2; i++) {
+        int rc = perta_stat_of(job->in[PERTA_ROLE_FORGET + i].ck, &stats[i], notes, err);
+        if (rc)
+            return rc;
+    }
+    if (stats[0] != stats[1])
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "--forget holds %s, --retain %s gradients; both must hold the same",
+            perta_stat_name(stats[0]), perta_stat_name(stats[1]));
+    job->rule.stat = stats[0];
+    return 0;
+}
+
+char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir, unsigned a)
+{
+    if (!dir || job->unlearn->n_alphas == 1)
+        return dir ? strdup(dir) : NULL;
+    char name[64];
+    snprintf(name, sizeof name, "alpha-%s", job->unlearn->alphas[a].text);
+    return perta_path_join(dir, name);
+}
+
+static int check_outputs(const struct perta_unlearn_job *job, struct perta_err *err)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    const char *const inputs[] = {u->model, u->tuned, u->base, u->forget, u->retain};
+    char *outputs[2 * PERTA_ALPHAS_MAX] = {0};
+    size_t n = 0;
+    for (unsigned a = 0; a < u->n_alphas; a++) {
+        outputs[n++] = perta_unlearn_folder(job, u->patch, a);
+        if (u->out)
+            outputs[n++] = perta_unlearn_folder(job, u->out, a);
+    }
+    int rc = 0;
+    for (size_t i = 0; i < n; i++)
+        if (!outputs[i])
+            rc = perta_fail_sys(err, ENOMEM, "%s", u->patch);
+    if (!rc)
+        rc = perta_publish_check((const char *const *)outputs, n, inputs, PERTA_N_ROLES,
+                                 u->force, err);
+    for (size_t i = 0; i < n; i++)
+        free(outputs[i]);
+    return rc;
+}
+
+char *perta_unlearn_home(const struct perta_unlearn_job *job)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    return perta_unlearn_folder(job, u->out ? u->out : u->patch, u->n_alphas - 1);
+}
+
+int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
+                       json_t *notes, struct perta_err *err)
+{
+    int rc = open_inputs(job, err);
+    if (!rc)
+        rc = find_stat(job, notes, err);
+    if (!rc)
+        rc = check_extra(job, err);
+    if (!rc)
+        rc = fill_rows(job, err);
+    char *home = perta_unlearn_home(job);
+    if (!rc && !(home && perta_resume_found(run, home)))
+        rc = check_outputs(job, err);
+    free(home);
+    return rc;
+}
