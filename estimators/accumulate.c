@@ -9,6 +9,7 @@
 #include "estimators/running.h"
 #include "io/checked.h"
 #include "stream/input.h"
+#include "stream/memory.h"
 #include "stream/model_out.h"
 #include "stream/naming.h"
 #include "stream/resume.h"
@@ -272,11 +273,9 @@ static int choose_elems(struct job *job, const struct perta_run *run, struct per
         if (needed <= run->memory_bytes)
             return 0;
     }
-    return perta_fail(err, PERTA_EUSAGE,
-                      "--memory %lluM is too small to read %u gradients side by side: it needs "
-                      "%lluM",
-                      (unsigned long long)(run->memory_bytes >> 20),
-                      job->accumulate->n_gradients, (unsigned long long)(needed >> 20) + 2);
+    return perta_memory_refuse(run->memory_bytes, needed, err,
+                               "to read %u gradients side by side",
+                               job->accumulate->n_gradients);
 }
 
 static int make_scratch(struct job *job, struct perta_err *err)

@@ -163,12 +163,9 @@ static int plan_memory(struct perta_estimate_job *job, bool bf16, size_t *tokens
     uint64_t least = used + batch_bytes(job, job->samples.longest, bf16);
     uint64_t budget = job->run->memory_bytes;
     if (budget < least)
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--memory %lluM is too small for this model and its longest sample "
-                          "(%llu tokens): it needs %lluM",
-                          (unsigned long long)(budget >> 20),
-                          (unsigned long long)job->samples.longest,
-                          (unsigned long long)(least >> 20) + 2); /* what is resident varies a little */
+        return perta_memory_refuse(budget, least, err,
+                                   "for this model and its longest sample (%llu tokens)",
+                                   (unsigned long long)job->samples.longest);
     *tokens = tokens_of_a_batch(job, bf16, budget - counted - others);
     used += batch_bytes(job, *tokens, bf16);
     job->scratch.free_bytes = used < budget ? budget - used : 0;

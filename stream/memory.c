@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <malloc.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -11,6 +12,8 @@
 #include "io/checked.h"
 
 #define HUGE_PAGE_BYTES (2ull << 20)
+/* By how much resident memory may differ, from run to run and from plan to slots. */
+#define VARIES_BYTES (8ull << 20)
 
 uint64_t perta_memory_now(void)
 {
@@ -28,6 +31,20 @@ uint64_t perta_memory_trimmed(void)
 {
     malloc_trim(0);
     return perta_memory_now();
+}
+
+int perta_memory_refuse(uint64_t budget_bytes, uint64_t least_bytes, struct perta_err *err,
+                        const char *what, ...)
+{
+    char words[256];
+    va_list args;
+    va_start(args, what);
+    vsnprintf(words, sizeof words, what, args);
+    va_end(args);
+    uint64_t enough = perta_align_up(least_bytes + VARIES_BYTES, 1 << 20);
+    return perta_fail(err, PERTA_EUSAGE, "--memory %lluM is too small %s: it needs %lluM",
+                      (unsigned long long)(budget_bytes >> 20), words,
+                      (unsigned long long)(enough >> 20));
 }
 
 int perta_pool_take(struct perta_pool *pool, uint64_t len_bytes, struct perta_err *err)

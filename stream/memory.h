@@ -9,6 +9,13 @@
 /* Resident now, after giving back what malloc keeps for later. */
 uint64_t perta_memory_trimmed(void);
 
+/* A budget is too small "for this job", or what it is; least_bytes would do by what is measured now.
+ * The message names more: resident memory differs from run to run, and grows until it is measured
+ * for the last time, by code that runs first then and by tables of outputs. What it names is
+ * enough. Returns PERTA_EUSAGE. */
+int perta_memory_refuse(uint64_t budget_bytes, uint64_t least_bytes, struct perta_err *err,
+                        const char *what, ...) __attribute__((format(printf, 4, 5)));
+
 /* One mapping, 2 MiB aligned, of huge pages where the kernel gives them. */
 struct perta_pool {
     uint8_t *base;

@@ -82,11 +82,7 @@ static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_
 {
     uint64_t slot = slot_bytes(&s->shape), least = fixed_bytes(n_writers) + slot;
     if (s->run.memory_bytes < least)
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--memory %lluM is too small for this job: it needs %lluM",
-                          (unsigned long long)(s->run.memory_bytes >> 20),
-                          /* what is resident varies a little */
-                          (unsigned long long)((least >> 20) + 2));
+        return perta_memory_refuse(s->run.memory_bytes, least, err, "for this job");
     uint64_t fit = 1 + (s->run.memory_bytes - least) / slot;
     uint64_t useful = AHEAD_BYTES / slot + 2 * perta_run_threads(&s->run) + 2;
     uint64_t n = fit < useful ? fit : useful;

@@ -1,6 +1,8 @@
 """The command under test: $PERTA, or build/perta."""
 
 import os
+import re
+import resource
 import subprocess
 from pathlib import Path
 
@@ -28,3 +30,21 @@ def perta(tmp_path):
         return result
 
     return run
+
+
+MIB = 1 << 20
+
+
+def needed(perta, words, budget="1M", env=None):
+    """The budget that a refusal of too little names."""
+    refusal = perta(*words, "--memory", budget, check=2, env=env).stderr
+    return re.search(r"needs (\d+M)", refusal)[1]
+
+
+def in_a_larger_process(mebibytes=4):
+    """For perta(): so much more is resident from the start on, as an environment."""
+    size = 100_000
+    env = {f"PAD{i}": "x" * size for i in range(mebibytes * MIB // size)}
+    # A quarter of the stack is for the environment.
+    stack = (64 * MIB, resource.getrlimit(resource.RLIMIT_STACK)[1])
+    return {"env": env, "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_STACK, stack)}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PERTA
+from conftest import PERTA, in_a_larger_process, needed
 from llama import write_llama
 
 torch = pytest.importorskip("torch")
@@ -227,9 +227,8 @@ def test_what_cannot_be_computed_is_refused(perta, tmp_path, change, message):
 def test_too_little_memory_is_said_with_what_is_enough(perta, tmp_path):
     make_model(tmp_path / "model", "Llama", {})
     write_data(tmp_path / "data.jsonl")
-    words = "estimate --model model --data data.jsonl --out imp --memory".split()
-    refusal = perta(*words, "20M", check=2).stderr
-    perta(*words, refusal.rsplit("needs ", 1)[1].strip())
+    words = "estimate --model model --data data.jsonl --out imp".split()
+    perta(*words, "--memory", needed(perta, words, "20M"), **in_a_larger_process())
 
 
 # --- a model larger than memory

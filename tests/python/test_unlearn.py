@@ -3,11 +3,11 @@
 import itertools
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import needed
 from reference import (
     CHUNK,
     DTYPES,
@@ -214,8 +214,7 @@ def run_on(perta, machine, *command):
     env = {"PERTA_ISA": machine["isa"], "PERTA_QUEUE_DEPTH": str(machine["depth"])}
     if machine["memory"] != "least":
         return perta(*words, machine["memory"], env=env)
-    refused = perta(*words, "1M", env=env, check=2)
-    return perta(*words, re.search(r"needs (\d+M)", refused.stderr)[1], env=env)
+    return perta(*words, needed(perta, words[:-1], env=env), env=env)
 
 
 def test_the_bytes_are_the_same_whatever_runs(perta, tmp_path):
