@@ -1,0 +1,184 @@
+/* llm_double.h - the forward passes of docs/estimate.md in double, as plainly as they can be
+ * written: what finite differences are taken of. Shapes as in ops.h and block.h. */
+#ifndef PERTA_TESTS_LLM_DOUBLE_H
+#define PERTA_TESTS_LLM_DOUBLE_H
+
+#include <math.h>
+
+#include "estimators/backprop/model.h"
+#include "estimators/backprop/samples.h"
+#include "tests/unit.h"
+
+static inline void rmsnorm_double(double *y, const double *x, const double *weight, size_t T,
+                                  size_t H, double eps)
+{
+    for (size_t t = 0; t < T; t++) {
+        double sum = 0;
+        for (size_t i = 0; i < H; i++)
+            sum += x[t * H + i] * x[t * H + i];
+        for (size_t i = 0; i < H; i++)
+            y[t * H + i] = x[t * H + i] / sqrt(sum / (double)H + eps) * weight[i];
+    }
+}
+
+static inline void rope_double(double *x, const uint32_t *positions, const float *inv_freq,
+                               size_t T, size_t n_heads, size_t D)
+{
+    for (size_t t = 0; t < T; t++)
+        for (size_t h = 0; h < n_heads; h++)
+            for (size_t i = 0; i < D / 2; i++) {
+                double *head = x + (t * n_heads + h) * D, a = head[i], b = head[i + D / 2];
+                double angle = (double)positions[t] * (double)inv_freq[i];
+                head[i] = a * cos(angle) - b * sin(angle);
+                head[i + D / 2] = b * cos(angle) + a * sin(angle);
+            }
+}
+
+static inline void swiglu_double(double *h, const double *gate, const double *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        h[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
+}
+
+/* One sequence; window positions are seen, itself included. */
+static inline void attention_double(double *out, const double *q, const double *k,
+                                    const double *v, size_t T, size_t n_heads, size_t n_kv,
+                                    size_t D, uint32_t window)
+{
+    double *p = alloc(T * sizeof *p);
+    for (size_t h = 0; h < n_heads; h++)
+        for (size_t t = 0; t < T; t++) {
+            size_t kv = h / (n_heads / n_kv), first = t >= window ? t - window + 1 : 0;
+            double sum = 0, *row = out + (t * n_heads + h) * D;
+            for (size_t j = first; j <= t; j++) {
+                double dot = 0;
+                for (size_t d = 0; d < D; d++)
+                    dot += q[(t * n_heads + h) * D + d] * k[(j * n_kv + kv) * D + d];
+                sum += p[j] = exp(dot / sqrt((double)D));
+            }
+            for (size_t d = 0; d < D; d++) {
+                row[d] = 0;
+                for (size_t j = first; j <= t; j++)
+                    row[d] += p[j] / sum * v[(j * n_kv + kv) * D + d];
+            }
+        }
+    free(p);
+}
+
+/* y (n, out) += x (n, in) weight^T + bias. */
+static inline void linear_double(double *y, const double *x, const double *weight,
+                                 const double *bias, size_t n, size_t out, size_t in)
+{
+    for (size_t t = 0; t < n; t++)
+        for (size_t o = 0; o < out; o++) {
+            double sum = bias ? bias[o] : 0;
+            for (size_t i = 0; i < in; i++)
+                sum += x[t * in + i] * weight[o * in + i];
+            y[t * out + o] += sum;
+        }
+}
+
+/* A model's weights in double, laid out as perta_model lays out its own. */
+struct model_double {
+    const struct perta_model *model;
+    const float *inv_freq;
+    double *weights; /* (n_floats) */
+};
+
+static inline double *part_double(const struct model_double *m, uint32_t layer, const char *part,
+                                  const char *kind)
+{
+    char name[128];
+    snprintf(name, sizeof name, "model.layers.%u.%s.%s", layer, part, kind);
+    const float *at = perta_model_find(m->model, m->model->weights, name);
+    return at ? m->weights + (at - m->model->weights) : NULL;
+}
+
+static inline void project_double(const struct model_double *m, uint32_t layer,
+                                  enum perta_linear_name name, double *y, const double *x,
+                                  size_t n, size_t out, size_t in)
+{
+    const char *part = perta_linear_names[name];
+    linear_double(y, x, part_double(m, layer, part, "weight"), part_double(m, layer, part, "bias"),
+                  n, out, in);
+}
+
+/* x (T, H) of one sequence becomes what the block makes of it. */
+static inline void block_double(const struct model_double *m, uint32_t layer, double *x, size_t T)
+{
+    const struct perta_llm *llm = &m->model->llm;
+    size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
+    size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
+    double eps = (double)llm->rms_eps;
+    double *memory = alloc(T * (H + 2 * Q + 2 * K + 3 * I) * sizeof *memory);
+    uint32_t *positions = alloc(T * sizeof *positions);
+    double *norm = memory, *q = norm + T * H, *k = q + T * Q, *v = k + T * K, *att = v + T * K;
+    double *gate = att + T * Q, *up = gate + T * I, *h = up + T * I;
+    for (size_t t = 0; t < T; t++)
+        positions[t] = (uint32_t)t;
+    rmsnorm_double(norm, x, part_double(m, layer, "input_layernorm", "weight"), T, H, eps);
+    project_double(m, layer, PERTA_Q, q, norm, T, Q, H);
+    project_double(m, layer, PERTA_K, k, norm, T, K, H);
+    project_double(m, layer, PERTA_V, v, norm, T, K, H);
+    if (llm->qk_norm) {
+        rmsnorm_double(q, q, part_double(m, layer, "self_attn.q_norm", "weight"),
+                       T * llm->n_heads, D, eps);
+        rmsnorm_double(k, k, part_double(m, layer, "self_attn.k_norm", "weight"),
+                       T * llm->n_kv_heads, D, eps);
+    }
+    rope_double(q, positions, m->inv_freq, T, llm->n_heads, D);
+    rope_double(k, positions, m->inv_freq, T, llm->n_kv_heads, D);
+    attention_double(att, q, k, v, T, llm->n_heads, llm->n_kv_heads, D,
+                     perta_llm_window(llm, layer));
+    project_double(m, layer, PERTA_O, x, att, T, H, Q);
+    rmsnorm_double(norm, x, part_double(m, layer, "post_attention_layernorm", "weight"), T, H,
+                   eps);
+    project_double(m, layer, PERTA_GATE, gate, norm, T, I, H);
+    project_double(m, layer, PERTA_UP, up, norm, T, I, H);
+    swiglu_double(h, gate, up, T * I);
+    project_double(m, layer, PERTA_DOWN, x, h, T, H, I);
+    free(positions);
+    free(memory);
+}
+
+/* log(sum of exponentials) - the target's, of one row of logits. */
+static inline double cross_entropy_double(const double *logits, size_t V, size_t target)
+{
+    double sum = 0;
+    for (size_t i = 0; i < V; i++)
+        sum += exp(logits[i]);
+    return log(sum) - logits[target];
+}
+
+/* The loss of one sample: the mean over its labels. */
+static inline double loss_double(const struct model_double *m, const struct perta_samples *s,
+                                 size_t sample)
+{
+    const struct perta_model *model = m->model;
+    size_t first = s->starts[sample], T = s->starts[sample + 1] - first;
+    size_t H = model->llm.hidden, V = model->llm.vocab, n_labels = 0;
+    double *x = alloc(T * H * sizeof *x), *row = alloc(H * sizeof *row), loss = 0;
+    double *logits = alloc(V * sizeof *logits);
+    const double *embedding = m->weights; /* first of all parameters, the head the last */
+    const double *head = model->llm.tied ? embedding : m->weights + model->n_floats - V * H;
+    const double *norm = model->llm.tied ? m->weights + model->n_floats - H : head - H;
+    for (size_t t = 0; t < T; t++)
+        memcpy(x + t * H, embedding + (size_t)s->ids[first + t] * H, H * sizeof *x);
+    for (uint32_t l = 0; l < model->llm.n_layers; l++)
+        block_double(m, l, x, T);
+    for (size_t t = 0; t < T; t++) {
+        if (s->targets[first + t] == PERTA_IGNORED)
+            continue;
+        rmsnorm_double(row, x + t * H, norm, 1, H, (double)model->llm.rms_eps);
+        memset(logits, 0, V * sizeof *logits);
+        linear_double(logits, row, head, NULL, 1, V, H);
+        loss += cross_entropy_double(logits, V, (size_t)s->targets[first + t]);
+        n_labels++;
+    }
+    free(x);
+    free(row);
+    free(logits);
+    return loss / (double)n_labels;
+}
+
+#endif

@@ -1,0 +1,292 @@
+/* The backward pass of a block, of a model in memory, and of estimate's ends of a model, against
+ * finite differences of a forward pass in double (llm_double.h). */
+#include "tests/scratch.h"
+
+#include "estimators/backprop/train.h"
+#include "estimators/estimate.h"
+#include "io/checkpoint.h"
+#include "tests/gradient.h"
+#include "tests/llm_double.h"
+
+static struct perta_err err;
+
+#define SIZES                                                                                    \
+    "\"hidden_size\":12,\"intermediate_size\":10,\"num_attention_heads\":8,"                     \
+    "\"num_key_value_heads\":2,\"head_dim\":4,\"rms_norm_eps\":1e-3,"
+#define NAME(of) "{\"architectures\":[\"" of "ForCausalLM\"],"
+
+/* Groups of 4 heads, head_dim not hidden / heads; all that architectures differ in. */
+static const char *const configs[] = {
+    NAME("Llama") SIZES "\"vocab_size\":23,\"num_hidden_layers\":2,"
+                        "\"attention_bias\":true,\"mlp_bias\":true}",
+    NAME("Llama") SIZES "\"vocab_size\":23,\"num_hidden_layers\":2,\"tie_word_embeddings\":true,"
+                        "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,"
+                        "\"original_max_position_embeddings\":16}}",
+    NAME("Mistral") SIZES "\"vocab_size\":23,\"num_hidden_layers\":1,\"sliding_window\":4}",
+    NAME("Qwen2") SIZES "\"vocab_size\":23,\"num_hidden_layers\":1}",
+    NAME("Qwen3") SIZES "\"vocab_size\":23,\"num_hidden_layers\":2,\"tie_word_embeddings\":true}",
+};
+
+/* Ragged; the second has one token that counts, the third masks its start. */
+static const char data[] =
+    "{\"input_ids\":[3,1,4,1,5,9,2,6]}\n"
+    "{\"input_ids\":[22,0]}\n"
+    "{\"input_ids\":[3,7,7,8,2,2,0,1,3],\"labels\":[-100,-100,-100,8,2,2,0,-100,22]}\n";
+
+struct lab {
+    struct perta_model model;
+    struct perta_samples samples;
+    struct model_double twin;
+    float inv_freq[64];
+    size_t sample; /* whose loss is wanted */
+};
+
+static void open_lab(struct lab *lab, const char *config)
+{
+    struct perta_llm llm;
+    json_t *json = json_loads(config, 0, NULL);
+    *lab = (struct lab){0};
+    ck_assert_ptr_nonnull(json);
+    ck_assert_ok(perta_llm_parse(json, "config.json", &llm, &err));
+    json_decref(json);
+    ck_assert_ok(perta_model_new(&llm, 1, &lab->model, &err));
+    uint64_t seed = 15;
+    for (size_t i = 0; i < lab->model.n_floats; i++)
+        lab->model.weights[i] += uniform(&seed, -0.4, 0.4);
+    put_text("data.jsonl", data);
+    ck_assert_ok(perta_samples_read("data.jsonl", llm.vocab, 0, &lab->samples, &err));
+    const struct perta_model_file file = {"config.json", config};
+    ck_assert_ok(perta_model_save(&lab->model, "model", &file, 1, false, &err)); /* rounds */
+    perta_rope_frequencies(&llm, lab->inv_freq);
+    lab->twin = (struct model_double){&lab->model, lab->inv_freq,
+                                      alloc(lab->model.n_floats * sizeof(double))};
+    for (size_t i = 0; i < lab->model.n_floats; i++)
+        lab->twin.weights[i] = (double)lab->model.weights[i];
+}
+
+static void close_lab(struct lab *lab)
+{
+    free(lab->twin.weights);
+    perta_samples_release(&lab->samples);
+    perta_model_release(&lab->model);
+}
+
+static double loss_of_sample(void *ctx)
+{
+    const struct lab *lab = ctx;
+    return loss_double(&lab->twin, &lab->samples, lab->sample);
+}
+
+static double loss_of_all(void *ctx)
+{
+    const struct lab *lab = ctx;
+    double sum = 0;
+    for (size_t s = 0; s < lab->samples.n; s++)
+        sum += loss_double(&lab->twin, &lab->samples, s);
+    return sum / (double)lab->samples.n;
+}
+
+START_TEST(every_tensor_of_a_model_in_memory)
+{
+    struct lab lab;
+    struct perta_trainer trainer;
+    const uint32_t which[] = {0, 1, 2};
+    double loss;
+    open_lab(&lab, configs[_i]);
+    ck_assert_ok(perta_trainer_open(&trainer, &lab.model, &lab.samples, 3, 2, &err));
+    ck_assert_ok(perta_trainer_gradients(&trainer, &lab.samples, which, 3, &loss, &err));
+    ck_assert_double_lt(fabs(loss / loss_of_all(&lab) - 1), TOLERANCE);
+    for (size_t p = 0; p < lab.model.n_parameters; p++) {
+        const struct perta_parameter *of = &lab.model.parameters[p];
+        is_gradient(of->name, trainer.gradients + of->at, lab.twin.weights + of->at,
+                    of->out * of->in, of->vector ? 1 : 5, loss_of_all, &lab);
+    }
+    perta_trainer_close(&trainer);
+    close_lab(&lab);
+}
+END_TEST
+
+/* ---- a block: what comes before it, and vectors of each sequence ---- */
+
+struct block {
+    struct lab *lab;
+    struct pair x, dout; /* (n, H) */
+    size_t first, T;     /* the sequence that is looked at */
+    float *vectors[2][PERTA_N_NORMS + PERTA_N_LINEARS];
+};
+
+static double block_value(void *ctx)
+{
+    const struct block *c = ctx;
+    size_t H = c->lab->model.llm.hidden, at = c->first * H;
+    double *x = alloc(c->T * H * sizeof *x);
+    memcpy(x, c->x.d + at, c->T * H * sizeof *x);
+    block_double(&c->lab->twin, 0, x, c->T);
+    double value = dot(x, c->dout.d + at, c->T * H);
+    free(x);
+    return value;
+}
+
+static void keep(struct block *c, size_t sequence, int i, const float *d, size_t n)
+{
+    float **to = &c->vectors[sequence][i];
+    ck_assert_ptr_null(*to);
+    *to = alloc(n * sizeof(float));
+    memcpy(*to, d, n * sizeof(float));
+}
+
+static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d,
+                    size_t n)
+{
+    keep(ctx, sequence, (int)name, d, n);
+}
+
+static void on_bias(void *ctx, size_t sequence, enum perta_linear_name name, const float *d,
+                    size_t n)
+{
+    keep(ctx, sequence, PERTA_N_NORMS + (int)name, d, n);
+}
+
+static void vector_is_gradient(struct block *c, size_t sequence, int i)
+{
+    bool norm = i < PERTA_N_NORMS;
+    const char *part = norm ? perta_norm_names[i] : perta_linear_names[i - PERTA_N_NORMS];
+    const char *kind = norm ? "weight" : "bias";
+    const struct perta_model *m = &c->lab->model;
+    for (size_t p = 0; p < m->n_parameters; p++) {
+        char name[128];
+        const struct perta_parameter *of = &m->parameters[p];
+        snprintf(name, sizeof name, "model.layers.0.%s.%s", part, kind);
+        if (!strcmp(name, of->name))
+            is_gradient(name, c->vectors[sequence][i], c->lab->twin.weights + of->at, of->in, 1,
+                        block_value, c);
+    }
+}
+
+START_TEST(a_block_of_ragged_sequences)
+{
+    struct lab lab;
+    open_lab(&lab, configs[_i]);
+    const struct perta_llm *llm = &lab.model.llm;
+    const size_t starts[] = {0, 7, 12};
+    const uint32_t positions[] = {0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4};
+    const struct perta_batch batch = {2, 12, starts, positions};
+    struct block c = {.lab = &lab, .x = pair(12 * llm->hidden, 16),
+                      .dout = pair(12 * llm->hidden, 17)};
+    const struct perta_vector_sink sink = {&c, on_norm, on_bias};
+    struct perta_block block = {.inv_freq = lab.inv_freq};
+    struct perta_acts acts;
+    float *memory = aligned_alloc(64, perta_acts_floats(llm, 12, 7) * sizeof(float));
+    perta_model_block(&lab.model, 0, &block);
+    ck_assert_ok(perta_gemm_open(false, 2, 64, &block.gemm, &err));
+    perta_acts_lay_out(&acts, llm, 12, 7, memory);
+    memcpy(acts.x, c.x.f, c.x.n * sizeof(float));
+    memcpy(acts.dout, c.dout.f, c.x.n * sizeof(float));
+    ck_assert_ok(perta_block_forward(&block, &batch, &acts, &err));
+    ck_assert_ok(perta_block_backward(&block, &batch, &acts, &sink, &err));
+    for (size_t s = 0; s < 2; s++) {
+        size_t at = starts[s] * llm->hidden;
+        c.first = starts[s];
+        c.T = starts[s + 1] - starts[s];
+        is_gradient("dx", acts.dx + at, c.x.d + at, c.T * llm->hidden, 1, block_value, &c);
+        for (int i = 0; i < PERTA_N_NORMS + PERTA_N_LINEARS; i++) {
+            if (c.vectors[s][i])
+                vector_is_gradient(&c, s, i);
+            free(c.vectors[s][i]);
+        }
+    }
+    perta_gemm_close(block.gemm);
+    free(memory);
+    release(c.x);
+    release(c.dout);
+    close_lab(&lab);
+}
+END_TEST
+
+/* ---- the ends of the model, out of core: a vocabulary of three blocks of rows ---- */
+
+static const char *const wide[] = {
+    NAME("Llama") SIZES "\"vocab_size\":2500,\"num_hidden_layers\":1}",
+    NAME("Llama") SIZES "\"vocab_size\":2500,\"num_hidden_layers\":1,"
+                        "\"tie_word_embeddings\":true}",
+};
+static const char wide_data[] = "{\"input_ids\":[1023,1024,2,2499]}\n"
+                                "{\"input_ids\":[2047,2499,2048,5,2047]}\n";
+/* Rows at the ends of blocks, with tokens, with labels, with neither. */
+static const size_t wide_rows[] = {0, 2, 5, 1023, 1024, 1500, 2047, 2048, 2499};
+
+/* Floats first .. first + n of a tensor in a folder. */
+static void read_floats(const char *folder, const char *name, size_t first, size_t n, float *to)
+{
+    struct perta_checkpoint *ck;
+    ck_assert_ok(perta_checkpoint_open(folder, &ck, &err));
+    const struct perta_ref *ref = perta_checkpoint_find(ck, name);
+    FILE *file = fopen(ck->shards[ref->shard].path, "r");
+    fseek(file, (long)(ref->tensor->off_bytes + first * sizeof *to), SEEK_SET);
+    ck_assert_uint_eq(fread(to, sizeof *to, n, file), n);
+    fclose(file);
+    perta_checkpoint_close(ck);
+}
+
+/* Mean and mean square over samples, against slopes of each sample's loss. */
+static void are_statistics(struct lab *lab, const char *name, size_t first, size_t n)
+{
+    float mean[64], meansq[64];
+    double want[64] = {0}, want_sq[64] = {0};
+    double *x = lab->twin.weights +
+                (perta_model_find(&lab->model, lab->model.weights, name) - lab->model.weights);
+    for (lab->sample = 0; lab->sample < lab->samples.n; lab->sample++)
+        for (size_t i = 0; i < n; i++) {
+            double g = slope(x + first + i, loss_of_sample, lab);
+            want[i] += g / (double)lab->samples.n;
+            want_sq[i] += g * g / (double)lab->samples.n;
+        }
+    read_floats("imp/mean", name, first, n, mean);
+    read_floats("imp/meansq", name, first, n, meansq);
+    if (dot(want_sq, want_sq, n) == 0) { /* no token and, for the embedding, no label */
+        for (size_t i = 0; i < n; i++)
+            ck_assert(mean[i] == 0 && meansq[i] == 0);
+        return;
+    }
+    are_close(name, mean, want, n);
+    are_close(name, meansq, want_sq, n);
+}
+
+START_TEST(embedding_and_head_out_of_core)
+{
+    struct lab lab;
+    open_lab(&lab, wide[_i]);
+    put_text("data.jsonl", wide_data);
+    perta_samples_release(&lab.samples);
+    ck_assert_ok(perta_samples_read("data.jsonl", 2500, 0, &lab.samples, &err));
+    const struct perta_estimate estimate = {.model = "model", .data = "data.jsonl", .out = "imp",
+                                            .mean = true, .meansq = true,
+                                            .compute = PERTA_COMPUTE_F32};
+    const struct perta_run run = {.memory_bytes = 2ull << 30, .n_threads = 2};
+    json_t *summary;
+    ck_assert_ok(perta_estimate(&estimate, &run, &summary, &err));
+    double loss = json_real_value(json_object_get(summary, "loss"));
+    json_decref(summary);
+    ck_assert_double_lt(fabs(loss / loss_of_all(&lab) - 1), TOLERANCE);
+    size_t H = lab.model.llm.hidden;
+    for (size_t i = 0; i < sizeof wide_rows / sizeof *wide_rows; i++) {
+        are_statistics(&lab, "model.embed_tokens.weight", wide_rows[i] * H, H);
+        if (!lab.model.llm.tied)
+            are_statistics(&lab, "lm_head.weight", wide_rows[i] * H, H);
+    }
+    are_statistics(&lab, "model.norm.weight", 0, H);
+    are_statistics(&lab, "model.layers.0.mlp.down_proj.weight", 30, 40);
+    close_lab(&lab);
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("tests");
+    tcase_add_checked_fixture(tests, enter, leave);
+    tcase_add_loop_test(tests, a_block_of_ragged_sequences, 0, sizeof configs / sizeof *configs);
+    tcase_add_loop_test(tests, every_tensor_of_a_model_in_memory, 0,
+                        sizeof configs / sizeof *configs);
+    tcase_add_loop_test(tests, embedding_and_head_out_of_core, 0, sizeof wide / sizeof *wide);
+    return run_suite("backprop", tests);
+}

@@ -1,0 +1,294 @@
+/* Every operation's backward pass, and attention's, against finite differences of a forward pass
+ * in double (llm_double.h). */
+#include "estimators/backprop/ops.h"
+
+#include "estimators/backprop/config.h"
+#include "tests/gradient.h"
+#include "tests/llm_double.h"
+
+static struct perta_err err;
+
+/* ---- RMSNorm ---- */
+
+#define NORM_T 5
+#define NORM_H 12
+#define EPS 1e-2f /* large enough to count */
+
+struct norm {
+    struct pair x, weight, dy;
+};
+
+static double norm_value(void *ctx)
+{
+    const struct norm *c = ctx;
+    double y[NORM_T * NORM_H];
+    rmsnorm_double(y, c->x.d, c->weight.d, NORM_T, NORM_H, (double)EPS);
+    return dot(y, c->dy.d, c->dy.n);
+}
+
+START_TEST(rmsnorm)
+{
+    size_t n = NORM_T * NORM_H;
+    struct norm c = {pair(n, 1), pair(NORM_H, 2), pair(n, 3)};
+    float y[NORM_T * NORM_H], rstd[NORM_T], dx[NORM_T * NORM_H], dweight[NORM_H] = {0};
+    double want[NORM_T * NORM_H];
+    perta_rmsnorm_forward(y, rstd, c.x.f, c.weight.f, NORM_T, NORM_H, EPS);
+    rmsnorm_double(want, c.x.d, c.weight.d, NORM_T, NORM_H, (double)EPS);
+    are_close("y", y, want, n);
+    for (size_t i = 0; i < n; i++)
+        dx[i] = 2; /* it adds */
+    perta_rmsnorm_backward(dx, c.dy.f, c.x.f, rstd, c.weight.f, NORM_T, NORM_H);
+    for (size_t i = 0; i < n; i++)
+        dx[i] -= 2;
+    is_gradient("dx", dx, c.x.d, n, 1, norm_value, &c);
+    perta_rmsnorm_backward_weight(dweight, c.dy.f, c.x.f, rstd, NORM_T, NORM_H);
+    is_gradient("dweight", dweight, c.weight.d, NORM_H, 1, norm_value, &c);
+    release(c.x);
+    release(c.weight);
+    release(c.dy);
+}
+END_TEST
+
+/* ---- rotary positions ---- */
+
+#define ROPE_T 6
+#define ROPE_HEADS 3
+#define ROPE_D 8
+
+static const uint32_t rope_positions[ROPE_T] = {0, 1, 2, 17, 0, 40};
+
+struct rope {
+    struct pair x, dy;
+    float inv_freq[ROPE_D / 2];
+};
+
+static double rope_value(void *ctx)
+{
+    const struct rope *c = ctx;
+    double y[ROPE_T * ROPE_HEADS * ROPE_D];
+    memcpy(y, c->x.d, sizeof y);
+    rope_double(y, rope_positions, c->inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    return dot(y, c->dy.d, c->dy.n);
+}
+
+/* Frequencies by the formulas of transformers' modeling_rope_utils. */
+static double frequency(const struct perta_rope *r, double i, double D)
+{
+    double f = pow(r->theta, -2 * i / D), wavelength = 2 * acos(-1) / f;
+    if (r->kind == PERTA_ROPE_LINEAR)
+        return f / r->factor;
+    if (r->kind == PERTA_ROPE_DEFAULT || wavelength < r->original_positions / r->high_freq_factor)
+        return f;
+    if (wavelength > r->original_positions / r->low_freq_factor)
+        return f / r->factor;
+    double smooth = (r->original_positions / wavelength - r->low_freq_factor) /
+                    (r->high_freq_factor - r->low_freq_factor);
+    return (1 - smooth) * f / r->factor + smooth * f;
+}
+
+/* The last: frequencies that stay, one between, one that is divided. */
+static const struct perta_rope ropes[] = {
+    {.kind = PERTA_ROPE_DEFAULT, .theta = 1e4, .factor = 1},
+    {.kind = PERTA_ROPE_LINEAR, .theta = 1e4, .factor = 4},
+    {PERTA_ROPE_LLAMA3, 500, 8, 1, 4, 64},
+};
+
+START_TEST(rope)
+{
+    size_t n = ROPE_T * ROPE_HEADS * ROPE_D;
+    struct rope c = {.x = pair(n, 4), .dy = pair(n, 5)};
+    struct perta_llm llm = {.head_dim = ROPE_D, .rope = ropes[_i]};
+    perta_rope_frequencies(&llm, c.inv_freq);
+    double want[ROPE_D / 2];
+    for (int i = 0; i < ROPE_D / 2; i++)
+        want[i] = frequency(&llm.rope, i, ROPE_D);
+    are_close("frequencies", c.inv_freq, want, ROPE_D / 2);
+    for (int i = 0; i < ROPE_D / 2; i++)
+        ck_assert_double_lt(fabs((double)c.inv_freq[i] / want[i] - 1), 1e-6);
+    perta_rope_backward(c.dy.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    is_gradient("dx", c.dy.f, c.x.d, n, 1, rope_value, &c);
+    double y[ROPE_T * ROPE_HEADS * ROPE_D];
+    memcpy(y, c.x.d, sizeof y);
+    rope_double(y, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    perta_rope_forward(c.x.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    are_close("y", c.x.f, y, n);
+    release(c.x);
+    release(c.dy);
+}
+END_TEST
+
+/* ---- SwiGLU ---- */
+
+#define SWIGLU_N 40
+
+struct swiglu {
+    struct pair gate, up, dh;
+};
+
+static double swiglu_value(void *ctx)
+{
+    const struct swiglu *c = ctx;
+    double h[SWIGLU_N];
+    swiglu_double(h, c->gate.d, c->up.d, SWIGLU_N);
+    return dot(h, c->dh.d, SWIGLU_N);
+}
+
+START_TEST(swiglu)
+{
+    struct swiglu c = {pair(SWIGLU_N, 6), pair(SWIGLU_N, 7), pair(SWIGLU_N, 8)};
+    float h[SWIGLU_N], dup[SWIGLU_N], *dgate = c.dh.f; /* in place, as block.c does */
+    double want[SWIGLU_N];
+    for (size_t i = 0; i < SWIGLU_N; i++)
+        c.gate.d[i] = (double)(c.gate.f[i] *= 6);
+    perta_swiglu_forward(h, c.gate.f, c.up.f, SWIGLU_N);
+    swiglu_double(want, c.gate.d, c.up.d, SWIGLU_N);
+    are_close("h", h, want, SWIGLU_N);
+    perta_swiglu_backward(dgate, dup, c.dh.f, c.gate.f, c.up.f, SWIGLU_N);
+    is_gradient("dgate", dgate, c.gate.d, SWIGLU_N, 1, swiglu_value, &c);
+    is_gradient("dup", dup, c.up.d, SWIGLU_N, 1, swiglu_value, &c);
+    release(c.gate);
+    release(c.up);
+    release(c.dh);
+}
+END_TEST
+
+/* ---- cross-entropy, in blocks of the vocabulary ---- */
+
+#define CE_N 7
+#define CE_V 37
+#define CE_ROWS 10
+
+/* In every block, at its ends too; one twice. */
+static const int32_t ce_targets[CE_N] = {0, 9, 10, 25, 29, 36, 25};
+
+struct cross_entropy {
+    struct pair logits, share;
+};
+
+static double cross_entropy_value(void *ctx)
+{
+    const struct cross_entropy *c = ctx;
+    double sum = 0;
+    for (size_t i = 0; i < CE_N; i++)
+        sum += c->share.d[i] * cross_entropy_double(c->logits.d + i * CE_V, CE_V,
+                                                    (size_t)ce_targets[i]);
+    return sum;
+}
+
+static size_t copy_block(const struct cross_entropy *c, size_t row, float *to)
+{
+    size_t rows = CE_V - row < CE_ROWS ? CE_V - row : CE_ROWS;
+    for (size_t i = 0; i < CE_N; i++)
+        memcpy(to + i * rows, c->logits.f + i * CE_V + row, rows * sizeof *to);
+    return rows;
+}
+
+START_TEST(cross_entropy)
+{
+    struct cross_entropy c = {pair(CE_N * CE_V, 9), pair(CE_N, 10)};
+    float block[CE_N * CE_ROWS], lse[CE_N], of_target[CE_N], d[CE_N * CE_V];
+    double sums[CE_N] = {0}, loss = 0;
+    for (size_t i = 0; i < CE_N * CE_V; i++)
+        c.logits.d[i] = (double)(c.logits.f[i] *= 9); /* so that the maximum moves */
+    for (size_t i = 0; i < CE_N; i++)
+        lse[i] = -INFINITY;
+    for (size_t row = 0; row < CE_V; row += CE_ROWS) {
+        size_t rows = copy_block(&c, row, block);
+        perta_cross_entropy_forward(block, row, rows, CE_N, ce_targets, lse, sums, of_target);
+    }
+    for (size_t i = 0; i < CE_N; i++) {
+        lse[i] += (float)log(sums[i]);
+        loss += c.share.d[i] * (double)(lse[i] - of_target[i]);
+    }
+    ck_assert_double_lt(fabs(loss / cross_entropy_value(&c) - 1), TOLERANCE);
+    for (size_t row = 0; row < CE_V; row += CE_ROWS) {
+        size_t rows = copy_block(&c, row, block);
+        perta_cross_entropy_backward(block, row, rows, CE_N, ce_targets, lse, c.share.f);
+        for (size_t i = 0; i < CE_N; i++)
+            memcpy(d + i * CE_V + row, block + i * rows, rows * sizeof *d);
+    }
+    is_gradient("dlogits", d, c.logits.d, CE_N * CE_V, 1, cross_entropy_value, &c);
+    release(c.logits);
+    release(c.share);
+}
+END_TEST
+
+/* ---- attention ---- */
+
+struct attention {
+    struct perta_attention shape;
+    struct pair q, k, v, dout;
+};
+
+static void attention_out(const struct attention *c, double *out)
+{
+    const struct perta_attention *s = &c->shape;
+    attention_double(out, c->q.d, c->k.d, c->v.d, s->T, s->n_heads, s->n_kv_heads, s->D,
+                     s->window);
+}
+
+static double attention_value(void *ctx)
+{
+    const struct attention *c = ctx;
+    double *out = alloc(c->dout.n * sizeof *out);
+    attention_out(c, out);
+    double value = dot(out, c->dout.d, c->dout.n);
+    free(out);
+    return value;
+}
+
+/* Longer than a block of query rows (64), and not; groups of 1 and 4 heads; windows that end
+ * inside of a block, at one, and beyond the sequence. */
+static const struct perta_attention shapes[] = {
+    {1, 4, 1, 4, UINT32_MAX},  {9, 8, 2, 6, UINT32_MAX}, {9, 2, 2, 4, 3},
+    {70, 4, 1, 4, UINT32_MAX}, {70, 4, 2, 2, 7},         {131, 2, 1, 2, 64},
+    {70, 2, 1, 2, 1},          {70, 2, 1, 2, 100},
+};
+
+START_TEST(attention)
+{
+    const struct perta_attention *s = &shapes[_i];
+    size_t n = s->T * s->n_heads * s->D, m = s->T * s->n_kv_heads * s->D;
+    size_t every = s->T < 20 ? 1 : 7;
+    struct attention c = {*s, pair(n, 11), pair(m, 12), pair(m, 13), pair(n, 14)};
+    for (size_t i = 0; i < n; i++)
+        c.q.d[i] = (double)(c.q.f[i] *= 4); /* so that some keys count more than others */
+    float *scratch =
+        alloc(perta_attention_scratch(s->T, s->n_kv_heads) * sizeof(float));
+    float *lse = alloc(s->T * s->n_heads * sizeof *lse), *out = alloc(n * sizeof *out);
+    float *dq = alloc(n * sizeof *dq), *dk = alloc(m * sizeof *dk), *dv = alloc(m * sizeof *dv);
+    double *want = alloc(n * sizeof *want);
+    ck_assert_ok(perta_attention_forward(s, out, lse, c.q.f, c.k.f, c.v.f, scratch, &err));
+    attention_out(&c, want);
+    are_close("out", out, want, n);
+    memset(dk, 1, m * sizeof *dk); /* what stood there does not count */
+    ck_assert_ok(perta_attention_backward(s, dq, dk, dv, c.dout.f, out, lse, c.q.f, c.k.f, c.v.f,
+                                          scratch, &err));
+    if (s->T > 1 && s->window > 1) {
+        is_gradient("dq", dq, c.q.d, n, every, attention_value, &c);
+        is_gradient("dk", dk, c.k.d, m, every, attention_value, &c);
+    } else /* a token that sees one: weight 1, whatever q and k */
+        for (size_t i = 0; i < n; i++)
+            ck_assert_double_lt(fabs((double)dq[i]) + fabs((double)dk[i % m]), TOLERANCE);
+    is_gradient("dv", dv, c.v.d, m, every, attention_value, &c);
+    float *const mine[] = {scratch, lse, out, dq, dk, dv};
+    for (size_t i = 0; i < sizeof mine / sizeof *mine; i++)
+        free(mine[i]);
+    free(want);
+    release(c.q);
+    release(c.k);
+    release(c.v);
+    release(c.dout);
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("tests");
+    tcase_add_test(tests, rmsnorm);
+    tcase_add_loop_test(tests, rope, 0, sizeof ropes / sizeof *ropes);
+    tcase_add_test(tests, swiglu);
+    tcase_add_test(tests, cross_entropy);
+    tcase_add_loop_test(tests, attention, 0, sizeof shapes / sizeof *shapes);
+    return run_suite("ops", tests);
+}
