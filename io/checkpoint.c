@@ -2,13 +2,15 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include "io/file.h"
+#include "io/text.h"
 
 #define SUFFIX ".safetensors"
 #define SINGLE_NAME "model.safetensors"
@@ -35,29 +37,6 @@ static bool exists(const char *folder, const char *name)
 
 /* ---- files ---- */
 
-/* Open a regular file to read. A FIFO must not hang us, hence O_NONBLOCK. Returns the file
- * descriptor or PERTA_E*. */
-static int open_regular(const char *path, struct stat *st, struct perta_err *err)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-    if (fd < 0 && (errno == ENOENT || errno == ELOOP || errno == ENXIO))
-        return perta_fail(err, PERTA_EINPUT, "%s: %s", path,
-                          errno == ENOENT ? "no such file" : "not a regular file");
-    if (fd < 0)
-        return perta_fail_sys(err, errno, "%s", path);
-    int rc = 0;
-    if (fstat(fd, st))
-        rc = perta_fail_sys(err, errno, "%s", path);
-    else if (!S_ISREG(st->st_mode))
-        rc = perta_fail(err, PERTA_EINPUT, "%s: %s, where a regular file should be", path,
-                        S_ISDIR(st->st_mode) ? "a folder" : "not a regular file");
-    if (rc) {
-        close(fd);
-        return rc;
-    }
-    return fd;
-}
-
 static bool is_inside(const char *path, const char *folder, const char *below)
 {
     size_t n = strlen(folder), m = strlen(below);
@@ -79,8 +58,7 @@ static bool is_in_cache_blobs(const char *path, const char *folder)
     return is_inside(path, model, "/blobs/");
 }
 
-/* A link may lead to where the folder's owner put it, not to anywhere. */
-static int check_link(const char *folder, const char *path, struct perta_err *err)
+int perta_check_link(const char *folder, const char *path, struct perta_err *err)
 {
     struct stat st;
     if (lstat(path, &st) || !S_ISLNK(st.st_mode))
@@ -93,7 +71,7 @@ static int check_link(const char *folder, const char *path, struct perta_err *er
     if (is_inside(real_path, real_folder, "/") || is_in_cache_blobs(real_path, real_folder))
         return 0;
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: a link to %s, outside the checkpoint; put the file into the folder, "
+                      "%s: a link to %s, outside its folder; put the file into the folder, "
                       "or name the folder that holds it",
                       path, real_path);
 }
@@ -101,7 +79,7 @@ static int check_link(const char *folder, const char *path, struct perta_err *er
 static int read_json(const char *path, json_t **out, struct perta_err *err)
 {
     struct stat st;
-    int fd = open_regular(path, &st, err);
+    int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
         return fd;
     json_error_t where;
@@ -118,16 +96,21 @@ static int read_json(const char *path, json_t **out, struct perta_err *err)
 static int add_shard(struct perta_checkpoint *ck, const char *folder, const char *name,
                      struct perta_err *err)
 {
+    if (!perta_name_is_plain(name))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: shard \"%s\": a name with a control character or a dot in front, not "
+                          "in UTF-8, or longer than %u bytes; rename it",
+                          ck->path, name, PERTA_NAME_MAX_BYTES);
     struct perta_shard *shard = &ck->shards[ck->n_shards++];
     shard->name = strdup(name);
     shard->path = folder ? join(folder, name) : strdup(ck->path);
     if (!shard->name || !shard->path)
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);
-    int rc = folder ? check_link(folder, shard->path, err) : 0;
+    int rc = folder ? perta_check_link(folder, shard->path, err) : 0;
     if (rc)
         return rc;
     struct stat st;
-    int fd = open_regular(shard->path, &st, err);
+    int fd = perta_open_regular(shard->path, &st, err);
     if (fd < 0)
         return fd;
     shard->dev = st.st_dev;
@@ -166,9 +149,9 @@ static int add_shards(struct perta_checkpoint *ck, const char **names, size_t n,
 static int check_shard_name(const char *name, const char *path, const char *tensor,
                             struct perta_err *err)
 {
-    if (strchr(name, '/') || name[0] == '.')
+    if (!perta_name_is_plain(name))
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s: shard \"%.200s\" is not a plain file name in the "
+                          "%s: tensor %s: shard \"%.300s\" is not a plain file name in the "
                           "folder",
                           path, tensor, name);
     if (!ends_in(name, SUFFIX))
@@ -295,10 +278,11 @@ static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
 static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
 {
     char *index = join(ck->path, PERTA_INDEX_NAME), *config = join(ck->path, "config.json");
-    int rc = 0;
-    if (!index || !config)
-        rc = perta_fail_sys(err, ENOMEM, "%s", ck->path);
-    else
+    int rc = index && config ? perta_check_link(ck->path, index, err)
+                             : perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    if (!rc)
+        rc = perta_check_link(ck->path, config, err);
+    if (!rc)
         rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
     if (!rc && !access(config, F_OK)) {
         /* Python's json writes Infinity, which is not JSON. Without its config a checkpoint

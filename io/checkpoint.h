@@ -48,6 +48,10 @@ PERTA_API int perta_checkpoint_open(const char *path, struct perta_checkpoint **
 PERTA_API const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
                                                         const char *name);
 
+/* A link in a folder may lead to where the folder's owner put it, not to anywhere: PERTA_EINPUT if
+ * path is one that leads neither into the folder nor to the blobs of its Hugging Face cache. */
+int perta_check_link(const char *folder, const char *path, struct perta_err *err);
+
 PERTA_API void perta_checkpoint_close(struct perta_checkpoint *ck);
 
 #endif

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "io/text.h"
+
 int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *file, int line,
                    const char *fmt, ...)
 {
@@ -24,6 +26,7 @@ int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *f
         snprintf(err->msg + len, sizeof err->msg - len, ": %s",
                  strerror_r(sys_errno, text, sizeof text));
     }
+    perta_text_make_plain(err->msg, false); /* names in it may be anything, and cut anywhere */
     return code;
 }
 
@@ -37,5 +40,6 @@ int perta_err_context(struct perta_err *err, const char *fmt, ...)
     va_end(ap);
     size_t len = strlen(err->msg);
     snprintf(err->msg + len, sizeof err->msg - len, ": %.*s", (int)sizeof was, was);
+    perta_text_make_plain(err->msg, false);
     return err->code;
 }

@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "io/checked.h"
@@ -45,6 +44,27 @@ static int open_either_way(struct perta_file *file, const char *path, int flags,
     if (file->fd < 0)
         return perta_fail_sys(err, errno, "%s", path);
     return remember(file, path, err);
+}
+
+int perta_open_regular(const char *path, struct stat *st, struct perta_err *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (fd < 0 && (errno == ENOENT || errno == ELOOP || errno == ENXIO))
+        return perta_fail(err, PERTA_EINPUT, "%s: %s", path,
+                          errno == ENOENT ? "no such file" : "not a regular file");
+    if (fd < 0)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = 0;
+    if (fstat(fd, st))
+        rc = perta_fail_sys(err, errno, "%s", path);
+    else if (!S_ISREG(st->st_mode))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: %s, where a regular file should be", path,
+                        S_ISDIR(st->st_mode) ? "a folder" : "not a regular file");
+    if (rc) {
+        close(fd);
+        return rc;
+    }
+    return fd;
 }
 
 int perta_file_open(struct perta_file *file, const char *path, bool want_direct,

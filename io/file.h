@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #include "io/err.h"
@@ -19,6 +20,10 @@ struct perta_file {
     uint64_t dev, ino;
     struct timespec mtime;
 };
+
+/* Open a regular file to read, and say what it is. A FIFO is refused and does not hang us.
+ * Returns the file descriptor, or PERTA_E*. */
+int perta_open_regular(const char *path, struct stat *st, struct perta_err *err);
 
 /* Open a regular file to read; direct where wanted and possible, else through the page cache.
  * The caller closes it, on error too. */

@@ -295,7 +295,7 @@ static int check_promise(const struct job *job, struct perta_err *err)
     return 0;
 }
 
-static int finish(struct job *job, struct perta_err *err)
+static int finish(struct job *job, json_t *left_behind, struct perta_err *err)
 {
     int rc = perta_input_unchanged(&job->model, err);
     if (rc)
@@ -303,7 +303,7 @@ static int finish(struct job *job, struct perta_err *err)
     rc = reach_shard(job, job->patch.n_shards, err);
     if (!rc)
         rc = check_promise(job, err);
-    return rc ? rc : perta_model_out_copy_rest(&job->out, job->model.ck, NULL, err);
+    return rc ? rc : perta_model_out_copy_rest(&job->out, job->model.ck, left_behind, err);
 }
 
 static int run_all(struct job *job, const struct perta_run *run, json_t **summary,
@@ -317,13 +317,16 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
         rc = restore(job, err);
     if (!rc)
         rc = perta_stream_run(job->stream, err);
+    json_t *left_behind = json_array();
     if (!rc)
-        rc = finish(job, err);
+        rc = finish(job, left_behind, err);
     if (!rc)
-        *summary = json_pack("{s:I, s:I, s:I, s:O?}", "chunks",
+        *summary = json_pack("{s:I, s:I, s:I, s:O?, s:O}", "chunks",
                              (json_int_t)job->resume.counts[0], "read_bytes",
                              (json_int_t)perta_stream_read_bytes(job->stream), "written_bytes",
-                             (json_int_t)job->out.written_bytes, "shards", job->out.shards);
+                             (json_int_t)job->out.written_bytes, "shards", job->out.shards,
+                             "left_behind", left_behind);
+    json_decref(left_behind);
     return rc;
 }
 

@@ -60,7 +60,8 @@ static int check_shards(const struct perta_patch_in *from, const struct perta_pa
     for (uint32_t i = 0; i < from->n_shards || i < to->n_shards; i++) {
         const char *a = i < from->n_shards ? from->shards[i].name : "none";
         const char *b = i < to->n_shards ? to->shards[i].name : "none";
-        if (strcmp(a, b))
+        /* One may be called "none". */
+        if (i >= from->n_shards || i >= to->n_shards || strcmp(a, b))
             return perta_fail(err, PERTA_ECHECK,
                               "%s does not follow %s: shard %u is %s, in the one before %s",
                               to->path, from->path, i + 1, b, a);

@@ -11,6 +11,7 @@
 #include "io/checkpoint.h"
 #include "io/hash.h"
 #include "io/publish.h"
+#include "io/text.h"
 
 #define PIECE_BYTES (4ull << 20)
 
@@ -153,9 +154,11 @@ static int add_entry(struct job *job, const char *dir, const char *name, struct 
     e->path = dir ? perta_path_join(dir, name) : strdup(name);
     if (!e->name || !e->path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
-    if (strpbrk(name, "\n\r\\"))
-        return perta_fail(err, PERTA_EINPUT, "%s: has a line break or backslash in its name; "
-                          "checksum files cannot name it", e->path);
+    if (!perta_text_is_plain(name) || strchr(name, '\\'))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: has a line break, another control character, a backslash, or what "
+                          "is not UTF-8 in its name; checksum files cannot name it",
+                          e->path);
     return 0;
 }
 
@@ -329,7 +332,12 @@ static void compare_file(const json_t *want, const json_t *have, json_t *differe
 static int load(const char *path, json_t **manifest, struct perta_err *err)
 {
     json_error_t why;
-    *manifest = json_load_file(path, JSON_REJECT_DUPLICATES, &why);
+    struct stat st;
+    int fd = perta_open_regular(path, &st, err);
+    if (fd < 0)
+        return fd;
+    *manifest = json_loadfd(fd, JSON_REJECT_DUPLICATES, &why);
+    close(fd);
     if (!*manifest)
         return perta_fail(err, PERTA_EINPUT,
                           "%s: line %d: %s; verify reads manifests of the format perta; "

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "io/text.h"
+
 int perta_model_out_begin(struct perta_model_out *out, const char *path,
                           const struct perta_journal *journal, bool force, struct perta_err *err)
 {
@@ -112,9 +114,9 @@ static int copy_entry(struct perta_model_out *out, const struct perta_checkpoint
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     int rc = 0;
-    if (is_weights(name)) {
-        if (skipped)
-            json_array_append_new(skipped, json_string(name));
+    struct perta_err ignored = {0};
+    if (is_weights(name) || perta_check_link(from->path, path, &ignored)) {
+        json_array_append_new(skipped, perta_text_json("%s", name));
     } else if (!stat(path, &st) && S_ISREG(st.st_mode)) {
         rc = perta_publish_copy(&out->folder, path, name, err);
     }

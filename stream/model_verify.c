@@ -9,6 +9,7 @@
 #include "io/checkpoint.h"
 #include "io/hash.h"
 #include "io/publish.h"
+#include "io/text.h"
 #include "stream/manifest.h"
 #include "stream/patch_in.h"
 #include "stream/walk.h"
@@ -87,9 +88,9 @@ static void note_chunk(struct job *job, const struct perta_piece *piece,
     ull first = piece->first_elem, last = piece->first_elem + piece->n_elems - 1;
     note(job, piece->shard, piece,
          found->missing
-             ? json_sprintf("%s: tensor %s, elements %llu to %llu: beyond the end of the file",
+             ? perta_text_json("%s: tensor %s, elements %llu to %llu: beyond the end of the file",
                             path, tensor, first, last)
-             : json_sprintf("%s: tensor %s, elements %llu to %llu: digest %016llx, the patch %s "
+             : perta_text_json("%s: tensor %s, elements %llu to %llu: digest %016llx, the patch %s "
                             "wants %016llx: %s",
                             path, tensor, first, last, (ull)found->digest, shard->path,
                             (ull)wanted, which_side(job, found->digest == other)));
@@ -120,14 +121,14 @@ static int compare_header(struct job *job, uint32_t i, int fd, uint64_t file_byt
     shard->readable = !rc && (equal || file_bytes == want->file_len_bytes);
     if (!rc && !equal)
         note(job, i, NULL,
-             json_sprintf("%s: header digest %016llx, the patch %s wants %016llx: %s",
+             perta_text_json("%s: header digest %016llx, the patch %s wants %016llx: %s",
                           shard->path,
                           (ull)perta_hash64(bytes, have < want->len_bytes ? have : want->len_bytes),
                           patch, (ull)perta_hash64(want->bytes, want->len_bytes),
                           which_side(job, is_other)));
     if (!rc && file_bytes != want->file_len_bytes)
         note(job, i, NULL,
-             json_sprintf("%s: %llu bytes, the patch %s wants %llu", shard->path, (ull)file_bytes,
+             perta_text_json("%s: %llu bytes, the patch %s wants %llu", shard->path, (ull)file_bytes,
                           patch, (ull)want->file_len_bytes));
     free(bytes);
     return rc;
@@ -141,7 +142,7 @@ static int look_at(struct job *job, uint32_t i, struct perta_err *err)
     if (fd < 0 && shard->path && errno != ENOENT && errno != ENOTDIR)
         return perta_fail_sys(err, errno, "%s", shard->path);
     if (fd < 0) {
-        note(job, i, NULL, json_sprintf("%s: missing in %s", job->patch.shards[i].name,
+        note(job, i, NULL, perta_text_json("%s: missing in %s", job->patch.shards[i].name,
                                         job->model));
         return 0;
     }
@@ -149,7 +150,7 @@ static int look_at(struct job *job, uint32_t i, struct perta_err *err)
     if (fstat(fd, &st))
         rc = perta_fail_sys(err, errno, "%s", shard->path);
     else if (!S_ISREG(st.st_mode))
-        note(job, i, NULL, json_sprintf("%s: not a regular file", shard->path));
+        note(job, i, NULL, perta_text_json("%s: not a regular file", shard->path));
     else
         rc = compare_header(job, i, fd, (uint64_t)st.st_size, err);
     close(fd);
@@ -204,7 +205,7 @@ static int check_others(struct job *job, struct perta_err *err)
             json_array_append_new(
                 job->damaged,
                 json_pack("{s:s, s:o}", "shard", ck->shards[i].name, "message",
-                          json_sprintf("%s: not in the patch %s: it is for another model",
+                          perta_text_json("%s: not in the patch %s: it is for another model",
                                        ck->shards[i].path, job->patch.path)));
     }
     perta_checkpoint_close(ck);

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "io/publish.h"
+#include "io/text.h"
 
 typedef unsigned long long ull;
 
@@ -30,16 +31,23 @@ static json_t *load_manifest(const char *dir, struct perta_digest_hex *hex, json
 {
     char *path = perta_path_join(dir, "manifest.json");
     struct reading reading = {.digest = perta_digest_new(true)};
-    reading.file = path ? fopen(path, "rbe") : NULL;
+    struct perta_err ignored = {0};
+    struct stat st;
+    int fd = path ? perta_open_regular(path, &st, &ignored) : -1;
+    reading.file = fd >= 0 ? fdopen(fd, "rb") : NULL;
     json_t *manifest = NULL;
     if (reading.file && reading.digest) {
         manifest = json_load_callback(read_some, &reading, JSON_REJECT_DUPLICATES, why);
         perta_digest_finish(reading.digest, hex);
     } else {
-        snprintf(why->text, sizeof why->text, "%s", strerror(errno));
+        /* what follows the path */
+        size_t at = path ? strlen(path) + 2 : 0, len = strlen(ignored.msg);
+        snprintf(why->text, sizeof why->text, "%s", ignored.msg + (at < len ? at : len));
     }
     if (reading.file)
         fclose(reading.file);
+    else if (fd >= 0)
+        close(fd);
     perta_digest_free(reading.digest);
     free(path);
     return manifest;
@@ -65,32 +73,31 @@ static int name_shard(struct perta_patch_in_shard *shard, const char *dir, const
                       struct perta_err *err)
 {
     size_t len = strlen(name), suffix = sizeof PERTA_PATCH_SUFFIX - 1;
-    if (len <= suffix || strcmp(name + len - suffix, PERTA_PATCH_SUFFIX) || strchr(name, '/'))
+    if (len <= suffix || strcmp(name + len - suffix, PERTA_PATCH_SUFFIX))
         return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s is no name of a patch file",
                           dir, name);
     shard->file_name = strdup(name);
     shard->name = strndup(name, len - suffix);
+    if (shard->name && !perta_name_is_plain(shard->name))
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %.300s is no plain file name", dir,
+                          name);
     shard->path = perta_path_join(dir, name);
     if (!shard->file_name || !shard->name || !shard->path)
         return perta_fail_sys(err, ENOMEM, "%s", dir);
     return 0;
 }
 
-static int read_shard(struct perta_patch_in_shard *shard, struct perta_err *damage,
-                      struct perta_err *err)
+static int read_shard(struct perta_patch_in_shard *shard, const char *dir,
+                      struct perta_err *damage, struct perta_err *err)
 {
-    int fd = open(shard->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     struct stat st;
+    if (lstat(shard->path, &st) && errno == ENOENT)
+        return perta_fail(err, PERTA_ECHECK, "%s: missing", shard->path);
+    int rc = perta_check_link(dir, shard->path, err);
+    int fd = rc ? rc : perta_open_regular(shard->path, &st, err);
     if (fd < 0)
-        return errno == ENOENT ? perta_fail(err, PERTA_ECHECK, "%s: missing", shard->path)
-                               : perta_fail_sys(err, errno, "%s", shard->path);
-    int rc;
-    if (fstat(fd, &st))
-        rc = perta_fail_sys(err, errno, "%s", shard->path);
-    else if (!S_ISREG(st.st_mode))
-        rc = perta_fail(err, PERTA_EINPUT, "%s: not a regular file", shard->path);
-    else
-        rc = perta_patch_read(fd, (uint64_t)st.st_size, shard->path, damage, &shard->patch, err);
+        return fd;
+    rc = perta_patch_read(fd, (uint64_t)st.st_size, shard->path, damage, &shard->patch, err);
     close(fd);
     return rc;
 }
@@ -105,8 +112,8 @@ static int read_or_tell(struct perta_patch_in *in, uint32_t i, const struct on_d
 {
     struct perta_err damage = {0}, why = {0};
     if (!on->tell)
-        return read_shard(&in->shards[i], NULL, err);
-    int rc = read_shard(&in->shards[i], &damage, &why);
+        return read_shard(&in->shards[i], in->path, NULL, err);
+    int rc = read_shard(&in->shards[i], in->path, &damage, &why);
     if (rc == PERTA_ESYS) {
         *err = why;
         return rc;
@@ -288,7 +295,8 @@ int perta_patch_in_check_model(const struct perta_patch_in *in,
     for (uint32_t i = 0; i < model->n_shards || i < in->n_shards; i++) {
         const char *have = i < model->n_shards ? model->shards[i].name : "none";
         const char *want = i < in->n_shards ? in->shards[i].name : "none";
-        if (strcmp(have, want))
+        /* A patch's shard may be called "none". */
+        if (i >= model->n_shards || i >= in->n_shards || strcmp(have, want))
             return perta_fail(err, PERTA_ECHECK,
                               "%s: shard %u is %s, the patch %s wants %s: it is for another "
                               "model",

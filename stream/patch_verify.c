@@ -5,6 +5,7 @@
 #include <zstd.h>
 
 #include "io/hash.h"
+#include "io/text.h"
 #include "stream/manifest.h"
 #include "stream/patch_in.h"
 
@@ -98,7 +99,7 @@ static void note_damage(void *ctx, uint32_t shard, const char *message)
     size_t path = strlen(job->patch.shards[shard].path);
     bool has_path = !strncmp(message, job->patch.shards[shard].path, path) &&
                     !strncmp(message + path, ": ", 2);
-    differ(job, shard, NULL, json_string(has_path ? message + path + 2 : message));
+    differ(job, shard, NULL, perta_text_json("%s", has_path ? message + path + 2 : message));
 }
 
 static uint64_t first_unit(const struct perta_patch *p, uint64_t entry)

@@ -133,7 +133,7 @@ START_TEST(an_index_that_shards_do_not_bear_out_is_refused)
          "tensor a: shard \"../m/2.safetensors\" is not a plain file name"},
         {"{\"weight_map\":{\"a\":\"/etc/x.safetensors\"}}", "is not a plain file name"},
         {"{\"weight_map\":{\"a\":\".x.safetensors\"}}", "is not a plain file name"},
-        {"{\"weight_map\":{\"a\":\"\"}}", "is not a .safetensors file"},
+        {"{\"weight_map\":{\"a\":\"\"}}", "is not a plain file name"},
         {"{\"weight_map\":{\"a\":\"pytorch_model.bin\"}}", "is not a .safetensors file"},
         {"{\"weight_map\":{\"a\":\".safetensors\"}}", "is not a plain file name"},
         {"{\"weight_map\":{\"a\":\"3.safetensors\"}}", "m/3.safetensors: no such file"},
@@ -179,7 +179,7 @@ START_TEST(what_is_no_regular_file_in_the_folder_is_refused_at_once)
     rmdir("m/2.safetensors");
     put_shard("2.safetensors", "ca");
     ck_assert_int_eq(symlink("../2.safetensors", "m/2.safetensors"), 0);
-    is_refused("m", "outside the checkpoint");
+    is_refused("m", "outside its folder");
     unlink("2.safetensors");
     is_refused("m", "m/2.safetensors: a link that leads nowhere");
     unlink("m/2.safetensors");
@@ -210,7 +210,7 @@ START_TEST(links_within_the_folder_and_into_the_hub_cache_are_followed)
     ck_assert_int_eq(rename("hub/blobs/digest", "hub/blobsx/digest"), 0);
     unlink("hub/snapshots/rev/model.safetensors");
     ck_assert_int_eq(symlink("../../blobsx/digest", "hub/snapshots/rev/model.safetensors"), 0);
-    is_refused("hub/snapshots/rev", "outside the checkpoint");
+    is_refused("hub/snapshots/rev", "outside its folder");
 }
 END_TEST
 

@@ -11,6 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "io/text.h"
+
 enum { KEY_MEMORY = 0x100, KEY_THREADS, KEY_IO, KEY_JSON, KEY_PROGRESS, KEY_FORCE, KEY_DRY_RUN,
        KEY_RESUME };;
 
@@ -137,14 +139,16 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
     static const char *const ios[] = {"auto", "direct", "mmap", "pread", NULL};
     static const char *const styles[] = {"auto", "bar", "plain", "json", "none", NULL};
     struct cli *cli = state->input;
+    uint64_t n;
     switch (key) {
     case KEY_MEMORY:
         cli->run.memory_bytes = size_of(state, arg);
         return 0;
     case KEY_THREADS:
-        cli->run.n_threads = (unsigned)cli_count(state, "--threads", arg);
-        if (!cli->run.n_threads || cli->run.n_threads > 256)
+        n = cli_count(state, "--threads", arg);
+        if (!n || n > 256)
             argp_error(state, "--threads: 1 to 256");
+        cli->run.n_threads = (unsigned)n;
         return 0;
     case KEY_IO:
         cli->run.io = (enum perta_io_mode)choice_of(state, "--io", arg, ios);
@@ -270,10 +274,25 @@ void cli_say(const struct cli *cli, const char *fmt, ...)
 {
     if (cli->json || cli->quiet)
         return;
+    char *text = NULL;
     va_list ap;
     va_start(ap, fmt);
-    vprintf(fmt, ap);
+    int n = vasprintf(&text, fmt, ap);
     va_end(ap);
+    if (n < 0)
+        return;
+    perta_text_make_plain(text, true); /* names of tensors may hold commands to the terminal */
+    fputs(text, stdout);
+    free(text);
+}
+
+void cli_say_left_behind(const struct cli *cli, const json_t *result)
+{
+    size_t i;
+    json_t *name;
+    json_array_foreach (json_object_get(result, "left_behind"), i, name)
+        cli_say(cli, "  left behind (weights in another format, or a link out of the folder): %s\n",
+                json_string_value(name));
 }
 
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err)

@@ -42,6 +42,8 @@ const char *cli_bytes(double bytes, char *buf);
 /* Print results: with --json the object, else nothing. Takes the reference. Returns whether it
  * was printed. */
 bool cli_json(const struct cli *cli, json_t *summary);
+/* Files of the model that did not go with it, which the result names. */
+void cli_say_left_behind(const struct cli *cli, const json_t *result);
 /* A line of the result for people; nothing with --json or --quiet. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Print the error and give the exit status for it. 0 stays 0. */

@@ -78,6 +78,7 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         else
             cli_say(&args.cli, "%s: %s, %.0f chunks, digests right before and after\n%.2f s (%s/s)\n",
                     args.apply.out, cli_bytes(written, a), chunks, t, cli_bytes(written / t, b));
+        cli_say_left_behind(&args.cli, summary);
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -225,10 +225,7 @@ static void say_result(const struct cli *cli, const json_t *result)
             n > 0 ? 8 * patch / n : 0);
     if (model > 0)
         cli_say(cli, "  model written: %s\n", cli_bytes(model, b));
-    size_t i;
-    json_t *name;
-    json_array_foreach (json_object_get(result, "left_behind"), i, name)
-        cli_say(cli, "  left behind (weights in another format): %s\n", json_string_value(name));
+    cli_say_left_behind(cli, result);
 }
 
 static void say(const struct cli *cli, const json_t *summary)

@@ -3,10 +3,14 @@ damaged patch), nothing written."""
 
 import json
 import os
+import shutil
 import struct
+import subprocess
 
 import numpy as np
 import pytest
+import xxhash
+from conftest import PERTA
 from reference import INDEX, folder_bytes, write_folder
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -148,6 +152,16 @@ BAD_FOLDERS = {
     "index is absolute": (mapped(a="/etc/passwd"), "/etc/passwd"),
     "index goes below": (mapped(a="sub/x.safetensors"), "sub/x.safetensors"),
     "index names the folder": (mapped(a=".."), ".."),
+    "index names the folder itself": (mapped(a="."), "not a plain file name"),
+    "index names nothing": (mapped(a=""), "not a plain file name"),
+    "index names a hidden file": (mapped(a=".safetensors"), "not a plain file name"),
+    "index with a line break": (mapped(a="x\n.safetensors"), "x?.safetensors"),
+    "index with a terminal command": (mapped(a="x\x1b[2J.safetensors"), "x?[2J.safetensors"),
+    "index with another": (mapped(a="x\x9b2J.safetensors"), "not a plain file name"),
+    "index with an enormous name": (mapped(a="x" * 250 + ".safetensors"), "not a plain file name"),
+    "index with a backslash climbs": (mapped(a="..\\x.safetensors"), "not a plain file name"),
+    "index is a link out": (replace(INDEX, lambda p: p.symlink_to("/etc/passwd")), "outside its"),
+    "config is a link out": (lambda p, i: (p / "config.json").symlink_to("/etc/passwd"), "config"),
     "tensor in another shard": (mapped(a=SECOND), "a"),
     "tensor that no shard has": (mapped(z=FIRST), "z"),
     "tensor not in the index": (lambda p, i: i["weight_map"].pop("a"), "a"),
@@ -162,6 +176,56 @@ def test_a_folder_that_does_not_hold_together_is_refused(perta, tmp_path, change
     folder(tmp_path / "model", change)
     refusal = perta("inspect", "model", check=3, timeout=20).stderr
     assert message in refusal and "model" in refusal
+
+
+@pytest.mark.parametrize(
+    "name", [b"\xff.safetensors", b"a\nb.safetensors", b"\xc2\x9b2J.safetensors", b"x" * 240 + b".safetensors"]
+)
+def test_a_file_with_a_name_that_cannot_be_told_is_refused(perta, tmp_path, name):
+    (tmp_path / "m").mkdir()
+    with open(os.path.join(os.fsencode(tmp_path / "m"), name), "wb") as file:
+        file.write(file_of({"a": F32}))
+    assert "rename it" in perta("inspect", "m", check=3).stderr
+    if len(name) < 200:
+        assert "cannot name it" in perta("manifest", "m", check=3).stderr
+
+
+def test_what_a_terminal_would_obey_is_not_printed(perta, tmp_path):
+    name = "a\x1b]0;owned\x07\x9b2J\x7f"
+    (tmp_path / "m.safetensors").write_bytes(file_of({name: F32, "__metadata__": {name: name}}))
+    (tmp_path / "bad.safetensors").write_bytes(file_of({name + "\nb": {}}, b""))
+    shown = perta("inspect", "--tensors", "m.safetensors").stdout
+    refused = perta("inspect", "bad.safetensors", check=3).stderr
+    for text in shown, refused:
+        assert "a?]0;owned" in text and not set(text) & set("\x1b\x07\x9b\x7f")
+    assert len(refused.splitlines()) == 1
+    assert name in json.loads(perta("inspect", "--json", "m.safetensors").stdout)["tensors"][0]["name"]
+
+
+def test_what_a_link_leads_to_does_not_go_into_the_output(perta, tmp_path):
+    (tmp_path / "secret").write_text("private key")
+    for name in "ab":
+        write_folder(tmp_path / name, {"x": np.arange(4, dtype=np.float32)})
+        (tmp_path / name / "tokenizer.json").symlink_to("../secret")
+        (tmp_path / name / "inside").write_text("inside")
+        (tmp_path / name / "vocab.json").symlink_to("inside")
+    perta("diff", "a", "b", "--patch", "p")
+    assert "left behind" in perta("apply", "a", "p", "--out", "out").stdout
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "inside", "model.safetensors", "vocab.json",
+    ]
+    result = json.loads(perta("apply", "a", "p", "--out", "o", "--json").stdout)
+    assert result["left_behind"] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    "verb, status",
+    [("inspect m", 0), ("verify m", 2), ("verify m --manifest m/manifest.json", 3), ("apply m m --out o", 3)],
+)
+def test_a_fifo_in_place_of_a_record_does_not_hang(perta, tmp_path, verb, status):
+    write_folder(tmp_path / "m", {"x": np.arange(4, dtype=np.float32)})
+    os.mkfifo(tmp_path / "m/manifest.json")
+    perta(*verb.split(), check=status, timeout=20)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"weight_map": {"a": 1, "a": 2}}'])
@@ -230,6 +294,12 @@ def test_a_patch_cut_short_is_refused(perta, patched):
         (lambda m: m["outputs"]["patch"][0].update(name="../x.perta"), 3, "../x.perta"),
         (lambda m: m["outputs"]["patch"][0].update(name="/x.perta"), 3, "/x.perta"),
         (lambda m: m["outputs"]["patch"][0].update(name="model.zip"), 3, "model.zip"),
+        (lambda m: m["outputs"]["patch"][0].update(name=""), 3, "no name of a patch file"),
+        (lambda m: m["outputs"]["patch"][0].update(name="."), 3, "no name of a patch file"),
+        (lambda m: m["outputs"]["patch"][0].update(name="..perta"), 3, "plain file name"),
+        (lambda m: m["outputs"]["patch"][0].update(name="...perta"), 3, "plain file name"),
+        (lambda m: m["outputs"]["patch"][0].update(name="a\nb.perta"), 3, "a?b.perta"),
+        (lambda m: m["outputs"]["patch"][0].update(name="x" * 250 + ".perta"), 3, "plain file"),
         (lambda m: m["outputs"]["patch"][0].update(name="no.perta"), 1, "missing"),
         (lambda m: m["outputs"]["patch"][0].pop("name"), 3, "outputs.patch[0]"),
         (lambda m: m["outputs"].update(patch=m["outputs"]["patch"] * 2), 3, "not sorted"),
@@ -249,6 +319,50 @@ def test_a_record_that_does_not_fit_is_refused(perta, patched, change, status, m
 def test_a_record_that_is_none_is_refused(perta, patched, text):
     (patched / "p/manifest.json").write_text(text)
     assert "manifest.json" in perta("apply", "a", "p", "--out", "out", check=3).stderr
+
+
+def test_a_patch_shard_that_is_a_link_out_is_refused(perta, patched):
+    (patched / "p" / SHARD).rename(patched / "elsewhere")
+    (patched / "p" / SHARD).symlink_to("../elsewhere")
+    assert "outside its folder" in perta("apply", "a", "p", "--out", "out", check=3).stderr
+    assert "outside its folder" in perta("verify", "p", check=1).stdout
+
+
+def add_shard(patch, name):
+    path = patch / "manifest.json"
+    record = json.loads(path.read_text())
+    record["outputs"]["patch"].append({"name": name})
+    path.write_text(json.dumps(record))
+    (patch / name).write_bytes((patch / SHARD).read_bytes())
+
+
+def test_a_shard_too_many_is_refused_whatever_its_name(perta, patched):
+    """A model with too few shards was said to have a shard "none", which a patch may have."""
+    shutil.copytree(patched / "p", patched / "q")
+    perta("diff", "b", "a", "--patch", "back")
+    add_shard(patched / "q", "none.perta")
+    assert "another model" in perta("apply", "a", "q", "--out", "out", check=1).stderr
+    for chain in ("q", "back"), ("back", "q"):
+        said = perta("compose", *chain, "--patch", "sum", check=1).stderr
+        assert "does not follow" in said and "none" in said
+
+
+def test_damage_with_a_message_that_is_cut_within_a_character_is_reported(perta, patched):
+    """verify called such a patch whole: half a character is no JSON."""
+    path = patched / "p" / SHARD
+    for pad in range(3):
+        header = file_of({"x" * pad + "€" * 500: {}}, b"")
+        head = b"PERTA\r\n\x1a" + struct.pack("<IIQQQQ", 1, 0, len(header), 0, len(header), len(header))
+        content = head + header
+        content += struct.pack("<Q", xxhash.xxh3_64_intdigest(content))
+        path.write_bytes(struct.pack("<II", 0x184D2A50, len(content)) + content)
+        assert SHARD in perta("verify", "p", check=1).stdout
+    path.unlink()
+    os.mkdir(os.fsencode(patched) + b"/\xff")
+    odd = os.fsencode(patched) + b"/\xff/p"
+    shutil.copytree(os.fsencode(patched / "p"), odd)
+    result = subprocess.run([PERTA, b"verify", odd], capture_output=True)
+    assert result.returncode == 1 and SHARD.encode() in result.stdout
 
 
 def test_a_foreign_file_named_perta_is_refused(perta, patched):
@@ -278,6 +392,7 @@ def test_a_foreign_file_named_perta_is_refused(perta, patched):
         ("unlearn --memory 3X", "--memory"),
         ("unlearn --memory 99999999999999G", "--memory"),
         ("unlearn --threads 0.5", "--threads"),
+        ("unlearn --threads 4294967297", "--threads"),
         ("unlearn --io floppy", "--io"),
         ("unlearn --unheard-of", "unrecognized"),
         ("diff a", ""),

@@ -1,0 +1,66 @@
+#include "io/text.h"
+
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Length of the character at text; 0: a control character, or not UTF-8. */
+static unsigned character_bytes(const char *text)
+{
+    static const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000}; /* below 0xa0: controls */
+    const uint8_t *c = (const uint8_t *)text;
+    if (c[0] < 0x80)
+        return c[0] >= 0x20 && c[0] != 0x7f;
+    if (c[0] < 0xc2 || c[0] > 0xf4)
+        return 0;
+    unsigned n = c[0] >= 0xf0 ? 4 : c[0] >= 0xe0 ? 3 : 2;
+    uint32_t code = c[0] & (0x7fu >> n);
+    for (unsigned i = 1; i < n; i++) {
+        if ((c[i] & 0xc0) != 0x80)
+            return 0;
+        code = code << 6 | (c[i] & 0x3f);
+    }
+    bool surrogate = code >= 0xd800 && code <= 0xdfff;
+    return code >= least[n] && code <= 0x10ffff && !surrogate ? n : 0;
+}
+
+bool perta_text_is_plain(const char *text)
+{
+    for (unsigned n; *text; text += n)
+        if (!(n = character_bytes(text)))
+            return false;
+    return true;
+}
+
+void perta_text_make_plain(char *text, bool breaks)
+{
+    while (*text) {
+        unsigned n = breaks && *text == '\n' ? 1 : character_bytes(text);
+        if (!n)
+            *text = '?';
+        text += n ? n : 1;
+    }
+}
+
+bool perta_name_is_plain(const char *name)
+{
+    return *name && *name != '.' && !strchr(name, '/') && strlen(name) <= PERTA_NAME_MAX_BYTES &&
+           perta_text_is_plain(name);
+}
+
+json_t *perta_text_json(const char *fmt, ...)
+{
+    char *text = NULL;
+    va_list ap;
+    va_start(ap, fmt);
+    int n = vasprintf(&text, fmt, ap);
+    va_end(ap);
+    if (n < 0)
+        return NULL;
+    perta_text_make_plain(text, false);
+    json_t *json = json_string(text);
+    free(text);
+    return json;
+}

@@ -1,0 +1,23 @@
+/* text.h - text that comes from files: names that become paths, and what is shown of it. */
+#ifndef PERTA_IO_TEXT_H
+#define PERTA_IO_TEXT_H
+
+#include <jansson.h>
+#include <stdbool.h>
+
+/* File names are at most 255 bytes long, and a shard's patch adds ".perta" to its name. */
+#define PERTA_NAME_MAX_BYTES 249u
+
+/* UTF-8 without control characters: no line break, no command to a terminal. */
+bool perta_text_is_plain(const char *text);
+/* Put ? for what is not; with breaks, line feeds stay. */
+void perta_text_make_plain(char *text, bool breaks);
+
+/* May name come from a file and become that of a file in a folder? Plain text, not empty, at most
+ * PERTA_NAME_MAX_BYTES long, without a slash, not beginning with a dot. */
+bool perta_name_is_plain(const char *name);
+
+/* A string for people, made plain, so that it is never NULL but without memory. */
+json_t *perta_text_json(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+#endif
