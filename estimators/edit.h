@@ -68,11 +68,15 @@ enum perta_operand { /* where a bad number stood */
     PERTA_N_OPERANDS,
 };
 
+/* Weights are counted in so many equal parts of [0, 1], each without its upper end but the last. */
+#define PERTA_WEIGHT_BINS 10
+
 struct perta_edit_counts {
     uint64_t n_changed;      /* bits of the result differ from the model's */
     uint64_t n_rounded_away; /* step not zero, but rounding gave the model's value back */
     uint64_t n_nonfinite;    /* parameters with a NaN or Inf (or a negative mean square) */
     double sum_weight;       /* of w over the elements that are finite; deterministic order */
+    uint64_t weights[PERTA_WEIGHT_BINS]; /* how many of these lie in each part */
     uint64_t bad_elem;       /* with n_nonfinite > 0: first such element, from the run's start */
     enum perta_operand bad_operand;
 };

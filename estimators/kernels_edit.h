@@ -135,6 +135,25 @@ static double REAL(sum_weights)(real *w, size_t n)
     return sum;
 }
 
+static real REAL(bin_edge)(int bin)
+{
+    return (real)bin / (real)PERTA_WEIGHT_BINS;
+}
+
+/* bins (PERTA_WEIGHT_BINS) = how many of the n weights lie in each; n is at most PERTA_TILE. */
+static void REAL(count_weights)(const real *w, size_t n, uint32_t *bins)
+{
+    uint32_t above = 0; /* of the bin */
+    for (int bin = PERTA_WEIGHT_BINS - 1; bin >= 0; bin--) {
+        uint32_t reach = 0;
+        real edge = REAL(bin_edge)(bin);
+        for (size_t i = 0; i < n; i++)
+            reach += w[i] >= edge;
+        bins[bin] = reach - above;
+        above = reach;
+    }
+}
+
 /* The edit of one tile into one dtype, with what is seen on the way: elements whose bits
  * changed, whose step rounding took away; returns whether any result is not finite. */
 #define FINISH(name, uint, any, round, exponent)                                               \
@@ -208,6 +227,7 @@ static void REAL(settle)(const struct perta_rule *rule, const struct REAL(tile) 
     const struct perta_view done = {dtype, out};
     size_t width = width_bytes(dtype);
     double lanes[PERTA_SUM_LANES] = {0}, sum = 0;
+    uint32_t bins[PERTA_WEIGHT_BINS];
     for (size_t i = 0; i < n; i++) {
         real result;
         REAL(load)(&done, i, 1, &result);
@@ -225,6 +245,9 @@ static void REAL(settle)(const struct perta_rule *rule, const struct REAL(tile) 
         c->n_changed += changed;
         c->n_rounded_away += step != 0 && !changed;
         lanes[i % PERTA_SUM_LANES] += (double)t->weight[i];
+        REAL(count_weights)(&t->weight[i], 1, bins);
+        for (int j = 0; j < PERTA_WEIGHT_BINS; j++)
+            c->weights[j] += bins[j];
     }
     for (size_t j = 0; j < PERTA_SUM_LANES; j++)
         sum += lanes[j];
@@ -245,6 +268,8 @@ static void REAL(edit)(const struct perta_rule *rule, const struct perta_edit_in
         bool bad_inputs = REAL(load_tile)(rule, in, first, n, &t);
         REAL(weigh)(rule, in, first, n, &t);
         double sum = REAL(sum_weights)(t.weight, n);
+        uint32_t bins[PERTA_WEIGHT_BINS];
+        REAL(count_weights)(t.weight, n, bins);
         for (uint32_t a = 0; a < n_alphas; a++) {
             struct perta_edit_counts *c = &counts[a];
             char *out = (char *)outs[a] + first * width_bytes(dtype);
@@ -258,6 +283,8 @@ static void REAL(edit)(const struct perta_rule *rule, const struct perta_edit_in
             c->n_changed += n_changed;
             c->n_rounded_away += n_away;
             c->sum_weight += sum;
+            for (int j = 0; j < PERTA_WEIGHT_BINS; j++)
+                c->weights[j] += bins[j];
         }
     }
 }

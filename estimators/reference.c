@@ -139,6 +139,10 @@ static void edit_element(const struct perta_rule *rule, const struct perta_edit_
     c->n_changed += changed;
     c->n_rounded_away += step != 0 && !changed;
     *lane += w;
+    int bin = PERTA_WEIGHT_BINS - 1;
+    while (bin > 0 && w < rounded(wide, (double)bin / PERTA_WEIGHT_BINS))
+        bin--;
+    c->weights[bin]++;
 }
 
 void perta_edit_reference(const struct perta_rule *rule, const struct perta_edit_in *in,

@@ -10,6 +10,8 @@
 
 #define OUT_ALIGN 64
 
+_Static_assert(PERTA_COUNT_BINS == PERTA_WEIGHT_BINS, "a patch counts weights");
+
 /* What work() leaves for commit(), for each alpha, in front of the bytes themselves. */
 struct result {
     struct perta_edit_counts counts;
@@ -160,6 +162,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
         counts->n_rounded_away += r->counts.n_rounded_away;
         counts->n_nonfinite += r->counts.n_nonfinite;
         counts->sum_weight += r->counts.sum_weight;
+        for (int i = 0; i < PERTA_WEIGHT_BINS; i++)
+            job->outs[a].weights[i] += r->counts.weights[i];
         struct perta_chunk_out chunk = {
             .coded = r->coded,
             .frame = after + l.frame_at,

@@ -324,6 +324,35 @@ static int sync_parent(const char *path, struct perta_err *err)
     return rc;
 }
 
+static int write_synced(const char *path, const void *data, uint64_t len_bytes,
+                        struct perta_err *err)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (fd < 0)
+        return perta_fail_sys(err, errno, "%s", path);
+    return finish(fd, path, perta_write_all(fd, data, len_bytes, path, err), err);
+}
+
+int perta_publish_single(const char *path, const void *data, uint64_t len_bytes, bool force,
+                         struct perta_err *err)
+{
+    struct stat st;
+    char *partial = NULL;
+    if (!lstat(path, &st) && !(force && S_ISREG(st.st_mode)))
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists%s", path,
+                          force ? ", and is no regular file" : "; --force replaces it");
+    if (asprintf(&partial, "%s" PERTA_PARTIAL_SUFFIX, path) < 0)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    unlink(partial); /* of a run that was killed */
+    int rc = write_synced(partial, data, len_bytes, err);
+    if (!rc && rename(partial, path))
+        rc = perta_fail_sys(err, errno, "%s", path);
+    if (rc)
+        unlink(partial);
+    free(partial);
+    return rc ? rc : sync_parent(path, err);
+}
+
 /* The two folders change places at once, then the old one goes. */
 static int exchange(struct perta_publish *out, struct perta_err *err)
 {

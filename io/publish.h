@@ -57,6 +57,11 @@ PERTA_API int perta_publish_commit(struct perta_publish *out, struct perta_err *
  * fine. */
 PERTA_API void perta_publish_release(struct perta_publish *out);
 
+/* Write one small file at path, whole or not at all, fsynced. Where something is already, it is
+ * PERTA_EUSAGE without force, and with it unless that is a regular file. */
+PERTA_API int perta_publish_single(const char *path, const void *data, uint64_t len_bytes,
+                                   bool force, struct perta_err *err);
+
 /* Make the folders that path is to lie in, where they are missing. */
 PERTA_API int perta_make_parents(const char *path, struct perta_err *err);
 

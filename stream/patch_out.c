@@ -219,12 +219,22 @@ static json_t *tensors_json(const struct perta_patch_out *p, struct perta_tensor
     return tensors;
 }
 
-static json_t *total_json(const struct perta_tensor_counts *total)
+static json_t *total_json(const struct perta_patch_out *p, const struct perta_tensor_counts *total)
 {
-    return json_pack("{s:I, s:I, s:I, s:I, s:f}", "parameters", (json_int_t)total->n_params,
+    json_t *json = json_pack("{s:I, s:I, s:I, s:I, s:f}", "parameters", (json_int_t)total->n_params,
                      "changed", (json_int_t)total->n_changed, "rounded_away",
                      (json_int_t)total->n_rounded_away, "nonfinite",
                      (json_int_t)total->n_nonfinite, "mean_weight", total->sum_weight);
+    json_t *weights = json_array();
+    uint64_t n = 0;
+    for (int i = 0; i < PERTA_COUNT_BINS; i++) {
+        json_array_append_new(weights, json_integer((json_int_t)p->weights[i]));
+        n += p->weights[i];
+    }
+    if (n)
+        json_object_set(json, "weights", weights);
+    json_decref(weights);
+    return json;
 }
 
 static json_t *encodings_json(const struct perta_patch_out *p)
@@ -263,7 +273,7 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
         return rc;
     struct perta_tensor_counts total;
     json_t *tensors = tensors_json(p, &total);
-    json_t *counts = total_json(&total);
+    json_t *counts = total_json(p, &total);
     json_t *skipped = json_array();
     rc = write_manifest(p, recipe, inputs, counts, tensors, err);
     if (!rc)
@@ -290,6 +300,7 @@ struct counted {
 /* Counted over the whole patch. */
 struct encoded {
     uint64_t n[PERTA_N_ENCODINGS], bytes[PERTA_N_ENCODINGS], units[PERTA_N_ENCODINGS];
+    uint64_t weights[PERTA_COUNT_BINS];
 };
 
 int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err)
@@ -331,6 +342,7 @@ json_t *perta_patch_out_save(struct perta_patch_out *p)
     memcpy(encoded.n, p->n_encoded, sizeof encoded.n);
     memcpy(encoded.bytes, p->encoded_bytes, sizeof encoded.bytes);
     memcpy(encoded.units, p->encoded_units, sizeof encoded.units);
+    memcpy(encoded.weights, p->weights, sizeof encoded.weights);
     json_t *finished = json_array();
     for (; p->saved_shards < json_array_size(p->shards); p->saved_shards++)
         json_array_append(finished, json_array_get(p->shards, p->saved_shards));
@@ -431,6 +443,7 @@ static bool restore(struct perta_patch_out *p, const json_t *state)
     memcpy(p->n_encoded, encoded.n, sizeof encoded.n);
     memcpy(p->encoded_bytes, encoded.bytes, sizeof encoded.bytes);
     memcpy(p->encoded_units, encoded.units, sizeof encoded.units);
+    memcpy(p->weights, encoded.weights, sizeof encoded.weights);
     perta_digest_free(p->digest);
     p->digest = open ? perta_digest_new(true) : NULL;
     return (!open || (p->digest && perta_blob_get_digest(digest, p->digest))) &&

@@ -17,6 +17,9 @@ struct perta_tensor_counts {
     double sum_weight;
 };
 
+/* Counted over the whole patch, in so many equal parts of [0, 1]: whatever the job weighs. */
+#define PERTA_COUNT_BINS 10
+
 struct perta_patch_out {
     struct perta_publish folder;
     struct perta_model_out model; /* after the patch; with or without a folder */
@@ -41,6 +44,7 @@ struct perta_patch_out {
     uint64_t saved_shards, saved_tensors, saved_entries; /* in a journal's record */
     uint64_t n_encoded[PERTA_N_ENCODINGS], encoded_bytes[PERTA_N_ENCODINGS];
     uint64_t encoded_units[PERTA_N_ENCODINGS];
+    uint64_t weights[PERTA_COUNT_BINS]; /* the caller adds to it; all 0: not on record */
     uint64_t written_bytes;
 };
 

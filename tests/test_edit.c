@@ -73,6 +73,7 @@ static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[
             ck_assert_uint_eq(have[a].n_rounded_away, want[a].n_rounded_away);
             ck_assert_uint_eq(have[a].n_nonfinite, want[a].n_nonfinite);
             ck_assert_mem_eq(&have[a].sum_weight, &want[a].sum_weight, sizeof(double));
+            ck_assert_mem_eq(have[a].weights, want[a].weights, sizeof want[a].weights);
             if (want[a].n_nonfinite) {
                 ck_assert_uint_eq(have[a].bad_elem, want[a].bad_elem);
                 ck_assert_int_eq(have[a].bad_operand, want[a].bad_operand);
@@ -172,6 +173,7 @@ START_TEST(odd_lengths_and_addresses_give_the_same_bits)
                 ck_assert_uint_eq(counts[0].n_changed, counts[1].n_changed);
                 ck_assert_uint_eq(counts[0].n_nonfinite, counts[1].n_nonfinite);
                 ck_assert_mem_eq(&counts[0].sum_weight, &counts[1].sum_weight, sizeof(double));
+                ck_assert_mem_eq(counts[0].weights, counts[1].weights, sizeof counts[0].weights);
             }
         }
 }

@@ -59,6 +59,7 @@ int cmd_revert(int argc, char **argv);
 int cmd_compose(int argc, char **argv);
 int cmd_manifest(int argc, char **argv);
 int cmd_verify(int argc, char **argv);
+int cmd_report(int argc, char **argv);
 int cmd_demo(int argc, char **argv);
 
 #endif

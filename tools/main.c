@@ -23,6 +23,7 @@ static const struct verb {
     {"compose", cmd_compose, "patches made one after another, as one", false},
     {"manifest", cmd_manifest, "digests of a folder, down to the tensor", false},
     {"verify", cmd_verify, "check a folder or a patch against its digests", false},
+    {"report", cmd_report, "a page about a patch, for people", false},
     {"demo", cmd_demo, "the whole story, on a model that it trains itself", true},
 };
 enum { N_VERBS = sizeof verbs / sizeof *verbs };

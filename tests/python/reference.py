@@ -69,6 +69,7 @@ class Edited:
 
     out: np.ndarray
     counts: dict
+    weights: np.ndarray | int = 0  # how many in each tenth of [0, 1]
 
 
 def unlearn(
@@ -130,7 +131,9 @@ def edit(
         "nonfinite": np.count_nonzero(bad),
         "mean_weight": mean_weight(np.where(bad, real(0), w), np.count_nonzero(bad)),
     }
-    return Edited(out.view(theta.dtype), counts)
+    edges = np.arange(10).astype(real) / real(10)
+    bins = np.bincount(np.searchsorted(edges, w[~bad], "right") - 1, minlength=10)
+    return Edited(out.view(theta.dtype), counts, bins)
 
 
 def mean_weight(w: np.ndarray, n_bad: int) -> float:

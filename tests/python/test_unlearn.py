@@ -153,6 +153,8 @@ def check_folder(folder, alpha, want: dict[str, Edited]):
     n = [c["parameters"] - c["nonfinite"] for c in weighed]
     mean = math.fsum(c["mean_weight"] * k for c, k in zip(weighed, n)) / max(1, sum(n))
     assert math.isclose(record["counts"]["mean_weight"], mean, rel_tol=1e-12)
+    bins = sum(edited.weights for edited in want.values())
+    assert record["counts"].get("weights", [0] * 10) == np.broadcast_to(bins, 10).tolist()
 
 
 @pytest.mark.parametrize("dtype", EDITABLE)

@@ -1,0 +1,68 @@
+"""The page about a patch: whole, self-contained, and drawn by a real browser where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from reference import write_folder
+
+BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+HOSTILE = "a.0.</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def patch(perta, tmp_path):
+    rng = np.random.default_rng(3)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)] + ["model.norm.weight", HOSTILE]
+    for role in ["model", "tuned", "base", "forget", "retain"]:
+        write_folder(tmp_path / role, {n: rng.normal(size=(8, 9)).astype(np.float32) for n in names})
+    folders = [f"--{role}={role}" for role in ["model", "tuned", "base", "forget", "retain"]]
+    perta("unlearn", *folders, "--patch", "patch")
+    return tmp_path / "patch"
+
+
+def record_of(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="manifest">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_page_holds_the_record_and_nothing_from_outside(perta, patch, tmp_path):
+    perta("report", "patch", "--html", "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert record_of(page) == json.loads((patch / "manifest.json").read_text())
+    assert "onerror=alert(1)>" in page and "<img" not in page
+    assert re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?\w+:", page) == []
+    assert not list(tmp_path.glob("*.perta-partial"))
+
+
+def test_a_file_that_is_there_stays(perta, patch, tmp_path):
+    (tmp_path / "page.html").write_text("mine")
+    assert "--force replaces it" in perta("report", "patch", "--html", "page.html", check=2).stderr
+    assert (tmp_path / "page.html").read_text() == "mine"
+    perta("report", "patch", "--html", "page.html", "--force")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert "no regular file" in perta("report", "patch", "--html", "model", "--force", check=2).stderr
+    assert "nowhere" in perta("report", "patch", "--html", "nowhere/page.html", check=4).stderr
+
+
+def test_what_is_no_patch_is_refused(perta, patch, tmp_path):
+    assert "model" in perta("report", "model", "--html", "page.html", check=3).stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+def test_a_browser_draws_it(perta, patch, tmp_path):
+    perta("report", "patch", "--html", "page.html")
+    shot = tmp_path / "page.png"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2400"]
+    page = f"file://{tmp_path}/page.html"
+    run = {"check": True, "capture_output": True, "text": True, "timeout": 60}
+    dom = subprocess.run([*command, "--dump-dom", page], **run).stdout
+    subprocess.run([*command, f"--screenshot={shot}", page], **run)
+    drawn = dom.partition("<script")[0]
+    assert "cannot be drawn" not in drawn and "What this patch makes a model forget" in drawn
+    assert ">360<" in drawn and "layer 2" in drawn and "Distribution of the weights w" in drawn
+    assert "&lt;img src=x" in drawn and "<img" not in drawn
+    assert shot.stat().st_size > 20_000
