@@ -41,10 +41,10 @@ def needed(perta, words, budget="1M", env=None):
     return re.search(r"needs (\d+M)", refusal)[1]
 
 
-def in_a_larger_process(mebibytes=4):
-    """For perta(): so much more is resident from the start on, as an environment."""
-    size = 100_000
-    env = {f"PAD{i}": "x" * size for i in range(mebibytes * MIB // size)}
+def in_a_larger_process():
+    """For perta(): 2 MiB more are resident from the start on, as an environment (which sanitizers
+    copy, so twice that there)."""
+    env = {f"PAD{i}": "x" * (MIB // 16) for i in range(32)}
     # A quarter of the stack is for the environment.
     stack = (64 * MIB, resource.getrlimit(resource.RLIMIT_STACK)[1])
     return {"env": env, "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_STACK, stack)}

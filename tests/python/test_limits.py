@@ -88,7 +88,7 @@ def test_memory_bounds_the_whole_process(big, tmp_path, job, io):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_what_a_refusal_names_is_enough(perta, small, tmp_path, job):
-    """Resident memory differs from run to run; this one has 4 MiB more than the refused one."""
+    """Resident memory differs from run to run; this one has 2 MiB more than the refused one."""
     for folder in ("model", "tuned", "base", "forget", "retain"):
         (tmp_path / folder).symlink_to(small / folder)
     perta(*JOBS[job], "--memory", needed(perta, JOBS[job]), **in_a_larger_process())
@@ -241,7 +241,7 @@ def test_an_ordinary_user_with_little_lockable_memory_gets_the_same(perta, small
     "words",
     [
         [*UNLEARN, "--patch", "p", "--out", "o"],
-        "diff base model --patch d".split(),
+        "diff tuned model --patch d".split(),
         "apply model p --out a".split(),
         "revert o p --out r".split(),
         "accumulate --out i forget retain".split(),
