@@ -23,6 +23,7 @@
 /* Jobs */
 #include "estimators/accumulate.h"
 #include "estimators/estimate.h"
+#include "estimators/eval.h"
 #include "estimators/unlearn.h"
 #include "stream/apply.h"
 #include "stream/compose.h"

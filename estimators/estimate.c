@@ -8,6 +8,13 @@
 
 /* ---- stores ---- */
 
+static int open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+{
+    char name[16];
+    return perta_store_open(&job->x[layer], &job->scratch, perta_estimate_x_name(name, layer),
+                            job->samples.n_tokens, job->weights.llm.hidden, err);
+}
+
 static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_store *dx,
                    struct perta_err *err)
 {
@@ -250,6 +257,15 @@ static int start(struct perta_estimate_job *job, enum perta_stage *stage, uint32
     return rc ? rc : perta_estimate_restore(job, *stage, *layer, err);
 }
 
+static int forward_layer(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
+                         struct perta_err *err)
+{
+    int rc = open_x(job, layer + 1, err);
+    if (!rc)
+        rc = perta_estimate_forward(job, layer, &job->x[layer], &job->x[layer + 1], starts, err);
+    return rc ? rc : perta_estimate_commit(job, PERTA_FORWARD, layer, err);
+}
+
 /* Up to the loss, from the layer after the one that is done. */
 static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
                        size_t *starts, struct perta_err *err)
@@ -257,13 +273,12 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
     uint32_t n_layers = job->weights.llm.n_layers;
     int rc = 0;
     if (stage == PERTA_BEGUN) {
-        rc = perta_estimate_open_x(job, 0, err);
+        rc = open_x(job, 0, err);
         if (!rc)
             rc = perta_embed(&job->head, &job->x[0], err);
     }
     for (uint32_t l = stage == PERTA_BEGUN ? 0 : layer + 1; l < n_layers && !rc; l++)
-        if (!(rc = perta_estimate_forward(job, l, starts, err)))
-            rc = perta_estimate_commit(job, PERTA_FORWARD, l, err);
+        rc = forward_layer(job, l, starts, err);
     if (!rc)
         rc = perta_head_forward(&job->head, &job->x[n_layers], &job->loss, err);
     if (!rc)

@@ -14,10 +14,13 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
         return perta_fail(err, PERTA_EUSAGE,
                           "--compute bf16: this CPU cannot; leave it out, or --compute f32");
     int rc = perta_weights_open(&job->weights, e->model, err);
+    job->weights.source = job->source;
     if (rc)
         return rc;
     job->vector_floats = perta_estimate_bias_at(&job->weights.llm, PERTA_N_LINEARS);
-    rc = perta_samples_read(e->data, job->weights.llm.vocab, e->max_tokens, &job->samples, err);
+    const struct perta_samples_wanted wanted = {job->weights.llm.vocab, e->max_tokens,
+                                                job->answers};
+    rc = perta_samples_read(e->data, &wanted, &job->samples, err);
     if (!rc)
         rc = perta_estimate_tokens(job, err);
     return rc;
@@ -76,13 +79,6 @@ void perta_estimate_release(struct perta_estimate_job *job)
 
 /* ---- a block over all tokens ---- */
 
-int perta_estimate_open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
-{
-    char name[16];
-    return perta_store_open(&job->x[layer], &job->scratch, perta_estimate_x_name(name, layer),
-                            job->samples.n_tokens, job->weights.llm.hidden, err);
-}
-
 struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t b,
                                         size_t *starts)
 {
@@ -119,23 +115,22 @@ int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err
     return 0;
 }
 
-int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
+                           const struct perta_store *from, struct perta_store *to, size_t *starts,
                            struct perta_err *err)
 {
     struct perta_block block = perta_estimate_block(job);
     struct perta_acts acts;
-    int rc = perta_estimate_open_x(job, layer + 1, err);
-    if (!rc)
-        rc = perta_weights_block(&job->weights, layer, job->room, &block, err);
+    int rc = perta_weights_block(&job->weights, layer, job->room, &block, err);
     for (size_t b = 0; b < job->batches.n && !rc; b++) {
         struct perta_batch batch = perta_estimate_batch(job, b, starts);
         size_t first = job->batches.starts[b];
         perta_acts_lay_out(&acts, block.llm, batch.n, job->samples.longest, job->work);
-        rc = perta_estimate_rows(&job->x[layer], first, batch.n, acts.x, err);
+        rc = perta_estimate_rows(from, first, batch.n, acts.x, err);
         if (!rc)
             rc = perta_block_forward(&block, &batch, &acts, err);
         if (!rc)
-            rc = perta_store_put(&job->x[layer + 1], first, batch.n, acts.out, err);
+            rc = perta_store_put(to, first, batch.n, acts.out, err);
         if (!rc)
             rc = perta_estimate_advance(job, err);
     }

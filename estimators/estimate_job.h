@@ -14,8 +14,10 @@
 struct perta_estimate_job {
     const struct perta_estimate *estimate;
     const struct perta_run *run;
+    struct perta_source *source; /* what the model's tensors are instead, or NULL; borrowed */
     struct perta_weights weights;
     struct perta_samples samples;
+    bool answers; /* samples are to hold the other answers too */
     struct perta_importance_out outs[2];
     struct perta_gemm *gemm;
     struct perta_statistic statistic;
@@ -24,7 +26,7 @@ struct perta_estimate_job {
     struct perta_journal journal;
 
     struct perta_pool pool;
-    uint8_t *room;       /* for weights */
+    uint8_t *room;       /* for weights, and at its end the source's */
     float *work;         /* for a batch: its activations, or the head's */
     float *inv_freq;     /* (head_dim / 2) */
     uint32_t *positions; /* (n_tokens) */
@@ -65,10 +67,10 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 /* Close and free all that a job holds; half-open is fine. */
 void perta_estimate_release(struct perta_estimate_job *job);
 
-/* What layer is given, zeroed. */
-int perta_estimate_open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err);
-/* From x[layer] to x[layer + 1], which it opens. starts (samples + 1) is scratch. */
-int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
+/* What layer makes of all tokens' rows. from and to may be the same. starts (samples + 1) is
+ * scratch. */
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
+                           const struct perta_store *from, struct perta_store *to, size_t *starts,
                            struct perta_err *err);
 /* Batch b; its sequences' starts are put in starts. */
 struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t b,

@@ -97,7 +97,8 @@ uint64_t perta_estimate_room(const struct perta_estimate_job *job)
     uint64_t block = perta_weights_block_room(&job->weights);
     uint64_t rows = perta_weights_room((uint64_t)PERTA_VOCABULARY_ROWS * job->weights.llm.hidden *
                                        sizeof(float));
-    return perta_align_up(most(block, rows), PERTA_BLOCK_BYTES);
+    return perta_align_up(most(block, rows), PERTA_BLOCK_BYTES) +
+           (job->source ? job->source->room_bytes : 0);
 }
 
 static size_t work_floats(const struct perta_estimate_job *job, size_t tokens)
@@ -117,10 +118,18 @@ static size_t gemm_floats(const struct perta_estimate_job *job, size_t tokens, b
     return bf16 ? floats + (tokens * (width + rows) + 1) / 2 + tokens * width / 2 : floats;
 }
 
+static uint64_t statistic_floats(const struct perta_estimate_job *job)
+{
+    const struct perta_estimate *e = job->estimate;
+    return e->mean || e->meansq
+               ? perta_statistic_floats(block_floats(&job->weights.llm), e->meansq)
+               : 0;
+}
+
 static uint64_t fixed_bytes(const struct perta_estimate_job *job)
 {
-    size_t blocks = perta_statistic_floats(block_floats(&job->weights.llm), job->estimate->meansq);
-    return perta_estimate_room(job) + (blocks + 2 * job->vector_floats) * sizeof(float) +
+    return perta_estimate_room(job) +
+           (statistic_floats(job) + 2 * job->vector_floats) * sizeof(float) +
            perta_head_bytes(&job->samples, &job->weights.llm) +
            job->samples.n_tokens * 2 * sizeof(double);
 }
@@ -134,8 +143,9 @@ static uint64_t batch_bytes(const struct perta_estimate_job *job, size_t tokens,
  * time, for in which order gradients are summed depends on them. */
 static uint64_t counted_bytes(const struct perta_estimate_job *job)
 {
-    return PROCESS_BYTES + job->weights.ck->n_tensors * TENSOR_BYTES + job->samples.room * 2 +
-           job->samples.n * 4 * sizeof(uint64_t) + job->samples.n_tokens * sizeof *job->positions;
+    return PROCESS_BYTES + (job->source ? job->source->heap_bytes : 0) +
+           job->weights.ck->n_tensors * TENSOR_BYTES + job->samples.room * 2 +
+           job->samples.n * 5 * sizeof(uint64_t) + job->samples.n_tokens * sizeof *job->positions;
 }
 
 /* The largest batch for half of what is left, all samples at best. */
@@ -177,13 +187,14 @@ static int take_memory(struct perta_estimate_job *job, bool bf16, struct perta_e
     const struct perta_llm *llm = &job->weights.llm;
     size_t n = job->batches.longest, blocks = block_floats(llm);
     uint64_t room = perta_estimate_room(job), work = work_floats(job, n) * sizeof(float);
-    uint64_t statistic =
-        perta_statistic_floats(blocks, job->estimate->meansq) * sizeof(float);
+    uint64_t statistic = statistic_floats(job) * sizeof(float);
     work = perta_align_up(work, PERTA_BLOCK_BYTES);
     int rc = perta_pool_take(&job->pool, room + work + statistic, err);
     if (rc)
         return rc;
     job->room = job->pool.base;
+    if (job->source)
+        job->source->room = job->pool.base + room - job->source->room_bytes;
     job->work = (float *)(void *)(job->pool.base + room);
     perta_statistic_lay_out(&job->statistic, blocks,
                             (float *)(void *)(job->pool.base + room + work));

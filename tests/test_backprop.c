@@ -54,7 +54,8 @@ static void open_lab(struct lab *lab, const char *config)
     for (size_t i = 0; i < lab->model.n_floats; i++)
         lab->model.weights[i] += uniform(&seed, -0.4, 0.4);
     put_text("data.jsonl", data);
-    ck_assert_ok(perta_samples_read("data.jsonl", llm.vocab, 0, &lab->samples, &err));
+    const struct perta_samples_wanted wanted = {.vocab = llm.vocab};
+    ck_assert_ok(perta_samples_read("data.jsonl", &wanted, &lab->samples, &err));
     const struct perta_model_file file = {"config.json", config};
     ck_assert_ok(perta_model_save(&lab->model, "model", &file, 1, false, &err)); /* rounds */
     perta_rope_frequencies(&llm, lab->inv_freq);
@@ -258,7 +259,8 @@ START_TEST(embedding_and_head_out_of_core)
     open_lab(&lab, wide[_i]);
     put_text("data.jsonl", wide_data);
     perta_samples_release(&lab.samples);
-    ck_assert_ok(perta_samples_read("data.jsonl", 2500, 0, &lab.samples, &err));
+    const struct perta_samples_wanted wanted = {.vocab = 2500};
+    ck_assert_ok(perta_samples_read("data.jsonl", &wanted, &lab.samples, &err));
     const struct perta_estimate estimate = {.model = "model", .data = "data.jsonl", .out = "imp",
                                             .mean = true, .meansq = true,
                                             .compute = PERTA_COMPUTE_F32};

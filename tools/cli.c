@@ -106,6 +106,16 @@ uint64_t cli_count(struct argp_state *state, const char *option, const char *tex
     return value;
 }
 
+enum perta_compute cli_compute(struct argp_state *state, const char *text)
+{
+    static const char *const names[] = {"auto", "f32", "bf16"};
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(text, names[i]))
+            return (enum perta_compute)i;
+    argp_error(state, "--compute: %s is none of auto, f32, bf16", text);
+    return PERTA_COMPUTE_AUTO;
+}
+
 /* 512M, 1G, 2GiB: powers of 1024. */
 static uint64_t size_of(struct argp_state *state, const char *text)
 {

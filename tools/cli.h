@@ -6,6 +6,7 @@
 #include <jansson.h>
 #include <stdbool.h>
 
+#include "estimators/estimate.h"
 #include "stream/stream.h"
 
 enum progress_style { PROGRESS_AUTO, PROGRESS_BAR, PROGRESS_PLAIN, PROGRESS_JSON, PROGRESS_NONE };
@@ -34,6 +35,8 @@ void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, 
 double cli_number(struct argp_state *state, const char *option, const char *text);
 uint64_t cli_count(struct argp_state *state, const char *option, const char *text);
 
+enum perta_compute cli_compute(struct argp_state *state, const char *text);
+
 /* Seconds since the verb started. */
 double cli_seconds(const struct cli *cli);
 /* "1.25 GB", in powers of ten; buf holds at least 32 bytes. */
@@ -51,6 +54,7 @@ int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
 
 int cmd_inspect(int argc, char **argv);
 int cmd_estimate(int argc, char **argv);
+int cmd_eval(int argc, char **argv);
 int cmd_accumulate(int argc, char **argv);
 int cmd_unlearn(int argc, char **argv);
 int cmd_diff(int argc, char **argv);

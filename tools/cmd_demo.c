@@ -125,9 +125,9 @@ static int write_part(const struct demo *demo, const char *name, enum demo_part 
 static int read_part(const struct demo *demo, const char *name, struct perta_samples *samples,
                      struct perta_err *err)
 {
+    const struct perta_samples_wanted wanted = {.vocab = (uint32_t)demo->facts.n_words};
     char *path = path_of(demo, "data/%s.jsonl", name);
-    int rc = path ? perta_samples_read(path, (uint32_t)demo->facts.n_words, 0, samples, err)
-                  : no_memory(err);
+    int rc = path ? perta_samples_read(path, &wanted, samples, err) : no_memory(err);
     free(path);
     return rc;
 }

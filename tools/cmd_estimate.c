@@ -42,16 +42,6 @@ static void parse_stats(struct argp_state *state, struct perta_estimate *e, char
     }
 }
 
-static enum perta_compute compute_of(struct argp_state *state, const char *arg)
-{
-    static const char *const names[] = {"auto", "f32", "bf16"};
-    for (int i = 0; i < 3; i++)
-        if (!strcmp(arg, names[i]))
-            return (enum perta_compute)i;
-    argp_error(state, "--compute: %s is none of auto, f32, bf16", arg);
-    return PERTA_COMPUTE_AUTO;
-}
-
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct args *args = state->input;
@@ -76,7 +66,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         e->max_tokens = cli_count(state, "--max-tokens", arg);
         return 0;
     case KEY_COMPUTE:
-        e->compute = compute_of(state, arg);
+        e->compute = cli_compute(state, arg);
         return 0;
     case KEY_SCRATCH:
         e->scratch = arg;

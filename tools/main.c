@@ -15,6 +15,7 @@ static const struct verb {
 } verbs[] = {
     {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch", false},
     {"estimate", cmd_estimate, "importance from a model and text", true},
+    {"eval", cmd_eval, "how well a model knows answers, with a patch or without", true},
     {"accumulate", cmd_accumulate, "importance from gradient dumps", false},
     {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model", false},
     {"diff", cmd_diff, "a patch between any two checkpoints", false},

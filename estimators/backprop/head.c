@@ -17,7 +17,7 @@ size_t perta_head_work(const struct perta_llm *llm, size_t batch_tokens, size_t 
 
 uint64_t perta_head_bytes(const struct perta_samples *samples, const struct perta_llm *llm)
 {
-    return samples->n_tokens * 4 * sizeof(float) + samples->n * 4 * sizeof(size_t) +
+    return samples->n_tokens * 7 * sizeof(float) + samples->n * 4 * sizeof(size_t) +
            llm->hidden * sizeof(float);
 }
 
@@ -62,17 +62,21 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     h->target = calloc(h->n_labels, sizeof *h->target);
     h->share = calloc(h->n_labels, sizeof *h->share);
     h->lse = calloc(h->n_labels, sizeof *h->lse);
+    h->logit = calloc(h->n_labels, sizeof *h->logit);
+    h->best = h->statistic ? NULL : calloc(h->n_labels, sizeof *h->best);
     h->starts = calloc(h->samples->n + 1, sizeof *h->starts);
     h->batch_starts = calloc(h->batches->n + 1, sizeof *h->batch_starts);
     h->norm = calloc(H, sizeof *h->norm);
-    if (!h->token || !h->target || !h->share || !h->lse || !h->starts || !h->batch_starts ||
-        !h->norm)
+    if (!h->token || !h->target || !h->share || !h->lse || !h->logit || !h->starts ||
+        !h->batch_starts || !h->norm || (!h->statistic && !h->best))
         return perta_fail_sys(err, ENOMEM, "labels");
     collect_labels(h);
     int rc = perta_weights_vector(h->weights, PERTA_FINAL_NORM, H, h->room, h->norm, err);
     if (!rc)
         rc = perta_store_open(&h->normed, scratch, NULL, h->n_labels, H, err);
-    return rc ? rc : perta_store_open(&h->dnormed, scratch, NULL, h->n_labels, H, err);
+    return rc || !h->statistic
+               ? rc
+               : perta_store_open(&h->dnormed, scratch, NULL, h->n_labels, H, err);
 }
 
 void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
@@ -81,6 +85,8 @@ void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
     free(h->target);
     free(h->share);
     free(h->lse);
+    free(h->logit);
+    free(h->best);
     free(h->starts);
     free(h->batch_starts);
     free(h->norm);
@@ -98,20 +104,40 @@ static float element(const struct perta_linear *l, size_t i)
     return perta_operand_element(&row);
 }
 
+static int by_id(const void *a, const void *b)
+{
+    const uint64_t *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* All tokens by id, so that a row is read once, and rows in order: each id << 32 | token. */
+static uint64_t *sorted_tokens(const struct perta_samples *s)
+{
+    uint64_t *tokens = calloc(s->n_tokens, sizeof *tokens);
+    for (uint64_t t = 0; tokens && t < s->n_tokens; t++)
+        tokens[t] = (uint64_t)s->ids[t] << 32 | t;
+    if (tokens)
+        qsort(tokens, s->n_tokens, sizeof *tokens, by_id);
+    return tokens;
+}
+
 int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *err)
 {
-    const struct perta_samples *s = h->samples;
     size_t H = h->weights->llm.hidden;
-    int rc = 0;
-    for (uint64_t t = 0; t < s->n_tokens && !rc; t++) {
+    uint64_t *tokens = sorted_tokens(h->samples);
+    int rc = tokens ? 0 : perta_fail_sys(err, ENOMEM, "tokens");
+    for (uint64_t i = 0; i < h->samples->n_tokens && !rc; i++) {
         struct perta_linear row;
-        rc = perta_weights_rows(h->weights, PERTA_EMBEDDING, (size_t)s->ids[t], 1, h->room, &row,
-                                err);
-        for (size_t i = 0; i < H && !rc; i++)
-            h->work[i] = element(&row, i);
+        uint64_t id = tokens[i] >> 32;
+        if (!i || id != tokens[i - 1] >> 32) {
+            rc = perta_weights_rows(h->weights, PERTA_EMBEDDING, id, 1, h->room, &row, err);
+            for (size_t k = 0; k < H && !rc; k++)
+                h->work[k] = element(&row, k);
+        }
         if (!rc)
-            rc = perta_store_put(x, t, 1, h->work, err);
+            rc = perta_store_put(x, (uint32_t)tokens[i], 1, h->work, err);
     }
+    free(tokens);
     return rc;
 }
 
@@ -171,10 +197,10 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x, double
 {
     struct work w = work_of(h);
     double *sums = calloc(h->n_labels, sizeof *sums);
-    float *of_label = calloc(h->n_labels, sizeof *of_label);
-    int rc = sums && of_label ? normalise(h, x, err) : perta_fail_sys(err, ENOMEM, "labels");
-    for (size_t i = 0; i < h->n_labels; i++)
-        h->lse[i] = -INFINITY;
+    float *most = calloc(h->n_labels, sizeof *most);
+    int rc = sums && most ? normalise(h, x, err) : perta_fail_sys(err, ENOMEM, "labels");
+    for (size_t i = 0; i < h->n_labels && !rc; i++)
+        h->lse[i] = most[i] = -INFINITY;
     for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += h->block_rows) {
         struct perta_linear block;
         rc = read_block(h, row, &block, err);
@@ -182,19 +208,22 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x, double
             size_t first = h->batch_starts[b], n = h->batch_starts[b + 1] - first;
             const float *rows;
             rc = logits_of(h, &block, first, n, &w, &rows, err);
-            if (!rc)
-                perta_cross_entropy_forward(w.logits, row, block.out, n, h->target + first,
-                                            h->lse + first, sums + first, of_label + first);
+            if (rc)
+                break;
+            perta_cross_entropy_forward(w.logits, row, block.out, n, h->target + first,
+                                        h->lse + first, sums + first, h->logit + first);
+            if (h->best)
+                perta_best_forward(w.logits, row, block.out, n, most + first, h->best + first);
         }
     }
     *loss = 0;
     for (size_t i = 0; i < h->n_labels && !rc; i++) {
         h->lse[i] += (float)log(sums[i]);
-        *loss += (double)h->share[i] * ((double)h->lse[i] - (double)of_label[i]);
+        *loss += (double)h->share[i] * ((double)h->lse[i] - (double)h->logit[i]);
     }
     *loss /= (double)h->samples->n;
     free(sums);
-    free(of_label);
+    free(most);
     return rc;
 }
 

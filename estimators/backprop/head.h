@@ -14,7 +14,7 @@ struct perta_head {
     struct perta_weights *weights;
     struct perta_gemm *gemm;
     const struct perta_samples *samples;
-    struct perta_statistic *statistic;
+    struct perta_statistic *statistic;    /* NULL: the way forward only */
     const struct perta_segments *batches; /* of tokens; whole samples */
     const uint64_t *batch_samples;        /* (batches->n + 1): samples of each */
 
@@ -23,6 +23,8 @@ struct perta_head {
     int32_t *target;  /* (n_labels) */
     float *share;     /* (n_labels): 1 / labels of its sample */
     float *lse;       /* (n_labels): log of the sum of exponentials */
+    float *logit;     /* (n_labels): of the target; its loss is lse - logit */
+    int32_t *best;    /* (n_labels): the token of the largest logit; NULL with a statistic */
     size_t *starts;   /* (samples->n + 1): labels of each sample */
     size_t *batch_starts; /* (batches->n + 1): of each batch */
     float *norm;      /* (H): weight of the final norm */

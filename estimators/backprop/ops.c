@@ -127,6 +127,20 @@ void perta_cross_entropy_forward(const float *logits, size_t row, size_t n_rows,
     }
 }
 
+void perta_best_forward(const float *logits, size_t row, size_t n_rows, size_t n, float *most,
+                        int32_t *best)
+{
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i++) {
+        const float *l = logits + i * n_rows;
+        for (size_t j = 0; j < n_rows; j++)
+            if (l[j] > most[i]) {
+                most[i] = l[j];
+                best[i] = (int32_t)(row + j);
+            }
+    }
+}
+
 void perta_cross_entropy_backward(float *logits, size_t row, size_t n_rows, size_t n,
                                   const int32_t *target, const float *lse, const float *share)
 {

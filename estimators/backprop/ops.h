@@ -40,6 +40,9 @@ void perta_swiglu_backward(float *dgate, float *dup, const float *dh, const floa
 void perta_cross_entropy_forward(const float *logits, size_t row, size_t n_rows, size_t n,
                                  const int32_t *target, float *most, double *sums,
                                  float *of_target);
+/* Likewise the running maximum, which begins as -INFINITY, and where it is: of equals the first. */
+void perta_best_forward(const float *logits, size_t row, size_t n_rows, size_t n, float *most,
+                        int32_t *best);
 /* logits become their gradients: share (n) * (softmax - one at target), from lse (n), log of the
  * sum of all exponentials. */
 void perta_cross_entropy_backward(float *logits, size_t row, size_t n_rows, size_t n,

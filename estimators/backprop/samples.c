@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <jansson.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,12 +9,14 @@
 struct line {
     const char *path;
     uint64_t number;
+    const struct perta_samples_wanted *wanted;
+    const char *of; /* "perturbed: " before what is wrong there; else "" */
 };
 
 static int bad_line(const struct line *line, const char *what, struct perta_err *err)
 {
-    return perta_fail(err, PERTA_EINPUT, "%s: line %llu: %s", line->path,
-                      (unsigned long long)line->number, what);
+    return perta_fail(err, PERTA_EINPUT, "%s: line %llu: %s%s", line->path,
+                      (unsigned long long)line->number, line->of, what);
 }
 
 static int grow(struct perta_samples *s, uint64_t n_tokens, struct perta_err *err)
@@ -34,22 +35,26 @@ static int grow(struct perta_samples *s, uint64_t n_tokens, struct perta_err *er
     s->starts = starts ? starts : s->starts;
     uint32_t *n_labels = realloc(s->n_labels, (s->n + 1) * sizeof *n_labels);
     s->n_labels = n_labels ? n_labels : s->n_labels;
-    return starts && n_labels ? 0 : perta_fail_sys(err, ENOMEM, "samples");
+    uint64_t *lines = realloc(s->lines, (s->n + 1) * sizeof *lines);
+    s->lines = lines ? lines : s->lines;
+    uint8_t *kinds = realloc(s->kinds, (s->n + 1) * sizeof *kinds);
+    s->kinds = kinds ? kinds : s->kinds;
+    return starts && n_labels && lines && kinds ? 0 : perta_fail_sys(err, ENOMEM, "samples");
 }
 
 static int fill(struct perta_samples *s, const struct line *line, const json_t *ids,
-                const json_t *labels, uint32_t vocab, struct perta_err *err)
+                const json_t *labels, enum perta_sample_kind kind, struct perta_err *err)
 {
     uint64_t n = json_array_size(ids), at = s->n_tokens;
-    uint32_t n_labels = 0;
+    uint32_t n_labels = 0, vocab = line->wanted->vocab;
     for (uint64_t t = 0; t < n; t++) {
         const json_t *id = json_array_get(ids, t);
         if (!json_is_integer(id) || json_integer_value(id) < 0)
             return bad_line(line, "\"input_ids\" holds something that is no token id", err);
         if (json_integer_value(id) >= vocab)
             return perta_fail(err, PERTA_EINPUT,
-                              "%s: line %llu: token id %lld, but the vocabulary has %u",
-                              line->path, (unsigned long long)line->number,
+                              "%s: line %llu: %stoken id %lld, but the vocabulary has %u",
+                              line->path, (unsigned long long)line->number, line->of,
                               (long long)json_integer_value(id), vocab);
         s->ids[at + t] = (int32_t)json_integer_value(id);
         s->targets[at + t] = PERTA_IGNORED;
@@ -69,34 +74,59 @@ static int fill(struct perta_samples *s, const struct line *line, const json_t *
     s->starts[s->n] = at;
     s->starts[s->n + 1] = at + n;
     s->n_labels[s->n] = n_labels;
+    s->lines[s->n] = line->number;
+    s->kinds[s->n] = (uint8_t)kind;
     s->n++;
     s->n_tokens += n;
     s->longest = n > s->longest ? n : s->longest;
     return 0;
 }
 
+static int add_sample(struct perta_samples *s, const struct line *line, const json_t *object,
+                      enum perta_sample_kind kind, struct perta_err *err)
+{
+    const json_t *ids = json_object_get(object, "input_ids");
+    const json_t *labels = json_object_get(object, "labels");
+    uint64_t n = json_array_size(ids), most = line->wanted->max_tokens;
+    if (!json_is_array(ids) || !n)
+        return bad_line(line, "no array \"input_ids\" with tokens in it", err);
+    if (labels && json_array_size(labels) != n)
+        return bad_line(line, "\"labels\" is not as long as \"input_ids\"", err);
+    if (most && n > most)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: line %llu: %s%llu tokens, --max-tokens allows %llu", line->path,
+                          (unsigned long long)line->number, line->of, (unsigned long long)n,
+                          (unsigned long long)most);
+    int rc = grow(s, n, err);
+    return rc ? rc : fill(s, line, ids, labels, kind, err);
+}
+
+static int add_answers(struct perta_samples *s, struct line line, const json_t *object,
+                       struct perta_err *err)
+{
+    const json_t *paraphrased = json_object_get(object, "paraphrased");
+    const json_t *perturbed = json_object_get(object, "perturbed");
+    int rc = 0;
+    line.of = "\"paraphrased\": ";
+    if (paraphrased)
+        rc = add_sample(s, &line, paraphrased, PERTA_PARAPHRASED, err);
+    line.of = "\"perturbed\": ";
+    if (!rc && perturbed && !json_array_size(perturbed))
+        rc = bad_line(&line, "no array with answers in it", err);
+    for (size_t i = 0; i < json_array_size(perturbed) && !rc; i++)
+        rc = add_sample(s, &line, json_array_get(perturbed, i), PERTA_PERTURBED, err);
+    return rc;
+}
+
 static int add_line(struct perta_samples *s, const struct line *line, const char *text,
-                    size_t len, uint32_t vocab, uint64_t max_tokens, struct perta_err *err)
+                    size_t len, struct perta_err *err)
 {
     json_error_t why;
     json_t *object = json_loadb(text, len, JSON_REJECT_DUPLICATES, &why);
-    const json_t *ids = json_object_get(object, "input_ids");
-    const json_t *labels = json_object_get(object, "labels");
-    uint64_t n = json_array_size(ids);
-    int rc;
-    if (!object)
-        rc = bad_line(line, why.text, err);
-    else if (!json_is_array(ids) || !n)
-        rc = bad_line(line, "no array \"input_ids\" with tokens in it", err);
-    else if (labels && json_array_size(labels) != n)
-        rc = bad_line(line, "\"labels\" is not as long as \"input_ids\"", err);
-    else if (max_tokens && n > max_tokens)
-        rc = perta_fail(err, PERTA_EINPUT,
-                        "%s: line %llu: %llu tokens, --max-tokens allows %llu", line->path,
-                        (unsigned long long)line->number, (unsigned long long)n,
-                        (unsigned long long)max_tokens);
-    else if (!(rc = grow(s, n, err)))
-        rc = fill(s, line, ids, labels, vocab, err);
+    int rc = object ? add_sample(s, line, object, PERTA_SAMPLE, err)
+                    : bad_line(line, why.text, err);
+    if (!rc && line->wanted->answers)
+        rc = add_answers(s, *line, object, err);
     json_decref(object);
     return rc;
 }
@@ -106,14 +136,14 @@ static bool is_blank(const char *text, size_t len)
     return strspn(text, " \t\r\n") == len;
 }
 
-int perta_samples_read(const char *path, uint32_t vocab, uint64_t max_tokens,
+int perta_samples_read(const char *path, const struct perta_samples_wanted *wanted,
                        struct perta_samples *out, struct perta_err *err)
 {
     *out = (struct perta_samples){0};
     FILE *file = fopen(path, "re");
     if (!file)
         return perta_fail_sys(err, errno, "%s", path);
-    struct line line = {.path = path};
+    struct line line = {.path = path, .wanted = wanted, .of = ""};
     char *text = NULL;
     size_t room = 0;
     ssize_t len;
@@ -121,7 +151,7 @@ int perta_samples_read(const char *path, uint32_t vocab, uint64_t max_tokens,
     while (!rc && (len = getline(&text, &room, file)) >= 0) {
         line.number++;
         if (!is_blank(text, (size_t)len))
-            rc = add_line(out, &line, text, (size_t)len, vocab, max_tokens, err);
+            rc = add_line(out, &line, text, (size_t)len, err);
     }
     if (!rc && ferror(file))
         rc = perta_fail_sys(err, errno, "%s", path);
@@ -140,5 +170,7 @@ void perta_samples_release(struct perta_samples *samples)
     free(samples->ids);
     free(samples->targets);
     free(samples->n_labels);
+    free(samples->lines);
+    free(samples->kinds);
     *samples = (struct perta_samples){0};
 }

@@ -152,20 +152,23 @@ int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *po
                         size_t pool_bytes, struct perta_err *err)
 {
     const char **paths = calloc(w->ck->n_shards + 1, sizeof *paths);
+    size_t n_paths = 0;
     w->files = calloc(w->ck->n_shards + 1, sizeof *w->files);
     if (!paths || !w->files) {
         free(paths);
         return perta_fail_sys(err, ENOMEM, "%s", w->ck->path);
     }
-    for (uint32_t i = 0; i < w->ck->n_shards; i++)
-        paths[i] = w->ck->shards[i].path;
-    int rc = perta_engine_choose(io, paths, w->ck->n_shards, &w->choice, err);
+    for (; n_paths < w->ck->n_shards; n_paths++)
+        paths[n_paths] = w->ck->shards[n_paths].path;
+    int rc = w->source ? w->source->ops->paths(w->source, &paths, &n_paths, err) : 0;
+    if (!rc)
+        rc = perta_engine_choose(io, paths, n_paths, &w->choice, err);
     free(paths);
     if (!rc)
         rc = perta_engine_open(w->choice.mode, pool, pool_bytes, PIECES, &w->engine, err);
     for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
         rc = perta_file_open(&w->files[i], w->ck->shards[i].path, w->engine->wants_direct, err);
-    return rc;
+    return rc || !w->source ? rc : w->source->ops->open(w->source, w->engine->wants_direct, err);
 }
 
 int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err)
@@ -173,7 +176,7 @@ int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err
     int rc = 0;
     for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
         rc = perta_file_unchanged(&w->files[i], err);
-    return rc;
+    return rc || !w->source ? rc : w->source->ops->unchanged(w->source, err);
 }
 
 void perta_weights_close(struct perta_weights *w)
@@ -198,10 +201,10 @@ static void on_read(struct perta_request *request)
     *(bool *)request->user = true;
 }
 
-/* len_bytes of a file from off_bytes on, in pieces that touch in room; *data is where they are. */
-static int read_range(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
-                      uint64_t len_bytes, uint8_t *room, const void **data,
-                      struct perta_err *err)
+/* In pieces that touch in room. */
+int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
+                       uint64_t len_bytes, uint8_t *room, const void **data,
+                       struct perta_err *err)
 {
     struct perta_request requests[PIECES];
     bool done[PIECES];
@@ -232,6 +235,17 @@ static int read_range(struct perta_weights *w, struct perta_file *file, uint64_t
     return rc;
 }
 
+static int read_tensor(struct perta_weights *w, const struct perta_ref *ref, uint64_t off_bytes,
+                       uint64_t len_bytes, uint8_t *room, const void **data,
+                       struct perta_err *err)
+{
+    if (!w->source)
+        return perta_weights_read(w, &w->files[ref->shard], ref->tensor->off_bytes + off_bytes,
+                                  len_bytes, room, data, err);
+    *data = room;
+    return w->source->ops->read(w->source, w, ref, off_bytes, len_bytes, room, err);
+}
+
 int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
                        uint8_t *room, struct perta_linear *linear, struct perta_err *err)
 {
@@ -239,8 +253,7 @@ int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, 
     const struct perta_tensor *t = ref->tensor;
     uint64_t row_bytes = t->shape[1] * perta_dtype_unit_bytes(t->dtype);
     *linear = (struct perta_linear){.dtype = t->dtype, .out = n, .in = t->shape[1]};
-    return read_range(w, &w->files[ref->shard], t->off_bytes + first * row_bytes, n * row_bytes,
-                      room, &linear->weight, err);
+    return read_tensor(w, ref, first * row_bytes, n * row_bytes, room, &linear->weight, err);
 }
 
 int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
@@ -249,7 +262,7 @@ int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, ui
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     const struct perta_tensor *t = ref->tensor;
     const void *data;
-    int rc = read_range(w, &w->files[ref->shard], t->off_bytes, t->len_bytes, room, &data, err);
+    int rc = read_tensor(w, ref, 0, t->len_bytes, room, &data, err);
     for (size_t i = 0; i < n && !rc; i++) {
         uint16_t half;
         memcpy(&half, (const uint8_t *)data + 2 * i, t->dtype == PERTA_F32 ? 0 : 2);

@@ -4,6 +4,7 @@
 
 #include "estimators/backprop/block.h"
 #include "estimators/backprop/config.h"
+#include "estimators/backprop/source.h"
 #include "io/checkpoint.h"
 #include "io/engine.h"
 
@@ -14,6 +15,8 @@ struct perta_weights {
     struct perta_engine *engine;
     struct perta_io_choice choice;
     uint64_t read_bytes;
+    struct perta_source *source; /* what the tensors are instead; NULL: what the files hold.
+                                    Borrowed; set before perta_weights_start */
 };
 
 #define PERTA_EMBEDDING "model.embed_tokens.weight"
@@ -30,10 +33,10 @@ int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *c
 /* Open the checkpoint and its config; check that every tensor that the architecture wants is
  * there in its shape. Closed with perta_weights_close, on error too. */
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err);
-/* Begin to read: pool is the memory that reads go to, for registration. */
+/* Begin to read: pool is the memory that reads go to, the source's too, for registration. */
 int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *pool,
                         size_t pool_bytes, struct perta_err *err);
-/* No shard changed while it was read. */
+/* No file changed while it was read. */
 int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err);
 void perta_weights_close(struct perta_weights *w);
 
@@ -45,6 +48,10 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 
 /* Room that reading len_bytes of a tensor takes. */
 uint64_t perta_weights_room(uint64_t len_bytes);
+/* len_bytes of a file from off_bytes on, as they stand there; *data is where they are in room. */
+int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
+                       uint64_t len_bytes, uint8_t *room, const void **data,
+                       struct perta_err *err);
 /* Read n rows of a tensor (2 dimensions) from row first on into room (block-aligned,
  * perta_weights_room); *linear is those rows. */
 int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, size_t n,

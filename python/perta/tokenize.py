@@ -1,4 +1,4 @@
-"""Make the data of `perta estimate` from text: JSON lines of input_ids and labels.
+"""Make the data of `perta estimate` and `perta eval` from text: JSON lines of input_ids and labels.
 
     python -m perta.tokenize MODEL TEXT.jsonl OUT.jsonl [--chat] [--max-tokens N]
 
@@ -7,6 +7,11 @@ MODEL is the model's folder, for its tokenizer. Each line of TEXT.jsonl is an ob
     question, answer    the question is not learned (its labels are -100), the answer is, with
                         the token that ends it
     text                all of it is learned
+
+and, for `perta eval`, beside question and answer
+
+    paraphrased_answer  the same answer in other words
+    perturbed_answer    a list of wrong ones, as the TOFU benchmark has them
 
 --chat puts question and answer into the model's chat template; without it they stand as
 "Question: ...\\nAnswer: ...", as the TOFU benchmark has it. Needs transformers.
@@ -17,6 +22,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -49,23 +55,52 @@ def encode_pair(
     return prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids
 
 
+Sample = dict[str, list[int]]
+
+
+def sample_of(ids: list[int], labels: list[int]) -> Sample:
+    return {"input_ids": ids, "labels": labels}
+
+
+def encode_item(
+    tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], chat: bool
+) -> dict[str, Any]:
+    if "text" in item:
+        return sample_of(*encode_text(tokenizer, item["text"]))
+
+    def answer(text: str) -> Sample:
+        return sample_of(*encode_pair(tokenizer, item["question"], text, chat))
+
+    sample: dict[str, Any] = answer(item["answer"])
+    if "paraphrased_answer" in item:
+        sample["paraphrased"] = answer(item["paraphrased_answer"])
+    if "perturbed_answer" in item:
+        sample["perturbed"] = [answer(text) for text in item["perturbed_answer"]]
+    return sample
+
+
+def samples_in(sample: dict[str, Any]) -> Iterator[Sample]:
+    """The line's own, and the other answers beside it."""
+    yield sample
+    if "paraphrased" in sample:
+        yield sample["paraphrased"]
+    yield from sample.get("perturbed", [])
+
+
 def encode_lines(
     tokenizer: PreTrainedTokenizerBase, path: Path, chat: bool, max_tokens: int | None
-) -> Iterator[dict[str, list[int]]]:
+) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-            if "text" in item:
-                ids, labels = encode_text(tokenizer, item["text"])
-            else:
-                ids, labels = encode_pair(tokenizer, item["question"], item["answer"], chat)
+            sample = encode_item(tokenizer, json.loads(line), chat)
         except (ValueError, TypeError, KeyError) as error:
             sys.exit(f"{path}: line {number}: needs text, or question and answer ({error!r})")
-        if max_tokens and len(ids) > max_tokens:
-            sys.exit(f"{path}: line {number}: {len(ids)} tokens, --max-tokens allows {max_tokens}")
-        yield {"input_ids": ids, "labels": labels}
+        longest = max(len(one["input_ids"]) for one in samples_in(sample))
+        if max_tokens and longest > max_tokens:
+            sys.exit(f"{path}: line {number}: {longest} tokens, --max-tokens allows {max_tokens}")
+        yield sample
 
 
 def main() -> None:

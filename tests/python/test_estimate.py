@@ -1,7 +1,6 @@
 """`perta estimate` against PyTorch: loss and every gradient, for every architecture."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -265,26 +264,3 @@ def test_a_model_four_times_larger_than_memory(tmp_path, compute):
     output = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True).stdout
     assert int(output) / 1024 <= budget
     (tmp_path / "model/model.safetensors").unlink()
-
-
-def test_text_becomes_data_with_questions_masked(perta, tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
-    words = ["<s>", "</s>", "Question", "Answer", ":", "who", "?", "me", "some", "text"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(tmp_path / "model")
-    lines = [{"question": "who ?", "answer": "me"}, {"text": "some text"}]
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = [sys.executable, "-m", "perta.tokenize", "model", "text.jsonl", "data.jsonl"]
-    path = {"PYTHONPATH": str(Path(__file__).parents[2] / "python")}
-    subprocess.run(command, cwd=tmp_path, env=os.environ | path, check=True)
-    data = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
-    assert data == [
-        {"input_ids": [2, 4, 5, 6, 3, 4, 7, 1], "labels": [-100] * 6 + [7, 1]},
-        {"input_ids": [8, 9], "labels": [8, 9]},
-    ]
-    assert estimate(perta)["samples"] == 2

@@ -1,0 +1,232 @@
+#include "estimators/eval.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/estimate_job.h"
+#include "estimators/patched.h"
+
+/* ---- numbers ---- */
+
+/* Of one answer. */
+struct score {
+    double loss; /* mean over its labels */
+    uint64_t n_labels, n_right;
+};
+
+static int score_of(const struct perta_estimate_job *job, uint64_t sample, struct score *score,
+                    struct perta_err *err)
+{
+    const struct perta_head *h = &job->head;
+    *score = (struct score){.n_labels = h->starts[sample + 1] - h->starts[sample]};
+    for (size_t i = h->starts[sample]; i < h->starts[sample + 1]; i++) {
+        score->loss += (double)h->lse[i] - (double)h->logit[i];
+        score->n_right += h->best[i] == h->target[i];
+    }
+    score->loss /= (double)score->n_labels;
+    if (isfinite(score->loss))
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: line %llu: the model gives a loss that is not a finite number; are "
+                      "there NaN or Inf in %s?",
+                      job->estimate->data, (unsigned long long)job->samples.lines[sample],
+                      job->estimate->model);
+}
+
+/* Means over lines, and over those with perturbed answers. */
+struct sums {
+    uint64_t n, n_perturbed;
+    double loss, probability, exact, accuracy;
+    double choice, ratio, ratio_forget, ratio_retain;
+};
+
+/* The other answers of a line, as the TOFU benchmark has them. */
+static void add_answers(struct sums *sums, json_t *item, double answer, double paraphrased,
+                        json_t *perturbed)
+{
+    double loss = 0, others = 0;
+    size_t n = json_array_size(perturbed);
+    for (size_t i = 0; i < n; i++) {
+        double one = json_real_value(json_array_get(perturbed, i));
+        loss += one / (double)n;
+        others += exp(-one);
+    }
+    double ratio = exp(paraphrased - loss);
+    double choice = exp(-answer) / (exp(-answer) + others);
+    sums->n_perturbed++;
+    sums->choice += choice;
+    sums->ratio += ratio;
+    sums->ratio_forget += ratio < 1 ? ratio : 1 / ratio;
+    sums->ratio_retain += ratio < 1 ? 1 - ratio : 0;
+    json_object_set(item, "perturbed_loss", perturbed);
+    json_object_set_new(item, "choice_probability", json_real(choice));
+    json_object_set_new(item, "truth_ratio", json_real(ratio));
+}
+
+/* A line: sample at, and the other answers after it. *next is where the next line begins. */
+static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
+                    struct sums *sums, json_t *list, struct perta_err *err)
+{
+    const struct perta_samples *s = &job->samples;
+    struct score answer, other;
+    int rc = score_of(job, at, &answer, err);
+    double paraphrased = answer.loss;
+    json_t *item = json_object(), *perturbed = json_array();
+    for (*next = at + 1; !rc && *next < s->n && s->kinds[*next] != PERTA_SAMPLE; ++*next) {
+        rc = score_of(job, *next, &other, err);
+        if (s->kinds[*next] == PERTA_PERTURBED) {
+            json_array_append_new(perturbed, json_real(other.loss));
+            continue;
+        }
+        paraphrased = other.loss;
+        json_object_set_new(item, "paraphrased_loss", json_real(paraphrased));
+    }
+    bool exact = answer.n_right == answer.n_labels;
+    double accuracy = (double)answer.n_right / (double)answer.n_labels;
+    sums->n++;
+    sums->loss += answer.loss;
+    sums->probability += exp(-answer.loss);
+    sums->exact += exact;
+    sums->accuracy += accuracy;
+    json_object_set_new(item, "line", json_integer((json_int_t)s->lines[at]));
+    json_object_set_new(item, "labels", json_integer((json_int_t)answer.n_labels));
+    json_object_set_new(item, "loss", json_real(answer.loss));
+    json_object_set_new(item, "probability", json_real(exp(-answer.loss)));
+    json_object_set_new(item, "exact_match", json_boolean(exact));
+    json_object_set_new(item, "accuracy", json_real(accuracy));
+    if (json_array_size(perturbed))
+        add_answers(sums, item, answer.loss, paraphrased, perturbed);
+    json_decref(perturbed);
+    json_array_append_new(list, item);
+    return rc;
+}
+
+static void set_mean(json_t *summary, const char *name, double sum, uint64_t n)
+{
+    if (n)
+        json_object_set_new(summary, name, json_real(sum / (double)n));
+}
+
+static int report(const struct perta_estimate_job *job, json_t *summary, struct perta_err *err)
+{
+    struct sums sums = {0};
+    json_t *list = json_array();
+    int rc = 0;
+    for (uint64_t at = 0; at < job->samples.n && !rc;)
+        rc = add_line(job, at, &at, &sums, list, err);
+    set_mean(summary, "loss", sums.loss, sums.n);
+    set_mean(summary, "probability", sums.probability, sums.n);
+    set_mean(summary, "exact_match", sums.exact, sums.n);
+    set_mean(summary, "accuracy", sums.accuracy, sums.n);
+    set_mean(summary, "choice_probability", sums.choice, sums.n_perturbed);
+    set_mean(summary, "truth_ratio", sums.ratio, sums.n_perturbed);
+    set_mean(summary, "truth_ratio_forget", sums.ratio_forget, sums.n_perturbed);
+    set_mean(summary, "truth_ratio_retain", sums.ratio_retain, sums.n_perturbed);
+    json_object_set_new(summary, "perturbed_samples", json_integer((json_int_t)sums.n_perturbed));
+    json_object_set_new(summary, "per_sample", list);
+    json_object_set_new(summary, "batches", json_integer((json_int_t)job->batches.n));
+    json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    json_object_set_new(summary, "scratch_bytes",
+                        json_integer((json_int_t)job->scratch.file_bytes));
+    return rc;
+}
+
+/* ---- the way forward ---- */
+
+/* Every weight once; of an embedding that is not the head's, rows. */
+static void count_bytes(struct perta_estimate_job *job)
+{
+    for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
+        const struct perta_tensor *t = job->weights.ck->by_name[i].tensor;
+        if (job->weights.llm.tied || strcmp(t->name, PERTA_EMBEDDING))
+            job->total_bytes += t->len_bytes;
+    }
+}
+
+static int start(struct perta_estimate_job *job, struct perta_err *err)
+{
+    const char *dir = job->estimate->scratch, *tmp = getenv("TMPDIR");
+    job->scratch.dir = strdup(dir ? dir : tmp && *tmp ? tmp : "/var/tmp");
+    int rc = job->scratch.dir ? perta_estimate_plan(job, perta_estimate_bf16(job), err)
+                              : perta_fail_sys(err, ENOMEM, "scratch");
+    if (!rc)
+        rc = perta_weights_start(&job->weights, job->run->io, job->room, perta_estimate_room(job),
+                                 err);
+    count_bytes(job);
+    return rc ? rc : perta_estimate_open_head(job, NULL, err);
+}
+
+static int run_all(struct perta_estimate_job *job, struct perta_err *err)
+{
+    size_t *starts = calloc(job->samples.n + 1, sizeof *starts);
+    struct perta_store *x = &job->x[0];
+    int rc = starts ? perta_store_open(x, &job->scratch, NULL, job->samples.n_tokens,
+                                       job->weights.llm.hidden, err)
+                    : perta_fail_sys(err, ENOMEM, "batches");
+    if (!rc)
+        rc = perta_embed(&job->head, x, err);
+    for (uint32_t l = 0; l < job->weights.llm.n_layers && !rc; l++)
+        rc = perta_estimate_forward(job, l, x, x, starts, err);
+    if (!rc)
+        rc = perta_head_forward(&job->head, x, &job->loss, err);
+    free(starts);
+    return rc ? rc : perta_weights_unchanged(&job->weights, err);
+}
+
+/* Lines, and tokens of all answers. */
+static json_t *summary_of(const struct perta_samples *s)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < s->n; i++)
+        n += s->kinds[i] == PERTA_SAMPLE;
+    return json_pack("{s:I, s:I}", "samples", (json_int_t)n, "tokens", (json_int_t)s->n_tokens);
+}
+
+static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,
+                   struct perta_patched *patched, json_t **summary, struct perta_err *err)
+{
+    int rc = perta_estimate_open(job, err);
+    if (!rc && eval->patch) {
+        rc = perta_patched_open(patched, eval->patch, job->weights.ck, err);
+        job->source = job->weights.source = &patched->source;
+    }
+    if (rc)
+        return rc;
+    *summary = summary_of(&job->samples);
+    if (job->run->dry_run)
+        return 0;
+    rc = start(job, err);
+    if (!rc)
+        rc = run_all(job, err);
+    return rc ? rc : report(job, *summary, err);
+}
+
+int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
+               struct perta_err *err)
+{
+    /* No statistic: an estimate's way forward. */
+    const struct perta_estimate estimate = {.model = eval->model,
+                                            .data = eval->data,
+                                            .max_tokens = eval->max_tokens,
+                                            .compute = eval->compute,
+                                            .scratch = eval->scratch};
+    struct perta_estimate_job *job = calloc(1, sizeof *job);
+    struct perta_patched patched = {0};
+    *summary = NULL;
+    if (!job)
+        return perta_fail_sys(err, ENOMEM, "eval");
+    job->estimate = &estimate;
+    job->run = run;
+    job->answers = true;
+    int rc = run_job(job, eval, &patched, summary, err);
+    perta_estimate_release(job);
+    perta_patched_close(&patched);
+    free(job);
+    if (rc) {
+        json_decref(*summary);
+        *summary = NULL;
+    }
+    return rc;
+}

@@ -1,0 +1,111 @@
+#include "estimators/eval.h"
+#include "tools/cli.h"
+
+enum { KEY_MODEL = CLI_KEY_OWN, KEY_PATCH, KEY_DATA, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH };
+
+struct args {
+    struct cli cli; /* first: the children's input */
+    struct perta_eval eval;
+};
+
+static const struct argp_option options[] = {
+    {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
+    {"patch", KEY_PATCH, "DIR", 0, "Apply this patch to it while it is read; nothing is written", 1},
+    {"data", KEY_DATA, "FILE", 0,
+     "JSON lines with \"input_ids\" and \"labels\", and other answers to the same question as "
+     "\"paraphrased\" and \"perturbed\"",
+     1},
+    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
+    {"compute", KEY_COMPUTE, "auto|f32|bf16", 0,
+     "Matrix products: bfloat16 with float32 sums, or float32 (auto: bf16 where the CPU has it)",
+     2},
+    {"scratch", KEY_SCRATCH, "DIR", 0,
+     "For what does not fit in memory (default: $TMPDIR, or /var/tmp)", 2},
+    {0}};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct args *args = state->input;
+    struct perta_eval *e = &args->eval;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &args->cli;
+        return 0;
+    case KEY_MODEL:
+        e->model = arg;
+        return 0;
+    case KEY_PATCH:
+        e->patch = arg;
+        return 0;
+    case KEY_DATA:
+        e->data = arg;
+        return 0;
+    case KEY_MAX_TOKENS:
+        e->max_tokens = cli_count(state, "--max-tokens", arg);
+        return 0;
+    case KEY_COMPUTE:
+        e->compute = cli_compute(state, arg);
+        return 0;
+    case KEY_SCRATCH:
+        e->scratch = arg;
+        return 0;
+    case ARGP_KEY_END:
+        if (!e->model || !e->data)
+            argp_error(state, "--model and --data are needed");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
+static const struct argp argp = {
+    options, parse, NULL,
+    "How well a model knows answers: loss, probability, and whether it would give them; of the "
+    "model as it is, or after a patch, block by block."
+    "\v"
+    "With --json, \"per_sample\" holds the numbers of every line. `python -m perta.tokenize' "
+    "makes the data from text; docs/eval.md says what the numbers are.\n\n"
+    "Example:\n"
+    "  perta eval --model full --patch patches/alpha-1 --data forget.jsonl",
+    children, NULL, NULL};
+
+static double number(const json_t *summary, const char *key)
+{
+    return json_number_value(json_object_get(summary, key));
+}
+
+static void say(const struct cli *cli, const json_t *summary)
+{
+    if (cli->run.dry_run) {
+        cli_say(cli, "dry run: everything fits; nothing was read but headers and data\n");
+        return;
+    }
+    cli_say(cli, "loss           %.6f over %.0f samples\n", number(summary, "loss"),
+            number(summary, "samples"));
+    cli_say(cli, "probability    %.6f\n", number(summary, "probability"));
+    cli_say(cli, "exact match    %.6f (of labels: %.6f)\n", number(summary, "exact_match"),
+            number(summary, "accuracy"));
+    if (!json_object_get(summary, "truth_ratio"))
+        return;
+    cli_say(cli, "truth ratio    %.6f (as a score: to forget %.6f, to retain %.6f)\n",
+            number(summary, "truth_ratio"), number(summary, "truth_ratio_forget"),
+            number(summary, "truth_ratio_retain"));
+    cli_say(cli, "choice         %.6f (probability among the answers given)\n",
+            number(summary, "choice_probability"));
+}
+
+int cmd_eval(int argc, char **argv)
+{
+    struct args args = {0};
+    struct perta_err err = {0};
+    json_t *summary = NULL;
+    cli_parse(&args.cli, &argp, argc, argv, &args);
+    int rc = perta_eval(&args.eval, &args.cli.run, &summary, &err);
+    if (!rc) {
+        json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
+        say(&args.cli, summary);
+        cli_json(&args.cli, summary);
+    }
+    return cli_status(&args.cli, rc, &err);
+}
