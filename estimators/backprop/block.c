@@ -83,9 +83,15 @@ void perta_acts_lay_out(struct perta_acts *acts, const struct perta_llm *llm, si
     lay_out(acts, llm, n, longest, memory);
 }
 
-/* ---- linear layers, some rows of the weight at a time ---- */
+/* ---- linear layers ---- */
 
 #define WEIGHT_ROWS 1024
+
+/* Rows of the weight that go into one product: all, or some where they must be converted. */
+static size_t rows_at_a_time(const struct perta_gemm *gemm, const struct perta_linear *l)
+{
+    return perta_gemm_takes(gemm, l->weight, l->dtype) ? l->out : WEIGHT_ROWS;
+}
 
 static struct perta_operand_matrix rows_of(const struct perta_linear *l, size_t first)
 {
@@ -97,8 +103,9 @@ static struct perta_operand_matrix rows_of(const struct perta_linear *l, size_t 
 int perta_linear_forward(struct perta_gemm *gemm, const struct perta_linear *l, const float *x,
                          float *y, size_t n, bool add, struct perta_err *err)
 {
-    for (size_t r = 0; r < l->out; r += WEIGHT_ROWS) {
-        size_t rows = l->out - r < WEIGHT_ROWS ? l->out - r : WEIGHT_ROWS;
+    size_t step = rows_at_a_time(gemm, l);
+    for (size_t r = 0; r < l->out; r += step) {
+        size_t rows = l->out - r < step ? l->out - r : step;
         int rc = perta_gemm_run(gemm, n, rows, l->in, perta_matrix(x, l->in),
                                 perta_transposed(rows_of(l, r)), y + r, l->out, add, err);
         if (rc)
@@ -115,8 +122,9 @@ int perta_linear_forward(struct perta_gemm *gemm, const struct perta_linear *l, 
 int perta_linear_backward(struct perta_gemm *gemm, const struct perta_linear *l, const float *dy,
                           float *dx, size_t n, bool add, struct perta_err *err)
 {
-    for (size_t r = 0; r < l->out; r += WEIGHT_ROWS) {
-        size_t rows = l->out - r < WEIGHT_ROWS ? l->out - r : WEIGHT_ROWS;
+    size_t step = rows_at_a_time(gemm, l);
+    for (size_t r = 0; r < l->out; r += step) {
+        size_t rows = l->out - r < step ? l->out - r : step;
         int rc = perta_gemm_run(gemm, n, l->in, rows, perta_matrix(dy + r, l->out), rows_of(l, r),
                                 dx, l->in, add || r, err);
         if (rc)

@@ -3,9 +3,8 @@
 #include <dnnl.h>
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "estimators/convert.h"
+#include "estimators/backprop/kernels.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -81,32 +80,17 @@ void perta_gemm_close(struct perta_gemm *g)
 
 /* ---- operands ---- */
 
-typedef uint16_t __attribute__((may_alias, aligned(1))) u16_any;
-typedef float __attribute__((may_alias, aligned(1))) f32_any;
-
-static void convert_row(const struct perta_operand_matrix *m, size_t from, size_t n, bool to_bf16,
-                        void *to)
-{
-    const u16_any *u16 = (const u16_any *)m->data + from;
-    const f32_any *f32 = (const f32_any *)m->data + from;
-    uint16_t *b = to;
-    float *f = to;
-    for (size_t j = 0; j < n; j++) {
-        float x = m->dtype == PERTA_BF16  ? perta_f32_from_bf16(u16[j])
-                  : m->dtype == PERTA_F16 ? perta_f32_from_f16(u16[j])
-                                          : f32[j];
-        if (to_bf16)
-            b[j] = perta_bf16_from_f32(x);
-        else
-            f[j] = x;
-    }
-}
-
 float perta_operand_element(const struct perta_operand_matrix *m)
 {
     float x;
-    convert_row(m, 0, 1, false, &x);
+    perta_row_kernels()->to_f32(&x, m->data, m->dtype, 1);
     return x;
+}
+
+bool perta_gemm_takes(const struct perta_gemm *g, const void *data, enum perta_dtype dtype)
+{
+    return dtype == (g->bf16 ? PERTA_BF16 : PERTA_F32) &&
+           (uintptr_t)data % (g->bf16 ? 2 : 4) == 0;
 }
 
 /* Make m (rows, cols) what the product wants; at is where scratch is free. */
@@ -115,7 +99,7 @@ static bool prepare(struct perta_gemm *g, struct perta_operand_matrix *m, size_t
 {
     enum perta_dtype want = g->bf16 ? PERTA_BF16 : PERTA_F32;
     size_t width = g->bf16 ? 2 : 4;
-    if (m->dtype == want && (uintptr_t)m->data % width == 0)
+    if (perta_gemm_takes(g, m->data, m->dtype))
         return true;
     /* Convert along what is contiguous. */
     bool turned = m->col != 1;
@@ -125,9 +109,16 @@ static bool prepare(struct perta_gemm *g, struct perta_operand_matrix *m, size_t
     if (need > g->scratch_floats - *at)
         return false;
     uint8_t *to = (uint8_t *)(g->scratch + *at);
+    const struct perta_row_kernels *k = perta_row_kernels();
+    size_t from_width = m->dtype == PERTA_F32 ? 4 : 2;
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n_rows; i++)
-        convert_row(m, i * stride, n_cols, g->bf16, to + i * n_cols * width);
+    for (size_t i = 0; i < n_rows; i++) {
+        const uint8_t *from = (const uint8_t *)m->data + i * stride * from_width;
+        if (g->bf16)
+            k->to_bf16((uint16_t *)(void *)to + i * n_cols, from, m->dtype, n_cols);
+        else
+            k->to_f32((float *)(void *)to + i * n_cols, from, m->dtype, n_cols);
+    }
     *at += (need + 15) & ~(size_t)15;
     *m = turned ? (struct perta_operand_matrix){to, want, 1, n_cols}
                 : (struct perta_operand_matrix){to, want, n_cols, 1};

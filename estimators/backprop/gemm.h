@@ -47,6 +47,9 @@ PERTA_API void perta_gemm_close(struct perta_gemm *gemm);
 PERTA_API bool perta_gemm_has_bf16(void);
 PERTA_API bool perta_gemm_can_bf16(void);
 
+/* Are such operands used as they stand? Others are converted first. */
+bool perta_gemm_takes(const struct perta_gemm *gemm, const void *data, enum perta_dtype dtype);
+
 /* c (m, n), row stride ldc, = a (m, k) b (k, n), or += with add. */
 PERTA_API int perta_gemm_run(struct perta_gemm *gemm, size_t m, size_t n, size_t k,
                              struct perta_operand_matrix a, struct perta_operand_matrix b,

@@ -2,21 +2,28 @@
 
 #include <dnnl.h>
 #include <math.h>
-#include <stdbool.h>
 #include <string.h>
+
+#include "estimators/backprop/kernels.h"
+#include "io/isa.h"
+
+const struct perta_row_kernels *perta_row_kernels(void)
+{
+    static const struct perta_row_kernels *const all[PERTA_N_ISAS] = {
+        &perta_row_kernels_v2, &perta_row_kernels_v3, &perta_row_kernels_v4};
+    return all[perta_isa_chosen()];
+}
 
 /* ---- RMSNorm (Zhang & Sennrich 2019) ---- */
 
 void perta_rmsnorm_forward(float *y, float *rstd, const float *x, const float *weight, size_t T,
                            size_t H, float eps)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < T; t++) {
         const float *row = x + t * H;
-        double sum = 0;
-        for (size_t i = 0; i < H; i++)
-            sum += (double)row[i] * (double)row[i];
-        float r = 1.0f / sqrtf((float)(sum / (double)H) + eps);
+        float r = 1.0f / sqrtf((float)(k->dot(row, row, H) / (double)H) + eps);
         rstd[t] = r;
         for (size_t i = 0; i < H; i++)
             y[t * H + i] = weight[i] * (row[i] * r);
@@ -26,28 +33,31 @@ void perta_rmsnorm_forward(float *y, float *rstd, const float *x, const float *w
 void perta_rmsnorm_backward(float *dx, const float *dy, const float *x, const float *rstd,
                             const float *weight, size_t T, size_t H)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < T; t++) {
         const float *row = x + t * H, *drow = dy + t * H;
-        double dot = 0;
-        for (size_t i = 0; i < H; i++)
-            dot += (double)(weight[i] * drow[i]) * (double)row[i];
         float r = rstd[t];
-        float c = (float)(dot / (double)H) * r * r * r;
+        float c = (float)(k->dot_of_product(weight, drow, row, H) / (double)H) * r * r * r;
         for (size_t i = 0; i < H; i++)
             dx[t * H + i] += r * weight[i] * drow[i] - c * row[i];
     }
 }
 
+#define COLUMNS 128 /* that are summed over tokens together */
+
 void perta_rmsnorm_backward_weight(float *dweight, const float *dy, const float *x,
                                    const float *rstd, size_t T, size_t H)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < H; i++) {
-        double sum = 0;
+    for (size_t i = 0; i < H; i += COLUMNS) {
+        size_t n = H - i < COLUMNS ? H - i : COLUMNS;
+        double sums[COLUMNS] = {0};
         for (size_t t = 0; t < T; t++)
-            sum += (double)dy[t * H + i] * (double)(x[t * H + i] * rstd[t]);
-        dweight[i] += (float)sum;
+            k->add_products(sums, dy + t * H + i, x + t * H + i, rstd[t], n);
+        for (size_t c = 0; c < n; c++)
+            dweight[i + c] += (float)sums[c];
     }
 }
 
@@ -83,25 +93,26 @@ void perta_rope_backward(float *dx, const uint32_t *positions, const float *inv_
     rotate(dx, positions, inv_freq, T, n_heads, D, -1);
 }
 
-/* ---- SwiGLU (Shazeer 2020) ---- */
+/* ---- SwiGLU ---- */
+
+#define PART 4096 /* elements of a vector that one thread takes at a time */
 
 void perta_swiglu_forward(float *h, const float *gate, const float *up, size_t n)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++)
-        h[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    for (size_t i = 0; i < n; i += PART)
+        k->swiglu(h + i, gate + i, up + i, n - i < PART ? n - i : PART);
 }
 
 void perta_swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate,
                            const float *up, size_t n)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
 #pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) {
-        float g = gate[i], d = dh[i];
-        float sigmoid = 1 / (1 + expf(-g));
-        dgate[i] = d * up[i] * sigmoid * (1 + g * (1 - sigmoid));
-        dup[i] = d * g * sigmoid;
-    }
+    for (size_t i = 0; i < n; i += PART)
+        k->swiglu_backward(dgate + i, dup + i, dh + i, gate + i, up + i,
+                           n - i < PART ? n - i : PART);
 }
 
 /* ---- cross-entropy ---- */
@@ -110,16 +121,13 @@ void perta_cross_entropy_forward(const float *logits, size_t row, size_t n_rows,
                                  const int32_t *target, float *most, double *sums,
                                  float *of_target)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i++) {
         const float *l = logits + i * n_rows;
-        float high = most[i];
-        for (size_t j = 0; j < n_rows; j++)
-            high = l[j] > high ? l[j] : high;
-        double sum = sums[i] * exp((double)most[i] - (double)high);
-        for (size_t j = 0; j < n_rows; j++)
-            sum += (double)expf(l[j] - high);
-        sums[i] = sum;
+        float high = k->largest(l, n_rows, most[i]);
+        sums[i] = sums[i] * exp((double)most[i] - (double)high) +
+                  k->sum_exponentials(l, high, n_rows);
         most[i] = high;
         size_t at = (size_t)target[i];
         if (at >= row && at < row + n_rows)
@@ -144,13 +152,13 @@ void perta_best_forward(const float *logits, size_t row, size_t n_rows, size_t n
 void perta_cross_entropy_backward(float *logits, size_t row, size_t n_rows, size_t n,
                                   const int32_t *target, const float *lse, const float *share)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i++) {
-        float *l = logits + i * n_rows;
-        for (size_t j = 0; j < n_rows; j++) {
-            bool is_target = (size_t)target[i] == row + j;
-            l[j] = share[i] * (expf(l[j] - lse[i]) - (is_target ? 1.0f : 0.0f));
-        }
+        size_t at = (size_t)target[i];
+        k->scaled_exponentials(logits + i * n_rows, lse[i], share[i], n_rows);
+        if (at >= row && at < row + n_rows)
+            logits[i * n_rows + at - row] -= share[i];
     }
 }
 
@@ -206,20 +214,26 @@ static void seen(const struct perta_attention *s, const struct tile *t, size_t r
     *to = i + 1 - t->j;
 }
 
+/* Row r of the tile: zero where it sees nothing. */
+static void clear_unseen(const struct tile *t, float *row, size_t from, size_t to)
+{
+    memset(row, 0, from * sizeof *row);
+    memset(row + to, 0, (t->n_cols - to) * sizeof *row);
+}
+
 static void softmax(const struct perta_attention *s, const struct tile *t, float *p, float *lse)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
     for (size_t r = 0; r < t->n_rows; r++) {
-        float *row = p + r * t->n_cols, most = -INFINITY;
+        float *row = p + r * t->n_cols;
         size_t from, to;
         seen(s, t, r, &from, &to);
-        for (size_t j = from; j < to; j++)
-            most = row[j] > most ? row[j] : most;
-        double sum = 0;
-        for (size_t j = from; j < to; j++)
-            sum += (double)(row[j] = expf(row[j] - most));
+        float most = k->largest(row + from, to - from, -INFINITY);
+        double sum = k->exponentials(row + from, row + from, most, to - from);
         float inverse = (float)(1 / sum);
-        for (size_t j = 0; j < t->n_cols; j++)
-            row[j] = j >= from && j < to ? row[j] * inverse : 0;
+        for (size_t j = from; j < to; j++)
+            row[j] *= inverse;
+        clear_unseen(t, row, from, to);
         lse[t->i + r] = most + (float)log(sum);
     }
 }
@@ -250,19 +264,15 @@ int perta_attention_forward(const struct perta_attention *s, float *out, float *
 static void softmax_backward(const struct perta_attention *s, const struct tile *t, float *p,
                              float *dp, const float *dout, const float *out, const float *lse)
 {
+    const struct perta_row_kernels *k = perta_row_kernels();
     size_t ld = s->n_heads * s->D;
     for (size_t r = 0; r < t->n_rows; r++) {
-        const float *drow = dout + (t->i + r) * ld, *orow = out + (t->i + r) * ld;
-        double dot = 0;
-        for (size_t d = 0; d < s->D; d++)
-            dot += (double)drow[d] * (double)orow[d];
-        size_t from, to;
+        size_t from, to, at = (t->i + r) * ld, row = r * t->n_cols;
+        float dot = (float)k->dot(dout + at, out + at, s->D);
         seen(s, t, r, &from, &to);
-        for (size_t j = 0; j < t->n_cols; j++) {
-            size_t at = r * t->n_cols + j;
-            p[at] = j >= from && j < to ? expf(p[at] - lse[t->i + r]) : 0;
-            dp[at] = p[at] * (dp[at] - (float)dot);
-        }
+        k->softmax_backward(p + row + from, dp + row + from, lse[t->i + r], dot, to - from);
+        clear_unseen(t, p + row, from, to);
+        clear_unseen(t, dp + row, from, to);
     }
 }
 
