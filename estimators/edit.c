@@ -31,3 +31,14 @@ void perta_edit(const struct perta_rule *rule, const struct perta_edit_in *in,
 {
     perta_edit_isa(perta_isa_chosen(), rule, in, alphas, n_alphas, outs, counts);
 }
+
+void perta_lora_tau_isa(enum perta_isa isa, const struct perta_lora *lora, uint64_t first_elem,
+                        uint64_t n, float *tau)
+{
+    perta_kernels_of(isa)->lora_tau(lora, first_elem, n, tau);
+}
+
+void perta_lora_tau(const struct perta_lora *lora, uint64_t first_elem, uint64_t n, float *tau)
+{
+    perta_lora_tau_isa(perta_isa_chosen(), lora, first_elem, n, tau);
+}

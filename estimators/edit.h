@@ -1,7 +1,7 @@
 /* edit.h - the numbers of PerTA (arXiv 2601.22030): per-parameter weights and the edit.
  * Spec: docs/method.md. Everything here works on one run of elements, side by side.
  *
- *   tau = tuned - base                          task vector
+ *   tau = tuned - base, or scaling * (B A)      task vector; the latter is a LoRA's
  *   r   = |g_r| / |g_f|, w = 1 / (1 + r^p)      weight in [0, 1]; g_f = 0 gives w = 0
  *   out = round(model - (alpha * w) * tau)      one rounding to the model's dtype
  *
@@ -52,7 +52,7 @@ struct perta_view {
 };
 
 struct perta_edit_in {
-    struct perta_view model, tuned, base, forget, retain;
+    struct perta_view model, tuned, base, forget, retain; /* no base: tuned is tau itself */
     uint64_t n;          /* elements, the same in all */
     uint64_t first_elem; /* position of the first in its tensor, for PERTA_RANDOM */
     uint64_t name_hash;  /* XXH3-64 of the tensor's name, seed 0, for PERTA_RANDOM */
@@ -100,5 +100,22 @@ PERTA_API void perta_edit_reference(const struct perta_rule *rule,
                                     const struct perta_edit_in *in, const float *alphas,
                                     uint32_t n_alphas, void *const *outs,
                                     struct perta_edit_counts *counts);
+
+/* Consecutive rows of a LoRA's task vector. Each element is scaling * sum over k of
+ * rows[k] * columns[k], from k = 0 up, starting at 0: float32, every operation rounded. */
+struct perta_lora {
+    const float *rows;    /* (n_rows, r): of B; a row for each row of the tensor, from first_row */
+    const float *columns; /* (r, width): A */
+    uint64_t r, width, first_row;
+    float scaling;
+};
+
+/* tau (n) = elements first_elem.. of a tensor (.., width), whose rows must all be there. */
+PERTA_API void perta_lora_tau(const struct perta_lora *lora, uint64_t first_elem, uint64_t n,
+                              float *tau);
+PERTA_API void perta_lora_tau_isa(enum perta_isa isa, const struct perta_lora *lora,
+                                  uint64_t first_elem, uint64_t n, float *tau);
+PERTA_API void perta_lora_tau_reference(const struct perta_lora *lora, uint64_t first_elem,
+                                        uint64_t n, float *tau);
 
 #endif

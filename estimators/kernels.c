@@ -88,5 +88,42 @@ static uint64_t running_add(struct perta_running *running,
     return UINT64_MAX;
 }
 
-const struct perta_kernels PERTA_ISA_NAME(perta_kernels) = {edit_f32, edit_f64,
-                                                            running_add};
+/* tau (n) of one row: r floats of it, and columns (r, width) from the first of the n on. */
+static void lora_row(const float *row, const float *columns, uint64_t r, uint64_t width,
+                     float scaling, size_t n, float *restrict tau)
+{
+    float sum[PERTA_TILE] = {0}; /* (n) */
+    uint64_t k = 0;
+    for (; k + 4 <= r; k += 4) {
+        const float *a = columns + k * width, *b = a + width, *c = b + width, *d = c + width;
+        float p = row[k], q = row[k + 1], s = row[k + 2], t = row[k + 3];
+        for (size_t j = 0; j < n; j++)
+            sum[j] = (((sum[j] + p * a[j]) + q * b[j]) + s * c[j]) + t * d[j];
+    }
+    for (; k < r; k++)
+        for (size_t j = 0; j < n; j++)
+            sum[j] += row[k] * columns[k * width + j];
+    for (size_t j = 0; j < n; j++)
+        tau[j] = scaling * sum[j];
+}
+
+/* A tile of columns stays in the second-level cache while all rows pass by. */
+static void lora_tau(const struct perta_lora *lora, uint64_t first_elem, uint64_t n, float *tau)
+{
+    uint64_t end = first_elem + n, width = lora->width;
+    for (uint64_t left = 0; left < width; left += PERTA_TILE) {
+        uint64_t right = width - left < PERTA_TILE ? width : left + PERTA_TILE;
+        for (uint64_t row = first_elem / width; row * width < end; row++) {
+            uint64_t from = row * width + left, to = row * width + right;
+            from = from < first_elem ? first_elem : from;
+            to = to > end ? end : to;
+            if (from < to)
+                lora_row(lora->rows + (row - lora->first_row) * lora->r,
+                         lora->columns + from % width, lora->r, width, lora->scaling,
+                         (size_t)(to - from), tau + (from - first_elem));
+        }
+    }
+}
+
+const struct perta_kernels PERTA_ISA_NAME(perta_kernels) = {edit_f32, edit_f64, running_add,
+                                                            lora_tau};

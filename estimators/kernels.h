@@ -14,6 +14,8 @@
 typedef void perta_edit_fn(const struct perta_rule *rule, const struct perta_edit_in *in,
                            const float *alphas, uint32_t n_alphas, void *const *outs,
                            struct perta_edit_counts *counts);
+typedef void perta_lora_tau_fn(const struct perta_lora *lora, uint64_t first_elem, uint64_t n,
+                               float *tau);
 typedef uint64_t perta_running_add_fn(struct perta_running *running,
                                       const struct perta_view *gradient);
 
@@ -21,6 +23,7 @@ struct perta_kernels {
     perta_edit_fn *edit_f32; /* the model is F16, BF16 or F32 */
     perta_edit_fn *edit_f64; /* the model is F64 */
     perta_running_add_fn *running_add;
+    perta_lora_tau_fn *lora_tau;
 };
 
 extern const struct perta_kernels perta_kernels_v2, perta_kernels_v3, perta_kernels_v4;

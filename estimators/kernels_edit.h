@@ -56,7 +56,10 @@ static bool REAL(load_tile)(const struct perta_rule *rule, const struct perta_ed
 {
     REAL(load)(&in->model, first, n, t->model);
     REAL(load)(&in->tuned, first, n, t->tuned);
-    REAL(load)(&in->base, first, n, t->base);
+    if (in->base.data)
+        REAL(load)(&in->base, first, n, t->base);
+    else
+        memset(t->base, 0, n * sizeof(real)); /* tuned is the task vector itself */
     bool bad = REAL(any_bad)(t->model, n, false);
     bad |= REAL(any_bad)(t->tuned, n, false);
     bad |= REAL(any_bad)(t->base, n, false);

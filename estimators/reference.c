@@ -116,7 +116,7 @@ static void edit_element(const struct perta_rule *rule, const struct perta_edit_
     double x[PERTA_IN_RESULT] = {
         element(&in->model, i, wide),
         element(&in->tuned, i, wide),
-        element(&in->base, i, wide),
+        in->base.data ? element(&in->base, i, wide) : 0,
         importance ? element(&in->forget, i, wide) : 0,
         importance ? element(&in->retain, i, wide) : 0,
     };
@@ -160,4 +160,19 @@ void perta_edit_reference(const struct perta_rule *rule, const struct perta_edit
                 sum += lanes[j];
             counts[a].sum_weight += sum;
         }
+}
+
+void perta_lora_tau_reference(const struct perta_lora *lora, uint64_t first_elem, uint64_t n,
+                              float *tau)
+{
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t row = (first_elem + i) / lora->width - lora->first_row;
+        uint64_t column = (first_elem + i) % lora->width;
+        float sum = 0;
+        for (uint64_t k = 0; k < lora->r; k++) {
+            float product = lora->rows[row * lora->r + k] * lora->columns[k * lora->width + column];
+            sum = sum + product;
+        }
+        tau[i] = lora->scaling * sum;
+    }
 }

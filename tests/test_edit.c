@@ -238,6 +238,76 @@ START_TEST(importances_are_read_by_the_methods_that_need_them)
 }
 END_TEST
 
+/* Any run of elements of a tensor, also from and to the middle of a row. */
+START_TEST(the_task_vector_of_a_lora_equals_the_reference)
+{
+    static const struct {
+        uint64_t width, r, first, n;
+    } cases[] = {
+        {1, 1, 0, 1},       {1, 3, 5, 900},        {7, 1, 3, 17},      {5, 9, 4, 3},
+        {64, 16, 0, 640},   {1024, 4, 0, 4096},    {1025, 5, 1000, 2000},
+        {3001, 8, 1, 3000}, {3001, 7, 2999, 9005}, {100000, 2, 99990, 77777},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint64_t width = cases[i].width, r = cases[i].r, n = cases[i].n;
+        uint64_t first_row = cases[i].first / width;
+        uint64_t n_rows = (cases[i].first + n - 1) / width - first_row + 1;
+        float *rows = alloc(n_rows * r * sizeof *rows);
+        float *columns = alloc(r * width * sizeof *columns);
+        float *want = alloc(n * sizeof *want), *have = alloc((n + 1) * sizeof *have);
+        uint64_t seed = i;
+        for (uint64_t k = 0; k < n_rows * r; k++)
+            rows[k] = (float)((double)(next_random(&seed) >> 11) * 0x1p-53 - 0.5);
+        for (uint64_t k = 0; k < r * width; k++)
+            columns[k] = (float)((double)(next_random(&seed) >> 11) * 0x1p-53 - 0.5);
+        struct perta_lora lora = {rows, columns, r, width, first_row, 1.7f};
+        perta_lora_tau_reference(&lora, cases[i].first, n, want);
+        for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
+            have[n] = 42;
+            perta_lora_tau_isa((enum perta_isa)isa, &lora, cases[i].first, n, have);
+            ck_assert_mem_eq(have, want, n * sizeof *want);
+            ck_assert(have[n] == 42);
+        }
+        free(rows);
+        free(columns);
+        free(want);
+        free(have);
+    }
+}
+END_TEST
+
+/* tau given as it is edits as tuned - base does where base is zero. */
+START_TEST(without_a_base_tuned_is_the_task_vector)
+{
+    static const char zeros[N * 8];
+    struct perta_rule rule = {.method = PERTA_CONSTANT, .weight = 0.7, .keep_nonfinite = true};
+    for (int model = 0; model < 4; model++) {
+        size_t width = perta_dtype_unit_bytes(dtypes[model]);
+        fill(inputs[0], dtypes[model], 1, false, true, 1);
+        fill(inputs[1], PERTA_F32, 0.1, false, true, 2);
+        struct perta_edit_in in = {.model = {dtypes[model], inputs[0]},
+                                   .tuned = {PERTA_F32, inputs[1]},
+                                   .base = {PERTA_F32, zeros},
+                                   .n = N};
+        struct perta_edit_counts want, have;
+        void *to[] = {outs[0][0]};
+        perta_edit(&rule, &in, alphas, 1, to, &want);
+        in.base = (struct perta_view){0};
+        for (int isa = -1; isa <= (int)perta_isa_best(); isa++) {
+            to[0] = outs[1][0];
+            memset(outs[1][0], 0x55, sizeof outs[1][0]);
+            if (isa < 0)
+                perta_edit_reference(&rule, &in, alphas, 1, to, &have);
+            else
+                perta_edit_isa((enum perta_isa)isa, &rule, &in, alphas, 1, to, &have);
+            ck_assert_mem_eq(outs[1][0], outs[0][0], N * width);
+            ck_assert_uint_eq(have.n_nonfinite, want.n_nonfinite);
+            ck_assert_uint_eq(have.n_changed, want.n_changed);
+        }
+    }
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("edit");
@@ -246,5 +316,7 @@ int main(void)
     tcase_add_test(tests, odd_lengths_and_addresses_give_the_same_bits);
     tcase_add_test(tests, the_first_bad_element_and_its_operand_are_named_by_every_instruction_set);
     tcase_add_test(tests, importances_are_read_by_the_methods_that_need_them);
+    tcase_add_test(tests, the_task_vector_of_a_lora_equals_the_reference);
+    tcase_add_test(tests, without_a_base_tuned_is_the_task_vector);
     return run_suite("edit", tests);
 }
