@@ -25,8 +25,8 @@ struct config {
 static int refuse_key(const struct config *c, const char *key, const char *why,
                       struct perta_err *err)
 {
-    return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": %.200s: %s", c->path, key,
-                      why);
+    return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": %.200s: %s", c->path,
+                      key, why);
 }
 
 /* Not what keys hold that a model does without. */
@@ -49,15 +49,16 @@ static int refuse_kinds(const struct config *c, struct perta_err *err)
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         if (is_set(json_object_get(c->json, refused[i])))
-            return refuse_key(c, refused[i],
-                              "set, which perta does not do; merge the adapter into its base "
-                              "(merge_and_unload, save_pretrained) and give that as --tuned",
-                              err);
+            return refuse_key(
+                c, refused[i],
+                "set, which perta does not do; merge the adapter into its base "
+                "(merge_and_unload, save_pretrained) and give that as --tuned",
+                err);
     return 0;
 }
 
-/* Some initialisations take from the base what they put into A and B: then scaling * (B A) is
- * not all that sets the tuned model apart from the base. */
+/* Some initialisations take from the base what they put into A and B: then scaling * (B A)
+ * is not all that sets the tuned model apart from the base. */
 static int check_init(const struct config *c, struct perta_err *err)
 {
     static const char *const plain[] = {"gaussian", "eva", "orthogonal"};
@@ -68,15 +69,16 @@ static int check_init(const struct config *c, struct perta_err *err)
     for (size_t i = 0; name && i < sizeof plain / sizeof *plain; i++)
         if (!strcmp(name, plain[i]))
             return 0;
-    return refuse_key(c, "init_lora_weights",
-                      "an initialisation that changes the base model too; save the adapter with "
-                      "path_initial_model_for_weight_conversion, which makes a plain LoRA of it, "
-                      "or merge it",
-                      err);
+    return refuse_key(
+        c, "init_lora_weights",
+        "an initialisation that changes the base model too; save the adapter with "
+        "path_initial_model_for_weight_conversion, which makes a plain LoRA of it, "
+        "or merge it",
+        err);
 }
 
-/* Is text a module's name, in which a dot stands for anything, maybe with ^ or $ around it? Of
- * regular expressions these alone are read. */
+/* Is text a module's name, in which a dot stands for anything, maybe with ^ or $ around it?
+ * Of regular expressions these alone are read. */
 static bool is_name_pattern(const char *text)
 {
     text += *text == '^';
@@ -116,7 +118,8 @@ static const json_t *pattern_find(const json_t *patterns, const char *module, si
 {
     const char *pattern;
     json_t *value;
-    json_object_foreach((json_t *)patterns, pattern, value) {
+    json_object_foreach((json_t *)patterns, pattern, value)
+    {
         if (pattern_matches(pattern, module, m))
             return value;
     }
@@ -147,16 +150,18 @@ static int get_patterns(const struct config *c, const char *key,
         return 0;
     if (!json_is_object(patterns))
         return refuse_key(c, key, "not an object", err);
-    json_object_foreach(patterns, pattern, value) {
+    json_object_foreach(patterns, pattern, value)
+    {
         if (!is_name_pattern(pattern))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": names of modules are "
+                              "%s/" PERTA_ADAPTER_CONFIG
+                              ": %s: \"%.200s\": names of modules are "
                               "read, but no other regular expressions; merge the adapter",
                               c->path, key, pattern);
         if (!is_good(value))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": %s", c->path, key,
-                              pattern, why);
+                              "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": %s", c->path,
+                              key, pattern, why);
     }
     *out = patterns;
     return 0;
@@ -184,8 +189,8 @@ static int read_config(struct config *c, const struct perta_checkpoint *ck,
         return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": not an object",
                           c->path);
     if (!type || strcmp(type, "LORA"))
-        return refuse_key(c, "peft_type", "\"LORA\" is needed; merge other kinds into their base",
-                          err);
+        return refuse_key(c, "peft_type",
+                          "\"LORA\" is needed; merge other kinds into their base", err);
     int rc = refuse_kinds(c, err);
     if (!rc)
         rc = check_init(c, err);
@@ -223,30 +228,62 @@ json_t *perta_adapter_recipe(const struct perta_checkpoint *ck)
 static void note_unknown(const struct config *c, json_t *notes)
 {
     static const char *const known[] = {
-        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
-        "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-        "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-        "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
-        "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-        "target_modules", "task_type", "use_rslora", "velora_config",
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+        "velora_config",
     };
     const char *key;
     json_t *value;
-    json_object_foreach((json_t *)c->json, key, value) {
+    json_object_foreach((json_t *)c->json, key, value)
+    {
         bool is_known = !is_set(value);
         for (size_t i = 0; i < sizeof known / sizeof *known; i++)
             is_known |= !strcmp(key, known[i]);
         if (!is_known)
-            json_array_append_new(notes, json_sprintf("%s/" PERTA_ADAPTER_CONFIG
-                                                      ": %.200s is not a key that perta knows; "
-                                                      "taken as without effect on the weights",
-                                                      c->path, key));
+            json_array_append_new(notes,
+                                  json_sprintf("%s/" PERTA_ADAPTER_CONFIG
+                                               ": %.200s is not a key that perta knows; "
+                                               "taken as without effect on the weights",
+                                               c->path, key));
     }
 }
 
 /* ---- names ---- */
 
-enum kind { KIND_A, KIND_B, KIND_EMBEDDING_A, KIND_EMBEDDING_B, KIND_BASE_LAYER, KIND_WHOLE };
+enum kind {
+    KIND_A,
+    KIND_B,
+    KIND_EMBEDDING_A,
+    KIND_EMBEDDING_B,
+    KIND_BASE_LAYER,
+    KIND_WHOLE
+};
 
 /* One tensor of the adapter. */
 struct part {
@@ -290,10 +327,11 @@ static int read_name(const struct perta_checkpoint *ck, const struct perta_ref *
     while (!ends_in(bare, e->text))
         e++;
     if (!*e->text && strstr(bare, "lora_"))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s: a kind that perta does not know; merge the adapter into "
-                          "its base (merge_and_unload, save_pretrained)",
-                          ck->shards[0].path, name);
+        return perta_fail(
+            err, PERTA_EINPUT,
+            "%s: tensor %s: a kind that perta does not know; merge the adapter into "
+            "its base (merge_and_unload, save_pretrained)",
+            ck->shards[0].path, name);
     part->kind = e->kind;
     part->ref = ref;
     if (asprintf(&part->target, "%.*s%s", (int)(strlen(bare) - strlen(e->text)), bare,
@@ -337,8 +375,8 @@ static int join_parts(const struct perta_checkpoint *ck, struct part *parts, siz
     const char *name = parts[0].ref->tensor->name;
     if (embedding + linear + (of[KIND_WHOLE] != NULL) > 1)
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s: %s changes the same one in another way", path, name,
-                          parts[n - 1].ref->tensor->name);
+                          "%s: tensor %s: %s changes the same one in another way", path,
+                          name, parts[n - 1].ref->tensor->name);
     if (!change->whole && (!change->a || !change->b))
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no %s to it", path, name,
                           change->a   ? "lora_B"
@@ -355,8 +393,8 @@ static int join_all(struct perta_adapter *adapter, struct part *parts, size_t n,
     for (size_t i = 0, end; i < n && !rc; i = end) {
         for (end = i + 1; end < n && !strcmp(parts[i].target, parts[end].target);)
             end++;
-        rc = join_parts(adapter->ck, parts + i, end - i, &adapter->changes[adapter->n_changes++],
-                        err);
+        rc = join_parts(adapter->ck, parts + i, end - i,
+                        &adapter->changes[adapter->n_changes++], err);
     }
     return rc;
 }
@@ -379,23 +417,25 @@ static int read_names(struct perta_adapter *adapter, struct perta_err *err)
 
 /* ---- against the model ---- */
 
-static int check_factor(const struct perta_adapter *adapter, const struct perta_change *change,
-                        const struct perta_tensor *factor, uint64_t n_rows, uint64_t n_columns,
-                        struct perta_err *err)
+static int check_factor(const struct perta_adapter *adapter,
+                        const struct perta_change *change,
+                        const struct perta_tensor *factor, uint64_t n_rows,
+                        uint64_t n_columns, struct perta_err *err)
 {
     const char *path = adapter->ck->shards[0].path;
     if (!perta_dtype_is_editable(factor->dtype) || factor->dtype == PERTA_F64)
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed", path,
-                          factor->name, perta_dtype_name(factor->dtype));
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
+                          path, factor->name, perta_dtype_name(factor->dtype));
     if (factor->n_dims == 2 && factor->shape[0] == n_rows && factor->shape[1] == n_columns)
         return 0;
     char shape[128];
     perta_shape_print(shape, sizeof shape, factor);
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s: shape %s, where [%llu, %llu] is needed: %s is [%llu, %llu] "
-                      "in --model, its rank %llu in " PERTA_ADAPTER_CONFIG,
-                      path, factor->name, shape, (ull)n_rows, (ull)n_columns, change->target,
-                      (ull)change->rows, (ull)change->width, (ull)change->r);
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: tensor %s: shape %s, where [%llu, %llu] is needed: %s is [%llu, %llu] "
+        "in --model, its rank %llu in " PERTA_ADAPTER_CONFIG,
+        path, factor->name, shape, (ull)n_rows, (ull)n_columns, change->target,
+        (ull)change->rows, (ull)change->width, (ull)change->r);
 }
 
 static int set_scaling(const struct config *config, struct perta_change *change,
@@ -429,14 +469,17 @@ static int check_lora(const struct perta_adapter *adapter, const struct config *
     int rc = set_scaling(config, change, err);
     uint64_t r = change->r, rows = change->rows, width = change->width;
     if (!rc)
-        rc = check_factor(adapter, change, change->a->tensor, r, change->is_embedding ? rows : width,
-                          err);
+        rc = check_factor(adapter, change, change->a->tensor, r,
+                          change->is_embedding ? rows : width, err);
     if (!rc)
-        rc = check_factor(adapter, change, change->b->tensor, change->is_embedding ? width : rows, r,
-                          err);
-    if (!rc && change->base_layer)
-        rc = perta_shapes_agree("--model", tensor, "--tuned", change->base_layer->tensor, err);
-    return rc;
+        rc = check_factor(adapter, change, change->b->tensor,
+                          change->is_embedding ? width : rows, r, err);
+    if (rc || !change->base_layer)
+        return rc;
+    rc = perta_shapes_agree("--model", tensor, "--tuned", change->base_layer->tensor, err);
+    return rc ? perta_err_context(err, "%s: tensor %s", ck->shards[0].path,
+                                  change->base_layer->tensor->name)
+              : 0;
 }
 
 static int find_targets(struct perta_adapter *adapter, const struct config *config,
@@ -456,26 +499,29 @@ static int find_targets(struct perta_adapter *adapter, const struct config *conf
                             "architecture?",
                             path, part->tensor->name, change->target, model->path);
         else if (!perta_dtype_is_editable(ref->tensor->dtype))
-            rc = perta_fail(err, PERTA_EINPUT,
-                            "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
-                            part->tensor->name, ref->tensor->name,
-                            perta_dtype_name(ref->tensor->dtype));
+            rc = perta_fail(
+                err, PERTA_EINPUT,
+                "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
+                part->tensor->name, ref->tensor->name,
+                perta_dtype_name(ref->tensor->dtype));
         else if (!change->whole)
             rc = check_lora(adapter, config, change, ref->tensor, err);
         if (rc || !tied || !perta_tied_name(change->target))
             continue;
         if (last && !(last->whole && change->whole))
-            rc = perta_fail(err, PERTA_EINPUT,
-                            "%s: changes %s and %s, which --model ties to one; merge the adapter "
-                            "into its base",
-                            path, last->target, change->target);
+            rc = perta_fail(
+                err, PERTA_EINPUT,
+                "%s: changes %s and %s, which --model ties to one; merge the adapter "
+                "into its base",
+                path, last->target, change->target);
         last = change;
     }
     return rc;
 }
 
-int perta_adapter_open(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
-                       struct perta_adapter **out, json_t *notes, struct perta_err *err)
+int perta_adapter_open(const struct perta_checkpoint *ck,
+                       const struct perta_checkpoint *model, struct perta_adapter **out,
+                       json_t *notes, struct perta_err *err)
 {
     struct config config;
     struct perta_adapter *adapter = calloc(1, sizeof *adapter);
@@ -516,8 +562,8 @@ const struct perta_change *perta_adapter_find(const struct perta_adapter *adapte
                                               const char *name, bool tied)
 {
     for (; name; name = tied ? perta_tied_name(name) : NULL, tied = false) {
-        const struct perta_change *change = bsearch(name, adapter->changes, adapter->n_changes,
-                                                    sizeof *change, compare_target);
+        const struct perta_change *change = bsearch(
+            name, adapter->changes, adapter->n_changes, sizeof *change, compare_target);
         if (change)
             return change;
     }

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "estimators/adapter.h"
+
 const char *perta_method_name(enum perta_method method)
 {
     static const char *const names[] = {"grad", "fisher", "power", "tv", "constant", "random"};
@@ -83,6 +85,10 @@ json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct pert
         json_object_set_new(recipe, "stat", json_string(perta_stat_name(rule->stat)));
         add_samples(recipe, "forget_samples", &inputs[PERTA_ROLE_FORGET]);
         add_samples(recipe, "retain_samples", &inputs[PERTA_ROLE_RETAIN]);
+    }
+    if (inputs[PERTA_ROLE_TUNED].ck->is_adapter) {
+        json_object_set_new(recipe, "tuned", json_string("lora"));
+        json_object_set_new(recipe, "lora", perta_adapter_recipe(inputs[PERTA_ROLE_TUNED].ck));
     }
     return recipe;
 }

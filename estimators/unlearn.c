@@ -59,7 +59,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 1;
 }
 
-static int bad_number(const struct perta_unlearn_job *job,
+static int bad_number(const struct perta_unlearn_job *job, unsigned worker,
                       const struct perta_unlearn_row *row, const struct perta_piece *piece,
                       const struct result *result, struct perta_err *err)
 {
@@ -68,6 +68,8 @@ static int bad_number(const struct perta_unlearn_job *job,
                    : (int)result->counts.bad_operand;
     const struct perta_ref *ref = row->in[role];
     uint64_t elem = piece->first_elem + result->counts.bad_elem;
+    if (role == PERTA_ROLE_TUNED && row->lora)
+        return perta_adapter_bad_number(job->adapter, worker, row->lora, elem, err);
     uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
     return perta_fail(err, PERTA_EINPUT,
                       "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep "
@@ -82,9 +84,9 @@ static int bad_number(const struct perta_unlearn_job *job,
                           : "not a finite number");
 }
 
-static void edit(const struct perta_unlearn_job *job, const struct perta_unlearn_row *row,
-                 const struct perta_piece *piece, const struct layout *l,
-                 struct result *results)
+static int edit(const struct perta_unlearn_job *job, unsigned worker,
+                const struct perta_unlearn_row *row, const struct perta_piece *piece,
+                const struct layout *l, struct result *results, struct perta_err *err)
 {
     struct perta_rule rule = job->rule;
     struct perta_view views[PERTA_N_ROLES] = {0};
@@ -94,6 +96,14 @@ static void edit(const struct perta_unlearn_job *job, const struct perta_unlearn
     for (int i = 0; i < PERTA_N_ROLES; i++)
         if (row->in[i])
             views[i] = (struct perta_view){row->in[i]->tensor->dtype, piece->in[i].data};
+    if (row->lora) {
+        const float *tau;
+        int rc = perta_adapter_tau(job->adapter, &job->in[PERTA_ROLE_TUNED].files[0], worker,
+                                   row->lora, piece->first_elem, piece->n_elems, &tau, err);
+        if (rc)
+            return rc;
+        views[PERTA_ROLE_TUNED] = (struct perta_view){PERTA_F32, tau};
+    }
     struct perta_edit_in in = {
         .model = views[PERTA_ROLE_MODEL],
         .tuned = views[PERTA_ROLE_TUNED],
@@ -109,6 +119,13 @@ static void edit(const struct perta_unlearn_job *job, const struct perta_unlearn
     perta_edit(&rule, &in, job->alphas, job->n_outs, outs, counts);
     for (unsigned a = 0; a < job->n_outs; a++)
         results[a].counts = counts[a];
+    return 0;
+}
+
+/* A and B are read as they are needed, through the page cache; the digest is taken in the end. */
+static bool is_adapter(const struct perta_unlearn_job *job, int role)
+{
+    return job->in[role].ck && job->in[role].ck->is_adapter;
 }
 
 static int work(void *ctx, unsigned worker, struct perta_piece *piece,
@@ -120,9 +137,8 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece,
     struct result *results = (struct result *)(void *)piece->out;
     struct layout l = lay_out(job->n_outs, before->len_bytes);
     uint64_t hash_before = perta_hash64(before->data, before->len_bytes);
-    if (row->edited)
-        edit(job, row, piece, &l, results);
-    for (unsigned a = 0; a < job->n_outs; a++) {
+    int rc = row->edited ? edit(job, worker, row, piece, &l, results, err) : 0;
+    for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         struct result *r = &results[a];
         r->hash_before = r->hash_after = hash_before;
         if (!row->edited) {
@@ -131,16 +147,14 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece,
             continue;
         }
         if (r->counts.n_nonfinite && !job->rule.keep_nonfinite)
-            return bad_number(job, row, piece, r, err);
+            return bad_number(job, worker, row, piece, r, err);
         uint8_t *after = piece->out + l.after_at + a * l.stride;
         r->hash_after = perta_hash64(after, before->len_bytes);
-        int rc = perta_codec_encode(
+        rc = perta_codec_encode(
             job->codecs[worker], row->in[PERTA_ROLE_MODEL]->tensor->dtype, before->data,
             after, before->len_bytes, after + l.frame_at, l.frame_room, &r->coded, err);
-        if (rc)
-            return rc;
     }
-    return 0;
+    return rc;
 }
 
 static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
@@ -151,7 +165,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     const struct result *results = (const struct result *)(const void *)piece->out;
     struct layout l = lay_out(job->n_outs, before->len_bytes);
     for (int i = 0; i < PERTA_N_ROLES; i++)
-        perta_input_digest(&job->in[i], &piece->in[i]);
+        if (!is_adapter(job, i))
+            perta_input_digest(&job->in[i], &piece->in[i]);
     for (unsigned a = 0; a < job->n_outs; a++) {
         const struct result *r = &results[a];
         const uint8_t *after = piece->out + l.after_at + a * l.stride;
@@ -209,6 +224,8 @@ static json_t *identity_of(const struct perta_unlearn_job *job)
                                 perta_journal_checkpoint(job->in[i].ck));
     for (unsigned a = 0; a < u->n_alphas; a++)
         json_array_append_new(recipes, perta_recipe_json(u, &job->rule, a, job->in));
+    if (job->adapter)
+        json_object_set(inputs, PERTA_ADAPTER_CONFIG, job->in[PERTA_ROLE_TUNED].ck->config);
     return perta_resume_identity(
         "unlearn",
         json_pack("{s:s, s:s?, s:o}", "patch", u->patch, "out", u->out, "recipes", recipes),
@@ -266,6 +283,11 @@ static int open_stream(struct perta_unlearn_job *job, const struct perta_run *ru
         if (job->in[i].ck)
             rc = perta_input_paths(&job->in[i], &paths, &n_paths, err);
     unsigned n_writers = job->n_outs * (job->unlearn->out ? 2 : 1);
+    if (!rc && job->adapter)
+        rc = perta_stream_afford(run, &sizes, n_writers,
+                                 perta_adapter_memory(job->adapter, job->n_workers), err);
+    if (!rc && job->adapter)
+        rc = perta_adapter_begin(job->adapter, job->n_workers, err);
     if (!rc)
         rc = perta_stream_open(run, &sizes, paths, n_paths, n_writers, &job->stream, err);
     free(paths);
@@ -279,7 +301,8 @@ static int attach(struct perta_unlearn_job *job, struct perta_err *err)
     int rc = 0;
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
         if (job->in[i].ck)
-            rc = perta_input_open_files(&job->in[i], engine->wants_direct, err);
+            rc = perta_input_open_files(&job->in[i], engine->wants_direct && !is_adapter(job, i),
+                                        err);
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         uint8_t *patch_bufs = perta_stream_writer_bufs(job->stream, a);
         uint8_t *model_bufs = job->unlearn->out
@@ -296,6 +319,8 @@ static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_e
     json_t *inputs = json_object();
     json_t *results = json_array();
     int rc = 0;
+    if (job->adapter)
+        perta_input_digest_whole(&job->in[PERTA_ROLE_TUNED]);
     for (unsigned a = 0; a < job->n_outs && !rc; a++)
         rc = perta_patch_out_reach(&job->outs[a], job->in[PERTA_ROLE_MODEL].ck->n_shards, 0,
                                    err);
@@ -322,6 +347,7 @@ static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_e
 
 static void release(struct perta_unlearn_job *job)
 {
+    perta_adapter_close(job->adapter);
     for (unsigned a = 0; a < job->n_outs; a++)
         perta_patch_out_release(&job->outs[a]);
     for (int i = 0; i < PERTA_N_ROLES; i++)

@@ -20,7 +20,8 @@ struct perta_alpha {
 };
 
 struct perta_unlearn {
-    const char *model, *tuned, *base; /* checkpoints */
+    const char *model, *tuned, *base; /* checkpoints; tuned may be a PEFT LoRA adapter, which
+                                         needs base for what it holds whole alone */
     const char *forget, *retain;      /* importances; NULL where the method needs none */
     struct perta_rule rule;           /* rule.stat is found in the importances */
     struct perta_alpha alphas[PERTA_ALPHAS_MAX];

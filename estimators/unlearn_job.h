@@ -3,6 +3,7 @@
 #ifndef PERTA_ESTIMATORS_UNLEARN_JOB_H
 #define PERTA_ESTIMATORS_UNLEARN_JOB_H
 
+#include "estimators/adapter.h"
 #include "estimators/recipe.h"
 #include "io/codec.h"
 #include "stream/input.h"
@@ -16,6 +17,7 @@ extern const char *const perta_roles[PERTA_N_ROLES];
 /* What is done to one tensor of the model. */
 struct perta_unlearn_row {
     const struct perta_ref *in[PERTA_N_ROLES]; /* NULL: not read */
+    const struct perta_change *lora; /* its task vector is an adapter's, or NULL */
     enum perta_method method;
     uint64_t name_hash;
     bool edited;
@@ -25,6 +27,7 @@ struct perta_unlearn_job {
     const struct perta_unlearn *unlearn;
     struct perta_rule rule;
     struct perta_input in[PERTA_N_ROLES];
+    struct perta_adapter *adapter; /* --tuned is one, or NULL */
     struct perta_unlearn_row *rows; /* (n_tensors) of the model, shard by shard */
     const char **actions;           /* likewise */
     float alphas[PERTA_ALPHAS_MAX];

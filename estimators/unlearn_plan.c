@@ -12,58 +12,125 @@ static bool has_role(const struct perta_unlearn_job *job, int role)
     return role < PERTA_ROLE_FORGET || perta_rule_needs_importance(&job->rule);
 }
 
-static int open_inputs(struct perta_unlearn_job *job, struct perta_err *err)
+/* In place of a tuned checkpoint. */
+static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
+{
+    struct perta_input *in = &job->in[PERTA_ROLE_TUNED];
+    *in = (struct perta_input){.role = perta_roles[PERTA_ROLE_TUNED]};
+    int rc = perta_checkpoint_open_adapter(job->unlearn->tuned, &in->ck, err);
+    if (!rc)
+        rc = perta_adapter_open(in->ck, job->in[PERTA_ROLE_MODEL].ck, &job->adapter, notes,
+                                err);
+    return rc ? perta_err_context(err, "%s", in->role) : 0;
+}
+
+static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
 {
     const struct perta_unlearn *u = job->unlearn;
     const char *const paths[] = {u->model, u->tuned, u->base, u->forget, u->retain};
     for (int i = 0; i < PERTA_N_ROLES; i++) {
-        if (!has_role(job, i))
+        if (!has_role(job, i) || (i == PERTA_ROLE_BASE && job->adapter && !paths[i]))
             continue;
         if (!paths[i])
             return perta_fail(err, PERTA_EUSAGE, "%s DIR is needed", perta_roles[i]);
-        int rc = perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
+                     ? open_adapter(job, notes, err)
+                     : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
         if (rc)
             return rc;
     }
     return 0;
 }
 
-static int find_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
-                        int role, bool tied, struct perta_err *err)
+/* ref: the operand of that role, or NULL. */
+static int set_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                       int role, const struct perta_ref *ref, struct perta_err *err)
 {
     const struct perta_tensor *model = row->in[PERTA_ROLE_MODEL]->tensor;
-    const struct perta_checkpoint *ck = job->in[role].ck;
-    const struct perta_ref *ref = perta_tied_find(ck, model->name, tied);
     row->in[role] = ref;
     if (!ref)
         return 0;
     if (!perta_dtype_is_editable(ref->tensor->dtype))
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s is %s; BF16, F16, F32 or F64 needed", ck->path,
-                          model->name, perta_dtype_name(ref->tensor->dtype));
+                          "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
+                          job->in[role].ck->path, model->name,
+                          perta_dtype_name(ref->tensor->dtype));
     return perta_shapes_agree(perta_roles[PERTA_ROLE_MODEL], model, perta_roles[role],
                               ref->tensor, err);
+}
+
+static int find_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                        int role, bool tied, struct perta_err *err)
+{
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name;
+    return set_operand(job, row, role, perta_tied_find(job->in[role].ck, name, tied), err);
+}
+
+static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                       int role, bool tied, struct perta_err *err)
+{
+    int rc = find_operand(job, row, role, tied, err);
+    if (rc || row->in[role])
+        return rc;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: no tensor %s, which --model has; is it another architecture? "
+                      "--exclude leaves tensors out",
+                      job->in[role].ck->path, row->in[PERTA_ROLE_MODEL]->tensor->name);
+}
+
+/* Where --tuned is an adapter. --base is needed for what it holds whole; elsewhere it need not
+ * be there, and is checked, but not read. */
+static int fill_change(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                       const struct perta_change *change, bool tied, struct perta_err *err)
+{
+    bool has_base = job->in[PERTA_ROLE_BASE].ck;
+    if (change->whole && !has_base)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--base DIR is needed: the adapter %s holds %s whole, not what tuning "
+                          "changed in it",
+                          job->in[PERTA_ROLE_TUNED].ck->path, change->whole->tensor->name);
+    int rc = set_operand(job, row, PERTA_ROLE_TUNED, change->whole, err);
+    if (!rc && has_base)
+        rc = find_needed(job, row, PERTA_ROLE_BASE, tied, err);
+    if (!change->whole) {
+        row->in[PERTA_ROLE_BASE] = NULL;
+        row->lora = change;
+    }
+    return rc;
+}
+
+static int fill_task_vector(const struct perta_unlearn_job *job,
+                            struct perta_unlearn_row *row, bool tied, struct perta_err *err)
+{
+    int rc = find_needed(job, row, PERTA_ROLE_TUNED, tied, err);
+    return rc ? rc : find_needed(job, row, PERTA_ROLE_BASE, tied, err);
+}
+
+static void keep(struct perta_unlearn_row *row)
+{
+    for (int role = PERTA_ROLE_TUNED; role < PERTA_N_ROLES; role++)
+        row->in[role] = NULL;
+    row->lora = NULL;
 }
 
 static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row *row,
                          const char **action, bool tied, struct perta_err *err)
 {
     const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name;
-    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_BASE; role++) {
-        int rc = find_operand(job, row, role, tied, err);
-        if (rc)
-            return rc;
-        if (!row->in[role])
-            return perta_fail(
-                err, PERTA_EINPUT,
-                "%s: no tensor %s, which --model has; is it another architecture? "
-                "--exclude leaves tensors out",
-                job->in[role].ck->path, name);
+    const struct perta_change *change =
+        job->adapter ? perta_adapter_find(job->adapter, name, tied) : NULL;
+    if (job->adapter && !change) {
+        *action = "kept: not in the adapter";
+        return 0;
     }
+    int rc = change ? fill_change(job, row, change, tied, err)
+                    : fill_task_vector(job, row, tied, err);
+    if (rc)
+        return rc;
     row->method = job->rule.method;
     for (int role = PERTA_ROLE_FORGET; has_role(job, role) && role < PERTA_N_ROLES;
          role++) {
-        int rc = find_operand(job, row, role, tied, err);
+        rc = find_operand(job, row, role, tied, err);
         if (rc)
             return rc;
         if (row->in[role])
@@ -78,7 +145,7 @@ static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row
         row->in[PERTA_ROLE_FORGET] = row->in[PERTA_ROLE_RETAIN] = NULL;
         if (job->unlearn->missing == PERTA_MISSING_KEEP) {
             *action = "kept: no importance";
-            row->in[PERTA_ROLE_TUNED] = row->in[PERTA_ROLE_BASE] = NULL;
+            keep(row);
             return 0;
         }
         row->method = PERTA_TV;
@@ -122,6 +189,12 @@ static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
     return 0;
 }
 
+/* Under the model's names; those of an adapter are its own, and were looked up. */
+static bool has_tensors(const struct perta_unlearn_job *job, int role)
+{
+    return job->in[role].ck && !job->in[role].ck->is_adapter;
+}
+
 /* A tensor that the model lacks means another architecture, but for the other name of tied
  * embeddings. */
 static int check_extra(const struct perta_unlearn_job *job, struct perta_err *err)
@@ -129,7 +202,7 @@ static int check_extra(const struct perta_unlearn_job *job, struct perta_err *er
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
     bool tied = perta_is_tied(model);
     for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_BASE; role++)
-        for (uint64_t i = 0; i < job->in[role].ck->n_tensors; i++) {
+        for (uint64_t i = 0; has_tensors(job, role) && i < job->in[role].ck->n_tensors; i++) {
             const char *name = job->in[role].ck->by_name[i].tensor->name;
             if (!perta_tied_find(model, name, tied))
                 return perta_fail(
@@ -201,7 +274,7 @@ char *perta_unlearn_home(const struct perta_unlearn_job *job)
 int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
                        json_t *notes, struct perta_err *err)
 {
-    int rc = open_inputs(job, err);
+    int rc = open_inputs(job, notes, err);
     if (!rc)
         rc = find_stat(job, notes, err);
     if (!rc)

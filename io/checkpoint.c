@@ -14,6 +14,7 @@
 
 #define SUFFIX ".safetensors"
 #define SINGLE_NAME "model.safetensors"
+#define ADAPTER_NAME "adapter_model.safetensors"
 
 static char *join(const char *folder, const char *name)
 {
@@ -259,9 +260,10 @@ static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
     const char *single = SINGLE_NAME;
     if (exists(ck->path, SINGLE_NAME))
         return add_shards(ck, &single, 1, err);
-    if (exists(ck->path, "adapter_config.json"))
+    if (exists(ck->path, PERTA_ADAPTER_CONFIG))
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: a PEFT adapter, not a checkpoint; merge it into its base first "
+                          "%s: a PEFT adapter, not a checkpoint; perta unlearn takes it as "
+                          "--tuned, for anything else merge it into its base first "
                           "(merge_and_unload, save_pretrained)",
                           ck->path);
     char **names = NULL;
@@ -323,6 +325,37 @@ static int sort_by_name(struct perta_checkpoint *ck, struct perta_err *err)
     return 0;
 }
 
+/* ---- adapters ---- */
+
+bool perta_checkpoint_is_adapter(const char *path)
+{
+    return exists(path, PERTA_ADAPTER_CONFIG) && !exists(path, SINGLE_NAME) &&
+           !exists(path, PERTA_INDEX_NAME);
+}
+
+static int open_adapter(struct perta_checkpoint *ck, struct perta_err *err)
+{
+    const char *name = ADAPTER_NAME;
+    ck->is_adapter = true;
+    char *config = join(ck->path, PERTA_ADAPTER_CONFIG);
+    int rc = config ? perta_check_link(ck->path, config, err)
+                    : perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    if (!rc)
+        rc = read_json(config, &ck->config, err);
+    free(config);
+    if (!rc && !exists(ck->path, ADAPTER_NAME))
+        rc = perta_fail(err, PERTA_EINPUT,
+                        "%s: no " ADAPTER_NAME " beside " PERTA_ADAPTER_CONFIG
+                        "; load the adapter with PEFT and save it again (save_pretrained writes "
+                        "safetensors)",
+                        ck->path);
+    if (!rc)
+        rc = add_shards(ck, &name, 1, err);
+    return rc ? rc : sort_by_name(ck, err);
+}
+
+/* ---- any ---- */
+
 static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
 {
     if (!ends_in(ck->path, SUFFIX))
@@ -348,8 +381,8 @@ static int open_any(struct perta_checkpoint *ck, struct perta_err *err)
     return rc || !ck->index ? rc : check_index(ck, err);
 }
 
-int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
-                          struct perta_err *err)
+static int open_as(const char *path, int (*open_it)(struct perta_checkpoint *, struct perta_err *),
+                   struct perta_checkpoint **out, struct perta_err *err)
 {
     *out = NULL;
     struct perta_checkpoint *ck = calloc(1, sizeof *ck);
@@ -360,13 +393,25 @@ int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
     /* "model/" and "model" are the same folder, and read better as the latter. */
     for (size_t n = strlen(ck->path); n > 1 && ck->path[n - 1] == '/'; n--)
         ck->path[n - 1] = '\0';
-    int rc = open_any(ck, err);
+    int rc = open_it(ck, err);
     if (rc) {
         perta_checkpoint_close(ck);
         return rc;
     }
     *out = ck;
     return 0;
+}
+
+int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
+                          struct perta_err *err)
+{
+    return open_as(path, open_any, out, err);
+}
+
+int perta_checkpoint_open_adapter(const char *path, struct perta_checkpoint **out,
+                                  struct perta_err *err)
+{
+    return open_as(path, open_adapter, out, err);
 }
 
 const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,

@@ -6,6 +6,7 @@
 #define PERTA_IO_CHECKPOINT_H
 
 #include <jansson.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <time.h>
 
@@ -13,6 +14,7 @@
 #include "io/safetensors.h"
 
 #define PERTA_INDEX_NAME "model.safetensors.index.json"
+#define PERTA_ADAPTER_CONFIG "adapter_config.json"
 
 struct perta_shard {
     char *name; /* within the folder */
@@ -28,6 +30,7 @@ struct perta_checkpoint {
     uint32_t n_shards;
     json_t *index;         /* the index file's object, NULL without one */
     json_t *config;        /* config.json's object, NULL without one or where it is not JSON */
+    bool is_adapter;       /* opened as one: config is adapter_config.json's */
     uint64_t n_tensors;    /* over all shards */
     struct perta_ref *by_name; /* (n_tensors), sorted by name */
 };
@@ -43,6 +46,13 @@ struct perta_ref {
  * the files hold (names folder, shard, tensor, byte), PERTA_ESYS. *out is the caller's. */
 PERTA_API int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
                                     struct perta_err *err);
+
+/* Is path the folder of a PEFT adapter, and not of a checkpoint that has one beside it? */
+PERTA_API bool perta_checkpoint_is_adapter(const char *path);
+/* Open such a folder: its one shard is adapter_model.safetensors, its config is
+ * adapter_config.json, which must be JSON. Otherwise as above. */
+PERTA_API int perta_checkpoint_open_adapter(const char *path, struct perta_checkpoint **out,
+                                            struct perta_err *err);
 
 /* NULL where the checkpoint has no tensor of that name. Borrowed from ck. */
 PERTA_API const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,

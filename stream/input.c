@@ -82,6 +82,12 @@ void perta_input_digest(struct perta_input *input, const struct perta_range *ran
     input->seen_bytes[shard] += range->len_bytes;
 }
 
+void perta_input_digest_whole(struct perta_input *input)
+{
+    for (uint32_t i = 0; i < input->ck->n_shards; i++)
+        input->read_bytes[i] = input->files[i].len_bytes;
+}
+
 static void add_bytes(void *digest, const uint8_t *data, uint64_t len_bytes)
 {
     perta_digest_update(digest, data, len_bytes);

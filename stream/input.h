@@ -33,6 +33,8 @@ void perta_input_range(struct perta_input *input, const struct perta_ref *ref,
 
 /* In order of commit: add a range that was read to its shard's digest. */
 void perta_input_digest(struct perta_input *input, const struct perta_range *range);
+/* All of it counts as used, whatever was read of it through the stream. */
+void perta_input_digest_whole(struct perta_input *input);
 /* After the run: read shards that were used whole but out of order again, for their digests. */
 int perta_input_digest_rest(struct perta_input *input, struct perta_stream *stream,
                             struct perta_err *err);

@@ -22,17 +22,17 @@ bool perta_globs_match(const struct perta_globs *globs, const char *name)
     return !globs->n_include || any_matches(globs->include, globs->n_include, name);
 }
 
+const char *perta_tied_name(const char *name)
+{
+    return !strcmp(name, HEAD) ? EMBED : !strcmp(name, EMBED) ? HEAD : NULL;
+}
+
 const struct perta_ref *perta_tied_find(const struct perta_checkpoint *ck, const char *name,
                                         bool tied)
 {
     const struct perta_ref *ref = perta_checkpoint_find(ck, name);
-    if (ref || !tied)
-        return ref;
-    if (!strcmp(name, HEAD))
-        return perta_checkpoint_find(ck, EMBED);
-    if (!strcmp(name, EMBED))
-        return perta_checkpoint_find(ck, HEAD);
-    return NULL;
+    const char *other = tied ? perta_tied_name(name) : NULL;
+    return ref || !other ? ref : perta_checkpoint_find(ck, other);
 }
 
 bool perta_is_tied(const struct perta_checkpoint *ck)
@@ -40,7 +40,7 @@ bool perta_is_tied(const struct perta_checkpoint *ck)
     return ck->config && json_is_true(json_object_get(ck->config, "tie_word_embeddings"));
 }
 
-static void print_shape(char *to, size_t room, const struct perta_tensor *t)
+void perta_shape_print(char *to, size_t room, const struct perta_tensor *t)
 {
     size_t n = (size_t)snprintf(to, room, "[");
     for (uint32_t i = 0; i < t->n_dims && n < room; i++)
@@ -65,8 +65,8 @@ int perta_shapes_agree(const char *a_role, const struct perta_tensor *a, const c
     if (same)
         return 0;
     char a_shape[128], b_shape[128];
-    print_shape(a_shape, sizeof a_shape, a);
-    print_shape(b_shape, sizeof b_shape, b);
+    perta_shape_print(a_shape, sizeof a_shape, a);
+    perta_shape_print(b_shape, sizeof b_shape, b);
     if (is_vocabulary(a, b))
         return perta_fail(err, PERTA_EINPUT,
                           "tensor %s: the vocabulary differs: %llu rows in %s, %llu in %s; "

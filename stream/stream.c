@@ -77,6 +77,17 @@ uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, un
     return fixed_bytes(n_writers) + n_slots * slot_bytes(&shape);
 }
 
+int perta_stream_afford(const struct perta_run *run, const struct perta_job *job,
+                        unsigned n_writers, uint64_t more_bytes, struct perta_err *err)
+{
+    uint64_t least;
+    if (perta_add_overflows(perta_stream_memory(job, n_writers, 1), more_bytes, &least))
+        least = INT64_MAX; /* no budget is enough */
+    return run->memory_bytes >= least
+               ? 0
+               : perta_memory_refuse(run->memory_bytes, least, err, "for this job");
+}
+
 /* How many slots the budget allows; as many as are of use, one at least. */
 static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {

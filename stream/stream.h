@@ -72,6 +72,10 @@ PERTA_API void perta_stream_close(struct perta_stream *stream);
  * what is resident now. For jobs that may choose the size of their pieces. */
 PERTA_API uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers,
                                        unsigned n_slots);
+/* PERTA_EUSAGE, as perta_stream_open says it, unless the budget has room for more_bytes that are
+ * not resident yet besides what perta_stream_open needs. */
+int perta_stream_afford(const struct perta_run *run, const struct perta_job *job,
+                        unsigned n_writers, uint64_t more_bytes, struct perta_err *err);
 
 PERTA_API struct perta_engine *perta_stream_engine(struct perta_stream *stream);
 PERTA_API const struct perta_io_choice *perta_stream_choice(const struct perta_stream *stream);

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "estimators/unlearn.h"
+#include "io/checkpoint.h"
 #include "tools/cli.h"
 
 enum {
@@ -21,8 +22,10 @@ struct args {
 
 static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model to unlearn from", 1},
-    {"tuned", KEY_TUNED, "DIR", 0, "--base, tuned on the forget set alone", 1},
-    {"base", KEY_BASE, "DIR", 0, "What --tuned was tuned from", 1},
+    {"tuned", KEY_TUNED, "DIR", 0,
+     "--base, tuned on the forget set alone: a model, or a PEFT LoRA adapter", 1},
+    {"base", KEY_BASE, "DIR", 0,
+     "What --tuned was tuned from; a LoRA adapter needs none, but for modules_to_save", 1},
     {"forget", KEY_FORGET, "DIR", 0, "Importance over the forget set", 1},
     {"retain", KEY_RETAIN, "DIR", 0, "Importance over the retain set", 1},
     {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 2},
@@ -84,8 +87,10 @@ static void add_glob(const char ***list, unsigned *n, const char *arg)
 static void check(struct argp_state *state, const struct args *args)
 {
     const struct perta_unlearn *u = &args->unlearn;
-    if (!u->model || !u->tuned || !u->base)
-        argp_error(state, "--model, --tuned and --base are needed");
+    if (!u->model || !u->tuned)
+        argp_error(state, "--model and --tuned are needed");
+    if (!u->base && !perta_checkpoint_is_adapter(u->tuned))
+        argp_error(state, "--base is needed, unless --tuned is a LoRA adapter");
     if (perta_rule_needs_importance(&u->rule) && (!u->forget || !u->retain))
         argp_error(state, "this method needs --forget and --retain");
     if (!u->patch)

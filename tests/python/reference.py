@@ -224,6 +224,20 @@ def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> n
     return ((z >> 40).astype(real) * real(2.0**-24)).reshape(shape)
 
 
+# --- the task vector of a LoRA
+
+
+def lora_tau(a: np.ndarray, b: np.ndarray, scaling: float) -> np.ndarray:
+    """scaling * (B A) of A (r, in) and B (out, r), bit for bit as estimators/edit.h says: the sum
+    from k = 0 up in float32, every operation rounded."""
+    a, b = widen(a, np.float32), widen(b, np.float32)
+    total = np.zeros((b.shape[0], a.shape[1]), np.float32)
+    with np.errstate(all="ignore"):
+        for k in range(a.shape[0]):
+            total = total + b[:, k, None] * a[None, k, :]
+        return np.float32(scaling) * total
+
+
 # --- running statistics
 
 
