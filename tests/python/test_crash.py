@@ -1,0 +1,200 @@
+"""Every verb that writes folders, killed at random instants: --resume ends with the same bytes.
+
+The long tier (PERTA_LONG=1, set by `make check-long`) kills ten times as often."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import PERTA
+from llama import write_llama
+from reference import BF16, CHUNK, folder_bytes, narrow, write_folder
+
+KILLS = 70 if os.environ.get("PERTA_LONG") else 6
+# Commit at every chance, not every ten seconds.
+EAGER = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
+SIDES = "--model model --tuned tuned --base base --forget forget --retain retain".split()
+VERBS = {
+    "unlearn": ["unlearn", *SIDES, "--patch", "out"],
+    "unlearn-both": ["unlearn", *SIDES, "--alpha", "0.5,2", "--patch", "out/p", "--out", "out/m"],
+    "diff": "diff model tuned --patch out".split(),
+    "apply": "apply model p1 --out out".split(),
+    "revert": "revert tuned p1 --out out".split(),
+    "compose": "compose p1 p2 --model model --patch out".split(),
+    "accumulate": "accumulate forget retain base --stat mean,meansq --out out".split(),
+    "estimate": "estimate --model llama --data data.jsonl --stat mean,meansq --out out".split(),
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def tensors(rng, dtype):
+    """Chunks and parts of chunks, tensors of a few bytes, an empty one, a shard with none."""
+    shapes = {"big": (CHUNK + 300,), "odd": (77, 91), "one": (1,), "empty": (0, 3), "two": (2 * CHUNK,)}
+    shapes |= {f"layers.{i}": (5 + i,) for i in range(20)}
+    return {n: narrow(rng.standard_normal(s, "f4"), np.dtype(dtype)) for n, s in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crash")
+    rng = np.random.default_rng(7)
+    for name in ("model", "tuned", "base"):
+        write_folder(folder / name, tensors(rng, BF16), shards=3)
+    for name, shards in (("forget", 3), ("retain", 2)):
+        write_folder(folder / name, tensors(rng, "f4"), shards=shards, metadata={"perta.stat": "mean"})
+    run(folder, "diff", "model", "tuned", "--patch", "p1")
+    run(folder, "diff", "tuned", "base", "--patch", "p2")
+    write_llama(folder / "llama", LLAMA)
+    ids = [random.Random(n).choices(range(200), k=30) for n in range(20)]
+    (folder / "data.jsonl").write_text("\n".join(json.dumps({"input_ids": i}) for i in ids))
+    return folder
+
+
+def run(folder, *command, check=True, env=EAGER):
+    command = [str(PERTA), *command, "--progress", "none"]
+    return subprocess.run(command, cwd=folder, check=check, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def job(request, inputs, tmp_path):
+    """The verb's command, and the files that an undisturbed run writes. Its inputs stay as they are."""
+    command = VERBS[request.param]
+    before = folder_bytes(inputs)
+    run(inputs, *command, env=os.environ)
+    want = folder_bytes(inputs / "out")
+    shutil.rmtree(inputs / "out")
+    yield inputs, command, want
+    for left in inputs.glob("out*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    assert folder_bytes(inputs) == before
+
+
+EVERY = pytest.mark.parametrize("job", VERBS, indirect=True)
+
+
+def leftovers(folder):
+    return [p for p in folder.rglob("*.perta-*")]
+
+
+def kill_after(folder, command, seconds, number=signal.SIGKILL):
+    """Exit status, and what was said."""
+    with subprocess.Popen(
+        [str(PERTA), *command, "--progress", "none"],
+        cwd=folder, env=EAGER, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+        return process.wait(), process.stderr.read()
+
+
+def one_run_takes(folder, command):
+    start = time.monotonic()
+    run(folder, *command)
+    shutil.rmtree(folder / "out")
+    return time.monotonic() - start
+
+
+@EVERY
+def test_killed_at_random_instants_it_ends_with_the_same_bytes(job):
+    folder, command, want = job
+    whole = one_run_takes(folder, command)
+    rng = random.Random(str(command))
+    kills = 0
+    while kills < KILLS:
+        status, said = kill_after(folder, [*command, "--resume"], rng.uniform(0, whole))
+        if status == -signal.SIGKILL:
+            kills += 1
+            if leftovers(folder) or not (folder / "out").exists():
+                continue  # else after its last act
+        else:
+            assert status == 0, said
+        assert folder_bytes(folder / "out") == want and not leftovers(folder)
+        shutil.rmtree(folder / "out")
+    run(folder, *command, "--resume")
+    assert folder_bytes(folder / "out") == want and not leftovers(folder)
+
+
+@EVERY
+def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job):
+    folder, command, want = job
+    whole = one_run_takes(folder, command)
+    for part in (0.5, 0.7, 0.3, 0.9, 0.6, 0.4, 0.8):
+        status, said = kill_after(folder, command, part * whole, signal.SIGINT)
+        if "--resume goes on with it" in said:
+            break
+        assert status in (0, 130)
+        shutil.rmtree(folder / "out", ignore_errors=True)
+    else:
+        pytest.skip("too fast to be interrupted here after its first commit point")
+    assert status == 130
+    refused = run(folder, *command, check=False)
+    assert refused.returncode == 2 and "--resume goes on with it, --force starts over" in refused.stderr
+    named = {n: b for n, b in folder_bytes(folder / "out").items() if ".perta-" not in n}
+    assert named.items() <= want.items()
+    run(folder, *command, "--resume")
+    assert folder_bytes(folder / "out") == want and not leftovers(folder)
+
+
+@EVERY
+def test_on_a_disk_that_was_full_it_goes_on_once_there_is_room(job):
+    folder, command, want = job
+    size = max(len(data) for data in want.values())
+    limit = ["prlimit", f"--fsize={size // 2 & -4096}", str(PERTA), *command, "--progress", "none"]
+    full = subprocess.run(limit, cwd=folder, env=EAGER, capture_output=True, text=True)
+    assert full.returncode == 4 and "File too large" in full.stderr
+    run(folder, *command, "--resume")
+    assert folder_bytes(folder / "out") == want and not leftovers(folder)
+
+
+CHANGES = {
+    "unlearn": (["--alpha", "3"], "flags: recipes was "),
+    "diff": (["touch"], "inputs: before: model-00001-of-00003.safetensors: "),
+    "apply": (["touch"], "inputs: model: model-00001-of-00003.safetensors: "),
+    "compose": (["touch"], "inputs: model: model-00001-of-00003.safetensors: "),
+    "accumulate": (["base"], "flags: gradients was 3, is now 4"),
+}
+
+
+def leave_a_part(folder, command, whole):
+    """Kill it between its first commit point and its end."""
+    while True:
+        status, _ = kill_after(folder, command, 0.6 * whole)
+        if any(p.read_bytes().count(b"\n") > 1 for p in folder.rglob("*.perta-journal")):
+            return
+        for left in folder.glob("out*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@pytest.mark.parametrize("job", CHANGES, indirect=True)
+def test_changed_inputs_and_flags_are_refused(job):
+    folder, command, want = job
+    change, says = CHANGES[command[0]]
+    leave_a_part(folder, command, one_run_takes(folder, command))
+    shard = folder / "model/model-00001-of-00003.safetensors"
+    times = shard.stat()
+    if change == ["touch"]:
+        os.utime(shard, (1, 1))
+    flags = [] if change == ["touch"] else change
+    refused = run(folder, *command, *flags, "--resume", check=False)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert refused.returncode == 2
+    assert "--resume cannot go on: " in refused.stderr and says in refused.stderr
+    run(folder, *command, "--resume")
+    assert folder_bytes(folder / "out") == want and not leftovers(folder)
