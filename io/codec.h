@@ -18,9 +18,7 @@
 
 enum perta_encoding {
     PERTA_ENC_ZERO = 0,    /* nothing changed: no frame at all */
-    PERTA_ENC_PLANES = 1,  /* byte planes of the zigzagged deltas */
-    PERTA_ENC_GROUPED = 2, /* the same, elements grouped by exponent before (see the spec) */
-    PERTA_ENC_RAW = 3,     /* the deltas as they are */
+    PERTA_ENC_DELTA = 1,   /* zigzagged deltas, grouped by exponent where that saves (see the spec) */
     PERTA_N_ENCODINGS,
 };
 
@@ -66,14 +64,15 @@ PERTA_API int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dty
                                  size_t frame_bytes, size_t payload_bytes, const void *after,
                                  void *before, size_t n_bytes, struct perta_err *err);
 
-/* How many units a frame changes, from the frame alone; checks it as perta_codec_apply would. */
+/* How many units a frame changes, from the frame alone; checks it as perta_codec_apply would, but
+ * for what depends on the bytes before. */
 PERTA_API int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
                                 enum perta_encoding encoding, const uint8_t *frame,
                                 size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
                                 uint64_t *n_changed, struct perta_err *err);
 
-/* May chunks of this dtype be PERTA_ENC_GROUPED? If not, a frame depends on nothing but the
- * deltas, and any bytes can stand for those before. */
+/* May units of this dtype be grouped? If not, a frame depends on nothing but the deltas, and any
+ * bytes can stand for those before. */
 PERTA_API bool perta_codec_groups(enum perta_dtype dtype);
 
 #endif

@@ -1,10 +1,17 @@
 /* Compiled once for each instruction set, see io/isa.h. Spec: docs/patch-format.md */
 #include "io/codec_kernels.h"
 
+#include <string.h>
+#ifdef __AVX512VBMI2__
+#include <immintrin.h>
+#endif
+
 #include "io/isa.h"
 
-/* The four functions for units of type u<bits>. On little-endian machines byte b of a unit
- * is its bits 8b to 8b + 7. */
+#define TILE 1024
+
+/* The functions for units of type u<bits>. On little-endian machines byte b of a unit is its
+ * bits 8b to 8b + 7. */
 #define DEFINE(bits)                                                                            \
     typedef uint##bits##_t __attribute__((aligned(1), may_alias)) u##bits;                      \
                                                                                                 \
@@ -22,46 +29,83 @@
         return ordered ? order : m;                                                             \
     }                                                                                           \
                                                                                                 \
-    static uint64_t delta_##bits(bool ordered, const u##bits *before, const u##bits *after,     \
-                                 u##bits *z, size_t n)                                          \
+    static inline uint##bits##_t zigzag_##bits(uint##bits##_t before, uint##bits##_t after,     \
+                                               bool ordered)                                    \
+    {                                                                                           \
+        uint##bits##_t d =                                                                      \
+            (uint##bits##_t)(map_##bits(after, ordered) - map_##bits(before, ordered));         \
+        uint##bits##_t negative = (uint##bits##_t)-(d >> (bits - 1));                           \
+        return (uint##bits##_t)((uint##bits##_t)(d << 1) ^ negative);                           \
+    }                                                                                           \
+                                                                                                \
+    static inline uint##bits##_t moved_##bits(uint##bits##_t from, uint##bits##_t z,            \
+                                              bool ordered, bool minus)                         \
+    {                                                                                           \
+        uint##bits##_t d = (uint##bits##_t)((z >> 1) ^ (uint##bits##_t)-(z & 1));               \
+        uint##bits##_t m = map_##bits(from, ordered);                                           \
+        return unmap_##bits((uint##bits##_t)(minus ? m - d : m + d), ordered);                  \
+    }                                                                                           \
+                                                                                                \
+    static uint64_t delta_##bits(bool ordered, bool narrow, const u##bits *before,              \
+                                 const u##bits *after, uint8_t *planes, size_t stride, size_t n) \
     {                                                                                           \
         uint64_t n_changed = 0;                                                                 \
-        for (size_t i = 0; i < n; i++) {                                                        \
-            uint##bits##_t d =                                                                  \
-                (uint##bits##_t)(map_##bits(after[i], ordered) - map_##bits(before[i], ordered)); \
-            uint##bits##_t negative = (uint##bits##_t)-(d >> (bits - 1));                       \
-            z[i] = (uint##bits##_t)((uint##bits##_t)(d << 1) ^ negative);                       \
-            n_changed += d != 0;                                                                \
+        uint##bits##_t z[TILE];                                                                 \
+        for (size_t at = 0; at < n; at += TILE) {                                               \
+            size_t len = n - at < TILE ? n - at : TILE;                                         \
+            uint##bits##_t changed = 0;                                                         \
+            for (size_t i = 0; i < len; i++) {                                                  \
+                z[i] = zigzag_##bits(before[at + i], after[at + i], ordered);                   \
+                changed = (uint##bits##_t)(changed + (z[i] != 0));                              \
+            }                                                                                   \
+            if (bits == 8) /* a byte would not hold the count */                                \
+                for (size_t i = 0; i < len; i++)                                                \
+                    n_changed += z[i] != 0;                                                     \
+            else                                                                                \
+                n_changed += changed;                                                           \
+            for (unsigned b = 0; b < (narrow ? 1 : bits / 8); b++)                              \
+                for (size_t i = 0; i < len; i++)                                                \
+                    planes[b * stride + at + i] =                                               \
+                        (uint8_t)(narrow && z[i] > 255 ? 255 : z[i] >> (8 * b));                \
         }                                                                                       \
         return n_changed;                                                                       \
     }                                                                                           \
                                                                                                 \
-    static void add_##bits(bool ordered, const u##bits *from, const u##bits *z, bool minus,     \
-                           u##bits *to, size_t n)                                               \
+    static void add_##bits(bool ordered, bool narrow, const u##bits *from,                      \
+                           const uint8_t *planes, size_t stride, bool minus, u##bits *to,       \
+                           size_t n)                                                            \
     {                                                                                           \
-        for (size_t i = 0; i < n; i++) {                                                        \
-            uint##bits##_t d = (uint##bits##_t)((z[i] >> 1) ^ (uint##bits##_t)-(z[i] & 1));     \
-            uint##bits##_t m = map_##bits(from[i], ordered);                                    \
-            m = (uint##bits##_t)(minus ? m - d : m + d);                                        \
-            to[i] = unmap_##bits(m, ordered);                                                   \
+        uint##bits##_t z[TILE];                                                                 \
+        for (size_t at = 0; at < n; at += TILE) {                                               \
+            size_t len = n - at < TILE ? n - at : TILE;                                         \
+            for (size_t i = 0; i < len; i++)                                                    \
+                z[i] = planes[at + i];                                                          \
+            for (unsigned b = 1; b < (narrow ? 1 : bits / 8); b++)                              \
+                for (size_t i = 0; i < len; i++)                                                \
+                    z[i] = (uint##bits##_t)(                                                    \
+                        z[i] | (uint##bits##_t)planes[b * stride + at + i] << (8 * b));         \
+            for (size_t i = 0; i < len; i++)                                                    \
+                to[at + i] = moved_##bits(from[at + i], z[i], ordered, minus);                  \
         }                                                                                       \
     }                                                                                           \
                                                                                                 \
-    static void split_##bits(const u##bits *z, uint8_t *planes, size_t n)                       \
+    static inline uint8_t key_##bits(uint##bits##_t u, unsigned shift, unsigned e_bits,         \
+                                     uint##bits##_t first, uint##bits##_t last)                 \
     {                                                                                           \
-        for (unsigned b = 0; b < bits / 8; b++)                                                 \
-            for (size_t i = 0; i < n; i++)                                                      \
-                planes[b * n + i] = (uint8_t)(z[i] >> (8 * b));                                 \
+        uint##bits##_t e = (uint##bits##_t)(u >> shift);                                        \
+        e = (uint##bits##_t)(e & (((uint##bits##_t)1 << e_bits) - 1));                          \
+        e = (uint##bits##_t)((e > first ? e : first) - first);                                  \
+        return (uint8_t)(e < last ? e : last);                                                  \
     }                                                                                           \
                                                                                                 \
-    static void join_##bits(const uint8_t *planes, u##bits *z, size_t n)                        \
+    /* shift and e_bits are constants, or the compiler would work in wider lanes. */            \
+    static inline __attribute__((always_inline)) void keys_##bits(                              \
+        unsigned shift, unsigned e_bits, uint32_t first_key, uint32_t n_keys,                   \
+        const u##bits *units, uint8_t *keys, size_t n)                                          \
     {                                                                                           \
-        for (size_t i = 0; i < n; i++) {                                                        \
-            uint##bits##_t unit = 0;                                                            \
-            for (unsigned b = 0; b < bits / 8; b++)                                             \
-                unit |= (uint##bits##_t)((uint##bits##_t)planes[b * n + i] << (8 * b));         \
-            z[i] = unit;                                                                        \
-        }                                                                                       \
+        uint##bits##_t first = (uint##bits##_t)first_key, last = (uint##bits##_t)(n_keys - 1);  \
+        for (size_t i = 0; i < n; i++)                                                          \
+            keys[i] = key_##bits(units[i], shift, e_bits, first, last);                         \
     }
 
 DEFINE(8)
@@ -76,30 +120,252 @@ DEFINE(64)
                     : name##_64(__VA_ARGS__))
 
 /* The constants let the compiler make one loop for each case. */
-static uint64_t delta(unsigned width, bool ordered, const void *before, const void *after,
-                      void *z, size_t n)
+static uint64_t delta(unsigned width, bool ordered, bool narrow, const void *before,
+                      const void *after, uint8_t *planes, size_t stride, size_t n)
 {
-    return ordered ? BY_WIDTH(width, delta, true, before, after, z, n)
-                   : BY_WIDTH(width, delta, false, before, after, z, n);
+    if (narrow)
+        return ordered ? BY_WIDTH(width, delta, true, true, before, after, planes, stride, n)
+                       : BY_WIDTH(width, delta, false, true, before, after, planes, stride, n);
+    return ordered ? BY_WIDTH(width, delta, true, false, before, after, planes, stride, n)
+                   : BY_WIDTH(width, delta, false, false, before, after, planes, stride, n);
 }
 
-static void add(unsigned width, bool ordered, const void *from, const void *z, int sign,
-                void *to, size_t n)
+static void add(unsigned width, bool ordered, bool narrow, const void *from,
+                const uint8_t *planes, size_t stride, bool minus, void *to, size_t n)
 {
-    if (ordered)
-        BY_WIDTH(width, add, true, from, z, sign < 0, to, n);
+    if (narrow && ordered)
+        BY_WIDTH(width, add, true, true, from, planes, stride, minus, to, n);
+    else if (narrow)
+        BY_WIDTH(width, add, false, true, from, planes, stride, minus, to, n);
+    else if (ordered)
+        BY_WIDTH(width, add, true, false, from, planes, stride, minus, to, n);
     else
-        BY_WIDTH(width, add, false, from, z, sign < 0, to, n);
+        BY_WIDTH(width, add, false, false, from, planes, stride, minus, to, n);
 }
 
-static void split(unsigned width, const void *z, uint8_t *planes, size_t n)
+static void keys(unsigned width, const struct perta_grouping *g, const void *units, uint8_t *to,
+                 size_t n)
 {
-    BY_WIDTH(width, split, z, planes, n);
+    if (width == 2 && g->shift == 7) /* BF16 */
+        keys_16(7, 8, g->first, g->n, units, to, n);
+    else if (width == 2) /* F16 */
+        keys_16(10, 5, g->first, g->n, units, to, n);
+    else if (width == 4) /* F32 */
+        keys_32(23, 8, g->first, g->n, units, to, n);
+    else /* F64 */
+        keys_64(52, 11, g->first, g->n, units, to, n);
 }
 
-static void join(unsigned width, const uint8_t *planes, void *z, size_t n)
+static void cross(uint8_t *of, const uint8_t *other, uint8_t crosses, size_t n)
 {
-    BY_WIDTH(width, join, planes, z, n);
+    for (size_t i = 0; i < n; i++)
+        of[i] = of[i] == other[i] ? of[i] : crosses;
 }
 
-const struct perta_codec_kernels PERTA_ISA_NAME(perta_codec_kernels) = {delta, add, split, join};
+static void clamp(const uint8_t *planes, size_t stride, unsigned n_planes, uint8_t most,
+                  uint8_t *fields, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        fields[i] = planes[i] < most ? planes[i] : most;
+    for (unsigned b = 1; b < n_planes; b++)
+        for (size_t i = 0; i < n; i++)
+            fields[i] = planes[b * stride + i] ? most : fields[i];
+}
+
+static inline void pack_bits(unsigned bits, const uint8_t *x, size_t n, uint8_t *to)
+{
+    size_t m = (n * bits + 7) / 8;
+    memset(to, 0, m);
+    for (size_t at = 0; at < n; at += m, x += m) {
+        size_t len = n - at < m ? n - at : m;
+        unsigned shift = (unsigned)(at / m) * bits;
+        for (size_t i = 0; i < len; i++)
+            to[i] = (uint8_t)(to[i] | x[i] << shift);
+    }
+}
+
+static inline void unpack_bits(unsigned bits, const uint8_t *packed, size_t n, uint8_t *x)
+{
+    size_t m = (n * bits + 7) / 8;
+    uint8_t mask = (uint8_t)((1u << bits) - 1);
+    for (size_t at = 0; at < n; at += m, x += m) {
+        size_t len = n - at < m ? n - at : m;
+        unsigned shift = (unsigned)(at / m) * bits;
+        for (size_t i = 0; i < len; i++)
+            x[i] = packed[i] >> shift & mask;
+    }
+}
+
+static void pack(unsigned bits, const uint8_t *x, size_t n, uint8_t *to)
+{
+    bits == 1 ? pack_bits(1, x, n, to) : bits == 2 ? pack_bits(2, x, n, to) : pack_bits(4, x, n, to);
+}
+
+static void unpack(unsigned bits, const uint8_t *packed, size_t n, uint8_t *x)
+{
+    bits == 1 ? unpack_bits(1, packed, n, x) : bits == 2 ? unpack_bits(2, packed, n, x) : unpack_bits(4, packed, n, x);
+}
+
+/* ---- bytes about ---- */
+
+#ifdef __AVX512VBMI2__
+/* 64 at a time, with the instructions that are there for it; no compiler finds them. */
+
+#define CLEAR _mm512_setzero_si512()
+
+static inline __mmask64 first(size_t n)
+{
+    return n < 64 ? (__mmask64)_bzhi_u64(~0ull, (unsigned)n) : ~0ull;
+}
+
+static inline __mmask64 equal(const uint8_t *x, uint8_t value, size_t n)
+{
+    return _mm512_mask_cmpeq_epi8_mask(first(n), _mm512_maskz_loadu_epi8(first(n), x),
+                                       _mm512_set1_epi8((char)value));
+}
+
+static inline size_t ones(__mmask64 mask)
+{
+    return (size_t)__builtin_popcountll(mask);
+}
+
+static void count(const uint8_t *x, size_t n, unsigned n_keys, uint32_t *counts)
+{
+    for (unsigned g = 0; g < n_keys; g++) {
+        size_t found = 0;
+        for (size_t at = 0; at < n; at += 64)
+            found += ones(equal(x + at, (uint8_t)g, n - at));
+        counts[g] += (uint32_t)found;
+    }
+}
+
+static size_t occurs(const uint8_t *x, uint8_t value, size_t n)
+{
+    size_t found = 0;
+    for (size_t at = 0; at < n; at += 64)
+        found += ones(equal(x + at, value, n - at));
+    return found;
+}
+
+static void scatter(const uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys, uint8_t **to)
+{
+    for (size_t at = 0; at < n; at += 64) {
+        __m512i v = _mm512_maskz_loadu_epi8(first(n - at), x + at);
+        for (unsigned g = 0; g < n_keys; g++) {
+            __mmask64 mask = equal(of + at, (uint8_t)g, n - at);
+            _mm512_storeu_si512(to[g], _mm512_maskz_compress_epi8(mask, v));
+            to[g] += ones(mask);
+        }
+    }
+}
+
+static void gather(uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys,
+                   const uint8_t **from)
+{
+    for (size_t at = 0; at < n; at += 64) {
+        __m512i v = CLEAR;
+        for (unsigned g = 0; g < n_keys; g++) {
+            __mmask64 mask = equal(of + at, (uint8_t)g, n - at);
+            v = _mm512_mask_expand_epi8(v, mask, _mm512_loadu_si512(from[g]));
+            from[g] += ones(mask);
+        }
+        _mm512_mask_storeu_epi8(x + at, first(n - at), v);
+    }
+}
+
+static size_t pick(const uint8_t *x, const uint8_t *of, uint8_t key, size_t n, uint8_t *to)
+{
+    uint8_t *start = to;
+    for (size_t at = 0; at < n; at += 64) {
+        __mmask64 mask = equal(of + at, key, n - at);
+        __m512i v = _mm512_maskz_loadu_epi8(first(n - at), x + at);
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi8(mask, v));
+        to += ones(mask);
+    }
+    return (size_t)(to - start);
+}
+
+static void put(uint8_t *x, const uint8_t *of, uint8_t key, size_t n, const uint8_t *from)
+{
+    for (size_t at = 0; at < n; at += 64) {
+        __mmask64 mask = equal(of + at, key, n - at);
+        __m512i v = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from));
+        _mm512_mask_storeu_epi8(x + at, mask, v);
+        from += ones(mask);
+    }
+}
+
+static void masks(const uint8_t *x, uint8_t value, size_t n, uint64_t *to)
+{
+    for (size_t at = 0; at < n; at += 64)
+        *to++ = equal(x + at, value, n - at);
+}
+
+#else
+
+static void count(const uint8_t *x, size_t n, unsigned n_keys, uint32_t *counts)
+{
+    for (; n; n--, x++)
+        counts[*x] += *x < n_keys;
+}
+
+static size_t occurs(const uint8_t *x, uint8_t value, size_t n)
+{
+    size_t found = 0;
+    for (size_t at = 0; at < n; at += 128) { /* a byte holds the count */
+        uint8_t few = 0;
+        for (size_t i = at; i < (n - at < 128 ? n : at + 128); i++)
+            few = (uint8_t)(few + (x[i] == value));
+        found += few;
+    }
+    return found;
+}
+
+static void scatter(const uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys, uint8_t **to)
+{
+    (void)n_keys;
+    for (size_t i = 0; i < n; i++)
+        *to[of[i]]++ = x[i];
+}
+
+static void gather(uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys,
+                   const uint8_t **from)
+{
+    (void)n_keys;
+    for (size_t i = 0; i < n; i++)
+        x[i] = *from[of[i]]++;
+}
+
+static size_t pick(const uint8_t *x, const uint8_t *of, uint8_t key, size_t n, uint8_t *to)
+{
+    size_t found = 0;
+    for (size_t i = 0; i < n; i++) {
+        to[found] = x[i];
+        found += of[i] == key;
+    }
+    return found;
+}
+
+static void put(uint8_t *x, const uint8_t *of, uint8_t key, size_t n, const uint8_t *from)
+{
+    for (size_t i = 0; i < n; i++) {
+        bool hit = of[i] == key;
+        x[i] = hit ? *from : x[i];
+        from += hit;
+    }
+}
+
+static void masks(const uint8_t *x, uint8_t value, size_t n, uint64_t *to)
+{
+    for (size_t at = 0; at < n; at += 64, to++) {
+        size_t len = n - at < 64 ? n - at : 64;
+        *to = 0;
+        for (size_t i = 0; i < len; i++)
+            *to |= (uint64_t)(x[at + i] == value) << i;
+    }
+}
+
+#endif
+
+const struct perta_codec_kernels PERTA_ISA_NAME(perta_codec_kernels) = {
+    delta, add, keys, cross, count, occurs, scatter, gather, pick, put, clamp, pack, unpack, masks};

@@ -6,8 +6,7 @@
 
 #include "stream/canonical.h"
 
-static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "planes", "grouped",
-                                                              "raw"};
+static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "delta"};
 
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
                           const struct perta_journal *journal, bool force, struct perta_err *err)

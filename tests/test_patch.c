@@ -37,9 +37,9 @@ static uint64_t build(uint8_t **bytes, bool headers_differ)
     uint64_t head_bytes, table_bytes;
     ck_assert_ok(perta_patch_head_build(before, after, &head, &head_bytes, &err));
     struct perta_patch_entry entries[3] = {
-        {head_bytes, 7, 5, 0, 5, PERTA_ENC_PLANES, 1, 2},
+        {head_bytes, 7, 5, 0, 5, PERTA_ENC_DELTA, 1, 2},
         {0, 0, 0, 1, 5, PERTA_ENC_ZERO, 3, 3},
-        {head_bytes + 7, 9, 5, 2, 5, PERTA_ENC_RAW, 4, 5},
+        {head_bytes + 7, 9, 5, 2, 5, PERTA_ENC_DELTA, 4, 5},
     };
     ck_assert_ok(perta_patch_table_build(entries, 3, &table, &table_bytes, &err));
     uint64_t len = head_bytes + 16 + table_bytes;
@@ -155,11 +155,11 @@ START_TEST(entries_must_cover_the_tensors_in_order_and_frames_touch)
         {second, zero},                                          /* out of order */
         {{0, 0, 0, 0, 4, PERTA_ENC_ZERO, 1, 1}, second},         /* too few units */
         {{0, 0, 0, 0, 5, PERTA_ENC_ZERO, 1, 2}, second},         /* no change, two digests */
-        {{1, 9, 5, 0, 5, PERTA_ENC_RAW, 1, 2}, second},          /* a hole before the frame */
-        {zero, {0, 0, 0, 1, 5, PERTA_ENC_RAW, 1, 2}},            /* a frame of nothing */
-        {zero, {1, 10, 900, 1, 5, PERTA_ENC_RAW, 1, 2}},         /* a payload too long */
-        {zero, {1, UINT32_MAX, 5, 1, 5, PERTA_ENC_RAW, 1, 2}},   /* a frame past the end */
-        {zero, {1, 10, 5, 7, 5, PERTA_ENC_RAW, 1, 2}},           /* a tensor that is not there */
+        {{1, 9, 5, 0, 5, PERTA_ENC_DELTA, 1, 2}, second},          /* a hole before the frame */
+        {zero, {0, 0, 0, 1, 5, PERTA_ENC_DELTA, 1, 2}},            /* a frame of nothing */
+        {zero, {1, 10, 900, 1, 5, PERTA_ENC_DELTA, 1, 2}},         /* a payload too long */
+        {zero, {1, UINT32_MAX, 5, 1, 5, PERTA_ENC_DELTA, 1, 2}},   /* a frame past the end */
+        {zero, {1, 10, 5, 7, 5, PERTA_ENC_DELTA, 1, 2}},           /* a tensor that is not there */
         {zero, {1, 10, 5, 1, 5, (enum perta_encoding)9, 1, 2}},  /* an unknown encoding */
         {zero, second, second},                                  /* too many */
     };

@@ -62,29 +62,55 @@ def read_table(patch: bytes) -> list[tuple]:
     return list(struct.iter_unpack("<QIIIIIIQQ", entries))
 
 
-def planes(payload: np.ndarray, n: int, unsigned: np.dtype) -> np.ndarray:
-    columns = payload.reshape(unsigned.itemsize, n).T
-    return np.ascontiguousarray(columns).view(unsigned).reshape(n)
+class Payload:
+    """Reads on from where it is."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def unpack(self, form: str) -> tuple:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
+
+    def take(self, n: int) -> bytes:
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def bytes(self, n: int) -> np.ndarray:
+        return np.frombuffer(self.take(n), np.uint8)
+
+    def planes(self, n: int, unsigned: np.dtype) -> np.ndarray:
+        columns = self.bytes(n * unsigned.itemsize).reshape(unsigned.itemsize, n).T
+        return np.ascontiguousarray(columns).view(unsigned).reshape(n)
 
 
-def zigzagged(payload: bytes, encoding: int, dtype: str, u: np.ndarray) -> np.ndarray:
+def values_of_group(payload: Payload, n: int, n_rest: int, bits: int, kind: np.dtype) -> np.ndarray:
+    packed = payload.bytes((n * bits + 7) // 8)
+    rest = payload.planes(n_rest, kind)
+    if not bits:
+        return rest
+    full = (1 << bits) - 1
+    values = np.concatenate([packed >> shift & full for shift in range(0, 8, bits)])[:n].astype(kind)
+    values[values == full] = rest
+    return values
+
+
+def zigzagged(data: bytes, dtype: str, u: np.ndarray) -> np.ndarray:
     """z of a chunk whose units, on the side that is known, are u."""
-    if encoding == 3:
-        return np.frombuffer(payload, u.dtype)
-    data = np.frombuffer(payload, np.uint8)
-    if encoding == 1:
-        return planes(data, len(u), u.dtype)
-    floor, n_crossers, n_gaps = struct.unpack_from("<HII", payload)
-    gaps, data = data[10 : 10 + n_gaps].astype(np.int64), data[10 + n_gaps :]
-    crossers = (np.cumsum(gaps)[gaps != 255] + np.arange(n_crossers)).astype(np.int64)
-    shift, width = EXPONENT[dtype]
+    payload = Payload(data)
+    first, n_groups, value_bytes, n_gaps, n_overflow = payload.unpack("HBBII")
+    table = [payload.unpack("IIB") for _ in range(n_groups + 1)]
+    gaps = payload.bytes(n_gaps).astype(np.int64)
+    shift, width = EXPONENT.get(dtype, (0, 0))
     exponent = (u >> u.dtype.type(shift)).astype(np.int64) & ((1 << width) - 1)
-    others = np.delete(np.arange(len(u)), crossers)
-    order = others[np.argsort(np.maximum(exponent[others], floor), kind="stable")]
-    split = len(order) * u.dtype.itemsize
+    group = np.clip(exponent - first, 0, n_groups - 1)
+    group[np.cumsum(gaps)[gaps != 255] + np.arange(table[n_groups][0])] = n_groups
+    kind = np.dtype(f"<u{value_bytes}")
     z = np.empty_like(u)
-    z[order] = planes(data[:split], len(order), u.dtype)
-    z[crossers] = planes(data[split:], n_crossers, u.dtype)
+    z[np.argsort(group, kind="stable")] = np.concatenate(
+        [values_of_group(payload, *entry, kind) for entry in table]
+    )
+    if n_overflow:
+        z[z == 255] = payload.planes(n_overflow, u.dtype)
     return z
 
 
@@ -115,7 +141,7 @@ def convert(model: bytes, patch: bytes, revert: bool) -> bytes:
         if encoding:
             u = np.frombuffer(chunk, f"<u{unit_bits(dtype) // 8}")
             payload = zstandard.decompress(patch[frame : frame + frame_len])
-            z = zigzagged(payload, encoding, dtype, u)
+            z = zigzagged(payload, dtype, u)
             chunk = move(u, z, dtype in ORDERED, revert).tobytes()
         check(xxhash.xxh3_64_intdigest(chunk) == digests[not revert], f"{name}: wrong result")
         at = target[name] + done

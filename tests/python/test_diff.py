@@ -160,9 +160,9 @@ def nothing(rng, n):
     "encoding, dtype, make",
     [
         ("zero", "F32", nothing),
-        ("planes", "I32", small_steps),
-        ("grouped", "BF16", fine_tuned),
-        ("raw", "I64", drifting_bytes),
+        ("delta", "I32", small_steps),
+        ("delta", "BF16", fine_tuned),
+        ("delta", "I64", drifting_bytes),
     ],
 )
 def test_each_encoding_is_chosen_and_exact(perta, tmp_path, encoding, dtype, make):

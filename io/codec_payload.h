@@ -1,0 +1,121 @@
+/* codec_payload.h - the payload of one chunk, which codec.c wraps into a zstd frame. Internal to
+ * io/. Spec: docs/patch-format.md, "The payload". */
+#ifndef PERTA_IO_CODEC_PAYLOAD_H
+#define PERTA_IO_CODEC_PAYLOAD_H
+
+#include <string.h>
+
+#include "io/codec_plan.h"
+
+#define PERTA_UNIT_MAX 8u /* bytes */
+#define PERTA_HEAD_BYTES 12u
+#define PERTA_GROUP_BYTES 9u
+/* Sections: head and gaps, then fields and planes of each group, then what overflows. */
+#define PERTA_SECTIONS_MAX (2 + (PERTA_GROUPS_MAX + 1) * (1 + PERTA_UNIT_MAX) + PERTA_UNIT_MAX)
+
+/* Room to work in; see perta_codec_scratch_new(). Each is PERTA_KERNEL_SLACK bytes larger. */
+struct perta_codec_scratch {
+    const struct perta_codec_kernels *kernels;
+    size_t max_bytes; /* of a chunk */
+    uint8_t *planes;  /* (max_bytes) values in order of the units */
+    uint8_t *grouped; /* (perta_grouped_room(max_bytes)) by group, crossers last */
+    uint8_t *keys;    /* (max_bytes / 2) the group of each unit, where there are groups */
+    uint8_t *fields;  /* (max_bytes) the fields of a group, or units that overflow */
+    uint8_t *payload; /* (perta_codec_payload_max(max_bytes)) */
+    uint32_t (*counts)[256]; /* (PERTA_WINDOW) */
+};
+
+/* Between planes and between groups there is room for kernels that write past an end. */
+static inline size_t perta_grouped_stride(size_t n_units)
+{
+    return n_units + (PERTA_GROUPS_MAX + 2) * PERTA_KERNEL_SLACK;
+}
+
+static inline size_t perta_grouped_room(size_t n_bytes)
+{
+    return n_bytes + PERTA_UNIT_MAX * perta_grouped_stride(0);
+}
+
+/* Bytes of n fields. */
+static inline size_t perta_fields_bytes(size_t n, unsigned bits)
+{
+    return (n * bits + 7) / 8;
+}
+
+/* counts (n_keys) += how often each key occurs, in parts that stay in the first cache. */
+static inline void perta_count_all(const struct perta_codec_kernels *kernels,
+                                   const uint8_t *keys, size_t n, unsigned n_keys,
+                                   uint32_t *counts)
+{
+    for (size_t at = 0; at < n; at += 8192)
+        kernels->count(keys + at, n - at < 8192 ? n - at : 8192, n_keys, counts);
+}
+
+static inline void perta_unit_copy(uint8_t *to, size_t i, const uint8_t *from, size_t j,
+                                   unsigned width)
+{
+    if (width == 2)
+        memcpy(to + 2 * i, from + 2 * j, 2);
+    else if (width == 4)
+        memcpy(to + 4 * i, from + 4 * j, 4);
+    else
+        memcpy(to + 8 * i, from + 8 * j, 8);
+}
+
+struct perta_section {
+    const uint8_t *bytes;
+    size_t len_bytes;
+};
+
+/* Calls visit(ctx, i) for each i where x[i] == value, in order. */
+static inline void perta_each(const struct perta_codec_kernels *kernels, const uint8_t *x,
+                              uint8_t value, size_t n, void (*visit)(void *ctx, size_t i),
+                              void *ctx)
+{
+    uint64_t masks[64];
+    for (size_t tile = 0; tile < n; tile += 64 * 64) {
+        size_t len = n - tile < 64 * 64 ? n - tile : 64 * 64;
+        kernels->masks(x + tile, value, len, masks);
+        for (size_t at = 0; at < len; at += 64)
+            for (uint64_t mask = masks[at / 64]; mask; mask &= mask - 1)
+                visit(ctx, tile + at + (size_t)__builtin_ctzll(mask));
+    }
+}
+
+/* A payload in parts, borrowed from the scratch. */
+struct perta_sections {
+    struct perta_section all[PERTA_SECTIONS_MAX];
+    unsigned n;
+    size_t len_bytes; /* of all */
+};
+
+/* The payload of n units' change; returns how many change. With 0 there is none. */
+uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dtype,
+                             const uint8_t *before, const uint8_t *after, size_t n,
+                             struct perta_sections *sections);
+
+/* The payload, in s->payload, made sense of. Pointers lead into it and into s->grouped. */
+struct perta_layout {
+    unsigned width, value_bytes, n_groups;
+    struct perta_grouping grouping;
+    struct {
+        uint32_t n, n_rest;
+        unsigned bits;
+        const uint8_t *fields, *rest;          /* (n_rest) a plane */
+        const uint8_t *values[PERTA_UNIT_MAX]; /* (n) a plane */
+    } groups[PERTA_GROUPS_MAX + 1]; /* crossers last */
+    const uint8_t *gaps, *overflow;
+    size_t gaps_bytes, n_overflow;
+};
+
+/* NULL, or what is wrong with it. */
+const char *perta_payload_read(struct perta_codec_scratch *s, enum perta_dtype dtype,
+                               size_t payload_bytes, size_t n, struct perta_layout *layout);
+/* to (n) = from (n) moved. from may turn out not to be what the payload was made of. */
+const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype dtype,
+                               const struct perta_layout *layout, const uint8_t *from,
+                               bool minus, uint8_t *to, size_t n);
+/* How many units change. */
+uint64_t perta_payload_changed(const struct perta_layout *layout);
+
+#endif
