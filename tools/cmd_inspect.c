@@ -93,7 +93,7 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
                                           ck->shards[0].header->metadata, "perta.stat"))
                                     : NULL;
     return json_pack("{s:s, s:I, s:I, s:o, s:o, s:o}", "kind",
-                     stat ? "importance" : "checkpoint", "parameters", parameters, "bytes",
+                     ck->is_adapter ? "adapter" : stat ? "importance" : "checkpoint", "parameters", parameters, "bytes",
                      bytes, "dtypes", dtypes, "shards", shards, "tensors", tensors);
 }
 
@@ -110,10 +110,14 @@ static json_t *choice_json(const char *const *paths, size_t n)
 static int inspect_checkpoint(const struct args *args, json_t **result, struct perta_err *err)
 {
     struct perta_checkpoint *ck = NULL;
-    int rc = perta_checkpoint_open(args->path, &ck, err);
+    int rc = perta_checkpoint_is_adapter(args->path)
+                 ? perta_checkpoint_open_adapter(args->path, &ck, err)
+                 : perta_checkpoint_open(args->path, &ck, err);
     if (rc)
         return rc;
     *result = checkpoint_json(ck);
+    if (ck->is_adapter)
+        json_object_set(*result, "config", ck->config);
     const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
     for (uint32_t i = 0; paths && i < ck->n_shards; i++)
         paths[i] = ck->shards[i].path;
@@ -163,6 +167,11 @@ static void say_checkpoint(const struct args *args, const json_t *r)
             json_array_size(json_object_get(r, "shards")));
     const char *key;
     json_t *item;
+    json_object_foreach (json_object_get(r, "config"), key, item) {
+        char *value = json_dumps(item, JSON_COMPACT | JSON_ENCODE_ANY);
+        cli_say(cli, "  %s %s\n", key, value);
+        free(value);
+    }
     json_object_foreach (json_object_get(r, "dtypes"), key, item)
         cli_say(cli, "  %-8s %lld elements\n", key, (long long)json_integer_value(item));
     size_t i;

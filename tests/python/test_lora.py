@@ -147,7 +147,7 @@ def taus_of(adapter, modules, scaling):
 # --- the numbers
 
 
-@pytest.mark.parametrize("r", [1, 4, 5, 64])
+@pytest.mark.parametrize("r", [1, 5, 64])
 @pytest.mark.parametrize("dtype", EDITABLE)
 @pytest.mark.parametrize(
     "rule", [Rule("grad"), Rule("tv"), Rule("random", seed=9)], ids=lambda rule: rule.method
@@ -634,7 +634,10 @@ def test_folders_that_are_no_adapters_or_not_whole(perta, tmp_path):
     write_adapter(tmp_path / "adapter", pair(rng, Q, (64, 48), 4))
     words = [word if word != "model" else "adapter" for word in flags()]
     assert "adapter: a PEFT adapter" in perta(*words, check=3).stderr
-    assert "perta unlearn takes it as --tuned" in perta("inspect", "adapter", check=3).stderr
+    said = perta("inspect", "adapter", "--tensors").stdout
+    assert said.startswith("adapter: 448 parameters") and "  lora_alpha 16\n" in said and A in said
+    words = "diff adapter adapter --patch d".split()
+    assert "perta unlearn takes it as --tuned" in perta(*words, check=3).stderr
     shard = tmp_path / "adapter/adapter_model.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
@@ -715,21 +718,24 @@ def test_the_bytes_are_the_same_whatever_runs(perta, tmp_path):
         assert have == want, machine
 
 
-@pytest.fixture(scope="module")
-def big(tmp_path_factory):
-    """A head of 32 Mi parameters with a LoRA of rank 64, whose B takes 64 MiB as float32."""
-    path = tmp_path_factory.mktemp("big")
+def make_big(path, n_rows):
+    """A head with a LoRA of rank 64; B takes 256 bytes a row as float32."""
     rng = np.random.default_rng(22)
-    shape, r = (1 << 18, 128), 64
-    write_folder(
-        path / "model", {f"{HEAD}.weight": rng.standard_normal(shape, np.float32).astype(BF16)}
-    )
-    b = rng.standard_normal((shape[0], r), np.float32).astype(BF16)
+    shape, r = (n_rows, 128), 64
+    head = rng.standard_normal(shape, np.float32).astype(BF16)
+    write_folder(path / "model", {f"{HEAD}.weight": head})
     adapter = {
         f"{PREFIX}{HEAD}.lora_A.weight": cast(rng.standard_normal((r, shape[1])), "F32"),
-        f"{PREFIX}{HEAD}.lora_B.weight": b,
+        f"{PREFIX}{HEAD}.lora_B.weight": rng.standard_normal((n_rows, r), np.float32).astype(BF16),
     }
     write_adapter(path / "adapter", adapter, r=r)
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """32 Mi parameters; B takes 64 MiB as float32."""
+    path = tmp_path_factory.mktemp("big")
+    make_big(path, 1 << 18)
     return path
 
 
@@ -772,25 +778,23 @@ def test_a_rank_that_no_budget_has_room_for_is_said(perta, tmp_path, r, message)
 # --- going on
 
 
-def test_a_killed_run_goes_on_unless_the_adapter_changed(perta, big, tmp_path):
-    for folder in ("model", "adapter"):
-        (tmp_path / folder).symlink_to(big / folder)
+def test_a_killed_run_goes_on_unless_the_adapter_changed(perta, tmp_path):
+    make_big(tmp_path, 1 << 16)
     perta(*flags(Rule("tv")))
     want = folder_bytes(tmp_path / "p"), folder_bytes(tmp_path / "m")
-    config = (big / "adapter/adapter_config.json").read_text()
-    command = [str(PERTA), *map(str, flags(Rule("tv"))), "--force", "--progress", "none"]
+    command = [str(PERTA), *flags(Rule("tv")), "--force", "--progress", "none"]
     journal = tmp_path / "m.perta-journal"
     env = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
     with subprocess.Popen(command, cwd=tmp_path, env=env) as run:
-        while run.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 3):
+        while run.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 2):
             time.sleep(0.001)
         run.send_signal(signal.SIGKILL)
-    try:
-        (big / "adapter/adapter_config.json").write_text(config.replace("0.17.1", "0.18"))
-        if journal.exists():
-            refusal = perta(*flags(Rule("tv")), "--resume", check=2).stderr
-            assert "--resume cannot go on: inputs: adapter_config.json" in refusal
-    finally:
-        (big / "adapter/adapter_config.json").write_text(config)
+    path = tmp_path / "adapter/adapter_config.json"
+    config = path.read_text()
+    if journal.exists():
+        path.write_text(config.replace("0.17.1", "0.18"))
+        refusal = perta(*flags(Rule("tv")), "--resume", check=2).stderr
+        assert "--resume cannot go on: inputs: adapter_config.json" in refusal
+        path.write_text(config)
     perta(*flags(Rule("tv")), "--resume", "--force")
     assert (folder_bytes(tmp_path / "p"), folder_bytes(tmp_path / "m")) == want
