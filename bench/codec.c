@@ -7,7 +7,6 @@
  * what is left of it once the old value's exponent is known), then for each coder bits a unit,
  * and GB/s of the original's bytes for encoding and decoding, the median of all rounds (coders
  * take turns), least and most. Every coder's result is decoded and compared. */
-#include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -255,16 +254,29 @@ static void print_rate(const char *name, double *times, int n, size_t len_bytes)
            gb / times[0]);
 }
 
-static const uint8_t *map(const char *path, size_t *len_bytes)
+/* Room backed by huge pages, as the loop's buffers are. */
+static void *room(size_t len_bytes)
 {
-    int fd = open(path, O_RDONLY);
+    size_t huge = 1 << 21, all = (len_bytes + huge - 1) / huge * huge;
+    void *bytes = aligned_alloc(huge, all);
+    if (!bytes)
+        die("no memory");
+    madvise(bytes, all, MADV_HUGEPAGE);
+    memset(bytes, 1, all);
+    return bytes;
+}
+
+static const uint8_t *load(const char *path, size_t *len_bytes)
+{
+    FILE *file = fopen(path, "rb");
     struct stat st;
-    if (fd < 0 || fstat(fd, &st) || !st.st_size)
+    if (!file || fstat(fileno(file), &st) || !st.st_size)
         die(path);
     *len_bytes = (size_t)st.st_size;
-    void *bytes = mmap(NULL, *len_bytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 0);
-    if (bytes == MAP_FAILED)
+    void *bytes = room(*len_bytes);
+    if (fread(bytes, 1, *len_bytes, file) != *len_bytes)
         die(path);
+    fclose(file);
     return bytes;
 }
 
@@ -272,20 +284,18 @@ static void set_up(struct job *j)
 {
     j->chunk_bytes = (size_t)PERTA_CHUNK_ELEMS * j->width;
     size_t n_chunks = j->len_bytes / j->chunk_bytes + 1;
-    size_t room = n_chunks * perta_codec_bound(j->chunk_bytes);
-    j->frames = malloc(room);
+    size_t frames = n_chunks * perta_codec_bound(j->chunk_bytes);
+    j->frames = room(frames);
     j->frame_bytes = calloc(n_chunks, sizeof *j->frame_bytes);
     j->coded = calloc(n_chunks, sizeof *j->coded);
-    j->scratch = malloc(j->chunk_bytes);
-    j->planes = malloc(j->chunk_bytes);
-    j->out = malloc(j->chunk_bytes);
+    j->scratch = room(j->chunk_bytes);
+    j->planes = room(j->chunk_bytes);
+    j->out = room(j->chunk_bytes);
     j->codec = perta_codec_new(j->chunk_bytes);
     j->pack = ZSTD_createCCtx();
     j->unpack = ZSTD_createDCtx();
-    if (!j->frames || !j->frame_bytes || !j->coded || !j->scratch || !j->planes || !j->out ||
-        !j->codec || !j->pack || !j->unpack)
+    if (!j->frame_bytes || !j->coded || !j->codec || !j->pack || !j->unpack)
         die("no memory");
-    memset(j->frames, 1, room);
 }
 
 int main(int argc, char **argv)
@@ -300,8 +310,8 @@ int main(int argc, char **argv)
     n_coders = n_coders < 1 || n_coders > N_CODERS ? N_CODERS : n_coders;
     size_t after_bytes;
     j.width = perta_dtype_unit_bytes(j.dtype);
-    j.before = map(argv[2], &j.len_bytes);
-    j.after = map(argv[3], &after_bytes);
+    j.before = load(argv[2], &j.len_bytes);
+    j.after = load(argv[3], &after_bytes);
     if (after_bytes != j.len_bytes || j.len_bytes % j.width)
         die("two files of the same length, of whole units");
     set_up(&j);

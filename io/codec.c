@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <zstd.h>
 
 #include "io/codec_payload.h"
@@ -13,6 +14,7 @@
 
 struct perta_codec {
     struct perta_codec_scratch scratch;
+    uint8_t *arena; /* that holds it */
     ZSTD_CCtx *pack;
     ZSTD_DCtx *unpack;
 };
@@ -90,27 +92,46 @@ static const struct perta_codec_kernels *kernels_of(enum perta_isa isa)
     return vbmi2 ? &perta_codec_kernels_vbmi2 : all[isa];
 }
 
-/* Touched, so that what is resident now is what a run needs. (Of zeros gcc would make calloc,
- * which is not.) */
-static uint8_t *take(size_t len_bytes)
+#define HUGE_BYTES ((size_t)1 << 21)
+
+/* The next len_bytes of an arena, or so many more that it must hold. */
+static uint8_t *carve(uint8_t *arena, size_t *at, size_t len_bytes)
 {
-    uint8_t *bytes = malloc(len_bytes + PERTA_KERNEL_SLACK);
-    if (bytes)
-        memset(bytes, 1, len_bytes + PERTA_KERNEL_SLACK);
+    uint8_t *bytes = arena ? arena + *at : NULL;
+    *at += (len_bytes + PERTA_KERNEL_SLACK + 63) / 64 * 64;
     return bytes;
 }
 
-static bool take_scratch(struct perta_codec_scratch *s, size_t max_bytes)
+static size_t lay_out(struct perta_codec_scratch *s, uint8_t *arena)
+{
+    size_t at = 0, n = s->max_bytes;
+    s->planes = carve(arena, &at, n);
+    s->grouped = carve(arena, &at, perta_grouped_room(n));
+    s->keys = carve(arena, &at, n / 2);
+    s->fields = carve(arena, &at, n);
+    s->payload = carve(arena, &at, perta_codec_payload_max(n));
+    s->counts = (uint32_t(*)[256])(void *)carve(arena, &at, PERTA_WINDOW * sizeof *s->counts);
+    return at + PERTA_TILE + 64; /* readers may go past an end by a tile */
+}
+
+/* All in one piece, in huge pages where it fills some, and touched: what is resident now is what
+ * a run needs. */
+static uint8_t *take_scratch(struct perta_codec_scratch *s, size_t max_bytes)
 {
     s->kernels = kernels_of(perta_isa_chosen());
     s->max_bytes = max_bytes;
-    s->planes = take(max_bytes);
-    s->grouped = take(perta_grouped_room(max_bytes));
-    s->keys = take(max_bytes / 2);
-    s->fields = take(max_bytes);
-    s->payload = take(perta_codec_payload_max(max_bytes));
-    s->counts = calloc(PERTA_WINDOW, sizeof *s->counts);
-    return s->planes && s->grouped && s->keys && s->fields && s->payload && s->counts;
+    size_t len_bytes = (lay_out(s, NULL) + 63) / 64 * 64;
+    bool huge = len_bytes >= 2 * HUGE_BYTES;
+    if (huge)
+        len_bytes = (len_bytes + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
+    uint8_t *arena = aligned_alloc(huge ? HUGE_BYTES : 64, len_bytes);
+    if (!arena)
+        return NULL;
+    if (huge)
+        madvise(arena, len_bytes, MADV_HUGEPAGE);
+    memset(arena, 1, len_bytes); /* of zeros gcc would make calloc, which does not touch */
+    lay_out(s, arena);
+    return arena;
 }
 
 struct perta_codec *perta_codec_new(size_t max_bytes)
@@ -120,8 +141,8 @@ struct perta_codec *perta_codec_new(size_t max_bytes)
         return NULL;
     codec->pack = ZSTD_createCCtx();
     codec->unpack = ZSTD_createDCtx();
-    if (!codec->pack || !codec->unpack || !set_up(codec->pack) ||
-        !take_scratch(&codec->scratch, max_bytes)) {
+    codec->arena = take_scratch(&codec->scratch, max_bytes);
+    if (!codec->pack || !codec->unpack || !codec->arena || !set_up(codec->pack)) {
         perta_codec_free(codec);
         return NULL;
     }
@@ -139,12 +160,7 @@ void perta_codec_free(struct perta_codec *codec)
         return;
     ZSTD_freeCCtx(codec->pack);
     ZSTD_freeDCtx(codec->unpack);
-    free(codec->scratch.planes);
-    free(codec->scratch.grouped);
-    free(codec->scratch.keys);
-    free(codec->scratch.fields);
-    free(codec->scratch.payload);
-    free(codec->scratch.counts);
+    free(codec->arena);
     free(codec);
 }
 

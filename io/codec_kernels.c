@@ -211,17 +211,14 @@ static void unpack(unsigned bits, const uint8_t *packed, size_t n, uint8_t *x)
 #ifdef __AVX512VBMI2__
 /* 64 at a time, with the instructions that are there for it; no compiler finds them. */
 
-#define CLEAR _mm512_setzero_si512()
-
-static inline __mmask64 first(size_t n)
+static inline __m512i splat(uint8_t value)
 {
-    return n < 64 ? (__mmask64)_bzhi_u64(~0ull, (unsigned)n) : ~0ull;
+    return _mm512_set1_epi8((char)value);
 }
 
-static inline __mmask64 equal(const uint8_t *x, uint8_t value, size_t n)
+static inline __m512i load(const uint8_t *x)
 {
-    return _mm512_mask_cmpeq_epi8_mask(first(n), _mm512_maskz_loadu_epi8(first(n), x),
-                                       _mm512_set1_epi8((char)value));
+    return _mm512_loadu_si512(x);
 }
 
 static inline size_t ones(__mmask64 mask)
@@ -229,76 +226,110 @@ static inline size_t ones(__mmask64 mask)
     return (size_t)__builtin_popcountll(mask);
 }
 
-static void count(const uint8_t *x, size_t n, unsigned n_keys, uint32_t *counts)
+/* The first n of 64, for what is left at the end. */
+static inline __mmask64 first(size_t n)
 {
-    for (unsigned g = 0; g < n_keys; g++) {
-        size_t found = 0;
-        for (size_t at = 0; at < n; at += 64)
-            found += ones(equal(x + at, (uint8_t)g, n - at));
-        counts[g] += (uint32_t)found;
-    }
+    return (1ull << n) - 1;
+}
+
+static inline __m512i load_first(const uint8_t *x, size_t n)
+{
+    return _mm512_maskz_loadu_epi8(first(n), x);
 }
 
 static size_t occurs(const uint8_t *x, uint8_t value, size_t n)
 {
-    size_t found = 0;
-    for (size_t at = 0; at < n; at += 64)
-        found += ones(equal(x + at, value, n - at));
-    return found;
+    size_t found = 0, at = 0;
+    for (; at + 64 <= n; at += 64)
+        found += ones(_mm512_cmpeq_epi8_mask(load(x + at), splat(value)));
+    return found + ones(_mm512_mask_cmpeq_epi8_mask(first(n - at), load_first(x + at, n - at),
+                                                    splat(value)));
+}
+
+static void count(const uint8_t *x, size_t n, unsigned n_keys, uint32_t *counts)
+{
+    for (unsigned g = 0; g < n_keys; g++)
+        counts[g] += (uint32_t)occurs(x, (uint8_t)g, n);
+}
+
+static inline void scatter_64(__mmask64 valid, __m512i v, __m512i k, unsigned n_keys, uint8_t **to)
+{
+    for (unsigned g = 0; g < n_keys; g++) {
+        __mmask64 mask = _mm512_mask_cmpeq_epi8_mask(valid, k, splat((uint8_t)g));
+        _mm512_storeu_si512(to[g], _mm512_maskz_compress_epi8(mask, v));
+        to[g] += ones(mask);
+    }
 }
 
 static void scatter(const uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys, uint8_t **to)
 {
-    for (size_t at = 0; at < n; at += 64) {
-        __m512i v = _mm512_maskz_loadu_epi8(first(n - at), x + at);
-        for (unsigned g = 0; g < n_keys; g++) {
-            __mmask64 mask = equal(of + at, (uint8_t)g, n - at);
-            _mm512_storeu_si512(to[g], _mm512_maskz_compress_epi8(mask, v));
-            to[g] += ones(mask);
-        }
+    size_t at = 0;
+    for (; at + 64 <= n; at += 64)
+        scatter_64(~0ull, load(x + at), load(of + at), n_keys, to);
+    if (at < n)
+        scatter_64(first(n - at), load_first(x + at, n - at), load_first(of + at, n - at), n_keys,
+                   to);
+}
+
+static inline __m512i gather_64(__mmask64 valid, __m512i k, unsigned n_keys, const uint8_t **from)
+{
+    __m512i v = _mm512_setzero_si512();
+    for (unsigned g = 0; g < n_keys; g++) {
+        __mmask64 mask = _mm512_mask_cmpeq_epi8_mask(valid, k, splat((uint8_t)g));
+        v = _mm512_mask_expand_epi8(v, mask, load(from[g]));
+        from[g] += ones(mask);
     }
+    return v;
 }
 
 static void gather(uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys,
                    const uint8_t **from)
 {
-    for (size_t at = 0; at < n; at += 64) {
-        __m512i v = CLEAR;
-        for (unsigned g = 0; g < n_keys; g++) {
-            __mmask64 mask = equal(of + at, (uint8_t)g, n - at);
-            v = _mm512_mask_expand_epi8(v, mask, _mm512_loadu_si512(from[g]));
-            from[g] += ones(mask);
-        }
-        _mm512_mask_storeu_epi8(x + at, first(n - at), v);
-    }
+    size_t at = 0;
+    for (; at + 64 <= n; at += 64)
+        _mm512_storeu_si512(x + at, gather_64(~0ull, load(of + at), n_keys, from));
+    if (at < n)
+        _mm512_mask_storeu_epi8(
+            x + at, first(n - at),
+            gather_64(first(n - at), load_first(of + at, n - at), n_keys, from));
 }
 
 static size_t pick(const uint8_t *x, const uint8_t *of, uint8_t key, size_t n, uint8_t *to)
 {
     uint8_t *start = to;
-    for (size_t at = 0; at < n; at += 64) {
-        __mmask64 mask = equal(of + at, key, n - at);
-        __m512i v = _mm512_maskz_loadu_epi8(first(n - at), x + at);
-        _mm512_storeu_si512(to, _mm512_maskz_compress_epi8(mask, v));
+    size_t at = 0;
+    for (; at + 64 <= n; at += 64) {
+        __mmask64 mask = _mm512_cmpeq_epi8_mask(load(of + at), splat(key));
+        _mm512_storeu_si512(to, _mm512_maskz_compress_epi8(mask, load(x + at)));
         to += ones(mask);
     }
+    for (; at < n; at++)
+        if (of[at] == key)
+            *to++ = x[at];
     return (size_t)(to - start);
 }
 
 static void put(uint8_t *x, const uint8_t *of, uint8_t key, size_t n, const uint8_t *from)
 {
-    for (size_t at = 0; at < n; at += 64) {
-        __mmask64 mask = equal(of + at, key, n - at);
-        __m512i v = _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(from));
-        _mm512_mask_storeu_epi8(x + at, mask, v);
+    size_t at = 0;
+    for (; at + 64 <= n; at += 64) {
+        __mmask64 mask = _mm512_cmpeq_epi8_mask(load(of + at), splat(key));
+        _mm512_storeu_si512(x + at, _mm512_mask_expand_epi8(load(x + at), mask, load(from)));
         from += ones(mask);
     }
+    for (; at < n; at++)
+        if (of[at] == key)
+            x[at] = *from++;
 }
 
 static void masks(const uint8_t *x, uint8_t value, size_t n, uint64_t *to)
 {
-    for (size_t at = 0; at < n; at += 64)
-        *to++ = equal(x + at, value, n - at);
+    size_t at = 0;
+    for (; at + 64 <= n; at += 64)
+        *to++ = _mm512_cmpeq_epi8_mask(load(x + at), splat(value));
+    if (at < n)
+        *to = _mm512_mask_cmpeq_epi8_mask(first(n - at), load_first(x + at, n - at),
+                                          splat(value));
 }
 
 #else

@@ -13,7 +13,10 @@
 /* Sections: head and gaps, then fields and planes of each group, then what overflows. */
 #define PERTA_SECTIONS_MAX (2 + (PERTA_GROUPS_MAX + 1) * (1 + PERTA_UNIT_MAX) + PERTA_UNIT_MAX)
 
-/* Room to work in; see perta_codec_scratch_new(). Each is PERTA_KERNEL_SLACK bytes larger. */
+/* Units worked on at a time: what is read and made of them stays in the first cache. */
+#define PERTA_TILE 4096u
+
+/* Room to work in; see codec.c. Each is PERTA_KERNEL_SLACK bytes larger. */
 struct perta_codec_scratch {
     const struct perta_codec_kernels *kernels;
     size_t max_bytes; /* of a chunk */
@@ -40,15 +43,6 @@ static inline size_t perta_grouped_room(size_t n_bytes)
 static inline size_t perta_fields_bytes(size_t n, unsigned bits)
 {
     return (n * bits + 7) / 8;
-}
-
-/* counts (n_keys) += how often each key occurs, in parts that stay in the first cache. */
-static inline void perta_count_all(const struct perta_codec_kernels *kernels,
-                                   const uint8_t *keys, size_t n, unsigned n_keys,
-                                   uint32_t *counts)
-{
-    for (size_t at = 0; at < n; at += 8192)
-        kernels->count(keys + at, n - at < 8192 ? n - at : 8192, n_keys, counts);
 }
 
 static inline void perta_unit_copy(uint8_t *to, size_t i, const uint8_t *from, size_t j,

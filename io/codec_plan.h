@@ -7,7 +7,7 @@
 #include "io/dtype.h"
 
 /* Units of a sample, at most. */
-#define PERTA_SAMPLE_MAX (1u << 16)
+#define PERTA_SAMPLE_MAX (1u << 15)
 /* Exponents told apart, from the largest down. */
 #define PERTA_WINDOW 24u
 

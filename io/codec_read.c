@@ -127,93 +127,122 @@ const char *perta_payload_read(struct perta_codec_scratch *s, enum perta_dtype d
 
 /* ---- moving ---- */
 
-/* The group of each unit of from, crossers by the gaps; do they have the sizes of the table? */
-static bool find_groups(struct perta_codec_scratch *s, const struct perta_layout *l,
-                        const uint8_t *from, size_t n)
+/* Where reading has come to. */
+struct reader {
+    const struct perta_codec_kernels *kernels;
+    const struct perta_layout *l;
+    bool ordered, minus;
+    const uint8_t *gap, *overflow; /* the next of them */
+    size_t crosser;                /* the next unit that crosses */
+    const uint8_t *values[PERTA_UNIT_MAX][PERTA_GROUPS_MAX + 1]; /* the next, by plane and group */
+    /* a tile's */
+    const uint8_t *from;
+    uint8_t *to;
+    size_t n_overflow;
+    uint8_t units[PERTA_TILE * PERTA_UNIT_MAX]; /* that overflow */
+};
+
+static void next_crosser(struct reader *r)
 {
-    s->kernels->keys(l->width, &l->grouping, from, s->keys, n);
-    size_t at = 0;
-    for (size_t i = 0; i < l->gaps_bytes; i++) {
-        at += l->gaps[i];
-        if (l->gaps[i] != 255)
-            s->keys[at++] = (uint8_t)l->n_groups;
+    const uint8_t *end = r->l->gaps + r->l->gaps_bytes;
+    if (r->gap == end)
+        r->crosser = SIZE_MAX;
+    while (r->gap < end) {
+        r->crosser += *r->gap;
+        if (*r->gap++ != 255)
+            break;
     }
-    uint32_t counts[PERTA_GROUPS_MAX + 1] = {0};
-    perta_count_all(s->kernels, s->keys, n, l->n_groups + 1, counts);
+}
+
+/* Values of the n units from number at on, in planes n apart. False where the groups do not have
+ * as many: then some were read that are not theirs, but no more than a tile. */
+static bool gather_tile(struct reader *r, size_t at, size_t n, uint8_t *keys, uint8_t *planes)
+{
+    const struct perta_layout *l = r->l;
+    r->kernels->keys(l->width, &l->grouping, r->from, keys, n);
+    while (r->crosser < at + n) {
+        keys[r->crosser++ - at] = (uint8_t)l->n_groups;
+        next_crosser(r);
+    }
+    for (unsigned b = 0; b < l->value_bytes; b++)
+        r->kernels->gather(planes + b * n, keys, n, l->n_groups + 1, r->values[b]);
     for (unsigned g = 0; g <= l->n_groups; g++)
-        if (counts[g] != l->groups[g].n)
+        if (r->values[0][g] > l->groups[g].values[0] + l->groups[g].n)
             return false;
     return true;
 }
 
-static void ungroup(struct perta_codec_scratch *s, const struct perta_layout *l, size_t n)
-{
-    for (unsigned b = 0; b < l->value_bytes; b++) {
-        const uint8_t *values[PERTA_GROUPS_MAX + 1];
-        for (unsigned g = 0; g <= l->n_groups; g++)
-            values[g] = l->groups[g].values[b];
-        s->kernels->gather(s->planes + b * n, s->keys, n, l->n_groups + 1, values);
-    }
-}
-
-/* Units whose values overflow, in order. */
-struct overflow {
-    const uint8_t *from;
-    uint8_t *units, *to;
-    unsigned width;
-    size_t n, room;
-};
-
 static void take_out(void *ctx, size_t unit)
 {
-    struct overflow *o = ctx;
-    if (o->n < o->room)
-        perta_unit_copy(o->units, o->n, o->from, unit, o->width);
-    o->n++;
+    struct reader *r = ctx;
+    perta_unit_copy(r->units, r->n_overflow++, r->from, unit, r->l->width);
 }
 
 static void put_back(void *ctx, size_t unit)
 {
-    struct overflow *o = ctx;
-    perta_unit_copy(o->to, unit, o->units, o->n++, o->width);
+    struct reader *r = ctx;
+    perta_unit_copy(r->to, unit, r->units, r->n_overflow++, r->l->width);
 }
 
-/* They are moved by themselves, one after another. */
-static bool move_overflow(struct perta_codec_scratch *s, const struct perta_layout *l,
-                          bool ordered, const uint8_t *values, const uint8_t *from, bool minus,
-                          uint8_t *to, size_t n)
+/* Units whose values overflow are moved by themselves, one after another. */
+static bool move_overflow(struct reader *r, const uint8_t *values, size_t n)
 {
-    struct overflow o = {from, s->fields, to, l->width, 0, l->n_overflow};
-    perta_each(s->kernels, values, 255, n, take_out, &o);
-    if (o.n != l->n_overflow)
+    const struct perta_layout *l = r->l;
+    r->n_overflow = 0;
+    perta_each(r->kernels, values, 255, n, take_out, r);
+    size_t found = r->n_overflow;
+    if (found > l->n_overflow - (size_t)(r->overflow - l->overflow))
         return false;
-    s->kernels->add(l->width, ordered, false, o.units, l->overflow, o.n, minus, o.units, o.n);
-    o.n = 0;
-    perta_each(s->kernels, values, 255, n, put_back, &o);
+    r->kernels->add(l->width, r->ordered, false, r->units, r->overflow, l->n_overflow, r->minus,
+                    r->units, found);
+    r->overflow += found;
+    r->n_overflow = 0;
+    perta_each(r->kernels, values, 255, n, put_back, r);
     return true;
+}
+
+static void start_reader(struct reader *r, const struct perta_codec_scratch *s,
+                         enum perta_dtype dtype, const struct perta_layout *l, bool minus)
+{
+    r->kernels = s->kernels;
+    r->l = l;
+    r->ordered = perta_codec_is_ordered(dtype);
+    r->minus = minus;
+    r->gap = l->gaps;
+    r->overflow = l->overflow;
+    r->crosser = 0;
+    next_crosser(r);
+    for (unsigned b = 0; b < l->value_bytes; b++)
+        for (unsigned g = 0; g <= l->n_groups; g++)
+            r->values[b][g] = l->groups[g].values[b];
 }
 
 const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype dtype,
                                const struct perta_layout *l, const uint8_t *from, bool minus,
                                uint8_t *to, size_t n)
 {
-    bool ordered = perta_codec_is_ordered(dtype), narrow = l->value_bytes < l->width;
-    const uint8_t *values = s->planes;
-    size_t stride = n;
-    if (l->n_groups > 1) {
-        if (!find_groups(s, l, from, n))
-            return "its groups are not those of the values";
-        ungroup(s, l, n);
-    } else {
-        if (l->groups[1].n)
-            return "its groups make no sense";
-        values = l->groups[0].values[0];
-        stride = l->groups[0].bits ? perta_grouped_stride(n) : n;
+    struct reader r;
+    bool narrow = l->value_bytes < l->width;
+    size_t stride = l->groups[0].bits ? perta_grouped_stride(n) : n;
+    if (l->n_groups == 1 && l->groups[1].n)
+        return "its groups make no sense";
+    start_reader(&r, s, dtype, l, minus);
+    for (size_t at = 0; at < n; at += PERTA_TILE) {
+        size_t len = n - at < PERTA_TILE ? n - at : PERTA_TILE;
+        const uint8_t *values = l->groups[0].values[0] + at;
+        r.from = from + at * l->width;
+        r.to = to + at * l->width;
+        if (l->n_groups > 1) {
+            if (!gather_tile(&r, at, len, s->keys, s->planes))
+                return "its groups are not those of the values";
+            values = s->planes;
+            stride = len;
+        }
+        s->kernels->add(l->width, r.ordered, narrow, r.from, values, stride, minus, r.to, len);
+        if (narrow && !move_overflow(&r, values, len))
+            return "what overflows makes no sense";
     }
-    s->kernels->add(l->width, ordered, narrow, from, values, stride, minus, to, n);
-    if (narrow && !move_overflow(s, l, ordered, values, from, minus, to, n))
-        return "what overflows makes no sense";
-    return NULL;
+    return r.overflow == l->overflow + l->n_overflow ? NULL : "what overflows makes no sense";
 }
 
 uint64_t perta_payload_changed(const struct perta_layout *l)

@@ -7,8 +7,6 @@
 
 #define CROSSER_SHARE 16 /* the same for units that cross */
 
-#define TILE 4096
-
 /* A chunk on its way. */
 struct chunk {
     struct perta_codec_scratch *s;
@@ -17,8 +15,9 @@ struct chunk {
     size_t n;
     struct perta_codec_plan plan;
     unsigned width, value_bytes;
-    size_t n_overflow, n_listed;
+    size_t n_overflow, overflow_max;
     uint32_t counts[PERTA_GROUPS_MAX + 1]; /* units of each group, crossers last */
+    const uint8_t *overflow;               /* (n_overflow) planes */
     uint8_t *end;                          /* of what stands in s->payload */
     struct perta_sections *sections;
 };
@@ -39,6 +38,24 @@ static void add_section(struct chunk *c, const uint8_t *bytes, size_t len_bytes)
 
 /* ---- values and groups ---- */
 
+/* Units whose values overflow, both sides: in s->fields, room for n_overflow_max each. */
+struct overflow {
+    const struct chunk *c;
+    const uint8_t *before, *after;
+    size_t n;
+};
+
+static void add_overflow(void *ctx, size_t unit)
+{
+    struct overflow *o = ctx;
+    unsigned width = o->c->width;
+    if (o->n < o->c->overflow_max) {
+        perta_unit_copy(o->c->s->fields, o->n, o->before, unit, width);
+        perta_unit_copy(o->c->s->fields + o->c->overflow_max * width, o->n, o->after, unit, width);
+    }
+    o->n++;
+}
+
 /* Values, keys and what is counted of them, tile by tile, while both sides are in the cache. */
 static uint64_t take_values(struct chunk *c)
 {
@@ -46,17 +63,20 @@ static uint64_t take_values(struct chunk *c)
     const struct perta_grouping *g = &c->plan.grouping;
     bool ordered = perta_codec_is_ordered(c->dtype);
     uint64_t n_changed = 0;
-    uint8_t other[TILE];
+    uint8_t other[PERTA_TILE];
     c->value_bytes = c->plan.narrow ? 1 : c->width;
-    c->n_overflow = 0;
+    struct overflow overflow = {.c = c};
     memset(c->counts, 0, sizeof c->counts);
-    for (size_t at = 0; at < c->n; at += TILE) {
-        size_t len = c->n - at < TILE ? c->n - at : TILE;
+    for (size_t at = 0; at < c->n; at += PERTA_TILE) {
+        size_t len = c->n - at < PERTA_TILE ? c->n - at : PERTA_TILE;
         const uint8_t *before = c->before + at * c->width, *after = c->after + at * c->width;
         n_changed += s->kernels->delta(c->width, ordered, c->plan.narrow, before, after,
                                        s->planes + at, c->n, len);
-        if (c->plan.narrow)
-            c->n_overflow += s->kernels->occurs(s->planes + at, 255, len);
+        if (c->plan.narrow) {
+            overflow.before = before;
+            overflow.after = after;
+            perta_each(s->kernels, s->planes + at, 255, len, add_overflow, &overflow);
+        }
         if (g->n > 1) {
             s->kernels->keys(c->width, g, before, s->keys + at, len);
             s->kernels->keys(c->width, g, after, other, len);
@@ -64,6 +84,7 @@ static uint64_t take_values(struct chunk *c)
             s->kernels->count(s->keys + at, len, g->n + 1, c->counts);
         }
     }
+    c->n_overflow = overflow.n;
     return n_changed;
 }
 
@@ -72,7 +93,7 @@ static uint64_t take_chunk(struct chunk *c)
 {
     struct perta_grouping *g = &c->plan.grouping;
     uint64_t n_changed = take_values(c);
-    if (c->n_overflow > c->n / OVERFLOW_SHARE) {
+    if (c->n_overflow > c->overflow_max) {
         c->plan.narrow = false;
         n_changed = take_values(c);
     }
@@ -162,26 +183,14 @@ static void write_groups(struct chunk *c, uint8_t *table)
     }
 }
 
-static void add_overflow(void *ctx, size_t unit)
-{
-    struct chunk *c = ctx;
-    perta_unit_copy(c->s->fields, c->n_listed, c->before, unit, c->width);
-    perta_unit_copy(c->s->fields + c->n_overflow * c->width, c->n_listed, c->after, unit,
-                    c->width);
-    c->n_listed++;
-}
-
-/* z of units that overflow, from both their sides one after another where fields stood. */
+/* z of the units that overflow, into s->payload before fields need their room. */
 static void write_overflow(struct chunk *c)
 {
-    if (!c->n_overflow)
-        return;
-    size_t n = c->n_overflow;
-    perta_each(c->s->kernels, c->s->planes, 255, c->n, add_overflow, c);
+    c->overflow = c->end;
     c->s->kernels->delta(c->width, perta_codec_is_ordered(c->dtype), false, c->s->fields,
-                         c->s->fields + n * c->width, c->end, n, n);
-    for (unsigned b = 0; b < c->width; b++, c->end += n)
-        add_section(c, c->end, n);
+                         c->s->fields + c->overflow_max * c->width, c->end, c->n_overflow,
+                         c->n_overflow);
+    c->end += c->n_overflow * c->width;
 }
 
 uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dtype,
@@ -195,6 +204,7 @@ uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dty
         .after = after,
         .n = n,
         .width = perta_dtype_unit_bytes(dtype),
+        .overflow_max = n / OVERFLOW_SHARE,
         .sections = sections,
     };
     sections->n = 0;
@@ -221,7 +231,9 @@ uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dty
     put_le(head + 4, (uint64_t)(c.end - gaps), 4);
     put_le(head + 8, c.n_overflow, 4);
     add_section(&c, head, (size_t)(c.end - head));
-    write_groups(&c, table);
     write_overflow(&c);
+    write_groups(&c, table);
+    for (unsigned b = 0; b < c.width; b++)
+        add_section(&c, c.overflow + b * c.n_overflow, c.n_overflow);
     return n_changed;
 }
