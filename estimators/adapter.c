@@ -482,6 +482,22 @@ static int check_lora(const struct perta_adapter *adapter, const struct config *
               : 0;
 }
 
+/* Where a model stores both of two tied tensors, a change of one is one of the other too. */
+static int check_tied(const struct perta_checkpoint *model, const struct perta_tensor *tensor,
+                      struct perta_err *err)
+{
+    const char *name = perta_tied_name(tensor->name);
+    const struct perta_ref *other = name ? perta_checkpoint_find(model, name) : NULL;
+    if (!other || (other->tensor->n_dims == 2 && tensor->n_dims == 2 &&
+                   other->tensor->shape[0] == tensor->shape[0] &&
+                   other->tensor->shape[1] == tensor->shape[1]))
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "--model %s: tensors %s and %s, which its config.json ties, are not "
+                      "matrices of one shape",
+                      model->path, tensor->name, name);
+}
+
 static int find_targets(struct perta_adapter *adapter, const struct config *config,
                         const struct perta_checkpoint *model, struct perta_err *err)
 {
@@ -508,7 +524,8 @@ static int find_targets(struct perta_adapter *adapter, const struct config *conf
             rc = check_lora(adapter, config, change, ref->tensor, err);
         if (rc || !tied || !perta_tied_name(change->target))
             continue;
-        if (last && !(last->whole && change->whole))
+        rc = check_tied(model, ref->tensor, err);
+        if (!rc && last && !(last->whole && change->whole))
             rc = perta_fail(
                 err, PERTA_EINPUT,
                 "%s: changes %s and %s, which --model ties to one; merge the adapter "

@@ -318,6 +318,17 @@ def test_tied_embeddings_stand_for_one_another(perta, tmp_path, stored, changed)
     check_folder(tmp_path, None, want_of(Rule("grad"), 1, roles, taus))
 
 
+@pytest.mark.parametrize("shape", [(101, 12), (99, 12), (1200,)])
+def test_tied_embeddings_of_different_shapes_are_refused(perta, tmp_path, shape):
+    """The one that the adapter does not name would be read beyond its end."""
+    rng = np.random.default_rng(9)
+    write_roles(tmp_path, make_model(rng, "F32", {EMBED: shape, HEAD: (100, 12)}))
+    write_adapter(tmp_path / "adapter", pair(rng, HEAD, (100, 12), 4))
+    (tmp_path / "model/config.json").write_text('{"tie_word_embeddings": true}')
+    message = perta(*flags(), check=3).stderr
+    assert "lm_head.weight and model.embed_tokens.weight, which its config.json ties" in message
+
+
 def test_tied_embeddings_with_two_loras_are_refused(perta, tmp_path):
     rng = np.random.default_rng(9)
     shape = (100, 12)
