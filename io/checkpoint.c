@@ -9,6 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "io/ahead.h"
 #include "io/file.h"
 #include "io/text.h"
 
@@ -404,6 +405,14 @@ static int open_as(const char *path, int (*open_it)(struct perta_checkpoint *, s
 
 int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
                           struct perta_err *err)
+{
+    *out = NULL;
+    int rc = perta_ahead_refuse(path, err);
+    return rc ? rc : open_as(path, open_any, out, err);
+}
+
+int perta_checkpoint_open_unfinished(const char *path, struct perta_checkpoint **out,
+                                     struct perta_err *err)
 {
     return open_as(path, open_any, out, err);
 }

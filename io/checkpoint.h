@@ -47,6 +47,10 @@ struct perta_ref {
 PERTA_API int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
                                     struct perta_err *err);
 
+/* The same of a folder with a journal of an edit in place, which perta_checkpoint_open refuses. */
+int perta_checkpoint_open_unfinished(const char *path, struct perta_checkpoint **out,
+                                     struct perta_err *err);
+
 /* Is path the folder of a PEFT adapter, and not of a checkpoint that has one beside it? */
 PERTA_API bool perta_checkpoint_is_adapter(const char *path);
 /* Open such a folder: its one shard is adapter_model.safetensors, its config is

@@ -11,4 +11,4 @@ pytest() { # build, tests
 }
 
 echo "== killed at random instants, every verb"
-pytest build tests/python/test_crash.py "$@"
+pytest build tests/python/test_crash.py tests/python/test_in_place.py "$@"

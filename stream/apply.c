@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "stream/in_place.h"
 #include "stream/input.h"
 #include "stream/model_out.h"
 #include "stream/patch_in.h"
@@ -338,6 +339,8 @@ int perta_apply(const struct perta_apply *apply, const struct perta_run *run, js
         .forward = apply->mode == PERTA_APPLY,
     };
     *summary = NULL;
+    if (!apply->out)
+        return perta_in_place(apply, run, summary, err);
     int rc = open_inputs(&job, run, err);
     if (!rc && run->dry_run) {
         *summary = json_object();

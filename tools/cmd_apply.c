@@ -2,15 +2,19 @@
 #include "stream/apply.h"
 #include "tools/cli.h"
 
-enum { KEY_OUT = CLI_KEY_OWN };
+enum { KEY_OUT = CLI_KEY_OWN, KEY_IN_PLACE };
 
 struct args {
     struct cli cli;
     struct perta_apply apply;
+    bool in_place;
 };
 
 static const struct argp_option options[] = {
-    {"out", KEY_OUT, "DIR", 0, "Write the model here", 1}, {0}};
+    {"out", KEY_OUT, "DIR", 0, "Write the model here", 1},
+    {"in-place", KEY_IN_PLACE, NULL, 0,
+     "Change MODEL itself, for want of room; safe to kill: the same command then completes it", 1},
+    {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
@@ -22,6 +26,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_OUT:
         args->apply.out = arg;
         return 0;
+    case KEY_IN_PLACE:
+        args->in_place = true;
+        return 0;
     case ARGP_KEY_ARG:
         if (state->arg_num > 1)
             return ARGP_ERR_UNKNOWN;
@@ -30,8 +37,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case ARGP_KEY_END:
         if (!args->apply.patch)
             argp_error(state, "a model and a patch are needed: MODEL PATCH");
-        if (!args->apply.out)
-            argp_error(state, "--out DIR is needed");
+        if (!args->apply.out == !args->in_place)
+            argp_error(state, "either --out DIR or --in-place");
         return 0;
     }
     return ARGP_ERR_UNKNOWN;
@@ -47,7 +54,8 @@ static const struct argp apply_argp = {
     "patch for another model is refused (exit 1) and nothing is written."
     "\v"
     "Example:\n"
-    "  perta apply full patches/alpha-1 --out forgotten",
+    "  perta apply full patches/alpha-1 --out forgotten\n"
+    "  perta apply full patches/alpha-1 --in-place",
     children, NULL, NULL};
 
 static const struct argp revert_argp = {
@@ -75,6 +83,13 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: the headers fit; nothing was written\n");
+        else if (args.in_place)
+            cli_say(&args.cli, "%s: %.0f of %.0f chunks written over, %s, digests right before and "
+                    "after%s\n%.2f s\n", args.apply.model,
+                    json_number_value(json_object_get(summary, "written_chunks")), chunks,
+                    cli_bytes(written, a),
+                    json_is_true(json_object_get(summary, "went_on"))
+                        ? " (what an interrupted run had begun)" : "", t);
         else
             cli_say(&args.cli, "%s: %s, %.0f chunks, digests right before and after\n%.2f s (%s/s)\n",
                     args.apply.out, cli_bytes(written, a), chunks, t, cli_bytes(written / t, b));
