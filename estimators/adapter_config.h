@@ -1,0 +1,32 @@
+/* adapter_config.h - what PEFT's adapter_config.json says of the numbers of a LoRA.
+ * Spec: docs/method.md, "LoRA adapters". Internal to estimators/. */
+#ifndef PERTA_ESTIMATORS_ADAPTER_CONFIG_H
+#define PERTA_ESTIMATORS_ADAPTER_CONFIG_H
+
+#include <jansson.h>
+#include <stdbool.h>
+
+#include "io/checkpoint.h"
+
+struct perta_adapter_config {
+    const char *path;                           /* of the folder, for messages */
+    const json_t *json;                         /* borrowed, as all of it */
+    const json_t *rank_pattern, *alpha_pattern; /* objects, or NULL */
+    uint64_t r;
+    double alpha;
+    bool use_rslora;
+};
+
+/* Of an adapter (borrowed). What A, B and scaling do not describe is PERTA_EINPUT, with its
+ * key. */
+int perta_adapter_config_read(struct perta_adapter_config *config,
+                              const struct perta_checkpoint *ck, struct perta_err *err);
+/* Rank and scaling of a module (len characters). */
+int perta_adapter_config_scale(const struct perta_adapter_config *config,
+                               const char *module, size_t len, uint64_t *rank,
+                               float *scaling, struct perta_err *err);
+/* Keys of newer versions of PEFT may say things that perta ought to know: append them to
+ * notes. */
+void perta_adapter_config_note(const struct perta_adapter_config *config, json_t *notes);
+
+#endif
