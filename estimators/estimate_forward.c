@@ -52,6 +52,7 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 
 void perta_estimate_release(struct perta_estimate_job *job)
 {
+    perta_behind_close(job->behind);
     perta_head_close(&job->head, &job->scratch);
     for (uint32_t l = 0; job->x && l <= job->weights.llm.n_layers; l++)
         perta_store_close(&job->x[l], &job->scratch);

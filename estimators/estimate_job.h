@@ -19,6 +19,7 @@ struct perta_estimate_job {
     struct perta_samples samples;
     bool answers; /* samples are to hold the other answers too */
     struct perta_importance_out outs[2];
+    struct perta_behind *behind; /* that writes them */
     struct perta_gemm *gemm;
     struct perta_statistic statistic;
     struct perta_head head;

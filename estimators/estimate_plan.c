@@ -6,7 +6,7 @@
 
 #include "io/checked.h"
 
-/* What oneDNN, OpenMP and the heap take besides what is counted. */
+/* What oneDNN, OpenMP, the thread that writes (16 MiB) and the heap take besides what is counted. */
 #define MARGIN_BYTES (48ull << 20)
 /* The process itself before anything is taken, and a tensor's entry in its tables. */
 #define PROCESS_BYTES (14ull << 20)

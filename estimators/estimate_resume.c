@@ -111,7 +111,8 @@ static int open_output(struct perta_estimate_job *job, int stat, struct perta_er
                                           job->samples.n, is_parameter, &job->weights, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->estimate->out);
     if (!rc)
-        rc = perta_importance_begin(out, &plan, path, &job->journal, job->estimate->force, err);
+        rc = perta_importance_begin(out, &plan, path, &job->journal, job->estimate->force,
+                                    job->behind, err);
     if (path)
         perta_importance_release(&plan);
     free(path);
@@ -138,6 +139,8 @@ int perta_estimate_begin(struct perta_estimate_job *job, bool bf16, enum perta_s
                                        job->estimate->force, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->estimate->out);
     json_decref(identity);
+    if (!rc)
+        rc = perta_behind_open(&job->behind, err);
     for (int stat = 0; stat < 2 && !rc; stat++)
         if (wanted(job, stat))
             rc = open_output(job, stat, err);

@@ -100,25 +100,6 @@ static int by_name(const void *a, const void *b)
     return strcmp(x->tensor->name, y->tensor->name);
 }
 
-static int write_at(int fd, const void *data, uint64_t len_bytes, uint64_t off_bytes,
-                    const char *name, struct perta_err *err)
-{
-    const uint8_t *from = data;
-    while (len_bytes) {
-        ssize_t put = pwrite(fd, from, len_bytes < (1u << 30) ? len_bytes : (1u << 30),
-                             (off_t)off_bytes);
-        if (put < 0 && errno == EINTR)
-            continue;
-        if (put < 0)
-            return perta_fail_sys(err, errno, "%s: byte %llu", name,
-                                  (unsigned long long)off_bytes);
-        from += put;
-        off_bytes += (uint64_t)put;
-        len_bytes -= (uint64_t)put;
-    }
-    return 0;
-}
-
 static int make_file(struct perta_importance_out *out, uint32_t s, struct perta_err *err)
 {
     const struct perta_importance_shard *shard = &out->plan.shards[s];
@@ -135,7 +116,7 @@ static int make_file(struct perta_importance_out *out, uint32_t s, struct perta_
             rc = perta_fail_sys(err, errno, "%s", path);
     }
     if (!rc)
-        rc = write_at(out->fds[s], shard->header, shard->header_bytes, 0, path, err);
+        rc = perta_write_all(out->fds[s], shard->header, shard->header_bytes, path, err);
     free(path);
     return rc;
 }
@@ -158,6 +139,17 @@ static int open_file(struct perta_importance_out *out, uint32_t s, struct perta_
     return rc;
 }
 
+/* The file once more, past the page cache where the file system can. */
+static int open_direct(struct perta_importance_out *out, uint32_t s, struct perta_err *err)
+{
+    char *path = perta_publish_path(&out->folder, out->plan.shards[s].name);
+    if (!path)
+        return perta_fail_sys(err, ENOMEM, "%s", out->plan.shards[s].name);
+    out->direct_fds[s] = open(path, O_WRONLY | O_DIRECT | O_CLOEXEC | O_NOFOLLOW);
+    free(path);
+    return 0;
+}
+
 /* Take over plan, and find its tensors by name. */
 static int take_over(struct perta_importance_out *out, struct perta_importance *plan,
                      struct perta_err *err)
@@ -168,11 +160,12 @@ static int take_over(struct perta_importance_out *out, struct perta_importance *
     for (uint32_t s = 0; s < out->plan.n_shards; s++)
         n_tensors += out->plan.shards[s].n_tensors;
     out->fds = calloc(out->plan.n_shards + 1, sizeof *out->fds);
+    out->direct_fds = calloc(out->plan.n_shards + 1, sizeof *out->direct_fds);
     out->by_name = calloc(n_tensors + 1, sizeof *out->by_name);
-    if (!out->fds || !out->by_name)
+    if (!out->fds || !out->direct_fds || !out->by_name)
         return perta_fail_sys(err, ENOMEM, "importance");
     for (uint32_t s = 0; s < out->plan.n_shards; s++) {
-        out->fds[s] = -1;
+        out->fds[s] = out->direct_fds[s] = -1;
         for (uint64_t i = 0; i < out->plan.shards[s].n_tensors; i++)
             out->by_name[out->n_tensors++] =
                 (struct by_name){&out->plan.shards[s].tensors[i], s};
@@ -183,15 +176,18 @@ static int take_over(struct perta_importance_out *out, struct perta_importance *
 
 int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
                            const char *path, const struct perta_journal *journal, bool force,
-                           struct perta_err *err)
+                           struct perta_behind *behind, struct perta_err *err)
 {
     int rc = take_over(out, plan, err);
+    out->behind = behind;
     if (!rc)
         rc = perta_journal_folder(journal, &out->folder, path, force, err);
     if (!out->folder.made) /* it has its name already */
         return rc;
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
         rc = journal->going_on ? open_file(out, s, err) : make_file(out, s, err);
+    for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
+        rc = open_direct(out, s, err);
     return rc;
 }
 
@@ -205,13 +201,15 @@ int perta_importance_write(struct perta_importance_out *out, const char *name, u
     if (!found)
         return perta_fail(err, PERTA_EINPUT, "tensor %s is not in the checkpoint", name);
     out->written_bytes += n * sizeof *data;
-    return write_at(out->fds[found->shard], data, n * sizeof *data,
-                    found->tensor->off_bytes + first * sizeof *data, name, err);
+    return perta_behind_write(out->behind, out->fds[found->shard],
+                              out->direct_fds[found->shard], data, n * sizeof *data,
+                              found->tensor->off_bytes + first * sizeof *data,
+                              found->tensor->name, err);
 }
 
 int perta_importance_sync(const struct perta_importance_out *out, struct perta_err *err)
 {
-    int rc = 0;
+    int rc = perta_behind_settle(out->behind, err);
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
         if (out->fds[s] >= 0 && fsync(out->fds[s]))
             rc = perta_fail_sys(err, errno, "%s: fsync", out->plan.shards[s].name);
@@ -232,7 +230,11 @@ void perta_importance_out_release(struct perta_importance_out *out)
     for (uint32_t s = 0; out->fds && s < out->plan.n_shards; s++)
         if (out->fds[s] >= 0)
             close(out->fds[s]);
+    for (uint32_t s = 0; out->direct_fds && s < out->plan.n_shards; s++)
+        if (out->direct_fds[s] >= 0)
+            close(out->direct_fds[s]);
     free(out->fds);
+    free(out->direct_fds);
     free(out->by_name);
     perta_publish_release(&out->folder);
     perta_importance_release(&out->plan);

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "estimators/edit.h"
+#include "io/behind.h"
 #include "io/checkpoint.h"
 #include "io/publish.h"
 #include "stream/journal.h"
@@ -37,7 +38,9 @@ void perta_importance_release(struct perta_importance *plan);
 struct perta_importance_out {
     struct perta_importance plan;
     struct perta_publish folder;
-    int *fds; /* (plan.n_shards) */
+    int *fds;                    /* (plan.n_shards) */
+    int *direct_fds;             /* (plan.n_shards), -1 where there is none */
+    struct perta_behind *behind; /* borrowed */
     struct by_name {
         const struct perta_tensor *tensor;
         uint32_t shard;
@@ -45,10 +48,11 @@ struct perta_importance_out {
     uint64_t n_tensors, written_bytes;
 };
 
-/* Takes over plan. journal says whether to go on with what an interrupted run left. */
+/* Takes over plan. journal says whether to go on with what an interrupted run left. behind writes,
+ * and is closed before out is released. */
 int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
                            const char *path, const struct perta_journal *journal, bool force,
-                           struct perta_err *err);
+                           struct perta_behind *behind, struct perta_err *err);
 /* n floats of a tensor from element first on. */
 int perta_importance_write(struct perta_importance_out *out, const char *name, uint64_t first,
                            const float *data, uint64_t n, struct perta_err *err);

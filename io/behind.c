@@ -1,0 +1,180 @@
+#include "io/behind.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "io/checked.h"
+#include "io/thread.h"
+
+#define PIECES 8
+#define PIECE_BYTES (PERTA_BEHIND_BYTES / PIECES)
+
+/* One write; its bytes lie as far from a block's start in memory as they do in the file. */
+struct piece {
+    uint8_t *data;
+    uint64_t len_bytes, off_bytes;
+    int fd, direct_fd;
+    const char *name;
+};
+
+struct perta_behind {
+    uint8_t *memory; /* (PIECES, PIECE_BYTES) */
+    pthread_t thread;
+    bool running;
+
+    /* under lock */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct piece pieces[PIECES];
+    uint64_t n_put, n_done; /* so far; piece i is at i mod PIECES */
+    bool stopping;
+    struct perta_err failure; /* the first */
+};
+
+static int write_at(int fd, const uint8_t *data, uint64_t len_bytes, uint64_t off_bytes,
+                    const char *name, struct perta_err *err)
+{
+    while (len_bytes) {
+        ssize_t put = pwrite(fd, data, len_bytes, (off_t)off_bytes);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put <= 0)
+            return perta_fail_sys(err, put ? errno : ENOSPC, "%s: byte %llu", name,
+                                  (unsigned long long)off_bytes);
+        data += put;
+        off_bytes += (uint64_t)put;
+        len_bytes -= (uint64_t)put;
+    }
+    return 0;
+}
+
+/* Head and tail through the page cache, whole blocks direct. */
+static int write_piece(const struct piece *p, struct perta_err *err)
+{
+    uint64_t end = p->off_bytes + p->len_bytes;
+    uint64_t first = perta_align_up(p->off_bytes, PERTA_BLOCK_BYTES);
+    uint64_t last = perta_align_down(end, PERTA_BLOCK_BYTES);
+    if (p->direct_fd < 0 || first >= last)
+        return write_at(p->fd, p->data, p->len_bytes, p->off_bytes, p->name, err);
+    const uint8_t *blocks = p->data + (first - p->off_bytes);
+    struct perta_err refusal = {0};
+    int rc = write_at(p->fd, p->data, first - p->off_bytes, p->off_bytes, p->name, err);
+    if (!rc && write_at(p->direct_fd, blocks, last - first, first, p->name, &refusal)) {
+        if (refusal.sys_errno == EINVAL) /* some file systems refuse only now */
+            rc = write_at(p->fd, blocks, last - first, first, p->name, err);
+        else
+            *err = refusal;
+        rc = err->code;
+    }
+    return rc ? rc
+              : write_at(p->fd, p->data + (last - p->off_bytes), end - last, last, p->name, err);
+}
+
+static void *run(void *arg)
+{
+    struct perta_behind *b = arg;
+    pthread_mutex_lock(&b->lock);
+    for (;;) {
+        while (b->n_done == b->n_put && !b->stopping)
+            pthread_cond_wait(&b->changed, &b->lock);
+        if (b->n_done == b->n_put)
+            break;
+        struct piece piece = b->pieces[b->n_done % PIECES];
+        bool failed = b->failure.code != 0;
+        pthread_mutex_unlock(&b->lock);
+        struct perta_err err = {0};
+        if (!failed)
+            write_piece(&piece, &err);
+        pthread_mutex_lock(&b->lock);
+        if (err.code)
+            b->failure = err;
+        b->n_done++;
+        pthread_cond_broadcast(&b->changed);
+    }
+    pthread_mutex_unlock(&b->lock);
+    return NULL;
+}
+
+int perta_behind_open(struct perta_behind **out, struct perta_err *err)
+{
+    struct perta_behind *b = calloc(1, sizeof *b);
+    if (!b)
+        return perta_fail_sys(err, ENOMEM, "writing");
+    pthread_mutex_init(&b->lock, NULL);
+    pthread_cond_init(&b->changed, NULL);
+    void *memory = mmap(NULL, PERTA_BEHIND_BYTES, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    b->memory = memory == MAP_FAILED ? NULL : memory;
+    int failed = b->memory ? perta_thread_start(&b->thread, run, b) : ENOMEM;
+    b->running = !failed;
+    if (failed) {
+        perta_behind_close(b);
+        return perta_fail_sys(err, failed, "the thread that writes");
+    }
+    *out = b;
+    return 0;
+}
+
+void perta_behind_close(struct perta_behind *b)
+{
+    if (!b)
+        return;
+    if (b->running) {
+        pthread_mutex_lock(&b->lock);
+        b->stopping = true;
+        pthread_cond_broadcast(&b->changed);
+        pthread_mutex_unlock(&b->lock);
+        pthread_join(b->thread, NULL);
+    }
+    if (b->memory)
+        munmap(b->memory, PERTA_BEHIND_BYTES);
+    pthread_cond_destroy(&b->changed);
+    pthread_mutex_destroy(&b->lock);
+    free(b);
+}
+
+/* Wait until at most so many pieces are under way. */
+static int wait_for(struct perta_behind *b, uint64_t most, struct perta_err *err)
+{
+    pthread_mutex_lock(&b->lock);
+    while (b->n_put - b->n_done > most)
+        pthread_cond_wait(&b->changed, &b->lock);
+    if (b->failure.code)
+        *err = b->failure;
+    int rc = b->failure.code;
+    pthread_mutex_unlock(&b->lock);
+    return rc;
+}
+
+int perta_behind_write(struct perta_behind *b, int fd, int direct_fd, const void *data,
+                       uint64_t len_bytes, uint64_t off_bytes, const char *name,
+                       struct perta_err *err)
+{
+    const uint8_t *from = data;
+    while (len_bytes) {
+        int rc = wait_for(b, PIECES - 1, err);
+        if (rc)
+            return rc;
+        uint64_t skip = off_bytes % PERTA_BLOCK_BYTES, room = PIECE_BYTES - skip;
+        uint64_t n = len_bytes < room ? len_bytes : room;
+        uint8_t *to = b->memory + b->n_put % PIECES * PIECE_BYTES + skip;
+        memcpy(to, from, n);
+        pthread_mutex_lock(&b->lock);
+        b->pieces[b->n_put++ % PIECES] = (struct piece){to, n, off_bytes, fd, direct_fd, name};
+        pthread_cond_broadcast(&b->changed);
+        pthread_mutex_unlock(&b->lock);
+        from += n;
+        off_bytes += n;
+        len_bytes -= n;
+    }
+    return 0;
+}
+
+int perta_behind_settle(struct perta_behind *b, struct perta_err *err)
+{
+    return wait_for(b, 0, err);
+}
