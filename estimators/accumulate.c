@@ -353,9 +353,12 @@ static int begin_outputs(struct job *job, const struct perta_run *run, struct pe
                   : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
         free(path);
         if (!rc)
-            rc = perta_importance_plan(&job->plans[stat], job->first,
-                                       stat == MEAN ? PERTA_STAT_MEAN : PERTA_STAT_MEANSQ,
-                                       job->accumulate->n_gradients, NULL, NULL, err);
+            rc = perta_importance_plan(
+                &job->plans[stat], job->first,
+                &(struct perta_importance_about){
+                    .stat = stat == MEAN ? PERTA_STAT_MEAN : PERTA_STAT_MEANSQ,
+                    .n_samples = job->accumulate->n_gradients},
+                NULL, NULL, err);
     }
     return rc;
 }

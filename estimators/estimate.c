@@ -211,7 +211,10 @@ static int check_outputs(const struct perta_estimate_job *job, struct perta_err 
 
 static int prepare(struct perta_estimate_job *job, struct perta_err *err)
 {
+    const struct perta_estimate *e = job->estimate;
     int rc = perta_estimate_open(job, err);
+    if (!rc && e->data_key)
+        rc = perta_hmac_file(e->data, e->data_key, job->data_hmac, err);
     return rc ? rc : check_outputs(job, err);
 }
 

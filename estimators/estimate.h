@@ -13,6 +13,7 @@ enum perta_compute { PERTA_COMPUTE_AUTO, PERTA_COMPUTE_F32, PERTA_COMPUTE_BF16 }
 struct perta_estimate {
     const char *model; /* checkpoint with config.json */
     const char *data;  /* JSON lines: input_ids, labels */
+    const char *data_key; /* file with a key: importance says the HMAC of data; NULL: no digest */
     const char *out;   /* OUT/mean, OUT/meansq are written */
     bool mean, meansq;
     uint64_t max_tokens; /* of a sample; 0: no bound */

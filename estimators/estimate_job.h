@@ -17,6 +17,7 @@ struct perta_estimate_job {
     struct perta_source *source; /* what the model's tensors are instead, or NULL; borrowed */
     struct perta_weights weights;
     struct perta_samples samples;
+    char data_hmac[PERTA_SHA256_HEX]; /* "": no key */
     bool answers; /* samples are to hold the other answers too */
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* that writes them */

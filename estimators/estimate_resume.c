@@ -86,10 +86,11 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
 {
     const struct perta_estimate *e = job->estimate;
     return json_pack(
-        "{s:s, s:s, s:{s:b, s:b, s:s, s:I, s:I}, s:I, s:I, s:o, s:o, s:o}", "tool",
+        "{s:s, s:s, s:{s:b, s:b, s:s, s:I, s:I, s:s}, s:I, s:I, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
         (int)e->meansq, "compute", bf16 ? "bf16" : "f32", "memory",
         (json_int_t)job->run->memory_bytes, "threads", (json_int_t)perta_run_threads(job->run),
+        "data key gives", job->data_hmac,
         "cpu", (json_int_t)dnnl_get_effective_cpu_isa(), "tokens of a batch",
         (json_int_t)job->batches.longest, "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", hex(hash_of_config(job)), "data", hex(hash_of_samples(&job->samples)));
@@ -106,9 +107,11 @@ static int open_output(struct perta_estimate_job *job, int stat, struct perta_er
 {
     struct perta_importance plan;
     struct perta_importance_out *out = &job->outs[stat];
+    const struct perta_importance_about about = {(enum perta_stat)stat, job->samples.n,
+                                                 job->samples.n_tokens, job->data_hmac};
     char *path = path_of(job, stat);
-    int rc = path ? perta_importance_plan(&plan, job->weights.ck, (enum perta_stat)stat,
-                                          job->samples.n, is_parameter, &job->weights, err)
+    int rc = path ? perta_importance_plan(&plan, job->weights.ck, &about, is_parameter,
+                                          &job->weights, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->estimate->out);
     if (!rc)
         rc = perta_importance_begin(out, &plan, path, &job->journal, job->estimate->force,

@@ -53,16 +53,27 @@ static int write_index(struct perta_importance *plan, struct perta_err *err)
     return plan->index ? 0 : perta_fail_sys(err, ENOMEM, PERTA_INDEX_NAME);
 }
 
+static json_t *metadata_of(const struct perta_importance_about *about)
+{
+    json_t *metadata = json_pack("{s:s, s:s, s:o}", "format", "pt", "perta.stat",
+                                 perta_stat_name(about->stat), "perta.samples",
+                                 json_sprintf("%llu", (unsigned long long)about->n_samples));
+    if (about->n_tokens)
+        json_object_set_new(metadata, "perta.tokens",
+                            json_sprintf("%llu", (unsigned long long)about->n_tokens));
+    if (about->data_hmac && *about->data_hmac)
+        json_object_set_new(metadata, "perta.data_hmac_sha256", json_string(about->data_hmac));
+    return metadata;
+}
+
 int perta_importance_plan(struct perta_importance *plan, const struct perta_checkpoint *like,
-                          enum perta_stat stat, uint64_t n_samples,
+                          const struct perta_importance_about *about,
                           bool (*wanted)(void *ctx, const char *name), void *ctx,
                           struct perta_err *err)
 {
     *plan = (struct perta_importance){0};
     plan->shards = calloc(like->n_shards + 1, sizeof *plan->shards);
-    json_t *metadata = json_pack("{s:s, s:s, s:o}", "format", "pt", "perta.stat",
-                                 perta_stat_name(stat), "perta.samples",
-                                 json_sprintf("%llu", (unsigned long long)n_samples));
+    json_t *metadata = metadata_of(about);
     int rc = plan->shards && metadata ? 0 : perta_fail_sys(err, ENOMEM, "headers");
     for (uint32_t s = 0; s < like->n_shards && !rc; s++) {
         struct perta_importance_shard *shard = &plan->shards[plan->n_shards];

@@ -26,10 +26,18 @@ struct perta_importance {
     char *index; /* text of the index file; NULL for one shard */
 };
 
+/* What goes into the metadata of every shard. */
+struct perta_importance_about {
+    enum perta_stat stat;
+    uint64_t n_samples;
+    uint64_t n_tokens;     /* of all samples; 0: not known */
+    const char *data_hmac; /* of the file of samples, with the user's key; NULL or "": none */
+};
+
 /* Lay out like a checkpoint, tensors for which wanted (NULL: all) says yes; shards without any
  * stay away. like is borrowed. Released with perta_importance_release, on error too. */
 int perta_importance_plan(struct perta_importance *plan, const struct perta_checkpoint *like,
-                          enum perta_stat stat, uint64_t n_samples,
+                          const struct perta_importance_about *about,
                           bool (*wanted)(void *ctx, const char *name), void *ctx,
                           struct perta_err *err);
 void perta_importance_release(struct perta_importance *plan);

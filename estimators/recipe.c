@@ -1,5 +1,6 @@
 #include "estimators/recipe.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "estimators/adapter.h"
@@ -54,14 +55,18 @@ static json_t *strings(const char *const *list, unsigned n)
     return array;
 }
 
-/* How many samples the importance is over, if it says so. */
-static void add_samples(json_t *recipe, const char *key, const struct perta_input *input)
+/* What the importance says of the data that it is over: "forget_samples" from "perta.samples". */
+static void add_data(json_t *recipe, const char *set, const struct perta_input *input)
 {
-    if (!input->ck || !input->ck->n_shards)
-        return;
-    const char *samples = metadata_of(&input->ck->shards[0], "perta.samples");
-    if (samples)
-        json_object_set_new(recipe, key, json_string(samples));
+    static const char *const facts[] = {"samples", "tokens", "data_hmac_sha256"};
+    for (size_t i = 0; input->ck && input->ck->n_shards && i < sizeof facts / sizeof *facts; i++) {
+        char key[64], meta[64];
+        snprintf(key, sizeof key, "%s_%s", set, facts[i]);
+        snprintf(meta, sizeof meta, "perta.%s", facts[i]);
+        const char *fact = metadata_of(&input->ck->shards[0], meta);
+        if (fact)
+            json_object_set_new(recipe, key, json_string(fact));
+    }
 }
 
 json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct perta_rule *rule,
@@ -83,8 +88,8 @@ json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct pert
         json_object_set_new(recipe, "seed", json_sprintf("%llu", (unsigned long long)rule->seed));
     if (perta_rule_needs_importance(rule)) {
         json_object_set_new(recipe, "stat", json_string(perta_stat_name(rule->stat)));
-        add_samples(recipe, "forget_samples", &inputs[PERTA_ROLE_FORGET]);
-        add_samples(recipe, "retain_samples", &inputs[PERTA_ROLE_RETAIN]);
+        add_data(recipe, "forget", &inputs[PERTA_ROLE_FORGET]);
+        add_data(recipe, "retain", &inputs[PERTA_ROLE_RETAIN]);
     }
     if (inputs[PERTA_ROLE_TUNED].ck->is_adapter) {
         json_object_set_new(recipe, "tuned", json_string("lora"));

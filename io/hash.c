@@ -3,6 +3,11 @@
 /* A state is kept for a run that goes on, which EVP's cannot be; the older interface's can. */
 #define OPENSSL_SUPPRESS_DEPRECATED
 #define XXH_STATIC_LINKING_ONLY
+#include <errno.h>
+#include <openssl/core_names.h>
+#include <openssl/crypto.h>
+#include <openssl/evp.h>
+#include <openssl/params.h>
 #include <openssl/sha.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -99,4 +104,63 @@ void perta_digest_finish(struct perta_digest *digest, struct perta_digest_hex *h
     SHA256_Final(sum, &digest->sha256);
     for (unsigned i = 0; i < sizeof sum; i++)
         snprintf(hex->sha256 + 2 * i, 3, "%02x", sum[i]);
+}
+
+/* ---- keyed ---- */
+
+static int read_key(const char *path, uint8_t *key, size_t *len_bytes, struct perta_err *err)
+{
+    FILE *file = fopen(path, "re");
+    if (!file)
+        return perta_fail_sys(err, errno, "%s", path);
+    *len_bytes = fread(key, 1, PERTA_KEY_BYTES_MAX + 1, file);
+    int rc = ferror(file) ? perta_fail_sys(err, errno, "%s", path) : 0;
+    fclose(file);
+    if (!rc && (*len_bytes < PERTA_KEY_BYTES_MIN || *len_bytes > PERTA_KEY_BYTES_MAX))
+        rc = perta_fail(err, PERTA_EINPUT,
+                        "%s: a key has %d to %d bytes; `openssl rand -out %s 32' makes one", path,
+                        PERTA_KEY_BYTES_MIN, PERTA_KEY_BYTES_MAX, path);
+    return rc;
+}
+
+static int hmac_stream(EVP_MAC_CTX *mac, FILE *file, uint8_t sum[EVP_MAX_MD_SIZE], size_t *len)
+{
+    uint8_t buf[65536];
+    size_t got;
+    while ((got = fread(buf, 1, sizeof buf, file)) > 0)
+        if (!EVP_MAC_update(mac, buf, got))
+            return ENOMEM;
+    if (ferror(file))
+        return errno;
+    return EVP_MAC_final(mac, sum, len, EVP_MAX_MD_SIZE) ? 0 : ENOMEM;
+}
+
+int perta_hmac_file(const char *path, const char *key_path, char hex[PERTA_SHA256_HEX],
+                    struct perta_err *err)
+{
+    uint8_t key[PERTA_KEY_BYTES_MAX + 1], sum[EVP_MAX_MD_SIZE];
+    size_t key_bytes = 0, len = 0;
+    char name[] = "SHA256";
+    const OSSL_PARAM params[] = {
+        OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, name, 0),
+        OSSL_PARAM_construct_end()};
+    int rc = read_key(key_path, key, &key_bytes, err);
+    if (rc)
+        return rc;
+    EVP_MAC *hmac = EVP_MAC_fetch(NULL, "HMAC", NULL);
+    EVP_MAC_CTX *mac = hmac ? EVP_MAC_CTX_new(hmac) : NULL;
+    FILE *file = fopen(path, "re");
+    int failed = !file                                               ? errno
+                 : !mac || !EVP_MAC_init(mac, key, key_bytes, params) ? ENOMEM
+                                                                      : hmac_stream(mac, file, sum, &len);
+    OPENSSL_cleanse(key, sizeof key);
+    if (file)
+        fclose(file);
+    EVP_MAC_CTX_free(mac);
+    EVP_MAC_free(hmac);
+    if (failed)
+        return perta_fail_sys(err, failed, "%s", path);
+    for (size_t i = 0; i < len; i++)
+        snprintf(hex + 2 * i, 3, "%02x", sum[i]);
+    return 0;
 }

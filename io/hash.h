@@ -34,6 +34,13 @@ bool perta_digest_restore(struct perta_digest *digest,
 uint64_t perta_digest_bytes(const struct perta_digest *digest);
 void perta_digest_xxh128(const struct perta_digest *digest, char hex[PERTA_XXH128_HEX]);
 
+/* HMAC-SHA-256 of a whole file; the key is the bytes of another, PERTA_KEY_BYTES_MIN at least. A
+ * digest of a short text without a key can be guessed. Errors name the file. */
+#define PERTA_KEY_BYTES_MIN 16
+#define PERTA_KEY_BYTES_MAX 4096
+PERTA_API int perta_hmac_file(const char *path, const char *key_path, char hex[PERTA_SHA256_HEX],
+                              struct perta_err *err);
+
 struct perta_digest_hex {
     uint64_t len_bytes;
     char xxh128[PERTA_XXH128_HEX]; /* canonical, as xxhsum -H2 prints it */

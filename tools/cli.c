@@ -14,7 +14,7 @@
 #include "io/text.h"
 
 enum { KEY_MEMORY = 0x100, KEY_THREADS, KEY_IO, KEY_JSON, KEY_PROGRESS, KEY_FORCE, KEY_DRY_RUN,
-       KEY_RESUME };;
+       KEY_RESUME, KEY_STATEMENT };
 
 static volatile sig_atomic_t cancelled;
 
@@ -219,6 +219,24 @@ static const struct argp_option writing_options[] = {
 
 const struct argp cli_writing_argp = {writing_options, parse_writing, NULL, NULL, NULL, NULL,
                                       NULL};
+
+static error_t parse_patching(int key, char *arg, struct argp_state *state)
+{
+    (void)arg;
+    struct cli *cli = state->input;
+    if (key != KEY_STATEMENT)
+        return ARGP_ERR_UNKNOWN;
+    cli->statement = true;
+    return 0;
+}
+
+static const struct argp_option patching_options[] = {
+    {"statement", KEY_STATEMENT, NULL, 0,
+     "Also write PATCH.intoto.json, an in-toto statement of how, when and where it was made", 79},
+    {0}};
+
+const struct argp cli_patching_argp = {patching_options, parse_patching, NULL, NULL, NULL, NULL,
+                                       NULL};
 
 /* As many open files as the system lets us have: gradients come in hundreds of dumps. */
 static void raise_file_limit(void)

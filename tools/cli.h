@@ -15,6 +15,7 @@ struct cli {
     const char *verb;
     struct perta_run run;
     bool json, quiet, force;
+    bool statement; /* beside each patch, about how it was made */
     enum progress_style progress;
     double started, last_drawn; /* seconds */
     bool drew;
@@ -24,6 +25,8 @@ struct cli {
  * input is the struct cli. */
 extern const struct argp cli_common_argp;
 extern const struct argp cli_writing_argp;
+/* For verbs that write patches, beside it. */
+extern const struct argp cli_patching_argp;
 
 /* Keys of long-only options start here, for every verb's own. */
 #define CLI_KEY_OWN 0x200
@@ -41,6 +44,11 @@ enum perta_compute cli_compute(struct argp_state *state, const char *text);
 double cli_seconds(const struct cli *cli);
 /* "1.25 GB", in powers of ten; buf holds at least 32 bytes. */
 const char *cli_bytes(double bytes, char *buf);
+
+/* With --statement: write PATCH.intoto.json about the patch at path, which was just made. summary may
+ * say by what it was read. tools/statement.c */
+int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
+                  struct perta_err *err);
 
 /* Print results: with --json the object, else nothing. Takes the reference. Returns whether it
  * was printed. */

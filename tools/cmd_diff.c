@@ -17,7 +17,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     struct args *args = state->input;
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = state->child_inputs[1] = &args->cli;
+        state->child_inputs[0] = state->child_inputs[1] = state->child_inputs[2] = &args->cli;
         return 0;
     case KEY_PATCH:
         args->diff.patch = arg;
@@ -37,7 +37,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return ARGP_ERR_UNKNOWN;
 }
 
-static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
+static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5}, {&cli_patching_argp, 0, NULL, 5},
                                              {&cli_common_argp, 0, "Common:", 6},
                                              {0}};
 static const struct argp argp = {
@@ -58,6 +58,8 @@ int cmd_diff(int argc, char **argv)
     cli_parse(&args.cli, &argp, argc, argv, &args);
     args.diff.force = args.cli.force;
     int rc = perta_diff(&args.diff, &args.cli.run, &summary, &err);
+    if (!rc)
+        rc = cli_statement(&args.cli, args.diff.patch, summary, &err);
     if (!rc) {
         const json_t *counts = json_object_get(summary, "counts");
         double n = json_number_value(json_object_get(counts, "parameters"));

@@ -6,6 +6,7 @@
 
 enum {
     KEY_MODEL = CLI_KEY_OWN, KEY_DATA, KEY_OUT, KEY_STAT, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH,
+    KEY_DATA_KEY,
 };
 
 struct args {
@@ -17,6 +18,9 @@ static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
     {"data", KEY_DATA, "FILE", 0, "JSON lines with \"input_ids\" and \"labels\"", 1},
     {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},
+    {"data-key", KEY_DATA_KEY, "FILE", 0,
+     "A secret, 16 bytes at least: put the HMAC-SHA-256 of --data on record, in the importance and "
+     "in patches made with it", 2},
     {"stat", KEY_STAT, "mean,meansq", 0,
      "Which statistics over samples: mean gradient, mean squared gradient, or both (default "
      "mean)",
@@ -55,6 +59,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_DATA:
         e->data = arg;
+        return 0;
+    case KEY_DATA_KEY:
+        e->data_key = arg;
         return 0;
     case KEY_OUT:
         e->out = arg;

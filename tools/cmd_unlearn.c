@@ -153,7 +153,7 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
     struct perta_unlearn *u = &args->unlearn;
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = state->child_inputs[1] = &args->cli;
+        state->child_inputs[0] = state->child_inputs[1] = state->child_inputs[2] = &args->cli;
         return 0;
     case KEY_MODEL:
         u->model = arg;
@@ -192,7 +192,7 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
     return ARGP_ERR_UNKNOWN;
 }
 
-static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
+static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5}, {&cli_patching_argp, 0, NULL, 5},
                                              {&cli_common_argp, 0, "Common:", 6},
                                              {0}};
 static const struct argp argp = {
@@ -262,6 +262,10 @@ int cmd_unlearn(int argc, char **argv)
     args.unlearn.globs.include = args.include;
     args.unlearn.globs.exclude = args.exclude;
     int rc = perta_unlearn(&args.unlearn, &args.cli.run, &summary, &err);
+    size_t i;
+    json_t *result;
+    json_array_foreach (json_object_get(summary, "results"), i, result)
+        rc = rc ? rc : cli_statement(&args.cli, json_string_value(json_object_get(result, "patch")), summary, &err);
     if (!rc) {
         json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         say(&args.cli, summary);

@@ -1,0 +1,138 @@
+/* --statement: who made a patch of what, when and where, as an in-toto statement with SLSA
+ * provenance. Spec: docs/provenance.md */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "io/isa.h"
+#include "io/publish.h"
+#include "stream/canonical.h"
+#include "stream/patch_in.h"
+#include "tools/cli.h"
+
+#define SUFFIX ".intoto.json"
+#define BUILD_TYPE "https://perta.invalid/provenance/v1"
+#define SHA256_TEXT "sha256"
+
+/* A path's last part. */
+static const char *base_of(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+static void add_file(json_t *list, const char *folder, const char *name, const char *algorithm,
+                     const char *hex)
+{
+    if (hex) /* what has no digest cannot be told from another */
+        json_array_append_new(list, json_pack("{s:o, s:{s:s}}", "name",
+                                              json_sprintf("%s/%s", folder, name), "digest",
+                                              algorithm, hex));
+}
+
+static const char *text(const json_t *object, const char *key)
+{
+    return json_string_value(json_object_get(object, key));
+}
+
+/* Files that came out: of the patch, and of the model that it leads to. */
+static json_t *subjects(const struct perta_patch_in *patch)
+{
+    const json_t *outputs = json_object_get(patch->manifest, "outputs");
+    const char *folder = base_of(patch->path);
+    json_t *list = json_array();
+    json_t *file;
+    size_t i;
+    add_file(list, folder, "manifest.json", SHA256_TEXT, patch->manifest_digest.sha256);
+    json_array_foreach (json_object_get(outputs, "patch"), i, file)
+        add_file(list, folder, text(file, "name"), SHA256_TEXT, text(file, "sha256"));
+    json_array_foreach (json_object_get(outputs, "model"), i, file)
+        add_file(list, "model", text(file, "name"), SHA256_TEXT, text(file, "sha256"));
+    return list;
+}
+
+/* Files that went in, by the role of their folder. */
+static json_t *dependencies(const json_t *manifest)
+{
+    json_t *list = json_array(), *input, *file;
+    const char *role;
+    size_t i;
+    json_object_foreach (json_object_get(manifest, "inputs"), role, input)
+        json_array_foreach (json_object_get(input, "shards"), i, file)
+            add_file(list, role, text(file, "name"), "xxh3_128", text(file, "xxh3_128"));
+    return list;
+}
+
+static json_t *when(time_t t)
+{
+    struct tm utc;
+    char stamp[32];
+    gmtime_r(&t, &utc);
+    strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    return json_string(stamp);
+}
+
+/* As the kernel names it; the caller's (free). */
+static char *cpu_name(void)
+{
+    char line[256], *name = NULL;
+    FILE *file = fopen("/proc/cpuinfo", "re");
+    while (file && !name && fgets(line, sizeof line, file)) {
+        char *colon = strchr(line, ':');
+        if (colon && !strncmp(line, "model name", 10)) {
+            line[strcspn(line, "\n")] = 0;
+            name = strdup(colon + 2);
+        }
+    }
+    if (file)
+        fclose(file);
+    return name ? name : strdup("unknown");
+}
+
+static json_t *run_details(const struct cli *cli, const json_t *summary)
+{
+    time_t now = time(NULL);
+    char *cpu = cpu_name();
+    const char *engine = text(json_object_get(summary, "io"), "engine");
+    json_t *details = json_pack(
+        "{s:{s:s, s:{s:s, s:s, s:s, s:s, s:s*}}, s:{s:o, s:o}}", "builder", "id",
+        BUILD_TYPE "/builder", "version", "perta", PERTA_VERSION, "compiler", __VERSION__, "cpu",
+        cpu ? cpu : "unknown", "instruction_set", perta_isa_name(perta_isa_chosen()), "io", engine,
+        "metadata", "startedOn", when(now - (time_t)cli_seconds(cli)), "finishedOn", when(now));
+    free(cpu);
+    return details;
+}
+
+static json_t *statement_of(const struct cli *cli, const struct perta_patch_in *patch,
+                            const json_t *summary)
+{
+    return json_pack("{s:s, s:o, s:s, s:{s:{s:s, s:O, s:o}, s:o}}", "_type",
+                     "https://in-toto.io/Statement/v1", "subject", subjects(patch),
+                     "predicateType", "https://slsa.dev/provenance/v1", "predicate",
+                     "buildDefinition", "buildType", BUILD_TYPE, "externalParameters",
+                     json_object_get(patch->manifest, "recipe"), "resolvedDependencies",
+                     dependencies(patch->manifest), "runDetails", run_details(cli, summary));
+}
+
+int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
+                  struct perta_err *err)
+{
+    if (!cli->statement || cli->run.dry_run)
+        return 0;
+    struct perta_patch_in patch = {0};
+    int rc = perta_patch_in_open(&patch, path, err);
+    json_t *statement = rc ? NULL : statement_of(cli, &patch, summary);
+    char *body = statement ? perta_canonical_json(statement) : NULL, *to = NULL;
+    if (!rc && (!body || asprintf(&to, "%s" SUFFIX, patch.path) < 0))
+        rc = perta_fail_sys(err, ENOMEM, "%s", path);
+    /* The patch is new, so what an older one of this name had goes. */
+    if (!rc)
+        rc = perta_publish_single(to, body, strlen(body), true, err);
+    free(to);
+    free(body);
+    json_decref(statement);
+    perta_patch_in_close(&patch);
+    return rc;
+}
