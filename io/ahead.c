@@ -428,11 +428,25 @@ void perta_ahead_close(struct perta_ahead *a)
     *a = (struct perta_ahead){.log.fd = -1};
 }
 
+static char *path_in(const char *folder)
+{
+    char *path = NULL;
+    return asprintf(&path, "%s/" PERTA_AHEAD_NAME, folder) < 0 ? NULL : path;
+}
+
+bool perta_ahead_found(const char *folder)
+{
+    char *path = path_in(folder);
+    bool found = path && !access(path, F_OK);
+    free(path);
+    return found;
+}
+
 int perta_ahead_refuse(const char *folder, struct perta_err *err)
 {
     struct head head;
-    char *path = NULL;
-    if (asprintf(&path, "%s/" PERTA_AHEAD_NAME, folder) < 0)
+    char *path = path_in(folder);
+    if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", folder);
     int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), rc = 0;
     if (fd < 0 && errno != ENOENT && errno != ENOTDIR)

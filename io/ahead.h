@@ -61,7 +61,9 @@ int perta_ahead_finish(struct perta_ahead *ahead, struct perta_err *err);
 /* The log stays as it is. Zeroed is fine. */
 void perta_ahead_close(struct perta_ahead *ahead);
 
-/* Is there a log in the folder? Then the files in it are neither what they were nor what they
+/* Is there a log in the folder? */
+bool perta_ahead_found(const char *folder);
+/* Then the files in it are neither what they were nor what they
  * will be: PERTA_EINPUT, with the commands that lead on and back. */
 int perta_ahead_refuse(const char *folder, struct perta_err *err);
 

@@ -322,14 +322,21 @@ static int run_pass(struct job *job, enum pass pass, uint64_t *read_bytes, struc
     return rc;
 }
 
+/* It names the patch from the root on, for whoever finds the journal elsewhere. */
+static int begin_journal(struct job *job, struct perta_err *err)
+{
+    char *whole = realpath(job->patch.path, NULL);
+    int rc = perta_ahead_begin(&job->ahead, job->patch.manifest_digest.sha256,
+                               whole ? whole : job->patch.path, err);
+    free(whole);
+    return rc;
+}
+
 static int write_all(struct job *job, uint64_t *read_bytes, struct perta_err *err)
 {
     if (!job->n_todo && !job->ahead.going_on)
         return 0;
-    int rc = job->ahead.going_on
-                 ? 0
-                 : perta_ahead_begin(&job->ahead, job->patch.manifest_digest.sha256,
-                                     job->patch.path, err);
+    int rc = job->ahead.going_on ? 0 : begin_journal(job, err);
     if (rc)
         return rc;
     rc = run_pass(job, PASS_WRITE, read_bytes, err);
@@ -387,7 +394,7 @@ int perta_in_place(const struct perta_apply *apply, const struct perta_run *run,
     *summary = NULL;
     int rc = open_all(&job, err);
     if (!rc && run->dry_run)
-        *summary = json_object();
+        *summary = json_pack("{s:b}", "interrupted", (int)perta_ahead_found(apply->model));
     else if (!rc)
         rc = run_all(&job, summary, err);
     release(&job);

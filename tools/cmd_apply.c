@@ -81,7 +81,11 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         double t = cli_seconds(&args.cli);
         char a[32], b[32];
         json_object_set_new(summary, "seconds", json_real(t));
-        if (args.cli.run.dry_run)
+        if (args.cli.run.dry_run && args.in_place)
+            cli_say(&args.cli, "dry run: the headers fit and the shards may be written%s; nothing "
+                    "was\n", json_is_true(json_object_get(summary, "interrupted"))
+                                ? ", what an interrupted run began would be completed" : "");
+        else if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: the headers fit; nothing was written\n");
         else if (args.in_place)
             cli_say(&args.cli, "%s: %.0f of %.0f chunks written over, %s, digests right before and "

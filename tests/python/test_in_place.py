@@ -28,11 +28,12 @@ def model(rng):
     """Tensors that begin and end anywhere in a block, of every width, and larger than a chunk."""
     shapes = {"a.big": (CHUNK + 301,), "b.odd": (77, 91), "c.byte": (5001,), "d.empty": (0, 3), "e.two": (2 * CHUNK,), "f.three": (3 * CHUNK,)}
     dtypes = {"c.byte": np.dtype("u1"), "b.odd": np.dtype("f4")}
+    dtypes |= {f"layers.{i}": np.dtype(t) for i, t in enumerate(["f2", "f8", "i8", "i4", "i2", "i1", "?"])}
     tensors = {}
     for name, shape in (shapes | {f"layers.{i}": (5 + i,) for i in range(30)}).items():
         x = rng.standard_normal(shape, "f4")
         dtype = dtypes.get(name, BF16)
-        tensors[name] = (9 * x).astype("i8").astype("u1") if dtype == np.dtype("u1") else narrow(x, dtype)
+        tensors[name] = narrow(x.astype("f8" if dtype == "f8" else "f4"), dtype) if dtype.kind == "f" or dtype == BF16 else (9 * x).astype("i8").astype(dtype)
     return tensors
 
 
@@ -68,10 +69,10 @@ def work(pair, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("io", ["direct", "mmap", "pread"])
+@pytest.mark.parametrize("io, threads", [("direct", 1), ("mmap", 2), ("pread", 4)])
 @pytest.mark.parametrize("memory", ["1G", "least"])
-def test_there_and_back_byte_for_byte(perta, work, io, memory):
-    flags = ["--in-place", "--io", io, "--memory"]
+def test_there_and_back_byte_for_byte(perta, work, io, threads, memory):
+    flags = ["--in-place", "--io", io, "--threads", threads, "--memory"]
     if memory == "least":
         refusal = perta("apply", "m", "p", *flags, "4M", check=2).stderr
         memory = re.search(r"needs (\d+M)", refusal)[1]
@@ -172,6 +173,26 @@ def run_and_kill(work, verb, seconds):
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
         return run.wait(), run.stderr.read()
+
+
+def test_interrupted_it_says_what_to_do(work):
+    """Before the first byte is written nothing has happened; later the message names both ways."""
+    command = [PERTA, "apply", "m", "p", "--in-place", "--progress", "none"]
+    for delay in range(200):
+        with subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+            time.sleep(delay / 1000)
+            run.send_signal(signal.SIGINT)
+            said = run.stderr.read()
+        if run.returncode == 130:  # not before the handler is there, nor too late
+            break
+        shutil.rmtree(work / "m")
+        shutil.copytree(work / "old", work / "m")
+    assert run.returncode == 130 and "interrupted" in said
+    begun = (work / "m" / JOURNAL).exists()
+    assert begun == ("the same command completes it, revert takes it back" in said)
+    assert begun or folder_bytes(work / "m") == folder_bytes(work / "old")
+    subprocess.run(command, cwd=work, check=True, capture_output=True)
+    assert folder_bytes(work / "m") == folder_bytes(work / "new")
 
 
 @pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
@@ -287,10 +308,12 @@ def test_half_edited_it_is_refused_by_others_who_say_what_to_do(perta, work, tra
     assert JOURNAL in half
     for command in (["inspect", "m"], ["diff", "m", "new", "--patch", "q"], ["apply", "m", "p", "--out", "o"]):
         said = perta(*command, check=3).stderr
-        assert "`perta apply m p --in-place' completes it, revert instead of apply takes it back" in said
+        assert f"`perta apply m {work}/p --in-place' completes it, revert instead of apply takes it back" in said
     perta("diff", "old", "old", "--patch", "q")
     said = perta("apply", "m", "q", "--in-place", check=2).stderr
-    assert "an edit by the patch p was interrupted here" in said
+    assert f"an edit by the patch {work}/p was interrupted here" in said
+    said = perta("apply", "m", "p", "--in-place", "--dry-run").stdout
+    assert "what an interrupted run began would be completed" in said
     assert folder_bytes(work / "m") == half
     perta("apply", "m", "p", "--in-place")
     assert folder_bytes(work / "m") == folder_bytes(work / "new")
