@@ -12,3 +12,6 @@ pytest() { # build, tests
 
 echo "== killed at random instants, every verb"
 pytest build tests/python/test_crash.py tests/python/test_in_place.py "$@"
+
+echo "== estimate: bfloat16 products for every architecture, many budgets and threads"
+pytest build tests/python/test_estimate.py "$@"

@@ -106,6 +106,21 @@ static void read_window(struct reader *r, bool qwen, struct perta_llm *llm)
         llm->window_first = get_count(r, "max_window_layers", 28);
 }
 
+/* Newer files say it layer by layer: it must be the same. */
+static void check_layer_types(struct reader *r, const struct perta_llm *llm)
+{
+    const json_t *types = json_object_get(r->config, "layer_types");
+    for (size_t l = 0; l < json_array_size(types) && !r->rc; l++) {
+        const char *type = json_string_value(json_array_get(types, l));
+        bool window = perta_llm_window(llm, (uint32_t)l) != UINT32_MAX;
+        if (!type || strcmp(type, window ? "sliding_attention" : "full_attention"))
+            r->rc = perta_fail(r->err, PERTA_EINPUT,
+                               "%s: \"layer_types\" %zu is %s, not what sliding_window and "
+                               "max_window_layers make of it; that is not supported",
+                               r->path, l, type ? type : "no string");
+    }
+}
+
 static void check_sizes(struct reader *r, const struct perta_llm *llm)
 {
     const char *act = json_string_value(json_object_get(r->config, "hidden_act"));
@@ -156,6 +171,8 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     read_rope(&r, &llm->rope);
     if (strcmp(name, "LlamaForCausalLM"))
         read_window(&r, !strncmp(name, "Qwen", 4), llm);
+    if (!strncmp(name, "Qwen", 4)) /* the others have none */
+        check_layer_types(&r, llm);
     check_sizes(&r, llm);
     return r.rc;
 }

@@ -77,7 +77,8 @@ int perta_statistic_linear(struct perta_statistic *s, const char *name,
     int rc = 0;
     for (size_t r = 0; r < out && !rc; r += block) {
         size_t rows = out - r < block ? out - r : block;
-        perta_statistic_begin(s, rows * in);
+        if (s->square)
+            perta_statistic_begin(s, rows * in);
         for (size_t i = 0; i < segments->n && !rc; i++) {
             size_t first = segments->starts[i], n = segments->starts[i + 1] - first;
             struct perta_rows xs, dys;
@@ -89,7 +90,7 @@ int perta_statistic_linear(struct perta_statistic *s, const char *name,
                 rc = perta_gemm_run(s->gemm, rows, in, n,
                                     perta_transposed(perta_matrix(dys.data, dys.stride)),
                                     perta_matrix(xs.data, xs.stride),
-                                    perta_statistic_target(s, rows * in), in, true, err);
+                                    s->square ? s->one : s->sum, in, !s->square && i, err);
             perta_statistic_sample(s, rows * in);
         }
         if (!rc)

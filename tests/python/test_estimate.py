@@ -1,6 +1,7 @@
 """`perta estimate` against PyTorch: loss and every gradient, for every architecture."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,15 @@ MODELS = {
     "llama, every head its own": ("Llama", {"num_key_value_heads": 8}),
     "mistral, window": ("Mistral", {"sliding_window": 7}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2, a window in the second block": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
+LONG = bool(os.environ.get("PERTA_LONG"))  # make check-long: every one instead of a few
+IN_BF16 = {n: m for n, m in MODELS.items() if LONG or n in ("llama, wide heads", "qwen3")}
+CUTS = [("140M", 1), ("150M", 2), ("170M", 3), ("200M", 1), ("400M", 4)][: None if LONG else 1]
 LENGTHS = (2, 3, 17, 66, 1 + 64, 130)
 
 
@@ -61,13 +69,13 @@ def samples():
         yield {"input_ids": ids, "labels": [-100] * (n // 3) + ids[n // 3 :]}
 
 
-def make_model(folder, family, changes):
+def make_model(folder, family, changes, dtype=torch.float32):
     torch.manual_seed(3)
     config = getattr(transformers, f"{family}Config")(**(SIZES | changes))
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder, max_shard_size="60KB")
+    model.to(dtype).save_pretrained(folder, max_shard_size="60KB")
     return type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
 
 
@@ -125,11 +133,30 @@ def test_loss_and_gradients_are_pytorchs(perta, tmp_path, family, changes):
     assert_close(read(tmp_path / "imp/meansq"), meansq, relative=1e-4, cosine=0.99999)
 
 
-@pytest.mark.skipif("avx512bw" not in Path("/proc/cpuinfo").read_text(), reason="no AVX-512")
-def test_bf16_products_stay_near(perta, tmp_path):
-    """Measured over all the models above: within 1.4 % of each mean gradient's norm, and 2.4 % of
-    each mean square's; about twice that is allowed."""
-    loss, mean, meansq = gradients(make_model(tmp_path / "model", "Llama", {}))
+needs_avx512 = pytest.mark.skipif(
+    "avx512bw" not in Path("/proc/cpuinfo").read_text(), reason="no AVX-512"
+)
+
+
+@pytest.mark.parametrize("compute", ["f32", pytest.param("bf16", marks=needs_avx512)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_weights_of_every_dtype(perta, tmp_path, dtype, compute):
+    """The reference in float32, on the weights as they were rounded."""
+    loss, mean, _ = gradients(make_model(tmp_path / "model", "Qwen3", {"head_dim": 16}, dtype))
+    write_data(tmp_path / "data.jsonl")
+    summary = estimate(perta, "--compute", compute)
+    exact = compute == "f32"
+    assert abs(summary["loss"] - loss) < (1e-5 if exact else 2e-3)
+    relative, cosine = (1e-4, 0.99999) if exact else (0.03, 0.999)
+    assert_close(read(tmp_path / "imp/mean"), mean, relative, cosine)
+
+
+@needs_avx512
+@pytest.mark.parametrize("family, changes", IN_BF16.values(), ids=IN_BF16.keys())
+def test_bf16_products_stay_near(perta, tmp_path, family, changes):
+    """Measured over all models: within 1.4 % of each mean gradient's norm, and 2.4 % of each
+    mean square's; about twice that is allowed."""
+    loss, mean, meansq = gradients(make_model(tmp_path / "model", family, changes))
     write_data(tmp_path / "data.jsonl")
     summary = estimate(perta, "--compute", "bf16")
     assert abs(summary["loss"] - loss) < 2e-3
@@ -145,10 +172,13 @@ def test_more_tokens_than_memory_give_the_same(perta, tmp_path, family, changes)
     whole = estimate(perta, "--compute", "f32", "--memory", "2G")
     want = {stat: read_any(tmp_path / "imp" / stat) for stat in ("mean", "meansq")}
     assert (whole["batches"], whole["scratch_bytes"]) == (1, 0)
-    cut = estimate(perta, "--compute", "f32", "--memory", "140M", "--force", "--threads", "1")
-    assert cut["batches"] > 3 and cut["scratch_bytes"] > 0
-    for stat, tensors in want.items():
-        assert_close(read_any(tmp_path / "imp" / stat), tensors, relative=1e-6, cosine=0.999999)
+    for memory, threads in CUTS:
+        flags = ("--memory", memory, "--threads", threads, "--force")
+        cut = estimate(perta, "--compute", "f32", *flags)
+        assert memory != "140M" or (cut["batches"] > 3 and cut["scratch_bytes"] > 0)
+        for stat, tensors in want.items():
+            have = read_any(tmp_path / "imp" / stat)
+            assert_close(have, tensors, relative=1e-6, cosine=0.999999)
 
 
 def read_any(folder):
@@ -159,12 +189,13 @@ def read_any(folder):
     return tensors
 
 
-def test_every_run_gives_the_same_bytes(perta, tmp_path):
+@pytest.mark.parametrize("compute", ["f32", "auto"])
+def test_every_run_gives_the_same_bytes(perta, tmp_path, compute):
     make_model(tmp_path / "model", "Llama", {})
     write_data(tmp_path / "data.jsonl", repeat=3)
     runs = []
     for _ in range(2):
-        estimate(perta, "--force")
+        estimate(perta, "--force", "--compute", compute)
         runs.append([p.read_bytes() for p in sorted((tmp_path / "imp").rglob("*.safetensors"))])
     assert runs[0] == runs[1]
 
@@ -202,8 +233,9 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; LlamaForCausalLM, "),
         ({"architectures": None}, "(none named)"),
+        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["linear"]}, '"layer_types" 0'),
         ({"hidden_act": "gelu"}, "only silu"),
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.1."),
