@@ -104,6 +104,11 @@ void perta_engine_release(struct perta_engine *engine, struct perta_request *req
         engine->ops->release(engine, request);
 }
 
+int perta_engine_check(struct perta_engine *engine, struct perta_err *err)
+{
+    return engine->ops->check ? engine->ops->check(engine, err) : 0;
+}
+
 int perta_engine_drain(struct perta_engine *engine, struct perta_err *err)
 {
     while (engine->n_in_flight) {

@@ -34,6 +34,7 @@ struct perta_request {
     uint64_t reached; /* how far any transfer came */
     void *map;
     size_t map_bytes;
+    struct perta_request *prev_window, *next_window;
     struct perta_request *next;
 };
 
@@ -53,6 +54,7 @@ struct perta_engine_ops {
     int (*wait)(struct perta_engine *engine, struct perta_err *err);
     void (*wake)(struct perta_engine *engine);
     void (*release)(struct perta_engine *engine, struct perta_request *request);
+    int (*check)(struct perta_engine *engine, struct perta_err *err);
     void (*close)(struct perta_engine *engine);
 };
 
@@ -90,6 +92,9 @@ PERTA_API int perta_engine_wait(struct perta_engine *engine, struct perta_err *e
 PERTA_API void perta_engine_wake(struct perta_engine *engine);
 /* Give back what a finished read holds besides its buffer (a mapping). */
 PERTA_API void perta_engine_release(struct perta_engine *engine, struct perta_request *request);
+/* Were all bytes that were used so far what is in the files? Mapped ones can fail as late as they
+ * are used: to be asked before anything that came of them is kept. */
+PERTA_API int perta_engine_check(struct perta_engine *engine, struct perta_err *err);
 /* Wait until nothing is in flight. */
 PERTA_API int perta_engine_drain(struct perta_engine *engine, struct perta_err *err);
 

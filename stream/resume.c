@@ -116,7 +116,9 @@ int perta_resume_point(struct perta_resume *r, const struct perta_piece *piece,
     uint64_t bytes = written(r);
     if (!perta_journal_due(&r->journal, bytes))
         return 0;
-    int rc = sync_outputs(r, err);
+    int rc = perta_engine_check(perta_stream_engine(stream), err);
+    if (!rc)
+        rc = sync_outputs(r, err);
     if (rc)
         return rc;
     json_t *record = record_of(r, piece, r->done_bytes + perta_stream_read_bytes(stream));

@@ -273,12 +273,14 @@ static void read_ahead(struct perta_stream *s)
 /* DONE -> FREE: commit the oldest batch. */
 static int commit(struct perta_stream *s, struct perta_slot *slot, struct perta_err *err)
 {
-    int rc = 0;
+    int rc = perta_engine_check(s->engine, err);
     for (uint32_t i = 0; i < slot->n_good && !rc; i++) {
         for (uint32_t k = 0; k < s->shape.n_in; k++)
             s->read_bytes += slot->pieces[i].in[k].len_bytes;
         rc = s->job.commit(s->job.ctx, &slot->pieces[i], err);
     }
+    if (!rc)
+        rc = perta_engine_check(s->engine, err);
     if (!rc && slot->err.code) {
         *err = slot->err;
         rc = err->code;
@@ -437,8 +439,10 @@ int perta_stream_read_file(struct perta_stream *s, struct perta_file *file,
                               : perta_engine_wait(s->engine, err);
         if (!rc && oldest->sys_errno)
             rc = perta_request_error(oldest, err);
-        if (!rc)
+        if (!rc) {
             use(ctx, oldest->data, oldest->len_bytes);
+            rc = perta_engine_check(s->engine, err);
+        }
         perta_engine_release(s->engine, oldest);
         used += part;
         if (s->run.progress)

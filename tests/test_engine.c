@@ -372,6 +372,42 @@ START_TEST(a_file_that_changed_is_noticed)
 }
 END_TEST
 
+/* Two windows of 16 blocks; the file keeps 24. */
+START_TEST(a_mapped_file_that_shrinks_is_an_error_and_not_a_death)
+{
+    uint64_t half = 16 * PERTA_BLOCK_BYTES;
+    free(make_file("f", 2 * half, 1));
+    struct perta_engine *engine = open_engine(PERTA_IO_MMAP, 2);
+    struct perta_file file;
+    struct perta_request r[2];
+    unsigned left = 2;
+    ck_assert_ok(perta_file_open(&file, "f", false, &err));
+    for (unsigned i = 0; i < 2; i++) {
+        r[i] = reading(&file, i * half, half, pool, &left);
+        perta_engine_submit(engine, &r[i]);
+    }
+    ck_assert_ok(perta_engine_drain(engine, &err));
+    ck_assert_int_eq(truncate("f", (off_t)(half + half / 2)), 0);
+    volatile uint8_t sum = 0;
+    for (uint64_t i = 0; i < half + half / 2; i++)
+        sum = (uint8_t)(sum + r[i / half].data[i % half]);
+    ck_assert_ok(perta_engine_check(engine, &err));
+    for (uint64_t i = half / 2; i < half; i++)
+        ck_assert_uint_eq(r[1].data[i], 0);
+    ck_assert_int_eq(perta_engine_check(engine, &err), PERTA_EINPUT);
+    ck_assert_ptr_nonnull(strstr(err.msg, "f: changed while it was read"));
+    perta_engine_release(engine, &r[0]);
+    perta_engine_release(engine, &r[1]);
+    perta_file_close(&file);
+    close_engine(engine);
+
+    err = (struct perta_err){0}; /* another starts afresh */
+    engine = open_engine(PERTA_IO_MMAP, 2);
+    ck_assert_ok(perta_engine_check(engine, &err));
+    close_engine(engine);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("engine");
@@ -389,5 +425,6 @@ int main(void)
     tcase_add_test(tests, what_is_no_regular_file_is_not_opened_and_not_left_open);
     tcase_add_test(tests, a_file_that_stands_there_is_not_created_again);
     tcase_add_test(tests, a_file_that_changed_is_noticed);
+    tcase_add_test(tests, a_mapped_file_that_shrinks_is_an_error_and_not_a_death);
     return run_suite("engine", tests);
 }

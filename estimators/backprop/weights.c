@@ -227,6 +227,8 @@ int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_
                 rc = perta_request_error(&requests[i], err);
             if (!rc && requests[i].data != requests[i].buf) /* mapped */
                 memcpy(requests[i].buf, requests[i].data, requests[i].len_bytes);
+            if (!rc)
+                rc = perta_engine_check(w->engine, err);
             perta_engine_release(w->engine, &requests[i]);
         }
     }
