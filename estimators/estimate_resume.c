@@ -201,7 +201,11 @@ static int save_stores(struct perta_estimate_job *job, enum perta_stage stage,
     for (uint32_t l = 0; l <= job->weights.llm.n_layers && !rc; l++)
         if (job->x[l].width)
             rc = perta_store_save(&job->x[l], &job->scratch, err);
-    return rc || stage == PERTA_FORWARD ? rc : perta_store_save(&job->dx, &job->scratch, err);
+    if (!rc && stage != PERTA_FORWARD)
+        rc = perta_store_save(&job->dx, &job->scratch, err);
+    if (!rc)
+        rc = perta_folder_sync(job->scratch.dir, err);
+    return rc ? rc : perta_name_sync(job->scratch.dir, err);
 }
 
 /* A dx of which the file is the store must not be ahead of the journal: its file goes when the
@@ -274,13 +278,16 @@ int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary,
     if (again) {
         json_decref(*summary);
         *summary = perta_journal_summary(&job->journal);
-    } else {
-        remove_scratch(job);
     }
     for (int stat = 0; stat < 2 && !rc && !again; stat++)
         if (wanted(job, stat))
             rc = perta_importance_finish(&job->outs[stat], err);
-    return rc ? rc : perta_journal_publish(&job->journal, folders, n, *summary, err);
+    if (!rc)
+        rc = perta_journal_complete(&job->journal, folders, n, *summary, err);
+    if (rc)
+        return rc;
+    remove_scratch(job);
+    return perta_journal_publish(&job->journal, folders, n, *summary, err);
 }
 
 void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err)

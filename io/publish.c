@@ -32,6 +32,26 @@ static int remove_tree(const char *path)
     return nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
 }
 
+int perta_folder_sync(const char *path, struct perta_err *err)
+{
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = fsync(fd) && errno != EINVAL ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
+    close(fd);
+    return rc;
+}
+
+int perta_name_sync(const char *path, struct perta_err *err)
+{
+    char *copy = strdup(path);
+    if (!copy)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    int rc = perta_folder_sync(dirname(copy), err);
+    free(copy);
+    return rc;
+}
+
 int perta_make_parents(const char *path, struct perta_err *err)
 {
     char *copy = strdup(path);
@@ -40,7 +60,9 @@ int perta_make_parents(const char *path, struct perta_err *err)
     int rc = 0;
     for (char *slash = strchr(copy + 1, '/'); slash && !rc; slash = strchr(slash + 1, '/')) {
         *slash = '\0';
-        if (mkdir(copy, 0777) && errno != EEXIST)
+        if (!mkdir(copy, 0777))
+            rc = perta_name_sync(copy, err);
+        else if (errno != EEXIST)
             rc = perta_fail_sys(err, errno, "%s", copy);
         *slash = '/';
     }
@@ -304,26 +326,6 @@ int perta_publish_copy(const struct perta_publish *out, const char *from, const 
     return rc;
 }
 
-static int sync_dir(const char *path, struct perta_err *err)
-{
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0)
-        return perta_fail_sys(err, errno, "%s", path);
-    int rc = fsync(fd) && errno != EINVAL ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
-    close(fd);
-    return rc;
-}
-
-static int sync_parent(const char *path, struct perta_err *err)
-{
-    char *copy = strdup(path);
-    if (!copy)
-        return perta_fail_sys(err, ENOMEM, "%s", path);
-    int rc = sync_dir(dirname(copy), err);
-    free(copy);
-    return rc;
-}
-
 static int write_synced(const char *path, const void *data, uint64_t len_bytes,
                         struct perta_err *err)
 {
@@ -350,7 +352,7 @@ int perta_publish_single(const char *path, const void *data, uint64_t len_bytes,
     if (rc)
         unlink(partial);
     free(partial);
-    return rc ? rc : sync_parent(path, err);
+    return rc ? rc : perta_name_sync(path, err);
 }
 
 /* The two folders change places at once, then the old one goes. */
@@ -359,7 +361,7 @@ static int exchange(struct perta_publish *out, struct perta_err *err)
     if (renameat2(AT_FDCWD, out->partial, AT_FDCWD, out->path, RENAME_EXCHANGE))
         return perta_fail_sys(err, errno, "%s: replace", out->path);
     out->made = false;
-    int rc = sync_parent(out->path, err);
+    int rc = perta_name_sync(out->path, err);
     if (!rc && remove_tree(out->partial))
         rc = perta_fail_sys(err, errno, "%s: remove what was replaced", out->partial);
     return rc;
@@ -377,15 +379,15 @@ int perta_publish_remove(const struct perta_publish *out, const char *name, stru
 
 int perta_publish_sync(const struct perta_publish *out, struct perta_err *err)
 {
-    int rc = sync_dir(out->partial, err);
-    return rc ? rc : sync_parent(out->partial, err);
+    int rc = perta_folder_sync(out->partial, err);
+    return rc ? rc : perta_name_sync(out->partial, err);
 }
 
 int perta_publish_commit(struct perta_publish *out, struct perta_err *err)
 {
     if (!out->made)
         return 0;
-    int rc = sync_dir(out->partial, err);
+    int rc = perta_folder_sync(out->partial, err);
     if (rc)
         return rc;
     if (out->replace)
@@ -393,7 +395,7 @@ int perta_publish_commit(struct perta_publish *out, struct perta_err *err)
     if (rename(out->partial, out->path))
         return perta_fail_sys(err, errno, "%s", out->path);
     out->made = false;
-    return sync_parent(out->path, err);
+    return perta_name_sync(out->path, err);
 }
 
 void perta_publish_release(struct perta_publish *out)

@@ -62,7 +62,12 @@ PERTA_API void perta_publish_release(struct perta_publish *out);
 PERTA_API int perta_publish_single(const char *path, const void *data, uint64_t len_bytes,
                                    bool force, struct perta_err *err);
 
-/* Make the folders that path is to lie in, where they are missing. */
+/* fsync a folder; or the one that path is in: then its name, or that it has gone, outlives a power
+ * cut. */
+int perta_folder_sync(const char *path, struct perta_err *err);
+int perta_name_sync(const char *path, struct perta_err *err);
+
+/* Make the folders that path is to lie in, where they are missing; synced. */
 PERTA_API int perta_make_parents(const char *path, struct perta_err *err);
 
 /* dir/name; the caller's (free). NULL without memory. */

@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -227,20 +226,6 @@ static int open_locked(struct perta_journal *journal, const char *path, int flag
     return 0;
 }
 
-/* A name outlives a power cut once its folder is synced. */
-static int sync_name(const struct perta_journal *journal, struct perta_err *err)
-{
-    char *copy = strdup(journal->path);
-    int fd = copy ? open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    int rc = 0;
-    if (fd < 0 || (fsync(fd) && errno != EINVAL))
-        rc = perta_fail_sys(err, errno, "%s: fsync of its folder", journal->path);
-    if (fd >= 0)
-        close(fd);
-    free(copy);
-    return rc;
-}
-
 static int begin(struct perta_journal *journal, const char *path, const json_t *identity,
                  bool replace, struct perta_err *err)
 {
@@ -257,7 +242,7 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
         rc = perta_fail_sys(err, errno, "%s", journal->path);
     if (!rc)
         rc = append(journal, identity, err);
-    return rc ? rc : sync_name(journal, err);
+    return rc ? rc : perta_name_sync(journal->path, err);
 }
 
 /* The first record is the identity; of the others the last is kept. */
@@ -421,15 +406,13 @@ int perta_journal_commit(struct perta_journal *journal, const json_t *record, ui
 
 /* ---- the end ---- */
 
-static json_t *inodes_of(struct perta_publish *const *folders, size_t n)
+static int add_inode(json_t *inodes, const struct perta_publish *folder, struct perta_err *err)
 {
-    json_t *inodes = json_array();
-    for (size_t i = 0; i < n; i++) {
-        struct stat st = {0};
-        if (!stat(folders[i]->partial, &st))
-            json_array_append_new(inodes, json_integer((json_int_t)st.st_ino));
-    }
-    return inodes;
+    struct stat st;
+    if (stat(folder->partial, &st))
+        return perta_fail_sys(err, errno, "%s", folder->partial);
+    json_array_append_new(inodes, json_integer((json_int_t)st.st_ino));
+    return 0;
 }
 
 bool perta_journal_is_publishing(const struct perta_journal *journal)
@@ -459,26 +442,36 @@ static int publish(struct perta_publish *folder, const json_t *inode, struct per
     return rc;
 }
 
+int perta_journal_complete(struct perta_journal *journal, struct perta_publish *const *folders,
+                           size_t n, json_t *summary, struct perta_err *err)
+{
+    if (perta_journal_is_publishing(journal))
+        return 0;
+    int rc = 0;
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = perta_publish_sync(folders[i], err);
+    json_t *inodes = json_array();
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = add_inode(inodes, folders[i], err);
+    json_t *record = json_pack("{s:o, s:O*}", "publish", inodes, "summary", summary);
+    if (!rc)
+        rc = record ? perta_journal_commit(journal, record, journal->bytes, err)
+                    : perta_fail_sys(err, ENOMEM, "%s", journal->path);
+    json_decref(journal->last);
+    journal->last = record;
+    return rc;
+}
+
 int perta_journal_publish(struct perta_journal *journal, struct perta_publish *const *folders,
                           size_t n, json_t *summary, struct perta_err *err)
 {
-    json_t *record = perta_journal_is_publishing(journal)
-                         ? json_incref((json_t *)(uintptr_t)perta_journal_last(journal))
-                         : json_pack("{s:o, s:O*}", "publish", inodes_of(folders, n), "summary",
-                                     summary);
-    int rc = record ? 0 : perta_fail_sys(err, ENOMEM, "%s", journal->path);
+    int rc = perta_journal_complete(journal, folders, n, summary, err);
+    const json_t *inodes = json_object_get(perta_journal_last(journal), "publish");
     for (size_t i = 0; i < n && !rc; i++)
-        rc = folders[i]->made ? perta_publish_sync(folders[i], err) : 0;
-    if (!rc && !perta_journal_is_publishing(journal))
-        rc = perta_journal_commit(journal, record, journal->bytes, err);
-    for (size_t i = 0; i < n && !rc; i++)
-        rc = publish(folders[i], json_array_get(json_object_get(record, "publish"), i), err);
+        rc = publish(folders[i], json_array_get(inodes, i), err);
     if (!rc && unlink(journal->path))
         rc = perta_fail_sys(err, errno, "%s", journal->path);
-    if (!rc)
-        rc = sync_name(journal, err);
-    json_decref(record);
-    return rc;
+    return rc ? rc : perta_name_sync(journal->path, err);
 }
 
 void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,

@@ -62,9 +62,13 @@ bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes);
 /* Append record (borrowed) and sync it: the outputs, synced before, are as it says. */
 int perta_journal_commit(struct perta_journal *journal, const json_t *record,
                          uint64_t bytes, struct perta_err *err);
-/* Give complete folders (n) their names, in order, and remove the journal. summary (borrowed) is
- * kept in the record, for the run that may have to finish this. With a journal whose last record
- * is that of an earlier publish: finish what that began. */
+/* Folders (n) are complete but for their names: sync them and say so in the journal; from then on
+ * nothing else is needed. summary (borrowed) is kept there, for the run that may have to go on. */
+int perta_journal_complete(struct perta_journal *journal, struct perta_publish *const *folders,
+                           size_t n, json_t *summary, struct perta_err *err);
+/* The same, unless it has been done; then give them their names, in order, and remove the
+ * journal. With a journal whose last record is that of an earlier publish: finish what that
+ * began. */
 int perta_journal_publish(struct perta_journal *journal,
                           struct perta_publish *const *folders, size_t n, json_t *summary,
                           struct perta_err *err);
