@@ -2,7 +2,6 @@
 
 The long tier (PERTA_LONG=1, set by `make check-long`) kills ten times as often."""
 
-import json
 import os
 import random
 import shutil
@@ -10,64 +9,17 @@ import signal
 import subprocess
 import time
 
-import numpy as np
 import pytest
 from conftest import PERTA
-from llama import write_llama
-from reference import BF16, CHUNK, folder_bytes, narrow, write_folder
+from reference import folder_bytes
+from verbs import EAGER, VERBS, make_inputs, run
 
 KILLS = 70 if os.environ.get("PERTA_LONG") else 6
-# Commit at every chance, not every ten seconds.
-EAGER = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
-SIDES = "--model model --tuned tuned --base base --forget forget --retain retain".split()
-VERBS = {
-    "unlearn": ["unlearn", *SIDES, "--patch", "out"],
-    "unlearn-both": ["unlearn", *SIDES, "--alpha", "0.5,2", "--patch", "out/p", "--out", "out/m"],
-    "diff": "diff model tuned --patch out".split(),
-    "apply": "apply model p1 --out out".split(),
-    "revert": "revert tuned p1 --out out".split(),
-    "compose": "compose p1 p2 --model model --patch out".split(),
-    "accumulate": "accumulate forget retain base --stat mean,meansq --out out".split(),
-    "estimate": "estimate --model llama --data data.jsonl --stat mean,meansq --out out".split(),
-}
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 200,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
-
-
-def tensors(rng, dtype):
-    """Chunks and parts of chunks, tensors of a few bytes, an empty one, a shard with none."""
-    shapes = {"big": (CHUNK + 300,), "odd": (77, 91), "one": (1,), "empty": (0, 3), "two": (2 * CHUNK,)}
-    shapes |= {f"layers.{i}": (5 + i,) for i in range(20)}
-    return {n: narrow(rng.standard_normal(s, "f4"), np.dtype(dtype)) for n, s in shapes.items()}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("crash")
-    rng = np.random.default_rng(7)
-    for name in ("model", "tuned", "base"):
-        write_folder(folder / name, tensors(rng, BF16), shards=3)
-    for name, shards in (("forget", 3), ("retain", 2)):
-        write_folder(folder / name, tensors(rng, "f4"), shards=shards, metadata={"perta.stat": "mean"})
-    run(folder, "diff", "model", "tuned", "--patch", "p1")
-    run(folder, "diff", "tuned", "base", "--patch", "p2")
-    write_llama(folder / "llama", LLAMA)
-    ids = [random.Random(n).choices(range(200), k=30) for n in range(20)]
-    (folder / "data.jsonl").write_text("\n".join(json.dumps({"input_ids": i}) for i in ids))
-    return folder
-
-
-def run(folder, *command, check=True, env=EAGER):
-    command = [str(PERTA), *command, "--progress", "none"]
-    return subprocess.run(command, cwd=folder, check=check, env=env, capture_output=True, text=True)
+    return make_inputs(tmp_path_factory.mktemp("crash"), large=True)
 
 
 @pytest.fixture
@@ -144,8 +96,8 @@ def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job):
     else:
         pytest.skip("too fast to be interrupted here after its first commit point")
     assert status == 130
-    refused = run(folder, *command, check=False)
-    assert refused.returncode == 2 and "--resume goes on with it, --force starts over" in refused.stderr
+    refused = run(folder, *command, status=2)
+    assert "--resume goes on with it, --force starts over" in refused.stderr
     named = {n: b for n, b in folder_bytes(folder / "out").items() if ".perta-" not in n}
     assert named.items() <= want.items()
     run(folder, *command, "--resume")
@@ -192,9 +144,8 @@ def test_changed_inputs_and_flags_are_refused(job):
     if change == ["touch"]:
         os.utime(shard, (1, 1))
     flags = [] if change == ["touch"] else change
-    refused = run(folder, *command, *flags, "--resume", check=False)
+    refused = run(folder, *command, *flags, "--resume", status=2)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert refused.returncode == 2
     assert "--resume cannot go on: " in refused.stderr and says in refused.stderr
     run(folder, *command, "--resume")
     assert folder_bytes(folder / "out") == want and not leftovers(folder)

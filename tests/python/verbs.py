@@ -1,0 +1,68 @@
+"""Every verb that writes folders, on small inputs: what tests of kills and faults run."""
+
+import json
+import os
+import random
+import subprocess
+
+import numpy as np
+from conftest import PERTA
+from llama import write_llama
+from reference import BF16, CHUNK, narrow, write_folder
+
+# Commit at every chance, not every ten seconds.
+EAGER = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
+SIDES = "--model model --tuned tuned --base base --forget forget --retain retain".split()
+VERBS = {
+    "unlearn": ["unlearn", *SIDES, "--patch", "out"],
+    "unlearn-both": ["unlearn", *SIDES, "--alpha", "0.5,2", "--patch", "out/p", "--out", "out/m"],
+    "diff": "diff model tuned --patch out".split(),
+    "apply": "apply model p1 --out out".split(),
+    "revert": "revert tuned p1 --out out".split(),
+    "compose": "compose p1 p2 --model model --patch out".split(),
+    "accumulate": "accumulate forget retain base --stat mean,meansq --out out".split(),
+    "estimate": "estimate --model llama --data data.jsonl --stat mean,meansq --out out".split(),
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+LARGE = {"big": (CHUNK + 300,), "two": (2 * CHUNK,)}
+
+
+def tensors(rng, dtype, large):
+    """Parts of chunks, tensors of a few bytes, an empty one; large: more than a chunk, too."""
+    shapes = {"odd": (77, 91), "one": (1,), "empty": (0, 3)} | (LARGE if large else {})
+    shapes |= {f"layers.{i}": (5 + 50 * i,) for i in range(20)}
+    return {n: narrow(rng.standard_normal(s, "f4"), np.dtype(dtype)) for n, s in shapes.items()}
+
+
+def make_inputs(folder, large):
+    """Everything that VERBS read."""
+    rng = np.random.default_rng(7)
+    for name in ("model", "tuned", "base"):
+        write_folder(folder / name, tensors(rng, BF16, large), shards=3)
+    for name, shards in (("forget", 3), ("retain", 2)):
+        write_folder(
+            folder / name, tensors(rng, "f4", large), shards=shards, metadata={"perta.stat": "mean"}
+        )
+    run(folder, "diff", "model", "tuned", "--patch", "p1")
+    run(folder, "diff", "tuned", "base", "--patch", "p2")
+    write_llama(folder / "llama", LLAMA)
+    ids = [random.Random(n).choices(range(200), k=30) for n in range(20)]
+    (folder / "data.jsonl").write_text("\n".join(json.dumps({"input_ids": i}) for i in ids))
+    return folder
+
+
+def run(folder, *command, status=0, env=EAGER, perta=PERTA, **how):
+    """Assert its exit status (None: any)."""
+    command = [str(perta), *command, "--progress", "none"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, **how)
+    assert status is None or done.returncode == status, (done.returncode, done.stderr)
+    return done
