@@ -27,16 +27,15 @@ static uint8_t *after_room(const struct perta_patched *p)
 
 static int move(struct perta_patched *p, struct perta_weights *w,
                 struct perta_patch_in_shard *shard, const struct perta_patch_entry *entry,
-                const void *before, struct perta_err *err)
+                const char *path, uint64_t unit, const void *before, struct perta_err *err)
 {
     const void *frame;
     uint8_t *after = after_room(p);
     int rc = perta_weights_read(w, &shard->file, entry->frame_off, entry->frame_bytes,
                                 frame_room(p), &frame, err);
     if (!rc)
-        rc = perta_patch_in_move(shard, entry, true, p->codec, frame, before, after, err);
-    if (!rc)
-        rc = perta_patch_in_check_made(shard, entry, true, after, err);
+        rc = perta_patch_in_lead(shard, entry, true, p->codec, frame, path, unit, before, after,
+                                 err);
     p->after = after;
     return rc;
 }
@@ -60,13 +59,11 @@ static int take_chunk(struct perta_patched *p, struct perta_weights *w,
                                 p->source.room, &before, err);
     if (rc)
         return rc;
-    uint64_t found = perta_hash64(before, len);
-    if (found != entry->hash_before)
-        return perta_patch_in_wrong_chunk(shard, entry, true, w->files[ref->shard].path, unit,
-                                          found, err);
+    const char *path = w->files[ref->shard].path;
     p->after = before;
-    if (entry->encoding != PERTA_ENC_ZERO)
-        rc = move(p, w, shard, entry, before, err);
+    rc = entry->encoding == PERTA_ENC_ZERO
+             ? perta_patch_in_lead(shard, entry, true, p->codec, NULL, path, unit, before, NULL, err)
+             : move(p, w, shard, entry, path, unit, before, err);
     p->entry = rc ? NULL : entry;
     return rc;
 }

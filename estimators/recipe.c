@@ -80,6 +80,8 @@ json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct pert
                   missing[unlearn->missing], "nonfinite", rule->keep_nonfinite ? "keep" : "error",
                   "include", strings(unlearn->globs.include, unlearn->globs.n_include),
                   "exclude", strings(unlearn->globs.exclude, unlearn->globs.n_exclude));
+    if (unlearn->one_way)
+        json_object_set_new(recipe, "one_way", json_true());
     if (rule->method == PERTA_POWER)
         json_object_set_new(recipe, "power", json_real(rule->power));
     if (rule->method == PERTA_CONSTANT)

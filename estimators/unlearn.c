@@ -150,9 +150,10 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece,
             return bad_number(job, worker, row, piece, r, err);
         uint8_t *after = piece->out + l.after_at + a * l.stride;
         r->hash_after = perta_hash64(after, before->len_bytes);
-        rc = perta_codec_encode(
-            job->codecs[worker], row->in[PERTA_ROLE_MODEL]->tensor->dtype, before->data,
-            after, before->len_bytes, after + l.frame_at, l.frame_room, &r->coded, err);
+        rc = perta_patch_out_encode(job->unlearn->one_way, job->codecs[worker],
+                                    row->in[PERTA_ROLE_MODEL]->tensor->dtype, before->data, after,
+                                    before->len_bytes, after + l.frame_at, l.frame_room, &r->coded,
+                                    &r->hash_before, err);
     }
     return rc;
 }
@@ -260,6 +261,7 @@ static int begin_outputs(struct perta_unlearn_job *job, const struct perta_run *
                  ? perta_patch_out_begin(&job->outs[job->n_outs], patch, out,
                                          &job->resume.journal, job->unlearn->force, err)
                  : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
+        job->outs[job->n_outs].one_way = job->unlearn->one_way;
         free(patch);
         free(out);
     }

@@ -30,6 +30,7 @@ struct perta_unlearn {
     const char *out;   /* NULL: no finished model */
     struct perta_globs globs; /* tensors outside stay as they are */
     enum perta_missing missing; /* what to do about tensors without importance */
+    bool one_way; /* new values only: patches cannot be reverted */
     bool force;
 };
 

@@ -7,6 +7,7 @@
 #include <zstd.h>
 
 #include "io/codec_payload.h"
+#include "io/hash.h"
 #include "io/isa.h"
 
 /* Sections of the payload from this length on get Huffman tables of their own. */
@@ -23,7 +24,7 @@ struct perta_codec {
 
 size_t perta_codec_payload_max(size_t n)
 {
-    return n + n / 16 + 512;
+    return n + n / 8 + 512; /* of bytes that all change: values, and a bit for each */
 }
 
 /* 512: headers of the blocks that end with a section. */
@@ -191,6 +192,28 @@ int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype, const 
     return 0;
 }
 
+int perta_codec_encode_values(struct perta_codec *codec, enum perta_dtype dtype,
+                              const void *before, const void *after, size_t n_bytes, uint8_t *dst,
+                              size_t dst_capacity, struct perta_coded *coded, uint64_t *hash_kept,
+                              struct perta_err *err)
+{
+    struct perta_sections sections;
+    size_t n = n_bytes / perta_dtype_unit_bytes(dtype);
+    *coded = (struct perta_coded){.encoding = PERTA_ENC_ZERO};
+    coded->n_changed = perta_values_write(&codec->scratch, dtype, before, after, n, &sections);
+    *hash_kept = perta_hash64(codec->scratch.planes, n_bytes);
+    if (!coded->n_changed)
+        return 0;
+    size_t len_bytes = pack(codec->pack, &sections, dst, dst_capacity);
+    if (!len_bytes)
+        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu", n_bytes,
+                              dst_capacity);
+    coded->encoding = PERTA_ENC_VALUES;
+    coded->frame_bytes = (uint32_t)len_bytes;
+    coded->payload_bytes = (uint32_t)sections.len_bytes;
+    return 0;
+}
+
 /* ---- decode ---- */
 
 static int damaged(struct perta_err *err, const char *what)
@@ -198,9 +221,8 @@ static int damaged(struct perta_err *err, const char *what)
     return perta_fail(err, PERTA_ECHECK, "the frame is damaged: %s", what);
 }
 
-static int read_payload(struct perta_codec *codec, enum perta_dtype dtype, const uint8_t *frame,
-                        size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
-                        struct perta_layout *layout, struct perta_err *err)
+static int unpack(struct perta_codec *codec, const uint8_t *frame, size_t frame_bytes,
+                  size_t payload_bytes, size_t n_bytes, struct perta_err *err)
 {
     struct perta_codec_scratch *s = &codec->scratch;
     if (n_bytes > s->max_bytes || payload_bytes > perta_codec_payload_max(n_bytes))
@@ -211,7 +233,17 @@ static int read_payload(struct perta_codec *codec, enum perta_dtype dtype, const
         return damaged(err, ZSTD_getErrorName(n));
     if (n != payload_bytes)
         return damaged(err, "it is too short");
-    const char *wrong = perta_payload_read(s, dtype, payload_bytes,
+    return 0;
+}
+
+static int read_payload(struct perta_codec *codec, enum perta_dtype dtype, const uint8_t *frame,
+                        size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
+                        struct perta_layout *layout, struct perta_err *err)
+{
+    int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
+    if (rc)
+        return rc;
+    const char *wrong = perta_payload_read(&codec->scratch, dtype, payload_bytes,
                                            n_bytes / perta_dtype_unit_bytes(dtype), layout);
     return wrong ? damaged(err, wrong) : 0;
 }
@@ -233,11 +265,28 @@ static int move(struct perta_codec *codec, enum perta_dtype dtype, enum perta_en
     return wrong ? damaged(err, wrong) : 0;
 }
 
+int perta_codec_apply_values(struct perta_codec *codec, enum perta_dtype dtype,
+                             const uint8_t *frame, size_t frame_bytes, size_t payload_bytes,
+                             const void *before, void *after, size_t n_bytes, uint64_t *hash_kept,
+                             struct perta_err *err)
+{
+    int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
+    if (rc)
+        return rc;
+    const char *wrong = perta_values_read(&codec->scratch, dtype, payload_bytes, before, after,
+                                          n_bytes / perta_dtype_unit_bytes(dtype), hash_kept);
+    return wrong ? damaged(err, wrong) : 0;
+}
+
 int perta_codec_apply(struct perta_codec *codec, enum perta_dtype dtype,
                       enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
                       size_t payload_bytes, const void *before, void *after, size_t n_bytes,
                       struct perta_err *err)
 {
+    uint64_t ignored;
+    if (encoding == PERTA_ENC_VALUES)
+        return perta_codec_apply_values(codec, dtype, frame, frame_bytes, payload_bytes, before,
+                                        after, n_bytes, &ignored, err);
     return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, before, false, after,
                 n_bytes, err);
 }
@@ -247,6 +296,8 @@ int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dtype,
                        size_t payload_bytes, const void *after, void *before, size_t n_bytes,
                        struct perta_err *err)
 {
+    if (encoding == PERTA_ENC_VALUES)
+        return perta_fail(err, PERTA_EUSAGE, "one-way: it does not hold what was before");
     return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, after, true, before,
                 n_bytes, err);
 }
@@ -260,6 +311,14 @@ int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
     *n_changed = 0;
     if (encoding == PERTA_ENC_ZERO)
         return 0;
+    if (encoding == PERTA_ENC_VALUES) {
+        int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
+        const char *wrong = rc ? NULL
+                               : perta_values_count(&codec->scratch, dtype, payload_bytes,
+                                                    n_bytes / perta_dtype_unit_bytes(dtype),
+                                                    n_changed);
+        return wrong ? damaged(err, wrong) : rc;
+    }
     int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout, err);
     if (!rc)
         *n_changed = perta_payload_changed(&layout);

@@ -19,6 +19,7 @@
 enum perta_encoding {
     PERTA_ENC_ZERO = 0,    /* nothing changed: no frame at all */
     PERTA_ENC_DELTA = 1,   /* zigzagged deltas, grouped by exponent where that saves (see the spec) */
+    PERTA_ENC_VALUES = 2,  /* which units changed, and their new values: leads forward only */
     PERTA_N_ENCODINGS,
 };
 
@@ -50,6 +51,20 @@ PERTA_API int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dty
                                  uint8_t *dst, size_t dst_capacity, struct perta_coded *coded,
                                  struct perta_err *err);
 
+/* The same as PERTA_ENC_VALUES, or PERTA_ENC_ZERO: nothing of what was before can be told from it.
+ * *hash_kept: XXH3-64 of the bytes before, those of units that change taken as 0. */
+PERTA_API int perta_codec_encode_values(struct perta_codec *codec, enum perta_dtype dtype,
+                                        const void *before, const void *after, size_t n_bytes,
+                                        uint8_t *dst, size_t dst_capacity,
+                                        struct perta_coded *coded, uint64_t *hash_kept,
+                                        struct perta_err *err);
+/* Such a frame applied: as perta_codec_apply, and *hash_kept of what before was. */
+PERTA_API int perta_codec_apply_values(struct perta_codec *codec, enum perta_dtype dtype,
+                                       const uint8_t *frame, size_t frame_bytes,
+                                       size_t payload_bytes, const void *before, void *after,
+                                       size_t n_bytes, uint64_t *hash_kept,
+                                       struct perta_err *err);
+
 /* From the bytes before and the frame (frame_bytes at frame) to the bytes after, n_bytes at
  * after. payload_bytes is the table's. A damaged frame is PERTA_ECHECK; never reads or writes
  * out of bounds, whatever the frame holds. before and after may not overlap. */
@@ -58,7 +73,7 @@ PERTA_API int perta_codec_apply(struct perta_codec *codec, enum perta_dtype dtyp
                                 size_t frame_bytes, size_t payload_bytes, const void *before,
                                 void *after, size_t n_bytes, struct perta_err *err);
 
-/* The way back: from the bytes after to the bytes before. */
+/* The way back: from the bytes after to the bytes before. PERTA_EUSAGE for PERTA_ENC_VALUES. */
 PERTA_API int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dtype,
                                  enum perta_encoding encoding, const uint8_t *frame,
                                  size_t frame_bytes, size_t payload_bytes, const void *after,

@@ -112,4 +112,20 @@ const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype d
 /* How many units change. */
 uint64_t perta_payload_changed(const struct perta_layout *layout);
 
+/* ---- values, io/codec_values.c: a bit for each unit, set where it changes, then the new values of
+ * those, in planes ---- */
+
+/* The payload, in s; returns how many units change. s->planes (n units) gets before, with those
+ * taken as 0. */
+uint64_t perta_values_write(struct perta_codec_scratch *s, enum perta_dtype dtype,
+                            const uint8_t *before, const uint8_t *after, size_t n,
+                            struct perta_sections *sections);
+/* NULL, or what is wrong with the payload in s. *n_changed: units that change. */
+const char *perta_values_count(const struct perta_codec_scratch *s, enum perta_dtype dtype,
+                               size_t payload_bytes, size_t n, uint64_t *n_changed);
+/* after (n) = before (n), with the values of the payload in s. *hash_kept: as the codec's. */
+const char *perta_values_read(const struct perta_codec_scratch *s, enum perta_dtype dtype,
+                              size_t payload_bytes, const uint8_t *before, uint8_t *after, size_t n,
+                              uint64_t *hash_kept);
+
 #endif

@@ -114,15 +114,6 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 1;
 }
 
-static int wrong_chunk(const struct job *job, const struct perta_piece *piece, uint64_t found,
-                       struct perta_err *err)
-{
-    const struct perta_patch_in_shard *shard = &job->patch.shards[piece->shard];
-    return perta_patch_in_wrong_chunk(shard, &shard->patch->entries[piece->tag], job->forward,
-                                      piece->in[IN_MODEL].file->path, piece->first_elem, found,
-                                      err);
-}
-
 /* A piece's room takes the bytes of the result. */
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
@@ -130,14 +121,9 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     const struct perta_patch_in_shard *shard = &job->patch.shards[piece->shard];
     const struct perta_patch_entry *entry = &shard->patch->entries[piece->tag];
     const struct perta_range *model = &piece->in[IN_MODEL];
-    uint64_t found = perta_hash64(model->data, model->len_bytes);
-    if (found != (job->forward ? entry->hash_before : entry->hash_after))
-        return wrong_chunk(job, piece, found, err);
-    if (entry->encoding == PERTA_ENC_ZERO)
-        return 0;
-    int rc = perta_patch_in_move(shard, entry, job->forward, job->codecs[worker],
-                                 piece->in[IN_FRAME].data, model->data, piece->out, err);
-    return rc ? rc : perta_patch_in_check_made(shard, entry, job->forward, piece->out, err);
+    return perta_patch_in_lead(shard, entry, job->forward, job->codecs[worker],
+                               piece->in[IN_FRAME].data, model->file->path, piece->first_elem,
+                               model->data, piece->out, err);
 }
 
 /* Finish shards before this one and begin it. */
@@ -200,6 +186,8 @@ static int open_inputs(struct job *job, const struct perta_run *run, struct pert
 {
     const struct perta_apply *apply = job->apply;
     int rc = perta_patch_in_open(&job->patch, apply->patch, err);
+    if (!rc && !job->forward)
+        rc = perta_patch_in_refuse_one_way(&job->patch, "it cannot be reverted", err);
     if (!rc)
         rc = perta_input_open(&job->model, "model", apply->model, err);
     if (!rc)

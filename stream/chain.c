@@ -151,6 +151,9 @@ int perta_chain_open(struct perta_chain *chain, const char *const *paths, uint32
     for (chain->n = 0; chain->n < n && !rc; chain->n++) {
         struct perta_patch_in *patch = &chain->patches[chain->n];
         rc = perta_patch_in_open(patch, paths[chain->n], err);
+        if (!rc)
+            rc = perta_patch_in_refuse_one_way(
+                patch, "it cannot be composed; compose those that it was made beside", err);
         if (!rc && chain->n)
             rc = check_shards(patch - 1, patch, err);
     }

@@ -16,6 +16,7 @@
 enum { BEFORE, AFTER, N_IN };
 
 struct job {
+    bool one_way;
     struct perta_input in[N_IN];
     struct perta_resume resume;
     struct perta_stream *stream;
@@ -59,9 +60,10 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     uint64_t n_bytes = piece->in[BEFORE].len_bytes;
     result->hash_before = perta_hash64(piece->in[BEFORE].data, n_bytes);
     result->hash_after = perta_hash64(piece->in[AFTER].data, n_bytes);
-    return perta_codec_encode(job->codecs[worker], t->dtype, piece->in[BEFORE].data,
-                              piece->in[AFTER].data, n_bytes, piece->out + OUT_ALIGN,
-                              piece->out_bytes - OUT_ALIGN, &result->coded, err);
+    return perta_patch_out_encode(job->one_way, job->codecs[worker], t->dtype,
+                                  piece->in[BEFORE].data, piece->in[AFTER].data, n_bytes,
+                                  piece->out + OUT_ALIGN, piece->out_bytes - OUT_ALIGN,
+                                  &result->coded, &result->hash_before, err);
 }
 
 static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
@@ -169,11 +171,15 @@ static int begin_output(struct job *job, const struct perta_diff *diff,
     job->resume.n_patches = 1;
     job->resume.walk = &job->walk;
     int rc = perta_resume_begin(&job->resume, run, diff->patch,
-                                perta_resume_identity("diff", json_object(), inputs), diff->force,
+                                perta_resume_identity("diff", json_pack("{s:b}", "one_way", (int)job->one_way),
+                                                      inputs),
+                                diff->force,
                                 err);
-    return rc ? rc
-              : perta_patch_out_begin(&job->out, diff->patch, NULL, &job->resume.journal,
-                                      diff->force, err);
+    if (!rc)
+        rc = perta_patch_out_begin(&job->out, diff->patch, NULL, &job->resume.journal, diff->force,
+                                   err);
+    job->out.one_way = job->one_way;
+    return rc;
 }
 
 static int plan(struct job *job, const struct perta_run *run, uint64_t chunk_bytes,
@@ -222,6 +228,8 @@ static int finish(struct job *job, json_t **summary, struct perta_err *err)
     if (rc)
         return rc;
     json_t *recipe = json_pack("{s:s}", "command", "diff");
+    if (job->one_way)
+        json_object_set_new(recipe, "one_way", json_true());
     json_t *inputs = json_pack("{s:o, s:o}", "before", perta_input_json(&job->in[BEFORE]),
                                "after", perta_input_json(&job->in[AFTER]));
     rc = perta_patch_out_finish(&job->out, recipe, inputs, job->in[BEFORE].ck, summary, err);
@@ -260,7 +268,7 @@ static void release(struct job *job)
 int perta_diff(const struct perta_diff *diff, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
-    struct job job = {0};
+    struct job job = {.one_way = diff->one_way};
     *summary = NULL;
     int rc = open_inputs(&job, diff, run, err);
     if (!rc && run->dry_run) {

@@ -10,6 +10,7 @@
 struct perta_diff {
     const char *before, *after; /* checkpoints */
     const char *patch;          /* folder to write */
+    bool one_way;               /* new values only: the patch cannot be reverted */
     bool force;
 };
 

@@ -197,6 +197,9 @@ static int open_all(struct job *job, struct perta_err *err)
     const struct perta_apply *apply = job->apply;
     int rc = perta_patch_in_open(&job->patch, apply->patch, err);
     if (!rc)
+        rc = perta_patch_in_refuse_one_way(
+            &job->patch, "in place it could not be taken back when interrupted; use --out DIR", err);
+    if (!rc)
         rc = lock_folder(job, err);
     job->model.role = "model";
     if (!rc)

@@ -376,6 +376,9 @@ int perta_model_verify(const char *model, const char *patch, bool applied,
     struct perta_err others = {0};
     *summary = NULL;
     int rc = perta_patch_in_open(&job.patch, patch, err);
+    if (!rc && !applied)
+        rc = perta_patch_in_refuse_one_way(&job.patch, "--applied can be verified, --original cannot",
+                                           err);
     if (!rc)
         rc = find_shards(&job, err);
     if (!rc && check_others(&job, &others) == PERTA_ESYS) {

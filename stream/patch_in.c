@@ -353,3 +353,62 @@ int perta_patch_in_check_made(const struct perta_patch_in_shard *shard,
                       shard->path, perta_patch_in_tensor(shard, entry)->name,
                       (ull)entry->frame_off, (ull)found, (ull)wanted);
 }
+
+/* ---- one way ---- */
+
+bool perta_patch_in_is_one_way(const struct perta_patch_in *in)
+{
+    for (uint32_t s = 0; s < in->n_shards; s++)
+        for (uint64_t e = 0; in->shards[s].patch && e < in->shards[s].patch->n_entries; e++)
+            if (in->shards[s].patch->entries[e].encoding == PERTA_ENC_VALUES)
+                return true;
+    return false;
+}
+
+int perta_patch_in_refuse_one_way(const struct perta_patch_in *in, const char *what,
+                                  struct perta_err *err)
+{
+    return perta_patch_in_is_one_way(in)
+               ? perta_fail(err, PERTA_EUSAGE,
+                            "%s: a one-way patch, which holds nothing of the model before: %s",
+                            in->path, what)
+               : 0;
+}
+
+/* Values only: that the rest of the chunk is right shows once it is known what changes. */
+static int lead_one_way(const struct perta_patch_in_shard *shard,
+                        const struct perta_patch_entry *entry, struct perta_codec *codec,
+                        const uint8_t *frame, const char *path, uint64_t first_unit,
+                        const void *from, void *to, struct perta_err *err)
+{
+    const struct perta_tensor *tensor = perta_patch_in_tensor(shard, entry);
+    uint64_t kept;
+    int rc = perta_codec_apply_values(codec, tensor->dtype, frame, entry->frame_bytes,
+                                      entry->payload_bytes, from, to,
+                                      perta_patch_in_chunk_bytes(shard, entry), &kept, err);
+    if (rc)
+        return perta_err_context(err, "%s: tensor %s, byte %llu", shard->path, tensor->name,
+                                 (ull)entry->frame_off);
+    return kept == entry->hash_before
+               ? 0
+               : perta_patch_in_wrong_chunk(shard, entry, true, path, first_unit, kept, err);
+}
+
+int perta_patch_in_lead(const struct perta_patch_in_shard *shard,
+                        const struct perta_patch_entry *entry, bool forward,
+                        struct perta_codec *codec, const uint8_t *frame, const char *path,
+                        uint64_t first_unit, const void *from, void *to, struct perta_err *err)
+{
+    int rc = 0;
+    if (entry->encoding == PERTA_ENC_VALUES && forward) {
+        rc = lead_one_way(shard, entry, codec, frame, path, first_unit, from, to, err);
+    } else {
+        uint64_t found = perta_hash64(from, perta_patch_in_chunk_bytes(shard, entry));
+        if (found != (forward ? entry->hash_before : entry->hash_after))
+            return perta_patch_in_wrong_chunk(shard, entry, forward, path, first_unit, found, err);
+        if (entry->encoding == PERTA_ENC_ZERO)
+            return 0;
+        rc = perta_patch_in_move(shard, entry, forward, codec, frame, from, to, err);
+    }
+    return rc ? rc : perta_patch_in_check_made(shard, entry, forward, to, err);
+}

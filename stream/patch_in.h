@@ -63,6 +63,19 @@ int perta_patch_in_wrong_chunk(const struct perta_patch_in_shard *shard,
                                const struct perta_patch_entry *entry, bool forward,
                                const char *path, uint64_t first_unit, uint64_t found,
                                struct perta_err *err);
+/* One that does not lead back: it has chunks of values only. May be told of any open patch. */
+bool perta_patch_in_is_one_way(const struct perta_patch_in *in);
+/* PERTA_EUSAGE if it is, with what cannot be done. */
+int perta_patch_in_refuse_one_way(const struct perta_patch_in *in, const char *what,
+                                  struct perta_err *err);
+
+/* The whole way of one chunk: from, found in the model at path, first_unit within its tensor, must
+ * be what the patch goes out from; to gets what it leads to, checked too. Of a chunk that does not
+ * change (PERTA_ENC_ZERO) to is left alone. */
+int perta_patch_in_lead(const struct perta_patch_in_shard *shard,
+                        const struct perta_patch_entry *entry, bool forward,
+                        struct perta_codec *codec, const uint8_t *frame, const char *path,
+                        uint64_t first_unit, const void *from, void *to, struct perta_err *err);
 /* From a chunk's bytes on one side and its frame to those on the other. */
 int perta_patch_in_move(const struct perta_patch_in_shard *shard,
                         const struct perta_patch_entry *entry, bool forward,

@@ -6,7 +6,7 @@
 
 #include "stream/canonical.h"
 
-static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "delta"};
+static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "delta", "values"};
 
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
                           const struct perta_journal *journal, bool force, struct perta_err *err)
@@ -247,13 +247,37 @@ static json_t *encodings_json(const struct perta_patch_out *p)
     return json;
 }
 
+int perta_patch_out_encode(bool one_way, struct perta_codec *codec, enum perta_dtype dtype,
+                           const void *before, const void *after, uint64_t n_bytes, uint8_t *dst,
+                           uint64_t dst_capacity, struct perta_coded *coded, uint64_t *hash_before,
+                           struct perta_err *err)
+{
+    return one_way ? perta_codec_encode_values(codec, dtype, before, after, n_bytes, dst,
+                                               dst_capacity, coded, hash_before, err)
+                   : perta_codec_encode(codec, dtype, before, after, n_bytes, dst, dst_capacity,
+                                        coded, err);
+}
+
+/* Digests of files that went in confirm guesses of the few values that an edit may change. The
+ * caller's. */
+static json_t *without_digests(const json_t *inputs)
+{
+    json_t *copy = json_deep_copy(inputs), *input, *shard;
+    const char *role;
+    size_t i;
+    json_object_foreach (copy, role, input)
+        json_array_foreach (json_object_get(input, "shards"), i, shard)
+            json_object_set_new(shard, "xxh3_128", json_null());
+    return copy;
+}
+
 static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
                           json_t *counts, json_t *tensors, struct perta_err *err)
 {
     json_t *manifest = json_pack(
-        "{s:s, s:i, s:s, s:O, s:O, s:{s:O, s:O}, s:O, s:O, s:o}", "format", "perta-patch",
+        "{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:O, s:O, s:o}", "format", "perta-patch",
         "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe", recipe,
-        "inputs", inputs, "outputs", "patch", p->shards, "model", p->model.shards, "counts",
+        "inputs", p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs", "patch", p->shards, "model", p->model.shards, "counts",
         counts, "tensors", tensors, "encodings", encodings_json(p));
     char *text = manifest ? perta_canonical_json(manifest) : NULL;
     int rc = text ? perta_publish_file(&p->folder, "manifest.json", text, strlen(text), err)

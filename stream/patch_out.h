@@ -30,6 +30,7 @@ struct perta_patch_out {
 
     const struct perta_checkpoint *before, *after; /* borrowed */
     const char *const *actions;                    /* borrowed; one for each tensor of after */
+    bool one_way; /* the record says nothing of files that went in but names and sizes */
     uint32_t shard;                                /* under way, or the next */
     bool shard_open;
     uint64_t n_begun; /* tensors of it */
@@ -65,6 +66,12 @@ int perta_patch_out_reach(struct perta_patch_out *p, uint32_t shard, uint64_t te
 /* Counts of the tensor that was reached; the caller adds to all but n_changed, n_params. */
 struct perta_tensor_counts *perta_patch_out_counts(struct perta_patch_out *p);
 
+/* What a patch holds of a chunk: deltas, or one_way new values only. *hash_before, which is that of
+ * the bytes before, becomes what the table is to hold. */
+int perta_patch_out_encode(bool one_way, struct perta_codec *codec, enum perta_dtype dtype,
+                           const void *before, const void *after, uint64_t n_bytes, uint8_t *dst,
+                           uint64_t dst_capacity, struct perta_coded *coded, uint64_t *hash_before,
+                           struct perta_err *err);
 /* A chunk of the tensor that was reached. */
 struct perta_chunk_out {
     struct perta_coded coded;

@@ -2,7 +2,7 @@
 
 #include "tools/cli.h"
 
-enum { KEY_PATCH = CLI_KEY_OWN };
+enum { KEY_PATCH = CLI_KEY_OWN, KEY_ONE_WAY };
 
 struct args {
     struct cli cli;
@@ -10,7 +10,11 @@ struct args {
 };
 
 static const struct argp_option options[] = {
-    {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 1}, {0}};
+    {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 1},
+    {"one-way", KEY_ONE_WAY, NULL, 0,
+     "A patch of new values only, for publishing: it tells nothing of the values before and cannot "
+     "be reverted", 1},
+    {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
@@ -18,6 +22,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT:
         state->child_inputs[0] = state->child_inputs[1] = state->child_inputs[2] = &args->cli;
+        return 0;
+    case KEY_ONE_WAY:
+        args->diff.one_way = true;
         return 0;
     case KEY_PATCH:
         args->diff.patch = arg;

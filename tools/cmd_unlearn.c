@@ -9,7 +9,7 @@
 enum {
     KEY_MODEL = CLI_KEY_OWN, KEY_TUNED, KEY_BASE, KEY_FORGET, KEY_RETAIN, KEY_METHOD, KEY_POWER,
     KEY_WEIGHT, KEY_SEED, KEY_ALPHA, KEY_PATCH, KEY_OUT, KEY_INCLUDE, KEY_EXCLUDE, KEY_MISSING,
-    KEY_NONFINITE,
+    KEY_NONFINITE, KEY_ONE_WAY,
 };
 
 struct args {
@@ -30,6 +30,9 @@ static const struct argp_option options[] = {
     {"retain", KEY_RETAIN, "DIR", 0, "Importance over the retain set", 1},
     {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 2},
     {"out", KEY_OUT, "DIR", 0, "Write the finished model here, too", 2},
+    {"one-way", KEY_ONE_WAY, NULL, 0,
+     "A patch of new values only, for publishing: it tells nothing of the values before and cannot "
+     "be reverted", 2},
     {"alpha", KEY_ALPHA, "A[,A...]", 0,
      "How far to go (default 1). Several, from one read: DIR/alpha-A for each", 3},
     {"method", KEY_METHOD, "grad|fisher|power|tv|constant|random", 0,
@@ -154,6 +157,9 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT:
         state->child_inputs[0] = state->child_inputs[1] = state->child_inputs[2] = &args->cli;
+        return 0;
+    case KEY_ONE_WAY:
+        u->one_way = true;
         return 0;
     case KEY_MODEL:
         u->model = arg;

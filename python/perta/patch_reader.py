@@ -123,6 +123,16 @@ def move(u: np.ndarray, z: np.ndarray, ordered: bool, revert: bool) -> np.ndarra
     return np.where(m & sign, m ^ sign, ~m) if ordered else m
 
 
+def new_values(data: bytes, u: np.ndarray) -> tuple[np.ndarray, bytes]:
+    """The units after, and what those before are without the ones that change."""
+    payload = Payload(data)
+    changed = np.unpackbits(payload.bytes((u.size + 7) // 8), bitorder="little")[: u.size] == 1
+    kept, after = u.copy(), u.copy()
+    kept[changed] = 0
+    after[changed] = payload.planes(int(changed.sum()), u.dtype)
+    return after, kept.tobytes()
+
+
 def convert(model: bytes, patch: bytes, revert: bool) -> bytes:
     before, after = read_head(patch)
     known, wanted = (after, before) if revert else (before, after)
@@ -137,12 +147,15 @@ def convert(model: bytes, patch: bytes, revert: bool) -> bytes:
         done = done if tensor == previous else 0
         size = n * unit_bits(dtype) // 8
         chunk = model[source[name] + done : source[name] + done + size]
-        check(xxhash.xxh3_64_intdigest(chunk) == digests[revert], f"{name}: for another model")
-        if encoding:
-            u = np.frombuffer(chunk, f"<u{unit_bits(dtype) // 8}")
-            payload = zstandard.decompress(patch[frame : frame + frame_len])
-            z = zigzagged(payload, dtype, u)
-            chunk = move(u, z, dtype in ORDERED, revert).tobytes()
+        check(not (revert and encoding == 2), "a one-way patch")
+        u, known = np.frombuffer(chunk, f"<u{unit_bits(dtype) // 8}"), chunk
+        payload = zstandard.decompress(patch[frame : frame + frame_len]) if encoding else b""
+        if encoding == 2:
+            u, known = new_values(payload, u)
+        check(xxhash.xxh3_64_intdigest(known) == digests[revert], f"{name}: for another model")
+        if encoding == 1:
+            u = move(u, zigzagged(payload, dtype, u), dtype in ORDERED, revert)
+        chunk = u.tobytes()
         check(xxhash.xxh3_64_intdigest(chunk) == digests[not revert], f"{name}: wrong result")
         at = target[name] + done
         out[at : at + size] = chunk

@@ -39,7 +39,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     int rc3 = perta_codec_count(codec, dtype, encoding, frame, frame_bytes, n, len, &n_changed, &err);
     if (rc3 && rc3 != rc) /* what fits no values may count well */
         __builtin_trap();
-    if ((rc && rc != PERTA_ECHECK) || (rc2 && rc2 != PERTA_ECHECK))
+    int wrong = encoding == PERTA_ENC_VALUES ? PERTA_EUSAGE : PERTA_ECHECK; /* no way back */
+    if ((rc && rc != PERTA_ECHECK) || (rc2 && rc2 != wrong))
         __builtin_trap();
     return 0;
 }
