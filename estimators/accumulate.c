@@ -458,10 +458,15 @@ static int restore(struct job *job, struct perta_err *err)
     if (rc || !job->resume.journal.going_on)
         return rc;
     job->shards_begun = job->resume.shard + 1;
-    for (int stat = 0; stat < N_STATS && !rc; stat++)
-        if (job->wanted[stat])
-            rc = perta_model_out_reopen(&job->outs[stat],
-                                        job->plans[stat].shards[job->resume.shard].name, err);
+    for (int stat = 0; stat < N_STATS && !rc; stat++) {
+        if (!job->wanted[stat])
+            continue;
+        const struct perta_importance_shard *shard =
+            &job->plans[stat].shards[job->resume.shard];
+        uint64_t off = shard->tensors[job->resume.tensor].off_bytes;
+        rc = perta_model_out_reopen(&job->outs[stat], job->resume.shard, shard->name,
+                                    off + job->resume.unit * sizeof(float), err);
+    }
     return rc;
 }
 

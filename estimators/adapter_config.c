@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "estimators/adapter.h"
+#include "io/text.h"
 
 static int refuse_key(const struct perta_adapter_config *c, const char *key,
                       const char *why, struct perta_err *err)
@@ -250,7 +251,7 @@ void perta_adapter_config_note(const struct perta_adapter_config *c, json_t *not
             is_known |= !strcmp(key, known[i]);
         if (!is_known)
             json_array_append_new(notes,
-                                  json_sprintf("%s/" PERTA_ADAPTER_CONFIG
+                                  perta_text_json("%s/" PERTA_ADAPTER_CONFIG
                                                ": %.200s is not a key that perta knows; "
                                                "taken as without effect on the weights",
                                                c->path, key));

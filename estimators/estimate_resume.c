@@ -122,14 +122,18 @@ static int open_output(struct perta_estimate_job *job, int stat, struct perta_er
     return rc;
 }
 
-static void read_record(const json_t *record, enum perta_stage *stage, uint32_t *layer)
+/* False: there is no such layer. */
+static bool read_record(const json_t *record, uint32_t n_layers, enum perta_stage *stage,
+                        uint32_t *layer)
 {
+    json_int_t number = json_integer_value(json_object_get(record, "layer"));
     const char *name = json_string_value(json_object_get(record, "stage"));
     *stage = json_object_get(record, "publish") ? PERTA_PUBLISH : PERTA_BEGUN;
-    *layer = (uint32_t)json_integer_value(json_object_get(record, "layer"));
+    *layer = (uint32_t)number;
     for (int i = PERTA_FORWARD; name && i < PERTA_PUBLISH; i++)
         if (!strcmp(name, stage_names[i]))
             *stage = (enum perta_stage)i;
+    return number >= 0 && number < n_layers;
 }
 
 int perta_estimate_begin(struct perta_estimate_job *job, bool bf16, enum perta_stage *stage,
@@ -148,8 +152,9 @@ int perta_estimate_begin(struct perta_estimate_job *job, bool bf16, enum perta_s
         if (wanted(job, stat))
             rc = open_output(job, stat, err);
     const json_t *last = perta_journal_last(&job->journal);
-    if (!rc && last)
-        read_record(last, stage, layer);
+    if (!rc && last && !read_record(last, job->weights.llm.n_layers, stage, layer))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: no such layer; --force starts over",
+                        job->journal.path);
     job->loss = json_real_value(json_object_get(last, "loss"));
     if (!rc && !(job->scratch.dir = scratch_dir(job, home)))
         rc = perta_fail_sys(err, ENOMEM, "scratch");

@@ -140,8 +140,10 @@ static int open_file(struct perta_importance_out *out, uint32_t s, struct perta_
         return perta_fail_sys(err, ENOMEM, "%s", out->plan.shards[s].name);
     out->fds[s] = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     int rc = 0;
-    if (out->fds[s] < 0 || fstat(out->fds[s], &st))
+    if (out->fds[s] < 0)
         rc = perta_fail_sys(err, errno, "%s", path);
+    else if ((rc = perta_check_left(out->fds[s], path, &st, err)))
+        ;
     else if ((uint64_t)st.st_size != out->plan.shards[s].file_bytes)
         rc = perta_fail(err, PERTA_EINPUT, "%s: %lld bytes, not %llu; --force starts over", path,
                         (long long)st.st_size,

@@ -209,10 +209,13 @@ static int go_on(struct perta_ahead *a, const char *id, struct perta_err *err)
 {
     struct head head;
     unlink(a->partial); /* of a run that was killed while it made its log */
-    int fd = open(a->path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    struct stat st;
+    int fd = open(a->path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", a->path);
-    int rc = read_head(fd, a->path, &head, err);
+    int rc = perta_check_left(fd, a->path, &st, err);
+    if (!rc)
+        rc = read_head(fd, a->path, &head, err);
     if (!rc && memcmp(head.id, id, sizeof head.id))
         rc = perta_fail(err, PERTA_EUSAGE,
                         "%s: an edit by the patch %s was interrupted here; apply or revert that "

@@ -83,7 +83,20 @@ int perta_file_create(struct perta_file *file, const char *path, bool want_direc
 int perta_file_reopen(struct perta_file *file, const char *path, bool want_direct,
                       struct perta_err *err)
 {
-    return open_either_way(file, path, O_RDWR | O_NOFOLLOW | O_CLOEXEC, want_direct, err);
+    struct stat st;
+    int rc = open_either_way(file, path, O_RDWR | O_NOFOLLOW | O_CLOEXEC, want_direct, err);
+    return rc ? rc : perta_check_left(file->fd, path, &st, err);
+}
+
+int perta_check_left(int fd, const char *path, struct stat *st, struct perta_err *err)
+{
+    if (fstat(fd, st))
+        return perta_fail_sys(err, errno, "%s", path);
+    if (!S_ISREG(st->st_mode) || st->st_nlink > 1)
+        return perta_fail(err, PERTA_EINPUT, "%s: %s; remove it, and start over with --force", path,
+                          S_ISREG(st->st_mode) ? "has another name, a hard link"
+                                               : "not a regular file");
+    return 0;
 }
 
 int perta_file_unchanged(const struct perta_file *file, struct perta_err *err)

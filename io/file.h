@@ -35,6 +35,9 @@ PERTA_API int perta_file_create(struct perta_file *file, const char *path, bool 
 /* Open a regular file that is there, to write on; not through a link. */
 int perta_file_reopen(struct perta_file *file, const char *path, bool want_direct,
                       struct perta_err *err);
+/* Of a file that another run left, for this one to write on: PERTA_EINPUT unless it is regular and
+ * has no other name (hard link), which might be of somebody else's file. */
+int perta_check_left(int fd, const char *path, struct stat *st, struct perta_err *err);
 /* PERTA_EINPUT if size or modification time are no longer what they were at opening. */
 PERTA_API int perta_file_unchanged(const struct perta_file *file, struct perta_err *err);
 /* May be called on a zeroed or closed file. */

@@ -9,6 +9,7 @@
 #include <openssl/evp.h>
 #include <openssl/params.h>
 #include <openssl/sha.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -67,7 +68,9 @@ bool perta_digest_restore(struct perta_digest *digest,
 {
     struct perta_digest kept;
     XXH3_state_t fresh;
+    uint8_t with_sha256; /* not every byte is a bool */
     memcpy(&kept, state, sizeof kept);
+    memcpy(&with_sha256, state + offsetof(struct perta_digest, with_sha256), 1);
     XXH3_128bits_reset(&fresh);
     /* Whatever the libraries use as an index or an address. */
     bool sound = kept.xxh.bufferedSize <= sizeof kept.xxh.buffer &&
@@ -75,7 +78,7 @@ bool perta_digest_restore(struct perta_digest *digest,
                  kept.xxh.nbStripesPerBlock == fresh.nbStripesPerBlock &&
                  kept.xxh.secretLimit == fresh.secretLimit && kept.xxh.seed == fresh.seed &&
                  kept.sha256.num < SHA256_CBLOCK && kept.sha256.md_len == SHA256_DIGEST_LENGTH &&
-                 kept.with_sha256 == digest->with_sha256;
+                 with_sha256 == digest->with_sha256;
     kept.xxh.extSecret = fresh.extSecret;
     if (sound)
         *digest = kept;

@@ -38,12 +38,18 @@ static uint64_t get(const uint8_t **from, unsigned bytes)
 
 /* ---- building ---- */
 
+uint64_t perta_patch_head_bytes(const struct perta_header *before, const struct perta_header *after)
+{
+    uint64_t after_bytes = perta_header_same(before, after) ? 0 : after->len_bytes;
+    return SKIPPABLE_BYTES + HEAD_BYTES + before->len_bytes + after_bytes + DIGEST_BYTES;
+}
+
 int perta_patch_head_build(const struct perta_header *before, const struct perta_header *after,
                            uint8_t **bytes, uint64_t *len_bytes, struct perta_err *err)
 {
     uint64_t after_bytes = perta_header_same(before, after) ? 0 : after->len_bytes;
-    uint64_t content = HEAD_BYTES + before->len_bytes + after_bytes + DIGEST_BYTES;
-    *len_bytes = SKIPPABLE_BYTES + content;
+    *len_bytes = perta_patch_head_bytes(before, after);
+    uint64_t content = *len_bytes - SKIPPABLE_BYTES;
     *bytes = malloc(*len_bytes);
     if (!*bytes)
         return perta_fail_sys(err, ENOMEM, "patch head of %llu bytes", (ull)*len_bytes);

@@ -40,6 +40,9 @@ struct perta_patch {
     uint64_t file_bytes;
 };
 
+/* Length of the head frame for a shard. */
+uint64_t perta_patch_head_bytes(const struct perta_header *before,
+                                const struct perta_header *after);
 /* The head frame for a shard. after may be before. *bytes is the caller's (free). */
 PERTA_API int perta_patch_head_build(const struct perta_header *before,
                                      const struct perta_header *after, uint8_t **bytes,

@@ -245,14 +245,12 @@ static int restore(struct job *job, struct perta_err *err)
     int rc = perta_resume_restore(&job->resume, job->stream, err);
     if (rc || !r->journal.going_on)
         return rc;
-    const struct perta_tensor *t = r->shard < job->patch.n_shards &&
-                                           r->tensor < out_header(job, r->shard)->n_tensors
-                                       ? &out_header(job, r->shard)->tensors[r->tensor]
-                                       : NULL;
-    uint64_t width = t ? perta_dtype_unit_bytes(t->dtype) : 1;
-    if (!t || r->unit > t->len_bytes / width)
+    if (r->shard >= job->patch.n_shards ||
+        !perta_walk_is_place(out_header(job, r->shard), r->tensor, r->unit, 0))
         return perta_fail(err, PERTA_EINPUT, "%s: no such place; --force starts over",
                           r->journal.path);
+    const struct perta_tensor *t = &out_header(job, r->shard)->tensors[r->tensor];
+    uint64_t width = perta_dtype_unit_bytes(t->dtype);
     job->shard = r->shard;
     job->shards_begun = r->shard + 1;
     job->tensor = r->tensor;
@@ -262,7 +260,8 @@ static int restore(struct job *job, struct perta_err *err)
     if (r->unit == t->len_bytes / width)
         end_tensor(job);
     return rc ? rc
-              : perta_model_out_reopen(&job->out, job->patch.shards[r->shard].name, err);
+              : perta_model_out_reopen(&job->out, r->shard, job->patch.shards[r->shard].name,
+                                       t->off_bytes + r->unit * width, err);
 }
 
 /* The shards that came out must be those the manifest promised. */

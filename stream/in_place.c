@@ -273,7 +273,8 @@ static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *
         return rc;
     /* The journal's last batch was written again: shards are younger now. */
     perta_checkpoint_close(job->model.ck);
-    return perta_checkpoint_open_unfinished(job->apply->model, &job->model.ck, err);
+    rc = perta_checkpoint_open_unfinished(job->apply->model, &job->model.ck, err);
+    return rc ? rc : perta_patch_in_check_model(&job->patch, job->model.ck, job->forward, err);
 }
 
 /* ---- run ---- */

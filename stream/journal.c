@@ -215,9 +215,15 @@ static int open_locked(struct perta_journal *journal, const char *path, int flag
     *journal = (struct perta_journal){.fd = -1, .path = path_beside(path), .last_time = now()};
     if (!journal->path)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    journal->fd = open(journal->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | flags, 0666);
+    struct stat st;
+    journal->fd = open(journal->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
     if (journal->fd < 0)
         return perta_fail_sys(err, errno, "%s", journal->path);
+    if (perta_check_left(journal->fd, journal->path, &st, err)) {
+        close(journal->fd);
+        journal->fd = -1;
+        return err->code;
+    }
     if (flock(journal->fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
         close(journal->fd); /* it is not ours, neither to write nor to remove */
         journal->fd = -1;
@@ -303,11 +309,12 @@ bool perta_journal_found(const char *path)
     struct first_and_last ends = {0};
     size_t good;
     char *beside = path_beside(path);
-    int fd = beside ? open(beside, O_RDONLY | O_CLOEXEC | O_NOFOLLOW) : -1;
-    if (fd >= 0) {
+    int fd = beside ? open(beside, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK) : -1;
+    struct stat st;
+    if (fd >= 0 && !perta_check_left(fd, beside, &st, &err))
         read_records(fd, beside, keep_ends, &ends, &good, &err);
+    if (fd >= 0)
         close(fd);
-    }
     bool found = ends.last; /* before its first commit a run has nothing to go on with */
     free(beside);
     json_decref(ends.first);
@@ -425,18 +432,20 @@ json_t *perta_journal_summary(const struct perta_journal *journal)
     return json_deep_copy(json_object_get(perta_journal_last(journal), "summary"));
 }
 
-/* Does the folder of that inode have its name already? */
-static bool has_name(const struct perta_publish *folder, const json_t *inode)
+/* Is the folder at path the one of that inode? */
+static bool is_inode(const char *path, const json_t *inode)
 {
     struct stat st;
-    return !stat(folder->path, &st) && (json_int_t)st.st_ino == json_integer_value(inode);
+    return !lstat(path, &st) && (json_int_t)st.st_ino == json_integer_value(inode);
 }
 
 static int publish(struct perta_publish *folder, const json_t *inode, struct perta_err *err)
 {
-    if (!has_name(folder, inode))
-        return folder->made ? perta_publish_commit(folder, err)
-                            : perta_fail(err, PERTA_EINPUT, "%s: is gone", folder->partial);
+    if (!is_inode(folder->path, inode))
+        return folder->made && is_inode(folder->partial, inode)
+                   ? perta_publish_commit(folder, err)
+                   : perta_fail(err, PERTA_EINPUT, "%s: is gone, or is another folder",
+                                folder->partial);
     int rc = folder->made ? perta_publish_sweep(folder->path, err) : 0; /* what it replaced */
     folder->made = false;
     return rc;

@@ -179,12 +179,15 @@ int perta_model_out_restore(struct perta_model_out *out, const json_t *state,
                : perta_fail(err, PERTA_EINPUT, "no state of a digest in a record");
 }
 
-int perta_model_out_reopen(struct perta_model_out *out, const char *name, struct perta_err *err)
+int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const char *name,
+                           uint64_t at_bytes, struct perta_err *err)
 {
     if (!name || out->is_known)
         return 0;
-    if (!out->digest)
-        return perta_fail(err, PERTA_EINPUT, "no digest of %s", name);
+    if (!out->digest || perta_digest_bytes(out->digest) != at_bytes ||
+        json_array_size(out->shards) != shard)
+        return perta_fail(err, PERTA_EINPUT, "%s: its records do not lead to byte %llu; --force "
+                          "starts over", name, (unsigned long long)at_bytes);
     if (!out->has_folder)
         return 0;
     char *path = perta_publish_path(&out->folder, name);

@@ -46,11 +46,13 @@ int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_ch
  * changed since the last time, the caller's. NULL without memory. */
 int perta_model_out_sync(struct perta_model_out *out, struct perta_err *err);
 json_t *perta_model_out_save(struct perta_model_out *out);
-/* Take up such states, in order; then the shard under way (NULL: none), by its name. PERTA_EINPUT
- * if a state is none, PERTA_ECHECK if the file is not as it was synced. */
+/* Take up such states, in order; then the shard under way (NULL: none), by number and name, of which
+ * at_bytes should be there. PERTA_EINPUT if a state is none, or is not of that place;
+ * PERTA_ECHECK if the file is not as it was synced. */
 int perta_model_out_restore(struct perta_model_out *out, const json_t *state,
                             struct perta_err *err);
-int perta_model_out_reopen(struct perta_model_out *out, const char *name, struct perta_err *err);
+int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const char *name,
+                           uint64_t at_bytes, struct perta_err *err);
 
 /* Bytes written so far. */
 uint64_t perta_model_out_tell(const struct perta_model_out *out);

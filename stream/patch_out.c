@@ -450,7 +450,7 @@ static bool restore(struct perta_patch_out *p, const json_t *state)
                         ? p->after->shards[shard].header->n_tensors
                         : 0;
     begun = open ? begun : 0;
-    if (shard + open > p->after->n_shards || begun > most || !json_is_array(finished) ||
+    if (shard >= p->after->n_shards + !open || begun > most || !json_is_array(finished) ||
         json_array_extend(p->shards, (json_t *)(uintptr_t)finished) ||
         !perta_blob_get(json_object_get(state, "encoded"), &encoded, sizeof encoded))
         return false;
@@ -482,21 +482,48 @@ int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
     return perta_model_out_restore(&p->model, json_object_get(state, "model"), err);
 }
 
-int perta_patch_out_reopen(struct perta_patch_out *p, struct perta_err *err)
+/* Are the entries those of all chunks up to there, and their frames what the file holds? */
+static bool covers(const struct perta_patch_out *p, uint64_t tensor, uint64_t unit)
+{
+    const struct perta_header *header = p->after->shards[p->shard].header;
+    uint64_t i = 0, at = perta_patch_head_bytes(p->before->shards[p->shard].header, header);
+    for (uint64_t t = 0; t <= tensor; t++) {
+        uint64_t width = perta_dtype_unit_bytes(header->tensors[t].dtype);
+        uint64_t units = t < tensor ? header->tensors[t].len_bytes / width : unit;
+        for (uint64_t first = 0; first < units; first += PERTA_CHUNK_ELEMS, i++) {
+            uint64_t left = units - first;
+            const struct perta_patch_entry *e = &p->entries[i];
+            if (i == p->n_entries || e->tensor != t || e->encoding < 0 ||
+                e->encoding >= PERTA_N_ENCODINGS ||
+                e->n_units != (left < PERTA_CHUNK_ELEMS ? left : PERTA_CHUNK_ELEMS) ||
+                e->frame_off != (e->encoding == PERTA_ENC_ZERO ? 0 : at))
+                return false;
+            at += e->frame_bytes;
+        }
+    }
+    return i == p->n_entries && at == p->frames_at && at == perta_digest_bytes(p->digest);
+}
+
+int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
+                           uint64_t unit, struct perta_err *err)
 {
     name_tensors(p);
-    if (!p->shard_open)
-        return 0;
-    const char *shard = p->after->shards[p->shard].name;
-    char *name = patch_name(shard);
+    if (!p->shard_open || p->shard != shard || p->n_begun != tensor + 1 ||
+        json_array_size(p->shards) != shard || !covers(p, tensor, unit))
+        return perta_fail(err, PERTA_EINPUT, "%s: its records do not lead to one place; --force "
+                          "starts over", p->folder.partial);
+    const struct perta_shard *to = &p->after->shards[shard];
+    const struct perta_tensor *t = &to->header->tensors[tensor];
+    char *name = patch_name(to->name);
     char *path = name ? perta_publish_path(&p->folder, name) : NULL;
     int rc = path ? perta_writer_reopen(&p->writer, p->engine, path, p->digest, p->writer_bufs, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", shard);
+                  : perta_fail_sys(err, ENOMEM, "%s", to->name);
     if (path)
         p->digest = NULL; /* the writer's now */
     free(name);
     free(path);
-    return rc ? rc : perta_model_out_reopen(&p->model, shard, err);
+    uint64_t at = t->off_bytes + unit * perta_dtype_unit_bytes(t->dtype);
+    return rc ? rc : perta_model_out_reopen(&p->model, shard, to->name, at, err);
 }
 
 void perta_patch_out_release(struct perta_patch_out *p)

@@ -95,11 +95,12 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
  * since the last time, the caller's. NULL without memory. */
 int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err);
 json_t *perta_patch_out_save(struct perta_patch_out *p);
-/* After perta_patch_out_attach: take up such states, in order; then the files under way.
- * PERTA_EINPUT if a state is none, PERTA_ECHECK if a file is not as it was synced. */
+/* After perta_patch_out_attach: take up such states, in order; then the files under way,
+ * which should be at that unit of that tensor. PERTA_EINPUT if a state is none, or is of another place; PERTA_ECHECK if a file is not as it was synced. */
 int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
                             struct perta_err *err);
-int perta_patch_out_reopen(struct perta_patch_out *p, struct perta_err *err);
+int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
+                           uint64_t unit, struct perta_err *err);
 void perta_patch_out_release(struct perta_patch_out *p);
 
 #endif

@@ -146,7 +146,10 @@ static bool restore_input(const struct perta_resume *r, const json_t *json)
     in->seen_bytes[s] = (uint64_t)json_integer_value(json_object_get(json, "seen"));
     in->read_bytes[s] = in->saved_bytes[s] =
         (uint64_t)json_integer_value(json_object_get(json, "read"));
-    return perta_blob_get_digest(json_object_get(json, "digest"), in->digests[s]);
+    return perta_blob_get_digest(json_object_get(json, "digest"), in->digests[s]) &&
+           perta_digest_bytes(in->digests[s]) == in->seen_bytes[s] &&
+           in->seen_bytes[s] <= in->ck->shards[s].size_bytes &&
+           in->read_bytes[s] <= in->ck->shards[s].size_bytes;
 }
 
 static int restore_outputs(const struct perta_resume *r, const json_t *states,
@@ -174,7 +177,8 @@ static int take_record(void *ctx, json_t *record, struct perta_err *err)
     r->done_bytes = (uint64_t)json_integer_value(json_object_get(record, "read"));
     for (i = 0; i < PERTA_RESUME_COUNTS; i++)
         r->counts[i] = uint_at(counts, i);
-    bool good = json_array_size(place) == 3;
+    bool good = json_array_size(place) == 3 && uint_at(place, 0) < UINT32_MAX &&
+                r->done_bytes <= INT64_MAX;
     json_array_foreach (json_object_get(record, "inputs"), i, input)
         good = good && restore_input(r, input);
     if (!good)
@@ -193,7 +197,7 @@ int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream,
     if (rc)
         return perta_err_context(err, "%s: damaged; --force starts over", r->journal.path);
     for (unsigned i = 0; i < r->n_patches && !rc; i++)
-        rc = perta_patch_out_reopen(&r->patches[i], err);
+        rc = perta_patch_out_reopen(&r->patches[i], r->shard, r->tensor, r->unit, err);
     r->journal.bytes = written(r);
     perta_stream_skip(stream, r->done_bytes);
     return rc;

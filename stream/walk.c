@@ -45,10 +45,20 @@ int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at)
     }
 }
 
+bool perta_walk_is_place(const struct perta_header *header, uint64_t tensor, uint64_t unit,
+                         uint64_t chunk_units)
+{
+    uint64_t most = chunk_units ? chunk_units : PERTA_CHUNK_ELEMS;
+    if (tensor >= header->n_tensors)
+        return false;
+    uint64_t all = units_of(&header->tensors[tensor]);
+    return unit && (unit == all || (unit < all && unit % most == 0));
+}
+
 bool perta_walk_to(struct perta_walk *walk, uint32_t shard, uint64_t tensor, uint64_t unit)
 {
-    if (shard >= walk->ck->n_shards || tensor >= walk->ck->shards[shard].header->n_tensors ||
-        unit > units_of(&walk->ck->shards[shard].header->tensors[tensor]))
+    if (shard >= walk->ck->n_shards ||
+        !perta_walk_is_place(walk->ck->shards[shard].header, tensor, unit, walk->chunk_units))
         return false;
     walk->shard = shard;
     walk->tensor = walk->index = tensor;

@@ -27,7 +27,10 @@ struct perta_chunk_at {
 /* 1: *at is the next chunk; 0: there is none. Empty tensors have none. */
 int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at);
 
-/* Go on from that unit of that tensor, which may be its end. False: there is no such place. */
+/* Does a chunk of the tensor of that number end at that unit? */
+bool perta_walk_is_place(const struct perta_header *header, uint64_t tensor, uint64_t unit,
+                         uint64_t chunk_units);
+/* Go on from that unit of that tensor, where a chunk must end. False: there is no such place. */
 bool perta_walk_to(struct perta_walk *walk, uint32_t shard, uint64_t tensor, uint64_t unit);
 
 /* Bytes of the largest chunk that a tensor has. */

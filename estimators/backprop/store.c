@@ -14,9 +14,14 @@
 
 static int make_folder(const struct perta_scratch *scratch, struct perta_err *err)
 {
-    if (mkdir(scratch->dir, 0777) && errno != EEXIST)
+    struct stat st;
+    if (!mkdir(scratch->dir, 0777))
+        return 0;
+    if (errno != EEXIST || lstat(scratch->dir, &st))
         return perta_fail_sys(err, errno, "%s", scratch->dir);
-    return 0;
+    return S_ISDIR(st.st_mode) ? 0
+                               : perta_fail(err, PERTA_EINPUT, "%s: not a folder; remove it",
+                                            scratch->dir);
 }
 
 static int open_nameless(const struct perta_scratch *scratch, struct perta_err *err)
@@ -45,7 +50,9 @@ static int make_file(struct perta_store *store, struct perta_scratch *scratch,
     int rc = make_folder(scratch, err);
     if (rc)
         return rc;
-    store->fd = store->path ? open(store->path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600)
+    if (store->path) /* what another run left there, be it a link, is not written to */
+        unlink(store->path);
+    store->fd = store->path ? open(store->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600)
                             : open_nameless(scratch, err);
     if (store->fd < 0)
         return store->path ? perta_fail_sys(err, errno, "%s", store->path) : store->fd;
@@ -91,8 +98,11 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
     if (rc)
         return rc;
     store->fd = open(store->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-    if (store->fd < 0 || fstat(store->fd, &st))
+    if (store->fd < 0)
         return perta_fail_sys(err, errno, "%s", store->path);
+    rc = perta_check_left(store->fd, store->path, &st, err);
+    if (rc)
+        return rc;
     if ((uint64_t)st.st_size != bytes_of(store))
         return perta_fail(err, PERTA_EINPUT, "%s: %lld bytes, not %llu; --force starts over",
                           store->path, (long long)st.st_size,
