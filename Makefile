@@ -1,7 +1,7 @@
 # The front door: `make demo` sets up, builds and runs the main job; `make check` sets up,
 # builds and passes every test. The build itself is meson's.
 BUILD := build
-.PHONY: all setup demo demo-pytorch check check-long install clean
+.PHONY: all setup demo demo-pytorch check check-long bench install clean
 
 all: setup
 	@[ -f $(BUILD)/build.ninja ] || meson setup $(BUILD) >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
@@ -23,6 +23,11 @@ check: all
 # What takes too long for every change: kills by the hundred.
 check-long: all
 	@scripts/check-long.sh
+
+# Measure on this machine, beside other programs: BENCH_GB= says how much, the page of results
+# comes into bench/results/.
+bench: all
+	@scripts/bench.sh $(BUILD)
 
 install: all
 	meson install -C $(BUILD)

@@ -1,8 +1,10 @@
-"""Model sets for measurements: folders of TinyLlama's shapes, filled with noise, of any size.
+"""Model sets for measurements: folders of Llama's shapes, of any size, the same bytes each time.
 
-A set is base, model, tuned (BF16) and forget, retain (F32). model and tuned are base plus noise
-of a fine-tune's size; importances spread over orders of magnitude, as gradients do. Noise is cut
-from a pool at random places: cheap, and too far apart for the patch's coder to notice.
+A set is base, model, tuned and forget, retain (F32). base is rounded from masters in float32
+(normal, deviation 0.02); model and tuned go on from the masters by 16 steps of AdamW (beta 0.9 and
+0.95, decay 0.01) on gradients of which a third is the same in each step and the rest noise.
+Importances are heavy-tailed, those of forget and retain set correlated, as gradients are. All is
+cut from pools at random places: cheap, and too far apart for any coder to notice.
 """
 
 import json
@@ -11,73 +13,128 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 2048, 5632, 256, 32000
-POOL = 1 << 24
+HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
 SHARD_BYTES = 2 << 30
-TUNE = 1e-4  # standard deviation of what tuning changes; weights have 0.02
+RATE = 1e-5  # of learning: the size of one step
+BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+NAMES = {BF16: "BF16", np.dtype(np.float16): "F16", F32: "F32"}
+KINDS = ("base", "model", "tuned", "forget", "retain")
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-def tensors_of(n_layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes: 1.1 billion parameters in 22 layers."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+def tensors_of(n_layers: int, hidden: int = HIDDEN) -> Shapes:
+    """Names and shapes: 1.1 billion parameters in 22 layers, TinyLlama's."""
+    wide, narrow = INTERMEDIATE * hidden // HIDDEN, hidden // 8
+    vocabulary = VOCABULARY * hidden // HIDDEN
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(n_layers):
         layer = f"model.layers.{i}."
         shapes |= {
-            layer + "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            layer + "self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
-            layer + "self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
-            layer + "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            layer + "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-            layer + "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-            layer + "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-            layer + "input_layernorm.weight": (HIDDEN,),
-            layer + "post_attention_layernorm.weight": (HIDDEN,),
+            layer + "self_attn.q_proj.weight": (hidden, hidden),
+            layer + "self_attn.k_proj.weight": (narrow, hidden),
+            layer + "self_attn.v_proj.weight": (narrow, hidden),
+            layer + "self_attn.o_proj.weight": (hidden, hidden),
+            layer + "mlp.gate_proj.weight": (wide, hidden),
+            layer + "mlp.up_proj.weight": (wide, hidden),
+            layer + "mlp.down_proj.weight": (hidden, wide),
+            layer + "input_layernorm.weight": (hidden,),
+            layer + "post_attention_layernorm.weight": (hidden,),
         }
-    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+
+
+def n_parameters_of(shapes: Shapes) -> int:
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def sized(n_parameters: int) -> tuple[int, int]:
+    """Layers and hidden size of about so many parameters."""
+    hidden = 2048 if n_parameters > 2.5e8 else 512 if n_parameters > 1e7 else 64
+    one, two = (n_parameters_of(tensors_of(n, hidden)) for n in (1, 2))
+    return max(1, 1 + round((n_parameters - one) / (two - one))), hidden
+
+
+def config_of(n_layers: int, hidden: int = HIDDEN) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": INTERMEDIATE * hidden // HIDDEN, "num_hidden_layers": n_layers,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "torch_dtype": "bfloat16",
+        "vocab_size": VOCABULARY * hidden // HIDDEN,
+    }  # fmt: skip
 
 
 class Noise:
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.pool = self.rng.standard_normal(2 * POOL, np.float32)
+    """Cuts of two pools: normal numbers, and what AdamW adds up to in units of its rate."""
 
-    def take(self, n: int) -> np.ndarray:
-        at = int(self.rng.integers(POOL))
-        return self.pool[at : at + n]
+    def __init__(self, seed: int, pool: int) -> None:
+        self.rng, self.pool = np.random.default_rng(seed), pool
+        self.normals = self.rng.standard_normal(2 * pool, F32)
+        self.updates = self.adamw(2 * pool)
+
+    def adamw(self, n: int, steps: int = 16) -> np.ndarray:
+        same = self.rng.standard_normal(n, F32) * np.float32(0.3)
+        m, v, total = np.zeros((3, n), F32)
+        for t in range(1, steps + 1):
+            g = same + self.rng.standard_normal(n, F32)
+            m += np.float32(0.1) * (g - m)
+            v += np.float32(0.05) * (g * g - v)
+            total += m / np.float32(1 - 0.9**t) / np.sqrt(v / np.float32(1 - 0.95**t))
+        return total
+
+    def cut(self, pool: np.ndarray, n: int) -> np.ndarray:
+        at = int(self.rng.integers(self.pool))
+        return pool[at : at + n]
+
+    def chunk(self, n: int, rate: float) -> dict[str, np.ndarray]:
+        """n parameters of everything, in float32."""
+        master = self.cut(self.normals, n) * np.float32(0.02)
+        decayed = master * np.float32((1 - 0.01 * rate) ** 16)
+        common = self.cut(self.normals, n) * np.float32(1.5) - np.float32(12)
+        chunk = {"base": master}
+        for kind in ("model", "tuned"):
+            chunk[kind] = decayed - self.cut(self.updates, n) * np.float32(rate)
+        for kind in ("forget", "retain"):
+            spread = np.exp(common + np.float32(0.7) * self.cut(self.normals, n))
+            chunk[kind] = self.cut(self.normals, n) * spread
+        return chunk
 
 
 class Folder:
     """A checkpoint folder, written tensor by tensor."""
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> None:
+    def __init__(self, path: Path, shapes: Shapes, dtype: np.dtype) -> None:
         path.mkdir(parents=True)
         self.path, self.dtype, self.file = path, dtype, None
-        self.shards: list[dict[str, tuple[int, ...]]] = [{}]
+        self.shards: list[Shapes] = [{}]
         size = 0
         for name, shape in shapes.items():
             n = int(np.prod(shape)) * dtype.itemsize
-            if size + n > SHARD_BYTES:
+            if size + n > SHARD_BYTES and size:
                 self.shards.append({})
                 size = 0
             self.shards[-1][name] = shape
             size += n
         self.names = [f"model-{i + 1:05}-of-{len(self.shards):05}.safetensors"
                       for i in range(len(self.shards))]  # fmt: skip
+        self.first = {next(iter(shard)): i for i, shard in enumerate(self.shards)}
         index = {name: file for file, part in zip(self.names, self.shards) for name in part}
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
-    def write(self, name: str, part: np.ndarray) -> None:
-        for file, shard in zip(self.names, self.shards):
-            if next(iter(shard)) == name and not (self.path / file).exists():
-                self._begin(file, shard)
+    def begin(self, name: str) -> None:
+        """The next tensor is this one."""
+        if name in self.first:
+            i = self.first[name]
+            self._begin(self.names[i], self.shards[i])
+
+    def write(self, part: np.ndarray) -> None:
         part.astype(self.dtype).tofile(self.file)
 
-    def _begin(self, file: str, shard: dict[str, tuple[int, ...]]) -> None:
+    def _begin(self, file: str, shard: Shapes) -> None:
         at, header = 0, {"__metadata__": {"format": "pt", "perta.stat": "mean"}}
         for name, shape in shard.items():
             end = at + int(np.prod(shape)) * self.dtype.itemsize
-            dtype = "BF16" if self.dtype.itemsize == 2 else "F32"
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+            header[name] = {"dtype": NAMES[self.dtype], "shape": shape, "data_offsets": [at, end]}
             at = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -90,33 +147,36 @@ class Folder:
             self.file.close()
 
 
-def make(path: Path, n_layers: int, importance: bool = True) -> int:
-    """Write the set where it is not there yet. Returns the number of parameters of a model."""
-    shapes = tensors_of(n_layers)
-    n_parameters = sum(int(np.prod(shape)) for shape in shapes.values())
-    done = path / f"{n_layers}-layers"
-    if done.exists():
-        return n_parameters
-    bf16, f32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-    kinds = {"base": bf16, "model": bf16, "tuned": bf16}
-    kinds |= {"forget": f32, "retain": f32} if importance else {}
-    folders = {kind: Folder(path / kind, shapes, dtype) for kind, dtype in kinds.items()}
-    noise = Noise(seed=2601)
+def write(path: Path, shapes: Shapes, kinds: tuple[str, ...] = KINDS, rate: float = RATE,
+          dtype: np.dtype = BF16) -> None:  # fmt: skip
+    """The set, where it is not there yet."""
+    done = path / "done.json"
+    what = json.dumps([shapes, rate, NAMES[dtype], kinds])
+    if done.exists() and done.read_text() == what:
+        return
+    folders = {kind: Folder(path / kind, shapes, dtype if i < 3 else F32)
+               for i, kind in enumerate(KINDS) if kind in kinds}  # fmt: skip
+    pool = min(1 << 24, max(1 << 16, n_parameters_of(shapes)))
+    noise = Noise(2601, pool)
     for name, shape in shapes.items():
+        for folder in folders.values():
+            folder.begin(name)
         left = int(np.prod(shape))
         while left:
-            n = min(left, POOL)
-            base = (noise.take(n) * np.float32(0.02)).astype(bf16)
-            for kind, folder in folders.items():
-                if kind == "base":
-                    part = base
-                elif kind in ("model", "tuned"):
-                    part = base.astype(f32) + noise.take(n) * np.float32(TUNE)
-                else:
-                    part = noise.take(n) * np.exp2(2 * noise.take(n) - 20)
-                folder.write(name, part)
+            n = min(left, pool)
+            for kind, part in noise.chunk(n, rate).items():
+                if kind in folders:
+                    folders[kind].write(part)
             left -= n
     for folder in folders.values():
         folder.close()
-    done.touch()
-    return n_parameters
+    done.write_text(what)
+
+
+def make(path: Path, n_layers: int, hidden: int = HIDDEN, importance: bool = True) -> int:
+    """A Llama's set. Returns the number of parameters of a model."""
+    shapes = tensors_of(n_layers, hidden)
+    write(path, shapes, KINDS if importance else KINDS[:3])
+    for kind in KINDS[:3]:
+        (path / kind / "config.json").write_text(json.dumps(config_of(n_layers, hidden)))
+    return n_parameters_of(shapes)

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Install what building and testing need, if it is missing (Debian and its children).
+# Usage: scripts/setup.sh [MORE PACKAGES...]
 set -eu
 packages="gcc pkg-config meson ninja-build liburing-dev libzstd-dev libxxhash-dev check
-libjansson-dev libssl-dev libdnnl-dev zstd xxhash minisign python3-venv"
+libjansson-dev libssl-dev libdnnl-dev zstd xxhash minisign python3-venv $*"
 missing=
 for package in $packages; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' ||

@@ -1,12 +1,13 @@
 #!/bin/sh
-# Put what requirements files name into the Python environment .venv.
-# Usage: scripts/venv.sh REQUIREMENTS...
+# Put what requirements files name into the Python environment .venv, or VENV.
+# Usage: [VENV=DIR] scripts/venv.sh REQUIREMENTS...
 set -eu
 cd "$(dirname "$0")/.."
-[ -x .venv/bin/python ] || python3 -m venv .venv
-install() { .venv/bin/python -m pip install -q --disable-pip-version-check "$@"; }
+venv=${VENV:-.venv}
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+install() { "$venv/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
 for file in "$@"; do
-    stamp=.venv/$(echo "$file" | tr / _).done
+    stamp=$venv/$(echo "$file" | tr / _).done
     cmp -s "$file" "$stamp" && continue
     echo "setup: installing Python packages of $file"
     # PyTorch for CPUs alone is a tenth of what PyPI has; where its index is out of reach, PyPI is.
