@@ -221,12 +221,24 @@ static int damaged(struct perta_err *err, const char *what)
     return perta_fail(err, PERTA_ECHECK, "the frame is damaged: %s", what);
 }
 
+bool perta_codec_is_frame(const uint8_t *frame, size_t frame_bytes, size_t payload_bytes)
+{
+    static const uint8_t magic[] = {0x28, 0xb5, 0x2f, 0xfd};
+    if (frame_bytes < sizeof magic || memcmp(frame, magic, sizeof magic))
+        return false;
+    unsigned long long says = ZSTD_getFrameContentSize(frame, frame_bytes);
+    return (says == payload_bytes || says == ZSTD_CONTENTSIZE_UNKNOWN) &&
+           ZSTD_findFrameCompressedSize(frame, frame_bytes) == frame_bytes;
+}
+
 static int unpack(struct perta_codec *codec, const uint8_t *frame, size_t frame_bytes,
                   size_t payload_bytes, size_t n_bytes, struct perta_err *err)
 {
     struct perta_codec_scratch *s = &codec->scratch;
     if (n_bytes > s->max_bytes || payload_bytes > perta_codec_payload_max(n_bytes))
         return damaged(err, "it is too large");
+    if (!perta_codec_is_frame(frame, frame_bytes, payload_bytes))
+        return damaged(err, "it is not one frame of the payload's length");
     size_t n =
         ZSTD_decompressDCtx(codec->unpack, s->payload, payload_bytes, frame, frame_bytes);
     if (ZSTD_isError(n))

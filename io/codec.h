@@ -36,6 +36,10 @@ PERTA_API size_t perta_codec_bound(size_t n);
 /* The most bytes that the frame of a chunk of n bytes can decompress to. */
 PERTA_API size_t perta_codec_payload_max(size_t n);
 
+/* Is that one Zstandard frame and no more (neither several nor of another format), which says that
+ * it decompresses to so many bytes, or does not say to how many? Told from its headers. */
+bool perta_codec_is_frame(const uint8_t *frame, size_t frame_bytes, size_t payload_bytes);
+
 /* What encoding made of a chunk. */
 struct perta_coded {
     enum perta_encoding encoding;

@@ -79,7 +79,8 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     uint64_t wanted = job->patch.shards[piece->shard].patch->entries[piece->tag].payload_bytes;
     size_t got = ZSTD_decompressDCtx(job->scratch[worker].zstd, job->scratch[worker].payload,
                                      job->payload_max, piece->in[0].data, piece->in[0].len_bytes);
-    *bad = ZSTD_isError(got) || got != wanted;
+    *bad = ZSTD_isError(got) || got != wanted ||
+           !perta_codec_is_frame(piece->in[0].data, piece->in[0].len_bytes, wanted);
     return 0;
 }
 

@@ -54,8 +54,8 @@ static double get_number(struct reader *r, const json_t *object, const char *key
     if (!value || json_is_null(value))
         return fallback;
     double x = json_number_value(value);
-    if ((!json_is_number(value) || !(x > 0)) && !r->rc)
-        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: \"%s\" is no number above 0", r->path, key);
+    if ((!json_is_number(value) || !((float)x > 0) || !isfinite((float)x)) && !r->rc)
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: \"%s\" is no float32 above 0", r->path, key);
     return x;
 }
 
