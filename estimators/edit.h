@@ -75,6 +75,8 @@ struct perta_edit_counts {
     uint64_t n_changed;      /* bits of the result differ from the model's */
     uint64_t n_rounded_away; /* step not zero, but rounding gave the model's value back */
     uint64_t n_nonfinite;    /* parameters with a NaN or Inf (or a negative mean square) */
+    uint64_t n_zero_forget;  /* importances that are 0, of methods that read them */
+    uint64_t n_zero_retain;
     double sum_weight;       /* of w over the elements that are finite; deterministic order */
     uint64_t weights[PERTA_WEIGHT_BINS]; /* how many of these lie in each part */
     uint64_t bad_elem;       /* with n_nonfinite > 0: first such element, from the run's start */

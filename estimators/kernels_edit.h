@@ -138,6 +138,14 @@ static double REAL(sum_weights)(real *w, size_t n)
     return sum;
 }
 
+static uint32_t REAL(count_zeros)(const real *x, size_t n)
+{
+    uint32_t zeros = 0;
+    for (size_t i = 0; i < n; i++)
+        zeros += x[i] == 0;
+    return zeros;
+}
+
 static real REAL(bin_edge)(int bin)
 {
     return (real)bin / (real)PERTA_WEIGHT_BINS;
@@ -273,8 +281,13 @@ static void REAL(edit)(const struct perta_rule *rule, const struct perta_edit_in
         double sum = REAL(sum_weights)(t.weight, n);
         uint32_t bins[PERTA_WEIGHT_BINS];
         REAL(count_weights)(t.weight, n, bins);
+        bool importance = perta_rule_needs_importance(rule);
+        uint32_t zero_forget = importance ? REAL(count_zeros)(t.forget, n) : 0;
+        uint32_t zero_retain = importance ? REAL(count_zeros)(t.retain, n) : 0;
         for (uint32_t a = 0; a < n_alphas; a++) {
             struct perta_edit_counts *c = &counts[a];
+            c->n_zero_forget += zero_forget;
+            c->n_zero_retain += zero_retain;
             char *out = (char *)outs[a] + first * width_bytes(dtype);
             real alpha = (real)alphas[a];
             uint32_t n_changed, n_away;

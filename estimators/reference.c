@@ -121,6 +121,8 @@ static void edit_element(const struct perta_rule *rule, const struct perta_edit_
         importance ? element(&in->retain, i, wide) : 0,
     };
     double w = weight(rule, in, i, wide, x);
+    c->n_zero_forget += importance && x[PERTA_IN_FORGET] == 0;
+    c->n_zero_retain += importance && x[PERTA_IN_RETAIN] == 0;
     double tau = rounded(wide, x[PERTA_IN_TUNED] - x[PERTA_IN_BASE]);
     double step = rounded(wide, rounded(wide, alpha * w) * tau);
     enum perta_operand bad = first_bad(rule, x);

@@ -177,6 +177,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
         struct perta_tensor_counts *counts = perta_patch_out_counts(&job->outs[a]);
         counts->n_rounded_away += r->counts.n_rounded_away;
         counts->n_nonfinite += r->counts.n_nonfinite;
+        counts->n_zero_forget += r->counts.n_zero_forget;
+        counts->n_zero_retain += r->counts.n_zero_retain;
         counts->sum_weight += r->counts.sum_weight;
         for (int i = 0; i < PERTA_WEIGHT_BINS; i++)
             job->outs[a].weights[i] += r->counts.weights[i];
@@ -344,6 +346,8 @@ static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_e
     }
     json_decref(inputs);
     json_object_set_new(summary, "results", results);
+    if (!rc)
+        perta_unlearn_note_zeros(job, json_object_get(summary, "notes"));
     return rc;
 }
 
@@ -399,6 +403,7 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
     }
     job->unlearn = unlearn;
     job->rule = unlearn->rule;
+    perta_unlearn_note_alphas(unlearn, notes);
     int rc = perta_unlearn_plan(job, run, notes, err);
     if (!rc && !run->dry_run) {
         rc = run_all(job, run, summary, err);

@@ -1,5 +1,5 @@
-/* unlearn_job.h - what the parts of unlearn share: the plan (unlearn_plan.c) and the run
- * itself (unlearn.c). */
+/* unlearn_job.h - what the parts of unlearn share: the plan (unlearn_plan.c), the run
+ * itself (unlearn.c), and what is said of its numbers (unlearn_notes.c). */
 #ifndef PERTA_ESTIMATORS_UNLEARN_JOB_H
 #define PERTA_ESTIMATORS_UNLEARN_JOB_H
 
@@ -45,6 +45,11 @@ struct perta_unlearn_job {
  * to notes. */
 int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
                        json_t *notes, struct perta_err *err);
+
+/* Append to notes: alphas that do what one might not expect. */
+void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes);
+/* After the run: importances that are zero where one might not expect it. */
+void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes);
 
 /* Where alpha number a goes, of the patches' or the models' folder dir. The caller's; NULL
  * without dir, or memory. */

@@ -185,9 +185,12 @@ static json_t *counts_json(const struct perta_tensor_counts *c)
         "{s:I, s:I, s:I, s:I}", "parameters", (json_int_t)c->n_params, "changed",
         (json_int_t)c->n_changed, "rounded_away", (json_int_t)c->n_rounded_away, "nonfinite",
         (json_int_t)c->n_nonfinite);
-    if (!strcmp(c->action, "edited"))
+    if (!strcmp(c->action, "edited")) {
         json_object_set_new(json, "mean_weight",
                             json_real(weighed ? c->sum_weight / (double)weighed : 0));
+        json_object_set_new(json, "zero_forget", json_integer((json_int_t)c->n_zero_forget));
+        json_object_set_new(json, "zero_retain", json_integer((json_int_t)c->n_zero_retain));
+    }
     return json;
 }
 
@@ -316,7 +319,7 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
 
 /* What is counted of a tensor; the rest of perta_tensor_counts follows from the checkpoint. */
 struct counted {
-    uint64_t n_changed, n_rounded_away, n_nonfinite;
+    uint64_t n_changed, n_rounded_away, n_nonfinite, n_zero_forget, n_zero_retain;
     double sum_weight;
 };
 
@@ -340,6 +343,7 @@ static json_t *save_tensors(struct perta_patch_out *p)
     for (uint64_t i = 0; counted && i < n; i++) {
         const struct perta_tensor_counts *c = &p->tensors[first + i];
         counted[i] = (struct counted){c->n_changed, c->n_rounded_away, c->n_nonfinite,
+                                      c->n_zero_forget, c->n_zero_retain,
                                       c->sum_weight};
     }
     json_t *json = counted ? json_pack("{s:I, s:o}", "first", (json_int_t)first, "counts",
@@ -418,6 +422,8 @@ static bool restore_tensors(struct perta_patch_out *p, const json_t *json, uint6
         struct perta_tensor_counts *c = &p->tensors[first + i];
         c->n_changed = counted[i].n_changed;
         c->n_rounded_away = counted[i].n_rounded_away;
+        c->n_zero_forget = counted[i].n_zero_forget;
+        c->n_zero_retain = counted[i].n_zero_retain;
         c->n_nonfinite = counted[i].n_nonfinite;
         c->sum_weight = counted[i].sum_weight;
     }

@@ -14,6 +14,7 @@ struct perta_tensor_counts {
     const char *name;   /* borrowed */
     const char *action; /* "edited", "kept", ...; borrowed */
     uint64_t n_params, n_changed, n_rounded_away, n_nonfinite;
+    uint64_t n_zero_forget, n_zero_retain; /* importances that are 0 */
     double sum_weight;
 };
 

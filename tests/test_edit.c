@@ -71,6 +71,8 @@ static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[
         for (int a = 0; a < 3; a++) {
             ck_assert_uint_eq(have[a].n_changed, want[a].n_changed);
             ck_assert_uint_eq(have[a].n_rounded_away, want[a].n_rounded_away);
+            ck_assert_uint_eq(have[a].n_zero_forget, want[a].n_zero_forget);
+            ck_assert_uint_eq(have[a].n_zero_retain, want[a].n_zero_retain);
             ck_assert_uint_eq(have[a].n_nonfinite, want[a].n_nonfinite);
             ck_assert_mem_eq(&have[a].sum_weight, &want[a].sum_weight, sizeof(double));
             ck_assert_mem_eq(have[a].weights, want[a].weights, sizeof want[a].weights);

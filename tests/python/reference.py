@@ -130,6 +130,8 @@ def edit(
         "rounded_away": np.count_nonzero((step != 0) & ~changed & ~bad),
         "nonfinite": np.count_nonzero(bad),
         "mean_weight": mean_weight(np.where(bad, real(0), w), np.count_nonzero(bad)),
+        "zero_forget": 0 if g_f is None else np.count_nonzero(widen(g_f, real) == 0),
+        "zero_retain": 0 if g_r is None else np.count_nonzero(widen(g_r, real) == 0),
     }
     edges = np.arange(10).astype(real) / real(10)
     bins = np.bincount(np.searchsorted(edges, w[~bad], "right") - 1, minlength=10)

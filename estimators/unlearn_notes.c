@@ -1,0 +1,66 @@
+/* What the numbers of a run say that its user ought to know. Spec: docs/method.md, "Numbers" */
+#include <string.h>
+
+#include "estimators/unlearn_job.h"
+
+typedef unsigned long long ull;
+
+void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes)
+{
+    for (unsigned a = 0; a < unlearn->n_alphas; a++) {
+        const struct perta_alpha *alpha = &unlearn->alphas[a];
+        if (alpha->value == 0)
+            json_array_append_new(notes, json_sprintf("alpha %s: nothing changes", alpha->text));
+        else if (alpha->value < 0)
+            json_array_append_new(
+                notes, json_sprintf("alpha %s is negative: the task vector is added, so the model "
+                                    "learns what the tuned one was tuned on",
+                                    alpha->text));
+    }
+}
+
+/* Over the edited tensors of one role. */
+struct zeros {
+    uint64_t n_tensors;     /* with nothing but zeros */
+    const char *first;      /* of these */
+    uint64_t n_f16, of_f16; /* zeros, and values, in tensors that are stored as F16 */
+};
+
+static struct zeros count(const struct perta_unlearn_job *job, int role)
+{
+    struct zeros z = {0};
+    for (uint64_t i = 0; i < job->outs[0].n_tensors; i++) {
+        const struct perta_tensor_counts *c = &job->outs[0].tensors[i];
+        const struct perta_ref *ref = job->rows[i].in[role];
+        uint64_t n = role == PERTA_ROLE_FORGET ? c->n_zero_forget : c->n_zero_retain;
+        if (!job->rows[i].edited || !ref || !c->n_params)
+            continue;
+        if (n == c->n_params && !z.n_tensors++)
+            z.first = c->name;
+        if (ref->tensor->dtype == PERTA_F16) {
+            z.n_f16 += n;
+            z.of_f16 += c->n_params;
+        }
+    }
+    return z;
+}
+
+void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes)
+{
+    static const char *const then[] = {"stay as they are (w = 0)",
+                                       "are edited in full wherever the forget set touches them "
+                                       "(w = 1)"};
+    for (int role = PERTA_ROLE_FORGET; role <= PERTA_ROLE_RETAIN; role++) {
+        struct zeros z = count(job, role);
+        if (z.n_tensors)
+            json_array_append_new(
+                notes, json_sprintf("%s: %llu tensors are all zero, %s the first: they %s",
+                                    perta_roles[role], (ull)z.n_tensors, z.first,
+                                    then[role - PERTA_ROLE_FORGET]));
+        if (z.n_f16)
+            json_array_append_new(
+                notes, json_sprintf("%s: %llu of %llu values in F16 are 0; F16 holds nothing below "
+                                    "3e-8, so they may have underflowed: F32 or BF16 would tell",
+                                    perta_roles[role], (ull)z.n_f16, (ull)z.of_f16));
+    }
+}
