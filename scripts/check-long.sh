@@ -12,6 +12,12 @@ pytest() { # build, tests
 
 echo "== killed at random instants, every verb"
 pytest build tests/python/test_crash.py tests/python/test_in_place.py "$@"
+echo "== power cuts, disks that lie, by seed, and real ones"
+pytest build tests/python/test_powercut.py tests/python/test_faults.py tests/python/test_disks.py "$@"
+echo "== other seeds, with address and undefined-behaviour sanitizers"
+[ -f build-dev/build.ninja ] || meson setup build-dev --native-file build-dev.ini >build-dev.log
+ninja -C build-dev --quiet
+PERTA_SEEDS=2001-2400 pytest build-dev tests/python/test_faults.py "$@"
 
 echo "== estimate: bfloat16 products for every architecture, many budgets and threads"
 pytest build tests/python/test_estimate.py "$@"

@@ -3,7 +3,8 @@
 # Usage: scripts/setup.sh [MORE PACKAGES...]
 set -eu
 packages="gcc pkg-config meson ninja-build liburing-dev libzstd-dev libxxhash-dev check
-libjansson-dev libssl-dev libdnnl-dev zstd xxhash minisign python3-venv $*"
+libjansson-dev libssl-dev libdnnl-dev zstd xxhash minisign python3-venv e2fsprogs xfsprogs fuse3
+$*"
 missing=
 for package in $packages; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' ||

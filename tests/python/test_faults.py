@@ -1,0 +1,130 @@
+"""Disks that lie, by seed: transfers that break off, are interrupted, come late and out of order;
+one that fails; inputs that change while they are read (tests/faults/faults.h). A run ends with the
+right bytes, or says what failed, leaves its inputs as they are and goes on with --resume.
+
+The long tier (PERTA_LONG=1) takes two thousand seeds; PERTA_SEEDS=FROM-TO takes those."""
+
+import errno
+import os
+import random
+import shutil
+
+import pytest
+from conftest import PERTA
+from reference import folder_bytes
+from verbs import EAGER, VERBS, make_inputs, run
+
+FAULTY = PERTA.parent / "tests/faults/perta_faulty"
+LONG = bool(os.environ.get("PERTA_LONG"))
+N_SEEDS = 2000 if LONG else 32
+FIRST, LAST = map(int, os.environ.get("PERTA_SEEDS", f"1-{N_SEEDS}").split("-"))
+GROUPS = 8  # of seeds: each is a test, on inputs of its own
+ERRORS = {
+    "read": [errno.EIO, errno.ENOMEM],
+    "write": [errno.EIO, errno.ENOSPC, errno.EDQUOT],
+    "put": [errno.EIO, errno.ENOSPC],
+    "sync": [errno.EIO, errno.ENOSPC],
+    "create": [errno.ENOSPC, errno.EMFILE, errno.EROFS],
+    "mkdir": [errno.ENOSPC, errno.EACCES],
+    "rename": [errno.EIO, errno.ENOSPC],
+    "unlink": [errno.EIO, errno.EROFS],
+    "truncate": [errno.EIO],
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("faults"), large=True)
+
+
+@pytest.fixture(scope="module")
+def wanted(inputs):
+    """What an undisturbed run of each verb writes."""
+    files = {}
+    for verb, command in VERBS.items():
+        run(inputs, *command)
+        files[verb] = folder_bytes(inputs / "out")
+        clear(inputs)
+    return files
+
+
+def leftovers(folder):
+    return [*folder.glob("out*/**/*.perta-*"), *folder.glob("out.perta-*")]
+
+
+def clear(folder):
+    for left in folder.glob("out*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def draw(rng, seed):
+    """What goes wrong; and the errno that a run may fail with, None: it may not."""
+    faults, error = [f"seed={seed}", "fast=1"], None
+    for name in ("short", "again", "late"):
+        faults.append(f"{name}={rng.choice([0, 0, 30, 300])}")
+    if rng.random() < 0.6:
+        kind = rng.choice(list(ERRORS))
+        error = rng.choice(ERRORS[kind])
+        faults.append(f"fail={kind}:{int(2 ** rng.uniform(0, 7))}:{error}")
+        if kind != "sync" and error in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            faults.append(f"forever={rng.randrange(2)}")
+    return ",".join(faults), error
+
+
+def check_seed(folder, wanted, seed):
+    rng = random.Random(seed)
+    verb, io = rng.choice(list(VERBS)), rng.choice(["direct", "pread", "mmap"])
+    faults, error = draw(rng, seed)
+    command = [*VERBS[verb], "--threads", str(rng.choice([1, 2, 5]))]
+    env = EAGER if rng.random() < 0.7 else os.environ
+    seen = f"seed {seed}: PERTA_FAULTS={faults} perta {' '.join(command)} --io {io}"
+    done = run(folder, *command, "--io", io, env=env | {"PERTA_FAULTS": faults}, perta=FAULTY, status=None)
+    if done.returncode == 0:
+        assert folder_bytes(folder / "out") == wanted[verb] and not leftovers(folder), seen
+        return False
+    assert error and done.returncode == 4, (seen, done)
+    assert os.strerror(error) in done.stderr, (seen, done)
+    again = run(folder, *command, "--resume", status=None)
+    if again.returncode:  # it was done when it failed
+        assert again.returncode == 2 and ": exists;" in again.stderr, (seen, done, again)
+    assert folder_bytes(folder / "out") == wanted[verb] and not leftovers(folder), (seen, done)
+    return True
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_right_bytes_or_an_error(inputs, wanted, group):
+    before = folder_bytes(inputs)
+    failed = 0
+    for seed in range(FIRST + group, LAST + 1, GROUPS):
+        failed += check_seed(inputs, wanted, seed)
+        clear(inputs)
+    assert folder_bytes(inputs) == before
+    assert failed or LAST - FIRST < 20 * GROUPS  # else nothing was tested
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "revert"] if LONG else ["unlearn", "apply", "estimate"])
+@pytest.mark.parametrize("io", ["direct", "pread", "mmap"])
+@pytest.mark.parametrize("change", ["shrink", "touch"])
+def test_an_input_that_changes_while_it_is_read(inputs, tmp_path, verb, io, change):
+    """None of what came of it is a result, and nothing is kept to go on with."""
+    victim = {"accumulate": "forget", "estimate": "llama"}.get(verb, "model")
+    for name in ("model", "tuned", "base", "forget", "retain", "p1", "p2", "llama"):
+        if name != victim:
+            (tmp_path / name).symlink_to(inputs / name)
+    shutil.copytree(inputs / victim, tmp_path / victim)
+    shutil.copy(inputs / "data.jsonl", tmp_path)
+    shard = max((tmp_path / victim).glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    before = folder_bytes(inputs)
+    for n in (1, 4):
+        data = shard.read_bytes()
+        # With commit points at every chance, or none.
+        env = (EAGER if n > 1 else os.environ) | {"PERTA_FAULTS": f"fast=1,{change}={n}:{shard}"}
+        said = run(tmp_path, *VERBS[verb], "--io", io, env=env, perta=FAULTY, status=None)
+        assert said.returncode in (1, 3), said
+        assert "changed while it was read" in said.stderr or "ends at byte" in said.stderr or (
+            said.returncode == 1 and victim in said.stderr  # not what the patch was made from
+        ), said
+        assert shard.read_bytes() != data
+        assert not folder_bytes(tmp_path / "out") and not leftovers(tmp_path)
+        shard.write_bytes(data)
+    assert folder_bytes(inputs) == before
