@@ -21,3 +21,10 @@ PERTA_SEEDS=2001-2400 pytest build-dev tests/python/test_faults.py "$@"
 
 echo "== estimate: bfloat16 products for every architecture, many budgets and threads"
 pytest build tests/python/test_estimate.py "$@"
+
+if command -v clang >/dev/null || command -v clang-14 >/dev/null; then
+    echo "== fuzz targets, a minute each"
+    scripts/fuzz.sh 60
+else
+    echo "== fuzz targets: skipped, clang is missing"
+fi

@@ -93,6 +93,10 @@ static void read_rope(struct reader *r, struct perta_rope *rope)
                            "%s: rope type \"%s\" is not supported; default, linear and llama3 "
                            "are",
                            r->path, kind);
+    if (!r->rc && rope->kind == PERTA_ROPE_LLAMA3 &&
+        !(rope->high_freq_factor > rope->low_freq_factor))
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: \"high_freq_factor\" is not above \"low_freq_factor\"", r->path);
 }
 
 /* Mistral: everywhere. Qwen: where use_sliding_window says so, from max_window_layers on. */

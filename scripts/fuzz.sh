@@ -1,0 +1,24 @@
+#!/bin/sh
+# Run fuzz targets, each for so many seconds, under limits of memory; needs clang with libFuzzer
+# (Debian: clang libclang-rt-dev). What they find is left in build-fuzz/found.
+#   scripts/fuzz.sh SECONDS [TARGET...]        all targets without names
+set -eu
+cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+seconds=$1 && shift
+dir=build-fuzz
+cc=$(command -v clang || command -v clang-14) || { echo "fuzz: clang is missing" >&2; exit 1; }
+[ -f $dir/build.ninja ] || CC=$cc meson setup $dir -Dfuzz=true -Db_lundef=false >$dir.log ||
+    { cat $dir.log; exit 1; }
+ninja -C $dir --quiet
+[ $# -gt 0 ] || set -- $(ls tests/fuzz/corpus)
+export ASAN_OPTIONS=quarantine_size_mb=16
+for target; do
+    mkdir -p $dir/found/"$target" $dir/corpus/"$target"
+    echo "== $target"
+    # 128 MiB at once: what a codec and slots of the smallest budget take; inputs are kilobytes.
+    nice -n 19 $dir/tests/fuzz/fuzz_"$target" -max_total_time="$seconds" -timeout=20 \
+        -malloc_limit_mb=128 -rss_limit_mb=700 -print_final_stats=1 -verbosity=0 \
+        -artifact_prefix="$PWD/$dir/found/$target/" \
+        "$PWD/$dir/corpus/$target" "$PWD/tests/fuzz/corpus/$target"
+done

@@ -1,0 +1,73 @@
+/* config.json: numbers that lead nowhere are refused with their key. */
+#include "tests/unit.h"
+
+#include "estimators/backprop/config.h"
+
+static const char base[] = "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":64,"
+                           "\"intermediate_size\":96,\"vocab_size\":9,\"num_hidden_layers\":1,"
+                           "\"num_attention_heads\":4";
+
+/* With more keys; says NULL: it is fine. */
+static void parse(const char *more, const char *says, struct perta_llm *llm)
+{
+    char text[1024];
+    struct perta_err err = {0};
+    snprintf(text, sizeof text, "%s%s}", base, more);
+    json_t *config = json_loads(text, 0, NULL);
+    ck_assert_msg(config, "%s", text);
+    int rc = perta_llm_parse(config, "config.json", llm, &err);
+    ck_assert_msg(rc == (says ? PERTA_EINPUT : 0), "%s: %s", more, err.msg);
+    ck_assert_msg(!says || strstr(err.msg, says), "%s: %s", more, err.msg);
+    json_decref(config);
+}
+
+START_TEST(a_number_that_float32_does_not_hold_is_refused)
+{
+    struct perta_llm llm;
+    parse(",\"rms_norm_eps\":1e-300", "rms_norm_eps", &llm);
+    parse(",\"rms_norm_eps\":0", "rms_norm_eps", &llm);
+    parse(",\"rms_norm_eps\":1e39", "rms_norm_eps", &llm);
+    parse(",\"rope_theta\":1e300", "rope_theta", &llm);
+    parse(",\"rope_theta\":-1", "rope_theta", &llm);
+    parse(",\"rms_norm_eps\":1e-30,\"rope_theta\":1e30", NULL, &llm);
+    ck_assert(llm.rms_eps > 0);
+}
+END_TEST
+
+START_TEST(a_count_is_a_whole_number_of_31_bits)
+{
+    struct perta_llm llm;
+    parse(",\"num_key_value_heads\":0", "num_key_value_heads", &llm);
+    parse(",\"num_key_value_heads\":-4", "num_key_value_heads", &llm);
+    parse(",\"num_key_value_heads\":2.0", "num_key_value_heads", &llm);
+    parse(",\"num_key_value_heads\":4294967297", "num_key_value_heads", &llm);
+    parse(",\"num_key_value_heads\":3", "cannot share", &llm);
+    parse(",\"head_dim\":2147483648", "head_dim", &llm);
+    parse(",\"head_dim\":3", "odd", &llm);
+}
+END_TEST
+
+START_TEST(frequencies_are_numbers)
+{
+    struct perta_llm llm;
+    float freq[8];
+    parse(",\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,"
+          "\"high_freq_factor\":4,\"original_max_position_embeddings\":64}",
+          "high_freq_factor", &llm);
+    parse(",\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,"
+          "\"high_freq_factor\":4,\"original_max_position_embeddings\":64}",
+          NULL, &llm);
+    perta_rope_frequencies(&llm, freq);
+    for (int i = 0; i < 8; i++)
+        ck_assert_msg(freq[i] > 0 && freq[i] <= 1, "%g", (double)freq[i]);
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("config");
+    tcase_add_test(tests, a_number_that_float32_does_not_hold_is_refused);
+    tcase_add_test(tests, a_count_is_a_whole_number_of_31_bits);
+    tcase_add_test(tests, frequencies_are_numbers);
+    return run_suite("config", tests);
+}

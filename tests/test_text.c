@@ -1,0 +1,82 @@
+/* What a plain text and a plain name are, at the borders. */
+#include "tests/unit.h"
+
+#include "io/err.h"
+#include "io/text.h"
+
+START_TEST(text_is_plain_without_control_characters_and_in_utf_8)
+{
+    static const char *const plain[] = {"", " ", "~", "\xc2\xa0", "\xdf\xbf", "\xe0\xa0\x80",
+                                        "\xed\x9f\xbf", "\xee\x80\x80", "\xef\xbf\xbf",
+                                        "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf"};
+    static const char *const not[] = {
+        "\n", "\x1b", "\x7f", "\xc2\x80", "\xc2\x9f", /* controls */
+        "\x80", "\xbf", "\xc0\x80", "\xc1\xbf", "\xe0\x9f\xbf", "\xf0\x8f\xbf\xbf", /* too long */
+        "\xed\xa0\x80", "\xed\xbf\xbf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xff",
+        "\xc2", "\xe2\x82", "\xf0\x9f\x98", "\xe2\x82\x41", /* cut */
+    };
+    for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
+        ck_assert_msg(perta_text_is_plain(plain[i]), "%zu", i);
+    for (size_t i = 0; i < sizeof not / sizeof *not; i++) {
+        char text[16];
+        snprintf(text, sizeof text, "a%s", not[i]);
+        ck_assert_msg(!perta_text_is_plain(text), "%zu", i);
+        size_t len = strlen(text);
+        perta_text_make_plain(text, false);
+        ck_assert_msg(perta_text_is_plain(text) && strlen(text) == len, "%zu", i);
+    }
+}
+END_TEST
+
+START_TEST(what_is_plain_stays_and_what_is_not_is_a_question_mark)
+{
+    char text[] = "a\xe2\x82\xac\n\x1b[2J\xe2\x82";
+    perta_text_make_plain(text, true);
+    ck_assert_str_eq(text, "a\xe2\x82\xac\n?[2J??");
+    perta_text_make_plain(text, false);
+    ck_assert_str_eq(text, "a\xe2\x82\xac??[2J??");
+}
+END_TEST
+
+START_TEST(a_name_is_one_of_a_file_in_a_folder)
+{
+    char longest[PERTA_NAME_MAX_BYTES + 2];
+    memset(longest, 'x', sizeof longest);
+    longest[PERTA_NAME_MAX_BYTES + 1] = '\0';
+    static const char *const not[] = {"", ".", "..", ".hidden", "/", "a/b", "../a", "/a", "a/", "a\nb"};
+    for (size_t i = 0; i < sizeof not / sizeof *not; i++)
+        ck_assert_msg(!perta_name_is_plain(not[i]), "%s", not[i]);
+    ck_assert(!perta_name_is_plain(longest));
+    ck_assert(perta_name_is_plain(longest + 1));
+    ck_assert(perta_name_is_plain("model-00001-of-00002.safetensors"));
+    ck_assert(perta_name_is_plain("mod\xc3\xa8le.safetensors"));
+}
+END_TEST
+
+START_TEST(a_message_is_plain_wherever_it_is_cut)
+{
+    char name[4000] = "", pad[4] = "";
+    for (int i = 0; i < 1000; i++)
+        strcat(name, "\xe2\x82\xac");
+    for (int i = 0; i < 3; i++, strcat(pad, "x")) {
+        struct perta_err err = {0};
+        perta_fail(&err, PERTA_EINPUT, "%s%s", pad, name);
+        ck_assert(perta_text_is_plain(err.msg));
+        perta_err_context(&err, "%s\n%s", pad, name);
+        ck_assert(perta_text_is_plain(err.msg));
+        json_t *json = perta_text_json("%.100s\xff\n", name);
+        ck_assert_ptr_nonnull(json);
+        json_decref(json);
+    }
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("text");
+    tcase_add_test(tests, text_is_plain_without_control_characters_and_in_utf_8);
+    tcase_add_test(tests, what_is_plain_stays_and_what_is_not_is_a_question_mark);
+    tcase_add_test(tests, a_name_is_one_of_a_file_in_a_folder);
+    tcase_add_test(tests, a_message_is_plain_wherever_it_is_cut);
+    return run_suite("text", tests);
+}
