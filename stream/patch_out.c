@@ -274,14 +274,38 @@ static json_t *without_digests(const json_t *inputs)
     return copy;
 }
 
+/* What the model after shows anyway. Mean weights and the like come from values that are withheld:
+ * of a tensor of one element, with base and tuned, they give the old one away. The caller's. */
+static json_t *public_counts(const json_t *counts)
+{
+    static const char *const keys[] = {"name", "action", "parameters", "changed"};
+    json_t *copy = json_object();
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+        if (json_object_get(counts, keys[i]))
+            json_object_set(copy, keys[i], json_object_get(counts, keys[i]));
+    return copy;
+}
+
+static json_t *public_tensors(const json_t *tensors)
+{
+    json_t *copy = json_array(), *tensor;
+    size_t i;
+    json_array_foreach (tensors, i, tensor)
+        json_array_append_new(copy, public_counts(tensor));
+    return copy;
+}
+
 static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
                           json_t *counts, json_t *tensors, struct perta_err *err)
 {
     json_t *manifest = json_pack(
-        "{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:O, s:O, s:o}", "format", "perta-patch",
+        "{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:o, s:o, s:o}", "format", "perta-patch",
         "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe", recipe,
-        "inputs", p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs", "patch", p->shards, "model", p->model.shards, "counts",
-        counts, "tensors", tensors, "encodings", encodings_json(p));
+        "inputs", p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs", "patch",
+        p->shards, "model", p->model.shards, "counts",
+        p->one_way ? public_counts(counts) : json_incref(counts), "tensors",
+        p->one_way ? public_tensors(tensors) : json_incref(tensors), "encodings",
+        encodings_json(p));
     char *text = manifest ? perta_canonical_json(manifest) : NULL;
     int rc = text ? perta_publish_file(&p->folder, "manifest.json", text, strlen(text), err)
                   : perta_fail_sys(err, ENOMEM, "manifest.json");

@@ -69,6 +69,18 @@ def test_it_is_the_same_whatever_was_before_where_it_changes(perta, sides):
     assert manifest["encodings"]["values"]["chunks"] == 2 and manifest["encodings"]["delta"]["chunks"] == 0
 
 
+def test_its_record_counts_only_what_the_model_after_shows(perta, sides):
+    """The mean weight of a tensor of one element, with base and tuned, would give the old value away."""
+    unlearn(perta)
+    unlearn(perta, "--one-way", patch="public")
+    whole, public = (json.loads((sides / p / "manifest.json").read_text()) for p in ("p", "public"))
+    assert all("mean_weight" in t for t in whole["tensors"] if t["action"] == "edited") and "weights" in whole["counts"]
+    assert public["counts"] == {key: whole["counts"][key] for key in ("parameters", "changed")}
+    keys = ("name", "action", "parameters", "changed")
+    assert public["tensors"] == [{key: tensor[key] for key in keys} for tensor in whole["tensors"]]
+    perta("report", "public", "--html", "page.html")
+
+
 def test_another_model_is_refused_untouched(perta, sides):
     unlearn(perta, "--one-way")
     said = perta("apply", "base", "p", "--out", "got", check=1).stderr

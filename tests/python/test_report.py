@@ -66,3 +66,14 @@ def test_a_browser_draws_it(perta, patch, tmp_path):
     assert ">360<" in drawn and "layer 2" in drawn and "Distribution of the weights w" in drawn
     assert "&lt;img src=x" in drawn and "<img" not in drawn
     assert shot.stat().st_size > 20_000
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+def test_a_browser_draws_what_a_one_way_patch_says(perta, patch, tmp_path):
+    folders = [f"--{role}={role}" for role in ["model", "tuned", "base", "forget", "retain"]]
+    perta("unlearn", *folders, "--patch", "public", "--one-way")
+    perta("report", "public", "--html", "page.html")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
+    drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.partition("<script")[0]
+    assert "cannot be drawn" not in drawn and ">360<" in drawn and "layer 2" in drawn
+    assert "undefined" not in drawn and "NaN" not in drawn and "mean w" not in drawn
