@@ -122,6 +122,14 @@ static bool head_is_sound(const struct head *head)
            memchr(head->subject, 0, sizeof head->subject);
 }
 
+/* The subject as a word of a command that people paste into a shell; PATCH where it might be more. */
+static const char *word_of(const struct head *head)
+{
+    static const char special[] = " \t\r\n'\"\\`$&|;<>()*?[]{}!#~^=%";
+    const char *s = head->subject;
+    return *s == '-' || !*s || s[strcspn(s, special)] ? "PATCH" : s;
+}
+
 static int read_head(int fd, const char *path, struct head *head, struct perta_err *err)
 {
     int rc = perta_pread_all(fd, head, sizeof *head, 0, path, err);
@@ -220,7 +228,7 @@ static int go_on(struct perta_ahead *a, const char *id, struct perta_err *err)
         rc = perta_fail(err, PERTA_EUSAGE,
                         "%s: an edit by the patch %s was interrupted here; apply or revert that "
                         "one with --in-place first",
-                        a->path, head.subject);
+                        a->path, word_of(&head));
     if (!rc)
         rc = write_again(a, fd, err);
     close(fd);
@@ -461,7 +469,7 @@ int perta_ahead_refuse(const char *folder, struct perta_err *err)
                             "%s: an edit in place is under way here, or was interrupted: `perta "
                             "apply %s %s --in-place' completes it, revert instead of apply takes "
                             "it back",
-                            folder, folder, head.subject);
+                            folder, folder, word_of(&head));
         close(fd);
     }
     free(path);

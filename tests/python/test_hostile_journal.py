@@ -1,11 +1,13 @@
 """What an interrupted run left is taken up only where it makes sense: a journal, or a folder beside
 it, that was made to harm is refused; nothing outside the output is written to."""
 
+import hashlib
 import json
 import os
 import random
 import resource
 import shutil
+import struct
 import subprocess
 import time
 
@@ -186,6 +188,78 @@ def test_a_file_left_behind_that_is_another_is_not_written_to(perta, here, link)
         precious = (here / f"{out}.precious").read_bytes()
         assert perta(*RUNS[out].split(), check=None).returncode in (3, 4)
         assert (here / f"{out}.precious").read_bytes() == precious
+
+
+# --- in place
+
+
+IN_PLACE = "perta-in-place.journal"
+
+
+def ahead_head(subject, patch_id=b"0" * 64):
+    head = b"PERTAWAL" + struct.pack("<II64s3072s", 1, 0, patch_id, subject)
+    return head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+
+
+@pytest.mark.parametrize(
+    "subject, shown",
+    [
+        (b"patches/alpha-1", "patches/alpha-1"),
+        (b"p; rm -rf ~", "PATCH"),
+        (b"$(id)", "PATCH"),
+        (b"`id`", "PATCH"),
+        (b"--model", "PATCH"),
+        (b"", "PATCH"),
+    ],
+)
+def test_a_command_that_is_shown_runs_nothing_else(perta, here, subject, shown):
+    (here / "a" / IN_PLACE).write_bytes(ahead_head(subject))
+    assert f"`perta apply a {shown} --in-place'" in perta("inspect", "a", check=3).stderr
+    refusal = perta("apply", "a", "whole", "--in-place", check=2).stderr
+    assert f"the patch {shown} was interrupted" in refusal
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda p: p.symlink_to("other"), lambda p: p.mkdir(),
+                                  lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"\xff" * 9000)])
+def test_what_is_no_journal_of_an_edit_in_place_is_refused(perta, here, make):
+    (here / "other").write_bytes(ahead_head(b"p"))
+    make(here / "a" / IN_PLACE)
+    before = folder_bytes(here / "b")
+    for command in "inspect a", "apply a whole --in-place", "revert a whole --in-place":
+        assert perta(*command.split(), check=None, timeout=20).returncode in (1, 3, 4)
+    assert folder_bytes(here / "b") == before
+
+
+def batch(extents, data, table_at=4096):
+    table = b"".join(struct.pack("<IIQQ", *extent) for extent in extents)
+    head = b"PERTAWAL" + struct.pack("<IIQQ40s", len(extents), 0, len(data),
+                                     xxhash.xxh3_64_intdigest(table),
+                                     xxhash.xxh3_128_hexdigest(data).encode())
+    head += struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+    return (head + table).ljust(-(-(80 + 2048 * 24) // 4096) * 4096, b"\0") + data
+
+
+@pytest.mark.parametrize(
+    "extent, length",
+    [((0, 0, 0, 4096), 4096), ((2, 0, 0, 4096), 4096), ((1 << 31, 0, 0, 4096), 4096),
+     ((0, 0, 4096, (1 << 64) - 4096), 4096), ((0, 0, 1 << 40, 4096), 4096), ((0, 0, 5, 4096), 4096),
+     ((0, 0, 0, 4096), 1 << 62), ((0, 0, 0, 0), 0)],
+    ids=["the header", "no such shard", "nor such", "overflow", "beyond", "not a block", "long", "none"],
+)  # fmt: skip
+def test_a_journal_writes_nothing_but_chunks_of_the_model(perta, here, extent, length):
+    """Headers come out as they were, or the edit fails; files do not grow."""
+    patch_id = hashlib.sha256((here / "whole/manifest.json").read_bytes()).hexdigest().encode()
+    data = b"\xff" * (4096 if length else 0)
+    log = ahead_head(b"whole", patch_id).ljust(4096, b"\0") + batch([extent], data)
+    if length > 4096:
+        log = log.replace(struct.pack("<QQ", 4096, 0)[:8], struct.pack("<Q", length), 1)
+    (here / "a" / IN_PLACE).write_bytes(log)
+    sizes = {p.name: p.stat().st_size for p in (here / "a").glob("*.safetensors")}
+    result = perta("apply", "a", "whole", "--in-place", check=None)
+    assert result.returncode in (0, 1, 3), result.stderr
+    assert sizes == {p.name: p.stat().st_size for p in (here / "a").glob("*.safetensors")}
+    if result.returncode == 0:
+        assert folder_bytes(here / "a") == folder_bytes(here / "b")
 
 
 # --- estimate
