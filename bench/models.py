@@ -7,6 +7,7 @@ Importances are heavy-tailed, those of forget and retain set correlated, as grad
 cut from pools at random places: cheap, and too far apart for any coder to notice.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -64,23 +65,32 @@ def config_of(n_layers: int, hidden: int = HIDDEN) -> dict:
     }  # fmt: skip
 
 
+def adamw(rng: np.random.Generator, n: int, steps: int = 16) -> np.ndarray:
+    """What the steps add up to, in units of the rate."""
+    same = rng.standard_normal(n, F32) * np.float32(0.3)
+    m, v, total = np.zeros((3, n), F32)
+    for t in range(1, steps + 1):
+        g = same + rng.standard_normal(n, F32)
+        m += np.float32(0.1) * (g - m)
+        v += np.float32(0.05) * (g * g - v)
+        root = np.sqrt(v / np.float32(1 - 0.95**t)) + np.float32(1e-8)
+        total += m / np.float32(1 - 0.9**t) / root
+    return total
+
+
+@functools.cache
+def pools(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normal numbers, and updates."""
+    rng = np.random.default_rng(2601)
+    return rng.standard_normal(n, F32), adamw(rng, n)
+
+
 class Noise:
-    """Cuts of two pools: normal numbers, and what AdamW adds up to in units of its rate."""
+    """Cuts of the pools."""
 
-    def __init__(self, seed: int, pool: int) -> None:
-        self.rng, self.pool = np.random.default_rng(seed), pool
-        self.normals = self.rng.standard_normal(2 * pool, F32)
-        self.updates = self.adamw(2 * pool)
-
-    def adamw(self, n: int, steps: int = 16) -> np.ndarray:
-        same = self.rng.standard_normal(n, F32) * np.float32(0.3)
-        m, v, total = np.zeros((3, n), F32)
-        for t in range(1, steps + 1):
-            g = same + self.rng.standard_normal(n, F32)
-            m += np.float32(0.1) * (g - m)
-            v += np.float32(0.05) * (g * g - v)
-            total += m / np.float32(1 - 0.9**t) / np.sqrt(v / np.float32(1 - 0.95**t))
-        return total
+    def __init__(self, pool: int) -> None:
+        self.rng, self.pool = np.random.default_rng(1012), pool
+        self.normals, self.updates = pools(2 * pool)
 
     def cut(self, pool: np.ndarray, n: int) -> np.ndarray:
         at = int(self.rng.integers(self.pool))
@@ -157,7 +167,7 @@ def write(path: Path, shapes: Shapes, kinds: tuple[str, ...] = KINDS, rate: floa
     folders = {kind: Folder(path / kind, shapes, dtype if i < 3 else F32)
                for i, kind in enumerate(KINDS) if kind in kinds}  # fmt: skip
     pool = min(1 << 24, max(1 << 16, n_parameters_of(shapes)))
-    noise = Noise(2601, pool)
+    noise = Noise(pool)
     for name, shape in shapes.items():
         for folder in folders.values():
             folder.begin(name)

@@ -84,7 +84,7 @@ def main() -> None:
                "missing": missing(peers), "disk": [], "peers": [], "warm_verify": []}  # fmt: skip
 
     print("codec", file=sys.stderr)
-    results["codec"] = codec.regimes(build, work / "codec", min(n, 1 << 24), a.rounds, python)
+    results["codec"] = codec.regimes(build, work / "codec", min(n, 1 << 23), a.rounds, python)
     layers, hidden = models.sized(n)
     models.make(work / "set", layers, hidden)
     s = jobs.Set(work / "set", build / "perta")
