@@ -1,12 +1,13 @@
-/* Bits a parameter and GB/s, one thread, of the patch coder and of what others do: two raw files
- * of the same length, chunk by chunk.
+/* Bits a parameter and GB/s, one thread, of the patch coder and of what others do: two raw
+ * files of the same length, chunk by chunk.
  *
  *     bench_codec DTYPE BEFORE AFTER [ROUNDS [CODERS]]
  *
- * (CODERS: only the first so many.) Prints a JSON object: share of units unchanged, order-0 entropy of the integer difference (and
- * what is left of it once the old value's exponent is known), then for each coder bits a unit,
- * and GB/s of the original's bytes for encoding and decoding, the median of all rounds (coders
- * take turns), least and most. Every coder's result is decoded and compared. */
+ * (CODERS: only the first so many.) Prints a JSON object: share of units unchanged, order-0
+ * entropy of the integer difference (and what is left of it once the old value's exponent
+ * is known), then for each coder bits a unit, and GB/s of the original's bytes for encoding
+ * and decoding, the median of all rounds (coders take turns), least and most. Every coder's
+ * result is decoded and compared. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +26,8 @@ struct job {
     unsigned width;
     const uint8_t *before, *after;
     size_t len_bytes, chunk_bytes;
-    uint8_t *frames, *scratch, *planes, *out; /* frames: one after another, for all chunks */
+    uint8_t *frames, *scratch, *planes,
+        *out; /* frames: one after another, for all chunks */
     size_t *frame_bytes;
     struct perta_coded *coded;
     struct perta_codec *codec;
@@ -113,7 +115,8 @@ static size_t pack_planes(struct job *j, size_t len, uint8_t *dst)
     return n;
 }
 
-static void unpack_planes(struct job *j, size_t len, const uint8_t *frame, size_t frame_bytes)
+static void unpack_planes(struct job *j, size_t len, const uint8_t *frame,
+                          size_t frame_bytes)
 {
     if (ZSTD_decompressDCtx(j->unpack, j->planes, len, frame, frame_bytes) != len)
         die("zstd");
@@ -177,7 +180,8 @@ static void run(struct job *j, const struct coder *coder, struct figures *f, int
     uint8_t *dst = j->frames;
     f->len_bytes = 0;
     for (size_t at = 0, k = 0; at < j->len_bytes; at += j->chunk_bytes, k++) {
-        size_t len = j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
+        size_t len =
+            j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
         j->frame_bytes[k] = coder->encode(j, at, len, dst);
         dst += j->frame_bytes[k];
         f->len_bytes += j->frame_bytes[k];
@@ -186,7 +190,8 @@ static void run(struct job *j, const struct coder *coder, struct figures *f, int
     f->decode[round] = 0;
     dst = j->frames;
     for (size_t at = 0, k = 0; at < j->len_bytes; at += j->chunk_bytes, k++) {
-        size_t len = j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
+        size_t len =
+            j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
         start = seconds();
         coder->decode(j, at, len, dst, j->frame_bytes[k]);
         f->decode[round] += seconds() - start;

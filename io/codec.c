@@ -42,23 +42,21 @@ static bool set_up(ZSTD_CCtx *pack)
         ZSTD_cParameter name;
         int value;
     } parameters[] = {
-        {ZSTD_c_compressionLevel, -5},
-        {ZSTD_c_strategy, ZSTD_fast},
-        {ZSTD_c_windowLog, 17},
-        {ZSTD_c_hashLog, 6},
-        {ZSTD_c_minMatch, 7},
-        {ZSTD_c_targetLength, 1 << 17},
+        {ZSTD_c_compressionLevel, -5},  {ZSTD_c_strategy, ZSTD_fast},
+        {ZSTD_c_windowLog, 17},         {ZSTD_c_hashLog, 6},
+        {ZSTD_c_minMatch, 7},           {ZSTD_c_targetLength, 1 << 17},
         {ZSTD_c_experimentalParam5, 1}, /* always compress literals */
-        {ZSTD_c_checksumFlag, 1},
-        {ZSTD_c_contentSizeFlag, 1},
+        {ZSTD_c_checksumFlag, 1},       {ZSTD_c_contentSizeFlag, 1},
     };
     for (size_t i = 0; i < sizeof parameters / sizeof *parameters; i++)
-        if (ZSTD_isError(ZSTD_CCtx_setParameter(pack, parameters[i].name, parameters[i].value)))
+        if (ZSTD_isError(
+                ZSTD_CCtx_setParameter(pack, parameters[i].name, parameters[i].value)))
             return false;
     return true;
 }
 
-/* One frame of all sections. A block ends with each section that is worth tables of its own. */
+/* One frame of all sections. A block ends with each section that is worth tables of its
+ * own. */
 static size_t pack(ZSTD_CCtx *pack, const struct perta_sections *sections, uint8_t *dst,
                    size_t dst_capacity)
 {
@@ -111,12 +109,13 @@ static size_t lay_out(struct perta_codec_scratch *s, uint8_t *arena)
     s->keys = carve(arena, &at, n / 2);
     s->fields = carve(arena, &at, n);
     s->payload = carve(arena, &at, perta_codec_payload_max(n));
-    s->counts = (uint32_t(*)[256])(void *)carve(arena, &at, PERTA_WINDOW * sizeof *s->counts);
+    s->counts =
+        (uint32_t(*)[256])(void *)carve(arena, &at, PERTA_WINDOW * sizeof *s->counts);
     return at + PERTA_TILE + 64; /* readers may go past an end by a tile */
 }
 
-/* All in one piece, in huge pages where it fills some, and touched: what is resident now is what
- * a run needs. */
+/* All in one piece, in huge pages where it fills some, and touched: what is resident now is
+ * what a run needs. */
 static uint8_t *take_scratch(struct perta_codec_scratch *s, size_t max_bytes)
 {
     s->kernels = kernels_of(perta_isa_chosen());
@@ -149,9 +148,10 @@ struct perta_codec *perta_codec_new(size_t max_bytes)
     }
     /* zstd takes its own room when it is first used. */
     struct perta_sections once = {{{codec->scratch.payload, max_bytes}}, 1, max_bytes};
-    size_t n = pack(codec->pack, &once, codec->scratch.grouped, perta_grouped_room(max_bytes));
-    ZSTD_decompressDCtx(codec->unpack, codec->scratch.planes, max_bytes, codec->scratch.grouped,
-                        n);
+    size_t n =
+        pack(codec->pack, &once, codec->scratch.grouped, perta_grouped_room(max_bytes));
+    ZSTD_decompressDCtx(codec->unpack, codec->scratch.planes, max_bytes,
+                        codec->scratch.grouped, n);
     return codec;
 }
 
@@ -172,20 +172,22 @@ bool perta_codec_groups(enum perta_dtype dtype)
 
 /* ---- encode ---- */
 
-int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype, const void *before,
-                       const void *after, size_t n_bytes, uint8_t *dst, size_t dst_capacity,
-                       struct perta_coded *coded, struct perta_err *err)
+int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype,
+                       const void *before, const void *after, size_t n_bytes, uint8_t *dst,
+                       size_t dst_capacity, struct perta_coded *coded,
+                       struct perta_err *err)
 {
     struct perta_sections sections;
     size_t n = n_bytes / perta_dtype_unit_bytes(dtype);
     *coded = (struct perta_coded){.encoding = PERTA_ENC_ZERO};
-    coded->n_changed = perta_payload_write(&codec->scratch, dtype, before, after, n, &sections);
+    coded->n_changed =
+        perta_payload_write(&codec->scratch, dtype, before, after, n, &sections);
     if (!coded->n_changed)
         return 0;
     size_t len_bytes = pack(codec->pack, &sections, dst, dst_capacity);
     if (!len_bytes)
-        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu", n_bytes,
-                              dst_capacity);
+        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu",
+                              n_bytes, dst_capacity);
     coded->encoding = PERTA_ENC_DELTA;
     coded->frame_bytes = (uint32_t)len_bytes;
     coded->payload_bytes = (uint32_t)sections.len_bytes;
@@ -193,21 +195,22 @@ int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype, const 
 }
 
 int perta_codec_encode_values(struct perta_codec *codec, enum perta_dtype dtype,
-                              const void *before, const void *after, size_t n_bytes, uint8_t *dst,
-                              size_t dst_capacity, struct perta_coded *coded, uint64_t *hash_kept,
-                              struct perta_err *err)
+                              const void *before, const void *after, size_t n_bytes,
+                              uint8_t *dst, size_t dst_capacity, struct perta_coded *coded,
+                              uint64_t *hash_kept, struct perta_err *err)
 {
     struct perta_sections sections;
     size_t n = n_bytes / perta_dtype_unit_bytes(dtype);
     *coded = (struct perta_coded){.encoding = PERTA_ENC_ZERO};
-    coded->n_changed = perta_values_write(&codec->scratch, dtype, before, after, n, &sections);
+    coded->n_changed =
+        perta_values_write(&codec->scratch, dtype, before, after, n, &sections);
     *hash_kept = perta_hash64(codec->scratch.planes, n_bytes);
     if (!coded->n_changed)
         return 0;
     size_t len_bytes = pack(codec->pack, &sections, dst, dst_capacity);
     if (!len_bytes)
-        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu", n_bytes,
-                              dst_capacity);
+        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu",
+                              n_bytes, dst_capacity);
     coded->encoding = PERTA_ENC_VALUES;
     coded->frame_bytes = (uint32_t)len_bytes;
     coded->payload_bytes = (uint32_t)sections.len_bytes;
@@ -248,9 +251,9 @@ static int unpack(struct perta_codec *codec, const uint8_t *frame, size_t frame_
     return 0;
 }
 
-static int read_payload(struct perta_codec *codec, enum perta_dtype dtype, const uint8_t *frame,
-                        size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
-                        struct perta_layout *layout, struct perta_err *err)
+static int read_payload(struct perta_codec *codec, enum perta_dtype dtype,
+                        const uint8_t *frame, size_t frame_bytes, size_t payload_bytes,
+                        size_t n_bytes, struct perta_layout *layout, struct perta_err *err)
 {
     int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
     if (rc)
@@ -260,16 +263,18 @@ static int read_payload(struct perta_codec *codec, enum perta_dtype dtype, const
     return wrong ? damaged(err, wrong) : 0;
 }
 
-static int move(struct perta_codec *codec, enum perta_dtype dtype, enum perta_encoding encoding,
-                const uint8_t *frame, size_t frame_bytes, size_t payload_bytes,
-                const void *from, bool minus, void *to, size_t n_bytes, struct perta_err *err)
+static int move(struct perta_codec *codec, enum perta_dtype dtype,
+                enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
+                size_t payload_bytes, const void *from, bool minus, void *to,
+                size_t n_bytes, struct perta_err *err)
 {
     if (encoding == PERTA_ENC_ZERO) {
         memcpy(to, from, n_bytes);
         return 0;
     }
     struct perta_layout layout;
-    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout, err);
+    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout,
+                          err);
     if (rc)
         return rc;
     const char *wrong = perta_payload_move(&codec->scratch, dtype, &layout, from, minus, to,
@@ -279,45 +284,46 @@ static int move(struct perta_codec *codec, enum perta_dtype dtype, enum perta_en
 
 int perta_codec_apply_values(struct perta_codec *codec, enum perta_dtype dtype,
                              const uint8_t *frame, size_t frame_bytes, size_t payload_bytes,
-                             const void *before, void *after, size_t n_bytes, uint64_t *hash_kept,
-                             struct perta_err *err)
+                             const void *before, void *after, size_t n_bytes,
+                             uint64_t *hash_kept, struct perta_err *err)
 {
     int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
     if (rc)
         return rc;
-    const char *wrong = perta_values_read(&codec->scratch, dtype, payload_bytes, before, after,
-                                          n_bytes / perta_dtype_unit_bytes(dtype), hash_kept);
+    const char *wrong =
+        perta_values_read(&codec->scratch, dtype, payload_bytes, before, after,
+                          n_bytes / perta_dtype_unit_bytes(dtype), hash_kept);
     return wrong ? damaged(err, wrong) : 0;
 }
 
 int perta_codec_apply(struct perta_codec *codec, enum perta_dtype dtype,
-                      enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
-                      size_t payload_bytes, const void *before, void *after, size_t n_bytes,
-                      struct perta_err *err)
+                      enum perta_encoding encoding, const uint8_t *frame,
+                      size_t frame_bytes, size_t payload_bytes, const void *before,
+                      void *after, size_t n_bytes, struct perta_err *err)
 {
     uint64_t ignored;
     if (encoding == PERTA_ENC_VALUES)
-        return perta_codec_apply_values(codec, dtype, frame, frame_bytes, payload_bytes, before,
-                                        after, n_bytes, &ignored, err);
-    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, before, false, after,
-                n_bytes, err);
+        return perta_codec_apply_values(codec, dtype, frame, frame_bytes, payload_bytes,
+                                        before, after, n_bytes, &ignored, err);
+    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, before, false,
+                after, n_bytes, err);
 }
 
 int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dtype,
-                       enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
-                       size_t payload_bytes, const void *after, void *before, size_t n_bytes,
-                       struct perta_err *err)
+                       enum perta_encoding encoding, const uint8_t *frame,
+                       size_t frame_bytes, size_t payload_bytes, const void *after,
+                       void *before, size_t n_bytes, struct perta_err *err)
 {
     if (encoding == PERTA_ENC_VALUES)
         return perta_fail(err, PERTA_EUSAGE, "one-way: it does not hold what was before");
-    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, after, true, before,
-                n_bytes, err);
+    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, after, true,
+                before, n_bytes, err);
 }
 
 int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
-                      enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
-                      size_t payload_bytes, size_t n_bytes, uint64_t *n_changed,
-                      struct perta_err *err)
+                      enum perta_encoding encoding, const uint8_t *frame,
+                      size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
+                      uint64_t *n_changed, struct perta_err *err)
 {
     struct perta_layout layout;
     *n_changed = 0;
@@ -325,13 +331,14 @@ int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
         return 0;
     if (encoding == PERTA_ENC_VALUES) {
         int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
-        const char *wrong = rc ? NULL
-                               : perta_values_count(&codec->scratch, dtype, payload_bytes,
-                                                    n_bytes / perta_dtype_unit_bytes(dtype),
-                                                    n_changed);
+        const char *wrong =
+            rc ? NULL
+               : perta_values_count(&codec->scratch, dtype, payload_bytes,
+                                    n_bytes / perta_dtype_unit_bytes(dtype), n_changed);
         return wrong ? damaged(err, wrong) : rc;
     }
-    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout, err);
+    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout,
+                          err);
     if (!rc)
         *n_changed = perta_payload_changed(&layout);
     return rc;

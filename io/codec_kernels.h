@@ -21,8 +21,8 @@ struct perta_grouping {
 };
 
 struct perta_codec_kernels {
-    /* z = zigzag(map(after) - map(before)) as planes, or one plane of min(z, 255) where narrow;
-     * returns how many are not zero. */
+    /* z = zigzag(map(after) - map(before)) as planes, or one plane of min(z, 255) where
+     * narrow; returns how many are not zero. */
     uint64_t (*delta)(unsigned width, bool ordered, bool narrow, const void *before,
                       const void *after, uint8_t *planes, size_t stride, size_t n);
     /* to (n) = unmap(map(from) +- unzigzag(z)). */
@@ -43,15 +43,17 @@ struct perta_codec_kernels {
                     uint8_t **to);
     void (*gather)(uint8_t *x, const uint8_t *keys, size_t n, unsigned n_keys,
                    const uint8_t **from);
-    /* x[i] where keys[i] == key, one after another, and back; other x stay. Returns how many.
-     * x and keys may be the same. */
-    size_t (*pick)(const uint8_t *x, const uint8_t *keys, uint8_t key, size_t n, uint8_t *to);
-    void (*put)(uint8_t *x, const uint8_t *keys, uint8_t key, size_t n, const uint8_t *from);
+    /* x[i] where keys[i] == key, one after another, and back; other x stay. Returns how
+     * many. x and keys may be the same. */
+    size_t (*pick)(const uint8_t *x, const uint8_t *keys, uint8_t key, size_t n,
+                   uint8_t *to);
+    void (*put)(uint8_t *x, const uint8_t *keys, uint8_t key, size_t n,
+                const uint8_t *from);
     /* fields[i] = min(value i of so many planes, most), below 256. */
     void (*clamp)(const uint8_t *planes, size_t stride, unsigned n_planes, uint8_t most,
                   uint8_t *fields, size_t n);
-    /* Fields of bits bits (1, 2 or 4), m = ceil(n * bits / 8) bytes: the first m stand lowest in
-     * their bytes, the next m above them, and so on. x (n) is below 1 << bits. */
+    /* Fields of bits bits (1, 2 or 4), m = ceil(n * bits / 8) bytes: the first m stand
+     * lowest in their bytes, the next m above them, and so on. x (n) is below 1 << bits. */
     void (*pack)(unsigned bits, const uint8_t *x, size_t n, uint8_t *to);
     void (*unpack)(unsigned bits, const uint8_t *packed, size_t n, uint8_t *x);
     /* Bit i of masks says x[i] == value; ceil(n / 64) words. */

@@ -1,5 +1,5 @@
-/* codec_payload.h - the payload of one chunk, which codec.c wraps into a zstd frame. Internal to
- * io/. Spec: docs/patch-format.md, "The payload". */
+/* codec_payload.h - the payload of one chunk, which codec.c wraps into a zstd frame.
+ * Internal to io/. Spec: docs/patch-format.md, "The payload". */
 #ifndef PERTA_IO_CODEC_PAYLOAD_H
 #define PERTA_IO_CODEC_PAYLOAD_H
 
@@ -11,7 +11,8 @@
 #define PERTA_HEAD_BYTES 12u
 #define PERTA_GROUP_BYTES 9u
 /* Sections: head and gaps, then fields and planes of each group, then what overflows. */
-#define PERTA_SECTIONS_MAX (2 + (PERTA_GROUPS_MAX + 1) * (1 + PERTA_UNIT_MAX) + PERTA_UNIT_MAX)
+#define PERTA_SECTIONS_MAX \
+    (2 + (PERTA_GROUPS_MAX + 1) * (1 + PERTA_UNIT_MAX) + PERTA_UNIT_MAX)
 
 /* Units worked on at a time: what is read and made of them stays in the first cache. */
 #define PERTA_TILE 4096u
@@ -97,7 +98,7 @@ struct perta_layout {
         unsigned bits;
         const uint8_t *fields, *rest;          /* (n_rest) a plane */
         const uint8_t *values[PERTA_UNIT_MAX]; /* (n) a plane */
-    } groups[PERTA_GROUPS_MAX + 1]; /* crossers last */
+    } groups[PERTA_GROUPS_MAX + 1];            /* crossers last */
     const uint8_t *gaps, *overflow;
     size_t gaps_bytes, n_overflow;
 };
@@ -112,20 +113,21 @@ const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype d
 /* How many units change. */
 uint64_t perta_payload_changed(const struct perta_layout *layout);
 
-/* ---- values, io/codec_values.c: a bit for each unit, set where it changes, then the new values of
- * those, in planes ---- */
+/* ---- values, io/codec_values.c: a bit for each unit, set where it changes, then the new
+ * values of those, in planes ---- */
 
-/* The payload, in s; returns how many units change. s->planes (n units) gets before, with those
- * taken as 0. */
+/* The payload, in s; returns how many units change. s->planes (n units) gets before, with
+ * those taken as 0. */
 uint64_t perta_values_write(struct perta_codec_scratch *s, enum perta_dtype dtype,
                             const uint8_t *before, const uint8_t *after, size_t n,
                             struct perta_sections *sections);
 /* NULL, or what is wrong with the payload in s. *n_changed: units that change. */
 const char *perta_values_count(const struct perta_codec_scratch *s, enum perta_dtype dtype,
                                size_t payload_bytes, size_t n, uint64_t *n_changed);
-/* after (n) = before (n), with the values of the payload in s. *hash_kept: as the codec's. */
+/* after (n) = before (n), with the values of the payload in s. *hash_kept: as the codec's.
+ */
 const char *perta_values_read(const struct perta_codec_scratch *s, enum perta_dtype dtype,
-                              size_t payload_bytes, const uint8_t *before, uint8_t *after, size_t n,
-                              uint64_t *hash_kept);
+                              size_t payload_bytes, const uint8_t *before, uint8_t *after,
+                              size_t n, uint64_t *hash_kept);
 
 #endif

@@ -6,7 +6,7 @@
 #define BLOCK 64
 
 /* Costs are in bits / 256 for all units of the sample. */
-#define BITS(n) ((uint64_t)(n) * 256)
+#define BITS(n) ((uint64_t)(n)*256)
 
 /* ---- dtypes ---- */
 
@@ -48,7 +48,8 @@ struct perta_grouping perta_codec_exponent(enum perta_dtype dtype)
 static uint32_t log2_256(uint32_t x)
 {
     uint32_t whole = 31u - (uint32_t)__builtin_clz(x);
-    uint32_t f = (uint32_t)(((uint64_t)x << 16 >> whole) & 0xffff); /* x = 2^whole (1 + f) */
+    uint32_t f =
+        (uint32_t)(((uint64_t)x << 16 >> whole) & 0xffff); /* x = 2^whole (1 + f) */
     uint32_t bump = (uint32_t)((uint64_t)f * (0x10000 - f) >> 16);
     return whole * 256 + ((f + bump * 88 / 256) >> 8);
 }
@@ -71,9 +72,9 @@ static void add_symbol(struct symbols *s, uint32_t count)
     s->most = count > s->most ? count : s->most;
 }
 
-/* So many of them in a byte: their entropy; what a code of whole bits loses, at least 3 in 100
- * bits a byte, and where one byte is more frequent than all others what its own bit exceeds its
- * information by. */
+/* So many of them in a byte: their entropy; what a code of whole bits loses, at least 3 in
+ * 100 bits a byte, and where one byte is more frequent than all others what its own bit
+ * exceeds its information by. */
 static uint64_t huffman_cost(const struct symbols *s, unsigned in_a_byte)
 {
     if (!s->n)
@@ -86,7 +87,8 @@ static uint64_t huffman_cost(const struct symbols *s, unsigned in_a_byte)
     if (all > 0x8000 && all < 0x10000) {
         uint32_t a = (uint32_t)all, b = 0x10000 - a;
         uint32_t h = (uint32_t)(((uint64_t)a * (16 * 256 - log2_256(a)) +
-                                 (uint64_t)b * (16 * 256 - log2_256(b))) >> 16);
+                                 (uint64_t)b * (16 * 256 - log2_256(b))) >>
+                                16);
         loss = h < 248 ? 256 - h : loss;
     } else if (all >= 0x10000)
         loss = 0;
@@ -110,7 +112,8 @@ static uint64_t fields_cost(const uint32_t counts[256], unsigned bits)
 }
 
 /* The cheapest, and its cost. Values of several bytes are counted by length, which says how
- * groups differ, not what they cost: a zero among them costs in each byte, so it gets a field. */
+ * groups differ, not what they cost: a zero among them costs in each byte, so it gets a
+ * field. */
 static uint64_t group_cost(const uint32_t counts[256], bool exact, uint8_t *bits)
 {
     uint64_t best = fields_cost(counts, 0);
@@ -145,7 +148,8 @@ static size_t take(const uint8_t *from, unsigned width, size_t n, uint8_t *to)
     return taken;
 }
 
-/* Values as symbols of one byte, into the first plane: themselves, or how many bits they have. */
+/* Values as symbols of one byte, into the first plane: themselves, or how many bits they
+ * have. */
 static void to_symbols(uint8_t *planes, unsigned width, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -191,8 +195,9 @@ static struct perta_grouping window_of(const struct perta_codec_kernels *kernels
 }
 
 /* Groups from one floor up to the window's end; units below it join the lowest. */
-static void choose_floor(struct perta_codec_sample *s, const uint32_t crossing[PERTA_WINDOW], size_t n,
-                         bool exact, struct perta_codec_plan *plan)
+static void choose_floor(struct perta_codec_sample *s,
+                         const uint32_t crossing[PERTA_WINDOW], size_t n, bool exact,
+                         struct perta_codec_plan *plan)
 {
     struct perta_grouping *g = &plan->grouping;
     uint64_t costs[PERTA_WINDOW], above = 0, best = UINT64_MAX;
@@ -226,7 +231,8 @@ static void choose_floor(struct perta_codec_sample *s, const uint32_t crossing[P
 /* Symbols of the sample, by exponent; larger exponent of each unit whose two differ. */
 static void count_symbols(const struct perta_codec_kernels *kernels,
                           const struct perta_grouping *g, unsigned width,
-                          struct perta_codec_sample *s, size_t n, uint32_t crossing[PERTA_WINDOW])
+                          struct perta_codec_sample *s, size_t n,
+                          uint32_t crossing[PERTA_WINDOW])
 {
     memset(s->counts, 0, g->n * sizeof *s->counts);
     if (!g->e_bits) {

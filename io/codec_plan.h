@@ -1,5 +1,6 @@
-/* codec_plan.h - how to lay a chunk's payload out, estimated from a sample of its units. Internal
- * to io/. Any plan is correct; a good one makes a small frame. The same for every CPU. */
+/* codec_plan.h - how to lay a chunk's payload out, estimated from a sample of its units.
+ * Internal to io/. Any plan is correct; a good one makes a small frame. The same for every
+ * CPU. */
 #ifndef PERTA_IO_CODEC_PLAN_H
 #define PERTA_IO_CODEC_PLAN_H
 
@@ -12,9 +13,9 @@
 #define PERTA_WINDOW 24u
 
 struct perta_codec_plan {
-    struct perta_grouping grouping;          /* n 1: not grouped */
-    bool narrow;                             /* values are min(z, 255); see the spec */
-    uint8_t bits[PERTA_GROUPS_MAX + 1];      /* of a field, for each group, crossers last */
+    struct perta_grouping grouping;     /* n 1: not grouped */
+    bool narrow;                        /* values are min(z, 255); see the spec */
+    uint8_t bits[PERTA_GROUPS_MAX + 1]; /* of a field, for each group, crossers last */
 };
 
 /* Scratch: room for PERTA_SAMPLE_MAX units, or for a chunk if that is less. */

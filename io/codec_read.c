@@ -11,7 +11,8 @@ static uint32_t get_le(const uint8_t *from, unsigned bytes)
 }
 
 /* The gaps must be n_crossers numbers that lead to positions below n. */
-static bool gaps_are_sound(const uint8_t *gaps, size_t len_bytes, size_t n_crossers, size_t n)
+static bool gaps_are_sound(const uint8_t *gaps, size_t len_bytes, size_t n_crossers,
+                           size_t n)
 {
     size_t at = 0, found = 0;
     for (size_t i = 0; i < len_bytes; i++) {
@@ -58,7 +59,8 @@ static const char *read_table(const uint8_t **at, const uint8_t *end, size_t n,
     return total == n ? NULL : "its groups make no sense";
 }
 
-static const char *read_sections(const uint8_t *at, const uint8_t *end, struct perta_layout *l)
+static const char *read_sections(const uint8_t *at, const uint8_t *end,
+                                 struct perta_layout *l)
 {
     for (unsigned g = 0; g <= l->n_groups; g++)
         if (!skip(&at, end, perta_fields_bytes(l->groups[g].n, l->groups[g].bits), 1,
@@ -71,7 +73,8 @@ static const char *read_sections(const uint8_t *at, const uint8_t *end, struct p
 }
 
 /* Values of each group from its fields and its rest. */
-static const char *read_values(struct perta_codec_scratch *s, size_t n, struct perta_layout *l)
+static const char *read_values(struct perta_codec_scratch *s, size_t n,
+                               struct perta_layout *l)
 {
     uint8_t *to = s->grouped;
     size_t stride = perta_grouped_stride(n);
@@ -80,7 +83,8 @@ static const char *read_values(struct perta_codec_scratch *s, size_t n, struct p
         unsigned bits = l->groups[g].bits;
         uint8_t full = (uint8_t)((1u << bits) - 1);
         for (unsigned b = 0; b < l->value_bytes; b++)
-            l->groups[g].values[b] = bits ? to + b * stride : l->groups[g].rest + b * n_rest;
+            l->groups[g].values[b] =
+                bits ? to + b * stride : l->groups[g].rest + b * n_rest;
         if (!bits)
             continue;
         s->kernels->unpack(bits, l->groups[g].fields, n_units, to);
@@ -89,7 +93,8 @@ static const char *read_values(struct perta_codec_scratch *s, size_t n, struct p
         for (unsigned b = l->value_bytes; b-- > 0;) { /* the first plane holds the fields */
             if (b)
                 memset(to + b * stride, 0, n_units);
-            s->kernels->put(to + b * stride, to, full, n_units, l->groups[g].rest + b * n_rest);
+            s->kernels->put(to + b * stride, to, full, n_units,
+                            l->groups[g].rest + b * n_rest);
         }
         to += n_units + PERTA_KERNEL_SLACK;
     }
@@ -134,7 +139,8 @@ struct reader {
     bool ordered, minus;
     const uint8_t *gap, *overflow; /* the next of them */
     size_t crosser;                /* the next unit that crosses */
-    const uint8_t *values[PERTA_UNIT_MAX][PERTA_GROUPS_MAX + 1]; /* the next, by plane and group */
+    const uint8_t
+        *values[PERTA_UNIT_MAX][PERTA_GROUPS_MAX + 1]; /* the next, by plane and group */
     /* a tile's */
     const uint8_t *from;
     uint8_t *to;
@@ -154,9 +160,10 @@ static void next_crosser(struct reader *r)
     }
 }
 
-/* Values of the n units from number at on, in planes n apart. False where the groups do not have
- * as many: then some were read that are not theirs, but no more than a tile. */
-static bool gather_tile(struct reader *r, size_t at, size_t n, uint8_t *keys, uint8_t *planes)
+/* Values of the n units from number at on, in planes n apart. False where the groups do not
+ * have as many: then some were read that are not theirs, but no more than a tile. */
+static bool gather_tile(struct reader *r, size_t at, size_t n, uint8_t *keys,
+                        uint8_t *planes)
 {
     const struct perta_layout *l = r->l;
     r->kernels->keys(l->width, &l->grouping, r->from, keys, n);
@@ -193,8 +200,8 @@ static bool move_overflow(struct reader *r, const uint8_t *values, size_t n)
     size_t found = r->n_overflow;
     if (found > l->n_overflow - (size_t)(r->overflow - l->overflow))
         return false;
-    r->kernels->add(l->width, r->ordered, false, r->units, r->overflow, l->n_overflow, r->minus,
-                    r->units, found);
+    r->kernels->add(l->width, r->ordered, false, r->units, r->overflow, l->n_overflow,
+                    r->minus, r->units, found);
     r->overflow += found;
     r->n_overflow = 0;
     perta_each(r->kernels, values, 255, n, put_back, r);
@@ -218,8 +225,8 @@ static void start_reader(struct reader *r, const struct perta_codec_scratch *s,
 }
 
 const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype dtype,
-                               const struct perta_layout *l, const uint8_t *from, bool minus,
-                               uint8_t *to, size_t n)
+                               const struct perta_layout *l, const uint8_t *from,
+                               bool minus, uint8_t *to, size_t n)
 {
     struct reader r;
     bool narrow = l->value_bytes < l->width;
@@ -238,11 +245,13 @@ const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype d
             values = s->planes;
             stride = len;
         }
-        s->kernels->add(l->width, r.ordered, narrow, r.from, values, stride, minus, r.to, len);
+        s->kernels->add(l->width, r.ordered, narrow, r.from, values, stride, minus, r.to,
+                        len);
         if (narrow && !move_overflow(&r, values, len))
             return "what overflows makes no sense";
     }
-    return r.overflow == l->overflow + l->n_overflow ? NULL : "what overflows makes no sense";
+    return r.overflow == l->overflow + l->n_overflow ? NULL
+                                                     : "what overflows makes no sense";
 }
 
 uint64_t perta_payload_changed(const struct perta_layout *l)

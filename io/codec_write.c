@@ -51,12 +51,14 @@ static void add_overflow(void *ctx, size_t unit)
     unsigned width = o->c->width;
     if (o->n < o->c->overflow_max) {
         perta_unit_copy(o->c->s->fields, o->n, o->before, unit, width);
-        perta_unit_copy(o->c->s->fields + o->c->overflow_max * width, o->n, o->after, unit, width);
+        perta_unit_copy(o->c->s->fields + o->c->overflow_max * width, o->n, o->after, unit,
+                        width);
     }
     o->n++;
 }
 
-/* Values, keys and what is counted of them, tile by tile, while both sides are in the cache. */
+/* Values, keys and what is counted of them, tile by tile, while both sides are in the
+ * cache. */
 static uint64_t take_values(struct chunk *c)
 {
     struct perta_codec_scratch *s = c->s;
@@ -69,7 +71,8 @@ static uint64_t take_values(struct chunk *c)
     memset(c->counts, 0, sizeof c->counts);
     for (size_t at = 0; at < c->n; at += PERTA_TILE) {
         size_t len = c->n - at < PERTA_TILE ? c->n - at : PERTA_TILE;
-        const uint8_t *before = c->before + at * c->width, *after = c->after + at * c->width;
+        const uint8_t *before = c->before + at * c->width,
+                      *after = c->after + at * c->width;
         n_changed += s->kernels->delta(c->width, ordered, c->plan.narrow, before, after,
                                        s->planes + at, c->n, len);
         if (c->plan.narrow) {
@@ -209,8 +212,8 @@ uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dty
     };
     sections->n = 0;
     sections->len_bytes = 0;
-    struct perta_codec_sample sample = {s->grouped, s->payload,             s->planes,
-                                        {s->keys, s->fields}, s->counts};
+    struct perta_codec_sample sample = {
+        s->grouped, s->payload, s->planes, {s->keys, s->fields}, s->counts};
     perta_codec_plan(s->kernels, dtype, before, after, n, &sample, &c.plan);
     uint64_t n_changed = take_chunk(&c);
     if (!n_changed)

@@ -2,9 +2,9 @@
 #include "tests/unit.h"
 
 #include "io/codec.h"
-#include "io/hash.h"
 #include "io/codec_kernels.h"
 #include "io/codec_plan.h"
+#include "io/hash.h"
 #include "io/isa.h"
 
 #include <zstd.h>
@@ -25,7 +25,8 @@ static void tune(size_t n, uint8_t *before, uint8_t *after, uint64_t seed)
     }
 }
 
-/* -0, subnormals, Inf, NaNs with payloads, the largest and smallest, for any float dtype. */
+/* -0, subnormals, Inf, NaNs with payloads, the largest and smallest, for any float dtype.
+ */
 static void special(enum perta_dtype dtype, size_t n, uint8_t *to, uint64_t seed)
 {
     unsigned width = perta_dtype_unit_bytes(dtype), mantissa = 8 * width - 9;
@@ -44,8 +45,15 @@ static void special(enum perta_dtype dtype, size_t n, uint8_t *to, uint64_t seed
         mantissa = width == 1 ? 4 : mantissa;
     }
     uint64_t sign = 1ull << (8 * width - 1), inf = (sign - 1) >> mantissa << mantissa;
-    const uint64_t all[] = {0, 1, inf - 1, inf, inf + 1, sign - 1, inf | 1ull << (mantissa - 1),
-                            1ull << mantissa, (1ull << mantissa) - 1};
+    const uint64_t all[] = {0,
+                            1,
+                            inf - 1,
+                            inf,
+                            inf + 1,
+                            sign - 1,
+                            inf | 1ull << (mantissa - 1),
+                            1ull << mantissa,
+                            (1ull << mantissa) - 1};
     for (size_t i = 0; i < n; i++) {
         uint64_t r = next_random(&seed), bits = all[r % 9] | (r & 512 ? sign : 0);
         memcpy(to + i * width, &bits, width);
@@ -88,7 +96,15 @@ static void make(enum perta_dtype dtype, enum change change, size_t n, uint8_t *
 }
 
 /* What payloads were seen to hold. */
-enum { GROUPED = 1, NARROW = 2, WIDE = 4, OVERFLOW = 8, CROSSERS = 16, LONG_GAP = 32, FIELDS = 64 };
+enum {
+    GROUPED = 1,
+    NARROW = 2,
+    WIDE = 4,
+    OVERFLOW = 8,
+    CROSSERS = 16,
+    LONG_GAP = 32,
+    FIELDS = 64
+};
 #define ALL_SEEN (FIELDS * 32 - 1) /* FIELDS << bits for bits 0, 1, 2 and 4; 3 is none */
 static unsigned seen = FIELDS << 3;
 
@@ -102,8 +118,9 @@ static uint32_t le(const uint8_t *from, unsigned bytes)
 static void look_at(const uint8_t *frame, const struct perta_coded *coded, unsigned width)
 {
     uint8_t *payload = alloc(coded->payload_bytes);
-    ck_assert_uint_eq(ZSTD_decompress(payload, coded->payload_bytes, frame, coded->frame_bytes),
-                      coded->payload_bytes);
+    ck_assert_uint_eq(
+        ZSTD_decompress(payload, coded->payload_bytes, frame, coded->frame_bytes),
+        coded->payload_bytes);
     unsigned n_groups = payload[2], value_bytes = payload[3];
     const uint8_t *table = payload + 12;
     seen |= n_groups > 1 ? GROUPED : 0;
@@ -116,32 +133,36 @@ static void look_at(const uint8_t *frame, const struct perta_coded *coded, unsig
     free(payload);
 }
 
-/* Values lead to the same bytes, and what else is known of those before does not depend on the units
- * that change. */
-static void one_way(struct perta_codec *codec, enum perta_dtype dtype, const uint8_t *before,
-                    const uint8_t *after, size_t len, uint64_t n_changed)
+/* Values lead to the same bytes, and what else is known of those before does not depend on
+ * the units that change. */
+static void one_way(struct perta_codec *codec, enum perta_dtype dtype,
+                    const uint8_t *before, const uint8_t *after, size_t len,
+                    uint64_t n_changed)
 {
     size_t width = perta_dtype_unit_bytes(dtype), room = perta_codec_bound(len);
-    uint8_t *frame = alloc(room), *again = alloc(room), *other = alloc(len), *back = alloc(len);
+    uint8_t *frame = alloc(room), *again = alloc(room), *other = alloc(len),
+            *back = alloc(len);
     struct perta_coded coded, recoded;
     uint64_t kept, kept_again, count;
-    ck_assert_ok(perta_codec_encode_values(codec, dtype, before, after, len, frame, room, &coded,
-                                           &kept, &err));
+    ck_assert_ok(perta_codec_encode_values(codec, dtype, before, after, len, frame, room,
+                                           &coded, &kept, &err));
     ck_assert_uint_eq(coded.n_changed, n_changed);
     if (n_changed) {
         ck_assert_int_eq(coded.encoding, PERTA_ENC_VALUES);
         ck_assert_uint_le(coded.payload_bytes, perta_codec_payload_max(len));
         ck_assert_ok(perta_codec_apply_values(codec, dtype, frame, coded.frame_bytes,
-                                              coded.payload_bytes, before, back, len, &kept_again,
-                                              &err));
+                                              coded.payload_bytes, before, back, len,
+                                              &kept_again, &err));
         ck_assert_mem_eq(back, after, len);
         ck_assert_uint_eq(kept, kept_again);
-        ck_assert_ok(perta_codec_count(codec, dtype, coded.encoding, frame, coded.frame_bytes,
-                                       coded.payload_bytes, len, &count, &err));
+        ck_assert_ok(perta_codec_count(codec, dtype, coded.encoding, frame,
+                                       coded.frame_bytes, coded.payload_bytes, len, &count,
+                                       &err));
         ck_assert_uint_eq(count, n_changed);
         struct perta_err why = {0};
-        ck_assert_int_eq(perta_codec_revert(codec, dtype, coded.encoding, frame, coded.frame_bytes,
-                                            coded.payload_bytes, after, back, len, &why),
+        ck_assert_int_eq(perta_codec_revert(codec, dtype, coded.encoding, frame,
+                                            coded.frame_bytes, coded.payload_bytes, after,
+                                            back, len, &why),
                          PERTA_EUSAGE);
     } else {
         ck_assert_uint_eq(kept, perta_hash64(before, len));
@@ -151,8 +172,8 @@ static void one_way(struct perta_codec *codec, enum perta_dtype dtype, const uin
         for (size_t b = 0; b < width; b++)
             other[i + b] = changes ? (uint8_t)~after[i + b] : before[i + b];
     }
-    ck_assert_ok(perta_codec_encode_values(codec, dtype, other, after, len, again, room, &recoded,
-                                           &kept_again, &err));
+    ck_assert_ok(perta_codec_encode_values(codec, dtype, other, after, len, again, room,
+                                           &recoded, &kept_again, &err));
     ck_assert_uint_eq(kept, kept_again);
     ck_assert_uint_eq(coded.frame_bytes, recoded.frame_bytes);
     ck_assert_mem_eq(frame, again, coded.frame_bytes);
@@ -162,8 +183,8 @@ static void one_way(struct perta_codec *codec, enum perta_dtype dtype, const uin
     free(back);
 }
 
-static void round_trip(struct perta_codec *codec, enum perta_dtype dtype, enum change change,
-                       size_t n)
+static void round_trip(struct perta_codec *codec, enum perta_dtype dtype,
+                       enum change change, size_t n)
 {
     unsigned width = perta_dtype_unit_bytes(dtype);
     size_t len = n * width, room = perta_codec_bound(len);
@@ -198,8 +219,8 @@ static void round_trip(struct perta_codec *codec, enum perta_dtype dtype, enum c
     uint8_t *frame2 = alloc(room);
     memmove(before + 1, before, len);
     memmove(after + 1, after, len);
-    ck_assert_ok(perta_codec_encode(codec, dtype, before + 1, after + 1, len, frame2, room, &again,
-                                    &err));
+    ck_assert_ok(perta_codec_encode(codec, dtype, before + 1, after + 1, len, frame2, room,
+                                    &again, &err));
     ck_assert_uint_eq(again.frame_bytes, coded.frame_bytes);
     ck_assert_mem_eq(frame, frame2, coded.frame_bytes);
     free(before);
@@ -257,7 +278,8 @@ static uint64_t move_units(const struct perta_codec_kernels *k, unsigned c, unsi
     bool ordered = c & 1, narrow = c & 2;
     memset(planes, 0x5a, ROOM);
     uint64_t changed = k->delta(width, ordered, narrow, a + 1, b + 1, planes + odd, n, n);
-    ck_assert_uint_eq(planes[odd + n * (narrow ? 1 : width)], 0x5a); /* it kept to its room */
+    ck_assert_uint_eq(planes[odd + n * (narrow ? 1 : width)],
+                      0x5a); /* it kept to its room */
     k->add(width, ordered, narrow, a + 1, planes + odd, n, false, out + odd, n);
     for (size_t i = 0; i < n; i++)
         ck_assert((narrow && planes[odd + i] == 255) ||
@@ -318,8 +340,12 @@ START_TEST(kernels_find_the_same_groups_for_every_instruction_set)
             for (size_t i = 0; i < n; i++) { /* by the words of the format page */
                 uint64_t unit = 0;
                 memcpy(&unit, a + 1 + i * width, width);
-                uint64_t e = unit >> g.shift & ((1u << g.e_bits) - 1), last = g.first + g.n - 1;
-                ck_assert_uint_eq(keys[0][i], (e < g.first ? g.first : e > last ? last : e) - g.first);
+                uint64_t e = unit >> g.shift & ((1u << g.e_bits) - 1),
+                         last = g.first + g.n - 1;
+                ck_assert_uint_eq(keys[0][i], (e < g.first ? g.first
+                                               : e > last  ? last
+                                                           : e) -
+                                                  g.first);
             }
         }
 }
@@ -398,12 +424,13 @@ START_TEST(frames_that_lie_are_refused_or_harmless)
 {
     size_t n = 200000, len = n * 2, room = perta_codec_bound(len);
     struct perta_codec *codec = perta_codec_new(len);
-    uint8_t *before = alloc(len), *after = alloc(len), *out = alloc(len), *frame = alloc(room);
+    uint8_t *before = alloc(len), *after = alloc(len), *out = alloc(len),
+            *frame = alloc(room);
     struct perta_coded coded;
     uint64_t seed = 9;
     tune(n, before, after, 5);
-    ck_assert_ok(perta_codec_encode(codec, PERTA_BF16, before, after, len, frame, room, &coded,
-                                    &err));
+    ck_assert_ok(perta_codec_encode(codec, PERTA_BF16, before, after, len, frame, room,
+                                    &coded, &err));
     look_at(frame, &coded, 2);
     ck_assert(seen & GROUPED);
     for (int i = 0; i < 3000; i++) {
@@ -414,8 +441,8 @@ START_TEST(frames_that_lie_are_refused_or_harmless)
         size_t payload = (r >> 40) % 3 ? coded.payload_bytes : (r >> 20) % (len + 99);
         frame[at] = (uint8_t)(r >> 16);
         struct perta_err why = {0};
-        int rc = perta_codec_apply(codec, PERTA_BF16, encoding, frame, coded.frame_bytes, payload,
-                                   before, out, len, &why);
+        int rc = perta_codec_apply(codec, PERTA_BF16, encoding, frame, coded.frame_bytes,
+                                   payload, before, out, len, &why);
         ck_assert(rc == 0 || rc == PERTA_ECHECK);
         frame[at] = was;
     }
@@ -489,18 +516,23 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
             payload_bytes = (r >> 20) % (2 * MAX);
         size_t frame_bytes =
             ZSTD_compress(frame, ZSTD_compressBound(MOST), payload, payload_bytes, 1);
-        uint8_t *from = malloc(len + 1), *to = malloc(len + !len); /* ASan sees their ends */
+        uint8_t *from = malloc(len + 1),
+                *to = malloc(len + !len); /* ASan sees their ends */
         fill_random(from, len, r + 1);
-        if (i & 2 && width > 1) /* all in the lowest group, as the last of three may be empty */
+        if (i & 2 &&
+            width > 1) /* all in the lowest group, as the last of three may be empty */
             memset(from, 0, len);
         struct perta_err why = {0};
         int rc = (i & 1 ? perta_codec_apply : perta_codec_revert)(
-            codec, dtype, PERTA_ENC_DELTA, frame, frame_bytes, payload_bytes, from, to, len, &why);
-        ck_assert(rc == 0 || (rc == PERTA_ECHECK && strstr(why.msg, "the frame is damaged: ")));
+            codec, dtype, PERTA_ENC_DELTA, frame, frame_bytes, payload_bytes, from, to, len,
+            &why);
+        ck_assert(rc == 0 ||
+                  (rc == PERTA_ECHECK && strstr(why.msg, "the frame is damaged: ")));
         uint64_t n_changed;
         int rc_count = perta_codec_count(codec, dtype, PERTA_ENC_DELTA, frame, frame_bytes,
                                          payload_bytes, len, &n_changed, &why);
-        ck_assert(rc_count == rc || rc == PERTA_ECHECK); /* values that fit are apply's to check */
+        ck_assert(rc_count == rc ||
+                  rc == PERTA_ECHECK); /* values that fit are apply's to check */
         n_fine += !rc;
         n_grouped += !rc && perta_codec_groups(dtype) && 1 + (uint32_t)(r >> 8) % 3 > 1;
         free(from);
@@ -520,7 +552,8 @@ START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
     enum { LEN = 4096 };
     static const uint8_t zeros[LEN];
     struct perta_codec *codec = perta_codec_new(LEN);
-    uint8_t *steps[3] = {alloc(LEN), alloc(LEN), alloc(LEN)}, *sum[2] = {alloc(LEN), alloc(LEN)};
+    uint8_t *steps[3] = {alloc(LEN), alloc(LEN), alloc(LEN)},
+            *sum[2] = {alloc(LEN), alloc(LEN)};
     uint8_t *frame = alloc(perta_codec_bound(LEN)), *again = alloc(perta_codec_bound(LEN));
     for (int d = 0; d < PERTA_N_DTYPES; d++) {
         enum perta_dtype dtype = (enum perta_dtype)d;
@@ -531,11 +564,11 @@ START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
             continue;
         const uint8_t *at = zeros;
         for (int i = 0; i < 2; i++) {
-            ck_assert_ok(perta_codec_encode(codec, dtype, steps[i], steps[i + 1], LEN, frame,
-                                            perta_codec_bound(LEN), &coded, &err));
+            ck_assert_ok(perta_codec_encode(codec, dtype, steps[i], steps[i + 1], LEN,
+                                            frame, perta_codec_bound(LEN), &coded, &err));
             ck_assert_ok(perta_codec_apply(codec, dtype, coded.encoding, frame,
-                                           coded.frame_bytes, coded.payload_bytes, at, sum[i],
-                                           LEN, &err));
+                                           coded.frame_bytes, coded.payload_bytes, at,
+                                           sum[i], LEN, &err));
             at = sum[i];
         }
         ck_assert_ok(perta_codec_encode(codec, dtype, zeros, at, LEN, again,
@@ -561,8 +594,8 @@ START_TEST(a_chunk_too_large_for_the_codec_is_refused)
     struct perta_codec *codec = perta_codec_new(64);
     uint8_t bytes[128] = {0}, out[128], frame[256];
     size_t n = ZSTD_compress(frame, sizeof frame, bytes, sizeof bytes, 1);
-    ck_assert_int_eq(perta_codec_apply(codec, PERTA_U8, PERTA_ENC_DELTA, frame, n, 128, bytes, out,
-                                       128, &err),
+    ck_assert_int_eq(perta_codec_apply(codec, PERTA_U8, PERTA_ENC_DELTA, frame, n, 128,
+                                       bytes, out, 128, &err),
                      PERTA_ECHECK);
     perta_codec_free(codec);
 }
