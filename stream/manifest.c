@@ -347,6 +347,11 @@ static int load(const char *path, json_t **manifest, struct perta_err *err)
     if (!format || strcmp(format, "perta-manifest") ||
         !json_is_array(json_object_get(*manifest, "files")))
         return perta_fail(err, PERTA_EINPUT, "%s: not a manifest that perta wrote", path);
+    size_t i;
+    json_t *file;
+    json_array_foreach (json_object_get(*manifest, "files"), i, file)
+        if (!json_is_string(json_object_get(file, "name")))
+            return perta_fail(err, PERTA_EINPUT, "%s: files[%zu] has no name", path, i);
     return 0;
 }
 
@@ -367,8 +372,7 @@ int perta_manifest_verify(const char *path, const char *manifest_path,
     json_t *item;
     json_array_foreach (want_files, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));
-        if (name)
-            compare_file(item, find_named(have_files, name), differences);
+        compare_file(item, find_named(have_files, name), differences);
     }
     json_array_foreach (have_files, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));

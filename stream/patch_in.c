@@ -129,6 +129,8 @@ static int read_shards(struct perta_patch_in *in, const struct on_damage *on,
                        struct perta_err *err)
 {
     const json_t *list = json_object_get(json_object_get(in->manifest, "outputs"), "patch");
+    if (!json_array_size(list))
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: outputs.patch names no file", in->path);
     in->shards = calloc(json_array_size(list) + 1, sizeof *in->shards);
     if (!in->shards)
         return perta_fail_sys(err, ENOMEM, "%s", in->path);

@@ -302,6 +302,9 @@ def test_a_patch_cut_short_is_refused(perta, patched):
         (lambda m: m["outputs"]["patch"][0].update(name="x" * 250 + ".perta"), 3, "plain file"),
         (lambda m: m["outputs"]["patch"][0].update(name="no.perta"), 1, "missing"),
         (lambda m: m["outputs"]["patch"][0].pop("name"), 3, "outputs.patch[0]"),
+        (lambda m: m["outputs"].update(patch=[]), 3, "outputs.patch names no file"),
+        (lambda m: m["outputs"].pop("patch"), 3, "outputs.patch names no file"),
+        (lambda m: m.pop("outputs"), 3, "outputs.patch names no file"),
         (lambda m: m["outputs"].update(patch=m["outputs"]["patch"] * 2), 3, "not sorted"),
         (lambda m: m["outputs"]["model"][0].update(sha256="0" * 64), 1, "SHA-256"),
     ],
@@ -313,12 +316,24 @@ def test_a_record_that_does_not_fit_is_refused(perta, patched, change, status, m
     path.write_text(json.dumps(record))
     assert message in perta("apply", "a", "p", "--out", "out", check=status).stderr
     assert not (patched / "out").exists()
+    if "no file" in message:  # nothing to check is not the same as nothing wrong
+        assert message in perta("verify", "p", check=3).stderr
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 1}'])
 def test_a_record_that_is_none_is_refused(perta, patched, text):
     (patched / "p/manifest.json").write_text(text)
     assert "manifest.json" in perta("apply", "a", "p", "--out", "out", check=3).stderr
+
+
+def test_a_manifest_that_names_no_file_verifies_none(perta, patched):
+    manifest = patched / "m.json"
+    record = json.loads(perta("manifest", "a").stdout)
+    manifest.write_text(json.dumps(record))
+    perta("verify", "a", "--manifest", "m.json")
+    for file in {}, {"name": 1}, 7:
+        manifest.write_text(json.dumps(record | {"files": record["files"] + [file]}))
+        assert "has no name" in perta("verify", "a", "--manifest", "m.json", check=3).stderr
 
 
 def test_a_patch_shard_that_is_a_link_out_is_refused(perta, patched):
