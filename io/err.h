@@ -6,6 +6,8 @@
 #ifndef PERTA_IO_ERR_H
 #define PERTA_IO_ERR_H
 
+#include <stdbool.h>
+
 #define PERTA_API __attribute__((visibility("default")))
 
 /* The command's exit status is the code's sign turned round; PERTA_EINTR becomes 130. */
@@ -22,6 +24,7 @@ struct perta_err {
     int sys_errno;    /* errno where the system refused, else 0 */
     const char *file; /* source position where the error started */
     int line;
+    bool resumable;   /* the same with --resume goes on */
     char msg[1200]; /* one line for people: file, tensor, byte, what to do */
 };
 

@@ -191,12 +191,14 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
     }
     if (errno != EEXIST)
         return perta_fail_sys(err, errno, "%s", out->partial);
-    if (!force)
+    if (!force) {
+        err->resumable = true;
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: left by a run that was interrupted, or of one that is still "
                           "running; it is not a result. --resume goes on with it, --force starts "
                           "over",
                           out->partial);
+    }
     if (remove_tree(out->partial) || mkdir(out->partial, 0777))
         return perta_fail_sys(err, errno, "%s", out->partial);
     out->made = true;

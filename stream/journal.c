@@ -236,11 +236,13 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
                  bool replace, struct perta_err *err)
 {
     *journal = (struct perta_journal){.fd = -1};
-    if (!replace && perta_journal_found(path))
+    if (!replace && perta_journal_found(path)) {
+        err->resumable = true;
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: a run that was interrupted, or is still going on, left a journal "
                           "beside it; --resume goes on with it, --force starts over",
                           path);
+    }
     int rc = perta_make_parents(path, err);
     if (!rc)
         rc = open_locked(journal, path, O_CREAT, err);
@@ -495,6 +497,8 @@ void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *
         folders[i]->keep = keep;
     if (!keep)
         unlink(journal->path);
-    else if (rc == PERTA_EINTR || rc == PERTA_ESYS)
+    else if (rc == PERTA_EINTR || rc == PERTA_ESYS) {
+        err->resumable = true;
         perta_err_context(err, "what is done is kept, --resume goes on with it");
+    }
 }

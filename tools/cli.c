@@ -258,6 +258,41 @@ static void catch_signals(void)
     signal(SIGXFSZ, SIG_IGN); /* a file size limit is then an error like a full disk */
 }
 
+/* The command with --resume, to be pasted into a shell; empty where that cannot be. */
+static char way_on[1 << 16];
+
+static void add_word(FILE *to, const char *word)
+{
+    if (*word && strspn(word, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+                              "_@%+=:,./-") == strlen(word)) {
+        fprintf(to, " %s", word);
+        return;
+    }
+    fputs(" '", to);
+    for (; *word; word++)
+        fputs(*word == '\'' ? "'\\''" : (char[]){*word, '\0'}, to);
+    putc('\'', to);
+}
+
+/* Before the words are taken apart. */
+static void remember_way_on(int argc, char **argv)
+{
+    bool fits = true, resume = false;
+    FILE *to = fmemopen(way_on, sizeof way_on, "w");
+    if (!to)
+        return;
+    fputs(program_invocation_name, to);
+    for (int i = 0; i < argc; i++) {
+        add_word(to, argv[i]);
+        fits = fits && perta_text_is_plain(argv[i]);
+        resume = resume || !strcmp(argv[i], "--resume");
+    }
+    if (!resume)
+        add_word(to, "--resume");
+    if (fclose(to) || !fits || strlen(way_on) >= sizeof way_on - 1)
+        *way_on = '\0';
+}
+
 void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, void *input)
 {
     *cli = (struct cli){
@@ -265,6 +300,7 @@ void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, 
         .run = {.memory_bytes = PERTA_MEMORY_DEFAULT, .cancel = &cancelled},
         .started = now(),
     };
+    remember_way_on(argc, argv);
     char name[64];
     snprintf(name, sizeof name, "perta %s", argv[0]);
     argv[0] = name;
@@ -333,6 +369,8 @@ int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
         return -PERTA_ESYS;
     }
     fprintf(stderr, "perta %s: %s\n", cli->verb, err->msg);
+    if (err->resumable && *way_on)
+        fprintf(stderr, "perta %s: to go on: %s\n", cli->verb, way_on);
     if (getenv("PERTA_DEBUG"))
         fprintf(stderr, "perta %s: from %s:%d\n", cli->verb, err->file, err->line);
     return rc == PERTA_EINTR ? 130 : -rc;

@@ -4,6 +4,7 @@ The long tier (PERTA_LONG=1, set by `make check-long`) kills ten times as often.
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -98,9 +99,12 @@ def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job):
     assert status == 130
     refused = run(folder, *command, status=2)
     assert "--resume goes on with it, --force starts over" in refused.stderr
+    for text in (said, refused.stderr):
+        how = text.splitlines()[-1].partition(": to go on: ")[2]
+        assert shlex.split(how)[1:] == [*command, "--progress", "none", "--resume"]
     named = {n: b for n, b in folder_bytes(folder / "out").items() if ".perta-" not in n}
     assert named.items() <= want.items()
-    run(folder, *command, "--resume")
+    subprocess.run(how, shell=True, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     assert folder_bytes(folder / "out") == want and not leftovers(folder)
 
 
@@ -111,7 +115,8 @@ def test_on_a_disk_that_was_full_it_goes_on_once_there_is_room(job):
     limit = ["prlimit", f"--fsize={size // 2 & -4096}", str(PERTA), *command, "--progress", "none"]
     full = subprocess.run(limit, cwd=folder, env=EAGER, capture_output=True, text=True)
     assert full.returncode == 4 and "File too large" in full.stderr
-    run(folder, *command, "--resume")
+    flags = [] if command[0] == "estimate" else "--threads 3 --memory 400M --io pread".split()
+    run(folder, *command, *flags, "--resume")  # these decide no byte
     assert folder_bytes(folder / "out") == want and not leftovers(folder)
 
 
