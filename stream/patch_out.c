@@ -306,6 +306,10 @@ static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inp
         p->one_way ? public_counts(counts) : json_incref(counts), "tensors",
         p->one_way ? public_tensors(tensors) : json_incref(tensors), "encodings",
         encodings_json(p));
+    if (manifest)
+        json_object_set_new(manifest, "digests",
+                            json_pack("{s:s, s:s}", "sha256", "proves that a file is this one",
+                                      "xxh3_128", "finds damage, not forgery"));
     char *text = manifest ? perta_canonical_json(manifest) : NULL;
     int rc = text ? perta_publish_file(&p->folder, "manifest.json", text, strlen(text), err)
                   : perta_fail_sys(err, ENOMEM, "manifest.json");

@@ -117,7 +117,7 @@ def test_an_interrupted_estimate_says_how_to_go_on(perta, folder):
         (["--stat", "meansq"], "flags: mean was true, is now false"),
         (["--memory", "900M"], "flags: memory was 1073741824, is now 943718400"),
         (["--compute", "f32", "--threads", "1"], "flags: "),
-        ("data", "data was "),
+        ("data", "data: bytes was "),
         ("model", "model: model.safetensors: "),
         ("config", "config.json was "),
     ],
