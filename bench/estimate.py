@@ -146,13 +146,10 @@ def onednn(build: Path, tokens: int, bf16: bool) -> tuple[float, float]:
 
 
 def against_onednn(build: Path, work: Path, n_tokens: int) -> None:
-    n_parameters = models.make(work, 22, importance=False)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "hidden_size": models.HIDDEN,
-        "intermediate_size": models.INTERMEDIATE, "num_hidden_layers": 22,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": models.VOCABULARY,
-    }  # fmt: skip
-    (work / "model/config.json").write_text(json.dumps(config))
+    shapes = models.tensors_of(22)
+    n_parameters = models.n_parameters_of(shapes)
+    models.write(work, shapes, ("model",))
+    (work / "model/config.json").write_text(json.dumps(models.config_of(22)))
     ids = list(range(1, 513))
     lines = [json.dumps({"input_ids": ids}) + "\n" for _ in range(n_tokens // 512)]
     (work / "ids.jsonl").write_text("".join(lines))

@@ -11,7 +11,7 @@
 
 #define HIDDEN 2048
 #define INNER 5632
-#define ROUNDS 8
+#define ROUNDS 4
 
 enum { FORWARD, BACKWARD, GRADIENT, N_KINDS };
 
