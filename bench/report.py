@@ -32,7 +32,7 @@ def codec_lines(table: list[dict]) -> list[str]:
     return [*out, ""]
 
 
-def disk_lines(table: list[dict], warm: list[float]) -> list[str]:
+def disk_lines(table: list[dict]) -> list[str]:
     out = ["## Jobs against the disk", "",
            "Cold caches; fio (io_uring, O_DIRECT, 4 MiB, depth 8) reads the same files and writes "
            "as many bytes right after each.", "",
@@ -49,7 +49,11 @@ def disk_lines(table: list[dict], warm: list[float]) -> list[str]:
             f"{spread([r['cpu'] / m for m, r in zip(moved, runs)])} | "
             f"{max(r['peak_mib'] for r in runs):.0f} | "
             f"{max(r['cached'] for r in runs) / 2**20:.0f} |")  # fmt: skip
-    return [*out, "", f"verify from the page cache: {spread(warm)} GB/s", ""]
+    return [*out, ""]
+
+
+def warm_lines(rates: list[float]) -> list[str]:
+    return [f"verify from the page cache: {spread(rates)} GB/s", ""]
 
 
 def peer_lines(table: list[dict]) -> list[str]:
@@ -82,13 +86,10 @@ def write(results: dict, to: Path) -> None:
              "Median (least to most) of all rounds.", ""]  # fmt: skip
     lines += machine_lines(results["machine"])
     lines += [f"- not measured: {what}" for what in results["missing"]] + [""]
-    lines += codec_lines(results["codec"])
-    if results["disk"]:
-        lines += disk_lines(results["disk"], results["warm_verify"])
-    if results["peers"]:
-        lines += peer_lines(results["peers"])
-    if results["growth"]:
-        lines += growth_lines(results["growth"])
+    parts = {"codec": codec_lines, "disk": disk_lines, "warm_verify": warm_lines,
+             "peers": peer_lines, "growth": growth_lines}  # fmt: skip
+    for part, of in parts.items():
+        lines += of(results[part]) if part in results else []
     (to / "results.md").write_text("\n".join(lines))
 
 
@@ -111,8 +112,8 @@ def draw(results: dict, to: Path) -> None:
              title="Patch size, BF16", ylim=(0, 16))  # fmt: skip
     axes.legend()
     figure.savefig(to / "codec.svg", metadata={"Date": None})
-    if results["growth"]:
-        sizes = results["growth"]["sizes"]
+    sizes = results.get("growth", {}).get("sizes", [])
+    if sizes:
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         x = [p["read"] / 1e9 for p in sizes]
         axes.plot(x, [statistics.median(p["seconds"]) for p in sizes], marker="o")

@@ -81,25 +81,27 @@ def main() -> None:
     n = int(a.gb * 1e9 / BYTES_A_PARAMETER)
     python = peers and peers / "bin/python"
     results = {"command": " ".join(["python", *sys.argv]), "machine": machine(build, work, peers),
-               "missing": missing(peers), "disk": [], "peers": [], "warm_verify": []}  # fmt: skip
+               "missing": missing(peers)}  # fmt: skip
 
-    print("codec", file=sys.stderr)
-    results["codec"] = codec.regimes(build, work / "codec", min(n, 1 << 23), a.rounds, python)
+
+    def done(part: str, what: object) -> None:
+        """Written part by part, so that a run cut short leaves what it has."""
+        results[part] = what
+        (a.results / "results.json").write_text(json.dumps(results, indent=1))
+        report.write(results, a.results)
+        print(part, "done", file=sys.stderr)
+
+    done("codec", codec.regimes(build, work / "codec", min(n, 1 << 23), a.rounds, python))
     layers, hidden = models.sized(n)
     models.make(work / "set", layers, hidden)
     s = jobs.Set(work / "set", build / "perta")
     if measure.found("fio") and measure.found("fincore"):
-        print("disk", file=sys.stderr)
-        results["disk"] = jobs.against_disk(s, a.rounds)
-        results["warm_verify"] = jobs.warm_verify(s, a.rounds)
+        done("disk", jobs.against_disk(s, a.rounds))
+        done("warm_verify", jobs.warm_verify(s, a.rounds))
     if peers:
-        print("peers", file=sys.stderr)
-        results["peers"] = jobs.against_peers(s, a.rounds, peers / "bin/mergekit-yaml", python)
+        done("peers", jobs.against_peers(s, a.rounds, peers / "bin/mergekit-yaml", python))
     shutil.rmtree(work / "set")
-    print("growth", file=sys.stderr)
-    results["growth"] = jobs.growth(build / "perta", work / "growth", n, a.rounds)
-    (a.results / "results.json").write_text(json.dumps(results, indent=1))
-    report.write(results, a.results)
+    done("growth", jobs.growth(build / "perta", work / "growth", n, a.rounds))
     report.draw(results, a.results)
     print((a.results / "results.md").read_text())
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="bench/requirements.txt is not installe
 BUILD = PERTA.parent
 
 
-@pytest.mark.skipif(sanitized(), reason="measures nothing of use with sanitizers")
+@sanitized
 @pytest.mark.skipif(not (BUILD / "bench/bench_codec").exists(), reason="bench/ is not built there")
 def test_everything_is_measured_and_written_down(tmp_path):
     results = tmp_path / "results"
