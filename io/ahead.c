@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <libgen.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -74,19 +73,6 @@ static int write_at(int fd, const char *path, const uint8_t *data, uint64_t len_
 static int sync_fd(int fd, const char *path, struct perta_err *err)
 {
     return fdatasync(fd) ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
-}
-
-static int sync_folder_of(const char *path, struct perta_err *err)
-{
-    char *copy = strdup(path);
-    int fd = copy ? open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    int rc = fd < 0 || (fsync(fd) && errno != EINVAL)
-                 ? perta_fail_sys(err, errno, "%s: fsync of its folder", path)
-                 : 0;
-    if (fd >= 0)
-        close(fd);
-    free(copy);
-    return rc;
 }
 
 /* One run of bytes of a file: whole blocks as the file is opened, what is left of its end through
@@ -297,7 +283,7 @@ int perta_ahead_begin(struct perta_ahead *a, const char *id, const char *subject
     if (!rc && rename(a->partial, a->path))
         rc = perta_fail_sys(err, errno, "%s", a->path);
     if (!rc)
-        rc = sync_folder_of(a->path, err);
+        rc = perta_name_sync(a->path, err);
     if (rc) {
         unlink(a->partial);
         unlink(a->path);
@@ -422,7 +408,7 @@ int perta_ahead_finish(struct perta_ahead *a, struct perta_err *err)
     int rc = flush(a, err);
     if (!rc && unlink(a->path) && errno != ENOENT)
         rc = perta_fail_sys(err, errno, "%s", a->path);
-    return rc ? rc : sync_folder_of(a->path, err);
+    return rc ? rc : perta_name_sync(a->path, err);
 }
 
 void perta_ahead_close(struct perta_ahead *a)

@@ -172,6 +172,23 @@ bool perta_codec_groups(enum perta_dtype dtype)
 
 /* ---- encode ---- */
 
+/* A frame of the sections, where any unit changes (coded->n_changed). */
+static int frame_of(struct perta_codec *codec, const struct perta_sections *sections,
+                    enum perta_encoding encoding, size_t n_bytes, uint8_t *dst,
+                    size_t dst_capacity, struct perta_coded *coded, struct perta_err *err)
+{
+    if (!coded->n_changed)
+        return 0;
+    size_t len_bytes = pack(codec->pack, sections, dst, dst_capacity);
+    if (!len_bytes)
+        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu",
+                              n_bytes, dst_capacity);
+    coded->encoding = encoding;
+    coded->frame_bytes = (uint32_t)len_bytes;
+    coded->payload_bytes = (uint32_t)sections->len_bytes;
+    return 0;
+}
+
 int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype,
                        const void *before, const void *after, size_t n_bytes, uint8_t *dst,
                        size_t dst_capacity, struct perta_coded *coded,
@@ -182,16 +199,7 @@ int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype,
     *coded = (struct perta_coded){.encoding = PERTA_ENC_ZERO};
     coded->n_changed =
         perta_payload_write(&codec->scratch, dtype, before, after, n, &sections);
-    if (!coded->n_changed)
-        return 0;
-    size_t len_bytes = pack(codec->pack, &sections, dst, dst_capacity);
-    if (!len_bytes)
-        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu",
-                              n_bytes, dst_capacity);
-    coded->encoding = PERTA_ENC_DELTA;
-    coded->frame_bytes = (uint32_t)len_bytes;
-    coded->payload_bytes = (uint32_t)sections.len_bytes;
-    return 0;
+    return frame_of(codec, &sections, PERTA_ENC_DELTA, n_bytes, dst, dst_capacity, coded, err);
 }
 
 int perta_codec_encode_values(struct perta_codec *codec, enum perta_dtype dtype,
@@ -205,16 +213,7 @@ int perta_codec_encode_values(struct perta_codec *codec, enum perta_dtype dtype,
     coded->n_changed =
         perta_values_write(&codec->scratch, dtype, before, after, n, &sections);
     *hash_kept = perta_hash64(codec->scratch.planes, n_bytes);
-    if (!coded->n_changed)
-        return 0;
-    size_t len_bytes = pack(codec->pack, &sections, dst, dst_capacity);
-    if (!len_bytes)
-        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu",
-                              n_bytes, dst_capacity);
-    coded->encoding = PERTA_ENC_VALUES;
-    coded->frame_bytes = (uint32_t)len_bytes;
-    coded->payload_bytes = (uint32_t)sections.len_bytes;
-    return 0;
+    return frame_of(codec, &sections, PERTA_ENC_VALUES, n_bytes, dst, dst_capacity, coded, err);
 }
 
 /* ---- decode ---- */
