@@ -24,6 +24,7 @@
 #include "estimators/accumulate.h"
 #include "estimators/estimate.h"
 #include "estimators/eval.h"
+#include "estimators/steps.h"
 #include "estimators/unlearn.h"
 #include "stream/apply.h"
 #include "stream/compose.h"

@@ -25,6 +25,7 @@ enum perta_method {
     PERTA_TV,       /* w = 1: plain task arithmetic */
     PERTA_CONSTANT, /* w given */
     PERTA_RANDOM,   /* w uniform in [0, 1), from seed, tensor name and element */
+    PERTA_SCALE,    /* w given for each parameter: the s of stepwise unlearning */
 };
 
 /* What an importance folder holds. */
@@ -56,6 +57,7 @@ struct perta_edit_in {
     uint64_t n;          /* elements, the same in all */
     uint64_t first_elem; /* position of the first in its tensor, for PERTA_RANDOM */
     uint64_t name_hash;  /* XXH3-64 of the tensor's name, seed 0, for PERTA_RANDOM */
+    struct perta_view scale; /* of PERTA_SCALE: w, at least 0 */
 };
 
 enum perta_operand { /* where a bad number stood */
@@ -64,6 +66,7 @@ enum perta_operand { /* where a bad number stood */
     PERTA_IN_BASE,
     PERTA_IN_FORGET,
     PERTA_IN_RETAIN,
+    PERTA_IN_SCALE,
     PERTA_IN_RESULT, /* all inputs finite, the result not, after rounding */
     PERTA_N_OPERANDS,
 };

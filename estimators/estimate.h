@@ -10,8 +10,15 @@
 
 enum perta_compute { PERTA_COMPUTE_AUTO, PERTA_COMPUTE_F32, PERTA_COMPUTE_BF16 };
 
+/* On the way of stepwise unlearning (steps.h): theta - s * tau, formed while it is read. */
+struct perta_scaled_paths {
+    const char *tuned, *base; /* checkpoints; tau is their difference */
+    const char *scale;        /* s, a folder that steps wrote; what it lacks stays as it is */
+};
+
 struct perta_estimate {
     const char *model; /* checkpoint with config.json */
+    const struct perta_scaled_paths *at; /* at theta - s * tau instead; NULL: at the model */
     const char *data;  /* JSON lines: input_ids, labels */
     const char *data_key; /* file with a key: importance says the HMAC of data; NULL: no digest */
     const char *out;   /* OUT/mean, OUT/meansq are written */

@@ -1,4 +1,5 @@
-/* What every pass through a model needs, with or without gradients: estimate and eval share it. */
+/* What every pass through a model needs, with or without gradients: estimate and eval share
+ * it. */
 #include "estimators/estimate_job.h"
 
 #include <errno.h>
@@ -11,10 +12,14 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
 {
     const struct perta_estimate *e = job->estimate;
     if (e->compute == PERTA_COMPUTE_BF16 && !perta_gemm_can_bf16())
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--compute bf16: this CPU cannot; leave it out, or --compute f32");
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "--compute bf16: this CPU cannot; leave it out, or --compute f32");
     int rc = perta_weights_open(&job->weights, e->model, err);
-    job->weights.source = job->source;
+    if (!rc && e->at) {
+        rc = perta_scaled_open(&job->scaled, e->at, job->weights.ck, err);
+        job->source = job->weights.source = &job->scaled.source;
+    }
     if (rc)
         return rc;
     job->vector_floats = perta_estimate_bias_at(&job->weights.llm, PERTA_N_LINEARS);
@@ -33,8 +38,8 @@ bool perta_estimate_bf16(const struct perta_estimate_job *job)
            (e->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
 }
 
-int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statistic *statistic,
-                             struct perta_err *err)
+int perta_estimate_open_head(struct perta_estimate_job *job,
+                             struct perta_statistic *statistic, struct perta_err *err)
 {
     job->head = (struct perta_head){
         .weights = &job->weights,
@@ -64,6 +69,7 @@ void perta_estimate_release(struct perta_estimate_job *job)
         perta_importance_out_release(&job->outs[i]);
         free(job->vectors[i]);
     }
+    perta_scaled_close(&job->scaled);
     perta_weights_close(&job->weights);
     perta_gemm_close(job->gemm);
     perta_pool_give(&job->pool);
@@ -110,15 +116,16 @@ int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n,
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err)
 {
     if (job->run->progress)
-        job->run->progress(job->run->progress_user, job->weights.read_bytes, job->total_bytes);
+        job->run->progress(job->run->progress_user, job->weights.read_bytes,
+                           job->total_bytes);
     if (job->run->cancel && *job->run->cancel)
         return perta_fail(err, PERTA_EINTR, "interrupted");
     return 0;
 }
 
 int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
-                           const struct perta_store *from, struct perta_store *to, size_t *starts,
-                           struct perta_err *err)
+                           const struct perta_store *from, struct perta_store *to,
+                           size_t *starts, struct perta_err *err)
 {
     struct perta_block block = perta_estimate_block(job);
     struct perta_acts acts;

@@ -6,6 +6,7 @@
 
 #include "estimators/backprop/head.h"
 #include "estimators/estimate.h"
+#include "estimators/scaled.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
 
@@ -14,6 +15,7 @@
 struct perta_estimate_job {
     const struct perta_estimate *estimate;
     const struct perta_run *run;
+    struct perta_scaled scaled;  /* of estimate->at */
     struct perta_source *source; /* what the model's tensors are instead, or NULL; borrowed */
     struct perta_weights weights;
     struct perta_samples samples;

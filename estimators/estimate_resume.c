@@ -87,7 +87,7 @@ static json_t *hex(uint64_t hash)
 static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
 {
     const struct perta_estimate *e = job->estimate;
-    return json_pack(
+    json_t *identity = json_pack(
         "{s:s, s:s, s:{s:b, s:b, s:s, s:I, s:I, s:s}, s:I, s:I, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
         (int)e->meansq, "compute", bf16 ? "bf16" : "f32", "memory",
@@ -96,6 +96,9 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "cpu", (json_int_t)dnnl_get_effective_cpu_isa(), "tokens of a batch",
         (json_int_t)job->batches.longest, "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", hex(hash_of_config(job)), "data", data_file(job));
+    if (e->at)
+        json_object_set_new(identity, "at", perta_scaled_json(&job->scaled));
+    return identity;
 }
 
 /* ---- begin, go on ---- */

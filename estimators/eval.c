@@ -16,8 +16,8 @@ struct score {
     uint64_t n_labels, n_right;
 };
 
-static int score_of(const struct perta_estimate_job *job, uint64_t sample, struct score *score,
-                    struct perta_err *err)
+static int score_of(const struct perta_estimate_job *job, uint64_t sample,
+                    struct score *score, struct perta_err *err)
 {
     const struct perta_head *h = &job->head;
     *score = (struct score){.n_labels = h->starts[sample + 1] - h->starts[sample]};
@@ -28,11 +28,12 @@ static int score_of(const struct perta_estimate_job *job, uint64_t sample, struc
     score->loss /= (double)score->n_labels;
     if (isfinite(score->loss))
         return 0;
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: line %llu: the model gives a loss that is not a finite number; are "
-                      "there NaN or Inf in %s?",
-                      job->estimate->data, (unsigned long long)job->samples.lines[sample],
-                      job->estimate->model);
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: line %llu: the model gives a loss that is not a finite number; are "
+        "there NaN or Inf in %s?",
+        job->estimate->data, (unsigned long long)job->samples.lines[sample],
+        job->estimate->model);
 }
 
 /* Means over lines, and over those with perturbed answers. */
@@ -65,7 +66,8 @@ static void add_answers(struct sums *sums, json_t *item, double answer, double p
     json_object_set_new(item, "truth_ratio", json_real(ratio));
 }
 
-/* A line: sample at, and the other answers after it. *next is where the next line begins. */
+/* A line: sample at, and the other answers after it. *next is where the next line begins.
+ */
 static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
                     struct sums *sums, json_t *list, struct perta_err *err)
 {
@@ -109,7 +111,8 @@ static void set_mean(json_t *summary, const char *name, double sum, uint64_t n)
         json_object_set_new(summary, name, json_real(sum / (double)n));
 }
 
-static int report(const struct perta_estimate_job *job, json_t *summary, struct perta_err *err)
+static int report(const struct perta_estimate_job *job, json_t *summary,
+                  struct perta_err *err)
 {
     struct sums sums = {0};
     json_t *list = json_array();
@@ -124,10 +127,12 @@ static int report(const struct perta_estimate_job *job, json_t *summary, struct 
     set_mean(summary, "truth_ratio", sums.ratio, sums.n_perturbed);
     set_mean(summary, "truth_ratio_forget", sums.ratio_forget, sums.n_perturbed);
     set_mean(summary, "truth_ratio_retain", sums.ratio_retain, sums.n_perturbed);
-    json_object_set_new(summary, "perturbed_samples", json_integer((json_int_t)sums.n_perturbed));
+    json_object_set_new(summary, "perturbed_samples",
+                        json_integer((json_int_t)sums.n_perturbed));
     json_object_set_new(summary, "per_sample", list);
     json_object_set_new(summary, "batches", json_integer((json_int_t)job->batches.n));
-    json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    json_object_set_new(summary, "read_bytes",
+                        json_integer((json_int_t)job->weights.read_bytes));
     json_object_set_new(summary, "scratch_bytes",
                         json_integer((json_int_t)job->scratch.file_bytes));
     return rc;
@@ -152,8 +157,8 @@ static int start(struct perta_estimate_job *job, struct perta_err *err)
     int rc = job->scratch.dir ? perta_estimate_plan(job, perta_estimate_bf16(job), err)
                               : perta_fail_sys(err, ENOMEM, "scratch");
     if (!rc)
-        rc = perta_weights_start(&job->weights, job->run->io, job->room, perta_estimate_room(job),
-                                 err);
+        rc = perta_weights_start(&job->weights, job->run->io, job->room,
+                                 perta_estimate_room(job), err);
     count_bytes(job);
     return rc ? rc : perta_estimate_open_head(job, NULL, err);
 }
@@ -181,7 +186,8 @@ static json_t *summary_of(const struct perta_samples *s)
     uint64_t n = 0;
     for (uint64_t i = 0; i < s->n; i++)
         n += s->kinds[i] == PERTA_SAMPLE;
-    return json_pack("{s:I, s:I}", "samples", (json_int_t)n, "tokens", (json_int_t)s->n_tokens);
+    return json_pack("{s:I, s:I}", "samples", (json_int_t)n, "tokens",
+                     (json_int_t)s->n_tokens);
 }
 
 static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,
@@ -208,6 +214,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
 {
     /* No statistic: an estimate's way forward. */
     const struct perta_estimate estimate = {.model = eval->model,
+                                            .at = eval->at,
                                             .data = eval->data,
                                             .max_tokens = eval->max_tokens,
                                             .compute = eval->compute,

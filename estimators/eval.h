@@ -1,5 +1,5 @@
-/* eval.h - how well a model, or a model after a patch, knows answers: losses, probabilities and
- * whether it would give them, forward through a model that need not fit in memory.
+/* eval.h - how well a model, or a model after a patch, knows answers: losses, probabilities
+ * and whether it would give them, forward through a model that need not fit in memory.
  * Spec: docs/eval.md */
 #ifndef PERTA_ESTIMATORS_EVAL_H
 #define PERTA_ESTIMATORS_EVAL_H
@@ -7,12 +7,15 @@
 #include "estimators/estimate.h"
 
 struct perta_eval {
-    const char *model;   /* checkpoint with config.json */
-    const char *patch;   /* that is applied to it while it is read; NULL: none */
+    const char *model; /* checkpoint with config.json */
+    const char *patch; /* that is applied to it while it is read; NULL: none */
+    const struct perta_scaled_paths
+        *at;             /* without a patch: at theta - s * tau; NULL: none */
     const char *data;    /* JSON lines: input_ids, labels, paraphrased, perturbed */
     uint64_t max_tokens; /* of a sample; 0: no bound */
     enum perta_compute compute;
-    const char *scratch; /* folder for what does not fit in memory; NULL: $TMPDIR or /var/tmp */
+    const char
+        *scratch; /* folder for what does not fit in memory; NULL: $TMPDIR or /var/tmp */
 };
 
 /* Run it; nothing is written. *summary is the caller's: means over the lines, and under

@@ -12,7 +12,7 @@
 /* ---- the plan ---- */
 
 static int plan_shard(struct perta_importance_shard *to, const struct perta_shard *from,
-                      const json_t *metadata, bool (*wanted)(void *ctx, const char *name),
+                      enum perta_dtype dtype, const json_t *metadata, bool (*wanted)(void *ctx, const char *name),
                       void *ctx, struct perta_err *err)
 {
     to->tensors = calloc(from->header->n_tensors + 1, sizeof *to->tensors);
@@ -23,7 +23,7 @@ static int plan_shard(struct perta_importance_shard *to, const struct perta_shar
         if (wanted && !wanted(ctx, tensor->name))
             continue;
         to->tensors[to->n_tensors] = *tensor;
-        to->tensors[to->n_tensors++].dtype = PERTA_F32;
+        to->tensors[to->n_tensors++].dtype = dtype;
     }
     if (!to->n_tensors && from->header->n_tensors)
         return 0;
@@ -66,19 +66,18 @@ static json_t *metadata_of(const struct perta_importance_about *about)
     return metadata;
 }
 
-int perta_importance_plan(struct perta_importance *plan, const struct perta_checkpoint *like,
-                          const struct perta_importance_about *about,
-                          bool (*wanted)(void *ctx, const char *name), void *ctx,
-                          struct perta_err *err)
+int perta_importance_plan_as(struct perta_importance *plan, const struct perta_checkpoint *like,
+                             enum perta_dtype dtype, json_t *metadata,
+                             bool (*wanted)(void *ctx, const char *name), void *ctx,
+                             struct perta_err *err)
 {
     *plan = (struct perta_importance){0};
     plan->shards = calloc(like->n_shards + 1, sizeof *plan->shards);
-    json_t *metadata = metadata_of(about);
     int rc = plan->shards && metadata ? 0 : perta_fail_sys(err, ENOMEM, "headers");
     for (uint32_t s = 0; s < like->n_shards && !rc; s++) {
         struct perta_importance_shard *shard = &plan->shards[plan->n_shards];
         shard->name = like->shards[s].name;
-        rc = plan_shard(shard, &like->shards[s], metadata, wanted, ctx, err);
+        rc = plan_shard(shard, &like->shards[s], dtype, metadata, wanted, ctx, err);
         if (shard->header) {
             plan->n_shards++;
         } else {
@@ -90,6 +89,14 @@ int perta_importance_plan(struct perta_importance *plan, const struct perta_chec
     if (!rc && plan->n_shards == 1)
         plan->shards[0].name = "model.safetensors";
     return rc || plan->n_shards < 2 ? rc : write_index(plan, err);
+}
+
+int perta_importance_plan(struct perta_importance *plan, const struct perta_checkpoint *like,
+                          const struct perta_importance_about *about,
+                          bool (*wanted)(void *ctx, const char *name), void *ctx,
+                          struct perta_err *err)
+{
+    return perta_importance_plan_as(plan, like, PERTA_F32, metadata_of(about), wanted, ctx, err);
 }
 
 void perta_importance_release(struct perta_importance *plan)
@@ -205,7 +212,7 @@ int perta_importance_begin(struct perta_importance_out *out, struct perta_import
 }
 
 int perta_importance_write(struct perta_importance_out *out, const char *name, uint64_t first,
-                           const float *data, uint64_t n, struct perta_err *err)
+                           const void *data, uint64_t n, struct perta_err *err)
 {
     const struct perta_tensor wanted = {.name = (char *)name};
     const struct by_name key = {&wanted, 0};
@@ -213,11 +220,12 @@ int perta_importance_write(struct perta_importance_out *out, const char *name, u
         bsearch(&key, out->by_name, out->n_tensors, sizeof *out->by_name, by_name);
     if (!found)
         return perta_fail(err, PERTA_EINPUT, "tensor %s is not in the checkpoint", name);
-    out->written_bytes += n * sizeof *data;
+    uint64_t width = perta_dtype_unit_bytes(found->tensor->dtype);
+    out->written_bytes += n * width;
     return perta_behind_write(out->behind, out->fds[found->shard],
-                              out->direct_fds[found->shard], data, n * sizeof *data,
-                              found->tensor->off_bytes + first * sizeof *data,
-                              found->tensor->name, err);
+                              out->direct_fds[found->shard], data, n * width,
+                              found->tensor->off_bytes + first * width, found->tensor->name,
+                              err);
 }
 
 int perta_importance_sync(const struct perta_importance_out *out, struct perta_err *err)

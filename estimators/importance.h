@@ -1,5 +1,5 @@
 /* importance.h - the layout of an importance folder: the shards and tensors of a checkpoint, in
- * float32, with metadata that says what they hold. */
+ * float32, with metadata that says what they hold; and of scales (steps.h), in bfloat16. */
 #ifndef PERTA_ESTIMATORS_IMPORTANCE_H
 #define PERTA_ESTIMATORS_IMPORTANCE_H
 
@@ -34,8 +34,14 @@ struct perta_importance_about {
     const char *data_hmac; /* of the file of samples, with the user's key; NULL or "": none */
 };
 
-/* Lay out like a checkpoint, tensors for which wanted (NULL: all) says yes; shards without any
+/* Lay out like a checkpoint, in dtype and with metadata (stolen), tensors for which wanted (NULL:
+ * all) says yes; shards without any
  * stay away. like is borrowed. Released with perta_importance_release, on error too. */
+int perta_importance_plan_as(struct perta_importance *plan, const struct perta_checkpoint *like,
+                             enum perta_dtype dtype, json_t *metadata,
+                             bool (*wanted)(void *ctx, const char *name), void *ctx,
+                             struct perta_err *err);
+/* The same for importance: F32, and what it is over. */
 int perta_importance_plan(struct perta_importance *plan, const struct perta_checkpoint *like,
                           const struct perta_importance_about *about,
                           bool (*wanted)(void *ctx, const char *name), void *ctx,
@@ -61,9 +67,9 @@ struct perta_importance_out {
 int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
                            const char *path, const struct perta_journal *journal, bool force,
                            struct perta_behind *behind, struct perta_err *err);
-/* n floats of a tensor from element first on. */
+/* n elements of a tensor, in the plan's dtype, from element first on. */
 int perta_importance_write(struct perta_importance_out *out, const char *name, uint64_t first,
-                           const float *data, uint64_t n, struct perta_err *err);
+                           const void *data, uint64_t n, struct perta_err *err);
 /* What was written so far is on disk. */
 int perta_importance_sync(const struct perta_importance_out *out, struct perta_err *err);
 /* Sync, and add the index: complete but for its name. Tensors that nobody wrote are zero. */

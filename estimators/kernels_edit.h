@@ -63,6 +63,10 @@ static bool REAL(load_tile)(const struct perta_rule *rule, const struct perta_ed
     bool bad = REAL(any_bad)(t->model, n, false);
     bad |= REAL(any_bad)(t->tuned, n, false);
     bad |= REAL(any_bad)(t->base, n, false);
+    if (rule->method == PERTA_SCALE) {
+        REAL(load)(&in->scale, first, n, t->weight);
+        bad |= REAL(any_bad)(t->weight, n, true);
+    }
     if (!perta_rule_needs_importance(rule))
         return bad;
     bool squares = rule->stat == PERTA_STAT_MEANSQ;
@@ -116,6 +120,8 @@ static void REAL(weigh)(const struct perta_rule *rule, const struct perta_edit_i
         break;
     case PERTA_RANDOM:
         REAL(weigh_random)(rule, in, first, n, t);
+        break;
+    case PERTA_SCALE: /* loaded */
         break;
     default:
         for (size_t i = 0; i < n; i++)
@@ -226,6 +232,8 @@ static enum perta_operand REAL(bad_operand)(const struct perta_rule *rule,
         return PERTA_IN_FORGET;
     if (perta_rule_needs_importance(rule) && REAL(is_bad)(t->retain[i], squares))
         return PERTA_IN_RETAIN;
+    if (rule->method == PERTA_SCALE && REAL(is_bad)(t->weight[i], true))
+        return PERTA_IN_SCALE;
     return REAL(is_bad)(result, false) ? PERTA_IN_RESULT : PERTA_N_OPERANDS;
 }
 

@@ -73,7 +73,8 @@ static int read_patched(struct perta_source *source, struct perta_weights *w,
                         uint8_t *to, struct perta_err *err)
 {
     struct perta_patched *p = (struct perta_patched *)source;
-    uint64_t whole = PERTA_CHUNK_ELEMS * (uint64_t)perta_dtype_unit_bytes(ref->tensor->dtype);
+    uint64_t whole =
+        PERTA_CHUNK_ELEMS * (uint64_t)perta_dtype_unit_bytes(ref->tensor->dtype);
     uint64_t end = off_bytes + len_bytes;
     for (uint64_t at = off_bytes; at < end;) {
         uint64_t k = at / whole, within = at - k * whole;
@@ -92,7 +93,8 @@ static int read_patched(struct perta_source *source, struct perta_weights *w,
 static int paths(const struct perta_source *source, const char ***list, size_t *n,
                  struct perta_err *err)
 {
-    return perta_patch_in_paths(&((const struct perta_patched *)source)->patch, list, n, err);
+    return perta_patch_in_paths(&((const struct perta_patched *)source)->patch, list, n,
+                                err);
 }
 
 static int open_files(struct perta_source *source, bool direct, struct perta_err *err)
@@ -121,7 +123,8 @@ static void measure(struct perta_patched *p, const struct perta_checkpoint *ck)
                 p->frame_bytes = patch->entries[e].frame_bytes;
         n_entries += patch->n_entries;
     }
-    p->source.room_bytes = perta_weights_room(p->chunk_bytes) + perta_weights_room(p->frame_bytes) +
+    p->source.room_bytes = perta_weights_room(p->chunk_bytes) +
+                           perta_weights_room(p->frame_bytes) +
                            perta_align_up(p->chunk_bytes, PERTA_BLOCK_BYTES);
     p->source.heap_bytes = CODEC_TIMES * p->chunk_bytes + ck->n_tensors * TENSOR_BYTES +
                            n_entries * sizeof(struct perta_patch_entry);
@@ -137,8 +140,9 @@ static int find_starts(struct perta_patched *p, const struct perta_checkpoint *c
     for (uint32_t s = 0; s < ck->n_shards && !rc; s++) {
         const struct perta_header *header = ck->shards[s].header;
         p->starts[s] = calloc(header->n_tensors + 1, sizeof **p->starts);
-        rc = p->starts[s] ? perta_patch_in_starts(&p->patch.shards[s], header, p->starts[s], err)
-                          : perta_fail_sys(err, ENOMEM, "%s", p->patch.path);
+        rc = p->starts[s]
+                 ? perta_patch_in_starts(&p->patch.shards[s], header, p->starts[s], err)
+                 : perta_fail_sys(err, ENOMEM, "%s", p->patch.path);
     }
     return rc;
 }

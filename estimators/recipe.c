@@ -7,7 +7,8 @@
 
 const char *perta_method_name(enum perta_method method)
 {
-    static const char *const names[] = {"grad", "fisher", "power", "tv", "constant", "random"};
+    static const char *const names[] = {"grad", "fisher", "power", "tv", "constant", "random",
+                                        "scale"};
     return names[method];
 }
 
@@ -97,5 +98,7 @@ json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct pert
         json_object_set_new(recipe, "tuned", json_string("lora"));
         json_object_set_new(recipe, "lora", perta_adapter_recipe(inputs[PERTA_ROLE_TUNED].ck));
     }
+    if (unlearn->steps)
+        json_object_update(recipe, (json_t *)(uintptr_t)unlearn->steps);
     return recipe;
 }

@@ -15,6 +15,7 @@ enum perta_role {
     PERTA_ROLE_BASE,
     PERTA_ROLE_FORGET,
     PERTA_ROLE_RETAIN,
+    PERTA_ROLE_SCALE,
     PERTA_N_ROLES,
 };
 

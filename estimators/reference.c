@@ -57,6 +57,8 @@ static double weight(const struct perta_rule *rule, const struct perta_edit_in *
         return rounded(wide, rule->weight);
     case PERTA_RANDOM:
         return (double)perta_random_weight(rule->seed ^ in->name_hash, in->first_elem + i);
+    case PERTA_SCALE:
+        return x[PERTA_IN_SCALE];
     default:
         break;
     }
@@ -77,6 +79,8 @@ static enum perta_operand first_bad(const struct perta_rule *rule, const double 
         if (!isfinite(x[o]) || negative)
             return (enum perta_operand)o;
     }
+    if (rule->method == PERTA_SCALE && !(isfinite(x[PERTA_IN_SCALE]) && x[PERTA_IN_SCALE] >= 0))
+        return PERTA_IN_SCALE;
     return PERTA_IN_RESULT;
 }
 
@@ -119,6 +123,7 @@ static void edit_element(const struct perta_rule *rule, const struct perta_edit_
         in->base.data ? element(&in->base, i, wide) : 0,
         importance ? element(&in->forget, i, wide) : 0,
         importance ? element(&in->retain, i, wide) : 0,
+        rule->method == PERTA_SCALE ? element(&in->scale, i, wide) : 0,
     };
     double w = weight(rule, in, i, wide, x);
     c->n_zero_forget += importance && x[PERTA_IN_FORGET] == 0;

@@ -110,6 +110,7 @@ static int edit(const struct perta_unlearn_job *job, unsigned worker,
         .base = views[PERTA_ROLE_BASE],
         .forget = views[PERTA_ROLE_FORGET],
         .retain = views[PERTA_ROLE_RETAIN],
+        .scale = views[PERTA_ROLE_SCALE],
         .n = piece->n_elems,
         .first_elem = piece->first_elem,
         .name_hash = row->name_hash,
@@ -224,7 +225,9 @@ static json_t *identity_of(const struct perta_unlearn_job *job)
     for (int i = 0; i < PERTA_N_ROLES; i++)
         if (job->in[i].ck)
             json_object_set_new(inputs, perta_roles[i] + 2,
-                                perta_journal_checkpoint(job->in[i].ck));
+                                i == PERTA_ROLE_SCALE
+                                    ? perta_journal_own(job->in[i].ck)
+                                    : perta_journal_checkpoint(job->in[i].ck));
     for (unsigned a = 0; a < u->n_alphas; a++)
         json_array_append_new(recipes, perta_recipe_json(u, &job->rule, a, job->in));
     if (job->adapter)

@@ -23,6 +23,8 @@ struct perta_unlearn {
     const char *model, *tuned, *base; /* checkpoints; tuned may be a PEFT LoRA adapter, which
                                          needs base for what it holds whole alone */
     const char *forget, *retain;      /* importances; NULL where the method needs none */
+    const char *scale;                /* of PERTA_SCALE: a weight for each parameter */
+    const json_t *steps; /* how the scale was found, for the recipe; NULL: nothing to say */
     struct perta_rule rule;           /* rule.stat is found in the importances */
     struct perta_alpha alphas[PERTA_ALPHAS_MAX];
     unsigned n_alphas;

@@ -5,10 +5,12 @@
 #include <string.h>
 
 const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
-                                                "--retain"};
+                                                "--retain", "--scale"};
 
 static bool has_role(const struct perta_unlearn_job *job, int role)
 {
+    if (role == PERTA_ROLE_SCALE)
+        return job->rule.method == PERTA_SCALE;
     return role < PERTA_ROLE_FORGET || perta_rule_needs_importance(&job->rule);
 }
 
@@ -27,7 +29,7 @@ static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct per
 static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
 {
     const struct perta_unlearn *u = job->unlearn;
-    const char *const paths[] = {u->model, u->tuned, u->base, u->forget, u->retain};
+    const char *const paths[] = {u->model, u->tuned, u->base, u->forget, u->retain, u->scale};
     for (int i = 0; i < PERTA_N_ROLES; i++) {
         if (!has_role(job, i) || (i == PERTA_ROLE_BASE && job->adapter && !paths[i]))
             continue;
@@ -128,8 +130,9 @@ static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row
     if (rc)
         return rc;
     row->method = job->rule.method;
-    for (int role = PERTA_ROLE_FORGET; has_role(job, role) && role < PERTA_N_ROLES;
-         role++) {
+    for (int role = PERTA_ROLE_FORGET; role < PERTA_N_ROLES; role++) {
+        if (!has_role(job, role))
+            continue;
         rc = find_operand(job, row, role, tied, err);
         if (rc)
             return rc;
@@ -245,7 +248,7 @@ char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir,
 static int check_outputs(const struct perta_unlearn_job *job, struct perta_err *err)
 {
     const struct perta_unlearn *u = job->unlearn;
-    const char *const inputs[] = {u->model, u->tuned, u->base, u->forget, u->retain};
+    const char *const inputs[] = {u->model, u->tuned, u->base, u->forget, u->retain, u->scale};
     char *outputs[2 * PERTA_ALPHAS_MAX] = {0};
     size_t n = 0;
     for (unsigned a = 0; a < u->n_alphas; a++) {

@@ -197,6 +197,15 @@ json_t *perta_journal_checkpoint(const struct perta_checkpoint *ck)
     return files;
 }
 
+json_t *perta_journal_own(const struct perta_checkpoint *ck)
+{
+    json_t *files = json_object();
+    for (uint32_t i = 0; i < ck->n_shards; i++)
+        json_object_set_new(files, ck->shards[i].name,
+                            json_integer((json_int_t)ck->shards[i].size_bytes));
+    return files;
+}
+
 /* ---- begin, go on ---- */
 
 /* OUT.perta-journal of the output at path. NULL without memory. */

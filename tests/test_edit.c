@@ -49,7 +49,7 @@ static void fill(void *to, enum perta_dtype dtype, double scale, bool positive, 
     }
 }
 
-static char inputs[5][N * 8], outs[2][3][N * 8];
+static char inputs[6][N * 8], outs[2][3][N * 8];
 static const float alphas[3] = {1.0f, 0.3f, -2.0f};
 
 static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[5], bool specials)
@@ -57,11 +57,12 @@ static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[
     struct perta_view views[5];
     for (int i = 0; i < 5; i++) {
         bool positive = i >= 3 && rule->stat == PERTA_STAT_MEANSQ;
-        fill(inputs[i], dtype[i], i < 3 ? 0.1 : 1e-5, positive, specials, (uint64_t)(i + 7));
+        double scale = i < 3 ? 0.1 : rule->method == PERTA_SCALE ? 6 : 1e-5;
+        fill(inputs[i], dtype[i], scale, positive, specials, (uint64_t)(i + 7));
         views[i] = (struct perta_view){dtype[i], inputs[i]};
     }
-    const struct perta_edit_in in = {views[0], views[1], views[2], views[3],
-                                     views[4], N,        12345,    0xabcdef};
+    const struct perta_edit_in in = {views[0], views[1], views[2],  views[3], views[4],
+                                     N,        12345,    0xabcdef, views[4]};
     void *const to[2][3] = {{outs[0][0], outs[0][1], outs[0][2]},
                             {outs[1][0], outs[1][1], outs[1][2]}};
     struct perta_edit_counts want[3], have[3];
@@ -110,6 +111,8 @@ START_TEST(every_method_and_dtype_equals_the_reference)
     compare_all_dtypes((struct perta_rule){.method = PERTA_TV});
     compare_all_dtypes((struct perta_rule){.method = PERTA_CONSTANT, .weight = 0.3});
     compare_all_dtypes((struct perta_rule){.method = PERTA_RANDOM, .seed = 42});
+    compare_all_dtypes((struct perta_rule){.method = PERTA_SCALE, .stat = PERTA_STAT_MEANSQ});
+    compare_all_dtypes((struct perta_rule){.method = PERTA_SCALE}); /* negative ones too */
 }
 END_TEST
 
@@ -135,7 +138,7 @@ START_TEST(weights_are_what_the_formula_says)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct perta_rule rule = {.method = cases[i].method, .stat = cases[i].stat};
         struct perta_edit_in in = {{PERTA_F32, &model}, {PERTA_F32, &tuned}, {PERTA_F32, &base},
-                                   {PERTA_F32, &cases[i].f}, {PERTA_F32, &cases[i].r}, 1, 0, 0};
+                                   {PERTA_F32, &cases[i].f}, {PERTA_F32, &cases[i].r}, 1, 0, 0, {0}};
         struct perta_edit_counts counts;
         float out;
         void *to = &out;
@@ -152,7 +155,7 @@ START_TEST(odd_lengths_and_addresses_give_the_same_bits)
     const float alpha = 0.7f;
     for (size_t d = 0; d < 4; d++)
         for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
-            struct perta_rule rule = {.method = (enum perta_method)(l % 6), .power = 1.5,
+            struct perta_rule rule = {.method = (enum perta_method)(l % 7), .power = 1.5,
                                       .weight = 0.4, .seed = l, .keep_nonfinite = true};
             struct perta_edit_in in[2] = {{.n = lengths[l], .first_elem = 3, .name_hash = 5}};
             in[1] = in[0];
@@ -162,6 +165,8 @@ START_TEST(odd_lengths_and_addresses_give_the_same_bits)
                 (&in[0].model)[i] = (struct perta_view){dtypes[d], inputs[i]};
                 (&in[1].model)[i] = (struct perta_view){dtypes[d], moved[i] + 1};
             }
+            in[0].scale = in[0].forget;
+            in[1].scale = in[1].forget;
             size_t len = lengths[l] * perta_dtype_unit_bytes(dtypes[d]);
             for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
                 void *to[2] = {out[0], out[1] + 1};
@@ -190,11 +195,13 @@ START_TEST(the_first_bad_element_and_its_operand_are_named_by_every_instruction_
             for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
                 struct perta_rule rule = {.method = PERTA_FISHER, .stat = PERTA_STAT_MEANSQ,
                                           .keep_nonfinite = keep};
-                struct perta_edit_in in = {.n = N};
-                for (int i = 0; i < 5; i++) {
+                struct perta_edit_in in = {.n = N, .scale = {PERTA_F32, inputs[PERTA_IN_SCALE]}};
+                if (operand == PERTA_IN_SCALE)
+                    rule.method = PERTA_SCALE;
+                for (int i = 0; i < 6; i++)
                     fill(inputs[i], PERTA_F32, 1, true, false, (uint64_t)i);
+                for (int i = 0; i < 5; i++)
                     (&in.model)[i] = (struct perta_view){PERTA_F32, inputs[i]};
-                }
                 for (size_t at = 1300; at < N; at += 500) { /* 1300 and 1800 */
                     if (operand == PERTA_IN_RESULT) {       /* 3e38 + 3e38 */
                         put(inputs[PERTA_IN_MODEL], PERTA_F32, at, 3e38);

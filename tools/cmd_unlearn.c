@@ -4,7 +4,7 @@
 
 #include "estimators/unlearn.h"
 #include "io/checkpoint.h"
-#include "tools/cli.h"
+#include "tools/unlearn_steps.h"
 
 enum {
     KEY_MODEL = CLI_KEY_OWN, KEY_TUNED, KEY_BASE, KEY_FORGET, KEY_RETAIN, KEY_METHOD, KEY_POWER,
@@ -17,7 +17,8 @@ struct args {
     struct perta_unlearn unlearn;
     char *alpha_texts;
     const char **include, **exclude;
-    bool has_power, has_weight, has_seed;
+    bool has_power, has_weight, has_seed, has_method, has_alpha;
+    struct unlearn_steps steps;
 };
 
 static const struct argp_option options[] = {
@@ -35,8 +36,8 @@ static const struct argp_option options[] = {
      "be reverted", 2},
     {"alpha", KEY_ALPHA, "A[,A...]", 0,
      "How far to go (default 1). Several, from one read: DIR/alpha-A for each", 3},
-    {"method", KEY_METHOD, "grad|fisher|power|tv|constant|random", 0,
-     "How parameters are weighed (default grad)", 3},
+    {"method", KEY_METHOD, "grad|fisher|power|tv|constant|random|signed|signed-backoff", 0,
+     "How parameters are weighed (default grad; with --steps: signed-backoff, or signed)", 3},
     {"power", KEY_POWER, "P", 0, "p of --method power", 3},
     {"weight", KEY_WEIGHT, "W", 0, "The weight of --method constant, 0 to 1", 3},
     {"seed", KEY_SEED, "S", 0, "Seed of --method random (default 0)", 3},
@@ -87,9 +88,31 @@ static void add_glob(const char ***list, unsigned *n, const char *arg)
     (*list)[(*n)++] = arg;
 }
 
-static void check(struct argp_state *state, const struct args *args)
+/* With --steps there is nothing to weigh by but signs. */
+static void check_steps(struct argp_state *state, struct args *args)
+{
+    struct perta_unlearn *u = &args->unlearn;
+    struct perta_steps *s = &args->steps.steps;
+    bool is_signed = u->rule.method >= PERTA_SCALE;
+    unlearn_steps_check(state, &args->steps, is_signed);
+    if (!s->n_steps)
+        return;
+    if (args->has_method && !is_signed)
+        argp_error(state, "--steps goes with --method signed or signed-backoff");
+    if (u->forget || u->retain || args->has_alpha || u->missing || u->rule.keep_nonfinite)
+        argp_error(state, "--forget, --retain, --alpha, --missing and --nonfinite do not go with "
+                          "--steps");
+    if (u->rule.method == PERTA_SCALE && args->steps.has_back_off)
+        argp_error(state, "--method signed never backs off; --method signed-backoff does");
+    if (u->rule.method == PERTA_SCALE)
+        s->rule.back_off = 0;
+    u->rule.method = PERTA_SCALE;
+}
+
+static void check(struct argp_state *state, struct args *args)
 {
     const struct perta_unlearn *u = &args->unlearn;
+    check_steps(state, args);
     if (!u->model || !u->tuned)
         argp_error(state, "--model and --tuned are needed");
     if (!u->base && !perta_checkpoint_is_adapter(u->tuned))
@@ -111,7 +134,7 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state);
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     static const char *const methods[] = {"grad", "fisher", "power", "tv", "constant", "random",
-                                          NULL};
+                                          "signed", "signed-backoff", NULL};
     static const char *const missing[] = {"error", "tv", "keep", NULL};
     static const char *const nonfinite[] = {"error", "keep", NULL};
     struct args *args = state->input;
@@ -119,6 +142,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     switch (key) {
     case KEY_METHOD:
         u->rule.method = (enum perta_method)one_of(state, "--method", arg, methods);
+        args->has_method = true;
         return 0;
     case KEY_POWER:
         u->rule.power = cli_number(state, "--power", arg);
@@ -138,6 +162,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_ALPHA:
         parse_alphas(state, args, arg);
+        args->has_alpha = true;
         return 0;
     case KEY_MISSING:
         u->missing = (enum perta_missing)one_of(state, "--missing", arg, missing);
@@ -156,7 +181,8 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
     struct perta_unlearn *u = &args->unlearn;
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = state->child_inputs[1] = state->child_inputs[2] = &args->cli;
+        state->child_inputs[0] = &args->steps;
+        state->child_inputs[1] = state->child_inputs[2] = state->child_inputs[3] = &args->cli;
         return 0;
     case KEY_ONE_WAY:
         u->one_way = true;
@@ -198,8 +224,10 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
     return ARGP_ERR_UNKNOWN;
 }
 
-static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5}, {&cli_patching_argp, 0, NULL, 5},
-                                             {&cli_common_argp, 0, "Common:", 6},
+static const struct argp_child children[] = {{&unlearn_steps_argp, 0, "In steps:", 5},
+                                             {&cli_writing_argp, 0, "Output:", 6},
+                                             {&cli_patching_argp, 0, NULL, 6},
+                                             {&cli_common_argp, 0, "Common:", 7},
                                              {0}};
 static const struct argp argp = {
     options, parse, "",
@@ -209,7 +237,10 @@ static const struct argp argp = {
     "Example:\n"
     "  perta unlearn --model full --tuned tuned --base base \\\n"
     "    --forget imp/forget/mean --retain imp/retain/mean \\\n"
-    "    --alpha 0.5,1,2 --patch patches --out models",
+    "    --alpha 0.5,1,2 --patch patches --out models\n"
+    "  perta unlearn --model full --tuned tuned --base base --steps 20 \\\n"
+    "    --data-forget forget.jsonl --data-retain retain.jsonl \\\n"
+    "    --stop-forget 3 --patch forget.patch",
     children, NULL, NULL};
 
 static double real(const json_t *object, const char *key)
@@ -245,6 +276,7 @@ static void say(const struct cli *cli, const json_t *summary)
     json_t *item;
     json_array_foreach (json_object_get(summary, "notes"), i, item)
         cli_say(cli, "note: %s\n", json_string_value(item));
+    unlearn_steps_say(cli, summary);
     json_array_foreach (json_object_get(summary, "results"), i, item)
         say_result(cli, item);
     char a[32], b[32];
@@ -258,16 +290,34 @@ static void say(const struct cli *cli, const json_t *summary)
         cli_say(cli, "dry run: everything fits; nothing was written\n");
 }
 
+static int run(struct args *args, json_t **summary, struct perta_err *err)
+{
+    struct perta_unlearn *u = &args->unlearn;
+    struct perta_steps *s = &args->steps.steps;
+    u->force = args->cli.force;
+    u->globs.include = args->include;
+    u->globs.exclude = args->exclude;
+    if (!s->n_steps)
+        return perta_unlearn(u, &args->cli.run, summary, err);
+    s->model = u->model;
+    s->tuned = u->tuned;
+    s->base = u->base;
+    s->patch = u->patch;
+    s->out = u->out;
+    s->globs = u->globs;
+    s->one_way = u->one_way;
+    s->force = u->force;
+    return perta_steps(s, &args->cli.run, summary, err);
+}
+
 int cmd_unlearn(int argc, char **argv)
 {
     struct args args = {.unlearn = {.n_alphas = 1, .alphas = {{1, "1"}}}};
     struct perta_err err = {0};
     json_t *summary = NULL;
+    unlearn_steps_init(&args.steps);
     cli_parse(&args.cli, &argp, argc, argv, &args);
-    args.unlearn.force = args.cli.force;
-    args.unlearn.globs.include = args.include;
-    args.unlearn.globs.exclude = args.exclude;
-    int rc = perta_unlearn(&args.unlearn, &args.cli.run, &summary, &err);
+    int rc = run(&args, &summary, &err);
     size_t i;
     json_t *result;
     json_array_foreach (json_object_get(summary, "results"), i, result)

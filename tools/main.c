@@ -17,7 +17,7 @@ static const struct verb {
     {"estimate", cmd_estimate, "importance from a model and text", true},
     {"eval", cmd_eval, "how well a model knows answers, with a patch or without", true},
     {"accumulate", cmd_accumulate, "importance from gradient dumps", false},
-    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model", false},
+    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model", true},
     {"diff", cmd_diff, "a patch between any two checkpoints", false},
     {"apply", cmd_apply, "the model that a patch leads to", false},
     {"revert", cmd_revert, "the model that a patch was made from", false},

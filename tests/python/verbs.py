@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 
 import numpy as np
@@ -22,6 +23,10 @@ VERBS = {
     "compose": "compose p1 p2 --model model --patch out".split(),
     "accumulate": "accumulate forget retain base --stat mean,meansq --out out".split(),
     "estimate": "estimate --model llama --data data.jsonl --stat mean,meansq --out out".split(),
+    "steps": (
+        "unlearn --model llama --tuned llama-tuned --base llama-base --steps 2 --patch out "
+        "--data-forget data.jsonl --data-retain other.jsonl"
+    ).split(),
 }
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,7 +61,14 @@ def make_inputs(folder, large):
     run(folder, "diff", "tuned", "base", "--patch", "p2")
     write_llama(folder / "llama", LLAMA)
     ids = [random.Random(n).choices(range(200), k=30) for n in range(20)]
-    (folder / "data.jsonl").write_text("\n".join(json.dumps({"input_ids": i}) for i in ids))
+    for name, part in (("data", ids), ("other", ids[7:13])):
+        lines = "\n".join(json.dumps({"input_ids": i}) for i in part)
+        (folder / f"{name}.jsonl").write_text(lines)
+    for name, exclusive in (("llama-tuned", 0x21), ("llama-base", 0x0C)):
+        shutil.copytree(folder / "llama", folder / name)
+        weights = bytearray((folder / "llama/model.safetensors").read_bytes())
+        weights[-1 << 15 :: 2] = bytes(byte ^ exclusive for byte in weights[-1 << 15 :: 2])
+        (folder / name / "model.safetensors").write_bytes(weights)
     return folder
 
 

@@ -1,0 +1,232 @@
+"""`perta unlearn --steps` against the same procedure in PyTorch; stop rules; going on after a
+kill."""
+
+import hmac
+import json
+import shutil
+
+import pytest
+from test_estimate import MODELS, VOCABULARY, make_model
+from test_eval import evaluate, write_lines
+from test_resume import contents, stop_after
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+STEPS = (
+    "unlearn --model full --tuned tuned --base base --patch patch --compute f32 --json "
+    "--data-forget forget.jsonl --data-retain retain.jsonl --steps"
+).split()
+KEY = b"sixteen bytes, or more"
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+
+
+def make_folders(tmp_path, name="llama, tied"):
+    """full; base, and tuned a little away from it; data that share some tokens."""
+    family, changes = MODELS[name]
+    make_model(tmp_path / "full", family, changes | SMALL)
+    generator = torch.Generator().manual_seed(8)
+    for folder, size in (("base", 0.01), ("tuned", 0.03)):
+        shutil.copytree(tmp_path / "full", tmp_path / folder)
+        for path in (tmp_path / folder).glob("*.safetensors"):
+            tensors = load_file(path)
+            for key, x in tensors.items():
+                tensors[key] = x + size * torch.randn(x.shape, generator=generator)
+            save_file(tensors, path, {"format": "pt"})
+    lines = {}
+    for part, first in (("forget", 0), ("retain", 100)):
+        lines[part] = [
+            {"input_ids": torch.randint(first, first + 150, (n,), generator=generator).tolist()}
+            for n in (9, 20, 14)
+        ]
+        write_lines(tmp_path / f"{part}.jsonl", lines[part])
+    return lines
+
+
+def tensors_of(folder):
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def gradients(folder, theta, lines):
+    """Mean loss, and signed mean gradients, in float64."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    model.load_state_dict({k: v.double() for k, v in theta.items()}, strict=False)
+    losses = []
+    for line in lines:
+        ids = torch.tensor([line["input_ids"]])
+        loss = model(input_ids=ids, labels=ids).loss
+        (loss / len(lines)).backward()
+        losses.append(loss.item())
+    return sum(losses) / len(losses), {k: p.grad for k, p in model.named_parameters()}
+
+
+def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0):
+    """docs/method.md in PyTorch. Where a gradient is too near zero for its sign to be sure in
+    float32, sure is False."""
+    full, tuned, base = (tensors_of(tmp_path / name) for name in ("full", "tuned", "base"))
+    tau = {k: tuned[k] - base[k] for k in full}
+    s = {k: torch.zeros_like(x).bfloat16() for k, x in full.items()}
+    sure = {k: torch.ones_like(x, dtype=torch.bool) for k, x in full.items()}
+    path = []
+    for k in range(n_steps + 1):
+        theta = {name: full[name] - s[name].float() * tau[name] for name in full}
+        losses, g = zip(*(gradients(tmp_path / "full", theta, lines[p]) for p in lines))
+        path.append(losses)
+        if k == n_steps:
+            return theta, s, sure, path
+        for name, scale in s.items():
+            forget, retain = (-g[i][name].sign() * tau[name].sign() for i in (0, 1))
+            moved = scale.float() + step * ((forget > 0) & ~(retain > 0)).float()
+            moved = moved - back_off * (retain > 0).float()
+            s[name] = moved.clamp(0, max_scale).bfloat16()
+            for one in (g[0][name], g[1][name]):
+                sure[name] &= (one == 0) | (one.abs() > 1e-3 * one.square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    "name, method, back_off",
+    [("llama, tied", "signed-backoff", 0.2), ("qwen3", "signed", 0.0)],
+)
+def test_scales_and_model_are_pytorchs(perta, tmp_path, name, method, back_off):
+    lines = make_folders(tmp_path, name)
+    (tmp_path / "key").write_bytes(KEY)
+    flags = ["--method", method, "--max-scale", "1", "--data-key", "key"]
+    summary = json.loads(perta(*STEPS, "4", *flags, "--out", "out").stdout)
+    theta, s, sure, path = procedure(tmp_path, lines, 4, back_off, max_scale=1.0)
+    for point, (forget, retain) in zip(summary["path"], path, strict=True):
+        assert point["forget_loss"] == pytest.approx(forget, rel=2e-5)
+        assert point["retain_loss"] == pytest.approx(retain, rel=2e-5)
+    assert summary["chosen"] == 4
+    out = tensors_of(tmp_path / "out")
+    differ = total = 0
+    for key, x in theta.items():
+        same = out[key] == x  # the same scale, and then the same arithmetic
+        assert same[sure[key]].all(), key
+        differ += (~same).sum().item()
+        total += same.numel()
+    assert differ < 0.002 * total
+    want = sum(x.double().sum().item() for x in s.values()) / total
+    assert summary["path"][-1]["mean_scale"] == pytest.approx(want, rel=1e-3)
+    assert {x.max().item() for x in s.values()} == {1.0}
+    assert 0.05 < summary["path"][-1]["moved"] < 1
+    check_record(tmp_path, summary, method)
+
+
+def check_record(tmp_path, summary, method):
+    """The recipe tells the way; nothing else is left behind."""
+    recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
+    assert (recipe["method"], recipe["steps"], recipe["step"]) == (method, 4, 0.4)
+    assert recipe["path"] == summary["path"] and recipe["chosen"] == 4
+    assert (recipe["forget_samples"], recipe["retain_tokens"]) == ("3", "43")
+    for part in ("forget", "retain"):
+        data = (tmp_path / f"{part}.jsonl").read_bytes()
+        digest = hmac.digest(KEY, data, "sha256").hex()
+        assert recipe[f"{part}_data_hmac_sha256"] == digest
+    folders = {"full", "tuned", "base", "patch", "out", "forget.jsonl", "retain.jsonl", "key"}
+    assert {path.name for path in tmp_path.iterdir()} == folders
+
+
+def test_the_way_is_that_of_the_patch(perta, tmp_path):
+    """Losses on the way, formed on the fly, are those of models that are written; in bfloat16."""
+    make_folders(tmp_path)
+    for folder in ("full", "tuned", "base"):
+        for path in (tmp_path / folder).glob("*.safetensors"):
+            save_file({k: x.bfloat16() for k, x in load_file(path).items()}, path, {"format": "pt"})
+    for n in (1, 3):
+        summary = json.loads(perta(*STEPS, n, "--force").stdout)
+        for part in ("forget", "retain"):
+            shutil.copy(tmp_path / f"{part}.jsonl", tmp_path / "data.jsonl")
+            after = evaluate(perta, "full", "--patch", "patch", "--compute", "f32")
+            assert after["loss"] == summary["path"][-1][f"{part}_loss"]
+
+
+def test_rules_stop_the_way(perta, tmp_path):
+    make_folders(tmp_path)
+    path = json.loads(perta(*STEPS, "5").stdout)["path"]
+    losses = [point["forget_loss"] for point in path]
+    assert sorted(losses) == losses
+    flags = ["--force", "--stop-forget", (losses[2] + losses[3]) / 2]
+    stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
+    assert (stopped["path"], stopped["chosen"]) == (path[:4], 3)
+    rises = [point["retain_loss"] - path[0]["retain_loss"] for point in path]
+    bound = max(rises[:3]) + 1e-9
+    after = next((i for i, rise in enumerate(rises) if rise > bound), None)
+    flags = ["--force", "--max-retain-rise", bound if after else min(rises[1:]) - 1e-9]
+    stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
+    after = after or next(i for i in range(1, 6) if rises[i] > min(rises[1:]) - 1e-9)
+    assert (stopped["path"], stopped["chosen"]) == (path[: after + 1], after - 1)
+
+
+def test_globs_choose_what_moves(perta, tmp_path):
+    make_folders(tmp_path)
+    perta(*STEPS, "2", "--include", "*mlp*", "--exclude", "*up_proj*", "--out", "out")
+    full, out = tensors_of(tmp_path / "full"), tensors_of(tmp_path / "out")
+    changed = {name for name in full if not torch.equal(full[name], out[name])}
+    assert changed == {name for name in full if "mlp" in name and "up_proj" not in name}
+
+
+def test_a_run_that_is_killed_goes_on(perta, tmp_path):
+    """Between steps, within an estimate, and at the patch."""
+    make_folders(tmp_path)
+    command = [*STEPS, "3", "--out", "out"]
+    perta(*command)
+    want = contents(tmp_path / "patch") | contents(tmp_path / "out")
+    for name in ("patch", "out"):
+        (tmp_path / name).rename(tmp_path / f"first-{name}")
+    journals = [
+        "patch.steps.perta-journal",
+        "patch.steps.perta-partial/gradients-1-retain/mean.perta-journal",
+        "patch.steps.perta-journal",
+        "out.perta-journal",
+    ]
+    for i, journal in enumerate(journals):
+        stopped, message = stop_after([*command, "--resume"], tmp_path, tmp_path / journal, 3)
+        assert stopped and not message, i
+    assert "--resume goes on with it" in perta(*command, check=2).stderr
+    refusal = perta(*command, "--resume", "--step", "0.3", check=2).stderr
+    assert "--resume cannot go on: flags: step was 0.4" in refusal
+    perta(*command, "--resume")
+    assert contents(tmp_path / "patch") | contents(tmp_path / "out") == want
+    assert not list(tmp_path.glob("*perta*"))
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--method", "fisher"], 2, "--steps goes with --method signed"),
+        (["--method", "signed", "--back-off", "0.1"], 2, "never backs off"),
+        (["--alpha", "2"], 2, "--alpha, --missing and --nonfinite do not go with"),
+        (["--step", "0"], 2, "--step: 0; from 0.001"),
+        (["--include", "nothing"], 2, "leave no tensor to edit"),
+        (["--data-forget", "bad.jsonl"], 3, "bad.jsonl: line 2: token id"),
+        (["--tuned", "other"], 3, "no tensor model.norm.weight"),
+        (["--base", "nan"], 3, "tensor model.norm.weight, element 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(perta, tmp_path, flags, code, message):
+    make_folders(tmp_path)
+    write_lines(tmp_path / "bad.jsonl", [{"input_ids": [1, 2]}, {"input_ids": [1, VOCABULARY]}])
+    for name in ("other", "nan"):
+        shutil.copytree(tmp_path / "full", tmp_path / name)
+    for path in [*tmp_path.glob("other/*.safetensors"), *tmp_path.glob("nan/*.safetensors")]:
+        tensors = load_file(path)
+        if "model.norm.weight" not in tensors:
+            continue
+        if path.parent.name == "other":
+            del tensors["model.norm.weight"]
+        else:
+            tensors["model.norm.weight"][0] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+    (tmp_path / "other/model.safetensors.index.json").unlink(missing_ok=True)
+    assert message in perta(*STEPS, "2", *flags, check=code).stderr
+    assert not list(tmp_path.glob("patch*"))
+
+
+def test_options_of_steps_need_steps(perta):
+    words = "unlearn --model full --tuned tuned --base base --patch patch".split()
+    for flags in (["--step", "0.4"], ["--method", "signed"], ["--data-forget", "x"]):
+        assert "need --steps K" in perta(*words, *flags, check=2).stderr

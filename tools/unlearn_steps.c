@@ -1,0 +1,123 @@
+/* perta unlearn --steps: options of its own, and what it says. */
+#include "tools/unlearn_steps.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    KEY_STEPS = CLI_KEY_OWN + 0x40, KEY_DATA_FORGET, KEY_DATA_RETAIN, KEY_DATA_KEY,
+    KEY_STEP, KEY_BACK_OFF, KEY_MAX_SCALE, KEY_STOP_FORGET, KEY_MAX_RETAIN_RISE, KEY_MAX_TOKENS,
+    KEY_COMPUTE,
+};
+
+static const struct argp_option options[] = {
+    {"steps", KEY_STEPS, "K", 0,
+     "Instead of weights from --forget and --retain: up to K steps, with gradients taken anew at "
+     "each", 1},
+    {"data-forget", KEY_DATA_FORGET, "FILE", 0, "What to forget: JSON lines, as of estimate", 1},
+    {"data-retain", KEY_DATA_RETAIN, "FILE", 0, "What to retain: likewise", 1},
+    {"data-key", KEY_DATA_KEY, "FILE", 0,
+     "A key for digests (HMAC-SHA-256) of both in the record", 1},
+    {"step", KEY_STEP, "S", 0, "How far a parameter's scale grows in a step (default 0.4)", 2},
+    {"back-off", KEY_BACK_OFF, "B", 0,
+     "How far it shrinks where that is for the retain set (default 0.2; --method signed: never)",
+     2},
+    {"max-scale", KEY_MAX_SCALE, "M", 0, "The most that it grows to (default 3)", 2},
+    {"stop-forget", KEY_STOP_FORGET, "L", 0, "Stop once the loss over the forget set is L", 2},
+    {"max-retain-rise", KEY_MAX_RETAIN_RISE, "R", 0,
+     "Stop before the loss over the retain set has risen by more than R", 2},
+    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
+    {"compute", KEY_COMPUTE, "auto|f32|bf16", 0, "Matrix products, as of estimate", 2},
+    {0}};
+
+static double in_range(struct argp_state *state, const char *option, const char *arg, double least)
+{
+    double value = cli_number(state, option, arg);
+    if (!(value >= least) || value > 1000)
+        argp_error(state, "%s: %s; from %g to 1000", option, arg, least);
+    return value;
+}
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct unlearn_steps *own = state->input;
+    struct perta_steps *s = &own->steps;
+    own->n_given += key >= KEY_DATA_FORGET && key <= KEY_COMPUTE;
+    switch (key) {
+    case KEY_STEPS:
+        s->n_steps = (unsigned)cli_count(state, "--steps", arg);
+        if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
+            argp_error(state, "--steps: 1 to %d", PERTA_STEPS_MAX);
+        return 0;
+    case KEY_DATA_FORGET:
+        s->data_forget = arg;
+        return 0;
+    case KEY_DATA_RETAIN:
+        s->data_retain = arg;
+        return 0;
+    case KEY_DATA_KEY:
+        s->data_key = arg;
+        return 0;
+    case KEY_STEP:
+        s->rule.step = in_range(state, "--step", arg, 0.001);
+        return 0;
+    case KEY_BACK_OFF:
+        s->rule.back_off = in_range(state, "--back-off", arg, 0.001);
+        own->has_back_off = true;
+        return 0;
+    case KEY_MAX_SCALE:
+        s->rule.max_scale = in_range(state, "--max-scale", arg, 0.001);
+        return 0;
+    case KEY_STOP_FORGET:
+        s->stop_forget = cli_number(state, "--stop-forget", arg);
+        return 0;
+    case KEY_MAX_RETAIN_RISE:
+        s->max_retain_rise = cli_number(state, "--max-retain-rise", arg);
+        return 0;
+    case KEY_MAX_TOKENS:
+        s->max_tokens = cli_count(state, "--max-tokens", arg);
+        return 0;
+    case KEY_COMPUTE:
+        s->compute = cli_compute(state, arg);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+const struct argp unlearn_steps_argp = {options, parse, NULL, NULL, NULL, NULL, NULL};
+
+void unlearn_steps_init(struct unlearn_steps *own)
+{
+    *own = (struct unlearn_steps){.steps = {.rule = {.step = 0.4, .back_off = 0.2, .max_scale = 3},
+                                            .stop_forget = INFINITY,
+                                            .max_retain_rise = INFINITY}};
+}
+
+void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bool is_signed)
+{
+    const struct perta_steps *s = &own->steps;
+    if (!s->n_steps && (own->n_given || is_signed))
+        argp_error(state, "--method signed and signed-backoff, --data-forget, --data-retain and "
+                          "what goes with them need --steps K");
+    if (s->n_steps && (!s->data_forget || !s->data_retain))
+        argp_error(state, "--steps needs --data-forget and --data-retain");
+}
+
+static double real(const json_t *object, const char *key)
+{
+    return json_number_value(json_object_get(object, key));
+}
+
+void unlearn_steps_say(const struct cli *cli, const json_t *summary)
+{
+    size_t i;
+    json_t *point;
+    if (!json_array_size(json_object_get(summary, "path")))
+        return;
+    cli_say(cli, "step  forget loss  retain loss  scales moved  mean scale\n");
+    json_array_foreach (json_object_get(summary, "path"), i, point)
+        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i, real(point, "forget_loss"),
+                real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
+                (double)i == real(summary, "chosen") ? "  <- the patch" : "");
+}
