@@ -26,9 +26,14 @@ meson test -C build-dev --print-errorlogs --quiet
 meson test -C build-tsan --print-errorlogs --quiet stream engine writer
 echo "== installed: command, library, headers, pkg-config, man page"
 tests/install.sh build
-echo "== the command, against NumPy, PyTorch and independent readers"
-pytest build tests/python "$@"
-echo "== the same, with address and undefined-behaviour sanitizers"
-pytest build-dev tests/python "$@"
+echo "== the command, against NumPy, PyTorch and independent readers; at the same time"
+echo "   the same with address and undefined-behaviour sanitizers"
+pytest build tests/python "$@" >build/pytest.log 2>&1 &
+plain=$!
+failed=
+pytest build-dev tests/python "$@" || failed=1
+wait "$plain" || failed=1
+cat build/pytest.log
+[ -z "$failed" ]
 echo "== the loop, with the thread sanitizer"
 pytest build-tsan tests/python/test_outputs.py tests/python/test_interop.py "$@"
