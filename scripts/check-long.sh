@@ -19,8 +19,13 @@ echo "== other seeds, with address and undefined-behaviour sanitizers"
 ninja -C build-dev --quiet
 PERTA_SEEDS=2001-2400 pytest build-dev tests/python/test_faults.py "$@"
 
-echo "== estimate: bfloat16 products for every architecture, many budgets and threads"
-pytest build tests/python/test_estimate.py "$@"
+echo "== all cases of which make check takes a part, plain and with sanitizers"
+pytest build tests/python/test_estimate.py tests/python/test_hostile.py tests/python/test_unlearn.py \
+    tests/python/test_accumulate.py "$@"
+pytest build-dev tests/python/test_resume.py tests/python/test_hostile.py tests/python/test_unlearn.py \
+    tests/python/test_accumulate.py tests/python/test_diff.py tests/python/test_lora.py \
+    tests/python/test_interop.py tests/python/test_steps.py tests/python/test_compose.py \
+    tests/python/test_limits.py "$@"
 
 if command -v clang >/dev/null || command -v clang-14 >/dev/null; then
     echo "== fuzz targets, a minute each"

@@ -10,6 +10,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PERTA = Path(os.environ.get("PERTA", ROOT / "build/perta")).resolve()
+LONG = bool(os.environ.get("PERTA_LONG"))  # make check-long: all of what make check does a part of
+SANITIZED = "build/" not in f"{PERTA}"  # several times slower
+
+
+def part(cases, plain=None, sanitized=None):
+    """So many of them (None: all), evenly from the first on; all of them in the long tier."""
+    cases = list(cases)
+    n = sanitized if SANITIZED else plain
+    return cases if LONG or n is None else cases[:: -(-len(cases) // n)]
 
 
 @pytest.fixture

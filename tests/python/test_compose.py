@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import PERTA
+from conftest import PERTA, part
 from reference import BF16, CHUNK, bits, folder_bytes, narrow, shard_bytes, write_folder
 from test_diff import check_with_zstd, random_bits, refusal, write_checkpoint
 from test_limits import peak_mib, sanitized
@@ -393,7 +393,7 @@ def test_memory_bounds_the_whole_process(big, tmp_path, io):
     assert peak_mib(command, tmp_path) <= 128
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", part([signal.SIGINT, signal.SIGTERM], sanitized=1))
 def test_an_interrupted_run_leaves_nothing(big, tmp_path, number):
     inputs = [big / "p1", big / "p2", "--model", big / "a"]
     command = [str(PERTA), "compose", *inputs, "--patch", tmp_path / "p", "--threads", "1"]

@@ -11,11 +11,11 @@ import subprocess
 import time
 
 import pytest
-from conftest import PERTA
+from conftest import LONG, PERTA, SANITIZED, part
 from reference import folder_bytes
 from verbs import EAGER, VERBS, make_inputs, run
 
-KILLS = 70 if os.environ.get("PERTA_LONG") else 6
+KILLS = 70 if LONG else 1 if SANITIZED else 6
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(job):
     assert folder_bytes(folder / "out") == want and not leftovers(folder)
 
 
-@EVERY
+@pytest.mark.parametrize("job", part(VERBS, sanitized=3), indirect=True)
 def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job):
     folder, command, want = job
     whole = one_run_takes(folder, command)

@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from conftest import PERTA
+from conftest import PERTA, SANITIZED
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 PARTS = ("forget", "retain", "held-out")
-pytestmark = pytest.mark.skipif("build/" not in str(PERTA), reason="training is slow there")
+pytestmark = pytest.mark.skipif(SANITIZED, reason="training is slow there")
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,12 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from conftest import PERTA
+from conftest import LONG, PERTA, part
 from reference import folder_bytes
 from verbs import EAGER, VERBS, make_inputs, run
 
 FAULTY = PERTA.parent / "tests/faults/perta_faulty"
-LONG = bool(os.environ.get("PERTA_LONG"))
-FEW = list(VERBS) if LONG else ["unlearn-both", "accumulate", "estimate"]
+FEW = list(VERBS) if LONG else part(["unlearn-both", "accumulate", "estimate"], sanitized=2)
 MIB = 1 << 20
 
 
@@ -111,7 +110,7 @@ def test_a_read_only_disk_is_said_and_may_hold_the_inputs(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("verb", FEW)
-@pytest.mark.parametrize("limit", [12, 16, 24, 32] if LONG else [16, 32])
+@pytest.mark.parametrize("limit", part([16, 32, 12, 24], 2, 1))
 def test_few_open_files_will_do_or_are_said(inputs, tmp_path, verb, limit):
     want = wanted(inputs, VERBS[verb])
 

@@ -1,13 +1,12 @@
 """`perta estimate` against PyTorch: loss and every gradient, for every architecture."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PERTA, in_a_larger_process, needed
+from conftest import LONG, PERTA, SANITIZED, in_a_larger_process, needed, part
 from llama import write_llama
 
 torch = pytest.importorskip("torch")
@@ -55,7 +54,6 @@ MODELS = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
 }
-LONG = bool(os.environ.get("PERTA_LONG"))  # make check-long: every one instead of a few
 IN_BF16 = {n: m for n, m in MODELS.items() if LONG or n in ("llama, wide heads", "qwen3")}
 CUTS = [("140M", 1), ("150M", 2), ("170M", 3), ("200M", 1), ("400M", 4)][: None if LONG else 1]
 LENGTHS = (2, 3, 17, 66, 1 + 64, 130)
@@ -164,7 +162,7 @@ def test_bf16_products_stay_near(perta, tmp_path, family, changes):
     assert_close(read(tmp_path / "imp/meansq"), meansq, relative=0.06, cosine=0.998)
 
 
-@pytest.mark.parametrize("family, changes", [MODELS["llama"], MODELS["qwen2"]])
+@pytest.mark.parametrize("family, changes", part([MODELS["llama"], MODELS["qwen2"]], sanitized=1))
 def test_more_tokens_than_memory_give_the_same(perta, tmp_path, family, changes):
     """Batches, and what is kept for all tokens in a file; against one batch in memory."""
     make_model(tmp_path / "model", family, changes)
@@ -276,7 +274,7 @@ BIG = {
 }
 
 
-@pytest.mark.skipif("build/" not in str(PERTA), reason="sanitizers take memory too")
+@pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 @pytest.mark.parametrize("compute", ["f32", "auto"])
 def test_a_model_four_times_larger_than_memory(tmp_path, compute):
     """Under a hard limit on the address space, and measured: resident at most, all included."""

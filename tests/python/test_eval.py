@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PERTA
+from conftest import PERTA, SANITIZED
 from llama import MIB, write_llama
 from test_estimate import BIG, MODELS, VOCABULARY, make_model
 from test_limits import peak_mib
@@ -157,7 +157,7 @@ def test_a_patch_for_another_model_is_refused(perta, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in stderr and "applied already" in stderr
 
 
-@pytest.mark.skipif("build/" not in str(PERTA), reason="sanitizers take memory too")
+@pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 def test_a_patched_model_larger_than_memory(perta, tmp_path):
     """In batches, with rows of all tokens in a file; resident at most, all included."""
     big = BIG | {"num_hidden_layers": 8, "tie_word_embeddings": True}

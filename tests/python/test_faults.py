@@ -10,12 +10,11 @@ import random
 import shutil
 
 import pytest
-from conftest import PERTA
+from conftest import LONG, PERTA
 from reference import folder_bytes
 from verbs import EAGER, VERBS, make_inputs, run
 
 FAULTY = PERTA.parent / "tests/faults/perta_faulty"
-LONG = bool(os.environ.get("PERTA_LONG"))
 N_SEEDS = 2000 if LONG else 32
 FIRST, LAST = map(int, os.environ.get("PERTA_SEEDS", f"1-{N_SEEDS}").split("-"))
 GROUPS = 8  # of seeds: each is a test, on inputs of its own

@@ -15,12 +15,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import PERTA, ROOT
+from conftest import LONG, PERTA, ROOT, SANITIZED
 from reference import BF16, CHUNK, folder_bytes, narrow, shard_bytes, write_folder
 
-SANITIZED = "build/" not in f"{PERTA}"
-LONG = bool(os.environ.get("PERTA_LONG"))
-KILLS = 600 if LONG else 20
+KILLS = 600 if LONG else 12
 JOURNAL = "perta-in-place.journal"
 
 
@@ -325,7 +323,7 @@ def test_a_power_cut_at_any_write_leaves_what_goes_on_or_back(perta, work, trace
     start, acts = record(perta, work, tracer, verb)
     assert sum(a["what"] == "write" for a in acts) > 5 and sum(a["what"] == "sync" for a in acts) > 4
     rng = random.Random(verb)
-    cuts = [*range(len(acts) + 1)] * 8 if LONG else rng.sample(range(len(acts) + 1), min(12, len(acts)))
+    cuts = [*range(len(acts) + 1)] * 8 if LONG else rng.sample(range(len(acts) + 1), min(6, len(acts)))
     sides = {"apply": folder_bytes(work / "new"), "revert": folder_bytes(work / "old")}
     for n in cuts:
         cut(work, rng, start, acts[:n])

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, part
 from reference import CHUNK, folder_bytes, write_folder
 from safetensors import safe_open
 from test_diff import drifting_bytes, fine_tuned, medium, random_bits, write_checkpoint
@@ -106,13 +106,13 @@ def any_bits(dtype):
 
 @pytest.mark.parametrize(
     "dtype, make",
-    [
+    part(sanitized=3, cases=[
         ("BF16", fine_tuned),
         ("I64", drifting_bytes),
         *[(d, any_bits(d)) for d in ("F16", "F32", "F64", "F8_E4M3", "I32", "U8", "BOOL")],
-    ],
+    ]),
     ids=lambda value: value if isinstance(value, str) else "",
-)
+)  # fmt: skip
 def test_the_patch_reader_of_the_format_page_agrees(perta, tmp_path, dtype, make):
     rng = np.random.default_rng(1)
     pairs = {f"of.{n}": make(rng, n) for n in (CHUNK + 9, 0, 1, 30)}

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import PERTA, in_a_larger_process, needed
+from conftest import PERTA, SANITIZED, in_a_larger_process, needed, part
 from reference import BF16, folder_bytes, write_folder
 
 MIB = 1 << 20
@@ -72,7 +72,7 @@ JOBS = {
     "accumulate": "accumulate --stat mean,meansq --out i forget retain".split(),
     "manifest": "manifest forget".split(),
 }
-sanitized = pytest.mark.skipif("build/" not in f"{PERTA}", reason="sanitizers take memory too")
+sanitized = pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 
 
 @sanitized
@@ -110,7 +110,7 @@ def test_the_budget_holds_under_a_hard_limit_on_the_process(perta, big, tmp_path
 # --- interruption
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", part([signal.SIGINT, signal.SIGTERM], sanitized=1))
 @pytest.mark.parametrize("io", ["direct", "mmap", "pread"])
 def test_an_interrupted_run_leaves_nothing(big, tmp_path, number, io):
     command = [str(PERTA), *UNLEARN, "--patch", tmp_path / "p", "--out", tmp_path / "o", "--io", io]

@@ -7,13 +7,13 @@ import random
 import shutil
 
 import pytest
-from conftest import PERTA
+from conftest import LONG, PERTA, SANITIZED
 from powercut import Disk
 from reference import folder_bytes
 from verbs import EAGER, VERBS, make_inputs, run
 
 FAULTY = PERTA.parent / "tests/faults/perta_faulty"
-CUTS = 150 if os.environ.get("PERTA_LONG") else 3
+CUTS = 150 if LONG else 1 if SANITIZED else 3
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from conftest import part
 from test_estimate import MODELS, VOCABULARY, make_model
 from test_eval import evaluate, write_lines
 from test_resume import contents, stop_after
@@ -89,7 +90,7 @@ def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0):
 
 @pytest.mark.parametrize(
     "name, method, back_off",
-    [("llama, tied", "signed-backoff", 0.2), ("qwen3", "signed", 0.0)],
+    part([("llama, tied", "signed-backoff", 0.2), ("qwen3", "signed", 0.0)], sanitized=1),
 )
 def test_scales_and_model_are_pytorchs(perta, tmp_path, name, method, back_off):
     lines = make_folders(tmp_path, name)
