@@ -107,10 +107,9 @@ static size_t lay_out(struct perta_codec_scratch *s, uint8_t *arena)
     s->planes = carve(arena, &at, n);
     s->grouped = carve(arena, &at, perta_grouped_room(n));
     s->keys = carve(arena, &at, n / 2);
-    s->fields = carve(arena, &at, n);
+    s->spare = carve(arena, &at, n);
     s->payload = carve(arena, &at, perta_codec_payload_max(n));
-    s->counts =
-        (uint32_t(*)[256])(void *)carve(arena, &at, PERTA_WINDOW * sizeof *s->counts);
+    s->counts = (uint32_t(*)[PERTA_WINDOW][256])(void *)carve(arena, &at, 2 * sizeof *s->counts);
     return at + PERTA_TILE + 64; /* readers may go past an end by a tile */
 }
 
@@ -339,6 +338,6 @@ int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
     int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout,
                           err);
     if (!rc)
-        *n_changed = perta_payload_changed(&layout);
+        *n_changed = layout.n_changed;
     return rc;
 }

@@ -8,36 +8,39 @@
 #include "io/codec_plan.h"
 
 #define PERTA_UNIT_MAX 8u /* bytes */
-#define PERTA_HEAD_BYTES 12u
+#define PERTA_HEAD_BYTES 16u
 #define PERTA_GROUP_BYTES 9u
-/* Sections: head and gaps, then fields and planes of each group, then what overflows. */
+/* Sections: head and gaps, low bits, fields and rest of each group, what overflows. */
 #define PERTA_SECTIONS_MAX \
-    (2 + (PERTA_GROUPS_MAX + 1) * (1 + PERTA_UNIT_MAX) + PERTA_UNIT_MAX)
+    (1 + PERTA_UNIT_MAX + 2 * (PERTA_GROUPS_MAX + 1) + PERTA_UNIT_MAX)
 
 /* Units worked on at a time: what is read and made of them stays in the first cache. */
 #define PERTA_TILE 4096u
+/* Room for places in it that find() may write. */
+#define PERTA_TILE_FOUND (PERTA_TILE + PERTA_KERNEL_SLACK)
 
 /* Room to work in; see codec.c. Each is PERTA_KERNEL_SLACK bytes larger. */
 struct perta_codec_scratch {
     const struct perta_codec_kernels *kernels;
     size_t max_bytes; /* of a chunk */
-    uint8_t *planes;  /* (max_bytes) values in order of the units */
-    uint8_t *grouped; /* (perta_grouped_room(max_bytes)) by group, crossers last */
+    uint8_t *planes;  /* (max_bytes) values in order of the units, then their low bytes */
+    uint8_t *grouped; /* (perta_grouped_room(max_bytes)) values by group, crossers last */
     uint8_t *keys;    /* (max_bytes / 2) the group of each unit, where there are groups */
-    uint8_t *fields;  /* (max_bytes) the fields of a group, or units that overflow */
+    uint8_t *spare;   /* (max_bytes) units that overflow; values of a sample; low bits */
     uint8_t *payload; /* (perta_codec_payload_max(max_bytes)) */
-    uint32_t (*counts)[256]; /* (PERTA_WINDOW) */
+    uint32_t (*counts)[PERTA_WINDOW][256]; /* (2) */
 };
 
-/* Between planes and between groups there is room for kernels that write past an end. */
-static inline size_t perta_grouped_stride(size_t n_units)
-{
-    return n_units + (PERTA_GROUPS_MAX + 2) * PERTA_KERNEL_SLACK;
-}
-
+/* Between groups there is room for kernels that write past an end. */
 static inline size_t perta_grouped_room(size_t n_bytes)
 {
-    return n_bytes + PERTA_UNIT_MAX * perta_grouped_stride(0);
+    return n_bytes + (PERTA_GROUPS_MAX + 2) * PERTA_KERNEL_SLACK;
+}
+
+/* Planes of what is left of a unit without its low bits. */
+static inline unsigned perta_high_bytes(unsigned width, unsigned low)
+{
+    return (8 * width - low + 7) / 8;
 }
 
 /* Bytes of n fields. */
@@ -46,36 +49,32 @@ static inline size_t perta_fields_bytes(size_t n, unsigned bits)
     return (n * bits + 7) / 8;
 }
 
-static inline void perta_unit_copy(uint8_t *to, size_t i, const uint8_t *from, size_t j,
-                                   unsigned width)
+static inline uint64_t perta_unit_get(const uint8_t *from, size_t i, unsigned width)
+{
+    uint64_t unit = 0;
+    if (width == 2)
+        memcpy(&unit, from + 2 * i, 2);
+    else if (width == 4)
+        memcpy(&unit, from + 4 * i, 4);
+    else
+        memcpy(&unit, from + width * i, width);
+    return unit;
+}
+
+static inline void perta_unit_put(uint8_t *to, size_t i, uint64_t unit, unsigned width)
 {
     if (width == 2)
-        memcpy(to + 2 * i, from + 2 * j, 2);
+        memcpy(to + 2 * i, &unit, 2);
     else if (width == 4)
-        memcpy(to + 4 * i, from + 4 * j, 4);
+        memcpy(to + 4 * i, &unit, 4);
     else
-        memcpy(to + 8 * i, from + 8 * j, 8);
+        memcpy(to + width * i, &unit, width);
 }
 
 struct perta_section {
     const uint8_t *bytes;
     size_t len_bytes;
 };
-
-/* Calls visit(ctx, i) for each i where x[i] == value, in order. */
-static inline void perta_each(const struct perta_codec_kernels *kernels, const uint8_t *x,
-                              uint8_t value, size_t n, void (*visit)(void *ctx, size_t i),
-                              void *ctx)
-{
-    uint64_t masks[64];
-    for (size_t tile = 0; tile < n; tile += 64 * 64) {
-        size_t len = n - tile < 64 * 64 ? n - tile : 64 * 64;
-        kernels->masks(x + tile, value, len, masks);
-        for (size_t at = 0; at < len; at += 64)
-            for (uint64_t mask = masks[at / 64]; mask; mask &= mask - 1)
-                visit(ctx, tile + at + (size_t)__builtin_ctzll(mask));
-    }
-}
 
 /* A payload in parts, borrowed from the scratch. */
 struct perta_sections {
@@ -89,18 +88,22 @@ uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dty
                              const uint8_t *before, const uint8_t *after, size_t n,
                              struct perta_sections *sections);
 
-/* The payload, in s->payload, made sense of. Pointers lead into it and into s->grouped. */
+/* The payload, in s->payload, made sense of. Pointers lead into it and into s->grouped and
+ * s->spare. */
 struct perta_layout {
-    unsigned width, value_bytes, n_groups;
+    unsigned width, low, n_groups;
     struct perta_grouping grouping;
     struct {
         uint32_t n, n_rest;
         unsigned bits;
-        const uint8_t *fields, *rest;          /* (n_rest) a plane */
-        const uint8_t *values[PERTA_UNIT_MAX]; /* (n) a plane */
-    } groups[PERTA_GROUPS_MAX + 1];            /* crossers last */
-    const uint8_t *gaps, *overflow;
+        const uint8_t *fields, *rest; /* rest (n_rest) */
+        const uint8_t *values;        /* (n) */
+    } groups[PERTA_GROUPS_MAX + 1];   /* crossers last */
+    const uint8_t *gaps, *overflow;   /* overflow (n_overflow) a plane */
+    const uint8_t *
+        lows[PERTA_UNIT_MAX]; /* (n) the low bits, as perta_codec_kernels.join takes them */
     size_t gaps_bytes, n_overflow;
+    uint64_t n_changed;
 };
 
 /* NULL, or what is wrong with it. */
@@ -110,9 +113,6 @@ const char *perta_payload_read(struct perta_codec_scratch *s, enum perta_dtype d
 const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype dtype,
                                const struct perta_layout *layout, const uint8_t *from,
                                bool minus, uint8_t *to, size_t n);
-/* How many units change. */
-uint64_t perta_payload_changed(const struct perta_layout *layout);
-
 /* ---- values, io/codec_values.c: a bit for each unit, set where it changes, then the new
  * values of those, in planes ---- */
 

@@ -72,9 +72,12 @@ static void add_symbol(struct symbols *s, uint32_t count)
     s->most = count > s->most ? count : s->most;
 }
 
+/* What a byte's coding and decoding takes in time is worth so much. */
+#define BYTE_TIME 25
+
 /* So many of them in a byte: their entropy; what a code of whole bits loses, at least 3 in
  * 100 bits a byte, and where one byte is more frequent than all others what its own bit
- * exceeds its information by. */
+ * exceeds its information by; and time. */
 static uint64_t huffman_cost(const struct symbols *s, unsigned in_a_byte)
 {
     if (!s->n)
@@ -92,44 +95,40 @@ static uint64_t huffman_cost(const struct symbols *s, unsigned in_a_byte)
         loss = h < 248 ? 256 - h : loss;
     } else if (all >= 0x10000)
         loss = 0;
-    return entropy + (uint64_t)s->n * loss / in_a_byte;
+    return entropy + (uint64_t)s->n * (loss + BYTE_TIME) / in_a_byte;
 }
 
-/* What values with these counts cost in fields of bits bits, the rest after them. */
-static uint64_t fields_cost(const uint32_t counts[256], unsigned bits)
+static void add_symbols(struct symbols *s, const struct symbols *more)
 {
-    struct symbols fields = {0}, rest = {0};
-    unsigned full = (1u << bits) - 1;
-    for (unsigned v = full; v < 256; v++)
-        if (counts[v])
-            add_symbol(&rest, counts[v]);
-    if (!bits)
-        return huffman_cost(&rest, 1);
-    for (unsigned v = 0; v < full; v++)
-        add_symbol(&fields, counts[v]);
-    add_symbol(&fields, rest.n);
-    return huffman_cost(&fields, 8 / bits) + huffman_cost(&rest, 1);
+    s->n += more->n;
+    s->sum += more->sum;
+    s->most = more->most > s->most ? more->most : s->most;
 }
 
-/* The cheapest, and its cost. Values of several bytes are counted by length, which says how
- * groups differ, not what they cost: a zero among them costs in each byte, so it gets a
- * field. */
-static uint64_t group_cost(const uint32_t counts[256], bool exact, uint8_t *bits)
+/* What values with these counts cost in fields of so many bits, or without, whichever costs
+ * least; the rest after the fields. */
+static uint64_t group_cost(const uint32_t counts[256], uint8_t *bits)
 {
-    uint64_t best = fields_cost(counts, 0);
+    static const unsigned ends[] = {1, 3, 15, 256}; /* fields of 1, 2 and 4 bits end so */
+    struct symbols parts[4] = {0}, fields = {0}, all = {0};
+    for (unsigned i = 0, v = 0; i < 4; i++)
+        for (; v < ends[i]; v++)
+            add_symbol(&parts[i], counts[v]);
+    for (unsigned i = 0; i < 4; i++)
+        add_symbols(&all, &parts[i]);
+    uint64_t best = huffman_cost(&all, 1);
     *bits = 0;
-    if (!exact) {
-        uint32_t n = 0;
-        for (unsigned v = 0; v < 256; v++)
-            n += counts[v];
-        *bits = counts[0] > n / 64;
-        return best;
-    }
-    for (uint8_t b = 1; b <= 4; b = (uint8_t)(b * 2)) {
-        uint64_t cost = fields_cost(counts, b);
+    for (unsigned i = 0; i < 3; i++) {
+        struct symbols rest = {0}, coded;
+        add_symbols(&fields, &parts[i]);
+        for (unsigned j = i + 1; j < 4; j++)
+            add_symbols(&rest, &parts[j]);
+        coded = fields;
+        add_symbol(&coded, rest.n);
+        uint64_t cost = huffman_cost(&coded, 8u >> i) + huffman_cost(&rest, 1);
         if (cost < best) {
             best = cost;
-            *bits = b;
+            *bits = (uint8_t)(1u << i);
         }
     }
     return best;
@@ -148,32 +147,22 @@ static size_t take(const uint8_t *from, unsigned width, size_t n, uint8_t *to)
     return taken;
 }
 
-/* Values as symbols of one byte, into the first plane: themselves, or how many bits they
- * have. */
-static void to_symbols(uint8_t *planes, unsigned width, size_t n)
+/* The most low bits below which few z lie: those bits are noise then, a code saves nothing
+ * on them. They end with a byte, or 1, 2 or 4 bits after one. */
+static uint8_t choose_low(const struct perta_codec_kernels *kernels, unsigned width,
+                          const struct perta_codec_sample *s, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        unsigned len = 0;
-        for (unsigned b = width; b-- && !len;) {
-            unsigned byte = planes[b * n + i];
-            if (byte)
-                len = 8 * b + 32 - (unsigned)__builtin_clz(byte);
-        }
-        planes[i] = (uint8_t)len;
+    uint8_t chosen = 0;
+    for (uint8_t low = 1; low <= 8 * (width - 1); low++) {
+        unsigned bits = low % 8;
+        if (bits & (bits - 1))
+            continue;
+        kernels->split(width, low, s->z, n, NULL, s->values);
+        if (kernels->at_least(s->values, 1, n) < n - n * 3 / 10)
+            break;
+        chosen = low;
     }
-}
-
-/* Is one byte enough for nearly all? */
-static bool is_narrow(const struct perta_codec_sample *s, unsigned width, size_t n)
-{
-    size_t n_over = 0;
-    for (size_t i = 0; i < n; i++) {
-        unsigned high = 0;
-        for (unsigned b = 1; b < width; b++)
-            high |= s->planes[b * n + i];
-        n_over += high || s->planes[i] == 255;
-    }
-    return width > 1 && n_over <= n / 16;
+    return chosen;
 }
 
 /* ---- the choice ---- */
@@ -186,66 +175,78 @@ static struct perta_grouping window_of(const struct perta_codec_kernels *kernels
     e.first = e.e_bits > 8 ? (1u << (e.e_bits - 1)) - 192 : 0;
     e.n = 256;
     uint8_t top = 0;
-    kernels->keys(width, &e, s->before, s->keys[0], n);
+    kernels->keys(width, &e, s->before, s->keys, n);
     for (size_t i = 0; i < n; i++)
-        top = s->keys[0][i] > top ? s->keys[0][i] : top;
+        top = s->keys[i] > top ? s->keys[i] : top;
     e.first += top >= PERTA_WINDOW ? top - PERTA_WINDOW + 1u : 0;
     e.n = top >= PERTA_WINDOW ? PERTA_WINDOW : top + 1u;
     return e;
 }
 
+static void add_counts(uint32_t to[256], const uint32_t counts[256])
+{
+    for (unsigned v = 0; v < 256; v++)
+        to[v] += counts[v];
+}
+
+/* Of n_crossers of n units: where they are, and that each takes time. */
+static uint64_t gaps_cost(uint32_t n_crossers, size_t n)
+{
+    uint32_t c = n_crossers ? n_crossers : 1;
+    return c * (uint64_t)(log2_256((uint32_t)n) - log2_256(c) + BITS(2));
+}
+
 /* Groups from one floor up to the window's end; units below it join the lowest. */
-static void choose_floor(struct perta_codec_sample *s,
-                         const uint32_t crossing[PERTA_WINDOW], size_t n, bool exact,
+static void choose_floor(struct perta_codec_sample *s, size_t n,
                          struct perta_codec_plan *plan)
 {
     struct perta_grouping *g = &plan->grouping;
-    uint64_t costs[PERTA_WINDOW], above = 0, best = UINT64_MAX;
-    uint8_t bits[PERTA_WINDOW], low_bits[PERTA_WINDOW];
-    uint32_t n_crossers = 0, chosen = 0;
-    uint64_t low[PERTA_WINDOW];
-    uint32_t counts[256] = {0};
+    uint64_t low[PERTA_WINDOW], above = 0, best = UINT64_MAX;
+    uint8_t bits[PERTA_WINDOW], low_bits[PERTA_WINDOW], cross_bits;
+    uint32_t counts[256] = {0}, crossers[256] = {0}, n_crossers = 0, chosen = 0;
     for (uint32_t k = 0; k < g->n; k++) {
-        for (unsigned v = 0; v < 256; v++)
-            counts[v] += s->counts[k][v];
-        low[k] = group_cost(counts, exact, &low_bits[k]);
-        costs[k] = group_cost(s->counts[k], exact, &bits[k]);
+        add_counts(counts, s->counts[0][k]);
+        add_counts(counts, s->counts[1][k]);
+        low[k] = group_cost(counts, &low_bits[k]);
     }
     for (uint32_t k = g->n; k-- > 0;) {
-        uint32_t c = n_crossers ? n_crossers : 1;
-        uint64_t cross = (uint64_t)c * (log2_256((uint32_t)n) - log2_256(c) + BITS(3));
-        uint64_t cost = low[k] + above + cross;
+        uint64_t cost =
+            low[k] + above + group_cost(crossers, &cross_bits) + gaps_cost(n_crossers, n);
         if (cost <= best) {
             best = cost;
             chosen = k;
+            plan->bits[g->n - k] = cross_bits;
         }
-        above += costs[k] + BITS(160); /* tables, and time */
-        n_crossers += crossing[k];
+        above += group_cost(s->counts[0][k], &bits[k]) + BITS(160); /* tables, and time */
+        add_counts(crossers, s->counts[1][k]);
+        for (unsigned v = 0; v < 256; v++)
+            n_crossers += s->counts[1][k][v];
     }
+    cross_bits = plan->bits[g->n - chosen];
     for (uint32_t k = chosen; k < g->n; k++)
         plan->bits[k - chosen] = k == chosen ? low_bits[k] : bits[k];
+    plan->bits[g->n - chosen] = cross_bits;
     g->first += chosen;
     g->n -= chosen;
 }
 
-/* Symbols of the sample, by exponent; larger exponent of each unit whose two differ. */
-static void count_symbols(const struct perta_codec_kernels *kernels,
-                          const struct perta_grouping *g, unsigned width,
-                          struct perta_codec_sample *s, size_t n,
-                          uint32_t crossing[PERTA_WINDOW])
+/* Values of the sample, by exponent; those of units that cross by the larger of the two. */
+static void count_values(const struct perta_codec_kernels *kernels,
+                         const struct perta_grouping *g, unsigned width,
+                         struct perta_codec_sample *s, size_t n)
 {
-    memset(s->counts, 0, g->n * sizeof *s->counts);
+    memset(s->counts, 0, 2 * sizeof *s->counts);
     if (!g->e_bits) {
         for (size_t i = 0; i < n; i++)
-            s->counts[0][s->planes[i]]++;
+            s->counts[0][0][s->values[i]]++;
         return;
     }
-    kernels->keys(width, g, s->before, s->keys[0], n);
-    kernels->keys(width, g, s->after, s->keys[1], n);
+    uint8_t *other = s->z;
+    kernels->keys(width, g, s->before, s->keys, n);
+    kernels->keys(width, g, s->after, other, n);
     for (size_t i = 0; i < n; i++) {
-        uint8_t a = s->keys[0][i], b = s->keys[1][i];
-        s->counts[a][s->planes[i]]++;
-        crossing[a > b ? a : b] += a != b;
+        uint8_t a = s->keys[i], b = other[i];
+        s->counts[a != b][a > b ? a : b][s->values[i]]++;
     }
 }
 
@@ -254,19 +255,23 @@ void perta_codec_plan(const struct perta_codec_kernels *kernels, enum perta_dtyp
                       struct perta_codec_sample *s, struct perta_codec_plan *plan)
 {
     unsigned width = perta_dtype_unit_bytes(dtype);
-    bool ordered = perta_codec_is_ordered(dtype);
     *plan = (struct perta_codec_plan){.grouping = perta_codec_exponent(dtype)};
     size_t n = take(before, width, n_units, s->before);
     take(after, width, n_units, s->after);
-    kernels->delta(width, ordered, false, s->before, s->after, s->planes, n, n);
-    plan->narrow = is_narrow(s, width, n);
-    if (plan->narrow)
-        kernels->delta(width, ordered, true, s->before, s->after, s->planes, n, n);
-    else if (width > 1)
-        to_symbols(s->planes, width, n);
+    kernels->zigzags(width, perta_codec_is_ordered(dtype), s->before, s->after, s->z, n);
+    plan->low = choose_low(kernels, width, s, n);
+    kernels->split(width, plan->low, s->z, n, NULL, s->values);
     if (plan->grouping.e_bits)
         plan->grouping = window_of(kernels, plan->grouping, width, s, n);
-    uint32_t crossing[PERTA_WINDOW] = {0};
-    count_symbols(kernels, &plan->grouping, width, s, n, crossing);
-    choose_floor(s, crossing, n, plan->narrow || width == 1, plan);
+    count_values(kernels, &plan->grouping, width, s, n);
+    choose_floor(s, n, plan);
+}
+
+void perta_codec_plan_raw(enum perta_dtype dtype, struct perta_codec_plan *plan)
+{
+    *plan = (struct perta_codec_plan){
+        .grouping = perta_codec_exponent(dtype),
+        .low = (uint8_t)(8 * perta_dtype_unit_bytes(dtype)),
+        .bits = {1},
+    };
 }

@@ -14,15 +14,15 @@
 
 struct perta_codec_plan {
     struct perta_grouping grouping;     /* n 1: not grouped */
-    bool narrow;                        /* values are min(z, 255); see the spec */
+    uint8_t low;                        /* bits of z that are written as they are */
     uint8_t bits[PERTA_GROUPS_MAX + 1]; /* of a field, for each group, crossers last */
 };
 
 /* Scratch: room for PERTA_SAMPLE_MAX units, or for a chunk if that is less. */
 struct perta_codec_sample {
-    uint8_t *before, *after, *planes; /* units */
-    uint8_t *keys[2];                 /* bytes */
-    uint32_t (*counts)[256];          /* (PERTA_WINDOW) symbols, by exponent */
+    uint8_t *before, *after, *z;           /* units */
+    uint8_t *values, *keys;                /* bytes */
+    uint32_t (*counts)[PERTA_WINDOW][256]; /* (2) values of what crosses not, and crosses */
 };
 
 /* Is the dtype one of sign and magnitude, mapped to ordered integers? */
@@ -33,5 +33,7 @@ struct perta_grouping perta_codec_exponent(enum perta_dtype dtype);
 void perta_codec_plan(const struct perta_codec_kernels *kernels, enum perta_dtype dtype,
                       const void *before, const void *after, size_t n,
                       struct perta_codec_sample *sample, struct perta_codec_plan *plan);
+/* The plan that bounds what any units take: all bits as they are. */
+void perta_codec_plan_raw(enum perta_dtype dtype, struct perta_codec_plan *plan);
 
 #endif

@@ -59,75 +59,87 @@ static const char *read_table(const uint8_t **at, const uint8_t *end, size_t n,
     return total == n ? NULL : "its groups make no sense";
 }
 
-static const char *read_sections(const uint8_t *at, const uint8_t *end,
-                                 struct perta_layout *l)
+static const char *read_sections(const uint8_t *at, const uint8_t *end, size_t n,
+                                 struct perta_layout *l, const uint8_t **packed)
 {
+    for (unsigned b = 0; b < l->low / 8; b++)
+        if (!skip(&at, end, n, 1, &l->lows[b]))
+            return "it ends in its low bits";
+    if (!skip(&at, end, perta_fields_bytes(n, l->low % 8), 1, packed))
+        return "it ends in its low bits";
     for (unsigned g = 0; g <= l->n_groups; g++)
         if (!skip(&at, end, perta_fields_bytes(l->groups[g].n, l->groups[g].bits), 1,
                   &l->groups[g].fields) ||
-            !skip(&at, end, l->groups[g].n_rest, l->value_bytes, &l->groups[g].rest))
+            !skip(&at, end, l->groups[g].n_rest, 1, &l->groups[g].rest))
             return "it ends in a group";
-    if (!skip(&at, end, l->n_overflow, l->width, &l->overflow) || at != end)
+    if (!skip(&at, end, l->n_overflow, perta_high_bytes(l->width, l->low), &l->overflow) ||
+        at != end)
         return "it is not as long as it says";
     return NULL;
 }
 
 /* Values of each group from its fields and its rest. */
-static const char *read_values(struct perta_codec_scratch *s, size_t n,
-                               struct perta_layout *l)
+static const char *read_values(struct perta_codec_scratch *s, struct perta_layout *l)
 {
     uint8_t *to = s->grouped;
-    size_t stride = perta_grouped_stride(n);
     for (unsigned g = 0; g <= l->n_groups; g++) {
-        size_t n_units = l->groups[g].n, n_rest = l->groups[g].n_rest;
+        size_t n_units = l->groups[g].n;
         unsigned bits = l->groups[g].bits;
         uint8_t full = (uint8_t)((1u << bits) - 1);
-        for (unsigned b = 0; b < l->value_bytes; b++)
-            l->groups[g].values[b] =
-                bits ? to + b * stride : l->groups[g].rest + b * n_rest;
+        l->groups[g].values = bits ? to : l->groups[g].rest;
         if (!bits)
             continue;
         s->kernels->unpack(bits, l->groups[g].fields, n_units, to);
-        if (s->kernels->occurs(to, full, n_units) != n_rest)
+        if (s->kernels->at_least(to, full, n_units) != l->groups[g].n_rest)
             return "its fields make no sense";
-        for (unsigned b = l->value_bytes; b-- > 0;) { /* the first plane holds the fields */
-            if (b)
-                memset(to + b * stride, 0, n_units);
-            s->kernels->put(to + b * stride, to, full, n_units,
-                            l->groups[g].rest + b * n_rest);
-        }
+        s->kernels->put(to, full, n_units, l->groups[g].rest);
         to += n_units + PERTA_KERNEL_SLACK;
     }
+    return NULL;
+}
+
+static const char *read_head(const uint8_t *head, enum perta_dtype dtype, size_t n,
+                             struct perta_layout *l)
+{
+    l->width = perta_dtype_unit_bytes(dtype);
+    l->n_groups = head[2];
+    l->low = head[3];
+    l->gaps_bytes = get_le(head + 4, 4);
+    l->n_overflow = get_le(head + 8, 4);
+    l->n_changed = get_le(head + 12, 4);
+    l->grouping = perta_codec_exponent(dtype);
+    l->grouping.first = get_le(head, 2);
+    l->grouping.n = l->n_groups;
+    unsigned left = l->low % 8;
+    if (!l->n_groups || l->n_groups > PERTA_GROUPS_MAX ||
+        (l->n_groups > 1 && l->grouping.first + l->n_groups > 1u << l->grouping.e_bits) ||
+        l->low > 8 * l->width || (left & (left - 1)) || l->n_changed > n)
+        return "its head makes no sense";
     return NULL;
 }
 
 const char *perta_payload_read(struct perta_codec_scratch *s, enum perta_dtype dtype,
                                size_t payload_bytes, size_t n, struct perta_layout *l)
 {
-    const uint8_t *at = s->payload, *end = at + payload_bytes, *head;
+    const uint8_t *at = s->payload, *end = at + payload_bytes, *head, *packed = NULL;
     if (!skip(&at, end, 1, PERTA_HEAD_BYTES, &head))
         return "it ends in its head";
-    l->width = perta_dtype_unit_bytes(dtype);
-    l->n_groups = head[2];
-    l->value_bytes = head[3];
-    l->gaps_bytes = get_le(head + 4, 4);
-    l->n_overflow = get_le(head + 8, 4);
-    l->grouping = perta_codec_exponent(dtype);
-    l->grouping.first = get_le(head, 2);
-    l->grouping.n = l->n_groups;
-    bool narrow = l->value_bytes < l->width;
-    if (!l->n_groups || l->n_groups > PERTA_GROUPS_MAX ||
-        (l->n_groups > 1 && l->grouping.first + l->n_groups > 1u << l->grouping.e_bits) ||
-        (l->value_bytes != l->width && l->value_bytes != 1) || (l->n_overflow && !narrow))
-        return "its head makes no sense";
-    const char *wrong = read_table(&at, end, n, l);
+    const char *wrong = read_head(head, dtype, n, l);
+    if (!wrong)
+        wrong = read_table(&at, end, n, l);
     if (!wrong && !skip(&at, end, l->gaps_bytes, 1, &l->gaps))
         wrong = "it ends in its gaps";
     if (!wrong && !gaps_are_sound(l->gaps, l->gaps_bytes, l->groups[l->n_groups].n, n))
         wrong = "its gaps make no sense";
     if (!wrong)
-        wrong = read_sections(at, end, l);
-    return wrong ? wrong : read_values(s, n, l);
+        wrong = read_sections(at, end, n, l, &packed);
+    if (wrong)
+        return wrong;
+    if (l->low % 8) {
+        s->kernels->unpack(l->low % 8, packed, n, s->spare);
+        l->lows[l->low / 8] = s->spare;
+    }
+    return read_values(s, l);
 }
 
 /* ---- moving ---- */
@@ -136,92 +148,84 @@ const char *perta_payload_read(struct perta_codec_scratch *s, enum perta_dtype d
 struct reader {
     const struct perta_codec_kernels *kernels;
     const struct perta_layout *l;
-    bool ordered, minus;
-    const uint8_t *gap, *overflow; /* the next of them */
-    size_t crosser;                /* the next unit that crosses */
-    const uint8_t
-        *values[PERTA_UNIT_MAX][PERTA_GROUPS_MAX + 1]; /* the next, by plane and group */
-    /* a tile's */
-    const uint8_t *from;
-    uint8_t *to;
-    size_t n_overflow;
-    uint8_t units[PERTA_TILE * PERTA_UNIT_MAX]; /* that overflow */
+    const uint8_t *gap;                          /* the next of them */
+    size_t crosser;                              /* the unit it counts from */
+    const uint8_t *values[PERTA_GROUPS_MAX + 1]; /* the next, by group */
+    size_t overflow;                             /* the number of the next */
+    bool too_low;                                /* one of them need not have overflowed */
+    uint8_t z[PERTA_TILE * PERTA_UNIT_MAX];      /* of a tile */
 };
 
-static void next_crosser(struct reader *r)
+/* The units up to number end that cross get the key that says so. */
+static void mark_crossers(struct reader *r, size_t at, size_t end, uint8_t *keys)
 {
-    const uint8_t *end = r->l->gaps + r->l->gaps_bytes;
-    if (r->gap == end)
-        r->crosser = SIZE_MAX;
-    while (r->gap < end) {
-        r->crosser += *r->gap;
-        if (*r->gap++ != 255)
-            break;
+    const uint8_t *gap = r->gap, *gaps_end = r->l->gaps + r->l->gaps_bytes;
+    size_t crosser = r->crosser;
+    for (; gap < gaps_end && crosser + *gap < end; gap++) {
+        crosser += *gap;
+        if (*gap != 255)
+            keys[crosser++ - at] = (uint8_t)r->l->n_groups;
     }
+    r->gap = gap;
+    r->crosser = crosser;
 }
 
-/* Values of the n units from number at on, in planes n apart. False where the groups do not
- * have as many: then some were read that are not theirs, but no more than a tile. */
-static bool gather_tile(struct reader *r, size_t at, size_t n, uint8_t *keys,
-                        uint8_t *planes)
+/* Values of the n units from number at on. False where the groups do not have as many: then
+ * some were read that are not theirs, but no more than a tile. */
+static bool gather_tile(struct reader *r, const uint8_t *from, size_t at, size_t n,
+                        uint8_t *keys, uint8_t *values)
 {
     const struct perta_layout *l = r->l;
-    r->kernels->keys(l->width, &l->grouping, r->from, keys, n);
-    while (r->crosser < at + n) {
-        keys[r->crosser++ - at] = (uint8_t)l->n_groups;
-        next_crosser(r);
-    }
-    for (unsigned b = 0; b < l->value_bytes; b++)
-        r->kernels->gather(planes + b * n, keys, n, l->n_groups + 1, r->values[b]);
+    r->kernels->keys(l->width, &l->grouping, from, keys, n);
+    mark_crossers(r, at, at + n, keys);
+    r->kernels->gather(values, keys, n, l->n_groups + 1, r->values);
     for (unsigned g = 0; g <= l->n_groups; g++)
-        if (r->values[0][g] > l->groups[g].values[0] + l->groups[g].n)
+        if (r->values[g] > l->groups[g].values + l->groups[g].n)
             return false;
     return true;
 }
 
-static void take_out(void *ctx, size_t unit)
-{
-    struct reader *r = ctx;
-    perta_unit_copy(r->units, r->n_overflow++, r->from, unit, r->l->width);
-}
-
-static void put_back(void *ctx, size_t unit)
-{
-    struct reader *r = ctx;
-    perta_unit_copy(r->to, unit, r->units, r->n_overflow++, r->l->width);
-}
-
-/* Units whose values overflow are moved by themselves, one after another. */
-static bool move_overflow(struct reader *r, const uint8_t *values, size_t n)
+/* Of the n units of r->z those whose values overflow. */
+static void put_overflow(struct reader *r, const uint8_t *values, size_t n)
 {
     const struct perta_layout *l = r->l;
-    r->n_overflow = 0;
-    perta_each(r->kernels, values, 255, n, take_out, r);
-    size_t found = r->n_overflow;
-    if (found > l->n_overflow - (size_t)(r->overflow - l->overflow))
-        return false;
-    r->kernels->add(l->width, r->ordered, false, r->units, r->overflow, l->n_overflow,
-                    r->minus, r->units, found);
-    r->overflow += found;
-    r->n_overflow = 0;
-    perta_each(r->kernels, values, 255, n, put_back, r);
-    return true;
+    uint16_t at[PERTA_TILE_FOUND];
+    size_t found = r->kernels->find(values, 255, n, at);
+    unsigned n_planes = perta_high_bytes(l->width, l->low);
+    for (size_t i = 0; i < found; i++, r->overflow++) {
+        uint64_t high = 0, z = perta_unit_get(r->z, at[i], l->width);
+        for (unsigned b = 0; b < n_planes && r->overflow < l->n_overflow; b++)
+            high |= (uint64_t)l->overflow[b * l->n_overflow + r->overflow] << (8 * b);
+        r->too_low |= high < 255;
+        z = (z & ((1ull << l->low) - 1)) | high << l->low;
+        perta_unit_put(r->z, at[i], z, l->width);
+    }
 }
 
 static void start_reader(struct reader *r, const struct perta_codec_scratch *s,
-                         enum perta_dtype dtype, const struct perta_layout *l, bool minus)
+                         const struct perta_layout *l)
 {
     r->kernels = s->kernels;
     r->l = l;
-    r->ordered = perta_codec_is_ordered(dtype);
-    r->minus = minus;
     r->gap = l->gaps;
-    r->overflow = l->overflow;
     r->crosser = 0;
-    next_crosser(r);
-    for (unsigned b = 0; b < l->value_bytes; b++)
-        for (unsigned g = 0; g <= l->n_groups; g++)
-            r->values[b][g] = l->groups[g].values[b];
+    r->overflow = 0;
+    r->too_low = false;
+    for (unsigned g = 0; g <= l->n_groups; g++)
+        r->values[g] = l->groups[g].values;
+}
+
+/* z of the n units from number at on, into r->z; returns how many are not zero. */
+static uint64_t join_tile(struct reader *r, const uint8_t *values, size_t at, size_t n)
+{
+    const struct perta_layout *l = r->l;
+    const uint8_t *lows[PERTA_UNIT_MAX];
+    for (unsigned b = 0; 8 * b < l->low; b++)
+        lows[b] = l->lows[b] + at;
+    uint64_t n_changed = r->kernels->join(l->width, l->low, values, lows, r->z, n);
+    if (l->low < 8 * l->width)
+        put_overflow(r, values, n);
+    return n_changed;
 }
 
 const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype dtype,
@@ -229,42 +233,24 @@ const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype d
                                bool minus, uint8_t *to, size_t n)
 {
     struct reader r;
-    bool narrow = l->value_bytes < l->width;
-    size_t stride = l->groups[0].bits ? perta_grouped_stride(n) : n;
+    bool ordered = perta_codec_is_ordered(dtype);
+    uint64_t n_changed = 0;
     if (l->n_groups == 1 && l->groups[1].n)
         return "its groups make no sense";
-    start_reader(&r, s, dtype, l, minus);
+    start_reader(&r, s, l);
     for (size_t at = 0; at < n; at += PERTA_TILE) {
         size_t len = n - at < PERTA_TILE ? n - at : PERTA_TILE;
-        const uint8_t *values = l->groups[0].values[0] + at;
-        r.from = from + at * l->width;
-        r.to = to + at * l->width;
+        const uint8_t *values = l->groups[0].values + at;
         if (l->n_groups > 1) {
-            if (!gather_tile(&r, at, len, s->keys, s->planes))
+            if (!gather_tile(&r, from + at * l->width, at, len, s->keys, s->planes))
                 return "its groups are not those of the values";
             values = s->planes;
-            stride = len;
         }
-        s->kernels->add(l->width, r.ordered, narrow, r.from, values, stride, minus, r.to,
-                        len);
-        if (narrow && !move_overflow(&r, values, len))
-            return "what overflows makes no sense";
+        n_changed += join_tile(&r, values, at, len);
+        s->kernels->add(l->width, ordered, from + at * l->width, r.z, minus,
+                        to + at * l->width, len);
     }
-    return r.overflow == l->overflow + l->n_overflow ? NULL
-                                                     : "what overflows makes no sense";
-}
-
-uint64_t perta_payload_changed(const struct perta_layout *l)
-{
-    uint64_t n_changed = 0;
-    for (unsigned g = 0; g <= l->n_groups; g++) {
-        size_t n = l->groups[g].n;
-        for (size_t i = 0; i < n; i++) {
-            unsigned any = 0;
-            for (unsigned b = 0; b < l->value_bytes; b++)
-                any |= l->groups[g].values[b][i];
-            n_changed += any != 0;
-        }
-    }
-    return n_changed;
+    if (r.overflow != l->n_overflow || r.too_low)
+        return "what overflows makes no sense";
+    return n_changed == l->n_changed ? NULL : "it does not change as many units as it says";
 }

@@ -98,12 +98,13 @@ static void make(enum perta_dtype dtype, enum change change, size_t n, uint8_t *
 /* What payloads were seen to hold. */
 enum {
     GROUPED = 1,
-    NARROW = 2,
-    WIDE = 4,
-    OVERFLOW = 8,
-    CROSSERS = 16,
-    LONG_GAP = 32,
-    FIELDS = 64
+    LOW_BYTES = 2,
+    LOW_BITS = 4,
+    RAW = 8,
+    OVERFLOW = 16,
+    CROSSERS = 32,
+    LONG_GAP = 64,
+    FIELDS = 128
 };
 #define ALL_SEEN (FIELDS * 32 - 1) /* FIELDS << bits for bits 0, 1, 2 and 4; 3 is none */
 static unsigned seen = FIELDS << 3;
@@ -121,10 +122,10 @@ static void look_at(const uint8_t *frame, const struct perta_coded *coded, unsig
     ck_assert_uint_eq(
         ZSTD_decompress(payload, coded->payload_bytes, frame, coded->frame_bytes),
         coded->payload_bytes);
-    unsigned n_groups = payload[2], value_bytes = payload[3];
-    const uint8_t *table = payload + 12;
+    unsigned n_groups = payload[2], low = payload[3];
+    const uint8_t *table = payload + 16;
     seen |= n_groups > 1 ? GROUPED : 0;
-    seen |= value_bytes < width ? NARROW : width > 1 ? WIDE : 0;
+    seen |= low == 8 * width ? RAW : (low >= 8 ? LOW_BYTES : 0) | (low % 8 ? LOW_BITS : 0);
     seen |= le(payload + 8, 4) ? OVERFLOW : 0;
     seen |= le(table + 9 * n_groups, 4) ? CROSSERS : 0;
     seen |= le(payload + 4, 4) > le(table + 9 * n_groups, 4) ? LONG_GAP : 0;
@@ -271,48 +272,105 @@ static int n_kernels(void)
 enum { ROOM = 1003 * 8 + 2 * PERTA_KERNEL_SLACK };
 static uint8_t a[ROOM], b[ROOM];
 
-/* Values from units and back: k's results in planes and out, at offset odd. */
-static uint64_t move_units(const struct perta_codec_kernels *k, unsigned c, unsigned width,
-                           size_t n, unsigned odd, uint8_t *planes, uint8_t *out)
+/* z from units, and back: k's results at offset odd, as after it they are kept to their
+ * room. */
+static uint64_t move_units(const struct perta_codec_kernels *k, bool ordered,
+                           unsigned width, size_t n, unsigned odd, uint8_t *z, uint8_t *out)
 {
-    bool ordered = c & 1, narrow = c & 2;
-    memset(planes, 0x5a, ROOM);
-    uint64_t changed = k->delta(width, ordered, narrow, a + 1, b + 1, planes + odd, n, n);
-    ck_assert_uint_eq(planes[odd + n * (narrow ? 1 : width)],
-                      0x5a); /* it kept to its room */
-    k->add(width, ordered, narrow, a + 1, planes + odd, n, false, out + odd, n);
-    for (size_t i = 0; i < n; i++)
-        ck_assert((narrow && planes[odd + i] == 255) ||
-                  !memcmp(out + odd + i * width, b + 1 + i * width, width));
-    k->add(width, ordered, narrow, b + 1, planes + odd, n, true, out + odd, n);
-    for (size_t i = 0; i < n; i++)
-        ck_assert((narrow && planes[odd + i] == 255) ||
-                  !memcmp(out + odd + i * width, a + 1 + i * width, width));
+    memset(z, 0x5a, ROOM);
+    uint64_t changed = k->zigzags(width, ordered, a + 1, b + 1, z + odd, n);
+    ck_assert_uint_eq(z[odd + n * width], 0x5a);
+    memset(out, 0x5a, ROOM);
+    k->add(width, ordered, a + 1, z + odd, false, out + odd, n);
+    ck_assert_mem_eq(out + odd, b + 1, n * width);
+    k->add(width, ordered, b + 1, z + odd, true, out + odd, n);
+    ck_assert_mem_eq(out + odd, a + 1, n * width);
+    ck_assert_uint_eq(out[odd + n * width], 0x5a);
     return changed;
 }
 
 START_TEST(kernels_move_units_alike_for_every_instruction_set)
 {
     static const size_t sizes[] = {1, 2, 3, 15, 17, 31, 33, 63, 64, 65, 127, 1003};
-    uint8_t *planes[2] = {alloc(ROOM), alloc(ROOM)}, *out[2] = {alloc(ROOM), alloc(ROOM)};
+    uint8_t *z[2] = {alloc(ROOM), alloc(ROOM)}, *out = alloc(ROOM);
     fill_random(a, ROOM, 1);
     fill_random(b, ROOM, 2);
     for (size_t i = 0; i < ROOM; i++) /* small differences too */
         b[i] = i % 3 ? a[i] : b[i];
     for (int isa = 1; isa < n_kernels(); isa++)
-        for (unsigned c = 0; c < 4 * 4 * 12; c++) {
-            unsigned width = 1u << ((c >> 2) & 3);
-            size_t n = sizes[c >> 4];
-            if (width == 1 && c & 2)
-                continue;
-            ck_assert_uint_eq(move_units(kernels[0], c, width, n, 0, planes[0], out[0]),
-                              move_units(kernels[isa], c, width, n, 1, planes[1], out[1]));
-            ck_assert_mem_eq(planes[0], planes[1] + 1, n * (c & 2 ? 1 : width));
+        for (unsigned c = 0; c < 2 * 4 * 12; c++) {
+            unsigned width = 1u << ((c >> 1) & 3);
+            size_t n = sizes[c >> 3], n_changed = 0;
+            for (size_t i = 0; i < n; i++)
+                n_changed += memcmp(a + 1 + i * width, b + 1 + i * width, width) != 0;
+            ck_assert_uint_eq(move_units(kernels[0], c & 1, width, n, 0, z[0], out),
+                              n_changed);
+            ck_assert_uint_eq(move_units(kernels[isa], c & 1, width, n, 1, z[1], out),
+                              n_changed);
+            ck_assert_mem_eq(z[0], z[1] + 1, n * width);
         }
-    for (int i = 0; i < 2; i++) {
-        free(planes[i]);
-        free(out[i]);
+    free(z[0]);
+    free(z[1]);
+    free(out);
+}
+END_TEST
+
+/* By the words of the format page. */
+static void look_at_split(const uint8_t *z, unsigned width, unsigned low, size_t n,
+                          uint8_t *const *lows, const uint8_t *values)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint64_t unit = 0;
+        memcpy(&unit, z + i * width, width);
+        uint64_t high = low < 64 ? unit >> low : 0;
+        ck_assert_uint_eq(values[i], high < 255 ? high : 255);
+        for (unsigned at = 0; at < low; at += 8)
+            ck_assert_uint_eq(lows[at / 8][i],
+                              (unit >> at) & (low - at < 8 ? (1u << (low - at)) - 1 : 255));
     }
+}
+
+START_TEST(kernels_split_and_join_alike_for_every_instruction_set)
+{
+    enum { N = 1003, EACH = N + 1 };
+    static uint8_t bytes[8 * EACH], values[EACH], z[8 * N + 1];
+    uint8_t *lows[8];
+    for (int isa = 0; isa < n_kernels(); isa++)
+        for (unsigned c = 0; c < 4 * 65; c++) {
+            unsigned width = 1u << (c & 3), low = c >> 2;
+            size_t n = low % 3 ? N : low + 1, n_changed = 0;
+            if (low > 8 * width || (low % 8 & (low % 8 - 1)))
+                continue;
+            fill_random(a, N * width, c);
+            for (size_t i = 0; i < n;
+                 i++) { /* small ones, and zeros; the high bits as they are */
+                uint64_t unit = 0,
+                         keep = i % 3 ? (1ull << (low + i % 7 < 63 ? low + i % 7 : 63)) - 1
+                                      : UINT64_MAX;
+                memcpy(&unit, a + i * width, width);
+                unit &= i % 5 ? keep : 0;
+                memcpy(a + i * width, &unit, width);
+                n_changed += unit != 0;
+            }
+            memset(bytes, 0x5a, sizeof bytes);
+            memset(values, 0x5a, sizeof values);
+            for (unsigned p = 0; p < 8; p++)
+                lows[p] = bytes + p * EACH;
+            kernels[isa]->split(width, low, a, n, lows, values);
+            look_at_split(a, width, low, n, lows, values);
+            ck_assert_uint_eq(values[n], 0x5a);
+            for (unsigned p = 0; p < 8; p++)
+                ck_assert_uint_eq(lows[p][8 * p < low ? n : 0], 0x5a);
+            kernels[isa]->split(width, low, a, n, NULL, values);
+            look_at_split(a, width, low, n, lows, values);
+            z[n * width] = 0x5a;
+            ck_assert_uint_eq(
+                kernels[isa]->join(width, low, values, (const uint8_t *const *)lows, z, n),
+                n_changed);
+            ck_assert_uint_eq(z[n * width], 0x5a);
+            for (size_t i = 0; i < n; i++)
+                ck_assert(values[i] == 255 || !memcmp(z + i * width, a + i * width, width));
+        }
 }
 END_TEST
 
@@ -351,12 +409,12 @@ START_TEST(kernels_find_the_same_groups_for_every_instruction_set)
 }
 END_TEST
 
-/* Scatter and pick n bytes, gather and put them back; all of k's results go into out. */
+/* Scatter and pack n bytes, gather and unpack them; all of k's results go into out. */
 static size_t move_bytes(const struct perta_codec_kernels *k, const uint8_t *x,
                          const uint8_t *keys, size_t n, unsigned n_keys, uint8_t *out)
 {
     enum { EACH = 1003 + PERTA_KERNEL_SLACK };
-    static uint8_t moved[PERTA_GROUPS_MAX][EACH], back[EACH], fields[EACH], packed[EACH];
+    static uint8_t moved[PERTA_GROUPS_MAX][EACH], back[EACH], packed[EACH];
     uint8_t *to[PERTA_GROUPS_MAX], *start = out;
     const uint8_t *from[PERTA_GROUPS_MAX];
     uint32_t counts[PERTA_GROUPS_MAX] = {0};
@@ -366,9 +424,6 @@ static size_t move_bytes(const struct perta_codec_kernels *k, const uint8_t *x,
     k->scatter(x, keys, n, n_keys, to);
     for (unsigned g = 0; g < n_keys; g++) {
         ck_assert_uint_eq((size_t)(to[g] - moved[g]), counts[g]);
-        ck_assert_uint_eq(k->occurs(keys, (uint8_t)g, n), counts[g]);
-        ck_assert_uint_eq(k->pick(x, keys, (uint8_t)g, n, packed), counts[g]);
-        ck_assert_mem_eq(packed, moved[g], counts[g]);
         memcpy(out, moved[g], counts[g]);
         out += counts[g];
     }
@@ -376,27 +431,32 @@ static size_t move_bytes(const struct perta_codec_kernels *k, const uint8_t *x,
     k->gather(back, keys, n, n_keys, from);
     ck_assert_mem_eq(back, x, n);
     ck_assert_uint_eq(back[n], 0x5a);
-    memcpy(fields, keys, n);
-    k->put(fields, fields, 0, n, moved[0]); /* in place */
-    for (size_t i = 0; i < n; i++)
-        ck_assert_uint_eq(fields[i], keys[i] ? keys[i] : x[i]);
     for (unsigned bits = 1; bits <= 4; bits *= 2) {
         uint8_t full = (uint8_t)((1u << bits) - 1);
-        k->clamp(x, n / 2, 2, full, fields, n / 2); /* two planes */
-        for (size_t i = 0; i < n / 2; i++)
-            ck_assert_uint_eq(fields[i], x[n / 2 + i] || x[i] > full ? full : x[i]);
-        k->clamp(x, n, 1, full, fields, n);
-        size_t len = (n * bits + 7) / 8;
-        k->pack(bits, fields, n, packed);
+        size_t len = (n * bits + 7) / 8, n_rest = k->at_least(x, full, n), rest = 0;
+        packed[len] = back[n] = 0x5a;
+        k->pack(bits, x, n, packed);
         k->unpack(bits, packed, n, back);
-        ck_assert_mem_eq(back, fields, n);
+        ck_assert_uint_eq(packed[len], 0x5a);
+        ck_assert_uint_eq(back[n], 0x5a);
+        ck_assert_uint_eq(k->pick(x, full, n, moved[0]), n_rest);
+        for (size_t i = 0; i < n; i++) {
+            ck_assert_uint_eq(back[i], x[i] < full ? x[i] : full);
+            if (x[i] >= full)
+                ck_assert_uint_eq(moved[0][rest++], x[i]);
+        }
+        ck_assert_uint_eq(rest, n_rest);
+        k->put(back, full, n, moved[0]);
+        ck_assert_mem_eq(back, x, n);
         memcpy(out, packed, len);
         out += len;
     }
-    uint64_t masks[16];
-    k->masks(x, 7, n, masks);
+    uint16_t at[1003 + PERTA_KERNEL_SLACK];
+    size_t found = k->find(x, 7, n, at), sevens = 0;
     for (size_t i = 0; i < n; i++)
-        ck_assert_uint_eq(masks[i / 64] >> (i % 64) & 1, x[i] == 7);
+        if (x[i] == 7)
+            ck_assert_uint_eq(at[sevens++], i);
+    ck_assert_uint_eq(found, sevens);
     return (size_t)(out - start);
 }
 
@@ -460,13 +520,18 @@ static size_t lie(uint64_t r, enum perta_dtype dtype, size_t n, uint8_t *payload
     unsigned width = perta_dtype_unit_bytes(dtype);
     uint64_t seed = r;
     uint32_t n_groups = perta_codec_groups(dtype) ? 1 + (uint32_t)(r >> 8) % 3 : 1;
-    unsigned value_bytes = r >> 16 & 1 ? 1 : width;
-    uint8_t *at = payload + 12 + 9 * (n_groups + 1);
+    static const uint8_t lows[] = {0, 1, 2, 4, 8, 9, 16, 20, 28, 32, 34, 64};
+    unsigned low = lows[(r >> 40) % 12] % (8 * width + 1);
+    uint8_t *at = payload + 16 + 9 * (n_groups + 1);
     uint32_t left = (uint32_t)n, gaps = 0;
     uint32_t crossers = n_groups > 1 ? (uint32_t)((r >> 20) % (n / 8 + 1)) : 0;
     for (; gaps < crossers; gaps++)
         *at++ = (uint8_t)(next_random(&seed) % 8);
+    size_t low_bytes = low / 8 * n + (n * (low % 8) + 7) / 8;
+    memset(at, (int)(r >> 60), low_bytes);
+    at += low_bytes;
     left -= crossers;
+    uint32_t n_changed = low && r >> 60 ? (uint32_t)n : 0;
     for (uint32_t g = 0; g <= n_groups; g++) {
         uint32_t of = g == n_groups       ? crossers
                       : g + 1 == n_groups ? left
@@ -481,18 +546,21 @@ static size_t lie(uint64_t r, enum perta_dtype dtype, size_t n, uint8_t *payload
                 rest += fields[i % ((of + 7) / 8)] >> (i / ((of + 7) / 8)) & 1;
         else if (bits)
             memset(fields, 0, (size_t)(at - fields));
-        memcpy(payload + 12 + 9 * g, &of, 4);
-        memcpy(payload + 16 + 9 * g, &rest, 4);
-        payload[20 + 9 * g] = bits;
-        fill_random(at, (size_t)rest * value_bytes, r + 2 * g);
-        for (size_t i = 0; i < (size_t)rest * value_bytes; i++)
-            at[i] = at[i] == 255 ? 254 : at[i];
-        at += (size_t)rest * value_bytes;
+        memcpy(payload + 16 + 9 * g, &of, 4);
+        memcpy(payload + 20 + 9 * g, &rest, 4);
+        payload[24 + 9 * g] = bits;
+        fill_random(at, rest, r + 2 * g);
+        for (size_t i = 0; i < rest; i++) {
+            at[i] = at[i] % 254 + 1;
+            n_changed += !low && at[i];
+        }
+        at += rest;
     }
-    memset(payload, 0, 12);
+    memset(payload, 0, 16);
     payload[2] = (uint8_t)n_groups;
-    payload[3] = (uint8_t)value_bytes;
+    payload[3] = (uint8_t)low;
     memcpy(payload + 4, &gaps, 4);
+    memcpy(payload + 12, &n_changed, 4);
     return (size_t)(at - payload);
 }
 
@@ -607,6 +675,7 @@ int main(void)
     tcase_add_test(tests, any_bits_come_back_for_every_dtype);
     tcase_add_test(tests, whole_chunks_come_back_and_every_layout_occurs);
     tcase_add_test(tests, kernels_move_units_alike_for_every_instruction_set);
+    tcase_add_test(tests, kernels_split_and_join_alike_for_every_instruction_set);
     tcase_add_test(tests, kernels_find_the_same_groups_for_every_instruction_set);
     tcase_add_test(tests, kernels_move_bytes_alike_for_every_instruction_set);
     tcase_add_test(tests, frames_that_lie_are_refused_or_harmless);

@@ -78,39 +78,43 @@ class Payload:
     def bytes(self, n: int) -> np.ndarray:
         return np.frombuffer(self.take(n), np.uint8)
 
-    def planes(self, n: int, unsigned: np.dtype) -> np.ndarray:
-        columns = self.bytes(n * unsigned.itemsize).reshape(unsigned.itemsize, n).T
-        return np.ascontiguousarray(columns).view(unsigned).reshape(n)
+    def planes(self, n: int, n_bytes: int, unsigned: np.dtype) -> np.ndarray:
+        total = np.zeros(n, unsigned)
+        for b in range(n_bytes):
+            total |= self.bytes(n).astype(unsigned) << unsigned.type(8 * b)
+        return total
 
+    def fields(self, n: int, bits: int) -> np.ndarray:
+        packed = self.bytes((n * bits + 7) // 8)
+        rows = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+        return np.concatenate(rows)[:n]
 
-def values_of_group(payload: Payload, n: int, n_rest: int, bits: int, kind: np.dtype) -> np.ndarray:
-    packed = payload.bytes((n * bits + 7) // 8)
-    rest = payload.planes(n_rest, kind)
-    if not bits:
-        return rest
-    full = (1 << bits) - 1
-    values = np.concatenate([packed >> shift & full for shift in range(0, 8, bits)])[:n].astype(kind)
-    values[values == full] = rest
-    return values
+    def group(self, n: int, n_rest: int, bits: int) -> np.ndarray:
+        values = self.fields(n, bits) if bits else np.zeros(n, np.uint8)
+        values[values == (1 << bits) - 1] = self.bytes(n_rest)
+        return values
 
 
 def zigzagged(data: bytes, dtype: str, u: np.ndarray) -> np.ndarray:
     """z of a chunk whose units, on the side that is known, are u."""
-    payload = Payload(data)
-    first, n_groups, value_bytes, n_gaps, n_overflow = payload.unpack("HBBII")
+    payload, unsigned, n = Payload(data), u.dtype, u.size
+    first, n_groups, low, n_gaps, n_overflow, n_changed = payload.unpack("HBBIII")
     table = [payload.unpack("IIB") for _ in range(n_groups + 1)]
     gaps = payload.bytes(n_gaps).astype(np.int64)
+    z = payload.planes(n, low // 8, unsigned)
+    if low % 8:
+        z |= payload.fields(n, low % 8).astype(unsigned) << unsigned.type(low // 8 * 8)
     shift, width = EXPONENT.get(dtype, (0, 0))
-    exponent = (u >> u.dtype.type(shift)).astype(np.int64) & ((1 << width) - 1)
+    exponent = (u >> unsigned.type(shift)).astype(np.int64) & ((1 << width) - 1)
     group = np.clip(exponent - first, 0, n_groups - 1)
     group[np.cumsum(gaps)[gaps != 255] + np.arange(table[n_groups][0])] = n_groups
-    kind = np.dtype(f"<u{value_bytes}")
-    z = np.empty_like(u)
-    z[np.argsort(group, kind="stable")] = np.concatenate(
-        [values_of_group(payload, *entry, kind) for entry in table]
-    )
-    if n_overflow:
-        z[z == 255] = payload.planes(n_overflow, u.dtype)
+    values = np.empty(n, np.uint8)
+    values[np.argsort(group, kind="stable")] = np.concatenate([payload.group(*g) for g in table])
+    if low < 8 * unsigned.itemsize:
+        high = values.astype(unsigned)
+        high[values == 255] = payload.planes(n_overflow, unsigned.itemsize - low // 8, unsigned)
+        z |= high << unsigned.type(low)
+    check(np.count_nonzero(z) == n_changed, "it does not change as many units as it says")
     return z
 
 
@@ -129,7 +133,7 @@ def new_values(data: bytes, u: np.ndarray) -> tuple[np.ndarray, bytes]:
     changed = np.unpackbits(payload.bytes((u.size + 7) // 8), bitorder="little")[: u.size] == 1
     kept, after = u.copy(), u.copy()
     kept[changed] = 0
-    after[changed] = payload.planes(int(changed.sum()), u.dtype)
+    after[changed] = payload.planes(int(changed.sum()), u.dtype.itemsize, u.dtype)
     return after, kept.tobytes()
 
 
