@@ -218,12 +218,19 @@ static char *path_beside(const char *path)
     return asprintf(&beside, "%.*s" PERTA_JOURNAL_SUFFIX, (int)len, path) < 0 ? NULL : beside;
 }
 
-static int open_locked(struct perta_journal *journal, const char *path, int flags,
-                       struct perta_err *err)
+/* Has what is locked still its name? The process that had it before may have removed it after it
+ * was opened here. */
+static bool is_named(const struct perta_journal *journal)
 {
-    *journal = (struct perta_journal){.fd = -1, .path = path_beside(path), .last_time = now()};
-    if (!journal->path)
-        return perta_fail_sys(err, ENOMEM, "%s", path);
+    struct stat here, there;
+    return !fstat(journal->fd, &here) && !lstat(journal->path, &there) &&
+           here.st_ino == there.st_ino && here.st_dev == there.st_dev;
+}
+
+/* 1: it was removed meanwhile; once more. */
+static int try_lock(struct perta_journal *journal, const char *path, int flags,
+                    struct perta_err *err)
+{
     struct stat st;
     journal->fd = open(journal->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
     if (journal->fd < 0)
@@ -238,7 +245,21 @@ static int open_locked(struct perta_journal *journal, const char *path, int flag
         journal->fd = -1;
         return perta_fail(err, PERTA_EUSAGE, "%s: another process is working on it", path);
     }
-    return 0;
+    if (is_named(journal))
+        return 0;
+    close(journal->fd);
+    journal->fd = -1;
+    return 1;
+}
+
+static int open_locked(struct perta_journal *journal, const char *path, int flags,
+                       struct perta_err *err)
+{
+    *journal = (struct perta_journal){.fd = -1, .path = path_beside(path), .last_time = now()};
+    int rc = journal->path ? 1 : perta_fail_sys(err, ENOMEM, "%s", path);
+    while (rc == 1)
+        rc = try_lock(journal, path, flags, err);
+    return rc;
 }
 
 static int begin(struct perta_journal *journal, const char *path, const json_t *identity,

@@ -3,7 +3,9 @@
 
 #include <fcntl.h>
 #include <jansson.h>
+#include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include "stream/journal.h"
@@ -11,6 +13,17 @@
 #define JOURNAL "deep/out.perta-journal"
 
 static struct perta_err err;
+static int to_remove; /* so often the journal goes just before it is locked */
+
+/* In place of the system's. */
+int flock(int fd, int operation)
+{
+    if (to_remove) {
+        to_remove--;
+        ck_assert(!unlink(JOURNAL));
+    }
+    return (int)syscall(SYS_flock, fd, operation);
+}
 
 static json_t *identity_of(int memory)
 {
@@ -294,6 +307,22 @@ START_TEST(a_folder_that_is_gone_is_not_called_published)
 }
 END_TEST
 
+START_TEST(a_journal_that_its_owner_removes_just_before_it_is_locked_is_made_anew)
+{
+    struct perta_journal j;
+    struct stat here, there;
+    to_remove = 3;
+    begin(&j, 1, false, 0, "");
+    ck_assert_int_eq(to_remove, 0);
+    ck_assert(!fstat(j.fd, &here) && !stat(JOURNAL, &there) && here.st_ino == there.st_ino);
+    commit(&j, 1);
+    perta_journal_close(&j);
+    to_remove = 1; /* to go on with what has just been finished */
+    go_on(&j, 1, PERTA_ESYS, JOURNAL);
+    perta_journal_close(&j);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tc = tcase_create("journal");
@@ -303,6 +332,7 @@ int main(void)
     tcase_add_test(tc, a_torn_record_and_what_follows_do_not_count);
     tcase_add_test(tc, no_whole_record_is_no_journal);
     tcase_add_test(tc, one_process_at_a_time);
+    tcase_add_test(tc, a_journal_that_its_owner_removes_just_before_it_is_locked_is_made_anew);
     tcase_add_test(tc, what_can_be_gone_on_with_is_kept_and_nothing_else);
     tcase_add_loop_test(tc, a_publish_that_was_killed_is_finished, 0, 6);
     tcase_add_test(tc, a_folder_that_is_gone_is_not_called_published);
