@@ -26,7 +26,7 @@ int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *f
         snprintf(err->msg + len, sizeof err->msg - len, ": %s",
                  strerror_r(sys_errno, text, sizeof text));
     }
-    perta_text_make_plain(err->msg, false); /* names in it may be anything, and cut anywhere */
+    perta_text_make_plain(err->msg); /* names in it may be anything, and cut anywhere */
     return code;
 }
 
@@ -40,6 +40,6 @@ int perta_err_context(struct perta_err *err, const char *fmt, ...)
     va_end(ap);
     size_t len = strlen(err->msg);
     snprintf(err->msg + len, sizeof err->msg - len, ": %.*s", (int)sizeof was, was);
-    perta_text_make_plain(err->msg, false);
+    perta_text_make_plain(err->msg);
     return err->code;
 }

@@ -1,6 +1,5 @@
 #include "io/text.h"
 
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,14 +33,43 @@ bool perta_text_is_plain(const char *text)
     return true;
 }
 
-void perta_text_make_plain(char *text, bool breaks)
+void perta_text_make_plain(char *text)
 {
     while (*text) {
-        unsigned n = breaks && *text == '\n' ? 1 : character_bytes(text);
+        unsigned n = character_bytes(text);
         if (!n)
             *text = '?';
         text += n ? n : 1;
     }
+}
+
+/* Stands for a line break of the format's own meanwhile. UTF-8 has no such byte, so that no name
+ * which comes from JSON has it. */
+#define BREAK '\xff'
+
+static void replace(char *text, char from, char to)
+{
+    for (; (text = strchr(text, from)); text++)
+        *text = to;
+}
+
+char *perta_text_lines(const char *fmt, va_list ap)
+{
+    char *own = strdup(fmt), *text = NULL;
+    if (own)
+        replace(own, '\n', BREAK);
+    if (!own || vasprintf(&text, own, ap) < 0)
+        text = NULL;
+    free(own);
+    for (char *line = text, *end; line; line = end ? end + 1 : NULL) {
+        end = strchr(line, BREAK);
+        if (end)
+            *end = '\0';
+        perta_text_make_plain(line);
+        if (end)
+            *end = '\n';
+    }
+    return text;
 }
 
 bool perta_name_is_plain(const char *name)
@@ -59,7 +87,7 @@ json_t *perta_text_json(const char *fmt, ...)
     va_end(ap);
     if (n < 0)
         return NULL;
-    perta_text_make_plain(text, false);
+    perta_text_make_plain(text);
     json_t *json = json_string(text);
     free(text);
     return json;

@@ -3,6 +3,7 @@
 #define PERTA_IO_TEXT_H
 
 #include <jansson.h>
+#include <stdarg.h>
 #include <stdbool.h>
 
 /* File names are at most 255 bytes long, and a shard's patch adds ".perta" to its name. */
@@ -10,8 +11,11 @@
 
 /* UTF-8 without control characters: no line break, no command to a terminal. */
 bool perta_text_is_plain(const char *text);
-/* Put ? for what is not; with breaks, line feeds stay. */
-void perta_text_make_plain(char *text, bool breaks);
+/* Put ? for what is not. */
+void perta_text_make_plain(char *text);
+/* The same of fmt and its arguments, but the line breaks of fmt itself stay: a name that holds one
+ * forges no line. The caller's (free); NULL without memory. */
+char *perta_text_lines(const char *fmt, va_list ap) __attribute__((format(printf, 1, 0)));
 
 /* May name come from a file and become that of a file in a folder? Plain text, not empty, at most
  * PERTA_NAME_MAX_BYTES long, without a slash, not beginning with a dot. */

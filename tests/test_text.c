@@ -22,7 +22,7 @@ START_TEST(text_is_plain_without_control_characters_and_in_utf_8)
         snprintf(text, sizeof text, "a%s", not[i]);
         ck_assert_msg(!perta_text_is_plain(text), "%zu", i);
         size_t len = strlen(text);
-        perta_text_make_plain(text, false);
+        perta_text_make_plain(text);
         ck_assert_msg(perta_text_is_plain(text) && strlen(text) == len, "%zu", i);
     }
 }
@@ -31,10 +31,28 @@ END_TEST
 START_TEST(what_is_plain_stays_and_what_is_not_is_a_question_mark)
 {
     char text[] = "a\xe2\x82\xac\n\x1b[2J\xe2\x82";
-    perta_text_make_plain(text, true);
-    ck_assert_str_eq(text, "a\xe2\x82\xac\n?[2J??");
-    perta_text_make_plain(text, false);
+    perta_text_make_plain(text);
     ck_assert_str_eq(text, "a\xe2\x82\xac??[2J??");
+}
+END_TEST
+
+__attribute__((format(printf, 1, 2))) static char *lines(const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    char *text = perta_text_lines(fmt, ap);
+    va_end(ap);
+    return text;
+}
+
+START_TEST(only_the_formats_own_line_breaks_are_some)
+{
+    char *text = lines("\n%s: %d\n\n  %s\n", "a\nb\xe2\x82\xac", 7, "\x1b[2J\r");
+    ck_assert_str_eq(text, "\na?b\xe2\x82\xac: 7\n\n  ?[2J?\n");
+    free(text);
+    text = lines("%s", "\n");
+    ck_assert_str_eq(text, "?");
+    free(text);
 }
 END_TEST
 
@@ -76,6 +94,7 @@ int main(void)
     TCase *tests = tcase_create("text");
     tcase_add_test(tests, text_is_plain_without_control_characters_and_in_utf_8);
     tcase_add_test(tests, what_is_plain_stays_and_what_is_not_is_a_question_mark);
+    tcase_add_test(tests, only_the_formats_own_line_breaks_are_some);
     tcase_add_test(tests, a_name_is_one_of_a_file_in_a_folder);
     tcase_add_test(tests, a_message_is_plain_wherever_it_is_cut);
     return run_suite("text", tests);

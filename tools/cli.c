@@ -338,15 +338,12 @@ void cli_say(const struct cli *cli, const char *fmt, ...)
 {
     if (cli->json || cli->quiet)
         return;
-    char *text = NULL;
     va_list ap;
     va_start(ap, fmt);
-    int n = vasprintf(&text, fmt, ap);
+    char *text = perta_text_lines(fmt, ap); /* names may hold commands to the terminal */
     va_end(ap);
-    if (n < 0)
-        return;
-    perta_text_make_plain(text, true); /* names of tensors may hold commands to the terminal */
-    fputs(text, stdout);
+    if (text)
+        fputs(text, stdout);
     free(text);
 }
 

@@ -199,6 +199,11 @@ def test_what_a_terminal_would_obey_is_not_printed(perta, tmp_path):
     for text in shown, refused:
         assert "a?]0;owned" in text and not set(text) & set("\x1b\x07\x9b\x7f")
     assert len(refused.splitlines()) == 1
+    forged = file_of({"x\n  F32  [1] forged": F32, "__metadata__": {"k": "v\nforged: 1"}})
+    (tmp_path / "lines.safetensors").write_bytes(forged)
+    told = perta("inspect", "--tensors", "lines.safetensors").stdout.splitlines()
+    assert any("x?  F32  [1] forged" in line for line in told)
+    assert not [line for line in told if line.strip().startswith(("F32  [1] forged", "forged"))]
     assert name in json.loads(perta("inspect", "--json", "m.safetensors").stdout)["tensors"][0]["name"]
 
 
