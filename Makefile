@@ -1,7 +1,7 @@
 # The front door: `make demo` sets up, builds and runs the main job; `make check` sets up,
 # builds and passes every test. The build itself is meson's.
 BUILD := build
-.PHONY: all setup demo demo-pytorch check check-long bench install clean
+.PHONY: all setup demo demo-pytorch check check-long bench bench-quality install clean
 
 all: setup
 	@[ -f $(BUILD)/build.ninja ] || meson setup $(BUILD) >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
@@ -28,6 +28,11 @@ check-long: all
 # comes into bench/results/.
 bench: all
 	@scripts/bench.sh $(BUILD)
+
+# What is forgotten and what is kept, of a small model and of SmolLM2-135M: TOFU= is the folder
+# of that benchmark's JSON lines. Hours on two CPUs; goes on where it was.
+bench-quality: all
+	@scripts/bench-quality.sh $(BUILD)
 
 install: all
 	meson install -C $(BUILD)

@@ -1,0 +1,91 @@
+"""Points of a curve, by `perta eval`, and what is read off it."""
+
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import data
+
+
+@dataclass
+class Point:
+    """x is α, or steps; evaluations of both gradients that it took. The rest are mean
+    probabilities of answers, but for text, a loss."""
+
+    x: float
+    evaluations: float
+    forget: float
+    retain: float
+    held_out: float
+    other: float
+    text: float | None = None
+
+
+@dataclass
+class Bench:
+    """The models of one seed, and the command under test."""
+
+    perta: Path
+    work: Path
+    parts: data.Parts
+    compute: str
+
+    def run(self, *words: object) -> dict:
+        command = [str(self.perta), *map(str, words), "--json", "--progress", "none"]
+        done = subprocess.run(command, cwd=self.work, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        return json.loads(done.stdout)
+
+    def write_data(self) -> None:
+        asked = self.parts.asked()
+        for name, part in asked.items():
+            data.write(self.work / f"{name}.jsonl", part)
+        data.write(self.work / "asked.jsonl", [s for part in asked.values() for s in part])
+
+    def ask(self, model: str, patch: Path | None = None) -> dict[str, float]:
+        words = ["eval", "--model", model, "--data", "asked.jsonl", "--compute", self.compute]
+        answers = self.run(*words, *(["--patch", patch] if patch else []))["per_sample"]
+        means, start = {}, 0
+        for name, part in self.parts.asked().items():
+            key = "loss" if name == "text" else "probability"
+            of = answers[start : start + len(part)]
+            means[name] = sum(answer[key] for answer in of) / len(part)
+            start += len(part)
+        return means
+
+    def point(self, x: float, evaluations: float, model: str, patch: Path | None = None) -> dict:
+        return asdict(Point(x, evaluations, **self.ask(model, patch)))
+
+
+def best_at(points: list[dict], level: float, key: str) -> float | None:
+    """The most of key that the curve, straight between its points, has at forget <= level."""
+    reached = [p[key] for p in points if p["forget"] <= level]
+    for a, b in zip(points, points[1:]):
+        if (a["forget"] - level) * (b["forget"] - level) < 0:
+            share = (a["forget"] - level) / (a["forget"] - b["forget"])
+            reached.append(a[key] + share * (b[key] - a[key]))
+    return max(reached, default=None)
+
+
+def evaluations_at(points: list[dict], level: float) -> float | None:
+    return next((p["evaluations"] for p in points if p["forget"] <= level), None)
+
+
+def figures(points: list[dict], full: dict, gold: dict) -> dict[str, float | None]:
+    """area: held-out retain averaged over forget levels from the gold model's to 0.3 of the way
+    from there to full's (0 where the curve does not get so low), as a share of full's."""
+    span = full["forget"] - gold["forget"]
+    levels = [gold["forget"] + 0.3 * span * i / 100 for i in range(101)]
+    kept = [best_at(points, level, "held_out") or 0.0 for level in levels]
+    at = gold["forget"]
+    held_out = best_at(points, at, "held_out")
+    return {
+        "area": sum(kept) / len(kept) / full["held_out"],
+        "held_out_at_gold": None if held_out is None else held_out / full["held_out"],
+        "other_at_gold": best_at(points, at, "other"),
+        "held_out_at_0.06": best_at(points, 0.06, "held_out"),
+        "held_out_at_0.03": best_at(points, 0.03, "held_out"),
+        "evaluations": evaluations_at(points, at),
+    }

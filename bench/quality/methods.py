@@ -1,0 +1,134 @@
+"""The methods: each yields the points of its curve, from little forgetting to much."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import train
+from curves import Bench
+from safetensors.torch import load_file, save_file
+
+# name: (flags of perta unlearn, statistic, the model that gradients are taken at, mask)
+ONE_STEP = {
+    "tv": (["--method", "tv"], None, None, False),
+    "constant": (["--method", "constant", "--weight", "0.5"], None, None, False),
+    "random": (["--method", "random", "--seed", "1"], None, None, False),
+    "grad, base": (["--method", "grad"], "mean", "base", False),
+    "grad, full": (["--method", "grad"], "mean", "full", False),
+    "fisher, base": (["--method", "fisher"], "mean", "base", False),
+    "fisher, full": (["--method", "fisher"], "mean", "full", False),
+    "fisher per sample, base": (["--method", "fisher"], "meansq", "base", False),
+    "fisher per sample, full": (["--method", "fisher"], "meansq", "full", False),
+    "tv, conflict-aware": (["--method", "tv"], None, "full", True),
+    "grad, full, conflict-aware": (["--method", "grad"], "mean", "full", True),
+}
+FORGOTTEN = 0.5  # a curve ends below this share of the gold model's forget level
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: x for f in sorted(folder.glob("*.safetensors")) for k, x in load_file(f).items()}
+
+
+def put_tensors(model: Path, tensors: dict[str, torch.Tensor], out: Path) -> None:
+    """A copy of the folder, one shard, with these weights."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file({k: x.contiguous() for k, x in tensors.items()}, out / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+
+
+def importance(b: Bench, at: str) -> None:
+    for part in ("forget", "retain"):
+        out = b.work / f"importance-{at}/{part}"
+        if not out.exists():
+            b.run("estimate", "--model", at, "--data", f"{part}.jsonl", "--out", out,
+                  "--stat", "mean,meansq", "--compute", b.compute)  # fmt: skip
+
+
+def masked(b: Bench, at: str) -> str:
+    """tuned, put back to base where moving along base - tuned raises the retain loss."""
+    if not (b.work / "masked").exists():
+        tuned, base = tensors_of(b.work / "tuned"), tensors_of(b.work / "base")
+        g = tensors_of(b.work / f"importance-{at}/retain/mean")
+        kept = {k: torch.where(g[k] * (x.float() - base[k].float()) < 0, base[k], x)
+                for k, x in tuned.items()}  # fmt: skip
+        put_tensors(b.work / "tuned", kept, b.work / "masked")
+    return "masked"
+
+
+def one_step(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
+    flags, stat, at, mask = ONE_STEP[name]
+    if at:
+        importance(b, at)
+    if stat:
+        for part in ("forget", "retain"):
+            flags = [*flags, f"--{part}", f"importance-{at}/{part}/{stat}"]
+    words = ["--tuned", masked(b, at) if mask else "tuned", "--base", "base", *flags]
+    alpha = 0.125
+    while alpha <= spec.max_alpha:
+        patch = b.work / "patch"
+        b.run("unlearn", "--model", "full", *words, "--alpha", f"{alpha:.5g}", "--patch", patch,
+              "--force")  # fmt: skip
+        point = b.point(alpha, 1 if at else 0, "full", patch)
+        yield point
+        if point["forget"] < enough:
+            return
+        alpha *= spec.alpha_ratio
+
+
+STEPS = ("signed", "signed-backoff")
+
+
+def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
+    """Each point is a run of its own: the patch is that of the last step. From 10 on, each
+    fourth."""
+    k = 1
+    while k <= spec.max_steps:
+        b.run("unlearn", "--model", "full", "--tuned", "tuned", "--base", "base", "--method", name,
+              "--steps", k, "--data-forget", "forget.jsonl", "--data-retain", "retain.jsonl",
+              "--compute", b.compute, "--patch", "patch", "--force")  # fmt: skip
+        point = b.point(k, k, "full", b.work / "patch")
+        yield point
+        if point["forget"] < enough:
+            return
+        k += 1 if k < 10 else 4
+
+
+TRAINED = ("gradient ascent", "NPO + retain")
+
+
+def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
+    """Adam on whole forget and retain sets, in PyTorch. NPO (arXiv 2404.05868) with beta 0.1:
+    2/beta log(1 + (p/p_full)^beta), beside the retain loss with weight 1."""
+    model, beta = train.load(b.work / "full"), 0.1
+    optimizer = torch.optim.Adam(model.parameters(), spec.reference_rate)
+    with torch.no_grad():
+        before = train.losses(model, b.parts.forget)
+    for step in range(1, spec.max_steps * 2 + 1):
+        loss = train.losses(model, b.parts.forget)
+        if name == "gradient ascent":
+            objective = -loss.mean()
+        else:
+            objective = 2 / beta * torch.nn.functional.softplus(beta * (before - loss)).mean()
+            objective = objective + train.losses(model, b.parts.retain).mean()
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        if step % 2:
+            continue
+        now = {k: x.detach().to(spec.dtype) for k, x in model.named_parameters()}
+        put_tensors(b.work / "full", now, b.work / "out")
+        point = b.point(step, step, "out")
+        yield point
+        if point["forget"] < enough:
+            return
+
+
+def curve(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
+    """The gold model's forget level is gold; the curve goes some way beyond it."""
+    kind = one_step if name in ONE_STEP else steps if name in STEPS else trained
+    yield from kind(b, name, spec, FORGOTTEN * gold)
+
+
+NAMES = (*ONE_STEP, *STEPS, *TRAINED)

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Measure what is forgotten and what is kept, and write bench/results/quality/.
+# Usage: [TOFU=DIR] [QUALITY_SEEDS=1,2,3] scripts/bench-quality.sh BUILD
+set -eu
+cd "$(dirname "$0")/.."
+scripts/setup.sh
+scripts/venv.sh tests/python/requirements.txt examples/requirements.txt bench/requirements.txt
+work=${BENCH_DIR:-bench/work/quality}
+run() {
+    .venv/bin/python bench/quality/run.py "$build" "$work" "$@"
+}
+build=$1
+# PyTorch asks for the same memory again and again; it need not go back to the system between.
+export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
+run --model small --seeds "${QUALITY_SEEDS:-1,2,3}"
+run --model smollm2 --seeds "${QUALITY_SEEDS:-1,2,3}" ${TOFU:+--tofu "$TOFU"}

@@ -1,0 +1,58 @@
+"""`make bench-quality` on a model that takes seconds, so that it goes on working."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import PERTA, ROOT
+from test_limits import sanitized
+
+for module in ("torch", "transformers", "matplotlib"):
+    pytest.importorskip(module, reason="examples/ or bench/requirements.txt is not installed")
+sys.path.append(str(ROOT / "bench/quality"))
+METHODS = "tv;grad, full;grad, full, conflict-aware;signed-backoff;NPO + retain"
+
+
+@sanitized
+def test_curves_are_measured_and_written_down(tmp_path):
+    command = [sys.executable, ROOT / "bench/quality/run.py", PERTA.parent, tmp_path / "work"]
+    command += ["--model", "tiny", "--seeds", "1", "--methods", METHODS, "--threads", "1"]
+    subprocess.run([*command, "--results", tmp_path], check=True, capture_output=True)
+    seed = json.loads((tmp_path / "tiny.json").read_text())["seeds"]["1"]
+    assert seed["full"]["forget"] > 0.3 > 0.1 > seed["gold"]["forget"]
+    assert list(seed["curves"]) == METHODS.split(";")
+    for name, points in seed["curves"].items():
+        assert points[0] == {"x": 0, "evaluations": 0, "text": None} | seed["full"], name
+        assert len(points) > 2
+    assert seed["curves"]["tv"][-1]["forget"] < 0.1 * seed["full"]["forget"]
+    assert "| signed-backoff |" in (tmp_path / "tiny.md").read_text()
+    assert (tmp_path / "tiny.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_perta_and_pytorch_agree(tmp_path):
+    """What `perta eval` says is what the models that PyTorch trained say there."""
+    import curves
+    import torch
+    import train
+
+    torch.set_num_threads(1)
+    parts = train.make_models("tiny", 1, tmp_path, None)
+    bench = curves.Bench(PERTA, tmp_path, parts, "f32")
+    bench.write_data()
+    with torch.no_grad():
+        losses = train.losses(train.load(tmp_path / "full"), parts.held_out)
+    assert bench.ask("full")["held_out"] == pytest.approx(losses.neg().exp().mean().item(), rel=1e-4)
+
+
+def test_figures_are_read_off_a_curve():
+    import curves
+
+    points = [{"forget": f, "held_out": h, "other": h, "evaluations": e}
+              for f, h, e in ((1.0, 1.0, 0), (0.5, 0.9, 1), (0.1, 0.5, 2))]  # fmt: skip
+    assert curves.best_at(points, 0.3, "held_out") == pytest.approx(0.7)
+    assert curves.best_at(points, 0.05, "held_out") is None
+    full, gold = {"forget": 1.0, "held_out": 1.0}, {"forget": 0.1}
+    read = curves.figures(points, full, gold)
+    assert read["area"] == pytest.approx(0.635) and read["evaluations"] == 2
+    assert read["held_out_at_gold"] == 0.5 and read["held_out_at_0.03"] is None
