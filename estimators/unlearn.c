@@ -310,6 +310,9 @@ static int attach(struct perta_unlearn_job *job, struct perta_err *err)
         if (job->in[i].ck)
             rc = perta_input_open_files(&job->in[i], engine->wants_direct && !is_adapter(job, i),
                                         err);
+    for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
+        if (job->in[i].ck)
+            perta_input_digest_behind(&job->in[i], engine->hasher);
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         uint8_t *patch_bufs = perta_stream_writer_bufs(job->stream, a);
         uint8_t *model_bufs = job->unlearn->out

@@ -62,6 +62,8 @@ struct perta_engine {
     const struct perta_engine_ops *ops;
     bool wants_direct; /* open files with O_DIRECT for it */
     uint64_t n_in_flight;
+    struct perta_hasher *hasher; /* of its owner, borrowed: digests of what goes through it may be
+                                    done there; NULL: on the owner's thread */
 };
 
 /* What a probe of the machine and the files found. */

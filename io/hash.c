@@ -1,4 +1,5 @@
 #include "io/hash.h"
+#include "io/hasher.h"
 
 /* A state is kept for a run that goes on, which EVP's cannot be; the older interface's can. */
 #define OPENSSL_SUPPRESS_DEPRECATED
@@ -9,17 +10,23 @@
 #include <openssl/evp.h>
 #include <openssl/params.h>
 #include <openssl/sha.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
+#ifdef __x86_64__
+#include <xxh_x86dispatch.h> /* the same sums, by AVX2 or AVX-512 */
+#endif
 
 struct perta_digest {
     XXH3_state_t xxh;
     SHA256_CTX sha256;
     bool with_sha256;
     uint64_t len_bytes;
+    struct perta_hasher *hasher; /* NULL: the caller's own thread does it */
+    _Atomic uint64_t n_behind;   /* given to the hasher and not done */
 };
 
 uint64_t perta_hash64(const void *data, size_t len_bytes)
@@ -39,25 +46,58 @@ struct perta_digest *perta_digest_new(bool with_sha256)
     return digest;
 }
 
+/* A hasher that is closed has done all. */
+static void catch_up(const struct perta_digest *digest)
+{
+    if (atomic_load(&digest->n_behind))
+        perta_hasher_wait(digest->hasher, perta_hasher_given(digest->hasher));
+}
+
+void perta_digest_behind(struct perta_digest *digest, struct perta_hasher *hasher)
+{
+    catch_up(digest);
+    digest->hasher = hasher;
+}
+
 void perta_digest_free(struct perta_digest *digest)
 {
+    if (digest)
+        catch_up(digest);
     free(digest);
+}
+
+static void add(struct perta_digest *digest, const void *data, size_t len_bytes)
+{
+    XXH3_128bits_update(&digest->xxh, data, len_bytes);
+    if (digest->with_sha256)
+        SHA256_Update(&digest->sha256, data, len_bytes);
+}
+
+void perta_digest_add(struct perta_digest *digest, const void *data, size_t len_bytes)
+{
+    add(digest, data, len_bytes);
+    atomic_fetch_sub(&digest->n_behind, 1);
 }
 
 void perta_digest_update(struct perta_digest *digest, const void *data, size_t len_bytes)
 {
     if (!len_bytes)
         return;
-    XXH3_128bits_update(&digest->xxh, data, len_bytes);
-    if (digest->with_sha256)
-        SHA256_Update(&digest->sha256, data, len_bytes);
     digest->len_bytes += len_bytes;
+    if (!digest->hasher) {
+        add(digest, data, len_bytes);
+        return;
+    }
+    atomic_fetch_add(&digest->n_behind, 1);
+    perta_hasher_give(digest->hasher, digest, data, len_bytes);
 }
 
 void perta_digest_save(const struct perta_digest *digest, uint8_t state[PERTA_DIGEST_STATE_BYTES])
 {
+    catch_up(digest);
     struct perta_digest kept = *digest;
-    kept.xxh.extSecret = NULL; /* an address of this process */
+    kept.xxh.extSecret = NULL; /* addresses of this process */
+    kept.hasher = NULL;
     _Static_assert(sizeof kept <= PERTA_DIGEST_STATE_BYTES, "room");
     memset(state, 0, PERTA_DIGEST_STATE_BYTES);
     memcpy(state, &kept, sizeof kept);
@@ -69,6 +109,7 @@ bool perta_digest_restore(struct perta_digest *digest,
     struct perta_digest kept;
     XXH3_state_t fresh;
     uint8_t with_sha256; /* not every byte is a bool */
+    catch_up(digest);
     memcpy(&kept, state, sizeof kept);
     memcpy(&with_sha256, state + offsetof(struct perta_digest, with_sha256), 1);
     XXH3_128bits_reset(&fresh);
@@ -80,6 +121,8 @@ bool perta_digest_restore(struct perta_digest *digest,
                  kept.sha256.num < SHA256_CBLOCK && kept.sha256.md_len == SHA256_DIGEST_LENGTH &&
                  with_sha256 == digest->with_sha256;
     kept.xxh.extSecret = fresh.extSecret;
+    kept.hasher = digest->hasher;
+    kept.n_behind = 0;
     if (sound)
         *digest = kept;
     return sound;
@@ -92,6 +135,7 @@ uint64_t perta_digest_bytes(const struct perta_digest *digest)
 
 void perta_digest_xxh128(const struct perta_digest *digest, char hex[PERTA_XXH128_HEX])
 {
+    catch_up(digest);
     XXH128_hash_t xxh = XXH3_128bits_digest(&digest->xxh);
     snprintf(hex, PERTA_XXH128_HEX, "%016llx%016llx", (unsigned long long)xxh.high64,
              (unsigned long long)xxh.low64);

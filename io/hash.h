@@ -22,6 +22,13 @@ PERTA_API struct perta_digest *perta_digest_new(bool with_sha256);
 PERTA_API void perta_digest_free(struct perta_digest *digest);
 PERTA_API void perta_digest_update(struct perta_digest *digest, const void *data,
                                    size_t len_bytes);
+/* From now on have it done by hasher's thread (io/hasher.h; NULL: by the caller's): what
+ * perta_digest_update is given must then stay as it is until it has passed there. All other
+ * functions wait for what was given. */
+struct perta_hasher;
+PERTA_API void perta_digest_behind(struct perta_digest *digest, struct perta_hasher *hasher);
+/* The work itself, for io/hasher.c. */
+void perta_digest_add(struct perta_digest *digest, const void *data, size_t len_bytes);
 
 /* The state of a digest, as bytes that a later process on the same machine, with the same
  * libraries, can go on from. restore keeps nothing of what digest held before; false: the bytes

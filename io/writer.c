@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/hasher.h"
 
 static void on_written(struct perta_request *request)
 {
@@ -26,6 +27,7 @@ int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
     writer->digest = perta_digest_new(true);
     if (!writer->digest)
         return perta_fail_sys(err, ENOMEM, "%s", path);
+    perta_digest_behind(writer->digest, engine->hasher);
     if (expected_bytes && fallocate(writer->file.fd, FALLOC_FL_KEEP_SIZE, 0,
                                     (off_t)expected_bytes) &&
         errno == ENOSPC)
@@ -68,10 +70,13 @@ static int send(struct perta_writer *writer, struct perta_err *err)
 {
     unsigned i = writer->filling;
     submit(writer, i);
+    writer->digested[i] = perta_hasher_given(writer->engine->hasher);
     writer->off_bytes += writer->fill_bytes;
     writer->fill_bytes = 0;
     writer->filling = (i + 1) % PERTA_WRITER_BUFS;
-    return wait_for(writer, writer->filling, err);
+    int rc = wait_for(writer, writer->filling, err);
+    perta_hasher_wait(writer->engine->hasher, writer->digested[writer->filling]);
+    return rc;
 }
 
 static int settle(struct perta_writer *writer, struct perta_err *err)
@@ -138,6 +143,7 @@ int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine
 {
     *writer = (struct perta_writer){
         .engine = engine, .bufs = bufs, .open = true, .digest = digest, .file.fd = -1};
+    perta_digest_behind(digest, engine->hasher);
     struct perta_digest *found = perta_digest_new(false);
     int rc = found ? perta_file_reopen(&writer->file, path, true, err)
                    : perta_fail_sys(err, ENOMEM, "%s", path);
@@ -152,13 +158,13 @@ int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine
 int perta_writer_append(struct perta_writer *writer, const void *data, uint64_t len_bytes,
                         struct perta_err *err)
 {
-    perta_digest_update(writer->digest, data, len_bytes);
     const uint8_t *from = data;
     while (len_bytes) {
         uint64_t room = PERTA_WRITER_BUF_BYTES - writer->fill_bytes;
         uint64_t n = len_bytes < room ? len_bytes : room;
         uint8_t *buf = writer->bufs + (uint64_t)writer->filling * PERTA_WRITER_BUF_BYTES;
         memcpy(buf + writer->fill_bytes, from, n);
+        perta_digest_update(writer->digest, buf + writer->fill_bytes, n);
         writer->fill_bytes += n;
         from += n;
         len_bytes -= n;

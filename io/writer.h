@@ -15,9 +15,10 @@
 struct perta_writer {
     struct perta_engine *engine;
     struct perta_file file;
-    struct perta_digest *digest; /* of all that was appended */
+    struct perta_digest *digest; /* of all that was appended, taken from the buffers */
     struct perta_request requests[PERTA_WRITER_BUFS];
     bool busy[PERTA_WRITER_BUFS];
+    uint64_t digested[PERTA_WRITER_BUFS]; /* the hasher's ticket for what is in the buffer */
     uint8_t *bufs; /* PERTA_WRITER_BYTES, block-aligned, borrowed */
     unsigned filling;
     uint64_t fill_bytes; /* in the buffer being filled */

@@ -43,6 +43,12 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
     return 0;
 }
 
+void perta_input_digest_behind(struct perta_input *input, struct perta_hasher *hasher)
+{
+    for (uint32_t i = 0; i < input->ck->n_shards; i++)
+        perta_digest_behind(input->digests[i], hasher);
+}
+
 void perta_input_close(struct perta_input *input)
 {
     for (uint32_t i = 0; input->ck && i < input->ck->n_shards; i++) {

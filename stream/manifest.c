@@ -34,6 +34,7 @@ struct job {
     /* the owner's, for commit(): digests under way */
     size_t done;
     struct perta_digest *whole, *part;
+    struct perta_hasher *hasher; /* the stream's; for whole */
 };
 
 /* End of the run of bytes that off lies in: the header, or one tensor. */
@@ -123,8 +124,11 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
         if (rc)
             return rc;
     }
-    if (!job->whole && !(job->whole = perta_digest_new(job->with_sha256)))
-        return perta_fail_sys(err, ENOMEM, "%s", e->path);
+    if (!job->whole) {
+        if (!(job->whole = perta_digest_new(job->with_sha256)))
+            return perta_fail_sys(err, ENOMEM, "%s", e->path);
+        perta_digest_behind(job->whole, job->hasher);
+    }
     perta_digest_update(job->whole, in->data, in->len_bytes);
     if (!e->header || in->off_bytes < e->header->len_bytes)
         return 0;
@@ -254,6 +258,8 @@ int perta_manifest(const char *path, bool with_sha256, const char *skip,
     int rc = list(&job, path, skip, err);
     if (!rc)
         rc = open_stream(&job, run, &stream, err);
+    if (!rc)
+        job.hasher = perta_stream_engine(stream)->hasher;
     if (!rc)
         rc = perta_stream_run(stream, err);
     while (!rc && job.done < job.n)

@@ -41,6 +41,8 @@ int perta_model_out_shard(struct perta_model_out *out, const char *name,
             return rc;
     } else if (!(out->digest = perta_digest_new(true))) {
         return perta_fail_sys(err, ENOMEM, "%s", name);
+    } else {
+        perta_digest_behind(out->digest, out->engine->hasher);
     }
     return perta_model_out_append(out, header, header_bytes, err);
 }
@@ -188,6 +190,7 @@ int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const ch
         json_array_size(out->shards) != shard)
         return perta_fail(err, PERTA_EINPUT, "%s: its records do not lead to byte %llu; --force "
                           "starts over", name, (unsigned long long)at_bytes);
+    perta_digest_behind(out->digest, out->engine->hasher);
     if (!out->has_folder)
         return 0;
     char *path = perta_publish_path(&out->folder, name);

@@ -25,6 +25,7 @@ struct job {
     bool head_done;
     /* the owner's, for commit() */
     struct perta_digest *digest;
+    struct perta_hasher *hasher; /* the stream's */
 };
 
 enum { HEAD, FRAME, TABLE };
@@ -142,8 +143,11 @@ static void end_file(struct job *job, uint32_t shard)
 static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
-    if (!job->digest && !(job->digest = perta_digest_new(true)))
-        return perta_fail_sys(err, ENOMEM, "digest");
+    if (!job->digest) {
+        if (!(job->digest = perta_digest_new(true)))
+            return perta_fail_sys(err, ENOMEM, "digest");
+        perta_digest_behind(job->digest, job->hasher);
+    }
     perta_digest_update(job->digest, piece->in[0].data, piece->in[0].len_bytes);
     job->n_frames += piece->tensor == FRAME;
     if (*(const uint64_t *)(const void *)piece->out)
@@ -205,7 +209,10 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_st
     if (!rc)
         rc = perta_patch_in_open_files(&job->patch, perta_stream_engine(*stream)->wants_direct,
                                        err);
-    return rc ? rc : perta_stream_run(*stream, err);
+    if (rc)
+        return rc;
+    job->hasher = perta_stream_engine(*stream)->hasher;
+    return perta_stream_run(*stream, err);
 }
 
 int perta_patch_verify(const char *path, const struct perta_run *run, json_t **summary,

@@ -116,14 +116,15 @@ int perta_resume_point(struct perta_resume *r, const struct perta_piece *piece,
     uint64_t bytes = written(r);
     if (!perta_journal_due(&r->journal, bytes))
         return 0;
-    int rc = perta_engine_check(perta_stream_engine(stream), err);
-    if (!rc)
-        rc = sync_outputs(r, err);
+    int rc = sync_outputs(r, err);
     if (rc)
         return rc;
     json_t *record = record_of(r, piece, r->done_bytes + perta_stream_read_bytes(stream));
-    rc = record ? perta_journal_commit(&r->journal, record, bytes, err)
-                : perta_fail_sys(err, ENOMEM, "journal");
+    /* Only now are all digests taken: of bytes that were there to the last. */
+    rc = perta_engine_check(perta_stream_engine(stream), err);
+    if (!rc)
+        rc = record ? perta_journal_commit(&r->journal, record, bytes, err)
+                    : perta_fail_sys(err, ENOMEM, "journal");
     json_decref(record);
     return rc;
 }

@@ -4,7 +4,14 @@
 
 #include "stream/stream.h"
 
-enum perta_slot_state { SLOT_FREE, SLOT_READING, SLOT_READY, SLOT_WORKING, SLOT_DONE };
+enum perta_slot_state {
+    SLOT_FREE,
+    SLOT_READING,
+    SLOT_READY,
+    SLOT_WORKING,
+    SLOT_DONE,
+    SLOT_COMMITTED
+};
 
 /* One read serves the ranges of neighbouring pieces that touch in the file. */
 struct perta_slot_read {
@@ -23,6 +30,7 @@ struct perta_slot {
     uint8_t *in, *out;
     uint64_t in_bytes, out_bytes; /* used of them */
     struct perta_err err;         /* of work on it, or of reading it */
+    uint64_t digested; /* the hasher's ticket for what a committed slot holds */
     void *stream;
 };
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/hasher.h"
 #include "io/thread.h"
 #include "stream/memory.h"
 #include "stream/slot.h"
@@ -25,6 +26,7 @@ struct perta_stream {
     struct perta_job job;
     struct perta_io_choice choice;
     struct perta_engine *engine;
+    struct perta_hasher *hasher;
     struct perta_pool pool;
     struct perta_slot_shape shape;
     struct perta_slot slots[SLOTS_MAX]; /* used round and round, in order of the pieces */
@@ -32,7 +34,8 @@ struct perta_stream {
     uint8_t *writer_bufs;
 
     /* the owner's */
-    uint64_t n_filled, n_committed; /* batches so far; a batch's slot is its number mod n_slots */
+    /* Batches so far; a batch's slot is its number mod n_slots. */
+    uint64_t n_filled, n_committed, n_freed;
     bool ended;                     /* next() had no more, or failed */
     struct perta_err next_err;      /* its failure: reported after all pieces before it */
     struct perta_piece pending;     /* taken from next(), not in a slot yet */
@@ -119,6 +122,11 @@ static int take_memory(struct perta_stream *s, unsigned n_writers, struct perta_
     return rc;
 }
 
+static void digested(void *stream)
+{
+    perta_engine_wake(((struct perta_stream *)stream)->engine);
+}
+
 int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
                       const char *const *paths, size_t n_paths, unsigned n_writers,
                       struct perta_stream **out, struct perta_err *err)
@@ -137,6 +145,10 @@ int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
     if (!rc)
         rc = perta_engine_open(s->choice.mode, s->pool.base, s->pool.len_bytes, queue_depth(),
                                &s->engine, err);
+    if (!rc)
+        rc = perta_hasher_open(&s->hasher, digested, s, err);
+    if (!rc)
+        s->engine->hasher = s->hasher;
     if (rc) {
         perta_stream_close(s);
         return rc;
@@ -149,6 +161,7 @@ void perta_stream_close(struct perta_stream *s)
 {
     if (!s)
         return;
+    perta_hasher_close(s->hasher);
     perta_engine_close(s->engine);
     for (unsigned i = 0; i < s->n_slots; i++)
         perta_slot_release(&s->slots[i]);
@@ -251,7 +264,7 @@ static bool pack(struct perta_stream *s, struct perta_slot *slot)
 /* FREE -> READING: fill every free slot in turn. */
 static void read_ahead(struct perta_stream *s)
 {
-    while (s->n_filled - s->n_committed < s->n_slots && (!s->ended || s->has_pending)) {
+    while (s->n_filled - s->n_freed < s->n_slots && (!s->ended || s->has_pending)) {
         struct perta_slot *slot = &s->slots[s->n_filled % s->n_slots];
         if (!pack(s, slot))
             return;
@@ -270,7 +283,7 @@ static void read_ahead(struct perta_stream *s)
     }
 }
 
-/* DONE -> FREE: commit the oldest batch. */
+/* DONE -> COMMITTED: the oldest batch. */
 static int commit(struct perta_stream *s, struct perta_slot *slot, struct perta_err *err)
 {
     int rc = perta_engine_check(s->engine, err);
@@ -285,15 +298,42 @@ static int commit(struct perta_stream *s, struct perta_slot *slot, struct perta_
         *err = slot->err;
         rc = err->code;
     }
-    for (uint32_t i = 0; i < slot->n_reads; i++)
-        perta_engine_release(s->engine, &slot->reads[i].request);
+    slot->digested = perta_hasher_given(s->hasher);
     pthread_mutex_lock(&s->lock);
-    slot->state = SLOT_FREE;
+    slot->state = SLOT_COMMITTED;
     s->n_committed++;
     pthread_mutex_unlock(&s->lock);
     if (s->run.progress)
         s->run.progress(s->run.progress_user, s->read_bytes, s->job.total_bytes);
     return rc;
+}
+
+/* COMMITTED -> FREE: in turn, when the digests of what lies in a slot are taken. */
+static int set_free(struct perta_stream *s, struct perta_err *err)
+{
+    while (s->n_freed < s->n_committed) {
+        struct perta_slot *slot = &s->slots[s->n_freed % s->n_slots];
+        if (!perta_hasher_passed(s->hasher, slot->digested))
+            return 0;
+        int rc = perta_engine_check(s->engine, err);
+        if (rc)
+            return rc;
+        for (uint32_t i = 0; i < slot->n_reads; i++)
+            perta_engine_release(s->engine, &slot->reads[i].request);
+        set_state(s, slot, SLOT_FREE);
+        s->n_freed++;
+    }
+    return 0;
+}
+
+/* All is read and committed. */
+static int finish(struct perta_stream *s, struct perta_err *err)
+{
+    perta_hasher_wait(s->hasher, perta_hasher_given(s->hasher));
+    int rc = set_free(s, err);
+    if (!rc && s->next_err.code)
+        *err = s->next_err;
+    return rc ? rc : s->next_err.code;
 }
 
 static bool cancelled(const struct perta_stream *s)
@@ -307,13 +347,12 @@ static int turn(struct perta_stream *s, struct perta_err *err)
     for (;;) {
         if (cancelled(s))
             return perta_fail(err, PERTA_EINTR, "interrupted");
+        int rc = set_free(s, err);
+        if (rc)
+            return rc;
         read_ahead(s);
-        if (s->n_committed == s->n_filled) {
-            if (s->next_err.code)
-                *err = s->next_err;
-            return s->next_err.code;
-        }
-        int rc;
+        if (s->n_committed == s->n_filled && s->ended && !s->has_pending)
+            return finish(s, err);
         struct perta_slot *oldest = &s->slots[s->n_committed % s->n_slots];
         if (get_state(s, oldest) == SLOT_DONE)
             rc = commit(s, oldest, err);
@@ -389,6 +428,7 @@ int perta_stream_run(struct perta_stream *s, struct perta_err *err)
     stop_workers(s);
     struct perta_err ignored = {0};
     perta_engine_drain(s->engine, &ignored);
+    perta_hasher_wait(s->hasher, perta_hasher_given(s->hasher));
     for (unsigned i = 0; i < s->n_slots; i++)
         for (uint32_t r = 0; r < s->slots[i].n_reads; r++)
             perta_engine_release(s->engine, &s->slots[i].reads[r].request);

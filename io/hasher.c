@@ -1,0 +1,130 @@
+#include "io/hasher.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+
+#include "io/thread.h"
+
+#define QUEUE_MAX 1024
+
+struct given {
+    struct perta_digest *digest;
+    const void *data;
+    size_t len_bytes;
+};
+
+struct perta_hasher {
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t more, moved;
+    struct given queue[QUEUE_MAX]; /* used round and round */
+    uint64_t n_given, n_passed;
+    uint64_t asked; /* passed() is to be called there; 0: nowhere */
+    bool stopping;
+    void (*passed)(void *user);
+    void *user;
+};
+
+/* The oldest of the queue. False: stop. */
+static bool take(struct perta_hasher *h, struct given *next)
+{
+    pthread_mutex_lock(&h->lock);
+    while (h->n_passed == h->n_given && !h->stopping)
+        pthread_cond_wait(&h->more, &h->lock);
+    bool has = h->n_passed < h->n_given;
+    if (has)
+        *next = h->queue[h->n_passed % QUEUE_MAX];
+    pthread_mutex_unlock(&h->lock);
+    return has;
+}
+
+static void *hash(void *arg)
+{
+    struct perta_hasher *h = arg;
+    for (struct given next; take(h, &next);) {
+        perta_digest_add(next.digest, next.data, next.len_bytes);
+        pthread_mutex_lock(&h->lock);
+        h->n_passed++;
+        bool reached = h->asked && h->n_passed >= h->asked;
+        if (reached)
+            h->asked = 0;
+        pthread_cond_signal(&h->moved);
+        pthread_mutex_unlock(&h->lock);
+        if (reached)
+            h->passed(h->user);
+    }
+    return NULL;
+}
+
+int perta_hasher_open(struct perta_hasher **out, void (*passed)(void *user), void *user,
+                      struct perta_err *err)
+{
+    struct perta_hasher *h = calloc(1, sizeof *h);
+    if (!h)
+        return perta_fail_sys(err, ENOMEM, "digests");
+    h->passed = passed;
+    h->user = user;
+    pthread_mutex_init(&h->lock, NULL);
+    pthread_cond_init(&h->more, NULL);
+    pthread_cond_init(&h->moved, NULL);
+    int rc = perta_thread_start(&h->thread, hash, h);
+    if (rc) {
+        free(h);
+        return perta_fail_sys(err, rc, "thread for digests");
+    }
+    *out = h;
+    return 0;
+}
+
+void perta_hasher_close(struct perta_hasher *h)
+{
+    if (!h)
+        return;
+    pthread_mutex_lock(&h->lock);
+    h->stopping = true;
+    pthread_cond_signal(&h->more);
+    pthread_mutex_unlock(&h->lock);
+    pthread_join(h->thread, NULL);
+    pthread_cond_destroy(&h->moved);
+    pthread_cond_destroy(&h->more);
+    pthread_mutex_destroy(&h->lock);
+    free(h);
+}
+
+void perta_hasher_give(struct perta_hasher *h, struct perta_digest *digest, const void *data,
+                       size_t len_bytes)
+{
+    pthread_mutex_lock(&h->lock);
+    while (h->n_given - h->n_passed == QUEUE_MAX)
+        pthread_cond_wait(&h->moved, &h->lock);
+    h->queue[h->n_given++ % QUEUE_MAX] = (struct given){digest, data, len_bytes};
+    pthread_cond_signal(&h->more);
+    pthread_mutex_unlock(&h->lock);
+}
+
+uint64_t perta_hasher_given(const struct perta_hasher *h)
+{
+    return h ? h->n_given : 0; /* the owner alone changes it */
+}
+
+bool perta_hasher_passed(struct perta_hasher *h, uint64_t ticket)
+{
+    if (!h)
+        return true;
+    pthread_mutex_lock(&h->lock);
+    bool has = h->n_passed >= ticket;
+    h->asked = has ? 0 : ticket;
+    pthread_mutex_unlock(&h->lock);
+    return has;
+}
+
+void perta_hasher_wait(struct perta_hasher *h, uint64_t ticket)
+{
+    if (!h)
+        return;
+    pthread_mutex_lock(&h->lock);
+    while (h->n_passed < ticket)
+        pthread_cond_wait(&h->moved, &h->lock);
+    pthread_mutex_unlock(&h->lock);
+}

@@ -1,0 +1,35 @@
+/* hasher.h - one thread that digests behind the owner's back, in the order given. SHA-256 runs at
+ * little more than 1 GB/s: on the thread that owns the ring it would hold up reads and writes.
+ * A digest is given to it with perta_digest_behind (io/hash.h). */
+#ifndef PERTA_IO_HASHER_H
+#define PERTA_IO_HASHER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "io/err.h"
+#include "io/hash.h"
+
+struct perta_hasher;
+
+/* Start it. passed(user), on the hasher's thread, says that what perta_hasher_passed asked for has
+ * come; NULL: nobody asks. */
+PERTA_API int perta_hasher_open(struct perta_hasher **out, void (*passed)(void *user), void *user,
+                                struct perta_err *err);
+/* Digest all that was given, then stop. NULL is allowed. */
+PERTA_API void perta_hasher_close(struct perta_hasher *hasher);
+
+/* Give it bytes for a digest; data stays as it is until they have passed. Waits where many are
+ * given already. For io/hash.c. */
+void perta_hasher_give(struct perta_hasher *hasher, struct perta_digest *digest, const void *data,
+                       size_t len_bytes);
+/* A ticket for all that was given so far. Without a hasher (NULL) everything has passed. */
+PERTA_API uint64_t perta_hasher_given(const struct perta_hasher *hasher);
+/* Has it come that far? If not, passed() will be called when it has; a later question takes the
+ * place of an earlier one. */
+PERTA_API bool perta_hasher_passed(struct perta_hasher *hasher, uint64_t ticket);
+/* Wait until it has. */
+PERTA_API void perta_hasher_wait(struct perta_hasher *hasher, uint64_t ticket);
+
+#endif
