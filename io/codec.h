@@ -84,7 +84,7 @@ PERTA_API int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dty
                                  void *before, size_t n_bytes, struct perta_err *err);
 
 /* How many units a frame changes, from the frame alone; checks it as perta_codec_apply would, but
- * for what depends on the bytes before. */
+ * for what depends on the bytes before (that as many change, too). */
 PERTA_API int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
                                 enum perta_encoding encoding, const uint8_t *frame,
                                 size_t frame_bytes, size_t payload_bytes, size_t n_bytes,

@@ -614,6 +614,47 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
 }
 END_TEST
 
+/* Small lies that leave a frame whole: how many change, and what overflows without need. */
+START_TEST(counts_that_lie_are_refused)
+{
+    enum { N = 4096, LEN = 2 * N };
+    struct perta_codec *codec = perta_codec_new(LEN);
+    uint8_t *before = alloc(LEN), *after = alloc(LEN), *out = alloc(LEN);
+    uint8_t *frame = alloc(perta_codec_bound(LEN)), *payload = alloc(2 * LEN);
+    struct perta_coded coded;
+    fill_random(before, LEN, 21);
+    memcpy(after, before, LEN);
+    for (size_t i = 0; i < N; i += 64)
+        after[2 * i + 1] ^= 0x3f; /* large, and few: they overflow */
+    ck_assert_ok(perta_codec_encode(codec, PERTA_U16, before, after, LEN, frame,
+                                    perta_codec_bound(LEN), &coded, &err));
+    size_t n = coded.payload_bytes;
+    ck_assert_uint_eq(ZSTD_decompress(payload, 2 * LEN, frame, coded.frame_bytes), n);
+    ck_assert_uint_eq(le(payload + 8, 4), N / 64);
+    for (int lie = 0; lie < 3; lie++) {
+        static const char *const messages[] = {
+            "", "it does not change as many units as it says",
+            "what overflows makes no sense"};
+        struct perta_err why = {0};
+        payload[12] ^= lie == 1;
+        if (lie == 2) /* the first of them becomes 7 */
+            payload[n - N / 32] = 7, payload[n - N / 64] = 0;
+        size_t len = ZSTD_compress(frame, perta_codec_bound(LEN), payload, n, 1);
+        int rc = perta_codec_apply(codec, PERTA_U16, PERTA_ENC_DELTA, frame, len, n, before,
+                                   out, LEN, &why);
+        ck_assert_int_eq(rc, lie ? PERTA_ECHECK : 0);
+        ck_assert(strstr(why.msg, messages[lie]));
+        payload[12] ^= lie == 1;
+    }
+    perta_codec_free(codec);
+    free(before);
+    free(after);
+    free(out);
+    free(frame);
+    free(payload);
+}
+END_TEST
+
 /* As compose does it where nothing is grouped: the same frame, without the bytes before. */
 START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
 {
@@ -680,6 +721,7 @@ int main(void)
     tcase_add_test(tests, kernels_move_bytes_alike_for_every_instruction_set);
     tcase_add_test(tests, frames_that_lie_are_refused_or_harmless);
     tcase_add_test(tests, payloads_that_lie_are_refused_or_harmless);
+    tcase_add_test(tests, counts_that_lie_are_refused);
     tcase_add_test(tests, what_is_never_grouped_adds_up_on_any_bytes_before);
     tcase_add_test(tests, a_chunk_too_large_for_the_codec_is_refused);
     return run_suite("codec", tests);
