@@ -258,7 +258,9 @@ static inline void unpack_bits(unsigned bits, const uint8_t *packed, size_t n, u
     uint8_t full = (uint8_t)((1u << bits) - 1);
     for (size_t at = 0; at < m; at += BLOCK) {
         size_t block = m - at < BLOCK ? m - at : BLOCK;
+#ifndef __SANITIZE_ADDRESS__ /* its checks break the loop up, and gcc warns that it cannot unroll it */
 #pragma GCC unroll 8
+#endif
         for (unsigned f = 0; f < 8 / bits; f++) {
             size_t start = f * m + at, left = start < n ? n - start : 0;
             for (size_t i = 0; i < (left < block ? left : block); i++)
