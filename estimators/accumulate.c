@@ -57,13 +57,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     (void)err;
     struct job *job = ctx;
     struct perta_chunk_at at;
-    if (!perta_walk_next(&job->walk, &at))
+    if (!perta_walk_piece(&job->walk, &at, piece))
         return 0;
-    piece->shard = at.shard;
-    piece->tensor = at.tensor;
-    piece->tag = at.index;
-    piece->first_elem = at.first_unit;
-    piece->n_elems = at.n_units;
     uint32_t n = job->accumulate->n_gradients;
     for (uint32_t i = 0; i < n; i++) {
         const struct place *place = &job->places[at.index * n + i];

@@ -171,12 +171,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
     struct perta_chunk_at at;
-    if (!perta_walk_next(&job->walk, &at))
+    if (!perta_walk_piece(&job->walk, &at, piece))
         return 0;
-    piece->shard = at.shard;
-    piece->tensor = at.tensor;
-    piece->first_elem = at.first_unit;
-    piece->n_elems = at.n_units;
     for (int i = 0; i < N_IN; i++) {
         const struct perta_ref *ref = operand(job, i, at.info->name);
         if (!ref)

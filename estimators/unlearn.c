@@ -40,14 +40,9 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     (void)err;
     struct perta_unlearn_job *job = ctx;
     struct perta_chunk_at at;
-    if (!perta_walk_next(&job->walk, &at))
+    if (!perta_walk_piece(&job->walk, &at, piece))
         return 0;
     const struct perta_unlearn_row *row = &job->rows[at.index];
-    piece->shard = at.shard;
-    piece->tensor = at.tensor;
-    piece->tag = at.index;
-    piece->first_elem = at.first_unit;
-    piece->n_elems = at.n_units;
     for (int i = 0; i < PERTA_N_ROLES; i++) {
         if (!row->in[i])
             continue;

@@ -62,13 +62,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     (void)err;
     struct job *job = ctx;
     struct perta_chunk_at at;
-    if (!perta_walk_next(&job->walk, &at))
+    if (!perta_walk_piece(&job->walk, &at, piece))
         return 0;
-    piece->shard = at.shard;
-    piece->tensor = at.tensor;
-    piece->tag = at.index;
-    piece->first_elem = at.first_unit;
-    piece->n_elems = at.n_units;
     uint32_t n_frames = 0;
     for (uint32_t k = 0; k < job->chain.n; k++) {
         const struct perta_patch_entry *entry = entry_of(job, k, piece);

@@ -37,14 +37,10 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     (void)err;
     struct job *job = ctx;
     struct perta_chunk_at at;
-    if (!perta_walk_next(&job->walk, &at))
+    if (!perta_walk_piece(&job->walk, &at, piece))
         return 0;
     struct perta_ref to = {.tensor = at.info, .shard = at.shard};
     const struct perta_ref *from = perta_checkpoint_find(job->in[BEFORE].ck, at.info->name);
-    piece->shard = at.shard;
-    piece->tensor = at.tensor;
-    piece->first_elem = at.first_unit;
-    piece->n_elems = at.n_units;
     perta_input_range(&job->in[BEFORE], from, at.off_bytes, at.len_bytes, &piece->in[BEFORE]);
     perta_input_range(&job->in[AFTER], &to, at.off_bytes, at.len_bytes, &piece->in[AFTER]);
     piece->out_bytes = OUT_ALIGN + perta_codec_bound(at.len_bytes);

@@ -45,6 +45,19 @@ int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at)
     }
 }
 
+int perta_walk_piece(struct perta_walk *walk, struct perta_chunk_at *at,
+                     struct perta_piece *piece)
+{
+    if (!perta_walk_next(walk, at))
+        return 0;
+    piece->shard = at->shard;
+    piece->tensor = at->tensor;
+    piece->tag = at->index;
+    piece->first_elem = at->first_unit;
+    piece->n_elems = at->n_units;
+    return 1;
+}
+
 bool perta_walk_is_place(const struct perta_header *header, uint64_t tensor, uint64_t unit,
                          uint64_t chunk_units)
 {

@@ -6,6 +6,7 @@
 
 #include "io/checkpoint.h"
 #include "io/codec.h"
+#include "stream/stream.h"
 
 struct perta_walk {
     const struct perta_checkpoint *ck;
@@ -26,6 +27,9 @@ struct perta_chunk_at {
 
 /* 1: *at is the next chunk; 0: there is none. Empty tensors have none. */
 int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at);
+/* The same for a job's next(): *piece is of that chunk, tagged with the tensor's index. */
+int perta_walk_piece(struct perta_walk *walk, struct perta_chunk_at *at,
+                     struct perta_piece *piece);
 
 /* Does a chunk of the tensor of that number end at that unit? */
 bool perta_walk_is_place(const struct perta_header *header, uint64_t tensor, uint64_t unit,
