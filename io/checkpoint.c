@@ -85,7 +85,7 @@ static int read_json(const char *path, json_t **out, struct perta_err *err)
     if (fd < 0)
         return fd;
     json_error_t where;
-    *out = json_loadfd(fd, JSON_REJECT_DUPLICATES, &where);
+    *out = perta_json_load(fd, &where);
     close(fd);
     if (!*out)
         return perta_fail(err, PERTA_EINPUT, "%s: byte %d: not valid JSON: %s", path,

@@ -1,9 +1,11 @@
 #include "io/text.h"
 
+#include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Length of the character at text; 0: a control character, or not UTF-8. */
 static unsigned character_bytes(const char *text)
@@ -91,4 +93,18 @@ json_t *perta_text_json(const char *fmt, ...)
     json_t *json = json_string(text);
     free(text);
     return json;
+}
+
+static size_t read_some(void *to, size_t len_bytes, void *fd)
+{
+    ssize_t n;
+    do
+        n = read(*(const int *)fd, to, len_bytes);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? (size_t)-1 : (size_t)n;
+}
+
+json_t *perta_json_load(int fd, json_error_t *why)
+{
+    return json_load_callback(read_some, &fd, JSON_REJECT_DUPLICATES, why);
 }

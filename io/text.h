@@ -24,4 +24,8 @@ bool perta_name_is_plain(const char *name);
 /* A string for people, made plain, so that it is never NULL but without memory. */
 json_t *perta_text_json(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
+/* The one value that a file holds, no key twice; NULL, with *why, if it holds none. The caller's.
+ * json_loadfd reads byte by byte, which an index of many tensors makes millions of calls. */
+json_t *perta_json_load(int fd, json_error_t *why);
+
 #endif

@@ -342,7 +342,7 @@ static int load(const char *path, json_t **manifest, struct perta_err *err)
     int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
         return fd;
-    *manifest = json_loadfd(fd, JSON_REJECT_DUPLICATES, &why);
+    *manifest = perta_json_load(fd, &why);
     close(fd);
     if (!*manifest)
         return perta_fail(err, PERTA_EINPUT,
