@@ -255,10 +255,22 @@ static int try_lock(struct perta_journal *journal, const char *path, int flags,
 static int open_locked(struct perta_journal *journal, const char *path, int flags,
                        struct perta_err *err)
 {
-    *journal = (struct perta_journal){.fd = -1, .path = path_beside(path), .last_time = now()};
+    *journal = (struct perta_journal){
+        .fd = -1, .path = path_beside(path), .last_time = now(), .started = time(NULL)};
     int rc = journal->path ? 1 : perta_fail_sys(err, ENOMEM, "%s", path);
     while (rc == 1)
         rc = try_lock(journal, path, flags, err);
+    return rc;
+}
+
+static int append_identity(struct perta_journal *journal, const json_t *identity,
+                           struct perta_err *err)
+{
+    json_t *first = json_copy((json_t *)(uintptr_t)identity);
+    int rc = json_object_set_new(first, "started", json_integer(journal->started))
+                 ? perta_fail_sys(err, ENOMEM, "%s", journal->path)
+                 : append(journal, first, err);
+    json_decref(first);
     return rc;
 }
 
@@ -279,7 +291,7 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
     if (!rc && ftruncate(journal->fd, 0))
         rc = perta_fail_sys(err, errno, "%s", journal->path);
     if (!rc)
-        rc = append(journal, identity, err);
+        rc = append_identity(journal, identity, err);
     return rc ? rc : perta_name_sync(journal->path, err);
 }
 
@@ -326,6 +338,10 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     journal->last = ends.last;
     if (!rc && !ends.last)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no record in it", journal->path);
+    const json_t *started = json_object_get(ends.first, "started");
+    if (json_is_integer(started))
+        journal->started = json_integer_value(started);
+    json_object_del(ends.first, "started");
     if (!rc)
         rc = check_identity(path, ends.first, identity, err);
     /* What was torn goes, so that the next record follows the last whole one. */
@@ -494,6 +510,7 @@ int perta_journal_complete(struct perta_journal *journal, struct perta_publish *
     json_t *inodes = json_array();
     for (size_t i = 0; i < n && !rc; i++)
         rc = add_inode(inodes, folders[i], err);
+    json_object_set_new(summary, "started", json_integer(journal->started));
     json_t *record = json_pack("{s:o, s:O*}", "publish", inodes, "summary", summary);
     if (!rc)
         rc = record ? perta_journal_commit(journal, record, journal->bytes, err)

@@ -4,7 +4,7 @@
  * A file of records beside the output folder that is published last: FOLDER.perta-journal. Each
  * line is the XXH3-64 of a text in hexadecimal, a blank, and that text: a JSON object. A line that
  * was not written whole does not count, nor does what follows it. The first record is the run's
- * identity: whatever decides the bytes of the result. Every other record says how far the outputs
+ * identity, whatever decides the bytes of the result, and when it began. Every other record says how far the outputs
  * are on disk: they are synced before it is appended, and it is synced too. The last says that
  * they are complete and how their folders are known by inode, so that a run that was killed while
  * it gave them their names is finished by the next. */
@@ -32,6 +32,7 @@ struct perta_journal {
     bool going_on;    /* and it does */
     bool committed;   /* there is something to go on with */
     double last_time; /* of a commit, in seconds */
+    int64_t started;  /* when the run began, its first part if it goes on; Unix time */
     uint64_t bytes;   /* written until then */
     json_t *last;     /* record, when it was opened; NULL: a new journal */
 };
@@ -63,7 +64,8 @@ bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes);
 int perta_journal_commit(struct perta_journal *journal, const json_t *record,
                          uint64_t bytes, struct perta_err *err);
 /* Folders (n) are complete but for their names: sync them and say so in the journal; from then on
- * nothing else is needed. summary (borrowed) is kept there, for the run that may have to go on. */
+ * nothing else is needed. summary (borrowed) is told when the run began and kept there, for the
+ * run that may have to go on. */
 int perta_journal_complete(struct perta_journal *journal, struct perta_publish *const *folders,
                            size_t n, json_t *summary, struct perta_err *err);
 /* The same, unless it has been done; then give them their names, in order, and remove the

@@ -45,8 +45,8 @@ double cli_seconds(const struct cli *cli);
 /* "1.25 GB", in powers of ten; buf holds at least 32 bytes. */
 const char *cli_bytes(double bytes, char *buf);
 
-/* With --statement: write PATCH.intoto.json about the patch at path, which was just made. summary may
- * say by what it was read. tools/statement.c */
+/* With --statement: write PATCH.intoto.json about the patch at path, which was just made. summary
+ * says when that was begun, and may say by what it was read. tools/statement.c */
 int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
                   struct perta_err *err);
 

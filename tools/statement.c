@@ -91,29 +91,29 @@ static char *cpu_name(void)
     return name ? name : strdup("unknown");
 }
 
-static json_t *run_details(const struct cli *cli, const json_t *summary)
+static json_t *run_details(const json_t *summary)
 {
-    time_t now = time(NULL);
+    time_t started = json_integer_value(json_object_get(summary, "started"));
     char *cpu = cpu_name();
     const char *engine = text(json_object_get(summary, "io"), "engine");
     json_t *details = json_pack(
         "{s:{s:s, s:{s:s, s:s, s:s, s:s, s:s*}}, s:{s:o, s:o}}", "builder", "id",
         BUILD_TYPE "/builder", "version", "perta", PERTA_VERSION, "compiler", __VERSION__, "cpu",
         cpu ? cpu : "unknown", "instruction_set", perta_isa_name(perta_isa_chosen()), "io", engine,
-        "metadata", "startedOn", when(now - (time_t)cli_seconds(cli)), "finishedOn", when(now));
+        "metadata", "startedOn", when(started), "finishedOn",
+        when(time(NULL)));
     free(cpu);
     return details;
 }
 
-static json_t *statement_of(const struct cli *cli, const struct perta_patch_in *patch,
-                            const json_t *summary)
+static json_t *statement_of(const struct perta_patch_in *patch, const json_t *summary)
 {
     return json_pack("{s:s, s:o, s:s, s:{s:{s:s, s:O, s:o}, s:o}}", "_type",
                      "https://in-toto.io/Statement/v1", "subject", subjects(patch),
                      "predicateType", "https://slsa.dev/provenance/v1", "predicate",
                      "buildDefinition", "buildType", BUILD_TYPE, "externalParameters",
                      json_object_get(patch->manifest, "recipe"), "resolvedDependencies",
-                     dependencies(patch->manifest), "runDetails", run_details(cli, summary));
+                     dependencies(patch->manifest), "runDetails", run_details(summary));
 }
 
 int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
@@ -123,7 +123,7 @@ int cli_statement(const struct cli *cli, const char *path, const json_t *summary
         return 0;
     struct perta_patch_in patch = {0};
     int rc = perta_patch_in_open(&patch, path, err);
-    json_t *statement = rc ? NULL : statement_of(cli, &patch, summary);
+    json_t *statement = rc ? NULL : statement_of(&patch, summary);
     char *body = statement ? perta_canonical_json(statement) : NULL, *to = NULL;
     if (!rc && (!body || asprintf(&to, "%s" SUFFIX, patch.path) < 0))
         rc = perta_fail_sys(err, ENOMEM, "%s", path);

@@ -7,16 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PERTA
 from llama import write_llama
 from reference import write_folder
 from safetensors import safe_open
+from verbs import EAGER, run
 
 SIDES = ["model", "tuned", "base", "forget", "retain"]
+FAULTY = PERTA.parent / "tests/faults/perta_faulty"
 MODEL_SIGNING = Path(sys.executable).parent / "model_signing"
 
 
@@ -149,6 +153,20 @@ def test_a_statement_is_in_toto_with_slsa_provenance(perta, sides):
     assert {"perta", "compiler", "cpu", "instruction_set", "io"} == details["builder"]["version"].keys()
     started, finished = (datetime.fromisoformat(details["metadata"][key]) for key in ("startedOn", "finishedOn"))
     assert start <= finished <= datetime.now(timezone.utc) and started <= finished
+
+
+@pytest.mark.parametrize("fault", ["fail=sync:12:5", "fail=rename:1:5"])  # on the way; all done but the name
+def test_a_run_that_goes_on_started_when_it_first_did(sides, fault):
+    command = [f"--{role}={role}" for role in SIDES] + ["--patch", "p", "--statement"]
+    env = EAGER | {"PERTA_FAULTS": fault}
+    run(sides, "unlearn", *command, env=env, perta=FAULTY, status=4)
+    broke_off = datetime.now(timezone.utc)
+    assert (sides / "p.perta-journal").exists()
+    time.sleep(1.1)  # a statement's times are in seconds
+    run(sides, "unlearn", *command, "--resume")
+    statement = json.loads((sides / "p.intoto.json").read_text())
+    times = statement["predicate"]["runDetails"]["metadata"]
+    assert datetime.fromisoformat(times["startedOn"]) <= broke_off < datetime.fromisoformat(times["finishedOn"])
 
 
 def test_a_statement_for_every_alpha_and_verb(perta, sides):
