@@ -1,7 +1,9 @@
-"""A FUSE file system that shows a folder, and never reads as much as was asked for.
+"""A FUSE file system that shows a folder, and never reads as much as was asked for; or, with a
+BYTE, reads fail (EIO) in any file from there on, and files can be mapped.
 
-    python short_reads.py FOLDER MOUNTPOINT"""
+    python short_reads.py FOLDER MOUNTPOINT [BYTE]"""
 
+import errno
 import os
 import sys
 
@@ -43,5 +45,18 @@ class ShortReads(mfusepy.Operations):
         return os.pread(fh, max(1, size * 2 // 3 - offset % 7), offset)
 
 
+class FailingReads(ShortReads):
+    def __init__(self, folder, byte):
+        super().__init__(folder)
+        self.byte = byte
+
+    def read(self, path, size, offset, fh):
+        if offset + size > self.byte and os.fstat(fh).st_size > self.byte:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return os.pread(fh, size, offset)
+
+
 if __name__ == "__main__":
-    mfusepy.FUSE(ShortReads(sys.argv[1]), sys.argv[2], foreground=True, direct_io=True, ro=True)
+    folder, mountpoint, *byte = sys.argv[1:]
+    disk = FailingReads(folder, int(*byte)) if byte else ShortReads(folder)
+    mfusepy.FUSE(disk, mountpoint, foreground=True, direct_io=not byte, ro=True)

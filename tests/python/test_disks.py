@@ -4,6 +4,7 @@ for. What needs root or a tool that is not here is skipped, with the reason.
 The long tier (PERTA_LONG=1) cuts a disk off at every step of a job, not at a few."""
 
 import ctypes.util
+import errno
 import os
 import resource
 import shutil
@@ -186,13 +187,14 @@ def test_a_disk_that_is_thinner_than_it_looks(large, tmp_path):
 
 
 @contextmanager
-def short_reads(source, disk):
-    """A folder by way of FUSE, where no read gives as much as was asked for."""
+def short_reads(source, disk, *byte):
+    """A folder by way of FUSE, where no read gives as much as was asked for; or where reads fail
+    from a byte on."""
     if not ctypes.util.find_library("fuse3") or not os.path.exists("/dev/fuse"):
         pytest.skip("no FUSE here (Debian: fuse3)")
     disk.mkdir()
     script = os.path.join(os.path.dirname(__file__), "short_reads.py")
-    with subprocess.Popen([sys.executable, script, source, disk], stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen([sys.executable, script, source, disk, *map(str, byte)], stderr=subprocess.PIPE, text=True) as server:
         try:
             while server.poll() is None and not os.path.ismount(disk):
                 time.sleep(0.01)
@@ -212,4 +214,19 @@ def test_short_reads_in_the_middle_of_files(inputs, tmp_path, io):
             want = wanted(inputs, command)
             run(disk, *onto(tmp_path, command), "--io", io)
             assert folder_bytes(tmp_path / "out") == want, verb
+            shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("io", ["mmap", "direct", "pread"])
+def test_a_disk_that_fails_to_read(inputs, tmp_path, io):
+    """Mapped files fail with a signal, on any thread: an error like any other. From a good one
+    the run goes on."""
+    byte = 8192  # past the headers
+    with short_reads(inputs, tmp_path / "disk", byte) as disk:
+        for verb, command in [(verb, VERBS[verb]) for verb in FEW]:
+            said = run(disk, *onto(tmp_path, command), "--io", io, status=4).stderr
+            assert os.strerror(errno.EIO) in said and ".safetensors" in said, (verb, said)
+            assert all(".perta-" in path for path in folder_bytes(tmp_path / "out")), verb
+            run(inputs, *onto(tmp_path, command), "--resume")
+            assert folder_bytes(tmp_path / "out") == wanted(inputs, command), verb
             shutil.rmtree(tmp_path / "out")
