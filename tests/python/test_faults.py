@@ -101,6 +101,40 @@ def test_right_bytes_or_an_error(inputs, wanted, group):
     assert failed or LAST - FIRST < 20 * GROUPS  # else nothing was tested
 
 
+def check_in_place(folder, sides, seed):
+    """It ends, or fails and is completed, or taken back, from wherever it was."""
+    rng = random.Random(seed)
+    verb, back = rng.sample(["apply", "revert"], 2)
+    faults, error = draw(rng, seed)
+    shutil.copytree(folder / ("model" if verb == "apply" else "tuned"), folder / "out")
+    command = ["out", "p1", "--in-place", "--threads", str(rng.choice([1, 2, 5]))]
+    io = rng.choice(["direct", "pread", "mmap"])
+    env = os.environ | {"PERTA_FAULTS": faults}
+    seen = f"seed {seed}: PERTA_FAULTS={faults} perta {verb} {' '.join(command)} --io {io}"
+    done = run(folder, verb, *command, "--io", io, env=env, perta=FAULTY, status=None)
+    if done.returncode:
+        assert error and done.returncode == 4, (seen, done)
+        assert os.strerror(error) in done.stderr, (seen, done)
+        verb = rng.choice([verb, back])
+        again = run(folder, verb, *command, status=None)
+        # Before it touched anything there is nothing to take back, after its end nothing to do.
+        assert not again.returncode or "here the patch is" in again.stderr, (seen, done, again)
+    assert folder_bytes(folder / "out") == sides[verb], (seen, done)
+    return done.returncode != 0
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_in_place_it_goes_on_or_back(inputs, group):
+    before = folder_bytes(inputs)
+    sides = {"apply": folder_bytes(inputs / "tuned"), "revert": folder_bytes(inputs / "model")}
+    failed = 0
+    for seed in range(FIRST + group, LAST + 1, GROUPS):
+        failed += check_in_place(inputs, sides, seed)
+        clear(inputs)
+    assert folder_bytes(inputs) == before
+    assert failed or LAST - FIRST < 20 * GROUPS
+
+
 @pytest.mark.parametrize("verb", [v for v in VERBS if v != "revert"] if LONG else ["unlearn", "apply", "estimate"])
 @pytest.mark.parametrize("io", ["direct", "pread", "mmap"])
 @pytest.mark.parametrize("change", ["shrink", "touch"])
