@@ -135,10 +135,11 @@ def against_peers(s: Set, rounds: int, mergekit: Path | None, python: Path | Non
 
 
 def growth(perta: Path, work: Path, n_parameters: int, rounds: int) -> dict:
-    """Seconds against bytes; and against the number of tensors, for a total that stays."""
+    """Seconds against bytes, from a quarter of the parameters to ten times as many; and against
+    the number of tensors, for a total that stays."""
     sizes, counts = [], []
-    for part in (8, 4, 2, 1):
-        shapes = {f"t{i}": (n_parameters // 8,) for i in range(8 // part)}
+    for n in (1, 4, 10, 40):
+        shapes = {f"t{i}": (n_parameters // 4,) for i in range(n)}
         sizes.append(timed(perta, work, shapes, rounds))
     for n in (10, 1000, 100_000):
         each = n_parameters // 8 // n

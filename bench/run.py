@@ -1,5 +1,5 @@
 """Measure everything: `make bench`, BENCH_GB= says how much the inputs are (15.4 for 1.1 billion
-parameters).
+parameters). How time grows is measured up to ten times that, which the disk must hold.
 
     python bench/run.py BUILD WORKDIR [--gb 4] [--rounds 5] [--results DIR] [--peers VENV]
 
@@ -82,7 +82,6 @@ def main() -> None:
     python = peers and peers / "bin/python"
     results = {"command": " ".join(["python", *sys.argv]), "machine": machine(build, work, peers),
                "missing": missing(peers)}  # fmt: skip
-
 
     def done(part: str, what: object) -> None:
         """Written part by part, so that a run cut short leaves what it has."""
