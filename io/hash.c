@@ -26,7 +26,7 @@ struct perta_digest {
     bool with_sha256;
     uint64_t len_bytes;
     struct perta_hasher *hasher; /* NULL: the caller's own thread does it */
-    _Atomic uint64_t n_behind;   /* given to the hasher and not done */
+    _Atomic uint64_t n_behind;   /* bytes given to the hasher and not done */
 };
 
 uint64_t perta_hash64(const void *data, size_t len_bytes)
@@ -76,7 +76,7 @@ static void add(struct perta_digest *digest, const void *data, size_t len_bytes)
 void perta_digest_add(struct perta_digest *digest, const void *data, size_t len_bytes)
 {
     add(digest, data, len_bytes);
-    atomic_fetch_sub(&digest->n_behind, 1);
+    atomic_fetch_sub(&digest->n_behind, len_bytes);
 }
 
 void perta_digest_update(struct perta_digest *digest, const void *data, size_t len_bytes)
@@ -88,7 +88,7 @@ void perta_digest_update(struct perta_digest *digest, const void *data, size_t l
         add(digest, data, len_bytes);
         return;
     }
-    atomic_fetch_add(&digest->n_behind, 1);
+    atomic_fetch_add(&digest->n_behind, len_bytes);
     perta_hasher_give(digest->hasher, digest, data, len_bytes);
 }
 

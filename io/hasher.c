@@ -7,6 +7,7 @@
 #include "io/thread.h"
 
 #define QUEUE_MAX 1024
+#define HELD_MAX 64
 
 struct given {
     struct perta_digest *digest;
@@ -16,6 +17,12 @@ struct given {
 
 struct perta_hasher {
     pthread_t thread;
+
+    /* the owner's: given, and not in the queue yet */
+    struct given held[HELD_MAX];
+    unsigned n_held;
+
+    /* under lock */
     pthread_mutex_t lock;
     pthread_cond_t more, moved;
     struct given queue[QUEUE_MAX]; /* used round and round */
@@ -77,10 +84,27 @@ int perta_hasher_open(struct perta_hasher **out, void (*passed)(void *user), voi
     return 0;
 }
 
+/* What is held goes into the queue. */
+static void put(struct perta_hasher *h)
+{
+    if (!h->n_held)
+        return;
+    pthread_mutex_lock(&h->lock);
+    for (unsigned i = 0; i < h->n_held; i++) {
+        while (h->n_given - h->n_passed == QUEUE_MAX)
+            pthread_cond_wait(&h->moved, &h->lock);
+        h->queue[h->n_given++ % QUEUE_MAX] = h->held[i];
+    }
+    pthread_cond_signal(&h->more);
+    pthread_mutex_unlock(&h->lock);
+    h->n_held = 0;
+}
+
 void perta_hasher_close(struct perta_hasher *h)
 {
     if (!h)
         return;
+    put(h);
     pthread_mutex_lock(&h->lock);
     h->stopping = true;
     pthread_cond_signal(&h->more);
@@ -95,17 +119,26 @@ void perta_hasher_close(struct perta_hasher *h)
 void perta_hasher_give(struct perta_hasher *h, struct perta_digest *digest, const void *data,
                        size_t len_bytes)
 {
-    pthread_mutex_lock(&h->lock);
-    while (h->n_given - h->n_passed == QUEUE_MAX)
-        pthread_cond_wait(&h->moved, &h->lock);
-    h->queue[h->n_given++ % QUEUE_MAX] = (struct given){digest, data, len_bytes};
-    pthread_cond_signal(&h->more);
-    pthread_mutex_unlock(&h->lock);
+    for (unsigned i = h->n_held; i-- > 0;) {
+        struct given *held = &h->held[i];
+        if (held->digest != digest)
+            continue;
+        if ((const uint8_t *)held->data + held->len_bytes != data)
+            break;
+        held->len_bytes += len_bytes;
+        return;
+    }
+    if (h->n_held == HELD_MAX)
+        put(h);
+    h->held[h->n_held++] = (struct given){digest, data, len_bytes};
 }
 
-uint64_t perta_hasher_given(const struct perta_hasher *h)
+uint64_t perta_hasher_given(struct perta_hasher *h)
 {
-    return h ? h->n_given : 0; /* the owner alone changes it */
+    if (!h)
+        return 0;
+    put(h);
+    return h->n_given; /* the owner alone changes it */
 }
 
 bool perta_hasher_passed(struct perta_hasher *h, uint64_t ticket)

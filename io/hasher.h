@@ -20,12 +20,13 @@ PERTA_API int perta_hasher_open(struct perta_hasher **out, void (*passed)(void *
 /* Digest all that was given, then stop. NULL is allowed. */
 PERTA_API void perta_hasher_close(struct perta_hasher *hasher);
 
-/* Give it bytes for a digest; data stays as it is until they have passed. Waits where many are
- * given already. For io/hash.c. */
+/* Give it bytes for a digest; data stays as it is until they have passed. They may be held until a
+ * ticket is asked for, to be digested as one with more that follows them in memory. Waits where
+ * many are given already. For io/hash.c. */
 void perta_hasher_give(struct perta_hasher *hasher, struct perta_digest *digest, const void *data,
                        size_t len_bytes);
 /* A ticket for all that was given so far. Without a hasher (NULL) everything has passed. */
-PERTA_API uint64_t perta_hasher_given(const struct perta_hasher *hasher);
+PERTA_API uint64_t perta_hasher_given(struct perta_hasher *hasher);
 /* Has it come that far? If not, passed() will be called when it has; a later question takes the
  * place of an earlier one. */
 PERTA_API bool perta_hasher_passed(struct perta_hasher *hasher, uint64_t ticket);

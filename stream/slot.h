@@ -24,7 +24,8 @@ struct perta_slot {
     enum perta_slot_state state;
     struct perta_piece *pieces; /* (pieces_max) */
     struct perta_range *ranges; /* (pieces_max, n_in) */
-    struct perta_slot_read *reads; /* (pieces_max * n_in) */
+    struct perta_slot_read *reads; /* (reads_max) */
+    uint32_t *last;                /* (n_in): the input's last read, counted from 1; 0: none */
     uint32_t n_pieces, n_reads, n_pending;
     uint32_t n_good; /* pieces worked on without error */
     uint8_t *in, *out;
@@ -36,7 +37,7 @@ struct perta_slot {
 
 /* Sizes that every slot of a stream has. */
 struct perta_slot_shape {
-    uint32_t pieces_max, n_in;
+    uint32_t pieces_max, reads_max, n_in;
     uint64_t in_max, out_max; /* bytes, multiples of PERTA_BLOCK_BYTES */
 };
 
@@ -51,12 +52,13 @@ int perta_slot_init(struct perta_slot *slot, const struct perta_slot_shape *shap
 void perta_slot_release(struct perta_slot *slot);
 
 void perta_slot_clear(struct perta_slot *slot);
-/* Add a piece (its ranges too); false if it does not fit any more. */
+/* Add a piece (its ranges too); false if it does not fit any more. What touches the same input's
+ * bytes of the piece before it is read with them. */
 bool perta_slot_add(struct perta_slot *slot, const struct perta_slot_shape *shape,
                     const struct perta_piece *piece);
-/* Lay out the reads of all pieces and give the pieces their room for results. */
-void perta_slot_lay_out(struct perta_slot *slot, const struct perta_slot_shape *shape);
+/* When no more pieces come: give the reads their room. */
+void perta_slot_lay_out(struct perta_slot *slot);
 /* After reading: point every range at its bytes. */
-void perta_slot_point(struct perta_slot *slot, const struct perta_slot_shape *shape);
+void perta_slot_point(struct perta_slot *slot);
 
 #endif

@@ -98,7 +98,8 @@ static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_
     if (s->run.memory_bytes < least)
         return perta_memory_refuse(s->run.memory_bytes, least, err, "for this job");
     uint64_t fit = 1 + (s->run.memory_bytes - least) / slot;
-    uint64_t useful = AHEAD_BYTES / slot + 2 * perta_run_threads(&s->run) + 2;
+    uint64_t ahead = s->job.total_bytes < AHEAD_BYTES ? s->job.total_bytes : AHEAD_BYTES;
+    uint64_t useful = ahead / slot + 2 * perta_run_threads(&s->run) + 2;
     uint64_t n = fit < useful ? fit : useful;
     s->n_slots = n < SLOTS_MAX ? (unsigned)n : SLOTS_MAX;
     return 0;
@@ -232,12 +233,11 @@ static void find_failed(struct perta_slot *slot)
 static void on_read(struct perta_request *request)
 {
     struct perta_slot *slot = request->user;
-    struct perta_stream *s = slot->stream;
     if (--slot->n_pending)
         return;
     find_failed(slot);
-    perta_slot_point(slot, &s->shape);
-    set_state(s, slot, SLOT_READY);
+    perta_slot_point(slot);
+    set_state(slot->stream, slot, SLOT_READY);
 }
 
 /* Put pieces into a slot until one does not fit. True: the slot has some. */
@@ -268,7 +268,7 @@ static void read_ahead(struct perta_stream *s)
         struct perta_slot *slot = &s->slots[s->n_filled % s->n_slots];
         if (!pack(s, slot))
             return;
-        perta_slot_lay_out(slot, &s->shape);
+        perta_slot_lay_out(slot);
         slot->stream = s;
         slot->n_pending = slot->n_reads;
         pthread_mutex_lock(&s->lock);
