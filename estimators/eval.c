@@ -21,11 +21,9 @@ static int score_of(const struct perta_estimate_job *job, uint64_t sample,
 {
     const struct perta_head *h = &job->head;
     *score = (struct score){.n_labels = h->starts[sample + 1] - h->starts[sample]};
-    for (size_t i = h->starts[sample]; i < h->starts[sample + 1]; i++) {
-        score->loss += (double)h->lse[i] - (double)h->logit[i];
+    for (size_t i = h->starts[sample]; i < h->starts[sample + 1]; i++)
         score->n_right += h->best[i] == h->target[i];
-    }
-    score->loss /= (double)score->n_labels;
+    score->loss = perta_head_loss(h, sample);
     if (isfinite(score->loss))
         return 0;
     return perta_fail(
@@ -212,9 +210,10 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
 int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
-    /* No statistic: an estimate's way forward. */
+    /* An estimate's way forward; of a statistic at most the memory. */
     const struct perta_estimate estimate = {.model = eval->model,
                                             .at = eval->at,
+                                            .mean = eval->as_estimate,
                                             .data = eval->data,
                                             .max_tokens = eval->max_tokens,
                                             .compute = eval->compute,
@@ -226,7 +225,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
         return perta_fail_sys(err, ENOMEM, "eval");
     job->estimate = &estimate;
     job->run = run;
-    job->answers = true;
+    job->answers = !eval->as_estimate;
     int rc = run_job(job, eval, &patched, summary, err);
     perta_estimate_release(job);
     perta_patched_close(&patched);

@@ -15,7 +15,8 @@ struct perta_eval {
     uint64_t max_tokens; /* of a sample; 0: no bound */
     enum perta_compute compute;
     const char
-        *scratch; /* folder for what does not fit in memory; NULL: $TMPDIR or /var/tmp */
+        *scratch;     /* folder for what does not fit in memory; NULL: $TMPDIR or /var/tmp */
+    bool as_estimate; /* in its batches and without other answers: the same loss to the bit */
 };
 
 /* Run it; nothing is written. *summary is the caller's: means over the lines, and under

@@ -13,27 +13,7 @@
 #include "stream/journal.h"
 #include "stream/naming.h"
 
-/* theta(s) at one step, and how it came there. */
-struct point {
-    double loss[2]; /* of forget and retain; NAN: not measured yet */
-    double moved, mean_scale;
-    uint64_t samples[2], tokens[2];
-    bool reached; /* its scales are there */
-};
-enum { FORGET, RETAIN };
-static const char *const names[] = {"forget", "retain"};
-
-struct job {
-    const struct perta_steps *steps;
-    struct perta_run run; /* of what is run within: it always goes on */
-    struct perta_weights weights;
-    struct perta_journal journal;
-    struct perta_publish work;           /* never published: what is kept between steps */
-    char *home;                          /* the work folder's name */
-    struct point *points;                /* (n_steps + 1) */
-    char data_hmac[2][PERTA_SHA256_HEX]; /* "": no key */
-    bool finishing;                      /* an earlier run was at the patch */
-};
+const char *const perta_sets[2] = {"forget", "retain"};
 
 /* ---- names in the work folder ---- */
 
@@ -44,7 +24,7 @@ static char *name_of(const char *fmt, unsigned step, const char *which)
     return asprintf(&name, fmt, step, which) < 0 ? NULL : name;
 }
 
-static char *path_in_work(const struct job *job, const char *fmt, unsigned step,
+static char *path_in_work(const struct perta_steps_job *job, const char *fmt, unsigned step,
                           const char *which)
 {
     char *name = name_of(fmt, step, which);
@@ -57,7 +37,12 @@ static char *path_in_work(const struct job *job, const char *fmt, unsigned step,
 #define GRADIENTS "gradients-%u-%s"
 #define MEAN "gradients-%u-%s/mean"
 
-static void forget_folder(const struct job *job, const char *fmt, unsigned step,
+char *perta_steps_scales(const struct perta_steps_job *job, unsigned k)
+{
+    return path_in_work(job, SCALES, k, "");
+}
+
+static void forget_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
                           const char *which)
 {
     struct perta_err ignored = {0};
@@ -82,18 +67,27 @@ static json_t *limit(double value)
     return isfinite(value) ? json_real(value) : json_null();
 }
 
-/* Every flag that decides where the way leads. */
-static json_t *parameters(const struct job *job)
+json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_steps)
 {
     const struct perta_steps *s = job->steps;
     bool bf16 = s->compute == PERTA_COMPUTE_BF16 ||
                 (s->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
     return json_pack("{s:s, s:I, s:f, s:f, s:f, s:o, s:o, s:s}", "method",
                      s->rule.back_off > 0 ? "signed-backoff" : "signed", "steps",
-                     (json_int_t)s->n_steps, "step", s->rule.step, "back_off",
+                     (json_int_t)n_steps, "step", s->rule.step, "back_off",
                      s->rule.back_off, "max_scale", s->rule.max_scale, "stop_forget",
                      limit(s->stop_forget), "max_retain_rise", limit(s->max_retain_rise),
                      "compute", bf16 ? "bf16" : "f32");
+}
+
+/* Null where there is one patch. */
+static json_t *listed_json(const struct perta_steps *s)
+{
+    json_t *list = s->several ? json_array() : json_null();
+    for (unsigned k = 0; s->several && k <= s->n_steps; k++)
+        if (s->listed[k])
+            json_array_append_new(list, json_integer(k));
+    return list;
 }
 
 static json_t *globs_json(const char *const *globs, unsigned n)
@@ -104,7 +98,8 @@ static json_t *globs_json(const char *const *globs, unsigned n)
     return list;
 }
 
-static int identity_of(const struct job *job, json_t **identity, struct perta_err *err)
+static int identity_of(const struct perta_steps_job *job, json_t **identity,
+                       struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     struct perta_checkpoint *others[2] = {NULL, NULL};
@@ -113,12 +108,13 @@ static int identity_of(const struct job *job, json_t **identity, struct perta_er
         rc = perta_checkpoint_open(s->base, &others[1], err);
     if (!rc)
         *identity = json_pack(
-            "{s:s, s:s, s:o, s:o, s:o, s:s?, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o}",
+            "{s:s, s:s, s:o, s:o, s:o, s:o, s:s?, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o}",
             "tool", "perta " PERTA_VERSION, "verb", "unlearn --steps", "flags",
-            parameters(job), "include", globs_json(s->globs.include, s->globs.n_include),
-            "exclude", globs_json(s->globs.exclude, s->globs.n_exclude), "out", s->out,
-            "one way", (int)s->one_way, "max tokens", (json_int_t)s->max_tokens,
-            "data key gives", job->data_hmac[FORGET], job->data_hmac[RETAIN], "forget",
+            perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
+            globs_json(s->globs.include, s->globs.n_include), "exclude",
+            globs_json(s->globs.exclude, s->globs.n_exclude), "out", s->out, "one way",
+            (int)s->one_way, "max tokens", (json_int_t)s->max_tokens, "data key gives",
+            job->data_hmac[PERTA_FORGET], job->data_hmac[PERTA_RETAIN], "forget",
             file_json(s->data_forget), "retain", file_json(s->data_retain), "model",
             perta_journal_checkpoint(job->weights.ck), "tuned",
             perta_journal_checkpoint(others[0]), "base",
@@ -130,7 +126,7 @@ static int identity_of(const struct job *job, json_t **identity, struct perta_er
 
 /* ---- records ---- */
 
-static int commit(struct job *job, json_t *record, struct perta_err *err)
+int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err)
 {
     int rc = record ? perta_journal_commit(&job->journal, record, 0, err)
                     : perta_fail_sys(err, ENOMEM, "%s", job->home);
@@ -140,19 +136,24 @@ static int commit(struct job *job, json_t *record, struct perta_err *err)
 
 static int replay(void *ctx, json_t *record, struct perta_err *err)
 {
-    struct job *job = ctx;
+    struct perta_steps_job *job = ctx;
     const json_t *step = json_object_get(record, "step");
+    json_t *patch = json_object_get(record, "patch");
     json_int_t k = json_integer_value(step);
-    if (json_object_get(record, "patch"))
-        job->finishing = true;
     if (!step)
         return 0;
     if (k < 0 || k > (json_int_t)job->steps->n_steps)
         return perta_fail(err, PERTA_EINPUT, "%s: no such step; --force starts over",
                           job->journal.path);
-    struct point *p = &job->points[k];
+    struct perta_steps_point *p = &job->points[k];
+    if (patch)
+        job->patching = json_is_object(patch) ? -1 : (int)k;
+    if (json_is_object(patch)) {
+        json_decref(p->patch);
+        p->patch = json_incref(patch);
+    }
     for (int i = 0; i < 2; i++) {
-        const json_t *loss = json_object_get(record, names[i]);
+        const json_t *loss = json_object_get(record, perta_sets[i]);
         if (loss) {
             p->loss[i] = json_real_value(loss);
             p->samples[i] =
@@ -171,13 +172,13 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
 /* ---- a point ---- */
 
 /* Gradients and loss, or at the end of the way the loss alone. */
-static int run_measure(struct job *job, unsigned k, int which, json_t **summary,
+static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_t **summary,
                        struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
-    const char *data = which == FORGET ? s->data_forget : s->data_retain;
-    char *scales = path_in_work(job, SCALES, k, "");
-    char *out = path_in_work(job, GRADIENTS, k, names[which]);
+    const char *data = which == PERTA_FORGET ? s->data_forget : s->data_retain;
+    char *scales = perta_steps_scales(job, k);
+    char *out = path_in_work(job, GRADIENTS, k, perta_sets[which]);
     const struct perta_scaled_paths at = {s->tuned, s->base, scales};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = &at,
@@ -192,7 +193,8 @@ static int run_measure(struct job *job, unsigned k, int which, json_t **summary,
                                     .data = data,
                                     .max_tokens = s->max_tokens,
                                     .compute = s->compute,
-                                    .scratch = job->work.partial};
+                                    .scratch = job->work.partial,
+                                    .as_estimate = true};
     int rc = !scales || !out  ? perta_fail_sys(err, ENOMEM, "%s", job->home)
              : k < s->n_steps ? perta_estimate(&estimate, &job->run, summary, err)
                               : perta_eval(&eval, &job->run, summary, err);
@@ -201,9 +203,9 @@ static int run_measure(struct job *job, unsigned k, int which, json_t **summary,
     return rc;
 }
 
-static int measure(struct job *job, unsigned k, int which, struct perta_err *err)
+static int measure(struct perta_steps_job *job, unsigned k, int which, struct perta_err *err)
 {
-    struct point *p = &job->points[k];
+    struct perta_steps_point *p = &job->points[k];
     json_t *summary = NULL;
     if (!isnan(p->loss[which]))
         return 0;
@@ -211,31 +213,32 @@ static int measure(struct job *job, unsigned k, int which, struct perta_err *err
     double loss = json_real_value(json_object_get(summary, "loss"));
     if (!rc && !isfinite(loss))
         rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
-                        which == FORGET ? job->steps->data_forget : job->steps->data_retain,
+                        which == PERTA_FORGET ? job->steps->data_forget
+                                              : job->steps->data_retain,
                         k);
     p->samples[which] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
     p->tokens[which] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
     json_decref(summary);
     if (!rc)
-        rc = commit(job,
-                    json_pack("{s:I, s:f, s:I, s:I}", "step", (json_int_t)k, names[which],
-                              loss, "samples", (json_int_t)p->samples[which], "tokens",
-                              (json_int_t)p->tokens[which]),
-                    err);
+        rc = perta_steps_commit(
+            job,
+            json_pack("{s:I, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[which], loss,
+                      "samples", (json_int_t)p->samples[which], "tokens",
+                      (json_int_t)p->tokens[which]),
+            err);
     p->loss[which] = rc ? NAN : loss;
     return rc;
 }
 
 /* From the scales of step k to those of k + 1. */
-static int move(struct job *job, unsigned k, struct perta_err *err)
+static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
-    struct point *p = &job->points[k + 1];
+    struct perta_steps_point *p = &job->points[k + 1];
     struct perta_step_counts counts = {0};
-    char *forget = path_in_work(job, MEAN, k, names[FORGET]);
-    char *retain = path_in_work(job, MEAN, k, names[RETAIN]);
-    char *from = path_in_work(job, SCALES, k, ""),
-         *to = path_in_work(job, SCALES, k + 1, "");
+    char *forget = path_in_work(job, MEAN, k, perta_sets[PERTA_FORGET]);
+    char *retain = path_in_work(job, MEAN, k, perta_sets[PERTA_RETAIN]);
+    char *from = perta_steps_scales(job, k), *to = perta_steps_scales(job, k + 1);
     const struct perta_step_folders folders = {
         s->tuned, s->base, forget, retain, from, to, perta_is_tied(job->weights.ck)};
     int rc = forget && retain && from && to
@@ -244,10 +247,10 @@ static int move(struct job *job, unsigned k, struct perta_err *err)
     p->moved = counts.n ? (double)counts.n_moved / (double)counts.n : 0;
     p->mean_scale = counts.n ? counts.sum / (double)counts.n : 0;
     if (!rc)
-        rc = commit(job,
-                    json_pack("{s:I, s:f, s:f}", "step", (json_int_t)(k + 1), "moved",
-                              p->moved, "mean_scale", p->mean_scale),
-                    err);
+        rc = perta_steps_commit(job,
+                                json_pack("{s:I, s:f, s:f}", "step", (json_int_t)(k + 1),
+                                          "moved", p->moved, "mean_scale", p->mean_scale),
+                                err);
     p->reached = !rc;
     free(forget);
     free(retain);
@@ -257,36 +260,39 @@ static int move(struct job *job, unsigned k, struct perta_err *err)
 }
 
 /* What no later step needs: one back is kept, for the bound on the retain loss. */
-static void tidy(const struct job *job, unsigned k)
+static void tidy(const struct perta_steps_job *job, unsigned k)
 {
     for (int which = 0; which < 2; which++)
-        forget_folder(job, GRADIENTS, k, names[which]);
+        forget_folder(job, GRADIENTS, k, perta_sets[which]);
     if (k)
         forget_folder(job, SCALES, k - 1, "");
 }
 
 /* ---- the way ---- */
 
-/* Until a rule or the number of steps ends it; *chosen is the step that the patch leads to,
- * *last the last that was measured. */
-static int walk(struct job *job, unsigned *chosen, unsigned *last, struct perta_err *err)
+/* Until a rule or the number of steps ends it; *chosen is the step that the last patch leads
+ * to, *last the last that was measured. */
+static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
+                struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     int rc = 0;
     for (unsigned k = 0; !rc; k++) {
-        const struct point *p = &job->points[k];
-        rc = measure(job, k, FORGET, err);
+        const struct perta_steps_point *p = &job->points[k];
+        rc = measure(job, k, PERTA_FORGET, err);
         if (!rc)
-            rc = measure(job, k, RETAIN, err);
+            rc = measure(job, k, PERTA_RETAIN, err);
         *chosen = *last = k;
         if (!rc && k &&
-            p->loss[RETAIN] - job->points[0].loss[RETAIN] > s->max_retain_rise) {
+            p->loss[PERTA_RETAIN] - job->points[0].loss[PERTA_RETAIN] > s->max_retain_rise) {
             *chosen = k - 1;
             break;
         }
-        if (rc || k == s->n_steps || p->loss[FORGET] >= s->stop_forget)
+        if (rc || k == s->n_steps || p->loss[PERTA_FORGET] >= s->stop_forget)
             break;
-        if (!job->points[k + 1].reached)
+        if (s->listed[k])
+            rc = perta_steps_patch(job, k, k, k, err);
+        if (!rc && !job->points[k + 1].reached)
             rc = move(job, k, err);
         if (!rc)
             tidy(job, k);
@@ -294,106 +300,9 @@ static int walk(struct job *job, unsigned *chosen, unsigned *last, struct perta_
     return rc;
 }
 
-static json_t *path_json(const struct job *job, unsigned last)
-{
-    json_t *path = json_array();
-    for (unsigned k = 0; k <= last; k++) {
-        const struct point *p = &job->points[k];
-        json_array_append_new(path, json_pack("{s:I, s:f, s:f, s:f, s:f}", "step",
-                                              (json_int_t)k, "forget_loss", p->loss[FORGET],
-                                              "retain_loss", p->loss[RETAIN], "moved",
-                                              p->moved, "mean_scale", p->mean_scale));
-    }
-    return path;
-}
-
-/* ---- the patch, by the same edit as on the way ---- */
-
-static struct perta_unlearn unlearn_from(const struct perta_steps *s, const char *scales)
-{
-    return (struct perta_unlearn){.model = s->model,
-                                  .tuned = s->tuned,
-                                  .base = s->base,
-                                  .scale = scales,
-                                  .rule = {.method = PERTA_SCALE},
-                                  .alphas = {{1, "1"}},
-                                  .n_alphas = 1,
-                                  .patch = s->patch,
-                                  .out = s->out,
-                                  .globs = s->globs,
-                                  .missing = PERTA_MISSING_KEEP,
-                                  .one_way = s->one_way,
-                                  .force = s->force};
-}
-
-static int write_patch(struct job *job, unsigned chosen, const json_t *recipe,
-                       json_t **summary, struct perta_err *err)
-{
-    char *scales = path_in_work(job, SCALES, chosen, "");
-    struct perta_unlearn unlearn = unlearn_from(job->steps, scales);
-    struct perta_run run = job->run;
-    run.resume = job->finishing; /* else what may be there is another's */
-    unlearn.force |= job->finishing;
-    unlearn.steps = recipe;
-    int rc = scales ? commit(job, json_pack("{s:b}", "patch", 1), err)
-                    : perta_fail_sys(err, ENOMEM, "%s", job->home);
-    if (!rc)
-        rc = perta_unlearn(&unlearn, &run, summary, err);
-    free(scales);
-    return rc;
-}
-
-/* As perta_recipe_json has it of importances. */
-static void add_data(const struct job *job, int which, json_t *recipe)
-{
-    const struct point *p = &job->points[0];
-    const struct {
-        const char *what;
-        json_t *is;
-    } facts[] = {
-        {"samples", json_sprintf("%llu", (unsigned long long)p->samples[which])},
-        {"tokens", json_sprintf("%llu", (unsigned long long)p->tokens[which])},
-        {"data_hmac_sha256",
-         *job->data_hmac[which] ? json_string(job->data_hmac[which]) : NULL},
-    };
-    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
-        char key[64];
-        snprintf(key, sizeof key, "%s_%s", names[which], facts[i].what);
-        if (facts[i].is)
-            json_object_set_new(recipe, key, facts[i].is);
-    }
-}
-
-static int finish(struct job *job, unsigned chosen, unsigned last, json_t **summary,
-                  struct perta_err *err)
-{
-    json_t *recipe = parameters(job), *path = path_json(job, last);
-    json_object_set(recipe, "path", path);
-    json_object_set_new(recipe, "chosen", json_integer(chosen));
-    for (int i = 0; i < 2; i++)
-        add_data(job, i, recipe);
-    int rc = write_patch(job, chosen, recipe, summary, err);
-    if (!rc) {
-        json_object_set(*summary, "path", path);
-        json_object_set_new(*summary, "chosen", json_integer(chosen));
-    }
-    json_decref(path);
-    json_decref(recipe);
-    return rc;
-}
-
 /* ---- begin ---- */
 
-static int check_outputs(const struct job *job, struct perta_err *err)
-{
-    const struct perta_steps *s = job->steps;
-    const char *const inputs[] = {s->model,       s->tuned,       s->base,
-                                  s->data_forget, s->data_retain, s->data_key};
-    const char *outputs[2] = {s->patch, s->out};
-    return perta_publish_check(outputs, s->out ? 2 : 1, inputs, 6, s->force, err);
-}
-
-static int check_data(const struct job *job, struct perta_err *err)
+static int check_data(const struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     const char *const data[] = {s->data_forget, s->data_retain};
@@ -409,30 +318,17 @@ static int check_data(const struct job *job, struct perta_err *err)
     return rc;
 }
 
-/* That the folders fit together: what plain task arithmetic asks of them. */
-static int check_folders(const struct job *job, struct perta_err *err)
-{
-    struct perta_unlearn unlearn = unlearn_from(job->steps, NULL);
-    struct perta_run dry = job->run;
-    json_t *summary = NULL;
-    dry.dry_run = true;
-    unlearn.rule.method = PERTA_TV;
-    int rc = perta_unlearn(&unlearn, &dry, &summary, err);
-    json_decref(summary);
-    return rc;
-}
-
-/* What a run goes on with was checked when it began, and may have its name by now. */
-static int check(const struct job *job, struct perta_err *err)
+/* What a run left was checked when it began, and may have its name by now: it is gone on with, or
+ * refused for its journal. */
+static int check(const struct perta_steps_job *job, struct perta_err *err)
 {
     int rc = check_data(job, err);
-    if (rc || (job->run.resume && perta_journal_found(job->home)))
+    if (rc || ((job->run.resume || !job->steps->force) && perta_journal_found(job->home)))
         return rc;
-    rc = check_outputs(job, err);
-    return rc ? rc : check_folders(job, err);
+    return perta_steps_patch_check(job, err);
 }
 
-static int prepare(struct job *job, struct perta_err *err)
+static int prepare(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     size_t len = strlen(s->patch);
@@ -448,31 +344,31 @@ static int prepare(struct job *job, struct perta_err *err)
     if (!job->points || asprintf(&job->home, "%.*s.steps", (int)len, s->patch) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", s->patch);
     for (unsigned k = 0; k <= s->n_steps; k++)
-        job->points[k].loss[FORGET] = job->points[k].loss[RETAIN] = NAN;
+        job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
     int rc = perta_weights_open(&job->weights, s->model, err);
     if (!rc && s->data_key)
-        rc = perta_hmac_file(s->data_forget, s->data_key, job->data_hmac[FORGET], err);
+        rc = perta_hmac_file(s->data_forget, s->data_key, job->data_hmac[PERTA_FORGET], err);
     if (!rc && s->data_key)
-        rc = perta_hmac_file(s->data_retain, s->data_key, job->data_hmac[RETAIN], err);
+        rc = perta_hmac_file(s->data_retain, s->data_key, job->data_hmac[PERTA_RETAIN], err);
     return rc ? rc : check(job, err);
 }
 
-static int begin_scales(struct job *job, struct perta_err *err)
+static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 {
-    char *zero = path_in_work(job, SCALES, 0, "");
+    char *zero = perta_steps_scales(job, 0);
     int rc = zero ? perta_steps_zero(&job->weights, &job->steps->globs, zero, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->home);
     free(zero);
     if (!rc)
         rc = perta_publish_sync(&job->work, err);
     return rc ? rc
-              : commit(job,
-                       json_pack("{s:i, s:f, s:f}", "step", 0, "moved", 0.0, "mean_scale",
-                                 0.0),
-                       err);
+              : perta_steps_commit(job,
+                                   json_pack("{s:i, s:f, s:f}", "step", 0, "moved", 0.0,
+                                             "mean_scale", 0.0),
+                                   err);
 }
 
-static int begin(struct job *job, struct perta_err *err)
+static int begin(struct perta_steps_job *job, struct perta_err *err)
 {
     json_t *identity = NULL;
     int rc = identity_of(job, &identity, err);
@@ -489,7 +385,7 @@ static int begin(struct job *job, struct perta_err *err)
 }
 
 /* All is done: what was kept on the way goes, and then the journal. */
-static int clean(struct job *job, json_t *summary, struct perta_err *err)
+static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err *err)
 {
     int rc = perta_journal_complete(&job->journal, NULL, 0, summary, err);
     if (rc)
@@ -499,17 +395,17 @@ static int clean(struct job *job, json_t *summary, struct perta_err *err)
     return perta_journal_publish(&job->journal, NULL, 0, summary, err);
 }
 
-static void abandon(struct job *job, int rc, struct perta_err *err)
+static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)
 {
     struct perta_publish *work = &job->work;
     struct perta_err ignored = {0};
     bool said = strstr(err->msg, "--resume goes on"); /* by what was run within */
     /* Steps are dear: once there is one point, they are kept whatever goes wrong. */
-    job->journal.going_on |= !isnan(job->points[0].loss[RETAIN]);
+    job->journal.going_on |= !isnan(job->points[0].loss[PERTA_RETAIN]);
     perta_journal_abandon(&job->journal, &work, 1, rc, said ? &ignored : err);
 }
 
-static int run_all(struct job *job, json_t **summary, struct perta_err *err)
+static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_err *err)
 {
     unsigned chosen = 0, last = 0;
     int rc = begin(job, err);
@@ -523,14 +419,15 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
     if (!rc)
         rc = walk(job, &chosen, &last, err);
     if (!rc)
-        rc = finish(job, chosen, last, summary, err);
+        rc = perta_steps_finish(job, chosen, last, summary, err);
     return rc ? rc : clean(job, *summary, err);
 }
 
 int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                 json_t **summary, struct perta_err *err)
 {
-    struct job job = {.steps = steps, .run = *run, .journal = {.fd = -1}};
+    struct perta_steps_job job = {
+        .steps = steps, .run = *run, .journal = {.fd = -1}, .patching = -1};
     *summary = NULL;
     int rc = prepare(&job, err);
     if (!rc && run->dry_run) {
@@ -547,6 +444,8 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
     perta_journal_close(&job.journal);
     perta_publish_release(&job.work);
     perta_weights_close(&job.weights);
+    for (unsigned k = 0; job.points && k <= steps->n_steps; k++)
+        json_decref(job.points[k].patch);
     free(job.points);
     free(job.home);
     return rc;

@@ -27,6 +27,9 @@ struct perta_steps {
     const char
         *data_key;    /* file of a key: digests of both go into the record; NULL: none */
     unsigned n_steps; /* at most */
+    /* Several patches: of each step that is listed, and of the one that the way ends at, in
+     * patch/step-K and out/step-K. One that is listed is that of a run with n_steps = K. */
+    bool several, listed[PERTA_STEPS_MAX + 1];
     struct perta_step_rule rule;
     double stop_forget;     /* stop once the forget loss is this; INFINITY: never */
     double max_retain_rise; /* stop before the retain loss has risen by more; INFINITY:
@@ -39,9 +42,10 @@ struct perta_steps {
     bool force;
 };
 
-/* Run it. *summary is perta_unlearn's, with "path" beside it: for every point on the way
- * step, forget_loss, retain_loss, moved (share of s that the step before changed) and
- * mean_scale; and "chosen", the step that the patch leads to. */
+/* Run it. *summary is perta_unlearn's, with the "step" that each patch leads to in its results,
+ * and "path" beside them: for every point on the way step, forget_loss, retain_loss, moved
+ * (share of s that the step before changed) and mean_scale; and "chosen", the step that the way
+ * ends at. */
 PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                           json_t **summary, struct perta_err *err);
 

@@ -240,7 +240,9 @@ static const struct argp argp = {
     "    --alpha 0.5,1,2 --patch patches --out models\n"
     "  perta unlearn --model full --tuned tuned --base base --steps 20 \\\n"
     "    --data-forget forget.jsonl --data-retain retain.jsonl \\\n"
-    "    --stop-forget 3 --patch forget.patch",
+    "    --stop-forget 3 --patch forget.patch\n"
+    "  perta unlearn --model full --tuned tuned --base base --steps 2,4,8 \\\n"
+    "    --data-forget forget.jsonl --data-retain retain.jsonl --patch patches",
     children, NULL, NULL};
 
 static double real(const json_t *object, const char *key)
@@ -254,8 +256,12 @@ static void say_result(const struct cli *cli, const json_t *result)
     const json_t *counts = json_object_get(result, "counts");
     double n = real(counts, "parameters"), changed = real(counts, "changed");
     double patch = real(result, "patch_bytes"), model = real(result, "model_bytes");
-    cli_say(cli, "alpha %s: %.0f of %.0f parameters changed (%.2f%%), mean weight %.4f\n",
-            json_string_value(json_object_get(result, "alpha")), changed, n,
+    const json_t *step = json_object_get(result, "step");
+    if (step)
+        cli_say(cli, "step %.0f: ", json_number_value(step));
+    else
+        cli_say(cli, "alpha %s: ", json_string_value(json_object_get(result, "alpha")));
+    cli_say(cli, "%.0f of %.0f parameters changed (%.2f%%), mean weight %.4f\n", changed, n,
             n > 0 ? 100 * changed / n : 0, real(counts, "mean_weight"));
     if (real(counts, "rounded_away") > 0)
         cli_say(cli, "  %.0f changes were too small for the model's dtype\n",

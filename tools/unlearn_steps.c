@@ -2,6 +2,7 @@
 #include "tools/unlearn_steps.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -11,9 +12,9 @@ enum {
 };
 
 static const struct argp_option options[] = {
-    {"steps", KEY_STEPS, "K", 0,
+    {"steps", KEY_STEPS, "K[,K...]", 0,
      "Instead of weights from --forget and --retain: up to K steps, with gradients taken anew at "
-     "each", 1},
+     "each. Several, of one run: DIR/step-K for each", 1},
     {"data-forget", KEY_DATA_FORGET, "FILE", 0, "What to forget: JSON lines, as of estimate", 1},
     {"data-retain", KEY_DATA_RETAIN, "FILE", 0, "What to retain: likewise", 1},
     {"data-key", KEY_DATA_KEY, "FILE", 0,
@@ -38,6 +39,27 @@ static double in_range(struct argp_state *state, const char *option, const char 
     return value;
 }
 
+/* The way is as long as the largest. */
+static void parse_steps(struct argp_state *state, struct perta_steps *s, const char *arg)
+{
+    char *texts = strdup(arg);
+    if (!texts)
+        abort();
+    s->several = strchr(arg, ',');
+    s->n_steps = 0;
+    memset(s->listed, 0, sizeof s->listed);
+    for (char *rest = texts, *text; (text = strsep(&rest, ","));) {
+        uint64_t k = cli_count(state, "--steps", text);
+        if (!k || k > PERTA_STEPS_MAX)
+            argp_error(state, "--steps: 1 to %d", PERTA_STEPS_MAX);
+        if (s->listed[k])
+            argp_error(state, "--steps: %s twice", text);
+        s->listed[k] = true;
+        s->n_steps = k > s->n_steps ? (unsigned)k : s->n_steps;
+    }
+    free(texts);
+}
+
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct unlearn_steps *own = state->input;
@@ -45,9 +67,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     own->n_given += key >= KEY_DATA_FORGET && key <= KEY_COMPUTE;
     switch (key) {
     case KEY_STEPS:
-        s->n_steps = (unsigned)cli_count(state, "--steps", arg);
-        if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
-            argp_error(state, "--steps: 1 to %d", PERTA_STEPS_MAX);
+        parse_steps(state, s, arg);
         return 0;
     case KEY_DATA_FORGET:
         s->data_forget = arg;
@@ -109,6 +129,16 @@ static double real(const json_t *object, const char *key)
     return json_number_value(json_object_get(object, key));
 }
 
+static bool has_patch(const json_t *summary, size_t step)
+{
+    size_t i;
+    json_t *result;
+    json_array_foreach (json_object_get(summary, "results"), i, result)
+        if (real(result, "step") == (double)step)
+            return true;
+    return false;
+}
+
 void unlearn_steps_say(const struct cli *cli, const json_t *summary)
 {
     size_t i;
@@ -119,5 +149,5 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
     json_array_foreach (json_object_get(summary, "path"), i, point)
         cli_say(cli, "%4zu  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i, real(point, "forget_loss"),
                 real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
-                (double)i == real(summary, "chosen") ? "  <- the patch" : "");
+                has_patch(summary, i) ? "  <- a patch" : "");
 }

@@ -217,14 +217,23 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x, double
         }
     }
     *loss = 0;
-    for (size_t i = 0; i < h->n_labels && !rc; i++) {
+    for (size_t i = 0; i < h->n_labels && !rc; i++)
         h->lse[i] += (float)log(sums[i]);
-        *loss += (double)h->share[i] * ((double)h->lse[i] - (double)h->logit[i]);
-    }
+    for (uint64_t i = 0; i < h->samples->n && !rc; i++)
+        *loss += perta_head_loss(h, i);
     *loss /= (double)h->samples->n;
     free(sums);
     free(most);
     return rc;
+}
+
+double perta_head_loss(const struct perta_head *h, uint64_t sample)
+{
+    size_t first = h->starts[sample], end = h->starts[sample + 1];
+    double sum = 0;
+    for (size_t i = first; i < end; i++)
+        sum += (double)h->lse[i] - (double)h->logit[i];
+    return sum / (double)(end - first);
 }
 
 /* ---- backward ---- */

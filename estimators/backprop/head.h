@@ -50,6 +50,8 @@ int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err
 /* From x, what the last block gives, to the loss: the mean over samples of their losses. */
 int perta_head_forward(struct perta_head *head, const struct perta_store *x, double *loss,
                        struct perta_err *err);
+/* After it: the loss of one sample. */
+double perta_head_loss(const struct perta_head *head, uint64_t sample);
 /* After it: dx (tokens, H) = gradient of each sample's loss. Writes the importance of the final
  * norm and, where it is not tied, of the head. */
 int perta_head_backward(struct perta_head *head, const struct perta_store *x,

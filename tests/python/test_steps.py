@@ -162,6 +162,27 @@ def test_rules_stop_the_way(perta, tmp_path):
     assert (stopped["path"], stopped["chosen"]) == (path[: after + 1], after - 1)
 
 
+def test_several_patches_are_those_of_runs_of_their_own(perta, tmp_path):
+    """Of every step that is listed, and of the end: whole folders, byte for byte."""
+    make_folders(tmp_path)
+    for k in (1, 3):
+        perta(*STEPS, k, "--patch", f"alone/step-{k}", "--out", f"alone-out/step-{k}")
+    summary = json.loads(perta(*STEPS, "3,1", "--out", "out").stdout)
+    assert [(r["step"], r["patch"]) for r in summary["results"]] == [
+        (k, f"patch/step-{k}") for k in (1, 3)
+    ]
+    assert contents(tmp_path / "patch") == contents(tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone-out")
+    assert "patch/step-1: exists" in perta(*STEPS, "1,3", check=2).stderr
+    path = summary["path"]
+    rules = ["--stop-forget", (path[1]["forget_loss"] + path[2]["forget_loss"]) / 2]
+    said = perta(*STEPS, "1,3", *rules, "--patch", "ruled", "--quiet").stdout
+    perta(*STEPS, "3", *rules, "--patch", "alone-ruled")
+    assert json.loads(said)["chosen"] == 2
+    assert {path.name for path in (tmp_path / "ruled").iterdir()} == {"step-1", "step-2"}
+    assert contents(tmp_path / "ruled/step-2") == contents(tmp_path / "alone-ruled")
+
+
 def test_globs_choose_what_moves(perta, tmp_path):
     make_folders(tmp_path)
     perta(*STEPS, "2", "--include", "*mlp*", "--exclude", "*up_proj*", "--out", "out")
@@ -171,9 +192,9 @@ def test_globs_choose_what_moves(perta, tmp_path):
 
 
 def test_a_run_that_is_killed_goes_on(perta, tmp_path):
-    """Between steps, within an estimate, and at the patch."""
+    """Between steps, within an estimate, and at patches."""
     make_folders(tmp_path)
-    command = [*STEPS, "3", "--out", "out"]
+    command = [*STEPS, "1,3", "--out", "out"]
     perta(*command)
     want = contents(tmp_path / "patch") | contents(tmp_path / "out")
     for name in ("patch", "out"):
@@ -181,8 +202,9 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path):
     journals = [
         "patch.steps.perta-journal",
         "patch.steps.perta-partial/gradients-1-retain/mean.perta-journal",
+        "out/step-1.perta-journal",
         "patch.steps.perta-journal",
-        "out.perta-journal",
+        "out/step-3.perta-journal",
     ]
     for i, journal in enumerate(journals):
         stopped, message = stop_after([*command, "--resume"], tmp_path, tmp_path / journal, 3)
@@ -202,6 +224,9 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path):
         (["--method", "signed", "--back-off", "0.1"], 2, "never backs off"),
         (["--alpha", "2"], 2, "--alpha, --missing and --nonfinite do not go with"),
         (["--step", "0"], 2, "--step: 0; from 0.001"),
+        (["--steps", "2,1,2"], 2, "--steps: 2 twice"),
+        (["--steps", "2,"], 2, "--steps:  is no whole number"),
+        (["--steps", "1,1001"], 2, "--steps: 1 to 1000"),
         (["--include", "nothing"], 2, "leave no tensor to edit"),
         (["--data-forget", "bad.jsonl"], 3, "bad.jsonl: line 2: token id"),
         (["--tuned", "other"], 3, "no tensor model.norm.weight"),

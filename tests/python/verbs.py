@@ -24,7 +24,7 @@ VERBS = {
     "accumulate": "accumulate forget retain base --stat mean,meansq --out out".split(),
     "estimate": "estimate --model llama --data data.jsonl --stat mean,meansq --out out".split(),
     "steps": (
-        "unlearn --model llama --tuned llama-tuned --base llama-base --steps 2 --patch out "
+        "unlearn --model llama --tuned llama-tuned --base llama-base --steps 1,2 --patch out "
         "--data-forget data.jsonl --data-retain other.jsonl"
     ).split(),
 }
