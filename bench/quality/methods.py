@@ -1,5 +1,6 @@
 """The methods: each yields the points of its curve, from little forgetting to much."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,18 +82,22 @@ STEPS = ("signed", "signed-backoff")
 
 
 def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
-    """Each point is a run of its own: the patch is that of the last step. From 10 on, each
-    fourth."""
-    k = 1
-    while k <= spec.max_steps:
-        b.run("unlearn", "--model", "full", "--tuned", "tuned", "--base", "base", "--method", name,
-              "--steps", k, "--data-forget", "forget.jsonl", "--data-retain", "retain.jsonl",
-              "--compute", b.compute, "--patch", "patch", "--force")  # fmt: skip
-        point = b.point(k, k, "full", b.work / "patch")
-        yield point
-        if point["forget"] < enough:
-            return
-        k += 1 if k < 10 else 4
+    """A point each step, all of one run, which a forget loss ends: about where the probability
+    is enough, further where it is not there yet."""
+    k, stop = 0, 1 - math.log(enough)
+    every = ",".join(str(n + 1) for n in range(spec.max_steps))
+    while k < spec.max_steps:
+        end = b.run("unlearn", "--model", "full", "--tuned", "tuned", "--base", "base",
+                    "--method", name, "--steps", every, "--stop-forget", stop, "--data-forget",
+                    "forget.jsonl", "--data-retain", "retain.jsonl", "--compute", b.compute,
+                    "--patch", "patches", "--force")["chosen"]  # fmt: skip
+        while k < end:
+            k += 1
+            point = b.point(k, k, "full", b.work / f"patches/step-{k}")
+            yield point
+            if point["forget"] < enough:
+                return
+        stop += 1
 
 
 TRAINED = ("gradient ascent", "NPO + retain")

@@ -24,7 +24,7 @@ def cell(values: list[float | None]) -> str:
 
 def text(model: str, results: dict) -> str:
     seeds = [s for s in results["seeds"].values() if "full" in s]
-    lines = [f"# {model}", "", f"`{results['command']}`", "",
+    lines = [f"# {model}", "", *(f"    {command}" for command in results["commands"]), "",
              f"Seeds: {', '.join(results['seeds'])}. Mean (least to most).", "",
              "| | forget | retain | held out | other | text loss |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name in ("base", "full", "gold"):

@@ -10,6 +10,7 @@ bench/requirements.txt. docs/quality.md says what the figures mean.
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def one_seed(bench: curves.Bench, spec: train.Spec, seed: dict, names: list[str]
             print(f"{name}: {len(have[name])} points", file=sys.stderr, flush=True)
 
 
+def command_of(a: argparse.Namespace) -> str:
+    """What is run, but for the folders of one machine."""
+    words = ["python", "bench/quality/run.py", "BUILD", "WORKDIR", "--model", a.model]
+    words += ["--seeds", a.seeds, "--threads", str(a.threads)]
+    words += ["--tofu", "TOFU"] if a.tofu else []
+    return shlex.join(words + (["--methods", a.methods] if a.methods else []))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("build", type=Path)
@@ -48,11 +57,11 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     a.results.mkdir(parents=True, exist_ok=True)
     path = a.results / f"{a.model}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"seeds": {}}
-    results["command"] = f"python bench/quality/run.py BUILD WORKDIR --model {a.model}"
-    results["command"] += " --tofu TOFU" if a.tofu else ""
+    results = json.loads(path.read_text()) if path.exists() else {"commands": [], "seeds": {}}
 
     def done() -> None:
+        if command_of(a) not in results["commands"]:
+            results["commands"].append(command_of(a))
         path.write_text(json.dumps(results, indent=1))
         page.write(a.model, results, a.results)
 
