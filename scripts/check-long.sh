@@ -7,8 +7,9 @@ scripts/venv.sh tests/python/requirements.txt examples/requirements.txt
 export PERTA_LONG=1
 pytest() { # build, tests
     PERTA=$1/perta && export PERTA && shift
-    .venv/bin/python -m pytest -q --no-header -p no:cacheprovider "$@"
+    .venv/bin/python -m pytest -q --no-header -p no:cacheprovider "$@" || failed=1
 }
+failed= # all of it runs, whatever fails
 
 echo "== killed at random instants, every verb"
 pytest build tests/python/test_crash.py tests/python/test_in_place.py "$@"
@@ -29,7 +30,8 @@ pytest build-dev tests/python/test_resume.py tests/python/test_hostile.py tests/
 
 if command -v clang >/dev/null || command -v clang-14 >/dev/null; then
     echo "== fuzz targets, a minute each"
-    scripts/fuzz.sh 60
+    scripts/fuzz.sh 60 || failed=1
 else
     echo "== fuzz targets: skipped, clang is missing"
 fi
+[ -z "$failed" ]

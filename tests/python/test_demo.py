@@ -36,12 +36,12 @@ def ask(folder, data):
     return right / len(lines), probability
 
 
-@pytest.mark.parametrize("name", ["full", "models/fisher/alpha-0.5", "models/tv/alpha-1"])
+@pytest.mark.parametrize("name", ["full", "models/fisher/alpha-0.5", "models/signed-backoff/step-2"])
 def test_transformers_gets_the_same_answers(demo, name):
     folder, summary = demo
-    method, alpha = name.split("/")[1:] if "/" in name else ("full", "alpha-0")
-    key = (method, alpha.removeprefix("alpha-"))
-    (score,) = [s for s in summary["scores"] if (s["method"], s["alpha"]) == key]
+    method, point = name.split("/")[1:] if "/" in name else ("full", "alpha-0")
+    axis, value = point.split("-")
+    (score,) = [s for s in summary["scores"] if s["method"] == method and s.get(axis) == value]
     for i, part in enumerate(PARTS):
         right, probability = ask(folder / name, folder / f"data/{part}.jsonl")
         # An answer on the edge between two may fall to either side.
@@ -64,13 +64,16 @@ def test_the_tokenizer_reads_the_facts_as_they_were_learned(demo):
 
 
 def test_the_model_learned_and_weighing_keeps_more(demo):
-    scores = {(s["method"], s["alpha"]): s for s in demo[1]["scores"]}
+    scores = {(s["method"], s["alpha"] if "alpha" in s else s["step"]): s for s in demo[1]["scores"]}
     assert min(scores["full", "0"]["right"]) > 0.9
     for method in ("tv", "grad", "fisher"):
         assert scores[method, "1.5"]["right"][0] < 0.2  # forgotten
     # At the same alpha the weighed edits are smaller: they keep more, and forget less.
     for part in range(3):
         assert scores["grad", "0.5"]["right"][part] > scores["tv", "0.5"]["right"][part]
+    # Steps forget more than any of the weighed edits here, and keep more all the same.
+    steps, grad = scores["signed-backoff", "3"]["right"], scores["grad", "0.75"]["right"]
+    assert steps[0] < grad[0] and steps[1] > grad[1] and steps[2] > grad[2]
 
 
 def test_a_demo_is_not_written_over(perta, demo):
