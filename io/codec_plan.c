@@ -98,6 +98,22 @@ static uint64_t huffman_cost(const struct symbols *s, unsigned in_a_byte)
     return entropy + (uint64_t)s->n * (loss + BYTE_TIME) / in_a_byte;
 }
 
+/* Of those from v up to end; in small chunks nearly all counts are 0. */
+static void add_counted(struct symbols *s, const uint32_t *counts, unsigned v, unsigned end)
+{
+    for (; v < end && v % 8; v++)
+        add_symbol(s, counts[v]);
+    for (; v + 8 <= end; v += 8) {
+        uint32_t any = 0;
+        for (unsigned i = 0; i < 8; i++)
+            any |= counts[v + i];
+        for (unsigned i = 0; any && i < 8; i++)
+            add_symbol(s, counts[v + i]);
+    }
+    for (; v < end; v++)
+        add_symbol(s, counts[v]);
+}
+
 static void add_symbols(struct symbols *s, const struct symbols *more)
 {
     s->n += more->n;
@@ -111,9 +127,8 @@ static uint64_t group_cost(const uint32_t counts[256], uint8_t *bits)
 {
     static const unsigned ends[] = {1, 3, 15, 256}; /* fields of 1, 2 and 4 bits end so */
     struct symbols parts[4] = {0}, fields = {0}, all = {0};
-    for (unsigned i = 0, v = 0; i < 4; i++)
-        for (; v < ends[i]; v++)
-            add_symbol(&parts[i], counts[v]);
+    for (unsigned i = 0; i < 4; i++)
+        add_counted(&parts[i], counts, i ? ends[i - 1] : 0, ends[i]);
     for (unsigned i = 0; i < 4; i++)
         add_symbols(&all, &parts[i]);
     uint64_t best = huffman_cost(&all, 1);
@@ -204,23 +219,33 @@ static void choose_floor(struct perta_codec_sample *s, size_t n,
     uint64_t low[PERTA_WINDOW], above = 0, best = UINT64_MAX;
     uint8_t bits[PERTA_WINDOW], low_bits[PERTA_WINDOW], cross_bits;
     uint32_t counts[256] = {0}, crossers[256] = {0}, n_crossers = 0, chosen = 0;
-    for (uint32_t k = 0; k < g->n; k++) {
+    uint64_t crossing = group_cost(crossers, &cross_bits);
+    for (uint32_t k = 0; k < g->n; k++) { /* in small chunks most groups are empty */
+        if (!s->n_counted[0][k] && !s->n_counted[1][k]) {
+            low[k] = k ? low[k - 1] : 0;
+            low_bits[k] = k ? low_bits[k - 1] : 0;
+            continue;
+        }
         add_counts(counts, s->counts[0][k]);
         add_counts(counts, s->counts[1][k]);
         low[k] = group_cost(counts, &low_bits[k]);
     }
     for (uint32_t k = g->n; k-- > 0;) {
-        uint64_t cost =
-            low[k] + above + group_cost(crossers, &cross_bits) + gaps_cost(n_crossers, n);
+        uint64_t cost = low[k] + above + crossing + gaps_cost(n_crossers, n);
         if (cost <= best) {
             best = cost;
             chosen = k;
             plan->bits[g->n - k] = cross_bits;
         }
-        above += group_cost(s->counts[0][k], &bits[k]) + BITS(160); /* tables, and time */
+        above += BITS(160); /* tables, and time */
+        bits[k] = 0;
+        if (s->n_counted[0][k])
+            above += group_cost(s->counts[0][k], &bits[k]);
+        if (!s->n_counted[1][k])
+            continue;
         add_counts(crossers, s->counts[1][k]);
-        for (unsigned v = 0; v < 256; v++)
-            n_crossers += s->counts[1][k][v];
+        n_crossers += s->n_counted[1][k];
+        crossing = group_cost(crossers, &cross_bits);
     }
     cross_bits = plan->bits[g->n - chosen];
     for (uint32_t k = chosen; k < g->n; k++)
@@ -235,8 +260,11 @@ static void count_values(const struct perta_codec_kernels *kernels,
                          const struct perta_grouping *g, unsigned width,
                          struct perta_codec_sample *s, size_t n)
 {
-    memset(s->counts, 0, 2 * sizeof *s->counts);
+    memset(s->n_counted, 0, sizeof s->n_counted);
+    memset(s->counts[0], 0, g->n * sizeof *s->counts[0]);
+    memset(s->counts[1], 0, g->n * sizeof *s->counts[1]);
     if (!g->e_bits) {
+        s->n_counted[0][0] = (uint32_t)n;
         for (size_t i = 0; i < n; i++)
             s->counts[0][0][s->values[i]]++;
         return;
@@ -247,6 +275,7 @@ static void count_values(const struct perta_codec_kernels *kernels,
     for (size_t i = 0; i < n; i++) {
         uint8_t a = s->keys[i], b = other[i];
         s->counts[a != b][a > b ? a : b][s->values[i]]++;
+        s->n_counted[a != b][a > b ? a : b]++;
     }
 }
 

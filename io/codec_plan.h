@@ -23,6 +23,7 @@ struct perta_codec_sample {
     uint8_t *before, *after, *z;           /* units */
     uint8_t *values, *keys;                /* bytes */
     uint32_t (*counts)[PERTA_WINDOW][256]; /* (2) values of what crosses not, and crosses */
+    uint32_t n_counted[2][PERTA_WINDOW];   /* their sums */
 };
 
 /* Is the dtype one of sign and magnitude, mapped to ordered integers? */

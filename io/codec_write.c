@@ -240,8 +240,12 @@ uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dty
         .overflow_max = overflow_max(perta_dtype_unit_bytes(dtype), n),
         .sections = sections,
     };
-    struct perta_codec_sample sample = {s->grouped, s->payload, s->planes,
-                                        s->spare,   s->keys,    s->counts};
+    struct perta_codec_sample sample = {.before = s->grouped,
+                                        .after = s->payload,
+                                        .z = s->planes,
+                                        .values = s->spare,
+                                        .keys = s->keys,
+                                        .counts = s->counts};
     perta_codec_plan(s->kernels, dtype, before, after, n, &sample, &c.plan);
     uint64_t n_changed = take_chunk(&c);
     if (!n_changed)
