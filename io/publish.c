@@ -296,6 +296,43 @@ int perta_publish_file(const struct perta_publish *out, const char *name, const 
     return rc;
 }
 
+/* Where a stream's bytes go. */
+struct printed {
+    int fd, rc;
+    const char *path;
+    struct perta_err *err;
+};
+
+static ssize_t write_printed(void *cookie, const char *data, size_t len_bytes)
+{
+    struct printed *to = cookie;
+    if (!to->rc)
+        to->rc = perta_write_all(to->fd, data, len_bytes, to->path, to->err);
+    return to->rc ? 0 : (ssize_t)len_bytes;
+}
+
+static int print_all(int fd, const char *path, bool (*print)(FILE *to, void *ctx), void *ctx,
+                     struct perta_err *err)
+{
+    struct printed to = {.fd = fd, .path = path, .err = err};
+    FILE *file = fopencookie(&to, "w", (cookie_io_functions_t){.write = write_printed});
+    if (!file)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    bool printed = print(file, ctx);
+    bool closed = !fclose(file);
+    return to.rc ? to.rc : printed && closed ? 0 : perta_fail_sys(err, ENOMEM, "%s", path);
+}
+
+int perta_publish_print(const struct perta_publish *out, const char *name,
+                        bool (*print)(FILE *to, void *ctx), void *ctx, struct perta_err *err)
+{
+    char *path = NULL;
+    int fd = create(out, name, &path, err);
+    int rc = fd < 0 ? fd : finish(fd, path, print_all(fd, path, print, ctx, err), err);
+    free(path);
+    return rc;
+}
+
 static int copy_bytes(int from, const char *from_path, int to, const char *to_path,
                       struct perta_err *err)
 {

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "io/err.h"
 
@@ -43,6 +44,9 @@ int perta_publish_clear(const struct perta_publish *out, const char *name, struc
 /* Write a small file into the partial folder, fsynced. */
 PERTA_API int perta_publish_file(const struct perta_publish *out, const char *name,
                                  const void *data, uint64_t len_bytes, struct perta_err *err);
+/* The same of what print writes to a stream, which is false where memory fails. */
+int perta_publish_print(const struct perta_publish *out, const char *name,
+                        bool (*print)(FILE *to, void *ctx), void *ctx, struct perta_err *err);
 /* Copy a regular file into the partial folder under name, fsynced. */
 PERTA_API int perta_publish_copy(const struct perta_publish *out, const char *from,
                                  const char *name, struct perta_err *err);

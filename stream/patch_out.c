@@ -178,38 +178,52 @@ int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_ou
     return rc;
 }
 
-static json_t *counts_json(const struct perta_tensor_counts *c)
+static void set_count(json_t *json, const char *key, uint64_t n)
+{
+    json_object_set_new_nocheck(json, key, json_integer((json_int_t)n));
+}
+
+/* Of a tensor. What withholds is a one-way patch: it says what the model after shows anyway. Mean
+ * weights and the like come from values that are withheld: of a tensor of one element, with base
+ * and tuned, they give the old one away. */
+static json_t *counts_json(const struct perta_tensor_counts *c, bool withholds)
 {
     uint64_t weighed = c->n_params - c->n_nonfinite;
-    json_t *json = json_pack(
-        "{s:I, s:I, s:I, s:I}", "parameters", (json_int_t)c->n_params, "changed",
-        (json_int_t)c->n_changed, "rounded_away", (json_int_t)c->n_rounded_away, "nonfinite",
-        (json_int_t)c->n_nonfinite);
+    json_t *json = json_object();
+    json_object_set_new(json, "name", json_string(c->name));
+    json_object_set_new(json, "action", json_string(c->action));
+    set_count(json, "parameters", c->n_params);
+    set_count(json, "changed", c->n_changed);
+    if (withholds)
+        return json;
+    set_count(json, "rounded_away", c->n_rounded_away);
+    set_count(json, "nonfinite", c->n_nonfinite);
     if (!strcmp(c->action, "edited")) {
-        json_object_set_new(json, "mean_weight",
-                            json_real(weighed ? c->sum_weight / (double)weighed : 0));
-        json_object_set_new(json, "zero_forget", json_integer((json_int_t)c->n_zero_forget));
-        json_object_set_new(json, "zero_retain", json_integer((json_int_t)c->n_zero_retain));
+        json_object_set_new_nocheck(json, "mean_weight",
+                                    json_real(weighed ? c->sum_weight / (double)weighed : 0));
+        set_count(json, "zero_forget", c->n_zero_forget);
+        set_count(json, "zero_retain", c->n_zero_retain);
     }
     return json;
 }
 
-static json_t *tensors_json(const struct perta_patch_out *p, struct perta_tensor_counts *total)
+static json_t *row(const void *patch_out, uint64_t i)
 {
-    json_t *tensors = json_array();
-    *total = (struct perta_tensor_counts){.action = "edited"};
+    const struct perta_patch_out *p = patch_out;
+    return counts_json(&p->tensors[i], p->one_way);
+}
+
+static struct perta_tensor_counts total_of(const struct perta_patch_out *p)
+{
+    struct perta_tensor_counts total = {.action = "edited"};
     uint64_t edited_nonfinite = 0, edited = 0;
     for (uint64_t i = 0; i < p->n_tensors; i++) {
         const struct perta_tensor_counts *c = &p->tensors[i];
-        json_t *json = counts_json(c);
-        json_object_set_new(json, "name", json_string(c->name));
-        json_object_set_new(json, "action", json_string(c->action));
-        json_array_append_new(tensors, json);
-        total->n_params += c->n_params;
-        total->n_changed += c->n_changed;
-        total->n_rounded_away += c->n_rounded_away;
-        total->n_nonfinite += c->n_nonfinite;
-        total->sum_weight += c->sum_weight;
+        total.n_params += c->n_params;
+        total.n_changed += c->n_changed;
+        total.n_rounded_away += c->n_rounded_away;
+        total.n_nonfinite += c->n_nonfinite;
+        total.sum_weight += c->sum_weight;
         if (!strcmp(c->action, "edited")) {
             edited += c->n_params;
             edited_nonfinite += c->n_nonfinite;
@@ -217,8 +231,8 @@ static json_t *tensors_json(const struct perta_patch_out *p, struct perta_tensor
     }
     /* The mean weight is over parameters that were weighed. */
     uint64_t weighed = edited - edited_nonfinite;
-    total->sum_weight = weighed ? total->sum_weight / (double)weighed : 0;
-    return tensors;
+    total.sum_weight = weighed ? total.sum_weight / (double)weighed : 0;
+    return total;
 }
 
 static json_t *total_json(const struct perta_patch_out *p, const struct perta_tensor_counts *total)
@@ -274,47 +288,41 @@ static json_t *without_digests(const json_t *inputs)
     return copy;
 }
 
-/* What the model after shows anyway. Mean weights and the like come from values that are withheld:
- * of a tensor of one element, with base and tuned, they give the old one away. The caller's. */
+/* The same of the counts of all tensors. The caller's. */
 static json_t *public_counts(const json_t *counts)
 {
-    static const char *const keys[] = {"name", "action", "parameters", "changed"};
-    json_t *copy = json_object();
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        if (json_object_get(counts, keys[i]))
-            json_object_set(copy, keys[i], json_object_get(counts, keys[i]));
-    return copy;
+    return json_pack("{s:O, s:O}", "parameters", json_object_get(counts, "parameters"), "changed",
+                     json_object_get(counts, "changed"));
 }
 
-static json_t *public_tensors(const json_t *tensors)
+struct manifest {
+    json_t *json; /* but for its tensors */
+    const struct perta_patch_out *p;
+};
+
+static bool print_manifest(FILE *to, void *ctx)
 {
-    json_t *copy = json_array(), *tensor;
-    size_t i;
-    json_array_foreach (tensors, i, tensor)
-        json_array_append_new(copy, public_counts(tensor));
-    return copy;
+    const struct manifest *m = ctx;
+    const struct perta_canonical_rows rows = {
+        .key = "tensors", .n = m->p->n_tensors, .row = row, .ctx = m->p};
+    return perta_canonical_print(to, m->json, &rows);
 }
 
 static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
-                          json_t *counts, json_t *tensors, struct perta_err *err)
+                          json_t *counts, struct perta_err *err)
 {
-    json_t *manifest = json_pack(
-        "{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:o, s:o, s:o}", "format", "perta-patch",
-        "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe", recipe,
-        "inputs", p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs", "patch",
-        p->shards, "model", p->model.shards, "counts",
-        p->one_way ? public_counts(counts) : json_incref(counts), "tensors",
-        p->one_way ? public_tensors(tensors) : json_incref(tensors), "encodings",
-        encodings_json(p));
-    if (manifest)
-        json_object_set_new(manifest, "digests",
-                            json_pack("{s:s, s:s}", "sha256", "proves that a file is this one",
-                                      "xxh3_128", "finds damage, not forgery"));
-    char *text = manifest ? perta_canonical_json(manifest) : NULL;
-    int rc = text ? perta_publish_file(&p->folder, "manifest.json", text, strlen(text), err)
-                  : perta_fail_sys(err, ENOMEM, "manifest.json");
-    free(text);
-    json_decref(manifest);
+    struct manifest m = {.p = p};
+    m.json = json_pack(
+        "{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:o, s:n, s:o, s:{s:s, s:s}}", "format",
+        "perta-patch", "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe",
+        recipe, "inputs", p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs",
+        "patch", p->shards, "model", p->model.shards, "counts",
+        p->one_way ? public_counts(counts) : json_incref(counts), "tensors", "encodings",
+        encodings_json(p), "digests", "sha256", "proves that a file is this one", "xxh3_128",
+        "finds damage, not forgery");
+    int rc = m.json ? perta_publish_print(&p->folder, "manifest.json", print_manifest, &m, err)
+                    : perta_fail_sys(err, ENOMEM, "manifest.json");
+    json_decref(m.json);
     return rc;
 }
 
@@ -325,11 +333,10 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
     int rc = perta_patch_out_reach(p, p->after->n_shards, 0, err);
     if (rc)
         return rc;
-    struct perta_tensor_counts total;
-    json_t *tensors = tensors_json(p, &total);
+    struct perta_tensor_counts total = total_of(p);
     json_t *counts = total_json(p, &total);
     json_t *skipped = json_array();
-    rc = write_manifest(p, recipe, inputs, counts, tensors, err);
+    rc = write_manifest(p, recipe, inputs, counts, err);
     if (!rc)
         rc = perta_model_out_copy_rest(&p->model, from, skipped, err);
     if (!rc)
@@ -337,7 +344,6 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
                              "counts", counts, "encodings", encodings_json(p), "patch_bytes",
                              (json_int_t)p->written_bytes, "model_bytes",
                              (json_int_t)p->model.written_bytes, "left_behind", skipped);
-    json_decref(tensors);
     json_decref(counts);
     json_decref(skipped);
     return rc;

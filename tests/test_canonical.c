@@ -73,6 +73,32 @@ START_TEST(keys_are_sorted_and_what_is_empty_stays_on_its_line)
 }
 END_TEST
 
+static json_t *square(const void *ctx, uint64_t i)
+{
+    return json_pack("{s:I, s:I}", "of", (json_int_t)i, "is",
+                     (json_int_t)(i * i * *(const uint64_t *)ctx));
+}
+
+START_TEST(items_made_one_at_a_time_are_written_as_those_of_a_tree)
+{
+    for (uint64_t n = 0; n < 4; n++) {
+        uint64_t times = 3;
+        json_t *whole = json_pack("{s:i, s:n, s:{s:i}}", "a", 1, "b", "c", "b", 2), *all = json_array();
+        struct perta_canonical_rows rows = {.key = "b", .n = n, .row = square, .ctx = &times};
+        char *text = NULL;
+        size_t len = 0;
+        FILE *out = open_memstream(&text, &len);
+        ck_assert(perta_canonical_print(out, whole, &rows));
+        ck_assert_int_eq(fclose(out), 0);
+        for (uint64_t i = 0; i < n; i++)
+            json_array_append_new(all, square(&times, i));
+        json_object_set_new(whole, "b", all);
+        spells(whole, text);
+        free(text);
+    }
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("canonical");
@@ -81,5 +107,6 @@ int main(void)
     tcase_add_test(tests, a_locale_with_a_decimal_comma_changes_nothing);
     tcase_add_test(tests, strings_escape_what_json_must_and_no_more);
     tcase_add_test(tests, keys_are_sorted_and_what_is_empty_stays_on_its_line);
+    tcase_add_test(tests, items_made_one_at_a_time_are_written_as_those_of_a_tree);
     return run_suite("canonical", tests);
 }
