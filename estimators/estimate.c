@@ -250,8 +250,7 @@ static int start(struct perta_estimate_job *job, enum perta_stage *stage, uint32
     if (!rc)
         rc = perta_estimate_begin(job, bf16, stage, layer, err);
     if (!rc)
-        rc = perta_weights_start(&job->weights, job->run->io, job->room, perta_estimate_room(job),
-                                 err);
+        rc = perta_weights_start(&job->weights, job->run->io, err);
     if (rc || *stage == PERTA_PUBLISH)
         return rc;
     count_bytes(job, *stage, *layer);

@@ -55,7 +55,6 @@ struct perta_estimate_job {
 int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err);
 /* Cut batches for what memory allows, and take it. */
 int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err);
-uint64_t perta_estimate_room(const struct perta_estimate_job *job);
 /* Where a block's vectors stand in job->vectors: norms, then biases. */
 size_t perta_estimate_norm_at(const struct perta_llm *llm, enum perta_norm_name name);
 size_t perta_estimate_bias_at(const struct perta_llm *llm, int name);

@@ -92,7 +92,8 @@ static size_t block_floats(const struct perta_llm *llm)
     return most(most(BLOCK_FLOATS, vocabulary), widest(llm));
 }
 
-uint64_t perta_estimate_room(const struct perta_estimate_job *job)
+/* What weights and the source are read into. */
+static uint64_t read_room(const struct perta_estimate_job *job)
 {
     uint64_t block = perta_weights_block_room(&job->weights);
     uint64_t rows = perta_weights_room((uint64_t)PERTA_VOCABULARY_ROWS * job->weights.llm.hidden *
@@ -128,7 +129,7 @@ static uint64_t statistic_floats(const struct perta_estimate_job *job)
 
 static uint64_t fixed_bytes(const struct perta_estimate_job *job)
 {
-    return perta_estimate_room(job) +
+    return read_room(job) +
            (statistic_floats(job) + 2 * job->vector_floats) * sizeof(float) +
            perta_head_bytes(&job->samples, &job->weights.llm) +
            job->samples.n_tokens * 2 * sizeof(double);
@@ -186,7 +187,7 @@ static int take_memory(struct perta_estimate_job *job, bool bf16, struct perta_e
 {
     const struct perta_llm *llm = &job->weights.llm;
     size_t n = job->batches.longest, blocks = block_floats(llm);
-    uint64_t room = perta_estimate_room(job), work = work_floats(job, n) * sizeof(float);
+    uint64_t room = read_room(job), work = work_floats(job, n) * sizeof(float);
     uint64_t statistic = statistic_floats(job) * sizeof(float);
     work = perta_align_up(work, PERTA_BLOCK_BYTES);
     int rc = perta_pool_take(&job->pool, room + work + statistic, err);

@@ -155,8 +155,7 @@ static int start(struct perta_estimate_job *job, struct perta_err *err)
     int rc = job->scratch.dir ? perta_estimate_plan(job, perta_estimate_bf16(job), err)
                               : perta_fail_sys(err, ENOMEM, "scratch");
     if (!rc)
-        rc = perta_weights_start(&job->weights, job->run->io, job->room,
-                                 perta_estimate_room(job), err);
+        rc = perta_weights_start(&job->weights, job->run->io, err);
     count_bytes(job);
     return rc ? rc : perta_estimate_open_head(job, NULL, err);
 }

@@ -60,8 +60,8 @@ int perta_engine_choose(enum perta_io_mode wanted, const char *const *paths, siz
     return 0;
 }
 
-int perta_engine_open(enum perta_io_mode mode, void *pool, size_t pool_bytes, unsigned depth,
-                      struct perta_engine **out, struct perta_err *err)
+int perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engine **out,
+                      struct perta_err *err)
 {
     switch (mode) {
     case PERTA_IO_MMAP:
@@ -69,7 +69,7 @@ int perta_engine_open(enum perta_io_mode mode, void *pool, size_t pool_bytes, un
     case PERTA_IO_PREAD:
         return perta_engine_threads_open(depth, out, err);
     default:
-        return perta_engine_uring_open(pool, pool_bytes, depth, out, err);
+        return perta_engine_uring_open(depth, out, err);
     }
 }
 

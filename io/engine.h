@@ -1,6 +1,6 @@
 /* engine.h - asynchronous reads and writes behind one interface. Spec: docs/data-path.md
  *
- * Three engines: io_uring (direct, registered buffers), a mapping of the files, and threads
+ * Three engines: io_uring (direct), a mapping of the files, and threads
  * that call pread and pwrite. One thread, the owner, submits and waits; completions arrive in
  * any order, inside perta_engine_wait, by callback. Any thread may wake the owner. */
 #ifndef PERTA_IO_ENGINE_H
@@ -78,11 +78,9 @@ PERTA_API int perta_engine_choose(enum perta_io_mode wanted, const char *const *
                                   size_t n_paths, struct perta_io_choice *choice,
                                   struct perta_err *err);
 
-/* pool (pool_bytes) is the memory that requests' buffers lie in; it is registered with the
- * kernel where that is possible. depth requests are under way at once. */
-PERTA_API int perta_engine_open(enum perta_io_mode mode, void *pool, size_t pool_bytes,
-                                unsigned depth, struct perta_engine **out,
-                                struct perta_err *err);
+/* depth requests are under way at once. */
+PERTA_API int perta_engine_open(enum perta_io_mode mode, unsigned depth,
+                                struct perta_engine **out, struct perta_err *err);
 /* Nothing may be in flight. NULL is allowed. */
 PERTA_API void perta_engine_close(struct perta_engine *engine);
 
@@ -104,8 +102,7 @@ PERTA_API int perta_engine_drain(struct perta_engine *engine, struct perta_err *
 PERTA_API int perta_request_error(const struct perta_request *request, struct perta_err *err);
 
 /* The engines, for perta_engine_open. */
-int perta_engine_uring_open(void *pool, size_t pool_bytes, unsigned depth,
-                            struct perta_engine **out, struct perta_err *err);
+int perta_engine_uring_open(unsigned depth, struct perta_engine **out, struct perta_err *err);
 int perta_engine_threads_open(unsigned depth, struct perta_engine **out, struct perta_err *err);
 int perta_engine_mmap_open(struct perta_engine **out, struct perta_err *err);
 /* Does the kernel let us use io_uring? 0, or the errno of the refusal. */

@@ -1,4 +1,6 @@
-/* io_uring: direct reads and writes from registered, huge-page-backed memory. */
+/* io_uring: direct reads and writes. Buffers are not registered with the kernel: that would touch
+ * all of them before the first read, and where pages are huge it saves nothing that can be
+ * measured. */
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
@@ -9,16 +11,9 @@
 #include "io/checked.h"
 #include "io/engine.h"
 
-/* The kernel takes at most 1 GiB in one registered vector. */
-#define VECTOR_BYTES (1ull << 30)
-#define VECTORS_MAX 1024
-
 struct uring {
     struct perta_engine base;
     struct io_uring ring;
-    uint8_t *pool;
-    size_t pool_bytes;
-    bool registered;
     unsigned depth, n_busy;       /* requests that the kernel has */
     struct perta_request *first; /* waiting for a place */
     struct perta_request **last;
@@ -26,26 +21,13 @@ struct uring {
     uint64_t wake_count; /* where the kernel puts the event counter */
 };
 
-static int vector_of(const struct uring *u, const struct perta_request *r)
-{
-    if (!u->registered || r->buf < u->pool || r->buf >= u->pool + u->pool_bytes)
-        return -1;
-    uint64_t from = (uint64_t)(r->buf - u->pool), to = from + (r->end - r->at) - 1;
-    return from / VECTOR_BYTES == to / VECTOR_BYTES ? (int)(from / VECTOR_BYTES) : -1;
-}
-
 static void prepare(struct uring *u, struct perta_request *r)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&u->ring);
     uint64_t unit = r->file->direct ? PERTA_BLOCK_BYTES : 1;
     uint8_t *to = r->buf + (r->at - perta_align_down(r->off_bytes, unit));
     unsigned len = (unsigned)(r->end - r->at);
-    int vector = vector_of(u, r);
-    if (vector >= 0 && r->write)
-        io_uring_prep_write_fixed(sqe, r->file->fd, to, len, r->at, vector);
-    else if (vector >= 0)
-        io_uring_prep_read_fixed(sqe, r->file->fd, to, len, r->at, vector);
-    else if (r->write)
+    if (r->write)
         io_uring_prep_write(sqe, r->file->fd, to, len, r->at);
     else
         io_uring_prep_read(sqe, r->file->fd, to, len, r->at);
@@ -134,27 +116,12 @@ static const struct perta_engine_ops uring_ops = {
     .close = uring_close,
 };
 
-/* Pinned memory is charged to RLIMIT_MEMLOCK of ordinary users; without it, plain reads do. */
-static void try_to_register(struct uring *u)
-{
-    struct iovec vectors[VECTORS_MAX];
-    unsigned n = 0;
-    for (uint64_t off = 0; off < u->pool_bytes && n < VECTORS_MAX; off += VECTOR_BYTES, n++) {
-        uint64_t left = u->pool_bytes - off;
-        vectors[n] = (struct iovec){u->pool + off, left < VECTOR_BYTES ? left : VECTOR_BYTES};
-    }
-    u->registered = n && n < VECTORS_MAX && !io_uring_register_buffers(&u->ring, vectors, n);
-}
-
-int perta_engine_uring_open(void *pool, size_t pool_bytes, unsigned depth,
-                            struct perta_engine **out, struct perta_err *err)
+int perta_engine_uring_open(unsigned depth, struct perta_engine **out, struct perta_err *err)
 {
     struct uring *u = calloc(1, sizeof *u);
     if (!u)
         return perta_fail_sys(err, ENOMEM, "io_uring");
     u->base = (struct perta_engine){.ops = &uring_ops, .wants_direct = true};
-    u->pool = pool;
-    u->pool_bytes = pool_bytes;
     u->depth = depth;
     u->last = &u->first;
     u->wake_fd = eventfd(0, EFD_CLOEXEC);
@@ -170,7 +137,6 @@ int perta_engine_uring_open(void *pool, size_t pool_bytes, unsigned depth,
         free(u);
         return perta_fail_sys(err, -rc, "io_uring");
     }
-    try_to_register(u);
     listen_for_wake(u);
     *out = &u->base;
     return 0;

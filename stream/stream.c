@@ -144,8 +144,7 @@ int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
     if (!rc)
         rc = take_memory(s, n_writers, err);
     if (!rc)
-        rc = perta_engine_open(s->choice.mode, s->pool.base, s->pool.len_bytes, queue_depth(),
-                               &s->engine, err);
+        rc = perta_engine_open(s->choice.mode, queue_depth(), &s->engine, err);
     if (!rc)
         rc = perta_hasher_open(&s->hasher, digested, s, err);
     if (!rc)

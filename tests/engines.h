@@ -23,7 +23,7 @@ static inline struct perta_engine *open_engine(enum perta_io_mode mode, unsigned
     struct perta_err e = {0};
     pool = aligned_alloc(2 << 20, POOL_BYTES);
     ck_assert_ptr_nonnull(pool);
-    ck_assert_msg(!perta_engine_open(mode, pool, POOL_BYTES, depth, &engine, &e), "%s", e.msg);
+    ck_assert_msg(!perta_engine_open(mode, depth, &engine, &e), "%s", e.msg);
     return engine;
 }
 

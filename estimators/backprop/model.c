@@ -123,7 +123,7 @@ static int load_all(struct perta_weights *w, struct perta_model *m, struct perta
     }
     size_t room_bytes = (size_t)perta_weights_room(most * sizeof(float));
     uint8_t *room = aligned_alloc(PERTA_BLOCK_BYTES, room_bytes);
-    int rc = room ? perta_weights_start(w, PERTA_IO_PREAD, room, room_bytes, err)
+    int rc = room ? perta_weights_start(w, PERTA_IO_PREAD, err)
                   : perta_fail_sys(err, ENOMEM, "%s", w->ck->path);
     for (size_t p = 0; p < m->n_parameters && !rc; p++) {
         const struct perta_parameter *of = &m->parameters[p];

@@ -148,8 +148,7 @@ const char *perta_weights_head(const struct perta_weights *w)
     return w->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD;
 }
 
-int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *pool,
-                        size_t pool_bytes, struct perta_err *err)
+int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct perta_err *err)
 {
     const char **paths = calloc(w->ck->n_shards + 1, sizeof *paths);
     size_t n_paths = 0;
@@ -165,7 +164,7 @@ int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *po
         rc = perta_engine_choose(io, paths, n_paths, &w->choice, err);
     free(paths);
     if (!rc)
-        rc = perta_engine_open(w->choice.mode, pool, pool_bytes, PIECES, &w->engine, err);
+        rc = perta_engine_open(w->choice.mode, PIECES, &w->engine, err);
     for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
         rc = perta_file_open(&w->files[i], w->ck->shards[i].path, w->engine->wants_direct, err);
     return rc || !w->source ? rc : w->source->ops->open(w->source, w->engine->wants_direct, err);

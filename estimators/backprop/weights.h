@@ -33,9 +33,8 @@ int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *c
 /* Open the checkpoint and its config; check that every tensor that the architecture wants is
  * there in its shape. Closed with perta_weights_close, on error too. */
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err);
-/* Begin to read: pool is the memory that reads go to, the source's too, for registration. */
-int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, void *pool,
-                        size_t pool_bytes, struct perta_err *err);
+/* Begin to read. */
+int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct perta_err *err);
 /* No file changed while it was read. */
 int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err);
 void perta_weights_close(struct perta_weights *w);

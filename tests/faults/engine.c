@@ -10,10 +10,10 @@
 
 bool __real_perta_request_advance(struct perta_request *request, int64_t got);
 bool __wrap_perta_request_advance(struct perta_request *request, int64_t got);
-int __real_perta_engine_open(enum perta_io_mode mode, void *pool, size_t pool_bytes,
-                             unsigned depth, struct perta_engine **out, struct perta_err *err);
-int __wrap_perta_engine_open(enum perta_io_mode mode, void *pool, size_t pool_bytes,
-                             unsigned depth, struct perta_engine **out, struct perta_err *err);
+int __real_perta_engine_open(enum perta_io_mode mode, unsigned depth,
+                             struct perta_engine **out, struct perta_err *err);
+int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth,
+                             struct perta_engine **out, struct perta_err *err);
 
 /* Of got bytes so many, but more than there were before; what was not read is not there. */
 static int64_t cut_short(const struct perta_request *r, int64_t got)
@@ -136,13 +136,13 @@ static void late_close(struct perta_engine *engine)
     free(engine);
 }
 
-int __wrap_perta_engine_open(enum perta_io_mode mode, void *pool, size_t pool_bytes,
-                             unsigned depth, struct perta_engine **out, struct perta_err *err)
+int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth,
+                             struct perta_engine **out, struct perta_err *err)
 {
     struct late *late = calloc(1, sizeof *late);
     if (!late)
         abort();
-    int rc = __real_perta_engine_open(mode, pool, pool_bytes, depth, &late->inner, err);
+    int rc = __real_perta_engine_open(mode, depth, &late->inner, err);
     if (rc) {
         free(late);
         return rc;
