@@ -15,7 +15,7 @@
 
 #define SLOTS_MAX 64
 /* More than this much ahead of the disk gains nothing, and touching memory costs. */
-#define AHEAD_BYTES (128ull << 20)
+#define AHEAD_BYTES (64ull << 20)
 #define THREADS_MAX 256
 #define DEPTH 32
 /* Thread stacks, the heap's own, what the kernel charges us for. */
