@@ -309,10 +309,10 @@ static int attach(struct perta_unlearn_job *job, struct perta_err *err)
         if (job->in[i].ck)
             perta_input_digest_behind(&job->in[i], engine->hasher);
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
-        uint8_t *patch_bufs = perta_stream_writer_bufs(job->stream, a);
-        uint8_t *model_bufs = job->unlearn->out
-                                  ? perta_stream_writer_bufs(job->stream, job->n_outs + a)
-                                  : NULL;
+        struct perta_writer_bufs patch_bufs = perta_stream_writer_bufs(job->stream, a);
+        struct perta_writer_bufs model_bufs = {0};
+        if (job->unlearn->out)
+            model_bufs = perta_stream_writer_bufs(job->stream, job->n_outs + a);
         rc = perta_patch_out_attach(&job->outs[a], model, model, job->actions, engine,
                                     patch_bufs, model_bufs, err);
     }

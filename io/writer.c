@@ -17,8 +17,8 @@ static void on_written(struct perta_request *request)
 }
 
 int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
-                      const char *path, uint64_t expected_bytes, uint8_t *bufs,
-                      struct perta_err *err)
+                      const char *path, uint64_t expected_bytes,
+                      struct perta_writer_bufs bufs, struct perta_err *err)
 {
     *writer = (struct perta_writer){.engine = engine, .bufs = bufs, .open = true};
     int rc = perta_file_create(&writer->file, path, true, err);
@@ -28,12 +28,16 @@ int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
     if (!writer->digest)
         return perta_fail_sys(err, ENOMEM, "%s", path);
     perta_digest_behind(writer->digest, engine->hasher);
-    if (expected_bytes && fallocate(writer->file.fd, FALLOC_FL_KEEP_SIZE, 0,
-                                    (off_t)expected_bytes) &&
+    if (expected_bytes && fallocate(writer->file.fd, 0, 0, (off_t)expected_bytes) &&
         errno == ENOSPC)
         return perta_fail_sys(err, ENOSPC, "%s: needs %llu bytes", path,
                               (unsigned long long)expected_bytes);
     return 0;
+}
+
+static uint8_t *buf_of(const struct perta_writer *writer, unsigned i)
+{
+    return writer->bufs.base + (uint64_t)i * PERTA_WRITER_BUF_BYTES;
 }
 
 static int wait_for(struct perta_writer *writer, unsigned i, struct perta_err *err)
@@ -49,7 +53,7 @@ static int wait_for(struct perta_writer *writer, unsigned i, struct perta_err *e
 /* Send the buffer being filled, as far as it is full; direct in whole blocks. */
 static void submit(struct perta_writer *writer, unsigned i)
 {
-    uint8_t *buf = writer->bufs + (uint64_t)i * PERTA_WRITER_BUF_BYTES;
+    uint8_t *buf = buf_of(writer, i);
     uint64_t whole = perta_align_up(writer->fill_bytes, PERTA_BLOCK_BYTES);
     memset(buf + writer->fill_bytes, 0, whole - writer->fill_bytes);
     writer->requests[i] = (struct perta_request){
@@ -65,7 +69,7 @@ static void submit(struct perta_writer *writer, unsigned i)
     perta_engine_submit(writer->engine, &writer->requests[i]);
 }
 
-/* Go on with the other buffer; only the last one of a file is not full. */
+/* Go on with the next buffer; only the last one of a file is not full. */
 static int send(struct perta_writer *writer, struct perta_err *err)
 {
     unsigned i = writer->filling;
@@ -73,7 +77,7 @@ static int send(struct perta_writer *writer, struct perta_err *err)
     writer->digested[i] = perta_hasher_given(writer->engine->hasher);
     writer->off_bytes += writer->fill_bytes;
     writer->fill_bytes = 0;
-    writer->filling = (i + 1) % PERTA_WRITER_BUFS;
+    writer->filling = (i + 1) % writer->bufs.n;
     int rc = wait_for(writer, writer->filling, err);
     perta_hasher_wait(writer->engine->hasher, writer->digested[writer->filling]);
     return rc;
@@ -82,7 +86,7 @@ static int send(struct perta_writer *writer, struct perta_err *err)
 static int settle(struct perta_writer *writer, struct perta_err *err)
 {
     int rc = 0;
-    for (unsigned i = 0; !rc && i < PERTA_WRITER_BUFS; i++)
+    for (unsigned i = 0; !rc && i < writer->bufs.n; i++)
         rc = wait_for(writer, i, err);
     return rc;
 }
@@ -113,8 +117,8 @@ static int read_back(struct perta_writer *writer, const char *path, uint64_t len
     for (uint64_t at = 0; at < len_bytes && !rc; at += PERTA_WRITER_BUF_BYTES) {
         uint64_t left = len_bytes - at;
         uint64_t n = left < PERTA_WRITER_BUF_BYTES ? left : PERTA_WRITER_BUF_BYTES;
-        rc = perta_pread_all(fd, writer->bufs, n, at, path, err);
-        perta_digest_update(found, writer->bufs, n);
+        rc = perta_pread_all(fd, writer->bufs.base, n, at, path, err);
+        perta_digest_update(found, writer->bufs.base, n);
         writer->fill_bytes = n == PERTA_WRITER_BUF_BYTES ? 0 : n;
     }
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
@@ -138,8 +142,8 @@ static int check_back(const struct perta_writer *writer, const struct perta_dige
 }
 
 int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine,
-                        const char *path, struct perta_digest *digest, uint8_t *bufs,
-                        struct perta_err *err)
+                        const char *path, struct perta_digest *digest,
+                        struct perta_writer_bufs bufs, struct perta_err *err)
 {
     *writer = (struct perta_writer){
         .engine = engine, .bufs = bufs, .open = true, .digest = digest, .file.fd = -1};
@@ -162,7 +166,7 @@ int perta_writer_append(struct perta_writer *writer, const void *data, uint64_t 
     while (len_bytes) {
         uint64_t room = PERTA_WRITER_BUF_BYTES - writer->fill_bytes;
         uint64_t n = len_bytes < room ? len_bytes : room;
-        uint8_t *buf = writer->bufs + (uint64_t)writer->filling * PERTA_WRITER_BUF_BYTES;
+        uint8_t *buf = buf_of(writer, writer->filling);
         memcpy(buf + writer->fill_bytes, from, n);
         perta_digest_update(writer->digest, buf + writer->fill_bytes, n);
         writer->fill_bytes += n;
@@ -209,7 +213,7 @@ void perta_writer_abort(struct perta_writer *writer)
     struct perta_err ignored = {0};
     if (!writer->open)
         return;
-    for (unsigned i = 0; i < PERTA_WRITER_BUFS; i++)
+    for (unsigned i = 0; i < writer->bufs.n; i++)
         while (writer->busy[i] && !perta_engine_wait(writer->engine, &ignored))
             ;
     perta_file_close(&writer->file);

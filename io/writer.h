@@ -1,5 +1,5 @@
 /* writer.h - a new file, written from front to back through the engine: direct, in large
- * aligned blocks, the next filling while the last is on its way. */
+ * aligned blocks, the next filling while those before are on their way. */
 #ifndef PERTA_IO_WRITER_H
 #define PERTA_IO_WRITER_H
 
@@ -8,18 +8,24 @@
 #include "io/engine.h"
 #include "io/hash.h"
 
-#define PERTA_WRITER_BUFS 2
+#define PERTA_WRITER_BUFS_MIN 2
+#define PERTA_WRITER_BUFS_MAX 16
 #define PERTA_WRITER_BUF_BYTES (2u << 20)
-#define PERTA_WRITER_BYTES (PERTA_WRITER_BUFS * (uint64_t)PERTA_WRITER_BUF_BYTES)
+
+/* Memory to write from, borrowed: n (MIN to MAX) buffers, block-aligned, one after another. */
+struct perta_writer_bufs {
+    uint8_t *base; /* (n, PERTA_WRITER_BUF_BYTES) */
+    unsigned n;
+};
 
 struct perta_writer {
     struct perta_engine *engine;
     struct perta_file file;
     struct perta_digest *digest; /* of all that was appended, taken from the buffers */
-    struct perta_request requests[PERTA_WRITER_BUFS];
-    bool busy[PERTA_WRITER_BUFS];
-    uint64_t digested[PERTA_WRITER_BUFS]; /* the hasher's ticket for what is in the buffer */
-    uint8_t *bufs; /* PERTA_WRITER_BYTES, block-aligned, borrowed */
+    struct perta_writer_bufs bufs;
+    struct perta_request requests[PERTA_WRITER_BUFS_MAX];
+    bool busy[PERTA_WRITER_BUFS_MAX];
+    uint64_t digested[PERTA_WRITER_BUFS_MAX]; /* the hasher's ticket for what is in the buffer */
     unsigned filling;
     uint64_t fill_bytes; /* in the buffer being filled */
     uint64_t off_bytes;  /* where that buffer goes */
@@ -27,11 +33,12 @@ struct perta_writer {
     bool open;
 };
 
-/* Create path (must not exist) and preallocate expected_bytes where that is known (else 0).
+/* Create path (must not exist), and of expected_bytes at once where that is known (else 0): writes
+ * within a file's length go side by side, those that make it longer often in turn.
  * bufs is borrowed until the writer is closed. */
 PERTA_API int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
-                                const char *path, uint64_t expected_bytes, uint8_t *bufs,
-                                struct perta_err *err);
+                                const char *path, uint64_t expected_bytes,
+                                struct perta_writer_bufs bufs, struct perta_err *err);
 PERTA_API int perta_writer_append(struct perta_writer *writer, const void *data,
                                   uint64_t len_bytes, struct perta_err *err);
 /* Bytes appended so far. */
@@ -42,8 +49,8 @@ int perta_writer_sync(struct perta_writer *writer, struct perta_err *err);
  * them goes. The bytes are read again: PERTA_ECHECK if they are not those. digest is the
  * writer's from now on. */
 int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine,
-                        const char *path, struct perta_digest *digest, uint8_t *bufs,
-                        struct perta_err *err);
+                        const char *path, struct perta_digest *digest,
+                        struct perta_writer_bufs bufs, struct perta_err *err);
 /* Write the rest, cut to length, fsync, close; *hex (may be NULL) gets the digests. */
 PERTA_API int perta_writer_close(struct perta_writer *writer, struct perta_digest_hex *hex,
                                  struct perta_err *err);

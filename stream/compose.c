@@ -366,7 +366,8 @@ static int open_stream(struct job *job, const struct perta_run *run,
     return rc ? rc
               : perta_patch_out_attach(&job->out, &job->chain.before, &job->chain.after,
                                        job->actions, perta_stream_engine(job->stream),
-                                       perta_stream_writer_bufs(job->stream, 0), NULL, err);
+                                       perta_stream_writer_bufs(job->stream, 0),
+                                       (struct perta_writer_bufs){0}, err);
 }
 
 /* ---- after it ---- */

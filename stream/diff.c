@@ -213,7 +213,8 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     return rc ? rc
               : perta_patch_out_attach(&job->out, job->in[BEFORE].ck, job->in[AFTER].ck,
                                        job->actions, perta_stream_engine(job->stream),
-                                       perta_stream_writer_bufs(job->stream, 0), NULL, err);
+                                       perta_stream_writer_bufs(job->stream, 0),
+                                       (struct perta_writer_bufs){0}, err);
 }
 
 static int finish(struct job *job, json_t **summary, struct perta_err *err)

@@ -14,7 +14,7 @@ struct perta_model_out {
     bool has_folder, is_known;
     struct perta_publish folder;
     struct perta_writer writer;   /* of the shard under way, with a folder */
-    uint8_t *writer_bufs;
+    struct perta_writer_bufs writer_bufs;
     struct perta_digest *digest;  /* of the shard under way, without one */
     struct perta_engine *engine;
     json_t *shards;               /* [{name, bytes, xxh3_128, sha256}] of those finished */

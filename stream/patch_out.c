@@ -18,8 +18,8 @@ int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const cha
 
 int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
                            const struct perta_checkpoint *after, const char *const *actions,
-                           struct perta_engine *engine, uint8_t *patch_bufs,
-                           uint8_t *model_bufs, struct perta_err *err)
+                           struct perta_engine *engine, struct perta_writer_bufs patch_bufs,
+                           struct perta_writer_bufs model_bufs, struct perta_err *err)
 {
     p->before = before;
     p->after = after;

@@ -26,7 +26,7 @@ struct perta_patch_out {
     struct perta_model_out model; /* after the patch; with or without a folder */
     struct perta_engine *engine;
     struct perta_writer writer;
-    uint8_t *writer_bufs;
+    struct perta_writer_bufs writer_bufs;
     struct perta_digest *digest; /* restored, of the file that is to be opened again */
 
     const struct perta_checkpoint *before, *after; /* borrowed */
@@ -55,11 +55,11 @@ int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const cha
                           const struct perta_journal *journal, bool force, struct perta_err *err);
 /* What is patched: shards and tensors of both agree (the caller checked), and after's order is
  * the order of the chunks to come. actions (after->n_tensors, shard by shard) say what is done
- * to each tensor. patch_bufs and model_bufs (with a model folder) are PERTA_WRITER_BYTES. */
+ * to each tensor. model_bufs: with a model folder. */
 int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
                            const struct perta_checkpoint *after, const char *const *actions,
-                           struct perta_engine *engine, uint8_t *patch_bufs,
-                           uint8_t *model_bufs, struct perta_err *err);
+                           struct perta_engine *engine, struct perta_writer_bufs patch_bufs,
+                           struct perta_writer_bufs model_bufs, struct perta_err *err);
 
 /* Go on to this tensor of this shard: finish what comes before, begin it if it is new. */
 int perta_patch_out_reach(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,

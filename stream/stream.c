@@ -31,7 +31,7 @@ struct perta_stream {
     struct perta_slot_shape shape;
     struct perta_slot slots[SLOTS_MAX]; /* used round and round, in order of the pieces */
     unsigned n_slots;
-    uint8_t *writer_bufs;
+    struct perta_writer_bufs writer_bufs; /* of the first writer; the others' follow */
 
     /* the owner's */
     /* Batches so far; a batch's slot is its number mod n_slots. */
@@ -71,7 +71,8 @@ static uint64_t slot_bytes(const struct perta_slot_shape *shape)
 
 static uint64_t fixed_bytes(unsigned n_writers)
 {
-    return perta_memory_trimmed() + MARGIN_BYTES + n_writers * PERTA_WRITER_BYTES + (2u << 20);
+    return perta_memory_trimmed() + MARGIN_BYTES + (2u << 20) +
+           n_writers * PERTA_WRITER_BUFS_MIN * (uint64_t)PERTA_WRITER_BUF_BYTES;
 }
 
 uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, unsigned n_slots)
@@ -91,13 +92,26 @@ int perta_stream_afford(const struct perta_run *run, const struct perta_job *job
                : perta_memory_refuse(run->memory_bytes, least, err, "for this job");
 }
 
+/* Buffers beyond the least: up to a quarter of what is left. */
+static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_t left_bytes)
+{
+    uint64_t each = n_writers * (uint64_t)PERTA_WRITER_BUF_BYTES, most = PERTA_WRITER_BUFS_MAX;
+    uint64_t more = n_writers ? left_bytes / 4 / each : 0;
+    most -= PERTA_WRITER_BUFS_MIN;
+    more = more < most ? more : most;
+    s->writer_bufs.n = PERTA_WRITER_BUFS_MIN + (unsigned)more;
+    return more * each;
+}
+
 /* How many slots the budget allows; as many as are of use, one at least. */
 static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
     uint64_t slot = slot_bytes(&s->shape), least = fixed_bytes(n_writers) + slot;
     if (s->run.memory_bytes < least)
         return perta_memory_refuse(s->run.memory_bytes, least, err, "for this job");
-    uint64_t fit = 1 + (s->run.memory_bytes - least) / slot;
+    uint64_t left = s->run.memory_bytes - least;
+    left -= give_writers(s, n_writers, left);
+    uint64_t fit = 1 + left / slot;
     uint64_t ahead = s->job.total_bytes < AHEAD_BYTES ? s->job.total_bytes : AHEAD_BYTES;
     uint64_t useful = ahead / slot + 2 * perta_run_threads(&s->run) + 2;
     uint64_t n = fit < useful ? fit : useful;
@@ -111,10 +125,11 @@ static int take_memory(struct perta_stream *s, unsigned n_writers, struct perta_
     if (rc)
         return rc;
     uint64_t stride = perta_slot_pool_bytes(&s->shape), slots_bytes = stride * s->n_slots;
-    rc = perta_pool_take(&s->pool, slots_bytes + n_writers * PERTA_WRITER_BYTES, err);
+    uint64_t writer_bytes = s->writer_bufs.n * (uint64_t)PERTA_WRITER_BUF_BYTES;
+    rc = perta_pool_take(&s->pool, slots_bytes + n_writers * writer_bytes, err);
     if (rc)
         return rc;
-    s->writer_bufs = s->pool.base + slots_bytes;
+    s->writer_bufs.base = s->pool.base + slots_bytes;
     for (unsigned i = 0; i < s->n_slots && !rc; i++)
         rc = perta_slot_init(&s->slots[i], &s->shape, s->pool.base + i * stride, err);
     s->pending.in = calloc(s->shape.n_in, sizeof *s->pending.in);
@@ -182,9 +197,11 @@ const struct perta_io_choice *perta_stream_choice(const struct perta_stream *s)
     return &s->choice;
 }
 
-uint8_t *perta_stream_writer_bufs(struct perta_stream *s, unsigned i)
+struct perta_writer_bufs perta_stream_writer_bufs(struct perta_stream *s, unsigned i)
 {
-    return s->writer_bufs + i * PERTA_WRITER_BYTES;
+    struct perta_writer_bufs bufs = s->writer_bufs;
+    bufs.base += (uint64_t)i * bufs.n * PERTA_WRITER_BUF_BYTES;
+    return bufs;
 }
 
 void perta_stream_skip(struct perta_stream *s, uint64_t done_bytes)

@@ -61,7 +61,7 @@ struct perta_job {
 
 struct perta_stream;
 
-/* Choose an engine for reading paths and take all memory: slots, and room for n_writers
+/* Choose an engine for reading paths and take all memory: slots, and buffers for n_writers
  * writers, so that the process stays below run->memory_bytes. Scratch of the workers
  * (run->n_threads, see perta_run_threads) is to be taken before. Too small a budget is
  * PERTA_EUSAGE, and the message says what is enough. */
@@ -80,8 +80,9 @@ int perta_stream_afford(const struct perta_run *run, const struct perta_job *job
 
 PERTA_API struct perta_engine *perta_stream_engine(struct perta_stream *stream);
 PERTA_API const struct perta_io_choice *perta_stream_choice(const struct perta_stream *stream);
-/* Buffers for writer i of n_writers (PERTA_WRITER_BYTES). */
-PERTA_API uint8_t *perta_stream_writer_bufs(struct perta_stream *stream, unsigned i);
+/* Buffers for writer i of n_writers. */
+PERTA_API struct perta_writer_bufs perta_stream_writer_bufs(struct perta_stream *stream,
+                                                            unsigned i);
 
 /* Run the job to its end. The first error in order of the pieces is returned; then nothing is
  * in flight any more. */

@@ -49,7 +49,8 @@ START_TEST(a_writer_writes_what_was_appended)
         for_each_engine(engine, 4) {
             struct perta_writer writer;
             struct perta_digest_hex hex;
-            ck_assert_ok(perta_writer_open(&writer, engine, "w", expected, pool, &err));
+            struct perta_writer_bufs bufs = {pool, 2 + s % 3}; /* 4 fill the pool */
+            ck_assert_ok(perta_writer_open(&writer, engine, "w", expected, bufs, &err));
             append_all(&writer, data, len, s % 2 ? 3000000 : 70000, &seed);
             ck_assert_ok(perta_writer_close(&writer, &hex, &err));
             perta_writer_abort(&writer); /* after closing it does nothing */
@@ -69,8 +70,9 @@ START_TEST(two_writers_share_an_engine)
     fill_random(data, len, 1);
     for_each_engine(engine, 1) {
         struct perta_writer a, b;
-        ck_assert_ok(perta_writer_open(&a, engine, "a", 0, pool, &err));
-        ck_assert_ok(perta_writer_open(&b, engine, "b", len, pool + PERTA_WRITER_BYTES, &err));
+        struct perta_writer_bufs bufs = {pool, 2}, second = {pool + 2 * PERTA_WRITER_BUF_BYTES, 2};
+        ck_assert_ok(perta_writer_open(&a, engine, "a", 0, bufs, &err));
+        ck_assert_ok(perta_writer_open(&b, engine, "b", len, second, &err));
         for (uint64_t at = 0; at < len / 5 * 5; at += len / 5) {
             ck_assert_ok(perta_writer_append(&a, data + at, len / 5, &err));
             ck_assert_ok(perta_writer_append(&b, data + at, len / 5, &err));
@@ -92,7 +94,8 @@ START_TEST(a_file_that_stands_there_is_not_overwritten)
     for_each_engine(engine, 2) {
         struct perta_writer writer;
         struct perta_err e = {0};
-        ck_assert_int_eq(perta_writer_open(&writer, engine, "w", 0, pool, &e), PERTA_ESYS);
+        struct perta_writer_bufs bufs = {pool, 2};
+        ck_assert_int_eq(perta_writer_open(&writer, engine, "w", 0, bufs, &e), PERTA_ESYS);
         ck_assert_int_eq(e.sys_errno, EEXIST);
         perta_writer_abort(&writer);
     }
@@ -107,9 +110,10 @@ START_TEST(giving_up_waits_and_closes)
     unsigned n_open = 0;
     for_each_engine(engine, 2) {
         struct perta_writer writer = {0};
+        struct perta_writer_bufs bufs = {pool, 3};
         n_open = count_open_files();
         perta_writer_abort(&writer); /* never opened: nothing */
-        ck_assert_ok(perta_writer_open(&writer, engine, "w", len, pool, &err));
+        ck_assert_ok(perta_writer_open(&writer, engine, "w", len, bufs, &err));
         ck_assert_ok(perta_writer_append(&writer, data, len, &err));
         perta_writer_abort(&writer);
         perta_writer_abort(&writer);
@@ -132,7 +136,8 @@ START_TEST(a_write_that_fails_is_said_with_its_byte)
     for_each_engine(engine, 2) {
         struct perta_writer writer;
         struct perta_err e = {0};
-        ck_assert_ok(perta_writer_open(&writer, engine, "w", 0, pool, &err));
+        struct perta_writer_bufs bufs = {pool, 2};
+        ck_assert_ok(perta_writer_open(&writer, engine, "w", 0, bufs, &err));
         int rc = perta_writer_append(&writer, data, len, &e);
         if (!rc) /* mistakes show at close at the latest */
             rc = perta_writer_close(&writer, NULL, &e);
