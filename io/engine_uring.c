@@ -46,11 +46,17 @@ static void start_waiting(struct uring *u)
     }
 }
 
+/* Writes go before reads that wait: what is written makes room for what is read. */
 static void uring_submit(struct perta_engine *engine, struct perta_request *request)
 {
     struct uring *u = (struct uring *)engine;
-    *u->last = request;
-    u->last = &request->next;
+    if (request->write && u->first) {
+        request->next = u->first;
+        u->first = request;
+    } else {
+        *u->last = request;
+        u->last = &request->next;
+    }
     start_waiting(u);
 }
 
