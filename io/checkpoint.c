@@ -11,6 +11,7 @@
 
 #include "io/ahead.h"
 #include "io/file.h"
+#include "io/index.h"
 #include "io/text.h"
 
 #define SUFFIX ".safetensors"
@@ -163,28 +164,27 @@ static int check_shard_name(const char *name, const char *path, const char *tens
     return 0;
 }
 
+static int check_entry(const struct perta_index_entry *e, const char *path, struct perta_err *err)
+{
+    return e->shard ? check_shard_name(e->shard, path, e->tensor, err)
+                    : perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no shard name", path, e->tensor);
+}
+
 static int open_indexed(struct perta_checkpoint *ck, const char *path, struct perta_err *err)
 {
-    int rc = read_json(path, &ck->index, err);
+    int rc = perta_index_read(path, &ck->index, err);
     if (rc)
         return rc;
-    json_t *map = json_object_get(ck->index, "weight_map");
-    if (!json_is_object(map))
-        return perta_fail(err, PERTA_EINPUT, "%s: no object \"weight_map\"", path);
-    const char **names = calloc(json_object_size(map) + 1, sizeof *names);
+    const char **names = calloc(ck->index->n + 1, sizeof *names);
     if (!names)
         return perta_fail_sys(err, ENOMEM, "%s", path);
     size_t n = 0;
-    const char *tensor;
-    json_t *value;
-    json_object_foreach(map, tensor, value) {
-        if (rc)
-            break;
-        names[n] = json_string_value(value);
-        rc = names[n] ? check_shard_name(names[n], path, tensor, err)
-                      : perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no shard name", path,
-                                   tensor);
-        n++;
+    for (size_t i = 0; i < ck->index->n && !rc; i++) {
+        const struct perta_index_entry *e = &ck->index->entries[i];
+        if (n && e->shard && !strcmp(names[n - 1], e->shard))
+            continue;
+        rc = check_entry(e, path, err);
+        names[n++] = e->shard;
     }
     if (!rc)
         rc = add_shards(ck, names, n, err);
@@ -192,30 +192,29 @@ static int open_indexed(struct perta_checkpoint *ck, const char *path, struct pe
     return rc;
 }
 
+/* Do shards and index hold the same? Both are sorted by name. */
 static int check_index(const struct perta_checkpoint *ck, struct perta_err *err)
 {
-    json_t *map = json_object_get(ck->index, "weight_map");
-    const char *tensor;
-    json_t *value;
-    json_object_foreach(map, tensor, value) {
-        const struct perta_ref *ref = perta_checkpoint_find(ck, tensor);
-        const char *shard = json_string_value(value);
-        if (!ref)
+    size_t n = ck->index->n;
+    for (size_t i = 0; i < n || i < ck->n_tensors; i++) {
+        const struct perta_index_entry *e = &ck->index->entries[i];
+        const struct perta_ref *ref = &ck->by_name[i];
+        int order = i == n               ? 1
+                    : i == ck->n_tensors ? -1
+                                         : strcmp(e->tensor, ref->tensor->name);
+        if (order < 0)
             return perta_fail(err, PERTA_EINPUT,
                               "%s/" PERTA_INDEX_NAME ": tensor %s should be in %s, which does "
                               "not have it",
-                              ck->path, tensor, shard);
-        if (strcmp(ck->shards[ref->shard].name, shard))
+                              ck->path, e->tensor, e->shard);
+        if (order > 0)
+            return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is not in " PERTA_INDEX_NAME,
+                              ck->shards[ref->shard].path, ref->tensor->name);
+        if (strcmp(ck->shards[ref->shard].name, e->shard))
             return perta_fail(err, PERTA_EINPUT,
                               "%s/" PERTA_INDEX_NAME ": tensor %s should be in %s, but is in %s",
-                              ck->path, tensor, shard, ck->shards[ref->shard].name);
+                              ck->path, e->tensor, e->shard, ck->shards[ref->shard].name);
     }
-    for (uint64_t i = 0; i < ck->n_tensors; i++)
-        if (!json_object_get(map, ck->by_name[i].tensor->name))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: tensor %s is not in " PERTA_INDEX_NAME,
-                              ck->shards[ck->by_name[i].shard].path,
-                              ck->by_name[i].tensor->name);
     return 0;
 }
 
@@ -306,6 +305,14 @@ static int compare_refs(const void *a, const void *b)
     return strcmp(x->tensor->name, y->tensor->name);
 }
 
+static bool is_sorted(const struct perta_checkpoint *ck)
+{
+    for (uint64_t i = 1; i < ck->n_tensors; i++)
+        if (compare_refs(&ck->by_name[i - 1], &ck->by_name[i]) > 0)
+            return false;
+    return true;
+}
+
 static int sort_by_name(struct perta_checkpoint *ck, struct perta_err *err)
 {
     ck->by_name = calloc(ck->n_tensors + 1, sizeof *ck->by_name);
@@ -315,7 +322,8 @@ static int sort_by_name(struct perta_checkpoint *ck, struct perta_err *err)
     for (uint32_t s = 0; s < ck->n_shards; s++)
         for (uint64_t i = 0; i < ck->shards[s].header->n_tensors; i++)
             ck->by_name[n++] = (struct perta_ref){&ck->shards[s].header->tensors[i], s};
-    qsort(ck->by_name, n, sizeof *ck->by_name, compare_refs);
+    if (!is_sorted(ck))
+        qsort(ck->by_name, n, sizeof *ck->by_name, compare_refs);
     for (uint64_t i = 1; i < n; i++) {
         const struct perta_ref *a = &ck->by_name[i - 1], *b = &ck->by_name[i];
         if (!compare_refs(a, b))
@@ -379,7 +387,11 @@ static int open_any(struct perta_checkpoint *ck, struct perta_err *err)
     int rc = S_ISDIR(st.st_mode) ? open_folder(ck, err) : open_single(ck, err);
     if (!rc)
         rc = sort_by_name(ck, err);
-    return rc || !ck->index ? rc : check_index(ck, err);
+    if (!rc && ck->index)
+        rc = check_index(ck, err);
+    perta_index_free(ck->index);
+    ck->index = NULL;
+    return rc;
 }
 
 static int open_as(const char *path, int (*open_it)(struct perta_checkpoint *, struct perta_err *),
@@ -442,7 +454,6 @@ void perta_checkpoint_close(struct perta_checkpoint *ck)
     }
     free(ck->shards);
     free(ck->by_name);
-    json_decref(ck->index);
     json_decref(ck->config);
     free(ck->path);
     free(ck);

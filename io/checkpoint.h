@@ -28,7 +28,7 @@ struct perta_checkpoint {
     char *path;
     struct perta_shard *shards; /* (n_shards), sorted by name */
     uint32_t n_shards;
-    json_t *index;         /* the index file's object, NULL without one */
+    struct perta_index *index; /* while it is opened; NULL without one */
     json_t *config;        /* config.json's object, NULL without one or where it is not JSON */
     bool is_adapter;       /* opened as one: config is adapter_config.json's */
     uint64_t n_tensors;    /* over all shards */

@@ -7,6 +7,7 @@
 
 #include "io/checked.h"
 #include "io/file.h"
+#include "io/plain.h"
 
 #define PREFIX_BYTES 8
 typedef unsigned long long ull;
@@ -45,26 +46,52 @@ static int too_short(uint64_t file_len_bytes, const char *path, struct perta_err
                       path, (ull)file_len_bytes, PREFIX_BYTES);
 }
 
+/* ---- names and shapes ---- */
+
+/* A tensor's name and shape take some ten bytes each: in blocks, not one by one. */
+#define WORDS_BYTES (64u << 10)
+
+struct perta_words {
+    struct perta_words *next;
+    size_t used, room;
+    uint64_t words[]; /* (room bytes) */
+};
+
+/* Room that lives as long as the header; NULL without memory. */
+static void *take_words(struct perta_header *h, size_t len_bytes)
+{
+    struct perta_words *w = h->words;
+    len_bytes = perta_align_up(len_bytes, sizeof *w->words);
+    if (!w || w->room - w->used < len_bytes) {
+        size_t room = len_bytes > WORDS_BYTES ? len_bytes : WORDS_BYTES;
+        w = malloc(sizeof *w + room);
+        if (!w)
+            return NULL;
+        *w = (struct perta_words){.next = h->words, .room = room};
+        h->words = w;
+    }
+    w->used += len_bytes;
+    return (uint8_t *)w->words + w->used - len_bytes;
+}
+
+static bool set_name(struct perta_header *h, struct perta_tensor *t, const char *name, size_t len)
+{
+    t->name = take_words(h, len + 1);
+    if (!t->name)
+        return false;
+    memcpy(t->name, name, len);
+    t->name[len] = '\0';
+    return true;
+}
+
 /* ---- one tensor ---- */
 
-static int parse_shape(struct perta_tensor *t, const json_t *shape, const char *path,
-                       struct perta_err *err)
+/* Once its shape is there. */
+static int count_elems(struct perta_tensor *t, const char *path, struct perta_err *err)
 {
-    if (!json_is_array(shape))
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no array \"shape\"", path, t->name);
-    t->n_dims = (uint32_t)json_array_size(shape);
-    t->shape = calloc(t->n_dims + 1, sizeof *t->shape);
-    if (!t->shape)
-        return perta_fail_sys(err, ENOMEM, "%s: header", path);
     t->n_elems = 1;
     uint64_t product = 1; /* of the dimensions that are not zero: it must not overflow either */
     for (uint32_t i = 0; i < t->n_dims; i++) {
-        const json_t *dim = json_array_get(shape, i);
-        if (!json_is_integer(dim) || json_integer_value(dim) < 0)
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: tensor %s: dimension %u is not a whole number from 0", path,
-                              t->name, i);
-        t->shape[i] = (uint64_t)json_integer_value(dim);
         if (t->shape[i] && perta_mul_overflows(product, t->shape[i], &product))
             return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: the shape's product overflows",
                               path, t->name);
@@ -73,8 +100,42 @@ static int parse_shape(struct perta_tensor *t, const json_t *shape, const char *
     return 0;
 }
 
-static int parse_range(struct perta_tensor *t, const json_t *range, uint64_t header_bytes,
-                       uint64_t file_len_bytes, const char *path, struct perta_err *err)
+static int parse_shape(struct perta_header *h, struct perta_tensor *t, const json_t *shape,
+                       const char *path, struct perta_err *err)
+{
+    if (!json_is_array(shape))
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no array \"shape\"", path, t->name);
+    t->n_dims = (uint32_t)json_array_size(shape);
+    t->shape = take_words(h, t->n_dims * sizeof *t->shape);
+    if (!t->shape)
+        return perta_fail_sys(err, ENOMEM, "%s: header", path);
+    for (uint32_t i = 0; i < t->n_dims; i++) {
+        const json_t *dim = json_array_get(shape, i);
+        if (!json_is_integer(dim) || json_integer_value(dim) < 0)
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensor %s: dimension %u is not a whole number from 0", path,
+                              t->name, i);
+        t->shape[i] = (uint64_t)json_integer_value(dim);
+    }
+    return count_elems(t, path, err);
+}
+
+/* From begin to end, both counted from the end of the header. */
+static int set_range(const struct perta_header *h, struct perta_tensor *t, uint64_t begin,
+                     uint64_t end, const char *path, struct perta_err *err)
+{
+    if (end > h->file_len_bytes - h->len_bytes)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s ends at byte %llu, beyond the file's end at byte %llu; "
+                          "the file is cut short, or the header is wrong",
+                          path, t->name, (ull)(end + h->len_bytes), (ull)h->file_len_bytes);
+    t->off_bytes = h->len_bytes + begin;
+    t->len_bytes = end - begin;
+    return 0;
+}
+
+static int parse_range(const struct perta_header *h, struct perta_tensor *t, const json_t *range,
+                       const char *path, struct perta_err *err)
 {
     const json_t *begin = json_array_get(range, 0), *end = json_array_get(range, 1);
     if (json_array_size(range) != 2 || !json_is_integer(begin) || !json_is_integer(end) ||
@@ -83,16 +144,8 @@ static int parse_range(struct perta_tensor *t, const json_t *range, uint64_t hea
                           "%s: tensor %s: \"data_offsets\" is not [BEGIN, END] with "
                           "0 <= BEGIN <= END",
                           path, t->name);
-    uint64_t data_bytes = file_len_bytes - header_bytes, end_bytes;
-    end_bytes = (uint64_t)json_integer_value(end);
-    if (end_bytes > data_bytes)
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s ends at byte %llu, beyond the file's end at byte %llu; "
-                          "the file is cut short, or the header is wrong",
-                          path, t->name, (ull)(end_bytes + header_bytes), (ull)file_len_bytes);
-    t->off_bytes = header_bytes + (uint64_t)json_integer_value(begin);
-    t->len_bytes = header_bytes + end_bytes - t->off_bytes;
-    return 0;
+    return set_range(h, t, (uint64_t)json_integer_value(begin), (uint64_t)json_integer_value(end),
+                     path, err);
 }
 
 static int check_size(const struct perta_tensor *t, const char *path, struct perta_err *err)
@@ -114,12 +167,10 @@ static int check_size(const struct perta_tensor *t, const char *path, struct per
     return 0;
 }
 
-static int parse_tensor(struct perta_tensor *t, const char *name, const json_t *info,
-                        uint64_t header_bytes, uint64_t file_len_bytes, const char *path,
-                        struct perta_err *err)
+static int parse_tensor(struct perta_header *h, struct perta_tensor *t, const char *name,
+                        const json_t *info, const char *path, struct perta_err *err)
 {
-    t->name = strdup(name);
-    if (!t->name)
+    if (!set_name(h, t, name, strlen(name)))
         return perta_fail_sys(err, ENOMEM, "%s: header", path);
     if (!json_is_object(info))
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: its entry is not an object", path,
@@ -130,14 +181,13 @@ static int parse_tensor(struct perta_tensor *t, const char *name, const json_t *
     if (!perta_dtype_parse(dtype, &t->dtype))
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: unknown dtype \"%.40s\"", path,
                           name, dtype);
-    int rc = parse_shape(t, json_object_get(info, "shape"), path, err);
+    int rc = parse_shape(h, t, json_object_get(info, "shape"), path, err);
     if (!rc)
-        rc = parse_range(t, json_object_get(info, "data_offsets"), header_bytes, file_len_bytes,
-                         path, err);
+        rc = parse_range(h, t, json_object_get(info, "data_offsets"), path, err);
     return rc ? rc : check_size(t, path, err);
 }
 
-/* ---- the whole header ---- */
+/* ---- its members ---- */
 
 static int parse_metadata(struct perta_header *h, json_t *metadata, const char *path,
                           struct perta_err *err)
@@ -169,8 +219,7 @@ static int parse_tensors(struct perta_header *h, json_t *root, const char *path,
     json_object_foreach(root, name, info) {
         int rc = !strcmp(name, "__metadata__")
                      ? parse_metadata(h, info, path, err)
-                     : parse_tensor(&h->tensors[h->n_tensors++], name, info, h->len_bytes,
-                                    h->file_len_bytes, path, err);
+                     : parse_tensor(h, &h->tensors[h->n_tensors++], name, info, path, err);
         if (rc)
             return rc;
     }
@@ -198,8 +247,18 @@ static void merge_sort(struct perta_tensor *t, struct perta_tensor *scratch, uin
     memcpy(t, scratch, n * sizeof *t);
 }
 
+static bool stand_in_order(const struct perta_header *h)
+{
+    for (uint64_t i = 1; i < h->n_tensors; i++)
+        if (stands_before(&h->tensors[i], &h->tensors[i - 1]))
+            return false;
+    return true;
+}
+
 static int sort_tensors(struct perta_header *h, const char *path, struct perta_err *err)
 {
+    if (stand_in_order(h))
+        return 0;
     struct perta_tensor *scratch = calloc(h->n_tensors + 1, sizeof *scratch);
     if (!scratch)
         return perta_fail_sys(err, ENOMEM, "%s: header", path);
@@ -229,7 +288,167 @@ static int check_layout(const struct perta_header *h, const char *path, struct p
     return 0;
 }
 
-static int parse_json(struct perta_header *h, const char *path, struct perta_err *err)
+/* ---- as every writer writes it ---- */
+
+#define PLAIN_DIMS_MAX 16
+
+static bool plain_dtype(struct perta_plain *p, enum perta_dtype *dtype)
+{
+    char name[16];
+    const char *text;
+    size_t len;
+    if (!perta_plain_string(p, &text, &len) || len >= sizeof name)
+        return false;
+    memcpy(name, text, len);
+    name[len] = '\0';
+    return perta_dtype_parse(name, dtype);
+}
+
+static bool plain_shape(struct perta_header *h, struct perta_plain *p, struct perta_tensor *t)
+{
+    uint64_t dims[PLAIN_DIMS_MAX];
+    if (!perta_plain_word(p, "["))
+        return false;
+    while (!perta_plain_word(p, "]")) {
+        if (t->n_dims == PLAIN_DIMS_MAX || (t->n_dims && !perta_plain_word(p, ",")) ||
+            !perta_plain_uint(p, &dims[t->n_dims]))
+            return false;
+        t->n_dims++;
+    }
+    t->shape = take_words(h, t->n_dims * sizeof *dims);
+    if (t->shape)
+        memcpy(t->shape, dims, t->n_dims * sizeof *dims);
+    return t->shape;
+}
+
+/* The value of a tensor's entry. */
+static bool plain_tensor(struct perta_header *h, struct perta_plain *p, struct perta_tensor *t,
+                         uint64_t *begin, uint64_t *end)
+{
+    return perta_plain_word(p, "{") && perta_plain_word(p, "\"dtype\"") &&
+           perta_plain_word(p, ":") && plain_dtype(p, &t->dtype) && perta_plain_word(p, ",") &&
+           perta_plain_word(p, "\"shape\"") && perta_plain_word(p, ":") && plain_shape(h, p, t) &&
+           perta_plain_word(p, ",") && perta_plain_word(p, "\"data_offsets\"") &&
+           perta_plain_word(p, ":") && perta_plain_word(p, "[") && perta_plain_uint(p, begin) &&
+           perta_plain_word(p, ",") && perta_plain_uint(p, end) && perta_plain_word(p, "]") &&
+           perta_plain_word(p, "}") && *begin <= *end;
+}
+
+/* Room for one more. */
+static struct perta_tensor *add_tensor(struct perta_header *h, uint64_t *room)
+{
+    if (h->n_tensors == *room) {
+        uint64_t n = *room ? 2 * *room : 64;
+        void *grown = realloc(h->tensors, n * sizeof *h->tensors);
+        if (!grown)
+            return NULL;
+        h->tensors = grown;
+        *room = n;
+    }
+    struct perta_tensor *t = &h->tensors[h->n_tensors++];
+    *t = (struct perta_tensor){0};
+    return t;
+}
+
+static int by_name(const void *a, const void *b)
+{
+    const struct perta_tensor *const *x = a, *const *y = b;
+    return strcmp((*x)->name, (*y)->name);
+}
+
+/* No two of one name? False too without memory. */
+static bool all_differ(const struct perta_header *h)
+{
+    const struct perta_tensor **list = calloc(h->n_tensors + 1, sizeof *list);
+    bool sorted = true, differ = list;
+    for (uint64_t i = 0; list && i < h->n_tensors; i++) {
+        list[i] = &h->tensors[i];
+        sorted = sorted && (!i || by_name(&list[i - 1], &list[i]) < 0);
+    }
+    if (list && !sorted)
+        qsort(list, h->n_tensors, sizeof *list, by_name);
+    for (uint64_t i = 1; differ && i < h->n_tensors; i++)
+        differ = by_name(&list[i - 1], &list[i]) != 0;
+    free(list);
+    return differ;
+}
+
+/* Where the parser stands. */
+struct plain {
+    struct perta_plain text;
+    uint64_t room; /* in h->tensors */
+    bool had_metadata;
+};
+
+/* 1: it is written in another way, or wrong; nothing is said. */
+static int parse_member(struct perta_header *h, struct plain *plain, const char *path,
+                        struct perta_err *err)
+{
+    struct perta_plain *p = &plain->text;
+    const char *name;
+    size_t len;
+    uint64_t begin, end;
+    if (!perta_plain_string(p, &name, &len) || !perta_plain_word(p, ":"))
+        return 1;
+    if (perta_plain_is(name, len, "__metadata__")) {
+        json_t *metadata;
+        if (plain->had_metadata || !perta_plain_value(p, &metadata))
+            return 1;
+        plain->had_metadata = true;
+        int rc = parse_metadata(h, metadata, path, err);
+        json_decref(metadata);
+        return rc;
+    }
+    struct perta_tensor *t = add_tensor(h, &plain->room);
+    if (!t || !set_name(h, t, name, len) || !plain_tensor(h, p, t, &begin, &end))
+        return 1;
+    int rc = count_elems(t, path, err);
+    if (!rc)
+        rc = set_range(h, t, begin, end, path, err);
+    return rc ? rc : check_size(t, path, err);
+}
+
+static int parse_plain(struct perta_header *h, const char *path, struct perta_err *err)
+{
+    struct plain plain = {.text = {(const char *)h->bytes + PREFIX_BYTES,
+                                   (const char *)h->bytes + h->len_bytes}};
+    struct perta_plain *p = &plain.text;
+    if (!perta_plain_word(p, "{"))
+        return 1;
+    for (uint64_t i = 0; !perta_plain_word(p, "}"); i++) {
+        if (i && !perta_plain_word(p, ","))
+            return 1;
+        int rc = parse_member(h, &plain, path, err);
+        if (rc)
+            return rc;
+    }
+    if (!perta_plain_word(p, "") || !all_differ(h))
+        return 1;
+    if (h->n_tensors < plain.room) {
+        void *cut = realloc(h->tensors, (h->n_tensors + 1) * sizeof *h->tensors);
+        h->tensors = cut ? cut : h->tensors;
+    }
+    return 0;
+}
+
+/* ---- the whole header ---- */
+
+static void release_tensors(struct perta_header *h)
+{
+    for (struct perta_words *w = h->words, *next; w; w = next) {
+        next = w->next;
+        free(w);
+    }
+    free(h->tensors);
+    json_decref(h->metadata);
+    h->words = NULL;
+    h->tensors = NULL;
+    h->metadata = NULL;
+    h->n_tensors = 0;
+}
+
+/* Written in any way. */
+static int parse_tree(struct perta_header *h, const char *path, struct perta_err *err)
 {
     json_error_t where;
     json_t *root = json_loadb((const char *)h->bytes + PREFIX_BYTES, h->len_bytes - PREFIX_BYTES,
@@ -246,6 +465,15 @@ static int parse_json(struct perta_header *h, const char *path, struct perta_err
                               "%s: byte %d: the header is not a JSON object", path, PREFIX_BYTES);
     json_decref(root);
     return rc;
+}
+
+static int parse_json(struct perta_header *h, const char *path, struct perta_err *err)
+{
+    int rc = parse_plain(h, path, err);
+    if (rc <= 0)
+        return rc;
+    release_tensors(h);
+    return parse_tree(h, path, err);
 }
 
 /* Takes over bytes, which hold the whole header. */
@@ -322,12 +550,7 @@ void perta_header_free(struct perta_header *header)
 {
     if (!header)
         return;
-    for (uint64_t i = 0; i < header->n_tensors; i++) {
-        free(header->tensors[i].name);
-        free(header->tensors[i].shape);
-    }
-    free(header->tensors);
-    json_decref(header->metadata);
+    release_tensors(header);
     free(header->bytes);
     free(header);
 }

@@ -14,6 +14,8 @@
 
 #define PERTA_HEADER_MAX_BYTES 100000000u
 
+struct perta_words;
+
 struct perta_tensor {
     char *name;
     enum perta_dtype dtype;
@@ -27,6 +29,7 @@ struct perta_tensor {
 struct perta_header {
     struct perta_tensor *tensors; /* (n_tensors), in order of off_bytes, then as in the JSON */
     uint64_t n_tensors;
+    struct perta_words *words; /* what names and shapes lie in */
     json_t *metadata;   /* "__metadata__", string to string; NULL where there is none */
     uint8_t *bytes;     /* the header as it stands in the file, length prefix included */
     uint64_t len_bytes; /* of bytes: where the data starts */

@@ -186,6 +186,37 @@ START_TEST(each_breach_of_the_format_is_named_with_its_tensor_and_byte)
 }
 END_TEST
 
+/* Written as all writers do, or with an escape, it is read by two ways. */
+START_TEST(a_header_says_the_same_however_it_is_spelled)
+{
+    static const char *const spelled[] = {
+        "{" T("b", "BF16", "[2,3]", "[0,12]") "," T("a", "U8", "[]", "[12,13]") "}",
+        "{" T("b", "BF16", "[2,3]", "[0,12]") "," T("\\u0061", "U8", "[]", "[12,13]") "}",
+        " { \"a\" :\n{ \"dtype\" : \"U8\" , \"shape\" : [ ] , \"data_offsets\" : [ 12 , 13 ] } , "
+        "\"b\": {\"dtype\": \"BF16\", \"shape\": [2, 3], \"data_offsets\": [0, 12]}}\t\r ",
+        "{" T("a", "U8", "[]", "[12,13]") ",\"__metadata__\":{\"k\":\"[{\"},\"b\":"
+        "{\"data_offsets\":[0,12],\"x\":1e5,\"shape\":[2,3],\"dtype\":\"BF16\"}}",
+    };
+    for (size_t i = 0; i < sizeof spelled / sizeof *spelled; i++) {
+        struct perta_header *h = NULL;
+        struct perta_err e = {0};
+        ck_assert_msg(!parse(spelled[i], 13, &h, &e), "%s: %s", spelled[i], e.msg);
+        ck_assert_uint_eq(h->n_tensors, 2);
+        const struct perta_tensor *b = &h->tensors[0], *a = &h->tensors[1];
+        ck_assert_str_eq(b->name, "b");
+        ck_assert_uint_eq(b->n_dims, 2);
+        ck_assert_uint_eq(b->shape[0] * 10 + b->shape[1], 23);
+        ck_assert_uint_eq(b->off_bytes, h->len_bytes);
+        ck_assert_int_eq(b->dtype, PERTA_BF16);
+        ck_assert_str_eq(a->name, "a");
+        ck_assert_uint_eq(a->n_dims, 0);
+        ck_assert_uint_eq(a->off_bytes, h->len_bytes + 12);
+        ck_assert_int_eq(a->dtype, PERTA_U8);
+        perta_header_free(h);
+    }
+}
+END_TEST
+
 START_TEST(a_length_prefix_that_lies_is_refused_before_any_memory_is_taken)
 {
     static const struct {
@@ -279,6 +310,7 @@ int main(void)
     tcase_add_test(tests, a_header_is_read_from_a_file_as_from_memory);
     tcase_add_test(tests, what_the_format_allows_is_accepted);
     tcase_add_test(tests, each_breach_of_the_format_is_named_with_its_tensor_and_byte);
+    tcase_add_test(tests, a_header_says_the_same_however_it_is_spelled);
     tcase_add_test(tests, a_length_prefix_that_lies_is_refused_before_any_memory_is_taken);
     tcase_add_test(tests, every_truncation_is_refused);
     tcase_add_test(tests, what_cannot_be_written_is_not_built);

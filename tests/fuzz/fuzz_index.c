@@ -51,6 +51,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     struct perta_llm llm;
     struct perta_err err = {0};
     if (!perta_checkpoint_open(dir, &ck, &err)) {
+        json_t *root = json_loadb((const char *)data, index, JSON_REJECT_DUPLICATES, NULL);
+        const json_t *map = json_object_get(root, "weight_map");
+        if (json_object_size(map) != 1 || !json_object_get(map, "a"))
+            __builtin_trap(); /* however it was read, it is what a JSON library reads */
+        json_decref(root);
         if (ck->config)
             perta_llm_parse(ck->config, "config.json", &llm, &err);
         perta_checkpoint_close(ck);
