@@ -194,6 +194,7 @@ int perta_patch_in_open_files(struct perta_patch_in *in, bool direct, struct per
         struct perta_patch_in_shard *shard = &in->shards[i];
         if (!shard->patch)
             continue;
+        perta_file_close(&shard->file);
         int rc = perta_file_open(&shard->file, shard->path, direct, err);
         if (rc)
             return rc;
@@ -208,7 +209,8 @@ int perta_patch_in_unchanged(const struct perta_patch_in *in, struct perta_err *
 {
     int rc = 0;
     for (uint32_t i = 0; i < in->n_shards && !rc; i++)
-        rc = perta_file_unchanged(&in->shards[i].file, err);
+        if (in->shards[i].patch)
+            rc = perta_file_unchanged(&in->shards[i].file, err);
     return rc;
 }
 

@@ -35,7 +35,7 @@ int perta_patch_in_open(struct perta_patch_in *in, const char *path, struct pert
 int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
                                 void (*damaged)(void *ctx, uint32_t shard, const char *message),
                                 void *ctx, struct perta_err *err);
-/* Files whose patch was read. */
+/* Files whose patch was read; those that are open are opened anew. */
 int perta_patch_in_open_files(struct perta_patch_in *in, bool direct, struct perta_err *err);
 /* No file changed while it was read. */
 int perta_patch_in_unchanged(const struct perta_patch_in *in, struct perta_err *err);

@@ -1,4 +1,6 @@
-/* Check a patch without the model it is for. */
+/* Check a patch without the model it is for: every byte against the record's SHA-256, and that the
+ * frames are frames. In files that differ all frames are then unpacked, to say which are damaged. */
+#define ZSTD_STATIC_LINKING_ONLY
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,22 +15,69 @@ struct job {
     struct perta_patch_in patch;
     json_t *differences;
     struct {
+        struct perta_digest *digest;
+        bool suspect; /* it differs, or has what is no frame */
+    } *files; /* (n_shards) */
+    struct {
         ZSTD_DCtx *zstd;
         void *payload;
-    } *scratch; /* (n_workers) */
+    } *scratch; /* (n_workers), to unpack */
     unsigned n_workers;
     uint64_t payload_max;
     uint64_t n_frames;
+    struct perta_hasher *hasher; /* the stream's */
     /* where next() stands: piece 0 of a shard is its head, then frames, then its table */
     uint32_t shard;
     uint64_t entry;
     bool head_done;
-    /* the owner's, for commit() */
-    struct perta_digest *digest;
-    struct perta_hasher *hasher; /* the stream's */
 };
 
 enum { HEAD, FRAME, TABLE };
+
+/* Reads are of this size at least, where frames are smaller. */
+#define READ_BYTES (2ull << 20)
+
+/* The next frame of the shard, if there is one. */
+static bool next_frame(struct job *job, struct perta_piece *piece)
+{
+    struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
+    const struct perta_patch *p = shard->patch;
+    while (job->entry < p->n_entries && p->entries[job->entry].encoding == PERTA_ENC_ZERO)
+        job->entry++;
+    if (job->entry == p->n_entries)
+        return false;
+    piece->shard = job->shard;
+    piece->tensor = FRAME;
+    piece->tag = job->entry;
+    piece->out_bytes = sizeof(uint64_t);
+    piece->in[0] = (struct perta_range){.file = &shard->file,
+                                        .off_bytes = p->entries[job->entry].frame_off,
+                                        .len_bytes = p->entries[job->entry].frame_bytes};
+    job->entry++;
+    return true;
+}
+
+static void next_shard(struct job *job)
+{
+    job->shard++;
+    job->entry = 0;
+    job->head_done = false;
+}
+
+/* A frame's piece has room to tell whether it is bad. */
+static uint64_t *verdict(const struct perta_piece *piece)
+{
+    return (uint64_t *)(void *)piece->out;
+}
+
+static bool is_frame(const struct job *job, const struct perta_piece *piece)
+{
+    const struct perta_patch *p = job->patch.shards[piece->shard].patch;
+    return perta_codec_is_frame(piece->in[0].data, piece->in[0].len_bytes,
+                                p->entries[piece->tag].payload_bytes);
+}
+
+/* ---- all bytes of all files ---- */
 
 static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
@@ -40,50 +89,48 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
         return 0;
     struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
     const struct perta_patch *p = shard->patch;
-    struct perta_range *in = &piece->in[0];
+    if (job->head_done && next_frame(job, piece))
+        return 1;
     piece->shard = job->shard;
-    piece->out_bytes = sizeof(uint64_t);
-    in->file = &shard->file;
-    if (!job->head_done) {
-        piece->tensor = HEAD;
-        in->len_bytes = p->head_bytes;
+    piece->tensor = job->head_done ? TABLE : HEAD;
+    piece->in[0] = (struct perta_range){
+        .file = &shard->file,
+        .off_bytes = job->head_done ? p->table_off : 0,
+        .len_bytes = job->head_done ? p->file_bytes - p->table_off : p->head_bytes};
+    if (job->head_done)
+        next_shard(job);
+    else
         job->head_done = true;
-        job->entry = 0;
-        return 1;
-    }
-    while (job->entry < p->n_entries && p->entries[job->entry].encoding == PERTA_ENC_ZERO)
-        job->entry++;
-    if (job->entry < p->n_entries) {
-        piece->tensor = FRAME;
-        piece->tag = job->entry;
-        in->off_bytes = p->entries[job->entry].frame_off;
-        in->len_bytes = p->entries[job->entry++].frame_bytes;
-        return 1;
-    }
-    piece->tensor = TABLE;
-    in->off_bytes = p->table_off;
-    in->len_bytes = p->file_bytes - p->table_off;
-    job->head_done = false;
-    job->shard++;
     return 1;
 }
 
-/* zstd checks each frame by its own checksum. The piece's room tells whether it is good. */
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
+    (void)worker;
     (void)err;
-    struct job *job = ctx;
-    uint64_t *bad = (uint64_t *)(void *)piece->out;
-    *bad = 0;
-    if (piece->tensor != FRAME)
-        return 0;
-    uint64_t wanted = job->patch.shards[piece->shard].patch->entries[piece->tag].payload_bytes;
-    size_t got = ZSTD_decompressDCtx(job->scratch[worker].zstd, job->scratch[worker].payload,
-                                     job->payload_max, piece->in[0].data, piece->in[0].len_bytes);
-    *bad = ZSTD_isError(got) || got != wanted ||
-           !perta_codec_is_frame(piece->in[0].data, piece->in[0].len_bytes, wanted);
+    if (piece->tensor == FRAME)
+        *verdict(piece) = !is_frame(ctx, piece);
     return 0;
 }
+
+static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    struct job *job = ctx;
+    struct perta_digest **digest = &job->files[piece->shard].digest;
+    if (!*digest) {
+        if (!(*digest = perta_digest_new(true)))
+            return perta_fail_sys(err, ENOMEM, "digest");
+        perta_digest_behind(*digest, job->hasher);
+    }
+    perta_digest_update(*digest, piece->in[0].data, piece->in[0].len_bytes);
+    if (piece->tensor == FRAME) {
+        job->n_frames++;
+        job->files[piece->shard].suspect |= *verdict(piece);
+    }
+    return 0;
+}
+
+/* ---- what differs ---- */
 
 static json_t *differ(struct job *job, uint32_t shard, const char *tensor, json_t *what)
 {
@@ -125,37 +172,54 @@ static void note_frame(struct job *job, const struct perta_piece *piece)
     json_object_set_new(item, "elements", json_integer((json_int_t)e->n_units));
 }
 
-static void end_file(struct job *job, uint32_t shard)
+static void compare_digest(struct job *job, uint32_t shard)
 {
     const json_t *outputs = json_object_get(job->patch.manifest, "outputs");
     const json_t *listed = json_array_get(json_object_get(outputs, "patch"), shard);
     struct perta_digest_hex hex;
-    perta_digest_finish(job->digest, &hex);
-    perta_digest_free(job->digest);
-    job->digest = NULL;
+    perta_digest_finish(job->files[shard].digest, &hex);
     const char *sha256 = json_string_value(json_object_get(listed, "sha256"));
-    if (!sha256 || strcmp(sha256, hex.sha256))
-        differ(job, shard, NULL,
-               json_sprintf("SHA-256 %s, manifest.json says %s", hex.sha256,
-                            sha256 ? sha256 : "nothing"));
+    if (sha256 && !strcmp(sha256, hex.sha256))
+        return;
+    job->files[shard].suspect = true;
+    differ(job, shard, NULL,
+           json_sprintf("SHA-256 %s, manifest.json says %s", hex.sha256,
+                        sha256 ? sha256 : "nothing"));
 }
 
-static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
+/* ---- frames of files that differ ---- */
+
+static int next_suspect(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
+    (void)err;
     struct job *job = ctx;
-    if (!job->digest) {
-        if (!(job->digest = perta_digest_new(true)))
-            return perta_fail_sys(err, ENOMEM, "digest");
-        perta_digest_behind(job->digest, job->hasher);
-    }
-    perta_digest_update(job->digest, piece->in[0].data, piece->in[0].len_bytes);
-    job->n_frames += piece->tensor == FRAME;
-    if (*(const uint64_t *)(const void *)piece->out)
-        note_frame(job, piece);
-    if (piece->tensor == TABLE)
-        end_file(job, piece->shard);
+    for (; job->shard < job->patch.n_shards; next_shard(job))
+        if (job->files[job->shard].suspect && next_frame(job, piece))
+            return 1;
     return 0;
 }
+
+/* zstd checks each frame by its own checksum. */
+static int unpack(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
+{
+    (void)err;
+    struct job *job = ctx;
+    uint64_t wanted = job->patch.shards[piece->shard].patch->entries[piece->tag].payload_bytes;
+    size_t got = ZSTD_decompressDCtx(job->scratch[worker].zstd, job->scratch[worker].payload,
+                                     job->payload_max, piece->in[0].data, piece->in[0].len_bytes);
+    *verdict(piece) = ZSTD_isError(got) || got != wanted || !is_frame(job, piece);
+    return 0;
+}
+
+static int commit_suspect(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    (void)err;
+    if (*verdict(piece))
+        note_frame(ctx, piece);
+    return 0;
+}
+
+/* ---- the run ---- */
 
 static void measure(struct job *job, struct perta_job *sizes)
 {
@@ -170,9 +234,15 @@ static void measure(struct job *job, struct perta_job *sizes)
             if (p->entries[e].payload_bytes > job->payload_max)
                 job->payload_max = p->entries[e].payload_bytes;
         }
+        most = most > READ_BYTES ? most : READ_BYTES;
         sizes->in_bytes_max = most > sizes->in_bytes_max ? most : sizes->in_bytes_max;
         sizes->total_bytes += p->file_bytes;
     }
+}
+
+static uint64_t scratch_bytes(const struct job *job)
+{
+    return job->payload_max + 1 + ZSTD_estimateDCtxSize();
 }
 
 static int make_scratch(struct job *job, struct perta_err *err)
@@ -188,8 +258,34 @@ static int make_scratch(struct job *job, struct perta_err *err)
     return job->scratch ? 0 : perta_fail_sys(err, ENOMEM, "verify");
 }
 
-static int run_all(struct job *job, const struct perta_run *run, struct perta_stream **stream,
-                   struct perta_err *err)
+static int run_stream(struct job *job, struct perta_stream *stream, struct perta_err *err)
+{
+    struct perta_engine *engine = perta_stream_engine(stream);
+    job->hasher = engine->hasher;
+    int rc = perta_patch_in_open_files(&job->patch, engine->wants_direct, err);
+    if (!rc)
+        rc = perta_stream_run(stream, err);
+    return rc ? rc : perta_patch_in_unchanged(&job->patch, err);
+}
+
+static int run_once(struct job *job, const struct perta_run *run, const struct perta_job *sizes,
+                    struct perta_err *err)
+{
+    struct perta_stream *stream = NULL;
+    const char **paths = NULL;
+    size_t n_paths = 0;
+    int rc = perta_patch_in_paths(&job->patch, &paths, &n_paths, err);
+    if (!rc)
+        rc = perta_stream_open(run, sizes, paths, n_paths, 0, &stream, err);
+    free(paths);
+    if (!rc)
+        rc = run_stream(job, stream, err);
+    perta_stream_close(stream);
+    return rc;
+}
+
+/* All digests are finished first: those of one file are taken while the next is read. */
+static int run_all(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     struct perta_job sizes = {.ctx = job,
                               .n_in = 1,
@@ -198,32 +294,38 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_st
                               .work = work,
                               .commit = commit};
     measure(job, &sizes);
-    int rc = make_scratch(job, err);
-    const char **paths = NULL;
-    size_t n_paths = 0;
+    job->files = calloc(job->patch.n_shards + 1, sizeof *job->files);
+    if (!job->files)
+        return perta_fail_sys(err, ENOMEM, "verify");
+    /* What a look at damaged files takes is asked for before it is known whether there are any. */
+    int rc = perta_stream_afford(run, &sizes, 0, job->n_workers * scratch_bytes(job), err);
     if (!rc)
-        rc = perta_patch_in_paths(&job->patch, &paths, &n_paths, err);
-    if (!rc)
-        rc = perta_stream_open(run, &sizes, paths, n_paths, 0, stream, err);
-    free(paths);
-    if (!rc)
-        rc = perta_patch_in_open_files(&job->patch, perta_stream_engine(*stream)->wants_direct,
-                                       err);
-    if (rc)
+        rc = run_once(job, run, &sizes, err);
+    bool any = false;
+    for (uint32_t i = 0; i < job->patch.n_shards && !rc; i++) {
+        if (job->files[i].digest)
+            compare_digest(job, i);
+        any |= job->files[i].suspect;
+    }
+    if (rc || !any)
         return rc;
-    job->hasher = perta_stream_engine(*stream)->hasher;
-    return perta_stream_run(*stream, err);
+    sizes.next = next_suspect;
+    sizes.work = unpack;
+    sizes.commit = commit_suspect;
+    job->shard = 0;
+    job->entry = 0;
+    rc = make_scratch(job, err);
+    return rc ? rc : run_once(job, run, &sizes, err);
 }
 
 int perta_patch_verify(const char *path, const struct perta_run *run, json_t **summary,
                        struct perta_err *err)
 {
     struct job job = {.differences = json_array(), .n_workers = perta_run_threads(run)};
-    struct perta_stream *stream = NULL;
     *summary = NULL;
     int rc = perta_patch_in_open_damaged(&job.patch, path, note_damage, &job, err);
     if (!rc)
-        rc = run_all(&job, run, &stream, err);
+        rc = run_all(&job, run, err);
     if (!rc) {
         *summary = json_pack("{s:I, s:I, s:O}", "files", (json_int_t)job.patch.n_shards,
                              "frames", (json_int_t)job.n_frames, "differences", job.differences);
@@ -236,9 +338,10 @@ int perta_patch_verify(const char *path, const struct perta_run *run, json_t **s
         free(job.scratch[i].payload);
     }
     free(job.scratch);
-    perta_digest_free(job.digest);
+    for (uint32_t i = 0; job.files && i < job.patch.n_shards; i++)
+        perta_digest_free(job.files[i].digest);
+    free(job.files);
     perta_patch_in_close(&job.patch);
     json_decref(job.differences);
-    perta_stream_close(stream);
     return rc;
 }

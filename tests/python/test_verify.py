@@ -1,6 +1,7 @@
 """`perta verify` lists all that is damaged, not only what it meets first: every chunk with tensor
 and elements, every file, in text and in JSON."""
 
+import hashlib
 import json
 import re
 
@@ -212,3 +213,31 @@ def test_files_that_cannot_be_read_at_all_do_not_end_the_check(perta, patched):
     assert [i["file"] for i in items] == [first.name, second.name, third.name, third.name]
     assert "missing" in items[0]["what"] and "cut short" in items[1]["what"]
     assert ranges(items, "file") == [(third.name, "c.large", 0, CHUNK)]
+
+
+def record_digest(patch, path):
+    """What the record says of the file is made true."""
+    manifest = patch / "manifest.json"
+    record = json.loads(manifest.read_text())
+    for item in record["outputs"]["patch"]:
+        if item["name"] == path.name:
+            item["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(record))
+
+
+def test_what_is_no_frame_is_found_though_the_digest_agrees(perta, patched):
+    path = patched / "p" / f"{SHARDS[1]}.perta"
+    tensor, first, n, at = frames(perta, path, "b")[1]
+    flip(path, at)  # in the magic number
+    record_digest(patched / "p", path)
+    assert ranges(verify(perta, "p"), "file") == [(path.name, tensor, first, n)]
+
+
+def test_a_budget_that_is_enough_for_a_whole_patch_names_damage_too(perta, patched):
+    said = perta("verify", "p", "--memory", "1M", check=2).stderr
+    enough = re.search("it needs ([0-9]+M)", said)[1]
+    perta("verify", "p", "--memory", enough)
+    path = patched / "p" / f"{SHARDS[0]}.perta"
+    flip(path, frames(perta, path, "a")[0][3] + 12)
+    items = json.loads(perta("verify", "p", "--memory", enough, "--json", check=1).stdout)
+    assert ranges(items["differences"], "file") == [(path.name, "a.large", 0, CHUNK)]
