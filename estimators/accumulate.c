@@ -256,12 +256,24 @@ static unsigned count_writers(const struct job *job)
     return (unsigned)job->wanted[MEAN] + (unsigned)job->wanted[MEANSQ];
 }
 
+/* Headers of the outputs, made after the size of pieces is chosen: each takes about what the
+ * model's does, and an index is printed from a tree. */
+static uint64_t plans_bytes(const struct job *job)
+{
+    const struct perta_checkpoint *ck = job->first;
+    uint64_t bytes = ck->n_tensors * (sizeof(struct perta_tensor) + (ck->n_shards > 1 ? 500 : 0));
+    for (uint32_t s = 0; s < ck->n_shards; s++)
+        bytes += 2 * ck->shards[s].header->len_bytes;
+    return count_writers(job) * bytes;
+}
+
 /* As many elements a piece as let a few slots fit the budget, whatever the number of samples. */
 static int choose_elems(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     uint64_t needed = 0;
     for (job->elems = ELEMS_MAX; job->elems >= ELEMS_MIN; job->elems /= 2) {
         struct perta_job sizes = sizes_of(job);
+        sizes.later_bytes = plans_bytes(job);
         unsigned n_slots = job->elems > ELEMS_MIN ? SLOTS_WANTED : 1;
         uint64_t sums = job->n_workers * 2 * count_writers(job) * job->elems * sizeof(float);
         needed = perta_stream_memory(&sizes, count_writers(job), n_slots) + sums;

@@ -272,8 +272,10 @@ static int begin_outputs(struct perta_unlearn_job *job, const struct perta_run *
 static int open_stream(struct perta_unlearn_job *job, const struct perta_run *run,
                        struct perta_err *err)
 {
+    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
     struct perta_job sizes = {
-        .ctx = job, .n_in = PERTA_N_ROLES, .next = next, .work = work, .commit = commit};
+        .ctx = job, .n_in = PERTA_N_ROLES, .next = next, .work = work, .commit = commit,
+        .later_bytes = job->n_outs * perta_patch_out_memory(model, model)};
     uint64_t chunk_bytes;
     const char **paths = NULL;
     size_t n_paths = 0;

@@ -356,19 +356,21 @@ static int by_name(const void *a, const void *b)
     return strcmp((*x)->name, (*y)->name);
 }
 
-/* No two of one name? False too without memory. */
-static bool all_differ(const struct perta_header *h)
+bool perta_tensors_differ(const struct perta_tensor *tensors, uint64_t n, const char **twice)
 {
-    const struct perta_tensor **list = calloc(h->n_tensors + 1, sizeof *list);
-    bool sorted = true, differ = list;
-    for (uint64_t i = 0; list && i < h->n_tensors; i++) {
-        list[i] = &h->tensors[i];
+    const struct perta_tensor **list = calloc(n + 1, sizeof *list);
+    bool sorted = true;
+    *twice = NULL;
+    for (uint64_t i = 0; list && i < n; i++) {
+        list[i] = &tensors[i];
         sorted = sorted && (!i || by_name(&list[i - 1], &list[i]) < 0);
     }
     if (list && !sorted)
-        qsort(list, h->n_tensors, sizeof *list, by_name);
-    for (uint64_t i = 1; differ && i < h->n_tensors; i++)
-        differ = by_name(&list[i - 1], &list[i]) != 0;
+        qsort(list, n, sizeof *list, by_name);
+    for (uint64_t i = 1; list && !sorted && !*twice && i < n; i++)
+        if (!by_name(&list[i - 1], &list[i]))
+            *twice = list[i]->name;
+    bool differ = list && !*twice;
     free(list);
     return differ;
 }
@@ -422,7 +424,8 @@ static int parse_plain(struct perta_header *h, const char *path, struct perta_er
         if (rc)
             return rc;
     }
-    if (!perta_plain_word(p, "") || !all_differ(h))
+    const char *twice;
+    if (!perta_plain_word(p, "") || !perta_tensors_differ(h->tensors, h->n_tensors, &twice))
         return 1;
     if (h->n_tensors < plain.room) {
         void *cut = realloc(h->tensors, (h->n_tensors + 1) * sizeof *h->tensors);
@@ -567,80 +570,4 @@ bool perta_tensor_same(const struct perta_tensor *a, const struct perta_tensor *
 {
     return !strcmp(a->name, b->name) && a->dtype == b->dtype && a->n_dims == b->n_dims &&
            (!a->n_dims || !memcmp(a->shape, b->shape, a->n_dims * sizeof *a->shape));
-}
-
-/* ---- building ---- */
-
-static json_t *tensor_json(const struct perta_tensor *t, uint64_t begin)
-{
-    json_t *shape = json_array();
-    for (uint32_t i = 0; i < t->n_dims; i++)
-        json_array_append_new(shape, json_integer((json_int_t)t->shape[i]));
-    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", perta_dtype_name(t->dtype), "shape", shape,
-                     "data_offsets", (json_int_t)begin, (json_int_t)(begin + t->len_bytes));
-}
-
-static int lay_out(struct perta_tensor *tensors, uint64_t n, json_t *root, struct perta_err *err)
-{
-    uint64_t at = 0, bits;
-    for (uint64_t i = 0; i < n; i++) {
-        struct perta_tensor *t = &tensors[i];
-        if (perta_mul_overflows(t->n_elems, perta_dtype_bits(t->dtype), &bits) || bits % 8 ||
-            at + bits / 8 > INT64_MAX)
-            return perta_fail(err, PERTA_EINPUT, "tensor %s: its size cannot be written",
-                              t->name);
-        t->off_bytes = at;
-        t->len_bytes = bits / 8;
-        if (json_object_get(root, t->name))
-            return perta_fail(err, PERTA_EINPUT, "tensor %s: twice in one file", t->name);
-        if (json_object_set_new(root, t->name, tensor_json(t, at)))
-            return perta_fail(err, PERTA_EINPUT, "tensor %s: its name cannot be written",
-                              t->name);
-        at += t->len_bytes;
-    }
-    return 0;
-}
-
-static int print_header(const json_t *root, uint8_t **bytes, uint64_t *len_bytes,
-                        struct perta_err *err)
-{
-    char *text = json_dumps(root, JSON_COMPACT);
-    uint64_t text_bytes = text ? strlen(text) : 0;
-    uint64_t n = perta_align_up(text_bytes, 8);
-    uint8_t *to = text ? malloc(PREFIX_BYTES + n) : NULL;
-    int rc = 0;
-    if (!to)
-        rc = perta_fail_sys(err, ENOMEM, "safetensors header");
-    else if (n > PERTA_HEADER_MAX_BYTES)
-        rc = perta_fail(err, PERTA_EINPUT,
-                        "the header takes %llu bytes, at most %u are allowed; use more shards",
-                        (ull)n, PERTA_HEADER_MAX_BYTES);
-    if (rc) {
-        free(text);
-        free(to);
-        return rc;
-    }
-    uint64_t prefix = htole64(n);
-    memcpy(to, &prefix, PREFIX_BYTES);
-    memcpy(to + PREFIX_BYTES, text, text_bytes);
-    memset(to + PREFIX_BYTES + text_bytes, ' ', n - text_bytes);
-    free(text);
-    *bytes = to;
-    *len_bytes = PREFIX_BYTES + n;
-    return 0;
-}
-
-int perta_safetensors_build(struct perta_tensor *tensors, uint64_t n, const json_t *metadata,
-                            uint8_t **bytes, uint64_t *len_bytes, struct perta_err *err)
-{
-    json_t *root = json_object();
-    if (metadata)
-        json_object_set_new(root, "__metadata__", json_deep_copy(metadata));
-    int rc = lay_out(tensors, n, root, err);
-    if (!rc)
-        rc = print_header(root, bytes, len_bytes, err);
-    json_decref(root);
-    for (uint64_t i = 0; i < n && !rc; i++)
-        tensors[i].off_bytes += *len_bytes;
-    return rc;
 }

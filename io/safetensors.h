@@ -54,6 +54,9 @@ PERTA_API int perta_safetensors_build(struct perta_tensor *tensors, uint64_t n,
                                       const json_t *metadata, uint8_t **bytes,
                                       uint64_t *len_bytes, struct perta_err *err);
 
+/* Have all of them names of their own? If not, *twice is one that two have (borrowed), or NULL
+ * without memory. */
+bool perta_tensors_differ(const struct perta_tensor *tensors, uint64_t n, const char **twice);
 /* The same bytes, of files of one length. */
 PERTA_API bool perta_header_same(const struct perta_header *a, const struct perta_header *b);
 /* The same name, dtype and shape, wherever they lie. */

@@ -355,6 +355,7 @@ static int open_stream(struct job *job, const struct perta_run *run,
 {
     const char **paths = NULL;
     size_t n_paths = 0;
+    sizes->later_bytes = perta_patch_out_memory(&job->chain.before, &job->chain.after);
     int rc = job->model.ck ? perta_input_paths(&job->model, &paths, &n_paths, err) : 0;
     for (uint32_t k = 0; k < job->chain.n && !rc; k++)
         rc = perta_patch_in_paths(&job->chain.patches[k], &paths, &n_paths, err);

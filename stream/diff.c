@@ -195,7 +195,8 @@ static int plan(struct job *job, const struct perta_run *run, uint64_t chunk_byt
 static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     struct perta_job sizes = {
-        .ctx = job, .n_in = N_IN, .next = next, .work = work, .commit = commit};
+        .ctx = job, .n_in = N_IN, .next = next, .work = work, .commit = commit,
+        .later_bytes = perta_patch_out_memory(job->in[BEFORE].ck, job->in[AFTER].ck)};
     const char **paths = NULL;
     size_t n_paths = 0;
     measure(job->in[AFTER].ck, &sizes);

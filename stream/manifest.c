@@ -14,6 +14,8 @@
 #include "io/text.h"
 
 #define PIECE_BYTES (4ull << 20)
+/* What is said of a tensor takes so much, as tree and as text. */
+#define TENSOR_BYTES 1000u
 
 /* One file and where in it we are. */
 struct entry {
@@ -222,6 +224,8 @@ static int open_stream(struct job *job, const struct perta_run *run,
         struct stat st;
         paths[i] = job->entries[i].path;
         try_header(&job->entries[i]);
+        if (job->entries[i].header)
+            sizes.later_bytes += job->entries[i].header->n_tensors * TENSOR_BYTES;
         if (!stat(paths[i], &st))
             sizes.total_bytes += (uint64_t)st.st_size;
     }

@@ -1,10 +1,12 @@
 #include "stream/patch_out.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "stream/canonical.h"
+#include "stream/walk.h"
 
 static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "delta", "values"};
 
@@ -14,6 +16,38 @@ int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const cha
     *p = (struct perta_patch_out){.shards = json_array()};
     int rc = perta_model_out_begin(&p->model, out, journal, force, err);
     return rc ? rc : perta_journal_folder(journal, &p->folder, path, force, err);
+}
+
+/* A record of a journal takes so much, as text and as tree, for each of so many tensors. */
+#define RECORD_BYTES 500u
+#define RECORD_TENSORS 65536u
+
+static uint64_t count_chunks(const struct perta_header *header)
+{
+    uint64_t n = 0;
+    for (uint64_t t = 0; t < header->n_tensors; t++) {
+        uint64_t chunk = perta_walk_chunk_bytes(&header->tensors[t]);
+        n += chunk ? (header->tensors[t].len_bytes + chunk - 1) / chunk : 0;
+    }
+    return n;
+}
+
+uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
+                                const struct perta_checkpoint *after)
+{
+    uint64_t most = 0, n = after->n_tensors < RECORD_TENSORS ? after->n_tensors : RECORD_TENSORS;
+    for (uint32_t s = 0; s < after->n_shards; s++) {
+        /* Entries, and what is built of them, or before them, for the file. */
+        uint64_t bytes = 2 * count_chunks(after->shards[s].header) * sizeof(struct perta_patch_entry) +
+                         perta_patch_head_bytes(before->shards[s].header, after->shards[s].header);
+        most = bytes > most ? bytes : most;
+    }
+    return after->n_tensors * sizeof(struct perta_tensor_counts) + most + n * RECORD_BYTES;
+}
+
+bool perta_patch_out_is_due(const struct perta_patch_out *p)
+{
+    return p->n_tensors - p->saved_tensors >= RECORD_TENSORS;
 }
 
 int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
@@ -53,12 +87,30 @@ static int open_patch_file(struct perta_patch_out *p, const char *shard, struct 
     return rc;
 }
 
+/* Room for the entries of the shard under way, and for least; those that are there stay. */
+static bool make_room(struct perta_patch_out *p, uint64_t least)
+{
+    uint64_t n = p->shard < p->after->n_shards
+                     ? count_chunks(p->after->shards[p->shard].header)
+                     : 0;
+    n = n > least ? n : least ? least : 1;
+    if (n <= p->entries_max)
+        return true;
+    void *grown = realloc(p->entries, n * sizeof *p->entries);
+    if (grown) {
+        p->entries = grown;
+        p->entries_max = n;
+    }
+    return grown;
+}
+
 static int begin_shard(struct perta_patch_out *p, struct perta_err *err)
 {
     const struct perta_shard *to = &p->after->shards[p->shard];
     uint8_t *head = NULL;
     uint64_t head_bytes = 0;
-    int rc = open_patch_file(p, to->name, err);
+    int rc = make_room(p, 0) ? open_patch_file(p, to->name, err)
+                             : perta_fail_sys(err, ENOMEM, "patch table");
     if (!rc)
         rc = perta_patch_head_build(p->before->shards[p->shard].header, to->header, &head,
                                     &head_bytes, err);
@@ -136,19 +188,10 @@ struct perta_tensor_counts *perta_patch_out_counts(struct perta_patch_out *p)
     return &p->tensors[p->n_tensors - 1];
 }
 
-static int add_entry(struct perta_patch_out *p, const struct perta_patch_entry *entry,
-                     struct perta_err *err)
+static void add_entry(struct perta_patch_out *p, const struct perta_patch_entry *entry)
 {
-    if (p->n_entries == p->entries_max) {
-        uint64_t max = p->entries_max ? 2 * p->entries_max : 1024;
-        void *grown = realloc(p->entries, max * sizeof *p->entries);
-        if (!grown)
-            return perta_fail_sys(err, ENOMEM, "patch table");
-        p->entries = grown;
-        p->entries_max = max;
-    }
+    assert(p->n_entries < p->entries_max);
     p->entries[p->n_entries++] = *entry;
-    return 0;
 }
 
 int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_out *chunk,
@@ -170,9 +213,8 @@ int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_ou
     p->encoded_bytes[coded->encoding] += coded->frame_bytes;
     p->encoded_units[coded->encoding] += chunk->n_units;
     perta_patch_out_counts(p)->n_changed += coded->n_changed;
-    int rc = add_entry(p, &entry, err);
-    if (!rc)
-        rc = perta_writer_append(&p->writer, chunk->frame, coded->frame_bytes, err);
+    add_entry(p, &entry);
+    int rc = perta_writer_append(&p->writer, chunk->frame, coded->frame_bytes, err);
     if (!rc)
         rc = perta_model_out_append(&p->model, chunk->after, chunk->after_bytes, err);
     return rc;
@@ -428,11 +470,9 @@ static bool restore_entries(struct perta_patch_out *p, const json_t *json)
     uint64_t first = uint_of(json, "first"), n = perta_blob_bytes(blob) / sizeof *p->entries;
     if (first > p->n_entries)
         return false;
-    void *grown = realloc(p->entries, (first + n + 1) * sizeof *p->entries);
-    if (!grown)
+    if (!make_room(p, first + n))
         return false;
-    p->entries = grown;
-    p->n_entries = p->entries_max = p->saved_entries = first + n;
+    p->n_entries = p->saved_entries = first + n;
     return perta_blob_get(blob, p->entries + first, n * sizeof *p->entries);
 }
 

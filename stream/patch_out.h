@@ -50,6 +50,12 @@ struct perta_patch_out {
     uint64_t written_bytes;
 };
 
+/* What perta_patch_out_attach and all after it take of memory: it grows with tensors and chunks. */
+uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
+                                const struct perta_checkpoint *after);
+/* So many tensors since a journal's record make the next one due, for it takes memory too. */
+bool perta_patch_out_is_due(const struct perta_patch_out *p);
+
 /* out NULL: no model folder. journal says whether to go on with what an interrupted run left. */
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
                           const struct perta_journal *journal, bool force, struct perta_err *err);

@@ -110,11 +110,19 @@ static uint64_t written(const struct perta_resume *r)
     return sum;
 }
 
+static bool is_due(const struct perta_resume *r, uint64_t bytes)
+{
+    bool due = perta_journal_due(&r->journal, bytes);
+    for (unsigned i = 0; i < r->n_patches; i++)
+        due = due || perta_patch_out_is_due(&r->patches[i]);
+    return due;
+}
+
 int perta_resume_point(struct perta_resume *r, const struct perta_piece *piece,
                        struct perta_stream *stream, struct perta_err *err)
 {
     uint64_t bytes = written(r);
-    if (!perta_journal_due(&r->journal, bytes))
+    if (!is_due(r, bytes))
         return 0;
     int rc = sync_outputs(r, err);
     if (rc)

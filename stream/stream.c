@@ -69,16 +69,16 @@ static uint64_t slot_bytes(const struct perta_slot_shape *shape)
     return perta_slot_pool_bytes(shape) + perta_slot_heap_bytes(shape);
 }
 
-static uint64_t fixed_bytes(unsigned n_writers)
+static uint64_t fixed_bytes(const struct perta_job *job, unsigned n_writers)
 {
-    return perta_memory_trimmed() + MARGIN_BYTES + (2u << 20) +
+    return perta_memory_trimmed() + job->later_bytes + MARGIN_BYTES + (2u << 20) +
            n_writers * PERTA_WRITER_BUFS_MIN * (uint64_t)PERTA_WRITER_BUF_BYTES;
 }
 
 uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, unsigned n_slots)
 {
     struct perta_slot_shape shape = perta_slot_shape_for(job);
-    return fixed_bytes(n_writers) + n_slots * slot_bytes(&shape);
+    return fixed_bytes(job, n_writers) + n_slots * slot_bytes(&shape);
 }
 
 int perta_stream_afford(const struct perta_run *run, const struct perta_job *job,
@@ -106,7 +106,7 @@ static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_
 /* How many slots the budget allows; as many as are of use, one at least. */
 static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
-    uint64_t slot = slot_bytes(&s->shape), least = fixed_bytes(n_writers) + slot;
+    uint64_t slot = slot_bytes(&s->shape), least = fixed_bytes(&s->job, n_writers) + slot;
     if (s->run.memory_bytes < least)
         return perta_memory_refuse(s->run.memory_bytes, least, err, "for this job");
     uint64_t left = s->run.memory_bytes - least;

@@ -51,6 +51,7 @@ struct perta_job {
     uint64_t in_bytes_max;  /* of all ranges of the largest piece */
     uint64_t out_bytes_max; /* of a piece */
     uint64_t total_bytes;   /* to be read, for progress */
+    uint64_t later_bytes;   /* of memory that it takes once the stream is open */
     /* The next piece in order. 1: one; 0: no more. Called on the owner's thread. */
     int (*next)(void *ctx, struct perta_piece *piece, struct perta_err *err);
     /* On worker number worker; pieces of one slot in order, slots in any. */

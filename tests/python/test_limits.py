@@ -94,6 +94,33 @@ def test_what_a_refusal_names_is_enough(perta, small, tmp_path, job):
     perta(*JOBS[job], "--memory", needed(perta, JOBS[job]), **in_a_larger_process())
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """70,000 tensors of few elements: headers, tables and records count for more than data."""
+    path = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(3)
+    values = {f"model.layers.{i:06}.weight": rng.standard_normal(3, np.float32) for i in range(70_000)}
+    for i, folder in enumerate(("model", "tuned", "base", "forget", "retain")):
+        dtype = BF16 if i < 3 else np.float32
+        metadata = None if i < 3 else {"perta.stat": "mean"}
+        made = {name: (x + np.float32(i / 100)).astype(dtype) for name, x in values.items()}
+        write_folder(path / folder, made, metadata=metadata)
+    return path
+
+
+@sanitized
+@pytest.mark.parametrize("commit", ["10", "0.1"])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_budget_named_for_very_many_tensors_is_kept(perta, many, tmp_path, job, commit, monkeypatch):
+    """What the refusal names is enough, and bounds the process, with a record of them all too."""
+    for folder in ("model", "tuned", "base", "forget", "retain"):
+        (tmp_path / folder).symlink_to(many / folder)
+    monkeypatch.setenv("PERTA_COMMIT_SECONDS", commit)
+    budget = needed(perta, JOBS[job])
+    peak = peak_mib([*JOBS[job], "--memory", budget, "--io", "pread", "--threads", "2"], tmp_path)
+    assert peak <= int(budget.rstrip("M")) <= 256
+
+
 @sanitized
 def test_the_budget_holds_under_a_hard_limit_on_the_process(perta, big, tmp_path):
     """Address space, which has stacks, libraries and arenas in it besides what is resident."""
