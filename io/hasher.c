@@ -13,12 +13,14 @@ struct given {
     struct perta_digest *digest;
     const void *data;
     size_t len_bytes;
+    enum { WAITING, TAKEN, DONE } state;
 };
 
 struct perta_hasher {
-    pthread_t thread;
+    pthread_t threads[PERTA_HASHER_THREADS_MAX];
 
-    /* the owner's: given, and not in the queue yet */
+    /* the owner's; held: given, and not in the queue yet */
+    unsigned n_started;
     struct given held[HELD_MAX];
     unsigned n_held;
 
@@ -26,46 +28,76 @@ struct perta_hasher {
     pthread_mutex_t lock;
     pthread_cond_t more, moved;
     struct given queue[QUEUE_MAX]; /* used round and round */
-    uint64_t n_given, n_passed;
+    uint64_t n_given, n_passed;    /* passed: done, and all before it */
+    const struct perta_digest *busy[PERTA_HASHER_THREADS_MAX]; /* (n_threads) NULL: none */
+    unsigned n_threads;
     uint64_t asked; /* passed() is to be called there; 0: nowhere */
     bool stopping;
     void (*passed)(void *user);
     void *user;
 };
 
-/* The oldest of the queue. False: stop. */
-static bool take(struct perta_hasher *h, struct given *next)
+static bool is_busy(const struct perta_hasher *h, const struct perta_digest *digest)
 {
-    pthread_mutex_lock(&h->lock);
-    while (h->n_passed == h->n_given && !h->stopping)
-        pthread_cond_wait(&h->more, &h->lock);
-    bool has = h->n_passed < h->n_given;
-    if (has)
-        *next = h->queue[h->n_passed % QUEUE_MAX];
-    pthread_mutex_unlock(&h->lock);
-    return has;
+    for (unsigned i = 0; i < h->n_threads; i++)
+        if (h->busy[i] == digest)
+            return true;
+    return false;
+}
+
+/* The oldest that no thread is at the digest of: of one digest, bytes are taken in order. */
+static struct given *find(struct perta_hasher *h)
+{
+    for (uint64_t i = h->n_passed; i < h->n_given; i++) {
+        struct given *given = &h->queue[i % QUEUE_MAX];
+        if (given->state == WAITING && !is_busy(h, given->digest))
+            return given;
+    }
+    return NULL;
+}
+
+/* All that is done at the front of the queue has passed. True: it is as far as was asked for. */
+static bool pass(struct perta_hasher *h)
+{
+    while (h->n_passed < h->n_given && h->queue[h->n_passed % QUEUE_MAX].state == DONE)
+        h->n_passed++;
+    bool reached = h->asked && h->n_passed >= h->asked;
+    if (reached)
+        h->asked = 0;
+    pthread_cond_signal(&h->moved);
+    return reached;
 }
 
 static void *hash(void *arg)
 {
     struct perta_hasher *h = arg;
-    for (struct given next; take(h, &next);) {
-        perta_digest_add(next.digest, next.data, next.len_bytes);
-        pthread_mutex_lock(&h->lock);
-        h->n_passed++;
-        bool reached = h->asked && h->n_passed >= h->asked;
-        if (reached)
-            h->asked = 0;
-        pthread_cond_signal(&h->moved);
+    struct given *next;
+    pthread_mutex_lock(&h->lock);
+    unsigned self = h->n_threads++;
+    for (;;) {
+        while (!(next = find(h)) && !h->stopping)
+            pthread_cond_wait(&h->more, &h->lock);
+        if (!next)
+            break;
+        next->state = TAKEN;
+        h->busy[self] = next->digest;
         pthread_mutex_unlock(&h->lock);
-        if (reached)
+        perta_digest_add(next->digest, next->data, next->len_bytes);
+        pthread_mutex_lock(&h->lock);
+        next->state = DONE;
+        h->busy[self] = NULL;
+        if (pass(h)) {
+            pthread_mutex_unlock(&h->lock);
             h->passed(h->user);
+            pthread_mutex_lock(&h->lock);
+        }
     }
+    pthread_mutex_unlock(&h->lock);
     return NULL;
 }
 
-int perta_hasher_open(struct perta_hasher **out, void (*passed)(void *user), void *user,
-                      struct perta_err *err)
+int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*passed)(void *user),
+                      void *user, struct perta_err *err)
 {
     struct perta_hasher *h = calloc(1, sizeof *h);
     if (!h)
@@ -75,16 +107,19 @@ int perta_hasher_open(struct perta_hasher **out, void (*passed)(void *user), voi
     pthread_mutex_init(&h->lock, NULL);
     pthread_cond_init(&h->more, NULL);
     pthread_cond_init(&h->moved, NULL);
-    int rc = perta_thread_start(&h->thread, hash, h);
+    n_threads = n_threads < PERTA_HASHER_THREADS_MAX ? n_threads : PERTA_HASHER_THREADS_MAX;
+    int rc = 0;
+    for (; h->n_started < n_threads && !rc; h->n_started += !rc)
+        rc = perta_thread_start(&h->threads[h->n_started], hash, h);
     if (rc) {
-        free(h);
-        return perta_fail_sys(err, rc, "thread for digests");
+        perta_hasher_close(h);
+        return perta_fail_sys(err, rc, "threads for digests");
     }
     *out = h;
     return 0;
 }
 
-/* What is held goes into the queue. */
+/* What is held goes into the queue. Where that is full, those before must be taken first. */
 static void put(struct perta_hasher *h)
 {
     if (!h->n_held)
@@ -95,7 +130,7 @@ static void put(struct perta_hasher *h)
             pthread_cond_wait(&h->moved, &h->lock);
         h->queue[h->n_given++ % QUEUE_MAX] = h->held[i];
     }
-    pthread_cond_signal(&h->more);
+    pthread_cond_broadcast(&h->more);
     pthread_mutex_unlock(&h->lock);
     h->n_held = 0;
 }
@@ -107,9 +142,10 @@ void perta_hasher_close(struct perta_hasher *h)
     put(h);
     pthread_mutex_lock(&h->lock);
     h->stopping = true;
-    pthread_cond_signal(&h->more);
+    pthread_cond_broadcast(&h->more);
     pthread_mutex_unlock(&h->lock);
-    pthread_join(h->thread, NULL);
+    while (h->n_started)
+        pthread_join(h->threads[--h->n_started], NULL);
     pthread_cond_destroy(&h->moved);
     pthread_cond_destroy(&h->more);
     pthread_mutex_destroy(&h->lock);
@@ -130,7 +166,7 @@ void perta_hasher_give(struct perta_hasher *h, struct perta_digest *digest, cons
     }
     if (h->n_held == HELD_MAX)
         put(h);
-    h->held[h->n_held++] = (struct given){digest, data, len_bytes};
+    h->held[h->n_held++] = (struct given){digest, data, len_bytes, WAITING};
 }
 
 uint64_t perta_hasher_given(struct perta_hasher *h)

@@ -1,5 +1,6 @@
-/* hasher.h - one thread that digests behind the owner's back, in the order given. SHA-256 runs at
- * little more than 1 GB/s: on the thread that owns the ring it would hold up reads and writes.
+/* hasher.h - threads that digest behind the owner's back: bytes of one digest in the order given,
+ * different digests side by side. SHA-256 runs at 1 to 2 GB/s: on the thread that owns the ring it
+ * would hold up reads and writes.
  * A digest is given to it with perta_digest_behind (io/hash.h). */
 #ifndef PERTA_IO_HASHER_H
 #define PERTA_IO_HASHER_H
@@ -13,10 +14,12 @@
 
 struct perta_hasher;
 
-/* Start it. passed(user), on the hasher's thread, says that what perta_hasher_passed asked for has
- * come; NULL: nobody asks. */
-PERTA_API int perta_hasher_open(struct perta_hasher **out, void (*passed)(void *user), void *user,
-                                struct perta_err *err);
+#define PERTA_HASHER_THREADS_MAX 8
+
+/* Start n_threads (more than MAX are not). passed(user), on one of them, says that what
+ * perta_hasher_passed asked for has come; NULL: nobody asks. */
+PERTA_API int perta_hasher_open(struct perta_hasher **out, unsigned n_threads,
+                                void (*passed)(void *user), void *user, struct perta_err *err);
 /* Digest all that was given, then stop. NULL is allowed. */
 PERTA_API void perta_hasher_close(struct perta_hasher *hasher);
 

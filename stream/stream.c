@@ -161,7 +161,7 @@ int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
     if (!rc)
         rc = perta_engine_open(s->choice.mode, queue_depth(), &s->engine, err);
     if (!rc)
-        rc = perta_hasher_open(&s->hasher, digested, s, err);
+        rc = perta_hasher_open(&s->hasher, perta_run_threads(run), digested, s, err);
     if (!rc)
         s->engine->hasher = s->hasher;
     if (rc) {

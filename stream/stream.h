@@ -4,7 +4,7 @@
  * A job cuts its inputs into pieces (one chunk of one tensor, the same elements of every
  * input). The stream packs pieces into slots: one large piece, or many small ones. Slots go
  * FREE -> READING -> READY -> WORKING -> DONE -> COMMITTED -> FREE. The caller's thread owns the engine,
- * reads ahead and commits in order; workers do the rest, and one more thread the digests of
+ * reads ahead and commits in order; workers do the rest, and up to eight more threads the digests of
  * what was committed. All memory is taken at the start. */
 #ifndef PERTA_STREAM_STREAM_H
 #define PERTA_STREAM_STREAM_H

@@ -29,6 +29,8 @@ static void give_all(struct perta_digest **digests, const uint8_t *data)
     }
 }
 
+static const unsigned n_threads[] = {1, 2, 3, 100};
+
 START_TEST(digests_are_those_taken_in_line)
 {
     uint8_t *data = malloc(BYTES);
@@ -40,7 +42,7 @@ START_TEST(digests_are_those_taken_in_line)
     perta_digest_update(line, data, BYTES);
     perta_digest_finish(line, &want);
     struct perta_hasher *hasher;
-    ck_assert_ok(perta_hasher_open(&hasher, NULL, NULL, &err));
+    ck_assert_ok(perta_hasher_open(&hasher, n_threads[_i], NULL, NULL, &err));
     for (int i = 0; i < N_DIGESTS; i++) {
         digests[i] = perta_digest_new(true);
         perta_digest_behind(digests[i], hasher);
@@ -68,7 +70,7 @@ START_TEST(a_state_is_that_of_all_that_was_given)
     struct perta_digest *digest = perta_digest_new(true), *on = perta_digest_new(true);
     struct perta_digest_hex want, have;
     struct perta_hasher *hasher;
-    ck_assert_ok(perta_hasher_open(&hasher, NULL, NULL, &err));
+    ck_assert_ok(perta_hasher_open(&hasher, 2, NULL, NULL, &err));
     perta_digest_behind(digest, hasher);
     perta_digest_behind(on, hasher);
     perta_digest_update(digest, data, BYTES);
@@ -93,7 +95,7 @@ START_TEST(who_asks_is_called_when_it_has_passed)
     struct perta_digest *digest = perta_digest_new(true);
     struct perta_hasher *hasher;
     ck_assert(perta_hasher_passed(NULL, perta_hasher_given(NULL)));
-    ck_assert_ok(perta_hasher_open(&hasher, note, &called, &err));
+    ck_assert_ok(perta_hasher_open(&hasher, 3, note, &called, &err));
     ck_assert(perta_hasher_passed(hasher, perta_hasher_given(hasher)));
     perta_digest_behind(digest, hasher);
     perta_digest_update(digest, data, 64 * BYTES);
@@ -110,7 +112,7 @@ END_TEST
 int main(void)
 {
     TCase *tests = tcase_create("hasher");
-    tcase_add_test(tests, digests_are_those_taken_in_line);
+    tcase_add_loop_test(tests, digests_are_those_taken_in_line, 0, 4);
     tcase_add_test(tests, a_state_is_that_of_all_that_was_given);
     tcase_add_test(tests, who_asks_is_called_when_it_has_passed);
     return run_suite("hasher", tests);
