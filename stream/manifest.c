@@ -12,6 +12,7 @@
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
+#include "stream/lanes.h"
 
 #define PIECE_BYTES (4ull << 20)
 /* What is said of a tensor takes so much, as tree and as text. */
@@ -23,6 +24,8 @@ struct entry {
     struct perta_file file;
     struct perta_header *header; /* NULL: not a safetensors file, or its header is damaged */
     json_t *tensors;
+    uint64_t off_bytes, tensor; /* where next() stands in it */
+    struct perta_digest *whole, *part; /* the owner's, for commit(): under way */
 };
 
 struct job {
@@ -30,16 +33,10 @@ struct job {
     size_t n;
     bool with_sha256;
     json_t *files;
-    /* where next() stands */
-    size_t at;
-    uint64_t off_bytes, tensor;
-    /* the owner's, for commit(): digests under way */
-    size_t done;
-    struct perta_digest *whole, *part;
-    struct perta_hasher *hasher; /* the stream's; for whole */
+    struct perta_lanes lanes; /* of entries, for next() */
 };
 
-/* End of the run of bytes that off lies in: the header, or one tensor. */
+/* End of the run of bytes that off lies in: the header, or this tensor. */
 static uint64_t run_end(const struct entry *e, uint64_t off_bytes, uint64_t tensor)
 {
     if (!e->header)
@@ -54,24 +51,25 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     (void)err;
     struct job *job = ctx;
-    while (job->at < job->n && job->off_bytes == job->entries[job->at].file.len_bytes) {
-        job->at++;
-        job->off_bytes = job->tensor = 0;
-    }
-    if (job->at == job->n)
+    size_t at;
+    while ((at = (size_t)perta_lanes_item(&job->lanes)) < job->n &&
+           job->entries[at].off_bytes == job->entries[at].file.len_bytes)
+        perta_lanes_end(&job->lanes);
+    if (at == job->n)
         return 0;
-    struct entry *e = &job->entries[job->at];
-    while (e->header && job->off_bytes >= e->header->len_bytes &&
-           run_end(e, job->off_bytes, job->tensor) <= job->off_bytes)
-        job->tensor++;
-    uint64_t end = run_end(e, job->off_bytes, job->tensor);
-    uint64_t n = end - job->off_bytes < PIECE_BYTES ? end - job->off_bytes : PIECE_BYTES;
-    piece->tag = job->at;
-    piece->tensor = (uint32_t)job->tensor;
-    piece->first_elem = job->off_bytes;
-    piece->in[0] = (struct perta_range){
-        .file = &e->file, .off_bytes = job->off_bytes, .len_bytes = n};
-    job->off_bytes += n;
+    struct entry *e = &job->entries[at];
+    while (e->header && e->off_bytes >= e->header->len_bytes &&
+           run_end(e, e->off_bytes, e->tensor) <= e->off_bytes)
+        e->tensor++;
+    uint64_t left = run_end(e, e->off_bytes, e->tensor) - e->off_bytes;
+    uint64_t n = left < PIECE_BYTES ? left : PIECE_BYTES;
+    piece->tag = at;
+    piece->tensor = (uint32_t)e->tensor;
+    piece->first_elem = e->off_bytes;
+    piece->in[0] =
+        (struct perta_range){.file = &e->file, .off_bytes = e->off_bytes, .len_bytes = n};
+    e->off_bytes += n;
+    perta_lanes_took(&job->lanes, n);
     return 1;
 }
 
@@ -85,27 +83,38 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     return 0;
 }
 
-static void end_tensor(struct job *job, const struct entry *e, uint64_t tensor)
+static void end_tensor(struct entry *e, uint64_t tensor)
 {
     const struct perta_tensor *t = &e->header->tensors[tensor];
     struct perta_digest_hex hex;
-    perta_digest_finish(job->part, &hex);
-    perta_digest_free(job->part);
-    job->part = NULL;
+    perta_digest_finish(e->part, &hex);
+    perta_digest_free(e->part);
+    e->part = NULL;
     json_array_append_new(e->tensors,
                           json_pack("{s:s, s:I, s:s}", "name", t->name, "bytes",
                                     (json_int_t)t->len_bytes, "xxh3_128", hex.xxh128));
 }
 
-static int end_file(struct job *job, struct perta_err *err)
+static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
-    struct entry *e = &job->entries[job->done++];
-    struct perta_digest_hex hex;
-    if (!job->whole && !(job->whole = perta_digest_new(job->with_sha256)))
+    struct job *job = ctx;
+    struct entry *e = &job->entries[piece->tag];
+    const struct perta_range *in = &piece->in[0];
+    perta_digest_update(e->whole, in->data, in->len_bytes);
+    if (!e->header || in->off_bytes < e->header->len_bytes)
+        return 0;
+    if (!e->part && !(e->part = perta_digest_new(false)))
         return perta_fail_sys(err, ENOMEM, "%s", e->path);
-    perta_digest_finish(job->whole, &hex);
-    perta_digest_free(job->whole);
-    job->whole = NULL;
+    perta_digest_update(e->part, in->data, in->len_bytes);
+    if (in->off_bytes + in->len_bytes == run_end(e, in->off_bytes, piece->tensor))
+        end_tensor(e, piece->tensor);
+    return 0;
+}
+
+static int end_file(struct job *job, struct entry *e, struct perta_err *err)
+{
+    struct perta_digest_hex hex;
+    perta_digest_finish(e->whole, &hex);
     json_t *file = json_pack("{s:s, s:I, s:s}", "name", e->name, "bytes",
                              (json_int_t)e->file.len_bytes, "xxh3_128", hex.xxh128);
     if (job->with_sha256)
@@ -114,32 +123,6 @@ static int end_file(struct job *job, struct perta_err *err)
         json_object_set(file, "tensors", e->tensors);
     json_array_append_new(job->files, file);
     return perta_file_unchanged(&e->file, err);
-}
-
-static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
-{
-    struct job *job = ctx;
-    struct entry *e = &job->entries[piece->tag];
-    const struct perta_range *in = &piece->in[0];
-    while (job->done < piece->tag) {
-        int rc = end_file(job, err);
-        if (rc)
-            return rc;
-    }
-    if (!job->whole) {
-        if (!(job->whole = perta_digest_new(job->with_sha256)))
-            return perta_fail_sys(err, ENOMEM, "%s", e->path);
-        perta_digest_behind(job->whole, job->hasher);
-    }
-    perta_digest_update(job->whole, in->data, in->len_bytes);
-    if (!e->header || in->off_bytes < e->header->len_bytes)
-        return 0;
-    if (!job->part && !(job->part = perta_digest_new(false)))
-        return perta_fail_sys(err, ENOMEM, "%s", e->path);
-    perta_digest_update(job->part, in->data, in->len_bytes);
-    if (in->off_bytes + in->len_bytes == run_end(e, in->off_bytes, piece->tensor))
-        end_tensor(job, e, piece->tensor);
-    return 0;
 }
 
 static bool ends_with(const char *name, const char *suffix)
@@ -236,7 +219,12 @@ static int open_stream(struct job *job, const struct perta_run *run,
         rc = perta_file_open(&e->file, e->path, perta_stream_engine(*stream)->wants_direct, err);
         if (!rc && e->header && e->header->file_len_bytes != e->file.len_bytes)
             rc = perta_fail(err, PERTA_EINPUT, "%s: changed since its header was read", e->path);
+        if (!rc && !(e->whole = perta_digest_new(job->with_sha256)))
+            rc = perta_fail_sys(err, ENOMEM, "%s", e->path);
+        if (!rc)
+            perta_digest_behind(e->whole, perta_stream_engine(*stream)->hasher);
     }
+    perta_lanes_begin(&job->lanes, job->n, perta_run_threads(run));
     return rc;
 }
 
@@ -248,10 +236,10 @@ static void release(struct job *job)
         perta_file_close(&job->entries[i].file);
         perta_header_free(job->entries[i].header);
         json_decref(job->entries[i].tensors);
+        perta_digest_free(job->entries[i].whole);
+        perta_digest_free(job->entries[i].part);
     }
     free(job->entries);
-    perta_digest_free(job->whole);
-    perta_digest_free(job->part);
 }
 
 int perta_manifest(const char *path, bool with_sha256, const char *skip,
@@ -263,11 +251,9 @@ int perta_manifest(const char *path, bool with_sha256, const char *skip,
     if (!rc)
         rc = open_stream(&job, run, &stream, err);
     if (!rc)
-        job.hasher = perta_stream_engine(stream)->hasher;
-    if (!rc)
         rc = perta_stream_run(stream, err);
-    while (!rc && job.done < job.n)
-        rc = end_file(&job, err);
+    for (size_t i = 0; i < job.n && !rc; i++)
+        rc = end_file(&job, &job.entries[i], err);
     *manifest = rc ? NULL
                    : json_pack("{s:s, s:i, s:s, s:O}", "format", "perta-manifest", "version", 1,
                                "tool", "perta " PERTA_VERSION, "files", job.files);
@@ -315,17 +301,25 @@ static void compare_tensors(const char *file, const json_t *want, const json_t *
     json_decref(by_names);
 }
 
+static bool same(const json_t *want, const json_t *have, const char *key)
+{
+    return json_equal(json_object_get(want, key), json_object_get(have, key));
+}
+
 static void compare_file(const json_t *want, const json_t *have, json_t *differences)
 {
     const char *name = json_string_value(json_object_get(want, "name"));
-    const json_t *digest = json_object_get(want, "xxh3_128");
     if (!have) {
         add_difference(differences, name, NULL, "is missing");
         return;
     }
-    if (json_equal(digest, json_object_get(have, "xxh3_128")) &&
-        json_equal(json_object_get(want, "bytes"), json_object_get(have, "bytes")))
+    if (same(want, have, "xxh3_128") && same(want, have, "bytes")) {
+        if (json_object_get(want, "sha256") && !same(want, have, "sha256"))
+            add_difference(differences, name, NULL,
+                           "has another SHA-256, though the same XXH3-128: it, or the manifest, "
+                           "was forged");
         return;
+    }
     size_t before = json_array_size(differences);
     const json_t *tensors = json_object_get(have, "tensors");
     if (json_object_get(want, "tensors") && !tensors)
@@ -337,6 +331,16 @@ static void compare_file(const json_t *want, const json_t *have, json_t *differe
     if (json_array_size(differences) == before)
         add_difference(differences, name, NULL,
                        tensors ? "differs in its header, not in its tensors" : "differs");
+}
+
+static bool has_sha256(const json_t *manifest)
+{
+    size_t i;
+    json_t *file;
+    json_array_foreach (json_object_get(manifest, "files"), i, file)
+        if (json_object_get(file, "sha256"))
+            return true;
+    return false;
 }
 
 static int load(const char *path, json_t **manifest, struct perta_err *err)
@@ -372,7 +376,7 @@ int perta_manifest_verify(const char *path, const char *manifest_path,
     *summary = NULL;
     int rc = load(manifest_path, &want, err);
     if (!rc)
-        rc = perta_manifest(path, false, manifest_path, run, &have, err);
+        rc = perta_manifest(path, has_sha256(want), manifest_path, run, &have, err);
     if (rc)
         goto out;
     json_t *differences = json_array(), *unlisted = json_array();

@@ -8,6 +8,7 @@
 
 #include "io/hash.h"
 #include "io/text.h"
+#include "stream/lanes.h"
 #include "stream/manifest.h"
 #include "stream/patch_in.h"
 
@@ -17,7 +18,11 @@ struct job {
     struct {
         struct perta_digest *digest;
         bool suspect; /* it differs, or has what is no frame */
+        /* where next() stands in it: its head, then frames, then its table */
+        bool head_done, done;
+        uint64_t entry;
     } *files; /* (n_shards) */
+    struct perta_lanes lanes; /* of files */
     struct {
         ZSTD_DCtx *zstd;
         void *payload;
@@ -26,10 +31,6 @@ struct job {
     uint64_t payload_max;
     uint64_t n_frames;
     struct perta_hasher *hasher; /* the stream's */
-    /* where next() stands: piece 0 of a shard is its head, then frames, then its table */
-    uint32_t shard;
-    uint64_t entry;
-    bool head_done;
 };
 
 enum { HEAD, FRAME, TABLE };
@@ -37,31 +38,25 @@ enum { HEAD, FRAME, TABLE };
 /* Reads are of this size at least, where frames are smaller. */
 #define READ_BYTES (2ull << 20)
 
-/* The next frame of the shard, if there is one. */
-static bool next_frame(struct job *job, struct perta_piece *piece)
+/* The next frame of the file, if there is one. */
+static bool next_frame(struct job *job, uint64_t i, struct perta_piece *piece)
 {
-    struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
+    struct perta_patch_in_shard *shard = &job->patch.shards[i];
     const struct perta_patch *p = shard->patch;
-    while (job->entry < p->n_entries && p->entries[job->entry].encoding == PERTA_ENC_ZERO)
-        job->entry++;
-    if (job->entry == p->n_entries)
+    uint64_t *entry = &job->files[i].entry;
+    while (*entry < p->n_entries && p->entries[*entry].encoding == PERTA_ENC_ZERO)
+        ++*entry;
+    if (*entry == p->n_entries)
         return false;
-    piece->shard = job->shard;
+    piece->shard = (uint32_t)i;
     piece->tensor = FRAME;
-    piece->tag = job->entry;
+    piece->tag = *entry;
     piece->out_bytes = sizeof(uint64_t);
     piece->in[0] = (struct perta_range){.file = &shard->file,
-                                        .off_bytes = p->entries[job->entry].frame_off,
-                                        .len_bytes = p->entries[job->entry].frame_bytes};
-    job->entry++;
+                                        .off_bytes = p->entries[*entry].frame_off,
+                                        .len_bytes = p->entries[*entry].frame_bytes};
+    ++*entry;
     return true;
-}
-
-static void next_shard(struct job *job)
-{
-    job->shard++;
-    job->entry = 0;
-    job->head_done = false;
 }
 
 /* A frame's piece has room to tell whether it is bad. */
@@ -79,28 +74,36 @@ static bool is_frame(const struct job *job, const struct perta_piece *piece)
 
 /* ---- all bytes of all files ---- */
 
+static void next_part(struct job *job, uint64_t i, struct perta_piece *piece)
+{
+    struct perta_patch_in_shard *shard = &job->patch.shards[i];
+    const struct perta_patch *p = shard->patch;
+    piece->shard = (uint32_t)i;
+    piece->in[0].file = &shard->file;
+    if (!job->files[i].head_done) {
+        piece->tensor = HEAD;
+        piece->in[0].len_bytes = p->head_bytes;
+        job->files[i].head_done = true;
+    } else if (!next_frame(job, i, piece)) {
+        piece->tensor = TABLE;
+        piece->in[0].off_bytes = p->table_off;
+        piece->in[0].len_bytes = p->file_bytes - p->table_off;
+        job->files[i].done = true;
+    }
+}
+
 static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 {
     (void)err;
     struct job *job = ctx;
-    while (job->shard < job->patch.n_shards && !job->patch.shards[job->shard].patch)
-        job->shard++;
-    if (job->shard == job->patch.n_shards)
+    uint64_t i;
+    while ((i = perta_lanes_item(&job->lanes)) < job->patch.n_shards &&
+           (!job->patch.shards[i].patch || job->files[i].done))
+        perta_lanes_end(&job->lanes);
+    if (i == job->patch.n_shards)
         return 0;
-    struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
-    const struct perta_patch *p = shard->patch;
-    if (job->head_done && next_frame(job, piece))
-        return 1;
-    piece->shard = job->shard;
-    piece->tensor = job->head_done ? TABLE : HEAD;
-    piece->in[0] = (struct perta_range){
-        .file = &shard->file,
-        .off_bytes = job->head_done ? p->table_off : 0,
-        .len_bytes = job->head_done ? p->file_bytes - p->table_off : p->head_bytes};
-    if (job->head_done)
-        next_shard(job);
-    else
-        job->head_done = true;
+    next_part(job, i, piece);
+    perta_lanes_took(&job->lanes, piece->in[0].len_bytes);
     return 1;
 }
 
@@ -193,10 +196,11 @@ static int next_suspect(void *ctx, struct perta_piece *piece, struct perta_err *
 {
     (void)err;
     struct job *job = ctx;
-    for (; job->shard < job->patch.n_shards; next_shard(job))
-        if (job->files[job->shard].suspect && next_frame(job, piece))
-            return 1;
-    return 0;
+    uint64_t i;
+    while ((i = perta_lanes_item(&job->lanes)) < job->patch.n_shards &&
+           (!job->files[i].suspect || !next_frame(job, i, piece)))
+        perta_lanes_end(&job->lanes);
+    return i < job->patch.n_shards;
 }
 
 /* zstd checks each frame by its own checksum. */
@@ -297,6 +301,7 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_er
     job->files = calloc(job->patch.n_shards + 1, sizeof *job->files);
     if (!job->files)
         return perta_fail_sys(err, ENOMEM, "verify");
+    perta_lanes_begin(&job->lanes, job->patch.n_shards, job->n_workers);
     /* What a look at damaged files takes is asked for before it is known whether there are any. */
     int rc = perta_stream_afford(run, &sizes, 0, job->n_workers * scratch_bytes(job), err);
     if (!rc)
@@ -312,8 +317,9 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_er
     sizes.next = next_suspect;
     sizes.work = unpack;
     sizes.commit = commit_suspect;
-    job->shard = 0;
-    job->entry = 0;
+    for (uint32_t i = 0; i < job->patch.n_shards; i++)
+        job->files[i].entry = 0;
+    perta_lanes_begin(&job->lanes, job->patch.n_shards, 1); /* to be listed in order */
     rc = make_scratch(job, err);
     return rc ? rc : run_once(job, run, &sizes, err);
 }

@@ -241,3 +241,37 @@ def test_a_budget_that_is_enough_for_a_whole_patch_names_damage_too(perta, patch
     flip(path, frames(perta, path, "a")[0][3] + 12)
     items = json.loads(perta("verify", "p", "--memory", enough, "--json", check=1).stdout)
     assert ranges(items["differences"], "file") == [(path.name, "a.large", 0, CHUNK)]
+
+
+# --- a folder against a manifest
+
+
+@pytest.mark.parametrize("io", ["mmap", "direct", "pread"])
+def test_files_side_by_side_have_the_digests_of_files_in_turn(perta, tmp_path, io):
+    """Several large ones, empty ones, one that is no checkpoint; tensors across many reads."""
+    rng = np.random.default_rng(9)
+    sizes = {f"{c}.large": 9_000_000 + 1000 * i for i, c in enumerate("abc")} | {"d.none": 0}
+    tensors = {name: rng.integers(0, 256, n, np.uint8) for name, n in sizes.items()}
+    write_checkpoint(tmp_path / "m", "U8", tensors, shards=4)
+    (tmp_path / "m/empty").touch()
+    (tmp_path / "m/text").write_bytes(b"text" * 3_000_000)
+    one = perta("manifest", "m", "--threads", "1").stdout
+    assert perta("manifest", "m", "--threads", "5", "--io", io).stdout == one
+    for item in json.loads(one)["files"]:
+        data = (tmp_path / "m" / item["name"]).read_bytes()
+        assert item["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_manifest_is_checked_by_all_digests_that_it_has(perta, patched):
+    record = json.loads(perta("manifest", "a").stdout)
+    named = next(f for f in record["files"] if f["name"] == SHARDS[1])
+    named["sha256"] = named["sha256"][::-1]
+    (patched / "forged.json").write_text(json.dumps(record))
+    said = perta("verify", "a", "--manifest", "forged.json", check=1)
+    assert said.stdout.count("\n") == 1 and SHARDS[1] in said.stdout and "forged" in said.stdout
+    for file in record["files"]:
+        del file["sha256"]
+    (patched / "fast.json").write_text(json.dumps(record))
+    perta("verify", "a", "--manifest", "fast.json")
+    flip(patched / "a" / SHARDS[1], 5000)
+    assert "b.large: differs" in perta("verify", "a", "--manifest", "fast.json", check=1).stdout

@@ -1,0 +1,52 @@
+/* lanes.h - which of several files to read from next, so that as many are under way as there are
+ * threads to digest them: the bytes of one file are digested in order, and SHA-256 is slower than
+ * a disk. */
+#ifndef PERTA_STREAM_LANES_H
+#define PERTA_STREAM_LANES_H
+
+#include <stdint.h>
+
+#include "io/hasher.h"
+
+struct perta_lanes {
+    uint64_t n_items, n_begun;
+    uint64_t item[PERTA_HASHER_THREADS_MAX]; /* (n) that each lane is at; n_items: none */
+    unsigned n, turn;
+    uint64_t taken_bytes; /* in this turn */
+};
+
+/* Items 0 to n_items - 1 in n lanes, at most PERTA_HASHER_THREADS_MAX. */
+static inline void perta_lanes_begin(struct perta_lanes *lanes, uint64_t n_items, unsigned n)
+{
+    *lanes = (struct perta_lanes){.n_items = n_items};
+    lanes->n = n < PERTA_HASHER_THREADS_MAX ? n : PERTA_HASHER_THREADS_MAX;
+    for (unsigned i = 0; i < lanes->n; i++)
+        lanes->item[i] = lanes->n_begun < n_items ? lanes->n_begun++ : n_items;
+}
+
+/* The item whose turn it is; n_items: all are at their ends. */
+static inline uint64_t perta_lanes_item(struct perta_lanes *lanes)
+{
+    for (unsigned i = 0; i < lanes->n && lanes->item[lanes->turn] == lanes->n_items; i++)
+        lanes->turn = (lanes->turn + 1) % lanes->n;
+    return lanes->item[lanes->turn];
+}
+
+/* So many bytes were taken from it. */
+static inline void perta_lanes_took(struct perta_lanes *lanes, uint64_t len_bytes)
+{
+    lanes->taken_bytes += len_bytes;
+    if (lanes->taken_bytes < (4u << 20))
+        return;
+    lanes->taken_bytes = 0;
+    lanes->turn = (lanes->turn + 1) % lanes->n;
+}
+
+/* It is at its end. */
+static inline void perta_lanes_end(struct perta_lanes *lanes)
+{
+    lanes->item[lanes->turn] =
+        lanes->n_begun < lanes->n_items ? lanes->n_begun++ : lanes->n_items;
+}
+
+#endif
