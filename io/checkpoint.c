@@ -195,27 +195,33 @@ static int open_indexed(struct perta_checkpoint *ck, const char *path, struct pe
 /* Do shards and index hold the same? Both are sorted by name. */
 static int check_index(const struct perta_checkpoint *ck, struct perta_err *err)
 {
-    size_t n = ck->index->n;
-    for (size_t i = 0; i < n || i < ck->n_tensors; i++) {
-        const struct perta_index_entry *e = &ck->index->entries[i];
-        const struct perta_ref *ref = &ck->by_name[i];
-        int order = i == n               ? 1
-                    : i == ck->n_tensors ? -1
-                                         : strcmp(e->tensor, ref->tensor->name);
-        if (order < 0)
+    const struct perta_ref *unnamed = NULL; /* the first that the index lacks */
+    uint64_t t = 0;
+    for (size_t i = 0; i <= ck->index->n; i++) {
+        const struct perta_index_entry *e = i < ck->index->n ? &ck->index->entries[i] : NULL;
+        int order = -1;
+        for (; t < ck->n_tensors; t++) {
+            order = e ? strcmp(ck->by_name[t].tensor->name, e->tensor) : -1;
+            if (order >= 0)
+                break;
+            unnamed = unnamed ? unnamed : &ck->by_name[t];
+        }
+        if (!e)
+            break;
+        if (order)
             return perta_fail(err, PERTA_EINPUT,
                               "%s/" PERTA_INDEX_NAME ": tensor %s should be in %s, which does "
                               "not have it",
                               ck->path, e->tensor, e->shard);
-        if (order > 0)
-            return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is not in " PERTA_INDEX_NAME,
-                              ck->shards[ref->shard].path, ref->tensor->name);
-        if (strcmp(ck->shards[ref->shard].name, e->shard))
+        const char *shard = ck->shards[ck->by_name[t++].shard].name;
+        if (strcmp(shard, e->shard))
             return perta_fail(err, PERTA_EINPUT,
                               "%s/" PERTA_INDEX_NAME ": tensor %s should be in %s, but is in %s",
-                              ck->path, e->tensor, e->shard, ck->shards[ref->shard].name);
+                              ck->path, e->tensor, e->shard, shard);
     }
-    return 0;
+    return unnamed ? perta_fail(err, PERTA_EINPUT, "%s: tensor %s is not in " PERTA_INDEX_NAME,
+                                ck->shards[unnamed->shard].path, unnamed->tensor->name)
+                   : 0;
 }
 
 /* ---- folders without one ---- */

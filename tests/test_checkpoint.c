@@ -140,6 +140,8 @@ START_TEST(an_index_that_shards_do_not_bear_out_is_refused)
         {"{\"weight_map\":{\"a\":\"2.safetensors\",\"c\":\"2.safetensors\","
          "\"e\":\"2.safetensors\"}}",
          "tensor e should be in 2.safetensors, which does not have it"},
+        {"{\"weight_map\":{\"c\":\"2.safetensors\",\"e\":\"2.safetensors\"}}",
+         "tensor e should be in 2.safetensors, which does not have it"},
         {"{\"weight_map\":{\"a\":\"1.safetensors\",\"b\":\"1.safetensors\","
          "\"c\":\"2.safetensors\",\"d\":\"1.safetensors\"}}",
          "tensor a should be in 1.safetensors, but is in 2.safetensors"},
