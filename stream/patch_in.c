@@ -8,48 +8,106 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "io/plain.h"
 #include "io/publish.h"
 #include "io/text.h"
 
 typedef unsigned long long ull;
 
-/* A file, and the digest of what was read of it. */
-struct reading {
-    FILE *file;
-    struct perta_digest *digest;
-};
-
-static size_t read_some(void *to, size_t len_bytes, void *ctx)
+/* The next member's key, after i others; false: it is written in another way, or wrong. */
+static bool next_key(struct perta_plain *p, size_t i, const char **key, size_t *len)
 {
-    struct reading *reading = ctx;
-    size_t n = fread(to, 1, len_bytes, reading->file);
-    perta_digest_update(reading->digest, to, n);
-    return ferror(reading->file) ? (size_t)-1 : n;
+    return (!i || perta_plain_word(p, ",")) && perta_plain_string(p, key, len) &&
+           perta_plain_word(p, ":");
 }
 
-static json_t *load_manifest(const char *dir, struct perta_digest_hex *hex, json_error_t *why)
+/* Read, and dropped, one value at a time. */
+static bool pass_array(struct perta_plain *p)
 {
-    char *path = perta_path_join(dir, "manifest.json");
-    struct reading reading = {.digest = perta_digest_new(true)};
-    struct perta_err ignored = {0};
-    struct stat st;
-    int fd = path ? perta_open_regular(path, &st, &ignored) : -1;
-    reading.file = fd >= 0 ? fdopen(fd, "rb") : NULL;
-    json_t *manifest = NULL;
-    if (reading.file && reading.digest) {
-        manifest = json_load_callback(read_some, &reading, JSON_REJECT_DUPLICATES, why);
-        perta_digest_finish(reading.digest, hex);
-    } else {
-        /* what follows the path */
-        size_t at = path ? strlen(path) + 2 : 0, len = strlen(ignored.msg);
-        snprintf(why->text, sizeof why->text, "%s", ignored.msg + (at < len ? at : len));
+    if (!perta_plain_word(p, "["))
+        return false;
+    for (size_t i = 0; !perta_plain_word(p, "]"); i++) {
+        json_t *value;
+        if ((i && !perta_plain_word(p, ",")) || !perta_plain_value(p, &value))
+            return false;
+        json_decref(value);
     }
-    if (reading.file)
-        fclose(reading.file);
-    else if (fd >= 0)
+    return true;
+}
+
+static bool add_member(json_t *json, const char *key, size_t len, struct perta_plain *p)
+{
+    json_t *value = NULL;
+    char *name = strndup(key, len);
+    bool good = name && !json_object_get(json, name) && perta_plain_value(p, &value) &&
+                !json_object_set_new(json, name, value);
+    free(name);
+    return good;
+}
+
+/* What is said of the tensors is for people, and of 100,000 of them takes 100 MB as a tree. NULL:
+ * it is written in another way, or wrong. */
+static json_t *without_tensors(const char *text, size_t len_bytes)
+{
+    struct perta_plain p = {text, text + len_bytes};
+    json_t *json = json_object();
+    bool good = perta_plain_word(&p, "{"), had_tensors = false;
+    for (size_t i = 0; good && !perta_plain_word(&p, "}"); i++) {
+        const char *key;
+        size_t len;
+        good = next_key(&p, i, &key, &len);
+        if (good && perta_plain_is(key, len, "tensors") && !had_tensors)
+            good = had_tensors = pass_array(&p);
+        else
+            good = good && add_member(json, key, len, &p);
+    }
+    if (good && perta_plain_word(&p, ""))
+        return json;
+    json_decref(json);
+    return NULL;
+}
+
+/* manifest.json's text, the caller's; NULL: *why is what is wrong, without its path. */
+static char *read_text(const char *dir, size_t *len_bytes, json_error_t *why)
+{
+    char *path = perta_path_join(dir, "manifest.json"), *text = NULL;
+    struct perta_err err = {0};
+    struct stat st;
+    int fd = path ? perta_open_regular(path, &st, &err) : -1;
+    if (fd >= 0) {
+        *len_bytes = (size_t)st.st_size;
+        text = malloc(*len_bytes + 1);
+        if (text && perta_pread_all(fd, text, *len_bytes, 0, path, &err)) {
+            free(text);
+            text = NULL;
+        }
         close(fd);
-    perta_digest_free(reading.digest);
+    }
+    size_t at = path ? strlen(path) + 2 : 0, len = strlen(err.msg); /* what follows the path */
+    if (!text)
+        snprintf(why->text, sizeof why->text, "%s",
+                 err.code ? err.msg + (at < len ? at : len) : "no memory");
     free(path);
+    return text;
+}
+
+/* whole: with what it says of the tensors. */
+static json_t *load_manifest(const char *dir, bool whole, struct perta_digest_hex *hex,
+                             json_error_t *why)
+{
+    size_t len_bytes = 0;
+    char *text = read_text(dir, &len_bytes, why);
+    struct perta_digest *digest = perta_digest_new(true);
+    json_t *manifest = NULL;
+    if (text && digest) {
+        perta_digest_update(digest, text, len_bytes);
+        perta_digest_finish(digest, hex);
+        manifest = whole ? NULL : without_tensors(text, len_bytes);
+        if (!manifest)
+            manifest = json_loadb(text, len_bytes, JSON_REJECT_DUPLICATES, why);
+    }
+    perta_digest_free(digest);
+    free(text);
     return manifest;
 }
 
@@ -63,7 +121,7 @@ bool perta_patch_in_is_patch(const char *path)
 {
     json_error_t why;
     struct perta_digest_hex hex;
-    json_t *manifest = load_manifest(path, &hex, &why);
+    json_t *manifest = load_manifest(path, false, &hex, &why);
     bool is = says_patch(manifest);
     json_decref(manifest);
     return is;
@@ -162,7 +220,7 @@ static int open_patch(struct perta_patch_in *in, const char *path, const struct 
     *in = (struct perta_patch_in){.path = strdup(path)};
     if (!in->path)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    in->manifest = load_manifest(path, &in->manifest_digest, &why);
+    in->manifest = load_manifest(path, false, &in->manifest_digest, &why);
     if (!in->manifest)
         return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s; is it a patch folder?", path,
                           why.text);
@@ -186,6 +244,20 @@ int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
                                 void *ctx, struct perta_err *err)
 {
     return open_patch(in, path, &(struct on_damage){damaged, ctx}, err);
+}
+
+int perta_patch_in_record(const struct perta_patch_in *in, json_t **record, struct perta_err *err)
+{
+    struct perta_digest_hex hex;
+    json_error_t why;
+    *record = load_manifest(in->path, true, &hex, &why);
+    if (!*record)
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s", in->path, why.text);
+    if (!strcmp(hex.sha256, in->manifest_digest.sha256))
+        return 0;
+    json_decref(*record);
+    *record = NULL;
+    return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: changed while it was read", in->path);
 }
 
 int perta_patch_in_open_files(struct perta_patch_in *in, bool direct, struct perta_err *err)
@@ -263,6 +335,11 @@ int perta_patch_in_starts(const struct perta_patch_in_shard *shard,
                           struct perta_err *err)
 {
     const struct perta_patch *p = shard->patch;
+    if (perta_header_same(header, p->after)) { /* in the same order */
+        for (uint64_t i = p->n_entries; i-- > 0;)
+            starts[p->entries[i].tensor] = i;
+        return 0;
+    }
     json_t *by_name = json_object();
     int rc = by_name ? 0 : perta_fail_sys(err, ENOMEM, "%s: table", shard->path);
     for (uint64_t i = 0; !rc && i < p->n_entries; i++)

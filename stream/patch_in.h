@@ -18,7 +18,7 @@ struct perta_patch_in_shard {
 
 struct perta_patch_in {
     char *path;
-    json_t *manifest;
+    json_t *manifest; /* but for what it says of tensors, unless that is written oddly */
     struct perta_digest_hex manifest_digest; /* of manifest.json, as it was read */
     struct perta_patch_in_shard *shards; /* (n_shards), in order of the manifest: by name */
     uint32_t n_shards;
@@ -35,6 +35,8 @@ int perta_patch_in_open(struct perta_patch_in *in, const char *path, struct pert
 int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
                                 void (*damaged)(void *ctx, uint32_t shard, const char *message),
                                 void *ctx, struct perta_err *err);
+/* All of manifest.json, the caller's: it must still be what was read. */
+int perta_patch_in_record(const struct perta_patch_in *in, json_t **record, struct perta_err *err);
 /* Files whose patch was read; those that are open are opened anew. */
 int perta_patch_in_open_files(struct perta_patch_in *in, bool direct, struct perta_err *err);
 /* No file changed while it was read. */

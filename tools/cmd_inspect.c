@@ -133,8 +133,9 @@ static int inspect_patch(const struct args *args, json_t **result, struct perta_
 {
     struct perta_patch_in patch = {0};
     int rc = perta_patch_in_open(&patch, args->path, err);
+    if (!rc)
+        rc = perta_patch_in_record(&patch, result, err);
     if (!rc) {
-        *result = json_deep_copy(patch.manifest);
         json_object_set_new(*result, "kind", json_string("patch"));
         const char **paths = calloc(patch.n_shards + 1, sizeof *paths);
         for (uint32_t i = 0; paths && i < patch.n_shards; i++)

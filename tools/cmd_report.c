@@ -99,8 +99,12 @@ static char *page_of(const json_t *manifest)
 static int report(const struct args *args, struct perta_err *err)
 {
     struct perta_patch_in patch = {0};
+    json_t *record = NULL;
     int rc = perta_patch_in_open(&patch, args->patch, err);
-    char *page = rc ? NULL : page_of(patch.manifest);
+    if (!rc)
+        rc = perta_patch_in_record(&patch, &record, err);
+    char *page = rc ? NULL : page_of(record);
+    json_decref(record);
     if (!rc && !page)
         rc = perta_fail_sys(err, ENOMEM, "%s", args->patch);
     if (!rc)
