@@ -65,7 +65,7 @@ def jobs_of(s: Set) -> list[Job]:
         ("unlearn", s.unlearn("--patch", s.patch), everything, [s.patch]),
         ("unlearn --out", s.unlearn("--patch", s.patch, "--out", s.out), everything,
          [s.patch, s.out]),
-        ("verify", s.other("verify", s.patch), [s.patch], []),
+        *verifications(s),
         ("apply", s.other("apply", model, s.patch, "--out", s.back), [model, s.patch], [s.back]),
         ("revert", s.other("revert", s.out, s.patch, "--out", s.back), [s.out, s.patch],
          [s.back]),
@@ -90,12 +90,41 @@ def against_disk(s: Set, rounds: int) -> list[dict]:
     return [{"job": name, "runs": runs} for name, runs in results.items()]
 
 
-def warm_verify(s: Set, rounds: int) -> list[float]:
-    """GB/s of verify with the patch in the page cache."""
-    command, size = s.other("verify", s.patch), measure.bytes_of(s.patch)
-    for f in s.patch.iterdir():
-        f.read_bytes()
-    return sorted(size / 1e9 / measure.run(command).seconds for _ in range(rounds))
+def verifications(s: Set) -> list[Job]:
+    model = s.inputs["model"]
+    return [
+        ("verify PATCH (SHA-256)", s.other("verify", s.patch), [s.patch], []),
+        ("verify MODEL --manifest (SHA-256, XXH3)",
+         s.other("verify", model, "--manifest", sums(s, True)), [model], []),
+        ("verify MODEL --manifest (XXH3)",
+         s.other("verify", model, "--manifest", sums(s, False)), [model], []),
+        ("verify MODEL --patch --applied",
+         s.other("verify", s.out, "--patch", s.patch, "--applied"), [s.out], []),
+    ]  # fmt: skip
+
+
+def sums(s: Set, with_sha256: bool) -> Path:
+    """The manifest of the model, made where it is not there."""
+    to = s.work / f"sums-{'sha256' if with_sha256 else 'xxh3'}.json"
+    if not to.exists():
+        manifest = json.loads(measure.run(s.other("manifest", s.inputs["model"])).output)
+        for file in [] if with_sha256 else manifest["files"]:
+            del file["sha256"]
+        to.write_text(json.dumps(manifest))
+    return to
+
+
+def warm_verify(s: Set, rounds: int) -> dict[str, list[float]]:
+    """GB/s of each kind of verify with what it reads in the page cache."""
+    rates: dict[str, list[float]] = {}
+    for name, command, (folder,), _ in verifications(s):
+        for f in folder.iterdir():
+            with f.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
+        size = measure.bytes_of(folder)
+        rates[name] = [size / 1e9 / measure.run(command).seconds for _ in range(rounds)]
+    return rates
 
 
 def mergekit_config(s: Set, to: Path) -> Path:

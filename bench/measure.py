@@ -82,7 +82,7 @@ def cached_bytes(*folders: Path) -> int:
 
 def fio(reads: list[Path], write_bytes: int, scratch: Path) -> float:
     """Seconds, by fio's own count, for the same reads, one file after another, with so many bytes
-    written beside: what the disk does with io_uring, O_DIRECT, 4 MiB, depth 8."""
+    written and synced beside: what the disk does with io_uring, O_DIRECT, 4 MiB, depth 8."""
     files = [f for folder in reads for f in sorted(folder.glob("*.safetensors*"))
              if f.suffix != ".json"]  # fmt: skip
     block = min([4 << 20, *(f.stat().st_size for f in files), write_bytes or 4 << 20])
@@ -93,7 +93,7 @@ def fio(reads: list[Path], write_bytes: int, scratch: Path) -> float:
     if write_bytes:
         command.remove("--readonly")
         command += ["--name=write", "--rw=write", f"--size={max(write_bytes, block)}",
-                    f"--filename={scratch}"]  # fmt: skip
+                    f"--filename={scratch}", "--end_fsync=1"]  # fmt: skip
     output = cold(command, [scratch]).output
     scratch.unlink(missing_ok=True)
     return max(job["job_runtime"] for job in json.loads(output)["jobs"]) / 1000

@@ -35,7 +35,8 @@ def codec_lines(table: list[dict]) -> list[str]:
 def disk_lines(table: list[dict]) -> list[str]:
     out = ["## Jobs against the disk", "",
            "Cold caches; fio (io_uring, O_DIRECT, 4 MiB, depth 8) reads the same files and writes "
-           "as many bytes right after each.", "",
+           "as many bytes right after each, and syncs them, as perta does. Of fio its own count of "
+           "seconds, without its start; of perta all from start to end.", "",
            "| job | GB read | GB written | seconds | GB/s | of fio | CPU s per GB | peak MiB | "
            "MiB left in page cache |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in table:
@@ -52,8 +53,9 @@ def disk_lines(table: list[dict]) -> list[str]:
     return [*out, ""]
 
 
-def warm_lines(rates: list[float]) -> list[str]:
-    return [f"verify from the page cache: {spread(rates)} GB/s", ""]
+def warm_lines(table: dict[str, list[float]]) -> list[str]:
+    out = ["## verify from the page cache", "", "| what | GB/s |", "|---|---|"]
+    return [*out, *(f"| {what} | {spread(rates)} |" for what, rates in table.items()), ""]
 
 
 def peer_lines(table: list[dict]) -> list[str]:
