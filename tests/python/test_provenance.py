@@ -22,6 +22,7 @@ from verbs import EAGER, run
 SIDES = ["model", "tuned", "base", "forget", "retain"]
 FAULTY = PERTA.parent / "tests/faults/perta_faulty"
 MODEL_SIGNING = Path(sys.executable).parent / "model_signing"
+DOCS = Path(__file__).parents[2] / "docs/provenance.md"
 
 
 @pytest.fixture
@@ -53,6 +54,19 @@ def test_minisign_signs_the_record(perta, sides):
     record = sides / "forget.patch/manifest.json"
     record.write_text(record.read_text().replace('"alpha": "1"', '"alpha": "2"'))
     assert shell(check, sides, check=False).returncode != 0
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="no jq on this machine")
+def test_the_record_has_the_sums_of_the_model_after(perta, sides):
+    unlearn(perta, "--out", "forgotten")
+    commands = [line for line in DOCS.read_text().splitlines() if "forgotten.sums" in line]
+    assert len(commands) == 2
+    shell("\n".join(commands), sides)
+    path = max((sides / "forgotten").glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert path.name in shell("\n".join(commands), sides, check=False).stdout
 
 
 @pytest.mark.skipif(not MODEL_SIGNING.exists(), reason="no model-signing in this Python environment")
