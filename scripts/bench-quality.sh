@@ -1,6 +1,7 @@
 #!/bin/sh
 # Measure what is forgotten and what is kept, and write bench/results/quality/.
-# Usage: [TOFU=DIR] [QUALITY_SEEDS=1,2,3] scripts/bench-quality.sh BUILD
+# Usage: [TOFU=DIR] [QUALITY_SEEDS=1,2,3] [QUALITY_MODELS="small smollm2"] scripts/bench-quality.sh BUILD
+# QUALITY_MODELS=tiny takes a minute, to see that all is there.
 set -eu
 cd "$(dirname "$0")/.."
 scripts/setup.sh
@@ -12,5 +13,6 @@ run() {
 build=$1
 # PyTorch asks for the same memory again and again; it need not go back to the system between.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
-run --model small --seeds "${QUALITY_SEEDS:-1,2,3}"
-run --model smollm2 --seeds "${QUALITY_SEEDS:-1,2,3}" ${TOFU:+--tofu "$TOFU"}
+for model in ${QUALITY_MODELS:-small smollm2}; do
+    run --model "$model" --seeds "${QUALITY_SEEDS:-1,2,3}" ${TOFU:+--tofu "$TOFU"}
+done

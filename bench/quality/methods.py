@@ -83,12 +83,15 @@ STEPS = ("signed", "signed-backoff")
 
 def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
     """A point each step, all of one run, which a forget loss ends: about where the probability
-    is enough, further where it is not there yet."""
+    is enough, further where it is not there yet. Options follow the method's name: "signed-backoff,
+    step 0.2, back-off 0.4"."""
+    method, *options = name.split(", ")
+    flags = [word for option in options for word in f"--{option}".split()]
     k, stop = 0, 1 - math.log(enough)
     every = ",".join(str(n + 1) for n in range(spec.max_steps))
     while k < spec.max_steps:
         end = b.run("unlearn", "--model", "full", "--tuned", "tuned", "--base", "base",
-                    "--method", name, "--steps", every, "--stop-forget", stop, "--data-forget",
+                    "--method", method, *flags, "--steps", every, "--stop-forget", stop, "--data-forget",
                     "forget.jsonl", "--data-retain", "retain.jsonl", "--compute", b.compute,
                     "--patch", "patches", "--force")["chosen"]  # fmt: skip
         while k < end:
@@ -132,7 +135,7 @@ def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[di
 
 def curve(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
     """The gold model's forget level is gold; the curve goes some way beyond it."""
-    kind = one_step if name in ONE_STEP else steps if name in STEPS else trained
+    kind = one_step if name in ONE_STEP else trained if name in TRAINED else steps
     yield from kind(b, name, spec, FORGOTTEN * gold)
 
 
