@@ -1,7 +1,9 @@
 """Points of a curve, by `perta eval`, and what is read off it."""
 
+import contextlib
 import json
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,12 +33,32 @@ class Bench:
     parts: data.Parts
     compute: str
 
+    def command(self, *words: object) -> list[str]:
+        return [str(self.perta), *map(str, words), "--json", "--progress", "none"]
+
     def run(self, *words: object) -> dict:
-        command = [str(self.perta), *map(str, words), "--json", "--progress", "none"]
+        command = self.command(*words)
         done = subprocess.run(command, cwd=self.work, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
         return json.loads(done.stdout)
+
+    @contextlib.contextmanager
+    def started(self, *words: object) -> Iterator[Callable[[], bool]]:
+        """While it runs; then it is ended. Gives whether it is going on; a failure is raised."""
+        command = self.command(*words)
+        with subprocess.Popen(command, cwd=self.work, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True) as run:  # fmt: skip
+
+            def is_going() -> bool:
+                if run.poll():
+                    raise RuntimeError(f"{' '.join(command)}\n{run.stderr.read()}")
+                return run.returncode is None
+
+            try:
+                yield is_going
+            finally:
+                run.terminate()
 
     def write_data(self) -> None:
         asked = self.parts.asked()

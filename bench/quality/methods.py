@@ -1,7 +1,7 @@
 """The methods: each yields the points of its curve, from little forgetting to much."""
 
-import math
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,25 +82,25 @@ STEPS = ("signed", "signed-backoff")
 
 
 def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
-    """A point each step, all of one run, which a forget loss ends: about where the probability
-    is enough, further where it is not there yet. Options follow the method's name: "signed-backoff,
-    step 0.2, back-off 0.4"."""
+    """A point each step, all of one run, which is ended when it has gone far enough. Options
+    follow the method's name: "signed-backoff, step 0.2, back-off 0.4"."""
     method, *options = name.split(", ")
     flags = [word for option in options for word in f"--{option}".split()]
-    k, stop = 0, 1 - math.log(enough)
-    every = ",".join(str(n + 1) for n in range(spec.max_steps))
-    while k < spec.max_steps:
-        end = b.run("unlearn", "--model", "full", "--tuned", "tuned", "--base", "base",
-                    "--method", method, *flags, "--steps", every, "--stop-forget", stop, "--data-forget",
-                    "forget.jsonl", "--data-retain", "retain.jsonl", "--compute", b.compute,
-                    "--patch", "patches", "--force")["chosen"]  # fmt: skip
-        while k < end:
-            k += 1
-            point = b.point(k, k, "full", b.work / f"patches/step-{k}")
+    every = ",".join(str(k + 1) for k in range(spec.max_steps))
+    patches = b.work / "patches"
+    shutil.rmtree(patches, ignore_errors=True)
+    with b.started("unlearn", "--model", "full", "--tuned", "tuned", "--base", "base", "--method",
+                   method, *flags, "--steps", every, "--data-forget", "forget.jsonl",
+                   "--data-retain", "retain.jsonl", "--compute", b.compute, "--patch", patches,
+                   "--force") as is_going:  # fmt: skip
+        for k in range(1, spec.max_steps + 1):
+            patch = patches / f"step-{k}"
+            while not patch.exists() and is_going():
+                time.sleep(0.05)
+            point = b.point(k, k, "full", patch)
             yield point
             if point["forget"] < enough:
                 return
-        stop += 1
 
 
 TRAINED = ("gradient ascent", "NPO + retain")

@@ -22,6 +22,10 @@ def cell(values: list[float | None]) -> str:
     return out + (f", {missing} not reached" if missing else "")
 
 
+def names_of(seeds: list[dict]) -> list[str]:
+    return list(dict.fromkeys(name for seed in seeds for name in seed["curves"]))
+
+
 def text(model: str, results: dict) -> str:
     seeds = [s for s in results["seeds"].values() if "full" in s]
     lines = [f"# {model}", "", *(f"    {command}" for command in results["commands"]), "",
@@ -31,13 +35,14 @@ def text(model: str, results: dict) -> str:
         values = [cell([s[name].get(key) for s in seeds])
                   for key in ("forget", "retain", "held_out", "other", "text")]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(v.replace('not reached', '') for v in values)} |")
-    lines += ["", f"| method | {' | '.join(COLUMNS.values())} |", "|---" * 7 + "|"]
+    lines += ["", f"| method | seeds | {' | '.join(COLUMNS.values())} |", "|---" * 8 + "|"]
     rows = []
-    for name in dict.fromkeys(n for s in seeds for n in s["curves"]):
+    for name in names_of(seeds):
         of = [curves.figures(s["curves"][name], s["full"], s["gold"]) for s in seeds
               if name in s["curves"]]  # fmt: skip
         cells = [cell([f[key] for f in of]) for key in COLUMNS]
-        rows.append((statistics.mean(f["area"] for f in of), f"| {name} | {' | '.join(cells)} |"))
+        row = f"| {name} | {len(of)} | {' | '.join(cells)} |"
+        rows.append((statistics.mean(f["area"] for f in of), row))
     return "\n".join([*lines, *(row for _, row in sorted(rows, reverse=True)), ""])
 
 
@@ -51,9 +56,10 @@ def draw(model: str, results: dict, to: Path) -> None:
     seeds = [s for s in results["seeds"].values() if "full" in s]
     figure, axes = pyplot.subplots(1, len(seeds), figsize=(5 * len(seeds) + 3, 5), sharey=True,
                                    squeeze=False, layout="constrained")  # fmt: skip
-    styles = ["-", "--", ":"]
+    names, styles = names_of(seeds), ["-", "--", ":"]
     for ax, (number, seed) in zip(axes[0], results["seeds"].items()):
-        for i, (name, points) in enumerate(seed["curves"].items()):
+        for i, name in enumerate(names):
+            points = seed["curves"].get(name, [])
             ax.plot([p["forget"] for p in points], [p["held_out"] for p in points], label=name,
                     linestyle=styles[i // 10], color=f"C{i % 10}")  # fmt: skip
         ax.plot(seed["gold"]["forget"], seed["gold"]["held_out"], "k*", markersize=12, label="gold")
