@@ -201,7 +201,7 @@ def test_killed_at_random_instants_it_goes_on_or_back(work):
     old, new = folder_bytes(work / "old"), folder_bytes(work / "new")
     rng = random.Random(1)
     side, kills, in_the_middle = new, 0, 0
-    while kills < KILLS:
+    while kills < KILLS or in_the_middle <= KILLS // 10 and kills < 10 * KILLS:
         verb = "revert" if side == new else "apply"
         status, said = run_and_kill(work, verb, rng.uniform(0, whole))
         assert status in (0, -signal.SIGKILL), said
