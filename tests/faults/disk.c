@@ -1,4 +1,5 @@
 /* System calls that change files: they fail, break off, are logged. */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -22,6 +23,9 @@
     type __real_##name(__VA_ARGS__);                                                            \
     type __wrap_##name(__VA_ARGS__);                                                            \
     type __wrap_##name(__VA_ARGS__)
+
+int __real_rename(const char *from, const char *to);
+int __real_rmdir(const char *path);
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static FILE *ops, *bytes;
@@ -178,11 +182,42 @@ WRAP(int, unlink, const char *path)
     return rc;
 }
 
+static bool is_empty_folder(const char *path)
+{
+    unsigned n = 0;
+    DIR *dir = opendir(path);
+    while (dir && readdir(dir))
+        n++;
+    if (dir)
+        closedir(dir);
+    return n == 2; /* . and .. */
+}
+
+/* With a log a folder is put aside, to FILE.INODE: had the power been cut before, it would still
+ * be there, and it is known by its inode. */
+static int remove_folder(const char *path)
+{
+    char full[8192], aside[4096] = "";
+    struct stat st;
+    int rc;
+    if (fault_plan()->log && is_empty_folder(path) && !stat(path, &st)) {
+        snprintf(aside, sizeof aside, "%s.%llu", fault_plan()->log, (unsigned long long)st.st_ino);
+        rc = __real_rename(path, aside);
+    } else
+        rc = __real_rmdir(path);
+    if (!rc)
+        log_op("remove", full_of(path, full), aside);
+    return rc;
+}
+
 WRAP(int, remove, const char *path)
 {
     char full[8192];
+    struct stat st;
     if (fails("unlink"))
         return -1;
+    if (!lstat(path, &st) && S_ISDIR(st.st_mode))
+        return remove_folder(path);
     int rc = __real_remove(path);
     if (!rc)
         log_op("remove", full_of(path, full), NULL);
@@ -191,13 +226,7 @@ WRAP(int, remove, const char *path)
 
 WRAP(int, rmdir, const char *path)
 {
-    char full[8192];
-    if (fails("unlink"))
-        return -1;
-    int rc = __real_rmdir(path);
-    if (!rc)
-        log_op("remove", full_of(path, full), NULL);
-    return rc;
+    return fails("unlink") ? -1 : remove_folder(path);
 }
 
 static bool is_regular(int fd)

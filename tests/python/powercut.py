@@ -57,7 +57,7 @@ class File:
 
 class Folder:
     def __init__(self):
-        self.real = None  # where it is when the run has ended
+        self.real = None  # where it is when the run has ended, or was put when it was removed
         self.now, self.synced, self.pending = {}, {}, []
 
     def change(self, **names):
@@ -139,6 +139,8 @@ class Disk:
         if op in ("create", "mkdir"):
             folder.change(**{name: File() if op == "create" else Folder()})
         elif op == "remove":
+            if first:
+                folder.now[name].real = Path(first)
             folder.change(**{name: None})
         elif op in ("rename", "exchange"):
             to = self.parent(first)[1]
@@ -184,12 +186,9 @@ class Disk:
     def put(self, left, path):
         folder, entries = left
         if folder is not self.top:
-            if folder.real:
-                folder.real.rename(path)
-                for old in path.iterdir():
-                    old.unlink()
-            else:  # removed since
-                path.mkdir()
+            folder.real.rename(path)
+            for old in path.iterdir():
+                old.unlink()
         for name, node in entries.items():
             if isinstance(node, bytes):
                 (path / name).write_bytes(node)
