@@ -265,17 +265,20 @@ static size_t folders_of(struct perta_estimate_job *job, struct perta_publish *f
     return n;
 }
 
-/* Files are named, so that nothing else in a folder of the user's goes. */
-static void remove_scratch(const struct perta_estimate_job *job)
+/* Files are named, so that nothing else in a folder of the user's goes. One within the output
+ * must go, or it would be published. */
+static int remove_scratch(const struct perta_estimate_job *job, struct perta_err *err)
 {
     char name[16];
     if (!job->scratch.dir)
-        return;
+        return 0;
     for (uint32_t l = 0; l <= job->weights.llm.n_layers; l++) {
         perta_store_forget(&job->scratch, perta_estimate_x_name(name, l));
         perta_store_forget(&job->scratch, perta_estimate_dx_name(name, l));
     }
-    rmdir(job->scratch.dir);
+    if (!rmdir(job->scratch.dir) || errno == ENOENT || job->estimate->scratch)
+        return 0;
+    return perta_fail_sys(err, errno, "%s: remove", job->scratch.dir);
 }
 
 int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary,
@@ -294,17 +297,17 @@ int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary,
             rc = perta_importance_finish(&job->outs[stat], err);
     if (!rc)
         rc = perta_journal_complete(&job->journal, folders, n, *summary, err);
-    if (rc)
-        return rc;
-    remove_scratch(job);
-    return perta_journal_publish(&job->journal, folders, n, *summary, err);
+    if (!rc)
+        rc = remove_scratch(job, err);
+    return rc ? rc : perta_journal_publish(&job->journal, folders, n, *summary, err);
 }
 
 void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err)
 {
     struct perta_publish *folders[2] = {0};
+    struct perta_err ignored = {0};
     size_t n = folders_of(job, folders);
     perta_journal_abandon(&job->journal, folders, n, rc, err);
     if (n && !folders[n - 1]->keep)
-        remove_scratch(job);
+        remove_scratch(job, &ignored);
 }

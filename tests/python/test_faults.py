@@ -95,10 +95,22 @@ def test_right_bytes_or_an_error(inputs, wanted, group):
     before = folder_bytes(inputs)
     failed = 0
     for seed in range(FIRST + group, LAST + 1, GROUPS):
-        failed += check_seed(inputs, wanted, seed)
-        clear(inputs)
+        try:
+            failed += check_seed(inputs, wanted, seed)
+        finally:
+            clear(inputs)
     assert folder_bytes(inputs) == before
     assert failed or LAST - FIRST < 20 * GROUPS  # else nothing was tested
+
+
+def test_scratch_that_cannot_be_removed_is_not_published(inputs, wanted):
+    env = EAGER | {"PERTA_FAULTS": f"fast=1,fail=unlink:1:{errno.EROFS},forever=1"}
+    said = run(inputs, *VERBS["estimate"], env=env, perta=FAULTY, status=4).stderr
+    assert f"perta-scratch: remove: {os.strerror(errno.EROFS)}" in said
+    assert not any((inputs / "out" / name).exists() for name in ("mean", "meansq"))
+    run(inputs, *VERBS["estimate"], "--resume")
+    assert folder_bytes(inputs / "out") == wanted["estimate"] and not leftovers(inputs)
+    clear(inputs)
 
 
 def check_in_place(folder, sides, seed):
@@ -129,8 +141,10 @@ def test_in_place_it_goes_on_or_back(inputs, group):
     sides = {"apply": folder_bytes(inputs / "tuned"), "revert": folder_bytes(inputs / "model")}
     failed = 0
     for seed in range(FIRST + group, LAST + 1, GROUPS * (4 if LONG else 1)):
-        failed += check_in_place(inputs, sides, seed)
-        clear(inputs)
+        try:
+            failed += check_in_place(inputs, sides, seed)
+        finally:
+            clear(inputs)
     assert folder_bytes(inputs) == before
     assert failed or LAST - FIRST < 20 * GROUPS
 
