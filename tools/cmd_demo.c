@@ -342,23 +342,29 @@ static int sides_of(const struct demo *demo, const struct demo_method *method,
     return all ? 0 : demo_no_memory(err);
 }
 
+/* What is the same for both ways. */
+static struct perta_unlearn edit_of(const struct demo *demo, const struct sides *s)
+{
+    return (struct perta_unlearn){.model = s->model,
+                                  .tuned = s->tuned,
+                                  .base = s->base,
+                                  .patch = s->patch,
+                                  .out = s->out,
+                                  .force = demo->cli.force};
+}
+
 static int unlearn_at_once(const struct demo *demo, const struct demo_method *method,
                            const struct sides *s, struct perta_err *err)
 {
-    struct perta_unlearn job = {.model = s->model,
-                                .tuned = s->tuned,
-                                .base = s->base,
-                                .patch = s->patch,
-                                .out = s->out,
-                                .forget = method->stat ? s->forget : NULL,
-                                .retain = method->stat ? s->retain : NULL,
-                                .rule.method = method->method,
-                                .n_alphas = DEMO_N_POINTS,
-                                .force = demo->cli.force};
-    for (int a = 0; a < DEMO_N_POINTS; a++)
-        job.alphas[a] = (struct perta_alpha){strtof(alphas[a], NULL), alphas[a]};
+    struct perta_unlearn job = edit_of(demo, s);
     const struct perta_run run = quiet_run(demo);
     json_t *summary = NULL;
+    job.forget = method->stat ? s->forget : NULL;
+    job.retain = method->stat ? s->retain : NULL;
+    job.rule.method = method->method;
+    job.n_alphas = DEMO_N_POINTS;
+    for (int a = 0; a < DEMO_N_POINTS; a++)
+        job.alphas[a] = (struct perta_alpha){strtof(alphas[a], NULL), alphas[a]};
     int rc = perta_unlearn(&job, &run, &summary, err);
     json_decref(summary);
     return rc;
@@ -369,17 +375,13 @@ static int unlearn_in_steps(const struct demo *demo, const struct sides *s,
 {
     struct unlearn_steps own;
     struct perta_steps *job = &own.steps;
+    const struct perta_unlearn edit = edit_of(demo, s);
     const struct perta_run run = quiet_run(demo);
     json_t *summary = NULL;
     unlearn_steps_init(&own);
-    job->model = s->model;
-    job->tuned = s->tuned;
-    job->base = s->base;
+    unlearn_steps_take(job, &edit);
     job->data_forget = s->forget;
     job->data_retain = s->retain;
-    job->patch = s->patch;
-    job->out = s->out;
-    job->force = demo->cli.force;
     job->several = true;
     job->n_steps = DEMO_N_POINTS;
     memset(job->listed + 1, true, DEMO_N_POINTS);

@@ -305,14 +305,7 @@ static int run(struct args *args, json_t **summary, struct perta_err *err)
     u->globs.exclude = args->exclude;
     if (!s->n_steps)
         return perta_unlearn(u, &args->cli.run, summary, err);
-    s->model = u->model;
-    s->tuned = u->tuned;
-    s->base = u->base;
-    s->patch = u->patch;
-    s->out = u->out;
-    s->globs = u->globs;
-    s->one_way = u->one_way;
-    s->force = u->force;
+    unlearn_steps_take(s, u);
     return perta_steps(s, &args->cli.run, summary, err);
 }
 

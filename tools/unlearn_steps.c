@@ -114,6 +114,18 @@ void unlearn_steps_init(struct unlearn_steps *own)
                                             .max_retain_rise = INFINITY}};
 }
 
+void unlearn_steps_take(struct perta_steps *to, const struct perta_unlearn *from)
+{
+    to->model = from->model;
+    to->tuned = from->tuned;
+    to->base = from->base;
+    to->patch = from->patch;
+    to->out = from->out;
+    to->globs = from->globs;
+    to->one_way = from->one_way;
+    to->force = from->force;
+}
+
 void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bool is_signed)
 {
     const struct perta_steps *s = &own->steps;

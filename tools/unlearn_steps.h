@@ -15,6 +15,8 @@ struct unlearn_steps {
 extern const struct argp unlearn_steps_argp;
 
 void unlearn_steps_init(struct unlearn_steps *own);
+/* What it has in common with an edit at once: folders, names, force. */
+void unlearn_steps_take(struct perta_steps *to, const struct perta_unlearn *from);
 /* After parsing: argp_error for what makes no sense. is_signed: --method said so. */
 void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bool is_signed);
 /* The way, as a table. */
