@@ -1,4 +1,5 @@
 /* perta - make a language model forget, out of core. */
+#include <limits.h>
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,7 +38,14 @@ static void spin_little(char **argv)
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY"))
         return;
     setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv("/proc/self/exe", argv); /* where it cannot, it is only slower */
+    /* By its path, whose last part is the name that top and pkill know. Where it cannot, it is
+     * only slower. */
+    char path[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (n > 0) {
+        path[n] = 0;
+        execv(path, argv);
+    }
 }
 
 static void usage(FILE *to)
