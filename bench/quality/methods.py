@@ -81,11 +81,16 @@ def one_step(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[d
 STEPS = ("signed", "signed-backoff")
 
 
-def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
-    """A point each step, all of one run, which is ended when it has gone far enough. Options
-    follow the method's name: "signed-backoff, step 0.2, back-off 0.4"."""
+def options_of(name: str) -> tuple[str, dict[str, str]]:
+    """Options follow the method's name: "signed-backoff, step 0.2, back-off 0.4"."""
     method, *options = name.split(", ")
-    flags = [word for option in options for word in f"--{option}".split()]
+    return method, dict(option.split() for option in options)
+
+
+def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
+    """A point each step, all of one run, which is ended when it has gone far enough."""
+    method, options = options_of(name)
+    flags = [word for option, value in options.items() for word in (f"--{option}", value)]
     every = ",".join(str(k + 1) for k in range(spec.max_steps))
     patches = b.work / "patches"
     shutil.rmtree(patches, ignore_errors=True)
@@ -108,14 +113,17 @@ TRAINED = ("gradient ascent", "NPO + retain")
 
 def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
     """Adam on whole forget and retain sets, in PyTorch. NPO (arXiv 2404.05868) with beta 0.1:
-    2/beta log(1 + (p/p_full)^beta), beside the retain loss with weight 1."""
+    2/beta log(1 + (p/p_full)^beta), beside the retain loss with weight 1. "NPO + retain, rate
+    1e-4" takes another learning rate than spec's."""
+    method, options = options_of(name)
     model, beta = train.load(b.work / "full"), 0.1
-    optimizer = torch.optim.Adam(model.parameters(), spec.reference_rate)
+    rate = float(options.get("rate", spec.reference_rate))
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     with torch.no_grad():
         before = train.losses(model, b.parts.forget)
-    for step in range(1, spec.max_steps * 2 + 1):
+    for step in range(1, spec.reference_updates + 1):
         loss = train.losses(model, b.parts.forget)
-        if name == "gradient ascent":
+        if method == "gradient ascent":
             objective = -loss.mean()
         else:
             objective = 2 / beta * torch.nn.functional.softplus(beta * (before - loss)).mean()
@@ -135,7 +143,7 @@ def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[di
 
 def curve(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
     """The gold model's forget level is gold; the curve goes some way beyond it."""
-    kind = one_step if name in ONE_STEP else trained if name in TRAINED else steps
+    kind = one_step if name in ONE_STEP else trained if options_of(name)[0] in TRAINED else steps
     yield from kind(b, name, spec, FORGOTTEN * gold)
 
 
