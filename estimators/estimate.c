@@ -282,7 +282,7 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
     for (uint32_t l = stage == PERTA_BEGUN ? 0 : layer + 1; l < n_layers && !rc; l++)
         rc = forward_layer(job, l, starts, err);
     if (!rc)
-        rc = perta_head_forward(&job->head, &job->x[n_layers], &job->loss, err);
+        rc = perta_head_forward(&job->head, &job->x[n_layers], &job->means, err);
     if (!rc)
         rc = perta_estimate_advance(job, err);
     if (!rc)
@@ -302,7 +302,7 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
     if (!rc && stage < PERTA_HEAD_DONE)
         rc = run_forward(job, stage, layer, starts, err);
     else if (!rc && job->weights.llm.tied) /* what the embedding's gradient needs of the head */
-        rc = perta_head_forward(&job->head, &job->x[n_layers], &job->loss, err);
+        rc = perta_head_forward(&job->head, &job->x[n_layers], &job->means, err);
     for (uint32_t l = stage == PERTA_BACKWARD ? layer : n_layers; l-- > 0 && !rc;)
         rc = backward_layer(job, l, starts, err);
     if (!rc)
@@ -323,7 +323,8 @@ static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
             json_array_append_new(folders, json_string(job->outs[i].folder.path));
         }
     json_object_set_new(summary, "folders", folders);
-    json_object_set_new(summary, "loss", json_real(job->loss));
+    json_object_set_new(summary, "loss", json_real(job->means.loss));
+    json_object_set_new(summary, "probability", json_real(job->means.probability));
     json_object_set_new(summary, "batches", json_integer((json_int_t)job->batches.n));
     json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
     json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));

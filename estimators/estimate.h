@@ -23,6 +23,7 @@ struct perta_estimate {
     const char *data_key; /* file with a key: importance says the HMAC of data; NULL: no digest */
     const char *out;   /* OUT/mean, OUT/meansq are written */
     bool mean, meansq;
+    bool by_probability; /* gradients of samples weighed as steps have them (docs/steps.md) */
     uint64_t max_tokens; /* of a sample; 0: no bound */
     enum perta_compute compute;
     const char *scratch; /* folder for what does not fit in memory; NULL: beside out */

@@ -46,7 +46,7 @@ struct perta_estimate_job {
     float *vectors[2]; /* (vector_floats): a block's norms and biases, sum and square */
     size_t vector_floats;
     uint64_t total_bytes;
-    double loss;
+    struct perta_head_means means;
 };
 
 /* ---- estimate_plan.c ---- */

@@ -88,9 +88,9 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
 {
     const struct perta_estimate *e = job->estimate;
     json_t *identity = json_pack(
-        "{s:s, s:s, s:{s:b, s:b, s:s, s:I, s:I, s:s}, s:I, s:I, s:o, s:o, s:o}", "tool",
+        "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:I, s:I, s:s}, s:I, s:I, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
-        (int)e->meansq, "compute", bf16 ? "bf16" : "f32", "memory",
+        (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32", "memory",
         (json_int_t)job->run->memory_bytes, "threads", (json_int_t)perta_run_threads(job->run),
         "data key gives", job->data_hmac,
         "cpu", (json_int_t)dnnl_get_effective_cpu_isa(), "tokens of a batch",
@@ -160,7 +160,8 @@ int perta_estimate_begin(struct perta_estimate_job *job, bool bf16, enum perta_s
     if (!rc && last && !read_record(last, job->weights.llm.n_layers, stage, layer))
         rc = perta_fail(err, PERTA_EINPUT, "%s: no such layer; --force starts over",
                         job->journal.path);
-    job->loss = json_real_value(json_object_get(last, "loss"));
+    job->means.loss = json_real_value(json_object_get(last, "loss"));
+    job->means.probability = json_real_value(json_object_get(last, "probability"));
     if (!rc && !(job->scratch.dir = scratch_dir(job, home)))
         rc = perta_fail_sys(err, ENOMEM, "scratch");
     free(home);
@@ -239,8 +240,9 @@ int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage
     for (int stat = 0; stat < 2 && !rc; stat++)
         if (wanted(job, stat))
             rc = perta_publish_sync(&job->outs[stat].folder, err);
-    json_t *record = json_pack("{s:s, s:I, s:f}", "stage", stage_names[stage], "layer",
-                               (json_int_t)layer, "loss", job->loss);
+    json_t *record = json_pack("{s:s, s:I, s:f, s:f}", "stage", stage_names[stage], "layer",
+                               (json_int_t)layer, "loss", job->means.loss, "probability",
+                               job->means.probability);
     if (!rc)
         rc = record ? perta_journal_commit(&job->journal, record, written(job), err)
                     : perta_fail_sys(err, ENOMEM, "journal");

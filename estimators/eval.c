@@ -172,7 +172,7 @@ static int run_all(struct perta_estimate_job *job, struct perta_err *err)
     for (uint32_t l = 0; l < job->weights.llm.n_layers && !rc; l++)
         rc = perta_estimate_forward(job, l, x, x, starts, err);
     if (!rc)
-        rc = perta_head_forward(&job->head, x, &job->loss, err);
+        rc = perta_head_forward(&job->head, x, &job->means, err);
     free(starts);
     return rc ? rc : perta_weights_unchanged(&job->weights, err);
 }

@@ -72,11 +72,14 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
     const struct perta_steps *s = job->steps;
     bool bf16 = s->compute == PERTA_COMPUTE_BF16 ||
                 (s->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
-    return json_pack("{s:s, s:I, s:f, s:f, s:f, s:o, s:o, s:s}", "method",
-                     s->rule.back_off > 0 ? "signed-backoff" : "signed", "steps",
-                     (json_int_t)n_steps, "step", s->rule.step, "back_off",
+    return json_pack("{s:s, s:I, s:f, s:f, s:f, s:o, s:o, s:o, s:s}", "method",
+                     s->hold                ? "signed-hold"
+                     : s->rule.back_off > 0 ? "signed-backoff"
+                                            : "signed",
+                     "steps", (json_int_t)n_steps, "step", s->rule.step, "back_off",
                      s->rule.back_off, "max_scale", s->rule.max_scale, "stop_forget",
-                     limit(s->stop_forget), "max_retain_rise", limit(s->max_retain_rise),
+                     limit(s->stop_forget), "stop_probability",
+                     limit(s->stop_probability), "max_retain_rise", limit(s->max_retain_rise),
                      "compute", bf16 ? "bf16" : "f32");
 }
 
@@ -156,6 +159,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
         const json_t *loss = json_object_get(record, perta_sets[i]);
         if (loss) {
             p->loss[i] = json_real_value(loss);
+            p->probability[i] = json_real_value(json_object_get(record, "probability"));
             p->samples[i] =
                 (uint64_t)json_integer_value(json_object_get(record, "samples"));
             p->tokens[i] = (uint64_t)json_integer_value(json_object_get(record, "tokens"));
@@ -185,6 +189,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_
                                             .data = data,
                                             .out = out,
                                             .mean = true,
+                                            .by_probability = which == PERTA_FORGET,
                                             .max_tokens = s->max_tokens,
                                             .compute = s->compute,
                                             .force = true};
@@ -211,6 +216,7 @@ static int measure(struct perta_steps_job *job, unsigned k, int which, struct pe
         return 0;
     int rc = run_measure(job, k, which, &summary, err);
     double loss = json_real_value(json_object_get(summary, "loss"));
+    p->probability[which] = json_real_value(json_object_get(summary, "probability"));
     if (!rc && !isfinite(loss))
         rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
                         which == PERTA_FORGET ? job->steps->data_forget
@@ -222,12 +228,42 @@ static int measure(struct perta_steps_job *job, unsigned k, int which, struct pe
     if (!rc)
         rc = perta_steps_commit(
             job,
-            json_pack("{s:I, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[which], loss,
-                      "samples", (json_int_t)p->samples[which], "tokens",
+            json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[which], loss,
+                      "probability", p->probability[which], "samples", (json_int_t)p->samples[which], "tokens",
                       (json_int_t)p->tokens[which]),
             err);
     p->loss[which] = rc ? NAN : loss;
     return rc;
+}
+
+static bool forgets_enough(const struct perta_steps_job *job, unsigned k)
+{
+    const struct perta_steps_point *p = &job->points[k];
+    double loss = job->steps->stop_forget, probability = job->steps->stop_probability;
+    return (isfinite(loss) || isfinite(probability)) &&
+           (!isfinite(loss) || p->loss[PERTA_FORGET] >= loss) &&
+           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability);
+}
+
+static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
+{
+    const struct perta_steps_point *p = job->points;
+    return k && p[k].loss[PERTA_RETAIN] - p[0].loss[PERTA_RETAIN] > job->steps->max_retain_rise;
+}
+
+/* Of the step from k to k + 1. */
+static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
+{
+    struct perta_step_rule rule = job->steps->rule;
+    unsigned n = job->steps->n_steps, first = 0;
+    while (first < k && !forgets_enough(job, first))
+        first++;
+    if (job->steps->hold) {
+        double share = 1 - (double)(k - first) / (n - first);
+        rule.step = forgets_enough(job, k) ? 0 : rule.step * share;
+        rule.back_off *= share;
+    }
+    return rule;
 }
 
 /* From the scales of step k to those of k + 1. */
@@ -235,6 +271,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     struct perta_steps_point *p = &job->points[k + 1];
+    const struct perta_step_rule rule = rule_at(job, k);
     struct perta_step_counts counts = {0};
     char *forget = path_in_work(job, MEAN, k, perta_sets[PERTA_FORGET]);
     char *retain = path_in_work(job, MEAN, k, perta_sets[PERTA_RETAIN]);
@@ -242,7 +279,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     const struct perta_step_folders folders = {
         s->tuned, s->base, forget, retain, from, to, perta_is_tied(job->weights.ck)};
     int rc = forget && retain && from && to
-                 ? perta_steps_update(&s->rule, &folders, &job->run, &counts, err)
+                 ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
                  : perta_fail_sys(err, ENOMEM, "%s", job->home);
     p->moved = counts.n ? (double)counts.n_moved / (double)counts.n : 0;
     p->mean_scale = counts.n ? counts.sum / (double)counts.n : 0;
@@ -259,13 +296,33 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     return rc;
 }
 
-/* What no later step needs: one back is kept, for the bound on the retain loss. */
+/* The step that a way measured up to last ends at. */
+static unsigned end_of(const struct perta_steps_job *job, unsigned last)
+{
+    const struct perta_steps_point *p = job->points;
+    unsigned end = rises_too_much(job, last) ? last - 1 : last;
+    bool found = false;
+    for (unsigned k = 0; job->steps->hold && k <= last; k++)
+        if (forgets_enough(job, k) && !rises_too_much(job, k) &&
+            (!found || p[k].loss[PERTA_RETAIN] <= p[end].loss[PERTA_RETAIN])) {
+            end = k;
+            found = true;
+        }
+    return end;
+}
+
+/* What no later step needs. One back is kept, for the bound on the retain loss, and where the way
+ * would end. */
 static void tidy(const struct perta_steps_job *job, unsigned k)
 {
     for (int which = 0; which < 2; which++)
         forget_folder(job, GRADIENTS, k, perta_sets[which]);
-    if (k)
-        forget_folder(job, SCALES, k - 1, "");
+    if (!k)
+        return;
+    const unsigned old[] = {k - 1, end_of(job, k - 1)};
+    for (int i = 0; i < 2; i++)
+        if (old[i] != end_of(job, k))
+            forget_folder(job, SCALES, old[i], "");
 }
 
 /* ---- the way ---- */
@@ -278,17 +335,14 @@ static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
     const struct perta_steps *s = job->steps;
     int rc = 0;
     for (unsigned k = 0; !rc; k++) {
-        const struct perta_steps_point *p = &job->points[k];
         rc = measure(job, k, PERTA_FORGET, err);
         if (!rc)
             rc = measure(job, k, PERTA_RETAIN, err);
-        *chosen = *last = k;
-        if (!rc && k &&
-            p->loss[PERTA_RETAIN] - job->points[0].loss[PERTA_RETAIN] > s->max_retain_rise) {
-            *chosen = k - 1;
+        if (rc)
             break;
-        }
-        if (rc || k == s->n_steps || p->loss[PERTA_FORGET] >= s->stop_forget)
+        *chosen = end_of(job, k);
+        *last = k;
+        if (k == s->n_steps || rises_too_much(job, k) || (!s->hold && forgets_enough(job, k)))
             break;
         if (s->listed[k])
             rc = perta_steps_patch(job, k, k, k, err);

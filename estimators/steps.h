@@ -1,11 +1,13 @@
 /* steps.h - stepwise unlearning: theta(s) = theta - s * tau, with one scale s in [0,
- * max_scale] for each parameter, moved by the signs of the gradients of forget and retain
- * loss, which are taken anew at every step. Spec: docs/method.md, docs/steps.md
+ * max_scale] for each parameter, moved by the signs of the gradients of forget probability and
+ * retain loss, which are taken anew at every step. Spec: docs/method.md, docs/steps.md
  *
- *   s grows by step where moving along -tau raises forget loss and does not raise retain
- * loss s shrinks by back_off where moving along -tau raises retain loss
+ *   s grows by step where moving along -tau lowers the mean probability of the forget answers
+ *     and does not raise retain loss
+ *   s shrinks by back_off where moving along -tau raises retain loss
  *
- * Along -tau a loss changes by -g * tau for each parameter. */
+ * Along -tau a loss changes by -g * tau for each parameter; g of forgetting is the gradient of
+ * -probability. */
 #ifndef PERTA_ESTIMATORS_STEPS_H
 #define PERTA_ESTIMATORS_STEPS_H
 
@@ -31,7 +33,13 @@ struct perta_steps {
      * patch/step-K and out/step-K. One that is listed is that of a run with n_steps = K. */
     bool several, listed[PERTA_STEPS_MAX + 1];
     struct perta_step_rule rule;
-    double stop_forget;     /* stop once the forget loss is this; INFINITY: never */
+    /* Do not stop once enough is forgotten, but stay there, and only shrink what retain needs; steps get
+     * smaller to the end. The way ends at the point that forgets enough with the least retain
+     * loss. */
+    bool hold;
+    /* Enough is forgotten once the forget loss is this, and the mean probability of the forget
+     * answers that; INFINITY: whatever it is. Both: never. */
+    double stop_forget, stop_probability;
     double max_retain_rise; /* stop before the retain loss has risen by more; INFINITY:
                                never */
     uint64_t max_tokens;
@@ -43,7 +51,7 @@ struct perta_steps {
 };
 
 /* Run it. *summary is perta_unlearn's, with the "step" that each patch leads to in its results,
- * and "path" beside them: for every point on the way step, forget_loss, retain_loss, moved
+ * and "path" beside them: for every point on the way step, forget_loss, forget_probability, retain_loss, moved
  * (share of s that the step before changed) and mean_scale; and "chosen", the step that the way
  * ends at. */
 PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_run *run,

@@ -15,6 +15,7 @@ extern const char *const perta_sets[2]; /* "forget", "retain" */
 /* theta(s) at one step, and how it came there. */
 struct perta_steps_point {
     double loss[2]; /* of both sets; NAN: not measured yet */
+    double probability[2];
     double moved, mean_scale;
     uint64_t samples[2], tokens[2];
     bool reached;  /* its scales are there */

@@ -14,9 +14,11 @@ static json_t *path_json(const struct perta_steps_job *job, unsigned last)
     for (unsigned k = 0; k <= last; k++) {
         const struct perta_steps_point *p = &job->points[k];
         json_array_append_new(
-            path, json_pack("{s:I, s:f, s:f, s:f, s:f}", "step", (json_int_t)k, "forget_loss",
-                            p->loss[PERTA_FORGET], "retain_loss", p->loss[PERTA_RETAIN],
-                            "moved", p->moved, "mean_scale", p->mean_scale));
+            path, json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "step", (json_int_t)k, "forget_loss",
+                            p->loss[PERTA_FORGET], "forget_probability",
+                            p->probability[PERTA_FORGET], "retain_loss",
+                            p->loss[PERTA_RETAIN], "moved", p->moved, "mean_scale",
+                            p->mean_scale));
     }
     return path;
 }
@@ -154,7 +156,8 @@ static int check_outputs(const struct perta_steps_job *job, struct perta_err *er
     const struct perta_steps *s = job->steps;
     const char *const inputs[] = {s->model,       s->tuned,       s->base,
                                   s->data_forget, s->data_retain, s->data_key};
-    bool rules = isfinite(s->stop_forget) || isfinite(s->max_retain_rise);
+    bool rules = isfinite(s->stop_forget) || isfinite(s->stop_probability) ||
+                 isfinite(s->max_retain_rise);
     int rc = 0;
     for (unsigned k = 0; k <= s->n_steps && !rc; k++) {
         if (k < s->n_steps && !s->listed[k] && !(s->several && rules))

@@ -36,8 +36,8 @@ static const struct argp_option options[] = {
      "be reverted", 2},
     {"alpha", KEY_ALPHA, "A[,A...]", 0,
      "How far to go (default 1). Several, from one read: DIR/alpha-A for each", 3},
-    {"method", KEY_METHOD, "grad|fisher|power|tv|constant|random|signed|signed-backoff", 0,
-     "How parameters are weighed (default grad; with --steps: signed-backoff, or signed)", 3},
+    {"method", KEY_METHOD, "grad|fisher|power|tv|constant|random|signed|signed-backoff|signed-hold", 0,
+     "How parameters are weighed (default grad; with --steps: signed-backoff; signed, signed-hold)", 3},
     {"power", KEY_POWER, "P", 0, "p of --method power", 3},
     {"weight", KEY_WEIGHT, "W", 0, "The weight of --method constant, 0 to 1", 3},
     {"seed", KEY_SEED, "S", 0, "Seed of --method random (default 0)", 3},
@@ -94,11 +94,12 @@ static void check_steps(struct argp_state *state, struct args *args)
     struct perta_unlearn *u = &args->unlearn;
     struct perta_steps *s = &args->steps.steps;
     bool is_signed = u->rule.method >= PERTA_SCALE;
+    s->hold = u->rule.method == PERTA_SCALE + 2;
     unlearn_steps_check(state, &args->steps, is_signed);
     if (!s->n_steps)
         return;
     if (args->has_method && !is_signed)
-        argp_error(state, "--steps goes with --method signed or signed-backoff");
+        argp_error(state, "--steps goes with --method signed, signed-backoff or signed-hold");
     if (u->forget || u->retain || args->has_alpha || u->missing || u->rule.keep_nonfinite)
         argp_error(state, "--forget, --retain, --alpha, --missing and --nonfinite do not go with "
                           "--steps");
@@ -134,7 +135,7 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state);
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     static const char *const methods[] = {"grad", "fisher", "power", "tv", "constant", "random",
-                                          "signed", "signed-backoff", NULL};
+                                          "signed", "signed-backoff", "signed-hold", NULL};
     static const char *const missing[] = {"error", "tv", "keep", NULL};
     static const char *const nonfinite[] = {"error", "keep", NULL};
     struct args *args = state->input;

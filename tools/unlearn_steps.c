@@ -7,7 +7,8 @@
 
 enum {
     KEY_STEPS = CLI_KEY_OWN + 0x40, KEY_DATA_FORGET, KEY_DATA_RETAIN, KEY_DATA_KEY,
-    KEY_STEP, KEY_BACK_OFF, KEY_MAX_SCALE, KEY_STOP_FORGET, KEY_MAX_RETAIN_RISE, KEY_MAX_TOKENS,
+    KEY_STEP, KEY_BACK_OFF, KEY_MAX_SCALE, KEY_STOP_FORGET, KEY_STOP_PROBABILITY,
+    KEY_MAX_RETAIN_RISE, KEY_MAX_TOKENS,
     KEY_COMPUTE,
 };
 
@@ -24,7 +25,10 @@ static const struct argp_option options[] = {
      "How far it shrinks where that is for the retain set (default 0.2; --method signed: never)",
      2},
     {"max-scale", KEY_MAX_SCALE, "M", 0, "The most that it grows to (default 3)", 2},
-    {"stop-forget", KEY_STOP_FORGET, "L", 0, "Stop once the loss over the forget set is L", 2},
+    {"stop-forget", KEY_STOP_FORGET, "L", 0,
+     "Stop once the loss over the forget set is L; --method signed-hold: stay there", 2},
+    {"stop-probability", KEY_STOP_PROBABILITY, "P", 0,
+     "Likewise, once the mean probability of the forget set's answers is P", 2},
     {"max-retain-rise", KEY_MAX_RETAIN_RISE, "R", 0,
      "Stop before the loss over the retain set has risen by more than R", 2},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
@@ -91,6 +95,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_STOP_FORGET:
         s->stop_forget = cli_number(state, "--stop-forget", arg);
         return 0;
+    case KEY_STOP_PROBABILITY:
+        s->stop_probability = cli_number(state, "--stop-probability", arg);
+        if (!(s->stop_probability > 0 && s->stop_probability < 1))
+            argp_error(state, "--stop-probability: %s; between 0 and 1", arg);
+        return 0;
     case KEY_MAX_RETAIN_RISE:
         s->max_retain_rise = cli_number(state, "--max-retain-rise", arg);
         return 0;
@@ -111,6 +120,7 @@ void unlearn_steps_init(struct unlearn_steps *own)
 {
     *own = (struct unlearn_steps){.steps = {.rule = {.step = 0.4, .back_off = 0.2, .max_scale = 3},
                                             .stop_forget = INFINITY,
+                                            .stop_probability = INFINITY,
                                             .max_retain_rise = INFINITY}};
 }
 
@@ -130,8 +140,13 @@ void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bo
 {
     const struct perta_steps *s = &own->steps;
     if (!s->n_steps && (own->n_given || is_signed))
-        argp_error(state, "--method signed and signed-backoff, --data-forget, --data-retain and "
-                          "what goes with them need --steps K");
+        argp_error(state, "--method signed, signed-backoff and signed-hold, --data-forget, "
+                          "--data-retain and what goes with them need --steps K");
+    if (s->hold && s->several)
+        argp_error(state, "--method signed-hold has one end: --steps K");
+    if (s->hold && !isfinite(s->stop_forget) && !isfinite(s->stop_probability))
+        argp_error(state, "--method signed-hold needs --stop-probability P or --stop-forget L, to "
+                          "be held");
     if (s->n_steps && (!s->data_forget || !s->data_retain))
         argp_error(state, "--steps needs --data-forget and --data-retain");
 }
@@ -157,9 +172,10 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
     json_t *point;
     if (!json_array_size(json_object_get(summary, "path")))
         return;
-    cli_say(cli, "step  forget loss  retain loss  scales moved  mean scale\n");
+    cli_say(cli, "step  forget loss  probability  retain loss  scales moved  mean scale\n");
     json_array_foreach (json_object_get(summary, "path"), i, point)
-        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i, real(point, "forget_loss"),
+        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i,
+                real(point, "forget_loss"), real(point, "forget_probability"),
                 real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
                 has_patch(summary, i) ? "  <- a patch" : "");
 }

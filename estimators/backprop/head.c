@@ -192,8 +192,34 @@ static int logits_of(struct perta_head *h, const struct perta_linear *block, siz
     return rc ? rc : perta_linear_forward(h->gemm, block, rows.data, w->logits, n, false, err);
 }
 
-int perta_head_forward(struct perta_head *h, const struct perta_store *x, double *loss,
-                       struct perta_err *err)
+/* share, anew. */
+static void weigh_by_probability(struct perta_head *h)
+{
+    const struct perta_samples *s = h->samples;
+    double least = INFINITY;
+    for (uint64_t i = 0; i < s->n; i++)
+        least = fmin(least, perta_head_loss(h, i));
+    for (uint64_t i = 0; i < s->n; i++) {
+        double weight = exp(least - perta_head_loss(h, i));
+        for (size_t k = h->starts[i]; k < h->starts[i + 1]; k++)
+            h->share[k] = (float)(weight / (double)s->n_labels[i]);
+    }
+}
+
+static struct perta_head_means means_of(const struct perta_head *h)
+{
+    struct perta_head_means sum = {0};
+    double n = (double)h->samples->n;
+    for (uint64_t i = 0; i < h->samples->n; i++) {
+        double loss = perta_head_loss(h, i);
+        sum.loss += loss;
+        sum.probability += exp(-loss);
+    }
+    return (struct perta_head_means){sum.loss / n, sum.probability / n};
+}
+
+int perta_head_forward(struct perta_head *h, const struct perta_store *x,
+                       struct perta_head_means *means, struct perta_err *err)
 {
     struct work w = work_of(h);
     double *sums = calloc(h->n_labels, sizeof *sums);
@@ -216,12 +242,12 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x, double
                 perta_best_forward(w.logits, row, block.out, n, most + first, h->best + first);
         }
     }
-    *loss = 0;
     for (size_t i = 0; i < h->n_labels && !rc; i++)
         h->lse[i] += (float)log(sums[i]);
-    for (uint64_t i = 0; i < h->samples->n && !rc; i++)
-        *loss += perta_head_loss(h, i);
-    *loss /= (double)h->samples->n;
+    if (!rc)
+        *means = means_of(h);
+    if (!rc && h->by_probability)
+        weigh_by_probability(h);
     free(sums);
     free(most);
     return rc;

@@ -17,11 +17,13 @@ struct perta_head {
     struct perta_statistic *statistic;    /* NULL: the way forward only */
     const struct perta_segments *batches; /* of tokens; whole samples */
     const uint64_t *batch_samples;        /* (batches->n + 1): samples of each */
+    bool by_probability; /* weigh a sample's gradient by its probability, exp(-loss), in shares of
+                            the largest: by a factor, the gradient of -probability */
 
     size_t n_labels;
     uint32_t *token;  /* (n_labels): which token predicts it */
     int32_t *target;  /* (n_labels) */
-    float *share;     /* (n_labels): 1 / labels of its sample */
+    float *share;     /* (n_labels): 1 / labels of its sample, and its weight if it has one */
     float *lse;       /* (n_labels): log of the sum of exponentials */
     float *logit;     /* (n_labels): of the target; its loss is lse - logit */
     int32_t *best;    /* (n_labels): the token of the largest logit; NULL with a statistic */
@@ -47,12 +49,16 @@ void perta_head_close(struct perta_head *head, struct perta_scratch *scratch);
 
 /* x (tokens, H) = embeddings of all tokens. */
 int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err *err);
-/* From x, what the last block gives, to the loss: the mean over samples of their losses. */
-int perta_head_forward(struct perta_head *head, const struct perta_store *x, double *loss,
-                       struct perta_err *err);
+/* Over samples. */
+struct perta_head_means {
+    double loss, probability;
+};
+/* From x, what the last block gives, to the losses. */
+int perta_head_forward(struct perta_head *head, const struct perta_store *x,
+                       struct perta_head_means *means, struct perta_err *err);
 /* After it: the loss of one sample. */
 double perta_head_loss(const struct perta_head *head, uint64_t sample);
-/* After it: dx (tokens, H) = gradient of each sample's loss. Writes the importance of the final
+/* After it: dx (tokens, H) = gradient of each sample's loss, weighed. Writes the importance of the final
  * norm and, where it is not tied, of the head. */
 int perta_head_backward(struct perta_head *head, const struct perta_store *x,
                         struct perta_store *dx, struct perta_err *err);

@@ -52,37 +52,47 @@ def tensors_of(folder):
     return tensors
 
 
-def gradients(folder, theta, lines):
-    """Mean loss, and signed mean gradients, in float64."""
+def gradients(folder, theta, lines, by_probability):
+    """Mean loss and probability, and signed mean gradients, in float64: of the loss, or of
+    -probability."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model.load_state_dict({k: v.double() for k, v in theta.items()}, strict=False)
-    losses = []
+    n, means = len(lines), torch.zeros(2)
     for line in lines:
         ids = torch.tensor([line["input_ids"]])
         loss = model(input_ids=ids, labels=ids).loss
-        (loss / len(lines)).backward()
-        losses.append(loss.item())
-    return sum(losses) / len(losses), {k: p.grad for k, p in model.named_parameters()}
+        probability = torch.exp(-loss)
+        (-probability / n if by_probability else loss / n).backward()
+        means += torch.stack([loss, probability]).detach() / n
+    return means.tolist(), {k: p.grad for k, p in model.named_parameters()}
 
 
-def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0):
-    """docs/method.md in PyTorch. Where a gradient is too near zero for its sign to be sure in
-    float32, sure is False."""
+def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=None):
+    """docs/steps.md in PyTorch: the model at each point. Where a gradient is too near zero for its sign
+    to be sure in float32, sure is False."""
     full, tuned, base = (tensors_of(tmp_path / name) for name in ("full", "tuned", "base"))
     tau = {k: tuned[k] - base[k] for k in full}
     s = {k: torch.zeros_like(x).bfloat16() for k, x in full.items()}
     sure = {k: torch.ones_like(x, dtype=torch.bool) for k, x in full.items()}
-    path = []
+    path, models = [], []
     for k in range(n_steps + 1):
         theta = {name: full[name] - s[name].float() * tau[name] for name in full}
-        losses, g = zip(*(gradients(tmp_path / "full", theta, lines[p]) for p in lines))
-        path.append(losses)
+        means, g = zip(*(gradients(tmp_path / "full", theta, lines[p], p == "forget")
+                         for p in ("forget", "retain")))  # fmt: skip
+        path.append({"forget_loss": means[0][0], "forget_probability": means[0][1],
+                     "retain_loss": means[1][0]})  # fmt: skip
+        models.append(theta)
         if k == n_steps:
-            return theta, s, sure, path
+            return models, s, sure, path
+        now, back = step, back_off
+        if hold is not None:
+            enough = [i for i, p in enumerate(path) if p["forget_probability"] <= hold]
+            share = 1 - (k - min(enough, default=k)) / (n_steps - min(enough, default=k))
+            now, back = 0 if k in enough else step * share, back_off * share
         for name, scale in s.items():
             forget, retain = (-g[i][name].sign() * tau[name].sign() for i in (0, 1))
-            moved = scale.float() + step * ((forget > 0) & ~(retain > 0)).float()
-            moved = moved - back_off * (retain > 0).float()
+            moved = scale.float() + now * ((forget > 0) & ~(retain > 0)).float()
+            moved = moved - back * (retain > 0).float()
             s[name] = moved.clamp(0, max_scale).bfloat16()
             for one in (g[0][name], g[1][name]):
                 sure[name] &= (one == 0) | (one.abs() > 1e-3 * one.square().mean().sqrt())
@@ -97,14 +107,12 @@ def test_scales_and_model_are_pytorchs(perta, tmp_path, name, method, back_off):
     (tmp_path / "key").write_bytes(KEY)
     flags = ["--method", method, "--max-scale", "1", "--data-key", "key"]
     summary = json.loads(perta(*STEPS, "4", *flags, "--out", "out").stdout)
-    theta, s, sure, path = procedure(tmp_path, lines, 4, back_off, max_scale=1.0)
-    for point, (forget, retain) in zip(summary["path"], path, strict=True):
-        assert point["forget_loss"] == pytest.approx(forget, rel=2e-5)
-        assert point["retain_loss"] == pytest.approx(retain, rel=2e-5)
+    models, s, sure, path = procedure(tmp_path, lines, 4, back_off, max_scale=1.0)
+    check_path(summary["path"], path)
     assert summary["chosen"] == 4
     out = tensors_of(tmp_path / "out")
     differ = total = 0
-    for key, x in theta.items():
+    for key, x in models[4].items():
         same = out[key] == x  # the same scale, and then the same arithmetic
         assert same[sure[key]].all(), key
         differ += (~same).sum().item()
@@ -115,6 +123,11 @@ def test_scales_and_model_are_pytorchs(perta, tmp_path, name, method, back_off):
     assert {x.max().item() for x in s.values()} == {1.0}
     assert 0.05 < summary["path"][-1]["moved"] < 1
     check_record(tmp_path, summary, method)
+
+
+def check_path(have, want):
+    for a, b in zip(have, want, strict=True):
+        assert {key: a[key] for key in b} == pytest.approx(b, rel=2e-5)
 
 
 def check_record(tmp_path, summary, method):
@@ -154,12 +167,48 @@ def test_rules_stop_the_way(perta, tmp_path):
     stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
     assert (stopped["path"], stopped["chosen"]) == (path[:4], 3)
     rises = [point["retain_loss"] - path[0]["retain_loss"] for point in path]
+    flags = ["--force", "--stop-probability", path[2]["forget_probability"]]
+    stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
+    assert (stopped["path"], stopped["chosen"]) == (path[:3], 2)
+    flags += ["--stop-forget", losses[4]]  # both, then
+    stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
+    assert (stopped["path"], stopped["chosen"]) == (path[:5], 4)
     bound = max(rises[:3]) + 1e-9
     after = next((i for i, rise in enumerate(rises) if rise > bound), None)
     flags = ["--force", "--max-retain-rise", bound if after else min(rises[1:]) - 1e-9]
     stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
     after = after or next(i for i in range(1, 6) if rises[i] > min(rises[1:]) - 1e-9)
     assert (stopped["path"], stopped["chosen"]) == (path[: after + 1], after - 1)
+
+
+HOLD = ["--method", "signed-hold", "--stop-probability"]
+
+
+def test_what_is_forgotten_is_held(perta, tmp_path):
+    """signed-hold is PyTorch's: from the point that forgets enough on, scales grow no more while
+    enough is forgotten, and changes get smaller. It ends where the retain loss is least."""
+    lines = make_folders(tmp_path)
+    first = json.loads(perta(*STEPS, "3").stdout)["path"]
+    level = first[3]["forget_probability"] * (1 + 1e-3)
+    summary = json.loads(perta(*STEPS, "8", "--force", *HOLD, level).stdout)
+    path, end = summary["path"], summary["chosen"]
+    models, _, sure, want = procedure(tmp_path, lines, 8, 0.2, hold=level)
+    check_path(path, want)
+    assert path[:4] == first
+    enough = [k for k, point in enumerate(path) if point["forget_probability"] <= level]
+    assert enough[0] == 3 and 1 < len(enough) < 6  # it went below, and forward again
+    assert end == min(enough, key=lambda k: path[k]["retain_loss"])
+    recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
+    assert (recipe["method"], recipe["chosen"], recipe["stop_probability"]) == (HOLD[1], end, level)
+    perta("apply", "full", "patch", "--out", "out")
+    out = tensors_of(tmp_path / "out")
+    for key, x in models[end].items():
+        assert (out[key] == x)[sure[key]].all(), key
+    command = [*STEPS, "8", *HOLD, str(level), "--patch", "again"]
+    killed = stop_after(command, tmp_path, tmp_path / "again.steps.perta-journal", 20)
+    assert killed == (True, "")
+    perta(*command, "--resume")
+    assert contents(tmp_path / "again") == contents(tmp_path / "patch")
 
 
 def test_several_patches_are_those_of_runs_of_their_own(perta, tmp_path):
@@ -224,6 +273,9 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path):
         (["--method", "signed", "--back-off", "0.1"], 2, "never backs off"),
         (["--alpha", "2"], 2, "--alpha, --missing and --nonfinite do not go with"),
         (["--step", "0"], 2, "--step: 0; from 0.001"),
+        (["--method", "signed-hold"], 2, "needs --stop-probability P or --stop-forget L"),
+        (["--stop-probability", "1"], 2, "--stop-probability: 1; between 0 and 1"),
+        (["--steps", "1,2", "--method", "signed-hold"], 2, "has one end"),
         (["--steps", "2,1,2"], 2, "--steps: 2 twice"),
         (["--steps", "2,"], 2, "--steps:  is no whole number"),
         (["--steps", "1,1001"], 2, "--steps: 1 to 1000"),
