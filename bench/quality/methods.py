@@ -79,6 +79,7 @@ def one_step(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[d
 
 
 STEPS = ("signed", "signed-backoff")
+HELD = "signed-hold"
 
 
 def options_of(name: str) -> tuple[str, dict[str, str]]:
@@ -87,17 +88,29 @@ def options_of(name: str) -> tuple[str, dict[str, str]]:
     return method, dict(option.split() for option in options)
 
 
-def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
-    """A point each step, all of one run, which is ended when it has gone far enough."""
+def words_of(b: Bench, name: str) -> list[str]:
     method, options = options_of(name)
     flags = [word for option, value in options.items() for word in (f"--{option}", value)]
+    return ["unlearn", "--model", "full", "--tuned", "tuned", "--base", "base", "--method", method,
+            *flags, "--data-forget", "forget.jsonl", "--data-retain", "retain.jsonl", "--compute",
+            b.compute, "--force"]  # fmt: skip
+
+
+def held(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
+    """A point each run, which holds the gold model's forget level, and half of it."""
+    patch = b.work / "patch"
+    for level in (gold, FORGOTTEN * gold):
+        b.run(*words_of(b, name), "--steps", spec.held_steps, "--stop-probability", level,
+              "--patch", patch)  # fmt: skip
+        yield b.point(level, spec.held_steps, "full", patch)
+
+
+def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
+    """A point each step, all of one run, which is ended when it has gone far enough."""
     every = ",".join(str(k + 1) for k in range(spec.max_steps))
     patches = b.work / "patches"
     shutil.rmtree(patches, ignore_errors=True)
-    with b.started("unlearn", "--model", "full", "--tuned", "tuned", "--base", "base", "--method",
-                   method, *flags, "--steps", every, "--data-forget", "forget.jsonl",
-                   "--data-retain", "retain.jsonl", "--compute", b.compute, "--patch", patches,
-                   "--force") as is_going:  # fmt: skip
+    with b.started(*words_of(b, name), "--steps", every, "--patch", patches) as is_going:
         for k in range(1, spec.max_steps + 1):
             patch = patches / f"step-{k}"
             while not patch.exists() and is_going():
@@ -143,8 +156,14 @@ def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[di
 
 def curve(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
     """The gold model's forget level is gold; the curve goes some way beyond it."""
-    kind = one_step if name in ONE_STEP else trained if options_of(name)[0] in TRAINED else steps
-    yield from kind(b, name, spec, FORGOTTEN * gold)
+    method = name.split(", ")[0]
+    if name in ONE_STEP:
+        yield from one_step(b, name, spec, FORGOTTEN * gold)
+    elif method == HELD:
+        yield from held(b, name, spec, gold)
+    else:
+        kind = trained if method in TRAINED else steps
+        yield from kind(b, name, spec, FORGOTTEN * gold)
 
 
-NAMES = (*ONE_STEP, *STEPS, *TRAINED)
+NAMES = (*ONE_STEP, *STEPS, HELD, *TRAINED)

@@ -11,7 +11,7 @@ from test_limits import sanitized
 for module in ("torch", "transformers", "matplotlib"):
     pytest.importorskip(module, reason="examples/ or bench/requirements.txt is not installed")
 sys.path.append(str(ROOT / "bench/quality"))
-METHODS = "tv;grad, full;grad, full, conflict-aware;signed-backoff;NPO + retain"
+METHODS = "tv;grad, full;grad, full, conflict-aware;signed-backoff;signed-hold;NPO + retain, rate 1e-3"
 
 
 @sanitized
