@@ -77,3 +77,19 @@ def test_a_browser_draws_what_a_one_way_patch_says(perta, patch, tmp_path):
     drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.partition("<script")[0]
     assert "cannot be drawn" not in drawn and ">360<" in drawn and "layer 2" in drawn
     assert "undefined" not in drawn and "NaN" not in drawn and "mean w" not in drawn
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+def test_a_browser_draws_the_path(perta, tmp_path):
+    """Where the patch leads, which need not be the path's end."""
+    pytest.importorskip("torch")
+    from test_steps import STEPS, make_folders
+
+    make_folders(tmp_path)
+    flags = ["--max-retain-rise", "-100"]  # the first step is one too far
+    assert json.loads(perta(*STEPS, "1", *flags).stdout)["chosen"] == 0
+    perta("report", "patch", "--html", "page.html")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
+    drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.partition("<script")[0]
+    assert "The path" in drawn and "The patch leads to step 0." in drawn
+    assert "mean probability of 0.00299, and have 0.00299 there" in drawn
