@@ -98,11 +98,10 @@ def words_of(b: Bench, name: str) -> list[str]:
 
 def held(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
     """A point each run, which holds the gold model's forget level, and half of it."""
-    patch = b.work / "patch"
+    patch, n = b.work / "patch", int(options_of(name)[1].get("steps", spec.held_steps))
     for level in (gold, FORGOTTEN * gold):
-        b.run(*words_of(b, name), "--steps", spec.held_steps, "--stop-probability", level,
-              "--patch", patch)  # fmt: skip
-        yield b.point(level, spec.held_steps, "full", patch)
+        b.run(*words_of(b, name), "--steps", n, "--stop-probability", level, "--patch", patch)
+        yield b.point(level, n, "full", patch)
 
 
 def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
