@@ -20,11 +20,14 @@
 static const char *const alphas[DEMO_N_POINTS] = {"0.25", "0.5",  "0.75",
                                                   "1",    "1.25", "1.5"};
 static const char *const steps[DEMO_N_POINTS] = {"1", "2", "3", "4", "5", "6"};
+static const char *const left[] = {"0.5", "0.1"};
+#define HELD_STEPS 16
 const struct demo_method demo_methods[DEMO_N_METHODS] = {
-    {"tv", NULL, PERTA_TV, "alpha", alphas},
-    {"grad", "mean", PERTA_GRAD, "alpha", alphas},
-    {"fisher", "meansq", PERTA_FISHER, "alpha", alphas},
-    {"signed-backoff", NULL, 0, "step", steps},
+    {"tv", NULL, DEMO_AT_ONCE, PERTA_TV, "alpha", alphas, DEMO_N_POINTS},
+    {"grad", "mean", DEMO_AT_ONCE, PERTA_GRAD, "alpha", alphas, DEMO_N_POINTS},
+    {"fisher", "meansq", DEMO_AT_ONCE, PERTA_FISHER, "alpha", alphas, DEMO_N_POINTS},
+    {"signed-backoff", NULL, DEMO_IN_STEPS, 0, "step", steps, DEMO_N_POINTS},
+    {"signed-hold", NULL, DEMO_HELD, 0, "left", left, 2},
 };
 
 /* ---- arguments ---- */
@@ -58,7 +61,7 @@ static const struct argp argp = {
     "[DIR]",
     "Train a small model that knows made-up people, make it forget some of them by three "
     "methods at once and by "
-    "one in steps, "
+    "two in steps, "
     "and ask it what it still knows. Everything stays in DIR (default perta-demo)."
     "\v"
     "Example:\n"
@@ -328,7 +331,7 @@ static void sides_release(struct sides *s)
 static int sides_of(const struct demo *demo, const struct demo_method *method,
                     struct sides *s, struct perta_err *err)
 {
-    const char *from = method->points == steps ? "data/%s.jsonl" : "importance/%s/%s";
+    const char *from = method->way ? "data/%s.jsonl" : "importance/%s/%s";
     const char *stat = method->stat ? method->stat : "";
     *s = (struct sides){demo_path(demo, "full"),
                         demo_path(demo, "tuned"),
@@ -370,40 +373,84 @@ static int unlearn_at_once(const struct demo *demo, const struct demo_method *me
     return rc;
 }
 
-static int unlearn_in_steps(const struct demo *demo, const struct sides *s,
-                            struct perta_err *err)
+static void steps_init(const struct demo *demo, const struct sides *s,
+                       struct unlearn_steps *own)
 {
-    struct unlearn_steps own;
-    struct perta_steps *job = &own.steps;
     const struct perta_unlearn edit = edit_of(demo, s);
+    unlearn_steps_init(own);
+    unlearn_steps_take(&own->steps, &edit);
+    own->steps.data_forget = s->forget;
+    own->steps.data_retain = s->retain;
+}
+
+static int run_steps(const struct demo *demo, const struct perta_steps *job,
+                     struct perta_err *err)
+{
     const struct perta_run run = quiet_run(demo);
     json_t *summary = NULL;
-    unlearn_steps_init(&own);
-    unlearn_steps_take(job, &edit);
-    job->data_forget = s->forget;
-    job->data_retain = s->retain;
-    job->several = true;
-    job->n_steps = DEMO_N_POINTS;
-    memset(job->listed + 1, true, DEMO_N_POINTS);
     int rc = perta_steps(job, &run, &summary, err);
     json_decref(summary);
     return rc;
 }
 
-static void say_unlearn(const struct demo *demo, const struct demo_method *method)
+static int unlearn_in_steps(const struct demo *demo, const struct sides *s,
+                            struct perta_err *err)
+{
+    struct unlearn_steps own;
+    steps_init(demo, s, &own);
+    own.steps.several = true;
+    own.steps.n_steps = DEMO_N_POINTS;
+    memset(own.steps.listed + 1, true, DEMO_N_POINTS);
+    return run_steps(demo, &own.steps, err);
+}
+
+static int unlearn_held(const struct demo *demo, const struct demo_method *method,
+                        const struct sides *s, struct perta_err *err)
+{
+    int rc = 0;
+    for (int a = 0; a < method->n_points && !rc; a++) {
+        const char *name = method->points[a];
+        char *patch = demo_path(demo, "patches/%s/%s-%s", method->name, method->axis, name);
+        char *out = demo_path(demo, "models/%s/%s-%s", method->name, method->axis, name);
+        struct unlearn_steps own;
+        steps_init(demo, s, &own);
+        own.steps.hold = true;
+        own.steps.n_steps = HELD_STEPS;
+        own.steps.stop_probability = strtod(name, NULL);
+        own.steps.patch = patch;
+        own.steps.out = out;
+        rc = patch && out ? run_steps(demo, &own.steps, err) : demo_no_memory(err);
+        free(patch);
+        free(out);
+    }
+    return rc;
+}
+
+/* The points from first on, one command. */
+static void say_unlearn(const struct demo *demo, const struct demo_method *method, int first)
 {
     const struct cli *cli = &demo->cli;
+    const char *const axes[] = {"alpha", "steps", "stop-probability"};
     cli_say(cli, "$ perta unlearn --model full --tuned tuned --base base --method %s",
             method->name);
     if (method->stat)
         cli_say(cli, " \\\n    --forget importance/forget/%s --retain importance/retain/%s",
                 method->stat, method->stat);
-    if (method->points == steps)
+    if (method->way)
         cli_say(cli,
                 " \\\n    --data-forget data/forget.jsonl --data-retain data/retain.jsonl");
-    cli_say(cli, " \\\n    --%s ", method->points == steps ? "steps" : "alpha");
-    for (int a = 0; a < DEMO_N_POINTS; a++)
-        cli_say(cli, "%s%s", a ? "," : "", method->points[a]);
+    cli_say(cli, " \\\n    ");
+    if (method->way == DEMO_HELD)
+        cli_say(cli, "--steps %d ", HELD_STEPS);
+    cli_say(cli, "--%s %s", axes[method->way], method->points[first]);
+    if (method->way == DEMO_HELD) {
+        cli_say(cli, " --patch patches/%s/%s-%s --out models/%s/%s-%s\n", method->name,
+                method->axis, method->points[first], method->name, method->axis,
+                method->points[first]);
+        return;
+    }
+    for (int a = first + 1; a < method->n_points; a++)
+        cli_say(cli, ",%s", method->points[a]);
     cli_say(cli, " --patch patches/%s --out models/%s\n", method->name, method->name);
 }
 
@@ -413,10 +460,11 @@ static int unlearn(const struct demo *demo, const struct demo_method *method,
     struct sides sides;
     int rc = sides_of(demo, method, &sides, err);
     if (!rc)
-        rc = method->points == steps ? unlearn_in_steps(demo, &sides, err)
-                                     : unlearn_at_once(demo, method, &sides, err);
-    if (!rc)
-        say_unlearn(demo, method);
+        rc = method->way == DEMO_IN_STEPS ? unlearn_in_steps(demo, &sides, err)
+             : method->way == DEMO_HELD   ? unlearn_held(demo, method, &sides, err)
+                                          : unlearn_at_once(demo, method, &sides, err);
+    for (int a = 0; a < (method->way == DEMO_HELD ? method->n_points : 1) && !rc; a++)
+        say_unlearn(demo, method, a);
     sides_release(&sides);
     return rc;
 }
@@ -438,7 +486,8 @@ static int run(struct demo *demo, struct perta_err *err)
     if (!rc)
         cli_say(&demo->cli,
                 "\nUnlearn: the task vector as it is (tv), weighed (grad, fisher), and in "
-                "steps\nwith gradients taken anew at each (signed-backoff)\n");
+                "steps\nwith gradients taken anew at each, which go on (signed-backoff) or hold what is\nforgotten and "
+                "give back what retain needs (signed-hold)\n");
     for (int m = 0; m < DEMO_N_METHODS && !rc; m++)
         rc = unlearn(demo, &demo_methods[m], err);
     return rc ? rc : demo_ask(demo, err);

@@ -9,13 +9,15 @@
 #include "tools/demo_facts.h"
 
 #define DEMO_BATCH 128
-enum { DEMO_N_METHODS = 4, DEMO_N_POINTS = 6, DEMO_N_ASKED = 3 };
+enum { DEMO_N_METHODS = 5, DEMO_N_POINTS = 6, DEMO_N_ASKED = 3 };
 
 /* Each makes several models, which forget more and more: models/NAME/AXIS-POINT. */
 struct demo_method {
     const char *name, *stat;
-    enum perta_method method; /* not of steps */
+    enum demo_way { DEMO_AT_ONCE, DEMO_IN_STEPS, DEMO_HELD } way;
+    enum perta_method method; /* at once */
     const char *axis, *const *points;
+    int n_points; /* DEMO_N_POINTS at most */
 };
 extern const struct demo_method demo_methods[DEMO_N_METHODS];
 

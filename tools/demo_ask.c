@@ -78,7 +78,7 @@ int demo_ask(struct demo *demo, struct perta_err *err)
     int rc = ask(demo, path, &demo->full, err);
     free(path);
     for (int m = 0; m < DEMO_N_METHODS; m++)
-        for (int a = 0; a < DEMO_N_POINTS && !rc; a++) {
+        for (int a = 0; a < demo_methods[m].n_points && !rc; a++) {
             path = demo_path(demo, "models/%s/%s-%s", demo_methods[m].name,
                              demo_methods[m].axis, demo_methods[m].points[a]);
             rc = ask(demo, path, &demo->unlearned[m][a], err);
@@ -112,7 +112,7 @@ static void say_table(const struct demo *demo)
     cli_say(cli, "%-30s    right   prob.     right   prob.     right   prob.\n", "model");
     say_row(demo, "full", &demo->full);
     for (int m = 0; m < DEMO_N_METHODS; m++)
-        for (int a = 0; a < DEMO_N_POINTS; a++) {
+        for (int a = 0; a < demo_methods[m].n_points; a++) {
             char name[64];
             snprintf(name, sizeof name, "models/%s/%s-%s", demo_methods[m].name,
                      demo_methods[m].axis, demo_methods[m].points[a]);
@@ -126,7 +126,7 @@ static bool when_left(const struct demo *demo, int m, double left, double *retai
                       double *held_out)
 {
     const struct demo_score *before = &demo->full;
-    for (int a = 0; a < DEMO_N_POINTS; a++) {
+    for (int a = 0; a < demo_methods[m].n_points; a++) {
         const struct demo_score *after = &demo->unlearned[m][a];
         if (before->right[0] > left && after->right[0] <= left) {
             double t = (before->right[0] - left) / (before->right[0] - after->right[0]);
@@ -172,7 +172,7 @@ json_t *demo_summary(const struct demo *demo)
     json_t *scores = json_array();
     json_array_append_new(scores, score_json("full", "alpha", "0", &demo->full));
     for (int m = 0; m < DEMO_N_METHODS; m++)
-        for (int a = 0; a < DEMO_N_POINTS; a++)
+        for (int a = 0; a < demo_methods[m].n_points; a++)
             json_array_append_new(
                 scores, score_json(demo_methods[m].name, demo_methods[m].axis,
                                    demo_methods[m].points[a], &demo->unlearned[m][a]));

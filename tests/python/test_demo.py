@@ -64,7 +64,8 @@ def test_the_tokenizer_reads_the_facts_as_they_were_learned(demo):
 
 
 def test_the_model_learned_and_weighing_keeps_more(demo):
-    scores = {(s["method"], s["alpha"] if "alpha" in s else s["step"]): s for s in demo[1]["scores"]}
+    scores = {(s["method"], next(s[axis] for axis in ("alpha", "step", "left") if axis in s)): s
+              for s in demo[1]["scores"]}
     assert min(scores["full", "0"]["right"]) > 0.9
     for method in ("tv", "grad", "fisher"):
         assert scores[method, "1.5"]["right"][0] < 0.2  # forgotten
@@ -74,6 +75,12 @@ def test_the_model_learned_and_weighing_keeps_more(demo):
     # Steps forget more than any of the weighed edits here, and keep more all the same.
     steps, grad = scores["signed-backoff", "3"]["right"], scores["grad", "0.75"]["right"]
     assert steps[0] < grad[0] and steps[1] > grad[1] and steps[2] > grad[2]
+    # What is held is what was asked for, and the most is kept of what the model was never shown.
+    for left in ("0.5", "0.1"):
+        held = scores["signed-hold", left]
+        assert held["probability"][0] < float(left)  # of the answer alone; steps see its end too
+    backed_off = [s["right"] for (method, _), s in scores.items() if method == "signed-backoff"]
+    assert held["right"][2] > max(kept for left, _, kept in backed_off if left < 0.15)
 
 
 def test_a_demo_is_not_written_over(perta, demo):
