@@ -85,13 +85,24 @@ static int read_json(const char *path, json_t **out, struct perta_err *err)
     int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
         return fd;
-    json_error_t where;
-    *out = perta_json_load(fd, &where);
+    int rc = perta_json_load(fd, path, out, err);
     close(fd);
-    if (!*out)
-        return perta_fail(err, PERTA_EINPUT, "%s: byte %d: not valid JSON: %s", path,
-                          where.position, where.text);
-    return 0;
+    return rc;
+}
+
+/* Python's json writes Infinity, which is not JSON. Without its config a checkpoint still opens;
+ * only tied embeddings are then not known to be tied. One that cannot be read is an error. */
+static int read_config(const char *path, json_t **out, struct perta_err *err)
+{
+    struct perta_err why = {0};
+    struct stat st;
+    int fd = perta_open_regular(path, &st, err);
+    if (fd < 0)
+        return fd;
+    if (perta_json_load(fd, path, out, &why) == PERTA_ESYS)
+        *err = why;
+    close(fd);
+    return err->code;
 }
 
 /* ---- shards ---- */
@@ -292,12 +303,8 @@ static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
         rc = perta_check_link(ck->path, config, err);
     if (!rc)
         rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
-    if (!rc && !access(config, F_OK)) {
-        /* Python's json writes Infinity, which is not JSON. Without its config a checkpoint
-         * still opens; only tied embeddings are then not known to be tied. */
-        struct perta_err ignored = {0};
-        read_json(config, &ck->config, &ignored);
-    }
+    if (!rc && !access(config, F_OK))
+        rc = read_config(config, &ck->config, err);
     free(index);
     free(config);
     return rc;

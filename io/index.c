@@ -99,12 +99,11 @@ static bool plain_index(struct perta_index *index, size_t len_bytes)
 /* Read in any way it is written. */
 static int read_tree(struct perta_index *index, int fd, const char *path, struct perta_err *err)
 {
-    json_error_t where = {0};
     index->n = 0;
-    index->tree = lseek(fd, 0, SEEK_SET) ? NULL : perta_json_load(fd, &where);
-    if (!index->tree)
-        return perta_fail(err, PERTA_EINPUT, "%s: byte %d: not valid JSON: %s", path,
-                          where.position, where.text);
+    int rc = lseek(fd, 0, SEEK_SET) ? perta_fail_sys(err, errno, "%s", path)
+                                    : perta_json_load(fd, path, &index->tree, err);
+    if (rc)
+        return rc;
     json_t *map = json_object_get(index->tree, "weight_map"), *value;
     const char *tensor;
     if (!json_is_object(map))

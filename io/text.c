@@ -95,16 +95,36 @@ json_t *perta_text_json(const char *fmt, ...)
     return json;
 }
 
-static size_t read_some(void *to, size_t len_bytes, void *fd)
+/* To jansson a file that cannot be read ends there. */
+struct source {
+    int fd, failed; /* 0, or an errno */
+};
+
+static size_t read_some(void *to, size_t len_bytes, void *source)
 {
+    struct source *from = source;
     ssize_t n;
     do
-        n = read(*(const int *)fd, to, len_bytes);
+        n = read(from->fd, to, len_bytes);
     while (n < 0 && errno == EINTR);
+    if (n < 0)
+        from->failed = errno;
     return n < 0 ? (size_t)-1 : (size_t)n;
 }
 
-json_t *perta_json_load(int fd, json_error_t *why)
+int perta_json_load(int fd, const char *path, json_t **out, struct perta_err *err)
 {
-    return json_load_callback(read_some, &fd, JSON_REJECT_DUPLICATES, why);
+    struct source from = {.fd = fd};
+    json_error_t where = {0};
+    *out = json_load_callback(read_some, &from, JSON_REJECT_DUPLICATES, &where);
+    if (!*out && json_error_code(&where) == json_error_out_of_memory)
+        from.failed = ENOMEM;
+    if (from.failed) {
+        json_decref(*out);
+        *out = NULL;
+        return perta_fail_sys(err, from.failed, "%s", path);
+    }
+    return *out ? 0
+                : perta_fail(err, PERTA_EINPUT, "%s: byte %d: not valid JSON: %s", path,
+                             where.position, where.text);
 }

@@ -6,6 +6,8 @@
 #include <stdarg.h>
 #include <stdbool.h>
 
+#include "io/err.h"
+
 /* File names are at most 255 bytes long, and a shard's patch adds ".perta" to its name. */
 #define PERTA_NAME_MAX_BYTES 249u
 
@@ -24,8 +26,9 @@ bool perta_name_is_plain(const char *name);
 /* A string for people, made plain, so that it is never NULL but without memory. */
 json_t *perta_text_json(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
-/* The one value that a file holds, no key twice; NULL, with *why, if it holds none. The caller's.
+/* The one value that the file open as fd holds, no key twice; *out is the caller's. PERTA_EINPUT,
+ * naming the byte, if it holds none; PERTA_ESYS if it cannot be read. path for messages.
  * json_loadfd reads byte by byte, which an index of many tensors makes millions of calls. */
-json_t *perta_json_load(int fd, json_error_t *why);
+int perta_json_load(int fd, const char *path, json_t **out, struct perta_err *err);
 
 #endif

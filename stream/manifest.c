@@ -345,18 +345,17 @@ static bool has_sha256(const json_t *manifest)
 
 static int load(const char *path, json_t **manifest, struct perta_err *err)
 {
-    json_error_t why;
     struct stat st;
     int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
         return fd;
-    *manifest = perta_json_load(fd, &why);
+    int rc = perta_json_load(fd, path, manifest, err);
     close(fd);
-    if (!*manifest)
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: line %d: %s; verify reads manifests of the format perta; "
-                          "xxhsum --check and sha256sum --check read the others",
-                          path, why.line, why.text);
+    if (rc == PERTA_EINPUT)
+        return perta_err_context(err, "verify reads manifests of the format perta, xxhsum --check "
+                                      "and sha256sum --check the others");
+    if (rc)
+        return rc;
     const char *format = json_string_value(json_object_get(*manifest, "format"));
     if (!format || strcmp(format, "perta-manifest") ||
         !json_is_array(json_object_get(*manifest, "files")))

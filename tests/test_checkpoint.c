@@ -187,6 +187,13 @@ START_TEST(what_is_no_regular_file_in_the_folder_is_refused_at_once)
     unlink("m/2.safetensors");
     ck_assert_int_eq(symlink("2.safetensors", "m/2.safetensors"), 0);
     is_refused("m", "m/2.safetensors: a link that leads nowhere");
+    unlink("m/2.safetensors");
+    put_shard("m/2.safetensors", "ca");
+    ck_assert_int_eq(mkfifo("m/config.json", 0600), 0);
+    is_refused("m", "m/config.json: not a regular file");
+    unlink("m/config.json");
+    ck_assert_int_eq(mkdir("m/config.json", 0700), 0);
+    is_refused("m", "m/config.json: a folder");
 }
 END_TEST
 

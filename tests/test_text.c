@@ -1,6 +1,9 @@
 /* What a plain text and a plain name are, at the borders. */
 #include "tests/unit.h"
 
+#include <errno.h>
+#include <unistd.h>
+
 #include "io/err.h"
 #include "io/text.h"
 
@@ -89,6 +92,25 @@ START_TEST(a_message_is_plain_wherever_it_is_cut)
 }
 END_TEST
 
+START_TEST(a_file_that_cannot_be_read_is_not_called_bad_json)
+{
+    struct perta_err err = {0};
+    json_t *json = (void *)1;
+    int fds[2];
+    ck_assert_int_eq(pipe(fds), 0);
+    ck_assert_int_eq(perta_json_load(fds[1], "f", &json, &err), PERTA_ESYS); /* to write only */
+    ck_assert_ptr_null(json);
+    ck_assert_int_eq(err.sys_errno, EBADF);
+    ck_assert_int_eq(write(fds[1], "{\"a\":", 5), 5);
+    close(fds[1]);
+    err = (struct perta_err){0};
+    ck_assert_int_eq(perta_json_load(fds[0], "f", &json, &err), PERTA_EINPUT);
+    ck_assert_ptr_null(json);
+    ck_assert_msg(strstr(err.msg, "f: byte 5: not valid JSON"), "%s", err.msg);
+    close(fds[0]);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("text");
@@ -97,5 +119,6 @@ int main(void)
     tcase_add_test(tests, only_the_formats_own_line_breaks_are_some);
     tcase_add_test(tests, a_name_is_one_of_a_file_in_a_folder);
     tcase_add_test(tests, a_message_is_plain_wherever_it_is_cut);
+    tcase_add_test(tests, a_file_that_cannot_be_read_is_not_called_bad_json);
     return run_suite("text", tests);
 }
