@@ -230,34 +230,18 @@ out:
     return rc;
 }
 
-static int by_name(const void *a, const void *b)
-{
-    const struct perta_tensor *const *x = a, *const *y = b;
-    return strcmp((*x)->name, (*y)->name);
-}
-
-static const struct perta_tensor **sorted(const struct perta_header *header)
-{
-    const struct perta_tensor **list = calloc(header->n_tensors + 1, sizeof *list);
-    for (uint64_t i = 0; list && i < header->n_tensors; i++)
-        list[i] = &header->tensors[i];
-    if (list)
-        qsort(list, header->n_tensors, sizeof *list, by_name);
-    return list;
-}
-
 static int check_headers(const struct source *src, const struct perta_patch *patch,
                          struct perta_err *err)
 {
     if (patch->before == patch->after)
         return 0;
-    const struct perta_tensor **a = sorted(patch->before), **b = sorted(patch->after);
-    int rc = 0;
-    if (!a || !b)
-        rc = perta_fail_sys(err, ENOMEM, "%s", src->path);
-    else if (patch->before->n_tensors != patch->after->n_tensors)
-        rc = damaged(src, SKIPPABLE_BYTES, "its two headers differ in tensors", err);
-    for (uint64_t i = 0; !rc && i < patch->before->n_tensors; i++)
+    uint64_t n = patch->before->n_tensors;
+    if (n != patch->after->n_tensors)
+        return damaged(src, SKIPPABLE_BYTES, "its two headers differ in tensors", err);
+    const struct perta_tensor **a = perta_tensors_by_name(patch->before->tensors, n);
+    const struct perta_tensor **b = perta_tensors_by_name(patch->after->tensors, n);
+    int rc = a && b ? 0 : perta_fail_sys(err, ENOMEM, "%s", src->path);
+    for (uint64_t i = 0; !rc && i < n; i++)
         if (!perta_tensor_same(a[i], b[i]))
             rc = perta_fail(err, PERTA_ECHECK,
                             "%s: the patch is damaged: its two headers differ at tensor %s",

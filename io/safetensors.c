@@ -350,31 +350,6 @@ static struct perta_tensor *add_tensor(struct perta_header *h, uint64_t *room)
     return t;
 }
 
-static int by_name(const void *a, const void *b)
-{
-    const struct perta_tensor *const *x = a, *const *y = b;
-    return strcmp((*x)->name, (*y)->name);
-}
-
-bool perta_tensors_differ(const struct perta_tensor *tensors, uint64_t n, const char **twice)
-{
-    const struct perta_tensor **list = calloc(n + 1, sizeof *list);
-    bool sorted = true;
-    *twice = NULL;
-    for (uint64_t i = 0; list && i < n; i++) {
-        list[i] = &tensors[i];
-        sorted = sorted && (!i || by_name(&list[i - 1], &list[i]) < 0);
-    }
-    if (list && !sorted)
-        qsort(list, n, sizeof *list, by_name);
-    for (uint64_t i = 1; list && !sorted && !*twice && i < n; i++)
-        if (!by_name(&list[i - 1], &list[i]))
-            *twice = list[i]->name;
-    bool differ = list && !*twice;
-    free(list);
-    return differ;
-}
-
 /* Where the parser stands. */
 struct plain {
     struct perta_plain text;
@@ -556,6 +531,57 @@ void perta_header_free(struct perta_header *header)
     release_tensors(header);
     free(header->bytes);
     free(header);
+}
+
+/* ---- by name ---- */
+
+static int by_name(const void *a, const void *b)
+{
+    const struct perta_tensor *const *x = a, *const *y = b;
+    return strcmp((*x)->name, (*y)->name);
+}
+
+const struct perta_tensor **perta_tensors_by_name(const struct perta_tensor *tensors, uint64_t n)
+{
+    const struct perta_tensor **list = calloc(n + 1, sizeof *list);
+    bool sorted = true;
+    for (uint64_t i = 0; list && i < n; i++) {
+        list[i] = &tensors[i];
+        sorted = sorted && (!i || by_name(&list[i - 1], &list[i]) < 0);
+    }
+    if (list && !sorted)
+        qsort(list, n, sizeof *list, by_name);
+    return list;
+}
+
+const struct perta_tensor **perta_header_match(const struct perta_header *from,
+                                               const struct perta_header *to)
+{
+    uint64_t n = from->n_tensors;
+    const struct perta_tensor **a = perta_tensors_by_name(from->tensors, n);
+    const struct perta_tensor **b = perta_tensors_by_name(to->tensors, to->n_tensors);
+    const struct perta_tensor **match = calloc(n + 1, sizeof *match);
+    for (uint64_t i = 0; a && b && match && i < n; i++)
+        match[a[i] - from->tensors] = b[i];
+    if (!a || !b) {
+        free(match);
+        match = NULL;
+    }
+    free(a);
+    free(b);
+    return match;
+}
+
+bool perta_tensors_differ(const struct perta_tensor *tensors, uint64_t n, const char **twice)
+{
+    const struct perta_tensor **list = perta_tensors_by_name(tensors, n);
+    *twice = NULL;
+    for (uint64_t i = 1; list && !*twice && i < n; i++)
+        if (!by_name(&list[i - 1], &list[i]))
+            *twice = list[i]->name;
+    bool differ = list && !*twice;
+    free(list);
+    return differ;
 }
 
 /* ---- comparing ---- */

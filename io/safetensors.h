@@ -54,6 +54,14 @@ PERTA_API int perta_safetensors_build(struct perta_tensor *tensors, uint64_t n,
                                       const json_t *metadata, uint8_t **bytes,
                                       uint64_t *len_bytes, struct perta_err *err);
 
+/* The same tensors (n) in order of their names; the caller's (free). NULL without memory. */
+const struct perta_tensor **perta_tensors_by_name(const struct perta_tensor *tensors, uint64_t n);
+/* to has tensors of the same names as from, in any order: for each tensor of from (n_tensors) that
+ * of to; the caller's (free). NULL without memory. */
+const struct perta_tensor **perta_header_match(const struct perta_header *from,
+                                               const struct perta_header *to);
+/* Memory that perta_header_match takes of headers of n tensors, while it works. */
+#define PERTA_MATCH_BYTES(n) (4 * (uint64_t)(n) * sizeof(void *))
 /* Have all of them names of their own? If not, *twice is one that two have (borrowed), or NULL
  * without memory. */
 bool perta_tensors_differ(const struct perta_tensor *tensors, uint64_t n, const char **twice);

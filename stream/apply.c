@@ -163,10 +163,11 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 
 static void measure(const struct job *job, struct perta_job *sizes, uint64_t *chunk_bytes)
 {
-    uint64_t frame_max = 0;
+    uint64_t frame_max = 0, n_tensors = 0;
     *chunk_bytes = 0;
     for (uint32_t s = 0; s < job->patch.n_shards; s++) {
         const struct perta_patch *p = job->patch.shards[s].patch;
+        n_tensors = p->after->n_tensors > n_tensors ? p->after->n_tensors : n_tensors;
         for (uint64_t t = 0; t < p->after->n_tensors; t++) {
             uint64_t chunk = perta_walk_chunk_bytes(&p->after->tensors[t]);
             *chunk_bytes = chunk > *chunk_bytes ? chunk : *chunk_bytes;
@@ -180,6 +181,7 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
     }
     sizes->in_bytes_max = *chunk_bytes + frame_max;
     sizes->out_bytes_max = *chunk_bytes;
+    sizes->later_bytes = PERTA_MATCH_BYTES(n_tensors) + n_tensors * sizeof *job->starts;
 }
 
 static int open_inputs(struct job *job, const struct perta_run *run, struct perta_err *err)

@@ -17,6 +17,8 @@
 #define PIECE_BYTES (4ull << 20)
 /* What is said of a tensor takes so much, as tree and as text. */
 #define TENSOR_BYTES 1000u
+/* That one of a manifest differs takes so much. */
+#define DIFFERENCE_BYTES 600u
 
 /* One file and where in it we are. */
 struct entry {
@@ -32,6 +34,7 @@ struct job {
     struct entry *entries; /* (n), sorted by name */
     size_t n;
     bool with_sha256;
+    uint64_t later_bytes; /* of memory, once all is digested */
     json_t *files;
     struct perta_lanes lanes; /* of entries, for next() */
 };
@@ -199,7 +202,7 @@ static int open_stream(struct job *job, const struct perta_run *run,
 {
     struct perta_job sizes = {
         .ctx = job, .n_in = 1, .in_bytes_max = PIECE_BYTES, .next = next, .work = work,
-        .commit = commit};
+        .commit = commit, .later_bytes = job->later_bytes};
     const char **paths = calloc(job->n, sizeof *paths);
     if (!paths)
         return perta_fail_sys(err, ENOMEM, "manifest");
@@ -242,26 +245,36 @@ static void release(struct job *job)
     free(job->entries);
 }
 
-int perta_manifest(const char *path, bool with_sha256, const char *skip,
-                   const struct perta_run *run, json_t **manifest, struct perta_err *err)
+/* with_sha256 and later_bytes of job are set. */
+static int digest_all(struct job *job, const char *path, const char *skip,
+                      const struct perta_run *run, json_t **manifest, struct perta_err *err)
 {
-    struct job job = {.with_sha256 = with_sha256, .files = json_array()};
     struct perta_stream *stream = NULL;
-    int rc = list(&job, path, skip, err);
+    job->files = json_array();
+    int rc = list(job, path, skip, err);
     if (!rc)
-        rc = open_stream(&job, run, &stream, err);
+        rc = open_stream(job, run, &stream, err);
     if (!rc)
         rc = perta_stream_run(stream, err);
-    for (size_t i = 0; i < job.n && !rc; i++)
-        rc = end_file(&job, &job.entries[i], err);
+    for (size_t i = 0; i < job->n && !rc; i++)
+        rc = end_file(job, &job->entries[i], err);
     *manifest = rc ? NULL
                    : json_pack("{s:s, s:i, s:s, s:O}", "format", "perta-manifest", "version", 1,
-                               "tool", "perta " PERTA_VERSION, "files", job.files);
-    release(&job);
-    json_decref(job.files);
+                               "tool", "perta " PERTA_VERSION, "files", job->files);
+    release(job);
+    json_decref(job->files);
     perta_stream_close(stream);
     return rc;
 }
+
+int perta_manifest(const char *path, bool with_sha256, const char *skip,
+                   const struct perta_run *run, json_t **manifest, struct perta_err *err)
+{
+    struct job job = {.with_sha256 = with_sha256};
+    return digest_all(&job, path, skip, run, manifest, err);
+}
+
+/* ---- the check ---- */
 
 static json_t *find_named(const json_t *array, const char *name)
 {
@@ -333,14 +346,18 @@ static void compare_file(const json_t *want, const json_t *have, json_t *differe
                        tensors ? "differs in its header, not in its tensors" : "differs");
 }
 
-static bool has_sha256(const json_t *manifest)
+/* What a check against the manifest takes: its digests, and memory if all differ. */
+static struct job job_for(const json_t *manifest)
 {
+    struct job job = {0};
     size_t i;
     json_t *file;
-    json_array_foreach (json_object_get(manifest, "files"), i, file)
-        if (json_object_get(file, "sha256"))
-            return true;
-    return false;
+    json_array_foreach (json_object_get(manifest, "files"), i, file) {
+        job.with_sha256 |= json_object_get(file, "sha256") != NULL;
+        job.later_bytes +=
+            DIFFERENCE_BYTES * (1 + json_array_size(json_object_get(file, "tensors")));
+    }
+    return job;
 }
 
 static int load(const char *path, json_t **manifest, struct perta_err *err)
@@ -374,8 +391,9 @@ int perta_manifest_verify(const char *path, const char *manifest_path,
     json_t *want = NULL, *have = NULL;
     *summary = NULL;
     int rc = load(manifest_path, &want, err);
+    struct job job = job_for(want);
     if (!rc)
-        rc = perta_manifest(path, has_sha256(want), manifest_path, run, &have, err);
+        rc = digest_all(&job, path, manifest_path, run, &have, err);
     if (rc)
         goto out;
     json_t *differences = json_array(), *unlisted = json_array();

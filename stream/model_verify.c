@@ -33,7 +33,8 @@ struct job {
     /* where next() stands: chunks in order of the table */
     uint32_t shard;
     uint64_t entry, unit; /* unit: first of that chunk, in its tensor */
-    json_t *offsets;      /* of this shard: tensor's name -> byte in the file */
+    const struct perta_tensor **places; /* of this shard: where tensors of the header after lie;
+                                           NULL: where that says */
 };
 
 /* What work() leaves for commit(). */
@@ -217,14 +218,13 @@ static int check_others(struct job *job, struct perta_err *err)
 /* Where each tensor of the shard lies, for the table is in order of the header after. */
 static int index_shard(struct job *job, struct perta_err *err)
 {
+    const struct perta_header *after = job->patch.shards[job->shard].patch->after;
     const struct perta_header *header = wanted_header(job, job->shard);
-    json_decref(job->offsets);
-    job->offsets = json_object();
-    for (uint64_t t = 0; t < header->n_tensors; t++)
-        if (json_object_set_new(job->offsets, header->tensors[t].name,
-                                json_integer((json_int_t)header->tensors[t].off_bytes)))
-            return perta_fail_sys(err, ENOMEM, "offsets");
-    return 0;
+    free(job->places);
+    job->places = header == after ? NULL : perta_header_match(after, header);
+    return header == after || job->places
+               ? 0
+               : perta_fail_sys(err, ENOMEM, "%s", job->shards[job->shard].path);
 }
 
 static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
@@ -243,11 +243,11 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
         return rc;
     const struct perta_patch *p = job->patch.shards[job->shard].patch;
     const struct perta_patch_entry *e = &p->entries[job->entry];
-    const struct perta_tensor *t = &p->after->tensors[e->tensor];
+    const struct perta_tensor *t =
+        job->places ? job->places[e->tensor] : &p->after->tensors[e->tensor];
     struct perta_file *file = &job->shards[job->shard].file;
     uint64_t width = perta_dtype_unit_bytes(t->dtype);
-    uint64_t at = (uint64_t)json_integer_value(json_object_get(job->offsets, t->name)) +
-                  job->unit * width;
+    uint64_t at = t->off_bytes + job->unit * width;
     piece->shard = job->shard;
     piece->tensor = e->tensor;
     piece->tag = job->entry;
@@ -290,16 +290,29 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 0;
 }
 
+/* A chunk that differs takes so much in the list, beside its paths. */
+#define DIFFERENCE_BYTES 1100u
+
 static void measure(const struct job *job, struct perta_job *sizes)
 {
+    uint64_t places = 0;
     for (uint32_t s = 0; s < job->patch.n_shards; s++) {
+        const struct perta_patch *p = job->patch.shards[s].patch;
         const struct perta_header *header = wanted_header(job, s);
-        for (uint64_t t = 0; job->shards[s].readable && t < header->n_tensors; t++) {
+        uint64_t match = header == p->after ? 0 : PERTA_MATCH_BYTES(header->n_tensors);
+        if (!job->shards[s].readable)
+            continue;
+        for (uint64_t t = 0; t < header->n_tensors; t++) {
             uint64_t chunk = perta_walk_chunk_bytes(&header->tensors[t]);
             sizes->in_bytes_max = chunk > sizes->in_bytes_max ? chunk : sizes->in_bytes_max;
             sizes->total_bytes += header->tensors[t].len_bytes;
         }
+        /* All of them may differ. */
+        sizes->later_bytes += p->n_entries * (DIFFERENCE_BYTES + strlen(job->shards[s].path) +
+                                              strlen(job->patch.shards[s].path));
+        places = match > places ? match : places;
     }
+    sizes->later_bytes += places;
 }
 
 static int open_stream(struct job *job, const struct perta_run *run,
@@ -365,7 +378,7 @@ static void release(struct job *job)
     free(job->shards);
     perta_patch_in_close(&job->patch);
     json_decref(job->damaged);
-    json_decref(job->offsets);
+    free(job->places);
 }
 
 int perta_model_verify(const char *model, const char *patch, bool applied,

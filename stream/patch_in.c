@@ -335,23 +335,16 @@ int perta_patch_in_starts(const struct perta_patch_in_shard *shard,
                           struct perta_err *err)
 {
     const struct perta_patch *p = shard->patch;
-    if (perta_header_same(header, p->after)) { /* in the same order */
-        for (uint64_t i = p->n_entries; i-- > 0;)
-            starts[p->entries[i].tensor] = i;
-        return 0;
+    const struct perta_tensor **match = NULL;
+    bool same = perta_header_same(header, p->after); /* in the same order */
+    if (!same && !(match = perta_header_match(p->after, header)))
+        return perta_fail_sys(err, ENOMEM, "%s: table", shard->path);
+    for (uint64_t i = p->n_entries; i-- > 0;) {
+        uint32_t t = p->entries[i].tensor;
+        starts[same ? t : (uint64_t)(match[t] - header->tensors)] = i;
     }
-    json_t *by_name = json_object();
-    int rc = by_name ? 0 : perta_fail_sys(err, ENOMEM, "%s: table", shard->path);
-    for (uint64_t i = 0; !rc && i < p->n_entries; i++)
-        if (!i || p->entries[i].tensor != p->entries[i - 1].tensor)
-            if (json_object_set_new(by_name, perta_patch_in_tensor(shard, &p->entries[i])->name,
-                                    json_integer((json_int_t)i)))
-                rc = perta_fail_sys(err, ENOMEM, "%s: table", shard->path);
-    for (uint64_t t = 0; !rc && t < header->n_tensors; t++)
-        starts[t] = (uint64_t)json_integer_value(
-            json_object_get(by_name, header->tensors[t].name));
-    json_decref(by_name);
-    return rc;
+    free(match);
+    return 0;
 }
 
 /* ---- with a model ---- */

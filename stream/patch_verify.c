@@ -225,6 +225,9 @@ static int commit_suspect(void *ctx, struct perta_piece *piece, struct perta_err
 
 /* ---- the run ---- */
 
+/* A frame that is damaged takes so much in the list, beside the names of its file and tensor. */
+#define DIFFERENCE_BYTES 900u
+
 static void measure(struct job *job, struct perta_job *sizes)
 {
     for (uint32_t s = 0; s < job->patch.n_shards; s++) {
@@ -237,6 +240,8 @@ static void measure(struct job *job, struct perta_job *sizes)
             most = p->entries[e].frame_bytes > most ? p->entries[e].frame_bytes : most;
             if (p->entries[e].payload_bytes > job->payload_max)
                 job->payload_max = p->entries[e].payload_bytes;
+            if (p->entries[e].encoding != PERTA_ENC_ZERO) /* all of them may be damaged */
+                sizes->later_bytes += DIFFERENCE_BYTES + strlen(job->patch.shards[s].file_name);
         }
         most = most > READ_BYTES ? most : READ_BYTES;
         sizes->in_bytes_max = most > sizes->in_bytes_max ? most : sizes->in_bytes_max;

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -55,15 +56,18 @@ def small(tmp_path_factory):
     return path
 
 
-def peak_mib(command, cwd):
+def peak_mib(command, cwd, status=0):
     """Most resident at once. The child starts small: peaks are inherited over fork."""
     helper = (
         "import os, resource, subprocess, sys;"
-        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        "done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
+        "print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     command = [sys.executable, "-c", helper, str(PERTA), *command]
-    return int(subprocess.run(command, cwd=cwd, check=True, capture_output=True).stdout) / 1024
+    done = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True)
+    found, peak = map(int, done.stdout.split())
+    assert found == status, done.stderr
+    return peak / 1024
 
 
 JOBS = {
@@ -79,6 +83,9 @@ PATCHED = {
     "compose": "compose p1 p2 --model model --patch p".split(),
     "verify": "verify p1".split(),
     "verify --applied": "verify tuned --patch p1 --applied".split(),
+    # Two headers that differ.
+    "revert p3": "revert named p3 --out o".split(),
+    "verify --original": "verify forget --patch p3 --original".split(),
 }
 sanitized = pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 
@@ -113,7 +120,8 @@ def many(tmp_path_factory):
         metadata = None if i < 3 else {"perta.stat": "mean"}
         made = {name: (x + np.float32(i / 100)).astype(dtype) for name, x in values.items()}
         write_folder(path / folder, made, metadata=metadata)
-    for old, new, patch in (("model", "tuned", "p1"), ("tuned", "base", "p2")):
+    write_folder(path / "named", values, metadata={"another": "header"})
+    for old, new, patch in (("model", "tuned", "p1"), ("tuned", "base", "p2"), ("forget", "named", "p3")):
         subprocess.run([PERTA, "diff", old, new, "--patch", patch, "--quiet"], cwd=path, check=True)
     return path
 
@@ -130,6 +138,38 @@ def test_a_budget_named_for_very_many_tensors_is_kept(perta, many, tmp_path, job
     budget = needed(perta, command)
     peak = peak_mib([*command, "--memory", budget, "--io", "pread", "--threads", "2"], tmp_path)
     assert peak <= int(budget.rstrip("M")) <= 256
+
+
+def damage_every_frame(patch):
+    """Of the one file in it; the table says where they are (docs/patch-format.md)."""
+    path = patch / "model.safetensors.perta"
+    data = bytearray(path.read_bytes())
+    (n,) = struct.unpack_from("<Q", data, len(data) - 24)
+    for i in range(n):
+        at, length = struct.unpack_from("<QI", data, len(data) - 24 - 48 * (n - i))
+        if length:
+            data[at + length - 1] ^= 1
+    path.write_bytes(data)
+
+
+DIFFERING = {
+    "a patch": "verify damaged".split(),
+    "a model": "verify model --patch p1 --applied".split(),
+    "a folder": "verify model --manifest tuned.json".split(),
+}
+
+
+@sanitized
+@pytest.mark.parametrize("what", DIFFERING)
+def test_a_list_of_very_many_differences_is_within_the_budget(perta, many, tmp_path, what):
+    for folder in many.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    shutil.copytree(many / "p1", tmp_path / "damaged")
+    damage_every_frame(tmp_path / "damaged")
+    (tmp_path / "tuned.json").write_text(perta("manifest", "tuned").stdout)
+    budget = needed(perta, DIFFERING[what])
+    command = [*DIFFERING[what], "--memory", budget, "--io", "pread", "--threads", "2"]
+    assert peak_mib(command, tmp_path, status=1) <= int(budget.rstrip("M"))
 
 
 @sanitized
