@@ -146,43 +146,68 @@ static bool table_is_sound(const struct perta_ahead *a, const struct batch *batc
     return sum == batch->len_bytes;
 }
 
-/* The batch in the log, if all of it is there: else nothing of it was written to the files. */
-static bool batch_is_whole(struct perta_ahead *a, int fd, struct batch *batch)
+/* Head and table of the batch in the log. *whole: they are. */
+static int read_table(struct perta_ahead *a, int fd, struct batch *batch, bool *whole,
+                      struct perta_err *err)
 {
-    struct perta_err ignored = {0};
-    if (perta_pread_all(fd, batch, sizeof *batch, PERTA_BLOCK_BYTES, a->path, &ignored) ||
-        memcmp(batch->magic, MAGIC, sizeof batch->magic) || batch->n_extents > EXTENTS_MAX ||
-        batch->hash != perta_hash64(batch, offsetof(struct batch, hash)))
-        return false;
+    int rc = perta_pread_all(fd, batch, sizeof *batch, PERTA_BLOCK_BYTES, a->path, err);
+    *whole = !rc && !memcmp(batch->magic, MAGIC, sizeof batch->magic) &&
+             batch->n_extents <= EXTENTS_MAX &&
+             batch->hash == perta_hash64(batch, offsetof(struct batch, hash));
+    if (!*whole)
+        return rc;
     uint64_t table_bytes = batch->n_extents * sizeof *a->extents;
-    if (perta_pread_all(fd, a->extents, table_bytes, PERTA_BLOCK_BYTES + sizeof *batch, a->path,
-                        &ignored) ||
-        batch->hash_table != perta_hash64(a->extents, table_bytes) ||
-        !table_is_sound(a, batch, a->extents))
-        return false;
+    rc = perta_pread_all(fd, a->extents, table_bytes, PERTA_BLOCK_BYTES + sizeof *batch, a->path,
+                         err);
+    *whole = !rc && batch->hash_table == perta_hash64(a->extents, table_bytes) &&
+             table_is_sound(a, batch, a->extents);
+    return rc;
+}
+
+/* Are its bytes there? */
+static int check_bytes(struct perta_ahead *a, int fd, const struct batch *batch, bool *whole,
+                       struct perta_err *err)
+{
     struct perta_digest *digest = perta_digest_new(false);
     char xxh128[PERTA_XXH128_HEX] = "";
-    bool good = digest;
-    for (uint64_t at = 0; good && at < batch->len_bytes; at += PIECE_BYTES) {
+    int rc = digest ? 0 : perta_fail_sys(err, ENOMEM, "%s", a->path);
+    for (uint64_t at = 0; !rc && at < batch->len_bytes; at += PIECE_BYTES) {
         uint64_t left = batch->len_bytes - at, n = left < PIECE_BYTES ? left : PIECE_BYTES;
-        good = !perta_pread_all(fd, a->buf, n, BYTES_AT + at, a->path, &ignored);
-        if (good)
+        rc = perta_pread_all(fd, a->buf, n, BYTES_AT + at, a->path, err);
+        if (!rc)
             perta_digest_update(digest, a->buf, n);
     }
-    if (good)
+    if (!rc)
         perta_digest_xxh128(digest, xxh128);
     perta_digest_free(digest);
-    return good && !strncmp(xxh128, batch->xxh128, sizeof xxh128);
+    *whole = !rc && !strncmp(xxh128, batch->xxh128, sizeof xxh128);
+    return rc;
+}
+
+/* The batch in the log, *whole if all of it is there: else nothing of it was written to the files.
+ * What cannot be read may be there: an error, for the next batch would be written over it. */
+static int read_batch(struct perta_ahead *a, int fd, struct batch *batch, bool *whole,
+                      struct perta_err *err)
+{
+    struct perta_err why = {0};
+    int rc = read_table(a, fd, batch, whole, &why);
+    if (*whole)
+        rc = check_bytes(a, fd, batch, whole, &why);
+    if (rc != PERTA_ESYS)
+        return 0; /* it ends too early */
+    *err = why;
+    return rc;
 }
 
 /* Write the batch of a log again: where it was written already, it is the same bytes. */
 static int write_again(struct perta_ahead *a, int fd, struct perta_err *err)
 {
     struct batch batch;
-    if (!batch_is_whole(a, fd, &batch))
-        return 0;
+    bool whole;
+    int rc = read_batch(a, fd, &batch, &whole, err);
+    if (!whole)
+        return rc;
     uint64_t at = BYTES_AT;
-    int rc = 0;
     for (uint32_t i = 0; i < batch.n_extents && !rc; i++) {
         const struct perta_ahead_extent *e = &a->extents[i];
         for (uint64_t done = 0; done < e->len_bytes && !rc; done += PIECE_BYTES) {

@@ -1,6 +1,5 @@
 #include "io/checkpoint.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <limits.h>
 #include <stdio.h>
@@ -237,23 +236,22 @@ static int check_index(const struct perta_checkpoint *ck, struct perta_err *err)
 
 /* ---- folders without one ---- */
 
-static int list_shards(const char *folder, char ***names, size_t *n, struct perta_err *err)
+struct names {
+    char **all; /* (n) */
+    size_t n;
+};
+
+static int add_name(void *ctx, const char *name, struct perta_err *err)
 {
-    DIR *dir = opendir(folder);
-    if (!dir)
-        return perta_fail_sys(err, errno, "%s", folder);
-    int rc = 0;
-    for (const struct dirent *entry; !rc && (entry = readdir(dir));) {
-        if (entry->d_name[0] == '.' || !ends_in(entry->d_name, SUFFIX))
-            continue;
-        char **grown = realloc(*names, (*n + 1) * sizeof *grown);
-        if (grown)
-            *names = grown;
-        if (!grown || !((*names)[(*n)++] = strdup(entry->d_name)))
-            rc = perta_fail_sys(err, ENOMEM, "%s", folder);
-    }
-    closedir(dir);
-    return rc;
+    struct names *names = ctx;
+    if (*name == '.' || !ends_in(name, SUFFIX))
+        return 0;
+    char **grown = realloc(names->all, (names->n + 1) * sizeof *grown);
+    names->all = grown ? grown : names->all;
+    if (!grown || !(names->all[names->n] = strdup(name)))
+        return perta_fail_sys(err, ENOMEM, "%s", name);
+    names->n++;
+    return 0;
 }
 
 static int none_found(const char *folder, struct perta_err *err)
@@ -283,14 +281,14 @@ static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
                           "--tuned, for anything else merge it into its base first "
                           "(merge_and_unload, save_pretrained)",
                           ck->path);
-    char **names = NULL;
-    size_t n = 0;
-    int rc = list_shards(ck->path, &names, &n, err);
+    struct names names = {0};
+    int rc = perta_folder_each(ck->path, add_name, &names, err);
     if (!rc)
-        rc = n ? add_shards(ck, (const char **)names, n, err) : none_found(ck->path, err);
-    for (size_t i = 0; i < n; i++)
-        free(names[i]);
-    free(names);
+        rc = names.n ? add_shards(ck, (const char **)names.all, names.n, err)
+                     : none_found(ck->path, err);
+    for (size_t i = 0; i < names.n; i++)
+        free(names.all[i]);
+    free(names.all);
     return rc;
 }
 
@@ -393,11 +391,9 @@ static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
 static int open_any(struct perta_checkpoint *ck, struct perta_err *err)
 {
     struct stat st;
-    if (stat(ck->path, &st))
-        return errno == ENOENT || errno == ENOTDIR
-                   ? perta_fail(err, PERTA_EINPUT, "%s: no such file or folder", ck->path)
-                   : perta_fail_sys(err, errno, "%s", ck->path);
-    int rc = S_ISDIR(st.st_mode) ? open_folder(ck, err) : open_single(ck, err);
+    int rc = perta_path_stat(ck->path, &st, err);
+    if (!rc)
+        rc = S_ISDIR(st.st_mode) ? open_folder(ck, err) : open_single(ck, err);
     if (!rc)
         rc = sort_by_name(ck, err);
     if (!rc && ck->index)

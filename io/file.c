@@ -1,5 +1,6 @@
 #include "io/file.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -49,9 +50,10 @@ static int open_either_way(struct perta_file *file, const char *path, int flags,
 int perta_open_regular(const char *path, struct stat *st, struct perta_err *err)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-    if (fd < 0 && (errno == ENOENT || errno == ELOOP || errno == ENXIO))
+    bool missing = fd < 0 && (errno == ENOENT || errno == ENOTDIR);
+    if (missing || (fd < 0 && (errno == ELOOP || errno == ENXIO)))
         return perta_fail(err, PERTA_EINPUT, "%s: %s", path,
-                          errno == ENOENT ? "no such file" : "not a regular file");
+                          missing ? "no such file" : "not a regular file");
     if (fd < 0)
         return perta_fail_sys(err, errno, "%s", path);
     int rc = 0;
@@ -159,6 +161,37 @@ out:
     if (fd >= 0)
         close(fd);
     return asked ? (double)hits / asked : 0;
+}
+
+int perta_path_stat(const char *path, struct stat *st, struct perta_err *err)
+{
+    if (!stat(path, st))
+        return 0;
+    return errno == ENOENT || errno == ENOTDIR
+               ? perta_fail(err, PERTA_EINPUT, "%s: no such file or folder", path)
+               : perta_fail_sys(err, errno, "%s", path);
+}
+
+int perta_folder_each(const char *path,
+                      int (*each)(void *ctx, const char *name, struct perta_err *err), void *ctx,
+                      struct perta_err *err)
+{
+    DIR *dir = opendir(path);
+    if (!dir)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = 0;
+    while (!rc) {
+        errno = 0;
+        const struct dirent *entry = readdir(dir);
+        if (!entry && errno)
+            rc = perta_fail_sys(err, errno, "%s", path);
+        if (!entry)
+            break;
+        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
+            rc = each(ctx, entry->d_name, err);
+    }
+    closedir(dir);
+    return rc;
 }
 
 int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, const char *path,

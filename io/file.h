@@ -49,6 +49,14 @@ PERTA_API bool perta_file_can_direct(const char *path);
 /* Share of the file's pages that are in the page cache, 0 to 1, from a sample. */
 PERTA_API double perta_file_cached_share(const char *path);
 
+/* stat(2) of what a command names: PERTA_EINPUT where nothing is there. */
+int perta_path_stat(const char *path, struct stat *st, struct perta_err *err);
+/* Every name in the folder at path but "." and ".." to each(ctx, name, err), in any order, until it
+ * returns other than 0. */
+int perta_folder_each(const char *path,
+                      int (*each)(void *ctx, const char *name, struct perta_err *err), void *ctx,
+                      struct perta_err *err);
+
 /* Read the whole range with plain preads; a shorter file is PERTA_EINPUT. */
 PERTA_API int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes,
                               const char *path, struct perta_err *err);

@@ -40,17 +40,23 @@ static char *line_of(const json_t *record)
     return line;
 }
 
-/* The record in the line at text (len bytes without its newline); NULL: it is none. */
-static json_t *record_of(const char *text, size_t len)
+/* The record in the line at text (len bytes), the caller's; NULL: it is none. */
+static int record_of(const char *text, size_t len, const char *path, json_t **record,
+                     struct perta_err *err)
 {
     char hex[PREFIX_BYTES + 1];
-    if (len < PREFIX_BYTES)
-        return NULL;
+    json_error_t why;
+    *record = NULL;
+    if (len <= PREFIX_BYTES || text[--len] != '\n')
+        return 0;
     uint64_t hash = perta_hash64(text + PREFIX_BYTES, len - PREFIX_BYTES);
     snprintf(hex, sizeof hex, "%016llx ", (unsigned long long)hash);
     if (memcmp(hex, text, PREFIX_BYTES) != 0)
-        return NULL;
-    return json_loadb(text + PREFIX_BYTES, len - PREFIX_BYTES, JSON_REJECT_DUPLICATES, NULL);
+        return 0;
+    *record = json_loadb(text + PREFIX_BYTES, len - PREFIX_BYTES, JSON_REJECT_DUPLICATES, &why);
+    return *record || json_error_code(&why) != json_error_out_of_memory
+               ? 0
+               : perta_fail_sys(err, ENOMEM, "%s", path);
 }
 
 /* Every whole record from the start of the file on, to use, which may keep it. *good: their bytes,
@@ -60,21 +66,22 @@ static int read_records(int fd, const char *path, perta_journal_use use, void *c
 {
     char *line = NULL;
     size_t room = 0;
-    ssize_t len;
+    ssize_t len = 0;
     int copy = dup(fd), rc = 0;
     FILE *file = copy < 0 || lseek(copy, 0, SEEK_SET) < 0 ? NULL : fdopen(copy, "r");
     *good = 0;
     if (!file)
         rc = perta_fail_sys(err, errno, "%s", path);
     while (!rc && (len = getline(&line, &room, file)) > 0) {
-        json_t *record = line[len - 1] == '\n' ? record_of(line, (size_t)len - 1) : NULL;
+        json_t *record;
+        rc = record_of(line, (size_t)len, path, &record, err);
         if (!record)
             break;
         *good += (size_t)len;
         rc = use(ctx, record, err);
         json_decref(record);
     }
-    if (!rc && file && ferror(file))
+    if (!rc && len < 0 && !feof(file)) /* it could not be read, or memory was short */
         rc = perta_fail_sys(err, errno, "%s", path);
     free(line);
     if (file)
@@ -369,7 +376,9 @@ bool perta_journal_found(const char *path)
         read_records(fd, beside, keep_ends, &ends, &good, &err);
     if (fd >= 0)
         close(fd);
-    bool found = ends.last; /* before its first commit a run has nothing to go on with */
+    /* Before its first commit a run has nothing to go on with. What cannot be read may have more:
+     * whoever goes on with it is told, and does not start over. */
+    bool found = ends.last || err.code == PERTA_ESYS;
     free(beside);
     json_decref(ends.first);
     json_decref(ends.last);

@@ -1,8 +1,6 @@
 #include "stream/manifest.h"
 
-#include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -154,6 +152,26 @@ static int add_entry(struct job *job, const char *dir, const char *name, struct 
     return 0;
 }
 
+/* A folder's files but skip, which need not be there (st_ino 0). */
+struct listing {
+    struct job *job;
+    const char *dir;
+    struct stat skip;
+};
+
+static int list_entry(void *ctx, const char *name, struct perta_err *err)
+{
+    const struct listing *l = ctx;
+    struct stat st;
+    char *path = perta_path_join(l->dir, name);
+    if (!path)
+        return perta_fail_sys(err, ENOMEM, "%s", name);
+    bool listed = !stat(path, &st) && S_ISREG(st.st_mode) &&
+                  (st.st_dev != l->skip.st_dev || st.st_ino != l->skip.st_ino);
+    free(path);
+    return listed ? add_entry(l->job, l->dir, name, err) : 0;
+}
+
 static int by_name(const void *a, const void *b)
 {
     return strcmp(((const struct entry *)a)->name, ((const struct entry *)b)->name);
@@ -161,23 +179,15 @@ static int by_name(const void *a, const void *b)
 
 static int list(struct job *job, const char *path, const char *skip, struct perta_err *err)
 {
-    struct stat st, skipped = {0};
-    if (stat(path, &st))
-        return perta_fail_sys(err, errno, "%s", path);
-    if (S_ISREG(st.st_mode))
+    struct listing listing = {.job = job, .dir = path};
+    struct stat st;
+    int rc = perta_path_stat(path, &st, err);
+    if (!rc && S_ISREG(st.st_mode))
         return add_entry(job, NULL, path, err);
-    bool skips = skip && !stat(skip, &skipped);
-    DIR *dir = opendir(path);
-    if (!dir)
-        return perta_fail_sys(err, errno, "%s", path);
-    int rc = 0;
-    for (struct dirent *d; !rc && (d = readdir(dir));) {
-        if (fstatat(dirfd(dir), d->d_name, &st, 0) || !S_ISREG(st.st_mode) ||
-            (skips && st.st_dev == skipped.st_dev && st.st_ino == skipped.st_ino))
-            continue;
-        rc = add_entry(job, path, d->d_name, err);
-    }
-    closedir(dir);
+    if (skip && stat(skip, &listing.skip))
+        listing.skip = (struct stat){0};
+    if (!rc)
+        rc = perta_folder_each(path, list_entry, &listing, err);
     if (!rc && !job->n)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no files in it", path);
     if (job->n)
@@ -186,15 +196,19 @@ static int list(struct job *job, const char *path, const char *skip, struct pert
 }
 
 /* A damaged header is no error here: the file's own digest will tell. */
-static void try_header(struct entry *e)
+static int try_header(struct entry *e, struct perta_err *err)
 {
-    struct perta_err ignored = {0};
-    int fd = ends_with(e->name, ".safetensors") ? open(e->path, O_RDONLY | O_CLOEXEC) : -1;
+    struct perta_err why = {0};
     struct stat st;
-    if (fd >= 0 && !fstat(fd, &st))
-        perta_safetensors_read(fd, (uint64_t)st.st_size, e->path, &e->header, &ignored);
-    if (fd >= 0)
-        close(fd);
+    if (!ends_with(e->name, ".safetensors"))
+        return 0;
+    int fd = perta_open_regular(e->path, &st, err);
+    if (fd < 0)
+        return fd;
+    if (perta_safetensors_read(fd, (uint64_t)st.st_size, e->path, &e->header, &why) == PERTA_ESYS)
+        *err = why;
+    close(fd);
+    return err->code;
 }
 
 static int open_stream(struct job *job, const struct perta_run *run,
@@ -206,16 +220,18 @@ static int open_stream(struct job *job, const struct perta_run *run,
     const char **paths = calloc(job->n, sizeof *paths);
     if (!paths)
         return perta_fail_sys(err, ENOMEM, "manifest");
-    for (size_t i = 0; i < job->n; i++) {
+    int rc = 0;
+    for (size_t i = 0; i < job->n && !rc; i++) {
         struct stat st;
         paths[i] = job->entries[i].path;
-        try_header(&job->entries[i]);
+        rc = try_header(&job->entries[i], err);
         if (job->entries[i].header)
             sizes.later_bytes += job->entries[i].header->n_tensors * TENSOR_BYTES;
         if (!stat(paths[i], &st))
             sizes.total_bytes += (uint64_t)st.st_size;
     }
-    int rc = perta_stream_open(run, &sizes, paths, job->n, 0, stream, err);
+    if (!rc)
+        rc = perta_stream_open(run, &sizes, paths, job->n, 0, stream, err);
     free(paths);
     for (size_t i = 0; i < job->n && !rc; i++) {
         struct entry *e = &job->entries[i];

@@ -1,6 +1,5 @@
 #include "stream/model_out.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -106,21 +105,27 @@ static bool is_shard(const struct perta_checkpoint *ck, const char *name)
     return false;
 }
 
-static int copy_entry(struct perta_model_out *out, const struct perta_checkpoint *from,
-                      const char *name, json_t *skipped, struct perta_err *err)
+struct copy {
+    struct perta_model_out *out;
+    const struct perta_checkpoint *from;
+    json_t *skipped;
+};
+
+static int copy_entry(void *ctx, const char *name, struct perta_err *err)
 {
+    const struct copy *copy = ctx;
     struct stat st;
-    if (is_shard(from, name))
+    if (is_shard(copy->from, name))
         return 0;
-    char *path = perta_path_join(from->path, name);
+    char *path = perta_path_join(copy->from->path, name);
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     int rc = 0;
     struct perta_err ignored = {0};
-    if (is_weights(name) || perta_check_link(from->path, path, &ignored)) {
-        json_array_append_new(skipped, perta_text_json("%s", name));
+    if (is_weights(name) || perta_check_link(copy->from->path, path, &ignored)) {
+        json_array_append_new(copy->skipped, perta_text_json("%s", name));
     } else if (!stat(path, &st) && S_ISREG(st.st_mode)) {
-        rc = perta_publish_copy(&out->folder, path, name, err);
+        rc = perta_publish_copy(&copy->out->folder, path, name, err);
     }
     free(path);
     return rc;
@@ -132,15 +137,7 @@ int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_ch
     struct stat st;
     if (!out->has_folder || stat(from->path, &st) || !S_ISDIR(st.st_mode))
         return 0;
-    DIR *dir = opendir(from->path);
-    if (!dir)
-        return perta_fail_sys(err, errno, "%s", from->path);
-    int rc = 0;
-    for (struct dirent *entry; !rc && (entry = readdir(dir));)
-        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
-            rc = copy_entry(out, from, entry->d_name, skipped, err);
-    closedir(dir);
-    return rc;
+    return perta_folder_each(from->path, copy_entry, &(struct copy){out, from, skipped}, err);
 }
 
 /* ---- for a journal ---- */

@@ -167,10 +167,9 @@ static const char *base_name(const char *path)
 static int find_shards(struct job *job, struct perta_err *err)
 {
     struct stat st;
-    if (stat(job->model, &st))
-        return errno == ENOENT || errno == ENOTDIR
-                   ? perta_fail(err, PERTA_EINPUT, "%s: no such file or folder", job->model)
-                   : perta_fail_sys(err, errno, "%s", job->model);
+    int rc = perta_path_stat(job->model, &st, err);
+    if (rc)
+        return rc;
     job->shards = calloc(job->patch.n_shards + 1, sizeof *job->shards);
     if (!job->shards)
         return perta_fail_sys(err, ENOMEM, "%s", job->model);
@@ -185,7 +184,7 @@ static int find_shards(struct job *job, struct perta_err *err)
             job->shards[i].path = strdup(job->model);
         if (!job->shards[i].path && !is_file)
             return perta_fail_sys(err, ENOMEM, "%s", name);
-        int rc = look_at(job, i, err);
+        rc = look_at(job, i, err);
         if (rc)
             return rc;
     }

@@ -67,48 +67,55 @@ static json_t *without_tensors(const char *text, size_t len_bytes)
     return NULL;
 }
 
-/* manifest.json's text, the caller's; NULL: *why is what is wrong, without its path. */
-static char *read_text(const char *dir, size_t *len_bytes, json_error_t *why)
+/* The whole text of the file at path, the caller's (free). */
+static int read_text(const char *path, char **text, size_t *len_bytes, struct perta_err *err)
 {
-    char *path = perta_path_join(dir, "manifest.json"), *text = NULL;
-    struct perta_err err = {0};
     struct stat st;
-    int fd = path ? perta_open_regular(path, &st, &err) : -1;
-    if (fd >= 0) {
-        *len_bytes = (size_t)st.st_size;
-        text = malloc(*len_bytes + 1);
-        if (text && perta_pread_all(fd, text, *len_bytes, 0, path, &err)) {
-            free(text);
-            text = NULL;
-        }
-        close(fd);
-    }
-    size_t at = path ? strlen(path) + 2 : 0, len = strlen(err.msg); /* what follows the path */
-    if (!text)
-        snprintf(why->text, sizeof why->text, "%s",
-                 err.code ? err.msg + (at < len ? at : len) : "no memory");
-    free(path);
-    return text;
+    *text = NULL;
+    int fd = perta_open_regular(path, &st, err);
+    if (fd < 0)
+        return fd;
+    *len_bytes = (size_t)st.st_size;
+    *text = malloc(*len_bytes + 1);
+    int rc = *text ? perta_pread_all(fd, *text, *len_bytes, 0, path, err)
+                   : perta_fail_sys(err, ENOMEM, "%s", path);
+    close(fd);
+    return rc;
 }
 
-/* whole: with what it says of the tensors. */
-static json_t *load_manifest(const char *dir, bool whole, struct perta_digest_hex *hex,
-                             json_error_t *why)
+static int parse_text(const char *path, const char *text, size_t len_bytes, bool whole,
+                      json_t **manifest, struct perta_err *err)
+{
+    json_error_t why;
+    *manifest = whole ? NULL : without_tensors(text, len_bytes);
+    if (!*manifest)
+        *manifest = json_loadb(text, len_bytes, JSON_REJECT_DUPLICATES, &why);
+    if (*manifest)
+        return 0;
+    return json_error_code(&why) == json_error_out_of_memory
+               ? perta_fail_sys(err, ENOMEM, "%s", path)
+               : perta_fail(err, PERTA_EINPUT, "%s: %s", path, why.text);
+}
+
+/* manifest.json and its digest, the caller's. whole: with what it says of the tensors. */
+static int load_manifest(const char *dir, bool whole, json_t **manifest,
+                         struct perta_digest_hex *hex, struct perta_err *err)
 {
     size_t len_bytes = 0;
-    char *text = read_text(dir, &len_bytes, why);
+    char *path = perta_path_join(dir, "manifest.json"), *text = NULL;
     struct perta_digest *digest = perta_digest_new(true);
-    json_t *manifest = NULL;
-    if (text && digest) {
+    *manifest = NULL;
+    int rc = path && digest ? read_text(path, &text, &len_bytes, err)
+                            : perta_fail_sys(err, ENOMEM, "%s", dir);
+    if (!rc) {
         perta_digest_update(digest, text, len_bytes);
         perta_digest_finish(digest, hex);
-        manifest = whole ? NULL : without_tensors(text, len_bytes);
-        if (!manifest)
-            manifest = json_loadb(text, len_bytes, JSON_REJECT_DUPLICATES, why);
+        rc = parse_text(path, text, len_bytes, whole, manifest, err);
     }
     perta_digest_free(digest);
     free(text);
-    return manifest;
+    free(path);
+    return rc;
 }
 
 static bool says_patch(const json_t *manifest)
@@ -119,10 +126,12 @@ static bool says_patch(const json_t *manifest)
 
 bool perta_patch_in_is_patch(const char *path)
 {
-    json_error_t why;
+    struct perta_err why = {0};
     struct perta_digest_hex hex;
-    json_t *manifest = load_manifest(path, false, &hex, &why);
-    bool is = says_patch(manifest);
+    json_t *manifest;
+    /* What cannot be read may be one: whoever opens it is told. */
+    bool is = load_manifest(path, false, &manifest, &hex, &why) == PERTA_ESYS;
+    is = is || says_patch(manifest);
     json_decref(manifest);
     return is;
 }
@@ -216,14 +225,17 @@ static int read_shards(struct perta_patch_in *in, const struct on_damage *on,
 static int open_patch(struct perta_patch_in *in, const char *path, const struct on_damage *on,
                       struct perta_err *err)
 {
-    json_error_t why;
+    struct perta_err why = {0};
     *in = (struct perta_patch_in){.path = strdup(path)};
     if (!in->path)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    in->manifest = load_manifest(path, false, &in->manifest_digest, &why);
-    if (!in->manifest)
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s; is it a patch folder?", path,
-                          why.text);
+    int rc = load_manifest(path, false, &in->manifest, &in->manifest_digest, &why);
+    if (rc == PERTA_EINPUT)
+        return perta_fail(err, rc, "%s; is it a patch folder?", why.msg);
+    if (rc) {
+        *err = why;
+        return rc;
+    }
     if (!says_patch(in->manifest))
         return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: not of a perta patch", path);
     json_int_t version = json_integer_value(json_object_get(in->manifest, "version"));
@@ -249,10 +261,9 @@ int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
 int perta_patch_in_record(const struct perta_patch_in *in, json_t **record, struct perta_err *err)
 {
     struct perta_digest_hex hex;
-    json_error_t why;
-    *record = load_manifest(in->path, true, &hex, &why);
-    if (!*record)
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s", in->path, why.text);
+    int rc = load_manifest(in->path, true, record, &hex, err);
+    if (rc)
+        return rc;
     if (!strcmp(hex.sha256, in->manifest_digest.sha256))
         return 0;
     json_decref(*record);

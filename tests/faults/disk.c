@@ -99,15 +99,21 @@ static void cut_off(const char *dir)
 }
 
 /* An operation of that kind is about to be done. True: it fails, errno says why. */
+static bool read_fails(const char *kind)
+{
+    int error = fault_strikes(kind);
+    errno = error ? error : errno;
+    return error;
+}
+
+/* The same of one that changes a file system. */
 static bool fails(const char *kind)
 {
     const struct fault_plan *p = fault_plan();
     static uint64_t n;
     if (p->shutdown && __atomic_add_fetch(&n, 1, __ATOMIC_RELAXED) == p->shutdown_at)
         cut_off(p->shutdown);
-    int error = fault_strikes(kind);
-    errno = error ? error : errno;
-    return error;
+    return read_fails(kind);
 }
 
 int __real_open64(const char *path, int flags, ...);
@@ -279,7 +285,29 @@ WRAP(ssize_t, pread64, int fd, void *data, size_t len, off_t off)
         errno = EINTR;
         return -1;
     }
-    return __real_pread64(fd, data, len, off);
+    return read_fails("pread") ? -1 : __real_pread64(fd, data, len, off);
+}
+
+/* What is not read by offset: small files and their lines, names in folders. */
+WRAP(ssize_t, read, int fd, void *data, size_t len)
+{
+    return is_regular(fd) && read_fails("text") ? -1 : __real_read(fd, data, len);
+}
+
+WRAP(ssize_t, getline, char **line, size_t *room, FILE *file)
+{
+    return read_fails("text") ? -1 : __real_getline(line, room, file);
+}
+
+/* What it is when it is optimized. */
+WRAP(ssize_t, __getdelim, char **line, size_t *room, int delimiter, FILE *file)
+{
+    return read_fails("text") ? -1 : __real___getdelim(line, room, delimiter, file);
+}
+
+WRAP(struct dirent64 *, readdir64, DIR *dir)
+{
+    return read_fails("list") ? NULL : __real_readdir64(dir);
 }
 
 WRAP(int, fsync, int fd)

@@ -5,9 +5,11 @@ right bytes, or says what failed, leaves its inputs as they are and goes on with
 The long tier (PERTA_LONG=1) takes two thousand seeds; PERTA_SEEDS=FROM-TO takes those."""
 
 import errno
+import json
 import os
 import random
 import shutil
+import time
 
 import pytest
 from conftest import LONG, PERTA
@@ -22,6 +24,9 @@ ERRORS = {
     "read": [errno.EIO, errno.ENOMEM],
     "write": [errno.EIO, errno.ENOSPC, errno.EDQUOT],
     "put": [errno.EIO, errno.ENOSPC],
+    "pread": [errno.EIO],
+    "text": [errno.EIO],
+    "list": [errno.EIO],
     "sync": [errno.EIO, errno.ENOSPC],
     "create": [errno.ENOSPC, errno.EMFILE, errno.EROFS],
     "mkdir": [errno.ENOSPC, errno.EACCES],
@@ -110,6 +115,58 @@ def test_scratch_that_cannot_be_removed_is_not_published(inputs, wanted):
     assert not any((inputs / "out" / name).exists() for name in ("mean", "meansq"))
     run(inputs, *VERBS["estimate"], "--resume")
     assert folder_bytes(inputs / "out") == wanted["estimate"] and not leftovers(inputs)
+    clear(inputs)
+
+
+def test_a_journal_that_cannot_be_read_is_not_started_over(inputs, wanted):
+    env = EAGER | {"PERTA_FAULTS": f"fast=1,fail=write:4:{errno.ENOSPC}"}
+    run(inputs, *VERBS["unlearn"], "--io", "pread", env=env, perta=FAULTY, status=4)
+    journal, partial = inputs / "out.perta-journal", inputs / "out.perta-partial"
+    kept, files = journal.read_bytes(), folder_bytes(partial)
+    lines = kept.count(b"\n") + 1  # and the end: it is read four times
+    assert lines > 2
+    started = json.loads(kept[17:].split(b"\n")[0])["started"]
+    time.sleep(1.1)
+    failed = 0
+    for n in (1, 2, lines + 1, 2 * lines + 1, 2 * lines + 2, 3 * lines + 2):
+        clear(inputs)
+        partial.mkdir()
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        journal.write_bytes(kept)
+        env = EAGER | {"PERTA_FAULTS": f"fast=1,fail=text:{n}:{errno.EIO}"}
+        said = run(inputs, *VERBS["unlearn"], "--resume", "--json", env=env, perta=FAULTY, status=None)
+        if said.returncode:
+            assert said.returncode == 4 and os.strerror(errno.EIO) in said.stderr
+            assert journal.read_bytes() == kept
+        else:
+            assert folder_bytes(inputs / "out") == wanted["unlearn"] and not leftovers(inputs)
+            assert json.loads(said.stdout)["started"] == started
+        failed += said.returncode != 0
+    assert failed
+    clear(inputs)
+
+
+def test_in_place_a_journal_that_cannot_be_read_is_no_damage(inputs):
+    """What it holds is not passed over, for then the model would be neither of the two."""
+    half, command = inputs / "out-half", ["out", "p1", "--in-place", "--io", "direct"]
+    shutil.copytree(inputs / "model", inputs / "out")
+    env = os.environ | {"PERTA_FAULTS": f"fast=1,fail=pwrite:4:{errno.EIO}"}
+    run(inputs, "apply", *command, env=env, perta=FAULTY, status=4)
+    (inputs / "out").rename(half)
+    failed = 0
+    for n in range(1, 50):
+        shutil.copytree(half, inputs / "out")
+        env = os.environ | {"PERTA_FAULTS": f"fast=1,fail=pread:{n}:{errno.EIO}"}
+        done = run(inputs, "apply", *command, env=env, perta=FAULTY, status=None)
+        assert done.returncode in (0, 4), done
+        assert not done.returncode or os.strerror(errno.EIO) in done.stderr, done
+        if done.returncode:
+            run(inputs, "apply", *command)
+        assert folder_bytes(inputs / "out") == folder_bytes(inputs / "tuned")
+        shutil.rmtree(inputs / "out")
+        failed += done.returncode != 0
+    assert failed > 10
     clear(inputs)
 
 
