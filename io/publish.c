@@ -116,6 +116,15 @@ static int check_target(const char *path, bool force, bool *replace, struct pert
     return 0;
 }
 
+/* Is ".." one of its names? */
+static bool goes_up(const char *path)
+{
+    for (const char *at = path; (at = strstr(at, "/..")); at += 3)
+        if (!at[3] || at[3] == '/')
+            return true;
+    return false;
+}
+
 /* The true path of what may not exist yet: of the longest part that does, then the rest. */
 static int true_path(const char *path, char **out, struct perta_err *err)
 {
@@ -132,7 +141,7 @@ static int true_path(const char *path, char **out, struct perta_err *err)
     }
     const char *rest = real ? whole + len : "";
     int rc = 0;
-    if (strstr(rest, "/..")) /* what it means depends on what is made first */
+    if (goes_up(rest)) /* what it means depends on what is made first */
         rc = perta_fail(err, PERTA_EUSAGE, "%s: the folder before \"..\" does not exist", path);
     else if (!real || asprintf(out, "%s%s", strcmp(real, "/") ? real : "", rest) < 0)
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
@@ -394,11 +403,38 @@ int perta_publish_single(const char *path, const void *data, uint64_t len_bytes,
     return rc ? rc : perta_name_sync(path, err);
 }
 
-/* The two folders change places at once, then the old one goes. */
+/* The two folders change places, one after the other: for an instant path is nowhere. */
+static int exchange_in_turn(const struct perta_publish *out, struct perta_err *err)
+{
+    char *aside = NULL;
+    if (asprintf(&aside, "%s.perta-replaced", out->path) < 0)
+        return perta_fail_sys(err, ENOMEM, "%s", out->path);
+    int rc = remove_tree(aside) && errno != ENOENT /* of a run that was killed at that instant */
+                 ? perta_fail_sys(err, errno, "%s", aside)
+                 : 0;
+    if (!rc && rename(out->path, aside))
+        rc = perta_fail_sys(err, errno, "%s: replace", out->path);
+    if (!rc && rename(out->partial, out->path)) {
+        rc = perta_fail_sys(err, errno, "%s: replace", out->path);
+        rename(aside, out->path);
+    } else if (!rc && rename(aside, out->partial)) {
+        rc = perta_fail_sys(err, errno, "%s", aside);
+    }
+    free(aside);
+    return rc;
+}
+
+/* The two folders change places, at once where the file system can (NFS cannot), then the old one
+ * goes. */
 static int exchange(struct perta_publish *out, struct perta_err *err)
 {
-    if (renameat2(AT_FDCWD, out->partial, AT_FDCWD, out->path, RENAME_EXCHANGE))
-        return perta_fail_sys(err, errno, "%s: replace", out->path);
+    if (renameat2(AT_FDCWD, out->partial, AT_FDCWD, out->path, RENAME_EXCHANGE)) {
+        if (errno != EINVAL && errno != ENOSYS && errno != EOPNOTSUPP)
+            return perta_fail_sys(err, errno, "%s: replace", out->path);
+        int in_turn = exchange_in_turn(out, err);
+        if (in_turn)
+            return in_turn;
+    }
     out->made = false;
     int rc = perta_name_sync(out->path, err);
     if (!rc && remove_tree(out->partial))

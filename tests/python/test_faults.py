@@ -118,6 +118,15 @@ def test_scratch_that_cannot_be_removed_is_not_published(inputs, wanted):
     clear(inputs)
 
 
+def test_a_folder_is_replaced_where_two_cannot_change_places_at_once(inputs, wanted):
+    """As on NFS."""
+    run(inputs, "diff", "model", "base", "--patch", "out")
+    env = os.environ | {"PERTA_FAULTS": f"fast=1,fail=rename:1:{errno.EINVAL}"}
+    run(inputs, *VERBS["diff"], "--force", env=env, perta=FAULTY)
+    assert folder_bytes(inputs / "out") == wanted["diff"] and not leftovers(inputs)
+    clear(inputs)
+
+
 def test_a_journal_that_cannot_be_read_is_not_started_over(inputs, wanted):
     env = EAGER | {"PERTA_FAULTS": f"fast=1,fail=write:4:{errno.ENOSPC}"}
     run(inputs, *VERBS["unlearn"], "--io", "pread", env=env, perta=FAULTY, status=4)
