@@ -45,19 +45,20 @@ static bool is_inside(const char *path, const char *folder, const char *below)
     return !strncmp(path, folder, n) && !strncmp(path + n, below, m);
 }
 
-/* The Hugging Face cache keeps MODEL/snapshots/REVISION/NAME -> ../../blobs/DIGEST. */
+/* The Hugging Face cache keeps MODEL/snapshots/REVISION/NAME -> ../../blobs/DIGEST, and the same
+ * from folders in the revision, with more dots. */
 static bool is_in_cache_blobs(const char *path, const char *folder)
 {
     char model[PATH_MAX];
     snprintf(model, sizeof model, "%s", folder);
-    char *revision = strrchr(model, '/');
-    if (!revision)
-        return false;
-    *revision = '\0';
-    if (!ends_in(model, "/snapshots"))
-        return false;
-    *strrchr(model, '/') = '\0';
-    return is_inside(path, model, "/blobs/");
+    for (char *slash; (slash = strrchr(model, '/'));) {
+        *slash = '\0';
+        if (!ends_in(model, "/snapshots"))
+            continue;
+        *strrchr(model, '/') = '\0';
+        return is_inside(path, model, "/blobs/");
+    }
+    return false;
 }
 
 int perta_check_link(const char *folder, const char *path, struct perta_err *err)

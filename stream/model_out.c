@@ -114,7 +114,7 @@ struct copy {
 static int copy_entry(void *ctx, const char *name, struct perta_err *err)
 {
     const struct copy *copy = ctx;
-    struct stat st;
+    struct stat st = {0};
     if (is_shard(copy->from, name))
         return 0;
     char *path = perta_path_join(copy->from->path, name);
@@ -126,6 +126,8 @@ static int copy_entry(void *ctx, const char *name, struct perta_err *err)
         json_array_append_new(copy->skipped, perta_text_json("%s", name));
     } else if (!stat(path, &st) && S_ISREG(st.st_mode)) {
         rc = perta_publish_copy(&copy->out->folder, path, name, err);
+    } else if (S_ISDIR(st.st_mode) && *name != '.') {
+        json_array_append_new(copy->skipped, perta_text_json("%s/", name));
     }
     free(path);
     return rc;

@@ -37,8 +37,8 @@ int perta_model_out_append(struct perta_model_out *out, const void *data, uint64
 int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
                               struct perta_err *err);
 /* Copy what stands beside the shards of from: index, config, tokenizer. Other weight formats
- * stay behind (they would carry what was erased), and so do links that lead out of the folder
- * (to a file that was not meant for others, say); their names go to skipped. */
+ * stay behind (they would carry what was erased), and so do folders and links that lead out of the
+ * folder (to a file that was not meant for others, say); their names go to skipped. */
 int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_checkpoint *from,
                               json_t *skipped, struct perta_err *err);
 

@@ -214,6 +214,10 @@ START_TEST(links_within_the_folder_and_into_the_hub_cache_are_followed)
     ck_assert_ok(perta_checkpoint_open("hub/snapshots/rev", &ck, &err));
     ck_assert_uint_eq(ck->n_tensors, 2);
     perta_checkpoint_close(ck);
+    mkdir("hub/snapshots/rev/sub", 0777);
+    ck_assert_int_eq(symlink("../../../blobs/digest", "hub/snapshots/rev/sub/model.safetensors"), 0);
+    ck_assert_ok(perta_checkpoint_open("hub/snapshots/rev/sub", &ck, &err));
+    perta_checkpoint_close(ck);
     /* beside the blobs is not in them */
     mkdir("hub/blobsx", 0777);
     ck_assert_int_eq(rename("hub/blobs/digest", "hub/blobsx/digest"), 0);

@@ -352,7 +352,8 @@ void cli_say_left_behind(const struct cli *cli, const json_t *result)
     size_t i;
     json_t *name;
     json_array_foreach (json_object_get(result, "left_behind"), i, name)
-        cli_say(cli, "  left behind (weights in another format, or a link out of the folder): %s\n",
+        cli_say(cli,
+                "  left behind (weights in another format, a link out of the folder, or a folder): %s\n",
                 json_string_value(name));
 }
 

@@ -208,19 +208,22 @@ def test_what_a_terminal_would_obey_is_not_printed(perta, tmp_path):
 
 
 def test_what_a_link_leads_to_does_not_go_into_the_output(perta, tmp_path):
+    """Nor do folders; both are named."""
     (tmp_path / "secret").write_text("private key")
     for name in "ab":
         write_folder(tmp_path / name, {"x": np.arange(4, dtype=np.float32)})
         (tmp_path / name / "tokenizer.json").symlink_to("../secret")
         (tmp_path / name / "inside").write_text("inside")
         (tmp_path / name / "vocab.json").symlink_to("inside")
+        (tmp_path / name / "onnx").mkdir()
+        (tmp_path / name / ".cache").mkdir()
     perta("diff", "a", "b", "--patch", "p")
     assert "left behind" in perta("apply", "a", "p", "--out", "out").stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "inside", "model.safetensors", "vocab.json",
     ]
     result = json.loads(perta("apply", "a", "p", "--out", "o", "--json").stdout)
-    assert result["left_behind"] == ["tokenizer.json"]
+    assert sorted(result["left_behind"]) == ["onnx/", "tokenizer.json"]
 
 
 @pytest.mark.parametrize(
