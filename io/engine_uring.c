@@ -154,11 +154,22 @@ int perta_engine_uring_probe(void)
     int rc = io_uring_queue_init(4, &ring, 0);
     if (rc < 0)
         return -rc;
-    struct io_uring_cqe *cqe;
-    io_uring_prep_nop(io_uring_get_sqe(&ring));
-    rc = io_uring_submit_and_wait(&ring, 1);
+    /* A read of its own: kernels before 5.6 have rings, but only vectored ones. */
+    struct io_uring_cqe *cqe = NULL;
+    uint64_t count = 0;
+    int fd = eventfd(1, EFD_CLOEXEC);
+    if (fd < 0)
+        rc = -errno;
+    if (fd >= 0) {
+        io_uring_prep_read(io_uring_get_sqe(&ring), fd, &count, sizeof count, 0);
+        rc = io_uring_submit_and_wait(&ring, 1);
+    }
     if (rc >= 0)
         rc = io_uring_peek_cqe(&ring, &cqe);
+    if (rc >= 0)
+        rc = cqe->res;
     io_uring_queue_exit(&ring);
+    if (fd >= 0)
+        close(fd);
     return rc < 0 ? -rc : 0;
 }
