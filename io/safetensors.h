@@ -20,7 +20,7 @@ struct perta_tensor {
     char *name;
     enum perta_dtype dtype;
     uint32_t n_dims;
-    uint64_t *shape;    /* (n_dims), NULL for a scalar */
+    uint64_t *shape;    /* (n_dims); may be NULL for a scalar */
     uint64_t n_elems;   /* product of shape; 1 for a scalar */
     uint64_t off_bytes; /* from the start of the file */
     uint64_t len_bytes;

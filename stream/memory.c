@@ -17,12 +17,12 @@
 
 uint64_t perta_memory_now(void)
 {
-    unsigned long long size = 0, resident = 0, shared = 0;
+    unsigned long long size, resident;
     FILE *statm = fopen("/proc/self/statm", "re");
     if (!statm)
         return 0;
-    if (fscanf(statm, "%llu %llu %llu", &size, &resident, &shared) != 3)
-        resident = shared = 0;
+    if (fscanf(statm, "%llu %llu", &size, &resident) != 2)
+        resident = 0;
     fclose(statm);
     return (uint64_t)resident * (uint64_t)sysconf(_SC_PAGESIZE);
 }

@@ -501,8 +501,9 @@ int perta_stream_read_file(struct perta_stream *s, struct perta_file *file,
         }
         perta_engine_release(s->engine, oldest);
         used += part;
+        uint64_t so_far = used < file->len_bytes ? used : file->len_bytes;
         if (s->run.progress)
-            s->run.progress(s->run.progress_user, used, file->len_bytes);
+            s->run.progress(s->run.progress_user, so_far, file->len_bytes);
     }
     s->read_bytes += used < file->len_bytes ? used : file->len_bytes;
     struct perta_err ignored = {0};

@@ -99,7 +99,7 @@ void perta_stream_skip(struct perta_stream *stream, uint64_t done_bytes);
 PERTA_API uint64_t perta_stream_read_bytes(const struct perta_stream *stream);
 
 PERTA_API unsigned perta_run_threads(const struct perta_run *run);
-/* Resident memory of the process without file pages, now. */
+/* Resident memory of the process, now, in bytes; mapped files count. 0 where /proc is missing. */
 PERTA_API uint64_t perta_memory_now(void);
 
 #endif
