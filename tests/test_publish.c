@@ -194,6 +194,7 @@ START_TEST(outputs_lie_apart_from_inputs_and_each_other)
         {{"o", "o/p"}, {NULL, NULL}, false},
         {{"o/p", "o"}, {NULL, NULL}, false},
         {{"none/../m", NULL}, {"m", NULL}, false},
+        {{"none/..m", "..o"}, {"m", NULL}, true},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct perta_err e = {0};
