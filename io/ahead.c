@@ -45,11 +45,6 @@ struct batch {
       PERTA_BLOCK_BYTES - 1) / PERTA_BLOCK_BYTES * PERTA_BLOCK_BYTES)
 #define BYTES_AT (PERTA_BLOCK_BYTES + TABLE_BYTES)
 
-uint64_t perta_ahead_memory(uint64_t room_bytes)
-{
-    return TABLE_BYTES + perta_align_up(room_bytes, PERTA_BLOCK_BYTES);
-}
-
 /* ---- reading and writing ---- */
 
 static int write_at(int fd, const char *path, const uint8_t *data, uint64_t len_bytes,
@@ -274,7 +269,7 @@ int perta_ahead_open(struct perta_ahead *a, const char *folder, const char *id,
     };
     for (uint32_t i = 0; a->plain && i < n_files; i++)
         a->plain[i] = -1;
-    uint64_t memory = perta_ahead_memory(a->room_bytes);
+    uint64_t memory = TABLE_BYTES + a->room_bytes;
     if (!a->plain || !a->extents || asprintf(&a->path, "%s/" PERTA_AHEAD_NAME, folder) < 0 ||
         asprintf(&a->partial, "%s" PERTA_PARTIAL_SUFFIX, a->path) < 0 ||
         posix_memalign((void **)&a->buf, PERTA_BLOCK_BYTES, memory))

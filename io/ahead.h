@@ -39,9 +39,6 @@ struct perta_ahead {
     uint64_t written_bytes;    /* to the files */
 };
 
-/* Memory that perta_ahead_open takes for a batch of at most room bytes. */
-uint64_t perta_ahead_memory(uint64_t room_bytes);
-
 /* The log of folder; files (n) are opened by the caller before anything is put. The largest put
  * must fit room_bytes with two blocks to spare. Where a log is there already, its last batch is
  * written to the files again, if it is whole; one of another edit (id, ID_BYTES characters) is

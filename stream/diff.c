@@ -167,10 +167,9 @@ static int begin_output(struct job *job, const struct perta_diff *diff,
     job->resume.n_patches = 1;
     job->resume.walk = &job->walk;
     int rc = perta_resume_begin(&job->resume, run, diff->patch,
-                                perta_resume_identity("diff", json_pack("{s:b}", "one_way", (int)job->one_way),
-                                                      inputs),
-                                diff->force,
-                                err);
+                                perta_resume_identity(
+                                    "diff", json_pack("{s:b}", "one_way", (int)job->one_way), inputs),
+                                diff->force, err);
     if (!rc)
         rc = perta_patch_out_begin(&job->out, diff->patch, NULL, &job->resume.journal, diff->force,
                                    err);

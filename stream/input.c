@@ -28,8 +28,8 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
         int rc = perta_file_open(file, shard->path, direct, err);
         if (rc)
             return rc;
-        if (file->len_bytes != shard->size_bytes || file->ino != shard->ino ||
-            file->mtime.tv_sec != shard->mtime.tv_sec ||
+        if (file->len_bytes != shard->size_bytes || file->dev != shard->dev ||
+            file->ino != shard->ino || file->mtime.tv_sec != shard->mtime.tv_sec ||
             file->mtime.tv_nsec != shard->mtime.tv_nsec)
             return perta_fail(err, PERTA_EINPUT, "%s: changed since its header was read",
                               shard->path);

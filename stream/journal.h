@@ -4,10 +4,10 @@
  * A file of records beside the output folder that is published last: FOLDER.perta-journal. Each
  * line is the XXH3-64 of a text in hexadecimal, a blank, and that text: a JSON object. A line that
  * was not written whole does not count, nor does what follows it. The first record is the run's
- * identity, whatever decides the bytes of the result, and when it began. Every other record says how far the outputs
- * are on disk: they are synced before it is appended, and it is synced too. The last says that
- * they are complete and how their folders are known by inode, so that a run that was killed while
- * it gave them their names is finished by the next. */
+ * identity, whatever decides the bytes of the result, and when it began. Every other record says
+ * how far the outputs are on disk: they are synced before it is appended, and it is synced too. The
+ * last says that they are complete and how their folders are known by inode, so that a run that was
+ * killed while it gave them their names is finished by the next. */
 #ifndef PERTA_STREAM_JOURNAL_H
 #define PERTA_STREAM_JOURNAL_H
 

@@ -17,16 +17,17 @@ PERTA_API int perta_manifest(const char *path, bool with_sha256, const char *ski
                              const struct perta_run *run, json_t **manifest,
                              struct perta_err *err);
 
-/* Compare what is there with a manifest, by all digests that it has. *summary (the caller's, also with PERTA_ECHECK) lists
- * under "differences" each file that is missing or differs and, where headers allow, each
- * tensor of it. Files that the manifest does not name are listed under "unlisted". */
+/* Compare what is there with a manifest, by all digests that it has. *summary (the caller's, also
+ * with PERTA_ECHECK) lists under "differences" each file that is missing or differs and, where
+ * headers allow, each tensor of it. Files that the manifest does not name are listed under
+ * "unlisted". */
 PERTA_API int perta_manifest_verify(const char *path, const char *manifest_path,
                                     const struct perta_run *run, json_t **summary,
                                     struct perta_err *err);
 
 /* Check a patch folder: heads, tables, that frames are frames, SHA-256 against its manifest, and
- * where that differs what the frames hold (docs/manifest.md). As above, *summary lists all differences; those of a frame with "first" and "elements" of the
- * tensor beside. */
+ * where that differs what the frames hold (docs/manifest.md). As above, *summary lists all
+ * differences; those of a frame with "first" and "elements" of the tensor beside. */
 PERTA_API int perta_patch_verify(const char *path, const struct perta_run *run,
                                  json_t **summary, struct perta_err *err);
 

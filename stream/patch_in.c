@@ -441,7 +441,7 @@ int perta_patch_in_check_made(const struct perta_patch_in_shard *shard,
 
 /* ---- one way ---- */
 
-bool perta_patch_in_is_one_way(const struct perta_patch_in *in)
+static bool is_one_way(const struct perta_patch_in *in)
 {
     for (uint32_t s = 0; s < in->n_shards; s++)
         for (uint64_t e = 0; in->shards[s].patch && e < in->shards[s].patch->n_entries; e++)
@@ -453,7 +453,7 @@ bool perta_patch_in_is_one_way(const struct perta_patch_in *in)
 int perta_patch_in_refuse_one_way(const struct perta_patch_in *in, const char *what,
                                   struct perta_err *err)
 {
-    return perta_patch_in_is_one_way(in)
+    return is_one_way(in)
                ? perta_fail(err, PERTA_EUSAGE,
                             "%s: a one-way patch, which holds nothing of the model before: %s",
                             in->path, what)

@@ -65,9 +65,8 @@ int perta_patch_in_wrong_chunk(const struct perta_patch_in_shard *shard,
                                const struct perta_patch_entry *entry, bool forward,
                                const char *path, uint64_t first_unit, uint64_t found,
                                struct perta_err *err);
-/* One that does not lead back: it has chunks of values only. May be told of any open patch. */
-bool perta_patch_in_is_one_way(const struct perta_patch_in *in);
-/* PERTA_EUSAGE if it is, with what cannot be done. */
+/* PERTA_EUSAGE, with what cannot be done, for a patch that does not lead back: it has chunks of
+ * values only. */
 int perta_patch_in_refuse_one_way(const struct perta_patch_in *in, const char *what,
                                   struct perta_err *err);
 

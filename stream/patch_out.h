@@ -103,7 +103,8 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
 int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err);
 json_t *perta_patch_out_save(struct perta_patch_out *p);
 /* After perta_patch_out_attach: take up such states, in order; then the files under way,
- * which should be at that unit of that tensor. PERTA_EINPUT if a state is none, or is of another place; PERTA_ECHECK if a file is not as it was synced. */
+ * which should be at that unit of that tensor. PERTA_EINPUT if a state is none, or is of another
+ * place; PERTA_ECHECK if a file is not as it was synced. */
 int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
                             struct perta_err *err);
 int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,

@@ -47,7 +47,8 @@ bool perta_resume_is_publishing(const struct perta_resume *resume, json_t **summ
 int perta_resume_restore(struct perta_resume *resume, struct perta_stream *stream,
                          struct perta_err *err);
 
-/* A piece (first_elem, n_elems: units) is committed: if it is time, bring all to disk and say so in the journal. */
+/* A piece (first_elem, n_elems: units) is committed: if it is time, bring all to disk and say so in
+ * the journal. */
 int perta_resume_point(struct perta_resume *resume, const struct perta_piece *piece,
                        struct perta_stream *stream, struct perta_err *err);
 
