@@ -95,6 +95,24 @@ json_t *perta_text_json(const char *fmt, ...)
     return json;
 }
 
+static void keep_if(bool added, json_t **json)
+{
+    if (added)
+        return;
+    json_decref(*json);
+    *json = NULL;
+}
+
+void perta_json_append(json_t **array, json_t *value)
+{
+    keep_if(!json_array_append_new(*array, value), array);
+}
+
+void perta_json_set(json_t **object, const char *key, json_t *value)
+{
+    keep_if(!json_object_set_new(*object, key, value), object);
+}
+
 /* To jansson a file that cannot be read ends there. */
 struct source {
     int fd, failed; /* 0, or an errno */

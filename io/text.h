@@ -26,6 +26,11 @@ bool perta_name_is_plain(const char *name);
 /* A string for people, made plain, so that it is never NULL but without memory. */
 json_t *perta_text_json(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
+/* Add value, stolen, to what *json owns. Without memory *json becomes NULL, and so does what is
+ * packed of it in the end: no record lacks a part. */
+void perta_json_append(json_t **array, json_t *value);
+void perta_json_set(json_t **object, const char *key, json_t *value);
+
 /* The one value that the file open as fd holds, no key twice; *out is the caller's. PERTA_EINPUT,
  * naming the byte, if it holds none; PERTA_ESYS if it cannot be read. path for messages.
  * json_loadfd reads byte by byte, which an index of many tensors makes millions of calls. */

@@ -285,7 +285,7 @@ static int check_promise(const struct job *job, struct perta_err *err)
     return 0;
 }
 
-static int finish(struct job *job, json_t *left_behind, struct perta_err *err)
+static int finish(struct job *job, json_t **left_behind, struct perta_err *err)
 {
     int rc = perta_input_unchanged(&job->model, err);
     if (rc)
@@ -309,7 +309,7 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
         rc = perta_stream_run(job->stream, err);
     json_t *left_behind = json_array();
     if (!rc)
-        rc = finish(job, left_behind, err);
+        rc = finish(job, &left_behind, err);
     if (!rc)
         *summary = json_pack("{s:I, s:I, s:I, s:O?, s:O}", "chunks",
                              (json_int_t)job->resume.counts[0], "read_bytes",
@@ -317,7 +317,7 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
                              (json_int_t)job->out.written_bytes, "shards", job->out.shards,
                              "left_behind", left_behind);
     json_decref(left_behind);
-    return rc;
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", job->apply->out);
 }
 
 int perta_apply(const struct perta_apply *apply, const struct perta_run *run, json_t **summary,

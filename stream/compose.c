@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/text.h"
 #include "stream/chain.h"
 #include "stream/input.h"
 #include "stream/patch_out.h"
@@ -294,8 +295,7 @@ static json_t *identity_of(const struct job *job)
 {
     json_t *patches = json_array();
     for (uint32_t k = 0; k < job->chain.n; k++)
-        json_array_append_new(patches,
-                              json_string(job->chain.patches[k].manifest_digest.sha256));
+        perta_json_append(&patches, json_string(job->chain.patches[k].manifest_digest.sha256));
     json_t *model = job->model.ck ? perta_journal_checkpoint(job->model.ck) : json_null();
     return perta_resume_identity("compose", json_object(),
                                  json_pack("{s:o, s:o}", "patches", patches, "model", model));
@@ -380,11 +380,11 @@ static json_t *recipe_json(const struct job *job)
     for (uint32_t k = 0; k < job->chain.n; k++) {
         const struct perta_patch_in *patch = &job->chain.patches[k];
         const struct perta_digest_hex *hex = &patch->manifest_digest;
-        json_array_append_new(patches,
-                              json_pack("{s:{s:I, s:s, s:s}, s:O*}", "manifest", "bytes",
-                                        (json_int_t)hex->len_bytes, "xxh3_128", hex->xxh128,
-                                        "sha256", hex->sha256, "recipe",
-                                        json_object_get(patch->manifest, "recipe")));
+        perta_json_append(&patches,
+                          json_pack("{s:{s:I, s:s, s:s}, s:O*}", "manifest", "bytes",
+                                    (json_int_t)hex->len_bytes, "xxh3_128", hex->xxh128,
+                                    "sha256", hex->sha256, "recipe",
+                                    json_object_get(patch->manifest, "recipe")));
     }
     return json_pack("{s:s, s:o}", "command", "compose", "patches", patches);
 }

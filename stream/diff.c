@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "io/codec.h"
+#include "io/text.h"
 #include "stream/input.h"
 #include "stream/naming.h"
 #include "stream/patch_out.h"
@@ -228,7 +229,7 @@ static int finish(struct job *job, json_t **summary, struct perta_err *err)
         return rc;
     json_t *recipe = json_pack("{s:s}", "command", "diff");
     if (job->one_way)
-        json_object_set_new(recipe, "one_way", json_true());
+        perta_json_set(&recipe, "one_way", json_true());
     json_t *inputs = json_pack("{s:o, s:o}", "before", perta_input_json(&job->in[BEFORE]),
                                "after", perta_input_json(&job->in[AFTER]));
     rc = perta_patch_out_finish(&job->out, recipe, inputs, job->in[BEFORE].ck, summary, err);

@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "io/text.h"
+
 int perta_input_open(struct perta_input *input, const char *role, const char *path,
                      struct perta_err *err)
 {
@@ -133,9 +135,9 @@ json_t *perta_input_json(struct perta_input *input)
         struct perta_digest_hex hex;
         perta_digest_finish(input->digests[i], &hex);
         bool whole = input->seen_bytes[i] == shard->size_bytes;
-        json_array_append_new(shards, json_pack("{s:s, s:I, s:s?}", "name", shard->name,
-                                                "bytes", (json_int_t)shard->size_bytes,
-                                                "xxh3_128", whole ? hex.xxh128 : NULL));
+        perta_json_append(&shards, json_pack("{s:s, s:I, s:s?}", "name", shard->name, "bytes",
+                                             (json_int_t)shard->size_bytes, "xxh3_128",
+                                             whole ? hex.xxh128 : NULL));
     }
     return json_pack("{s:o}", "shards", shards);
 }

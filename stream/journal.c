@@ -12,6 +12,7 @@
 
 #include "io/file.h"
 #include "io/hash.h"
+#include "io/text.h"
 
 #define PREFIX_BYTES 17 /* 16 hexadecimal digits and a blank */
 
@@ -205,8 +206,8 @@ json_t *perta_journal_checkpoint(const struct perta_checkpoint *ck)
 {
     json_t *files = json_object();
     for (uint32_t i = 0; i < ck->n_shards; i++)
-        json_object_set_new(files, ck->shards[i].name,
-                            perta_journal_file(ck->shards[i].size_bytes, &ck->shards[i].mtime));
+        perta_json_set(&files, ck->shards[i].name,
+                       perta_journal_file(ck->shards[i].size_bytes, &ck->shards[i].mtime));
     return files;
 }
 
@@ -214,8 +215,8 @@ json_t *perta_journal_own(const struct perta_checkpoint *ck)
 {
     json_t *files = json_object();
     for (uint32_t i = 0; i < ck->n_shards; i++)
-        json_object_set_new(files, ck->shards[i].name,
-                            json_integer((json_int_t)ck->shards[i].size_bytes));
+        perta_json_set(&files, ck->shards[i].name,
+                       json_integer((json_int_t)ck->shards[i].size_bytes));
     return files;
 }
 
@@ -476,12 +477,12 @@ int perta_journal_commit(struct perta_journal *journal, const json_t *record, ui
 
 /* ---- the end ---- */
 
-static int add_inode(json_t *inodes, const struct perta_publish *folder, struct perta_err *err)
+static int add_inode(json_t **inodes, const struct perta_publish *folder, struct perta_err *err)
 {
     struct stat st;
     if (stat(folder->partial, &st))
         return perta_fail_sys(err, errno, "%s", folder->partial);
-    json_array_append_new(inodes, json_integer((json_int_t)st.st_ino));
+    perta_json_append(inodes, json_integer((json_int_t)st.st_ino));
     return 0;
 }
 
@@ -524,8 +525,9 @@ int perta_journal_complete(struct perta_journal *journal, struct perta_publish *
         rc = perta_publish_sync(folders[i], err);
     json_t *inodes = json_array();
     for (size_t i = 0; i < n && !rc; i++)
-        rc = add_inode(inodes, folders[i], err);
-    json_object_set_new(summary, "started", json_integer(journal->started));
+        rc = add_inode(&inodes, folders[i], err);
+    if (!rc && summary && json_object_set_new(summary, "started", json_integer(journal->started)))
+        rc = perta_fail_sys(err, ENOMEM, "%s", journal->path);
     json_t *record = json_pack("{s:o, s:O*}", "publish", inodes, "summary", summary);
     if (!rc)
         rc = record ? perta_journal_commit(journal, record, journal->bytes, err)

@@ -91,9 +91,8 @@ static void end_tensor(struct entry *e, uint64_t tensor)
     perta_digest_finish(e->part, &hex);
     perta_digest_free(e->part);
     e->part = NULL;
-    json_array_append_new(e->tensors,
-                          json_pack("{s:s, s:I, s:s}", "name", t->name, "bytes",
-                                    (json_int_t)t->len_bytes, "xxh3_128", hex.xxh128));
+    perta_json_append(&e->tensors, json_pack("{s:s, s:I, s:s}", "name", t->name, "bytes",
+                                             (json_int_t)t->len_bytes, "xxh3_128", hex.xxh128));
 }
 
 static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
@@ -119,10 +118,10 @@ static int end_file(struct job *job, struct entry *e, struct perta_err *err)
     json_t *file = json_pack("{s:s, s:I, s:s}", "name", e->name, "bytes",
                              (json_int_t)e->file.len_bytes, "xxh3_128", hex.xxh128);
     if (job->with_sha256)
-        json_object_set_new(file, "sha256", json_string(hex.sha256));
+        perta_json_set(&file, "sha256", json_string(hex.sha256));
     if (e->header)
-        json_object_set(file, "tensors", e->tensors);
-    json_array_append_new(job->files, file);
+        perta_json_set(&file, "tensors", json_incref(e->tensors));
+    perta_json_append(&job->files, file);
     return perta_file_unchanged(&e->file, err);
 }
 
@@ -280,7 +279,7 @@ static int digest_all(struct job *job, const char *path, const char *skip,
     release(job);
     json_decref(job->files);
     perta_stream_close(stream);
-    return rc;
+    return rc || *manifest ? rc : perta_fail_sys(err, ENOMEM, "%s", path);
 }
 
 int perta_manifest(const char *path, bool with_sha256, const char *skip,
@@ -304,21 +303,26 @@ static json_t *find_named(const json_t *array, const char *name)
     return NULL;
 }
 
-static void add_difference(json_t *differences, const char *file, const char *tensor,
+static void add_difference(json_t **differences, const char *file, const char *tensor,
                            const char *what)
 {
-    json_array_append_new(differences, json_pack("{s:s, s:s?, s:s}", "file", file, "tensor",
-                                                 tensor, "what", what));
+    perta_json_append(differences, json_pack("{s:s, s:s?, s:s}", "file", file, "tensor", tensor,
+                                             "what", what));
 }
 
 static void compare_tensors(const char *file, const json_t *want, const json_t *have,
-                            json_t *differences)
+                            json_t **differences)
 {
     size_t i;
     json_t *item;
     json_t *by_names = json_object(); /* 100,000 tensors are nothing unusual */
     json_array_foreach (have, i, item)
-        json_object_set(by_names, json_string_value(json_object_get(item, "name")), item);
+        perta_json_set(&by_names, json_string_value(json_object_get(item, "name")),
+                       json_incref(item));
+    if (!by_names) {
+        json_decref(*differences);
+        *differences = NULL;
+    }
     json_array_foreach (want, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));
         const json_t *other = name ? json_object_get(by_names, name) : NULL;
@@ -335,7 +339,7 @@ static bool same(const json_t *want, const json_t *have, const char *key)
     return json_equal(json_object_get(want, key), json_object_get(have, key));
 }
 
-static void compare_file(const json_t *want, const json_t *have, json_t *differences)
+static void compare_file(const json_t *want, const json_t *have, json_t **differences)
 {
     const char *name = json_string_value(json_object_get(want, "name"));
     if (!have) {
@@ -349,7 +353,7 @@ static void compare_file(const json_t *want, const json_t *have, json_t *differe
                            "was forged");
         return;
     }
-    size_t before = json_array_size(differences);
+    size_t before = json_array_size(*differences);
     const json_t *tensors = json_object_get(have, "tensors");
     if (json_object_get(want, "tensors") && !tensors)
         add_difference(differences, name, NULL,
@@ -357,7 +361,7 @@ static void compare_file(const json_t *want, const json_t *have, json_t *differe
                        "apart");
     else if (tensors)
         compare_tensors(name, json_object_get(want, "tensors"), tensors, differences);
-    if (json_array_size(differences) == before)
+    if (json_array_size(*differences) == before)
         add_difference(differences, name, NULL,
                        tensors ? "differs in its header, not in its tensors" : "differs");
 }
@@ -419,16 +423,18 @@ int perta_manifest_verify(const char *path, const char *manifest_path,
     json_t *item;
     json_array_foreach (want_files, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));
-        compare_file(item, find_named(have_files, name), differences);
+        compare_file(item, find_named(have_files, name), &differences);
     }
     json_array_foreach (have_files, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));
         if (!find_named(want_files, name))
-            json_array_append_new(unlisted, json_string(name));
+            perta_json_append(&unlisted, json_string(name));
     }
     *summary = json_pack("{s:I, s:o, s:o}", "files", (json_int_t)json_array_size(want_files),
                          "differences", differences, "unlisted", unlisted);
-    if (json_array_size(differences))
+    if (!*summary)
+        rc = perta_fail_sys(err, ENOMEM, "%s", path);
+    else if (json_array_size(differences))
         rc = perta_fail(err, PERTA_ECHECK, "%s: %zu differences from %s", path,
                         json_array_size(differences), manifest_path);
 out:

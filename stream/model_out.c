@@ -73,11 +73,10 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
         perta_digest_free(out->digest);
         out->digest = NULL;
     }
-    json_array_append_new(out->shards,
-                          json_pack("{s:s, s:I, s:s, s:s}", "name", name, "bytes",
-                                    (json_int_t)hex.len_bytes, "xxh3_128", hex.xxh128,
-                                    "sha256", hex.sha256));
-    return 0;
+    perta_json_append(&out->shards, json_pack("{s:s, s:I, s:s, s:s}", "name", name, "bytes",
+                                              (json_int_t)hex.len_bytes, "xxh3_128", hex.xxh128,
+                                              "sha256", hex.sha256));
+    return out->shards ? 0 : perta_fail_sys(err, ENOMEM, "%s", name);
 }
 
 static bool ends_with(const char *name, const char *suffix)
@@ -108,7 +107,7 @@ static bool is_shard(const struct perta_checkpoint *ck, const char *name)
 struct copy {
     struct perta_model_out *out;
     const struct perta_checkpoint *from;
-    json_t *skipped;
+    json_t **skipped;
 };
 
 static int copy_entry(void *ctx, const char *name, struct perta_err *err)
@@ -123,18 +122,18 @@ static int copy_entry(void *ctx, const char *name, struct perta_err *err)
     int rc = 0;
     struct perta_err ignored = {0};
     if (is_weights(name) || perta_check_link(copy->from->path, path, &ignored)) {
-        json_array_append_new(copy->skipped, perta_text_json("%s", name));
+        perta_json_append(copy->skipped, perta_text_json("%s", name));
     } else if (!stat(path, &st) && S_ISREG(st.st_mode)) {
         rc = perta_publish_copy(&copy->out->folder, path, name, err);
     } else if (S_ISDIR(st.st_mode) && *name != '.') {
-        json_array_append_new(copy->skipped, perta_text_json("%s/", name));
+        perta_json_append(copy->skipped, perta_text_json("%s/", name));
     }
     free(path);
     return rc;
 }
 
 int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_checkpoint *from,
-                              json_t *skipped, struct perta_err *err)
+                              json_t **skipped, struct perta_err *err)
 {
     struct stat st;
     if (!out->has_folder || stat(from->path, &st) || !S_ISDIR(st.st_mode))
@@ -154,10 +153,12 @@ json_t *perta_model_out_save(struct perta_model_out *out)
     json_t *finished = json_array();
     const struct perta_digest *digest = out->writer.open ? out->writer.digest : out->digest;
     for (; out->n_saved < json_array_size(out->shards) && !out->is_known; out->n_saved++)
-        json_array_append(finished, json_array_get(out->shards, out->n_saved));
-    return json_pack("{s:o, s:I, s:o*}", "finished", finished, "written",
-                     (json_int_t)out->written_bytes, "digest",
-                     digest ? perta_blob_of_digest(digest) : NULL);
+        perta_json_append(&finished, json_incref(json_array_get(out->shards, out->n_saved)));
+    json_t *state = json_pack("{s:o, s:I}", "finished", finished, "written",
+                              (json_int_t)out->written_bytes);
+    if (digest)
+        perta_json_set(&state, "digest", perta_blob_of_digest(digest));
+    return state;
 }
 
 int perta_model_out_restore(struct perta_model_out *out, const json_t *state,

@@ -38,9 +38,10 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
                               struct perta_err *err);
 /* Copy what stands beside the shards of from: index, config, tokenizer. Other weight formats
  * stay behind (they would carry what was erased), and so do folders and links that lead out of the
- * folder (to a file that was not meant for others, say); their names go to skipped. */
+ * folder (to a file that was not meant for others, say); their names go to *skipped, an array
+ * (NULL afterwards: no memory). */
 int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_checkpoint *from,
-                              json_t *skipped, struct perta_err *err);
+                              json_t **skipped, struct perta_err *err);
 
 /* For a journal: bring what was appended to disk; and what to keep of the state, as far as it
  * changed since the last time, the caller's. NULL without memory. */

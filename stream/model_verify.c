@@ -63,11 +63,11 @@ static void note(struct job *job, uint32_t shard, const struct perta_piece *piec
     if (piece) {
         const struct perta_patch *p = job->patch.shards[shard].patch;
         const char *tensor = p->after->tensors[p->entries[piece->tag].tensor].name;
-        json_object_set_new(item, "tensor", json_string(tensor));
-        json_object_set_new(item, "first", json_integer((json_int_t)piece->first_elem));
-        json_object_set_new(item, "elements", json_integer((json_int_t)piece->n_elems));
+        perta_json_set(&item, "tensor", json_string(tensor));
+        perta_json_set(&item, "first", json_integer((json_int_t)piece->first_elem));
+        perta_json_set(&item, "elements", json_integer((json_int_t)piece->n_elems));
     }
-    json_array_append_new(job->damaged, item);
+    perta_json_append(&job->damaged, item);
 }
 
 static const char *which_side(const struct job *job, bool is_other)
@@ -202,8 +202,8 @@ static int check_others(struct job *job, struct perta_err *err)
         for (uint32_t k = 0; k < job->patch.n_shards && !known; k++)
             known = !strcmp(ck->shards[i].name, job->patch.shards[k].name);
         if (!known)
-            json_array_append_new(
-                job->damaged,
+            perta_json_append(
+                &job->damaged,
                 json_pack("{s:s, s:o}", "shard", ck->shards[i].name, "message",
                           perta_text_json("%s: not in the patch %s: it is for another model",
                                        ck->shards[i].path, job->patch.path)));
@@ -357,12 +357,14 @@ static int conclude(const struct job *job, const struct perta_err *others, json_
                     const struct perta_stream *stream, struct perta_err *err)
 {
     size_t n = json_array_size(job->damaged);
-    if (!n && others->code) {
+    if (job->damaged && !n && others->code) {
         *err = *others;
         return err->code;
     }
     *summary = json_pack("{s:I, s:I, s:O}", "chunks", (json_int_t)job->n_chunks, "read_bytes",
                          (json_int_t)perta_stream_read_bytes(stream), "damaged", job->damaged);
+    if (!*summary)
+        return perta_fail_sys(err, ENOMEM, "%s", job->model);
     return n ? perta_fail(err, PERTA_ECHECK, "%s: %zu differences from the patch %s", job->model,
                           n, job->patch.path)
              : 0;

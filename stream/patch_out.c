@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/text.h"
 #include "stream/canonical.h"
 #include "stream/walk.h"
 
@@ -143,10 +144,12 @@ static int end_shard(struct perta_patch_out *p, struct perta_err *err)
         return rc;
     p->written_bytes += hex.len_bytes;
     char *file = patch_name(name);
-    json_array_append_new(p->shards, json_pack("{s:s, s:I, s:s, s:s}", "name", file, "bytes",
-                                               (json_int_t)hex.len_bytes, "xxh3_128",
-                                               hex.xxh128, "sha256", hex.sha256));
+    perta_json_append(&p->shards, json_pack("{s:s, s:I, s:s, s:s}", "name", file, "bytes",
+                                            (json_int_t)hex.len_bytes, "xxh3_128", hex.xxh128,
+                                            "sha256", hex.sha256));
     free(file);
+    if (!p->shards)
+        return perta_fail_sys(err, ENOMEM, "%s", name);
     p->shard++;
     p->shard_open = false;
     return perta_model_out_shard_end(&p->model, name, err);
@@ -220,9 +223,9 @@ int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_ou
     return rc;
 }
 
-static void set_count(json_t *json, const char *key, uint64_t n)
+static void set_count(json_t **json, const char *key, uint64_t n)
 {
-    json_object_set_new_nocheck(json, key, json_integer((json_int_t)n));
+    perta_json_set(json, key, json_integer((json_int_t)n));
 }
 
 /* Of a tensor. What withholds is a one-way patch: it says what the model after shows anyway. Mean
@@ -232,19 +235,19 @@ static json_t *counts_json(const struct perta_tensor_counts *c, bool withholds)
 {
     uint64_t weighed = c->n_params - c->n_nonfinite;
     json_t *json = json_object();
-    json_object_set_new(json, "name", json_string(c->name));
-    json_object_set_new(json, "action", json_string(c->action));
-    set_count(json, "parameters", c->n_params);
-    set_count(json, "changed", c->n_changed);
+    perta_json_set(&json, "name", json_string(c->name));
+    perta_json_set(&json, "action", json_string(c->action));
+    set_count(&json, "parameters", c->n_params);
+    set_count(&json, "changed", c->n_changed);
     if (withholds)
         return json;
-    set_count(json, "rounded_away", c->n_rounded_away);
-    set_count(json, "nonfinite", c->n_nonfinite);
+    set_count(&json, "rounded_away", c->n_rounded_away);
+    set_count(&json, "nonfinite", c->n_nonfinite);
     if (!strcmp(c->action, "edited")) {
-        json_object_set_new_nocheck(json, "mean_weight",
-                                    json_real(weighed ? c->sum_weight / (double)weighed : 0));
-        set_count(json, "zero_forget", c->n_zero_forget);
-        set_count(json, "zero_retain", c->n_zero_retain);
+        perta_json_set(&json, "mean_weight",
+                       json_real(weighed ? c->sum_weight / (double)weighed : 0));
+        set_count(&json, "zero_forget", c->n_zero_forget);
+        set_count(&json, "zero_retain", c->n_zero_retain);
     }
     return json;
 }
@@ -286,11 +289,11 @@ static json_t *total_json(const struct perta_patch_out *p, const struct perta_te
     json_t *weights = json_array();
     uint64_t n = 0;
     for (int i = 0; i < PERTA_COUNT_BINS; i++) {
-        json_array_append_new(weights, json_integer((json_int_t)p->weights[i]));
+        perta_json_append(&weights, json_integer((json_int_t)p->weights[i]));
         n += p->weights[i];
     }
     if (n)
-        json_object_set(json, "weights", weights);
+        perta_json_set(&json, "weights", json_incref(weights));
     json_decref(weights);
     return json;
 }
@@ -299,10 +302,10 @@ static json_t *encodings_json(const struct perta_patch_out *p)
 {
     json_t *json = json_object();
     for (int i = 0; i < PERTA_N_ENCODINGS; i++)
-        json_object_set_new(json, encoding_names[i],
-                            json_pack("{s:I, s:I, s:I}", "chunks", (json_int_t)p->n_encoded[i],
-                                      "elements", (json_int_t)p->encoded_units[i], "bytes",
-                                      (json_int_t)p->encoded_bytes[i]));
+        perta_json_set(&json, encoding_names[i],
+                       json_pack("{s:I, s:I, s:I}", "chunks", (json_int_t)p->n_encoded[i],
+                                 "elements", (json_int_t)p->encoded_units[i], "bytes",
+                                 (json_int_t)p->encoded_bytes[i]));
     return json;
 }
 
@@ -326,7 +329,7 @@ static json_t *without_digests(const json_t *inputs)
     size_t i;
     json_object_foreach (copy, role, input)
         json_array_foreach (json_object_get(input, "shards"), i, shard)
-            json_object_set_new(shard, "xxh3_128", json_null());
+            json_object_set_new(shard, "xxh3_128", json_null()); /* is there: takes no memory */
     return copy;
 }
 
@@ -380,7 +383,7 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
     json_t *skipped = json_array();
     rc = write_manifest(p, recipe, inputs, counts, err);
     if (!rc)
-        rc = perta_model_out_copy_rest(&p->model, from, skipped, err);
+        rc = perta_model_out_copy_rest(&p->model, from, &skipped, err);
     if (!rc)
         *summary = json_pack("{s:s, s:O, s:o, s:I, s:I, s:O}", "patch", p->folder.path,
                              "counts", counts, "encodings", encodings_json(p), "patch_bytes",
@@ -388,7 +391,7 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
                              (json_int_t)p->model.written_bytes, "left_behind", skipped);
     json_decref(counts);
     json_decref(skipped);
-    return rc;
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", p->folder.path);
 }
 
 /* ---- for a journal ---- */
@@ -448,14 +451,16 @@ json_t *perta_patch_out_save(struct perta_patch_out *p)
     memcpy(encoded.weights, p->weights, sizeof encoded.weights);
     json_t *finished = json_array();
     for (; p->saved_shards < json_array_size(p->shards); p->saved_shards++)
-        json_array_append(finished, json_array_get(p->shards, p->saved_shards));
-    return json_pack(
-        "{s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o*}", "shard", (json_int_t)p->shard,
-        "begun", (json_int_t)p->n_begun, "frames_at", (json_int_t)p->frames_at, "written",
+        perta_json_append(&finished, json_incref(json_array_get(p->shards, p->saved_shards)));
+    json_t *state = json_pack(
+        "{s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o}", "shard", (json_int_t)p->shard, "begun",
+        (json_int_t)p->n_begun, "frames_at", (json_int_t)p->frames_at, "written",
         (json_int_t)p->written_bytes, "finished", finished, "tensors", save_tensors(p), "entries",
         save_entries(p), "encoded", perta_blob_json(&encoded, sizeof encoded), "model",
-        perta_model_out_save(&p->model), "digest",
-        p->shard_open ? perta_blob_of_digest(p->writer.digest) : NULL);
+        perta_model_out_save(&p->model));
+    if (p->shard_open)
+        perta_json_set(&state, "digest", perta_blob_of_digest(p->writer.digest));
+    return state;
 }
 
 static uint64_t uint_of(const json_t *json, const char *key)

@@ -135,12 +135,11 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 
 /* ---- what differs ---- */
 
-static json_t *differ(struct job *job, uint32_t shard, const char *tensor, json_t *what)
+/* The caller adds it to job->differences. */
+static json_t *differ(const struct job *job, uint32_t shard, const char *tensor, json_t *what)
 {
-    json_t *item = json_pack("{s:s, s:s?, s:o}", "file", job->patch.shards[shard].file_name,
-                             "tensor", tensor, "what", what);
-    json_array_append_new(job->differences, item);
-    return item;
+    return json_pack("{s:s, s:s?, s:o}", "file", job->patch.shards[shard].file_name, "tensor",
+                     tensor, "what", what);
 }
 
 /* Of a file that is missing, or whose head or table is damaged. */
@@ -151,7 +150,9 @@ static void note_damage(void *ctx, uint32_t shard, const char *message)
     size_t path = strlen(job->patch.shards[shard].path);
     bool has_path = !strncmp(message, job->patch.shards[shard].path, path) &&
                     !strncmp(message + path, ": ", 2);
-    differ(job, shard, NULL, perta_text_json("%s", has_path ? message + path + 2 : message));
+    perta_json_append(
+        &job->differences,
+        differ(job, shard, NULL, perta_text_json("%s", has_path ? message + path + 2 : message)));
 }
 
 static uint64_t first_unit(const struct perta_patch *p, uint64_t entry)
@@ -171,8 +172,9 @@ static void note_frame(struct job *job, const struct perta_piece *piece)
                           json_sprintf("frame at byte %llu (elements %llu to %llu) is damaged",
                                        (unsigned long long)e->frame_off, first,
                                        first + e->n_units - 1));
-    json_object_set_new(item, "first", json_integer((json_int_t)first));
-    json_object_set_new(item, "elements", json_integer((json_int_t)e->n_units));
+    perta_json_set(&item, "first", json_integer((json_int_t)first));
+    perta_json_set(&item, "elements", json_integer((json_int_t)e->n_units));
+    perta_json_append(&job->differences, item);
 }
 
 static void compare_digest(struct job *job, uint32_t shard)
@@ -185,9 +187,10 @@ static void compare_digest(struct job *job, uint32_t shard)
     if (sha256 && !strcmp(sha256, hex.sha256))
         return;
     job->files[shard].suspect = true;
-    differ(job, shard, NULL,
-           json_sprintf("SHA-256 %s, manifest.json says %s", hex.sha256,
-                        sha256 ? sha256 : "nothing"));
+    perta_json_append(&job->differences,
+                      differ(job, shard, NULL,
+                             json_sprintf("SHA-256 %s, manifest.json says %s", hex.sha256,
+                                          sha256 ? sha256 : "nothing")));
 }
 
 /* ---- frames of files that differ ---- */
@@ -340,7 +343,9 @@ int perta_patch_verify(const char *path, const struct perta_run *run, json_t **s
     if (!rc) {
         *summary = json_pack("{s:I, s:I, s:O}", "files", (json_int_t)job.patch.n_shards,
                              "frames", (json_int_t)job.n_frames, "differences", job.differences);
-        if (json_array_size(job.differences))
+        if (!*summary)
+            rc = perta_fail_sys(err, ENOMEM, "%s", path);
+        else if (json_array_size(job.differences))
             rc = perta_fail(err, PERTA_ECHECK, "%s: %zu differences", path,
                             json_array_size(job.differences));
     }

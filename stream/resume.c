@@ -6,6 +6,8 @@
 #include <xxhash.h>
 #include <zstd.h>
 
+#include "io/text.h"
+
 json_t *perta_resume_identity(const char *verb, json_t *flags, json_t *inputs)
 {
     return json_pack("{s:s, s:s, s:o, s:o, s:{s:s, s:s, s:i}}", "tool", "perta " PERTA_VERSION,
@@ -49,11 +51,11 @@ static json_t *save_inputs(const struct perta_resume *r)
             if (in->read_bytes[s] == in->saved_bytes[s])
                 continue;
             in->saved_bytes[s] = in->read_bytes[s];
-            json_array_append_new(
-                all, json_pack("{s:i, s:I, s:I, s:I, s:o}", "input", (int)i, "shard",
-                               (json_int_t)s, "seen", (json_int_t)in->seen_bytes[s], "read",
-                               (json_int_t)in->read_bytes[s], "digest",
-                               perta_blob_of_digest(in->digests[s])));
+            perta_json_append(
+                &all, json_pack("{s:i, s:I, s:I, s:I, s:o}", "input", (int)i, "shard",
+                                (json_int_t)s, "seen", (json_int_t)in->seen_bytes[s], "read",
+                                (json_int_t)in->read_bytes[s], "digest",
+                                perta_blob_of_digest(in->digests[s])));
         }
     }
     return all;
@@ -63,10 +65,10 @@ static json_t *save_outputs(const struct perta_resume *r)
 {
     json_t *all = json_array();
     for (unsigned i = 0; i < r->n_patches; i++)
-        json_array_append_new(all, perta_patch_out_save(&r->patches[i]));
+        perta_json_append(&all, perta_patch_out_save(&r->patches[i]));
     for (unsigned i = 0; i < r->n_models; i++)
         if (r->models[i].has_folder)
-            json_array_append_new(all, perta_model_out_save(&r->models[i]));
+            perta_json_append(&all, perta_model_out_save(&r->models[i]));
     return all;
 }
 
