@@ -36,8 +36,10 @@ static const struct argp_option options[] = {
      "be reverted", 2},
     {"alpha", KEY_ALPHA, "A[,A...]", 0,
      "How far to go (default 1). Several, from one read: DIR/alpha-A for each", 3},
-    {"method", KEY_METHOD, "grad|fisher|power|tv|constant|random|signed|signed-backoff|signed-hold", 0,
-     "How parameters are weighed (default grad; with --steps: signed-backoff; signed, signed-hold)", 3},
+    {"method", KEY_METHOD, "METHOD", 0,
+     "How parameters are weighed: grad (default), fisher, power, tv, constant, random; with "
+     "--steps: signed, signed-backoff (default), signed-hold",
+     3},
     {"power", KEY_POWER, "P", 0, "p of --method power", 3},
     {"weight", KEY_WEIGHT, "W", 0, "The weight of --method constant, 0 to 1", 3},
     {"seed", KEY_SEED, "S", 0, "Seed of --method random (default 0)", 3},
