@@ -1,5 +1,6 @@
 #include "tools/cli.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <math.h>
 #include <signal.h>
@@ -106,14 +107,49 @@ uint64_t cli_count(struct argp_state *state, const char *option, const char *tex
     return value;
 }
 
+int cli_choice(struct argp_state *state, const char *option, const char *text,
+               const char *const *names)
+{
+    char all[256] = "";
+    for (int i = 0; names[i]; i++) {
+        if (!strcmp(text, names[i]))
+            return i;
+        size_t n = strlen(all);
+        snprintf(all + n, sizeof all - n, "%s%s", i ? ", " : "", names[i]);
+    }
+    argp_error(state, "%s: %s is none of %s", option, text, all);
+    return 0;
+}
+
 enum perta_compute cli_compute(struct argp_state *state, const char *text)
 {
-    static const char *const names[] = {"auto", "f32", "bf16"};
-    for (int i = 0; i < 3; i++)
-        if (!strcmp(text, names[i]))
-            return (enum perta_compute)i;
-    argp_error(state, "--compute: %s is none of auto, f32, bf16", text);
-    return PERTA_COMPUTE_AUTO;
+    static const char *const names[] = {"auto", "f32", "bf16", NULL};
+    return (enum perta_compute)cli_choice(state, "--compute", text, names);
+}
+
+void cli_stats(struct argp_state *state, const char *text, bool *mean, bool *meansq)
+{
+    static const char *const names[] = {"mean", "meansq", NULL};
+    bool has[2] = {false, false};
+    char *copy = strdup(text);
+    if (!copy)
+        abort();
+    for (char *rest = copy, *name; (name = strsep(&rest, ","));)
+        has[cli_choice(state, "--stat", name, names)] = true;
+    free(copy);
+    *mean = has[0];
+    *meansq = has[1];
+}
+
+error_t cli_one_argument(int key, char *arg, struct argp_state *state, const char **argument,
+                         const char *missing)
+{
+    if (key == ARGP_KEY_NO_ARGS)
+        argp_error(state, "%s", missing);
+    if (key != ARGP_KEY_ARG || state->arg_num)
+        return ARGP_ERR_UNKNOWN;
+    *argument = arg;
+    return 0;
 }
 
 /* 512M, 1G, 2GiB: powers of 1024. */
@@ -122,7 +158,7 @@ static uint64_t size_of(struct argp_state *state, const char *text)
     char *end;
     double value = strtod(text, &end);
     static const char units[] = "KMGT";
-    const char *unit = *end ? strchr(units, *end & ~0x20) : NULL;
+    const char *unit = isalpha((unsigned char)*end) ? strchr(units, *end & ~0x20) : NULL;
     if (unit) {
         value *= exp2(10.0 * (double)(unit - units + 1));
         end++;
@@ -132,16 +168,6 @@ static uint64_t size_of(struct argp_state *state, const char *text)
     if (end == text || *end || !(value >= 1) || value > 0x1p60)
         argp_error(state, "--memory: %s is no size; 512M or 8G, say", text);
     return (uint64_t)value;
-}
-
-static int choice_of(struct argp_state *state, const char *option, const char *text,
-                     const char *const *names)
-{
-    for (int i = 0; names[i]; i++)
-        if (!strcmp(text, names[i]))
-            return i;
-    argp_error(state, "%s: %s is none of its values; see --help", option, text);
-    return 0;
 }
 
 static error_t parse_common(int key, char *arg, struct argp_state *state)
@@ -161,10 +187,10 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
         cli->run.n_threads = (unsigned)n;
         return 0;
     case KEY_IO:
-        cli->run.io = (enum perta_io_mode)choice_of(state, "--io", arg, ios);
+        cli->run.io = (enum perta_io_mode)cli_choice(state, "--io", arg, ios);
         return 0;
     case KEY_PROGRESS:
-        cli->progress = (enum progress_style)choice_of(state, "--progress", arg, styles);
+        cli->progress = (enum progress_style)cli_choice(state, "--progress", arg, styles);
         return 0;
     case KEY_JSON:
         cli->json = true;
@@ -224,19 +250,25 @@ static error_t parse_patching(int key, char *arg, struct argp_state *state)
 {
     (void)arg;
     struct cli *cli = state->input;
-    if (key != KEY_STATEMENT)
-        return ARGP_ERR_UNKNOWN;
-    cli->statement = true;
-    return 0;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = cli;
+        return 0;
+    case KEY_STATEMENT:
+        cli->statement = true;
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
 }
 
 static const struct argp_option patching_options[] = {
     {"statement", KEY_STATEMENT, NULL, 0,
-     "Also write PATCH.intoto.json, an in-toto statement of how, when and where it was made", 79},
+     "Also write PATCH.intoto.json, an in-toto statement of how, when and where it was made", 80},
     {0}};
+static const struct argp_child patching_children[] = {{&cli_writing_argp, 0, NULL, 0}, {0}};
 
-const struct argp cli_patching_argp = {patching_options, parse_patching, NULL, NULL, NULL, NULL,
-                                       NULL};
+const struct argp cli_patching_argp = {patching_options, parse_patching, NULL, NULL,
+                                       patching_children, NULL, NULL};
 
 /* As many open files as the system lets us have: gradients come in hundreds of dumps. */
 static void raise_file_limit(void)
@@ -360,7 +392,8 @@ void cli_say_left_behind(const struct cli *cli, const json_t *result)
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
 {
     clear_bar(cli);
-    if (!rc && !fflush(stdout) && !ferror(stdout))
+    bool printed = !fflush(stdout) && !ferror(stdout); /* before what is said of it */
+    if (!rc && printed)
         return 0;
     if (!rc) {
         fprintf(stderr, "perta %s: standard output: %s\n", cli->verb, strerror(errno));

@@ -21,11 +21,10 @@ struct cli {
     bool drew;
 };
 
-/* Child parsers: options that every verb takes, and those of verbs that write a folder. Their
- * input is the struct cli. */
+/* Child parsers: options that every verb takes, those of verbs that write a folder, and these with
+ * those of verbs that write patches. Their input is the struct cli. */
 extern const struct argp cli_common_argp;
 extern const struct argp cli_writing_argp;
-/* For verbs that write patches, beside it. */
 extern const struct argp cli_patching_argp;
 
 /* Keys of long-only options start here, for every verb's own. */
@@ -34,11 +33,19 @@ extern const struct argp cli_patching_argp;
 /* Parse a verb's arguments; argp_state->input is input. Exits with 2 on a usage error. */
 void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, void *input);
 
-/* Numbers in arguments; argp_error (exit 2) when they make no sense. */
+/* What arguments say; argp_error (exit 2) when it makes no sense. option is for messages. */
 double cli_number(struct argp_state *state, const char *option, const char *text);
 uint64_t cli_count(struct argp_state *state, const char *option, const char *text);
-
+/* Which of names (NULL after the last) text is. */
+int cli_choice(struct argp_state *state, const char *option, const char *text,
+               const char *const *names);
 enum perta_compute cli_compute(struct argp_state *state, const char *text);
+/* --stat mean,meansq: which of them. */
+void cli_stats(struct argp_state *state, const char *text, bool *mean, bool *meansq);
+/* For a parser's other keys, of verbs with one argument: takes it. missing says what was to be
+ * there. */
+error_t cli_one_argument(int key, char *arg, struct argp_state *state, const char **argument,
+                         const char *missing);
 
 /* Seconds since the verb started. */
 double cli_seconds(const struct cli *cli);

@@ -1,6 +1,3 @@
-#include <stdlib.h>
-#include <string.h>
-
 #include "estimators/accumulate.h"
 #include "tools/cli.h"
 
@@ -17,21 +14,6 @@ static const struct argp_option options[] = {
      "Which statistics: mean gradient, mean squared gradient, or both (default mean)", 1},
     {0}};
 
-static void parse_stats(struct argp_state *state, struct perta_accumulate *a, const char *arg)
-{
-    a->mean = a->meansq = false;
-    char copy[64];
-    if (strlen(arg) >= sizeof copy)
-        argp_error(state, "--stat: mean, meansq or mean,meansq");
-    for (char *rest = strcpy(copy, arg), *name; (name = strsep(&rest, ","));)
-        if (!strcmp(name, "mean"))
-            a->mean = true;
-        else if (!strcmp(name, "meansq"))
-            a->meansq = true;
-        else
-            argp_error(state, "--stat: %s is neither mean nor meansq", name);
-}
-
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct args *args = state->input;
@@ -43,7 +25,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->accumulate.out = arg;
         return 0;
     case KEY_STAT:
-        parse_stats(state, &args->accumulate, arg);
+        cli_stats(state, arg, &args->accumulate.mean, &args->accumulate.meansq);
         return 0;
     case ARGP_KEY_ARGS:
         args->accumulate.gradients = (const char *const *)(state->argv + state->next);
@@ -70,7 +52,8 @@ static const struct argp argp = {
     "Sums are float32 with compensation; results are F32 folders that --forget and --retain of "
     "`perta unlearn' take.\n\n"
     "Example:\n"
-    "  perta accumulate --out imp/forget --stat mean,meansq grads/forget/*.safetensors",
+    "  perta accumulate --out imp/forget --stat mean,meansq \\\n"
+    "    grads/forget/*.safetensors",
     children, NULL, NULL};
 
 int cmd_accumulate(int argc, char **argv)

@@ -22,7 +22,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     struct args *args = state->input;
     switch (key) {
     case ARGP_KEY_INIT:
-        state->child_inputs[0] = state->child_inputs[1] = state->child_inputs[2] = &args->cli;
+        state->child_inputs[0] = state->child_inputs[1] = &args->cli;
         return 0;
     case KEY_PATCH:
         args->compose.patch = arg;
@@ -46,7 +46,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 }
 
 static const struct argp_child children[] = {
-    {&cli_writing_argp, 0, "Output:", 5}, {&cli_patching_argp, 0, NULL, 5}, {&cli_common_argp, 0, "Common:", 6}, {0}};
+    {&cli_patching_argp, 0, "Output:", 5}, {&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
     options,
     parse,

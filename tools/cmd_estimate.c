@@ -1,6 +1,3 @@
-#include <stdlib.h>
-#include <string.h>
-
 #include "estimators/estimate.h"
 #include "tools/cli.h"
 
@@ -33,19 +30,6 @@ static const struct argp_option options[] = {
      2},
     {0}};
 
-static void parse_stats(struct argp_state *state, struct perta_estimate *e, char *arg)
-{
-    e->mean = e->meansq = false;
-    for (char *rest = arg, *stat; (stat = strsep(&rest, ","));) {
-        if (!strcmp(stat, "mean"))
-            e->mean = true;
-        else if (!strcmp(stat, "meansq"))
-            e->meansq = true;
-        else
-            argp_error(state, "--stat: %s is neither mean nor meansq", stat);
-    }
-}
-
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct args *args = state->input;
@@ -67,7 +51,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         e->out = arg;
         return 0;
     case KEY_STAT:
-        parse_stats(state, e, arg);
+        cli_stats(state, arg, &e->mean, &e->meansq);
         return 0;
     case KEY_MAX_TOKENS:
         e->max_tokens = cli_count(state, "--max-tokens", arg);

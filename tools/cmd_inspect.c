@@ -35,17 +35,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_JSON:
         args->cli.json = true;
         return 0;
-    case ARGP_KEY_ARG:
-        if (args->path)
-            return ARGP_ERR_UNKNOWN;
-        args->path = arg;
-        return 0;
-    case ARGP_KEY_END:
-        if (!args->path)
-            argp_error(state, "inspect what?");
-        return 0;
     }
-    return ARGP_ERR_UNKNOWN;
+    return cli_one_argument(key, arg, state, &args->path, "inspect what?");
 }
 
 static const struct argp argp = {options, parse, "PATH",

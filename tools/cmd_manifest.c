@@ -1,5 +1,4 @@
 #include <stdio.h>
-#include <string.h>
 
 #include "stream/manifest.h"
 #include "tools/cli.h"
@@ -21,32 +20,17 @@ static const struct argp_option options[] = {
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
+    static const char *const formats[] = {"perta", "xxhsum", "sha256sum", NULL};
     struct args *args = state->input;
     switch (key) {
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &args->cli;
         return 0;
     case KEY_FORMAT:
-        if (!strcmp(arg, "perta"))
-            args->format = FORMAT_PERTA;
-        else if (!strcmp(arg, "xxhsum"))
-            args->format = FORMAT_XXHSUM;
-        else if (!strcmp(arg, "sha256sum"))
-            args->format = FORMAT_SHA256SUM;
-        else
-            argp_error(state, "--format: %s is none of perta, xxhsum, sha256sum", arg);
-        return 0;
-    case ARGP_KEY_ARG:
-        if (args->path)
-            return ARGP_ERR_UNKNOWN;
-        args->path = arg;
-        return 0;
-    case ARGP_KEY_END:
-        if (!args->path)
-            argp_error(state, "which folder?");
+        args->format = (enum format)cli_choice(state, "--format", arg, formats);
         return 0;
     }
-    return ARGP_ERR_UNKNOWN;
+    return cli_one_argument(key, arg, state, &args->path, "which folder?");
 }
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};

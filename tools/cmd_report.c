@@ -38,19 +38,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_FORCE:
         args->force = true;
         return 0;
-    case ARGP_KEY_ARG:
-        if (args->patch)
-            return ARGP_ERR_UNKNOWN;
-        args->patch = arg;
-        return 0;
     case ARGP_KEY_END:
-        if (!args->patch)
-            argp_error(state, "which patch?");
         if (!args->html)
             argp_error(state, "--html FILE is needed");
         return 0;
     }
-    return ARGP_ERR_UNKNOWN;
+    return cli_one_argument(key, arg, state, &args->patch, "which patch?");
 }
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};

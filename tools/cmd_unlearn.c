@@ -51,16 +51,6 @@ static const struct argp_option options[] = {
      "NaN or Inf in an input: an error (default), or keep that parameter", 4},
     {0}};
 
-static int one_of(struct argp_state *state, const char *option, const char *arg,
-                  const char *const *names)
-{
-    for (int i = 0; names[i]; i++)
-        if (!strcmp(arg, names[i]))
-            return i;
-    argp_error(state, "%s: %s is none of its values; see --help", option, arg);
-    return 0;
-}
-
 static void parse_alphas(struct argp_state *state, struct args *args, const char *arg)
 {
     struct perta_unlearn *u = &args->unlearn;
@@ -144,7 +134,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     struct perta_unlearn *u = &args->unlearn;
     switch (key) {
     case KEY_METHOD:
-        u->rule.method = (enum perta_method)one_of(state, "--method", arg, methods);
+        u->rule.method = (enum perta_method)cli_choice(state, "--method", arg, methods);
         args->has_method = true;
         return 0;
     case KEY_POWER:
@@ -168,10 +158,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->has_alpha = true;
         return 0;
     case KEY_MISSING:
-        u->missing = (enum perta_missing)one_of(state, "--missing", arg, missing);
+        u->missing = (enum perta_missing)cli_choice(state, "--missing", arg, missing);
         return 0;
     case KEY_NONFINITE:
-        u->rule.keep_nonfinite = one_of(state, "--nonfinite", arg, nonfinite);
+        u->rule.keep_nonfinite = cli_choice(state, "--nonfinite", arg, nonfinite);
         return 0;
     default:
         return parse_rest(key, arg, state);
@@ -185,7 +175,7 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &args->steps;
-        state->child_inputs[1] = state->child_inputs[2] = state->child_inputs[3] = &args->cli;
+        state->child_inputs[1] = state->child_inputs[2] = &args->cli;
         return 0;
     case KEY_ONE_WAY:
         u->one_way = true;
@@ -228,12 +218,11 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
 }
 
 static const struct argp_child children[] = {{&unlearn_steps_argp, 0, "In steps:", 5},
-                                             {&cli_writing_argp, 0, "Output:", 6},
-                                             {&cli_patching_argp, 0, NULL, 6},
+                                             {&cli_patching_argp, 0, "Output:", 6},
                                              {&cli_common_argp, 0, "Common:", 7},
                                              {0}};
 static const struct argp argp = {
-    options, parse, "",
+    options, parse, NULL,
     "Subtract the weighed task vector from a model, in one pass over all folders."
     "\v"
     "tau = tuned - base, w = |g_f|^p / (|g_f|^p + |g_r|^p), result = model - alpha * w * tau.\n\n"

@@ -1,4 +1,4 @@
-#include <string.h>
+#include <unistd.h>
 
 #include "io/checkpoint.h"
 #include "stream/manifest.h"
@@ -22,8 +22,6 @@ static const struct argp_option options[] = {
 
 static void check(struct argp_state *state, const struct args *args)
 {
-    if (!args->path)
-        argp_error(state, "verify what?");
     if (args->manifest && args->patch)
         argp_error(state, "--manifest or --patch, not both");
     if ((args->patch != NULL) != (args->applied || args->original) ||
@@ -50,16 +48,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_ORIGINAL:
         args->original = true;
         return 0;
-    case ARGP_KEY_ARG:
-        if (args->path)
-            return ARGP_ERR_UNKNOWN;
-        args->path = arg;
-        return 0;
     case ARGP_KEY_END:
         check(state, args);
         return 0;
     }
-    return ARGP_ERR_UNKNOWN;
+    return cli_one_argument(key, arg, state, &args->path, "verify what?");
 }
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
@@ -100,6 +93,8 @@ static int verify(struct args *args, json_t **summary, struct perta_err *err)
         return perta_manifest_verify(args->path, args->manifest, &args->cli.run, summary, err);
     if (perta_patch_in_is_patch(args->path))
         return perta_patch_verify(args->path, &args->cli.run, summary, err);
+    if (access(args->path, F_OK))
+        return perta_fail(err, PERTA_EINPUT, "%s: no such file or folder", args->path);
     return perta_fail(err, PERTA_EUSAGE,
                       "%s: no patch; to check other folders give --manifest FILE or --patch DIR",
                       args->path);

@@ -1,0 +1,118 @@
+"""What a new user meets: --help, man page and documents agree, and mistakes are explained."""
+
+import re
+import shlex
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import PERTA, ROOT
+from reference import write_folder
+
+VERBS = (
+    "inspect estimate eval accumulate unlearn diff apply revert compose manifest verify report demo"
+).split()
+MAN = (ROOT / "docs/perta.1").read_text().replace("\\-", "-").replace("\\e\n", "\\\n")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """What --help says, by verb."""
+    return {
+        verb: subprocess.run(
+            [PERTA, verb, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for verb in VERBS
+    }
+
+
+def options_of(text):
+    return set(re.findall(r"^ {2,6}(?:-\w, +)?(--[a-z-]+)", text, re.MULTILINE)) - {
+        "--help",
+        "--usage",
+    }
+
+
+def commands_of(text):
+    """Lines of code that call the command, continued lines joined, by their words."""
+    text = text.replace("\\\n", " ")
+    for line in re.findall(r"^(?: *(?:\$ )?| +.*&& | {8})(perta [a-z].*)$", text, re.MULTILINE):
+        words = shlex.split(line.replace("(`", "").replace("`", ""), comments=True)
+        if words[1] in VERBS:
+            yield words
+
+
+def test_the_man_page_has_every_option(helps):
+    for verb, text in helps.items():
+        lacking = {name for name in options_of(text) if not re.search(rf"{name}\b", MAN)}
+        assert not lacking, verb
+
+
+def test_every_option_stands_in_its_column(helps):
+    """argp misplaces what stands where its buffer is flushed."""
+    for verb, text in helps.items():
+        for line in text.split("\v")[0].splitlines():
+            assert len(line) < 80 and len(re.match(" *", line)[0]) <= 29, (verb, line)
+        assert options_of(text), verb
+
+
+def test_every_command_in_the_documents_is_one(helps):
+    texts = {str(page): page.read_text() for page in PAGES}
+    texts |= helps | {"perta.1": MAN[MAN.index(".SH EXAMPLES") :]}
+    n = 0
+    for where, text in texts.items():
+        for words in commands_of(text):
+            there = options_of(helps[words[1]])
+            asked = {word.split("=")[0] for word in words if word.startswith("--")}
+            assert asked <= there, (where, words)
+            n += 1
+    assert n > 40
+
+
+@pytest.fixture
+def folders(tmp_path):
+    rng = np.random.default_rng(3)
+    for name in "model", "tuned", "base", "imp/mean", "imp/meansq", "retain":
+        tensors = {"w": rng.standard_normal((9, 9)).astype("f4")}
+        metadata = {"perta.stat": "meansq"} if name == "imp/meansq" else None
+        write_folder(tmp_path / name, tensors, metadata=metadata)
+    (tmp_path / "data.jsonl").write_text('{"input_ids": [1, 2]}\n')
+    return tmp_path
+
+
+EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --retain retain --patch p"
+
+
+@pytest.mark.parametrize(
+    "words, status, says",
+    [
+        (EDIT.split() + ["--memory", "1 "], 2, "1  is no size"),
+        (EDIT.split() + ["--memory", "2 iB"], 2, "2 iB is no size"),
+        (EDIT.split() + ["--method", "magic"], 2, "magic is none of grad, fisher, power, tv, "),
+        (EDIT.split() + ["--io", "fast"], 2, "--io: fast is none of auto, direct, mmap, pread"),
+        ("accumulate base --out a --stat max".split(), 2, "max is none of mean, meansq"),
+        ("manifest model --format md5".split(), 2, "md5 is none of perta, xxhsum, sha256sum"),
+        ("manifest model tuned".split(), 2, "Too many arguments"),
+        ("report --html page".split(), 2, "which patch?"),
+        ("verify nothing".split(), 3, "nothing: no such file or folder"),
+        ("verify model".split(), 2, "no patch; to check other folders give --manifest"),
+    ],
+)
+def test_a_mistake_is_explained(perta, folders, words, status, says):
+    assert says in perta(*words, check=status).stderr
+    assert not (folders / "p").exists()
+
+
+def test_what_was_found_stands_before_what_it_comes_to(folders, perta):
+    perta("diff", "model", "tuned", "--patch", "p")
+    result = subprocess.run(
+        [PERTA, "verify", "base", "--patch", "p", "--applied"],
+        cwd=folders,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[-1] == "perta verify: base: 1 differences from the patch p"
