@@ -47,6 +47,37 @@ START_TEST(a_count_is_a_whole_number_of_31_bits)
 }
 END_TEST
 
+START_TEST(a_window_is_where_transformers_has_one)
+{
+    struct perta_llm llm;
+    const char *const mistral = ",\"architectures\":[\"MistralForCausalLM\"]";
+    const char *const qwen = ",\"architectures\":[\"Qwen2ForCausalLM\"],\"max_window_layers\":0";
+    const struct {
+        const char *of, *more;
+        uint32_t window;
+    } cases[] = {
+        {mistral, "", 4096},
+        {mistral, ",\"sliding_window\":null", UINT32_MAX},
+        {mistral, ",\"sliding_window\":7", 7},
+        {qwen, "", UINT32_MAX},
+        {qwen, ",\"sliding_window\":7", UINT32_MAX},
+        {qwen, ",\"use_sliding_window\":true", 4096},
+        {qwen, ",\"use_sliding_window\":true,\"sliding_window\":7", 7},
+        {"", ",\"sliding_window\":7", UINT32_MAX},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char more[256];
+        snprintf(more, sizeof more, "%s%s", cases[i].of, cases[i].more);
+        parse(more, NULL, &llm);
+        ck_assert_msg(perta_llm_window(&llm, 0) == cases[i].window, "%s: %u", more,
+                      perta_llm_window(&llm, 0));
+    }
+    char more[256];
+    snprintf(more, sizeof more, "%s,\"sliding_window\":7.0", mistral);
+    parse(more, "sliding_window", &llm);
+}
+END_TEST
+
 START_TEST(frequencies_are_numbers)
 {
     struct perta_llm llm;
@@ -68,6 +99,7 @@ int main(void)
     TCase *tests = tcase_create("config");
     tcase_add_test(tests, a_number_that_float32_does_not_hold_is_refused);
     tcase_add_test(tests, a_count_is_a_whole_number_of_31_bits);
+    tcase_add_test(tests, a_window_is_where_transformers_has_one);
     tcase_add_test(tests, frequencies_are_numbers);
     return run_suite("config", tests);
 }

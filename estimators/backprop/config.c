@@ -99,14 +99,16 @@ static void read_rope(struct reader *r, struct perta_rope *rope)
                            "%s: \"high_freq_factor\" is not above \"low_freq_factor\"", r->path);
 }
 
-/* Mistral: everywhere. Qwen: where use_sliding_window says so, from max_window_layers on. */
+/* Mistral: everywhere. Qwen: where use_sliding_window says so, from max_window_layers on. Where
+ * the key is missing transformers has 4096; null is none. */
 static void read_window(struct reader *r, bool qwen, struct perta_llm *llm)
 {
-    const json_t *value = json_object_get(r->config, "sliding_window");
-    if (!json_is_integer(value) || (qwen && !get_bool(r->config, "use_sliding_window", false)))
+    if (json_is_null(json_object_get(r->config, "sliding_window")) ||
+        (qwen && !get_bool(r->config, "use_sliding_window", false)))
         return;
-    llm->window = get_count(r, "sliding_window", 1);
-    if (qwen)
+    llm->window = get_count(r, "sliding_window", 4096);
+    const json_t *first = json_object_get(r->config, "max_window_layers");
+    if (qwen && !(json_is_integer(first) && !json_integer_value(first)))
         llm->window_first = get_count(r, "max_window_layers", 28);
 }
 
