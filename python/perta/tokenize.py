@@ -75,6 +75,8 @@ def encode_item(
     if "paraphrased_answer" in item:
         sample["paraphrased"] = answer(item["paraphrased_answer"])
     if "perturbed_answer" in item:
+        if not isinstance(item["perturbed_answer"], list):
+            raise TypeError("perturbed_answer is no list")
         sample["perturbed"] = [answer(text) for text in item["perturbed_answer"]]
     return sample
 
@@ -90,7 +92,8 @@ def samples_in(sample: dict[str, Any]) -> Iterator[Sample]:
 def encode_lines(
     tokenizer: PreTrainedTokenizerBase, path: Path, chat: bool, max_tokens: int | None
 ) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    # Not splitlines: JSON may hold other characters that Python takes for line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -115,6 +118,8 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--max-tokens", type=int)
     arguments = parser.parse_args()
+    if not arguments.model.is_dir():  # transformers would ask the network for it
+        sys.exit(f"{arguments.model}: no such folder")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     samples = list(
         encode_lines(tokenizer, arguments.text, arguments.chat, arguments.max_tokens)

@@ -207,8 +207,8 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, line, message):
     assert message in perta(*words, check=3).stderr
 
 
-def tokenize(tmp_path, lines):
-    """perta.tokenize's data of lines, for a small model that is made here."""
+def tokenize(tmp_path, lines, check=True):
+    """perta.tokenize's data of lines, for a small model that is made here; else what it says."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
@@ -218,10 +218,15 @@ def tokenize(tmp_path, lines):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(tmp_path / "model")
-    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "text.jsonl").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "perta.tokenize", "model", "text.jsonl", "data.jsonl"]
     path = {"PYTHONPATH": str(Path(__file__).parents[2] / "python")}
-    subprocess.run(command, cwd=tmp_path, env=os.environ | path, check=True)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | path, check=check, stderr=subprocess.PIPE, text=True
+    )
+    if result.returncode:
+        return result.stderr
     return [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
 
 
@@ -231,7 +236,7 @@ def test_text_becomes_data_with_questions_masked(perta, tmp_path):
         {"question": "who ?", "answer": "me", "paraphrased_answer": "some me"}
         | {"perturbed_answer": ["text", "some text"], "paraphrased_question": "who who ?"},
         {"question": "?", "answer": "me", "perturbed_answer": ["text"]} | {"original_answer": "who"},
-        {"text": "some text"},
+        {"text": "some\u2028text"},  # a line end to Python, not to JSON
     ]
     question, short = [2, 4, 5, 6, 3, 4], [2, 4, 6, 3, 4]
 
@@ -266,3 +271,8 @@ def test_it_goes_by_its_name(tmp_path):
             time.sleep(0.01)
         assert (process / "comm").read_text() == f"{PERTA.name}\n"
         run.kill()
+
+
+def test_a_wrong_answer_that_is_no_list_is_named_by_its_line(tmp_path):
+    lines = [{"text": "some"}, {"question": "who ?", "answer": "me", "perturbed_answer": "text"}]
+    assert "line 2: " in tokenize(tmp_path, lines, check=False)
