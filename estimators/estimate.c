@@ -268,6 +268,15 @@ static int forward_layer(struct perta_estimate_job *job, uint32_t layer, size_t 
     return rc ? rc : perta_estimate_commit(job, PERTA_FORWARD, layer, err);
 }
 
+static int check_losses(const struct perta_estimate_job *job, struct perta_err *err)
+{
+    double loss;
+    int rc = 0;
+    for (uint64_t i = 0; i < job->samples.n && !rc; i++)
+        rc = perta_estimate_loss(job, i, &loss, err);
+    return rc;
+}
+
 /* Up to the loss, from the layer after the one that is done. */
 static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
                        size_t *starts, struct perta_err *err)
@@ -283,6 +292,8 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
         rc = forward_layer(job, l, starts, err);
     if (!rc)
         rc = perta_head_forward(&job->head, &job->x[n_layers], &job->means, err);
+    if (!rc)
+        rc = check_losses(job, err);
     if (!rc)
         rc = perta_estimate_advance(job, err);
     if (!rc)

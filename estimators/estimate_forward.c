@@ -3,6 +3,7 @@
 #include "estimators/estimate_job.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -112,6 +113,19 @@ int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n,
     if (!rc && rows.data != to)
         memcpy(to, rows.data, n * store->width * sizeof *to);
     return rc;
+}
+
+int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,
+                        struct perta_err *err)
+{
+    *loss = perta_head_loss(&job->head, sample);
+    if (isfinite(*loss))
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: line %llu: the model gives a loss that is not a finite number; are "
+                      "there NaN or Inf in %s?",
+                      job->estimate->data, (unsigned long long)job->samples.lines[sample],
+                      job->estimate->model);
 }
 
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err)

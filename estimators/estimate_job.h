@@ -78,6 +78,10 @@ int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
 /* Batch b; its sequences' starts are put in starts. */
 struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t b,
                                         size_t *starts);
+/* After perta_head_forward: the mean loss over one sample's labels. PERTA_EINPUT, with its line,
+ * where that is not a finite number. */
+int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,
+                        struct perta_err *err);
 /* A block that has no weights yet. */
 struct perta_block perta_estimate_block(const struct perta_estimate_job *job);
 /* n rows of a store, whole, to. */

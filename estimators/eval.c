@@ -23,15 +23,7 @@ static int score_of(const struct perta_estimate_job *job, uint64_t sample,
     *score = (struct score){.n_labels = h->starts[sample + 1] - h->starts[sample]};
     for (size_t i = h->starts[sample]; i < h->starts[sample + 1]; i++)
         score->n_right += h->best[i] == h->target[i];
-    score->loss = perta_head_loss(h, sample);
-    if (isfinite(score->loss))
-        return 0;
-    return perta_fail(
-        err, PERTA_EINPUT,
-        "%s: line %llu: the model gives a loss that is not a finite number; are "
-        "there NaN or Inf in %s?",
-        job->estimate->data, (unsigned long long)job->samples.lines[sample],
-        job->estimate->model);
+    return perta_estimate_loss(job, sample, &score->loss, err);
 }
 
 /* Means over lines, and over those with perturbed answers. */

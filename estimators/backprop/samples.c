@@ -142,7 +142,8 @@ int perta_samples_read(const char *path, const struct perta_samples_wanted *want
     *out = (struct perta_samples){0};
     FILE *file = fopen(path, "re");
     if (!file)
-        return perta_fail_sys(err, errno, "%s", path);
+        return errno == ENOENT ? perta_fail(err, PERTA_EINPUT, "%s: no such file", path)
+                               : perta_fail_sys(err, errno, "%s", path);
     struct line line = {.path = path, .wanted = wanted, .of = ""};
     char *text = NULL;
     size_t room = 0;
@@ -154,7 +155,9 @@ int perta_samples_read(const char *path, const struct perta_samples_wanted *want
             rc = add_line(out, &line, text, (size_t)len, err);
     }
     if (!rc && ferror(file))
-        rc = perta_fail_sys(err, errno, "%s", path);
+        rc = errno == EISDIR
+                 ? perta_fail(err, PERTA_EINPUT, "%s: a folder, where JSON lines should be", path)
+                 : perta_fail_sys(err, errno, "%s", path);
     if (!rc && !out->n)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no samples", path);
     free(text);

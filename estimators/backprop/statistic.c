@@ -1,5 +1,6 @@
 #include "estimators/backprop/statistic.h"
 
+#include <math.h>
 #include <string.h>
 
 size_t perta_statistic_floats(size_t block_floats, bool meansq)
@@ -47,24 +48,39 @@ void perta_statistic_sample(struct perta_statistic *s, size_t n)
     }
 }
 
-static void divide(float *x, size_t n, float by)
+/* False: not all of it is finite. */
+static bool divide(float *x, size_t n, float by)
 {
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++)
+    unsigned bad = 0;
+#pragma omp parallel for schedule(static) reduction(| : bad)
+    for (size_t i = 0; i < n; i++) {
         x[i] /= by;
+        bad |= (unsigned)!isfinite(x[i]);
+    }
+    return !bad;
+}
+
+/* x (n): the mean, over samples, of what stands at first.. of a tensor. */
+static int write_mean(const struct perta_statistic *s, struct perta_importance_out *out, float *x,
+                      const char *of, const char *name, uint64_t first, size_t n,
+                      struct perta_err *err)
+{
+    size_t i = 0;
+    if (divide(x, n, (float)s->n_samples))
+        return perta_importance_write(out, name, first, x, n, err);
+    while (isfinite(x[i]))
+        i++;
+    return perta_fail(err, PERTA_EINPUT,
+                      "tensor %s, element %llu: the mean %s over all samples is not a finite float32",
+                      name, (unsigned long long)(first + i), of);
 }
 
 int perta_statistic_end(struct perta_statistic *s, const char *name, uint64_t first, size_t n,
                         struct perta_err *err)
 {
-    int rc = 0;
-    divide(s->sum, n, (float)s->n_samples);
-    if (s->mean)
-        rc = perta_importance_write(s->mean, name, first, s->sum, n, err);
-    if (s->meansq && !rc) {
-        divide(s->square, n, (float)s->n_samples);
-        rc = perta_importance_write(s->meansq, name, first, s->square, n, err);
-    }
+    int rc = s->mean ? write_mean(s, s->mean, s->sum, "gradient", name, first, n, err) : 0;
+    if (s->meansq && !rc)
+        rc = write_mean(s, s->meansq, s->square, "squared gradient", name, first, n, err);
     return rc;
 }
 

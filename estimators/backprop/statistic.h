@@ -23,7 +23,8 @@ void perta_statistic_lay_out(struct perta_statistic *s, size_t block_floats, flo
 size_t perta_statistic_rows(const struct perta_statistic *s, size_t n_rows, size_t n_cols);
 
 /* Begin a block of n floats; then add to it; then end it: divided by the number of samples it
- * is written as floats first.. of the tensor. */
+ * is written as floats first.. of the tensor. PERTA_EINPUT, with the element, where that is not
+ * finite. */
 void perta_statistic_begin(struct perta_statistic *s, size_t n);
 /* Where the next sample's gradient is to be put or added: one sample's (zeroed) if squares are
  * wanted, else the sum. */

@@ -77,7 +77,7 @@ int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *c
 
 struct checked {
     const struct perta_weights *weights;
-    uint64_t n;
+    bool *wanted; /* (n_tensors), as by_name */
 };
 
 static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
@@ -100,7 +100,7 @@ static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
     if (t->dtype != PERTA_F32 && t->dtype != PERTA_BF16 && t->dtype != PERTA_F16)
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
                           w->ck->path, name, perta_dtype_name(t->dtype));
-    checked->n++;
+    checked->wanted[ref - w->ck->by_name] = true;
     return 0;
 }
 
@@ -112,16 +112,17 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 }
 
 /* A tensor that nothing below would read has no gradient; better said than written as zero. */
-static int check_strangers(const struct perta_weights *w, uint64_t wanted, struct perta_err *err)
+static int check_strangers(const struct checked *checked, struct perta_err *err)
 {
-    uint64_t have = 0;
-    for (uint64_t i = 0; i < w->ck->n_tensors; i++)
-        have += perta_weights_is_parameter(w, w->ck->by_name[i].tensor->name);
-    if (have != wanted)
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: %llu tensors, but its config.json calls for %llu; is it another "
-                          "architecture, or an adapter?",
-                          w->ck->path, (unsigned long long)have, (unsigned long long)wanted);
+    const struct perta_weights *w = checked->weights;
+    for (uint64_t i = 0; i < w->ck->n_tensors; i++) {
+        const char *name = w->ck->by_name[i].tensor->name;
+        if (!checked->wanted[i] && perta_weights_is_parameter(w, name))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: has tensor %s, which its config.json does not call for; is it "
+                              "another architecture?",
+                              w->ck->path, name);
+    }
     return 0;
 }
 
@@ -133,14 +134,20 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
         return rc;
     if (!w->ck->config)
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: no config.json, which says what architecture it is", path);
+                          "%s: no config.json that is JSON, which says what architecture it is",
+                          path);
     char config[4096];
     snprintf(config, sizeof config, "%s/config.json", path);
     rc = perta_llm_parse(w->ck->config, config, &w->llm, err);
-    struct checked checked = {w, 0};
+    struct checked checked = {w, calloc(w->ck->n_tensors + 1, sizeof *checked.wanted)};
+    if (!rc && !checked.wanted)
+        rc = perta_fail_sys(err, ENOMEM, "%s", path);
     if (!rc)
         rc = perta_llm_each(&w->llm, check_tensor, &checked, err);
-    return rc ? rc : check_strangers(w, checked.n, err);
+    if (!rc)
+        rc = check_strangers(&checked, err);
+    free(checked.wanted);
+    return rc;
 }
 
 const char *perta_weights_head(const struct perta_weights *w)

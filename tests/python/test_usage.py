@@ -1,5 +1,6 @@
 """What a new user meets: --help, man page and documents agree, and mistakes are explained."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,7 +8,9 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import PERTA, ROOT
+from llama import shapes_of
 from reference import write_folder
+from verbs import LLAMA
 
 VERBS = (
     "inspect estimate eval accumulate unlearn diff apply revert compose manifest verify report demo"
@@ -78,6 +81,17 @@ def folders(tmp_path):
         metadata = {"perta.stat": "meansq"} if name == "imp/meansq" else None
         write_folder(tmp_path / name, tensors, metadata=metadata)
     (tmp_path / "data.jsonl").write_text('{"input_ids": [1, 2]}\n')
+    llama = {name: np.zeros(shape, "f4") for name, shape in shapes_of(LLAMA).items()}
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, "f4")}
+    nan = {"model.layers.1.mlp.up_proj.weight": np.full((64, 32), np.nan, "f4")}
+    ones = {name: np.ones_like(tensor) for name, tensor in llama.items()}
+    steep = ones | {"model.embed_tokens.weight": llama["model.embed_tokens.weight"]}
+    steep["lm_head.weight"] = rng.standard_normal((200, 32)).astype("f4")
+    for name, tensors in {
+        "llama": llama, "stranger": llama | bias, "nan": ones | nan, "steep": steep
+    }.items():
+        write_folder(tmp_path / name, tensors)
+        (tmp_path / name / "config.json").write_text(json.dumps(LLAMA | {"rms_norm_eps": 1e-38}))
     return tmp_path
 
 
@@ -89,6 +103,14 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
     [
         (EDIT.split() + ["--memory", "1 "], 2, "1  is no size"),
         (EDIT.split() + ["--memory", "2 iB"], 2, "2 iB is no size"),
+        ("estimate --model model --data data.jsonl --out p".split(), 3, "no config.json that is"),
+        ("estimate --model llama --data nothing --out p".split(), 3, "nothing: no such file"),
+        ("estimate --model nan --data data.jsonl --out p".split(), 3, "data.jsonl: line 1: the model"),
+        ("estimate --model steep --data data.jsonl --out p --stat meansq".split(), 3,
+         "the mean squared gradient over all samples is not a finite float32"),
+        ("estimate --model llama --data model --out p".split(), 3, "model: a folder, where JSON"),
+        ("estimate --model stranger --data data.jsonl --out p".split(), 3,
+         "has tensor model.layers.0.self_attn.q_proj.bias, which its config.json does not"),
         (EDIT.split() + ["--method", "magic"], 2, "magic is none of grad, fisher, power, tv, "),
         (EDIT.split() + ["--io", "fast"], 2, "--io: fast is none of auto, direct, mmap, pread"),
         ("accumulate base --out a --stat max".split(), 2, "max is none of mean, meansq"),
@@ -101,7 +123,7 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
 )
 def test_a_mistake_is_explained(perta, folders, words, status, says):
     assert says in perta(*words, check=status).stderr
-    assert not (folders / "p").exists()
+    assert not list((folders / "p").glob("*"))
 
 
 def test_what_was_found_stands_before_what_it_comes_to(folders, perta):
