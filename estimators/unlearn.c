@@ -347,10 +347,12 @@ static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_e
             json_array_append_new(results, result);
         }
     }
-    json_decref(inputs);
     json_object_set_new(summary, "results", results);
-    if (!rc)
+    if (!rc) {
+        perta_unlearn_note_same(inputs, json_object_get(summary, "notes"));
         perta_unlearn_note_zeros(job, json_object_get(summary, "notes"));
+    }
+    json_decref(inputs);
     return rc;
 }
 

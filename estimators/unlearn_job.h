@@ -48,7 +48,9 @@ int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *ru
 
 /* Append to notes: alphas that do what one might not expect. */
 void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes);
-/* After the run: importances that are zero where one might not expect it. */
+/* After the run: inputs (as the record has them) that are to differ and hold the same. */
+void perta_unlearn_note_same(const json_t *inputs, json_t *notes);
+/* Likewise: importances that are zero where one might not expect it. */
 void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes);
 
 /* Where alpha number a goes, of the patches' or the models' folder dir. The caller's; NULL

@@ -19,6 +19,37 @@ void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *note
     }
 }
 
+static const json_t *shards_of(const json_t *inputs, const char *role)
+{
+    return json_object_get(json_object_get(inputs, role), "shards");
+}
+
+/* Shard by shard, as far as there are digests of all. */
+static bool are_same(const json_t *a, const json_t *b)
+{
+    static const char key[] = "xxh3_128";
+    size_t n = json_array_size(a);
+    bool same = n && n == json_array_size(b);
+    for (size_t i = 0; same && i < n; i++) {
+        const json_t *digest = json_object_get(json_array_get(a, i), key);
+        same = json_is_string(digest) &&
+               json_equal(digest, json_object_get(json_array_get(b, i), key));
+    }
+    return same;
+}
+
+void perta_unlearn_note_same(const json_t *inputs, json_t *notes)
+{
+    static const char *const pairs[][3] = {
+        {"tuned", "base", "the task vector is zero, and nothing changes"},
+        {"forget", "retain", "what is not 0 has a weight of 1/2, whatever the method"},
+    };
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
+        if (are_same(shards_of(inputs, pairs[i][0]), shards_of(inputs, pairs[i][1])))
+            json_array_append_new(notes, json_sprintf("--%s and --%s hold the same: %s",
+                                                      pairs[i][0], pairs[i][1], pairs[i][2]));
+}
+
 /* Over the edited tensors of one role. */
 struct zeros {
     uint64_t n_tensors;     /* with nothing but zeros */

@@ -185,7 +185,7 @@ static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
                 return rc;
             n_edited += row->edited;
         }
-    if (!n_edited && job->unlearn->globs.n_include)
+    if (!n_edited && (job->unlearn->globs.n_include || job->unlearn->globs.n_exclude))
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: --include and --exclude leave no tensor to edit",
                           model->path);

@@ -265,6 +265,14 @@ static int none_found(const char *folder, struct perta_err *err)
                               "%s: holds %s, but no " SUFFIX " file; load it with transformers "
                               "and save it again (save_pretrained writes safetensors)",
                               folder, other[i]);
+    static const char *const importance[] = {"mean", "meansq"};
+    for (size_t i = 0; i < sizeof importance / sizeof *importance; i++)
+        if (exists(folder, importance[i]))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: no " SUFFIX " file in this folder; is %s/%s meant?", folder,
+                              folder, importance[i]);
+    if (exists(folder, "manifest.json"))
+        return perta_fail(err, PERTA_EINPUT, "%s: a patch, not a checkpoint", folder);
     return perta_fail(err, PERTA_EINPUT,
                       "%s: no " SUFFIX " file in this folder; other formats (.bin, .gguf) must "
                       "be converted first",

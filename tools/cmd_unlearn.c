@@ -1,6 +1,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "estimators/unlearn.h"
 #include "io/checkpoint.h"
@@ -108,7 +109,9 @@ static void check(struct argp_state *state, struct args *args)
     check_steps(state, args);
     if (!u->model || !u->tuned)
         argp_error(state, "--model and --tuned are needed");
-    if (!u->base && !perta_checkpoint_is_adapter(u->tuned))
+    /* A wrong name is said by whoever opens it. */
+    if (!u->base && (args->steps.steps.n_steps || !access(u->tuned, F_OK)) &&
+        !perta_checkpoint_is_adapter(u->tuned))
         argp_error(state, "--base is needed, unless --tuned is a LoRA adapter");
     if (perta_rule_needs_importance(&u->rule) && (!u->forget || !u->retain))
         argp_error(state, "this method needs --forget and --retain");

@@ -80,6 +80,8 @@ def folders(tmp_path):
         tensors = {"w": rng.standard_normal((9, 9)).astype("f4")}
         metadata = {"perta.stat": "meansq"} if name == "imp/meansq" else None
         write_folder(tmp_path / name, tensors, metadata=metadata)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/manifest.json").write_text("{}")
     (tmp_path / "data.jsonl").write_text('{"input_ids": [1, 2]}\n')
     llama = {name: np.zeros(shape, "f4") for name, shape in shapes_of(LLAMA).items()}
     bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(32, "f4")}
@@ -103,6 +105,14 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
     [
         (EDIT.split() + ["--memory", "1 "], 2, "1  is no size"),
         (EDIT.split() + ["--memory", "2 iB"], 2, "2 iB is no size"),
+        (EDIT.split() + ["--exclude", "*"], 2, "leave no tensor to edit"),
+        (EDIT.replace("imp/mean", "imp").split(), 3, "--forget: imp: no .safetensors file in this "
+         "folder; is imp/mean meant?"),
+        (EDIT.replace("imp/mean", "old").split(), 3, "--forget: old: a patch, not a checkpoint"),
+        ("unlearn --model model --tuned nothing --method tv --patch p".split(), 3,
+         "--tuned: nothing: no such file"),
+        ("unlearn --model model --tuned tuned --method tv --patch p".split(), 2,
+         "--base is needed, unless"),
         ("estimate --model model --data data.jsonl --out p".split(), 3, "no config.json that is"),
         ("estimate --model llama --data nothing --out p".split(), 3, "nothing: no such file"),
         ("estimate --model nan --data data.jsonl --out p".split(), 3, "data.jsonl: line 1: the model"),
@@ -124,6 +134,19 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
 def test_a_mistake_is_explained(perta, folders, words, status, says):
     assert says in perta(*words, check=status).stderr
     assert not list((folders / "p").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "same, says",
+    [
+        ("--tuned model --base model --method tv", "--tuned and --base hold the same: the task"),
+        ("--tuned tuned --base base --forget retain --retain retain", "--forget and --retain hold"),
+        ("--tuned tuned --base base --method tv", ""),
+    ],
+)
+def test_inputs_that_are_to_differ_and_do_not_are_noted(perta, folders, same, says):
+    said = perta("unlearn", "--model", "model", *same.split(), "--patch", "p").stdout
+    assert f"note: {says}" in said if says else " hold the same" not in said
 
 
 def test_what_was_found_stands_before_what_it_comes_to(folders, perta):
