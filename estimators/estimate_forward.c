@@ -39,6 +39,11 @@ bool perta_estimate_bf16(const struct perta_estimate_job *job)
            (e->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
 }
 
+static int on_rows(void *ctx, struct perta_err *err)
+{
+    return perta_estimate_advance(ctx, err);
+}
+
 int perta_estimate_open_head(struct perta_estimate_job *job,
                              struct perta_statistic *statistic, struct perta_err *err)
 {
@@ -49,6 +54,8 @@ int perta_estimate_open_head(struct perta_estimate_job *job,
         .statistic = statistic,
         .batches = &job->batches,
         .batch_samples = job->batch_samples,
+        .advance = on_rows,
+        .ctx = job,
         .by_probability = job->estimate->by_probability,
         .block_rows = PERTA_VOCABULARY_ROWS,
         .room = job->room,
@@ -130,9 +137,9 @@ int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, d
 
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err)
 {
-    if (job->run->progress)
-        job->run->progress(job->run->progress_user, job->weights.read_bytes,
-                           job->total_bytes);
+    uint64_t read = job->weights.read_bytes, total = job->total_bytes;
+    if (job->run->progress) /* an embedding's rows are not in the total */
+        job->run->progress(job->run->progress_user, read < total ? read : total, total);
     if (job->run->cancel && *job->run->cancel)
         return perta_fail(err, PERTA_EINTR, "interrupted");
     return 0;

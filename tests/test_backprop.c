@@ -282,6 +282,49 @@ START_TEST(embedding_and_head_out_of_core)
 }
 END_TEST
 
+/* Tell of progress, and stop at call number stop_at. */
+struct watch {
+    int n_calls, stop_at;
+    volatile sig_atomic_t cancelled;
+};
+
+static void watch_progress(void *user, uint64_t done, uint64_t total)
+{
+    struct watch *watch = user;
+    ck_assert_uint_le(done, total);
+    if (++watch->n_calls == watch->stop_at)
+        watch->cancelled = 1;
+}
+
+START_TEST(every_block_of_the_vocabulary_may_be_the_last)
+{
+    struct lab lab;
+    open_lab(&lab, wide[_i]);
+    put_text("data.jsonl", wide_data);
+    const struct perta_estimate estimate = {.model = "model", .data = "data.jsonl", .out = "imp",
+                                            .mean = true, .compute = PERTA_COMPUTE_F32};
+    struct watch watch = {0};
+    const struct perta_run run = {.memory_bytes = 2ull << 30, .n_threads = 2,
+                                  .progress = watch_progress, .progress_user = &watch,
+                                  .cancel = &watch.cancelled};
+    json_t *summary;
+    ck_assert_ok(perta_estimate(&estimate, &run, &summary, &err));
+    json_decref(summary);
+    /* three blocks: the loss, the head's gradient, the embedding's */
+    int n_calls = watch.n_calls;
+    ck_assert_int_ge(n_calls, 9);
+    for (int stop_at = 1; stop_at <= n_calls; stop_at++) {
+        const struct perta_estimate again = {.model = "model", .data = "data.jsonl", .out = "again",
+                                             .mean = true, .compute = PERTA_COMPUTE_F32};
+        watch = (struct watch){.stop_at = stop_at};
+        ck_assert_int_eq(perta_estimate(&again, &run, &summary, &err), PERTA_EINTR);
+        ck_assert_int_eq(watch.n_calls, stop_at);
+        err = (struct perta_err){0};
+    }
+    close_lab(&lab);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("tests");
@@ -290,5 +333,7 @@ int main(void)
     tcase_add_loop_test(tests, every_tensor_of_a_model_in_memory, 0,
                         sizeof configs / sizeof *configs);
     tcase_add_loop_test(tests, embedding_and_head_out_of_core, 0, sizeof wide / sizeof *wide);
+    tcase_add_loop_test(tests, every_block_of_the_vocabulary_may_be_the_last, 0,
+                        sizeof wide / sizeof *wide);
     return run_suite("backprop", tests);
 }

@@ -62,8 +62,8 @@ void perta_acts_lay_out(struct perta_acts *acts, const struct perta_llm *llm, si
 int perta_block_forward(const struct perta_block *block, const struct perta_batch *batch,
                         struct perta_acts *acts, struct perta_err *err);
 
-/* After forward: from acts->dout to acts->dx. Adds each sequence's gradients of norms and biases
- * to vectors by sequence(): see below. */
+/* After forward: from acts->dout to acts->dx. Each sequence's gradients of norms and biases go to
+ * the sink. */
 struct perta_vector_sink {
     void *ctx;
     /* One sequence's gradient of a vector of n floats. */

@@ -241,6 +241,8 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x,
             if (h->best)
                 perta_best_forward(w.logits, row, block.out, n, most + first, h->best + first);
         }
+        if (!rc)
+            rc = h->advance(h->ctx, err);
     }
     for (size_t i = 0; i < h->n_labels && !rc; i++)
         h->lse[i] += (float)log(sums[i]);
@@ -361,8 +363,11 @@ int perta_head_backward(struct perta_head *h, const struct perta_store *x, struc
                         struct perta_err *err)
 {
     int rc = 0;
-    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += h->block_rows)
+    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += h->block_rows) {
         rc = backward_block(h, row, err);
+        if (!rc)
+            rc = h->advance(h->ctx, err);
+    }
     return rc ? rc : norm_backward(h, x, dx, err);
 }
 
@@ -434,6 +439,8 @@ int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, str
         /* Rows that nothing touches stay holes: zero. */
         if (h->weights->llm.tied || has_tokens(h->samples, 0, h->samples->n, row, n_rows))
             rc = embed_block_backward(h, dx, row, err);
+        if (!rc)
+            rc = h->advance(h->ctx, err);
     }
     return rc;
 }

@@ -17,6 +17,8 @@ struct perta_head {
     struct perta_statistic *statistic;    /* NULL: the way forward only */
     const struct perta_segments *batches; /* of tokens; whole samples */
     const uint64_t *batch_samples;        /* (batches->n + 1): samples of each */
+    int (*advance)(void *ctx, struct perta_err *err); /* after each block of rows; not 0: stop */
+    void *ctx;
     bool by_probability; /* weigh a sample's gradient by its probability, exp(-loss), in shares of
                             the largest: by a factor, the gradient of -probability */
 

@@ -1,5 +1,6 @@
 /* source.h - what a model's tensors are where that is not what its checkpoint holds: formed while
- * it is read, written nowhere. Implementations: estimators/patched.c. */
+ * it is read, written nowhere. Implementations: estimators/patched.c,
+ * estimators/scaled.c. */
 #ifndef PERTA_BACKPROP_SOURCE_H
 #define PERTA_BACKPROP_SOURCE_H
 
