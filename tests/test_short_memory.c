@@ -33,6 +33,12 @@ static void fail_at(uint64_t n)
 
 static struct perta_run run;
 
+/* Sanitizers hold on to what is freed, so it takes more and more. */
+static void give_memory(void)
+{
+    run.memory_bytes = perta_memory_now() + (64 << 20);
+}
+
 static void put_model(const char *folder, uint8_t byte)
 {
     struct perta_tensor tensors[3] = {{.name = "a", .dtype = PERTA_BF16, .n_dims = 1, .n_elems = 40},
@@ -61,8 +67,8 @@ static void enter_models(void)
     put_model("old", 1);
     put_model("new", 3);
     setenv("PERTA_COMMIT_SECONDS", "0", 1);
-    run = (struct perta_run){.memory_bytes = perta_memory_now() + (64 << 20), .n_threads = 1,
-                             .io = PERTA_IO_PREAD};
+    run = (struct perta_run){.n_threads = 1, .io = PERTA_IO_PREAD};
+    give_memory();
 }
 
 static int diff(const char *patch)
@@ -90,6 +96,7 @@ static char *text_of(const char *path, size_t *len)
 static void try_all(uint64_t few, int (*job)(void), bool (*is_good)(int rc))
 {
     for (uint64_t n = few + 1;; n++) {
+        give_memory();
         fail_at(n);
         int rc = job();
         bool failed = n_taken >= n;
