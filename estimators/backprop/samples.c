@@ -154,7 +154,7 @@ int perta_samples_read(const char *path, const struct perta_samples_wanted *want
         if (!is_blank(text, (size_t)len))
             rc = add_line(out, &line, text, (size_t)len, err);
     }
-    if (!rc && ferror(file))
+    if (!rc && !feof(file))
         rc = errno == EISDIR
                  ? perta_fail(err, PERTA_EINPUT, "%s: a folder, where JSON lines should be", path)
                  : perta_fail_sys(err, errno, "%s", path);
