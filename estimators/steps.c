@@ -229,8 +229,8 @@ static int measure(struct perta_steps_job *job, unsigned k, int which, struct pe
         rc = perta_steps_commit(
             job,
             json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[which], loss,
-                      "probability", p->probability[which], "samples", (json_int_t)p->samples[which], "tokens",
-                      (json_int_t)p->tokens[which]),
+                      "probability", p->probability[which], "samples",
+                      (json_int_t)p->samples[which], "tokens", (json_int_t)p->tokens[which]),
             err);
     p->loss[which] = rc ? NAN : loss;
     return rc;
@@ -255,14 +255,14 @@ static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
 static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
 {
     struct perta_step_rule rule = job->steps->rule;
-    unsigned n = job->steps->n_steps, first = 0;
+    unsigned first = 0; /* that forgets enough; k: none so far */
+    if (!job->steps->hold)
+        return rule;
     while (first < k && !forgets_enough(job, first))
         first++;
-    if (job->steps->hold) {
-        double share = 1 - (double)(k - first) / (n - first);
-        rule.step = forgets_enough(job, k) ? 0 : rule.step * share;
-        rule.back_off *= share;
-    }
+    double share = 1 - (double)(k - first) / (job->steps->n_steps - first);
+    rule.step = forgets_enough(job, k) ? 0 : rule.step * share;
+    rule.back_off *= share;
     return rule;
 }
 

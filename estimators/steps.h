@@ -33,9 +33,9 @@ struct perta_steps {
      * patch/step-K and out/step-K. One that is listed is that of a run with n_steps = K. */
     bool several, listed[PERTA_STEPS_MAX + 1];
     struct perta_step_rule rule;
-    /* Do not stop once enough is forgotten, but stay there, and only shrink what retain needs; steps get
-     * smaller to the end. The way ends at the point that forgets enough with the least retain
-     * loss. */
+    /* Do not stop once enough is forgotten, but stay there, and only shrink what retain needs;
+     * steps get smaller to the end. The way ends at the point that forgets enough with the least
+     * retain loss. */
     bool hold;
     /* Enough is forgotten once the forget loss is this, and the mean probability of the forget
      * answers that; INFINITY: whatever it is. Both: never. */
@@ -51,9 +51,9 @@ struct perta_steps {
 };
 
 /* Run it. *summary is perta_unlearn's, with the "step" that each patch leads to in its results,
- * and "path" beside them: for every point on the way step, forget_loss, forget_probability, retain_loss, moved
- * (share of s that the step before changed) and mean_scale; and "chosen", the step that the way
- * ends at. */
+ * and "path" beside them: for every point on the way step, forget_loss, forget_probability,
+ * retain_loss, moved (share of s that the step before changed) and mean_scale; and "chosen", the
+ * step that the way ends at. */
 PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                           json_t **summary, struct perta_err *err);
 

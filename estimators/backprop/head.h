@@ -60,8 +60,8 @@ int perta_head_forward(struct perta_head *head, const struct perta_store *x,
                        struct perta_head_means *means, struct perta_err *err);
 /* After it: the loss of one sample. */
 double perta_head_loss(const struct perta_head *head, uint64_t sample);
-/* After it: dx (tokens, H) = gradient of each sample's loss, weighed. Writes the importance of the final
- * norm and, where it is not tied, of the head. */
+/* After it: dx (tokens, H) = gradient of each sample's loss, weighed. Writes the
+ * importance of the final norm and, where it is not tied, of the head. */
 int perta_head_backward(struct perta_head *head, const struct perta_store *x,
                         struct perta_store *dx, struct perta_err *err);
 /* dx: gradients of all tokens' embeddings. Writes the importance of the embedding (and with it

@@ -204,6 +204,11 @@ def test_what_is_forgotten_is_held(perta, tmp_path):
     out = tensors_of(tmp_path / "out")
     for key, x in models[end].items():
         assert (out[key] == x)[sure[key]].all(), key
+    # Where enough is never forgotten, the end is the last point, or the one before a bound.
+    for flags, chosen in (([], 2), (["--max-retain-rise", "-100"], 0)):
+        never = perta(*STEPS, "2", *HOLD, "1e-9", *flags, "--patch", "never", "--force").stdout
+        assert json.loads(never)["chosen"] == chosen
+    shutil.rmtree(tmp_path / "never")
     command = [*STEPS, "8", *HOLD, str(level), "--patch", "again"]
     killed = stop_after(command, tmp_path, tmp_path / "again.steps.perta-journal", 20)
     assert killed == (True, "")
