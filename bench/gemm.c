@@ -16,6 +16,7 @@
 enum { FORWARD, BACKWARD, GRADIENT, N_KINDS };
 
 struct bench {
+    struct perta_workers *workers;
     struct perta_gemm *gemm;
     enum perta_dtype dtype; /* of operands: the product's own, so that nothing is converted */
     size_t tokens;
@@ -37,11 +38,11 @@ static int multiply(struct bench *b, int kind, size_t out, size_t in, struct per
     const struct perta_operand_matrix x = {b->x, b->dtype, in, 1}, dy = {b->dy, b->dtype, out, 1};
     const struct perta_operand_matrix w = {b->weight, b->dtype, in, 1};
     if (kind == FORWARD)
-        return perta_gemm_run(b->gemm, b->tokens, out, in, x, perta_transposed(w), b->to, out,
+        return perta_gemm_run(b->gemm, NULL, b->tokens, out, in, x, perta_transposed(w), b->to, out,
                               false, err);
     if (kind == BACKWARD)
-        return perta_gemm_run(b->gemm, b->tokens, in, out, dy, w, b->to, in, false, err);
-    return perta_gemm_run(b->gemm, out, in, b->tokens, perta_transposed(dy), x, b->to, in, true,
+        return perta_gemm_run(b->gemm, NULL, b->tokens, in, out, dy, w, b->to, in, false, err);
+    return perta_gemm_run(b->gemm, NULL, out, in, b->tokens, perta_transposed(dy), x, b->to, in, true,
                           err);
 }
 
@@ -98,15 +99,17 @@ static void run(bool bf16, unsigned n_threads, size_t tokens)
     b.to = calloc(most, 4);
     double best = 0;
     if ((bf16 && !perta_gemm_can_bf16()) || !b.x || !b.dy || !b.weight || !b.to ||
-        perta_gemm_open(bf16, n_threads, 16, &b.gemm, &err) || measure_all(&b, &err))
+        perta_workers_open(n_threads, &b.workers, &err) ||
+        perta_gemm_open(bf16, b.workers, 16, 0, &b.gemm, &err) || measure_all(&b, &err))
         b = (struct bench){.x = b.x, .dy = b.dy, .weight = b.weight, .to = b.to, .gemm = b.gemm,
-                           .cpu_seconds = 1};
+                           .workers = b.workers, .cpu_seconds = 1};
     for (int kind = 0; kind < N_KINDS; kind++)
         best = b.best[kind] > best ? b.best[kind] : best;
     printf("%.0f %.0f  forward %.0f backward %.0f weight %.0f\n", best * 1e-9,
            b.flop / b.cpu_seconds * 1e-9, b.best[FORWARD] * 1e-9, b.best[BACKWARD] * 1e-9,
            b.best[GRADIENT] * 1e-9);
     perta_gemm_close(b.gemm);
+    perta_workers_close(b.workers);
     free(b.x);
     free(b.dy);
     free(b.weight);

@@ -38,8 +38,8 @@ static void reserve_dx(struct perta_estimate_job *job)
 static void add_vector(struct perta_estimate_job *job, size_t at, const float *d, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        job->vectors[0][at + i] += d[i];
-        job->vectors[1][at + i] += d[i] * d[i];
+        job->vectors[0][at + i] += (double)d[i];
+        job->vectors[1][at + i] += (double)d[i] * (double)d[i];
     }
 }
 
@@ -64,9 +64,9 @@ static int write_vector(struct perta_estimate_job *job, const char *name, size_t
 {
     struct perta_statistic *s = &job->statistic;
     perta_statistic_begin(s, n);
-    memcpy(s->sum, job->vectors[0] + at, n * sizeof(float));
+    memcpy(s->sum, job->vectors[0] + at, n * sizeof *s->sum);
     if (s->square)
-        memcpy(s->square, job->vectors[1] + at, n * sizeof(float));
+        memcpy(s->square, job->vectors[1] + at, n * sizeof *s->square);
     return perta_statistic_end(s, name, 0, n, err);
 }
 
@@ -94,7 +94,7 @@ static int write_vectors(struct perta_estimate_job *job, uint32_t layer, const s
 static int keep_operands(struct perta_estimate_job *job, const struct perta_block *block, size_t first, size_t n,
                          const struct perta_acts *acts, struct perta_err *err)
 {
-    bool single = job->batches.n == 1;
+    bool single = job->n_batches == 1;
     int rc = 0;
     for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
         const float *rows[2];
@@ -119,14 +119,12 @@ static int keep_operands(struct perta_estimate_job *job, const struct perta_bloc
 
 static int write_weights(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
 {
-    const struct perta_segments *segments =
-        job->statistic.meansq ? &job->sequences : &job->batches;
     char name[128];
     int rc = 0;
     for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
         rc = perta_statistic_linear(
             &job->statistic, perta_weights_name(name, layer, perta_linear_names[i], "weight"),
-            &job->operands[2 * i], &job->operands[2 * i + 1], segments, job->work, err);
+            &job->operands[2 * i], &job->operands[2 * i + 1], &job->chunks, &job->packed, err);
         if (!rc)
             rc = perta_estimate_advance(job, err);
     }
@@ -135,15 +133,14 @@ static int write_weights(struct perta_estimate_job *job, uint32_t layer, struct 
 
 static int backward_batches(struct perta_estimate_job *job, uint32_t layer,
                             const struct perta_block *block, struct perta_store *next,
-                            size_t *starts, struct perta_err *err)
+                            struct perta_err *err)
 {
     const struct perta_vector_sink sink = {job, on_norm, on_bias};
     struct perta_acts acts;
     int rc = 0;
-    for (size_t b = 0; b < job->batches.n && !rc; b++) {
-        struct perta_batch batch = perta_estimate_batch(job, b, starts);
-        size_t first = job->batches.starts[b];
-        perta_acts_lay_out(&acts, block->llm, batch.n, job->samples.longest, job->work);
+    for (size_t group = 0, first; group < job->cut.n_groups && !rc;) {
+        struct perta_batch batch = perta_estimate_batch(job, &group, &first);
+        perta_acts_lay_out(&acts, block->llm, batch.n, job->work);
         rc = perta_estimate_rows(&job->x[layer], first, batch.n, acts.x, err);
         if (!rc)
             rc = perta_estimate_rows(&job->dx, first, batch.n, acts.dout, err);
@@ -161,19 +158,26 @@ static int backward_batches(struct perta_estimate_job *job, uint32_t layer,
     return rc;
 }
 
-static int backward_layer(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
-                          struct perta_err *err)
+/* What is read after a layer on the way back: the one before, then, if it is to be read again, the
+ * head. */
+static uint32_t before(const struct perta_estimate_job *job, uint32_t layer)
 {
-    struct perta_block block = perta_estimate_block(job);
+    const struct perta_llm *llm = &job->weights.llm;
+    return layer ? layer - 1 : llm->tied ? llm->n_layers : UINT32_MAX;
+}
+
+static int backward_layer(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+{
+    struct perta_block block;
     struct perta_store next;
-    memset(job->vectors[0], 0, job->vector_floats * sizeof(float));
-    memset(job->vectors[1], 0, job->vector_floats * sizeof(float));
-    int rc = perta_weights_block(&job->weights, layer, job->room, &block, err);
+    memset(job->vectors[0], 0, job->vector_floats * sizeof *job->vectors[0]);
+    memset(job->vectors[1], 0, job->vector_floats * sizeof *job->vectors[1]);
+    int rc = perta_estimate_load(job, layer, before(job, layer), &block, err);
     if (rc)
         return rc;
     rc = open_dx(job, layer, &next, err);
     if (!rc)
-        rc = backward_batches(job, layer, &block, &next, starts, err);
+        rc = backward_batches(job, layer, &block, &next, err);
     if (!rc)
         rc = write_weights(job, layer, err);
     if (!rc)
@@ -259,12 +263,11 @@ static int start(struct perta_estimate_job *job, enum perta_stage *stage, uint32
     return rc ? rc : perta_estimate_restore(job, *stage, *layer, err);
 }
 
-static int forward_layer(struct perta_estimate_job *job, uint32_t layer, size_t *starts,
-                         struct perta_err *err)
+static int forward_layer(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
 {
     int rc = open_x(job, layer + 1, err);
     if (!rc)
-        rc = perta_estimate_forward(job, layer, &job->x[layer], &job->x[layer + 1], starts, err);
+        rc = perta_estimate_forward(job, layer, &job->x[layer], &job->x[layer + 1], err);
     return rc ? rc : perta_estimate_commit(job, PERTA_FORWARD, layer, err);
 }
 
@@ -279,9 +282,10 @@ static int check_losses(const struct perta_estimate_job *job, struct perta_err *
 
 /* Up to the loss, from the layer after the one that is done. */
 static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
-                       size_t *starts, struct perta_err *err)
+                       struct perta_err *err)
 {
     uint32_t n_layers = job->weights.llm.n_layers;
+    const struct perta_part head = perta_head_first(&job->head), last = {.layer = n_layers - 1};
     int rc = 0;
     if (stage == PERTA_BEGUN) {
         rc = open_x(job, 0, err);
@@ -289,9 +293,9 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
             rc = perta_embed(&job->head, &job->x[0], err);
     }
     for (uint32_t l = stage == PERTA_BEGUN ? 0 : layer + 1; l < n_layers && !rc; l++)
-        rc = forward_layer(job, l, starts, err);
+        rc = forward_layer(job, l, err);
     if (!rc)
-        rc = perta_head_forward(&job->head, &job->x[n_layers], &job->means, err);
+        rc = perta_head_forward(&job->head, &job->x[n_layers], &head, &job->means, err);
     if (!rc)
         rc = check_losses(job, err);
     if (!rc)
@@ -300,7 +304,7 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
         rc = open_dx(job, n_layers, &job->dx, err);
     job->dx_layer = n_layers;
     if (!rc)
-        rc = perta_head_backward(&job->head, &job->x[n_layers], &job->dx, err);
+        rc = perta_head_backward(&job->head, &job->x[n_layers], &last, &job->dx, err);
     return rc ? rc : perta_estimate_commit(job, PERTA_HEAD_DONE, 0, err);
 }
 
@@ -308,19 +312,17 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
                    struct perta_err *err)
 {
     uint32_t n_layers = job->weights.llm.n_layers;
-    size_t *starts = calloc(job->samples.n + 1, sizeof *starts);
-    int rc = starts ? 0 : perta_fail_sys(err, ENOMEM, "batches");
-    if (!rc && stage < PERTA_HEAD_DONE)
-        rc = run_forward(job, stage, layer, starts, err);
-    else if (!rc && job->weights.llm.tied) /* what the embedding's gradient needs of the head */
-        rc = perta_head_forward(&job->head, &job->x[n_layers], &job->means, err);
+    int rc = 0;
+    if (stage < PERTA_HEAD_DONE)
+        rc = run_forward(job, stage, layer, err);
+    else if (job->weights.llm.tied) /* what the embedding's gradient needs of the head */
+        rc = perta_head_forward(&job->head, &job->x[n_layers], NULL, &job->means, err);
     for (uint32_t l = stage == PERTA_BACKWARD ? layer : n_layers; l-- > 0 && !rc;)
-        rc = backward_layer(job, l, starts, err);
+        rc = backward_layer(job, l, err);
     if (!rc)
         rc = perta_embed_backward(&job->head, &job->dx, err);
     if (!rc)
         rc = perta_weights_unchanged(&job->weights, err);
-    free(starts);
     return rc;
 }
 
@@ -336,7 +338,7 @@ static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
     json_object_set_new(summary, "folders", folders);
     json_object_set_new(summary, "loss", json_real(job->means.loss));
     json_object_set_new(summary, "probability", json_real(job->means.probability));
-    json_object_set_new(summary, "batches", json_integer((json_int_t)job->batches.n));
+    json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
     json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
     json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
     json_object_set_new(summary, "scratch_bytes",

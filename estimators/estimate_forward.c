@@ -52,14 +52,13 @@ int perta_estimate_open_head(struct perta_estimate_job *job,
         .gemm = job->gemm,
         .samples = &job->samples,
         .statistic = statistic,
-        .batches = &job->batches,
-        .batch_samples = job->batch_samples,
         .advance = on_rows,
         .ctx = job,
         .by_probability = job->estimate->by_probability,
-        .block_rows = PERTA_VOCABULARY_ROWS,
-        .room = job->room,
+        .batch_rows = perta_head_rows(&job->samples, job->batch_tokens),
+        .room = job->weights.rooms[0],
         .work = job->work,
+        .packed = job->packed,
     };
     return perta_head_open(&job->head, &job->scratch, err);
 }
@@ -72,7 +71,7 @@ void perta_estimate_release(struct perta_estimate_job *job)
         perta_store_close(&job->x[l], &job->scratch);
     perta_store_close(&job->dx, &job->scratch);
     for (int i = 0; i < 2 * PERTA_N_LINEARS; i++)
-        if (job->batches.n > 1)
+        if (job->n_batches > 1)
             perta_store_close(&job->operands[i], &job->scratch);
     for (int i = 0; i < 2; i++) {
         perta_importance_out_release(&job->outs[i]);
@@ -81,11 +80,12 @@ void perta_estimate_release(struct perta_estimate_job *job)
     perta_scaled_close(&job->scaled);
     perta_weights_close(&job->weights);
     perta_gemm_close(job->gemm);
+    perta_workers_close(job->workers);
     perta_pool_give(&job->pool);
     perta_samples_release(&job->samples);
-    free((void *)job->batches.starts);
-    free((void *)job->sequences.starts);
-    free(job->batch_samples);
+    perta_cut_release(&job->cut);
+    perta_chunks_release(&job->chunks);
+    free(job->starts);
     free(job->x);
     free(job->inv_freq);
     free(job->positions);
@@ -95,21 +95,35 @@ void perta_estimate_release(struct perta_estimate_job *job)
 
 /* ---- a block over all tokens ---- */
 
-struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t b,
-                                        size_t *starts)
+struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group,
+                                        size_t *first)
 {
-    size_t first = job->batches.starts[b];
-    uint64_t from = job->batch_samples[b], to = job->batch_samples[b + 1];
-    for (uint64_t s = from; s <= to; s++)
-        starts[s - from] = job->samples.starts[s] - first;
-    return (struct perta_batch){to - from, job->batches.starts[b + 1] - first, starts,
-                                job->positions + first};
+    struct perta_cut_batch batch = perta_cut_batch(&job->cut, *group, job->batch_tokens);
+    *first = batch.first_row;
+    *group = batch.end;
+    return (struct perta_batch){
+        .n = batch.n,
+        .sequences = {batch.n_samples, job->starts + batch.first_sample, batch.first_row},
+        .tiles = batch.tiles,
+        .positions = job->positions + batch.first_row,
+    };
 }
 
-struct perta_block perta_estimate_block(const struct perta_estimate_job *job)
+int perta_estimate_load(struct perta_estimate_job *job, uint32_t layer, uint32_t next,
+                        struct perta_block *block, struct perta_err *err)
 {
-    return (struct perta_block){
-        .llm = &job->weights.llm, .gemm = job->gemm, .inv_freq = job->inv_freq};
+    const struct perta_part part = {.layer = layer};
+    const struct perta_part following =
+        next < job->weights.llm.n_layers ? (struct perta_part){.layer = next}
+                                         : perta_head_first(&job->head);
+    const struct perta_loaded *loaded;
+    int rc = perta_weights_load(&job->weights, &part, next == UINT32_MAX ? NULL : &following,
+                                &loaded, err);
+    *block = loaded->block;
+    block->llm = &job->weights.llm;
+    block->gemm = job->gemm;
+    block->inv_freq = job->inv_freq;
+    return rc;
 }
 
 int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
@@ -147,15 +161,14 @@ int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err
 
 int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
                            const struct perta_store *from, struct perta_store *to,
-                           size_t *starts, struct perta_err *err)
+                           struct perta_err *err)
 {
-    struct perta_block block = perta_estimate_block(job);
+    struct perta_block block;
     struct perta_acts acts;
-    int rc = perta_weights_block(&job->weights, layer, job->room, &block, err);
-    for (size_t b = 0; b < job->batches.n && !rc; b++) {
-        struct perta_batch batch = perta_estimate_batch(job, b, starts);
-        size_t first = job->batches.starts[b];
-        perta_acts_lay_out(&acts, block.llm, batch.n, job->samples.longest, job->work);
+    int rc = perta_estimate_load(job, layer, layer + 1, &block, err);
+    for (size_t group = 0, first; group < job->cut.n_groups && !rc;) {
+        struct perta_batch batch = perta_estimate_batch(job, &group, &first);
+        perta_acts_lay_out(&acts, block.llm, batch.n, job->work);
         rc = perta_estimate_rows(from, first, batch.n, acts.x, err);
         if (!rc)
             rc = perta_block_forward(&block, &batch, &acts, err);

@@ -10,8 +10,6 @@
 #include "stream/journal.h"
 #include "stream/memory.h"
 
-#define PERTA_VOCABULARY_ROWS 1024 /* of the head at a time */
-
 struct perta_estimate_job {
     const struct perta_estimate *estimate;
     const struct perta_run *run;
@@ -23,6 +21,7 @@ struct perta_estimate_job {
     bool answers; /* samples are to hold the other answers too */
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* that writes them */
+    struct perta_workers *workers;
     struct perta_gemm *gemm;
     struct perta_statistic statistic;
     struct perta_head head;
@@ -30,20 +29,23 @@ struct perta_estimate_job {
     struct perta_journal journal;
 
     struct perta_pool pool;
-    uint8_t *room;       /* for weights, and at its end the source's */
     float *work;         /* for a batch: its activations, or the head's */
+    struct perta_packed packed;
     float *inv_freq;     /* (head_dim / 2) */
     uint32_t *positions; /* (n_tokens) */
 
-    struct perta_segments batches, sequences; /* of tokens; a batch is whole samples */
-    uint64_t *batch_samples;                  /* (batches.n + 1) */
+    size_t *starts;             /* (samples.n + 1): tokens of each */
+    struct perta_cut cut;       /* tokens */
+    struct perta_chunks chunks; /* tokens */
+    size_t batch_tokens;        /* at a time */
+    size_t n_batches;
     struct perta_store *x; /* (n_layers + 1): what each block gets; the last block's result */
     struct perta_store dx; /* the gradient of what dx_layer gets */
     uint32_t dx_layer;
     int64_t dx_saved;       /* the layer whose dx is in a file that a record counts on; -1: none */
     uint64_t reserved_bytes; /* of memory, for dx */
     struct perta_store operands[2 * PERTA_N_LINEARS]; /* of the block under way */
-    float *vectors[2]; /* (vector_floats): a block's norms and biases, sum and square */
+    double *vectors[2]; /* (vector_floats): a block's norms and biases, sum and square */
     size_t vector_floats;
     uint64_t total_bytes;
     struct perta_head_means means;
@@ -51,9 +53,9 @@ struct perta_estimate_job {
 
 /* ---- estimate_plan.c ---- */
 
-/* Tokens of all samples, in sequence. */
+/* Tokens of all samples, in sequence, and where they are cut. */
 int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err);
-/* Cut batches for what memory allows, and take it. */
+/* Find the workers, the batches and what is read ahead that memory allows, and take it. */
 int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err);
 /* Where a block's vectors stand in job->vectors: norms, then biases. */
 size_t perta_estimate_norm_at(const struct perta_llm *llm, enum perta_norm_name name);
@@ -70,20 +72,21 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 /* Close and free all that a job holds; half-open is fine. */
 void perta_estimate_release(struct perta_estimate_job *job);
 
-/* What layer makes of all tokens' rows. from and to may be the same. starts (samples + 1) is
- * scratch. */
+/* What layer makes of all tokens' rows. from and to may be the same. */
 int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
-                           const struct perta_store *from, struct perta_store *to, size_t *starts,
+                           const struct perta_store *from, struct perta_store *to,
                            struct perta_err *err);
-/* Batch b; its sequences' starts are put in starts. */
-struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t b,
-                                        size_t *starts);
+/* The batch that begins with a group; *first is its first token, *group the next batch's group. */
+struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group,
+                                        size_t *first);
+/* A layer's weights, and then those of what comes next (a layer, or the head: n_layers; or nothing:
+ * UINT32_MAX) in the background. *block is ready for use. */
+int perta_estimate_load(struct perta_estimate_job *job, uint32_t layer, uint32_t next,
+                        struct perta_block *block, struct perta_err *err);
 /* After perta_head_forward: the mean loss over one sample's labels. PERTA_EINPUT, with its line,
  * where that is not a finite number. */
 int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,
                         struct perta_err *err);
-/* A block that has no weights yet. */
-struct perta_block perta_estimate_block(const struct perta_estimate_job *job);
 /* n rows of a store, whole, to. */
 int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
                         struct perta_err *err);

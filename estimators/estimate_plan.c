@@ -4,59 +4,45 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/backprop/ops.h"
 #include "io/checked.h"
 
-/* What oneDNN, OpenMP, the thread that writes (16 MiB) and the heap take besides what is counted. */
-#define MARGIN_BYTES (48ull << 20)
-/* The process itself before anything is taken, and a tensor's entry in its tables. */
-#define PROCESS_BYTES (14ull << 20)
-#define TENSOR_BYTES 1024
+/* What oneDNN, compiled products, the thread that writes (16 MiB) and the heap take besides what is
+ * counted. */
+#define MARGIN_BYTES (24ull << 20)
 /* Gradients of a weight are formed in blocks of so many floats. */
-#define BLOCK_FLOATS (4u << 20)
+#define BLOCK_FLOATS (2u << 20)
+/* Tokens of a group of samples (cut.h). */
+#define GROUP_TOKENS PERTA_TILE
 
-/* ---- batches ---- */
-
-/* Whole samples, as many as have so many tokens together. */
-static int cut_batches(struct perta_estimate_job *job, size_t tokens, struct perta_err *err)
-{
-    const struct perta_samples *s = &job->samples;
-    size_t *starts = calloc(s->n + 1, sizeof *starts);
-    job->batches.starts = starts;
-    job->batch_samples = calloc(s->n + 1, sizeof *job->batch_samples);
-    if (!starts || !job->batch_samples)
-        return perta_fail_sys(err, ENOMEM, "batches");
-    size_t n = 0;
-    for (uint64_t i = 0; i < s->n; i++) {
-        if (n && s->starts[i + 1] - starts[n - 1] <= tokens) {
-            starts[n] = s->starts[i + 1];
-            job->batch_samples[n] = i + 1;
-            continue;
-        }
-        starts[n] = s->starts[i];
-        starts[++n] = s->starts[i + 1];
-        job->batch_samples[n] = i + 1;
-    }
-    job->batches.n = n;
-    for (size_t b = 0; b < n; b++)
-        if (starts[b + 1] - starts[b] > job->batches.longest)
-            job->batches.longest = starts[b + 1] - starts[b];
-    return 0;
-}
+/* ---- tokens ---- */
 
 int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err)
 {
     const struct perta_samples *s = &job->samples;
-    size_t *starts = calloc(s->n + 1, sizeof *starts);
-    job->sequences = (struct perta_segments){s->n, s->longest, starts};
+    const size_t all[] = {0, s->n_tokens};
+    job->starts = calloc(s->n + 1, sizeof *job->starts);
     job->positions = calloc(s->n_tokens, sizeof *job->positions);
-    if (!starts || !job->positions)
+    if (!job->starts || !job->positions)
         return perta_fail_sys(err, ENOMEM, "tokens");
     for (uint64_t i = 0; i <= s->n; i++)
-        starts[i] = s->starts[i];
+        job->starts[i] = s->starts[i];
     for (uint64_t i = 0; i < s->n; i++)
         for (uint64_t t = s->starts[i]; t < s->starts[i + 1]; t++)
             job->positions[t] = (uint32_t)(t - s->starts[i]);
-    return 0;
+    int rc = perta_cut_make(job->starts, s->n, GROUP_TOKENS, &job->cut, err);
+    if (rc)
+        return rc;
+    return job->estimate->meansq ? perta_chunks_make(job->starts, s->n, true, &job->chunks, err)
+                                 : perta_chunks_make(all, 1, false, &job->chunks, err);
+}
+
+static size_t count_batches(const struct perta_estimate_job *job)
+{
+    size_t n = 0;
+    for (size_t group = 0; group < job->cut.n_groups; n++)
+        group = perta_cut_batch(&job->cut, group, job->batch_tokens).end;
+    return n;
 }
 
 /* ---- memory ---- */
@@ -64,6 +50,11 @@ int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err)
 static uint64_t most(uint64_t a, uint64_t b)
 {
     return a > b ? a : b;
+}
+
+static uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
 }
 
 static size_t widest(const struct perta_llm *llm)
@@ -92,72 +83,94 @@ static size_t block_floats(const struct perta_llm *llm)
     return most(most(BLOCK_FLOATS, vocabulary), widest(llm));
 }
 
-/* What weights and the source are read into. */
-static uint64_t read_room(const struct perta_estimate_job *job)
+/* What a part of the weights is read into. */
+static uint64_t part_room(const struct perta_estimate_job *job)
 {
     uint64_t block = perta_weights_block_room(&job->weights);
     uint64_t rows = perta_weights_room((uint64_t)PERTA_VOCABULARY_ROWS * job->weights.llm.hidden *
                                        sizeof(float));
-    return perta_align_up(most(block, rows), PERTA_BLOCK_BYTES) +
-           (job->source ? job->source->room_bytes : 0);
+    return perta_align_up(most(block, rows), PERTA_BLOCK_BYTES);
+}
+
+static uint64_t source_room(const struct perta_estimate_job *job)
+{
+    return job->source ? job->source->room_bytes : 0;
 }
 
 static size_t work_floats(const struct perta_estimate_job *job, size_t tokens)
 {
     const struct perta_llm *llm = &job->weights.llm;
-    size_t acts = perta_acts_floats(llm, tokens, job->samples.longest);
-    size_t head = perta_head_work(llm, tokens, PERTA_VOCABULARY_ROWS);
-    size_t operands = tokens * 2 * widest(llm) + tokens; /* rows read back */
-    return most(most(acts, head), operands);
+    size_t head = perta_head_work(llm, perta_head_rows(&job->samples, tokens));
+    return most(perta_acts_floats(llm, tokens), head);
 }
 
-/* Converted operands: a block of weight rows, and in bf16 a batch's rows of both sides. */
-static size_t gemm_floats(const struct perta_estimate_job *job, size_t tokens, bool bf16)
+/* Converted operands of a product: rows of a weight, and in bf16 a batch's rows. */
+static size_t converted_floats(const struct perta_estimate_job *job, size_t tokens, bool bf16)
 {
-    size_t width = widest(&job->weights.llm), rows = most(1024, PERTA_VOCABULARY_ROWS);
-    size_t floats = rows * width + 64;
-    return bf16 ? floats + (tokens * (width + rows) + 1) / 2 + tokens * width / 2 : floats;
+    size_t wide = most(widest(&job->weights.llm), PERTA_VOCABULARY_ROWS);
+    size_t batch = most(tokens, perta_head_rows(&job->samples, tokens)) + PERTA_SLACK_ROWS + 1;
+    size_t rows = PERTA_VOCABULARY_ROWS + PERTA_SLACK_ROWS + 1;
+    return bf16 ? (batch + rows) * wide / 2 + 128 : rows * wide + 128;
+}
+
+/* Operands of a gradient, side by side: the longest chunk's rows of the widest pair. */
+static size_t packed_floats(const struct perta_estimate_job *job, bool bf16)
+{
+    const struct perta_llm *llm = &job->weights.llm;
+    const struct perta_estimate *e = job->estimate;
+    size_t wide = widest(llm), block = block_floats(llm);
+    size_t pair = (size_t)llm->hidden + most(PERTA_VOCABULARY_ROWS, wide);
+    pair = most(pair, wide + perta_statistic_rows(block, wide, llm->hidden));
+    size_t rows = least(PERTA_CHUNK_ROWS, perta_chunk_padded(job->samples.n_tokens));
+    return e->mean || e->meansq ? rows * pair / (bf16 ? 2 : 1) : 0;
+}
+
+static size_t scratch_floats(const struct perta_estimate_job *job, size_t tokens, bool bf16)
+{
+    return most(converted_floats(job, tokens, bf16), packed_floats(job, bf16));
 }
 
 static uint64_t statistic_floats(const struct perta_estimate_job *job)
 {
     const struct perta_estimate *e = job->estimate;
     return e->mean || e->meansq
-               ? perta_statistic_floats(block_floats(&job->weights.llm), e->meansq)
+               ? perta_statistic_floats(block_floats(&job->weights.llm), e->meansq,
+                                        job->chunks.parts)
                : 0;
 }
 
 static uint64_t fixed_bytes(const struct perta_estimate_job *job)
 {
-    return read_room(job) +
-           (statistic_floats(job) + 2 * job->vector_floats) * sizeof(float) +
+    return part_room(job) + source_room(job) + statistic_floats(job) * sizeof(float) +
+           2 * job->vector_floats * sizeof(double) +
            perta_head_bytes(&job->samples, &job->weights.llm) +
            job->samples.n_tokens * 2 * sizeof(double);
 }
 
 static uint64_t batch_bytes(const struct perta_estimate_job *job, size_t tokens, bool bf16)
 {
-    return (work_floats(job, tokens) + gemm_floats(job, tokens, bf16)) * sizeof(float);
+    return (work_floats(job, tokens) + scratch_floats(job, tokens, bf16)) * sizeof(float);
 }
 
-/* What is there before a batch is taken: counted, so that the same flags cut the same batches every
- * time, for in which order gradients are summed depends on them. */
-static uint64_t counted_bytes(const struct perta_estimate_job *job)
+/* Floats that a worker has of its own: a row, a tile, or attention's scores. */
+static size_t room_floats(const struct perta_estimate_job *job)
 {
-    return PROCESS_BYTES + (job->source ? job->source->heap_bytes : 0) +
-           job->weights.ck->n_tensors * TENSOR_BYTES + job->samples.room * 2 +
-           job->samples.n * 5 * sizeof(uint64_t) + job->samples.n_tokens * sizeof *job->positions;
+    return most(most((uint64_t)PERTA_TILE * PERTA_TILE, widest(&job->weights.llm)),
+                perta_attention_room(job->samples.longest));
 }
 
-/* The largest batch for half of what is left, all samples at best. */
-static size_t tokens_of_a_batch(const struct perta_estimate_job *job, bool bf16, uint64_t left)
+static uint64_t worker_bytes(const struct perta_estimate_job *job)
 {
-    size_t low = job->samples.longest, high = job->samples.n_tokens;
-    bool whole = batch_bytes(job, high, bf16) <= left;
-    uint64_t limit = whole ? left : most(left / 2, batch_bytes(job, low, bf16));
+    return PERTA_GEMM_WORKER_BYTES + room_floats(job) * sizeof(float);
+}
+
+/* The largest batch for so many bytes. */
+static size_t tokens_for(const struct perta_estimate_job *job, bool bf16, uint64_t bytes)
+{
+    size_t low = job->cut.longest, high = job->samples.n_tokens;
     while (low < high) {
         size_t middle = high - (high - low) / 2;
-        if (batch_bytes(job, middle, bf16) <= limit)
+        if (batch_bytes(job, middle, bf16) <= bytes)
             low = middle;
         else
             high = middle - 1;
@@ -165,58 +178,88 @@ static size_t tokens_of_a_batch(const struct perta_estimate_job *job, bool bf16,
     return low;
 }
 
-/* Batches by what is counted; then stores get what is left, where more is resident than counted
- * less of it. */
-static int plan_memory(struct perta_estimate_job *job, bool bf16, size_t *tokens, struct perta_err *err)
+struct plan {
+    bool bf16, ahead; /* ahead: room for a second part of the weights */
+    unsigned n_workers;
+    size_t tokens; /* of a batch */
+};
+
+/* What there must be: a worker, a part of the weights, the longest group of samples. What is left
+ * goes, a share each, to more workers, to reading ahead, and to larger batches; then to stores. Results
+ * depend on none of it. */
+static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct perta_err *err)
 {
-    uint64_t counted = counted_bytes(job), others = MARGIN_BYTES + fixed_bytes(job);
-    uint64_t used = most(perta_memory_trimmed(), counted) + others;
-    uint64_t least = used + batch_bytes(job, job->samples.longest, bf16);
-    uint64_t budget = job->run->memory_bytes;
-    if (budget < least)
-        return perta_memory_refuse(budget, least, err,
+    uint64_t budget = job->run->memory_bytes, group = batch_bytes(job, job->cut.longest, plan->bf16);
+    uint64_t used = perta_memory_trimmed() + MARGIN_BYTES + fixed_bytes(job);
+    uint64_t enough = used + group + worker_bytes(job);
+    if (budget < enough)
+        return perta_memory_refuse(budget, enough, err,
                                    "for this model and its longest sample (%llu tokens)",
                                    (unsigned long long)job->samples.longest);
-    *tokens = tokens_of_a_batch(job, bf16, budget - counted - others);
-    used += batch_bytes(job, *tokens, bf16);
-    job->scratch.free_bytes = used < budget ? budget - used : 0;
+    uint64_t left = budget - enough;
+    unsigned more = perta_run_threads(job->run) - 1;
+    more = (unsigned)least(more, left / 2 / worker_bytes(job));
+    left -= more * worker_bytes(job);
+    plan->n_workers = 1 + more;
+    plan->ahead = part_room(job) <= left / 2;
+    left -= plan->ahead ? part_room(job) : 0;
+    /* All tokens at once if they fit, else what leaves as much to the stores. */
+    bool whole = batch_bytes(job, job->samples.n_tokens, plan->bf16) <= left + group;
+    plan->tokens = tokens_for(job, plan->bf16, group + (whole ? left : left / 2));
+    job->scratch.free_bytes = left + group - batch_bytes(job, plan->tokens, plan->bf16);
     return 0;
 }
 
-static int take_memory(struct perta_estimate_job *job, bool bf16, struct perta_err *err)
+static void lay_out(struct perta_estimate_job *job, const struct plan *plan, uint64_t work)
+{
+    uint8_t *at = job->pool.base;
+    for (int i = 0; i < (plan->ahead ? 2 : 1); i++, at += part_room(job))
+        job->weights.rooms[i] = at;
+    if (job->source)
+        job->source->room = at;
+    at += source_room(job);
+    job->work = (float *)(void *)at;
+    if (statistic_floats(job))
+        perta_statistic_lay_out(&job->statistic, block_floats(&job->weights.llm),
+                                job->chunks.parts, (float *)(void *)(at + work));
+}
+
+static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
+                       struct perta_err *err)
 {
     const struct perta_llm *llm = &job->weights.llm;
-    size_t n = job->batches.longest, blocks = block_floats(llm);
-    uint64_t room = read_room(job), work = work_floats(job, n) * sizeof(float);
-    uint64_t statistic = statistic_floats(job) * sizeof(float);
-    work = perta_align_up(work, PERTA_BLOCK_BYTES);
-    int rc = perta_pool_take(&job->pool, room + work + statistic, err);
+    size_t scratch = scratch_floats(job, job->batch_tokens, plan->bf16);
+    uint64_t work = perta_align_up(work_floats(job, job->batch_tokens) * sizeof(float),
+                                   PERTA_BLOCK_BYTES);
+    uint64_t rooms = part_room(job) * (plan->ahead ? 2 : 1) + source_room(job);
+    int rc = perta_pool_take(&job->pool, rooms + work + statistic_floats(job) * sizeof(float), err);
     if (rc)
         return rc;
-    job->room = job->pool.base;
-    if (job->source)
-        job->source->room = job->pool.base + room - job->source->room_bytes;
-    job->work = (float *)(void *)(job->pool.base + room);
-    perta_statistic_lay_out(&job->statistic, blocks,
-                            (float *)(void *)(job->pool.base + room + work));
+    lay_out(job, plan, work);
     job->inv_freq = calloc(llm->head_dim, sizeof *job->inv_freq);
-    job->vectors[0] = calloc(job->vector_floats, sizeof(float));
-    job->vectors[1] = calloc(job->vector_floats, sizeof(float));
+    job->vectors[0] = calloc(job->vector_floats, sizeof *job->vectors[0]);
+    job->vectors[1] = calloc(job->vector_floats, sizeof *job->vectors[1]);
     job->x = calloc(llm->n_layers + 1, sizeof *job->x);
     if (!job->inv_freq || !job->vectors[0] || !job->vectors[1] || !job->x)
         return perta_fail_sys(err, ENOMEM, "estimate");
     perta_rope_frequencies(llm, job->inv_freq);
-    rc = perta_gemm_open(bf16, perta_run_threads(job->run), gemm_floats(job, n, bf16),
-                         &job->gemm, err);
+    rc = perta_workers_open(plan->n_workers, &job->workers, err);
+    if (!rc)
+        rc = perta_gemm_open(plan->bf16, job->workers, scratch, room_floats(job), &job->gemm, err);
+    if (rc)
+        return rc;
     job->statistic.gemm = job->gemm;
-    return rc;
+    job->packed = (struct perta_packed){perta_gemm_scratch(job->gemm, 0), scratch};
+    return 0;
 }
 
 int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err)
 {
-    size_t tokens = 0;
-    int rc = plan_memory(job, bf16, &tokens, err);
-    if (!rc)
-        rc = cut_batches(job, tokens, err);
-    return rc ? rc : take_memory(job, bf16, err);
+    struct plan plan = {.bf16 = bf16};
+    int rc = plan_memory(job, &plan, err);
+    if (rc)
+        return rc;
+    job->batch_tokens = plan.tokens;
+    job->n_batches = count_batches(job);
+    return take_memory(job, &plan, err);
 }

@@ -1,7 +1,6 @@
 /* What an estimate leaves behind, and how the next goes on with it. Spec: docs/resume.md */
 #include "estimators/estimate_job.h"
 
-#include <dnnl.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -88,13 +87,10 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
 {
     const struct perta_estimate *e = job->estimate;
     json_t *identity = json_pack(
-        "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:I, s:I, s:s}, s:I, s:I, s:o, s:o, s:o}", "tool",
+        "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:s}, s:I, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
-        (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32", "memory",
-        (json_int_t)job->run->memory_bytes, "threads", (json_int_t)perta_run_threads(job->run),
-        "data key gives", job->data_hmac,
-        "cpu", (json_int_t)dnnl_get_effective_cpu_isa(), "tokens of a batch",
-        (json_int_t)job->batches.longest, "model", perta_journal_checkpoint(job->weights.ck),
+        (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32",
+        "data key gives", job->data_hmac, "cpu", (json_int_t)perta_gemm_isa(), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", hex(hash_of_config(job)), "data", data_file(job));
     if (e->at)
         json_object_set_new(identity, "at", perta_scaled_json(&job->scaled));

@@ -120,7 +120,7 @@ static int report(const struct perta_estimate_job *job, json_t *summary,
     json_object_set_new(summary, "perturbed_samples",
                         json_integer((json_int_t)sums.n_perturbed));
     json_object_set_new(summary, "per_sample", list);
-    json_object_set_new(summary, "batches", json_integer((json_int_t)job->batches.n));
+    json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
     json_object_set_new(summary, "read_bytes",
                         json_integer((json_int_t)job->weights.read_bytes));
     json_object_set_new(summary, "scratch_bytes",
@@ -154,18 +154,15 @@ static int start(struct perta_estimate_job *job, struct perta_err *err)
 
 static int run_all(struct perta_estimate_job *job, struct perta_err *err)
 {
-    size_t *starts = calloc(job->samples.n + 1, sizeof *starts);
     struct perta_store *x = &job->x[0];
-    int rc = starts ? perta_store_open(x, &job->scratch, NULL, job->samples.n_tokens,
-                                       job->weights.llm.hidden, err)
-                    : perta_fail_sys(err, ENOMEM, "batches");
+    int rc = perta_store_open(x, &job->scratch, NULL, job->samples.n_tokens,
+                              job->weights.llm.hidden, err);
     if (!rc)
         rc = perta_embed(&job->head, x, err);
     for (uint32_t l = 0; l < job->weights.llm.n_layers && !rc; l++)
-        rc = perta_estimate_forward(job, l, x, x, starts, err);
+        rc = perta_estimate_forward(job, l, x, x, err);
     if (!rc)
-        rc = perta_head_forward(&job->head, x, &job->means, err);
-    free(starts);
+        rc = perta_head_forward(&job->head, x, NULL, &job->means, err);
     return rc ? rc : perta_weights_unchanged(&job->weights, err);
 }
 

@@ -9,9 +9,8 @@
 
 static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"};
 
-/* Elements at a time, and of these what a thread takes at a time. */
-#define PIECE (1u << 20)
-#define BLOCK (1u << 15)
+/* Elements at a time. */
+#define PIECE (1u << 18)
 /* What a header takes for each tensor. */
 #define TENSOR_BYTES 1024
 
@@ -26,12 +25,6 @@ static const struct perta_ref *find(const struct perta_scaled *s, int role,
 static uint8_t *room_of(const struct perta_scaled *s, int i)
 {
     return s->source.room + (uint64_t)i * s->source.room_bytes / (PERTA_SCALED_N + 1);
-}
-
-static struct perta_view part(struct perta_view view, uint64_t first)
-{
-    view.data = (const uint8_t *)view.data + first * perta_dtype_unit_bytes(view.dtype);
-    return view;
 }
 
 static int bad_number(const struct perta_scaled *s, const struct perta_ref *model,
@@ -51,30 +44,16 @@ static int bad_number(const struct perta_scaled *s, const struct perta_ref *mode
 
 /* to (n) = elements first.. of the model's tensor, edited. in: views of all operands. */
 static int edit(const struct perta_scaled *s, const struct perta_ref *model, uint64_t first,
-                uint64_t n, const struct perta_edit_in *all, uint8_t *to,
-                struct perta_err *err)
+                const struct perta_edit_in *in, uint8_t *to, struct perta_err *err)
 {
     const struct perta_rule rule = {.method = PERTA_SCALE};
     const float alpha = 1;
-    uint64_t width = perta_dtype_unit_bytes(all->model.dtype), bad = UINT64_MAX;
-    enum perta_operand operand = PERTA_IN_MODEL;
-#pragma omp parallel for schedule(static)
-    for (uint64_t at = 0; at < n; at += BLOCK) {
-        struct perta_edit_counts counts;
-        struct perta_edit_in in = {.model = part(all->model, at),
-                                   .tuned = part(all->tuned, at),
-                                   .base = part(all->base, at),
-                                   .scale = part(all->scale, at),
-                                   .n = n - at < BLOCK ? n - at : BLOCK};
-        void *out = to + at * width;
-        perta_edit(&rule, &in, &alpha, 1, &out, &counts);
-#pragma omp critical(perta_scaled)
-        if (counts.n_nonfinite && at + counts.bad_elem < bad) {
-            bad = at + counts.bad_elem;
-            operand = counts.bad_operand;
-        }
-    }
-    return bad == UINT64_MAX ? 0 : bad_number(s, model, first + bad, operand, err);
+    struct perta_edit_counts counts;
+    void *out = to;
+    perta_edit(&rule, in, &alpha, 1, &out, &counts);
+    return counts.n_nonfinite
+               ? bad_number(s, model, first + counts.bad_elem, counts.bad_operand, err)
+               : 0;
 }
 
 static int read_piece(struct perta_scaled *s, struct perta_weights *w,
@@ -98,8 +77,8 @@ static int read_piece(struct perta_scaled *s, struct perta_weights *w,
     if (rc || !edited)
         return rc;
     const struct perta_edit_in in = {
-        .model = views[0], .tuned = views[1], .base = views[2], .scale = views[3]};
-    return edit(s, model, first, n, &in, to, err);
+        .model = views[0], .tuned = views[1], .base = views[2], .scale = views[3], .n = n};
+    return edit(s, model, first, &in, to, err);
 }
 
 static int read_scaled(struct perta_source *source, struct perta_weights *w,

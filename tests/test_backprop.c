@@ -171,16 +171,19 @@ START_TEST(a_block_of_ragged_sequences)
     const struct perta_llm *llm = &lab.model.llm;
     const size_t starts[] = {0, 7, 12};
     const uint32_t positions[] = {0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4};
-    const struct perta_batch batch = {2, 12, starts, positions};
+    const size_t tiles[] = {0, 12};
+    const struct perta_batch batch = {12, {2, starts, 0}, {1, tiles, 0}, positions};
+    struct perta_workers *workers;
     struct block c = {.lab = &lab, .x = pair(12 * llm->hidden, 16),
                       .dout = pair(12 * llm->hidden, 17)};
     const struct perta_vector_sink sink = {&c, on_norm, on_bias};
     struct perta_block block = {.inv_freq = lab.inv_freq};
     struct perta_acts acts;
-    float *memory = aligned_alloc(64, perta_acts_floats(llm, 12, 7) * sizeof(float));
+    float *memory = aligned_alloc(64, perta_acts_floats(llm, 12) * sizeof(float));
     perta_model_block(&lab.model, 0, &block);
-    ck_assert_ok(perta_gemm_open(false, 2, 64, &block.gemm, &err));
-    perta_acts_lay_out(&acts, llm, 12, 7, memory);
+    ck_assert_ok(perta_workers_open(2, &workers, &err));
+    ck_assert_ok(perta_gemm_open(false, workers, 64, 0, &block.gemm, &err));
+    perta_acts_lay_out(&acts, llm, 12, memory);
     memcpy(acts.x, c.x.f, c.x.n * sizeof(float));
     memcpy(acts.dout, c.dout.f, c.x.n * sizeof(float));
     ck_assert_ok(perta_block_forward(&block, &batch, &acts, &err));
@@ -197,6 +200,7 @@ START_TEST(a_block_of_ragged_sequences)
         }
     }
     perta_gemm_close(block.gemm);
+    perta_workers_close(workers);
     free(memory);
     release(c.x);
     release(c.dout);

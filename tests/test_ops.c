@@ -9,6 +9,22 @@
 #include "tests/llm_double.h"
 
 static struct perta_err err;
+static struct perta_workers *workers;
+static struct perta_gemm *gemm;
+
+#define LONGEST 131 /* of the sequences below */
+
+static void open_workers(void)
+{
+    ck_assert_ok(perta_workers_open(3, &workers, &err));
+    ck_assert_ok(perta_gemm_open(false, workers, 0, perta_attention_room(LONGEST), &gemm, &err));
+}
+
+static void close_workers(void)
+{
+    perta_gemm_close(gemm);
+    perta_workers_close(workers);
+}
 
 /* ---- RMSNorm ---- */
 
@@ -34,16 +50,16 @@ START_TEST(rmsnorm)
     struct norm c = {pair(n, 1), pair(NORM_H, 2), pair(n, 3)};
     float y[NORM_T * NORM_H], rstd[NORM_T], dx[NORM_T * NORM_H], dweight[NORM_H] = {0};
     double want[NORM_T * NORM_H];
-    perta_rmsnorm_forward(y, rstd, c.x.f, c.weight.f, NORM_T, NORM_H, EPS);
+    perta_rmsnorm_forward(workers, y, rstd, c.x.f, c.weight.f, NORM_T, NORM_H, EPS);
     rmsnorm_double(want, c.x.d, c.weight.d, NORM_T, NORM_H, (double)EPS);
     are_close("y", y, want, n);
     for (size_t i = 0; i < n; i++)
         dx[i] = 2; /* it adds */
-    perta_rmsnorm_backward(dx, c.dy.f, c.x.f, rstd, c.weight.f, NORM_T, NORM_H);
+    perta_rmsnorm_backward(workers, dx, c.dy.f, c.x.f, rstd, c.weight.f, NORM_T, NORM_H);
     for (size_t i = 0; i < n; i++)
         dx[i] -= 2;
     is_gradient("dx", dx, c.x.d, n, 1, norm_value, &c);
-    perta_rmsnorm_backward_weight(dweight, c.dy.f, c.x.f, rstd, NORM_T, NORM_H);
+    perta_rmsnorm_backward_weight(workers, dweight, c.dy.f, c.x.f, rstd, NORM_T, NORM_H);
     is_gradient("dweight", dweight, c.weight.d, NORM_H, 1, norm_value, &c);
     release(c.x);
     release(c.weight);
@@ -107,12 +123,12 @@ START_TEST(rope)
     are_close("frequencies", c.inv_freq, want, ROPE_D / 2);
     for (int i = 0; i < ROPE_D / 2; i++)
         ck_assert_double_lt(fabs((double)c.inv_freq[i] / want[i] - 1), 1e-6);
-    perta_rope_backward(c.dy.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    perta_rope_backward(workers, c.dy.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
     is_gradient("dx", c.dy.f, c.x.d, n, 1, rope_value, &c);
     double y[ROPE_T * ROPE_HEADS * ROPE_D];
     memcpy(y, c.x.d, sizeof y);
     rope_double(y, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
-    perta_rope_forward(c.x.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    perta_rope_forward(workers, c.x.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
     are_close("y", c.x.f, y, n);
     release(c.x);
     release(c.dy);
@@ -142,10 +158,10 @@ START_TEST(swiglu)
     double want[SWIGLU_N];
     for (size_t i = 0; i < SWIGLU_N; i++)
         c.gate.d[i] = (double)(c.gate.f[i] *= 6);
-    perta_swiglu_forward(h, c.gate.f, c.up.f, SWIGLU_N);
+    perta_swiglu_forward(workers, h, c.gate.f, c.up.f, SWIGLU_N);
     swiglu_double(want, c.gate.d, c.up.d, SWIGLU_N);
     are_close("h", h, want, SWIGLU_N);
-    perta_swiglu_backward(dgate, dup, c.dh.f, c.gate.f, c.up.f, SWIGLU_N);
+    perta_swiglu_backward(workers, dgate, dup, c.dh.f, c.gate.f, c.up.f, SWIGLU_N);
     is_gradient("dgate", dgate, c.gate.d, SWIGLU_N, 1, swiglu_value, &c);
     is_gradient("dup", dup, c.up.d, SWIGLU_N, 1, swiglu_value, &c);
     release(c.gate);
@@ -196,7 +212,7 @@ START_TEST(cross_entropy)
         lse[i] = -INFINITY;
     for (size_t row = 0; row < CE_V; row += CE_ROWS) {
         size_t rows = copy_block(&c, row, block);
-        perta_cross_entropy_forward(block, row, rows, CE_N, ce_targets, lse, sums, of_target);
+        perta_cross_entropy_forward(workers, block, row, rows, CE_N, ce_targets, lse, sums, of_target);
     }
     for (size_t i = 0; i < CE_N; i++) {
         lse[i] += (float)log(sums[i]);
@@ -205,7 +221,7 @@ START_TEST(cross_entropy)
     ck_assert_double_lt(fabs(loss / cross_entropy_value(&c) - 1), TOLERANCE);
     for (size_t row = 0; row < CE_V; row += CE_ROWS) {
         size_t rows = copy_block(&c, row, block);
-        perta_cross_entropy_backward(block, row, rows, CE_N, ce_targets, lse, c.share.f);
+        perta_cross_entropy_backward(workers, block, row, rows, CE_N, ce_targets, lse, c.share.f);
         for (size_t i = 0; i < CE_N; i++)
             memcpy(d + i * CE_V + row, block + i * rows, rows * sizeof *d);
     }
@@ -217,14 +233,19 @@ END_TEST
 
 /* ---- attention ---- */
 
+struct shape {
+    size_t T, n_heads, n_kv_heads, D;
+    uint32_t window;
+};
+
 struct attention {
-    struct perta_attention shape;
+    struct shape shape;
     struct pair q, k, v, dout;
 };
 
 static void attention_out(const struct attention *c, double *out)
 {
-    const struct perta_attention *s = &c->shape;
+    const struct shape *s = &c->shape;
     attention_double(out, c->q.d, c->k.d, c->v.d, s->T, s->n_heads, s->n_kv_heads, s->D,
                      s->window);
 }
@@ -241,31 +262,32 @@ static double attention_value(void *ctx)
 
 /* Longer than a block of query rows (64), and not; groups of 1 and 4 heads; windows that end
  * inside of a block, at one, and beyond the sequence. */
-static const struct perta_attention shapes[] = {
+static const struct shape shapes[] = {
     {1, 4, 1, 4, UINT32_MAX},  {9, 8, 2, 6, UINT32_MAX}, {9, 2, 2, 4, 3},
-    {70, 4, 1, 4, UINT32_MAX}, {70, 4, 2, 2, 7},         {131, 2, 1, 2, 64},
+    {70, 4, 1, 4, UINT32_MAX}, {70, 4, 2, 2, 7},         {LONGEST, 2, 1, 2, 64},
     {70, 2, 1, 2, 1},          {70, 2, 1, 2, 100},
 };
 
 START_TEST(attention)
 {
-    const struct perta_attention *s = &shapes[_i];
+    const struct shape *s = &shapes[_i];
     size_t n = s->T * s->n_heads * s->D, m = s->T * s->n_kv_heads * s->D;
     size_t every = s->T < 20 ? 1 : 7;
     struct attention c = {*s, pair(n, 11), pair(m, 12), pair(m, 13), pair(n, 14)};
     for (size_t i = 0; i < n; i++)
         c.q.d[i] = (double)(c.q.f[i] *= 4); /* so that some keys count more than others */
-    float *scratch =
-        alloc(perta_attention_scratch(s->T, s->n_kv_heads) * sizeof(float));
+    const size_t starts[] = {5, 5 + s->T}; /* of a batch that begins at token 5 */
+    const struct perta_attention of = {{1, starts, 5}, s->n_heads, s->n_kv_heads, s->D, s->window};
+    float *heads[] = {alloc(n * sizeof(float)), alloc(n * sizeof(float))};
     float *lse = alloc(s->T * s->n_heads * sizeof *lse), *out = alloc(n * sizeof *out);
     float *dq = alloc(n * sizeof *dq), *dk = alloc(m * sizeof *dk), *dv = alloc(m * sizeof *dv);
     double *want = alloc(n * sizeof *want);
-    ck_assert_ok(perta_attention_forward(s, out, lse, c.q.f, c.k.f, c.v.f, scratch, &err));
+    ck_assert_ok(perta_attention_forward(gemm, &of, out, lse, c.q.f, c.k.f, c.v.f, &err));
     attention_out(&c, want);
     are_close("out", out, want, n);
     memset(dk, 1, m * sizeof *dk); /* what stood there does not count */
-    ck_assert_ok(perta_attention_backward(s, dq, dk, dv, c.dout.f, out, lse, c.q.f, c.k.f, c.v.f,
-                                          scratch, &err));
+    ck_assert_ok(perta_attention_backward(gemm, &of, dq, dk, dv, c.dout.f, out, lse, c.q.f,
+                                          c.k.f, c.v.f, heads, &err));
     if (s->T > 1 && s->window > 1) {
         is_gradient("dq", dq, c.q.d, n, every, attention_value, &c);
         is_gradient("dk", dk, c.k.d, m, every, attention_value, &c);
@@ -273,7 +295,7 @@ START_TEST(attention)
         for (size_t i = 0; i < n; i++)
             ck_assert_double_lt(fabs((double)dq[i]) + fabs((double)dk[i % m]), TOLERANCE);
     is_gradient("dv", dv, c.v.d, m, every, attention_value, &c);
-    float *const mine[] = {scratch, lse, out, dq, dk, dv};
+    float *const mine[] = {heads[0], heads[1], lse, out, dq, dk, dv};
     for (size_t i = 0; i < sizeof mine / sizeof *mine; i++)
         free(mine[i]);
     free(want);
@@ -310,6 +332,10 @@ static uint64_t digest(const struct perta_row_kernels *k)
     numbers[3] = k->sum_exponentials(a.f, k->largest(a.f, ROW, -1), ROW);
     uint64_t sum = mix(mix(0, numbers, sizeof numbers), y, sizeof y);
     k->add_products(sums, a.f, b.f, 0.3f, ROW);
+    k->add(sums, c.f, ROW);
+    k->add_squares(sums, a.f, ROW);
+    ck_assert(!k->divide(z, sums, 3, ROW));
+    sum = mix(sum, z, sizeof z);
     k->swiglu(y, a.f, b.f, ROW);
     sum = mix(mix(sum, sums, sizeof sums), y, sizeof y);
     k->swiglu_backward(y, z, y, a.f, b.f, ROW);
@@ -354,6 +380,7 @@ END_TEST
 int main(void)
 {
     TCase *tests = tcase_create("tests");
+    tcase_add_checked_fixture(tests, open_workers, close_workers);
     tcase_add_test(tests, rmsnorm);
     tcase_add_loop_test(tests, rope, 0, sizeof ropes / sizeof *ropes);
     tcase_add_test(tests, swiglu);

@@ -1,10 +1,7 @@
 /* perta - make a language model forget, out of core. */
-#include <limits.h>
 #include <malloc.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "tools/cli.h"
 
@@ -12,41 +9,22 @@ static const struct verb {
     const char *name;
     int (*run)(int argc, char **argv);
     const char *what;
-    bool computes; /* matrix products */
 } verbs[] = {
-    {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch", false},
-    {"estimate", cmd_estimate, "importance from a model and text", true},
-    {"eval", cmd_eval, "how well a model knows answers, with a patch or without", true},
-    {"accumulate", cmd_accumulate, "importance from gradient dumps", false},
-    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model", true},
-    {"diff", cmd_diff, "a patch between any two checkpoints", false},
-    {"apply", cmd_apply, "the model that a patch leads to", false},
-    {"revert", cmd_revert, "the model that a patch was made from", false},
-    {"compose", cmd_compose, "patches made one after another, as one", false},
-    {"manifest", cmd_manifest, "digests of a folder, down to the tensor", false},
-    {"verify", cmd_verify, "check a folder or a patch against its digests", false},
-    {"report", cmd_report, "a page about a patch, for people", false},
-    {"demo", cmd_demo, "the whole story, on a model that it trains itself", true},
+    {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch"},
+    {"estimate", cmd_estimate, "importance from a model and text"},
+    {"eval", cmd_eval, "how well a model knows answers, with a patch or without"},
+    {"accumulate", cmd_accumulate, "importance from gradient dumps"},
+    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model"},
+    {"diff", cmd_diff, "a patch between any two checkpoints"},
+    {"apply", cmd_apply, "the model that a patch leads to"},
+    {"revert", cmd_revert, "the model that a patch was made from"},
+    {"compose", cmd_compose, "patches made one after another, as one"},
+    {"manifest", cmd_manifest, "digests of a folder, down to the tensor"},
+    {"verify", cmd_verify, "check a folder or a patch against its digests"},
+    {"report", cmd_report, "a page about a patch, for people"},
+    {"demo", cmd_demo, "the whole story, on a model that it trains itself"},
 };
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
-
-/* Threads that wait for each other by spinning take fifteen times as long where other processes
- * want the same CPUs, and hardly less where they are alone. libgomp asks the environment, before
- * main. */
-static void spin_little(char **argv)
-{
-    if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY"))
-        return;
-    setenv("GOMP_SPINCOUNT", "1000", 1);
-    /* By its path, whose last part is the name that top and pkill know. Where it cannot, it is
-     * only slower. */
-    char path[PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", path, sizeof path - 1);
-    if (n > 0) {
-        path[n] = 0;
-        execv(path, argv);
-    }
-}
 
 static void usage(FILE *to)
 {
@@ -64,11 +42,8 @@ int main(int argc, char **argv)
     mallopt(M_ARENA_MAX, 1); /* workers allocate nothing; arenas would take address space */
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_VERBS; i++)
-        if (!strcmp(name, verbs[i].name)) {
-            if (verbs[i].computes)
-                spin_little(argv);
+        if (!strcmp(name, verbs[i].name))
             return verbs[i].run(argc - 1, argv + 1);
-        }
     if (!strcmp(name, "--version")) {
         puts("perta " PERTA_VERSION);
         return 0;

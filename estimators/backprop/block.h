@@ -37,10 +37,11 @@ struct perta_block {
     const float *norm[PERTA_N_NORMS]; /* (H), (H), (head_dim), (head_dim); NULL: not there */
 };
 
-/* Whole sequences: i is tokens starts[i] .. starts[i + 1] of the batch. */
+/* n tokens, whole sequences. */
 struct perta_batch {
-    size_t n_sequences, n; /* n tokens */
-    const size_t *starts;  /* (n_sequences + 1) */
+    size_t n;
+    struct perta_runs sequences;
+    struct perta_runs tiles;   /* where products are cut (cut.h) */
     const uint32_t *positions; /* (n) */
 };
 
@@ -49,14 +50,14 @@ struct perta_acts {
     float *x, *n1, *q, *k, *v, *q_raw, *k_raw, *att, *mid, *n2, *gate, *up, *h, *out;
     float *rstd1, *rstd2, *rstd_q, *rstd_k, *lse;
     float *dout, *dgate, *dup, *dmid, *datt, *dq, *dk, *dv, *dn, *dx;
-    float *scratch; /* of attention and for one vector */
+    float *vector; /* scratch for one */
 };
 
-/* Floats that a batch of n tokens, the longest sequence of which has so many, needs. */
-size_t perta_acts_floats(const struct perta_llm *llm, size_t n, size_t longest);
+/* Floats that a batch of n tokens needs. */
+size_t perta_acts_floats(const struct perta_llm *llm, size_t n);
 /* memory (perta_acts_floats) is the caller's. */
 void perta_acts_lay_out(struct perta_acts *acts, const struct perta_llm *llm, size_t n,
-                        size_t longest, float *memory);
+                        float *memory);
 
 /* From acts->x to acts->out, and all between. */
 int perta_block_forward(const struct perta_block *block, const struct perta_batch *batch,
@@ -80,11 +81,14 @@ int perta_block_backward(const struct perta_block *block, const struct perta_bat
 void perta_block_operands(const struct perta_acts *acts, enum perta_linear_name name,
                           const float **x, const float **dy);
 
-/* y (n, out) = x (n, in) weight^T + bias; with add, y +=. */
+/* y (n, out) = x (n, in) weight^T + bias; with add, y +=. Tiles are of the n rows; x and dy are read
+ * PERTA_SLACK_ROWS past their end. */
 int perta_linear_forward(struct perta_gemm *gemm, const struct perta_linear *linear,
-                         const float *x, float *y, size_t n, bool add, struct perta_err *err);
+                         const struct perta_runs *tiles, const float *x, float *y, size_t n,
+                         bool add, struct perta_err *err);
 /* dx (n, in) = dy (n, out) weight; with add, dx +=. */
 int perta_linear_backward(struct perta_gemm *gemm, const struct perta_linear *linear,
-                          const float *dy, float *dx, size_t n, bool add, struct perta_err *err);
+                          const struct perta_runs *tiles, const float *dy, float *dx, size_t n,
+                          bool add, struct perta_err *err);
 
 #endif

@@ -1,9 +1,13 @@
-/* gemm.h - matrix products, by oneDNN.
+/* gemm.h - matrix products, by oneDNN, cut into pieces.
  *
  * Operands are float32, or weights as they stand in the checkpoint (BF16, F16, F32). With bf16
  * both are rounded to bfloat16 and products summed in float32, which CPUs with AMX or AVX-512
- * BF16 do several times faster; else all is float32. Threads: one owner; it works in parallel
- * inside, with as many threads as perta_gemm_open was given. */
+ * BF16 do several times faster; else all is float32.
+ *
+ * A piece is one single-threaded product of at most PERTA_TILE rows and columns. Where a product
+ * is cut depends on shapes and on the samples (cut.h), so that its bits are the same for every
+ * number of workers, every budget and every batch. Another instruction set may give other last
+ * bits. */
 #ifndef PERTA_BACKPROP_GEMM_H
 #define PERTA_BACKPROP_GEMM_H
 
@@ -13,6 +17,12 @@
 
 #include "io/dtype.h"
 #include "io/err.h"
+#include "stream/workers.h"
+
+#define PERTA_TILE 256
+/* Products read rows up to so many past the end of what they are given (and use nothing of it), so
+ * that few different shapes are compiled: memory must go on there. */
+#define PERTA_SLACK_ROWS 31
 
 struct perta_gemm;
 
@@ -34,25 +44,61 @@ static inline struct perta_operand_matrix perta_transposed(struct perta_operand_
     return (struct perta_operand_matrix){m.data, m.dtype, m.col, m.row};
 }
 
+/* Consecutive runs of rows: run i is rows starts[i] - origin .. starts[i + 1] - origin. */
+struct perta_runs {
+    size_t n;
+    const size_t *starts; /* (n + 1) */
+    size_t origin;
+};
+
 /* The first element, as float32. */
 PERTA_API float perta_operand_element(const struct perta_operand_matrix *m);
 
-/* scratch_floats is room for the conversion of operands (float32 each, both together); larger
- * products fail. */
-PERTA_API int perta_gemm_open(bool bf16, unsigned n_threads, size_t scratch_floats,
-                              struct perta_gemm **out, struct perta_err *err);
+/* workers: borrowed. scratch_floats is room for the conversion of operands (float32 each, both
+ * together); larger products fail. Each worker that has something to do gets room for room_floats
+ * of its own, at least PERTA_TILE squared (perta_gemm_room). */
+PERTA_API int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_floats,
+                              size_t room_floats, struct perta_gemm **out,
+                              struct perta_err *err);
 PERTA_API void perta_gemm_close(struct perta_gemm *gemm);
+struct perta_workers *perta_gemm_workers(const struct perta_gemm *gemm);
+/* Memory that a worker takes besides room_floats: its stack, oneDNN's. */
+#define PERTA_GEMM_WORKER_BYTES (2ull << 20)
 
 /* Does this CPU multiply bfloat16 faster than float32? Can it at all? */
 PERTA_API bool perta_gemm_has_bf16(void);
 PERTA_API bool perta_gemm_can_bf16(void);
+/* A number for the instruction set that products use: results depend on it. */
+PERTA_API int perta_gemm_isa(void);
 
-/* Are such operands used as they stand? Others are converted first. */
-bool perta_gemm_takes(const struct perta_gemm *gemm, const void *data, enum perta_dtype dtype);
+/* What operands of a piece must be: BF16 or F32. */
+enum perta_dtype perta_gemm_dtype(const struct perta_gemm *gemm);
+/* Make m (rows, cols), dense along its rows or columns, such an operand: as it is, or converted
+ * into scratch, of which *at floats are taken. PERTA_ESYS: no room. */
+int perta_gemm_prepare(struct perta_gemm *gemm, struct perta_operand_matrix *m, size_t rows,
+                       size_t cols, size_t *at, struct perta_err *err);
+/* Scratch, from the float at on. */
+float *perta_gemm_scratch(const struct perta_gemm *gemm, size_t at);
 
-/* c (m, n), row stride ldc, = a (m, k) b (k, n), or += with add. */
-PERTA_API int perta_gemm_run(struct perta_gemm *gemm, size_t m, size_t n, size_t k,
-                             struct perta_operand_matrix a, struct perta_operand_matrix b,
-                             float *c, size_t ldc, bool add, struct perta_err *err);
+/* c (m, n), row stride ldc, = a (m, k) b (k, n), or += with add. m is cut at rows, whose last end
+ * is m; rows NULL: every PERTA_TILE. a is read PERTA_SLACK_ROWS past its end if rows is given. */
+PERTA_API int perta_gemm_run(struct perta_gemm *gemm, const struct perta_runs *rows, size_t m,
+                             size_t n, size_t k, struct perta_operand_matrix a,
+                             struct perta_operand_matrix b, float *c, size_t ldc, bool add,
+                             struct perta_err *err);
+
+/* ---- on a worker, within a piece ---- */
+
+/* The worker's own room_floats; NULL when out of memory. */
+float *perta_gemm_room(struct perta_gemm *gemm, unsigned worker);
+/* One product; operands are perta_gemm_dtype's. */
+int perta_gemm_tile(struct perta_gemm *gemm, unsigned worker, size_t m, size_t n, size_t k,
+                    struct perta_operand_matrix a, struct perta_operand_matrix b, float *c,
+                    size_t ldc, bool add, struct perta_err *err);
+/* c (m, n) = scale * a b + beta * c in float32, row-major, ta and tb 'N' or 'T' (transposed): for
+ * products of many shapes. PERTA_ESYS: oneDNN refuses. */
+int perta_gemm_sgemm(char ta, char tb, size_t m, size_t n, size_t k, float scale, const float *a,
+                     size_t lda, const float *b, size_t ldb, float beta, float *c, size_t ldc,
+                     struct perta_err *err);
 
 #endif

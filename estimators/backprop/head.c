@@ -5,34 +5,59 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/backprop/kernels.h"
 #include "estimators/backprop/ops.h"
+
+/* Labels of a group. */
+#define GROUP_ROWS 1024
 
 /* ---- memory ---- */
 
-/* Of a batch: rows in, rows out, and logits of a block. */
-size_t perta_head_work(const struct perta_llm *llm, size_t batch_tokens, size_t block_rows)
+static size_t most(size_t a, size_t b)
 {
-    return batch_tokens * (3 * (size_t)llm->hidden + block_rows + 1);
+    return a > b ? a : b;
+}
+
+size_t perta_head_rows(const struct perta_samples *samples, size_t tokens)
+{
+    size_t group = most(GROUP_ROWS, samples->longest);
+    return group < samples->n_tokens ? most(group, tokens) : samples->n_tokens;
+}
+
+/* Of a batch: struct work, and what products read past the end. */
+size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows)
+{
+    size_t H = llm->hidden;
+    return batch_rows * (5 * H + PERTA_VOCABULARY_ROWS + 1) +
+           PERTA_SLACK_ROWS * most(H, PERTA_VOCABULARY_ROWS) + 16;
 }
 
 uint64_t perta_head_bytes(const struct perta_samples *samples, const struct perta_llm *llm)
 {
-    return samples->n_tokens * 7 * sizeof(float) + samples->n * 4 * sizeof(size_t) +
+    return samples->n_tokens * (7 * sizeof(float) + sizeof(struct perta_chunk)) +
+           samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk)) +
            llm->hidden * sizeof(float);
 }
 
 struct work {
-    float *a, *b, *c; /* (batch tokens, H) */
-    float *logits;    /* (batch tokens, block_rows) */
-    float *rstd;      /* (batch tokens) */
+    double *c;        /* (batch rows, H), of twice the width */
+    float *a, *b, *d; /* (batch rows, H) */
+    float *logits;    /* (batch rows, PERTA_VOCABULARY_ROWS) */
+    float *rstd;      /* (batch rows) */
 };
 
 static struct work work_of(const struct perta_head *h)
 {
-    size_t n = h->batches->longest * h->weights->llm.hidden;
-    float *logits = h->work + 3 * n;
-    return (struct work){h->work, h->work + n, h->work + 2 * n, logits,
-                         logits + h->batches->longest * h->block_rows};
+    size_t n = h->batch_rows * h->weights->llm.hidden;
+    float *logits = h->work + 5 * n;
+    return (struct work){(double *)(void *)h->work, h->work + 2 * n, h->work + 3 * n,
+                         h->work + 4 * n, logits,
+                         logits + h->batch_rows * PERTA_VOCABULARY_ROWS};
+}
+
+static struct perta_workers *workers_of(const struct perta_head *h)
+{
+    return perta_gemm_workers(h->gemm);
 }
 
 static void collect_labels(struct perta_head *h)
@@ -49,8 +74,17 @@ static void collect_labels(struct perta_head *h)
             }
     }
     h->starts[s->n] = n;
-    for (size_t b = 0; b <= h->batches->n; b++)
-        h->batch_starts[b] = h->starts[h->batch_samples[b]];
+}
+
+/* Chunks end where groups do, so that a batch has whole ones. */
+static int cut_labels(struct perta_head *h, struct perta_err *err)
+{
+    bool by_sample = h->statistic && h->statistic->meansq;
+    int rc = perta_cut_make(h->starts, h->samples->n, GROUP_ROWS, &h->cut, err);
+    if (rc)
+        return rc;
+    return by_sample ? perta_chunks_make(h->starts, h->samples->n, true, &h->chunks, err)
+                     : perta_chunks_make(h->cut.groups, h->cut.n_groups, false, &h->chunks, err);
 }
 
 int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct perta_err *err)
@@ -65,18 +99,19 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     h->logit = calloc(h->n_labels, sizeof *h->logit);
     h->best = h->statistic ? NULL : calloc(h->n_labels, sizeof *h->best);
     h->starts = calloc(h->samples->n + 1, sizeof *h->starts);
-    h->batch_starts = calloc(h->batches->n + 1, sizeof *h->batch_starts);
     h->norm = calloc(H, sizeof *h->norm);
     if (!h->token || !h->target || !h->share || !h->lse || !h->logit || !h->starts ||
-        !h->batch_starts || !h->norm || (!h->statistic && !h->best))
+        !h->norm || (!h->statistic && !h->best))
         return perta_fail_sys(err, ENOMEM, "labels");
     collect_labels(h);
-    int rc = perta_weights_vector(h->weights, PERTA_FINAL_NORM, H, h->room, h->norm, err);
+    int rc = cut_labels(h, err);
+    if (!rc)
+        rc = perta_weights_vector(h->weights, PERTA_FINAL_NORM, H, h->room, h->norm, err);
     if (!rc)
         rc = perta_store_open(&h->normed, scratch, NULL, h->n_labels, H, err);
     return rc || !h->statistic
                ? rc
-               : perta_store_open(&h->dnormed, scratch, NULL, h->n_labels, H, err);
+               : perta_store_open(&h->dnormed, scratch, NULL, h->n_labels, 2 * H, err);
 }
 
 void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
@@ -88,7 +123,8 @@ void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
     free(h->logit);
     free(h->best);
     free(h->starts);
-    free(h->batch_starts);
+    perta_cut_release(&h->cut);
+    perta_chunks_release(&h->chunks);
     free(h->norm);
     perta_store_close(&h->normed, scratch);
     perta_store_close(&h->dnormed, scratch);
@@ -163,33 +199,57 @@ static int normalise(struct perta_head *h, const struct perta_store *x, struct p
     struct work w = work_of(h);
     size_t H = x->width;
     int rc = 0;
-    for (size_t b = 0; b < h->batches->n && !rc; b++) {
-        size_t first = h->batch_starts[b], n = h->batch_starts[b + 1] - first;
+    for (size_t first = 0, n; first < h->n_labels && !rc; first += n) {
+        n = h->n_labels - first < h->batch_rows ? h->n_labels - first : h->batch_rows;
         rc = gather(h, x, first, n, w.a, err);
-        perta_rmsnorm_forward(w.b, w.rstd, w.a, h->norm, n, H, h->weights->llm.rms_eps);
+        perta_rmsnorm_forward(workers_of(h), w.b, w.rstd, w.a, h->norm, n, H,
+                              h->weights->llm.rms_eps);
         if (!rc)
             rc = perta_store_put(&h->normed, first, n, w.b, err);
     }
     return rc;
 }
 
-/* Rows of the head's weight from row on. */
-static int read_block(struct perta_head *h, size_t row, struct perta_linear *block,
-                      struct perta_err *err)
+/* Rows of the vocabulary from row on. */
+static struct perta_part part_at(const struct perta_head *h, size_t row)
 {
     size_t left = h->weights->llm.vocab - row;
-    return perta_weights_rows(h->weights, perta_weights_head(h->weights), row,
-                              left < h->block_rows ? left : h->block_rows, h->room, block, err);
+    return (struct perta_part){.name = perta_weights_head(h->weights), .first = row,
+                               .n = left < PERTA_VOCABULARY_ROWS ? left : PERTA_VOCABULARY_ROWS};
 }
 
-/* logits (n, rows of block) of labels first .. first + n; *x their rows of normed. */
-static int logits_of(struct perta_head *h, const struct perta_linear *block, size_t first,
-                     size_t n, const struct work *w, const float **x, struct perta_err *err)
+struct perta_part perta_head_first(const struct perta_head *h)
+{
+    return part_at(h, 0);
+}
+
+/* Rows of the head's weight from row on; what follows them is begun, after the last of them
+ * next. */
+static int load(struct perta_head *h, size_t row, const struct perta_part *next,
+                const struct perta_linear **block, struct perta_err *err)
+{
+    struct perta_part part = part_at(h, row), following;
+    const struct perta_loaded *loaded;
+    if (row + part.n < h->weights->llm.vocab) {
+        following = part_at(h, row + part.n);
+        next = &following;
+    }
+    int rc = perta_weights_load(h->weights, &part, next, &loaded, err);
+    *block = &loaded->linear;
+    return rc;
+}
+
+/* logits (n, rows of block) of a batch's labels; *x their rows of normed. */
+static int logits_of(struct perta_head *h, const struct perta_linear *block,
+                     const struct perta_cut_batch *batch, const struct work *w,
+                     const float **x, struct perta_err *err)
 {
     struct perta_rows rows;
-    int rc = perta_store_get(&h->normed, first, n, 0, block->in, w->a, &rows, err);
+    int rc = perta_store_get(&h->normed, batch->first_row, batch->n, 0, block->in, w->a, &rows,
+                             err);
     *x = rows.data;
-    return rc ? rc : perta_linear_forward(h->gemm, block, rows.data, w->logits, n, false, err);
+    return rc ? rc : perta_linear_forward(h->gemm, block, &batch->tiles, rows.data, w->logits,
+                                          batch->n, false, err);
 }
 
 /* share, anew. */
@@ -218,29 +278,43 @@ static struct perta_head_means means_of(const struct perta_head *h)
     return (struct perta_head_means){sum.loss / n, sum.probability / n};
 }
 
-int perta_head_forward(struct perta_head *h, const struct perta_store *x,
-                       struct perta_head_means *means, struct perta_err *err)
+/* What a block of the vocabulary adds to the losses. */
+static int forward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
+                         double *sums, float *best_logit, struct perta_err *err)
 {
     struct work w = work_of(h);
+    int rc = 0;
+    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
+        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
+        size_t first = batch.first_row, n = batch.n;
+        const float *x;
+        rc = logits_of(h, block, &batch, &w, &x, err);
+        if (rc)
+            break;
+        perta_cross_entropy_forward(workers_of(h), w.logits, row, block->out, n, h->target + first,
+                                    h->lse + first, sums + first, h->logit + first);
+        if (h->best)
+            perta_best_forward(workers_of(h), w.logits, row, block->out, n, best_logit + first,
+                               h->best + first);
+        g = batch.end;
+    }
+    return rc;
+}
+
+int perta_head_forward(struct perta_head *h, const struct perta_store *x,
+                       const struct perta_part *next, struct perta_head_means *means,
+                       struct perta_err *err)
+{
     double *sums = calloc(h->n_labels, sizeof *sums);
-    float *most = calloc(h->n_labels, sizeof *most);
-    int rc = sums && most ? normalise(h, x, err) : perta_fail_sys(err, ENOMEM, "labels");
+    float *best_logit = calloc(h->n_labels, sizeof *best_logit);
+    int rc = sums && best_logit ? normalise(h, x, err) : perta_fail_sys(err, ENOMEM, "labels");
     for (size_t i = 0; i < h->n_labels && !rc; i++)
-        h->lse[i] = most[i] = -INFINITY;
-    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += h->block_rows) {
-        struct perta_linear block;
-        rc = read_block(h, row, &block, err);
-        for (size_t b = 0; b < h->batches->n && !rc; b++) {
-            size_t first = h->batch_starts[b], n = h->batch_starts[b + 1] - first;
-            const float *rows;
-            rc = logits_of(h, &block, first, n, &w, &rows, err);
-            if (rc)
-                break;
-            perta_cross_entropy_forward(w.logits, row, block.out, n, h->target + first,
-                                        h->lse + first, sums + first, h->logit + first);
-            if (h->best)
-                perta_best_forward(w.logits, row, block.out, n, most + first, h->best + first);
-        }
+        h->lse[i] = best_logit[i] = -INFINITY;
+    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
+        const struct perta_linear *block;
+        rc = load(h, row, next, &block, err);
+        if (!rc)
+            rc = forward_block(h, row, block, sums, best_logit, err);
         if (!rc)
             rc = h->advance(h->ctx, err);
     }
@@ -251,7 +325,7 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x,
     if (!rc && h->by_probability)
         weigh_by_probability(h);
     free(sums);
-    free(most);
+    free(best_logit);
     return rc;
 }
 
@@ -267,68 +341,109 @@ double perta_head_loss(const struct perta_head *h, uint64_t sample)
 /* ---- backward ---- */
 
 /* From logits to the gradient of the loss by them. */
-static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows, size_t first,
-                            size_t n, float *logits)
+static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows,
+                            const struct perta_cut_batch *batch, float *logits)
 {
-    perta_cross_entropy_backward(logits, row, n_rows, n, h->target + first, h->lse + first,
-                                 h->share + first);
+    size_t first = batch->first_row;
+    perta_cross_entropy_backward(workers_of(h), logits, row, n_rows, batch->n, h->target + first,
+                                 h->lse + first, h->share + first);
 }
 
-/* Labels of samples where squares are wanted, else of batches. */
-static struct perta_segments segments_of(const struct perta_head *h)
+struct sum {
+    double *to;
+    const float *from;
+    size_t n, H;
+};
+
+#define SUM_ROWS 64 /* of a piece */
+
+static int add_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
-    if (h->statistic->meansq)
-        return (struct perta_segments){h->samples->n, h->batches->longest, h->starts};
-    return (struct perta_segments){h->batches->n, h->batches->longest, h->batch_starts};
+    const struct sum *s = ctx;
+    size_t from = i * SUM_ROWS, n = s->n - from < SUM_ROWS ? s->n - from : SUM_ROWS;
+    (void)worker;
+    (void)err;
+    perta_row_kernels()->add(s->to + from * s->H, s->from + from * s->H, n * s->H);
+    return 0;
 }
 
-static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block, size_t first,
-                          size_t n, const struct work *w, struct perta_err *err)
+/* dnormed += dlogits weight. */
+static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block,
+                          const struct perta_cut_batch *batch, const struct work *w,
+                          struct perta_err *err)
 {
-    struct perta_rows rows;
-    int rc = perta_store_get(&h->dnormed, first, n, 0, block->in, w->b, &rows, err);
-    if (!rc && rows.data != w->b)
-        memcpy(w->b, rows.data, n * block->in * sizeof *w->b);
+    size_t first = batch->first_row, n = batch->n, H = block->in;
+    struct perta_store *store = &h->dnormed;
+    struct perta_rows rows = {0};
+    int rc = perta_linear_backward(h->gemm, block, &batch->tiles, w->logits, w->b, n, false, err);
     if (!rc)
-        rc = perta_linear_backward(h->gemm, block, w->logits, w->b, n, true, err);
-    return rc ? rc : perta_store_put(&h->dnormed, first, n, w->b, err);
+        rc = perta_store_get(store, first, n, 0, 2 * H, (float *)w->c, &rows, err);
+    struct sum sum = {(double *)(uintptr_t)rows.data, w->b, n, H};
+    if (!rc)
+        rc = perta_workers_run(workers_of(h), (n + SUM_ROWS - 1) / SUM_ROWS, add_rows, &sum, err);
+    return rc || store->memory ? rc : perta_store_put(store, first, n, (float *)w->c, err);
 }
 
-/* Gradient of the block's rows, of labels first .. first + n: dlogits^T normed. */
-static int add_to_rows(struct perta_head *h, const struct perta_linear *block, size_t n,
-                       const float *x, const float *dlogits, float *to, struct perta_err *err)
+/* A store of a batch's rows in memory. */
+static struct perta_store rows_in(const float *memory, size_t n, size_t width)
 {
-    return perta_gemm_run(h->gemm, block->out, block->in, n,
-                          perta_transposed(perta_matrix(dlogits, block->out)),
-                          perta_matrix(x, block->in), to, block->in, true, err);
+    return (struct perta_store){
+        .n_rows = n, .width = width, .memory = (float *)(uintptr_t)memory, .fd = -1};
 }
 
-static int backward_block(struct perta_head *h, size_t row, struct perta_err *err)
+/* Gradient of the block's rows: dlogits^T normed, over a batch; chunks from *chunk on. With dx the
+ * gradient of the embedding's rows too. */
+static int add_to_rows(struct perta_head *h, const struct perta_linear *block, size_t row,
+                       const struct perta_cut_batch *batch, const float *x, const float *dlogits,
+                       const struct perta_store *dx, size_t *chunk, struct perta_err *err)
 {
-    struct perta_segments segments = segments_of(h);
+    struct perta_store xs = rows_in(x, batch->n, block->in);
+    struct perta_store dys = rows_in(dlogits, batch->n, block->out);
+    const struct perta_operands operands = {&xs, &dys, batch->first_row, 0};
+    struct perta_terms terms = {.rows = block->out, .in = block->in, .chunks = &h->chunks,
+                                .first = *chunk, .samples = h->samples, .dx = dx, .row = row};
+    while (*chunk < h->chunks.n && h->chunks.of[*chunk].first < batch->first_row + batch->n)
+        ++*chunk;
+    terms.end = *chunk;
+    return perta_statistic_products(h->statistic, &terms, &operands, &h->packed, NULL, err);
+}
+
+static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
+                          struct perta_err *err)
+{
     struct work w = work_of(h);
-    struct perta_linear block;
-    int rc = read_block(h, row, &block, err);
-    size_t n_floats = block.out * block.in;
+    size_t n_floats = block->out * block->in, chunk = 0;
     bool own = !h->weights->llm.tied;
-    if (!rc && own)
+    int rc = 0;
+    if (own)
         perta_statistic_begin(h->statistic, n_floats);
-    for (size_t i = 0; i < segments.n && !rc; i++) {
-        size_t first = segments.starts[i], n = segments.starts[i + 1] - first;
+    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
+        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
         const float *x;
-        rc = logits_of(h, &block, first, n, &w, &x, err);
-        logits_backward(h, row, block.out, first, n, w.logits);
-        if (!rc)
-            rc = add_to_dnormed(h, &block, first, n, &w, err);
-        if (rc || !own)
-            continue;
-        rc = add_to_rows(h, &block, n, x, w.logits,
-                         perta_statistic_target(h->statistic, n_floats), err);
-        perta_statistic_sample(h->statistic, n_floats);
+        rc = logits_of(h, block, &batch, &w, &x, err);
+        if (rc)
+            break;
+        logits_backward(h, row, block->out, &batch, w.logits);
+        rc = add_to_dnormed(h, block, &batch, &w, err);
+        if (!rc && own)
+            rc = add_to_rows(h, block, row, &batch, x, w.logits, NULL, &chunk, err);
+        g = batch.end;
     }
     return rc || !own ? rc
-                      : perta_statistic_end(h->statistic, PERTA_HEAD, row * block.in, n_floats,
+                      : perta_statistic_end(h->statistic, PERTA_HEAD, row * block->in, n_floats,
                                             err);
+}
+
+/* d (n, H) = dnormed of labels first .. first + n. */
+static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size_t H, double *room,
+                        float *d, struct perta_err *err)
+{
+    struct perta_rows rows = {0};
+    int rc = perta_store_get(&h->dnormed, first, n, 0, 2 * H, (float *)room, &rows, err);
+    const double *from = (const double *)(uintptr_t)rows.data;
+    for (size_t i = 0; i < n * H && !rc; i++)
+        d[i] = (float)from[i];
+    return rc;
 }
 
 /* Through the final norm, and to the tokens that the labels were predicted from. */
@@ -336,35 +451,41 @@ static int norm_backward(struct perta_head *h, const struct perta_store *x,
                          struct perta_store *dx, struct perta_err *err)
 {
     struct work w = work_of(h);
+    struct perta_workers *workers = workers_of(h);
     size_t H = x->width;
-    int rc = 0;
+    float *vector = calloc(H, sizeof *vector);
+    int rc = vector ? 0 : perta_fail_sys(err, ENOMEM, "labels");
     perta_statistic_begin(h->statistic, H);
     for (uint64_t s = 0; s < h->samples->n && !rc; s++) {
         size_t first = h->starts[s], n = h->starts[s + 1] - first;
-        struct perta_rows d;
         rc = gather(h, x, first, n, w.a, err);
         if (!rc)
-            rc = perta_store_get(&h->dnormed, first, n, 0, H, w.c, &d, err);
+            rc = take_dnormed(h, first, n, H, w.c, w.d, err);
         if (rc)
             break;
-        perta_rmsnorm_forward(w.b, w.rstd, w.a, h->norm, n, H, h->weights->llm.rms_eps);
-        perta_rmsnorm_backward_weight(perta_statistic_target(h->statistic, H), d.data, w.a, w.rstd,
-                                      n, H);
-        perta_statistic_sample(h->statistic, H);
+        memset(vector, 0, H * sizeof *vector);
+        perta_rmsnorm_forward(workers, w.b, w.rstd, w.a, h->norm, n, H, h->weights->llm.rms_eps);
+        perta_rmsnorm_backward_weight(workers, vector, w.d, w.a, w.rstd, n, H);
+        perta_statistic_vector(h->statistic, vector, H);
         memset(w.b, 0, n * H * sizeof *w.b);
-        perta_rmsnorm_backward(w.b, d.data, w.a, w.rstd, h->norm, n, H);
+        perta_rmsnorm_backward(workers, w.b, w.d, w.a, w.rstd, h->norm, n, H);
         for (size_t i = 0; i < n && !rc; i++)
             rc = perta_store_put(dx, h->token[first + i], 1, w.b + i * H, err);
     }
+    free(vector);
     return rc ? rc : perta_statistic_end(h->statistic, PERTA_FINAL_NORM, 0, H, err);
 }
 
-int perta_head_backward(struct perta_head *h, const struct perta_store *x, struct perta_store *dx,
+int perta_head_backward(struct perta_head *h, const struct perta_store *x,
+                        const struct perta_part *next, struct perta_store *dx,
                         struct perta_err *err)
 {
     int rc = 0;
-    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += h->block_rows) {
-        rc = backward_block(h, row, err);
+    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
+        const struct perta_linear *block;
+        rc = load(h, row, next, &block, err);
+        if (!rc)
+            rc = backward_block(h, row, block, err);
         if (!rc)
             rc = h->advance(h->ctx, err);
     }
@@ -373,72 +494,59 @@ int perta_head_backward(struct perta_head *h, const struct perta_store *x, struc
 
 /* ---- the embedding's gradient ---- */
 
-/* Add dx of a sample's tokens whose ids are in rows row .. row + n_rows. */
-static int add_tokens(struct perta_head *h, const struct perta_store *dx, uint64_t sample,
-                      size_t row, size_t n_rows, float *to, struct perta_err *err)
+static bool has_tokens(const struct perta_samples *s, size_t row, size_t n_rows)
 {
-    const struct perta_samples *s = h->samples;
-    size_t H = dx->width;
-    int rc = 0;
-    for (uint64_t t = s->starts[sample]; t < s->starts[sample + 1] && !rc; t++) {
-        size_t id = (size_t)s->ids[t];
-        if (id < row || id >= row + n_rows)
-            continue;
-        struct perta_rows d;
-        rc = perta_store_get(dx, t, 1, 0, H, h->work, &d, err);
-        for (size_t i = 0; i < H && !rc; i++)
-            to[(id - row) * H + i] += d.data[i];
-    }
-    return rc;
-}
-
-static bool has_tokens(const struct perta_samples *s, uint64_t from, uint64_t to, size_t row,
-                       size_t n_rows)
-{
-    for (uint64_t t = s->starts[from]; t < s->starts[to]; t++)
+    for (uint64_t t = 0; t < s->n_tokens; t++)
         if ((size_t)s->ids[t] >= row && (size_t)s->ids[t] < row + n_rows)
             return true;
     return false;
 }
 
-static int embed_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
-                                struct perta_err *err)
+/* Rows that are the head's too: what labels and what tokens add to them. */
+static int tied_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
+                               const struct perta_linear *block, struct perta_err *err)
 {
     struct work w = work_of(h);
-    size_t left = h->weights->llm.vocab - row;
-    bool tied = h->weights->llm.tied;
-    struct perta_linear block = {.out = left < h->block_rows ? left : h->block_rows,
-                                 .in = dx->width};
-    size_t n_floats = block.out * block.in;
-    int rc = tied ? read_block(h, row, &block, err) : 0;
-    perta_statistic_begin(h->statistic, n_floats);
-    for (uint64_t s = 0; s < h->samples->n && !rc; s++) {
-        if (!tied && !has_tokens(h->samples, s, s + 1, row, block.out))
-            continue;
-        size_t first = h->starts[s], n = h->starts[s + 1] - first;
-        float *to = perta_statistic_target(h->statistic, n_floats);
+    size_t chunk = 0;
+    int rc = 0;
+    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
+        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
         const float *x;
-        if (tied && !(rc = logits_of(h, &block, first, n, &w, &x, err))) {
-            logits_backward(h, row, block.out, first, n, w.logits);
-            rc = add_to_rows(h, &block, n, x, w.logits, to, err);
-        }
-        if (!rc)
-            rc = add_tokens(h, dx, s, row, block.out, to, err);
-        perta_statistic_sample(h->statistic, n_floats);
+        rc = logits_of(h, block, &batch, &w, &x, err);
+        if (rc)
+            break;
+        logits_backward(h, row, block->out, &batch, w.logits);
+        rc = add_to_rows(h, block, row, &batch, x, w.logits, dx, &chunk, err);
+        g = batch.end;
     }
+    return rc;
+}
+
+static int embed_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
+                                size_t n_rows, struct perta_err *err)
+{
+    size_t H = dx->width;
+    const struct perta_linear *block;
+    const struct perta_terms tokens = {.rows = n_rows, .in = H, .chunks = &h->chunks,
+                                       .end = h->chunks.n, .samples = h->samples, .dx = dx,
+                                       .row = row};
+    int rc = h->weights->llm.tied ? load(h, row, NULL, &block, err) : 0;
+    perta_statistic_begin(h->statistic, n_rows * H);
+    if (!rc)
+        rc = h->weights->llm.tied ? tied_block_backward(h, dx, row, block, err)
+                                  : perta_statistic_add(h->statistic, &tokens, err);
     return rc ? rc
-              : perta_statistic_end(h->statistic, PERTA_EMBEDDING, row * block.in, n_floats, err);
+              : perta_statistic_end(h->statistic, PERTA_EMBEDDING, row * H, n_rows * H, err);
 }
 
 int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, struct perta_err *err)
 {
     int rc = 0;
-    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += h->block_rows) {
-        size_t left = h->weights->llm.vocab - row;
-        size_t n_rows = left < h->block_rows ? left : h->block_rows;
+    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
+        size_t n_rows = part_at(h, row).n;
         /* Rows that nothing touches stay holes: zero. */
-        if (h->weights->llm.tied || has_tokens(h->samples, 0, h->samples->n, row, n_rows))
-            rc = embed_block_backward(h, dx, row, err);
+        if (h->weights->llm.tied || has_tokens(h->samples, row, n_rows))
+            rc = embed_block_backward(h, dx, row, n_rows, err);
         if (!rc)
             rc = h->advance(h->ctx, err);
     }

@@ -88,6 +88,28 @@ static void add_products(double *restrict sums, const float *restrict dy, const 
         sums[i] += (double)dy[i] * (double)(x[i] * rstd);
 }
 
+static void add(double *restrict sums, const float *restrict x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sums[i] += (double)x[i];
+}
+
+static void add_squares(double *restrict sums, const float *restrict x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sums[i] += (double)x[i] * (double)x[i];
+}
+
+static unsigned divide(float *restrict means, const double *restrict sums, double of, size_t n)
+{
+    unsigned bad = 0;
+    for (size_t i = 0; i < n; i++) {
+        means[i] = (float)(sums[i] / of);
+        bad |= (perta_f32_bits(means[i]) & 0x7f800000) == 0x7f800000;
+    }
+    return bad;
+}
+
 /* ---- exponentials ---- */
 
 /* e^x as Cephes' expf has it, 2^n e^r with |r| <= ln 2 / 2, within 2 units in the last place.
@@ -212,6 +234,9 @@ const struct perta_row_kernels PERTA_ISA_NAME(perta_row_kernels) = {
     .dot = dot,
     .dot_of_product = dot_of_product,
     .add_products = add_products,
+    .add = add,
+    .add_squares = add_squares,
+    .divide = divide,
     .largest = largest,
     .exponentials = exponentials,
     .sum_exponentials = sum_exponentials,

@@ -1,5 +1,5 @@
 /* kernels.h - loops over one row of floats, compiled for each instruction set (io/isa.h), with the
- * same bits for all. One thread; ops.c and gemm.c go through rows in parallel. */
+ * same bits for all. Workers call them for pieces. */
 #ifndef PERTA_BACKPROP_KERNELS_H
 #define PERTA_BACKPROP_KERNELS_H
 
@@ -18,6 +18,11 @@ struct perta_row_kernels {
     double (*dot_of_product)(const float *a, const float *b, const float *c, size_t n);
     /* sums (n) += dy * (x * rstd), in float64. */
     void (*add_products)(double *sums, const float *dy, const float *x, float rstd, size_t n);
+    /* sums (n) += x, sums (n) += x^2, in float64. */
+    void (*add)(double *sums, const float *x, size_t n);
+    void (*add_squares)(double *sums, const float *x, size_t n);
+    /* means (n) = sums / of, rounded to float32; not 0 where one of them is not finite. */
+    unsigned (*divide)(float *means, const double *sums, double of, size_t n);
     /* The largest of x and least. */
     float (*largest)(const float *x, size_t n, float least);
     /* y = exp(x - most), y may be x; their sum, in float64. */

@@ -1,6 +1,5 @@
 #include "estimators/backprop/ops.h"
 
-#include <dnnl.h>
 #include <math.h>
 #include <string.h>
 
@@ -14,66 +13,135 @@ const struct perta_row_kernels *perta_row_kernels(void)
     return all[perta_isa_chosen()];
 }
 
+/* ---- rows, shared out ---- */
+
+/* Elements of a piece, about: some ten microseconds' worth. */
+#define PIECE_ELEMS (1u << 16)
+
+struct rows {
+    void (*some)(const void *args, size_t from, size_t to);
+    const void *args;
+    size_t n, of_piece;
+};
+
+static int run_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct rows *r = ctx;
+    size_t from = i * r->of_piece, to = from + r->of_piece;
+    (void)worker;
+    (void)err;
+    r->some(r->args, from, to < r->n ? to : r->n);
+    return 0;
+}
+
+/* some() goes through rows from .. to of n; a row has so many elements. */
+static void share_out(struct perta_workers *workers, size_t n, size_t elems,
+                      void (*some)(const void *args, size_t from, size_t to), const void *args)
+{
+    struct perta_err never = {0};
+    struct rows r = {some, args, n, elems < PIECE_ELEMS ? PIECE_ELEMS / elems : 1};
+    perta_workers_run(workers, (n + r.of_piece - 1) / r.of_piece, run_rows, &r, &never);
+}
+
 /* ---- RMSNorm (Zhang & Sennrich 2019) ---- */
 
-void perta_rmsnorm_forward(float *y, float *rstd, const float *x, const float *weight, size_t T,
-                           size_t H, float eps)
+struct rmsnorm {
+    float *y, *rstd_out, *dx, *dweight;
+    const float *dy, *x, *rstd, *weight;
+    size_t T, H;
+    float eps;
+};
+
+static void rmsnorm_rows(const void *args, size_t from, size_t to)
 {
+    const struct rmsnorm *n = args;
     const struct perta_row_kernels *k = perta_row_kernels();
-#pragma omp parallel for schedule(static)
-    for (size_t t = 0; t < T; t++) {
-        const float *row = x + t * H;
-        float r = 1.0f / sqrtf((float)(k->dot(row, row, H) / (double)H) + eps);
-        rstd[t] = r;
+    size_t H = n->H;
+    for (size_t t = from; t < to; t++) {
+        const float *row = n->x + t * H;
+        float r = 1.0f / sqrtf((float)(k->dot(row, row, H) / (double)H) + n->eps);
+        n->rstd_out[t] = r;
         for (size_t i = 0; i < H; i++)
-            y[t * H + i] = weight[i] * (row[i] * r);
+            n->y[t * H + i] = n->weight[i] * (row[i] * r);
     }
 }
 
-void perta_rmsnorm_backward(float *dx, const float *dy, const float *x, const float *rstd,
-                            const float *weight, size_t T, size_t H)
+void perta_rmsnorm_forward(struct perta_workers *workers, float *y, float *rstd, const float *x,
+                           const float *weight, size_t T, size_t H, float eps)
 {
+    const struct rmsnorm n = {
+        .y = y, .rstd_out = rstd, .x = x, .weight = weight, .H = H, .eps = eps};
+    share_out(workers, T, H, rmsnorm_rows, &n);
+}
+
+static void rmsnorm_backward_rows(const void *args, size_t from, size_t to)
+{
+    const struct rmsnorm *n = args;
     const struct perta_row_kernels *k = perta_row_kernels();
-#pragma omp parallel for schedule(static)
-    for (size_t t = 0; t < T; t++) {
-        const float *row = x + t * H, *drow = dy + t * H;
-        float r = rstd[t];
-        float c = (float)(k->dot_of_product(weight, drow, row, H) / (double)H) * r * r * r;
+    size_t H = n->H;
+    for (size_t t = from; t < to; t++) {
+        const float *row = n->x + t * H, *drow = n->dy + t * H;
+        float r = n->rstd[t];
+        float c = (float)(k->dot_of_product(n->weight, drow, row, H) / (double)H) * r * r * r;
         for (size_t i = 0; i < H; i++)
-            dx[t * H + i] += r * weight[i] * drow[i] - c * row[i];
+            n->dx[t * H + i] += r * n->weight[i] * drow[i] - c * row[i];
     }
+}
+
+void perta_rmsnorm_backward(struct perta_workers *workers, float *dx, const float *dy,
+                            const float *x, const float *rstd, const float *weight, size_t T,
+                            size_t H)
+{
+    const struct rmsnorm n = {
+        .dx = dx, .dy = dy, .x = x, .rstd = rstd, .weight = weight, .H = H};
+    share_out(workers, T, H, rmsnorm_backward_rows, &n);
 }
 
 #define COLUMNS 128 /* that are summed over tokens together */
 
-void perta_rmsnorm_backward_weight(float *dweight, const float *dy, const float *x,
-                                   const float *rstd, size_t T, size_t H)
+/* Columns from * COLUMNS .. to * COLUMNS. */
+static void rmsnorm_backward_columns(const void *args, size_t from, size_t to)
 {
+    const struct rmsnorm *w = args;
     const struct perta_row_kernels *k = perta_row_kernels();
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < H; i += COLUMNS) {
+    size_t H = w->H;
+    for (size_t i = from * COLUMNS; i < to * COLUMNS && i < H; i += COLUMNS) {
         size_t n = H - i < COLUMNS ? H - i : COLUMNS;
         double sums[COLUMNS] = {0};
-        for (size_t t = 0; t < T; t++)
-            k->add_products(sums, dy + t * H + i, x + t * H + i, rstd[t], n);
+        for (size_t t = 0; t < w->T; t++)
+            k->add_products(sums, w->dy + t * H + i, w->x + t * H + i, w->rstd[t], n);
         for (size_t c = 0; c < n; c++)
-            dweight[i + c] += (float)sums[c];
+            w->dweight[i + c] += (float)sums[c];
     }
+}
+
+void perta_rmsnorm_backward_weight(struct perta_workers *workers, float *dweight, const float *dy,
+                                   const float *x, const float *rstd, size_t T, size_t H)
+{
+    const struct rmsnorm n = {.dweight = dweight, .dy = dy, .x = x, .rstd = rstd, .T = T, .H = H};
+    share_out(workers, (H + COLUMNS - 1) / COLUMNS, T * COLUMNS, rmsnorm_backward_columns, &n);
 }
 
 /* ---- rotary positions (Su et al. 2021) ---- */
 
-static void rotate(float *x, const uint32_t *positions, const float *inv_freq, size_t T,
-                   size_t n_heads, size_t D, float direction)
+struct rope {
+    float *x;
+    const uint32_t *positions;
+    const float *inv_freq;
+    size_t n_heads, D;
+    float direction;
+};
+
+static void rotate_rows(const void *args, size_t from, size_t to)
 {
-    size_t half = D / 2;
-#pragma omp parallel for schedule(static)
-    for (size_t t = 0; t < T; t++)
+    const struct rope *r = args;
+    size_t half = r->D / 2;
+    for (size_t t = from; t < to; t++)
         for (size_t i = 0; i < half; i++) {
-            float angle = (float)positions[t] * inv_freq[i];
-            float c = cosf(angle), s = direction * sinf(angle);
-            for (size_t h = 0; h < n_heads; h++) {
-                float *head = x + (t * n_heads + h) * D;
+            float angle = (float)r->positions[t] * r->inv_freq[i];
+            float c = cosf(angle), s = r->direction * sinf(angle);
+            for (size_t h = 0; h < r->n_heads; h++) {
+                float *head = r->x + (t * r->n_heads + h) * r->D;
                 float a = head[i], b = head[i + half];
                 head[i] = a * c - b * s;
                 head[i + half] = b * c + a * s;
@@ -81,135 +149,183 @@ static void rotate(float *x, const uint32_t *positions, const float *inv_freq, s
         }
 }
 
-void perta_rope_forward(float *x, const uint32_t *positions, const float *inv_freq, size_t T,
-                        size_t n_heads, size_t D)
+static void rotate(struct perta_workers *workers, const struct rope *r, size_t T)
 {
-    rotate(x, positions, inv_freq, T, n_heads, D, 1);
+    share_out(workers, T, r->n_heads * r->D, rotate_rows, r);
 }
 
-void perta_rope_backward(float *dx, const uint32_t *positions, const float *inv_freq, size_t T,
-                         size_t n_heads, size_t D)
+void perta_rope_forward(struct perta_workers *workers, float *x, const uint32_t *positions,
+                        const float *inv_freq, size_t T, size_t n_heads, size_t D)
 {
-    rotate(dx, positions, inv_freq, T, n_heads, D, -1);
+    rotate(workers, &(struct rope){x, positions, inv_freq, n_heads, D, 1}, T);
+}
+
+void perta_rope_backward(struct perta_workers *workers, float *dx, const uint32_t *positions,
+                         const float *inv_freq, size_t T, size_t n_heads, size_t D)
+{
+    rotate(workers, &(struct rope){dx, positions, inv_freq, n_heads, D, -1}, T);
 }
 
 /* ---- SwiGLU ---- */
 
-#define PART 4096 /* elements of a vector that one thread takes at a time */
+struct swiglu {
+    float *h, *dgate, *dup;
+    const float *dh, *gate, *up;
+};
 
-void perta_swiglu_forward(float *h, const float *gate, const float *up, size_t n)
+static void swiglu_elems(const void *args, size_t from, size_t to)
 {
-    const struct perta_row_kernels *k = perta_row_kernels();
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i += PART)
-        k->swiglu(h + i, gate + i, up + i, n - i < PART ? n - i : PART);
+    const struct swiglu *s = args;
+    perta_row_kernels()->swiglu(s->h + from, s->gate + from, s->up + from, to - from);
 }
 
-void perta_swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate,
-                           const float *up, size_t n)
+void perta_swiglu_forward(struct perta_workers *workers, float *h, const float *gate,
+                          const float *up, size_t n)
 {
-    const struct perta_row_kernels *k = perta_row_kernels();
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i += PART)
-        k->swiglu_backward(dgate + i, dup + i, dh + i, gate + i, up + i,
-                           n - i < PART ? n - i : PART);
+    share_out(workers, n, 1, swiglu_elems, &(struct swiglu){.h = h, .gate = gate, .up = up});
+}
+
+static void swiglu_backward_elems(const void *args, size_t from, size_t to)
+{
+    const struct swiglu *s = args;
+    perta_row_kernels()->swiglu_backward(s->dgate + from, s->dup + from, s->dh + from,
+                                         s->gate + from, s->up + from, to - from);
+}
+
+void perta_swiglu_backward(struct perta_workers *workers, float *dgate, float *dup,
+                           const float *dh, const float *gate, const float *up, size_t n)
+{
+    share_out(workers, n, 1, swiglu_backward_elems,
+              &(struct swiglu){.dgate = dgate, .dup = dup, .dh = dh, .gate = gate, .up = up});
 }
 
 /* ---- cross-entropy ---- */
 
-void perta_cross_entropy_forward(const float *logits, size_t row, size_t n_rows, size_t n,
-                                 const int32_t *target, float *most, double *sums,
-                                 float *of_target)
+struct entropy {
+    const float *logits;
+    float *dlogits;
+    size_t row, n_rows;
+    const int32_t *target;
+    float *most, *of_target;
+    double *sums;
+    int32_t *best;
+    const float *lse, *share;
+};
+
+static void entropy_rows(const void *args, size_t from, size_t to)
 {
+    const struct entropy *e = args;
     const struct perta_row_kernels *k = perta_row_kernels();
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) {
-        const float *l = logits + i * n_rows;
-        float high = k->largest(l, n_rows, most[i]);
-        sums[i] = sums[i] * exp((double)most[i] - (double)high) +
-                  k->sum_exponentials(l, high, n_rows);
-        most[i] = high;
-        size_t at = (size_t)target[i];
-        if (at >= row && at < row + n_rows)
-            of_target[i] = l[at - row];
+    for (size_t i = from; i < to; i++) {
+        const float *l = e->logits + i * e->n_rows;
+        float high = k->largest(l, e->n_rows, e->most[i]);
+        e->sums[i] = e->sums[i] * exp((double)e->most[i] - (double)high) +
+                     k->sum_exponentials(l, high, e->n_rows);
+        e->most[i] = high;
+        size_t at = (size_t)e->target[i];
+        if (at >= e->row && at < e->row + e->n_rows)
+            e->of_target[i] = l[at - e->row];
     }
 }
 
-void perta_best_forward(const float *logits, size_t row, size_t n_rows, size_t n, float *most,
-                        int32_t *best)
+void perta_cross_entropy_forward(struct perta_workers *workers, const float *logits, size_t row,
+                                 size_t n_rows, size_t n, const int32_t *target, float *most,
+                                 double *sums, float *of_target)
 {
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) {
-        const float *l = logits + i * n_rows;
-        for (size_t j = 0; j < n_rows; j++)
-            if (l[j] > most[i]) {
-                most[i] = l[j];
-                best[i] = (int32_t)(row + j);
+    const struct entropy e = {.logits = logits, .row = row, .n_rows = n_rows, .target = target,
+                              .most = most, .sums = sums, .of_target = of_target};
+    share_out(workers, n, n_rows, entropy_rows, &e);
+}
+
+static void best_rows(const void *args, size_t from, size_t to)
+{
+    const struct entropy *e = args;
+    for (size_t i = from; i < to; i++) {
+        const float *l = e->logits + i * e->n_rows;
+        for (size_t j = 0; j < e->n_rows; j++)
+            if (l[j] > e->most[i]) {
+                e->most[i] = l[j];
+                e->best[i] = (int32_t)(e->row + j);
             }
     }
 }
 
-void perta_cross_entropy_backward(float *logits, size_t row, size_t n_rows, size_t n,
-                                  const int32_t *target, const float *lse, const float *share)
+void perta_best_forward(struct perta_workers *workers, const float *logits, size_t row,
+                        size_t n_rows, size_t n, float *most, int32_t *best)
 {
+    const struct entropy e = {
+        .logits = logits, .row = row, .n_rows = n_rows, .most = most, .best = best};
+    share_out(workers, n, n_rows, best_rows, &e);
+}
+
+static void entropy_backward_rows(const void *args, size_t from, size_t to)
+{
+    const struct entropy *e = args;
     const struct perta_row_kernels *k = perta_row_kernels();
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < n; i++) {
-        size_t at = (size_t)target[i];
-        k->scaled_exponentials(logits + i * n_rows, lse[i], share[i], n_rows);
-        if (at >= row && at < row + n_rows)
-            logits[i * n_rows + at - row] -= share[i];
+    for (size_t i = from; i < to; i++) {
+        size_t at = (size_t)e->target[i];
+        k->scaled_exponentials(e->dlogits + i * e->n_rows, e->lse[i], e->share[i], e->n_rows);
+        if (at >= e->row && at < e->row + e->n_rows)
+            e->dlogits[i * e->n_rows + at - e->row] -= e->share[i];
     }
 }
 
-/* ---- attention, a block of query rows at a time, so that scores are never whole ---- */
+void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, size_t row,
+                                  size_t n_rows, size_t n, const int32_t *target,
+                                  const float *lse, const float *share)
+{
+    const struct entropy e = {.dlogits = logits, .row = row, .n_rows = n_rows, .target = target,
+                              .lse = lse, .share = share};
+    share_out(workers, n, n_rows, entropy_backward_rows, &e);
+}
+
+/* ---- attention: a head of a sequence at a time, within it a block of query rows, so that scores
+ * are never whole ---- */
 
 #define ROWS 64 /* query rows of a block */
 
-/* Two blocks of scores for each key-value head. */
-size_t perta_attention_scratch(size_t longest, size_t n_kv_heads)
+/* Two blocks of scores. */
+size_t perta_attention_room(size_t longest)
 {
-    return n_kv_heads * 2 * ROWS * longest;
+    return 2 * ROWS * longest;
 }
 
-/* Query rows i .. i + n_rows of a head see keys j .. j + n_cols. */
+/* A sequence's head: where the arrays begin for it, and how far rows are apart. */
+struct head {
+    struct perta_gemm *gemm;
+    size_t T, D, ldq, ldk;
+    uint32_t window;
+    float *p; /* the worker's room */
+    float *out, *lse, *dq, *dk, *dv;
+    const float *dout, *q, *k, *v;
+    size_t ldd; /* of dk and dv */
+};
+
+/* Query rows i .. i + n_rows see keys j .. j + n_cols. */
 struct tile {
     size_t i, n_rows, j, n_cols;
 };
 
-static struct tile tile_at(const struct perta_attention *s, size_t i)
+static struct tile tile_at(const struct head *h, size_t i)
 {
-    struct tile t = {.i = i, .n_rows = s->T - i < ROWS ? s->T - i : ROWS};
-    t.j = i >= s->window ? i - s->window + 1 : 0;
+    struct tile t = {.i = i, .n_rows = h->T - i < ROWS ? h->T - i : ROWS};
+    t.j = i >= h->window ? i - h->window + 1 : 0;
     t.n_cols = i + t.n_rows - t.j;
     return t;
 }
 
-/* c (m, n) = scale a b + beta c, row-major; not 0 where oneDNN refuses. */
-static unsigned product(char ta, char tb, size_t m, size_t n, size_t k, float scale,
-                        const float *a, size_t lda, const float *b, size_t ldb, float beta,
-                        float *c, size_t ldc)
+static int scores(const struct head *h, const struct tile *t, float *p, struct perta_err *err)
 {
-    return dnnl_sgemm(ta, tb, (dnnl_dim_t)m, (dnnl_dim_t)n, (dnnl_dim_t)k, scale, a,
-                      (dnnl_dim_t)lda, b, (dnnl_dim_t)ldb, beta, c,
-                      (dnnl_dim_t)ldc) != dnnl_success;
-}
-
-static unsigned scores(const struct perta_attention *s, const struct tile *t,
-                       const float *q, const float *k, float *p)
-{
-    float scale = 1.0f / sqrtf((float)s->D);
-    size_t ldq = s->n_heads * s->D, ldk = s->n_kv_heads * s->D;
-    return product('N', 'T', t->n_rows, t->n_cols, s->D, scale, q + t->i * ldq, ldq,
-                   k + t->j * ldk, ldk, 0, p, t->n_cols);
+    float scale = 1.0f / sqrtf((float)h->D);
+    return perta_gemm_sgemm('N', 'T', t->n_rows, t->n_cols, h->D, scale, h->q + t->i * h->ldq,
+                            h->ldq, h->k + t->j * h->ldk, h->ldk, 0, p, t->n_cols, err);
 }
 
 /* The first key that row r of the tile sees, and one past the last, in columns of the tile. */
-static void seen(const struct perta_attention *s, const struct tile *t, size_t r, size_t *from,
-                 size_t *to)
+static void seen(const struct head *h, const struct tile *t, size_t r, size_t *from, size_t *to)
 {
     size_t i = t->i + r;
-    size_t first = i >= s->window ? i - s->window + 1 : 0;
+    size_t first = i >= h->window ? i - h->window + 1 : 0;
     *from = first > t->j ? first - t->j : 0;
     *to = i + 1 - t->j;
 }
@@ -221,96 +337,182 @@ static void clear_unseen(const struct tile *t, float *row, size_t from, size_t t
     memset(row + to, 0, (t->n_cols - to) * sizeof *row);
 }
 
-static void softmax(const struct perta_attention *s, const struct tile *t, float *p, float *lse)
+static void softmax(const struct head *h, const struct tile *t, float *p)
 {
     const struct perta_row_kernels *k = perta_row_kernels();
     for (size_t r = 0; r < t->n_rows; r++) {
         float *row = p + r * t->n_cols;
         size_t from, to;
-        seen(s, t, r, &from, &to);
+        seen(h, t, r, &from, &to);
         float most = k->largest(row + from, to - from, -INFINITY);
         double sum = k->exponentials(row + from, row + from, most, to - from);
         float inverse = (float)(1 / sum);
         for (size_t j = from; j < to; j++)
             row[j] *= inverse;
         clear_unseen(t, row, from, to);
-        lse[t->i + r] = most + (float)log(sum);
+        h->lse[t->i + r] = most + (float)log(sum);
     }
 }
 
-int perta_attention_forward(const struct perta_attention *s, float *out, float *lse,
-                            const float *q, const float *k, const float *v, float *scratch,
-                            struct perta_err *err)
+static int head_forward(const struct head *h, struct perta_err *err)
 {
-    size_t group = s->n_heads / s->n_kv_heads, ldq = s->n_heads * s->D;
-    size_t ldk = s->n_kv_heads * s->D;
-    unsigned bad = 0;
-#pragma omp parallel for schedule(static) reduction(| : bad)
-    for (size_t kv = 0; kv < s->n_kv_heads; kv++) {
-        float *p = scratch + kv * 2 * ROWS * s->T;
-        for (size_t h = kv * group; h < (kv + 1) * group; h++)
-            for (size_t i = 0; i < s->T; i += ROWS) {
-                struct tile t = tile_at(s, i);
-                bad |= scores(s, &t, q + h * s->D, k + kv * s->D, p);
-                softmax(s, &t, p, lse + h * s->T);
-                bad |= product('N', 'N', t.n_rows, s->D, t.n_cols, 1, p, t.n_cols,
-                               v + t.j * ldk + kv * s->D, ldk, 0, out + i * ldq + h * s->D, ldq);
-            }
+    int rc = 0;
+    for (size_t i = 0; i < h->T && !rc; i += ROWS) {
+        struct tile t = tile_at(h, i);
+        rc = scores(h, &t, h->p, err);
+        if (rc)
+            break;
+        softmax(h, &t, h->p);
+        rc = perta_gemm_sgemm('N', 'N', t.n_rows, h->D, t.n_cols, 1, h->p, t.n_cols,
+                              h->v + t.j * h->ldk, h->ldk, 0, h->out + i * h->ldq, h->ldq, err);
     }
-    return bad ? perta_fail(err, PERTA_ESYS, "attention: oneDNN refuses a product") : 0;
+    return rc;
 }
 
 /* p: scores -> probabilities; dp: gradient of probabilities -> gradient of scores. */
-static void softmax_backward(const struct perta_attention *s, const struct tile *t, float *p,
-                             float *dp, const float *dout, const float *out, const float *lse)
+static void softmax_backward(const struct head *h, const struct tile *t, float *p, float *dp)
 {
     const struct perta_row_kernels *k = perta_row_kernels();
-    size_t ld = s->n_heads * s->D;
     for (size_t r = 0; r < t->n_rows; r++) {
-        size_t from, to, at = (t->i + r) * ld, row = r * t->n_cols;
-        float dot = (float)k->dot(dout + at, out + at, s->D);
-        seen(s, t, r, &from, &to);
-        k->softmax_backward(p + row + from, dp + row + from, lse[t->i + r], dot, to - from);
+        size_t from, to, at = (t->i + r) * h->ldq, row = r * t->n_cols;
+        float dot = (float)k->dot(h->dout + at, h->out + at, h->D);
+        seen(h, t, r, &from, &to);
+        k->softmax_backward(p + row + from, dp + row + from, h->lse[t->i + r], dot, to - from);
         clear_unseen(t, p + row, from, to);
         clear_unseen(t, dp + row, from, to);
     }
 }
 
-static unsigned backward_tile(const struct perta_attention *s, const struct tile *t, size_t h,
-                              size_t kv, float *dq, float *dk, float *dv, const float *dout,
-                              const float *out, const float *lse, const float *q,
-                              const float *k, const float *v, float *p)
+static int tile_backward(const struct head *h, const struct tile *t, struct perta_err *err)
 {
-    size_t rows = t->n_rows, cols = t->n_cols, D = s->D;
-    size_t ldq = s->n_heads * D, ldk = s->n_kv_heads * D;
-    size_t at_q = t->i * ldq + h * D, at_k = t->j * ldk + kv * D;
-    float scale = 1.0f / sqrtf((float)s->D);
-    float *dp = p + ROWS * s->T;
-    unsigned bad = scores(s, t, q + h * s->D, k + kv * s->D, p);
-    bad |= product('N', 'T', rows, cols, D, 1, dout + at_q, ldq, v + at_k, ldk, 0, dp, cols);
-    softmax_backward(s, t, p, dp, dout + h * s->D, out + h * s->D, lse + h * s->T);
-    bad |= product('T', 'N', cols, D, rows, 1, p, cols, dout + at_q, ldq, 1, dv + at_k, ldk);
-    bad |= product('N', 'N', rows, D, cols, scale, dp, cols, k + at_k, ldk, 0, dq + at_q, ldq);
-    bad |= product('T', 'N', cols, D, rows, scale, dp, cols, q + at_q, ldq, 1, dk + at_k, ldk);
-    return bad;
+    size_t rows = t->n_rows, cols = t->n_cols, D = h->D, at_q = t->i * h->ldq;
+    size_t at_k = t->j * h->ldk, at_d = t->j * h->ldd;
+    float scale = 1.0f / sqrtf((float)D), *p = h->p, *dp = h->p + ROWS * h->T;
+    int rc = scores(h, t, p, err);
+    if (!rc)
+        rc = perta_gemm_sgemm('N', 'T', rows, cols, D, 1, h->dout + at_q, h->ldq, h->v + at_k,
+                              h->ldk, 0, dp, cols, err);
+    if (rc)
+        return rc;
+    softmax_backward(h, t, p, dp);
+    rc = perta_gemm_sgemm('T', 'N', cols, D, rows, 1, p, cols, h->dout + at_q, h->ldq, 1,
+                          h->dv + at_d, h->ldd, err);
+    if (!rc)
+        rc = perta_gemm_sgemm('N', 'N', rows, D, cols, scale, dp, cols, h->k + at_k, h->ldk, 0,
+                              h->dq + at_q, h->ldq, err);
+    return rc ? rc
+              : perta_gemm_sgemm('T', 'N', cols, D, rows, scale, dp, cols, h->q + at_q, h->ldq, 1,
+                                 h->dk + at_d, h->ldd, err);
 }
 
-int perta_attention_backward(const struct perta_attention *s, float *dq, float *dk, float *dv,
-                             const float *dout, const float *out, const float *lse,
-                             const float *q, const float *k, const float *v, float *scratch,
-                             struct perta_err *err)
+static int head_backward(const struct head *h, struct perta_err *err)
 {
-    size_t group = s->n_heads / s->n_kv_heads;
-    unsigned bad = 0;
-    memset(dk, 0, s->T * s->n_kv_heads * s->D * sizeof *dk);
-    memset(dv, 0, s->T * s->n_kv_heads * s->D * sizeof *dv);
-#pragma omp parallel for schedule(static) reduction(| : bad)
-    for (size_t kv = 0; kv < s->n_kv_heads; kv++)
-        for (size_t h = kv * group; h < (kv + 1) * group; h++)
-            for (size_t i = 0; i < s->T; i += ROWS) {
-                struct tile t = tile_at(s, i);
-                bad |= backward_tile(s, &t, h, kv, dq, dk, dv, dout, out, lse, q, k, v,
-                                     scratch + kv * 2 * ROWS * s->T);
-            }
-    return bad ? perta_fail(err, PERTA_ESYS, "attention: oneDNN refuses a product") : 0;
+    int rc = 0;
+    for (size_t t = 0; t < h->T; t++) {
+        memset(h->dk + t * h->ldd, 0, h->D * sizeof *h->dk);
+        memset(h->dv + t * h->ldd, 0, h->D * sizeof *h->dv);
+    }
+    for (size_t i = 0; i < h->T && !rc; i += ROWS) {
+        struct tile t = tile_at(h, i);
+        rc = tile_backward(h, &t, err);
+    }
+    return rc;
+}
+
+/* ---- all heads of all sequences ---- */
+
+struct heads {
+    struct perta_gemm *gemm;
+    const struct perta_attention *of;
+    float *out, *lse, *dq, *dk, *dv;
+    const float *dout, *q, *k, *v;
+};
+
+static float *at(float *array, size_t i)
+{
+    return array ? array + i : NULL;
+}
+
+/* Piece i is head i % n_heads of a sequence. */
+static int run_head(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct heads *all = ctx;
+    const struct perta_attention *a = all->of;
+    size_t s = i / a->n_heads, head = i % a->n_heads, D = a->D;
+    size_t t = a->sequences.starts[s] - a->sequences.origin;
+    size_t ldq = a->n_heads * D, ldk = a->n_kv_heads * D, q = t * ldq + head * D;
+    size_t k = t * ldk + head / (a->n_heads / a->n_kv_heads) * D;
+    struct head h = {
+        .gemm = all->gemm,
+        .T = a->sequences.starts[s + 1] - a->sequences.starts[s],
+        .D = D,
+        .ldq = ldq,
+        .ldk = ldk,
+        .ldd = ldq,
+        .window = a->window,
+        .p = perta_gemm_room(all->gemm, worker),
+        .out = all->out + q,
+        .q = all->q + q,
+        .k = all->k + k,
+        .v = all->v + k,
+        .dout = all->dout ? all->dout + q : NULL,
+        .dq = at(all->dq, q),
+        .dk = at(all->dk, q),
+        .dv = at(all->dv, q),
+    };
+    h.lse = all->lse + t * a->n_heads + head * h.T;
+    if (!h.p)
+        return perta_fail(err, PERTA_ESYS, "attention: out of memory");
+    return all->dout ? head_backward(&h, err) : head_forward(&h, err);
+}
+
+int perta_attention_forward(struct perta_gemm *gemm, const struct perta_attention *a, float *out,
+                            float *lse, const float *q, const float *k, const float *v,
+                            struct perta_err *err)
+{
+    struct heads all = {.gemm = gemm, .of = a, .out = out, .lse = lse, .q = q, .k = k, .v = v};
+    return perta_workers_run(perta_gemm_workers(gemm), a->sequences.n * a->n_heads, run_head, &all,
+                             err);
+}
+
+/* dkv (n, n_kv_heads, D) = sums over the query heads that share it, in order, of_heads (n,
+ * n_heads, D). */
+struct group_sum {
+    float *dkv;
+    const float *of_heads;
+    size_t n_kv_heads, group, D;
+};
+
+static void group_sum_rows(const void *args, size_t from, size_t to)
+{
+    const struct group_sum *g = args;
+    for (size_t r = from * g->n_kv_heads; r < to * g->n_kv_heads; r++)
+        for (size_t d = 0; d < g->D; d++) {
+            double sum = 0;
+            for (size_t h = 0; h < g->group; h++)
+                sum += (double)g->of_heads[(r * g->group + h) * g->D + d];
+            g->dkv[r * g->D + d] = (float)sum;
+        }
+}
+
+int perta_attention_backward(struct perta_gemm *gemm, const struct perta_attention *a, float *dq,
+                             float *dk, float *dv, const float *dout, const float *out,
+                             const float *lse, const float *q, const float *k, const float *v,
+                             float *const of_heads[2], struct perta_err *err)
+{
+    size_t group = a->n_heads / a->n_kv_heads;
+    size_t n = a->sequences.starts[a->sequences.n] - a->sequences.origin;
+    struct heads all = {.gemm = gemm, .of = a, .out = (float *)(uintptr_t)out,
+                        .lse = (float *)(uintptr_t)lse, .dout = dout, .q = q, .k = k, .v = v,
+                        .dq = dq, .dk = group > 1 ? of_heads[0] : dk,
+                        .dv = group > 1 ? of_heads[1] : dv};
+    struct perta_workers *workers = perta_gemm_workers(gemm);
+    int rc = perta_workers_run(workers, a->sequences.n * a->n_heads, run_head, &all, err);
+    if (rc || group == 1)
+        return rc;
+    struct group_sum k_sum = {dk, all.dk, a->n_kv_heads, group, a->D};
+    struct group_sum v_sum = {dv, all.dv, a->n_kv_heads, group, a->D};
+    share_out(workers, n, a->n_heads * a->D, group_sum_rows, &k_sum);
+    share_out(workers, n, a->n_heads * a->D, group_sum_rows, &v_sum);
+    return 0;
 }

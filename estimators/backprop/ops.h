@@ -1,69 +1,72 @@
 /* ops.h - the parts of a transformer block that are no matrix products with weights, in float32:
  * one _forward and one _backward each. Formulas: docs/estimate.md. Arrays are row-major; T
- * tokens, H hidden, I intermediate, D head_dim. They work in parallel (OpenMP); results do not
- * depend on the number of threads. */
+ * tokens, H hidden, I intermediate, D head_dim. Rows are shared out among workers; results do not
+ * depend on their number. */
 #ifndef PERTA_BACKPROP_OPS_H
 #define PERTA_BACKPROP_OPS_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "io/err.h"
+#include "estimators/backprop/gemm.h"
 
 /* y (T, H) = x (T, H) * rstd * weight (H); rstd (T) = 1 / sqrt(mean(x^2) + eps). */
-void perta_rmsnorm_forward(float *y, float *rstd, const float *x, const float *weight, size_t T,
+void perta_rmsnorm_forward(struct perta_workers *workers, float *y, float *rstd, const float *x, const float *weight, size_t T,
                            size_t H, float eps);
 /* dx (T, H) += gradient through x, of dy (T, H). */
-void perta_rmsnorm_backward(float *dx, const float *dy, const float *x, const float *rstd,
+void perta_rmsnorm_backward(struct perta_workers *workers, float *dx, const float *dy, const float *x, const float *rstd,
                             const float *weight, size_t T, size_t H);
 /* dweight (H) += sum over tokens of dy * x * rstd. */
-void perta_rmsnorm_backward_weight(float *dweight, const float *dy, const float *x,
+void perta_rmsnorm_backward_weight(struct perta_workers *workers, float *dweight, const float *dy, const float *x,
                                    const float *rstd, size_t T, size_t H);
 
 /* Rotate x (T, n_heads, D) by the angles position * inv_freq (D / 2), halves of each head
  * paired, as transformers does; token t stands at positions[t]. backward turns dx the other way. */
-void perta_rope_forward(float *x, const uint32_t *positions, const float *inv_freq, size_t T,
+void perta_rope_forward(struct perta_workers *workers, float *x, const uint32_t *positions, const float *inv_freq, size_t T,
                         size_t n_heads, size_t D);
-void perta_rope_backward(float *dx, const uint32_t *positions, const float *inv_freq, size_t T,
+void perta_rope_backward(struct perta_workers *workers, float *dx, const uint32_t *positions, const float *inv_freq, size_t T,
                          size_t n_heads, size_t D);
 
 /* h (T, I) = silu(gate) * up. */
-void perta_swiglu_forward(float *h, const float *gate, const float *up, size_t n);
+void perta_swiglu_forward(struct perta_workers *workers, float *h, const float *gate, const float *up, size_t n);
 /* dgate, dup = gradients through gate and up, of dh; dgate may be dh. */
-void perta_swiglu_backward(float *dgate, float *dup, const float *dh, const float *gate,
+void perta_swiglu_backward(struct perta_workers *workers, float *dgate, float *dup, const float *dh, const float *gate,
                            const float *up, size_t n);
 
 /* Cross-entropy, a block of the vocabulary at a time: logits (n, n_rows) of entries row ..
  * row + n_rows. forward, for every block in turn, keeps the running maximum and sum of
  * exponentials (Milakov & Gimelshein 2018), each (n), which begin as -INFINITY and 0, and the
  * logit of target (n) once it comes by. */
-void perta_cross_entropy_forward(const float *logits, size_t row, size_t n_rows, size_t n,
+void perta_cross_entropy_forward(struct perta_workers *workers, const float *logits, size_t row, size_t n_rows, size_t n,
                                  const int32_t *target, float *most, double *sums,
                                  float *of_target);
 /* Likewise the running maximum, which begins as -INFINITY, and where it is: of equals the first. */
-void perta_best_forward(const float *logits, size_t row, size_t n_rows, size_t n, float *most,
+void perta_best_forward(struct perta_workers *workers, const float *logits, size_t row, size_t n_rows, size_t n, float *most,
                         int32_t *best);
 /* logits become their gradients: share (n) * (softmax - one at target), from lse (n), log of the
  * sum of all exponentials. */
-void perta_cross_entropy_backward(float *logits, size_t row, size_t n_rows, size_t n,
+void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, size_t row, size_t n_rows, size_t n,
                                   const int32_t *target, const float *lse, const float *share);
 
-/* Causal attention of one sequence: q, out (T, n_heads, D), k, v (T, n_kv_heads, D); every
- * n_heads / n_kv_heads query heads share one of k and v. A token sees itself and window - 1
- * tokens before it. lse (n_heads, T): log of the sum of exponentials of each row of scores.
- * scratch (perta_attention_scratch floats). */
+/* Causal attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads,
+ * D); every n_heads / n_kv_heads query heads share one of k and v. A token sees itself and
+ * window - 1 tokens before it. lse (n, n_heads): log of the sum of exponentials of each row of
+ * scores, those of a head one after another within a sequence. */
 struct perta_attention {
-    size_t T, n_heads, n_kv_heads, D;
+    struct perta_runs sequences;
+    size_t n_heads, n_kv_heads, D;
     uint32_t window; /* UINT32_MAX: all */
 };
-size_t perta_attention_scratch(size_t longest, size_t n_kv_heads);
-int perta_attention_forward(const struct perta_attention *shape, float *out, float *lse,
-                            const float *q, const float *k, const float *v, float *scratch,
+/* Floats that a worker needs (perta_gemm_room). */
+size_t perta_attention_room(size_t longest);
+int perta_attention_forward(struct perta_gemm *gemm, const struct perta_attention *attention,
+                            float *out, float *lse, const float *q, const float *k, const float *v,
                             struct perta_err *err);
-/* dq (T, n_heads, D), dk, dv (T, n_kv_heads, D) are set, from dout and what forward had. */
-int perta_attention_backward(const struct perta_attention *shape, float *dq, float *dk,
-                             float *dv, const float *dout, const float *out, const float *lse,
-                             const float *q, const float *k, const float *v, float *scratch,
-                             struct perta_err *err);
+/* dq (n, n_heads, D), dk, dv (n, n_kv_heads, D) are set, from dout and what forward had. of_heads
+ * (2, n, n_heads, D) is scratch. */
+int perta_attention_backward(struct perta_gemm *gemm, const struct perta_attention *attention,
+                             float *dq, float *dk, float *dv, const float *dout, const float *out,
+                             const float *lse, const float *q, const float *k, const float *v,
+                             float *const of_heads[2], struct perta_err *err);
 
 #endif

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "estimators/backprop/gemm.h"
 #include "io/file.h"
 
 /* ---- files ---- */
@@ -44,6 +45,11 @@ static uint64_t bytes_of(const struct perta_store *store)
     return (uint64_t)store->n_rows * store->width * sizeof(float);
 }
 
+static uint64_t memory_bytes_of(const struct perta_store *store)
+{
+    return bytes_of(store) + PERTA_SLACK_ROWS * store->width * sizeof(float);
+}
+
 static int make_file(struct perta_store *store, struct perta_scratch *scratch,
                      struct perta_err *err)
 {
@@ -73,10 +79,10 @@ static int prepare(struct perta_store *store, struct perta_scratch *scratch, con
         store->path = NULL;
         return perta_fail_sys(err, ENOMEM, "scratch");
     }
-    uint64_t bytes = bytes_of(store);
+    uint64_t bytes = memory_bytes_of(store);
     if (bytes > scratch->free_bytes)
         return 0;
-    store->memory = calloc(n_rows * width + 1, sizeof(float));
+    store->memory = calloc(1, bytes + sizeof(float));
     if (!store->memory)
         return perta_fail_sys(err, ENOMEM, "%llu bytes for all tokens", (unsigned long long)bytes);
     scratch->free_bytes -= bytes;
@@ -120,7 +126,7 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
 void perta_store_close(struct perta_store *store, struct perta_scratch *scratch)
 {
     if (store->memory)
-        scratch->free_bytes += bytes_of(store);
+        scratch->free_bytes += memory_bytes_of(store);
     free(store->memory);
     if (store->width && store->fd >= 0)
         close(store->fd);

@@ -1,4 +1,5 @@
-/* store.h - rows of floats for all tokens: in memory while there is room, else in a scratch file.
+/* store.h - rows of floats for all tokens: in memory while there is room, else in a scratch file. In
+ * memory products may read so many rows past the end (gemm.h).
  * Files without a name go with the process; those with one are kept for a run that goes on. */
 #ifndef PERTA_BACKPROP_STORE_H
 #define PERTA_BACKPROP_STORE_H

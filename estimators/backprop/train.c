@@ -21,9 +21,11 @@ static float *take(float **memory, size_t n)
 static size_t floats_of(const struct perta_trainer *t)
 {
     const struct perta_llm *llm = &t->model->llm;
-    size_t acts = perta_acts_floats(llm, t->max_tokens, t->longest);
+    size_t acts = perta_acts_floats(llm, t->max_tokens);
     size_t labels = t->max_labels * (4 * (size_t)llm->hidden + llm->vocab + 4);
-    return 3 * t->model->n_floats + llm->n_layers * acts + labels + 16 * (12 + llm->n_layers);
+    size_t slack = PERTA_SLACK_ROWS * (size_t)llm->vocab; /* what products read past the end */
+    return 3 * t->model->n_floats + llm->n_layers * acts + labels + 16 * (12 + llm->n_layers) +
+           slack;
 }
 
 static void lay_out(struct perta_trainer *t)
@@ -42,8 +44,8 @@ static void lay_out(struct perta_trainer *t)
         *of_labels[i] = take(&at, t->max_labels);
     t->logits = take(&at, t->max_labels * llm->vocab);
     for (uint32_t l = 0; l < llm->n_layers; l++)
-        perta_acts_lay_out(&t->acts[l], llm, t->max_tokens, t->longest,
-                           take(&at, perta_acts_floats(llm, t->max_tokens, t->longest)));
+        perta_acts_lay_out(&t->acts[l], llm, t->max_tokens,
+                           take(&at, perta_acts_floats(llm, t->max_tokens)));
     for (uint32_t l = 1; l < llm->n_layers; l++) {
         t->acts[l].x = t->acts[l - 1].out;
         t->acts[l - 1].dout = t->acts[l].dx;
@@ -58,7 +60,7 @@ int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
                        struct perta_err *err)
 {
     const struct perta_llm *llm = &model->llm;
-    *t = (struct perta_trainer){.model = model, .longest = samples->longest};
+    *t = (struct perta_trainer){.model = model};
     if (batch > samples->n)
         batch = samples->n;
     t->max_tokens = t->max_labels = batch * samples->longest;
@@ -71,12 +73,17 @@ int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
     t->positions = calloc(t->max_tokens, sizeof *t->positions);
     t->ids = calloc(t->max_tokens, sizeof *t->ids);
     t->starts = calloc(batch + 1, sizeof *t->starts);
+    t->tiles = calloc(t->max_tokens / PERTA_TILE + 2, sizeof *t->tiles);
+    t->label_tiles = calloc(t->max_tokens / PERTA_TILE + 2, sizeof *t->label_tiles);
     int rc = 0;
     if (!t->acts || !t->inv_freq || !t->memory || !t->sums || !t->token || !t->target ||
-        !t->positions || !t->ids || !t->starts)
+        !t->positions || !t->ids || !t->starts || !t->tiles || !t->label_tiles)
         rc = perta_fail_sys(err, ENOMEM, "batches of %zu tokens", t->max_tokens);
     if (!rc)
-        rc = perta_gemm_open(false, n_threads, GEMM_FLOATS, &t->gemm, err);
+        rc = perta_workers_open(n_threads, &t->workers, err);
+    if (!rc)
+        rc = perta_gemm_open(false, t->workers, GEMM_FLOATS,
+                             perta_attention_room(samples->longest), &t->gemm, err);
     if (rc) {
         perta_trainer_close(t);
         return rc;
@@ -90,6 +97,9 @@ int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
 void perta_trainer_close(struct perta_trainer *t)
 {
     perta_gemm_close(t->gemm);
+    perta_workers_close(t->workers);
+    free(t->tiles);
+    free(t->label_tiles);
     free(t->acts);
     free(t->inv_freq);
     free(t->memory);
@@ -103,6 +113,16 @@ void perta_trainer_close(struct perta_trainer *t)
 }
 
 /* ---- forward ---- */
+
+/* n rows, cut every PERTA_TILE; starts is where that is put. */
+static struct perta_runs cut(size_t *starts, size_t n)
+{
+    size_t n_tiles = 0;
+    for (size_t row = 0; row < n; row += PERTA_TILE)
+        starts[n_tiles++] = row;
+    starts[n_tiles] = n;
+    return (struct perta_runs){n_tiles, starts, 0};
+}
 
 /* Pack the samples which (n): their tokens one after another, and where their labels are. */
 static struct perta_batch pack(struct perta_trainer *t, const struct perta_samples *s,
@@ -124,7 +144,7 @@ static struct perta_batch pack(struct perta_trainer *t, const struct perta_sampl
     }
     t->starts[n] = at;
     *n_labels = labels;
-    return (struct perta_batch){n, at, t->starts, t->positions};
+    return (struct perta_batch){at, {n, t->starts, 0}, cut(t->tiles, at), t->positions};
 }
 
 static struct perta_linear head_of(const struct perta_trainer *t)
@@ -152,12 +172,13 @@ static int forward(struct perta_trainer *t, const struct perta_batch *batch, siz
     const float *out = t->acts[m->llm.n_layers - 1].out;
     for (size_t i = 0; i < n_labels && !rc; i++)
         memcpy(t->last + i * H, out + t->token[i] * H, H * sizeof(float));
-    perta_rmsnorm_forward(t->normed, t->rstd, t->last,
+    perta_rmsnorm_forward(t->workers, t->normed, t->rstd, t->last,
                           perta_model_find(m, m->weights, PERTA_FINAL_NORM), n_labels, H,
                           m->llm.rms_eps);
     struct perta_linear head = head_of(t);
-    return rc ? rc : perta_linear_forward(t->gemm, &head, t->normed, t->logits, n_labels, false,
-                                          err);
+    struct perta_runs tiles = cut(t->label_tiles, n_labels);
+    return rc ? rc : perta_linear_forward(t->gemm, &head, &tiles, t->normed, t->logits, n_labels,
+                                          false, err);
 }
 
 int perta_trainer_forward(struct perta_trainer *t, const struct perta_samples *samples,
@@ -203,7 +224,7 @@ static void on_bias(void *ctx, size_t sequence, enum perta_linear_name name, con
 static int add_matrix(struct perta_trainer *t, const char *name, const float *dy, const float *x,
                       size_t n, size_t out, size_t in, struct perta_err *err)
 {
-    return perta_gemm_run(t->gemm, out, in, n, perta_transposed(perta_matrix(dy, out)),
+    return perta_gemm_run(t->gemm, NULL, out, in, n, perta_transposed(perta_matrix(dy, out)),
                           perta_matrix(x, in),
                           perta_model_find(t->model, t->gradients, name), in, true, err);
 }
@@ -219,21 +240,22 @@ static int head_backward(struct perta_trainer *t, size_t n, float *dout, size_t 
         t->lse[i] = -INFINITY;
         t->sums[i] = 0;
     }
-    perta_cross_entropy_forward(t->logits, 0, V, n, t->target, t->lse, t->sums, t->of_label);
+    perta_cross_entropy_forward(t->workers, t->logits, 0, V, n, t->target, t->lse, t->sums, t->of_label);
     *loss = 0;
     for (size_t i = 0; i < n; i++) {
         t->lse[i] += (float)log(t->sums[i]);
         *loss += (double)t->share[i] * ((double)t->lse[i] - (double)t->of_label[i]);
     }
-    perta_cross_entropy_backward(t->logits, 0, V, n, t->target, t->lse, t->share);
-    int rc = perta_linear_backward(t->gemm, &head, t->logits, t->dnormed, n, false, err);
+    perta_cross_entropy_backward(t->workers, t->logits, 0, V, n, t->target, t->lse, t->share);
+    struct perta_runs tiles = cut(t->label_tiles, n);
+    int rc = perta_linear_backward(t->gemm, &head, &tiles, t->logits, t->dnormed, n, false, err);
     if (!rc)
         rc = add_matrix(t, m->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD, t->logits, t->normed, n, V,
                         H, err);
-    perta_rmsnorm_backward_weight(perta_model_find(m, t->gradients, PERTA_FINAL_NORM), t->dnormed,
+    perta_rmsnorm_backward_weight(t->workers, perta_model_find(m, t->gradients, PERTA_FINAL_NORM), t->dnormed,
                                   t->last, t->rstd, n, H);
     memset(t->dlast, 0, n * H * sizeof(float));
-    perta_rmsnorm_backward(t->dlast, t->dnormed, t->last, t->rstd,
+    perta_rmsnorm_backward(t->workers, t->dlast, t->dnormed, t->last, t->rstd,
                            perta_model_find(m, m->weights, PERTA_FINAL_NORM), n, H);
     memset(dout, 0, n_tokens * H * sizeof(float));
     for (size_t i = 0; i < n; i++)
@@ -280,18 +302,37 @@ int perta_trainer_gradients(struct perta_trainer *t, const struct perta_samples 
 
 /* ---- AdamW ---- */
 
+struct adamw {
+    float *w, *m, *v;
+    const float *g;
+    size_t n;
+    float rate, decay, c1, c2;
+};
+
+#define PIECE_ELEMS (1u << 16)
+
+static int adamw_elems(void *ctx, unsigned worker, size_t piece, struct perta_err *err)
+{
+    const struct adamw *a = ctx;
+    const float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
+    size_t end = (piece + 1) * PIECE_ELEMS < a->n ? (piece + 1) * PIECE_ELEMS : a->n;
+    (void)worker;
+    (void)err;
+    for (size_t i = piece * PIECE_ELEMS; i < end; i++) {
+        a->m[i] = beta1 * a->m[i] + (1 - beta1) * a->g[i];
+        a->v[i] = beta2 * a->v[i] + (1 - beta2) * a->g[i] * a->g[i];
+        a->w[i] -= a->rate * a->decay * a->w[i];
+        a->w[i] -= a->rate * (a->m[i] / a->c1) / (sqrtf(a->v[i] / a->c2) + eps);
+    }
+    return 0;
+}
+
 void perta_trainer_step(struct perta_trainer *t, float learning_rate, float weight_decay)
 {
-    const float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
-    float *w = t->model->weights, *g = t->gradients, *m = t->first, *v = t->second;
+    struct perta_err never = {0};
     t->n_steps++;
-    float c1 = (float)(1 - pow((double)beta1, (double)t->n_steps));
-    float c2 = (float)(1 - pow((double)beta2, (double)t->n_steps));
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < t->model->n_floats; i++) {
-        m[i] = beta1 * m[i] + (1 - beta1) * g[i];
-        v[i] = beta2 * v[i] + (1 - beta2) * g[i] * g[i];
-        w[i] -= learning_rate * weight_decay * w[i];
-        w[i] -= learning_rate * (m[i] / c1) / (sqrtf(v[i] / c2) + eps);
-    }
+    struct adamw a = {t->model->weights, t->first, t->second, t->gradients, t->model->n_floats,
+                      learning_rate, weight_decay, (float)(1 - pow(0.9, (double)t->n_steps)),
+                      (float)(1 - pow(0.999, (double)t->n_steps))};
+    perta_workers_run(t->workers, (a.n + PIECE_ELEMS - 1) / PIECE_ELEMS, adamw_elems, &a, &never);
 }

@@ -8,8 +8,9 @@
 
 struct perta_trainer {
     struct perta_model *model; /* borrowed */
+    struct perta_workers *workers;
     struct perta_gemm *gemm;
-    size_t max_tokens, max_labels, longest; /* of a batch */
+    size_t max_tokens, max_labels; /* of a batch */
     float *inv_freq;                        /* (head_dim / 2) */
     float *memory;                          /* of everything below */
     float *gradients, *first, *second;      /* (n_floats); moments of AdamW */
@@ -21,6 +22,7 @@ struct perta_trainer {
     uint32_t *token, *positions, *ids;      /* (max_labels); (max_tokens) */
     int32_t *target;                        /* (max_labels) */
     size_t *starts;                         /* (samples + 1) */
+    size_t *tiles, *label_tiles;            /* where products are cut: every PERTA_TILE */
     uint64_t n_steps;
 };
 

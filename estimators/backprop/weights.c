@@ -155,6 +155,42 @@ const char *perta_weights_head(const struct perta_weights *w)
     return w->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD;
 }
 
+/* ---- the thread that reads ---- */
+
+/* Where the reader reads ahead, that is over first; how it went is kept. */
+static void settle(struct perta_weights *w)
+{
+    if (!w->ahead || w->ahead_is_done)
+        return;
+    w->ahead_err = (struct perta_err){0};
+    w->ahead_rc = perta_reader_wait(w->reader, &w->ahead_err);
+    w->ahead_is_done = true;
+}
+
+static int on_reader(struct perta_weights *w, int (*job)(void *ctx, struct perta_err *err),
+                     void *ctx, struct perta_err *err)
+{
+    settle(w);
+    perta_reader_begin(w->reader, job, ctx);
+    return perta_reader_wait(w->reader, err);
+}
+
+static int open_engine(void *of, struct perta_err *err)
+{
+    struct perta_weights *w = of;
+    int rc = perta_engine_open(w->choice.mode, PIECES, &w->engine, err);
+    for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
+        rc = perta_file_open(&w->files[i], w->ck->shards[i].path, w->engine->wants_direct, err);
+    return rc || !w->source ? rc : w->source->ops->open(w->source, w->engine->wants_direct, err);
+}
+
+static int close_engine(void *of, struct perta_err *err)
+{
+    (void)err;
+    perta_engine_close(((struct perta_weights *)of)->engine);
+    return 0;
+}
+
 int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct perta_err *err)
 {
     const char **paths = calloc(w->ck->n_shards + 1, sizeof *paths);
@@ -171,10 +207,8 @@ int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct p
         rc = perta_engine_choose(io, paths, n_paths, &w->choice, err);
     free(paths);
     if (!rc)
-        rc = perta_engine_open(w->choice.mode, PIECES, &w->engine, err);
-    for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
-        rc = perta_file_open(&w->files[i], w->ck->shards[i].path, w->engine->wants_direct, err);
-    return rc || !w->source ? rc : w->source->ops->open(w->source, w->engine->wants_direct, err);
+        rc = perta_reader_open(&w->reader, err);
+    return rc ? rc : on_reader(w, open_engine, w, err);
 }
 
 int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err)
@@ -187,7 +221,10 @@ int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err
 
 void perta_weights_close(struct perta_weights *w)
 {
-    perta_engine_close(w->engine);
+    struct perta_err never = {0};
+    if (w->reader)
+        on_reader(w, close_engine, w, &never);
+    perta_reader_close(w->reader);
     for (uint32_t i = 0; w->files && i < w->ck->n_shards; i++)
         perta_file_close(&w->files[i]);
     free(w->files);
@@ -254,18 +291,28 @@ static int read_tensor(struct perta_weights *w, const struct perta_ref *ref, uin
     return w->source->ops->read(w->source, w, ref, off_bytes, len_bytes, room, err);
 }
 
-int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
-                       uint8_t *room, struct perta_linear *linear, struct perta_err *err)
+/* Products want elements at multiples of their size. */
+static void align(uint8_t *room, uint64_t len_bytes, enum perta_dtype dtype, const void **data)
+{
+    if ((uintptr_t)*data % perta_dtype_unit_bytes(dtype))
+        *data = memmove(room, *data, len_bytes);
+}
+
+static int read_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
+                     uint8_t *room, struct perta_linear *linear, struct perta_err *err)
 {
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     const struct perta_tensor *t = ref->tensor;
     uint64_t row_bytes = t->shape[1] * perta_dtype_unit_bytes(t->dtype);
     *linear = (struct perta_linear){.dtype = t->dtype, .out = n, .in = t->shape[1]};
-    return read_tensor(w, ref, first * row_bytes, n * row_bytes, room, &linear->weight, err);
+    int rc = read_tensor(w, ref, first * row_bytes, n * row_bytes, room, &linear->weight, err);
+    if (!rc)
+        align(room, n * row_bytes, t->dtype, &linear->weight);
+    return rc;
 }
 
-int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
-                         float *to, struct perta_err *err)
+static int read_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
+                       float *to, struct perta_err *err)
 {
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     const struct perta_tensor *t = ref->tensor;
@@ -325,11 +372,11 @@ static int take_vector(struct perta_weights *w, const char *name, size_t n, uint
     float *to = (float *)(void *)*at;
     *at += vector_room(n);
     *vector = to;
-    return perta_weights_vector(w, name, n, *at, to, err); /* what follows is free yet */
+    return read_vector(w, name, n, *at, to, err); /* what follows is free yet */
 }
 
-int perta_weights_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
-                        struct perta_block *block, struct perta_err *err)
+static int read_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
+                      struct perta_block *block, struct perta_err *err)
 {
     char name[NAME_BYTES];
     uint8_t *at = room;
@@ -351,11 +398,99 @@ int perta_weights_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
             rc = take_vector(w, perta_weights_name(name, layer, perta_linear_names[i], "bias"),
                              out, &at, &bias, err);
         if (!rc)
-            rc = perta_weights_rows(
+            rc = read_rows(
                 w, perta_weights_name(name, layer, perta_linear_names[i], "weight"), 0, out, at,
                 linear, err);
         at += matrix_room(w, layer, (enum perta_linear_name)i);
         linear->bias = bias;
+    }
+    return rc;
+}
+
+/* ---- what others ask for ---- */
+
+struct wanted {
+    struct perta_weights *w;
+    const char *name;
+    size_t first, n;
+    uint8_t *room;
+    struct perta_linear *linear;
+    float *to;
+};
+
+static int rows_wanted(void *ctx, struct perta_err *err)
+{
+    const struct wanted *a = ctx;
+    return read_rows(a->w, a->name, a->first, a->n, a->room, a->linear, err);
+}
+
+int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
+                       uint8_t *room, struct perta_linear *linear, struct perta_err *err)
+{
+    struct wanted a = {w, name, first, n, room, linear, NULL};
+    return on_reader(w, rows_wanted, &a, err);
+}
+
+static int vector_wanted(void *ctx, struct perta_err *err)
+{
+    const struct wanted *a = ctx;
+    return read_vector(a->w, a->name, a->n, a->room, a->to, err);
+}
+
+int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
+                         float *to, struct perta_err *err)
+{
+    struct wanted a = {w, name, 0, n, room, NULL, to};
+    return on_reader(w, vector_wanted, &a, err);
+}
+
+static int load(struct perta_weights *w, unsigned i, struct perta_err *err)
+{
+    struct perta_loaded *l = &w->loaded[i];
+    return l->part.name ? read_rows(w, l->part.name, l->part.first, l->part.n, w->rooms[i],
+                                    &l->linear, err)
+                        : read_block(w, l->part.layer, w->rooms[i], &l->block, err);
+}
+
+static int load_current(void *of, struct perta_err *err)
+{
+    struct perta_weights *w = of;
+    return load(w, w->current, err);
+}
+
+static int load_ahead(void *of, struct perta_err *err)
+{
+    struct perta_weights *w = of;
+    return load(w, !w->current, err);
+}
+
+static bool is_same(const struct perta_part *a, const struct perta_part *b)
+{
+    return a->name && b->name ? !strcmp(a->name, b->name) && a->first == b->first && a->n == b->n
+                              : !a->name && !b->name && a->layer == b->layer;
+}
+
+int perta_weights_load(struct perta_weights *w, const struct perta_part *part,
+                       const struct perta_part *next, const struct perta_loaded **loaded,
+                       struct perta_err *err)
+{
+    int rc;
+    settle(w);
+    if (w->ahead && is_same(&w->loaded[!w->current].part, part)) {
+        w->current = !w->current;
+        rc = w->ahead_rc;
+        if (rc)
+            *err = w->ahead_err;
+    } else {
+        w->loaded[w->current].part = *part;
+        rc = on_reader(w, load_current, w, err);
+    }
+    *loaded = &w->loaded[w->current];
+    w->ahead = !rc && next && w->rooms[1];
+    w->ahead_is_done = false;
+    if (w->ahead) {
+        w->loaded[!w->current].part = *next;
+        perta_reader_begin(w->reader, load_ahead, w);
     }
     return rc;
 }

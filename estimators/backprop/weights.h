@@ -1,22 +1,49 @@
-/* weights.h - a model's tensors, read when they are needed. */
+/* weights.h - a model's tensors, read when they are needed, by a thread of their own: what is needed
+ * next is read while one computes with what is there. */
 #ifndef PERTA_BACKPROP_WEIGHTS_H
 #define PERTA_BACKPROP_WEIGHTS_H
 
 #include "estimators/backprop/block.h"
 #include "estimators/backprop/config.h"
+#include "estimators/backprop/reader.h"
 #include "estimators/backprop/source.h"
 #include "io/checkpoint.h"
 #include "io/engine.h"
+
+/* What is read at once: a block, or rows of a matrix. */
+struct perta_part {
+    const char *name; /* of the matrix; NULL: a block */
+    uint32_t layer;   /* of the block */
+    size_t first, n;  /* rows of the matrix */
+};
+
+/* A part in its room. */
+struct perta_loaded {
+    struct perta_part part;
+    struct perta_block block;   /* its weights alone are set */
+    struct perta_linear linear; /* the rows */
+};
 
 struct perta_weights {
     struct perta_checkpoint *ck;
     struct perta_llm llm;
     struct perta_file *files; /* (ck->n_shards) */
-    struct perta_engine *engine;
     struct perta_io_choice choice;
-    uint64_t read_bytes;
     struct perta_source *source; /* what the tensors are instead; NULL: what the files hold.
                                     Borrowed; set before perta_weights_start */
+    uint8_t *rooms[2]; /* for parts, block-aligned, borrowed; the second may be NULL: then nothing
+                          is read ahead */
+
+    /* own */
+    struct perta_reader *reader; /* who opens the engine and reads with it */
+    struct perta_engine *engine;
+    _Atomic uint64_t read_bytes; /* so far */
+    struct perta_loaded loaded[2];
+    unsigned current;   /* of loaded: what is computed with */
+    bool ahead;         /* the other is being read, or was */
+    bool ahead_is_done; /* it was: */
+    int ahead_rc;
+    struct perta_err ahead_err;
 };
 
 #define PERTA_EMBEDDING "model.embed_tokens.weight"
@@ -47,9 +74,13 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 
 /* Room that reading len_bytes of a tensor takes. */
 uint64_t perta_weights_room(uint64_t len_bytes);
-/* len_bytes of a file from off_bytes on, as they stand there; *data is where they are in room. */
-int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
-                       uint64_t len_bytes, uint8_t *room, const void **data,
+/* Room for a whole block: weights and vectors. */
+uint64_t perta_weights_block_room(const struct perta_weights *w);
+
+/* Read a part, or wait for it if it was begun; then begin to read next, unless NULL. *loaded is in
+ * a room: its weights are there until the next call. */
+int perta_weights_load(struct perta_weights *w, const struct perta_part *part,
+                       const struct perta_part *next, const struct perta_loaded **loaded,
                        struct perta_err *err);
 /* Read n rows of a tensor (2 dimensions) from row first on into room (block-aligned,
  * perta_weights_room); *linear is those rows. */
@@ -59,11 +90,11 @@ int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, 
 int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
                          float *to, struct perta_err *err);
 
-/* Room for a whole block: weights and vectors. */
-uint64_t perta_weights_block_room(const struct perta_weights *w);
-/* Read a block into room; pointers in *block are into it. */
-int perta_weights_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
-                        struct perta_block *block, struct perta_err *err);
+/* For sources, which are asked on the thread that reads: len_bytes of a file from off_bytes on, as
+ * they stand there; *data is where they are in room. */
+int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
+                       uint64_t len_bytes, uint8_t *room, const void **data,
+                       struct perta_err *err);
 
 /* "model.layers.LAYER.PART.weight" (or bias), in buf (128). */
 const char *perta_weights_name(char *buf, uint32_t layer, const char *part, const char *kind);

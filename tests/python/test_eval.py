@@ -7,11 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import PERTA, SANITIZED
+from conftest import SANITIZED
 from llama import MIB, write_llama
 from test_estimate import BIG, MODELS, VOCABULARY, make_model
 from test_limits import peak_mib
@@ -255,22 +254,6 @@ def test_text_becomes_data_with_questions_masked(perta, tmp_path):
     assert evaluate(perta, "model")["perturbed_samples"] == 2
     words = "estimate --model model --data data.jsonl --out imp --json".split()
     assert json.loads(perta(*words).stdout)["tokens"] == 8 + 7 + 2  # the lines' own answers alone
-
-
-def test_it_goes_by_its_name(tmp_path):
-    """Verbs that compute run themselves once more, with another environment; top and pkill still
-    know them as perta."""
-    make_model(tmp_path / "model", *MODELS["llama"])
-    os.mkfifo(tmp_path / "data.jsonl")  # nobody writes
-    command = [PERTA, "eval", "--model", "model", "--data", "data.jsonl"]
-    with subprocess.Popen(command, cwd=tmp_path) as run:
-        process = Path(f"/proc/{run.pid}")
-        deadline = time.monotonic() + 30
-        while b"GOMP_SPINCOUNT=" not in (process / "environ").read_bytes():
-            assert run.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        assert (process / "comm").read_text() == f"{PERTA.name}\n"
-        run.kill()
 
 
 def test_a_wrong_answer_that_is_no_list_is_named_by_its_line(tmp_path):
