@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "io/checkpoint.h"
+#include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
@@ -385,6 +386,7 @@ static void release(struct job *job)
 int perta_model_verify(const char *model, const char *patch, bool applied,
                        const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {.model = model, .applied = applied, .damaged = json_array()};
     struct perta_stream *stream = NULL;
     struct perta_err others = {0};
