@@ -1,10 +1,8 @@
 #include "io/engine.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "io/checked.h"
 
@@ -83,6 +81,7 @@ void perta_engine_submit(struct perta_engine *engine, struct perta_request *requ
 {
     request->sys_errno = 0;
     request->done_bytes = 0;
+    request->retry = (struct perta_retry){0};
     request->map = NULL;
     request->next = NULL;
     perta_request_align(request);
@@ -141,27 +140,6 @@ void perta_request_align(struct perta_request *request)
     request->data = request->buf + (request->off_bytes - request->at);
 }
 
-/* Some file systems of FUSE give less than a block again and again, though there is more: then
- * the rest is read without O_DIRECT, from where it broke off. 0, or an errno. */
-static int read_rest(struct perta_request *r)
-{
-    char path[64];
-    uint64_t end = r->off_bytes + r->len_bytes;
-    uint8_t *start = r->buf - perta_align_down(r->off_bytes, PERTA_BLOCK_BYTES);
-    snprintf(path, sizeof path, "/proc/self/fd/%d", r->file->fd);
-    int fd = open(path, O_RDONLY | O_CLOEXEC), error = fd < 0 ? errno : 0;
-    while (!error && r->at < end) {
-        ssize_t got = pread(fd, start + r->at, end - r->at, (off_t)r->at);
-        if (got > 0)
-            r->at += (uint64_t)got;
-        else if (!got || errno != EINTR)
-            error = got ? errno : ENODATA;
-    }
-    if (fd >= 0)
-        close(fd);
-    return error;
-}
-
 static void count_done(struct perta_request *r)
 {
     uint64_t wanted_end = r->off_bytes + r->len_bytes;
@@ -169,30 +147,42 @@ static void count_done(struct perta_request *r)
         r->done_bytes = (r->at < wanted_end ? r->at : wanted_end) - r->off_bytes;
 }
 
+/* Some file systems of FUSE give less than a block again and again, though there is more: then
+ * the rest is read without O_DIRECT, from where it broke off. */
+static bool read_rest(struct perta_request *r)
+{
+    if (r->write || !r->file->direct || r->retry.buffered || r->at >= r->file->len_bytes)
+        return false;
+    r->retry.buffered = true;
+    r->at = r->reached;
+    return perta_fd_buffer(r->file->fd);
+}
+
 bool perta_request_advance(struct perta_request *request, int64_t got)
 {
     uint64_t wanted_end = request->off_bytes + request->len_bytes;
-    if (got == -EINTR || got == -EAGAIN)
-        return false;
     if (got < 0) {
         request->sys_errno = (int)-got;
-        return true;
+        if (perta_retry_any(&request->retry, request->file->fd, request->sys_errno))
+            request->sys_errno = 0;
+        return request->sys_errno;
     }
     request->at += (uint64_t)got;
     /* Nothing more: a direct read at the file's end gives its last part block again and again. */
     if (request->at <= request->reached && request->at < wanted_end) {
-        request->sys_errno = request->write ? EIO : ENODATA;
-        if (!request->write && request->file->direct && request->at < request->file->len_bytes)
-            request->sys_errno = read_rest(request);
         count_done(request);
+        if (read_rest(request))
+            return false;
+        request->sys_errno = request->write ? EIO : ENODATA;
         return true;
     }
     request->reached = request->at;
+    request->retry.n_again = 0;
     count_done(request);
     if (request->at >= wanted_end)
         return true;
     /* A short transfer of a direct file goes on at the block it broke off in. */
-    if (request->file->direct)
+    if (request->file->direct && !request->retry.buffered)
         request->at = perta_align_down(request->at, PERTA_BLOCK_BYTES);
     return false;
 }

@@ -32,6 +32,7 @@ struct perta_request {
     /* the engine's own */
     uint64_t at, end;
     uint64_t reached; /* how far any transfer came */
+    struct perta_retry retry;
     void *map;
     size_t map_bytes;
     struct perta_request *prev_window, *next_window;

@@ -10,6 +10,20 @@
 
 #include "io/checked.h"
 
+#define TRANSFER_MAX (1u << 30) /* bytes of one system call */
+#define AGAIN_MAX 100           /* EAGAIN in a row */
+#define AGAIN_AT_ONCE 5         /* of these are retried without a pause */
+#define AGAIN_PAUSE_NS 200000   /* short: an engine's owner waits for each request in turn */
+
+int perta_open_any(const char *path, int flags)
+{
+    int fd = open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0666), set;
+    struct stat st;
+    if (fd >= 0 && !fstat(fd, &st) && S_ISREG(st.st_mode) && (set = fcntl(fd, F_GETFL)) >= 0)
+        fcntl(fd, F_SETFL, set & ~O_NONBLOCK);
+    return fd;
+}
+
 static int remember(struct perta_file *file, const char *path, struct perta_err *err)
 {
     struct stat st;
@@ -34,14 +48,14 @@ static int open_either_way(struct perta_file *file, const char *path, int flags,
 {
     *file = (struct perta_file){.fd = -1};
     if (want_direct) {
-        file->fd = open(path, flags | O_DIRECT, 0666);
+        file->fd = perta_open_any(path, flags | O_DIRECT);
         file->direct = file->fd >= 0;
         if (file->fd < 0 && errno != EINVAL && errno != EOPNOTSUPP)
             return perta_fail_sys(err, errno, "%s", path);
     }
     if (file->fd < 0)
         /* a refused O_DIRECT may have created the file already */
-        file->fd = open(path, want_direct ? flags & ~O_EXCL : flags, 0666);
+        file->fd = perta_open_any(path, want_direct ? flags & ~O_EXCL : flags);
     if (file->fd < 0)
         return perta_fail_sys(err, errno, "%s", path);
     return remember(file, path, err);
@@ -49,7 +63,7 @@ static int open_either_way(struct perta_file *file, const char *path, int flags,
 
 int perta_open_regular(const char *path, struct stat *st, struct perta_err *err)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    int fd = perta_open_any(path, O_RDONLY);
     bool missing = fd < 0 && (errno == ENOENT || errno == ENOTDIR);
     if (missing || (fd < 0 && (errno == ELOOP || errno == ENXIO)))
         return perta_fail(err, PERTA_EINPUT, "%s: %s", path,
@@ -72,21 +86,20 @@ int perta_open_regular(const char *path, struct stat *st, struct perta_err *err)
 int perta_file_open(struct perta_file *file, const char *path, bool want_direct,
                     struct perta_err *err)
 {
-    return open_either_way(file, path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY,
-                           want_direct, err);
+    return open_either_way(file, path, O_RDONLY, want_direct, err);
 }
 
 int perta_file_create(struct perta_file *file, const char *path, bool want_direct,
                       struct perta_err *err)
 {
-    return open_either_way(file, path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, want_direct, err);
+    return open_either_way(file, path, O_RDWR | O_CREAT | O_EXCL, want_direct, err);
 }
 
 int perta_file_reopen(struct perta_file *file, const char *path, bool want_direct,
                       struct perta_err *err)
 {
     struct stat st;
-    int rc = open_either_way(file, path, O_RDWR | O_NOFOLLOW | O_CLOEXEC, want_direct, err);
+    int rc = open_either_way(file, path, O_RDWR | O_NOFOLLOW, want_direct, err);
     return rc ? rc : perta_check_left(file->fd, path, &st, err);
 }
 
@@ -124,15 +137,19 @@ void perta_file_close(struct perta_file *file)
 
 bool perta_file_can_direct(const char *path)
 {
-    int fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC | O_NONBLOCK);
+    int fd = perta_open_any(path, O_RDONLY | O_DIRECT);
     if (fd < 0)
         return false;
     void *block = aligned_alloc(PERTA_BLOCK_BYTES, PERTA_BLOCK_BYTES);
+    struct perta_retry retry = {0};
+    ssize_t got = -1;
     /* Some file systems accept the flag and refuse the read. */
-    bool can = block && pread(fd, block, PERTA_BLOCK_BYTES, 0) >= 0;
+    while (block && (got = pread(fd, block, PERTA_BLOCK_BYTES, 0)) < 0 &&
+           perta_retry_same(&retry, errno))
+        ;
     free(block);
     close(fd);
-    return can;
+    return got >= 0;
 }
 
 double perta_file_cached_share(const char *path)
@@ -140,7 +157,7 @@ double perta_file_cached_share(const char *path)
     enum { SAMPLES = 64 };
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     unsigned hits = 0, asked = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    int fd = perta_open_any(path, O_RDONLY);
     struct stat st;
     if (fd < 0 || fstat(fd, &st) || st.st_size <= 0)
         goto out;
@@ -194,14 +211,45 @@ int perta_folder_each(const char *path,
     return rc;
 }
 
+/* ---- transfers ---- */
+
+bool perta_fd_buffer(int fd)
+{
+    int set = fcntl(fd, F_GETFL);
+    return set >= 0 && !fcntl(fd, F_SETFL, set & ~O_DIRECT);
+}
+
+bool perta_retry_same(struct perta_retry *retry, int error)
+{
+    const struct timespec pause = {.tv_nsec = AGAIN_PAUSE_NS};
+    if (error != EAGAIN)
+        return error == EINTR;
+    if (retry->n_again >= AGAIN_AT_ONCE)
+        nanosleep(&pause, NULL);
+    return retry->n_again++ < AGAIN_MAX;
+}
+
+bool perta_retry_any(struct perta_retry *retry, int fd, int error)
+{
+    if (error != EINVAL || retry->buffered)
+        return perta_retry_same(retry, error);
+    retry->buffered = true;
+    return perta_fd_buffer(fd);
+}
+
+static size_t part_of(uint64_t len_bytes)
+{
+    return len_bytes < TRANSFER_MAX ? len_bytes : TRANSFER_MAX;
+}
+
 int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, const char *path,
                     struct perta_err *err)
 {
+    struct perta_retry retry = {0};
     uint8_t *to = buf;
     while (len_bytes) {
-        ssize_t got = pread(fd, to, len_bytes < (1u << 30) ? len_bytes : (1u << 30),
-                            (off_t)off_bytes);
-        if (got < 0 && errno == EINTR)
+        ssize_t got = pread(fd, to, part_of(len_bytes), (off_t)off_bytes);
+        if (got < 0 && perta_retry_any(&retry, fd, errno))
             continue;
         if (got < 0)
             return perta_fail_sys(err, errno, "%s: byte %llu", path,
@@ -210,6 +258,7 @@ int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, c
             return perta_fail(err, PERTA_EINPUT, "%s: ends at byte %llu, %llu more expected",
                               path, (unsigned long long)off_bytes,
                               (unsigned long long)len_bytes);
+        retry.n_again = 0;
         to += got;
         off_bytes += (uint64_t)got;
         len_bytes -= (uint64_t)got;
@@ -217,16 +266,38 @@ int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, c
     return 0;
 }
 
+int perta_pwrite_all(int fd, const void *buf, uint64_t len_bytes, uint64_t off_bytes,
+                     const char *name, struct perta_err *err)
+{
+    struct perta_retry retry = {0};
+    const uint8_t *from = buf;
+    while (len_bytes) {
+        ssize_t put = pwrite(fd, from, part_of(len_bytes), (off_t)off_bytes);
+        if (put < 0 && perta_retry_any(&retry, fd, errno))
+            continue;
+        if (put <= 0)
+            return perta_fail_sys(err, put ? errno : ENOSPC, "%s: byte %llu", name,
+                                  (unsigned long long)off_bytes);
+        retry.n_again = 0;
+        from += put;
+        off_bytes += (uint64_t)put;
+        len_bytes -= (uint64_t)put;
+    }
+    return 0;
+}
+
 int perta_write_all(int fd, const void *buf, uint64_t len_bytes, const char *path,
                     struct perta_err *err)
 {
+    struct perta_retry retry = {0};
     const uint8_t *from = buf;
     while (len_bytes) {
-        ssize_t put = write(fd, from, len_bytes < (1u << 30) ? len_bytes : (1u << 30));
-        if (put < 0 && errno == EINTR)
+        ssize_t put = write(fd, from, part_of(len_bytes));
+        if (put < 0 && perta_retry_same(&retry, errno))
             continue;
         if (put < 0)
             return perta_fail_sys(err, errno, "%s", path);
+        retry.n_again = 0;
         from += put;
         len_bytes -= (uint64_t)put;
     }

@@ -139,7 +139,7 @@ static int compare_header(struct job *job, uint32_t i, int fd, uint64_t file_byt
 static int look_at(struct job *job, uint32_t i, struct perta_err *err)
 {
     struct shard *shard = &job->shards[i];
-    int fd = shard->path ? open(shard->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY) : -1;
+    int fd = shard->path ? perta_open_any(shard->path, O_RDONLY) : -1;
     struct stat st;
     if (fd < 0 && shard->path && errno != ENOENT && errno != ENOTDIR)
         return perta_fail_sys(err, errno, "%s", shard->path);

@@ -372,6 +372,116 @@ START_TEST(a_file_that_changed_is_noticed)
 }
 END_TEST
 
+static void is_blocking(int fd)
+{
+    ck_assert_int_ge(fd, 0);
+    ck_assert_int_eq(fcntl(fd, F_GETFL) & O_NONBLOCK, 0);
+}
+
+START_TEST(regular_files_are_not_left_non_blocking)
+{
+    struct perta_file file;
+    struct stat st;
+    put_text("f", "mine");
+    for (int direct = 0; direct < 2; direct++) {
+        ck_assert_ok(perta_file_open(&file, "f", direct, &err));
+        is_blocking(file.fd);
+        ck_assert_int_eq(!!(fcntl(file.fd, F_GETFL) & O_DIRECT), file.direct);
+        perta_file_close(&file);
+        ck_assert_ok(perta_file_reopen(&file, "f", direct, &err));
+        is_blocking(file.fd);
+        perta_file_close(&file);
+    }
+    int fd = perta_open_regular("f", &st, &err);
+    is_blocking(fd);
+    close(fd);
+}
+END_TEST
+
+START_TEST(again_is_tried_a_bounded_number_of_times_and_then_named)
+{
+    struct perta_file file = {.fd = -1, .path = (char[]){"f"}, .len_bytes = 10000};
+    struct perta_request r = {.file = &file, .len_bytes = 10000, .end = 10000};
+    for (int part = 0; part < 3; part++) { /* bytes that move start the count afresh */
+        for (int i = 0; i < 90; i++)
+            ck_assert(!perta_request_advance(&r, -EAGAIN));
+        ck_assert(!perta_request_advance(&r, 1000));
+    }
+    unsigned n = 0;
+    while (!perta_request_advance(&r, n % 2 ? -EAGAIN : -EINTR))
+        ck_assert_uint_lt(n++, 1000);
+    struct perta_err e = {0};
+    ck_assert_int_eq(perta_request_error(&r, &e), PERTA_ESYS);
+    ck_assert_int_eq(e.sys_errno, EAGAIN);
+    ck_assert_ptr_nonnull(strstr(e.msg, "f: read at byte 3000: "));
+    ck_assert_ptr_nonnull(strstr(e.msg, strerror(EAGAIN)));
+}
+END_TEST
+
+/* What is not aligned in memory is refused by a direct transfer itself, and not when the file is
+ * opened: so do some file systems with any. */
+START_TEST(direct_transfers_that_are_refused_late_take_the_page_cache)
+{
+    size_t len = 16 * 65536;
+    uint8_t *data = make_file("f", len, 1);
+    for_each_engine(engine, 3) {
+        struct perta_file file;
+        struct perta_request r[16];
+        unsigned left = 16;
+        ck_assert_ok(perta_file_create(&file, "w", true, &err));
+        for (unsigned i = 0; i < 16; i++) {
+            uint64_t off = (15 - i) * 65536u;
+            r[i] = reading(&file, off, 65536, pool + 1 + off, &left);
+            r[i].write = true;
+            memcpy(pool + 1 + off, data + off, 65536);
+            perta_engine_submit(engine, &r[i]);
+        }
+        ck_assert_ok(perta_engine_drain(engine, &err));
+        ck_assert_uint_eq(left, 0);
+        for (unsigned i = 0; i < 16; i++)
+            ck_assert_int_eq(r[i].sys_errno, 0);
+        perta_file_close(&file);
+        ck_assert(holds("w", data, len));
+        unlink("w");
+
+        memset(pool, 0, POOL_BYTES);
+        left = 16;
+        ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
+        for (unsigned i = 0; i < 16; i++) {
+            r[i] = reading(&file, i * 60000u + i, 50001, pool + 1 + i * 65536u, &left);
+            perta_engine_submit(engine, &r[i]);
+        }
+        ck_assert_ok(perta_engine_drain(engine, &err));
+        ck_assert_uint_eq(left, 0);
+        for (unsigned i = 0; i < 16; i++) {
+            ck_assert_int_eq(r[i].sys_errno, 0);
+            ck_assert_mem_eq(r[i].data, data + r[i].off_bytes, r[i].len_bytes);
+            perta_engine_release(engine, &r[i]);
+        }
+        perta_file_close(&file);
+    }
+    free(data);
+}
+END_TEST
+
+START_TEST(plain_transfers_that_are_refused_late_take_the_page_cache)
+{
+    enum { LEN = 3 * 65536 };
+    uint8_t *data = make_file("f", LEN, 1), *odd = aligned_alloc(PERTA_BLOCK_BYTES, LEN * 2);
+    struct perta_file file;
+    ck_assert_ok(perta_file_open(&file, "f", true, &err));
+    ck_assert_ok(perta_pread_all(file.fd, odd + 1, LEN, 0, "f", &err));
+    ck_assert_mem_eq(odd + 1, data, LEN);
+    perta_file_close(&file);
+    ck_assert_ok(perta_file_create(&file, "w", true, &err));
+    ck_assert_ok(perta_pwrite_all(file.fd, odd + 1, LEN, 0, "w", &err));
+    ck_assert(holds("w", data, LEN));
+    perta_file_close(&file);
+    free(odd);
+    free(data);
+}
+END_TEST
+
 /* Two windows of 16 blocks; the file keeps 24. */
 START_TEST(a_mapped_file_that_shrinks_is_an_error_and_not_a_death)
 {
@@ -425,6 +535,10 @@ int main(void)
     tcase_add_test(tests, what_is_no_regular_file_is_not_opened_and_not_left_open);
     tcase_add_test(tests, a_file_that_stands_there_is_not_created_again);
     tcase_add_test(tests, a_file_that_changed_is_noticed);
+    tcase_add_test(tests, regular_files_are_not_left_non_blocking);
+    tcase_add_test(tests, again_is_tried_a_bounded_number_of_times_and_then_named);
+    tcase_add_test(tests, direct_transfers_that_are_refused_late_take_the_page_cache);
+    tcase_add_test(tests, plain_transfers_that_are_refused_late_take_the_page_cache);
     tcase_add_test(tests, a_mapped_file_that_shrinks_is_an_error_and_not_a_death);
     return run_suite("engine", tests);
 }

@@ -241,9 +241,11 @@ static bool is_regular(int fd)
     return !fstat(fd, &st) && S_ISREG(st.st_mode);
 }
 
-/* How much of a write is done: on failure a part of it, too. */
+/* How much of a write is done: on failure a part of it, too, unless it is to be made again. */
 static size_t part_of(size_t len, bool failed)
 {
+    if (failed && errno == EAGAIN)
+        return 0;
     if (failed || fault_chance(fault_plan()->short_))
         return len > 1 ? 1 + fault_random(len - 1) : failed ? 0 : len;
     return len;

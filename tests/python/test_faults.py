@@ -5,6 +5,7 @@ right bytes, or says what failed, leaves its inputs as they are and goes on with
 The long tier (PERTA_LONG=1) takes two thousand seeds; PERTA_SEEDS=FROM-TO takes those."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -116,6 +117,34 @@ def test_scratch_that_cannot_be_removed_is_not_published(inputs, wanted):
     run(inputs, *VERBS["estimate"], "--resume")
     assert folder_bytes(inputs / "out") == wanted["estimate"] and not leftovers(inputs)
     clear(inputs)
+
+
+KINDS = ["read", "write", "pread", "pwrite"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verb", ["unlearn", "estimate", "apply"])
+def test_a_direct_transfer_refused_late_goes_through_the_page_cache(inputs, wanted, verb, kind):
+    """Some file systems accept O_DIRECT and refuse (EINVAL) when it is used. The first such refusal,
+    and one in the middle."""
+    for io, n in itertools.product(["direct", "pread"], [1, 2, 7]):
+        env = os.environ | {"PERTA_FAULTS": f"fast=1,fail={kind}:{n}:{errno.EINVAL}"}
+        run(inputs, *VERBS[verb], "--io", io, env=env, perta=FAULTY)
+        assert folder_bytes(inputs / "out") == wanted[verb] and not leftovers(inputs), (io, n)
+        clear(inputs)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "put"])
+def test_again_without_end_is_an_error_that_names_it(inputs, kind):
+    """EAGAIN of a regular file: tried again, but not for ever."""
+    for io in ("direct", "pread", "mmap"):
+        env = os.environ | {"PERTA_FAULTS": f"fast=1,fail={kind}:2:{errno.EAGAIN},forever=1"}
+        done = run(inputs, *VERBS["unlearn"], "--io", io, env=env, perta=FAULTY, status=None)
+        if (kind, io) in {("read", "mmap"), ("pwrite", "direct")}:  # none are made
+            assert done.returncode == 0, done
+        else:
+            assert done.returncode == 4 and os.strerror(errno.EAGAIN) in done.stderr, (io, done)
+        clear(inputs)
 
 
 def test_a_folder_is_replaced_where_two_cannot_change_places_at_once(inputs, wanted):
