@@ -15,6 +15,8 @@
 
 enum perta_io_mode { PERTA_IO_AUTO, PERTA_IO_DIRECT, PERTA_IO_MMAP, PERTA_IO_PREAD };
 
+struct perta_window;
+
 /* One request. The caller owns it, and it must not move until done is called. */
 struct perta_request {
     struct perta_file *file;
@@ -33,6 +35,7 @@ struct perta_request {
     uint64_t at, end;
     uint64_t reached; /* how far any transfer came */
     struct perta_retry retry;
+    struct perta_window *window;
     void *map;
     size_t map_bytes;
     struct perta_request *prev_window, *next_window;
