@@ -9,11 +9,16 @@
 /* Sampled files must be in the page cache to this share for mmap to win. */
 #define CACHED_ENOUGH 0.9
 
+/* -1: of one of them it is not known. */
 static double cached_share(const char *const *paths, size_t n_paths)
 {
     double sum = 0;
-    for (size_t i = 0; i < n_paths; i++)
-        sum += perta_file_cached_share(paths[i]);
+    for (size_t i = 0; i < n_paths; i++) {
+        double share = perta_file_cached_share(paths[i]);
+        if (share < 0)
+            return -1;
+        sum += share;
+    }
     return n_paths ? sum / (double)n_paths : 0;
 }
 
@@ -52,8 +57,12 @@ int perta_engine_choose(enum perta_io_mode wanted, const char *const *paths, siz
                  strerror(refused));
     } else {
         choice->mode = PERTA_IO_DIRECT;
-        snprintf(choice->why, sizeof choice->why,
-                 "io_uring works, files are on disk (%.0f%% in the page cache)", cached * 100);
+        if (cached < 0)
+            snprintf(choice->why, sizeof choice->why,
+                     "io_uring works, how much is in the page cache is not known");
+        else
+            snprintf(choice->why, sizeof choice->why,
+                     "io_uring works, files are on disk (%.0f%% in the page cache)", cached * 100);
     }
     return 0;
 }

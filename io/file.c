@@ -9,7 +9,9 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/window.h"
 
+#define FAR_BYTES (1ull << 30)  /* more than any unit of the page cache */
 #define TRANSFER_MAX (1u << 30) /* bytes of one system call */
 #define AGAIN_MAX 100           /* EAGAIN in a row */
 #define AGAIN_AT_ONCE 5         /* of these are retried without a pause */
@@ -152,32 +154,46 @@ bool perta_file_can_direct(const char *path)
     return got >= 0;
 }
 
+/* Is the page at off_bytes of the file in the page cache? 1, 0, or -1: not to be found out. */
+static int is_cached(int fd, uint64_t off_bytes, uint64_t page_bytes)
+{
+    unsigned char resident = 0;
+    void *map = mmap(NULL, page_bytes, PROT_READ, MAP_SHARED, fd, (off_t)off_bytes);
+    if (map == MAP_FAILED)
+        return -1;
+    int failed = mincore(map, page_bytes, &resident);
+    munmap(map, page_bytes);
+    return failed ? -1 : resident & 1;
+}
+
+/* To who neither owns a file nor may write it, Linux says since 5.2 that all of it is there: of a
+ * page far behind the file's end, too. */
+static bool mincore_tells(int fd, uint64_t len_bytes, uint64_t page_bytes)
+{
+    return !is_cached(fd, perta_align_up(len_bytes, FAR_BYTES) + FAR_BYTES, page_bytes);
+}
+
 double perta_file_cached_share(const char *path)
 {
     enum { SAMPLES = 64 };
-    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t page = perta_page_bytes();
     unsigned hits = 0, asked = 0;
     int fd = perta_open_any(path, O_RDONLY);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st) || st.st_size <= 0)
+    struct stat st = {0};
+    if (fd < 0 || fstat(fd, &st))
         goto out;
     uint64_t n_pages = ((uint64_t)st.st_size + page - 1) / page;
-    uint64_t n = n_pages < SAMPLES ? n_pages : SAMPLES;
+    uint64_t n = mincore_tells(fd, (uint64_t)st.st_size, page) ? n_pages : 0;
+    n = n < SAMPLES ? n : SAMPLES;
     for (uint64_t i = 0; i < n; i++) {
-        uint64_t off = n_pages * i / n * page;
-        void *map = mmap(NULL, page, PROT_READ, MAP_SHARED, fd, (off_t)off);
-        if (map == MAP_FAILED)
-            break;
-        unsigned char resident = 0;
-        asked++;
-        if (!mincore(map, page, &resident) && (resident & 1))
-            hits++;
-        munmap(map, page);
+        int cached = is_cached(fd, n_pages * i / n * page, page);
+        asked += cached >= 0;
+        hits += cached > 0;
     }
 out:
     if (fd >= 0)
         close(fd);
-    return asked ? (double)hits / asked : 0;
+    return asked ? (double)hits / asked : fd >= 0 && !st.st_size ? 0 : -1;
 }
 
 int perta_path_stat(const char *path, struct stat *st, struct perta_err *err)

@@ -51,7 +51,8 @@ PERTA_API void perta_file_close(struct perta_file *file);
 /* Can files in this folder be read with O_DIRECT in PERTA_BLOCK_BYTES blocks? Looks at one
  * open file. */
 PERTA_API bool perta_file_can_direct(const char *path);
-/* Share of the file's pages that are in the page cache, 0 to 1, from a sample. */
+/* Share of the file's pages that are in the page cache, 0 to 1, from a sample; -1 where that is not
+ * to be found out, as of one that the user neither owns nor may write. */
 PERTA_API double perta_file_cached_share(const char *path);
 
 /* stat(2) of what a command names: PERTA_EINPUT where nothing is there. */

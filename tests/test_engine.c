@@ -3,11 +3,14 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <pthread.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include "io/thread.h"
+#include "io/window.h"
 #include "tests/engines.h"
 
 static struct perta_err err;
@@ -318,6 +321,40 @@ START_TEST(the_choice_is_what_was_asked_for_or_suits_the_files)
 }
 END_TEST
 
+/* Of a file that belongs to somebody else and is in the page cache. */
+static int as_nobody(const char *path)
+{
+    struct perta_io_choice choice;
+    int status;
+    pid_t pid = fork();
+    if (!pid) {
+        if (!geteuid() && (setgroups(0, NULL) || setresgid(65534, 65534, 65534) ||
+                           setresuid(65534, 65534, 65534)))
+            _exit(2);
+        if (perta_file_cached_share(path) >= 0)
+            _exit(3);
+        if (perta_engine_choose(PERTA_IO_AUTO, &path, 1, &choice, &err))
+            _exit(4);
+        _exit(choice.mode == PERTA_IO_MMAP && perta_file_can_direct(path) ? 5 : 0);
+    }
+    ck_assert_int_eq(waitpid(pid, &status, 0), pid);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+}
+
+START_TEST(what_the_kernel_does_not_tell_is_no_reason_to_map_a_file)
+{
+    ck_assert_int_eq(chmod(".", 0755), 0);
+    free(make_file("f", 100000, 1));
+    ck_assert_int_eq(chmod("f", 0644), 0);
+    ck_assert(perta_file_cached_share("f") > 0.9);
+    ck_assert_int_eq(truncate("f", 0), 0);
+    ck_assert(perta_file_cached_share("f") == 0);
+    ck_assert(perta_file_cached_share("nowhere") < 0);
+    free(make_file("f", 100000, 1));
+    ck_assert_int_eq(as_nobody(geteuid() ? "/bin/sh" : "f"), 0);
+}
+END_TEST
+
 static void is_not_opened(const char *path, int code)
 {
     struct perta_file file;
@@ -482,10 +519,10 @@ START_TEST(plain_transfers_that_are_refused_late_take_the_page_cache)
 }
 END_TEST
 
-/* Two windows of 16 blocks; the file keeps 24. */
+/* Two windows of 16 pages; the file keeps 24. */
 START_TEST(a_mapped_file_that_shrinks_is_an_error_and_not_a_death)
 {
-    uint64_t half = 16 * PERTA_BLOCK_BYTES;
+    uint64_t half = 16 * perta_page_bytes();
     free(make_file("f", 2 * half, 1));
     struct perta_engine *engine = open_engine(PERTA_IO_MMAP, 2);
     struct perta_file file;
@@ -532,6 +569,7 @@ int main(void)
     tcase_add_test(tests, what_was_written_is_read_back);
     tcase_add_test(tests, any_thread_may_wake_the_owner);
     tcase_add_test(tests, the_choice_is_what_was_asked_for_or_suits_the_files);
+    tcase_add_test(tests, what_the_kernel_does_not_tell_is_no_reason_to_map_a_file);
     tcase_add_test(tests, what_is_no_regular_file_is_not_opened_and_not_left_open);
     tcase_add_test(tests, a_file_that_stands_there_is_not_created_again);
     tcase_add_test(tests, a_file_that_changed_is_noticed);
