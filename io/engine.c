@@ -1,5 +1,6 @@
 #include "io/engine.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -82,6 +83,7 @@ int perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engi
 
 void perta_engine_close(struct perta_engine *engine)
 {
+    assert(!engine || !engine->n_in_flight); /* else the kernel or a thread writes to freed memory */
     if (engine)
         engine->ops->close(engine);
 }
@@ -121,12 +123,15 @@ int perta_engine_check(struct perta_engine *engine, struct perta_err *err)
 
 int perta_engine_drain(struct perta_engine *engine, struct perta_err *err)
 {
+    int rc = 0;
     while (engine->n_in_flight) {
-        int rc = perta_engine_wait(engine, err);
-        if (rc)
-            return rc;
+        struct perta_err why = {0};
+        if (perta_engine_wait(engine, &why) && !rc) {
+            rc = why.code;
+            *err = why;
+        }
     }
-    return 0;
+    return rc;
 }
 
 int perta_request_error(const struct perta_request *request, struct perta_err *err)

@@ -91,7 +91,9 @@ PERTA_API void perta_engine_close(struct perta_engine *engine);
 /* Start a request. Failure shows in the request when it is done. */
 PERTA_API void perta_engine_submit(struct perta_engine *engine, struct perta_request *request);
 /* Wait until a request is done, perta_engine_wake was called, or a fifth of a second is over;
- * calls done for all that are. */
+ * calls done for all that are. Where the engine itself fails, its requests do, each when nothing
+ * writes to its buffer any more: so every request is done in the end, and until then its buffer and
+ * the request itself must stay. An error is of this call alone; it may be called again. */
 PERTA_API int perta_engine_wait(struct perta_engine *engine, struct perta_err *err);
 PERTA_API void perta_engine_wake(struct perta_engine *engine);
 /* Give back what a finished read holds besides its buffer (a mapping). */
@@ -99,7 +101,7 @@ PERTA_API void perta_engine_release(struct perta_engine *engine, struct perta_re
 /* Were all bytes that were used so far what is in the files? Mapped ones can fail as late as they
  * are used: to be asked before anything that came of them is kept. */
 PERTA_API int perta_engine_check(struct perta_engine *engine, struct perta_err *err);
-/* Wait until nothing is in flight. */
+/* Wait until nothing is in flight, whatever fails meanwhile; then the first such error. */
 PERTA_API int perta_engine_drain(struct perta_engine *engine, struct perta_err *err);
 
 /* Fill *err from a request that failed. Returns the code. */

@@ -2,6 +2,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <liburing.h>
 #include <linux/fs.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -310,6 +311,18 @@ WRAP(ssize_t, __getdelim, char **line, size_t *room, int delimiter, FILE *file)
 WRAP(struct dirent64 *, readdir64, DIR *dir)
 {
     return read_fails("list") ? NULL : __real_readdir64(dir);
+}
+
+/* An io_uring is entered; where that fails the kernel may have taken what was prepared. */
+WRAP(int, io_uring_submit_and_wait_timeout, struct io_uring *ring, struct io_uring_cqe **cqe,
+     unsigned n, struct __kernel_timespec *timeout, sigset_t *mask)
+{
+    int error = fault_strikes("enter");
+    if (!error)
+        return __real_io_uring_submit_and_wait_timeout(ring, cqe, n, timeout, mask);
+    if (fault_random(2))
+        io_uring_submit(ring);
+    return -error;
 }
 
 WRAP(int, fsync, int fd)
