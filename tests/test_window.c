@@ -31,15 +31,16 @@ static void note_call(void)
 
 static void with_info(int number, siginfo_t *info, void *context)
 {
-    (void)number;
-    ck_assert_ptr_nonnull(context);
+    if (number != SIGBUS || !context)
+        abort();
     called_with = info->si_addr;
     note_call();
 }
 
 static void without_info(int number)
 {
-    ck_assert_int_eq(number, SIGBUS);
+    if (number != SIGBUS)
+        abort();
     note_call();
 }
 
@@ -197,6 +198,12 @@ START_TEST(a_handler_without_info_is_called_for_its_own_errors)
 }
 END_TEST
 
+#ifdef __SANITIZE_THREAD__ /* it blocks them all while a handler runs */
+enum { MASKS_ARE_THE_KERNELS = false };
+#else
+enum { MASKS_ARE_THE_KERNELS = true };
+#endif
+
 START_TEST(signals_are_blocked_as_the_host_program_asked)
 {
     static const int flags[] = {SA_SIGINFO, SA_SIGINFO | SA_NODEFER, 0, SA_NODEFER};
@@ -267,7 +274,8 @@ static struct sigaction under; /* the handler that was there before the next one
 
 static void over_handler(int number, siginfo_t *info, void *context)
 {
-    ck_assert_int_lt(++n_called, 20); /* no handlers that call each other without end */
+    if (++n_called == 20) /* handlers that call each other without end */
+        abort();
     if (under.sa_flags & SA_SIGINFO)
         under.sa_sigaction(number, info, context);
     else if (under.sa_handler == SIG_DFL)
@@ -349,7 +357,8 @@ int main(void)
     tcase_add_checked_fixture(tests, enter, leave);
     tcase_add_test(tests, a_handler_with_info_is_called_for_its_own_errors);
     tcase_add_test(tests, a_handler_without_info_is_called_for_its_own_errors);
-    tcase_add_test(tests, signals_are_blocked_as_the_host_program_asked);
+    if (MASKS_ARE_THE_KERNELS)
+        tcase_add_test(tests, signals_are_blocked_as_the_host_program_asked);
     tcase_add_test(tests, without_a_handler_the_process_dies_of_it);
     tcase_add_test(tests, a_handler_for_one_time_is_called_once);
     tcase_add_test(tests, the_last_engine_to_close_puts_back_what_was_there);
