@@ -5,9 +5,7 @@
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include "io/checked.h"
@@ -29,6 +27,8 @@ struct block {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* never taken by the handler */
 static unsigned n_open;
+static _Thread_local unsigned n_open_here;    /* of them by this thread, */
+static _Thread_local bool was_blocked_here; /* on which SIGBUS was blocked before */
 static struct perta_window *free_windows;
 static _Atomic(struct block *) blocks;
 
@@ -166,16 +166,30 @@ static void uninstall(void)
     }
 }
 
+/* On the calling thread. Was it? */
+static bool block(bool blocked)
+{
+    sigset_t set, old;
+    sigemptyset(&set);
+    sigaddset(&set, SIGBUS);
+    pthread_sigmask(blocked ? SIG_BLOCK : SIG_UNBLOCK, &set, &old);
+    return sigismember(&old, SIGBUS);
+}
+
 void perta_windows_open(void)
 {
     pthread_mutex_lock(&lock);
     if (!n_open++)
         install();
     pthread_mutex_unlock(&lock);
+    if (!n_open_here++)
+        was_blocked_here = block(false);
 }
 
 void perta_windows_close(void)
 {
+    if (n_open_here && !--n_open_here && was_blocked_here)
+        block(true);
     pthread_mutex_lock(&lock);
     if (!--n_open)
         uninstall();

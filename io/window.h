@@ -15,7 +15,9 @@
 struct perta_window;
 
 /* Between these two, which may nest and come from any thread, the handler is installed. The last
- * close puts back what stood there, unless the host program has installed another since. */
+ * close puts back what stood there, unless the host program has installed another since.
+ * A bus error while the signal is blocked ends the process, so it is let through on the calling
+ * thread, and on those that it makes, until the same thread has closed as often as it opened. */
 void perta_windows_open(void);
 void perta_windows_close(void);
 

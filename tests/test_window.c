@@ -328,6 +328,25 @@ START_TEST(each_engine_knows_its_own_whoever_touches_it)
 }
 END_TEST
 
+START_TEST(a_signal_that_the_host_program_blocks_is_let_through_meanwhile)
+{
+    sigset_t set, now;
+    pthread_t thread;
+    sigemptyset(&set);
+    sigaddset(&set, SIGBUS);
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    struct mapping *m = mapping_open("f"), *other = mapping_open("g");
+    shrink(m);
+    ck_assert_int_eq(perta_thread_start(&thread, touch_all, m), 0); /* it inherits the mask */
+    pthread_join(thread, NULL);
+    mapping_close(m);
+    ours_is_mended(other);
+    mapping_close(other);
+    pthread_sigmask(SIG_BLOCK, NULL, &now);
+    ck_assert_int_eq(sigismember(&now, SIGBUS), 1);
+}
+END_TEST
+
 START_TEST(what_was_a_window_is_the_host_programs_again)
 {
     host_installs(SA_SIGINFO, NULL);
@@ -364,6 +383,7 @@ int main(void)
     tcase_add_test(tests, the_last_engine_to_close_puts_back_what_was_there);
     tcase_add_test(tests, a_handler_put_over_ours_stays_and_may_call_it);
     tcase_add_test(tests, each_engine_knows_its_own_whoever_touches_it);
+    tcase_add_test(tests, a_signal_that_the_host_program_blocks_is_let_through_meanwhile);
     tcase_add_test(tests, what_was_a_window_is_the_host_programs_again);
     return run_suite("window", tests);
 }

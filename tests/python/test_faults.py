@@ -229,6 +229,15 @@ def test_in_place_a_journal_that_cannot_be_read_is_no_damage(inputs):
     clear(inputs)
 
 
+def test_in_place_a_direct_write_refused_late_goes_through_the_page_cache(inputs):
+    for n in range(1, 9):
+        shutil.copytree(inputs / "model", inputs / "out")
+        env = os.environ | {"PERTA_FAULTS": f"fast=1,fail=pwrite:{n}:{errno.EINVAL}"}
+        run(inputs, "apply", "out", "p1", "--in-place", "--io", "direct", env=env, perta=FAULTY)
+        assert folder_bytes(inputs / "out") == folder_bytes(inputs / "tuned"), n
+        clear(inputs)
+
+
 def check_in_place(folder, sides, seed):
     """It ends, or fails and is completed, or taken back, from wherever it was."""
     rng = random.Random(seed)
