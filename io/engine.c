@@ -83,7 +83,7 @@ int perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engi
 
 void perta_engine_close(struct perta_engine *engine)
 {
-    assert(!engine || !engine->n_in_flight); /* else the kernel or a thread writes to freed memory */
+    assert(!engine || !engine->n_in_flight); /* else something writes to freed memory */
     if (engine)
         engine->ops->close(engine);
 }

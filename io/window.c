@@ -230,7 +230,8 @@ struct perta_window *perta_window_add(const void *map, size_t len_bytes, atomic_
         free_windows = w->next_free;
     pthread_mutex_unlock(&lock);
     if (w)
-        set(w, (uintptr_t)map, (uintptr_t)map + perta_align_up(len_bytes, perta_page_bytes()), lost);
+        set(w, (uintptr_t)map,
+            (uintptr_t)map + perta_align_up(len_bytes, perta_page_bytes()), lost);
     return w;
 }
 

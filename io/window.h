@@ -21,9 +21,9 @@ struct perta_window;
 void perta_windows_open(void);
 void perta_windows_close(void);
 
-/* The pages of len_bytes from map on are a window. The address of the first byte of it that could not be read is
- * put into *lost, unless that holds one already; borrowed until the window is removed, which must be
- * before it is unmapped. NULL when out of memory. */
+/* The pages of len_bytes from map on are a window. The address of the first byte of it that could
+ * not be read is put into *lost, unless that holds one already; borrowed until the window is
+ * removed, which must be before it is unmapped. NULL when out of memory. */
 struct perta_window *perta_window_add(const void *map, size_t len_bytes, atomic_uintptr_t *lost);
 void perta_window_remove(struct perta_window *window); /* NULL is allowed */
 

@@ -1,6 +1,6 @@
-/* A host program with ways of its own: a handler for SIGBUS, flush-to-zero and rounding upwards. The
- * library leaves both alone, and gives the same bytes as without. Built against libperta.so here,
- * and against what is installed by tests/install.sh. Arguments: none; works in a folder of its own. */
+/* A host program with ways of its own: a handler for SIGBUS, flush-to-zero, rounding upwards. The
+ * library leaves them alone, and gives the same bytes as without. Built against libperta.so here,
+ * and by tests/install.sh against what is installed. It works in a folder of its own. */
 #include <fcntl.h>
 #include <perta.h>
 #include <setjmp.h>
@@ -28,7 +28,8 @@ static void check(bool good, const char *what)
 /* A checkpoint of one tensor with many subnormal numbers. */
 static void write_model(const char *folder, uint32_t seed)
 {
-    static const char header[] = "{\"w\":{\"dtype\":\"F32\",\"shape\":[5000],\"data_offsets\":[0,20000]}}";
+    static const char header[] =
+        "{\"w\":{\"dtype\":\"F32\",\"shape\":[5000],\"data_offsets\":[0,20000]}}";
     char path[64];
     float data[N];
     uint64_t len = sizeof header - 1;
@@ -85,7 +86,8 @@ static void edit(float out[N])
 {
     static float model[N], tuned[N];
     const struct perta_rule rule = {.method = PERTA_TV};
-    const struct perta_edit_in in = {.model = {PERTA_F32, model}, .tuned = {PERTA_F32, tuned}, .n = N};
+    const struct perta_edit_in in = {
+        .model = {PERTA_F32, model}, .tuned = {PERTA_F32, tuned}, .n = N};
     const float alpha = 0.3f;
     void *const outs[] = {out};
     struct perta_edit_counts counts;
@@ -100,7 +102,8 @@ static void edit(float out[N])
 static void run_jobs(const char *patch, const char *unlearned, bool strange)
 {
     struct perta_run run = {.memory_bytes = PERTA_MEMORY_DEFAULT, .n_threads = 2,
-                            .io = PERTA_IO_MMAP, .progress = on_progress, .progress_user = &strange};
+                            .io = PERTA_IO_MMAP, .progress = on_progress,
+                            .progress_user = &strange};
     struct perta_diff diff = {.before = "a", .after = "b", .patch = patch};
     struct perta_unlearn unlearn = {.model = "a", .tuned = "b", .base = "c", .n_alphas = 1,
                                     .alphas = {{0.3f, "0.3"}}, .rule = {.method = PERTA_TV},

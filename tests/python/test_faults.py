@@ -125,8 +125,7 @@ KINDS = ["read", "write", "pread", "pwrite"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verb", ["unlearn", "estimate", "apply"])
 def test_a_direct_transfer_refused_late_goes_through_the_page_cache(inputs, wanted, verb, kind):
-    """Some file systems accept O_DIRECT and refuse (EINVAL) when it is used. The first such refusal,
-    and one in the middle."""
+    """Some file systems accept O_DIRECT and refuse (EINVAL) when it is used."""
     for io, n in itertools.product(["direct", "pread"], [1, 2, 7]):
         env = os.environ | {"PERTA_FAULTS": f"fast=1,fail={kind}:{n}:{errno.EINVAL}"}
         run(inputs, *VERBS[verb], "--io", io, env=env, perta=FAULTY)
@@ -149,7 +148,7 @@ def test_again_without_end_is_an_error_that_names_it(inputs, kind):
 
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_a_ring_that_fails_ends_the_run_when_nothing_is_in_flight(inputs, wanted, verb):
-    """Whether the kernel had taken the requests or not; sanitized builds see what is freed too early."""
+    """Whether the kernel had taken the requests or not; what is freed too early, sanitizers see."""
     failed = 0
     for n in (1, 2, 3, 5, 9, 30):
         faults = f"fast=1,late=300,seed={n},fail=enter:{n}:{errno.ENOMEM},forever=1"
