@@ -8,6 +8,7 @@
 #include "estimators/importance.h"
 #include "estimators/running.h"
 #include "io/checked.h"
+#include "io/fpenv.h"
 #include "stream/input.h"
 #include "stream/memory.h"
 #include "stream/model_out.h"
@@ -499,6 +500,7 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
 int perta_accumulate(const struct perta_accumulate *accumulate, const struct perta_run *run,
                      json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {
         .accumulate = accumulate,
         .wanted = {accumulate->mean, accumulate->meansq},

@@ -1,6 +1,7 @@
 #include "estimators/edit.h"
 
 #include "estimators/kernels.h"
+#include "io/fpenv.h"
 
 bool perta_rule_needs_importance(const struct perta_rule *rule)
 {
@@ -19,6 +20,7 @@ void perta_edit_isa(enum perta_isa isa, const struct perta_rule *rule,
                     const struct perta_edit_in *in, const float *alphas, uint32_t n_alphas,
                     void *const *outs, struct perta_edit_counts *counts)
 {
+    PERTA_FP_SCOPE;
     const struct perta_kernels *kernels = perta_kernels_of(isa);
     bool wide = in->model.dtype == PERTA_F64;
     (wide ? kernels->edit_f64 : kernels->edit_f32)(rule, in, alphas, n_alphas, outs,
@@ -35,6 +37,7 @@ void perta_edit(const struct perta_rule *rule, const struct perta_edit_in *in,
 void perta_lora_tau_isa(enum perta_isa isa, const struct perta_lora *lora, uint64_t first_elem,
                         uint64_t n, float *tau)
 {
+    PERTA_FP_SCOPE;
     perta_kernels_of(isa)->lora_tau(lora, first_elem, n, tau);
 }
 

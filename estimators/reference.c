@@ -8,6 +8,7 @@
 #include "estimators/edit.h"
 #include "estimators/kernels.h"
 #include "estimators/pow.h"
+#include "io/fpenv.h"
 
 static double rounded(bool wide, double x)
 {
@@ -156,6 +157,7 @@ void perta_edit_reference(const struct perta_rule *rule, const struct perta_edit
                           const float *alphas, uint32_t n_alphas, void *const *outs,
                           struct perta_edit_counts *counts)
 {
+    PERTA_FP_SCOPE;
     memset(counts, 0, n_alphas * sizeof *counts);
     for (uint32_t a = 0; a < n_alphas; a++)
         for (uint64_t first = 0; first < in->n; first += PERTA_TILE) {
@@ -172,6 +174,7 @@ void perta_edit_reference(const struct perta_rule *rule, const struct perta_edit
 void perta_lora_tau_reference(const struct perta_lora *lora, uint64_t first_elem, uint64_t n,
                               float *tau)
 {
+    PERTA_FP_SCOPE;
     for (uint64_t i = 0; i < n; i++) {
         uint64_t row = (first_elem + i) / lora->width - lora->first_row;
         uint64_t column = (first_elem + i) % lora->width;

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "estimators/kernels.h"
+#include "io/fpenv.h"
 
 void perta_running_zero(struct perta_running *running)
 {
@@ -17,6 +18,7 @@ void perta_running_zero(struct perta_running *running)
 uint64_t perta_running_add_isa(enum perta_isa isa, struct perta_running *running,
                                const struct perta_view *gradient)
 {
+    PERTA_FP_SCOPE;
     return perta_kernels_of(isa)->running_add(running, gradient);
 }
 
@@ -40,6 +42,7 @@ static uint64_t finish(const float *sum, const float *carry, uint64_t n, uint64_
 uint64_t perta_running_finish(const struct perta_running *running, uint64_t n_samples,
                               void *mean, void *meansq)
 {
+    PERTA_FP_SCOPE;
     uint64_t bad = UINT64_MAX, bad_sq = UINT64_MAX;
     if (mean)
         bad = finish(running->sum, running->carry, running->n, n_samples, mean);

@@ -7,6 +7,7 @@
 
 #include "estimators/unlearn_job.h"
 #include "io/checked.h"
+#include "io/fpenv.h"
 
 #define OUT_ALIGN 64
 
@@ -399,6 +400,7 @@ static int run_all(struct perta_unlearn_job *job, const struct perta_run *run,
 int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *run,
                   json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct perta_unlearn_job *job = calloc(1, sizeof *job);
     json_t *notes = json_array();
     *summary = json_pack("{s:o}", "notes", notes);

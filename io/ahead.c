@@ -47,24 +47,6 @@ struct batch {
 
 /* ---- reading and writing ---- */
 
-static int write_at(int fd, const char *path, const uint8_t *data, uint64_t len_bytes,
-                    uint64_t off_bytes, struct perta_err *err)
-{
-    while (len_bytes) {
-        uint64_t most = len_bytes < (1u << 30) ? len_bytes : 1u << 30;
-        ssize_t got = pwrite(fd, data, most, (off_t)off_bytes);
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0)
-            return perta_fail_sys(err, got ? errno : ENOSPC, "%s: write at byte %llu", path,
-                                  (ull)off_bytes);
-        data += got;
-        off_bytes += (uint64_t)got;
-        len_bytes -= (uint64_t)got;
-    }
-    return 0;
-}
-
 static int sync_fd(int fd, const char *path, struct perta_err *err)
 {
     return fdatasync(fd) ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
@@ -77,10 +59,10 @@ static int write_extent(struct perta_ahead *a, const struct perta_ahead_extent *
 {
     const struct perta_file *file = &a->files[e->file];
     uint64_t whole = perta_align_down(e->len_bytes, PERTA_BLOCK_BYTES);
-    int rc = write_at(file->fd, file->path, data, whole, e->off_bytes, err);
+    int rc = perta_pwrite_all(file->fd, data, whole, e->off_bytes, file->path, err);
     return rc ? rc
-              : write_at(a->plain[e->file], file->path, data + whole, e->len_bytes - whole,
-                         e->off_bytes + whole, err);
+              : perta_pwrite_all(a->plain[e->file], data + whole, e->len_bytes - whole,
+                                 e->off_bytes + whole, file->path, err);
 }
 
 /* After a failed fsync a second one may succeed with the data lost: the first is final. */
@@ -224,7 +206,7 @@ static int go_on(struct perta_ahead *a, const char *id, struct perta_err *err)
     struct head head;
     unlink(a->partial); /* of a run that was killed while it made its log */
     struct stat st;
-    int fd = open(a->path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    int fd = perta_open_any(a->path, O_RDONLY | O_NOFOLLOW);
     if (fd < 0)
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", a->path);
     int rc = perta_check_left(fd, a->path, &st, err);
@@ -297,7 +279,7 @@ int perta_ahead_begin(struct perta_ahead *a, const char *id, const char *subject
         rc = perta_fail_sys(err, full, "%s: no room for %llu MiB of it", a->path,
                             (ull)((BYTES_AT + a->room_bytes) >> 20) + 1);
     if (!rc)
-        rc = write_at(a->log.fd, a->path, a->buf, PERTA_BLOCK_BYTES, 0, err);
+        rc = perta_pwrite_all(a->log.fd, a->buf, PERTA_BLOCK_BYTES, 0, a->path, err);
     if (!rc && fsync(a->log.fd))
         rc = perta_fail_sys(err, errno, "%s: fsync", a->path);
     if (!rc && rename(a->partial, a->path))
@@ -362,8 +344,8 @@ static int write_log(struct perta_ahead *a, struct perta_err *err)
     memset(a->buf, 0, TABLE_BYTES);
     memcpy(a->buf, &batch, sizeof batch);
     memcpy(a->buf + sizeof batch, a->extents, table_bytes);
-    int rc = write_at(a->log.fd, a->path, a->buf, TABLE_BYTES + a->used_bytes, PERTA_BLOCK_BYTES,
-                      err);
+    int rc = perta_pwrite_all(a->log.fd, a->buf, TABLE_BYTES + a->used_bytes, PERTA_BLOCK_BYTES,
+                              a->path, err);
     return rc ? rc : sync_fd(a->log.fd, a->path, err);
 }
 
@@ -465,7 +447,7 @@ int perta_ahead_refuse(const char *folder, struct perta_err *err)
     char *path = path_in(folder);
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", folder);
-    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC), rc = 0;
+    int fd = perta_open_any(path, O_RDONLY | O_NOFOLLOW), rc = 0;
     if (fd < 0 && errno != ENOENT && errno != ENOTDIR)
         rc = perta_fail_sys(err, errno, "%s", path);
     if (fd >= 0) {

@@ -35,43 +35,22 @@ struct perta_behind {
     struct perta_err failure; /* the first */
 };
 
-static int write_at(int fd, const uint8_t *data, uint64_t len_bytes, uint64_t off_bytes,
-                    const char *name, struct perta_err *err)
-{
-    while (len_bytes) {
-        ssize_t put = pwrite(fd, data, len_bytes, (off_t)off_bytes);
-        if (put < 0 && errno == EINTR)
-            continue;
-        if (put <= 0)
-            return perta_fail_sys(err, put ? errno : ENOSPC, "%s: byte %llu", name,
-                                  (unsigned long long)off_bytes);
-        data += put;
-        off_bytes += (uint64_t)put;
-        len_bytes -= (uint64_t)put;
-    }
-    return 0;
-}
-
 /* Head and tail through the page cache, whole blocks direct. */
 static int write_piece(const struct piece *p, struct perta_err *err)
 {
     uint64_t end = p->off_bytes + p->len_bytes;
     uint64_t first = perta_align_up(p->off_bytes, PERTA_BLOCK_BYTES);
     uint64_t last = perta_align_down(end, PERTA_BLOCK_BYTES);
+    const uint8_t *data = p->data;
     if (p->direct_fd < 0 || first >= last)
-        return write_at(p->fd, p->data, p->len_bytes, p->off_bytes, p->name, err);
-    const uint8_t *blocks = p->data + (first - p->off_bytes);
-    struct perta_err refusal = {0};
-    int rc = write_at(p->fd, p->data, first - p->off_bytes, p->off_bytes, p->name, err);
-    if (!rc && write_at(p->direct_fd, blocks, last - first, first, p->name, &refusal)) {
-        if (refusal.sys_errno == EINVAL) /* some file systems refuse only now */
-            rc = write_at(p->fd, blocks, last - first, first, p->name, err);
-        else
-            *err = refusal;
-        rc = err->code;
-    }
+        return perta_pwrite_all(p->fd, data, p->len_bytes, p->off_bytes, p->name, err);
+    int rc = perta_pwrite_all(p->fd, data, first - p->off_bytes, p->off_bytes, p->name, err);
+    if (!rc)
+        rc = perta_pwrite_all(p->direct_fd, data + (first - p->off_bytes), last - first, first,
+                              p->name, err);
     return rc ? rc
-              : write_at(p->fd, p->data + (last - p->off_bytes), end - last, last, p->name, err);
+              : perta_pwrite_all(p->fd, data + (last - p->off_bytes), end - last, last, p->name,
+                                 err);
 }
 
 static void *run(void *arg)

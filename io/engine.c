@@ -1,21 +1,25 @@
 #include "io/engine.h"
 
+#include <assert.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "io/checked.h"
 
 /* Sampled files must be in the page cache to this share for mmap to win. */
 #define CACHED_ENOUGH 0.9
 
+/* -1: of one of them it is not known. */
 static double cached_share(const char *const *paths, size_t n_paths)
 {
     double sum = 0;
-    for (size_t i = 0; i < n_paths; i++)
-        sum += perta_file_cached_share(paths[i]);
+    for (size_t i = 0; i < n_paths; i++) {
+        double share = perta_file_cached_share(paths[i]);
+        if (share < 0)
+            return -1;
+        sum += share;
+    }
     return n_paths ? sum / (double)n_paths : 0;
 }
 
@@ -54,8 +58,12 @@ int perta_engine_choose(enum perta_io_mode wanted, const char *const *paths, siz
                  strerror(refused));
     } else {
         choice->mode = PERTA_IO_DIRECT;
-        snprintf(choice->why, sizeof choice->why,
-                 "io_uring works, files are on disk (%.0f%% in the page cache)", cached * 100);
+        if (cached < 0)
+            snprintf(choice->why, sizeof choice->why,
+                     "io_uring works, how much is in the page cache is not known");
+        else
+            snprintf(choice->why, sizeof choice->why,
+                     "io_uring works, files are on disk (%.0f%% in the page cache)", cached * 100);
     }
     return 0;
 }
@@ -75,6 +83,7 @@ int perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engi
 
 void perta_engine_close(struct perta_engine *engine)
 {
+    assert(!engine || !engine->n_in_flight); /* else something writes to freed memory */
     if (engine)
         engine->ops->close(engine);
 }
@@ -83,6 +92,7 @@ void perta_engine_submit(struct perta_engine *engine, struct perta_request *requ
 {
     request->sys_errno = 0;
     request->done_bytes = 0;
+    request->retry = (struct perta_retry){0};
     request->map = NULL;
     request->next = NULL;
     perta_request_align(request);
@@ -113,12 +123,15 @@ int perta_engine_check(struct perta_engine *engine, struct perta_err *err)
 
 int perta_engine_drain(struct perta_engine *engine, struct perta_err *err)
 {
+    int rc = 0;
     while (engine->n_in_flight) {
-        int rc = perta_engine_wait(engine, err);
-        if (rc)
-            return rc;
+        struct perta_err why = {0};
+        if (perta_engine_wait(engine, &why) && !rc) {
+            rc = why.code;
+            *err = why;
+        }
     }
-    return 0;
+    return rc;
 }
 
 int perta_request_error(const struct perta_request *request, struct perta_err *err)
@@ -141,27 +154,6 @@ void perta_request_align(struct perta_request *request)
     request->data = request->buf + (request->off_bytes - request->at);
 }
 
-/* Some file systems of FUSE give less than a block again and again, though there is more: then
- * the rest is read without O_DIRECT, from where it broke off. 0, or an errno. */
-static int read_rest(struct perta_request *r)
-{
-    char path[64];
-    uint64_t end = r->off_bytes + r->len_bytes;
-    uint8_t *start = r->buf - perta_align_down(r->off_bytes, PERTA_BLOCK_BYTES);
-    snprintf(path, sizeof path, "/proc/self/fd/%d", r->file->fd);
-    int fd = open(path, O_RDONLY | O_CLOEXEC), error = fd < 0 ? errno : 0;
-    while (!error && r->at < end) {
-        ssize_t got = pread(fd, start + r->at, end - r->at, (off_t)r->at);
-        if (got > 0)
-            r->at += (uint64_t)got;
-        else if (!got || errno != EINTR)
-            error = got ? errno : ENODATA;
-    }
-    if (fd >= 0)
-        close(fd);
-    return error;
-}
-
 static void count_done(struct perta_request *r)
 {
     uint64_t wanted_end = r->off_bytes + r->len_bytes;
@@ -169,30 +161,42 @@ static void count_done(struct perta_request *r)
         r->done_bytes = (r->at < wanted_end ? r->at : wanted_end) - r->off_bytes;
 }
 
+/* Some file systems of FUSE give less than a block again and again, though there is more: then
+ * the rest is read without O_DIRECT, from where it broke off. */
+static bool read_rest(struct perta_request *r)
+{
+    if (r->write || !r->file->direct || r->retry.buffered || r->at >= r->file->len_bytes)
+        return false;
+    r->retry.buffered = true;
+    r->at = r->reached;
+    return perta_fd_buffer(r->file->fd);
+}
+
 bool perta_request_advance(struct perta_request *request, int64_t got)
 {
     uint64_t wanted_end = request->off_bytes + request->len_bytes;
-    if (got == -EINTR || got == -EAGAIN)
-        return false;
     if (got < 0) {
         request->sys_errno = (int)-got;
-        return true;
+        if (perta_retry_any(&request->retry, request->file->fd, request->sys_errno))
+            request->sys_errno = 0;
+        return request->sys_errno;
     }
     request->at += (uint64_t)got;
     /* Nothing more: a direct read at the file's end gives its last part block again and again. */
     if (request->at <= request->reached && request->at < wanted_end) {
-        request->sys_errno = request->write ? EIO : ENODATA;
-        if (!request->write && request->file->direct && request->at < request->file->len_bytes)
-            request->sys_errno = read_rest(request);
         count_done(request);
+        if (read_rest(request))
+            return false;
+        request->sys_errno = request->write ? EIO : ENODATA;
         return true;
     }
     request->reached = request->at;
+    request->retry.n_again = 0;
     count_done(request);
     if (request->at >= wanted_end)
         return true;
     /* A short transfer of a direct file goes on at the block it broke off in. */
-    if (request->file->direct)
+    if (request->file->direct && !request->retry.buffered)
         request->at = perta_align_down(request->at, PERTA_BLOCK_BYTES);
     return false;
 }

@@ -15,6 +15,8 @@
 
 enum perta_io_mode { PERTA_IO_AUTO, PERTA_IO_DIRECT, PERTA_IO_MMAP, PERTA_IO_PREAD };
 
+struct perta_window;
+
 /* One request. The caller owns it, and it must not move until done is called. */
 struct perta_request {
     struct perta_file *file;
@@ -32,6 +34,8 @@ struct perta_request {
     /* the engine's own */
     uint64_t at, end;
     uint64_t reached; /* how far any transfer came */
+    struct perta_retry retry;
+    struct perta_window *window;
     void *map;
     size_t map_bytes;
     struct perta_request *prev_window, *next_window;
@@ -87,7 +91,9 @@ PERTA_API void perta_engine_close(struct perta_engine *engine);
 /* Start a request. Failure shows in the request when it is done. */
 PERTA_API void perta_engine_submit(struct perta_engine *engine, struct perta_request *request);
 /* Wait until a request is done, perta_engine_wake was called, or a fifth of a second is over;
- * calls done for all that are. */
+ * calls done for all that are. Where the engine itself fails, its requests do, each when nothing
+ * writes to its buffer any more: so every request is done in the end, and until then its buffer and
+ * the request itself must stay. An error is of this call alone; it may be called again. */
 PERTA_API int perta_engine_wait(struct perta_engine *engine, struct perta_err *err);
 PERTA_API void perta_engine_wake(struct perta_engine *engine);
 /* Give back what a finished read holds besides its buffer (a mapping). */
@@ -95,7 +101,7 @@ PERTA_API void perta_engine_release(struct perta_engine *engine, struct perta_re
 /* Were all bytes that were used so far what is in the files? Mapped ones can fail as late as they
  * are used: to be asked before anything that came of them is kept. */
 PERTA_API int perta_engine_check(struct perta_engine *engine, struct perta_err *err);
-/* Wait until nothing is in flight. */
+/* Wait until nothing is in flight, whatever fails meanwhile; then the first such error. */
 PERTA_API int perta_engine_drain(struct perta_engine *engine, struct perta_err *err);
 
 /* Fill *err from a request that failed. Returns the code. */

@@ -3,8 +3,6 @@
  * grows with the file. Writes are plain pwrites. */
 #include <errno.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -14,54 +12,29 @@
 
 #include "io/checked.h"
 #include "io/engine.h"
+#include "io/window.h"
 
 struct mapped {
     struct perta_engine base;
     struct perta_request *first, **last; /* done, not yet reported */
     struct perta_request *windows;       /* that are mapped */
+    atomic_uintptr_t lost; /* address of the first byte that could not be read; 0: none */
     int wake_fd;
 };
 
-/* ---- pages that cannot be read ----
- * Where a mapped file has shrunk or its disk fails, the access raises SIGBUS. The handler puts a
- * page of zeros there and remembers the address; the access goes on, and what comes of it is
- * thrown away: perta_engine_check() fails from then on. (systemd's journal does the same.) */
-
-static atomic_uint n_engines;   /* open: without one the signal is not ours */
-static atomic_uintptr_t lost;   /* address of the first such page; 0: none */
-static struct sigaction before; /* what was done about the signal without us */
-
-static void on_bus_error(int number, siginfo_t *info, void *context)
-{
-    uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)(PERTA_BLOCK_BYTES - 1), none = 0;
-    if (info->si_code == BUS_ADRERR && atomic_load(&n_engines) &&
-        mmap((void *)page, PERTA_BLOCK_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
-             -1, 0) != MAP_FAILED)
-        atomic_compare_exchange_strong(&lost, &none, (uintptr_t)info->si_addr);
-    else if (before.sa_flags & SA_SIGINFO)
-        before.sa_sigaction(number, info, context);
-    else
-        sigaction(number, &before, NULL); /* the access is made again */
-}
-
-static void catch_bus_errors(void)
-{
-    struct sigaction action = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_RESTART};
-    sigaction(SIGBUS, &action, &before);
-}
-
 static int mapped_check(struct perta_engine *engine, struct perta_err *err)
 {
-    const uint8_t *at = (const uint8_t *)atomic_load(&lost);
+    struct mapped *m = (struct mapped *)engine;
+    const uint8_t *at = (const uint8_t *)atomic_load(&m->lost);
     if (!at)
         return 0;
-    struct perta_request *r = ((struct mapped *)engine)->windows;
+    struct perta_request *r = m->windows;
     while (r && (at < (uint8_t *)r->map || at >= (uint8_t *)r->map + r->map_bytes))
         r = r->next_window;
     int rc = r ? perta_file_unchanged(r->file, err) : 0;
     if (rc || !r)
         return rc ? rc : perta_fail_sys(err, EIO, "a mapped file");
-    uint64_t byte = perta_align_down(r->off_bytes, PERTA_BLOCK_BYTES) +
+    uint64_t byte = perta_align_down(r->off_bytes, perta_page_bytes()) +
                     (uint64_t)(at - (uint8_t *)r->map);
     return perta_fail_sys(err, EIO, "%s: read at byte %llu", r->file->path,
                           (unsigned long long)byte);
@@ -72,7 +45,7 @@ static int mapped_check(struct perta_engine *engine, struct perta_err *err)
 static void map_window(struct mapped *m, struct perta_request *r)
 {
     struct stat st;
-    uint64_t from = perta_align_down(r->off_bytes, PERTA_BLOCK_BYTES);
+    uint64_t from = perta_align_down(r->off_bytes, perta_page_bytes());
     uint64_t to = r->off_bytes + r->len_bytes;
     if (fstat(r->file->fd, &st)) {
         r->sys_errno = errno;
@@ -88,6 +61,13 @@ static void map_window(struct mapped *m, struct perta_request *r)
     if (r->map == MAP_FAILED) {
         r->map = NULL;
         r->sys_errno = errno;
+        return;
+    }
+    r->window = perta_window_add(r->map, r->map_bytes, &m->lost);
+    if (!r->window) {
+        munmap(r->map, r->map_bytes);
+        r->map = NULL;
+        r->sys_errno = ENOMEM;
         return;
     }
     madvise(r->map, r->map_bytes, MADV_WILLNEED);
@@ -122,10 +102,10 @@ static void mapped_submit(struct perta_engine *engine, struct perta_request *r)
 static int mapped_wait(struct perta_engine *engine, struct perta_err *err)
 {
     struct mapped *m = (struct mapped *)engine;
+    (void)err;
     if (!m->first) {
         struct pollfd fd = {.fd = m->wake_fd, .events = POLLIN};
-        if (poll(&fd, 1, 200) < 0 && errno != EINTR)
-            return perta_fail_sys(err, errno, "poll");
+        poll(&fd, 1, 200);
     }
     uint64_t count;
     ssize_t got = read(m->wake_fd, &count, sizeof count); /* does not block */
@@ -157,6 +137,7 @@ static void mapped_release(struct perta_engine *engine, struct perta_request *r)
         r->next_window;
     if (r->next_window)
         r->next_window->prev_window = r->prev_window;
+    perta_window_remove(r->window);
     munmap(r->map, r->map_bytes);
     r->map = NULL;
 }
@@ -164,8 +145,7 @@ static void mapped_release(struct perta_engine *engine, struct perta_request *r)
 static void mapped_close(struct perta_engine *engine)
 {
     close(((struct mapped *)engine)->wake_fd);
-    if (atomic_fetch_sub(&n_engines, 1) == 1)
-        atomic_store(&lost, 0);
+    perta_windows_close();
     free(engine);
 }
 
@@ -192,9 +172,7 @@ int perta_engine_mmap_open(struct perta_engine **out, struct perta_err *err)
         free(m);
         return rc;
     }
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, catch_bus_errors);
-    atomic_fetch_add(&n_engines, 1);
+    perta_windows_open();
     *out = &m->base;
     return 0;
 }

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "io/checked.h"
@@ -19,6 +20,8 @@ struct uring {
     struct perta_request **last;
     int wake_fd;
     uint64_t wake_count; /* where the kernel puts the event counter */
+    struct perta_retry retry;
+    int broken; /* 0, or why the kernel takes no more requests; those that it has go on */
 };
 
 static void prepare(struct uring *u, struct perta_request *r)
@@ -36,7 +39,7 @@ static void prepare(struct uring *u, struct perta_request *r)
 
 static void start_waiting(struct uring *u)
 {
-    while (u->first && u->n_busy < u->depth) {
+    while (u->first && u->n_busy < u->depth && !u->broken) {
         struct perta_request *r = u->first;
         u->first = r->next;
         if (!u->first)
@@ -67,35 +70,111 @@ static void listen_for_wake(struct uring *u)
     io_uring_sqe_set_data(sqe, NULL);
 }
 
-static void complete(struct uring *u, struct perta_request *r, int res)
+static void finish(struct uring *u, struct perta_request *r)
 {
-    if (!perta_request_advance(r, res)) {
-        prepare(u, r);
-        return;
-    }
     u->n_busy--;
     u->base.n_in_flight--;
     start_waiting(u);
     r->done(r);
 }
 
-static int uring_wait(struct perta_engine *engine, struct perta_err *err)
+static void complete(struct uring *u, struct perta_request *r, int res)
 {
-    struct uring *u = (struct uring *)engine;
-    struct __kernel_timespec fifth = {.tv_nsec = 200000000};
+    if (perta_request_advance(r, res)) {
+        finish(u, r);
+    } else if (u->broken) { /* the rest cannot be asked for */
+        r->sys_errno = u->broken;
+        finish(u, r);
+    } else {
+        prepare(u, r);
+    }
+}
+
+/* Every completion that is there. False: none was. */
+static bool reap(struct uring *u)
+{
     struct io_uring_cqe *cqe;
-    int rc = io_uring_submit_and_wait_timeout(&u->ring, &cqe, 1, &fifth, NULL);
-    if (rc < 0 && rc != -ETIME && rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
-        return perta_fail_sys(err, -rc, "io_uring");
+    bool some = false;
     while (!io_uring_peek_cqe(&u->ring, &cqe)) {
         struct perta_request *r = io_uring_cqe_get_data(cqe);
         int res = cqe->res;
         io_uring_cqe_seen(&u->ring, cqe);
+        some = true;
         if (r)
             complete(u, r, res);
-        else
+        else if (!u->broken)
             listen_for_wake(u);
     }
+    return some;
+}
+
+/* ---- a ring that fails ----
+ * Requests that the kernel has taken go on, and it writes to their buffers: they are waited for
+ * like any other. All others fail, and so does whatever is submitted from then on. */
+
+/* What was prepared and not taken. The ring is not entered again, so it never will be. */
+static void fail_prepared(struct uring *u)
+{
+    unsigned n = io_uring_sq_ready(&u->ring), mask = u->ring.sq.ring_mask;
+    for (unsigned i = 0; i < n; i++) {
+        const struct io_uring_sqe *sqe = &u->ring.sq.sqes[(u->ring.sq.sqe_tail - n + i) & mask];
+        struct perta_request *r = (struct perta_request *)(uintptr_t)sqe->user_data;
+        if (!r || sqe->user_data == LIBURING_UDATA_TIMEOUT)
+            continue;
+        r->sys_errno = u->broken;
+        finish(u, r);
+    }
+}
+
+/* What waits for a place. done may submit more, which is for the next turn. */
+static bool fail_waiting(struct uring *u)
+{
+    struct perta_request *r = u->first;
+    bool some = r;
+    u->first = NULL;
+    u->last = &u->first;
+    while (r) {
+        struct perta_request *next = r->next;
+        r->sys_errno = u->broken;
+        u->base.n_in_flight--;
+        r->done(r);
+        r = next;
+    }
+    return some;
+}
+
+/* Without entering the ring: completions appear in it all the same. */
+static void wait_broken(struct uring *u)
+{
+    const struct timespec pause = {.tv_nsec = 1000000};
+    bool some = fail_waiting(u);
+    if (!reap(u) && !some)
+        nanosleep(&pause, NULL);
+}
+
+static void enter(struct uring *u)
+{
+    struct __kernel_timespec fifth = {.tv_nsec = 200000000};
+    struct io_uring_cqe *cqe;
+    int rc = io_uring_submit_and_wait_timeout(&u->ring, &cqe, 1, &fifth, NULL);
+    if (rc >= 0 || rc == -ETIME || rc == -EINTR)
+        u->retry.n_again = 0;
+    else if ((rc != -EAGAIN && rc != -EBUSY) || !perta_retry_same(&u->retry, EAGAIN))
+        u->broken = -rc;
+}
+
+static int uring_wait(struct perta_engine *engine, struct perta_err *err)
+{
+    struct uring *u = (struct uring *)engine;
+    (void)err;
+    if (u->broken) {
+        wait_broken(u);
+        return 0;
+    }
+    enter(u);
+    if (u->broken)
+        fail_prepared(u);
+    reap(u);
     return 0;
 }
 

@@ -9,6 +9,22 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/window.h"
+
+#define FAR_BYTES (1ull << 30)  /* more than any unit of the page cache */
+#define TRANSFER_MAX (1u << 30) /* bytes of one system call */
+#define AGAIN_MAX 100           /* EAGAIN in a row */
+#define AGAIN_AT_ONCE 5         /* of these are retried without a pause */
+#define AGAIN_PAUSE_NS 200000   /* short: an engine's owner waits for each request in turn */
+
+int perta_open_any(const char *path, int flags)
+{
+    int fd = open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0666), set;
+    struct stat st;
+    if (fd >= 0 && !fstat(fd, &st) && S_ISREG(st.st_mode) && (set = fcntl(fd, F_GETFL)) >= 0)
+        fcntl(fd, F_SETFL, set & ~O_NONBLOCK);
+    return fd;
+}
 
 static int remember(struct perta_file *file, const char *path, struct perta_err *err)
 {
@@ -34,14 +50,14 @@ static int open_either_way(struct perta_file *file, const char *path, int flags,
 {
     *file = (struct perta_file){.fd = -1};
     if (want_direct) {
-        file->fd = open(path, flags | O_DIRECT, 0666);
+        file->fd = perta_open_any(path, flags | O_DIRECT);
         file->direct = file->fd >= 0;
         if (file->fd < 0 && errno != EINVAL && errno != EOPNOTSUPP)
             return perta_fail_sys(err, errno, "%s", path);
     }
     if (file->fd < 0)
         /* a refused O_DIRECT may have created the file already */
-        file->fd = open(path, want_direct ? flags & ~O_EXCL : flags, 0666);
+        file->fd = perta_open_any(path, want_direct ? flags & ~O_EXCL : flags);
     if (file->fd < 0)
         return perta_fail_sys(err, errno, "%s", path);
     return remember(file, path, err);
@@ -49,7 +65,7 @@ static int open_either_way(struct perta_file *file, const char *path, int flags,
 
 int perta_open_regular(const char *path, struct stat *st, struct perta_err *err)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    int fd = perta_open_any(path, O_RDONLY);
     bool missing = fd < 0 && (errno == ENOENT || errno == ENOTDIR);
     if (missing || (fd < 0 && (errno == ELOOP || errno == ENXIO)))
         return perta_fail(err, PERTA_EINPUT, "%s: %s", path,
@@ -72,21 +88,20 @@ int perta_open_regular(const char *path, struct stat *st, struct perta_err *err)
 int perta_file_open(struct perta_file *file, const char *path, bool want_direct,
                     struct perta_err *err)
 {
-    return open_either_way(file, path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY,
-                           want_direct, err);
+    return open_either_way(file, path, O_RDONLY, want_direct, err);
 }
 
 int perta_file_create(struct perta_file *file, const char *path, bool want_direct,
                       struct perta_err *err)
 {
-    return open_either_way(file, path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, want_direct, err);
+    return open_either_way(file, path, O_RDWR | O_CREAT | O_EXCL, want_direct, err);
 }
 
 int perta_file_reopen(struct perta_file *file, const char *path, bool want_direct,
                       struct perta_err *err)
 {
     struct stat st;
-    int rc = open_either_way(file, path, O_RDWR | O_NOFOLLOW | O_CLOEXEC, want_direct, err);
+    int rc = open_either_way(file, path, O_RDWR | O_NOFOLLOW, want_direct, err);
     return rc ? rc : perta_check_left(file->fd, path, &st, err);
 }
 
@@ -124,43 +139,61 @@ void perta_file_close(struct perta_file *file)
 
 bool perta_file_can_direct(const char *path)
 {
-    int fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC | O_NONBLOCK);
+    int fd = perta_open_any(path, O_RDONLY | O_DIRECT);
     if (fd < 0)
         return false;
     void *block = aligned_alloc(PERTA_BLOCK_BYTES, PERTA_BLOCK_BYTES);
+    struct perta_retry retry = {0};
+    ssize_t got = -1;
     /* Some file systems accept the flag and refuse the read. */
-    bool can = block && pread(fd, block, PERTA_BLOCK_BYTES, 0) >= 0;
+    while (block && (got = pread(fd, block, PERTA_BLOCK_BYTES, 0)) < 0 &&
+           perta_retry_same(&retry, errno))
+        ;
     free(block);
     close(fd);
-    return can;
+    return got >= 0;
+}
+
+/* Is the page at off_bytes of the file in the page cache? 1, 0, or -1: not to be found out. */
+static int is_cached(int fd, uint64_t off_bytes, uint64_t page_bytes)
+{
+    unsigned char resident = 0;
+    void *map = mmap(NULL, page_bytes, PROT_READ, MAP_SHARED, fd, (off_t)off_bytes);
+    if (map == MAP_FAILED)
+        return -1;
+    int failed = mincore(map, page_bytes, &resident);
+    munmap(map, page_bytes);
+    return failed ? -1 : resident & 1;
+}
+
+/* To who neither owns a file nor may write it, Linux says since 5.2 that all of it is there: of a
+ * page far behind the file's end, too. */
+static bool mincore_tells(int fd, uint64_t len_bytes, uint64_t page_bytes)
+{
+    return !is_cached(fd, perta_align_up(len_bytes, FAR_BYTES) + FAR_BYTES, page_bytes);
 }
 
 double perta_file_cached_share(const char *path)
 {
     enum { SAMPLES = 64 };
-    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t page = perta_page_bytes();
     unsigned hits = 0, asked = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st) || st.st_size <= 0)
+    int fd = perta_open_any(path, O_RDONLY);
+    struct stat st = {0};
+    if (fd < 0 || fstat(fd, &st))
         goto out;
     uint64_t n_pages = ((uint64_t)st.st_size + page - 1) / page;
-    uint64_t n = n_pages < SAMPLES ? n_pages : SAMPLES;
+    uint64_t n = mincore_tells(fd, (uint64_t)st.st_size, page) ? n_pages : 0;
+    n = n < SAMPLES ? n : SAMPLES;
     for (uint64_t i = 0; i < n; i++) {
-        uint64_t off = n_pages * i / n * page;
-        void *map = mmap(NULL, page, PROT_READ, MAP_SHARED, fd, (off_t)off);
-        if (map == MAP_FAILED)
-            break;
-        unsigned char resident = 0;
-        asked++;
-        if (!mincore(map, page, &resident) && (resident & 1))
-            hits++;
-        munmap(map, page);
+        int cached = is_cached(fd, n_pages * i / n * page, page);
+        asked += cached >= 0;
+        hits += cached > 0;
     }
 out:
     if (fd >= 0)
         close(fd);
-    return asked ? (double)hits / asked : 0;
+    return asked ? (double)hits / asked : fd >= 0 && !st.st_size ? 0 : -1;
 }
 
 int perta_path_stat(const char *path, struct stat *st, struct perta_err *err)
@@ -194,14 +227,45 @@ int perta_folder_each(const char *path,
     return rc;
 }
 
+/* ---- transfers ---- */
+
+bool perta_fd_buffer(int fd)
+{
+    int set = fcntl(fd, F_GETFL);
+    return set >= 0 && !fcntl(fd, F_SETFL, set & ~O_DIRECT);
+}
+
+bool perta_retry_same(struct perta_retry *retry, int error)
+{
+    const struct timespec pause = {.tv_nsec = AGAIN_PAUSE_NS};
+    if (error != EAGAIN)
+        return error == EINTR;
+    if (retry->n_again >= AGAIN_AT_ONCE)
+        nanosleep(&pause, NULL);
+    return retry->n_again++ < AGAIN_MAX;
+}
+
+bool perta_retry_any(struct perta_retry *retry, int fd, int error)
+{
+    if (error != EINVAL || retry->buffered)
+        return perta_retry_same(retry, error);
+    retry->buffered = true;
+    return perta_fd_buffer(fd);
+}
+
+static size_t part_of(uint64_t len_bytes)
+{
+    return len_bytes < TRANSFER_MAX ? len_bytes : TRANSFER_MAX;
+}
+
 int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, const char *path,
                     struct perta_err *err)
 {
+    struct perta_retry retry = {0};
     uint8_t *to = buf;
     while (len_bytes) {
-        ssize_t got = pread(fd, to, len_bytes < (1u << 30) ? len_bytes : (1u << 30),
-                            (off_t)off_bytes);
-        if (got < 0 && errno == EINTR)
+        ssize_t got = pread(fd, to, part_of(len_bytes), (off_t)off_bytes);
+        if (got < 0 && perta_retry_any(&retry, fd, errno))
             continue;
         if (got < 0)
             return perta_fail_sys(err, errno, "%s: byte %llu", path,
@@ -210,6 +274,7 @@ int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, c
             return perta_fail(err, PERTA_EINPUT, "%s: ends at byte %llu, %llu more expected",
                               path, (unsigned long long)off_bytes,
                               (unsigned long long)len_bytes);
+        retry.n_again = 0;
         to += got;
         off_bytes += (uint64_t)got;
         len_bytes -= (uint64_t)got;
@@ -217,16 +282,38 @@ int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, c
     return 0;
 }
 
+int perta_pwrite_all(int fd, const void *buf, uint64_t len_bytes, uint64_t off_bytes,
+                     const char *name, struct perta_err *err)
+{
+    struct perta_retry retry = {0};
+    const uint8_t *from = buf;
+    while (len_bytes) {
+        ssize_t put = pwrite(fd, from, part_of(len_bytes), (off_t)off_bytes);
+        if (put < 0 && perta_retry_any(&retry, fd, errno))
+            continue;
+        if (put <= 0)
+            return perta_fail_sys(err, put ? errno : ENOSPC, "%s: byte %llu", name,
+                                  (unsigned long long)off_bytes);
+        retry.n_again = 0;
+        from += put;
+        off_bytes += (uint64_t)put;
+        len_bytes -= (uint64_t)put;
+    }
+    return 0;
+}
+
 int perta_write_all(int fd, const void *buf, uint64_t len_bytes, const char *path,
                     struct perta_err *err)
 {
+    struct perta_retry retry = {0};
     const uint8_t *from = buf;
     while (len_bytes) {
-        ssize_t put = write(fd, from, len_bytes < (1u << 30) ? len_bytes : (1u << 30));
-        if (put < 0 && errno == EINTR)
+        ssize_t put = write(fd, from, part_of(len_bytes));
+        if (put < 0 && perta_retry_same(&retry, errno))
             continue;
         if (put < 0)
             return perta_fail_sys(err, errno, "%s", path);
+        retry.n_again = 0;
         from += put;
         len_bytes -= (uint64_t)put;
     }

@@ -15,11 +15,16 @@
 struct perta_file {
     char *path;
     int fd;      /* -1 while closed */
-    bool direct; /* opened with O_DIRECT */
+    bool direct; /* opened with O_DIRECT: transfers are whole blocks, also after it was refused */
     uint64_t len_bytes;
     uint64_t dev, ino;
     struct timespec mtime;
 };
+
+/* As open(2), for files that may be anything: it does not wait for the other end of a FIFO, and no
+ * terminal becomes the process's own. A regular file is not left non-blocking: on some kernels
+ * direct reads of one then give EAGAIN, again and again. Adds O_CLOEXEC; mode 0666. */
+int perta_open_any(const char *path, int flags);
 
 /* Open a regular file to read, and say what it is. A FIFO is refused and does not hang us.
  * Returns the file descriptor, or PERTA_E*. */
@@ -46,7 +51,8 @@ PERTA_API void perta_file_close(struct perta_file *file);
 /* Can files in this folder be read with O_DIRECT in PERTA_BLOCK_BYTES blocks? Looks at one
  * open file. */
 PERTA_API bool perta_file_can_direct(const char *path);
-/* Share of the file's pages that are in the page cache, 0 to 1, from a sample. */
+/* Share of the file's pages that are in the page cache, 0 to 1, from a sample; -1 where that is not
+ * to be found out, as of one that the user neither owns nor may write. */
 PERTA_API double perta_file_cached_share(const char *path);
 
 /* stat(2) of what a command names: PERTA_EINPUT where nothing is there. */
@@ -57,9 +63,27 @@ int perta_folder_each(const char *path,
                       int (*each)(void *ctx, const char *name, struct perta_err *err), void *ctx,
                       struct perta_err *err);
 
-/* Read the whole range with plain preads; a shorter file is PERTA_EINPUT. */
+/* What a loop of transfers knows of those that failed since the last one that moved bytes. */
+struct perta_retry {
+    unsigned n_again; /* EAGAIN in a row */
+    bool buffered;    /* O_DIRECT was switched off for it */
+};
+/* Is a transfer that failed with error to be made again? After EINTR always; after EAGAIN up to a
+ * hundred times in a row, with pauses, for some kernels give it for regular files. */
+bool perta_retry_same(struct perta_retry *retry, int error);
+/* The same, and after EINVAL once: some file systems refuse O_DIRECT as late as here, so it is
+ * switched off for fd (and whoever shares its open file), and the rest takes the page cache. */
+bool perta_retry_any(struct perta_retry *retry, int fd, int error);
+/* Switch O_DIRECT off. False where that is refused. */
+bool perta_fd_buffer(int fd);
+
+/* Read the whole range with plain preads; a shorter file is PERTA_EINPUT. fd may be open with
+ * O_DIRECT where buffer and range are whole blocks; see perta_retry_any. */
 PERTA_API int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes,
                               const char *path, struct perta_err *err);
+/* Write the whole buffer at off_bytes; name for messages. fd as for perta_pread_all. */
+PERTA_API int perta_pwrite_all(int fd, const void *buf, uint64_t len_bytes, uint64_t off_bytes,
+                               const char *name, struct perta_err *err);
 /* Write the whole buffer to fd at its position. */
 PERTA_API int perta_write_all(int fd, const void *buf, uint64_t len_bytes, const char *path,
                               struct perta_err *err);

@@ -345,11 +345,13 @@ int perta_publish_print(const struct perta_publish *out, const char *name,
 static int copy_bytes(int from, const char *from_path, int to, const char *to_path,
                       struct perta_err *err)
 {
+    struct perta_retry retry = {0};
     char buf[65536];
     for (;;) {
         ssize_t got = read(from, buf, sizeof buf);
-        if (got < 0 && errno == EINTR)
+        if (got < 0 && perta_retry_same(&retry, errno))
             continue;
+        retry.n_again = 0;
         if (got < 0)
             return perta_fail_sys(err, errno, "%s", from_path);
         if (!got)
@@ -363,7 +365,7 @@ static int copy_bytes(int from, const char *from_path, int to, const char *to_pa
 int perta_publish_copy(const struct perta_publish *out, const char *from, const char *name,
                        struct perta_err *err)
 {
-    int in = open(from, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    int in = perta_open_any(from, O_RDONLY);
     if (in < 0)
         return perta_fail_sys(err, errno, "%s", from);
     char *path = NULL;

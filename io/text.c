@@ -7,6 +7,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "io/file.h"
+
 /* Length of the character at text; 0: a control character, or not UTF-8. */
 static unsigned character_bytes(const char *text)
 {
@@ -121,10 +123,11 @@ struct source {
 static size_t read_some(void *to, size_t len_bytes, void *source)
 {
     struct source *from = source;
+    struct perta_retry retry = {0};
     ssize_t n;
     do
         n = read(from->fd, to, len_bytes);
-    while (n < 0 && errno == EINTR);
+    while (n < 0 && perta_retry_same(&retry, errno));
     if (n < 0)
         from->failed = errno;
     return n < 0 ? (size_t)-1 : (size_t)n;

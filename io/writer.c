@@ -214,8 +214,8 @@ void perta_writer_abort(struct perta_writer *writer)
     if (!writer->open)
         return;
     for (unsigned i = 0; i < writer->bufs.n; i++)
-        while (writer->busy[i] && !perta_engine_wait(writer->engine, &ignored))
-            ;
+        while (writer->busy[i]) /* the kernel reads what is in the buffer */
+            perta_engine_wait(writer->engine, &ignored);
     perta_file_close(&writer->file);
     perta_digest_free(writer->digest);
     writer->digest = NULL;

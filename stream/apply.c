@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/fpenv.h"
 #include "stream/in_place.h"
 #include "stream/input.h"
 #include "stream/model_out.h"
@@ -323,6 +324,7 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
 int perta_apply(const struct perta_apply *apply, const struct perta_run *run, json_t **summary,
                 struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {
         .apply = apply,
         .forward = apply->mode == PERTA_APPLY,

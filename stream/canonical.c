@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/fpenv.h"
+
 static bool write_value(FILE *out, const json_t *value, int depth);
 
 static void write_char(FILE *out, char c)
@@ -180,6 +182,7 @@ static bool write_value(FILE *out, const json_t *value, int depth)
 bool perta_canonical_print(FILE *out, const json_t *object,
                            const struct perta_canonical_rows *rows)
 {
+    PERTA_FP_SCOPE;
     /* Whoever links the library may have set a locale with a decimal comma. */
     locale_t c = newlocale(LC_NUMERIC_MASK, "C", (locale_t)0);
     if (!c)

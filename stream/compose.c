@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/fpenv.h"
 #include "io/text.h"
 #include "stream/chain.h"
 #include "stream/input.h"
@@ -454,6 +455,7 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_jo
 int perta_compose(const struct perta_compose *compose, const struct perta_run *run,
                   json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {.compose = compose, .n_workers = perta_run_threads(run)};
     struct perta_job sizes = {.ctx = &job, .next = next, .work = work, .commit = commit};
     uint64_t chunk_bytes = 0;

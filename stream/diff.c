@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "io/codec.h"
+#include "io/fpenv.h"
 #include "io/text.h"
 #include "stream/input.h"
 #include "stream/naming.h"
@@ -268,6 +269,7 @@ static void release(struct job *job)
 int perta_diff(const struct perta_diff *diff, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {.one_way = diff->one_way};
     *summary = NULL;
     int rc = open_inputs(&job, diff, run, err);

@@ -246,7 +246,7 @@ static int try_lock(struct perta_journal *journal, const char *path, int flags,
                     struct perta_err *err)
 {
     struct stat st;
-    journal->fd = open(journal->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | flags, 0666);
+    journal->fd = perta_open_any(journal->path, O_RDWR | O_NOFOLLOW | flags);
     if (journal->fd < 0)
         return perta_fail_sys(err, errno, "%s", journal->path);
     if (perta_check_left(journal->fd, journal->path, &st, err)) {
@@ -371,7 +371,7 @@ bool perta_journal_found(const char *path)
     struct first_and_last ends = {0};
     size_t good;
     char *beside = path_beside(path);
-    int fd = beside ? open(beside, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK) : -1;
+    int fd = beside ? perta_open_any(beside, O_RDONLY | O_NOFOLLOW) : -1;
     struct stat st;
     if (fd >= 0 && !perta_check_left(fd, beside, &st, &err))
         read_records(fd, beside, keep_ends, &ends, &good, &err);

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "io/checkpoint.h"
+#include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
@@ -285,6 +286,7 @@ static int digest_all(struct job *job, const char *path, const char *skip,
 int perta_manifest(const char *path, bool with_sha256, const char *skip,
                    const struct perta_run *run, json_t **manifest, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {.with_sha256 = with_sha256};
     return digest_all(&job, path, skip, run, manifest, err);
 }
@@ -408,6 +410,7 @@ static int load(const char *path, json_t **manifest, struct perta_err *err)
 int perta_manifest_verify(const char *path, const char *manifest_path,
                           const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     json_t *want = NULL, *have = NULL;
     *summary = NULL;
     int rc = load(manifest_path, &want, err);

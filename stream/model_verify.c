@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "io/checkpoint.h"
+#include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
@@ -138,7 +139,7 @@ static int compare_header(struct job *job, uint32_t i, int fd, uint64_t file_byt
 static int look_at(struct job *job, uint32_t i, struct perta_err *err)
 {
     struct shard *shard = &job->shards[i];
-    int fd = shard->path ? open(shard->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY) : -1;
+    int fd = shard->path ? perta_open_any(shard->path, O_RDONLY) : -1;
     struct stat st;
     if (fd < 0 && shard->path && errno != ENOENT && errno != ENOTDIR)
         return perta_fail_sys(err, errno, "%s", shard->path);
@@ -385,6 +386,7 @@ static void release(struct job *job)
 int perta_model_verify(const char *model, const char *patch, bool applied,
                        const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {.model = model, .applied = applied, .damaged = json_array()};
     struct perta_stream *stream = NULL;
     struct perta_err others = {0};

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <zstd.h>
 
+#include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/text.h"
 #include "stream/lanes.h"
@@ -335,6 +336,7 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_er
 int perta_patch_verify(const char *path, const struct perta_run *run, json_t **summary,
                        struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct job job = {.differences = json_array(), .n_workers = perta_run_threads(run)};
     *summary = NULL;
     int rc = perta_patch_in_open_damaged(&job.patch, path, note_damage, &job, err);

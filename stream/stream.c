@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/fpenv.h"
 #include "io/hasher.h"
 #include "io/thread.h"
 #include "stream/memory.h"
@@ -438,6 +439,7 @@ static void stop_workers(struct perta_stream *s)
 
 int perta_stream_run(struct perta_stream *s, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     int rc = start_workers(s, err);
     if (!rc)
         rc = turn(s, err);

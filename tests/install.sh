@@ -31,6 +31,9 @@ flags=$(PKG_CONFIG_PATH=$pc PKG_CONFIG_SYSROOT_DIR=$stage pkg-config --cflags --
 # shellcheck disable=SC2086
 cc -std=gnu11 -Wall -Wextra -Werror -o "$stage/user" "$stage/user.c" $flags
 LD_LIBRARY_PATH=$lib "$stage/user"
+# shellcheck disable=SC2086
+cc -D_GNU_SOURCE -std=gnu11 -Wall -Wextra -Werror -iquote . -o "$stage/host" tests/host.c $flags -lm
+LD_LIBRARY_PATH=$lib "$stage/host"
 
 others=$(nm -D --defined-only "$lib/libperta.so" | grep -v " perta_.*@@PERTA_\| PERTA_[0-9]" || true)
 [ -z "$others" ] || { echo "symbols that are not perta's, or not versioned:"; echo "$others"; exit 1; }

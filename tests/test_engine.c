@@ -3,11 +3,14 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <pthread.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include "io/thread.h"
+#include "io/window.h"
 #include "tests/engines.h"
 
 static struct perta_err err;
@@ -318,6 +321,40 @@ START_TEST(the_choice_is_what_was_asked_for_or_suits_the_files)
 }
 END_TEST
 
+/* Of a file that belongs to somebody else and is in the page cache. */
+static int as_nobody(const char *path)
+{
+    struct perta_io_choice choice;
+    int status;
+    pid_t pid = fork();
+    if (!pid) {
+        if (!geteuid() && (setgroups(0, NULL) || setresgid(65534, 65534, 65534) ||
+                           setresuid(65534, 65534, 65534)))
+            _exit(2);
+        if (perta_file_cached_share(path) >= 0)
+            _exit(3);
+        if (perta_engine_choose(PERTA_IO_AUTO, &path, 1, &choice, &err))
+            _exit(4);
+        _exit(choice.mode == PERTA_IO_MMAP && perta_file_can_direct(path) ? 5 : 0);
+    }
+    ck_assert_int_eq(waitpid(pid, &status, 0), pid);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+}
+
+START_TEST(what_the_kernel_does_not_tell_is_no_reason_to_map_a_file)
+{
+    ck_assert_int_eq(chmod(".", 0755), 0);
+    free(make_file("f", 100000, 1));
+    ck_assert_int_eq(chmod("f", 0644), 0);
+    ck_assert(perta_file_cached_share("f") > 0.9);
+    ck_assert_int_eq(truncate("f", 0), 0);
+    ck_assert(perta_file_cached_share("f") == 0);
+    ck_assert(perta_file_cached_share("nowhere") < 0);
+    free(make_file("f", 100000, 1));
+    ck_assert_int_eq(as_nobody(geteuid() ? "/bin/sh" : "f"), 0);
+}
+END_TEST
+
 static void is_not_opened(const char *path, int code)
 {
     struct perta_file file;
@@ -372,10 +409,120 @@ START_TEST(a_file_that_changed_is_noticed)
 }
 END_TEST
 
-/* Two windows of 16 blocks; the file keeps 24. */
+static void is_blocking(int fd)
+{
+    ck_assert_int_ge(fd, 0);
+    ck_assert_int_eq(fcntl(fd, F_GETFL) & O_NONBLOCK, 0);
+}
+
+START_TEST(regular_files_are_not_left_non_blocking)
+{
+    struct perta_file file;
+    struct stat st;
+    put_text("f", "mine");
+    for (int direct = 0; direct < 2; direct++) {
+        ck_assert_ok(perta_file_open(&file, "f", direct, &err));
+        is_blocking(file.fd);
+        ck_assert_int_eq(!!(fcntl(file.fd, F_GETFL) & O_DIRECT), file.direct);
+        perta_file_close(&file);
+        ck_assert_ok(perta_file_reopen(&file, "f", direct, &err));
+        is_blocking(file.fd);
+        perta_file_close(&file);
+    }
+    int fd = perta_open_regular("f", &st, &err);
+    is_blocking(fd);
+    close(fd);
+}
+END_TEST
+
+START_TEST(again_is_tried_a_bounded_number_of_times_and_then_named)
+{
+    struct perta_file file = {.fd = -1, .path = (char[]){"f"}, .len_bytes = 10000};
+    struct perta_request r = {.file = &file, .len_bytes = 10000, .end = 10000};
+    for (int part = 0; part < 3; part++) { /* bytes that move start the count afresh */
+        for (int i = 0; i < 90; i++)
+            ck_assert(!perta_request_advance(&r, -EAGAIN));
+        ck_assert(!perta_request_advance(&r, 1000));
+    }
+    unsigned n = 0;
+    while (!perta_request_advance(&r, n % 2 ? -EAGAIN : -EINTR))
+        ck_assert_uint_lt(n++, 1000);
+    struct perta_err e = {0};
+    ck_assert_int_eq(perta_request_error(&r, &e), PERTA_ESYS);
+    ck_assert_int_eq(e.sys_errno, EAGAIN);
+    ck_assert_ptr_nonnull(strstr(e.msg, "f: read at byte 3000: "));
+    ck_assert_ptr_nonnull(strstr(e.msg, strerror(EAGAIN)));
+}
+END_TEST
+
+/* What is not aligned in memory is refused by a direct transfer itself, and not when the file is
+ * opened: so do some file systems with any. */
+START_TEST(direct_transfers_that_are_refused_late_take_the_page_cache)
+{
+    size_t len = 16 * 65536;
+    uint8_t *data = make_file("f", len, 1);
+    for_each_engine(engine, 3) {
+        struct perta_file file;
+        struct perta_request r[16];
+        unsigned left = 16;
+        ck_assert_ok(perta_file_create(&file, "w", true, &err));
+        for (unsigned i = 0; i < 16; i++) {
+            uint64_t off = (15 - i) * 65536u;
+            r[i] = reading(&file, off, 65536, pool + 1 + off, &left);
+            r[i].write = true;
+            memcpy(pool + 1 + off, data + off, 65536);
+            perta_engine_submit(engine, &r[i]);
+        }
+        ck_assert_ok(perta_engine_drain(engine, &err));
+        ck_assert_uint_eq(left, 0);
+        for (unsigned i = 0; i < 16; i++)
+            ck_assert_int_eq(r[i].sys_errno, 0);
+        perta_file_close(&file);
+        ck_assert(holds("w", data, len));
+        unlink("w");
+
+        memset(pool, 0, POOL_BYTES);
+        left = 16;
+        ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
+        for (unsigned i = 0; i < 16; i++) {
+            r[i] = reading(&file, i * 60000u + i, 50001, pool + 1 + i * 65536u, &left);
+            perta_engine_submit(engine, &r[i]);
+        }
+        ck_assert_ok(perta_engine_drain(engine, &err));
+        ck_assert_uint_eq(left, 0);
+        for (unsigned i = 0; i < 16; i++) {
+            ck_assert_int_eq(r[i].sys_errno, 0);
+            ck_assert_mem_eq(r[i].data, data + r[i].off_bytes, r[i].len_bytes);
+            perta_engine_release(engine, &r[i]);
+        }
+        perta_file_close(&file);
+    }
+    free(data);
+}
+END_TEST
+
+START_TEST(plain_transfers_that_are_refused_late_take_the_page_cache)
+{
+    enum { LEN = 3 * 65536 };
+    uint8_t *data = make_file("f", LEN, 1), *odd = aligned_alloc(PERTA_BLOCK_BYTES, LEN * 2);
+    struct perta_file file;
+    ck_assert_ok(perta_file_open(&file, "f", true, &err));
+    ck_assert_ok(perta_pread_all(file.fd, odd + 1, LEN, 0, "f", &err));
+    ck_assert_mem_eq(odd + 1, data, LEN);
+    perta_file_close(&file);
+    ck_assert_ok(perta_file_create(&file, "w", true, &err));
+    ck_assert_ok(perta_pwrite_all(file.fd, odd + 1, LEN, 0, "w", &err));
+    ck_assert(holds("w", data, LEN));
+    perta_file_close(&file);
+    free(odd);
+    free(data);
+}
+END_TEST
+
+/* Two windows of 16 pages; the file keeps 24. */
 START_TEST(a_mapped_file_that_shrinks_is_an_error_and_not_a_death)
 {
-    uint64_t half = 16 * PERTA_BLOCK_BYTES;
+    uint64_t half = 16 * perta_page_bytes();
     free(make_file("f", 2 * half, 1));
     struct perta_engine *engine = open_engine(PERTA_IO_MMAP, 2);
     struct perta_file file;
@@ -422,9 +569,14 @@ int main(void)
     tcase_add_test(tests, what_was_written_is_read_back);
     tcase_add_test(tests, any_thread_may_wake_the_owner);
     tcase_add_test(tests, the_choice_is_what_was_asked_for_or_suits_the_files);
+    tcase_add_test(tests, what_the_kernel_does_not_tell_is_no_reason_to_map_a_file);
     tcase_add_test(tests, what_is_no_regular_file_is_not_opened_and_not_left_open);
     tcase_add_test(tests, a_file_that_stands_there_is_not_created_again);
     tcase_add_test(tests, a_file_that_changed_is_noticed);
+    tcase_add_test(tests, regular_files_are_not_left_non_blocking);
+    tcase_add_test(tests, again_is_tried_a_bounded_number_of_times_and_then_named);
+    tcase_add_test(tests, direct_transfers_that_are_refused_late_take_the_page_cache);
+    tcase_add_test(tests, plain_transfers_that_are_refused_late_take_the_page_cache);
     tcase_add_test(tests, a_mapped_file_that_shrinks_is_an_error_and_not_a_death);
     return run_suite("engine", tests);
 }

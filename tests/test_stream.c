@@ -3,6 +3,7 @@
 
 #include "stream/stream.h"
 #include "tests/engines.h"
+#include "tests/strange_fp.h"
 
 static struct perta_err err;
 
@@ -47,6 +48,7 @@ static int toy_work(void *ctx, unsigned worker, struct perta_piece *piece, struc
 {
     struct toy *t = ctx;
     ck_assert_uint_lt(worker, t->n_threads);
+    ck_assert(strange_fp_is_default());
     if (t->fail_work && piece->tag >= t->fail_work)
         return perta_fail(e, PERTA_EINPUT, "work %llu", (unsigned long long)piece->tag);
     for (uint64_t i = 0; i < piece->n_elems; i++)
@@ -58,6 +60,7 @@ static int toy_commit(void *ctx, struct perta_piece *piece, struct perta_err *e)
 {
     struct toy *t = ctx;
     ck_assert_uint_eq(piece->tag, ++t->n_commit); /* in order */
+    ck_assert(strange_fp_is_default());
     if (t->n_commit == t->fail_commit)
         return perta_fail(e, PERTA_EINPUT, "commit %llu", (unsigned long long)t->n_commit);
     memcpy(t->seen + piece->first_elem, piece->out, piece->n_elems);
@@ -145,6 +148,22 @@ static void all_is_seen(struct toy *toy, enum perta_io_mode mode, unsigned n_thr
 START_TEST(the_loop_commits_every_byte_once_in_order)
 {
     with_toys(all_is_seen);
+}
+END_TEST
+
+static void computes_as_always(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
+{
+    strange_fp_set(N_STRANGE_FP - 1);
+    unsigned before = strange_fp_state();
+    all_is_seen(toy, mode, n_threads); /* toy_work and toy_commit look at theirs */
+    unsigned after = strange_fp_state();
+    strange_fp_set(0);
+    ck_assert_uint_eq(after, before);
+}
+
+START_TEST(work_and_commit_have_the_default_floating_point_environment)
+{
+    with_toys(computes_as_always);
 }
 END_TEST
 
@@ -351,6 +370,7 @@ int main(void)
     TCase *tests = tcase_create("stream");
     tcase_add_checked_fixture(tests, enter, leave);
     tcase_add_test(tests, the_loop_commits_every_byte_once_in_order);
+    tcase_add_test(tests, work_and_commit_have_the_default_floating_point_environment);
     tcase_add_test(tests, the_first_error_in_order_stops_the_loop);
     tcase_add_test(tests, of_several_errors_the_first_in_order_is_returned);
     tcase_add_test(tests, the_loop_stops_when_told);

@@ -63,6 +63,30 @@ START_TEST(a_writer_writes_what_was_appended)
 }
 END_TEST
 
+/* Some file systems refuse direct writes only when they are made; what is not aligned in memory is
+ * refused so by all. */
+START_TEST(direct_writes_that_are_refused_late_take_the_page_cache)
+{
+    uint64_t len = 3 * PERTA_WRITER_BUF_BYTES + 4097, seed = 3;
+    uint8_t *data = alloc(len);
+    fill_random(data, len, 1);
+    for_each_engine(engine, 2) {
+        struct perta_writer writer;
+        struct perta_digest_hex hex;
+        struct perta_writer_bufs bufs = {pool + 1, 2};
+        ck_assert_ok(perta_writer_open(&writer, engine, "w", len, bufs, &err));
+        append_all(&writer, data, len / 2, 70000, &seed);
+        ck_assert_ok(perta_writer_sync(&writer, &err)); /* the last block is sent twice */
+        ck_assert_ok(perta_writer_append(&writer, data + len / 2, len - len / 2, &err));
+        ck_assert_ok(perta_writer_close(&writer, &hex, &err));
+        digest_is_that_of(&hex, data, len);
+        ck_assert(holds("w", data, len));
+        unlink("w");
+    }
+    free(data);
+}
+END_TEST
+
 START_TEST(two_writers_share_an_engine)
 {
     uint64_t len = 3 * PERTA_WRITER_BUF_BYTES + 5;
@@ -159,6 +183,7 @@ int main(void)
     TCase *tests = tcase_create("writer");
     tcase_add_checked_fixture(tests, enter, leave);
     tcase_add_test(tests, a_writer_writes_what_was_appended);
+    tcase_add_test(tests, direct_writes_that_are_refused_late_take_the_page_cache);
     tcase_add_test(tests, two_writers_share_an_engine);
     tcase_add_test(tests, a_file_that_stands_there_is_not_overwritten);
     tcase_add_test(tests, giving_up_waits_and_closes);

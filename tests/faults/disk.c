@@ -2,6 +2,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <liburing.h>
 #include <linux/fs.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -241,9 +242,11 @@ static bool is_regular(int fd)
     return !fstat(fd, &st) && S_ISREG(st.st_mode);
 }
 
-/* How much of a write is done: on failure a part of it, too. */
+/* How much of a write is done: on failure a part of it, too, unless it is to be made again. */
 static size_t part_of(size_t len, bool failed)
 {
+    if (failed && errno == EAGAIN)
+        return 0;
     if (failed || fault_chance(fault_plan()->short_))
         return len > 1 ? 1 + fault_random(len - 1) : failed ? 0 : len;
     return len;
@@ -308,6 +311,18 @@ WRAP(ssize_t, __getdelim, char **line, size_t *room, int delimiter, FILE *file)
 WRAP(struct dirent64 *, readdir64, DIR *dir)
 {
     return read_fails("list") ? NULL : __real_readdir64(dir);
+}
+
+/* An io_uring is entered; where that fails the kernel may have taken what was prepared. */
+WRAP(int, io_uring_submit_and_wait_timeout, struct io_uring *ring, struct io_uring_cqe **cqe,
+     unsigned n, struct __kernel_timespec *timeout, sigset_t *mask)
+{
+    int error = fault_strikes("enter");
+    if (!error)
+        return __real_io_uring_submit_and_wait_timeout(ring, cqe, n, timeout, mask);
+    if (fault_random(2))
+        io_uring_submit(ring);
+    return -error;
 }
 
 WRAP(int, fsync, int fd)

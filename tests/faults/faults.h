@@ -9,7 +9,8 @@
  *   fail=KIND:N:E  the Nth operation of that kind fails with errno E: read, write (of the
  *                  engine), put (of what is written past it, half of it is), pread, text, list
  *                  (reads past the engine: by offset, of lines and the like, of names in folders),
- *                  sync, create, mkdir, rename, unlink, truncate, allocate
+ *                  sync, create, mkdir, rename, unlink, truncate, allocate,
+ *                  enter (an io_uring)
  *   forever=1      and all that follow
  *   shrink=N:PATH  after N reads the file loses its second half
  *   touch=N:PATH   after N reads one byte in the middle of the file is another

@@ -5,6 +5,7 @@ right bytes, or says what failed, leaves its inputs as they are and goes on with
 The long tier (PERTA_LONG=1) takes two thousand seeds; PERTA_SEEDS=FROM-TO takes those."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -118,6 +119,54 @@ def test_scratch_that_cannot_be_removed_is_not_published(inputs, wanted):
     clear(inputs)
 
 
+KINDS = ["read", "write", "pread", "pwrite"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verb", ["unlearn", "estimate", "apply"])
+def test_a_direct_transfer_refused_late_goes_through_the_page_cache(inputs, wanted, verb, kind):
+    """Some file systems accept O_DIRECT and refuse (EINVAL) when it is used."""
+    for io, n in itertools.product(["direct", "pread"], [1, 2, 7]):
+        env = os.environ | {"PERTA_FAULTS": f"fast=1,fail={kind}:{n}:{errno.EINVAL}"}
+        run(inputs, *VERBS[verb], "--io", io, env=env, perta=FAULTY)
+        assert folder_bytes(inputs / "out") == wanted[verb] and not leftovers(inputs), (io, n)
+        clear(inputs)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "put"])
+def test_again_without_end_is_an_error_that_names_it(inputs, kind):
+    """EAGAIN of a regular file: tried again, but not for ever."""
+    for io in ("direct", "pread", "mmap"):
+        env = os.environ | {"PERTA_FAULTS": f"fast=1,fail={kind}:2:{errno.EAGAIN},forever=1"}
+        done = run(inputs, *VERBS["unlearn"], "--io", io, env=env, perta=FAULTY, status=None)
+        if (kind, io) in {("read", "mmap"), ("pwrite", "direct")}:  # none are made
+            assert done.returncode == 0, done
+        else:
+            assert done.returncode == 4 and os.strerror(errno.EAGAIN) in done.stderr, (io, done)
+        clear(inputs)
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_a_ring_that_fails_ends_the_run_when_nothing_is_in_flight(inputs, wanted, verb):
+    """Whether the kernel had taken the requests or not; what is freed too early, sanitizers see."""
+    failed = 0
+    for n in (1, 2, 3, 5, 9, 30):
+        faults = f"fast=1,late=300,seed={n},fail=enter:{n}:{errno.ENOMEM},forever=1"
+        done = run(
+            inputs, *VERBS[verb], "--io", "direct", "--threads", "2",
+            env=EAGER | {"PERTA_FAULTS": faults}, perta=FAULTY, status=None,
+        )  # fmt: skip
+        assert done.returncode in (0, 4), (n, done)
+        if done.returncode == 4:
+            failed += 1
+            assert os.strerror(errno.ENOMEM) in done.stderr, (n, done)
+            again = run(inputs, *VERBS[verb], "--resume", status=None)
+            assert again.returncode == 0, (n, done, again)
+        assert folder_bytes(inputs / "out") == wanted[verb] and not leftovers(inputs), (n, done)
+        clear(inputs)
+    assert failed
+
+
 def test_a_folder_is_replaced_where_two_cannot_change_places_at_once(inputs, wanted):
     """As on NFS."""
     run(inputs, "diff", "model", "base", "--patch", "out")
@@ -177,6 +226,15 @@ def test_in_place_a_journal_that_cannot_be_read_is_no_damage(inputs):
         failed += done.returncode != 0
     assert failed > 10
     clear(inputs)
+
+
+def test_in_place_a_direct_write_refused_late_goes_through_the_page_cache(inputs):
+    for n in range(1, 9):
+        shutil.copytree(inputs / "model", inputs / "out")
+        env = os.environ | {"PERTA_FAULTS": f"fast=1,fail=pwrite:{n}:{errno.EINVAL}"}
+        run(inputs, "apply", "out", "p1", "--in-place", "--io", "direct", env=env, perta=FAULTY)
+        assert folder_bytes(inputs / "out") == folder_bytes(inputs / "tuned"), n
+        clear(inputs)
 
 
 def check_in_place(folder, sides, seed):
