@@ -5,11 +5,11 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "io/checked.h"
 #include "io/hasher.h"
 #include "io/thread.h"
+#include "stream/cpus.h"
 #include "stream/memory.h"
 #include "stream/slot.h"
 
@@ -53,8 +53,8 @@ struct perta_stream {
 
 unsigned perta_run_threads(const struct perta_run *run)
 {
-    long n = run->n_threads ? (long)run->n_threads : sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > THREADS_MAX ? THREADS_MAX : (unsigned)n;
+    unsigned n = run->n_threads ? run->n_threads : perta_cpus_available();
+    return n < THREADS_MAX ? n : THREADS_MAX;
 }
 
 static unsigned queue_depth(void)

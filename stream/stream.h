@@ -20,7 +20,7 @@
 /* How to run, from the command line. */
 struct perta_run {
     uint64_t memory_bytes; /* budget of the whole process */
-    unsigned n_threads;    /* workers; 0: one for each CPU */
+    unsigned n_threads;    /* workers; 0: one for each CPU that there is for this process */
     enum perta_io_mode io;
     void (*progress)(void *user, uint64_t done_bytes, uint64_t total_bytes); /* may be NULL */
     void *progress_user;
@@ -98,6 +98,7 @@ void perta_stream_skip(struct perta_stream *stream, uint64_t done_bytes);
 /* Bytes read so far. */
 PERTA_API uint64_t perta_stream_read_bytes(const struct perta_stream *stream);
 
+/* run->n_threads, or the CPUs that there are for this process (stream/cpus.h); 256 at most. */
 PERTA_API unsigned perta_run_threads(const struct perta_run *run);
 /* Resident memory of the process, now, in bytes; mapped files count. 0 where /proc is missing. */
 PERTA_API uint64_t perta_memory_now(void);
