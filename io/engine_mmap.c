@@ -14,6 +14,7 @@
 
 #include "io/checked.h"
 #include "io/engine.h"
+#include "io/pool.h"
 
 struct mapped {
     struct perta_engine base;
@@ -33,10 +34,11 @@ static struct sigaction before; /* what was done about the signal without us */
 
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
-    uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)(PERTA_BLOCK_BYTES - 1), none = 0;
+    size_t page_bytes = perta_page_bytes();
+    uintptr_t page = perta_align_down((uintptr_t)info->si_addr, page_bytes), none = 0;
     if (info->si_code == BUS_ADRERR && atomic_load(&n_engines) &&
-        mmap((void *)page, PERTA_BLOCK_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
-             -1, 0) != MAP_FAILED)
+        mmap((void *)page, page_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) !=
+            MAP_FAILED)
         atomic_compare_exchange_strong(&lost, &none, (uintptr_t)info->si_addr);
     else if (before.sa_flags & SA_SIGINFO)
         before.sa_sigaction(number, info, context);
@@ -61,7 +63,7 @@ static int mapped_check(struct perta_engine *engine, struct perta_err *err)
     int rc = r ? perta_file_unchanged(r->file, err) : 0;
     if (rc || !r)
         return rc ? rc : perta_fail_sys(err, EIO, "a mapped file");
-    uint64_t byte = perta_align_down(r->off_bytes, PERTA_BLOCK_BYTES) +
+    uint64_t byte = perta_align_down(r->off_bytes, perta_page_bytes()) +
                     (uint64_t)(at - (uint8_t *)r->map);
     return perta_fail_sys(err, EIO, "%s: read at byte %llu", r->file->path,
                           (unsigned long long)byte);
@@ -72,7 +74,7 @@ static int mapped_check(struct perta_engine *engine, struct perta_err *err)
 static void map_window(struct mapped *m, struct perta_request *r)
 {
     struct stat st;
-    uint64_t from = perta_align_down(r->off_bytes, PERTA_BLOCK_BYTES);
+    uint64_t from = perta_align_down(r->off_bytes, perta_page_bytes());
     uint64_t to = r->off_bytes + r->len_bytes;
     if (fstat(r->file->fd, &st)) {
         r->sys_errno = errno;

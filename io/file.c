@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/pool.h"
 
 static int remember(struct perta_file *file, const char *path, struct perta_err *err)
 {
@@ -138,7 +139,7 @@ bool perta_file_can_direct(const char *path)
 double perta_file_cached_share(const char *path)
 {
     enum { SAMPLES = 64 };
-    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t page = perta_page_bytes();
     unsigned hits = 0, asked = 0;
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     struct stat st;

@@ -71,7 +71,7 @@ static uint64_t slot_bytes(const struct perta_slot_shape *shape)
 
 static uint64_t fixed_bytes(const struct perta_job *job, unsigned n_writers)
 {
-    return perta_memory_trimmed() + job->later_bytes + MARGIN_BYTES + (2u << 20) +
+    return perta_memory_trimmed() + job->later_bytes + MARGIN_BYTES +
            n_writers * PERTA_WRITER_BUFS_MIN * (uint64_t)PERTA_WRITER_BUF_BYTES;
 }
 
