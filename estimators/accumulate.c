@@ -238,6 +238,16 @@ static uint64_t largest_piece(const struct job *job)
     return most * job->elems;
 }
 
+static unsigned count_writers(const struct job *job)
+{
+    return (unsigned)job->wanted[MEAN] + (unsigned)job->wanted[MEANSQ];
+}
+
+static uint64_t sums_bytes(const struct job *job)
+{
+    return 2 * count_writers(job) * job->elems * sizeof(float);
+}
+
 static struct perta_job sizes_of(struct job *job)
 {
     return (struct perta_job){
@@ -246,15 +256,11 @@ static struct perta_job sizes_of(struct job *job)
         .in_bytes_max = largest_piece(job),
         .out_bytes_max = N_STATS * perta_align_up(job->elems * sizeof(float), OUT_ALIGN),
         .total_bytes = total_bytes(job),
+        .worker_bytes = sums_bytes(job),
         .next = next,
         .work = work,
         .commit = commit,
     };
-}
-
-static unsigned count_writers(const struct job *job)
-{
-    return (unsigned)job->wanted[MEAN] + (unsigned)job->wanted[MEANSQ];
 }
 
 /* Headers of the outputs, made after the size of pieces is chosen: each takes about what the
@@ -268,16 +274,19 @@ static uint64_t plans_bytes(const struct job *job)
     return count_writers(job) * bytes;
 }
 
-/* As many elements a piece as let a few slots fit the budget, whatever the number of samples. */
+/* As many elements a piece as let a few slots and workers fit the budget, whatever the number of
+ * samples. */
 static int choose_elems(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     uint64_t needed = 0;
+    unsigned n_workers = perta_run_threads(run);
+    n_workers = n_workers < SLOTS_WANTED ? n_workers : SLOTS_WANTED;
     for (job->elems = ELEMS_MAX; job->elems >= ELEMS_MIN; job->elems /= 2) {
         struct perta_job sizes = sizes_of(job);
         sizes.later_bytes = plans_bytes(job);
-        unsigned n_slots = job->elems > ELEMS_MIN ? SLOTS_WANTED : 1;
-        uint64_t sums = job->n_workers * 2 * count_writers(job) * job->elems * sizeof(float);
-        needed = perta_stream_memory(&sizes, count_writers(job), n_slots) + sums;
+        bool few = job->elems == ELEMS_MIN;
+        needed = perta_stream_memory(&sizes, count_writers(job), few ? 1 : n_workers,
+                                     few ? 1 : SLOTS_WANTED);
         if (needed <= run->memory_bytes)
             return 0;
     }
@@ -288,17 +297,13 @@ static int choose_elems(struct job *job, const struct perta_run *run, struct per
 
 static int make_scratch(struct job *job, struct perta_err *err)
 {
+    job->n_workers = perta_stream_workers(job->stream);
     job->scratch = calloc(job->n_workers, sizeof *job->scratch);
     for (unsigned w = 0; job->scratch && w < job->n_workers; w++)
-        for (int i = 0; i < 4; i++) {
-            float **sums = job->scratch[w].sums;
-            sums[i] = job->wanted[i / 2] ? malloc(job->elems * sizeof(float)) : NULL;
-            if (job->wanted[i / 2] && !sums[i])
+        for (int i = 0; i < 4; i++)
+            if (job->wanted[i / 2] &&
+                !(job->scratch[w].sums[i] = malloc(job->elems * sizeof(float))))
                 return perta_fail_sys(err, ENOMEM, "sums");
-            if (sums[i])
-                memset(sums[i], 1, job->elems * sizeof(float)); /* resident from now on; gcc makes
-                                                                   calloc of 0 */
-        }
     return job->scratch ? 0 : perta_fail_sys(err, ENOMEM, "sums");
 }
 
@@ -384,7 +389,7 @@ static int prepare(struct job *job, const struct perta_run *run, struct perta_er
     if (!rc && !(home && perta_resume_found(run, home)))
         rc = check_outputs(job, err);
     free(home);
-    return rc || run->dry_run ? rc : make_scratch(job, err);
+    return rc;
 }
 
 static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
@@ -398,6 +403,8 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     int rc = perta_stream_open(run, &sizes, paths, job->n_files, count_writers(job), &job->stream,
                                err);
     free(paths);
+    if (!rc)
+        rc = make_scratch(job, err);
     if (rc)
         return rc;
     struct perta_engine *engine = perta_stream_engine(job->stream);
@@ -504,7 +511,6 @@ int perta_accumulate(const struct perta_accumulate *accumulate, const struct per
     struct job job = {
         .accumulate = accumulate,
         .wanted = {accumulate->mean, accumulate->meansq},
-        .n_workers = perta_run_threads(run),
     };
     *summary = NULL;
     int rc = prepare(&job, run, err);

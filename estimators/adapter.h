@@ -52,8 +52,8 @@ json_t *perta_adapter_recipe(const struct perta_checkpoint *ck);
 
 /* ---- its task vector, adapter_tau.c ---- */
 
-/* Resident memory that perta_adapter_begin takes for so many workers; UINT64_MAX: no end of it. */
-uint64_t perta_adapter_memory(const struct perta_adapter *adapter, unsigned n_workers);
+/* Memory that perta_adapter_begin takes for each worker; UINT64_MAX: no end of it. */
+uint64_t perta_adapter_memory(const struct perta_adapter *adapter);
 int perta_adapter_begin(struct perta_adapter *adapter, unsigned n_workers,
                         struct perta_err *err);
 void perta_adapter_end(struct perta_adapter *adapter);

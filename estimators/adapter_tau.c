@@ -50,20 +50,17 @@ static bool count_floats(const struct perta_adapter *adapter, uint64_t floats[3]
     return floats[0] < FLOATS_MAX && floats[1] < FLOATS_MAX;
 }
 
-uint64_t perta_adapter_memory(const struct perta_adapter *adapter, unsigned n_workers)
+uint64_t perta_adapter_memory(const struct perta_adapter *adapter)
 {
     uint64_t floats[3];
     if (!count_floats(adapter, floats))
         return UINT64_MAX;
-    return n_workers * (STAGE_BYTES + (floats[0] + floats[1] + floats[2]) * sizeof(float));
+    return STAGE_BYTES + (floats[0] + floats[1] + floats[2]) * sizeof(float);
 }
 
 static float *take(uint64_t n_floats)
 {
-    float *floats = malloc(n_floats ? n_floats * sizeof *floats : 1);
-    if (floats)
-        memset(floats, 1, n_floats * sizeof *floats); /* resident from now on */
-    return floats;
+    return malloc(n_floats ? n_floats * sizeof(float) : 1);
 }
 
 int perta_adapter_begin(struct perta_adapter *adapter, unsigned n_workers,

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "estimators/estimate_job.h"
+#include "io/fpenv.h"
 
 /* ---- stores ---- */
 
@@ -348,6 +349,7 @@ static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
 int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
                    json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct perta_estimate_job *job = calloc(1, sizeof *job);
     if (!job)
         return perta_fail_sys(err, ENOMEM, "estimate");

@@ -7,6 +7,7 @@
 
 #include "estimators/estimate_job.h"
 #include "estimators/patched.h"
+#include "io/fpenv.h"
 
 /* ---- numbers ---- */
 
@@ -198,6 +199,7 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
 int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     /* An estimate's way forward; of a statistic at most the memory. */
     const struct perta_estimate estimate = {.model = eval->model,
                                             .at = eval->at,

@@ -8,6 +8,7 @@
 #include "estimators/backprop/samples.h"
 #include "estimators/eval.h"
 #include "estimators/steps_job.h"
+#include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/publish.h"
 #include "stream/journal.h"
@@ -480,6 +481,7 @@ static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_e
 int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                 json_t **summary, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct perta_steps_job job = {
         .steps = steps, .run = *run, .journal = {.fd = -1}, .patching = -1};
     *summary = NULL;

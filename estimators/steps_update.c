@@ -7,6 +7,7 @@
 #include "estimators/backprop/weights.h"
 #include "estimators/convert.h"
 #include "estimators/importance.h"
+#include "io/fpenv.h"
 #include "stream/input.h"
 #include "stream/walk.h"
 
@@ -55,6 +56,7 @@ static float moved(const struct perta_step_rule *rule, double tau, double forget
 uint64_t perta_step_update(const struct perta_step_rule *rule,
                            const struct perta_step_in *in, uint16_t *to, double *sum)
 {
+    PERTA_FP_SCOPE;
     double tuned[TILE], base[TILE], forget[TILE], retain[TILE], scale[TILE];
     uint64_t n_moved = 0;
     *sum = 0;

@@ -281,22 +281,24 @@ static int open_stream(struct perta_unlearn_job *job, const struct perta_run *ru
     const char **paths = NULL;
     size_t n_paths = 0;
     measure(job, &sizes, &chunk_bytes);
-    job->n_workers = perta_run_threads(run);
-    job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err);
-    int rc = err->code;
+    sizes.worker_bytes = perta_codec_bytes(chunk_bytes);
+    if (job->adapter && perta_add_overflows(sizes.worker_bytes, perta_adapter_memory(job->adapter),
+                                            &sizes.worker_bytes))
+        sizes.worker_bytes = UINT64_MAX;
+    int rc = 0;
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
         if (job->in[i].ck)
             rc = perta_input_paths(&job->in[i], &paths, &n_paths, err);
     unsigned n_writers = job->n_outs * (job->unlearn->out ? 2 : 1);
-    if (!rc && job->adapter)
-        rc = perta_stream_afford(run, &sizes, n_writers,
-                                 perta_adapter_memory(job->adapter, job->n_workers), err);
-    if (!rc && job->adapter)
-        rc = perta_adapter_begin(job->adapter, job->n_workers, err);
     if (!rc)
         rc = perta_stream_open(run, &sizes, paths, n_paths, n_writers, &job->stream, err);
     free(paths);
-    return rc;
+    if (rc)
+        return rc;
+    unsigned n_workers = perta_stream_workers(job->stream);
+    if (!(job->codecs = perta_codecs_new(n_workers, chunk_bytes, err)))
+        return err->code;
+    return job->adapter ? perta_adapter_begin(job->adapter, n_workers, err) : 0;
 }
 
 static int attach(struct perta_unlearn_job *job, struct perta_err *err)
@@ -365,7 +367,7 @@ static void release(struct perta_unlearn_job *job)
     for (int i = 0; i < PERTA_N_ROLES; i++)
         perta_input_close(&job->in[i]);
     perta_stream_close(job->stream);
-    perta_codecs_free(job->codecs, job->n_workers);
+    perta_codecs_free(job->codecs);
     free(job->rows);
     free(job->actions);
 }

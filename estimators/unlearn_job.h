@@ -35,8 +35,7 @@ struct perta_unlearn_job {
     unsigned n_outs;
     struct perta_resume resume;
     struct perta_stream *stream;
-    struct perta_codec **codecs;
-    unsigned n_workers;
+    struct perta_codec **codecs; /* one for each worker */
     struct perta_walk walk; /* where next() stands, in the model */
 };
 

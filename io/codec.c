@@ -3,19 +3,22 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <zstd.h>
 
+#include "io/checked.h"
 #include "io/codec_payload.h"
 #include "io/hash.h"
 #include "io/isa.h"
+#include "io/pool.h"
 
+/* What zstd takes once it has packed and unpacked a frame: 1.0 MiB in 1.5.4. */
+#define ZSTD_BYTES (5u << 18)
 /* Sections of the payload from this length on get Huffman tables of their own. */
 #define OWN_TABLES_BYTES 2048
 
 struct perta_codec {
     struct perta_codec_scratch scratch;
-    uint8_t *arena; /* that holds it */
+    struct perta_pool arena; /* that holds it */
     ZSTD_CCtx *pack;
     ZSTD_DCtx *unpack;
 };
@@ -91,8 +94,6 @@ static const struct perta_codec_kernels *kernels_of(enum perta_isa isa)
     return vbmi2 ? &perta_codec_kernels_vbmi2 : all[isa];
 }
 
-#define HUGE_BYTES ((size_t)1 << 21)
-
 /* The next len_bytes of an arena, or so many more that it must hold. */
 static uint8_t *carve(uint8_t *arena, size_t *at, size_t len_bytes)
 {
@@ -113,44 +114,34 @@ static size_t lay_out(struct perta_codec_scratch *s, uint8_t *arena)
     return at + PERTA_TILE + 64; /* readers may go past an end by a tile */
 }
 
-/* All in one piece, in huge pages where it fills some, and touched: what is resident now is
- * what a run needs. */
-static uint8_t *take_scratch(struct perta_codec_scratch *s, size_t max_bytes)
+uint64_t perta_codec_bytes(size_t max_bytes)
 {
-    s->kernels = kernels_of(perta_isa_chosen());
-    s->max_bytes = max_bytes;
-    size_t len_bytes = (lay_out(s, NULL) + 63) / 64 * 64;
-    bool huge = len_bytes >= 2 * HUGE_BYTES;
-    if (huge)
-        len_bytes = (len_bytes + HUGE_BYTES - 1) / HUGE_BYTES * HUGE_BYTES;
-    uint8_t *arena = aligned_alloc(huge ? HUGE_BYTES : 64, len_bytes);
-    if (!arena)
-        return NULL;
-    if (huge)
-        madvise(arena, len_bytes, MADV_HUGEPAGE);
-    memset(arena, 1, len_bytes); /* of zeros gcc would make calloc, which does not touch */
-    lay_out(s, arena);
-    return arena;
+    struct perta_codec_scratch s = {.max_bytes = max_bytes};
+    return perta_align_up(lay_out(&s, NULL), perta_page_bytes()) + ZSTD_BYTES;
+}
+
+uint64_t perta_codec_taken(const struct perta_codec *codec)
+{
+    return codec->arena.len_bytes + ZSTD_sizeof_CCtx(codec->pack) +
+           ZSTD_sizeof_DCtx(codec->unpack) + sizeof *codec;
 }
 
 struct perta_codec *perta_codec_new(size_t max_bytes)
 {
+    struct perta_err ignored = {0};
     struct perta_codec *codec = calloc(1, sizeof *codec);
     if (!codec)
         return NULL;
+    codec->scratch.kernels = kernels_of(perta_isa_chosen());
+    codec->scratch.max_bytes = max_bytes;
     codec->pack = ZSTD_createCCtx();
     codec->unpack = ZSTD_createDCtx();
-    codec->arena = take_scratch(&codec->scratch, max_bytes);
-    if (!codec->pack || !codec->unpack || !codec->arena || !set_up(codec->pack)) {
+    if (!codec->pack || !codec->unpack || !set_up(codec->pack) ||
+        perta_pool_take(&codec->arena, lay_out(&codec->scratch, NULL), &ignored)) {
         perta_codec_free(codec);
         return NULL;
     }
-    /* zstd takes its own room when it is first used. */
-    struct perta_sections once = {{{codec->scratch.payload, max_bytes}}, 1, max_bytes};
-    size_t n =
-        pack(codec->pack, &once, codec->scratch.grouped, perta_grouped_room(max_bytes));
-    ZSTD_decompressDCtx(codec->unpack, codec->scratch.planes, max_bytes,
-                        codec->scratch.grouped, n);
+    lay_out(&codec->scratch, codec->arena.base);
     return codec;
 }
 
@@ -160,7 +151,7 @@ void perta_codec_free(struct perta_codec *codec)
         return;
     ZSTD_freeCCtx(codec->pack);
     ZSTD_freeDCtx(codec->unpack);
-    free(codec->arena);
+    perta_pool_give(&codec->arena);
     free(codec);
 }
 

@@ -26,8 +26,12 @@ enum perta_encoding {
 struct perta_codec;
 
 /* A codec for chunks of at most max_bytes bytes; NULL without memory. Its scratch, about five
- * times that, is allocated and touched here. */
+ * times that, becomes resident as it is used. */
 PERTA_API struct perta_codec *perta_codec_new(size_t max_bytes);
+/* The most bytes that such a codec ever has resident. */
+PERTA_API uint64_t perta_codec_bytes(size_t max_bytes);
+/* What a codec has taken so far, resident or not: never more than that. For tests. */
+PERTA_API uint64_t perta_codec_taken(const struct perta_codec *codec);
 PERTA_API void perta_codec_free(struct perta_codec *codec);
 
 /* The most bytes that the frame of a chunk of n bytes can take. */

@@ -12,6 +12,7 @@
 
 #include "io/checked.h"
 #include "io/engine.h"
+#include "io/pool.h"
 #include "io/window.h"
 
 struct mapped {

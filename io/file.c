@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "io/checked.h"
+#include "io/pool.h"
 #include "io/window.h"
 
 #define FAR_BYTES (1ull << 30)  /* more than any unit of the page cache */

@@ -111,7 +111,7 @@ int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*pass
     int rc = 0;
     for (; h->n_started < n_threads && !rc; h->n_started += !rc)
         rc = perta_thread_start(&h->threads[h->n_started], hash, h);
-    if (rc) {
+    if (!h->n_started) { /* fewer than asked for will do */
         perta_hasher_close(h);
         return perta_fail_sys(err, rc, "threads for digests");
     }

@@ -1,10 +1,21 @@
-/* thread.h - threads with small stacks, which count where address space is limited. */
+/* thread.h - threads with small stacks: each counts in the budget of memory, and in address space
+ * where that is limited. Every thread that the library starts is started here. */
 #ifndef PERTA_IO_THREAD_H
 #define PERTA_IO_THREAD_H
 
 #include <pthread.h>
 
+#if defined __has_feature /* clang */
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
 #define PERTA_STACK_BYTES (1u << 20)
+#endif
+#elif defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+#define PERTA_STACK_BYTES (1u << 20) /* they put space around everything that lies there */
+#endif
+/* Encoding, which goes deepest, takes 52 KiB. */
+#ifndef PERTA_STACK_BYTES
+#define PERTA_STACK_BYTES (256u << 10)
+#endif
 
 /* As pthread_create; 0 or an errno. */
 static inline int perta_thread_start(pthread_t *thread, void *(*run)(void *arg), void *arg)

@@ -6,9 +6,9 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include "io/checked.h"
+#include "io/pool.h"
 
 /* Read by the handler at any time, on any thread. version is odd while the rest changes. */
 struct perta_window {
@@ -37,11 +37,6 @@ static struct sigaction before;
 static atomic_bool before_is_spent; /* it was to be called once (SA_RESETHAND), and was */
 static bool is_buried;              /* the host program has put a handler over ours */
 static struct sigaction over;       /* that one */
-
-uint64_t perta_page_bytes(void)
-{
-    return (uint64_t)sysconf(_SC_PAGESIZE);
-}
 
 /* ---- the handler ---- */
 

@@ -27,7 +27,4 @@ void perta_windows_close(void);
 struct perta_window *perta_window_add(const void *map, size_t len_bytes, atomic_uintptr_t *lost);
 void perta_window_remove(struct perta_window *window); /* NULL is allowed */
 
-/* Of the kernel's pages: mappings begin at multiples of it in memory and in the file. */
-uint64_t perta_page_bytes(void);
-
 #endif

@@ -23,7 +23,6 @@ struct job {
     struct perta_resume resume; /* counts[0]: chunks */
     struct perta_stream *stream;
     struct perta_codec **codecs;
-    unsigned n_workers;
 
     /* where next() stands: chunks in order of the output's header */
     uint32_t shard;
@@ -225,15 +224,15 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     size_t n_paths = 0;
     uint64_t chunk_bytes;
     measure(job, &sizes, &chunk_bytes);
-    job->n_workers = perta_run_threads(run);
-    if (!(job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err)))
-        return err->code;
+    sizes.worker_bytes = perta_codec_bytes(chunk_bytes);
     int rc = perta_input_paths(&job->model, &paths, &n_paths, err);
     if (!rc)
         rc = perta_stream_open(run, &sizes, paths, n_paths, 1, &job->stream, err);
     free(paths);
     if (rc)
         return rc;
+    if (!(job->codecs = perta_codecs_new(perta_stream_workers(job->stream), chunk_bytes, err)))
+        return err->code;
     job->out.engine = perta_stream_engine(job->stream);
     job->out.writer_bufs = perta_stream_writer_bufs(job->stream, 0);
     rc = perta_input_open_files(&job->model, job->out.engine->wants_direct, err);
@@ -342,7 +341,7 @@ int perta_apply(const struct perta_apply *apply, const struct perta_run *run, js
     perta_model_out_release(&job.out);
     perta_patch_in_close(&job.patch);
     perta_input_close(&job.model);
-    perta_codecs_free(job.codecs, job.n_workers);
+    perta_codecs_free(job.codecs);
     free(job.starts);
     perta_stream_close(job.stream);
     return rc;

@@ -322,24 +322,34 @@ static int begin_output(struct job *job, const struct perta_run *run, json_t *sh
     return rc;
 }
 
-/* Scratch of the workers, resident from now on. */
+static int name_actions(struct job *job, struct perta_err *err)
+{
+    job->actions = calloc(job->chain.after.n_tensors + 1, sizeof *job->actions);
+    if (!job->actions)
+        return perta_fail_sys(err, ENOMEM, "compose");
+    for (uint64_t i = 0; i < job->chain.after.n_tensors; i++)
+        job->actions[i] = "composed";
+    return 0;
+}
+
+static uint64_t scratch_bytes(const struct job *job)
+{
+    return 2 * job->sum_bytes + 1;
+}
+
 static int take_scratch(struct job *job, uint64_t chunk_bytes, struct perta_err *err)
 {
+    job->n_workers = perta_stream_workers(job->stream);
     job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err);
     job->scratch = calloc(job->n_workers, sizeof *job->scratch);
     job->zeros = calloc(1, job->sum_bytes + 1);
-    job->actions = calloc(job->chain.after.n_tensors + 1, sizeof *job->actions);
     if (!job->codecs)
         return err->code;
-    if (!job->scratch || !job->zeros || !job->actions)
+    if (!job->scratch || !job->zeros)
         return perta_fail_sys(err, ENOMEM, "compose");
-    for (unsigned i = 0; i < job->n_workers; i++) {
-        if (!(job->scratch[i] = malloc(2 * job->sum_bytes + 1)))
+    for (unsigned i = 0; i < job->n_workers; i++)
+        if (!(job->scratch[i] = malloc(scratch_bytes(job))))
             return perta_fail_sys(err, ENOMEM, "compose");
-        memset(job->scratch[i], 1, 2 * job->sum_bytes);
-    }
-    for (uint64_t i = 0; i < job->chain.after.n_tensors; i++)
-        job->actions[i] = "composed";
     return 0;
 }
 
@@ -352,17 +362,21 @@ static int open_files(struct job *job, bool direct, struct perta_err *err)
 }
 
 static int open_stream(struct job *job, const struct perta_run *run,
-                       struct perta_job *sizes, struct perta_err *err)
+                       struct perta_job *sizes, uint64_t chunk_bytes, struct perta_err *err)
 {
     const char **paths = NULL;
     size_t n_paths = 0;
-    sizes->later_bytes = perta_patch_out_memory(&job->chain.before, &job->chain.after);
+    sizes->later_bytes =
+        perta_patch_out_memory(&job->chain.before, &job->chain.after) + job->sum_bytes;
+    sizes->worker_bytes = perta_codec_bytes(chunk_bytes) + scratch_bytes(job);
     int rc = job->model.ck ? perta_input_paths(&job->model, &paths, &n_paths, err) : 0;
     for (uint32_t k = 0; k < job->chain.n && !rc; k++)
         rc = perta_patch_in_paths(&job->chain.patches[k], &paths, &n_paths, err);
     if (!rc)
         rc = perta_stream_open(run, sizes, paths, n_paths, 1, &job->stream, err);
     free(paths);
+    if (!rc)
+        rc = take_scratch(job, chunk_bytes, err);
     if (!rc)
         rc = open_files(job, perta_stream_engine(job->stream)->wants_direct, err);
     return rc ? rc
@@ -426,7 +440,7 @@ static void release(struct job *job)
     perta_input_close(&job->model);
     perta_chain_close(&job->chain);
     perta_stream_close(job->stream);
-    perta_codecs_free(job->codecs, job->n_workers);
+    perta_codecs_free(job->codecs);
     for (unsigned i = 0; job->scratch && i < job->n_workers; i++)
         free(job->scratch[i]);
     free(job->scratch);
@@ -442,9 +456,9 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_jo
     int rc = begin_output(job, run, shards, err);
     if (rc || perta_resume_is_publishing(&job->resume, summary))
         return rc;
-    rc = take_scratch(job, chunk_bytes, err);
+    rc = name_actions(job, err);
     if (!rc)
-        rc = open_stream(job, run, sizes, err);
+        rc = open_stream(job, run, sizes, chunk_bytes, err);
     if (!rc)
         rc = perta_resume_restore(&job->resume, job->stream, err);
     if (!rc)
@@ -456,7 +470,7 @@ int perta_compose(const struct perta_compose *compose, const struct perta_run *r
                   json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
-    struct job job = {.compose = compose, .n_workers = perta_run_threads(run)};
+    struct job job = {.compose = compose};
     struct perta_job sizes = {.ctx = &job, .next = next, .work = work, .commit = commit};
     uint64_t chunk_bytes = 0;
     json_t *shards = NULL;

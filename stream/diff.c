@@ -23,8 +23,7 @@ struct job {
     struct perta_resume resume;
     struct perta_stream *stream;
     struct perta_patch_out out;
-    struct perta_codec **codecs; /* (n_workers) */
-    unsigned n_workers;
+    struct perta_codec **codecs; /* one for each worker */
     const char **actions;
     struct perta_walk walk; /* where next() stands, in after */
 };
@@ -179,18 +178,13 @@ static int begin_output(struct job *job, const struct perta_diff *diff,
     return rc;
 }
 
-static int plan(struct job *job, const struct perta_run *run, uint64_t chunk_bytes,
-                struct perta_err *err)
+static int plan(struct job *job, struct perta_err *err)
 {
-    job->n_workers = perta_run_threads(run);
     job->actions = calloc(job->in[AFTER].ck->n_tensors + 1, sizeof *job->actions);
     for (uint64_t i = 0; job->actions && i < job->in[AFTER].ck->n_tensors; i++)
         job->actions[i] = "compared";
     job->walk.ck = job->in[AFTER].ck;
-    job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err);
-    if (job->codecs && !job->actions)
-        perta_fail_sys(err, ENOMEM, "diff");
-    return err->code;
+    return job->actions ? 0 : perta_fail_sys(err, ENOMEM, "diff");
 }
 
 static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
@@ -201,12 +195,18 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     const char **paths = NULL;
     size_t n_paths = 0;
     measure(job->in[AFTER].ck, &sizes);
-    int rc = plan(job, run, sizes.in_bytes_max / 2, err);
+    uint64_t chunk_bytes = sizes.in_bytes_max / 2;
+    sizes.worker_bytes = perta_codec_bytes(chunk_bytes);
+    int rc = plan(job, err);
     for (int i = 0; i < N_IN && !rc; i++)
         rc = perta_input_paths(&job->in[i], &paths, &n_paths, err);
     if (!rc)
         rc = perta_stream_open(run, &sizes, paths, n_paths, 1, &job->stream, err);
     free(paths);
+    if (rc)
+        return rc;
+    job->codecs = perta_codecs_new(perta_stream_workers(job->stream), chunk_bytes, err);
+    rc = err->code;
     for (int i = 0; i < N_IN && !rc; i++)
         rc = perta_input_open_files(&job->in[i], perta_stream_engine(job->stream)->wants_direct,
                                     err);
@@ -261,7 +261,7 @@ static void release(struct job *job)
     perta_patch_out_release(&job->out);
     for (int i = 0; i < N_IN; i++)
         perta_input_close(&job->in[i]);
-    perta_codecs_free(job->codecs, job->n_workers);
+    perta_codecs_free(job->codecs);
     perta_stream_close(job->stream);
     free(job->actions);
 }

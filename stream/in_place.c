@@ -36,7 +36,6 @@ struct job {
     struct perta_run run; /* the way of reading that the first pass chose, for both */
     struct perta_stream *stream;
     struct perta_codec **codecs;
-    unsigned n_workers;
     enum pass pass;
     uint8_t **todo; /* (n_shards, n_entries): chunks that are not what they are to be */
     uint64_t n_todo, n_chunks;
@@ -261,8 +260,6 @@ static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *
             return perta_fail_sys(err, ENOMEM, "in place");
         memset(job->todo[s], 1, n);
     }
-    if (!(job->codecs = perta_codecs_new(job->n_workers, chunk_bytes, err)))
-        return err->code;
     int rc = 0;
     for (uint32_t s = 0; s < job->patch.n_shards && !rc; s++)
         rc = perta_file_reopen(&job->files[s], job->model.ck->shards[s].path, true, err);
@@ -289,6 +286,7 @@ static int open_stream(struct job *job, struct perta_err *err)
         .in_bytes_max = chunk_bytes + frame_bytes,
         .out_bytes_max = OUT_ALIGN + chunk_bytes,
         .total_bytes = bytes_to_read(job),
+        .worker_bytes = perta_codec_bytes(chunk_bytes),
         .next = next,
         .work = work,
         .commit = commit,
@@ -303,6 +301,8 @@ static int open_stream(struct job *job, struct perta_err *err)
     free(paths);
     if (rc)
         return rc;
+    if (!(job->codecs = perta_codecs_new(perta_stream_workers(job->stream), chunk_bytes, err)))
+        return err->code;
     job->run.io = perta_stream_choice(job->stream)->mode;
     bool direct = perta_stream_engine(job->stream)->wants_direct;
     if (job->model.files) /* by the first pass */
@@ -322,7 +322,9 @@ static int run_pass(struct job *job, enum pass pass, uint64_t *read_bytes, struc
     if (!rc)
         *read_bytes += perta_stream_read_bytes(job->stream);
     perta_stream_close(job->stream);
+    perta_codecs_free(job->codecs); /* resident, so they would count twice in the next pass */
     job->stream = NULL;
+    job->codecs = NULL;
     return rc;
 }
 
@@ -383,7 +385,6 @@ static void release(struct job *job)
     }
     free(job->todo);
     free(job->files);
-    perta_codecs_free(job->codecs, job->n_workers);
     perta_input_close(&job->model);
     perta_patch_in_close(&job->patch);
     if (job->lock >= 0)
@@ -394,7 +395,7 @@ int perta_in_place(const struct perta_apply *apply, const struct perta_run *run,
                    struct perta_err *err)
 {
     struct job job = {.apply = apply, .forward = apply->mode == PERTA_APPLY, .lock = -1,
-                      .ahead.log.fd = -1, .run = *run, .n_workers = perta_run_threads(run)};
+                      .ahead.log.fd = -1, .run = *run};
     *summary = NULL;
     int rc = open_all(&job, err);
     if (!rc && run->dry_run)

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "io/err.h"
+#include "io/pool.h"
 
 /* Resident now, after giving back what malloc keeps for later. */
 uint64_t perta_memory_trimmed(void);
@@ -15,14 +16,5 @@ uint64_t perta_memory_trimmed(void);
  * enough. Returns PERTA_EUSAGE. */
 int perta_memory_refuse(uint64_t budget_bytes, uint64_t least_bytes, struct perta_err *err,
                         const char *what, ...) __attribute__((format(printf, 4, 5)));
-
-/* One mapping, 2 MiB aligned, of huge pages where the kernel gives them. */
-struct perta_pool {
-    uint8_t *base;
-    uint64_t len_bytes;
-};
-
-int perta_pool_take(struct perta_pool *pool, uint64_t len_bytes, struct perta_err *err);
-void perta_pool_give(struct perta_pool *pool);
 
 #endif

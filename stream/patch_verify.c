@@ -258,15 +258,15 @@ static uint64_t scratch_bytes(const struct job *job)
     return job->payload_max + 1 + ZSTD_estimateDCtxSize();
 }
 
-static int make_scratch(struct job *job, struct perta_err *err)
+static int make_scratch(struct job *job, unsigned n_workers, struct perta_err *err)
 {
+    job->n_workers = n_workers;
     job->scratch = calloc(job->n_workers, sizeof *job->scratch);
     for (unsigned i = 0; job->scratch && i < job->n_workers; i++) {
         job->scratch[i].zstd = ZSTD_createDCtx();
         job->scratch[i].payload = malloc(job->payload_max + 1);
         if (!job->scratch[i].zstd || !job->scratch[i].payload)
             return perta_fail_sys(err, ENOMEM, "verify");
-        memset(job->scratch[i].payload, 1, job->payload_max); /* resident from now on; gcc makes calloc of 0 */
     }
     return job->scratch ? 0 : perta_fail_sys(err, ENOMEM, "verify");
 }
@@ -291,6 +291,8 @@ static int run_once(struct job *job, const struct perta_run *run, const struct p
     if (!rc)
         rc = perta_stream_open(run, sizes, paths, n_paths, 0, &stream, err);
     free(paths);
+    if (!rc && sizes->work == unpack)
+        rc = make_scratch(job, perta_stream_workers(stream), err);
     if (!rc)
         rc = run_stream(job, stream, err);
     perta_stream_close(stream);
@@ -310,11 +312,10 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_er
     job->files = calloc(job->patch.n_shards + 1, sizeof *job->files);
     if (!job->files)
         return perta_fail_sys(err, ENOMEM, "verify");
-    perta_lanes_begin(&job->lanes, job->patch.n_shards, job->n_workers);
+    perta_lanes_begin(&job->lanes, job->patch.n_shards, perta_run_threads(run));
     /* What a look at damaged files takes is asked for before it is known whether there are any. */
-    int rc = perta_stream_afford(run, &sizes, 0, job->n_workers * scratch_bytes(job), err);
-    if (!rc)
-        rc = run_once(job, run, &sizes, err);
+    sizes.worker_bytes = scratch_bytes(job);
+    int rc = run_once(job, run, &sizes, err);
     bool any = false;
     for (uint32_t i = 0; i < job->patch.n_shards && !rc; i++) {
         if (job->files[i].digest)
@@ -329,15 +330,14 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_er
     for (uint32_t i = 0; i < job->patch.n_shards; i++)
         job->files[i].entry = 0;
     perta_lanes_begin(&job->lanes, job->patch.n_shards, 1); /* to be listed in order */
-    rc = make_scratch(job, err);
-    return rc ? rc : run_once(job, run, &sizes, err);
+    return run_once(job, run, &sizes, err);
 }
 
 int perta_patch_verify(const char *path, const struct perta_run *run, json_t **summary,
                        struct perta_err *err)
 {
     PERTA_FP_SCOPE;
-    struct job job = {.differences = json_array(), .n_workers = perta_run_threads(run)};
+    struct job job = {.differences = json_array()};
     *summary = NULL;
     int rc = perta_patch_in_open_damaged(&job.patch, path, note_damage, &job, err);
     if (!rc)

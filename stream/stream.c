@@ -5,12 +5,12 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "io/checked.h"
 #include "io/fpenv.h"
 #include "io/hasher.h"
 #include "io/thread.h"
+#include "stream/cpus.h"
 #include "stream/memory.h"
 #include "stream/slot.h"
 
@@ -31,7 +31,7 @@ struct perta_stream {
     struct perta_pool pool;
     struct perta_slot_shape shape;
     struct perta_slot slots[SLOTS_MAX]; /* used round and round, in order of the pieces */
-    unsigned n_slots;
+    unsigned n_slots, n_workers;
     struct perta_writer_bufs writer_bufs; /* of the first writer; the others' follow */
 
     /* the owner's */
@@ -47,15 +47,22 @@ struct perta_stream {
     pthread_mutex_t lock;
     pthread_cond_t ready;
     bool stopping;
-    pthread_t threads[THREADS_MAX];
-    unsigned n_threads;
+    pthread_t threads[SLOTS_MAX];
+    unsigned n_threads; /* of n_workers, that run */
     unsigned next_worker;
 };
 
 unsigned perta_run_threads(const struct perta_run *run)
 {
-    long n = run->n_threads ? (long)run->n_threads : sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > THREADS_MAX ? THREADS_MAX : (unsigned)n;
+    unsigned n = run->n_threads ? run->n_threads : perta_cpus_available();
+    return n < THREADS_MAX ? n : THREADS_MAX;
+}
+
+/* A worker needs a slot. */
+static unsigned workers_wanted(const struct perta_run *run)
+{
+    unsigned n = perta_run_threads(run);
+    return n < SLOTS_MAX ? n : SLOTS_MAX;
 }
 
 static unsigned queue_depth(void)
@@ -72,25 +79,27 @@ static uint64_t slot_bytes(const struct perta_slot_shape *shape)
 
 static uint64_t fixed_bytes(const struct perta_job *job, unsigned n_writers)
 {
-    return perta_memory_trimmed() + job->later_bytes + MARGIN_BYTES + (2u << 20) +
+    return perta_memory_trimmed() + job->later_bytes + MARGIN_BYTES +
            n_writers * PERTA_WRITER_BUFS_MIN * (uint64_t)PERTA_WRITER_BUF_BYTES;
 }
 
-uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, unsigned n_slots)
+/* A worker's scratch and stack. */
+static bool worker_bytes(const struct perta_job *job, unsigned n, uint64_t *bytes)
 {
-    struct perta_slot_shape shape = perta_slot_shape_for(job);
-    return fixed_bytes(job, n_writers) + n_slots * slot_bytes(&shape);
+    return !perta_add_overflows(job->worker_bytes, PERTA_STACK_BYTES, bytes) &&
+           !perta_mul_overflows(*bytes, n, bytes);
 }
 
-int perta_stream_afford(const struct perta_run *run, const struct perta_job *job,
-                        unsigned n_writers, uint64_t more_bytes, struct perta_err *err)
+uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, unsigned n_workers,
+                             unsigned n_slots)
 {
-    uint64_t least;
-    if (perta_add_overflows(perta_stream_memory(job, n_writers, 1), more_bytes, &least))
-        least = INT64_MAX; /* no budget is enough */
-    return run->memory_bytes >= least
-               ? 0
-               : perta_memory_refuse(run->memory_bytes, least, err, "for this job");
+    struct perta_slot_shape shape = perta_slot_shape_for(job);
+    uint64_t workers, sum;
+    uint64_t slots = n_slots * slot_bytes(&shape);
+    bool known = worker_bytes(job, n_workers, &workers) &&
+                 !perta_add_overflows(fixed_bytes(job, n_writers), slots, &sum) &&
+                 !perta_add_overflows(sum, workers, &sum);
+    return known && sum < INT64_MAX ? sum : INT64_MAX;
 }
 
 /* Buffers beyond the least: up to a quarter of what is left. */
@@ -104,17 +113,22 @@ static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_
     return more * each;
 }
 
-/* How many slots the budget allows; as many as are of use, one at least. */
-static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
+/* As many workers as the budget allows, each with a slot to work on; then more slots, as many as
+ * are of use. One of each at least. */
+static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
-    uint64_t slot = slot_bytes(&s->shape), least = fixed_bytes(&s->job, n_writers) + slot;
-    if (s->run.memory_bytes < least)
-        return perta_memory_refuse(s->run.memory_bytes, least, err, "for this job");
-    uint64_t left = s->run.memory_bytes - least;
+    uint64_t slot = slot_bytes(&s->shape), worker, budget = s->run.memory_bytes;
+    uint64_t least = perta_stream_memory(&s->job, n_writers, 1, 1);
+    if (budget < least || !worker_bytes(&s->job, 1, &worker))
+        return perta_memory_refuse(budget, least, err, "for this job");
+    uint64_t left = budget - least, fit = 1 + left / (worker + slot);
+    unsigned wanted = workers_wanted(&s->run);
+    s->n_workers = fit < wanted ? (unsigned)fit : wanted;
+    left -= (s->n_workers - 1) * (worker + slot);
     left -= give_writers(s, n_writers, left);
-    uint64_t fit = 1 + left / slot;
+    fit = s->n_workers + left / slot;
     uint64_t ahead = s->job.total_bytes < AHEAD_BYTES ? s->job.total_bytes : AHEAD_BYTES;
-    uint64_t useful = ahead / slot + 2 * perta_run_threads(&s->run) + 2;
+    uint64_t useful = ahead / slot + 2 * s->n_workers + 2;
     uint64_t n = fit < useful ? fit : useful;
     s->n_slots = n < SLOTS_MAX ? (unsigned)n : SLOTS_MAX;
     return 0;
@@ -122,7 +136,7 @@ static int count_slots(struct perta_stream *s, unsigned n_writers, struct perta_
 
 static int take_memory(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
-    int rc = count_slots(s, n_writers, err);
+    int rc = count(s, n_writers, err);
     if (rc)
         return rc;
     uint64_t stride = perta_slot_pool_bytes(&s->shape), slots_bytes = stride * s->n_slots;
@@ -162,7 +176,7 @@ int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
     if (!rc)
         rc = perta_engine_open(s->choice.mode, queue_depth(), &s->engine, err);
     if (!rc)
-        rc = perta_hasher_open(&s->hasher, perta_run_threads(run), digested, s, err);
+        rc = perta_hasher_open(&s->hasher, s->n_workers, digested, s, err);
     if (!rc)
         s->engine->hasher = s->hasher;
     if (rc) {
@@ -193,6 +207,11 @@ struct perta_engine *perta_stream_engine(struct perta_stream *s)
     return s->engine;
 }
 
+unsigned perta_stream_workers(const struct perta_stream *s)
+{
+    return s->n_workers;
+}
+
 const struct perta_io_choice *perta_stream_choice(const struct perta_stream *s)
 {
     return &s->choice;
@@ -221,7 +240,7 @@ static void set_state(struct perta_stream *s, struct perta_slot *slot,
     pthread_mutex_lock(&s->lock);
     slot->state = state;
     if (state == SLOT_READY)
-        pthread_cond_broadcast(&s->ready);
+        pthread_cond_signal(&s->ready);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -291,7 +310,8 @@ static void read_ahead(struct perta_stream *s)
         pthread_mutex_lock(&s->lock);
         slot->state = slot->n_reads ? SLOT_READING : SLOT_READY;
         s->n_filled++;
-        pthread_cond_broadcast(&s->ready);
+        if (slot->state == SLOT_READY)
+            pthread_cond_signal(&s->ready);
         pthread_mutex_unlock(&s->lock);
         for (uint32_t i = 0; i < slot->n_reads; i++) {
             slot->reads[i].request.done = on_read;
@@ -416,15 +436,13 @@ static void *worker(void *arg)
     return NULL;
 }
 
+/* Fewer will do where the system has no more threads. */
 static int start_workers(struct perta_stream *s, struct perta_err *err)
 {
-    unsigned wanted = perta_run_threads(&s->run);
-    for (; s->n_threads < wanted; s->n_threads++) {
-        int rc = perta_thread_start(&s->threads[s->n_threads], worker, s);
-        if (rc)
-            return perta_fail_sys(err, rc, "worker threads");
-    }
-    return 0;
+    int rc = 0;
+    for (; s->n_threads < s->n_workers && !rc; s->n_threads += !rc)
+        rc = perta_thread_start(&s->threads[s->n_threads], worker, s);
+    return s->n_threads ? 0 : perta_fail_sys(err, rc, "worker threads");
 }
 
 static void stop_workers(struct perta_stream *s)

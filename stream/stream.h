@@ -5,7 +5,7 @@
  * input). The stream packs pieces into slots: one large piece, or many small ones. Slots go
  * FREE -> READING -> READY -> WORKING -> DONE -> COMMITTED -> FREE. The caller's thread owns the engine,
  * reads ahead and commits in order; workers do the rest, and up to eight more threads the digests of
- * what was committed. All memory is taken at the start. */
+ * what was committed. All memory is mapped at the start, and resident once it is used. */
 #ifndef PERTA_STREAM_STREAM_H
 #define PERTA_STREAM_STREAM_H
 
@@ -20,7 +20,7 @@
 /* How to run, from the command line. */
 struct perta_run {
     uint64_t memory_bytes; /* budget of the whole process */
-    unsigned n_threads;    /* workers; 0: one for each CPU */
+    unsigned n_threads;    /* workers; 0: one for each CPU that there is for this process */
     enum perta_io_mode io;
     void (*progress)(void *user, uint64_t done_bytes, uint64_t total_bytes); /* may be NULL */
     void *progress_user;
@@ -52,6 +52,7 @@ struct perta_job {
     uint64_t out_bytes_max; /* of a piece */
     uint64_t total_bytes;   /* to be read, for progress */
     uint64_t later_bytes;   /* of memory that it takes once the stream is open */
+    uint64_t worker_bytes;  /* the same, for each worker (perta_stream_workers) */
     /* The next piece in order. 1: one; 0: no more. Called on the owner's thread. */
     int (*next)(void *ctx, struct perta_piece *piece, struct perta_err *err);
     /* On worker number worker; pieces of one slot in order, slots in any. */
@@ -63,21 +64,21 @@ struct perta_job {
 struct perta_stream;
 
 /* Choose an engine for reading paths and take all memory: slots, and buffers for n_writers
- * writers, so that the process stays below run->memory_bytes. Scratch of the workers
- * (run->n_threads, see perta_run_threads) is to be taken before. Too small a budget is
- * PERTA_EUSAGE, and the message says what is enough. */
+ * writers, so that the process stays below run->memory_bytes. There are as many workers as fit, at
+ * most what is asked for (perta_run_threads); their scratch (worker_bytes each) is the caller's
+ * to take afterwards. A budget too small for one slot and one worker is PERTA_EUSAGE, and the
+ * message says what is enough. */
 PERTA_API int perta_stream_open(const struct perta_run *run, const struct perta_job *job,
                                 const char *const *paths, size_t n_paths, unsigned n_writers,
                                 struct perta_stream **out, struct perta_err *err);
 PERTA_API void perta_stream_close(struct perta_stream *stream);
-/* What perta_stream_open needs for such a job with n_slots slots: the budget of the process, with
- * what is resident now. For jobs that may choose the size of their pieces. */
+/* What perta_stream_open needs for such a job with so many workers and slots, one of each at least:
+ * the budget of the process, with what is resident now. INT64_MAX: no budget is enough. For jobs
+ * that may choose the size of their pieces. */
 PERTA_API uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers,
-                                       unsigned n_slots);
-/* PERTA_EUSAGE, as perta_stream_open says it, unless the budget has room for more_bytes that are
- * not resident yet besides what perta_stream_open needs. */
-int perta_stream_afford(const struct perta_run *run, const struct perta_job *job,
-                        unsigned n_writers, uint64_t more_bytes, struct perta_err *err);
+                                       unsigned n_workers, unsigned n_slots);
+/* How many workers there are: work() gets numbers below this. */
+PERTA_API unsigned perta_stream_workers(const struct perta_stream *stream);
 
 PERTA_API struct perta_engine *perta_stream_engine(struct perta_stream *stream);
 PERTA_API const struct perta_io_choice *perta_stream_choice(const struct perta_stream *stream);
@@ -98,6 +99,7 @@ void perta_stream_skip(struct perta_stream *stream, uint64_t done_bytes);
 /* Bytes read so far. */
 PERTA_API uint64_t perta_stream_read_bytes(const struct perta_stream *stream);
 
+/* run->n_threads, or the CPUs that there are for this process (stream/cpus.h); 256 at most. */
 PERTA_API unsigned perta_run_threads(const struct perta_run *run);
 /* Resident memory of the process, now, in bytes; mapped files count. 0 where /proc is missing. */
 PERTA_API uint64_t perta_memory_now(void);

@@ -89,10 +89,10 @@ uint64_t perta_walk_chunk_bytes(const struct perta_tensor *tensor)
 
 struct perta_codec **perta_codecs_new(unsigned n, uint64_t chunk_bytes, struct perta_err *err)
 {
-    struct perta_codec **codecs = calloc(n, sizeof *codecs);
+    struct perta_codec **codecs = calloc(n + 1u, sizeof *codecs);
     for (unsigned i = 0; codecs && i < n; i++)
         if (!(codecs[i] = perta_codec_new(chunk_bytes))) {
-            perta_codecs_free(codecs, n);
+            perta_codecs_free(codecs);
             codecs = NULL;
         }
     if (!codecs)
@@ -100,9 +100,9 @@ struct perta_codec **perta_codecs_new(unsigned n, uint64_t chunk_bytes, struct p
     return codecs;
 }
 
-void perta_codecs_free(struct perta_codec **codecs, unsigned n)
+void perta_codecs_free(struct perta_codec **codecs)
 {
-    for (unsigned i = 0; codecs && i < n; i++)
+    for (unsigned i = 0; codecs && codecs[i]; i++)
         perta_codec_free(codecs[i]);
     free(codecs);
 }

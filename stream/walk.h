@@ -40,8 +40,9 @@ bool perta_walk_to(struct perta_walk *walk, uint32_t shard, uint64_t tensor, uin
 /* Bytes of the largest chunk that a tensor has. */
 uint64_t perta_walk_chunk_bytes(const struct perta_tensor *tensor);
 
-/* A codec for each of n workers, for chunks of at most chunk_bytes. */
+/* A codec for each of n workers (perta_stream_workers), for chunks of at most chunk_bytes, and a
+ * NULL; each has at most perta_codec_bytes resident. perta_codecs_free takes NULL too. */
 struct perta_codec **perta_codecs_new(unsigned n, uint64_t chunk_bytes, struct perta_err *err);
-void perta_codecs_free(struct perta_codec **codecs, unsigned n);
+void perta_codecs_free(struct perta_codec **codecs);
 
 #endif

@@ -1,10 +1,10 @@
 #include "stream/workers.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
+
+#include "io/thread.h"
 
 struct thread {
     struct perta_workers *workers;
@@ -78,23 +78,17 @@ static void *run_thread(void *of)
     return NULL;
 }
 
-/* Signals are the caller's business. Where no thread can be had there are fewer workers. */
+/* Where no thread can be had there are fewer workers. */
 static void start_threads(struct perta_workers *w, size_t wanted)
 {
-    sigset_t all, before;
     if (wanted > w->n)
         wanted = w->n;
-    if (w->n_started >= wanted)
-        return;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (; w->n_started < wanted; w->n_started++) {
         struct thread *t = &w->threads[w->n_started];
         *t = (struct thread){.workers = w, .number = w->n_started};
-        if (pthread_create(&t->id, NULL, run_thread, t))
+        if (perta_thread_start(&t->id, run_thread, t))
             break;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 /* ---- all of them ---- */

@@ -258,6 +258,30 @@ START_TEST(whole_chunks_come_back_and_every_layout_occurs)
 }
 END_TEST
 
+START_TEST(what_a_codec_takes_is_known_before)
+{
+    static const size_t sizes[] = {1, 100, 4096, 1 << 20, 4 << 20, 8 << 20};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        size_t n = sizes[i];
+        struct perta_codec *codec = perta_codec_new(n);
+        uint8_t *before = alloc(n), *after = alloc(n);
+        uint8_t *frame = alloc(perta_codec_bound(n));
+        struct perta_coded coded;
+        fill_random(before, n, 1);
+        fill_random(after, n, 2);
+        ck_assert_ok(perta_codec_encode(codec, PERTA_U8, before, after, n, frame,
+                                        perta_codec_bound(n), &coded, &err));
+        ck_assert_ok(perta_codec_apply(codec, PERTA_U8, coded.encoding, frame, coded.frame_bytes,
+                                       coded.payload_bytes, before, after, n, &err));
+        ck_assert_uint_le(perta_codec_taken(codec), perta_codec_bytes(n));
+        perta_codec_free(codec);
+        free(before);
+        free(after);
+        free(frame);
+    }
+}
+END_TEST
+
 static const struct perta_codec_kernels *const kernels[] = {
     &perta_codec_kernels_v2, &perta_codec_kernels_v3, &perta_codec_kernels_v4,
     &perta_codec_kernels_vbmi2};
@@ -715,6 +739,7 @@ int main(void)
     TCase *tests = tcase_create("codec");
     tcase_add_test(tests, any_bits_come_back_for_every_dtype);
     tcase_add_test(tests, whole_chunks_come_back_and_every_layout_occurs);
+    tcase_add_test(tests, what_a_codec_takes_is_known_before);
     tcase_add_test(tests, kernels_move_units_alike_for_every_instruction_set);
     tcase_add_test(tests, kernels_split_and_join_alike_for_every_instruction_set);
     tcase_add_test(tests, kernels_find_the_same_groups_for_every_instruction_set);

@@ -9,6 +9,7 @@
 #include <sys/wait.h>
 #include <time.h>
 
+#include "io/pool.h"
 #include "io/thread.h"
 #include "io/window.h"
 #include "tests/engines.h"

@@ -1,6 +1,10 @@
 /* The loop: every byte, once, in order; errors in order; nothing in flight. */
 #include "tests/scratch.h"
 
+#include <sys/resource.h>
+
+#include "io/pool.h"
+#include "io/thread.h"
 #include "stream/stream.h"
 #include "tests/engines.h"
 #include "tests/strange_fp.h"
@@ -365,6 +369,92 @@ START_TEST(a_budget_too_small_is_refused_with_what_is_enough)
 }
 END_TEST
 
+/* What a refusal at this number of threads says is enough. */
+static uint64_t enough_for(const struct perta_job *job, unsigned n_threads)
+{
+    struct perta_run run = {.memory_bytes = 1 << 20, .n_threads = n_threads, .io = PERTA_IO_PREAD};
+    struct perta_stream *stream;
+    struct perta_err e = {0};
+    ck_assert_int_eq(perta_stream_open(&run, job, NULL, 0, 1, &stream, &e), PERTA_EUSAGE);
+    const char *says = strstr(e.msg, "it needs ");
+    ck_assert_ptr_nonnull(says);
+    return strtoull(says + strlen("it needs "), NULL, 10) << 20;
+}
+
+/* Workers with that budget; the job runs to its end. */
+static unsigned workers_for(struct perta_job *job, unsigned n_threads, uint64_t memory_bytes)
+{
+    uint64_t n[2] = {0};
+    struct perta_run run = {.memory_bytes = memory_bytes, .n_threads = n_threads,
+                            .io = PERTA_IO_PREAD};
+    struct perta_stream *stream;
+    job->ctx = n;
+    ck_assert_ok(perta_stream_open(&run, job, NULL, 0, 1, &stream, &err));
+    unsigned n_workers = perta_stream_workers(stream);
+    ck_assert_ok(perta_stream_run(stream, &err));
+    perta_stream_close(stream);
+    ck_assert_uint_eq(n[1], 10000);
+    return n_workers;
+}
+
+/* Much more than resident memory differs by, from run to run. */
+#define SCRATCH_BYTES (256ull << 20)
+
+START_TEST(there_are_as_many_workers_as_fit_the_budget)
+{
+    struct perta_job job = {.n_in = 1, .out_bytes_max = 4096, .worker_bytes = SCRATCH_BYTES,
+                            .next = idle_next, .work = idle_work, .commit = idle_commit};
+    uint64_t least = enough_for(&job, 1), at_128 = enough_for(&job, 128), part = SCRATCH_BYTES / 2;
+    ck_assert_uint_le(at_128, least + part);
+    ck_assert_uint_le(least, at_128 + part);
+    ck_assert_uint_eq(workers_for(&job, 128, least), 1);
+    for (unsigned i = 1; i <= 4; i++) { /* scratch, a stack, and a slot of some MiB */
+        uint64_t budget = least + i * (SCRATCH_BYTES + (16 << 20));
+        ck_assert_uint_eq(workers_for(&job, 128, budget), i + 1);
+    }
+    ck_assert_uint_eq(workers_for(&job, 3, 64ull << 30), 3);
+    ck_assert_uint_gt(workers_for(&job, 128, 64ull << 30), 32);
+}
+END_TEST
+
+START_TEST(scratch_without_end_is_refused)
+{
+    struct perta_run run = {.memory_bytes = INT64_MAX - 1, .n_threads = 1, .io = PERTA_IO_PREAD};
+    static const uint64_t scratch[] = {UINT64_MAX, UINT64_MAX - (1 << 20), INT64_MAX};
+    struct perta_stream *stream;
+    for (size_t i = 0; i < sizeof scratch / sizeof *scratch; i++) {
+        struct perta_job job = {.n_in = 1, .worker_bytes = scratch[i]};
+        struct perta_err e = {0};
+        ck_assert_int_eq(perta_stream_open(&run, &job, NULL, 0, 0, &stream, &e), PERTA_EUSAGE);
+        ck_assert_uint_eq(perta_stream_memory(&job, 0, 1, 1), INT64_MAX);
+    }
+}
+END_TEST
+
+START_TEST(fewer_threads_do_where_the_system_has_no_more)
+{
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+    return; /* they take terabytes of address space, which is what is limited here */
+#endif
+    unsigned long long pages;
+    uint64_t n[2] = {0};
+    struct perta_run run = {.memory_bytes = 512u << 20, .n_threads = 32, .io = PERTA_IO_PREAD};
+    struct perta_job job = {.ctx = n, .n_in = 1, .out_bytes_max = 4096, .next = idle_next,
+                            .work = idle_work, .commit = idle_commit};
+    struct perta_stream *stream;
+    ck_assert_ok(perta_stream_open(&run, &job, NULL, 0, 0, &stream, &err));
+    ck_assert_uint_eq(perta_stream_workers(stream), 32);
+    FILE *statm = fopen("/proc/self/statm", "r");
+    ck_assert(statm && fscanf(statm, "%llu", &pages) == 1);
+    fclose(statm);
+    rlim_t room = (rlim_t)pages * (rlim_t)perta_page_bytes() + 4 * PERTA_STACK_BYTES;
+    ck_assert_int_eq(setrlimit(RLIMIT_AS, &(struct rlimit){room, room}), 0);
+    ck_assert_ok(perta_stream_run(stream, &err));
+    perta_stream_close(stream);
+    ck_assert_uint_eq(n[1], 10000);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("stream");
@@ -380,5 +470,8 @@ int main(void)
     tcase_add_test(tests, pieces_that_read_nothing_are_worked_on_too);
     tcase_add_test(tests, a_file_is_read_in_order_in_the_room_of_the_slots);
     tcase_add_test(tests, a_budget_too_small_is_refused_with_what_is_enough);
+    tcase_add_test(tests, there_are_as_many_workers_as_fit_the_budget);
+    tcase_add_test(tests, scratch_without_end_is_refused);
+    tcase_add_test(tests, fewer_threads_do_where_the_system_has_no_more);
     return run_suite("stream", tests);
 }

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 
+#include "io/pool.h"
 #include "io/thread.h"
 #include "io/window.h"
 #include "tests/engines.h"

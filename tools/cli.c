@@ -204,7 +204,7 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
 
 static const struct argp_option common_options[] = {
     {"memory", KEY_MEMORY, "SIZE", 0, "Budget of the whole process (default 1G)", 90},
-    {"threads", KEY_THREADS, "N", 0, "Worker threads (default: one for each CPU)", 90},
+    {"threads", KEY_THREADS, "N", 0, "Worker threads (default: one for each CPU it may use)", 90},
     {"io", KEY_IO, "auto|direct|mmap|pread", 0,
      "How files are read: io_uring past the page cache, mapped, or by threads (default auto; "
      "`perta inspect --io PATH' says what that picks)", 90},

@@ -8,6 +8,7 @@
 
 #include "estimators/backprop/weights.h"
 #include "estimators/convert.h"
+#include "io/fpenv.h"
 #include "io/publish.h"
 
 /* ---- parameters ---- */
@@ -100,6 +101,7 @@ static float normal(uint64_t seed, uint64_t i)
 int perta_model_new(const struct perta_llm *llm, uint64_t seed, struct perta_model *m,
                     struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     int rc = lay_out(llm, m, err);
     for (size_t p = 0; p < m->n_parameters && !rc; p++) {
         const struct perta_parameter *of = &m->parameters[p];
@@ -136,6 +138,7 @@ static int load_all(struct perta_weights *w, struct perta_model *m, struct perta
 
 int perta_model_load(const char *path, struct perta_model *m, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct perta_weights w;
     *m = (struct perta_model){0};
     int rc = perta_weights_open(&w, path, err);
@@ -195,6 +198,7 @@ static int encode(struct perta_model *m, uint8_t **bytes, uint64_t *len_bytes,
 int perta_model_save(struct perta_model *m, const char *path, const struct perta_model_file *files,
                      size_t n_files, bool force, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct perta_publish folder = {0};
     uint8_t *bytes = NULL;
     uint64_t len_bytes;

@@ -1,9 +1,9 @@
 #include "estimators/backprop/reader.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdlib.h>
+
+#include "io/thread.h"
 
 struct perta_reader {
     pthread_t thread;
@@ -44,11 +44,7 @@ int perta_reader_open(struct perta_reader **out, struct perta_err *err)
         return perta_fail_sys(err, ENOMEM, "reader");
     pthread_mutex_init(&r->lock, NULL);
     pthread_cond_init(&r->changed, NULL);
-    sigset_t all, before; /* signals are the owner's business */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int refused = pthread_create(&r->thread, NULL, run, r);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    int refused = perta_thread_start(&r->thread, run, r);
     if (refused) {
         pthread_cond_destroy(&r->changed);
         pthread_mutex_destroy(&r->lock);

@@ -7,6 +7,7 @@
 
 #include "estimators/backprop/ops.h"
 #include "estimators/backprop/weights.h"
+#include "io/fpenv.h"
 
 /* ---- memory ---- */
 
@@ -185,6 +186,7 @@ int perta_trainer_forward(struct perta_trainer *t, const struct perta_samples *s
                           const uint32_t *which, size_t n, size_t *n_labels,
                           struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     struct perta_batch batch = pack(t, samples, which, n, n_labels);
     return forward(t, &batch, *n_labels, err);
 }
@@ -284,6 +286,7 @@ static int block_backward(struct perta_trainer *t, const struct perta_batch *bat
 int perta_trainer_gradients(struct perta_trainer *t, const struct perta_samples *samples,
                             const uint32_t *which, size_t n, double *loss, struct perta_err *err)
 {
+    PERTA_FP_SCOPE;
     const struct perta_model *m = t->model;
     size_t n_labels, H = m->llm.hidden;
     struct perta_batch batch = pack(t, samples, which, n, &n_labels);
@@ -329,6 +332,7 @@ static int adamw_elems(void *ctx, unsigned worker, size_t piece, struct perta_er
 
 void perta_trainer_step(struct perta_trainer *t, float learning_rate, float weight_decay)
 {
+    PERTA_FP_SCOPE;
     struct perta_err never = {0};
     t->n_steps++;
     struct adamw a = {t->model->weights, t->first, t->second, t->gradients, t->model->n_floats,

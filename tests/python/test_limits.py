@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import PERTA, SANITIZED, in_a_larger_process, needed, part
 from reference import BF16, folder_bytes, write_folder
+from verbs import IN_PLACE, STREAM, make_inputs
 
 MIB = 1 << 20
 UNLEARN = "unlearn --model model --tuned tuned --base base --forget forget --retain retain".split()
@@ -91,13 +92,13 @@ sanitized = pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 
 
 @sanitized
-@pytest.mark.parametrize("io", ["direct", "pread"])
+@pytest.mark.parametrize("io, threads", [("direct", "2"), ("pread", "2"), ("pread", "128")])
 @pytest.mark.parametrize("job", JOBS)
-def test_memory_bounds_the_whole_process(big, tmp_path, job, io):
+def test_memory_bounds_the_whole_process(big, tmp_path, job, io, threads):
     """Mapped files count as page cache, so they are left out here."""
     for folder in ("model", "tuned", "base", "forget", "retain"):
         (tmp_path / folder).symlink_to(big / folder)
-    command = [*JOBS[job], "--memory", "128M", "--io", io, "--threads", "2"]
+    command = [*JOBS[job], "--memory", "128M", "--io", io, "--threads", threads]
     assert peak_mib(command, tmp_path) <= 128
 
 
@@ -107,6 +108,41 @@ def test_what_a_refusal_names_is_enough(perta, small, tmp_path, job):
     for folder in ("model", "tuned", "base", "forget", "retain"):
         (tmp_path / folder).symlink_to(small / folder)
     perta(*JOBS[job], "--memory", needed(perta, JOBS[job]), **in_a_larger_process())
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"), large=True)
+
+
+THREADS = [1, 2, 16, 64, 128]
+
+
+@sanitized
+@pytest.mark.parametrize("verb", [*STREAM, *IN_PLACE])
+def test_a_budget_is_for_any_number_of_threads(perta, inputs, tmp_path, verb):
+    """Where it is small there are fewer workers, never a refusal, and the result is the same."""
+    for entry in inputs.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    model, command = IN_PLACE.get(verb) or (None, STREAM[verb])
+    out = tmp_path / "out"
+
+    def start_over():
+        if out.is_dir():
+            shutil.rmtree(out)
+        if model:
+            shutil.copytree(inputs / model, out)
+
+    start_over()
+    named = [int(needed(perta, [*command, "--threads", n])[:-1]) for n in ("1", "128")]
+    least, enough = min(named), min(named) + 150  # for one worker; for several
+    results = []
+    for threads, budget in ((1, least), (128, least), *((n, enough) for n in THREADS[1:])):
+        start_over()
+        flags = ["--threads", str(threads), "--memory", f"{budget}M", "--io", "pread"]
+        assert peak_mib([*command, *flags], tmp_path) <= budget
+        results.append(out.is_dir() and folder_bytes(out))
+    assert all(one == results[0] for one in results)
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +214,9 @@ def test_the_budget_holds_under_a_hard_limit_on_the_process(perta, big, tmp_path
     for folder in ("model", "tuned", "base", "forget", "retain"):
         (tmp_path / folder).symlink_to(big / folder)
     limit = (128 + 64) * MIB
-    for io in ("direct", "pread"):
+    for io, threads in (("direct", "2"), ("pread", "2"), ("direct", "128")):
         perta(
-            *UNLEARN, "--patch", "p", "--force", "--memory", "128M", "--threads", "2", "--io", io,
+            *UNLEARN, "--patch", "p", "--force", "--memory", "128M", "--threads", threads, "--io", io,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )  # fmt: skip
 

@@ -28,6 +28,21 @@ VERBS = {
         "--data-forget data.jsonl --data-retain other.jsonl"
     ).split(),
 }
+# The verbs of the stream; those that write no folder too, and those that edit the folder "out",
+# which is a copy of the one that they are for.
+STREAM = {
+    name: VERBS[name]
+    for name in "unlearn unlearn-both diff apply revert compose accumulate".split()
+} | {
+    "manifest": "manifest model".split(),
+    "verify": "verify p1".split(),
+    "verify-applied": "verify tuned --patch p1 --applied".split(),
+    "verify-manifest": "verify model --manifest model.json".split(),
+}
+IN_PLACE = {
+    "apply-in-place": ("model", "apply out p1 --in-place".split()),
+    "revert-in-place": ("tuned", "revert out p1 --in-place".split()),
+}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 200,
@@ -59,6 +74,7 @@ def make_inputs(folder, large):
         )
     run(folder, "diff", "model", "tuned", "--patch", "p1")
     run(folder, "diff", "tuned", "base", "--patch", "p2")
+    (folder / "model.json").write_text(run(folder, "manifest", "model").stdout)
     write_llama(folder / "llama", LLAMA)
     ids = [random.Random(n).choices(range(200), k=30) for n in range(20)]
     for name, part in (("data", ids), ("other", ids[7:13])):
