@@ -4,15 +4,17 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 
 import numpy as np
-from conftest import PERTA
+from conftest import HANGS, PERTA
 from llama import write_llama
 from reference import BF16, CHUNK, narrow, write_folder
 
-# Commit at every chance, not every ten seconds.
+# Commit at every chance.
 EAGER = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
+FAULTY = PERTA.parent / "tests/faults/perta_faulty"  # tests/faults/faults.h
 SIDES = "--model model --tuned tuned --base base --forget forget --retain retain".split()
 VERBS = {
     "unlearn": ["unlearn", *SIDES, "--patch", "out"],
@@ -75,6 +77,22 @@ def make_inputs(folder, large):
 def run(folder, *command, status=0, env=EAGER, perta=PERTA, **how):
     """Assert its exit status (None: any)."""
     command = [str(perta), *command, "--progress", "none"]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, **how)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS, **how)
     assert status is None or done.returncode == status, (done.returncode, done.stderr)
     return done
+
+
+def stop_at(folder, command, kind, n, number=signal.SIGKILL, env=EAGER):
+    """Run it; it is sent a signal at its nth operation of that kind, if it has so many. Exit status
+    (-SIGKILL: killed), and what it said."""
+    faults = {"PERTA_FAULTS": f"fast=1,signal={kind}:{n}:{int(number)}"}
+    done = run(folder, *command, env=env | faults, perta=FAULTY, status=None)
+    return done.returncode, done.stderr
+
+
+def operations(folder, command, log, env=EAGER):
+    """How many of each kind a run takes, which are counted into the file log."""
+    run(folder, *command, env=env | {"PERTA_FAULTS": f"fast=1,count={log}"}, perta=FAULTY)
+    counts = dict(line.split() for line in log.read_text().splitlines())
+    log.unlink()
+    return {kind: int(n) for kind, n in counts.items()}
