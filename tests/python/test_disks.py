@@ -14,11 +14,10 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from conftest import LONG, PERTA, part
+from conftest import LONG, part
 from reference import folder_bytes
-from verbs import EAGER, VERBS, make_inputs, run
+from verbs import EAGER, FAULTY, VERBS, make_inputs, run
 
-FAULTY = PERTA.parent / "tests/faults/perta_faulty"
 FEW = list(VERBS) if LONG else part(["unlearn-both", "accumulate", "estimate"], sanitized=2)
 MIB = 1 << 20
 
@@ -204,7 +203,7 @@ def short_reads(source, disk, *byte):
         finally:
             if os.path.ismount(disk):
                 system("umount", disk)
-            server.wait(10)
+            server.wait(HANGS)
 
 
 @pytest.mark.parametrize("io", ["auto", "direct", "pread"] if LONG else ["auto"])

@@ -265,9 +265,8 @@ def test_it_goes_by_its_name(tmp_path):
     command = [PERTA, "eval", "--model", "model", "--data", "data.jsonl"]
     with subprocess.Popen(command, cwd=tmp_path) as run:
         process = Path(f"/proc/{run.pid}")
-        deadline = time.monotonic() + 30
         while b"GOMP_SPINCOUNT=" not in (process / "environ").read_bytes():
-            assert run.poll() is None and time.monotonic() < deadline
+            assert run.poll() is None
             time.sleep(0.01)
         assert (process / "comm").read_text() == f"{PERTA.name}\n"
         run.kill()

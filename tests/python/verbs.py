@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 import numpy as np
+import xxhash
 from conftest import HANGS, PERTA
 from llama import write_llama
 from reference import BF16, CHUNK, narrow, write_folder
@@ -96,3 +97,22 @@ def operations(folder, command, log, env=EAGER):
     counts = dict(line.split() for line in log.read_text().splitlines())
     log.unlink()
     return {kind: int(n) for kind, n in counts.items()}
+
+
+def records_of(journal):
+    return [json.loads(line.split(b" ", 1)[1]) for line in journal.read_bytes().splitlines()]
+
+
+def write_records(journal, records):
+    with open(journal, "wb") as file:
+        for record in records:
+            text = json.dumps(record, separators=(",", ":"), sort_keys=True).encode()
+            file.write(b"%016x %s\n" % (xxhash.xxh3_64_intdigest(text), text))
+
+
+def started_long_ago(journal):
+    """As if the run had begun then: Unix time 1000."""
+    records = records_of(journal)
+    for record in (records[0], records[-1].get("summary", {})):
+        record["started"] = 1000
+    write_records(journal, records)
