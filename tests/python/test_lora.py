@@ -4,6 +4,7 @@ Adapters are written here by hand, as PEFT's save_pretrained lays them out."""
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
