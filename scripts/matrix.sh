@@ -60,11 +60,18 @@ build() { # folder, options
 }
 say() { echo "== $(. /etc/os-release && echo "$PRETTY_NAME"), $*"; }
 failed=
+say "without matrix products"
+build build-no-model -Dmodel=disabled || failed=1
 say "$(clang --version | head -n 1)"
 CC=clang build build-clang || failed=1
 say "$(gcc --version | head -n 1)"
 build build || exit 1
-[ "${MATRIX_PART:-}" = unit ] || scripts/check.sh "$@" || failed=1
+if [ "${MATRIX_PART:-}" != unit ]; then
+    scripts/check.sh "$@" || failed=1
+    say "the command, without matrix products"
+    PERTA=build-no-model/perta .venv/bin/python -m pytest -q --no-header -p no:cacheprovider \
+        tests/python "$@" || failed=1
+fi
 [ -z "$failed" ]
 INSIDE
 

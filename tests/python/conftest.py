@@ -30,6 +30,25 @@ MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_
 NEED_MODEL = ["test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_torch"]
 
 
+# What compares numbers runs once, in the plain build; sanitizers run what they find something in:
+# parsers, journals, hostile files, the loop, threads, and each verb. The long tier runs all in both.
+NUMBERS = [
+    "test_demo",
+    "test_quality",
+    "test_bench",
+    "test_torch",
+    "test_estimate::test_loss_and_gradients_are_pytorchs",
+    "test_estimate::test_weights_of_every_dtype",
+    "test_estimate::test_bf16_products_stay_near",
+    "test_estimate::test_every_run_gives_the_same_bytes",
+    "test_eval::test_numbers_are_transformers",
+    "test_steps::test_scales_and_model_are_pytorchs",
+    "test_steps::test_what_is_forgotten_is_held",
+    "test_steps::test_rules_stop_the_way",
+    "test_steps::test_several_patches_are_those_of_runs_of_their_own",
+]
+
+
 def skip_what_needs_a_model(words):
     """A build with -Dmodel=disabled passes the rest."""
     words = [str(word) for word in words]
@@ -41,6 +60,9 @@ def pytest_collection_modifyitems(items):
     if "torch" in sys.modules:  # small models: threads that wait for each other by spinning gain nothing
         sys.modules["torch"].set_num_threads(1)
     for item in items:
+        name = item.module.__name__
+        if SANITIZED and not LONG and (name in NUMBERS or f"{name}::{item.originalname}" in NUMBERS):
+            item.add_marker(pytest.mark.skip(reason="numbers: in the plain build"))
         if not MODEL and item.module.__name__ in NEED_MODEL:
             item.add_marker(pytest.mark.skip(reason="this build has no matrix products"))
 
