@@ -171,7 +171,7 @@ EDIT = "m p --in-place --memory 64M".split()
 @pytest.mark.parametrize("kind, begun", [("read", False), ("pwrite", True)])
 def test_interrupted_it_says_what_to_do(work, kind, begun):
     """Before the first byte is written nothing has happened; later the message names both ways."""
-    command = ["apply", *EDIT, "--io", "pread"]
+    command = "apply m p --in-place --io pread --memory".split() + ["128M" if SANITIZED else "64M"]
     status, said = stop_at(work, command, kind, 1, signal.SIGINT)
     assert status == 130 and "interrupted" in said
     assert begun == (work / "m" / JOURNAL).exists()
