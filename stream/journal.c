@@ -457,10 +457,9 @@ void perta_journal_close(struct perta_journal *journal)
 
 bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes)
 {
-    const char *text = getenv("PERTA_COMMIT_SECONDS");
-    double seconds = text ? atof(text) : PERTA_COMMIT_SECONDS;
-    return now() - journal->last_time >= seconds ||
-           bytes - journal->bytes >= PERTA_COMMIT_BYTES;
+    const char *seconds = getenv("PERTA_COMMIT_SECONDS"), *most = getenv("PERTA_COMMIT_BYTES");
+    return now() - journal->last_time >= (seconds ? atof(seconds) : PERTA_COMMIT_SECONDS) ||
+           bytes - journal->bytes >= (most ? strtoull(most, NULL, 10) : PERTA_COMMIT_BYTES);
 }
 
 int perta_journal_commit(struct perta_journal *journal, const json_t *record, uint64_t bytes,

@@ -20,8 +20,8 @@
 
 #define PERTA_JOURNAL_SUFFIX ".perta-journal"
 
-/* Commit when so much time has gone by or so much has been written since the last time. The
- * environment's PERTA_COMMIT_SECONDS stands in for the first: tests set it to 0. */
+/* Commit when so much time has gone by or so much has been written since the last time. Variables
+ * of the environment of these names stand in for them: see docs/resume.md. */
 #define PERTA_COMMIT_SECONDS 10
 #define PERTA_COMMIT_BYTES (4ull << 30)
 

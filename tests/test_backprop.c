@@ -113,7 +113,7 @@ struct block {
     struct lab *lab;
     struct pair x, dout; /* (n, H) */
     size_t first, T;     /* the sequence that is looked at */
-    float *vectors[2][PERTA_N_NORMS + PERTA_N_LINEARS];
+    float *vectors[2][(int)PERTA_N_NORMS + (int)PERTA_N_LINEARS];
 };
 
 static double block_value(void *ctx)
@@ -145,7 +145,7 @@ static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const
 static void on_bias(void *ctx, size_t sequence, enum perta_linear_name name, const float *d,
                     size_t n)
 {
-    keep(ctx, sequence, PERTA_N_NORMS + (int)name, d, n);
+    keep(ctx, sequence, (int)PERTA_N_NORMS + (int)name, d, n);
 }
 
 static void vector_is_gradient(struct block *c, size_t sequence, int i)
@@ -193,7 +193,7 @@ START_TEST(a_block_of_ragged_sequences)
         c.first = starts[s];
         c.T = starts[s + 1] - starts[s];
         is_gradient("dx", acts.dx + at, c.x.d + at, c.T * llm->hidden, 1, block_value, &c);
-        for (int i = 0; i < PERTA_N_NORMS + PERTA_N_LINEARS; i++) {
+        for (int i = 0; i < (int)PERTA_N_NORMS + (int)PERTA_N_LINEARS; i++) {
             if (c.vectors[s][i])
                 vector_is_gradient(&c, s, i);
             free(c.vectors[s][i]);

@@ -7,7 +7,6 @@
 #include <pthread.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
 
 #include "io/pool.h"
 #include "io/thread.h"
@@ -262,13 +261,6 @@ START_TEST(what_was_written_is_read_back)
 }
 END_TEST
 
-static double seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 static void *wake_often(void *arg)
 {
     for (int i = 0; i < 200; i++)
@@ -290,14 +282,13 @@ START_TEST(any_thread_may_wake_the_owner)
             read_ranges(engine, &file, data, 100000, &seed);
         for (int i = 0; i < 3; i++)
             pthread_join(threads[i], NULL);
-        /* a wake before the wait counts, too; without one it ends by itself */
+        /* a wake before the wait counts, too; without one it ends by itself, else the case's
+         * time runs out */
         ck_assert_ok(perta_engine_wait(engine, &err));
         perta_engine_wake(engine);
-        double before = seconds();
         ck_assert_ok(perta_engine_wait(engine, &err));
         ck_assert_ok(perta_engine_wait(engine, &err));
         ck_assert_ok(perta_engine_wait(engine, &err));
-        ck_assert(seconds() - before < 5);
         perta_file_close(&file);
     }
     free(data);

@@ -104,6 +104,22 @@ START_TEST(records_come_back_in_order)
 }
 END_TEST
 
+START_TEST(commit_points_are_made_by_count_where_the_clock_makes_none)
+{
+    struct perta_journal j;
+    setenv("PERTA_COMMIT_SECONDS", "inf", 1);
+    begin(&j, 1, false, 0, "");
+    ck_assert(!perta_journal_due(&j, PERTA_COMMIT_BYTES - 1));
+    ck_assert(perta_journal_due(&j, PERTA_COMMIT_BYTES));
+    setenv("PERTA_COMMIT_BYTES", "100", 1);
+    ck_assert(!perta_journal_due(&j, 99));
+    ck_assert(perta_journal_due(&j, 100));
+    setenv("PERTA_COMMIT_SECONDS", "0", 1);
+    ck_assert(perta_journal_due(&j, 0));
+    perta_journal_close(&j);
+}
+END_TEST
+
 START_TEST(another_identity_is_refused_and_nothing_is_lost)
 {
     struct perta_journal j;
@@ -328,6 +344,7 @@ int main(void)
     TCase *tc = tcase_create("journal");
     tcase_add_checked_fixture(tc, enter, leave);
     tcase_add_test(tc, records_come_back_in_order);
+    tcase_add_test(tc, commit_points_are_made_by_count_where_the_clock_makes_none);
     tcase_add_test(tc, another_identity_is_refused_and_nothing_is_lost);
     tcase_add_test(tc, a_torn_record_and_what_follows_do_not_count);
     tcase_add_test(tc, no_whole_record_is_no_journal);

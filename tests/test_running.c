@@ -73,7 +73,7 @@ START_TEST(means_keep_what_float32_sums_lose)
     float plain = 0;
     for (int i = 0; i < MANY; i++)
         plain += square;
-    ck_assert_float_gt(fabsf(plain / MANY - square), 100 * (nextafterf(square, 1) - square));
+    ck_assert_float_gt(fabsf(plain / (float)MANY - square), 100 * (nextafterf(square, 1) - square));
 }
 END_TEST
 

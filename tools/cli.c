@@ -51,7 +51,7 @@ static void draw_bar(const struct cli *cli, uint64_t done, uint64_t total, doubl
 {
     enum { WIDTH = 30 };
     char a[32], b[32], c[32], bar[WIDTH + 1];
-    int full = total ? (int)(WIDTH * (double)done / (double)total) : WIDTH;
+    int full = total ? (int)((double)WIDTH * (double)done / (double)total) : WIDTH;
     for (int i = 0; i < WIDTH; i++)
         bar[i] = i < full ? '#' : '.';
     bar[WIDTH] = '\0';

@@ -67,6 +67,9 @@ void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(
 /* Print the error and give the exit status for it. 0 stays 0. */
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
 
+/* Can this build compute with models? If not, the verbs that must say so (no_model.c). */
+extern const bool cli_has_model;
+
 int cmd_inspect(int argc, char **argv);
 int cmd_estimate(int argc, char **argv);
 int cmd_eval(int argc, char **argv);

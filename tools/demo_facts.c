@@ -60,7 +60,7 @@ static uint32_t new_word(struct maker *m)
         char word[32] = "";
         for (uint32_t n = draw(m, 3) ? 2 : 3; n > 0; n--) {
             strcat(word, onsets[draw(m, 14)]);
-            strncat(word, "aeiou" + draw(m, 5), 1);
+            strncat(word, &"aeiou"[draw(m, 5)], 1);
         }
         strcat(word, ends[draw(m, 5)]);
         bool is_new;

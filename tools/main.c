@@ -9,29 +9,37 @@ static const struct verb {
     const char *name;
     int (*run)(int argc, char **argv);
     const char *what;
+    enum { NEVER, WITH_STEPS, ALWAYS } computes; /* matrix products */
 } verbs[] = {
-    {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch"},
-    {"estimate", cmd_estimate, "importance from a model and text"},
-    {"eval", cmd_eval, "how well a model knows answers, with a patch or without"},
-    {"accumulate", cmd_accumulate, "importance from gradient dumps"},
-    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model"},
-    {"diff", cmd_diff, "a patch between any two checkpoints"},
-    {"apply", cmd_apply, "the model that a patch leads to"},
-    {"revert", cmd_revert, "the model that a patch was made from"},
-    {"compose", cmd_compose, "patches made one after another, as one"},
-    {"manifest", cmd_manifest, "digests of a folder, down to the tensor"},
-    {"verify", cmd_verify, "check a folder or a patch against its digests"},
-    {"report", cmd_report, "a page about a patch, for people"},
-    {"demo", cmd_demo, "the whole story, on a model that it trains itself"},
+    {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch", NEVER},
+    {"estimate", cmd_estimate, "importance from a model and text", ALWAYS},
+    {"eval", cmd_eval, "how well a model knows answers, with a patch or without", ALWAYS},
+    {"accumulate", cmd_accumulate, "importance from gradient dumps", NEVER},
+    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model", WITH_STEPS},
+    {"diff", cmd_diff, "a patch between any two checkpoints", NEVER},
+    {"apply", cmd_apply, "the model that a patch leads to", NEVER},
+    {"revert", cmd_revert, "the model that a patch was made from", NEVER},
+    {"compose", cmd_compose, "patches made one after another, as one", NEVER},
+    {"manifest", cmd_manifest, "digests of a folder, down to the tensor", NEVER},
+    {"verify", cmd_verify, "check a folder or a patch against its digests", NEVER},
+    {"report", cmd_report, "a page about a patch, for people", NEVER},
+    {"demo", cmd_demo, "the whole story, on a model that it trains itself", ALWAYS},
 };
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
+
+static const char *lack_of(const struct verb *verb)
+{
+    return cli_has_model || verb->computes == NEVER ? ""
+           : verb->computes == WITH_STEPS           ? " (this build: without --steps)"
+                                                    : " (not in this build)";
+}
 
 static void usage(FILE *to)
 {
     fprintf(to, "Usage: perta VERB [OPTION...] ...\n"
                 "Make a language model forget: per-parameter task arithmetic, out of core.\n\n");
     for (int i = 0; i < N_VERBS; i++)
-        fprintf(to, "  %-11s %s\n", verbs[i].name, verbs[i].what);
+        fprintf(to, "  %-11s %s%s\n", verbs[i].name, verbs[i].what, lack_of(&verbs[i]));
     fprintf(to, "\n`perta VERB --help' explains a verb and gives an example.\n"
                 "Exit status: 0 done, 1 a check failed, 2 usage, 3 bad input, 4 system (I/O,\n"
                 "memory), 130 interrupted.\n");

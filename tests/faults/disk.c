@@ -112,6 +112,7 @@ static bool fails(const char *kind)
 {
     const struct fault_plan *p = fault_plan();
     static uint64_t n;
+    fault_strikes("any");
     if (p->shutdown && __atomic_add_fetch(&n, 1, __ATOMIC_RELAXED) == p->shutdown_at)
         cut_off(p->shutdown);
     return read_fails(kind);

@@ -6,6 +6,7 @@
 
 #include "io/checked.h"
 #include "io/engine.h"
+#include "stream/journal.h"
 #include "tests/faults/faults.h"
 
 bool __real_perta_request_advance(struct perta_request *request, int64_t got);
@@ -31,6 +32,8 @@ static int64_t cut_short(const struct perta_request *r, int64_t got)
 bool __wrap_perta_request_advance(struct perta_request *r, int64_t got)
 {
     int failed = fault_strikes(r->write ? "write" : "read");
+    if (r->write)
+        fault_strikes("any");
     if (failed)
         got = -failed;
     else if (fault_chance(fault_plan()->again))
@@ -38,6 +41,19 @@ bool __wrap_perta_request_advance(struct perta_request *r, int64_t got)
     else if (got > 0 && fault_chance(fault_plan()->short_))
         got = cut_short(r, got);
     return __real_perta_request_advance(r, got);
+}
+
+int __real_perta_journal_commit(struct perta_journal *journal, const json_t *record,
+                                uint64_t bytes, struct perta_err *err);
+int __wrap_perta_journal_commit(struct perta_journal *journal, const json_t *record,
+                                uint64_t bytes, struct perta_err *err);
+int __wrap_perta_journal_commit(struct perta_journal *journal, const json_t *record,
+                                uint64_t bytes, struct perta_err *err)
+{
+    int rc = __real_perta_journal_commit(journal, record, bytes, err);
+    if (!rc)
+        fault_strikes("commit");
+    return rc;
 }
 
 struct late {

@@ -12,6 +12,9 @@
  *                  sync, create, mkdir, rename, unlink, truncate, allocate,
  *                  enter (an io_uring)
  *   forever=1      and all that follow
+ *   signal=KIND:N:S  before the Nth of that kind the process sends itself signal S; kinds are
+ *                  those above, commit (a record that is in the journal, synced: the signal comes
+ *                  after it) and any (all but reads)
  *   shrink=N:PATH  after N reads the file loses its second half
  *   touch=N:PATH   after N reads one byte in the middle of the file is another
  *   shutdown=N:DIR before the Nth operation that changes a file system, it is cut off
@@ -29,6 +32,9 @@ struct fault_plan {
     char fail[16];
     uint64_t fail_at;
     int fail_errno;
+    char signal[16];
+    uint64_t signal_at;
+    int signal_number;
     bool forever, fast;
     uint64_t shrink_at, touch_at, shutdown_at;
     const char *shrink, *touch, *shutdown, *log, *count;
@@ -38,7 +44,8 @@ const struct fault_plan *fault_plan(void);
 /* Below n. */
 uint64_t fault_random(uint64_t n);
 bool fault_chance(unsigned of_1000);
-/* Count an operation of that kind. 0, or the errno that it fails with. */
+/* Count an operation of that kind, and signal where the plan says so. 0, or the errno that it
+ * fails with. */
 int fault_strikes(const char *kind);
 /* A read of the engine is done. */
 void fault_after_read(void);

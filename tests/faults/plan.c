@@ -2,13 +2,14 @@
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define KINDS_MAX 16
+#define KINDS_MAX 20
 
 static struct fault_plan plan;
 static uint64_t random_state, n_reads;
@@ -18,6 +19,17 @@ static struct {
 } kinds[KINDS_MAX];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* "KIND:N:NUMBER" */
+static int split_kind(char *value, char kind[16], uint64_t *n)
+{
+    int number = 0;
+    unsigned long long at = 0;
+    if (sscanf(value, "%15[a-z]:%llu:%d", kind, &at, &number) != 3)
+        abort();
+    *n = at;
+    return number;
+}
 
 /* "N:TEXT" */
 static const char *split(char *value, uint64_t *n)
@@ -29,7 +41,6 @@ static const char *split(char *value, uint64_t *n)
 
 static void set(const char *name, char *value)
 {
-    char *colon = strchr(value, ':');
     if (!strcmp(name, "seed"))
         random_state = strtoull(value, NULL, 10);
     else if (!strcmp(name, "short"))
@@ -52,10 +63,11 @@ static void set(const char *name, char *value)
         plan.touch = split(value, &plan.touch_at);
     else if (!strcmp(name, "shutdown"))
         plan.shutdown = split(value, &plan.shutdown_at);
-    else if (!strcmp(name, "fail") && colon) {
-        snprintf(plan.fail, sizeof plan.fail, "%.*s", (int)(colon - value), value);
-        plan.fail_errno = atoi(split(colon + 1, &plan.fail_at));
-    } else {
+    else if (!strcmp(name, "fail"))
+        plan.fail_errno = split_kind(value, plan.fail, &plan.fail_at);
+    else if (!strcmp(name, "signal"))
+        plan.signal_number = split_kind(value, plan.signal, &plan.signal_at);
+    else {
         fprintf(stderr, "PERTA_FAULTS: %s\n", name);
         abort();
     }
@@ -105,9 +117,9 @@ bool fault_chance(unsigned of_1000)
     return of_1000 && fault_random(1000) < of_1000;
 }
 
-int fault_strikes(const char *kind)
+/* The how manieth of that kind this one is. */
+static uint64_t count_one(const char *kind)
 {
-    const struct fault_plan *p = fault_plan();
     int i = 0;
     pthread_mutex_lock(&lock);
     while (*kinds[i].name && strcmp(kinds[i].name, kind))
@@ -115,6 +127,15 @@ int fault_strikes(const char *kind)
     snprintf(kinds[i].name, sizeof kinds[i].name, "%s", kind);
     uint64_t n = ++kinds[i].n;
     pthread_mutex_unlock(&lock);
+    return n;
+}
+
+int fault_strikes(const char *kind)
+{
+    const struct fault_plan *p = fault_plan();
+    uint64_t n = count_one(kind);
+    if (n == p->signal_at && !strcmp(kind, p->signal))
+        kill(getpid(), p->signal_number);
     return !strcmp(kind, p->fail) && (n == p->fail_at || (p->forever && n > p->fail_at))
                ? p->fail_errno
                : 0;

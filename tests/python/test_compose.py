@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from conftest import PERTA, part
 from reference import BF16, CHUNK, bits, folder_bytes, narrow, shard_bytes, write_folder
 from test_diff import check_with_zstd, random_bits, refusal, write_checkpoint
 from test_limits import peak_mib, sanitized
+from verbs import stop_at
 
 MIB = 1 << 20
 
@@ -396,12 +397,7 @@ def test_memory_bounds_the_whole_process(big, tmp_path, io):
 @pytest.mark.parametrize("number", part([signal.SIGINT, signal.SIGTERM], sanitized=1))
 def test_an_interrupted_run_leaves_nothing(big, tmp_path, number):
     inputs = [big / "p1", big / "p2", "--model", big / "a"]
-    command = [str(PERTA), "compose", *inputs, "--patch", tmp_path / "p", "--threads", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as running:
-        begun = tmp_path / "p.perta-partial/model-00001-of-00002.safetensors.perta"
-        while running.poll() is None and not begun.exists():
-            time.sleep(0.002)
-        running.send_signal(number)
-        message = running.stderr.read().decode()
-    assert running.returncode == 130 and "interrupted" in message
+    command = ["compose", *inputs, "--patch", tmp_path / "p", "--threads", "1"]
+    status, message = stop_at(tmp_path, command, "write", 1, number, env=os.environ)
+    assert status == 130 and "interrupted" in message
     assert not list(tmp_path.iterdir())

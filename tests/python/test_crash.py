@@ -1,6 +1,6 @@
-"""Every verb that writes folders, killed at random instants: --resume ends with the same bytes.
+"""Every verb that writes folders, killed at random operations: --resume ends with the same bytes.
 
-The long tier (PERTA_LONG=1, set by `make check-long`) kills ten times as often."""
+The long tier (PERTA_LONG=1, set by `make check-long`) kills ten times as often, and at instants too."""
 
 import os
 import random
@@ -13,7 +13,7 @@ import time
 import pytest
 from conftest import LONG, PERTA, SANITIZED, part
 from reference import folder_bytes
-from verbs import EAGER, VERBS, make_inputs, run
+from verbs import EAGER, VERBS, make_inputs, operations, run, stop_at
 
 KILLS = 70 if LONG else 1 if SANITIZED else 6
 
@@ -44,34 +44,33 @@ def leftovers(folder):
     return [p for p in folder.rglob("*.perta-*")]
 
 
-def kill_after(folder, command, seconds, number=signal.SIGKILL):
-    """Exit status, and what was said."""
-    with subprocess.Popen(
-        [str(PERTA), *command, "--progress", "none"],
-        cwd=folder, env=EAGER, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-        return process.wait(), process.stderr.read()
-
-
-def one_run_takes(folder, command):
-    start = time.monotonic()
-    run(folder, *command)
+@EVERY
+def test_killed_at_any_operation_it_ends_with_the_same_bytes(job, tmp_path):
+    folder, command, want = job
+    n = operations(folder, command, tmp_path / "count")["any"]
     shutil.rmtree(folder / "out")
-    return time.monotonic() - start
+    rng = random.Random(str(command))
+    kill_and_go_on(job, lambda: stop_at(folder, [*command, "--resume"], "any", rng.randint(1, n)))
 
 
+@pytest.mark.skipif(not LONG, reason="the long tier's")
 @EVERY
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(job):
+    """Wherever that falls, within an operation as well."""
     folder, command, want = job
-    whole = one_run_takes(folder, command)
+    start = time.monotonic()
+    run(folder, *command)
+    whole = time.monotonic() - start
+    shutil.rmtree(folder / "out")
     rng = random.Random(str(command))
+    kill_and_go_on(job, lambda: kill_after(folder, [*command, "--resume"], rng.uniform(0, whole)))
+
+
+def kill_and_go_on(job, run_and_kill):
+    folder, command, want = job
     kills = 0
     while kills < KILLS:
-        status, said = kill_after(folder, [*command, "--resume"], rng.uniform(0, whole))
+        status, said = run_and_kill()
         if status == -signal.SIGKILL:
             kills += 1
             if leftovers(folder) or not folder_bytes(folder / "out"):
@@ -84,18 +83,31 @@ def test_killed_at_random_instants_it_ends_with_the_same_bytes(job):
     assert folder_bytes(folder / "out") == want and not leftovers(folder)
 
 
+def kill_after(folder, command, seconds):
+    """Exit status, and what was said."""
+    with subprocess.Popen(
+        [str(PERTA), *command, "--progress", "none"],
+        cwd=folder, env=EAGER, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return process.wait(), process.stderr.read()
+
+
+def stop_between(folder, command, log, number=signal.SIGKILL):
+    """Stop it between its first commit point and its end."""
+    n = operations(folder, command, log)["commit"]
+    shutil.rmtree(folder / "out")
+    return stop_at(folder, command, "commit", max(1, n // 2), number)
+
+
 @pytest.mark.parametrize("job", part(VERBS, sanitized=3), indirect=True)
-def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job):
+def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job, tmp_path):
     folder, command, want = job
-    whole = one_run_takes(folder, command)
-    for part in (0.5, 0.7, 0.3, 0.9, 0.6, 0.4, 0.8):
-        status, said = kill_after(folder, command, part * whole, signal.SIGINT)
-        if "--resume goes on with it" in said:
-            break
-        assert status in (0, 130)
-        shutil.rmtree(folder / "out", ignore_errors=True)
-    else:
-        pytest.skip("too fast to be interrupted here after its first commit point")
+    status, said = stop_between(folder, command, tmp_path / "count", signal.SIGINT)
+    assert "--resume goes on with it" in said
     assert status == 130
     refused = run(folder, *command, status=2)
     assert "--resume goes on with it, --force starts over" in refused.stderr
@@ -129,21 +141,11 @@ CHANGES = {
 }
 
 
-def leave_a_part(folder, command, whole):
-    """Kill it between its first commit point and its end."""
-    while True:
-        status, _ = kill_after(folder, command, 0.6 * whole)
-        if any(p.read_bytes().count(b"\n") > 1 for p in folder.rglob("*.perta-journal")):
-            return
-        for left in folder.glob("out*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
 @pytest.mark.parametrize("job", CHANGES, indirect=True)
-def test_changed_inputs_and_flags_are_refused(job):
+def test_changed_inputs_and_flags_are_refused(job, tmp_path):
     folder, command, want = job
     change, says = CHANGES[command[0]]
-    leave_a_part(folder, command, one_run_takes(folder, command))
+    stop_between(folder, command, tmp_path / "count")
     shard = folder / "model/model-00001-of-00003.safetensors"
     times = shard.stat()
     if change == ["touch"]:

@@ -10,14 +10,12 @@ import json
 import os
 import random
 import shutil
-import time
 
 import pytest
-from conftest import LONG, PERTA
+from conftest import LONG, MODEL
 from reference import folder_bytes
-from verbs import EAGER, VERBS, make_inputs, run
+from verbs import EAGER, FAULTY, VERBS, make_inputs, run, started_long_ago
 
-FAULTY = PERTA.parent / "tests/faults/perta_faulty"
 N_SEEDS = 2000 if LONG else 32
 FIRST, LAST = map(int, os.environ.get("PERTA_SEEDS", f"1-{N_SEEDS}").split("-"))
 GROUPS = 8  # of seeds: each is a test, on inputs of its own
@@ -109,6 +107,7 @@ def test_right_bytes_or_an_error(inputs, wanted, group):
     assert failed or LAST - FIRST < 20 * GROUPS  # else nothing was tested
 
 
+@pytest.mark.skipif(not MODEL, reason="this build has no matrix products")
 def test_scratch_that_cannot_be_removed_is_not_published(inputs, wanted):
     env = EAGER | {"PERTA_FAULTS": f"fast=1,fail=unlink:1:{errno.EROFS},forever=1"}
     said = run(inputs, *VERBS["estimate"], env=env, perta=FAULTY, status=4).stderr
@@ -180,11 +179,10 @@ def test_a_journal_that_cannot_be_read_is_not_started_over(inputs, wanted):
     env = EAGER | {"PERTA_FAULTS": f"fast=1,fail=write:4:{errno.ENOSPC}"}
     run(inputs, *VERBS["unlearn"], "--io", "pread", env=env, perta=FAULTY, status=4)
     journal, partial = inputs / "out.perta-journal", inputs / "out.perta-partial"
+    started_long_ago(journal)
     kept, files = journal.read_bytes(), folder_bytes(partial)
     lines = kept.count(b"\n") + 1  # and the end: it is read four times
     assert lines > 2
-    started = json.loads(kept[17:].split(b"\n")[0])["started"]
-    time.sleep(1.1)
     failed = 0
     for n in (1, 2, lines + 1, 2 * lines + 1, 2 * lines + 2, 3 * lines + 2):
         clear(inputs)
@@ -199,7 +197,7 @@ def test_a_journal_that_cannot_be_read_is_not_started_over(inputs, wanted):
             assert journal.read_bytes() == kept
         else:
             assert folder_bytes(inputs / "out") == wanted["unlearn"] and not leftovers(inputs)
-            assert json.loads(said.stdout)["started"] == started
+            assert json.loads(said.stdout)["started"] == 1000
         failed += said.returncode != 0
     assert failed
     clear(inputs)
@@ -273,7 +271,7 @@ def test_in_place_it_goes_on_or_back(inputs, group):
     assert failed or LAST - FIRST < 20 * GROUPS
 
 
-@pytest.mark.parametrize("verb", [v for v in VERBS if v != "revert"] if LONG else ["unlearn", "apply", "estimate"])
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "revert"] if LONG else [v for v in ("unlearn", "apply", "estimate") if v in VERBS])
 @pytest.mark.parametrize("io", ["direct", "pread", "mmap"])
 @pytest.mark.parametrize("change", ["shrink", "touch"])
 def test_an_input_that_changes_while_it_is_read(inputs, tmp_path, verb, io, change):

@@ -9,7 +9,6 @@ import resource
 import shutil
 import struct
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -17,19 +16,8 @@ import xxhash
 from conftest import PERTA
 from llama import write_llama
 from reference import folder_bytes, write_folder
+from verbs import EAGER, records_of, stop_at, write_records
 
-EAGER = {"PERTA_COMMIT_SECONDS": "0"}  # a record after every piece
-
-
-def records_of(journal):
-    return [json.loads(line.split(b" ", 1)[1]) for line in journal.read_bytes().splitlines()]
-
-
-def write_records(journal, records):
-    with open(journal, "wb") as file:
-        for record in records:
-            text = json.dumps(record, separators=(",", ":"), sort_keys=True).encode()
-            file.write(b"%016x %s\n" % (xxhash.xxh3_64_intdigest(text), text))
 
 
 def interrupt(perta, *command, at):
@@ -174,7 +162,7 @@ def test_a_journal_that_is_another_file_is_refused(perta, here, kind):
     else:
         journal.symlink_to(precious)
     for flag in [], ["--resume"], ["--force"]:
-        perta("diff", "a", "b", "--patch", "p", *flag, check=None, timeout=20)
+        perta("diff", "a", "b", "--patch", "p", *flag, check=None)
     assert precious.read_text() == "precious"
     assert not (here / "p").exists()
 
@@ -226,7 +214,7 @@ def test_what_is_no_journal_of_an_edit_in_place_is_refused(perta, here, make):
     make(here / "a" / IN_PLACE)
     before = folder_bytes(here / "b")
     for command in "inspect a", "apply a whole --in-place", "revert a whole --in-place":
-        assert perta(*command.split(), check=None, timeout=20).returncode in (1, 3, 4)
+        assert perta(*command.split(), check=None).returncode in (1, 3, 4)
     assert folder_bytes(here / "b") == before
 
 
@@ -285,11 +273,7 @@ def estimated(tmp_path_factory):
     rng = random.Random(2)
     ids = [{"input_ids": [rng.randrange(300) for _ in range(60)]} for _ in range(200)]
     (path / "data.jsonl").write_text("\n".join(map(json.dumps, ids)))
-    journal = path / "imp/mean.perta-journal"
-    with subprocess.Popen([PERTA, *ESTIMATE], cwd=path, env=os.environ | EAGER) as run:
-        while run.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
-            time.sleep(0.001)
-        run.kill()
+    stop_at(path, ESTIMATE, "commit", 2)
     return path
 
 

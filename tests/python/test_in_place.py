@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from conftest import LONG, PERTA, ROOT, SANITIZED
 from reference import BF16, CHUNK, folder_bytes, narrow, shard_bytes, write_folder
+from test_crash import kill_after
+from verbs import operations, run, stop_at
 
 KILLS = 600 if LONG else 12
 JOURNAL = "perta-in-place.journal"
@@ -163,57 +165,55 @@ def test_a_full_disk_leaves_the_model_as_it_was(perta, work):
 # --- killed
 
 
-def run_and_kill(work, verb, seconds):
-    command = [PERTA, verb, "m", "p", "--in-place", "--memory", "64M", "--progress", "none"]
-    with subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-        try:
-            run.wait(seconds)
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-        return run.wait(), run.stderr.read()
+EDIT = "m p --in-place --memory 64M".split()
 
 
-def test_interrupted_it_says_what_to_do(work):
+@pytest.mark.parametrize("kind, begun", [("read", False), ("pwrite", True)])
+def test_interrupted_it_says_what_to_do(work, kind, begun):
     """Before the first byte is written nothing has happened; later the message names both ways."""
-    command = [PERTA, "apply", "m", "p", "--in-place", "--progress", "none"]
-    for delay in range(200):
-        with subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
-            time.sleep(delay / 1000)
-            run.send_signal(signal.SIGINT)
-            said = run.stderr.read()
-        if run.returncode == 130:  # not before the handler is there, nor too late
-            break
-        shutil.rmtree(work / "m")
-        shutil.copytree(work / "old", work / "m")
-    assert run.returncode == 130 and "interrupted" in said
-    begun = (work / "m" / JOURNAL).exists()
+    command = "apply m p --in-place --io pread --memory".split() + ["128M" if SANITIZED else "64M"]
+    status, said = stop_at(work, command, kind, 1, signal.SIGINT)
+    assert status == 130 and "interrupted" in said
+    assert begun == (work / "m" / JOURNAL).exists()
     assert begun == ("the same command completes it, revert takes it back" in said)
     assert begun or folder_bytes(work / "m") == folder_bytes(work / "old")
-    subprocess.run(command, cwd=work, check=True, capture_output=True)
+    run(work, *command)
     assert folder_bytes(work / "m") == folder_bytes(work / "new")
 
 
 @pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
-def test_killed_at_random_instants_it_goes_on_or_back(work):
-    start = time.monotonic()
-    assert run_and_kill(work, "apply", 60)[0] == 0
-    whole = time.monotonic() - start
-    old, new = folder_bytes(work / "old"), folder_bytes(work / "new")
+def test_killed_at_any_operation_it_goes_on_or_back(work):
+    n = operations(work, ["apply", *EDIT], work / "count")["any"]
     rng = random.Random(1)
+    kill_and_go_on_or_back(work, rng, lambda verb: stop_at(work, [verb, *EDIT], "any", rng.randint(1, n)))
+
+
+@pytest.mark.skipif(SANITIZED or not LONG, reason="the long tier's; sanitizers take memory too")
+def test_killed_at_random_instants_it_goes_on_or_back(work):
+    """Wherever that falls, within an operation as well."""
+    start = time.monotonic()
+    run(work, "apply", *EDIT)
+    whole = time.monotonic() - start
+    rng = random.Random(1)
+    kill_and_go_on_or_back(work, rng, lambda verb: kill_after(work, [verb, *EDIT], rng.uniform(0, whole)))
+
+
+def kill_and_go_on_or_back(work, rng, run_and_kill):
+    old, new = folder_bytes(work / "old"), folder_bytes(work / "new")
     side, kills, in_the_middle = new, 0, 0
     while kills < KILLS or in_the_middle <= KILLS // 10 and kills < 10 * KILLS:
         verb = "revert" if side == new else "apply"
-        status, said = run_and_kill(work, verb, rng.uniform(0, whole))
+        status, said = run_and_kill(verb)
         assert status in (0, -signal.SIGKILL), said
         kills += status != 0
         in_the_middle += (work / "m" / JOURNAL).exists()
         if rng.random() < 0.5:  # on, or back
             verb = "apply" if verb == "revert" else "revert"
         wanted = new if verb == "apply" else old
-        status, said = run_and_kill(work, verb, 60)
+        done = run(work, verb, *EDIT, status=None)
         have = folder_bytes(work / "m")
         # Before it touched anything, or after its end: there is nothing to go back from.
-        assert status == 0 or ("here the patch is" in said and have == wanted), said
+        assert done.returncode == 0 or ("here the patch is" in done.stderr and have == wanted), done.stderr
         assert have == wanted
         side = wanted
     assert in_the_middle > KILLS // 10

@@ -5,15 +5,12 @@ Adapters are written here by hand, as PEFT's save_pretrained lays them out."""
 import json
 import math
 import os
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import xxhash
-from conftest import PERTA, part
+from conftest import part
 from reference import (
     BF16,
     CHUNK,
@@ -29,6 +26,7 @@ from reference import (
 )
 from test_limits import evict, peak_mib, sanitized
 from test_unlearn import cast, check_folder, instruction_sets, run_on
+from verbs import stop_at
 
 PREFIX = "base_model.model."
 CONFIG = {
@@ -807,19 +805,12 @@ def test_a_killed_run_goes_on_unless_the_adapter_changed(perta, tmp_path):
     make_big(tmp_path, 1 << 16)
     perta(*flags(Rule("tv")))
     want = folder_bytes(tmp_path / "p"), folder_bytes(tmp_path / "m")
-    command = [str(PERTA), *flags(Rule("tv")), "--force", "--progress", "none"]
-    journal = tmp_path / "m.perta-journal"
-    env = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
-    with subprocess.Popen(command, cwd=tmp_path, env=env) as run:
-        while run.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 2):
-            time.sleep(0.001)
-        run.send_signal(signal.SIGKILL)
+    stop_at(tmp_path, [*flags(Rule("tv")), "--force"], "commit", 2)
     path = tmp_path / "adapter/adapter_config.json"
     config = path.read_text()
-    if journal.exists():
-        path.write_text(config.replace("0.17.1", "0.18"))
-        refusal = perta(*flags(Rule("tv")), "--resume", check=2).stderr
-        assert "--resume cannot go on: inputs: adapter_config.json" in refusal
-        path.write_text(config)
+    path.write_text(config.replace("0.17.1", "0.18"))
+    refusal = perta(*flags(Rule("tv")), "--resume", check=2).stderr
+    assert "--resume cannot go on: inputs: adapter_config.json" in refusal
+    path.write_text(config)
     perta(*flags(Rule("tv")), "--resume", "--force")
     assert (folder_bytes(tmp_path / "p"), folder_bytes(tmp_path / "m")) == want

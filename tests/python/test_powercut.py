@@ -7,12 +7,11 @@ import random
 import shutil
 
 import pytest
-from conftest import LONG, PERTA, SANITIZED
+from conftest import LONG, SANITIZED
 from powercut import Disk
 from reference import folder_bytes
-from verbs import EAGER, VERBS, make_inputs, run
+from verbs import EAGER, FAULTY, VERBS, make_inputs, run
 
-FAULTY = PERTA.parent / "tests/faults/perta_faulty"
 CUTS = 150 if LONG else 1 if SANITIZED else 3
 
 

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from conftest import HANGS
 from reference import write_folder
 
 BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
@@ -58,7 +59,7 @@ def test_a_browser_draws_it(perta, patch, tmp_path):
     shot = tmp_path / "page.png"
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2400"]
     page = f"file://{tmp_path}/page.html"
-    run = {"check": True, "capture_output": True, "text": True, "timeout": 60}
+    run = {"check": True, "capture_output": True, "text": True, "timeout": HANGS}
     dom = subprocess.run([*command, "--dump-dom", page], **run).stdout
     subprocess.run([*command, f"--screenshot={shot}", page], **run)
     drawn = dom.partition("<script")[0]
@@ -74,7 +75,7 @@ def test_a_browser_draws_what_a_one_way_patch_says(perta, patch, tmp_path):
     perta("unlearn", *folders, "--patch", "public", "--one-way")
     perta("report", "public", "--html", "page.html")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
-    drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.partition("<script")[0]
+    drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANGS).stdout.partition("<script")[0]
     assert "cannot be drawn" not in drawn and ">360<" in drawn and "layer 2" in drawn
     assert "undefined" not in drawn and "NaN" not in drawn and "mean w" not in drawn
 
@@ -90,6 +91,6 @@ def test_a_browser_draws_the_path(perta, tmp_path):
     assert json.loads(perta(*STEPS, "1", *flags).stdout)["chosen"] == 0
     perta("report", "patch", "--html", "page.html")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]
-    drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.partition("<script")[0]
+    drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=HANGS).stdout.partition("<script")[0]
     assert "The path" in drawn and "The patch leads to step 0." in drawn
     assert "mean probability of 0.00299, and have 0.00299 there" in drawn

@@ -5,11 +5,11 @@ import os
 import random
 import signal
 import subprocess
-import time
 
 import pytest
 from conftest import PERTA, part
 from llama import write_llama
+from verbs import EAGER, FAULTY, stop_at
 
 VOCABULARY, HIDDEN = 300, 64
 CONFIG = {
@@ -23,8 +23,6 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 ESTIMATE = "estimate --model model --data data.jsonl --out imp --stat mean,meansq --memory".split()
-# Commit at every chance, not every ten seconds.
-EAGER = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
 # What does not fit in memory is in files from the start: another way to the same end.
 BUDGETS = ["1G", "140M"]
 
@@ -70,32 +68,6 @@ def finished(folder):
     }
 
 
-def start(command, folder):
-    return subprocess.Popen(
-        [str(PERTA), *command, "--progress", "none"],
-        cwd=folder,
-        env=EAGER,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def records(journal):
-    return journal.read_text().count("\n") if journal.exists() else 0
-
-
-def stop_after(command, folder, journal, n, number=signal.SIGKILL):
-    """Start, and send a signal once the journal has n records more. False: it had ended."""
-    wanted = records(journal) + n
-    with start(command, folder) as run:
-        while run.poll() is None and records(journal) < wanted:
-            time.sleep(0.001)
-        if run.poll() is None:
-            run.send_signal(number)
-        return run.wait() != 0, run.stderr.read()
-
-
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_an_estimate_that_is_killed_goes_on(perta, folder, budget):
     said = json.loads(perta(*ESTIMATE, budget, "--json").stdout)
@@ -103,23 +75,19 @@ def test_an_estimate_that_is_killed_goes_on(perta, folder, budget):
     want = contents(folder / "imp")
     perta(*ESTIMATE, budget, "--force", "--resume")  # nothing to go on with: from the start
     (folder / "imp").rename(folder / "first")
-    journal = folder / "imp/meansq.perta-journal"
     kills = 0
-    while (stopped := stop_after([*ESTIMATE, budget, "--resume"], folder, journal, 3))[0]:
-        assert not stopped[1]  # killed, not failed
+    while (stopped := stop_at(folder, [*ESTIMATE, budget, "--resume"], "commit", 3))[0]:
+        assert stopped == (-signal.SIGKILL, "")  # killed, not failed
         kills += 1
         assert finished(folder).items() <= want.items()
-        if not journal.exists():  # after its last act
-            break
     assert kills >= 3
     assert contents(folder / "imp") == want == contents(folder / "first")
 
 
 def test_an_interrupted_estimate_says_how_to_go_on(perta, folder, whole):
     want = whole(folder, "1G")
-    journal = folder / "imp/meansq.perta-journal"
-    stopped, message = stop_after([*ESTIMATE, "1G"], folder, journal, 4, signal.SIGINT)
-    assert stopped and "--resume goes on with it: interrupted" in message
+    status, message = stop_at(folder, [*ESTIMATE, "1G"], "commit", 3, signal.SIGINT)
+    assert status == 130 and "--resume goes on with it: interrupted" in message
     refusal = perta(*ESTIMATE, "1G", check=2).stderr
     assert "--resume goes on with it, --force starts over" in refusal
     perta(*ESTIMATE, "1G", "--resume")
@@ -139,7 +107,7 @@ def test_an_interrupted_estimate_says_how_to_go_on(perta, folder, whole):
 )  # fmt: skip
 def test_a_changed_input_or_flag_is_refused(perta, folder, change, message):
     journal = folder / "imp/meansq.perta-journal"
-    stop_after([*ESTIMATE, "1G"], folder, journal, 4)
+    stop_at(folder, [*ESTIMATE, "1G"], "commit", 3)
     before = contents(folder / "imp")
     flags = []
     if change == "data":
@@ -160,11 +128,9 @@ def test_a_changed_input_or_flag_is_refused(perta, folder, change, message):
 
 
 def test_two_processes_do_not_work_on_the_same(perta, folder):
-    journal = folder / "imp/meansq.perta-journal"
-    with start([*ESTIMATE, "1G"], folder) as run:
-        while run.poll() is None and records(journal) < 3:
-            time.sleep(0.001)
-        run.send_signal(signal.SIGSTOP)
+    env = EAGER | {"PERTA_FAULTS": f"signal=commit:2:{int(signal.SIGSTOP)}"}
+    with subprocess.Popen([FAULTY, *ESTIMATE, "1G"], cwd=folder, env=env, stdout=subprocess.DEVNULL) as run:
+        assert os.WIFSTOPPED(os.waitpid(run.pid, os.WUNTRACED)[1])
         for flag in ("--resume", "--force"):
             assert "another process" in perta(*ESTIMATE, "1G", flag, check=2).stderr
         run.send_signal(signal.SIGCONT)
@@ -174,7 +140,7 @@ def test_two_processes_do_not_work_on_the_same(perta, folder):
 def test_a_torn_record_does_not_count(perta, folder, whole):
     want = whole(folder, "1G")
     journal = folder / "imp/meansq.perta-journal"
-    stop_after([*ESTIMATE, "1G"], folder, journal, 6)
+    stop_at(folder, [*ESTIMATE, "1G"], "commit", 5)
     text = journal.read_bytes()
     assert text.count(b"\n") >= 6
     journal.write_bytes(text[:-9] + b"\0\0\0")
@@ -187,8 +153,7 @@ def test_scratch_elsewhere_is_used_and_left_clean(perta, folder, whole):
     (folder / "scratch").mkdir()
     (folder / "scratch/mine").write_text("stays")
     flags = ["140M", "--scratch", "scratch"]
-    journal = folder / "imp/meansq.perta-journal"
-    stop_after([*ESTIMATE, *flags], folder, journal, 6)
+    stop_at(folder, [*ESTIMATE, *flags], "commit", 5)
     assert any((folder / "scratch").glob("perta-scratch-*/x-*"))
     perta(*ESTIMATE, *flags, "--resume")
     assert contents(folder / "imp") == want

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import PERTA, ROOT
+from conftest import MODEL, PERTA, ROOT, is_sanitized
 from llama import shapes_of
 from reference import write_folder
 from verbs import LLAMA
@@ -22,12 +22,39 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.fixture(scope="module")
 def helps():
     """What --help says, by verb."""
+    if not MODEL:
+        pytest.skip("this build has not every verb")
     return {
         verb: subprocess.run(
             [PERTA, verb, "--help"], capture_output=True, text=True, check=True
         ).stdout
         for verb in VERBS
     }
+
+
+@pytest.mark.skipif(MODEL, reason="this build has matrix products")
+def test_a_build_without_matrix_products_says_so():
+    def run(*words):
+        done = subprocess.run([PERTA, *words], capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout
+        return done.stderr
+
+    for verb in ("estimate", "eval", "demo"):
+        for words in ([], ["--help"]):
+            assert run(verb, *words) == f"perta {verb}: this build has no matrix products (oneDNN)\n"
+    steps = "--model m --tuned t --base b --data-forget f --data-retain r --patch p --steps 2".split()
+    assert "--steps: this build has no matrix products (oneDNN)\n" in run("unlearn", *steps)
+    said = subprocess.run([PERTA, "--help"], capture_output=True, text=True, check=True).stdout
+    assert said.count("(not in this build)") == 3 and "(this build: without --steps)" in said
+
+
+def test_a_sanitized_build_is_known_in_any_folder(tmp_path):
+    for name in ("build", "build-dev"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "perta").write_bytes(PERTA.read_bytes())
+    (tmp_path / "mine").write_bytes(b"\x7fELF...\0__asan_init\0")
+    assert is_sanitized(tmp_path / "build/perta") == is_sanitized(tmp_path / "build-dev/perta")
+    assert is_sanitized(tmp_path / "mine")
 
 
 def options_of(text):

@@ -4,15 +4,18 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 
 import numpy as np
-from conftest import PERTA
+import xxhash
+from conftest import HANGS, MODEL, PERTA, skip_what_needs_a_model
 from llama import write_llama
 from reference import BF16, CHUNK, narrow, write_folder
 
-# Commit at every chance, not every ten seconds.
+# Commit at every chance.
 EAGER = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
+FAULTY = PERTA.parent / "tests/faults/perta_faulty"  # tests/faults/faults.h
 SIDES = "--model model --tuned tuned --base base --forget forget --retain retain".split()
 VERBS = {
     "unlearn": ["unlearn", *SIDES, "--patch", "out"],
@@ -28,6 +31,8 @@ VERBS = {
         "--data-forget data.jsonl --data-retain other.jsonl"
     ).split(),
 }
+if not MODEL:
+    VERBS = {verb: command for verb, command in VERBS.items() if verb not in ("estimate", "steps")}
 # The verbs of the stream; those that write no folder too, and those that edit the folder "out",
 # which is a copy of the one that they are for.
 STREAM = {
@@ -90,7 +95,43 @@ def make_inputs(folder, large):
 
 def run(folder, *command, status=0, env=EAGER, perta=PERTA, **how):
     """Assert its exit status (None: any)."""
+    skip_what_needs_a_model(command)
     command = [str(perta), *command, "--progress", "none"]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, **how)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS, **how)
     assert status is None or done.returncode == status, (done.returncode, done.stderr)
     return done
+
+
+def stop_at(folder, command, kind, n, number=signal.SIGKILL, env=EAGER):
+    """Run it; it is sent a signal at its nth operation of that kind, if it has so many. Exit status
+    (-SIGKILL: killed), and what it said."""
+    faults = {"PERTA_FAULTS": f"fast=1,signal={kind}:{n}:{int(number)}"}
+    done = run(folder, *command, env=env | faults, perta=FAULTY, status=None)
+    return done.returncode, done.stderr
+
+
+def operations(folder, command, log, env=EAGER):
+    """How many of each kind a run takes, which are counted into the file log."""
+    run(folder, *command, env=env | {"PERTA_FAULTS": f"fast=1,count={log}"}, perta=FAULTY)
+    counts = dict(line.split() for line in log.read_text().splitlines())
+    log.unlink()
+    return {kind: int(n) for kind, n in counts.items()}
+
+
+def records_of(journal):
+    return [json.loads(line.split(b" ", 1)[1]) for line in journal.read_bytes().splitlines()]
+
+
+def write_records(journal, records):
+    with open(journal, "wb") as file:
+        for record in records:
+            text = json.dumps(record, separators=(",", ":"), sort_keys=True).encode()
+            file.write(b"%016x %s\n" % (xxhash.xxh3_64_intdigest(text), text))
+
+
+def started_long_ago(journal):
+    """As if the run had begun then: Unix time 1000."""
+    records = records_of(journal)
+    for record in (records[0], records[-1].get("summary", {})):
+        record["started"] = 1000
+    write_records(journal, records)

@@ -1,0 +1,40 @@
+/* What needs matrix products, in a build without (meson setup -Dmodel=disabled): it says so. */
+#include <stdio.h>
+
+#include "estimators/steps.h"
+#include "tools/cli.h"
+
+#define MISSING "this build has no matrix products (oneDNN)"
+
+const bool cli_has_model = false;
+
+static int say(const char *verb)
+{
+    fprintf(stderr, "perta %s: " MISSING "\n", verb);
+    return 2;
+}
+
+int cmd_estimate(int argc, char **argv)
+{
+    (void)argc;
+    return say(argv[0]);
+}
+
+int cmd_eval(int argc, char **argv)
+{
+    (void)argc;
+    return say(argv[0]);
+}
+
+int cmd_demo(int argc, char **argv)
+{
+    (void)argc;
+    return say(argv[0]);
+}
+
+int perta_steps(const struct perta_steps *steps, const struct perta_run *run, json_t **summary,
+                struct perta_err *err)
+{
+    (void)steps, (void)run, (void)summary;
+    return perta_fail(err, PERTA_EUSAGE, "--steps: " MISSING);
+}
