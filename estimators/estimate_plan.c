@@ -190,7 +190,8 @@ struct plan {
 static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct perta_err *err)
 {
     uint64_t budget = job->run->memory_bytes, group = batch_bytes(job, job->cut.longest, plan->bf16);
-    uint64_t used = perta_memory_trimmed() + MARGIN_BYTES + fixed_bytes(job);
+    uint64_t used = perta_memory_before(job->run->before_bytes, MARGIN_BYTES) + MARGIN_BYTES +
+                    fixed_bytes(job);
     uint64_t enough = used + group + worker_bytes(job);
     if (budget < enough)
         return perta_memory_refuse(budget, enough, err,

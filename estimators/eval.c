@@ -200,10 +200,9 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
                struct perta_err *err)
 {
     PERTA_FP_SCOPE;
-    /* An estimate's way forward; of a statistic at most the memory. */
+    /* An estimate's way forward. */
     const struct perta_estimate estimate = {.model = eval->model,
                                             .at = eval->at,
-                                            .mean = eval->as_estimate,
                                             .data = eval->data,
                                             .max_tokens = eval->max_tokens,
                                             .compute = eval->compute,

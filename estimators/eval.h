@@ -16,7 +16,7 @@ struct perta_eval {
     enum perta_compute compute;
     const char
         *scratch;     /* folder for what does not fit in memory; NULL: $TMPDIR or /var/tmp */
-    bool as_estimate; /* in its batches and without other answers: the same loss to the bit */
+    bool as_estimate; /* without other answers: the same loss as estimate's to the bit */
 };
 
 /* Run it; nothing is written. *summary is the caller's: means over the lines, and under

@@ -12,6 +12,7 @@
 #include "io/hash.h"
 #include "io/publish.h"
 #include "stream/journal.h"
+#include "stream/memory.h"
 #include "stream/naming.h"
 
 const char *const perta_sets[2] = {"forget", "retain"};
@@ -485,6 +486,7 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
     struct perta_steps_job job = {
         .steps = steps, .run = *run, .journal = {.fd = -1}, .patching = -1};
     *summary = NULL;
+    job.run.before_bytes = perta_memory_trimmed();
     int rc = prepare(&job, err);
     if (!rc && run->dry_run) {
         *summary = json_pack("{s:[]}", "path");

@@ -29,6 +29,14 @@ uint64_t perta_memory_trimmed(void)
     return perta_memory_now();
 }
 
+uint64_t perta_memory_before(uint64_t before_bytes, uint64_t later_bytes)
+{
+    uint64_t now = perta_memory_trimmed();
+    if (!before_bytes || now < before_bytes)
+        return now;
+    return now - before_bytes < later_bytes ? before_bytes : now - later_bytes;
+}
+
 int perta_memory_refuse(uint64_t budget_bytes, uint64_t least_bytes, struct perta_err *err,
                         const char *what, ...)
 {

@@ -9,6 +9,9 @@
 
 /* Resident now, after giving back what malloc keeps for later. */
 uint64_t perta_memory_trimmed(void);
+/* The same; or, where an earlier job left more than before_bytes (0: there was none) behind, what
+ * with later_bytes, which a job counts for that, comes to as much. */
+uint64_t perta_memory_before(uint64_t before_bytes, uint64_t later_bytes);
 
 /* A budget is too small "for this job", or what it is; least_bytes would do by what is measured now.
  * The message names more: resident memory differs from run to run, and grows until it is measured

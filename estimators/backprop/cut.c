@@ -83,16 +83,14 @@ static void add_chunks(struct perta_chunks *chunks, size_t first, size_t end, ui
     chunks->parts |= chunks->by_sample && end - first > PERTA_CHUNK_ROWS;
 }
 
-int perta_chunks_make(const size_t *starts, uint64_t n_samples, bool by_sample,
+int perta_chunks_make(const size_t *starts, uint64_t n_runs, bool by_sample,
                       struct perta_chunks *chunks, struct perta_err *err)
 {
-    size_t most = starts[n_samples] / PERTA_CHUNK_ROWS + n_samples + 1;
+    size_t most = starts[n_runs] / PERTA_CHUNK_ROWS + n_runs + 1;
     *chunks = (struct perta_chunks){.of = calloc(most, sizeof *chunks->of), .by_sample = by_sample};
     if (!chunks->of)
-        return perta_fail_sys(err, ENOMEM, "%llu samples", (unsigned long long)n_samples);
-    if (!by_sample)
-        add_chunks(chunks, 0, starts[n_samples], 0);
-    for (uint64_t i = 0; by_sample && i < n_samples; i++)
+        return perta_fail_sys(err, ENOMEM, "%llu samples", (unsigned long long)n_runs);
+    for (uint64_t i = 0; i < n_runs; i++)
         add_chunks(chunks, starts[i], starts[i + 1], i);
     return 0;
 }

@@ -59,8 +59,9 @@ static inline size_t perta_chunk_padded(size_t n)
     return (n + 15) & ~(size_t)15;
 }
 
-/* by_sample: each sample's rows by themselves; else all rows, starts[n_samples] of them. */
-int perta_chunks_make(const size_t *starts, uint64_t n_samples, bool by_sample,
+/* Of runs of rows, starts[i] .. starts[i + 1]; a chunk lies in one. by_sample: they are samples, each
+ * with a gradient of its own. */
+int perta_chunks_make(const size_t *starts, uint64_t n_runs, bool by_sample,
                       struct perta_chunks *chunks, struct perta_err *err);
 void perta_chunks_release(struct perta_chunks *chunks);
 

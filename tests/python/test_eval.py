@@ -168,7 +168,7 @@ def test_a_patched_model_larger_than_memory(perta, tmp_path):
     weights[-64 * MIB :: 64] = bytes(byte ^ 1 for byte in weights[-64 * MIB :: 64])
     (tmp_path / "tuned/model.safetensors").write_bytes(weights)
     perta("diff", "full", "tuned", "--patch", "patch")
-    write_lines(tmp_path / "data.jsonl", [random_line(40) for _ in range(5)])
+    write_lines(tmp_path / "data.jsonl", [random_line(200) for _ in range(5)])
     words = "eval --model full --patch patch --data data.jsonl --json --compute f32 --memory"
     words = words.split()
     least = int(re.search(r"needs (\d+)M", perta(*words, "60M", check=2).stderr)[1]) + 2
@@ -178,8 +178,7 @@ def test_a_patched_model_larger_than_memory(perta, tmp_path):
     assert peak_mib([*words, f"{least}M", "--io", "direct"], tmp_path) <= least
     whole = evaluate(perta, "tuned", "--compute", "f32")
     assert whole["batches"] == 1
-    for a, b in zip(small["per_sample"], whole["per_sample"], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert small["per_sample"] == whole["per_sample"]
     (tmp_path / "full/model.safetensors").unlink()
     (tmp_path / "tuned/model.safetensors").unlink()
 

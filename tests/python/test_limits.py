@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import PERTA, SANITIZED, in_a_larger_process, needed, part
 from reference import BF16, folder_bytes, write_folder
-from verbs import IN_PLACE, STREAM, make_inputs, stop_at
+from verbs import COMPUTING, IN_PLACE, STREAM, make_inputs, stop_at
 
 MIB = 1 << 20
 UNLEARN = "unlearn --model model --tuned tuned --base base --forget forget --retain retain".split()
@@ -118,12 +118,12 @@ THREADS = [1, 2, 16, 64, 128]
 
 
 @sanitized
-@pytest.mark.parametrize("verb", [*STREAM, *IN_PLACE])
+@pytest.mark.parametrize("verb", [*STREAM, *COMPUTING, *IN_PLACE])
 def test_a_budget_is_for_any_number_of_threads(perta, inputs, tmp_path, verb):
     """Where it is small there are fewer workers, never a refusal, and the result is the same."""
     for entry in inputs.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
-    model, command = IN_PLACE.get(verb) or (None, STREAM[verb])
+    model, command = IN_PLACE.get(verb) or (None, (STREAM | COMPUTING)[verb])
     out = tmp_path / "out"
 
     def start_over():

@@ -7,7 +7,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import PERTA, part
+from conftest import PERTA, needed, part
 from llama import write_llama
 from verbs import EAGER, FAULTY, stop_at
 
@@ -24,7 +24,12 @@ CONFIG = {
 }
 ESTIMATE = "estimate --model model --data data.jsonl --out imp --stat mean,meansq --memory".split()
 # What does not fit in memory is in files from the start: another way to the same end.
-BUDGETS = ["1G", "140M"]
+BUDGETS = ["1G", "little"]
+
+
+def budget_of(perta, budget):
+    """little: what a refusal names."""
+    return needed(perta, ESTIMATE[:-1], "20M") if budget == "little" else budget
 
 
 @pytest.fixture
@@ -70,8 +75,9 @@ def finished(folder):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_an_estimate_that_is_killed_goes_on(perta, folder, budget):
+    little, budget = budget == "little", budget_of(perta, budget)
     said = json.loads(perta(*ESTIMATE, budget, "--json").stdout)
-    assert (said["scratch_bytes"] > 0) == (budget == "140M")
+    assert (said["scratch_bytes"] > 0) == little
     want = contents(folder / "imp")
     perta(*ESTIMATE, budget, "--force", "--resume")  # nothing to go on with: from the start
     (folder / "imp").rename(folder / "first")
@@ -98,8 +104,6 @@ def test_an_interrupted_estimate_says_how_to_go_on(perta, folder, whole):
     "change, message",
     part(sanitized=2, cases=[
         (["--stat", "meansq"], "flags: mean was true, is now false"),
-        (["--memory", "900M"], "flags: memory was 1073741824, is now 943718400"),
-        (["--compute", "f32", "--threads", "1"], "flags: "),
         ("data", "data: bytes was "),
         ("model", "model: model.safetensors: "),
         ("config", "config.json was "),
@@ -149,10 +153,11 @@ def test_a_torn_record_does_not_count(perta, folder, whole):
 
 
 def test_scratch_elsewhere_is_used_and_left_clean(perta, folder, whole):
-    want = whole(folder, "140M")
+    little = budget_of(perta, "little")
+    want = whole(folder, little)
     (folder / "scratch").mkdir()
     (folder / "scratch/mine").write_text("stays")
-    flags = ["140M", "--scratch", "scratch"]
+    flags = [little, "--scratch", "scratch"]
     stop_at(folder, [*ESTIMATE, *flags], "commit", 5)
     assert any((folder / "scratch").glob("perta-scratch-*/x-*"))
     perta(*ESTIMATE, *flags, "--resume")

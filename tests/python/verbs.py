@@ -44,6 +44,10 @@ STREAM = {
     "verify-applied": "verify tuned --patch p1 --applied".split(),
     "verify-manifest": "verify model --manifest model.json".split(),
 }
+# Those that compute with a model.
+COMPUTING = {
+    name: VERBS[name] for name in ("estimate", "steps") if name in VERBS
+} | ({"eval": "eval --model llama --data data.jsonl".split()} if MODEL else {})
 IN_PLACE = {
     "apply-in-place": ("model", "apply out p1 --in-place".split()),
     "revert-in-place": ("tuned", "revert out p1 --in-place".split()),
