@@ -13,7 +13,7 @@
 /* Gradients of a weight are formed in blocks of so many floats. */
 #define BLOCK_FLOATS (2u << 20)
 /* Tokens of a group of samples (cut.h). */
-#define GROUP_TOKENS PERTA_TILE
+#define GROUP_TOKENS PERTA_TILE_ROWS
 
 /* ---- tokens ---- */
 
@@ -155,7 +155,7 @@ static uint64_t batch_bytes(const struct perta_estimate_job *job, size_t tokens,
 /* Floats that a worker has of its own: a row, a tile, or attention's scores. */
 static size_t room_floats(const struct perta_estimate_job *job)
 {
-    return most(most((uint64_t)PERTA_TILE * PERTA_TILE, widest(&job->weights.llm)),
+    return most(most((uint64_t)PERTA_TILE_ROWS * PERTA_TILE_COLS, widest(&job->weights.llm)),
                 perta_attention_room(job->samples.longest));
 }
 

@@ -8,8 +8,8 @@
 /* Rows first .. end are a group; its tiles follow. */
 static void add_group(struct perta_cut *cut, size_t first, size_t end, uint64_t samples_end)
 {
-    for (size_t row = first; row < end; row += PERTA_TILE)
-        cut->tiles[++cut->n_tiles] = end - row < PERTA_TILE ? end : row + PERTA_TILE;
+    for (size_t row = first; row < end; row += PERTA_TILE_ROWS)
+        cut->tiles[++cut->n_tiles] = end - row < PERTA_TILE_ROWS ? end : row + PERTA_TILE_ROWS;
     cut->groups[++cut->n_groups] = end;
     cut->group_tiles[cut->n_groups] = cut->n_tiles;
     cut->group_samples[cut->n_groups] = samples_end;
@@ -20,7 +20,7 @@ static void add_group(struct perta_cut *cut, size_t first, size_t end, uint64_t 
 int perta_cut_make(const size_t *starts, uint64_t n_samples, size_t group_rows,
                    struct perta_cut *cut, struct perta_err *err)
 {
-    size_t most_tiles = starts[n_samples] / PERTA_TILE + n_samples + 1;
+    size_t most_tiles = starts[n_samples] / PERTA_TILE_ROWS + n_samples + 1;
     *cut = (struct perta_cut){
         .tiles = calloc(most_tiles + 1, sizeof *cut->tiles),
         .groups = calloc(n_samples + 1, sizeof *cut->groups),

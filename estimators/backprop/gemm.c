@@ -74,7 +74,7 @@ int perta_gemm_isa(void)
 int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_floats,
                     size_t room_floats, struct perta_gemm **out, struct perta_err *err)
 {
-    const size_t least = (size_t)PERTA_TILE * PERTA_TILE;
+    const size_t least = (size_t)PERTA_TILE_ROWS * PERTA_TILE_COLS;
     struct perta_gemm *g = calloc(1, sizeof *g);
     if (!g)
         return perta_fail_sys(err, ENOMEM, "matrix products");
@@ -362,7 +362,7 @@ int perta_gemm_sgemm(char ta, char tb, size_t m, size_t n, size_t k, float scale
 
 struct product {
     struct perta_gemm *gemm;
-    const struct perta_runs *rows; /* NULL: every PERTA_TILE of m */
+    const struct perta_runs *rows; /* NULL: every PERTA_TILE_ROWS of m */
     size_t m, n, k, n_row_tiles;
     struct perta_operand_matrix a, b;
     float *c;
@@ -385,10 +385,10 @@ static int run_ragged(const struct product *p, unsigned worker, size_t m, size_t
     float *room = perta_gemm_room(p->gemm, worker);
     if (!room)
         return perta_fail_sys(err, ENOMEM, "matrix product");
-    int rc = perta_gemm_tile(p->gemm, worker, whole, n, p->k, a, b, room, PERTA_TILE, false, err);
+    int rc = perta_gemm_tile(p->gemm, worker, whole, n, p->k, a, b, room, PERTA_TILE_COLS, false, err);
     for (size_t i = 0; i < m && !rc; i++)
         for (size_t j = 0; j < n; j++)
-            c[i * p->ldc + j] = room[i * PERTA_TILE + j] + (p->add ? c[i * p->ldc + j] : 0);
+            c[i * p->ldc + j] = room[i * PERTA_TILE_COLS + j] + (p->add ? c[i * p->ldc + j] : 0);
     return rc;
 }
 
@@ -396,11 +396,11 @@ static int run_ragged(const struct product *p, unsigned worker, size_t m, size_t
 static int run_piece(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
     const struct product *p = ctx;
-    size_t tile = i % p->n_row_tiles, col = i / p->n_row_tiles * PERTA_TILE;
-    size_t row = p->rows ? p->rows->starts[tile] - p->rows->origin : tile * PERTA_TILE;
-    size_t end = p->rows ? p->rows->starts[tile + 1] - p->rows->origin : row + PERTA_TILE;
+    size_t tile = i % p->n_row_tiles, col = i / p->n_row_tiles * PERTA_TILE_COLS;
+    size_t row = p->rows ? p->rows->starts[tile] - p->rows->origin : tile * PERTA_TILE_ROWS;
+    size_t end = p->rows ? p->rows->starts[tile + 1] - p->rows->origin : row + PERTA_TILE_ROWS;
     size_t m = (end < p->m ? end : p->m) - row;
-    size_t n = p->n - col < PERTA_TILE ? p->n - col : PERTA_TILE;
+    size_t n = p->n - col < PERTA_TILE_COLS ? p->n - col : PERTA_TILE_COLS;
     struct perta_operand_matrix a = part(p->a, row, 0), b = part(p->b, 0, col);
     float *c = p->c + row * p->ldc + col;
     if (p->rows && m % (PERTA_SLACK_ROWS + 1))
@@ -412,7 +412,7 @@ int perta_gemm_run(struct perta_gemm *g, const struct perta_runs *rows, size_t m
                    size_t k, struct perta_operand_matrix a, struct perta_operand_matrix b,
                    float *c, size_t ldc, bool add, struct perta_err *err)
 {
-    struct product p = {g, rows, m, n, k, rows ? rows->n : (m + PERTA_TILE - 1) / PERTA_TILE,
+    struct product p = {g, rows, m, n, k, rows ? rows->n : (m + PERTA_TILE_ROWS - 1) / PERTA_TILE_ROWS,
                         a, b, c, ldc, add};
     size_t at = 0;
     if (!m || !n)
@@ -421,6 +421,6 @@ int perta_gemm_run(struct perta_gemm *g, const struct perta_runs *rows, size_t m
     if (!rc)
         rc = perta_gemm_prepare(g, &p.b, k, n, &at, err);
     return rc ? rc
-              : perta_workers_run(g->workers, p.n_row_tiles * ((n + PERTA_TILE - 1) / PERTA_TILE),
+              : perta_workers_run(g->workers, p.n_row_tiles * ((n + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS),
                                   run_piece, &p, err);
 }

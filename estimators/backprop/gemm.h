@@ -4,7 +4,7 @@
  * both are rounded to bfloat16 and products summed in float32, which CPUs with AMX or AVX-512
  * BF16 do several times faster; else all is float32.
  *
- * A piece is one single-threaded product of at most PERTA_TILE rows and columns. Where a product
+ * A piece is one single-threaded product, a tile of PERTA_TILE_ROWS and PERTA_TILE_COLS at most. Where a product
  * is cut depends on shapes and on the samples (cut.h), so that its bits are the same for every
  * number of workers, every budget and every batch. Another instruction set may give other last
  * bits. */
@@ -19,7 +19,8 @@
 #include "io/err.h"
 #include "stream/workers.h"
 
-#define PERTA_TILE 256
+#define PERTA_TILE_ROWS 256
+#define PERTA_TILE_COLS 512
 /* Products read rows up to so many past the end of what they are given (and use nothing of it), so
  * that few different shapes are compiled: memory must go on there. */
 #define PERTA_SLACK_ROWS 31
@@ -56,7 +57,7 @@ PERTA_API float perta_operand_element(const struct perta_operand_matrix *m);
 
 /* workers: borrowed. scratch_floats is room for the conversion of operands (float32 each, both
  * together); larger products fail. Each worker that has something to do gets room for room_floats
- * of its own, at least PERTA_TILE squared (perta_gemm_room). */
+ * of its own, at least a tile (perta_gemm_room). */
 PERTA_API int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_floats,
                               size_t room_floats, struct perta_gemm **out,
                               struct perta_err *err);
@@ -81,7 +82,7 @@ int perta_gemm_prepare(struct perta_gemm *gemm, struct perta_operand_matrix *m, 
 float *perta_gemm_scratch(const struct perta_gemm *gemm, size_t at);
 
 /* c (m, n), row stride ldc, = a (m, k) b (k, n), or += with add. m is cut at rows, whose last end
- * is m; rows NULL: every PERTA_TILE. a is read PERTA_SLACK_ROWS past its end if rows is given. */
+ * is m; rows NULL: every PERTA_TILE_ROWS. a is read PERTA_SLACK_ROWS past its end if rows is given. */
 PERTA_API int perta_gemm_run(struct perta_gemm *gemm, const struct perta_runs *rows, size_t m,
                              size_t n, size_t k, struct perta_operand_matrix a,
                              struct perta_operand_matrix b, float *c, size_t ldc, bool add,

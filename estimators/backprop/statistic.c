@@ -118,20 +118,20 @@ struct addition {
     size_t n_row_tiles;
 };
 
-static struct perta_operand_matrix part(struct perta_operand_matrix m, size_t i, size_t j)
-{
-    m.data = (const uint8_t *)m.data + (i * m.row + j * m.col) * (m.dtype == PERTA_F32 ? 4 : 2);
-    return m;
-}
-
+/* Of the block, tile (t->m, t->n): dy^T, which is there as (rows, padded), times x (padded, in). */
 static int add_product(const struct addition *a, unsigned worker, const struct tile *t,
                        const struct perta_chunk *chunk, struct perta_err *err)
 {
     const struct perta_terms *terms = a->terms;
-    size_t at = chunk->at - terms->chunks->of[terms->first].at;
-    return perta_gemm_tile(a->s->gemm, worker, t->m, t->n, perta_chunk_padded(chunk->n),
-                           perta_transposed(part(terms->dy, at, t->row)),
-                           part(terms->x, at, t->col), t->to, t->ld, !chunk->begins, err);
+    enum perta_dtype dtype = perta_gemm_dtype(a->s->gemm);
+    size_t at = chunk->at - terms->chunks->of[terms->first].at, width = dtype == PERTA_F32 ? 4 : 2;
+    size_t padded = perta_chunk_padded(chunk->n);
+    const struct perta_operand_matrix dy = {
+        terms->dy + (at * terms->rows + t->row * padded) * width, dtype, padded, 1};
+    const struct perta_operand_matrix x = {terms->x + (at * terms->in + t->col) * width, dtype,
+                                           terms->in, 1};
+    return perta_gemm_tile(a->s->gemm, worker, t->m, t->n, padded, dy, x, t->to, t->ld,
+                           !chunk->begins, err);
 }
 
 static void clear(const struct tile *t)
@@ -146,7 +146,7 @@ static int add_tokens(const struct perta_terms *terms, const struct tile *t, uin
                       uint64_t to, double *sums, size_t stride, bool *any, struct perta_err *err)
 {
     const struct perta_samples *s = terms->samples;
-    float room[PERTA_TILE];
+    float room[PERTA_TILE_COLS];
     int rc = 0;
     for (uint64_t k = s->starts[from]; k < s->starts[to] && !rc; k++) {
         size_t row = (size_t)s->ids[k] - terms->row - t->row;
@@ -183,9 +183,9 @@ static int add_chunk(const struct addition *a, unsigned worker, const struct til
                      const struct perta_chunk *chunk, struct perta_err *err)
 {
     const struct perta_terms *terms = a->terms;
-    bool any = terms->x.data;
+    bool any = terms->x;
     int rc = 0;
-    if (terms->x.data)
+    if (terms->x)
         rc = add_product(a, worker, t, chunk, err);
     if (!rc && terms->dx && terms->chunks->by_sample && chunk->ends)
         rc = add_tokens(terms, t, chunk->sample, chunk->sample + 1, NULL, 0, &any, err);
@@ -198,12 +198,13 @@ static int add_tile(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
     const struct addition *a = ctx;
     const struct perta_terms *terms = a->terms;
-    size_t row = i % a->n_row_tiles * PERTA_TILE, col = i / a->n_row_tiles * PERTA_TILE;
-    struct tile t = {row, terms->rows - row < PERTA_TILE ? terms->rows - row : PERTA_TILE,
-                     col, terms->in - col < PERTA_TILE ? terms->in - col : PERTA_TILE,
+    size_t row = i % a->n_row_tiles * PERTA_TILE_ROWS;
+    size_t col = i / a->n_row_tiles * PERTA_TILE_COLS;
+    struct tile t = {row, terms->rows - row < PERTA_TILE_ROWS ? terms->rows - row : PERTA_TILE_ROWS,
+                     col, terms->in - col < PERTA_TILE_COLS ? terms->in - col : PERTA_TILE_COLS,
                      a->s->one ? a->s->one + row * terms->in + col
                                : perta_gemm_room(a->s->gemm, worker),
-                     a->s->one ? terms->in : PERTA_TILE};
+                     a->s->one ? terms->in : PERTA_TILE_COLS};
     int rc = t.to ? 0 : perta_fail_sys(err, ENOMEM, "gradients");
     for (size_t c = terms->first; c < terms->end && !rc; c++)
         rc = add_chunk(a, worker, &t, &terms->chunks->of[c], err);
@@ -217,15 +218,17 @@ static int add_tile(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 int perta_statistic_add(struct perta_statistic *s, const struct perta_terms *terms,
                         struct perta_err *err)
 {
-    size_t rows = (terms->rows + PERTA_TILE - 1) / PERTA_TILE;
-    size_t cols = (terms->in + PERTA_TILE - 1) / PERTA_TILE;
+    size_t rows = (terms->rows + PERTA_TILE_ROWS - 1) / PERTA_TILE_ROWS;
+    size_t cols = (terms->in + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS;
     struct addition a = {s, terms, rows};
     return perta_workers_run(perta_gemm_workers(s->gemm), rows * cols, add_tile, &a, err);
 }
 
 /* ---- operands ---- */
 
-#define PACK_ROWS 64 /* of a piece */
+#define PACK_ROWS 64   /* of a piece */
+#define GROUP_ROWS 16  /* that lie in one chunk, padding included */
+#define SLICE_COLS 1024 /* that are read at a time */
 
 struct packing {
     struct perta_gemm *gemm;
@@ -233,6 +236,7 @@ struct packing {
     size_t col, n_cols;
     const struct perta_chunks *chunks;
     size_t first, end, origin;
+    bool turned; /* each chunk's rows become columns */
     uint8_t *to;
 };
 
@@ -243,26 +247,75 @@ static size_t packed_rows(const struct perta_chunks *chunks, size_t first, size_
     return last->at + perta_chunk_padded(last->n) - chunks->of[first].at;
 }
 
-/* Row number row of all chunks' becomes one of the packed rows; padding becomes zeros. */
-static int pack_row(const struct packing *p, const struct perta_chunk *chunk, size_t row,
-                    float *room, struct perta_err *err)
+/* GROUP_ROWS rows of a chunk from within on, columns col .. col + n: each to its place in rows; those
+ * past the chunk's end are zeros. */
+static int read_group(const struct packing *p, const struct perta_chunk *chunk, size_t within,
+                      size_t col, size_t n, float rows[GROUP_ROWS][SLICE_COLS],
+                      struct perta_err *err)
+{
+    int rc = 0;
+    for (size_t r = 0; r < GROUP_ROWS && !rc; r++) {
+        struct perta_rows from;
+        if (within + r >= chunk->n) {
+            memset(rows[r], 0, n * sizeof *rows[r]);
+            continue;
+        }
+        rc = perta_store_get(p->store, chunk->first + within + r - p->origin, 1, p->col + col, n,
+                             rows[r], &from, err);
+        if (!rc && from.data != rows[r])
+            memcpy(rows[r], from.data, n * sizeof *rows[r]);
+    }
+    return rc;
+}
+
+/* Element (row, col) of what a chunk becomes, counted from its first. */
+static size_t place_of(const struct packing *p, size_t padded, size_t row, size_t col)
+{
+    return p->turned ? col * padded + row : row * p->n_cols + col;
+}
+
+static void put_f32(const struct packing *p, float *to, size_t padded, size_t within, size_t col,
+                    size_t n, float rows[GROUP_ROWS][SLICE_COLS])
+{
+    for (size_t c = 0; p->turned && c < n; c++) {
+        float *at = to + place_of(p, padded, within, col + c);
+        for (size_t r = 0; r < GROUP_ROWS; r++)
+            at[r] = rows[r][c];
+    }
+    for (size_t r = 0; !p->turned && r < GROUP_ROWS; r++)
+        memcpy(to + place_of(p, padded, within + r, col), rows[r], n * sizeof *to);
+}
+
+static void put_bf16(const struct packing *p, uint16_t *to, size_t padded, size_t within,
+                     size_t col, size_t n, float rows[GROUP_ROWS][SLICE_COLS])
+{
+    uint16_t halves[GROUP_ROWS][SLICE_COLS];
+    for (size_t r = 0; r < GROUP_ROWS; r++)
+        perta_row_kernels()->to_bf16(p->turned ? halves[r]
+                                               : to + place_of(p, padded, within + r, col),
+                                     rows[r], PERTA_F32, n);
+    for (size_t c = 0; p->turned && c < n; c++) {
+        uint16_t *at = to + place_of(p, padded, within, col + c);
+        for (size_t r = 0; r < GROUP_ROWS; r++)
+            at[r] = halves[r][c];
+    }
+}
+
+static int pack_group(const struct packing *p, const struct perta_chunk *chunk, size_t within,
+                      float rows[GROUP_ROWS][SLICE_COLS], struct perta_err *err)
 {
     bool bf16 = perta_gemm_dtype(p->gemm) == PERTA_BF16;
-    size_t width = bf16 ? 2 : 4, within = row - chunk->at;
-    uint8_t *to = p->to + (row - p->chunks->of[p->first].at) * p->n_cols * width;
-    struct perta_rows rows;
-    if (within >= chunk->n) {
-        memset(to, 0, p->n_cols * width);
-        return 0;
+    size_t padded = perta_chunk_padded(chunk->n), start = chunk->at - p->chunks->of[p->first].at;
+    uint8_t *to = p->to + start * p->n_cols * (bf16 ? 2 : 4);
+    int rc = 0;
+    for (size_t col = 0; col < p->n_cols && !rc; col += SLICE_COLS) {
+        size_t n = p->n_cols - col < SLICE_COLS ? p->n_cols - col : SLICE_COLS;
+        rc = read_group(p, chunk, within, col, n, rows, err);
+        if (!rc && bf16)
+            put_bf16(p, (uint16_t *)(void *)to, padded, within, col, n, rows);
+        else if (!rc)
+            put_f32(p, (float *)(void *)to, padded, within, col, n, rows);
     }
-    if (!bf16)
-        room = (float *)(void *)to;
-    int rc = perta_store_get(p->store, chunk->first + within - p->origin, 1, p->col, p->n_cols,
-                             room, &rows, err);
-    if (!rc && bf16)
-        perta_row_kernels()->to_bf16((uint16_t *)(void *)to, rows.data, PERTA_F32, p->n_cols);
-    else if (!rc && rows.data != room)
-        memcpy(to, rows.data, p->n_cols * width);
     return rc;
 }
 
@@ -272,12 +325,12 @@ static int pack_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err
     const struct perta_chunk *chunk = &p->chunks->of[p->first];
     size_t row = chunk->at + i * PACK_ROWS, end = row + PACK_ROWS;
     size_t last = chunk->at + packed_rows(p->chunks, p->first, p->end);
-    float *room = perta_gemm_room(p->gemm, worker);
+    void *room = perta_gemm_room(p->gemm, worker);
     int rc = room ? 0 : perta_fail_sys(err, ENOMEM, "gradients");
-    for (; row < end && row < last && !rc; row++) {
+    for (; row < end && row < last && !rc; row += GROUP_ROWS) {
         while (row >= chunk->at + perta_chunk_padded(chunk->n))
             chunk++;
-        rc = pack_row(p, chunk, row, room, err);
+        rc = pack_group(p, chunk, row - chunk->at, room, err);
     }
     return rc;
 }
@@ -285,9 +338,9 @@ static int pack_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err
 /* Columns col .. col + n_cols of a store's rows, packed to to. */
 static int pack(struct perta_gemm *gemm, const struct perta_store *store, size_t origin, size_t col,
                 size_t n_cols, const struct perta_chunks *chunks, size_t first, size_t end,
-                void *to, struct perta_err *err)
+                bool turned, void *to, struct perta_err *err)
 {
-    struct packing p = {gemm, store, col, n_cols, chunks, first, end, origin, to};
+    struct packing p = {gemm, store, col, n_cols, chunks, first, end, origin, turned, to};
     size_t rows = packed_rows(chunks, first, end);
     return perta_workers_run(perta_gemm_workers(gemm), (rows + PACK_ROWS - 1) / PACK_ROWS,
                              pack_rows, &p, err);
@@ -317,15 +370,15 @@ int perta_statistic_products(struct perta_statistic *s, const struct perta_terms
         uint8_t *xs = (uint8_t *)packed->floats;
         uint8_t *dys = xs + packed_rows(terms->chunks, some.first, some.end) * in * width;
         if (!x_packed || !*x_packed)
-            rc = pack(s->gemm, of->x, of->origin, 0, in, terms->chunks, some.first, some.end, xs,
-                      err);
+            rc = pack(s->gemm, of->x, of->origin, 0, in, terms->chunks, some.first, some.end,
+                      false, xs, err);
         if (x_packed)
             *x_packed = some.first == terms->first && some.end == terms->end;
         if (!rc)
             rc = pack(s->gemm, of->dy, of->origin, of->col, rows, terms->chunks, some.first,
-                      some.end, dys, err);
-        some.x = (struct perta_operand_matrix){xs, dtype, in, 1};
-        some.dy = (struct perta_operand_matrix){dys, dtype, rows, 1};
+                      some.end, true, dys, err);
+        some.x = xs;
+        some.dy = dys;
         if (!rc)
             rc = perta_statistic_add(s, &some, err);
     }

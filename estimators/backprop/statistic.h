@@ -48,8 +48,9 @@ struct perta_terms {
     size_t rows, in;
     const struct perta_chunks *chunks;
     size_t first, end;
-    /* Operands (perta_gemm_dtype), row-major, chunks one after another, padded. data NULL: none */
-    struct perta_operand_matrix dy, x;
+    /* Operands (perta_gemm_dtype), chunks one after another: of each x as (padded, in) and dy as
+     * (rows, padded). NULL: none */
+    const uint8_t *x, *dy;
     /* An embedding's rows row .. row + rows. dx NULL: no embedding */
     const struct perta_samples *samples;
     const struct perta_store *dx; /* (tokens, in) */

@@ -74,8 +74,8 @@ int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
     t->positions = calloc(t->max_tokens, sizeof *t->positions);
     t->ids = calloc(t->max_tokens, sizeof *t->ids);
     t->starts = calloc(batch + 1, sizeof *t->starts);
-    t->tiles = calloc(t->max_tokens / PERTA_TILE + 2, sizeof *t->tiles);
-    t->label_tiles = calloc(t->max_tokens / PERTA_TILE + 2, sizeof *t->label_tiles);
+    t->tiles = calloc(t->max_tokens / PERTA_TILE_ROWS + 2, sizeof *t->tiles);
+    t->label_tiles = calloc(t->max_tokens / PERTA_TILE_ROWS + 2, sizeof *t->label_tiles);
     int rc = 0;
     if (!t->acts || !t->inv_freq || !t->memory || !t->sums || !t->token || !t->target ||
         !t->positions || !t->ids || !t->starts || !t->tiles || !t->label_tiles)
@@ -115,11 +115,11 @@ void perta_trainer_close(struct perta_trainer *t)
 
 /* ---- forward ---- */
 
-/* n rows, cut every PERTA_TILE; starts is where that is put. */
+/* n rows, cut every PERTA_TILE_ROWS; starts is where that is put. */
 static struct perta_runs cut(size_t *starts, size_t n)
 {
     size_t n_tiles = 0;
-    for (size_t row = 0; row < n; row += PERTA_TILE)
+    for (size_t row = 0; row < n; row += PERTA_TILE_ROWS)
         starts[n_tiles++] = row;
     starts[n_tiles] = n;
     return (struct perta_runs){n_tiles, starts, 0};

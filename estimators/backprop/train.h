@@ -22,7 +22,7 @@ struct perta_trainer {
     uint32_t *token, *positions, *ids;      /* (max_labels); (max_tokens) */
     int32_t *target;                        /* (max_labels) */
     size_t *starts;                         /* (samples + 1) */
-    size_t *tiles, *label_tiles;            /* where products are cut: every PERTA_TILE */
+    size_t *tiles, *label_tiles;            /* where products are cut: every PERTA_TILE_ROWS */
     uint64_t n_steps;
 };
 
