@@ -340,6 +340,7 @@ static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
     json_object_set_new(summary, "loss", json_real(job->means.loss));
     json_object_set_new(summary, "probability", json_real(job->means.probability));
     json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
+    perta_estimate_pieces(job, summary);
     json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
     json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
     json_object_set_new(summary, "scratch_bytes",
