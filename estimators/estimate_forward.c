@@ -65,6 +65,7 @@ int perta_estimate_open_head(struct perta_estimate_job *job,
 
 void perta_estimate_release(struct perta_estimate_job *job)
 {
+    perta_weights_stop(&job->weights);
     perta_behind_close(job->behind);
     perta_head_close(&job->head, &job->scratch);
     for (uint32_t l = 0; job->x && l <= job->weights.llm.n_layers; l++)

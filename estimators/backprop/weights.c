@@ -187,7 +187,9 @@ static int open_engine(void *of, struct perta_err *err)
 static int close_engine(void *of, struct perta_err *err)
 {
     (void)err;
-    perta_engine_close(((struct perta_weights *)of)->engine);
+    struct perta_weights *w = of;
+    perta_engine_close(w->engine);
+    w->engine = NULL;
     return 0;
 }
 
@@ -219,12 +221,19 @@ int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err
     return rc || !w->source ? rc : w->source->ops->unchanged(w->source, err);
 }
 
-void perta_weights_close(struct perta_weights *w)
+void perta_weights_stop(struct perta_weights *w)
 {
     struct perta_err never = {0};
     if (w->reader)
         on_reader(w, close_engine, w, &never);
     perta_reader_close(w->reader);
+    w->reader = NULL;
+    w->ahead = false;
+}
+
+void perta_weights_close(struct perta_weights *w)
+{
+    perta_weights_stop(w);
     for (uint32_t i = 0; w->files && i < w->ck->n_shards; i++)
         perta_file_close(&w->files[i]);
     free(w->files);

@@ -64,6 +64,9 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
 int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct perta_err *err);
 /* No file changed while it was read. */
 int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err);
+/* Wait for what is being read, and read no more: before the source is closed, and before rooms are
+ * freed. */
+void perta_weights_stop(struct perta_weights *w);
 void perta_weights_close(struct perta_weights *w);
 
 /* The head is the embedding where they are tied. */

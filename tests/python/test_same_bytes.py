@@ -28,7 +28,8 @@ ESTIMATE = "estimate --model model --data data.jsonl --out imp --stat mean,means
 def settings(perta, command, every=LONG):
     """Flags; little is the budget that a refusal names. Sanitizers look for races and for what is
     out of bounds."""
-    budgets = {"little": needed(perta, command, "20M"), "plenty": "2G"}
+    little = int(needed(perta, command, "20M")[:-1]) + (100 if SANITIZED else 0)
+    budgets = {"little": f"{little}M", "plenty": "2G"}
     for threads, memory, io in part(ALL if every else SOME, sanitized=3):
         yield ["--threads", str(threads), "--memory", budgets[memory], "--io", io]
 
