@@ -23,7 +23,7 @@ export TSAN_OPTIONS=halt_on_error=1
 echo "== unit tests; with address and undefined-behaviour sanitizers; the loop with the thread one"
 meson test -C build --print-errorlogs --quiet
 meson test -C build-dev --print-errorlogs --quiet
-meson test -C build-tsan --print-errorlogs --quiet stream engine window ring writer hasher
+meson test -C build-tsan --print-errorlogs --quiet stream engine window ring writer hasher workers gemm ops backprop
 echo "== installed: command, library, headers, pkg-config, man page"
 tests/install.sh build
 echo "== the command, against NumPy, PyTorch and independent readers; at the same time"
