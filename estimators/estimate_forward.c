@@ -150,15 +150,6 @@ int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, d
                       job->estimate->model);
 }
 
-void perta_estimate_pieces(const struct perta_estimate_job *job, json_t *summary)
-{
-    json_t *pieces = json_array();
-    for (unsigned i = 0; job->workers && i < perta_workers_count(job->workers); i++)
-        json_array_append_new(pieces,
-                              json_integer((json_int_t)perta_workers_taken(job->workers, i)));
-    json_object_set_new(summary, "pieces", pieces);
-}
-
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err)
 {
     uint64_t read = job->weights.read_bytes, total = job->total_bytes;

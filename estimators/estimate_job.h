@@ -90,8 +90,6 @@ int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, d
 /* n rows of a store, whole, to. */
 int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
                         struct perta_err *err);
-/* "pieces" of a summary: how many each worker has taken. */
-void perta_estimate_pieces(const struct perta_estimate_job *job, json_t *summary);
 /* Tell of progress; PERTA_EINTR if the user wants to stop. */
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err);
 

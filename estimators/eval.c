@@ -122,7 +122,6 @@ static int report(const struct perta_estimate_job *job, json_t *summary,
                         json_integer((json_int_t)sums.n_perturbed));
     json_object_set_new(summary, "per_sample", list);
     json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
-    perta_estimate_pieces(job, summary);
     json_object_set_new(summary, "read_bytes",
                         json_integer((json_int_t)job->weights.read_bytes));
     json_object_set_new(summary, "scratch_bytes",
