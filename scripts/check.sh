@@ -26,6 +26,8 @@ meson test -C build-dev --print-errorlogs --quiet
 meson test -C build-tsan --print-errorlogs --quiet stream engine window ring writer hasher workers gemm ops backprop
 echo "== installed: command, library, headers, pkg-config, man page"
 tests/install.sh build
+echo "== which oneDNN is refused"
+tests/onednn.sh
 echo "== the command, against NumPy, PyTorch and independent readers; at the same time"
 echo "   the same with address and undefined-behaviour sanitizers"
 pytest build tests/python "$@" >build/pytest.log 2>&1 &
