@@ -15,7 +15,8 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
     if (e->compute == PERTA_COMPUTE_BF16 && !perta_gemm_can_bf16())
         return perta_fail(
             err, PERTA_EUSAGE,
-            "--compute bf16: this CPU cannot; leave it out, or --compute f32");
+            "--compute bf16: this CPU cannot, or ONEDNN_MAX_CPU_ISA forbids it; leave it out, or "
+            "--compute f32");
     int rc = perta_weights_open(&job->weights, e->model, err);
     if (!rc && e->at) {
         rc = perta_scaled_open(&job->scaled, e->at, job->weights.ck, err);

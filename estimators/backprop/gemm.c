@@ -50,18 +50,22 @@ static int failed(dnnl_status_t status, struct perta_err *err)
                : perta_fail(err, PERTA_ESYS, "matrix product: oneDNN says %d", (int)status);
 }
 
+/* An instruction set's number has the bits of those that it includes. oneDNN is asked, not the CPU:
+ * ONEDNN_MAX_CPU_ISA may hold it to less. */
+static bool isa_includes(dnnl_cpu_isa_t isa)
+{
+    return ((int)dnnl_get_effective_cpu_isa() & (int)isa) == (int)isa;
+}
+
 bool perta_gemm_has_bf16(void)
 {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16");
+    return isa_includes(dnnl_cpu_isa_avx512_core_bf16);
 }
 
 /* oneDNN has it from AVX-512 (F, BW, DQ, VL) on. */
 bool perta_gemm_can_bf16(void)
 {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return isa_includes(dnnl_cpu_isa_avx512_core);
 }
 
 int perta_gemm_isa(void)

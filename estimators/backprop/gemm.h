@@ -66,7 +66,7 @@ struct perta_workers *perta_gemm_workers(const struct perta_gemm *gemm);
 /* Memory that a worker takes besides room_floats: its stack, oneDNN's. */
 #define PERTA_GEMM_WORKER_BYTES (2ull << 20)
 
-/* Does this CPU multiply bfloat16 faster than float32? Can it at all? */
+/* Does oneDNN multiply bfloat16 faster than float32 on this CPU? Can it at all? */
 PERTA_API bool perta_gemm_has_bf16(void);
 PERTA_API bool perta_gemm_can_bf16(void);
 /* A number for the instruction set that products use: results depend on it. */
