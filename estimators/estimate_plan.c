@@ -9,7 +9,7 @@
 
 /* What oneDNN, compiled products, the thread that writes (16 MiB) and the heap take besides what is
  * counted. */
-#define MARGIN_BYTES (24ull << 20)
+#define MARGIN_BYTES (32ull << 20)
 /* Gradients of a weight are formed in blocks of so many floats. */
 #define BLOCK_FLOATS (2u << 20)
 /* Tokens of a group of samples (cut.h). */
@@ -77,6 +77,7 @@ size_t perta_estimate_bias_at(const struct perta_llm *llm, int name)
     return perta_estimate_norm_at(llm, PERTA_N_NORMS) + (size_t)name * widest(llm);
 }
 
+/* By the model alone, for tiles of a gradient follow from it, and with them its bits. */
 static size_t block_floats(const struct perta_llm *llm)
 {
     size_t vocabulary = (size_t)PERTA_VOCABULARY_ROWS * llm->hidden;
@@ -141,7 +142,8 @@ static uint64_t statistic_floats(const struct perta_estimate_job *job)
 
 static uint64_t fixed_bytes(const struct perta_estimate_job *job)
 {
-    return part_room(job) + source_room(job) + statistic_floats(job) * sizeof(float) +
+    uint64_t heap = job->source ? job->source->heap_bytes : 0;
+    return part_room(job) + source_room(job) + heap + statistic_floats(job) * sizeof(float) +
            2 * job->vector_floats * sizeof(double) +
            perta_head_bytes(&job->samples, &job->weights.llm) +
            job->samples.n_tokens * 2 * sizeof(double);

@@ -86,11 +86,13 @@ static json_t *hex(uint64_t hash)
 static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
 {
     const struct perta_estimate *e = job->estimate;
+    char version[64];
     json_t *identity = json_pack(
-        "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:s}, s:I, s:o, s:o, s:o}", "tool",
+        "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:s}, s:I, s:s, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
         (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32",
-        "data key gives", job->data_hmac, "cpu", (json_int_t)perta_gemm_isa(), "model", perta_journal_checkpoint(job->weights.ck),
+        "data key gives", job->data_hmac, "cpu", (json_int_t)perta_gemm_isa(),
+        "products", perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", hex(hash_of_config(job)), "data", data_file(job));
     if (e->at)
         json_object_set_new(identity, "at", perta_scaled_json(&job->scaled));

@@ -8,11 +8,6 @@
 #include "io/checked.h"
 #include "stream/walk.h"
 
-/* What a header and its place in the patch take, for each tensor. */
-#define TENSOR_BYTES 1024
-/* perta_codec_new: about five times the chunk. */
-#define CODEC_TIMES 6
-
 /* ---- a chunk ---- */
 
 static uint8_t *frame_room(const struct perta_patched *p)
@@ -111,7 +106,6 @@ static const struct perta_source_ops ops = {paths, open_files, read_patched, unc
 
 static void measure(struct perta_patched *p, const struct perta_checkpoint *ck)
 {
-    uint64_t n_entries = 0;
     for (uint64_t i = 0; i < ck->n_tensors; i++) {
         uint64_t bytes = perta_walk_chunk_bytes(ck->by_name[i].tensor);
         p->chunk_bytes = bytes > p->chunk_bytes ? bytes : p->chunk_bytes;
@@ -121,13 +115,11 @@ static void measure(struct perta_patched *p, const struct perta_checkpoint *ck)
         for (uint64_t e = 0; e < patch->n_entries; e++)
             if (patch->entries[e].frame_bytes > p->frame_bytes)
                 p->frame_bytes = patch->entries[e].frame_bytes;
-        n_entries += patch->n_entries;
     }
     p->source.room_bytes = perta_weights_room(p->chunk_bytes) +
                            perta_weights_room(p->frame_bytes) +
                            perta_align_up(p->chunk_bytes, PERTA_BLOCK_BYTES);
-    p->source.heap_bytes = CODEC_TIMES * p->chunk_bytes + ck->n_tensors * TENSOR_BYTES +
-                           n_entries * sizeof(struct perta_patch_entry);
+    p->source.heap_bytes = perta_codec_bytes(p->chunk_bytes);
 }
 
 static int find_starts(struct perta_patched *p, const struct perta_checkpoint *ck,

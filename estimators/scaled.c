@@ -11,8 +11,6 @@ static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"}
 
 /* Elements at a time. */
 #define PIECE (1u << 18)
-/* What a header takes for each tensor. */
-#define TENSOR_BYTES 1024
 
 /* ---- a piece ---- */
 
@@ -168,8 +166,7 @@ int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *f
 {
     const char *const all[PERTA_SCALED_N] = {from->tuned, from->base, from->scale};
     *s = (struct perta_scaled){
-        .source = {.ops = &ops,
-                   .heap_bytes = PERTA_SCALED_N * model->n_tensors * TENSOR_BYTES},
+        .source = {.ops = &ops},
         .model = model,
         .tied = perta_is_tied(model),
     };

@@ -47,7 +47,11 @@ static void usage(FILE *to)
 
 int main(int argc, char **argv)
 {
-    mallopt(M_ARENA_MAX, 1); /* workers allocate nothing; arenas would take address space */
+    /* One arena, for each takes address space; and of fixed ways, for glibc's own keep ever larger
+     * blocks once one was freed: --memory has no room for what is kept. */
+    mallopt(M_ARENA_MAX, 1);
+    mallopt(M_MMAP_THRESHOLD, 1 << 20);
+    mallopt(M_TRIM_THRESHOLD, 4 << 20);
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_VERBS; i++)
         if (!strcmp(name, verbs[i].name))

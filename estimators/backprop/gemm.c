@@ -2,14 +2,17 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "estimators/backprop/kernels.h"
 #include "estimators/backprop/onednn.h"
+#include "io/pool.h"
 
-/* Products are compiled for their shape; so many are kept, and one more for each worker. */
-#define KEPT 256
+/* Products are compiled for their shape; so many are kept (about 100 KB each), and one more for each
+ * worker. */
+#define KEPT 64
 
 struct shape {
     size_t m, n, k, a_row, a_col, b_row, b_col, ldc, add;
@@ -35,7 +38,8 @@ struct perta_gemm {
     dnnl_engine_t engine;
     struct perta_workers *workers;
     bool bf16;
-    float *scratch; /* (scratch_floats) */
+    struct perta_pool pool;
+    float *scratch; /* (scratch_floats), of the pool */
     size_t scratch_floats, room_floats;
     struct room *rooms; /* (workers) */
     pthread_mutex_t lock; /* of: */
@@ -73,6 +77,13 @@ int perta_gemm_isa(void)
     return (int)dnnl_get_effective_cpu_isa();
 }
 
+const char *perta_gemm_version(char buf[64])
+{
+    const dnnl_version_t *v = dnnl_version();
+    snprintf(buf, 64, "oneDNN %d.%d.%d %.40s", v->major, v->minor, v->patch, v->hash);
+    return buf;
+}
+
 /* ---- open, close ---- */
 
 int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_floats,
@@ -82,18 +93,25 @@ int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_flo
     struct perta_gemm *g = calloc(1, sizeof *g);
     if (!g)
         return perta_fail_sys(err, ENOMEM, "matrix products");
+    int rc = perta_pool_take(&g->pool, (scratch_floats + 16) * sizeof *g->scratch, err);
+    if (rc) {
+        free(g);
+        return rc;
+    }
+    g->scratch = (float *)(void *)g->pool.base;
     pthread_mutex_init(&g->lock, NULL);
     g->bf16 = bf16;
     g->workers = workers;
     g->scratch_floats = scratch_floats;
     g->room_floats = room_floats > least ? room_floats : least;
-    g->scratch = aligned_alloc(64, (scratch_floats * sizeof *g->scratch + 127) & ~(size_t)63);
     g->rooms = calloc(perta_workers_count(workers), sizeof *g->rooms);
     g->n_made = KEPT + perta_workers_count(workers);
     g->made = calloc(g->n_made, sizeof *g->made);
-    dnnl_status_t status = g->scratch && g->rooms && g->made
+    dnnl_status_t status = g->rooms && g->made
                                ? dnnl_engine_create(&g->engine, dnnl_cpu, 0)
                                : dnnl_out_of_memory;
+    if (status == dnnl_success) /* it would keep a thousand shapes, 25 MiB; made has what is needed */
+        status = dnnl_set_primitive_cache_capacity(0);
     if (status != dnnl_success) {
         perta_gemm_close(g);
         return failed(status, err);
@@ -128,7 +146,7 @@ void perta_gemm_close(struct perta_gemm *g)
     pthread_mutex_destroy(&g->lock);
     free(g->made);
     free(g->rooms);
-    free(g->scratch);
+    perta_pool_give(&g->pool);
     free(g);
 }
 

@@ -57,7 +57,8 @@ PERTA_API float perta_operand_element(const struct perta_operand_matrix *m);
 
 /* workers: borrowed. scratch_floats is room for the conversion of operands (float32 each, both
  * together); larger products fail. Each worker that has something to do gets room for room_floats
- * of its own, at least a tile (perta_gemm_room). */
+ * of its own, at least a tile (perta_gemm_room). The process's cache of oneDNN is turned off: what
+ * is compiled is kept here, and counted. */
 PERTA_API int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_floats,
                               size_t room_floats, struct perta_gemm **out,
                               struct perta_err *err);
@@ -71,6 +72,8 @@ PERTA_API bool perta_gemm_has_bf16(void);
 PERTA_API bool perta_gemm_can_bf16(void);
 /* A number for the instruction set that products use: results depend on it. */
 PERTA_API int perta_gemm_isa(void);
+/* "oneDNN VERSION HASH", in buf: on which they depend too. */
+const char *perta_gemm_version(char buf[64]);
 
 /* What operands of a piece must be: BF16 or F32. */
 enum perta_dtype perta_gemm_dtype(const struct perta_gemm *gemm);

@@ -27,7 +27,7 @@ struct perta_source {
     const struct perta_source_ops *ops;
     uint64_t room_bytes; /* it reads into so much, block-aligned, which its user provides: */
     uint8_t *room;
-    uint64_t heap_bytes; /* it holds besides, from the start */
+    uint64_t heap_bytes; /* it holds besides, and has yet to touch */
 };
 
 #endif

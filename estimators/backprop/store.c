@@ -82,9 +82,10 @@ static int prepare(struct perta_store *store, struct perta_scratch *scratch, con
     uint64_t bytes = memory_bytes_of(store);
     if (bytes > scratch->free_bytes)
         return 0;
-    store->memory = calloc(1, bytes + sizeof(float));
-    if (!store->memory)
-        return perta_fail_sys(err, ENOMEM, "%llu bytes for all tokens", (unsigned long long)bytes);
+    int rc = perta_pool_take(&store->pool, bytes + sizeof(float), err);
+    if (rc)
+        return rc;
+    store->memory = (float *)(void *)store->pool.base;
     scratch->free_bytes -= bytes;
     return 0;
 }
@@ -127,7 +128,7 @@ void perta_store_close(struct perta_store *store, struct perta_scratch *scratch)
 {
     if (store->memory)
         scratch->free_bytes += memory_bytes_of(store);
-    free(store->memory);
+    perta_pool_give(&store->pool);
     if (store->width && store->fd >= 0)
         close(store->fd);
     free(store->path);

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "io/err.h"
+#include "io/pool.h"
 
 struct perta_scratch {
     char *dir;           /* where files go; it is made for the first that needs it */
@@ -19,6 +20,7 @@ struct perta_scratch {
 struct perta_store {
     size_t n_rows, width;
     float *memory; /* (n_rows, width), or NULL: */
+    struct perta_pool pool; /* that memory is */
     int fd;        /* -1: no file */
     char *path;    /* of the file that has, or would have, the rows; NULL: it has no name */
     bool saved;    /* the file holds what memory does */

@@ -13,9 +13,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import PERTA, SANITIZED, in_a_larger_process, needed, part
+from conftest import LONG, PERTA, SANITIZED, in_a_larger_process, needed, part
 from reference import BF16, folder_bytes, write_folder
-from verbs import COMPUTING, IN_PLACE, STREAM, make_inputs, stop_at
+from llama import write_llama
+from verbs import COMPUTING, IN_PLACE, LLAMA, STREAM, make_inputs, stop_at
 
 MIB = 1 << 20
 UNLEARN = "unlearn --model model --tuned tuned --base base --forget forget --retain retain".split()
@@ -142,6 +143,23 @@ def test_a_budget_is_for_any_number_of_threads(perta, inputs, tmp_path, verb):
         assert peak_mib([*command, *flags], tmp_path) <= budget
         results.append(out.is_dir() and folder_bytes(out))
     assert all(one == results[0] for one in results)
+
+
+@sanitized
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("compute", ["f32", "bf16"])
+def test_samples_of_many_lengths_are_within_the_budget(perta, tmp_path, compute, threads):
+    """Products are compiled for each of their shapes, and there are several for each length."""
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 2500} if LONG else {}
+    write_llama(tmp_path / "llama", LLAMA | {"num_hidden_layers": 1} | wide)
+    samples = [{"input_ids": [i % 200 for i in range(n)]} for n in range(2, 900, 13)]
+    (tmp_path / "data").write_text("\n".join(json.dumps(sample) for sample in samples))
+    command = "estimate --model llama --data data --out o --stat mean,meansq".split()
+    command += ["--compute", compute, "--threads", threads]
+    if "cannot" in perta(*command, "--memory", "1M", check=2).stderr:
+        pytest.skip("this CPU has no bfloat16")
+    budget = needed(perta, command)
+    assert peak_mib([*command, "--memory", budget], tmp_path) <= int(budget.rstrip("M"))
 
 
 @pytest.fixture(scope="module")
