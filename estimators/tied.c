@@ -7,7 +7,7 @@
 #include "io/file.h"
 #include "stream/naming.h"
 
-#define PIECE_BYTES (512ull << 10)
+#define PIECE_BYTES (512u << 10)
 #define HEAD "lm_head.weight"
 
 static int differ(const struct perta_checkpoint *ck, const struct perta_tensor *a,
@@ -35,7 +35,7 @@ static int compare(const struct perta_checkpoint *ck, const struct perta_file *f
     for (uint64_t at = 0, n; at < of[0]->len_bytes; at += n) {
         n = of[0]->len_bytes - at < PIECE_BYTES ? of[0]->len_bytes - at : PIECE_BYTES;
         for (int i = 0; i < 2; i++) {
-            int rc = perta_pread_all(files[i].fd, room + (uint64_t)i * PIECE_BYTES, n,
+            int rc = perta_pread_all(files[i].fd, room + (size_t)i * PIECE_BYTES, n,
                                      of[i]->off_bytes + at, files[i].path, err);
             if (rc)
                 return rc;
@@ -56,7 +56,7 @@ int perta_tied_check(const struct perta_checkpoint *ck, struct perta_err *err)
     if (!look_the_same(of[0], of[1]))
         return differ(ck, of[0], of[1], err);
     struct perta_file files[2] = {{.fd = -1}, {.fd = -1}};
-    uint8_t *room = malloc(2 * PIECE_BYTES);
+    uint8_t *room = malloc((size_t)2 * PIECE_BYTES);
     int rc = room ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     for (int i = 0; i < 2 && !rc; i++)
         rc = perta_file_open(&files[i], ck->shards[refs[i]->shard].path, false, err);
