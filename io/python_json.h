@@ -1,4 +1,4 @@
-/* python_json.h - JSON as Python's json module reads and writes it: config.json is made with that. */
+/* python_json.h - JSON as Python's json module reads and writes it, which makes config.json. */
 #ifndef PERTA_IO_PYTHON_JSON_H
 #define PERTA_IO_PYTHON_JSON_H
 

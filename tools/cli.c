@@ -399,7 +399,8 @@ void cli_note_unknown_keys(const struct cli *cli, const json_t *result)
     if (cli->quiet || !n)
         return;
     clear_bar(cli);
-    fprintf(stderr, "perta %s: note: config.json has keys that perta does not know and passes over:",
+    fprintf(stderr,
+            "perta %s: note: config.json has keys that perta does not know and passes over:",
             cli->verb);
     json_array_foreach (keys, i, key)
         if (i < NOTED_KEYS)

@@ -185,23 +185,29 @@ static void set_windowed(struct perta_llm *llm, uint32_t layer)
     llm->windowed[layer / 64] |= 1ull << layer % 64;
 }
 
+/* "attention" is what older files call full_attention. */
+static void read_layer_type(struct perta_config_reader *r, const char *type, uint32_t layer,
+                            struct perta_llm *llm)
+{
+    bool window = type && !strcmp(type, "sliding_attention");
+    if (window && llm->window)
+        set_windowed(llm, layer);
+    else if (!r->rc && (window || !type ||
+                        (strcmp(type, "full_attention") && strcmp(type, "attention"))))
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: \"layer_types\" %u is %s; %s", r->path,
+                           layer, type ? type : "no string",
+                           window ? "but there is no sliding window here (\"sliding_window\", "
+                                    "and what switches it on)"
+                                  : "full_attention and sliding_attention are supported");
+}
+
 static void read_layer_types(struct perta_config_reader *r, const json_t *types,
                              struct perta_llm *llm)
 {
     if (!json_is_array(types))
         perta_config_refuse(r, "layer_types", "is no list");
-    for (uint32_t l = 0; l < json_array_size(types) && l < PERTA_WINDOW_LAYERS; l++) {
-        const char *type = json_string_value(json_array_get(types, l));
-        bool window = type && !strcmp(type, "sliding_attention");
-        if (window && llm->window)
-            set_windowed(llm, l);
-        else if (!r->rc && (window || !type || (strcmp(type, "full_attention") && strcmp(type, "attention"))))
-            r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: \"layer_types\" %u is %s; %s", r->path, l,
-                               type ? type : "no string",
-                               window ? "but there is no sliding window here (\"sliding_window\", "
-                                        "and what switches it on)"
-                                      : "full_attention and sliding_attention are supported");
-    }
+    for (uint32_t l = 0; l < json_array_size(types) && l < PERTA_WINDOW_LAYERS; l++)
+        read_layer_type(r, json_string_value(json_array_get(types, l)), l, llm);
     if (json_array_size(types) != llm->n_layers && !r->rc)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: \"layer_types\" has %zu entries, \"num_hidden_layers\" is %u",
@@ -236,7 +242,8 @@ static void read_windows(struct perta_config_reader *r, const struct family *fam
     if (family->windows == NONE)
         llm->window = 0;
     if (llm->window && llm->n_layers > PERTA_WINDOW_LAYERS)
-        perta_config_refuse(r, "num_hidden_layers", "is above 1024, which is not supported with windows");
+        perta_config_refuse(r, "num_hidden_layers",
+                            "is above 1024, which is not supported with windows");
     if (r->rc)
         return;
     if (types && !json_is_null(types)) {
@@ -264,7 +271,8 @@ static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
     if (!perta_config_has(r->config, "pad_token_id"))
         return;
     if (!json_is_integer(value) || n >= vocab || n < -vocab)
-        perta_config_refuse(r, "pad_token_id", "is no token of the vocabulary (\"vocab_size\"), nor null");
+        perta_config_refuse(r, "pad_token_id",
+                            "is no token of the vocabulary (\"vocab_size\"), nor null");
     else
         llm->pad = (uint32_t)(n < 0 ? n + vocab : n);
 }

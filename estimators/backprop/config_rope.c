@@ -66,7 +66,8 @@ static void check_partial(struct perta_config_reader *r, const json_t *rope)
     const char *const key = "partial_rotary_factor";
     const json_t *value = json_object_get(rope, key);
     value = value ? value : json_object_get(r->config, key);
-    if (value && !json_is_null(value) && (!json_is_number(value) || json_number_value(value) != 1.0))
+    if (value && !json_is_null(value) &&
+        (!json_is_number(value) || json_number_value(value) != 1.0))
         perta_config_refuse(r, key, "is not 1; rotating part of a head is not supported");
 }
 
