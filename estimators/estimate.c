@@ -6,6 +6,7 @@
 
 #include "estimators/estimate_job.h"
 #include "io/fpenv.h"
+#include "io/text.h"
 
 /* ---- stores ---- */
 
@@ -231,7 +232,7 @@ static void count_bytes(struct perta_estimate_job *job, enum perta_stage stage, 
     for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
         const struct perta_tensor *t = job->weights.ck->by_name[i].tensor;
         all += t->len_bytes;
-        if (!strcmp(t->name, PERTA_EMBEDDING))
+        if (!strcmp(t->name, perta_weights_embedding(&job->weights)))
             embedding = t->len_bytes;
     }
     bool tied = job->weights.llm.tied;
@@ -374,6 +375,10 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
     *summary = rc ? NULL
                   : json_pack("{s:I, s:I}", "samples", (json_int_t)job->samples.n, "tokens",
                               (json_int_t)job->samples.n_tokens);
+    perta_json_set(summary, "unknown_config_keys",
+                   rc ? NULL : perta_llm_unknown_keys(job->weights.ck->config));
+    if (!rc && !*summary)
+        rc = perta_fail_sys(err, ENOMEM, "estimate");
     if (!rc && !run->dry_run) {
         rc = start(job, &stage, &layer, err);
         if (!rc && stage != PERTA_PUBLISH)

@@ -8,6 +8,7 @@
 #include "estimators/estimate_job.h"
 #include "estimators/patched.h"
 #include "io/fpenv.h"
+#include "io/text.h"
 
 /* ---- numbers ---- */
 
@@ -188,6 +189,9 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
     if (rc)
         return rc;
     *summary = summary_of(&job->samples);
+    perta_json_set(summary, "unknown_config_keys", perta_llm_unknown_keys(job->weights.ck->config));
+    if (!*summary)
+        return perta_fail_sys(err, ENOMEM, "eval");
     if (job->run->dry_run)
         return 0;
     rc = start(job, err);

@@ -11,6 +11,7 @@
 #include "io/ahead.h"
 #include "io/file.h"
 #include "io/index.h"
+#include "io/python_json.h"
 #include "io/text.h"
 
 #define SUFFIX ".safetensors"
@@ -90,18 +91,21 @@ static int read_json(const char *path, json_t **out, struct perta_err *err)
     return rc;
 }
 
-/* Python's json writes Infinity, which is not JSON. Without its config a checkpoint still opens;
- * only tied embeddings are then not known to be tied. One that cannot be read is an error. */
-static int read_config(const char *path, json_t **out, struct perta_err *err)
+/* Without its config a checkpoint still opens; only tied embeddings are then not known to be tied.
+ * One that cannot be read is an error. */
+static int read_config(struct perta_checkpoint *ck, const char *path, struct perta_err *err)
 {
     struct perta_err why = {0};
     struct stat st;
     int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
         return fd;
-    if (perta_json_load(fd, path, out, &why) == PERTA_ESYS)
-        *err = why;
+    int rc = perta_python_json_load(fd, path, &ck->config, &why);
     close(fd);
+    if (rc == PERTA_ESYS)
+        *err = why;
+    else if (rc && !(ck->config_flaw = strdup(why.msg)))
+        return perta_fail_sys(err, ENOMEM, "%s", path);
     return err->code;
 }
 
@@ -311,7 +315,7 @@ static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
     if (!rc)
         rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
     if (!rc && !access(config, F_OK))
-        rc = read_config(config, &ck->config, err);
+        rc = read_config(ck, config, err);
     free(index);
     free(config);
     return rc;
@@ -473,6 +477,7 @@ void perta_checkpoint_close(struct perta_checkpoint *ck)
     free(ck->shards);
     free(ck->by_name);
     json_decref(ck->config);
+    free(ck->config_flaw);
     free(ck->path);
     free(ck);
 }

@@ -21,6 +21,7 @@ static const char *const configs[] = {
                         "\"attention_bias\":true,\"mlp_bias\":true}",
     NAME("Llama") SIZES "\"vocab_size\":23,\"num_hidden_layers\":2,\"tie_word_embeddings\":true,"
                         "\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,"
+                        "\"low_freq_factor\":1,\"high_freq_factor\":4,"
                         "\"original_max_position_embeddings\":16}}",
     NAME("Mistral") SIZES "\"vocab_size\":23,\"num_hidden_layers\":1,\"sliding_window\":4}",
     NAME("Qwen2") SIZES "\"vocab_size\":23,\"num_hidden_layers\":1}",

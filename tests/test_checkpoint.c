@@ -98,10 +98,13 @@ START_TEST(a_config_that_is_not_json_is_no_config)
     put_text("m/config.json", "{\"tie_word_embeddings\": true}");
     ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
     ck_assert(json_is_true(json_object_get(ck->config, "tie_word_embeddings")));
+    ck_assert_ptr_null(ck->config_flaw);
     perta_checkpoint_close(ck);
-    put_text("m/config.json", "{\"x\": Infinity}");
+    put_text("m/config.json", "{\"x\": Unlimited}");
     ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
     ck_assert_ptr_null(ck->config);
+    ck_assert_msg(strstr(ck->config_flaw, "m/config.json: byte 15: not valid JSON"), "%s",
+                  ck->config_flaw);
     perta_checkpoint_close(ck);
 }
 END_TEST

@@ -50,8 +50,10 @@ END_TEST
 START_TEST(a_window_is_where_transformers_has_one)
 {
     struct perta_llm llm;
-    const char *const mistral = ",\"architectures\":[\"MistralForCausalLM\"]";
-    const char *const qwen = ",\"architectures\":[\"Qwen2ForCausalLM\"],\"max_window_layers\":0";
+    const char *const mistral = ",\"architectures\":[\"MistralForCausalLM\"],"
+                                "\"num_key_value_heads\":2";
+    const char *const qwen = ",\"architectures\":[\"Qwen2ForCausalLM\"],\"max_window_layers\":0,"
+                             "\"num_key_value_heads\":2";
     const struct {
         const char *of, *more;
         uint32_t window;
@@ -78,6 +80,62 @@ START_TEST(a_window_is_where_transformers_has_one)
 }
 END_TEST
 
+START_TEST(layer_types_say_it_layer_by_layer)
+{
+    struct perta_llm llm;
+    const char *const qwen = ",\"architectures\":[\"Qwen3ForCausalLM\"],\"num_key_value_heads\":2,"
+                             "\"use_sliding_window\":true,\"sliding_window\":7";
+    char more[512];
+    snprintf(more, sizeof more,
+             "%s,\"num_hidden_layers\":3,\"layer_types\":[\"full_attention\","
+             "\"sliding_attention\",\"attention\"]", qwen);
+    parse(more, NULL, &llm);
+    for (uint32_t l = 0; l < 3; l++)
+        ck_assert_uint_eq(perta_llm_window(&llm, l), l == 1 ? 7 : UINT32_MAX);
+    snprintf(more, sizeof more, "%s,\"num_hidden_layers\":1024,\"max_window_layers\":1000", qwen);
+    parse(more, NULL, &llm);
+    ck_assert_uint_eq(perta_llm_window(&llm, 999), UINT32_MAX);
+    ck_assert_uint_eq(perta_llm_window(&llm, 1023), 7);
+    snprintf(more, sizeof more, "%s,\"num_hidden_layers\":1025", qwen);
+    parse(more, "num_hidden_layers", &llm);
+    parse(",\"num_hidden_layers\":100000", NULL, &llm); /* without windows any number will do */
+    ck_assert_uint_eq(perta_llm_window(&llm, 99999), UINT32_MAX);
+}
+END_TEST
+
+START_TEST(a_padding_is_a_row_of_the_embedding)
+{
+    struct perta_llm llm;
+    parse("", NULL, &llm);
+    ck_assert_uint_eq(llm.pad, PERTA_NO_PAD);
+    parse(",\"pad_token_id\":8", NULL, &llm);
+    ck_assert_uint_eq(llm.pad, 8);
+    parse(",\"pad_token_id\":-1", NULL, &llm);
+    ck_assert_uint_eq(llm.pad, 8);
+    parse(",\"pad_token_id\":-9", NULL, &llm);
+    ck_assert_uint_eq(llm.pad, 0);
+    parse(",\"pad_token_id\":9", "pad_token_id", &llm);
+    parse(",\"pad_token_id\":-10", "pad_token_id", &llm);
+}
+END_TEST
+
+START_TEST(keys_are_known_or_named)
+{
+    struct perta_llm llm;
+    parse(",\"is_causal\":false", "\"is_causal\" is false", &llm);
+    parse(",\"is_causal\":true,\"logit_scale\":1,\"num_experts\":0,\"clip_qkv\":null", NULL, &llm);
+    parse(",\"logit_scale\":0", "\"logit_scale\" is 0", &llm);
+    json_t *config = json_loads("{\"use_cache\":1,\"x\":2,\"is_causal\":0,\"rope_scaling\":"
+                                "{\"factor\":1,\"y\":2},\"rope_parameters\":{\"z\":3}}", 0, NULL);
+    json_t *keys = perta_llm_unknown_keys(config);
+    char *text = json_dumps(keys, JSON_COMPACT);
+    ck_assert_str_eq(text, "[\"x\",\"rope_scaling.y\"]");
+    free(text);
+    json_decref(keys);
+    json_decref(config);
+}
+END_TEST
+
 START_TEST(frequencies_are_numbers)
 {
     struct perta_llm llm;
@@ -100,6 +158,9 @@ int main(void)
     tcase_add_test(tests, a_number_that_float32_does_not_hold_is_refused);
     tcase_add_test(tests, a_count_is_a_whole_number_of_31_bits);
     tcase_add_test(tests, a_window_is_where_transformers_has_one);
+    tcase_add_test(tests, layer_types_say_it_layer_by_layer);
+    tcase_add_test(tests, a_padding_is_a_row_of_the_embedding);
+    tcase_add_test(tests, keys_are_known_or_named);
     tcase_add_test(tests, frequencies_are_numbers);
     return run_suite("config", tests);
 }

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "io/err.h"
+#include "io/python_json.h"
 #include "io/text.h"
 
 START_TEST(text_is_plain_without_control_characters_and_in_utf_8)
@@ -111,6 +112,42 @@ START_TEST(a_file_that_cannot_be_read_is_not_called_bad_json)
 }
 END_TEST
 
+/* What text is to Python; value NULL: no JSON, and says where. */
+static void python_has(const char *text, const char *value, const char *says)
+{
+    struct perta_err err = {0};
+    json_t *json = (void *)1;
+    int rc = perta_python_json_parse(text, strlen(text), "c", &json, &err);
+    ck_assert_msg(rc == (value ? 0 : PERTA_EINPUT), "%s: %d %s", text, rc, err.msg);
+    char *dumped = json ? json_dumps(json, JSON_COMPACT | JSON_ENCODE_ANY) : NULL;
+    ck_assert_msg(value ? !strcmp(dumped, value) : !dumped, "%s: %s", text, dumped);
+    ck_assert_msg(!says || strstr(err.msg, says), "%s: %s", text, err.msg);
+    free(dumped);
+    json_decref(json);
+}
+
+START_TEST(what_python_takes_beyond_json_is_taken)
+{
+    python_has("{\"a\":[NaN,-Infinity,Infinity]}",
+               "{\"a\":[{\"__float__\":\"NaN\"},{\"__float__\":\"-Infinity\"},"
+               "{\"__float__\":\"Infinity\"}]}",
+               NULL);
+    python_has("{\"a\":\"NaN \\\" -Infinity\\\\\",\"NaN\":1}",
+               "{\"a\":\"NaN \\\" -Infinity\\\\\",\"NaN\":1}", NULL);
+    python_has("{\"a\":1,\"b\":2,\"a\":3}", "{\"a\":3,\"b\":2}", NULL);
+    python_has("\xef\xbb\xbf[1]", "[1]", NULL);
+    python_has("[9223372036854775807,-5,1e3]", "[9.2233720368547758e18,-5,1000.0]", NULL);
+    python_has("[123456789012345678]", "[123456789012345678]", NULL);
+    python_has("", NULL, "c: byte 0: ");
+    python_has("[NaN, Infinity, -Infinity, ]", NULL, "c: byte 28: not valid JSON");
+    python_has("[1, \"", NULL, "not valid JSON");
+    python_has("\"\\", NULL, "not valid JSON");
+    python_has("[NaNs]", NULL, "not valid JSON");
+    python_has("[\"\xff\"]", NULL, "not valid JSON");
+    python_has("\xef\xbb", NULL, "not valid JSON");
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("text");
@@ -120,5 +157,6 @@ int main(void)
     tcase_add_test(tests, a_name_is_one_of_a_file_in_a_folder);
     tcase_add_test(tests, a_message_is_plain_wherever_it_is_cut);
     tcase_add_test(tests, a_file_that_cannot_be_read_is_not_called_bad_json);
+    tcase_add_test(tests, what_python_takes_beyond_json_is_taken);
     return run_suite("text", tests);
 }

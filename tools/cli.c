@@ -389,6 +389,27 @@ void cli_say_left_behind(const struct cli *cli, const json_t *result)
                 json_string_value(name));
 }
 
+#define NOTED_KEYS 20
+
+void cli_note_unknown_keys(const struct cli *cli, const json_t *result)
+{
+    const json_t *keys = json_object_get(result, "unknown_config_keys");
+    size_t i, n = json_array_size(keys);
+    json_t *key;
+    if (cli->quiet || !n)
+        return;
+    clear_bar(cli);
+    fprintf(stderr,
+            "perta %s: note: config.json has keys that perta does not know and passes over:",
+            cli->verb);
+    json_array_foreach (keys, i, key)
+        if (i < NOTED_KEYS)
+            fprintf(stderr, "%s %.60s", i ? "," : "", json_string_value(key));
+    if (n > NOTED_KEYS)
+        fprintf(stderr, " and %zu more", n - NOTED_KEYS);
+    fputc('\n', stderr);
+}
+
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
 {
     clear_bar(cli);

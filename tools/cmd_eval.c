@@ -104,6 +104,7 @@ int cmd_eval(int argc, char **argv)
     int rc = perta_eval(&args.eval, &args.cli.run, &summary, &err);
     if (!rc) {
         json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
+        cli_note_unknown_keys(&args.cli, summary);
         say(&args.cli, summary);
         cli_json(&args.cli, summary);
     }

@@ -1,7 +1,9 @@
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/backprop/config.h"
 #include "io/checkpoint.h"
 #include "io/engine.h"
 #include "stream/patch_in.h"
@@ -88,6 +90,23 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
                      bytes, "dtypes", dtypes, "shards", shards, "tensors", tensors);
 }
 
+/* Would estimate and eval take its config.json; and which keys of that would they pass over? */
+static void add_config(json_t *result, const struct perta_checkpoint *ck)
+{
+    struct perta_llm llm;
+    struct perta_err why = {0};
+    char path[PATH_MAX];
+    snprintf(path, sizeof path, "%s/config.json", ck->path);
+    if (ck->config_flaw)
+        json_object_set_new(result, "not_computed", json_string(ck->config_flaw));
+    else if (!ck->config)
+        return;
+    else if (perta_llm_parse(ck->config, path, &llm, &why))
+        json_object_set_new(result, "not_computed", json_string(why.msg));
+    else
+        json_object_set_new(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));
+}
+
 static json_t *choice_json(const char *const *paths, size_t n)
 {
     static const char *const names[] = {"auto", "io_uring", "mmap", "pread"};
@@ -109,6 +128,8 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
     *result = checkpoint_json(ck);
     if (ck->is_adapter)
         json_object_set(*result, "config", ck->config);
+    else
+        add_config(*result, ck);
     const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
     for (uint32_t i = 0; paths && i < ck->n_shards; i++)
         paths[i] = ck->shards[i].path;
@@ -159,6 +180,8 @@ static void say_checkpoint(const struct args *args, const json_t *r)
             json_array_size(json_object_get(r, "shards")));
     const char *key;
     json_t *item;
+    if (json_object_get(r, "not_computed"))
+        cli_say(cli, "  estimate and eval do not take it: %s\n", text(r, "not_computed"));
     json_object_foreach (json_object_get(r, "config"), key, item) {
         char *value = json_dumps(item, JSON_COMPACT | JSON_ENCODE_ANY);
         cli_say(cli, "  %s %s\n", key, value);
@@ -221,6 +244,7 @@ int cmd_inspect(int argc, char **argv)
             say_patch(&args, result);
         else
             say_checkpoint(&args, result);
+        cli_note_unknown_keys(&args.cli, result);
         const json_t *io = json_object_get(result, "io");
         if (io)
             cli_say(&args.cli, "read by %s: %s\n", text(io, "engine"), text(io, "why"));

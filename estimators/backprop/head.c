@@ -166,7 +166,7 @@ int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *e
         struct perta_linear row;
         uint64_t id = tokens[i] >> 32;
         if (!i || id != tokens[i - 1] >> 32) {
-            rc = perta_weights_rows(h->weights, PERTA_EMBEDDING, id, 1, h->room, &row, err);
+            rc = perta_weights_rows(h->weights, perta_weights_embedding(h->weights), id, 1, h->room, &row, err);
             for (size_t k = 0; k < H && !rc; k++)
                 h->work[k] = element(&row, k);
         }
@@ -401,7 +401,8 @@ static int add_to_rows(struct perta_head *h, const struct perta_linear *block, s
     struct perta_store dys = rows_in(dlogits, batch->n, block->out);
     const struct perta_operands operands = {&xs, &dys, batch->first_row, 0};
     struct perta_terms terms = {.rows = block->out, .in = block->in, .chunks = &h->chunks,
-                                .first = *chunk, .samples = h->samples, .dx = dx, .row = row};
+                                .first = *chunk, .samples = h->samples, .dx = dx, .row = row,
+                                .pad = h->weights->llm.pad};
     while (*chunk < h->chunks.n && h->chunks.of[*chunk].first < batch->first_row + batch->n)
         ++*chunk;
     terms.end = *chunk;
@@ -529,14 +530,15 @@ static int embed_block_backward(struct perta_head *h, const struct perta_store *
     const struct perta_linear *block;
     const struct perta_terms tokens = {.rows = n_rows, .in = H, .chunks = &h->chunks,
                                        .end = h->chunks.n, .samples = h->samples, .dx = dx,
-                                       .row = row};
+                                       .row = row, .pad = h->weights->llm.pad};
     int rc = h->weights->llm.tied ? load(h, row, NULL, &block, err) : 0;
     perta_statistic_begin(h->statistic, n_rows * H);
     if (!rc)
         rc = h->weights->llm.tied ? tied_block_backward(h, dx, row, block, err)
                                   : perta_statistic_add(h->statistic, &tokens, err);
     return rc ? rc
-              : perta_statistic_end(h->statistic, PERTA_EMBEDDING, row * H, n_rows * H, err);
+              : perta_statistic_end(h->statistic, perta_weights_embedding(h->weights), row * H,
+                                    n_rows * H, err);
 }
 
 int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, struct perta_err *err)

@@ -151,7 +151,8 @@ static int add_tokens(const struct perta_terms *terms, const struct tile *t, uin
     for (uint64_t k = s->starts[from]; k < s->starts[to] && !rc; k++) {
         size_t row = (size_t)s->ids[k] - terms->row - t->row;
         struct perta_rows d;
-        if ((size_t)s->ids[k] < terms->row + t->row || row >= t->m)
+        if ((size_t)s->ids[k] < terms->row + t->row || row >= t->m ||
+            (uint32_t)s->ids[k] == terms->pad)
             continue;
         if (!sums && !*any)
             clear(t);

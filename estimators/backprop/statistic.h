@@ -55,6 +55,7 @@ struct perta_terms {
     const struct perta_samples *samples;
     const struct perta_store *dx; /* (tokens, in) */
     size_t row;
+    uint32_t pad; /* of this token no dx counts; PERTA_NO_PAD: of all does */
 };
 int perta_statistic_add(struct perta_statistic *s, const struct perta_terms *terms,
                         struct perta_err *err);

@@ -298,7 +298,7 @@ int perta_trainer_gradients(struct perta_trainer *t, const struct perta_samples 
         rc = block_backward(t, &batch, l, err);
     float *embedding = perta_model_find(m, t->gradients, PERTA_EMBEDDING);
     for (size_t i = 0; i < batch.n && !rc; i++)
-        for (size_t k = 0; k < H; k++)
+        for (size_t k = 0; t->ids[i] != m->llm.pad && k < H; k++)
             embedding[t->ids[i] * H + k] += t->acts[0].dx[i * H + k];
     return rc;
 }

@@ -6,7 +6,9 @@
 #include <string.h>
 
 #include "estimators/convert.h"
+#include "estimators/tied.h"
 #include "io/checked.h"
+#include "stream/naming.h"
 
 #define PIECE_BYTES (4ull << 20)
 #define PIECES 16
@@ -80,11 +82,24 @@ struct checked {
     bool *wanted; /* (n_tensors), as by_name */
 };
 
+static int wrong_shape(const struct perta_weights *w, const struct perta_tensor *t, size_t rows,
+                       size_t cols, struct perta_err *err)
+{
+    char has[128], wanted[64];
+    perta_shape_print(has, sizeof has, t);
+    snprintf(wanted, sizeof wanted, rows ? "%zu, %zu" : "%zu", rows ? rows : cols, cols);
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensor %s has not the shape [%s] that config.json calls for, but %s",
+                      w->ck->path, t->name, wanted, has);
+}
+
 static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
                         struct perta_err *err)
 {
     struct checked *checked = ctx;
     const struct perta_weights *w = checked->weights;
+    if (!strcmp(name, PERTA_EMBEDDING))
+        name = perta_weights_embedding(w);
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     if (!ref)
         return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which its config.json calls for",
@@ -93,10 +108,7 @@ static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
     bool fits = rows ? t->n_dims == 2 && t->shape[0] == rows && t->shape[1] == cols
                      : t->n_dims == 1 && t->shape[0] == cols;
     if (!fits)
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s has not the shape [%zu%s%zu] that config.json calls for",
-                          w->ck->path, name, rows ? rows : cols, rows ? ", " : "",
-                          rows ? cols : 0);
+        return wrong_shape(w, t, rows, cols, err);
     if (t->dtype != PERTA_F32 && t->dtype != PERTA_BF16 && t->dtype != PERTA_F16)
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
                           w->ck->path, name, perta_dtype_name(t->dtype));
@@ -107,7 +119,7 @@ static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
 bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 {
     if (!strcmp(name, PERTA_HEAD))
-        return !w->llm.tied;
+        return !strcmp(name, perta_weights_head(w));
     return !strstr(name, "rotary_emb.inv_freq");
 }
 
@@ -133,9 +145,10 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     if (rc)
         return rc;
     if (!w->ck->config)
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: no config.json that is JSON, which says what architecture it is",
-                          path);
+        return w->ck->config_flaw
+                   ? perta_fail(err, PERTA_EINPUT, "%s", w->ck->config_flaw)
+                   : perta_fail(err, PERTA_EINPUT,
+                                "%s: no config.json, which says what architecture it is", path);
     char config[4096];
     snprintf(config, sizeof config, "%s/config.json", path);
     rc = perta_llm_parse(w->ck->config, config, &w->llm, err);
@@ -146,13 +159,23 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
         rc = perta_llm_each(&w->llm, check_tensor, &checked, err);
     if (!rc)
         rc = check_strangers(&checked, err);
+    if (!rc)
+        rc = perta_tied_check(w->ck, err);
     free(checked.wanted);
     return rc;
 }
 
+/* safetensors' save_model may leave the head's name to a tied pair; transformers takes either. */
+const char *perta_weights_embedding(const struct perta_weights *w)
+{
+    bool as_head = w->llm.tied && !perta_checkpoint_find(w->ck, PERTA_EMBEDDING) &&
+                   perta_checkpoint_find(w->ck, PERTA_HEAD);
+    return as_head ? PERTA_HEAD : PERTA_EMBEDDING;
+}
+
 const char *perta_weights_head(const struct perta_weights *w)
 {
-    return w->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD;
+    return w->llm.tied ? perta_weights_embedding(w) : PERTA_HEAD;
 }
 
 /* ---- the thread that reads ---- */

@@ -50,15 +50,15 @@ struct perta_weights {
 #define PERTA_FINAL_NORM "model.norm.weight"
 #define PERTA_HEAD "lm_head.weight"
 
-/* Every parameter of the architecture, in the order of the model: its name in the checkpoint and
- * its shape (rows, cols); rows 0: a vector. Stops at the first that tensor() returns not 0 for. */
+/* Every parameter of the architecture, in the order of the model: its name (the embedding's may be
+ * another in the checkpoint, perta_weights_embedding) and its shape (rows, cols); rows 0: a vector. Stops at the first that tensor() returns not 0 for. */
 typedef int perta_tensor_fn(void *ctx, const char *name, size_t rows, size_t cols,
                             struct perta_err *err);
 int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *ctx,
                    struct perta_err *err);
 
 /* Open the checkpoint and its config; check that every tensor that the architecture wants is
- * there in its shape. Closed with perta_weights_close, on error too. */
+ * there in its shape, and that a tied pair which is stored twice is one. Closed with perta_weights_close, on error too. */
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err);
 /* Begin to read. */
 int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct perta_err *err);
@@ -69,7 +69,9 @@ int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err
 void perta_weights_stop(struct perta_weights *w);
 void perta_weights_close(struct perta_weights *w);
 
-/* The head is the embedding where they are tied. */
+/* What the checkpoint calls them. The head is the embedding where they are tied, and then the one
+ * of the two names that is stored stands for both. */
+const char *perta_weights_embedding(const struct perta_weights *w);
 const char *perta_weights_head(const struct perta_weights *w);
 /* Is this one of the model's parameters? Others (tied copies, buffers of old checkpoints) get no
  * importance. */

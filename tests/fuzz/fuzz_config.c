@@ -1,9 +1,10 @@
-/* config.json of a model: what it says of the architecture. */
+/* config.json of a model: as Python writes it, and what it says of the architecture. */
 #include <math.h>
 #include <stdlib.h>
 
 #include "estimators/backprop/config.h"
 #include "estimators/backprop/weights.h"
+#include "io/python_json.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -21,16 +22,27 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct perta_llm llm;
     struct perta_err err = {0};
-    json_t *config = json_loadb((const char *)data, size, JSON_REJECT_DUPLICATES, NULL);
-    if (!config)
+    json_t *config;
+    if (perta_python_json_parse((const char *)data, size, "config.json", &config, &err)) {
+        if (config || err.code != PERTA_EINPUT || !err.msg[0])
+            __builtin_trap();
         return 0;
+    }
     int rc = perta_llm_parse(config, "config.json", &llm, &err);
+    json_t *unknown = perta_llm_unknown_keys(config);
+    if (!unknown)
+        __builtin_trap();
+    json_decref(unknown);
     json_decref(config);
     if (rc ? rc != PERTA_EINPUT || !err.msg[0]
-           : !llm.n_kv_heads || llm.n_heads % llm.n_kv_heads || llm.head_dim % 2)
+           : !llm.n_kv_heads || llm.n_heads % llm.n_kv_heads || llm.head_dim % 2 ||
+                 (llm.pad != PERTA_NO_PAD && llm.pad >= llm.vocab))
         __builtin_trap();
     if (rc)
         return 0;
+    for (uint32_t l = 0; l < llm.n_layers && l < 2 * PERTA_WINDOW_LAYERS; l++)
+        if (!perta_llm_window(&llm, l))
+            __builtin_trap();
     unsigned n = 0;
     perta_llm_each(&llm, count_tensor, &n, &err);
     if (llm.head_dim > 1024)

@@ -195,8 +195,11 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
     "change, message",
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; LlamaForCausalLM, "),
-        ({"architectures": None}, "(none named)"),
-        ({"architectures": ["Qwen2ForCausalLM"], "layer_types": ["linear"]}, '"layer_types" 0'),
+        ({"architectures": None, "model_type": None}, "(none named)"),
+        ({"architectures": None, "model_type": "phi"}, '"model_type" phi is not supported; LlamaForCausalLM, '),
+        ({"architectures": ["MistralForCausalLM"]}, '"model_type" llama is not that of MistralForCausalLM'),
+        ({"model_type": "gemma"}, '"model_type" gemma is not that of LlamaForCausalLM'),
+        ({"layer_types": ["linear"]}, '"layer_types" 0'),
         ({"hidden_act": "gelu"}, "only silu"),
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.1."),

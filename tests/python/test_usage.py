@@ -140,7 +140,7 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
          "--tuned: nothing: no such file"),
         ("unlearn --model model --tuned tuned --method tv --patch p".split(), 2,
          "--base is needed, unless"),
-        ("estimate --model model --data data.jsonl --out p".split(), 3, "no config.json that is"),
+        ("estimate --model model --data data.jsonl --out p".split(), 3, "no config.json, which says what"),
         ("estimate --model llama --data nothing --out p".split(), 3, "nothing: no such file"),
         ("estimate --model nan --data data.jsonl --out p".split(), 3, "data.jsonl: line 1: the model"),
         ("estimate --model steep --data data.jsonl --out p --stat meansq".split(), 3,
