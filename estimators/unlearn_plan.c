@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/quantised.h"
+
 const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
                                                 "--retain", "--scale"};
 
@@ -38,6 +40,8 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
                      ? open_adapter(job, notes, err)
                      : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        if (!rc && i <= PERTA_ROLE_BASE && !job->in[i].ck->is_adapter)
+            rc = perta_quantised_refuse(job->in[i].ck, err);
         if (rc)
             return rc;
     }

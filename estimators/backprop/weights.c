@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "estimators/convert.h"
+#include "estimators/quantised.h"
 #include "io/checked.h"
 
 #define PIECE_BYTES (4ull << 20)
@@ -136,6 +137,9 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
         return perta_fail(err, PERTA_EINPUT,
                           "%s: no config.json that is JSON, which says what architecture it is",
                           path);
+    rc = perta_quantised_refuse(w->ck, err);
+    if (rc)
+        return rc;
     char config[4096];
     snprintf(config, sizeof config, "%s/config.json", path);
     rc = perta_llm_parse(w->ck->config, config, &w->llm, err);
