@@ -8,6 +8,7 @@
 #include "estimators/convert.h"
 #include "estimators/quantised.h"
 #include "io/checked.h"
+#include "stream/naming.h"
 
 #define PIECE_BYTES (4ull << 20)
 #define PIECES 16
@@ -109,7 +110,7 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 {
     if (!strcmp(name, PERTA_HEAD))
         return !w->llm.tied;
-    return !strstr(name, "rotary_emb.inv_freq");
+    return !perta_is_buffer_name(name);
 }
 
 /* A tensor that nothing below would read has no gradient; better said than written as zero. */
