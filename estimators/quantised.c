@@ -122,11 +122,6 @@ static bool is_named_as_buffer(const char *name)
     return ends_in_any(last_part(name), endings);
 }
 
-static bool may_be_codes(const struct perta_tensor *t)
-{
-    return is_f8(t->dtype) || (is_integer(t->dtype) && t->n_dims >= 2 && !is_named_as_buffer(t->name));
-}
-
 /* Is it what turns codes into weights? */
 static bool is_named_as_scale(const char *name)
 {
@@ -136,6 +131,12 @@ static bool is_named_as_scale(const char *name)
         if (strcasestr(last_part(name), words[i]))
             return true;
     return false;
+}
+
+static bool may_be_codes(const struct perta_tensor *t)
+{
+    bool is_matrix = is_integer(t->dtype) && t->n_dims >= 2 && !is_named_as_buffer(t->name);
+    return (is_f8(t->dtype) || is_matrix) && !is_named_as_scale(t->name);
 }
 
 /* Tensors that are named as scales, in order of their modules. */

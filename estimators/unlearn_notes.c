@@ -141,13 +141,13 @@ void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_
             continue;
         said = true;
         json_array_append_new(
-            notes,
-            json_sprintf("nothing changes: %s",
-                         weighs_nothing(job) ? "the weight of all that is edited is 0"
-                         : job->adapter      ? "the adapter's task vector is zero wherever the weight is "
-                                               "not (lora_A or lora_B of all it changes is zero)"
-                                             : "wherever the weight is not 0, --tuned and --base hold "
-                                               "the same values"));
+            notes, json_sprintf("nothing changes: %s%s",
+                                weighs_nothing(job) ? "the weight of all that is edited is 0"
+                                : job->adapter ? "the adapter's task vector is zero (lora_A or lora_B is)"
+                                               : "--tuned and --base hold the same values",
+                                perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
+                                    ? ", wherever the weight is not"
+                                    : ""));
     }
 }
 
