@@ -6,6 +6,7 @@
 
 #include "estimators/adapter_config.h"
 #include "estimators/tied.h"
+#include "io/text.h"
 #include "stream/naming.h"
 
 #define PREFIX "base_model.model."
@@ -188,7 +189,9 @@ static int check_lora(const struct perta_adapter *adapter,
     change->rows = tensor->shape[0];
     change->width = tensor->shape[1];
     size_t module_len = strlen(change->target) - strlen(".weight");
-    int rc = perta_adapter_config_scale(config, change->target, module_len, &change->r,
+    int rc = perta_adapter_config_allows(config, change->target, module_len, err);
+    if (!rc)
+        rc = perta_adapter_config_scale(config, change->target, module_len, &change->r,
                                         &change->scaling, err);
     uint64_t r = change->r, rows = change->rows, width = change->width;
     if (!rc)
@@ -287,6 +290,26 @@ static int find_targets(struct perta_adapter *adapter,
     return rc;
 }
 
+/* PEFT passes over what target_modules do not name. */
+static void note_targets(const struct perta_adapter *adapter, const struct perta_adapter_config *config,
+                         json_t *notes)
+{
+    const char *first = NULL;
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < adapter->n_changes; i++) {
+        const struct perta_change *c = &adapter->changes[i];
+        size_t len = strlen(c->target) - (c->whole ? 0 : strlen(".weight"));
+        if (!c->whole && !perta_adapter_config_targets(config, c->target, len) && !n++)
+            first = c->target;
+    }
+    if (n)
+        json_array_append_new(
+            notes, perta_text_json("%s/" PERTA_ADAPTER_CONFIG ": target_modules name none of %llu "
+                                   "modules that the file has a LoRA for, %s the first: PEFT would "
+                                   "pass them over, here they count",
+                                   adapter->ck->path, (ull)n, first));
+}
+
 int perta_adapter_open(const struct perta_checkpoint *ck,
                        const struct perta_checkpoint *model, struct perta_adapter **out,
                        json_t *notes, struct perta_err *err)
@@ -306,6 +329,7 @@ int perta_adapter_open(const struct perta_checkpoint *ck,
         return rc;
     }
     perta_adapter_config_note(&config, notes);
+    note_targets(adapter, &config, notes);
     *out = adapter;
     return 0;
 }

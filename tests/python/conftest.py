@@ -37,6 +37,7 @@ NUMBERS = [
     "test_quality",
     "test_bench",
     "test_torch",
+    "test_peft",
     "test_estimate::test_loss_and_gradients_are_pytorchs",
     "test_estimate::test_weights_of_every_dtype",
     "test_estimate::test_bf16_products_stay_near",
