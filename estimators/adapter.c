@@ -142,11 +142,13 @@ static int read_names(struct perta_adapter *adapter, struct perta_err *err)
     const struct perta_checkpoint *ck = adapter->ck;
     struct part *parts = calloc(ck->n_tensors + 1, sizeof *parts);
     adapter->changes = calloc(ck->n_tensors + 1, sizeof *adapter->changes);
+    uint64_t n = 0;
     int rc = parts && adapter->changes ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     for (uint64_t i = 0; i < ck->n_tensors && !rc; i++)
-        rc = read_name(ck, &ck->by_name[i], &parts[i], err);
+        if (!perta_is_buffer(ck->by_name[i].tensor))
+            rc = read_name(ck, &ck->by_name[i], &parts[n++], err);
     if (!rc)
-        rc = join_all(adapter, parts, ck->n_tensors, err);
+        rc = join_all(adapter, parts, n, err);
     for (uint64_t i = 0; parts && i < ck->n_tensors; i++)
         free(parts[i].target);
     free(parts);
@@ -174,6 +176,24 @@ static int check_factor(const struct perta_adapter *adapter,
         "in --model, its rank %llu in " PERTA_ADAPTER_CONFIG,
         path, factor->name, shape, (ull)n_rows, (ull)n_columns, change->target,
         (ull)change->rows, (ull)change->width, (ull)change->r);
+}
+
+/* Conv1D of GPT-2 and its like has W as its transpose, which PEFT goes by whatever the config says;
+ * a matrix that is square does not show it. */
+static int check_transposed(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                            const struct perta_change *change, struct perta_err *err)
+{
+    static const char *const types[] = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer",
+                                        "clvp"};
+    const char *type = json_string_value(json_object_get(model->config, "model_type"));
+    for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
+        if (!strcmp(type, types[i]) && !change->is_embedding && strncmp(change->target, "lm_head.", 8))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
+                              "which perta does not do; merge the adapter into its base",
+                              adapter->ck->shards[0].path, change->a->tensor->name, change->target,
+                              type);
+    return 0;
 }
 
 /* W (rows, width) += scaling * (B A), or scaling * (B A)^T for an embedding. */
@@ -282,7 +302,7 @@ static int find_targets(struct perta_adapter *adapter,
                 "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
                 part->tensor->name, ref->tensor->name,
                 perta_dtype_name(ref->tensor->dtype));
-        else if (!change->whole)
+        else if (!change->whole && !(rc = check_transposed(adapter, model, change, err)))
             rc = check_lora(adapter, config, change, ref->tensor, err);
         if (!rc)
             rc = check_tied(adapter, model, change, err);

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from reference import Rule, edit, folder_bytes, kept, unlearn, write_folder
 from safetensors.numpy import load_file
+from test_lora import write_adapter
 from test_unlearn import ROLES, cast, check_folder, flags, write_inputs
 
 EMBED, HEAD, Q = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -216,6 +217,19 @@ def test_buffers_are_passed_over_wherever_they_are(perta, tmp_path, having):
     check_folder(tmp_path, None, want)
     whys = [reason["why"] for reason in summary["unedited"]["reasons"]]
     assert whys == ["passed through: a buffer"] * ("model" in having)
+
+
+def test_buffers_of_an_adapter_are_passed_over(perta, tmp_path):
+    """Of a module that it holds whole."""
+    roles = make()
+    write(tmp_path, roles)
+    whole = {f"base_model.model.{name}": x for name, x in ({Q: roles["tuned"][Q]} | BUFFERS).items()}
+    write_adapter(tmp_path / "adapter", whole)
+    words = [word if word != "tuned" else "adapter" for word in flags(RULE, ["1"])]
+    perta(*words)
+    want = {name: kept(x) for name, x in roles["model"].items()}
+    want[Q] = unlearn(RULE, 1, **roles)[Q]
+    check_folder(tmp_path, None, want)
 
 
 def test_a_bias_is_no_mask(perta, tmp_path):

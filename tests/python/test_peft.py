@@ -147,6 +147,7 @@ CASES = {
     "dora": ("llama", {"use_dora": True}, "use_dora"),
     "transposed": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "fan_in_fan_out"),
     "transposed, not said": ("gpt2", {"target_modules": ["c_attn"]}, "fan_in_fan_out"),
+    "transposed and square": ("gpt2", {"target_modules": ["attn.c_proj"]}, "fan_in_fan_out"),
     "pissa": ("llama", {"init_lora_weights": "pissa"}, "init_lora_weights"),
     "olora": ("llama", {"init_lora_weights": "olora"}, "init_lora_weights"),
     "mica": ("llama", {"init_lora_weights": "mica"}, "init_lora_weights"),
@@ -324,6 +325,15 @@ def test_a_key_is_right_or_refused_by_name(perta, tmp_path, bases, plain, key, v
         return
     assert same or any(key in note for note in notes), notes
     assert same or key == "target_modules"
+
+
+def test_a_square_matrix_that_is_transposed_is_refused(perta, tmp_path, bases):
+    """PEFT transposes GPT-2's whatever the config says."""
+    tune(bases / "gpt2", peft.LoraConfig(**lora(target_modules=["attn.c_proj"])), tmp_path / "a")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": False}))
+    message = perta(*words(bases / "gpt2", "a"), check=3).stderr
+    assert "c_proj.weight of a gpt2 model is stored transposed (fan_in_fan_out)" in message
 
 
 # --- dtypes, and nothing
