@@ -5,6 +5,8 @@
 #include <string.h>
 
 #include "estimators/adapter_config.h"
+#include "estimators/tied.h"
+#include "io/text.h"
 #include "stream/naming.h"
 
 #define PREFIX "base_model.model."
@@ -140,11 +142,13 @@ static int read_names(struct perta_adapter *adapter, struct perta_err *err)
     const struct perta_checkpoint *ck = adapter->ck;
     struct part *parts = calloc(ck->n_tensors + 1, sizeof *parts);
     adapter->changes = calloc(ck->n_tensors + 1, sizeof *adapter->changes);
+    uint64_t n = 0;
     int rc = parts && adapter->changes ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     for (uint64_t i = 0; i < ck->n_tensors && !rc; i++)
-        rc = read_name(ck, &ck->by_name[i], &parts[i], err);
+        if (!perta_is_buffer(ck->by_name[i].tensor))
+            rc = read_name(ck, &ck->by_name[i], &parts[n++], err);
     if (!rc)
-        rc = join_all(adapter, parts, ck->n_tensors, err);
+        rc = join_all(adapter, parts, n, err);
     for (uint64_t i = 0; parts && i < ck->n_tensors; i++)
         free(parts[i].target);
     free(parts);
@@ -174,6 +178,24 @@ static int check_factor(const struct perta_adapter *adapter,
         (ull)change->rows, (ull)change->width, (ull)change->r);
 }
 
+/* Conv1D of GPT-2 and its like has W as its transpose, which PEFT goes by whatever the config says;
+ * a matrix that is square does not show it. */
+static int check_transposed(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                            const struct perta_change *change, struct perta_err *err)
+{
+    static const char *const types[] = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer",
+                                        "clvp"};
+    const char *type = json_string_value(json_object_get(model->config, "model_type"));
+    for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
+        if (!strcmp(type, types[i]) && !change->is_embedding && strncmp(change->target, "lm_head.", 8))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
+                              "which perta does not do; merge the adapter into its base",
+                              adapter->ck->shards[0].path, change->a->tensor->name, change->target,
+                              type);
+    return 0;
+}
+
 /* W (rows, width) += scaling * (B A), or scaling * (B A)^T for an embedding. */
 static int check_lora(const struct perta_adapter *adapter,
                       const struct perta_adapter_config *config,
@@ -187,7 +209,9 @@ static int check_lora(const struct perta_adapter *adapter,
     change->rows = tensor->shape[0];
     change->width = tensor->shape[1];
     size_t module_len = strlen(change->target) - strlen(".weight");
-    int rc = perta_adapter_config_scale(config, change->target, module_len, &change->r,
+    int rc = perta_adapter_config_allows(config, change->target, module_len, err);
+    if (!rc)
+        rc = perta_adapter_config_scale(config, change->target, module_len, &change->r,
                                         &change->scaling, err);
     uint64_t r = change->r, rows = change->rows, width = change->width;
     if (!rc)
@@ -204,21 +228,56 @@ static int check_lora(const struct perta_adapter *adapter,
               : 0;
 }
 
-/* Where a model stores both of two tied tensors, a change of one is one of the other too.
- */
-static int check_tied(const struct perta_checkpoint *model,
-                      const struct perta_tensor *tensor, struct perta_err *err)
+/* Does the model use this tensor once more, as its head or its embedding? config.json says it, or
+ * where it leaves that to the architecture, it is a language model's embedding and no head of its
+ * own is stored. */
+static bool is_shared(const struct perta_checkpoint *model, const char *name)
 {
-    const char *name = perta_tied_name(tensor->name);
-    const struct perta_ref *other = name ? perta_checkpoint_find(model, name) : NULL;
-    if (!other || (other->tensor->n_dims == 2 && tensor->n_dims == 2 &&
-                   other->tensor->shape[0] == tensor->shape[0] &&
-                   other->tensor->shape[1] == tensor->shape[1]))
+    static const char *const heads[] = {"lm_head.", "embed_out.", "output.", "head.", "decoder."};
+    const json_t *tie = json_object_get(model->config, "tie_word_embeddings");
+    const char *architecture =
+        json_string_value(json_array_get(json_object_get(model->config, "architectures"), 0));
+    if (perta_tied_name(name) && perta_is_tied(model))
+        return true;
+    if (json_is_false(tie) || !architecture ||
+        !(strstr(architecture, "LM") || strstr(architecture, "Generation")) ||
+        !(ends_in(name, "embed_tokens.weight") || ends_in(name, "wte.weight") ||
+          ends_in(name, "word_embeddings.weight") || ends_in(name, "embed_in.weight")))
+        return false;
+    for (uint64_t i = 0; i < model->n_tensors; i++)
+        for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
+            const char *found = strstr(model->by_name[i].tensor->name, heads[k]);
+            if (found && !strcmp(found + strlen(heads[k]), "weight"))
+                return false;
+        }
+    return true;
+}
+
+/* The live adapter changes one of embedding and head, a merged one both: which is meant nobody
+ * knows, unless the adapter holds both whole, and the same. */
+static int check_tied(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                      const struct perta_change *change, struct perta_err *err)
+{
+    const char *other_name = perta_tied_name(change->target);
+    const struct perta_change *other = other_name ? perta_adapter_find(adapter, other_name) : NULL;
+    bool same = false;
+    if (!is_shared(model, change->target))
         return 0;
-    return perta_fail(err, PERTA_EINPUT,
-                      "--model %s: tensors %s and %s, which its config.json ties, are not "
-                      "matrices of one shape",
-                      model->path, tensor->name, name);
+    int rc = other && other->whole && change->whole
+                 ? perta_tied_compare(adapter->ck, change->whole, other->whole, &same, err)
+                 : 0;
+    if (rc || same)
+        return rc;
+    const struct perta_ref *part = change->whole ? change->whole : change->a;
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: tensor %s changes %s, which --model %s ties to %s; %s. Give --model and --base a head "
+        "of its own (store it, and set \"tie_word_embeddings\" in config.json to false), or tune "
+        "without it",
+        adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
+        other_name ? other_name : "its head",
+        other ? "it changes that in another way"
+              : "it does not change that, and the model has one matrix for both");
 }
 
 static int find_targets(struct perta_adapter *adapter,
@@ -227,7 +286,6 @@ static int find_targets(struct perta_adapter *adapter,
 {
     const char *path = adapter->ck->shards[0].path;
     bool tied = perta_is_tied(model);
-    const struct perta_change *last = NULL;
     int rc = 0;
     for (uint64_t i = 0; i < adapter->n_changes && !rc; i++) {
         struct perta_change *change = &adapter->changes[i];
@@ -244,20 +302,32 @@ static int find_targets(struct perta_adapter *adapter,
                 "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
                 part->tensor->name, ref->tensor->name,
                 perta_dtype_name(ref->tensor->dtype));
-        else if (!change->whole)
+        else if (!change->whole && !(rc = check_transposed(adapter, model, change, err)))
             rc = check_lora(adapter, config, change, ref->tensor, err);
-        if (rc || !tied || !perta_tied_name(change->target))
-            continue;
-        rc = check_tied(model, ref->tensor, err);
-        if (!rc && last && !(last->whole && change->whole))
-            rc = perta_fail(
-                err, PERTA_EINPUT,
-                "%s: changes %s and %s, which --model ties to one; merge the adapter "
-                "into its base",
-                path, last->target, change->target);
-        last = change;
+        if (!rc)
+            rc = check_tied(adapter, model, change, err);
     }
     return rc;
+}
+
+/* PEFT passes over what target_modules do not name. */
+static void note_targets(const struct perta_adapter *adapter, const struct perta_adapter_config *config,
+                         json_t *notes)
+{
+    const char *first = NULL;
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < adapter->n_changes; i++) {
+        const struct perta_change *c = &adapter->changes[i];
+        size_t len = strlen(c->target) - (c->whole ? 0 : strlen(".weight"));
+        if (!c->whole && !perta_adapter_config_targets(config, c->target, len) && !n++)
+            first = c->target;
+    }
+    if (n)
+        json_array_append_new(
+            notes, perta_text_json("%s/" PERTA_ADAPTER_CONFIG ": target_modules name none of %llu "
+                                   "modules that the file has a LoRA for, %s the first: PEFT would "
+                                   "pass them over, here they count",
+                                   adapter->ck->path, (ull)n, first));
 }
 
 int perta_adapter_open(const struct perta_checkpoint *ck,
@@ -279,6 +349,7 @@ int perta_adapter_open(const struct perta_checkpoint *ck,
         return rc;
     }
     perta_adapter_config_note(&config, notes);
+    note_targets(adapter, &config, notes);
     *out = adapter;
     return 0;
 }
@@ -300,13 +371,8 @@ static int compare_target(const void *name, const void *change)
 }
 
 const struct perta_change *perta_adapter_find(const struct perta_adapter *adapter,
-                                              const char *name, bool tied)
+                                              const char *name)
 {
-    for (; name; name = tied ? perta_tied_name(name) : NULL, tied = false) {
-        const struct perta_change *change = bsearch(
-            name, adapter->changes, adapter->n_changes, sizeof *change, compare_target);
-        if (change)
-            return change;
-    }
-    return NULL;
+    return bsearch(name, adapter->changes, adapter->n_changes, sizeof *adapter->changes,
+                   compare_target);
 }

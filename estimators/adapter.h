@@ -42,10 +42,9 @@ int perta_adapter_open(const struct perta_checkpoint *ck, const struct perta_che
 /* NULL is fine. */
 void perta_adapter_close(struct perta_adapter *adapter);
 
-/* The change of that tensor of the model, or NULL. With tied (config says so) embeddings stand
- * for one another. */
+/* The change of that tensor of the model, or NULL. */
 const struct perta_change *perta_adapter_find(const struct perta_adapter *adapter,
-                                              const char *name, bool tied);
+                                              const char *name);
 
 /* For a manifest: the keys of the config that decide the result. The caller's. */
 json_t *perta_adapter_recipe(const struct perta_checkpoint *ck);

@@ -2,6 +2,8 @@
 
 #include <ctype.h>
 #include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "estimators/adapter.h"
@@ -23,6 +25,17 @@ static bool is_set(const json_t *value)
              (json_is_object(value) && !json_object_size(value)));
 }
 
+/* The config of a kind is one of that kind, even if it is empty and all its keys have their
+ * defaults. */
+static bool is_kind(const struct perta_adapter_config *c, const char *key)
+{
+    static const char *const kinds[] = {"use_bdlora", "arrow_config", "monteclora_config", "kasa_config"};
+    bool found = false;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        found |= !strcmp(key, kinds[i]);
+    return found && json_is_object(json_object_get(c->json, key));
+}
+
 /* What changes the result in ways that A, B and scaling do not say. */
 static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *err)
 {
@@ -33,7 +46,7 @@ static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *
         "target_parameters",
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
-        if (is_set(json_object_get(c->json, refused[i])))
+        if (is_set(json_object_get(c->json, refused[i])) || is_kind(c, refused[i]))
             return refuse_key(
                 c, refused[i],
                 "set, which perta does not do; merge the adapter into its base "
@@ -196,6 +209,102 @@ int perta_adapter_config_read(struct perta_adapter_config *c,
     c->use_rslora = json_is_true(rs);
     return rc;
 }
+
+/* ---- which modules ---- */
+
+/* Is name the module (len characters), or its end after a dot? */
+static bool is_name_of(const char *name, const char *module, size_t len)
+{
+    size_t n = strlen(name);
+    return n <= len && !memcmp(module + len - n, name, n) && (n == len || module[len - n - 1] == '.');
+}
+
+/* Is name the module, one around it, or the end of one of these after a dot? */
+static bool is_name_around(const char *name, const char *module, size_t len)
+{
+    for (size_t end = len; end; end--)
+        if ((end == len || module[end] == '.') && is_name_of(name, module, end))
+            return true;
+    return false;
+}
+
+static bool is_name(const char *name, const char *module, size_t len)
+{
+    return strlen(name) == len && !memcmp(name, module, len);
+}
+
+static bool any_name(const json_t *names, const char *module, size_t len,
+                     bool (*fits)(const char *name, const char *module, size_t len))
+{
+    size_t i;
+    json_t *name;
+    json_array_foreach (names, i, name)
+        if (json_is_string(name) && fits(json_string_value(name), module, len))
+            return true;
+    return false;
+}
+
+/* The number after the first ".NAME." of module, where that is one of patterns (null or empty: any
+ * name), or -1. A pattern may stand at the start, too. */
+static json_int_t layer_of(const json_t *patterns, const char *module, size_t len)
+{
+    bool any = !is_set(patterns);
+    for (size_t at = 1; at < len; at++) {
+        if (module[at - 1] != '.' || !isdigit((unsigned char)module[at]))
+            continue;
+        size_t end = at, start = at - 1;
+        while (end < len && isdigit((unsigned char)module[end]))
+            end++;
+        while (start && module[start - 1] != '.')
+            start--;
+        if (end == len || module[end] != '.' || (any && !start))
+            continue;
+        char name[128];
+        snprintf(name, sizeof name, "%.*s", (int)(at - 1 - start), module + start);
+        if (any || any_name(patterns, name, strlen(name), is_name_of) ||
+            (json_is_string(patterns) && !strcmp(json_string_value(patterns), name)))
+            return strtoll(module + at, NULL, 10);
+    }
+    return -1;
+}
+
+static bool is_among(const json_t *layers, json_int_t layer)
+{
+    size_t i;
+    json_t *one;
+    json_array_foreach (layers, i, one)
+        if (json_is_integer(one) && json_integer_value(one) == layer)
+            return true;
+    return json_is_integer(layers) && json_integer_value(layers) == layer;
+}
+
+int perta_adapter_config_allows(const struct perta_adapter_config *c, const char *module,
+                                size_t len, struct perta_err *err)
+{
+    const json_t *layers = json_object_get(c->json, "layers_to_transform");
+    const json_t *patterns = json_object_get(c->json, "layers_pattern");
+    const char *key = NULL;
+    if (any_name(json_object_get(c->json, "exclude_modules"), module, len, is_name_of))
+        key = "exclude_modules";
+    else if (any_name(json_object_get(c->json, "modules_to_save"), module, len, is_name_around))
+        key = "modules_to_save";
+    else if (is_set(layers) && !is_among(layers, layer_of(patterns, module, len)) &&
+             !any_name(json_object_get(c->json, "target_modules"), module, len, is_name))
+        key = "layers_to_transform";
+    return key ? perta_fail(err, PERTA_EINPUT,
+                            "%s/" PERTA_ADAPTER_CONFIG ": %s: keeps a LoRA from %.*s, for which the "
+                            "file has one; correct it, or merge the adapter",
+                            c->path, key, (int)len, module)
+               : 0;
+}
+
+bool perta_adapter_config_targets(const struct perta_adapter_config *c, const char *module, size_t len)
+{
+    const json_t *targets = json_object_get(c->json, "target_modules");
+    return !json_is_array(targets) || any_name(targets, module, len, is_name_of);
+}
+
+/* ---- for the record ---- */
 
 json_t *perta_adapter_recipe(const struct perta_checkpoint *ck)
 {

@@ -25,6 +25,14 @@ int perta_adapter_config_read(struct perta_adapter_config *config,
 int perta_adapter_config_scale(const struct perta_adapter_config *config,
                                const char *module, size_t len, uint64_t *rank,
                                float *scaling, struct perta_err *err);
+/* Would PEFT put a LoRA on that module (len characters)? PERTA_EINPUT, with the key, where
+ * exclude_modules, layers_to_transform or modules_to_save keep it from one: what the file holds for
+ * it is then not what a live adapter does. */
+int perta_adapter_config_allows(const struct perta_adapter_config *config, const char *module,
+                                size_t len, struct perta_err *err);
+/* Is it among target_modules, where these are a list of names? */
+bool perta_adapter_config_targets(const struct perta_adapter_config *config, const char *module,
+                                  size_t len);
 /* Keys of newer versions of PEFT may say things that perta ought to know: append them to
  * notes. */
 void perta_adapter_config_note(const struct perta_adapter_config *config, json_t *notes);

@@ -7,8 +7,7 @@
 #include "io/file.h"
 #include "stream/naming.h"
 
-#define PIECE_BYTES (512u << 10)
-#define HEAD "lm_head.weight"
+#define PIECE_BYTES (512ull << 10)
 
 static int differ(const struct perta_checkpoint *ck, const struct perta_tensor *a,
                   const struct perta_tensor *b, struct perta_err *err)
@@ -29,41 +28,49 @@ static bool look_the_same(const struct perta_tensor *a, const struct perta_tenso
 }
 
 /* room: two pieces. */
-static int compare(const struct perta_checkpoint *ck, const struct perta_file *files,
-                   const struct perta_tensor *const *of, uint8_t *room, struct perta_err *err)
+static int compare(const struct perta_file *files, const struct perta_tensor *const *of,
+                   uint8_t *room, bool *same, struct perta_err *err)
 {
-    for (uint64_t at = 0, n; at < of[0]->len_bytes; at += n) {
+    for (uint64_t at = 0, n; at < of[0]->len_bytes && *same; at += n) {
         n = of[0]->len_bytes - at < PIECE_BYTES ? of[0]->len_bytes - at : PIECE_BYTES;
         for (int i = 0; i < 2; i++) {
-            int rc = perta_pread_all(files[i].fd, room + (size_t)i * PIECE_BYTES, n,
+            int rc = perta_pread_all(files[i].fd, i ? room + PIECE_BYTES : room, n,
                                      of[i]->off_bytes + at, files[i].path, err);
             if (rc)
                 return rc;
         }
-        if (memcmp(room, room + PIECE_BYTES, n))
-            return differ(ck, of[0], of[1], err);
+        *same = !memcmp(room, room + PIECE_BYTES, n);
     }
     return 0;
 }
 
-int perta_tied_check(const struct perta_checkpoint *ck, struct perta_err *err)
+int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref *a,
+                       const struct perta_ref *b, bool *same, struct perta_err *err)
 {
-    const struct perta_ref *refs[2] = {perta_checkpoint_find(ck, perta_tied_name(HEAD)),
-                                       perta_checkpoint_find(ck, HEAD)};
-    if (!perta_is_tied(ck) || !refs[0] || !refs[1])
+    const struct perta_ref *refs[2] = {a, b};
+    const struct perta_tensor *of[2] = {a->tensor, b->tensor};
+    if (!(*same = look_the_same(of[0], of[1])))
         return 0;
-    const struct perta_tensor *of[2] = {refs[0]->tensor, refs[1]->tensor};
-    if (!look_the_same(of[0], of[1]))
-        return differ(ck, of[0], of[1], err);
     struct perta_file files[2] = {{.fd = -1}, {.fd = -1}};
-    uint8_t *room = malloc((size_t)2 * PIECE_BYTES);
+    uint8_t *room = malloc(2 * PIECE_BYTES);
     int rc = room ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     for (int i = 0; i < 2 && !rc; i++)
         rc = perta_file_open(&files[i], ck->shards[refs[i]->shard].path, false, err);
     if (!rc)
-        rc = compare(ck, files, of, room, err);
+        rc = compare(files, of, room, same, err);
     for (int i = 0; i < 2; i++)
         perta_file_close(&files[i]);
     free(room);
     return rc;
+}
+
+int perta_tied_check(const struct perta_checkpoint *ck, struct perta_err *err)
+{
+    const struct perta_ref *a = perta_checkpoint_find(ck, perta_tied_name(PERTA_HEAD_NAME)),
+                           *b = perta_checkpoint_find(ck, PERTA_HEAD_NAME);
+    bool same = true;
+    if (!perta_is_tied(ck) || !a || !b)
+        return 0;
+    int rc = perta_tied_compare(ck, a, b, &same, err);
+    return rc || same ? rc : differ(ck, a->tensor, b->tensor, err);
 }

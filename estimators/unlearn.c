@@ -8,6 +8,7 @@
 #include "estimators/unlearn_job.h"
 #include "io/checked.h"
 #include "io/fpenv.h"
+#include "io/text.h"
 
 #define OUT_ALIGN 64
 
@@ -353,6 +354,7 @@ static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_e
     json_object_set_new(summary, "results", results);
     if (!rc) {
         perta_unlearn_note_same(inputs, json_object_get(summary, "notes"));
+        perta_unlearn_note_nothing(job, inputs, json_object_get(summary, "notes"));
         perta_unlearn_note_zeros(job, json_object_get(summary, "notes"));
     }
     json_decref(inputs);
@@ -414,6 +416,11 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
     job->rule = unlearn->rule;
     perta_unlearn_note_alphas(unlearn, notes);
     int rc = perta_unlearn_plan(job, run, notes, err);
+    if (!rc) {
+        perta_unlearn_note_missing(job, notes);
+        perta_json_set(summary, "unedited", perta_unlearn_unedited(job));
+        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "unlearn");
+    }
     if (!rc && !run->dry_run) {
         rc = run_all(job, run, summary, err);
         rc = perta_resume_end(&job->resume, rc, summary, err);

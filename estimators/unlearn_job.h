@@ -23,6 +23,11 @@ struct perta_unlearn_row {
     bool edited;
 };
 
+/* So many tensors, of so many parameters. */
+struct perta_tally {
+    uint64_t n_tensors, n_params;
+};
+
 struct perta_unlearn_job {
     const struct perta_unlearn *unlearn;
     struct perta_rule rule;
@@ -37,6 +42,8 @@ struct perta_unlearn_job {
     struct perta_stream *stream;
     struct perta_codec **codecs; /* one for each worker */
     struct perta_walk walk; /* where next() stands, in the model */
+    /* Of the tensors to edit, where the method wants importance; and of those, without it. */
+    struct perta_tally wanted, missing;
 };
 
 /* Open the inputs, fit them together tensor by tensor (in, rows, actions, rule.stat), and
@@ -45,10 +52,18 @@ struct perta_unlearn_job {
 int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
                        json_t *notes, struct perta_err *err);
 
-/* Append to notes: alphas that do what one might not expect. */
+/* How many parameters the plan leaves as they are, of how many, and why. NULL without memory. */
+json_t *perta_unlearn_unedited(const struct perta_unlearn_job *job);
+
+/* Append to notes: what --missing covers. */
+void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *notes);
+/* Likewise: alphas that do what one might not expect. */
 void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes);
 /* After the run: inputs (as the record has them) that are to differ and hold the same. */
 void perta_unlearn_note_same(const json_t *inputs, json_t *notes);
+/* Likewise: a run that changes nothing, and why. */
+void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_t *inputs,
+                                json_t *notes);
 /* Likewise: importances that are zero where one might not expect it. */
 void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes);
 

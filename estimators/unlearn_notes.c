@@ -5,6 +5,63 @@
 
 typedef unsigned long long ull;
 
+/* ---- of the plan ---- */
+
+/* The entry of reasons for that action; a new one if there is none. NULL without memory. */
+static json_t *reason_of(json_t *reasons, const char *action)
+{
+    size_t i;
+    json_t *reason;
+    json_array_foreach (reasons, i, reason)
+        if (!strcmp(json_string_value(json_object_get(reason, "why")), action))
+            return reason;
+    reason = json_pack("{s:s, s:i, s:i}", "why", action, "tensors", 0, "parameters", 0);
+    return json_array_append_new(reasons, reason) ? NULL : reason;
+}
+
+static bool add_to(json_t *object, const char *key, uint64_t n)
+{
+    json_t *count = json_object_get(object, key);
+    return !json_integer_set(count, json_integer_value(count) + (json_int_t)n);
+}
+
+json_t *perta_unlearn_unedited(const struct perta_unlearn_job *job)
+{
+    json_t *reasons = json_array();
+    uint64_t n = 0, of = 0;
+    bool good = reasons;
+    for (uint64_t i = 0; i < job->in[PERTA_ROLE_MODEL].ck->n_tensors && good; i++) {
+        uint64_t n_params = job->rows[i].in[PERTA_ROLE_MODEL]->tensor->n_elems;
+        of += n_params;
+        if (job->rows[i].edited)
+            continue;
+        json_t *reason = reason_of(reasons, job->actions[i]);
+        good = reason && add_to(reason, "tensors", 1) && add_to(reason, "parameters", n_params);
+        n += n_params;
+    }
+    if (!good) {
+        json_decref(reasons);
+        return NULL;
+    }
+    return json_pack("{s:I, s:I, s:o}", "parameters", (json_int_t)n, "of", (json_int_t)of, "reasons",
+                     reasons);
+}
+
+void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *notes)
+{
+    if (!job->missing.n_tensors || !job->in[PERTA_ROLE_FORGET].ck)
+        return;
+    bool keep = job->unlearn->missing == PERTA_MISSING_KEEP;
+    json_array_append_new(
+        notes, json_sprintf("--missing %s: %llu of the %llu tensors to edit (%llu of %llu parameters) "
+                            "have no importance in both --forget and --retain: %s",
+                            keep ? "keep" : "tv", (ull)job->missing.n_tensors,
+                            (ull)job->wanted.n_tensors, (ull)job->missing.n_params,
+                            (ull)job->wanted.n_params,
+                            keep ? "they stay as they are"
+                                 : "their whole task vector is subtracted"));
+}
+
 void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes)
 {
     for (unsigned a = 0; a < unlearn->n_alphas; a++) {
@@ -18,6 +75,8 @@ void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *note
                                     alpha->text));
     }
 }
+
+/* ---- of the run ---- */
 
 static const json_t *shards_of(const json_t *inputs, const char *role)
 {
@@ -48,6 +107,48 @@ void perta_unlearn_note_same(const json_t *inputs, json_t *notes)
         if (are_same(shards_of(inputs, pairs[i][0]), shards_of(inputs, pairs[i][1])))
             json_array_append_new(notes, json_sprintf("--%s and --%s hold the same: %s",
                                                       pairs[i][0], pairs[i][1], pairs[i][2]));
+}
+
+/* Did alpha number a change nothing, not even what rounding took away again? */
+static bool changes_nothing(const struct perta_unlearn_job *job, unsigned a)
+{
+    const struct perta_patch_out *out = &job->outs[a];
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < out->n_tensors; i++)
+        n += out->tensors[i].n_changed + out->tensors[i].n_rounded_away + out->tensors[i].n_nonfinite;
+    return !n;
+}
+
+/* Is all importance of the forget set that was used zero? */
+static bool weighs_nothing(const struct perta_unlearn_job *job)
+{
+    uint64_t n = 0, n_zero = 0;
+    if (job->rule.method == PERTA_CONSTANT)
+        return (float)job->rule.weight == 0;
+    for (uint64_t i = 0; i < job->outs[0].n_tensors; i++) {
+        n += job->rows[i].edited ? job->outs[0].tensors[i].n_params : 0;
+        n_zero += job->outs[0].tensors[i].n_zero_forget;
+    }
+    return n && n == n_zero;
+}
+
+void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_t *inputs,
+                                json_t *notes)
+{
+    bool said = are_same(shards_of(inputs, "tuned"), shards_of(inputs, "base"));
+    for (unsigned a = 0; a < job->n_outs && !said && job->rule.method != PERTA_SCALE; a++) {
+        if (job->unlearn->alphas[a].value == 0 || !changes_nothing(job, a))
+            continue;
+        said = true;
+        json_array_append_new(
+            notes, json_sprintf("nothing changes: %s%s",
+                                weighs_nothing(job) ? "the weight of all that is edited is 0"
+                                : job->adapter ? "the adapter's task vector is zero (lora_A or lora_B is)"
+                                               : "--tuned and --base hold the same values",
+                                perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
+                                    ? ", wherever the weight is not"
+                                    : ""));
+    }
 }
 
 /* Over the edited tensors of one role. */

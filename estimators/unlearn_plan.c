@@ -4,6 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/quantised.h"
+#include "estimators/tied.h"
+#include "io/text.h"
+
 const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
                                                 "--retain", "--scale"};
 
@@ -13,6 +17,8 @@ static bool has_role(const struct perta_unlearn_job *job, int role)
         return job->rule.method == PERTA_SCALE;
     return role < PERTA_ROLE_FORGET || perta_rule_needs_importance(&job->rule);
 }
+
+/* ---- the inputs ---- */
 
 /* In place of a tuned checkpoint. */
 static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
@@ -24,6 +30,55 @@ static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct per
         rc = perta_adapter_open(in->ck, job->in[PERTA_ROLE_MODEL].ck, &job->adapter, notes,
                                 err);
     return rc ? perta_err_context(err, "%s", in->role) : 0;
+}
+
+/* Two names of one matrix in the folder of a role, where --model (or the folder itself) ties them:
+ * what they hold must be the same. */
+static int check_tied(const struct perta_unlearn_job *job, int role, struct perta_err *err)
+{
+    const struct perta_checkpoint *ck = job->in[role].ck;
+    const struct perta_ref *head = perta_checkpoint_find(ck, PERTA_HEAD_NAME),
+                           *embedding = perta_checkpoint_find(ck, perta_tied_name(PERTA_HEAD_NAME));
+    bool same = true;
+    int rc = perta_tied_check(ck, err);
+    if (rc || !perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !head || !embedding)
+        return rc;
+    rc = perta_tied_compare(ck, embedding, head, &same, err);
+    return rc || same
+               ? rc
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s %s: tensors %s and %s differ, but --model %s has one matrix for "
+                            "both (\"tie_word_embeddings\" in its config.json); give it a head of "
+                            "its own (store %s, and set that to false)",
+                            perta_roles[role], ck->path, embedding->tensor->name,
+                            head->tensor->name, job->in[PERTA_ROLE_MODEL].ck->path,
+                            head->tensor->name);
+}
+
+/* Names of importance are those of --model, or were before a wrapper got hold of them. */
+static int align(const struct perta_unlearn_job *job, int role, json_t *notes, struct perta_err *err)
+{
+    struct perta_checkpoint *ck = job->in[role].ck;
+    const char *add, *name = ck->n_tensors ? ck->by_name[0].tensor->name : "";
+    size_t strip;
+    char was[64];
+    snprintf(was, sizeof was, "%s", name);
+    int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, &strip, &add, err);
+    if (!rc && (strip || *add))
+        json_array_append_new(
+            notes, perta_text_json("%s: its names are --model's but for %s%.*s%s%s", perta_roles[role],
+                                   strip ? "a prefix " : "", (int)(strip < 63 ? strip : 63), was,
+                                   strip && *add ? " in place of " : *add ? "a missing " : "", add));
+    return rc;
+}
+
+static int check_input(const struct perta_unlearn_job *job, int role, json_t *notes,
+                       struct perta_err *err)
+{
+    int rc = role <= PERTA_ROLE_BASE ? perta_quantised_refuse(job->in[role].ck, err) : 0;
+    if (!rc && (role == PERTA_ROLE_FORGET || role == PERTA_ROLE_RETAIN))
+        rc = align(job, role, notes, err);
+    return rc || role == PERTA_ROLE_SCALE ? rc : check_tied(job, role, err);
 }
 
 static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
@@ -38,11 +93,15 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
                      ? open_adapter(job, notes, err)
                      : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        if (!rc && !job->in[i].ck->is_adapter)
+            rc = check_input(job, i, notes, err);
         if (rc)
             return rc;
     }
     return 0;
 }
+
+/* ---- one tensor ---- */
 
 /* ref: the operand of that role, or NULL. */
 static int set_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
@@ -74,10 +133,16 @@ static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn
     int rc = find_operand(job, row, role, tied, err);
     if (rc || row->in[role])
         return rc;
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name, *other = perta_tied_name(name);
+    if (other && perta_checkpoint_find(job->in[role].ck, other))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s %s: no tensor %s, which --model has beside %s; are the two tied in "
+                          "the one and not in the other (\"tie_word_embeddings\" in config.json)?",
+                          perta_roles[role], job->in[role].ck->path, name, other);
     return perta_fail(err, PERTA_EINPUT,
                       "%s: no tensor %s, which --model has; is it another architecture? "
                       "--exclude leaves tensors out",
-                      job->in[role].ck->path, row->in[PERTA_ROLE_MODEL]->tensor->name);
+                      job->in[role].ck->path, name);
 }
 
 /* Where --tuned is an adapter. --base is needed for what it holds whole; elsewhere it need not
@@ -115,48 +180,110 @@ static void keep(struct perta_unlearn_row *row)
     row->lora = NULL;
 }
 
+static void count(struct perta_tally *tally, const struct perta_unlearn_row *row)
+{
+    tally->n_tensors++;
+    tally->n_params += row->in[PERTA_ROLE_MODEL]->tensor->n_elems;
+}
+
+/* Importance, or what --missing says of a tensor that has none. *kept: it stays as it is. */
+static int fill_importance(struct perta_unlearn_job *job, struct perta_unlearn_row *row, bool tied,
+                           bool *kept, struct perta_err *err)
+{
+    int lacks = 0;
+    for (int role = PERTA_ROLE_FORGET; role < PERTA_N_ROLES; role++) {
+        int rc = has_role(job, role) ? find_operand(job, row, role, tied, err) : 0;
+        if (rc)
+            return rc;
+        lacks = !lacks && has_role(job, role) && !row->in[role] ? role : lacks;
+    }
+    *kept = lacks && job->unlearn->missing == PERTA_MISSING_KEEP;
+    count(&job->wanted, row);
+    if (!lacks)
+        return 0;
+    if (job->unlearn->missing == PERTA_MISSING_ERROR)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: no importance for tensor %s; --missing keep leaves such "
+                          "tensors as they are, --missing tv subtracts their whole task "
+                          "vector",
+                          job->in[lacks].ck->path, row->in[PERTA_ROLE_MODEL]->tensor->name);
+    count(&job->missing, row);
+    row->in[PERTA_ROLE_FORGET] = row->in[PERTA_ROLE_RETAIN] = NULL;
+    row->method = PERTA_TV;
+    return 0;
+}
+
 static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row *row,
                          const char **action, bool tied, struct perta_err *err)
 {
     const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name;
     const struct perta_change *change =
-        job->adapter ? perta_adapter_find(job->adapter, name, tied) : NULL;
+        job->adapter ? perta_adapter_find(job->adapter, name) : NULL;
+    bool kept = false;
     if (job->adapter && !change) {
         *action = "kept: not in the adapter";
         return 0;
     }
     int rc = change ? fill_change(job, row, change, tied, err)
                     : fill_task_vector(job, row, tied, err);
-    if (rc)
-        return rc;
     row->method = job->rule.method;
-    for (int role = PERTA_ROLE_FORGET; role < PERTA_N_ROLES; role++) {
-        if (!has_role(job, role))
-            continue;
-        rc = find_operand(job, row, role, tied, err);
-        if (rc)
-            return rc;
-        if (row->in[role])
-            continue;
-        if (job->unlearn->missing == PERTA_MISSING_ERROR)
-            return perta_fail(
-                err, PERTA_EINPUT,
-                "%s: no importance for tensor %s; --missing keep leaves such "
-                "tensors as they are, --missing tv subtracts their whole task "
-                "vector",
-                job->in[role].ck->path, name);
-        row->in[PERTA_ROLE_FORGET] = row->in[PERTA_ROLE_RETAIN] = NULL;
-        if (job->unlearn->missing == PERTA_MISSING_KEEP) {
-            *action = "kept: no importance";
-            keep(row);
-            return 0;
-        }
-        row->method = PERTA_TV;
-        break;
-    }
-    *action = "edited";
-    row->edited = true;
+    if (!rc)
+        rc = fill_importance(job, row, tied, &kept, err);
+    if (!rc && kept)
+        keep(row);
+    row->edited = !rc && !kept;
+    *action = kept ? "kept: no importance" : "edited";
+    return rc;
+}
+
+/* ---- all of them ---- */
+
+/* Of two names for one matrix globs choose both, or neither. */
+static int check_globs(const struct perta_unlearn_job *job, bool tied, struct perta_err *err)
+{
+    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
+    const char *head = PERTA_HEAD_NAME, *embedding = perta_tied_name(head);
+    bool chosen = perta_globs_match(&job->unlearn->globs, head);
+    if (!tied || !perta_checkpoint_find(model, head) || !perta_checkpoint_find(model, embedding) ||
+        perta_globs_match(&job->unlearn->globs, embedding) == chosen)
+        return 0;
+    return perta_fail(err, PERTA_EUSAGE,
+                      "%s: --include and --exclude choose %s and not %s, which config.json ties to it",
+                      model->path, chosen ? head : embedding, chosen ? embedding : head);
+}
+
+/* Tied tensors share it, so that --method random gives both the same. */
+static uint64_t name_hash(const char *name, bool tied)
+{
+    const char *key = tied && !strcmp(name, PERTA_HEAD_NAME) ? perta_tied_name(name) : name;
+    return perta_hash64(key, strlen(key));
+}
+
+static int fill_row(struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                    const struct perta_tensor *tensor, const char **action, bool tied,
+                    struct perta_err *err)
+{
+    row->in[PERTA_ROLE_MODEL] = perta_checkpoint_find(job->in[PERTA_ROLE_MODEL].ck, tensor->name);
+    if (perta_is_buffer(tensor))
+        *action = "passed through: a buffer";
+    else if (!perta_dtype_is_editable(tensor->dtype))
+        *action = "passed through: not BF16, F16, F32 or F64";
+    else if (!perta_globs_match(&job->unlearn->globs, tensor->name))
+        *action = "kept: excluded";
+    else
+        return fill_operands(job, row, action, tied, err);
     return 0;
+}
+
+static int check_missing(const struct perta_unlearn_job *job, struct perta_err *err)
+{
+    if (!job->missing.n_tensors || job->missing.n_tensors < job->wanted.n_tensors)
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "--forget %s, --retain %s: none of the %llu tensors to edit has importance in "
+                      "both; is it that of another model? --method tv takes none",
+                      job->unlearn->forget, job->unlearn->retain,
+                      (unsigned long long)job->wanted.n_tensors);
 }
 
 static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
@@ -168,28 +295,22 @@ static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
     if (!job->rows || !job->actions)
         return perta_fail_sys(err, ENOMEM, "plan");
     uint64_t index = 0, n_edited = 0;
-    for (uint32_t s = 0; s < model->n_shards; s++)
-        for (uint64_t t = 0; t < model->shards[s].header->n_tensors; t++, index++) {
+    int rc = check_globs(job, tied, err);
+    for (uint32_t s = 0; s < model->n_shards && !rc; s++)
+        for (uint64_t t = 0; t < model->shards[s].header->n_tensors && !rc; t++, index++) {
             const struct perta_tensor *tensor = &model->shards[s].header->tensors[t];
             struct perta_unlearn_row *row = &job->rows[index];
-            row->in[PERTA_ROLE_MODEL] = perta_checkpoint_find(model, tensor->name);
-            row->name_hash = perta_hash64(tensor->name, strlen(tensor->name));
-            int rc = 0;
-            if (!perta_dtype_is_editable(tensor->dtype))
-                job->actions[index] = "passed through: not BF16, F16, F32 or F64";
-            else if (!perta_globs_match(&job->unlearn->globs, tensor->name))
-                job->actions[index] = "kept: excluded";
-            else
-                rc = fill_operands(job, row, &job->actions[index], tied, err);
-            if (rc)
-                return rc;
+            row->name_hash = name_hash(tensor->name, tied);
+            rc = fill_row(job, row, tensor, &job->actions[index], tied, err);
             n_edited += row->edited;
         }
+    if (rc)
+        return rc;
     if (!n_edited && (job->unlearn->globs.n_include || job->unlearn->globs.n_exclude))
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: --include and --exclude leave no tensor to edit",
                           model->path);
-    return 0;
+    return has_role(job, PERTA_ROLE_FORGET) ? check_missing(job, err) : 0;
 }
 
 /* Under the model's names; those of an adapter are its own, and were looked up. */
@@ -199,20 +320,20 @@ static bool has_tensors(const struct perta_unlearn_job *job, int role)
 }
 
 /* A tensor that the model lacks means another architecture, but for the other name of tied
- * embeddings. */
+ * embeddings, and for buffers. */
 static int check_extra(const struct perta_unlearn_job *job, struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
     bool tied = perta_is_tied(model);
-    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_BASE; role++)
+    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_RETAIN; role++)
         for (uint64_t i = 0; has_tensors(job, role) && i < job->in[role].ck->n_tensors; i++) {
-            const char *name = job->in[role].ck->by_name[i].tensor->name;
-            if (!perta_tied_find(model, name, tied))
+            const struct perta_tensor *tensor = job->in[role].ck->by_name[i].tensor;
+            if (!perta_is_buffer(tensor) && !perta_tied_find(model, tensor->name, tied))
                 return perta_fail(
                     err, PERTA_EINPUT,
-                    "%s: has tensor %s, which --model %s lacks; is it another "
+                    "%s %s: has tensor %s, which --model %s lacks; is it another "
                     "architecture?",
-                    job->in[role].ck->path, name, model->path);
+                    perta_roles[role], job->in[role].ck->path, tensor->name, model->path);
         }
     return 0;
 }

@@ -465,6 +465,27 @@ const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
     return bsearch(&key, ck->by_name, ck->n_tensors, sizeof key, compare_refs);
 }
 
+int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
+                            struct perta_err *err)
+{
+    size_t room = 1, added = strlen(add);
+    for (uint64_t i = 0; i < ck->n_tensors; i++)
+        room += strlen(ck->by_name[i].tensor->name) - strip + added + 1;
+    char *names = malloc(room), *at = names;
+    if (!names)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    for (uint32_t s = 0; s < ck->n_shards; s++)
+        for (uint64_t i = 0; i < ck->shards[s].header->n_tensors; i++) {
+            struct perta_tensor *tensor = &ck->shards[s].header->tensors[i];
+            char *end = stpcpy(stpcpy(at, add), tensor->name + strip);
+            tensor->name = at;
+            at = end + 1;
+        }
+    free(ck->names); /* the order of by_name stays */
+    ck->names = names;
+    return 0;
+}
+
 void perta_checkpoint_close(struct perta_checkpoint *ck)
 {
     if (!ck)
@@ -476,6 +497,7 @@ void perta_checkpoint_close(struct perta_checkpoint *ck)
     }
     free(ck->shards);
     free(ck->by_name);
+    free(ck->names);
     json_decref(ck->config);
     free(ck->config_flaw);
     free(ck->path);

@@ -34,6 +34,7 @@ struct perta_checkpoint {
     bool is_adapter;       /* opened as one: config is adapter_config.json's */
     uint64_t n_tensors;    /* over all shards */
     struct perta_ref *by_name; /* (n_tensors), sorted by name */
+    char *names;           /* what perta_checkpoint_rename gave them; NULL: nothing */
 };
 
 /* Where a tensor lies. */
@@ -62,6 +63,11 @@ PERTA_API int perta_checkpoint_open_adapter(const char *path, struct perta_check
 /* NULL where the checkpoint has no tensor of that name. Borrowed from ck. */
 PERTA_API const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
                                                         const char *name);
+
+/* From now on every tensor goes by its name without the first strip characters, which all of them
+ * share, and with add in front. PERTA_ESYS without memory, and then nothing changed. */
+int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
+                            struct perta_err *err);
 
 /* A link in a folder may lead to where the folder's owner put it, not to anywhere: PERTA_EINPUT if
  * path is one that leads neither into the folder nor to the blobs of its Hugging Face cache. */

@@ -1,11 +1,12 @@
 #include "stream/naming.h"
 
+#include <errno.h>
 #include <fnmatch.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define EMBED "model.embed_tokens.weight"
-#define HEAD "lm_head.weight"
 
 static bool any_matches(const char *const *globs, unsigned n, const char *name)
 {
@@ -24,7 +25,7 @@ bool perta_globs_match(const struct perta_globs *globs, const char *name)
 
 const char *perta_tied_name(const char *name)
 {
-    return !strcmp(name, HEAD) ? EMBED : !strcmp(name, EMBED) ? HEAD : NULL;
+    return !strcmp(name, PERTA_HEAD_NAME) ? EMBED : !strcmp(name, EMBED) ? PERTA_HEAD_NAME : NULL;
 }
 
 const struct perta_ref *perta_tied_find(const struct perta_checkpoint *ck, const char *name,
@@ -39,6 +40,98 @@ bool perta_is_tied(const struct perta_checkpoint *ck)
 {
     return ck->config && json_is_true(json_object_get(ck->config, "tie_word_embeddings"));
 }
+
+/* ---- buffers ---- */
+
+bool perta_is_buffer_name(const char *name)
+{
+    static const char *const parts[] = {"inv_freq",    "original_inv_freq", "masked_bias",
+                                        "cos_cached",  "sin_cached",        "position_ids"};
+    const char *dot = strrchr(name, '.'), *last = dot ? dot + 1 : name;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (!strcmp(last, parts[i]))
+            return true;
+    return false;
+}
+
+static bool ends_in(const char *name, const char *ending)
+{
+    size_t n = strlen(name), m = strlen(ending);
+    return n >= m && !strcmp(name + n - m, ending);
+}
+
+bool perta_is_buffer(const struct perta_tensor *t)
+{
+    /* GPT-2's mask, which is not a bias. */
+    bool is_mask = t->n_dims == 4 && t->shape[0] == 1 && t->shape[1] == 1 &&
+                   t->shape[2] == t->shape[3];
+    return perta_is_buffer_name(t->name) ||
+           (is_mask && (ends_in(t->name, "attn.bias") || ends_in(t->name, "attention.bias")));
+}
+
+/* ---- prefixes ---- */
+
+/* Of torch.compile, DataParallel, FSDP, PEFT; and of a model around its layers. */
+static const char *const prefixes[] = {"_orig_mod.", "module.", "_fsdp_wrapped_module.",
+                                       "base_model.model.", "model."};
+#define N_PREFIXES (sizeof prefixes / sizeof *prefixes)
+
+/* That all names of ck have from strip on; NULL: none. */
+static const char *shared_prefix(const struct perta_checkpoint *ck, size_t strip)
+{
+    for (size_t p = 0; p < N_PREFIXES; p++) {
+        uint64_t n = 0;
+        while (n < ck->n_tensors &&
+               !strncmp(ck->by_name[n].tensor->name + strip, prefixes[p], strlen(prefixes[p])))
+            n++;
+        if (n && n == ck->n_tensors)
+            return prefixes[p];
+    }
+    return NULL;
+}
+
+/* How many tensors of ck would be in model under such names; UINT64_MAX without memory. */
+static uint64_t count_found(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                            size_t strip, const char *add)
+{
+    uint64_t n = 0;
+    bool tied = perta_is_tied(model);
+    for (uint64_t i = 0; i < ck->n_tensors; i++) {
+        const char *bare = ck->by_name[i].tensor->name + strip;
+        char *name = NULL;
+        if (*add && asprintf(&name, "%s%s", add, bare) < 0)
+            return UINT64_MAX;
+        n += perta_tied_find(model, name ? name : bare, tied) || perta_is_buffer_name(bare);
+        free(name);
+    }
+    return n;
+}
+
+int perta_names_align(struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                      size_t *strip, const char **add, struct perta_err *err)
+{
+    uint64_t most = count_found(ck, model, 0, "");
+    const char *prefix = "";
+    *strip = 0;
+    *add = "";
+    for (size_t at = 0; prefix && most < ck->n_tensors; at += prefix ? strlen(prefix) : 0) {
+        for (size_t p = 0; p <= N_PREFIXES; p++) {
+            const char *in_front = p ? prefixes[p - 1] : "";
+            uint64_t n = count_found(ck, model, at, in_front);
+            if (n <= most)
+                continue;
+            most = n;
+            *strip = at;
+            *add = in_front;
+        }
+        prefix = most < ck->n_tensors ? shared_prefix(ck, at) : NULL;
+    }
+    if (most == UINT64_MAX)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    return *strip || **add ? perta_checkpoint_rename(ck, *strip, *add, err) : 0;
+}
+
+/* ---- shapes ---- */
 
 void perta_shape_print(char *to, size_t room, const struct perta_tensor *t)
 {

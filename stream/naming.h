@@ -15,6 +15,9 @@ struct perta_globs {
 
 bool perta_globs_match(const struct perta_globs *globs, const char *name);
 
+/* The head that may be tied to the embedding. */
+#define PERTA_HEAD_NAME "lm_head.weight"
+
 /* The other name of embeddings that are tied; NULL for all other tensors. */
 const char *perta_tied_name(const char *name);
 /* The tensor of that name; where embeddings are tied (config says so) and only one of
@@ -23,6 +26,17 @@ const struct perta_ref *perta_tied_find(const struct perta_checkpoint *ck, const
                                         bool tied);
 /* "tie_word_embeddings" of config.json; false without one. */
 bool perta_is_tied(const struct perta_checkpoint *ck);
+
+/* Is it no parameter, but what a model computes for itself and some checkpoints store: frequencies,
+ * positions, masks? By its name alone, and by name and shape. */
+bool perta_is_buffer_name(const char *name);
+bool perta_is_buffer(const struct perta_tensor *tensor);
+
+/* Names of ck may be those of model but for one prefix, the same for all of them, that wrappers of
+ * training put in front, or that a part of a model does without: give them those of model. *strip
+ * and *add (static; "" for none) say what was taken off and put in front. Only memory fails. */
+int perta_names_align(struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                      size_t *strip, const char **add, struct perta_err *err);
 
 /* "[2, 3]", cut where it does not fit. */
 void perta_shape_print(char *to, size_t room, const struct perta_tensor *t);

@@ -271,12 +271,29 @@ static void say_result(const struct cli *cli, const json_t *result)
     cli_say_left_behind(cli, result);
 }
 
+/* What stays as it is, and why. */
+static void say_unedited(const struct cli *cli, const json_t *unedited)
+{
+    size_t i;
+    json_t *reason;
+    if (!unedited)
+        return;
+    cli_say(cli, "unedited: %.0f of %.0f parameters", real(unedited, "parameters"),
+            real(unedited, "of"));
+    json_array_foreach (json_object_get(unedited, "reasons"), i, reason)
+        cli_say(cli, "%s %.0f in %.0f tensor%s %s", i ? ";" : ":", real(reason, "parameters"),
+                real(reason, "tensors"), real(reason, "tensors") == 1 ? "" : "s",
+                json_string_value(json_object_get(reason, "why")));
+    cli_say(cli, "\n");
+}
+
 static void say(const struct cli *cli, const json_t *summary)
 {
     size_t i;
     json_t *item;
     json_array_foreach (json_object_get(summary, "notes"), i, item)
         cli_say(cli, "note: %s\n", json_string_value(item));
+    say_unedited(cli, json_object_get(summary, "unedited"));
     unlearn_steps_say(cli, summary);
     json_array_foreach (json_object_get(summary, "results"), i, item)
         say_result(cli, item);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "estimators/convert.h"
+#include "estimators/quantised.h"
 #include "estimators/tied.h"
 #include "io/checked.h"
 #include "stream/naming.h"
@@ -120,7 +121,7 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 {
     if (!strcmp(name, PERTA_HEAD))
         return !strcmp(name, perta_weights_head(w));
-    return !strstr(name, "rotary_emb.inv_freq");
+    return !perta_is_buffer_name(name);
 }
 
 /* A tensor that nothing below would read has no gradient; better said than written as zero. */
@@ -149,6 +150,9 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
                    ? perta_fail(err, PERTA_EINPUT, "%s", w->ck->config_flaw)
                    : perta_fail(err, PERTA_EINPUT,
                                 "%s: no config.json, which says what architecture it is", path);
+    rc = perta_quantised_refuse(w->ck, err);
+    if (rc)
+        return rc;
     char config[4096];
     snprintf(config, sizeof config, "%s/config.json", path);
     rc = perta_llm_parse(w->ck->config, config, &w->llm, err);

@@ -125,7 +125,7 @@ static void use(struct perta_adapter *adapter, const struct perta_checkpoint *ck
         abort();
     for (uint64_t i = 0; i < model->n_tensors; i++) {
         const struct perta_tensor *tensor = model->by_name[i].tensor;
-        const struct perta_change *change = perta_adapter_find(adapter, tensor->name, true);
+        const struct perta_change *change = perta_adapter_find(adapter, tensor->name);
         const float *tau;
         if (!change || change->whole)
             continue;

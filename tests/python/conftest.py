@@ -38,6 +38,7 @@ NUMBERS = [
     "test_bench",
     "test_torch",
     "test_config_sweep",
+    "test_peft",
     "test_estimate::test_loss_and_gradients_are_pytorchs",
     "test_estimate::test_weights_of_every_dtype",
     "test_estimate::test_bf16_products_stay_near",

@@ -296,26 +296,28 @@ def test_the_lora_of_an_embedding_is_transposed(perta, tmp_path):
     check_folder(tmp_path, None, want_of(Rule("grad"), 1, roles, taus))
 
 
+TIED = json.dumps({"tie_word_embeddings": True})
+
+
 @pytest.mark.parametrize("stored", [[EMBED], [HEAD], [EMBED, HEAD]])
-@pytest.mark.parametrize("changed", [EMBED, HEAD])
-def test_tied_embeddings_stand_for_one_another(perta, tmp_path, stored, changed):
+def test_tied_embeddings_held_whole_and_the_same_are_one(perta, tmp_path, stored):
+    """What ensure_weight_tying writes: both names, the same bytes."""
     rng = np.random.default_rng(9)
-    shape = (100, 12)
-    roles = make_model(rng, "F32", dict.fromkeys(stored, shape))
-    if changed == HEAD:
-        adapter = pair(rng, HEAD, shape, 4)
-        tau = lora_tau(*factors(adapter, HEAD), 4)
-    else:
-        adapter = embedding_pair(rng, EMBED, shape, 4)
-        tau = np.ascontiguousarray(lora_tau(*adapter.values(), 4).T)
-    write_roles(tmp_path, roles)
-    write_adapter(tmp_path / "adapter", adapter)
-    if changed not in stored:
-        assert f"there is no {changed}.weight in --model" in perta(*flags(), check=3).stderr
-    (tmp_path / "model/config.json").write_text('{"tie_word_embeddings": true}')
-    perta(*flags())
-    taus = {f"{name}.weight": tau for name in stored}
-    check_folder(tmp_path, None, want_of(Rule("grad"), 1, roles, taus))
+    roles = make_model(rng, "F32", dict.fromkeys(stored, (100, 12)))
+    for role in ("model", "forget", "retain"):  # as a tied model has them
+        roles[role] |= {f"{name}.weight": roles[role][f"{stored[0]}.weight"] for name in stored}
+    base, tuned = (cast(rng.standard_normal((100, 12)), "F32") for _ in range(2))
+    write_roles(tmp_path, roles | {"base": roles["model"] | {f"{name}.weight": base for name in stored}})
+    write_adapter(tmp_path / "adapter", {f"{PREFIX}{name}.weight": tuned for name in (EMBED, HEAD)})
+    (tmp_path / "model/config.json").write_text(TIED)
+    (tmp_path / "base/config.json").write_text(TIED)
+    perta(*flags(), "--base", "base")
+    want = want_of(Rule("grad"), 1, roles, {})
+    for name in stored:
+        name = f"{name}.weight"
+        g = (roles[role][name] for role in ("forget", "retain"))
+        want[name] = edit(Rule("grad"), 1, name, roles["model"][name], tuned, base, *g)
+    check_folder(tmp_path, None, want)
 
 
 @pytest.mark.parametrize("shape", [(101, 12), (99, 12), (1200,)])
@@ -324,20 +326,51 @@ def test_tied_embeddings_of_different_shapes_are_refused(perta, tmp_path, shape)
     rng = np.random.default_rng(9)
     write_roles(tmp_path, make_model(rng, "F32", {EMBED: shape, HEAD: (100, 12)}))
     write_adapter(tmp_path / "adapter", pair(rng, HEAD, (100, 12), 4))
-    (tmp_path / "model/config.json").write_text('{"tie_word_embeddings": true}')
+    (tmp_path / "model/config.json").write_text(TIED)
     message = perta(*flags(), check=3).stderr
-    assert "lm_head.weight and model.embed_tokens.weight, which its config.json ties" in message
+    assert f"tensors {EMBED}.weight and {HEAD}.weight differ" in message
 
 
-def test_tied_embeddings_with_two_loras_are_refused(perta, tmp_path):
+def changes(rng, kinds):
+    """An adapter of a LoRA ("lora") or whole tensors for embedding and head."""
+    adapter = {}
+    for name, kind in zip((EMBED, HEAD), kinds):
+        if kind == "lora":
+            adapter |= (embedding_pair if name == EMBED else pair)(rng, name, (100, 12), 4)
+        elif kind:
+            adapter[f"{PREFIX}{name}.weight"] = cast(rng.standard_normal((100, 12)), "F32")
+    return adapter
+
+
+KINDS = [(e, h) for e in ("lora", "whole", None) for h in ("lora", "whole", None) if e or h]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_what_would_untie_embeddings_is_refused(perta, tmp_path, kinds):
+    """PEFT's live adapter changes one of the two, or both in other ways; one matrix cannot."""
     rng = np.random.default_rng(9)
-    shape = (100, 12)
-    write_roles(tmp_path, make_model(rng, "F32", {EMBED: shape}))
-    adapter = embedding_pair(rng, EMBED, shape, 4) | pair(rng, HEAD, shape, 4)
-    write_adapter(tmp_path / "adapter", adapter)
-    (tmp_path / "model/config.json").write_text('{"tie_word_embeddings": true}')
-    message = perta(*flags(), check=3).stderr
-    assert "lm_head.weight and model.embed_tokens.weight" in message and "ties" in message
+    roles = make_model(rng, "F32", {EMBED: (100, 12)})
+    write_roles(tmp_path, roles | {"base": roles["model"]})
+    write_adapter(tmp_path / "adapter", changes(rng, kinds))
+    (tmp_path / "model/config.json").write_text(TIED)
+    before = folder_bytes(tmp_path)
+    message = perta(*flags(), "--base", "base", check=3).stderr
+    assert f"{EMBED}.weight" in message and f"{HEAD}.weight" in message and "ties" in message
+    assert folder_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["lora", "whole"])
+def test_an_architecture_may_tie_what_config_does_not_say(perta, tmp_path, kind):
+    """Gemma and GPT-2 leave tie_word_embeddings out, and store no head."""
+    rng = np.random.default_rng(9)
+    roles = make_model(rng, "F32", {EMBED: (100, 12)})
+    write_roles(tmp_path, roles | {"base": roles["model"]})
+    write_adapter(tmp_path / "adapter", changes(rng, (kind, None)))
+    config = {"architectures": ["Gemma2ForCausalLM"]}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    assert f"ties to {HEAD}.weight" in perta(*flags(), "--base", "base", check=3).stderr
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    perta(*flags(), "--base", "base")
 
 
 def test_tensors_that_the_adapter_holds_whole_need_the_base(perta, tmp_path):
