@@ -217,10 +217,7 @@ static int check_outputs(const struct perta_estimate_job *job, struct perta_err 
 
 static int prepare(struct perta_estimate_job *job, struct perta_err *err)
 {
-    const struct perta_estimate *e = job->estimate;
     int rc = perta_estimate_open(job, err);
-    if (!rc && e->data_key)
-        rc = perta_hmac_file(e->data, e->data_key, job->data_hmac, err);
     return rc ? rc : check_outputs(job, err);
 }
 
@@ -372,8 +369,8 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
     uint32_t layer = 0;
     int rc = prepare(job, err);
     *summary = rc ? NULL
-                  : json_pack("{s:I, s:I}", "samples", (json_int_t)job->samples.n, "tokens",
-                              (json_int_t)job->samples.n_tokens);
+                  : json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)job->samples.n, "tokens",
+                              (json_int_t)job->samples.n_tokens, "notes", job->samples.notes);
     if (!rc && !run->dry_run) {
         rc = start(job, &stage, &layer, err);
         if (!rc && stage != PERTA_PUBLISH)

@@ -22,14 +22,10 @@ int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err)
     const struct perta_samples *s = &job->samples;
     const size_t all[] = {0, s->n_tokens};
     job->starts = calloc(s->n + 1, sizeof *job->starts);
-    job->positions = calloc(s->n_tokens, sizeof *job->positions);
-    if (!job->starts || !job->positions)
+    if (!job->starts)
         return perta_fail_sys(err, ENOMEM, "tokens");
     for (uint64_t i = 0; i <= s->n; i++)
         job->starts[i] = s->starts[i];
-    for (uint64_t i = 0; i < s->n; i++)
-        for (uint64_t t = s->starts[i]; t < s->starts[i + 1]; t++)
-            job->positions[t] = (uint32_t)(t - s->starts[i]);
     int rc = perta_cut_make(job->starts, s->n, GROUP_TOKENS, &job->cut, err);
     if (rc)
         return rc;

@@ -62,6 +62,8 @@ int cli_statement(const struct cli *cli, const char *path, const json_t *summary
 bool cli_json(const struct cli *cli, json_t *summary);
 /* Files of the model that did not go with it, which the result names. */
 void cli_say_left_behind(const struct cli *cli, const json_t *result);
+/* The summary's "notes", to stderr: what a user ought to know; nothing with --quiet. */
+void cli_notes(const struct cli *cli, const json_t *summary);
 /* A line of the result for people; nothing with --json or --quiet. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Print the error and give the exit status for it. 0 stays 0. */

@@ -79,7 +79,7 @@ def expected(model, lines):
 
 
 def evaluate(perta, model, *flags):
-    words = ["eval", "--model", model, "--data", "data.jsonl", "--json", *flags]
+    words = ["eval", "--model", model, "--data", "data.jsonl", "--json", "--per-sample", *flags]
     summary = json.loads(perta(*words).stdout)
     assert summary.pop("seconds") >= 0
     return summary
@@ -169,7 +169,7 @@ def test_a_patched_model_larger_than_memory(perta, tmp_path):
     (tmp_path / "tuned/model.safetensors").write_bytes(weights)
     perta("diff", "full", "tuned", "--patch", "patch")
     write_lines(tmp_path / "data.jsonl", [random_line(200) for _ in range(5)])
-    words = "eval --model full --patch patch --data data.jsonl --json --compute f32 --memory"
+    words = "eval --model full --patch patch --data data.jsonl --json --per-sample --compute f32 --memory"
     words = words.split()
     least = int(re.search(r"needs (\d+)M", perta(*words, "60M", check=2).stderr)[1]) + 2
     assert size > 1.5 * least * MIB
