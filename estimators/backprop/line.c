@@ -212,6 +212,8 @@ static int read_object(struct reader *r, bool answers, json_t **out)
 int perta_line_parse(const struct perta_line *line, const char *text, size_t len, bool answers,
                      json_t **out, struct perta_err *err)
 {
+    while (len && (text[len - 1] == '\n' || text[len - 1] == '\r'))
+        len--;
     struct reader r = {*line, text, text, text + len, err};
     *out = NULL;
     char first = next(&r);

@@ -1,6 +1,7 @@
 #include "estimators/backprop/samples.h"
 
 #include <errno.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +22,8 @@ struct reading {
     struct perta_hmac *hmac;
     json_t *unknown; /* keys, in the order they came by; UNKNOWN_MAX at most */
     bool more;       /* there were others */
-    uint64_t mask_and_blocks; /* the first line whose position_ids start again under a mask; 0: none */
+    /* The first line whose position_ids start again, without a mask and with one; 0: none. */
+    uint64_t blocks, blocks_under_mask;
 };
 
 /* ---- a line's arrays ---- */
@@ -144,11 +146,11 @@ static int read_mask(const struct perta_line *line, const json_t *object, struct
 /* As transformers' masking_utils.find_packed_sequence_indices: a block begins where a position is not
  * one more than that before it; with a mask there is one block. */
 static int read_positions(const struct perta_line *line, const json_t *object,
-                          struct perta_draft *d, bool masked, bool *ignored, struct perta_err *err)
+                          struct perta_draft *d, bool masked, bool *again, struct perta_err *err)
 {
     const json_t *positions;
     int rc = find_row(line, object, "position_ids", d->n, &positions, err);
-    *ignored = false;
+    *again = false;
     for (size_t t = 0; t < d->n && !rc; t++) {
         const json_t *of = json_array_get(positions, t);
         json_int_t value = positions ? json_integer_value(of) : (json_int_t)t;
@@ -158,7 +160,7 @@ static int read_positions(const struct perta_line *line, const json_t *object,
         d->positions[t] = (uint32_t)value;
         bool begins = t && d->positions[t] != d->positions[t - 1] + 1;
         d->begins[t] = !t || (begins && !masked);
-        *ignored |= begins && masked;
+        *again |= begins;
     }
     return rc;
 }
@@ -276,7 +278,7 @@ static int add_sample(struct reading *r, const struct perta_line *line, json_t *
     const json_t *ids = json_object_get(object, "input_ids");
     struct perta_draft *d = &r->draft;
     uint32_t vocab = r->wanted->vocab;
-    bool masked, ignored;
+    bool masked, again;
     d->n = json_array_size(ids);
     if (!d->n)
         return perta_line_fail(line, err, "no array \"input_ids\" with tokens in it; " PERTA_TOKENIZE);
@@ -288,13 +290,14 @@ static int add_sample(struct reading *r, const struct perta_line *line, json_t *
     if (!rc)
         rc = read_mask(line, object, d, &masked, err);
     if (!rc)
-        rc = read_positions(line, object, d, masked, &ignored, err);
+        rc = read_positions(line, object, d, masked, &again, err);
     if (!rc)
         rc = perta_keys_check(line, d, object, err);
     if (rc)
         return rc;
-    if (ignored && !r->mask_and_blocks)
-        r->mask_and_blocks = line->number;
+    uint64_t *first = masked ? &r->blocks_under_mask : &r->blocks;
+    if (again && !*first)
+        *first = line->number;
     note_unknown(r, object);
     return put_sample(r, line, kind, err);
 }
@@ -429,21 +432,38 @@ static int settle_file(struct reading *r, const char *path, FILE *file, const st
     return r->hmac ? perta_hmac_finish(r->hmac, f->hmac, err) : 0;
 }
 
-static void add_notes(struct reading *r)
+static void add_note(struct reading *r, const char *path, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+static void add_note(struct reading *r, const char *path, const char *fmt, ...)
 {
-    if (r->mask_and_blocks)
-        perta_json_append(&r->to->notes,
-                          json_sprintf("line %llu: with \"attention_mask\", \"position_ids\" that start "
-                                       "again make no blocks, as in transformers; without it they do",
-                                       (unsigned long long)r->mask_and_blocks));
+    char what[768];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(what, sizeof what, fmt, args);
+    va_end(args);
+    perta_json_append(&r->to->notes, perta_text_json("%s: %s", path, what));
+}
+
+static void add_notes(struct reading *r, const char *path)
+{
+    if (r->blocks)
+        add_note(r, path,
+                 "line %llu: \"position_ids\" start again, so each token sees its own block alone, as "
+                 "where transformers trains (use_cache=False)",
+                 (unsigned long long)r->blocks);
+    if (r->blocks_under_mask)
+        add_note(r, path,
+                 "line %llu: with \"attention_mask\", \"position_ids\" that start again make no "
+                 "blocks, as in transformers; without it they do",
+                 (unsigned long long)r->blocks_under_mask);
     if (!json_array_size(r->unknown))
         return;
     char *names = json_dumps(r->unknown, JSON_COMPACT);
-    perta_json_append(&r->to->notes,
-                      names ? perta_text_json("keys that perta does not know are passed over: %.*s%s",
-                                              (int)strlen(names) - 2, names + 1,
-                                              r->more ? " and more" : "")
-                            : NULL);
+    if (names)
+        add_note(r, path, "keys that perta does not know are passed over: %.*s%s",
+                 (int)strlen(names) - 2, names + 1, r->more ? " and more" : "");
+    else
+        perta_json_append(&r->to->notes, NULL);
     free(names);
 }
 
@@ -474,7 +494,7 @@ int perta_samples_read(const char *path, const struct perta_samples_wanted *want
         rc = perta_hmac_new(wanted->key_path, &r.hmac, err);
     if (!rc)
         rc = read_file(&r, path, err);
-    add_notes(&r);
+    add_notes(&r, path);
     if (!rc && (!r.unknown || !out->notes))
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     json_decref(r.unknown);
