@@ -186,8 +186,10 @@ struct plan {
 static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct perta_err *err)
 {
     uint64_t budget = job->run->memory_bytes, group = batch_bytes(job, job->cut.longest, plan->bf16);
-    uint64_t used = perta_memory_before(job->run->before_bytes, MARGIN_BYTES) + MARGIN_BYTES +
-                    fixed_bytes(job);
+    /* Of an earlier job's memory the margin is used again; samples are this one's. */
+    uint64_t before = job->run->before_bytes ? job->run->before_bytes + perta_samples_bytes(&job->samples)
+                                             : 0;
+    uint64_t used = perta_memory_before(before, MARGIN_BYTES) + MARGIN_BYTES + fixed_bytes(job);
     uint64_t enough = used + group + worker_bytes(job);
     if (budget < enough)
         return perta_memory_refuse(budget, enough, err,

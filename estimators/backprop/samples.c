@@ -506,6 +506,13 @@ int perta_samples_read(const char *path, const struct perta_samples_wanted *want
     return rc;
 }
 
+uint64_t perta_samples_bytes(const struct perta_samples *s)
+{
+    return s->room * (sizeof *s->ids + sizeof *s->targets + sizeof *s->places) +
+           (s->n + 1) * (sizeof *s->starts + sizeof *s->n_labels + sizeof *s->lines +
+                         sizeof *s->kinds);
+}
+
 void perta_samples_release(struct perta_samples *samples)
 {
     free(samples->starts);

@@ -58,6 +58,8 @@ struct perta_samples_wanted {
 /* Read the whole file, once. Errors name path and line. *out is the caller's. */
 PERTA_API int perta_samples_read(const char *path, const struct perta_samples_wanted *wanted,
                                  struct perta_samples *out, struct perta_err *err);
+/* What they take of the heap. */
+uint64_t perta_samples_bytes(const struct perta_samples *samples);
 PERTA_API void perta_samples_release(struct perta_samples *samples);
 
 #endif

@@ -115,6 +115,21 @@ def test_numbers_are_transformers(perta, tmp_path, name):
     assert (have["samples"], have["perturbed_samples"]) == (4, 2)
 
 
+def test_lines_are_listed_where_they_are_wanted(perta, tmp_path):
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    write_lines(tmp_path / "data.jsonl", [random_line(5), random_line(9)])
+    words = ["eval", "--model", "model", "--data", "data.jsonl"]
+    plain = json.loads(perta(*words, "--json").stdout)
+    assert "per_sample" not in plain
+    items = evaluate(perta, "model")["per_sample"]
+    assert [item["line"] for item in items] == [1, 2]
+    text, listed = perta(*words).stdout, perta(*words, "--per-sample").stdout
+    assert listed.endswith(text) and len(text.splitlines()) == 3
+    for row, item in zip(listed.splitlines()[1:3], items, strict=True):
+        assert [float(x) for x in row.split()[:4]] == pytest.approx(
+            [item[key] for key in ("line", "labels", "loss", "probability")], abs=1e-6)  # fmt: skip
+
+
 def changed_copy(tmp_path, change):
     """tuned: full, shard by shard, each tensor changed."""
     shutil.copytree(tmp_path / "full", tmp_path / "tuned")
