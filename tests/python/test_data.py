@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import LONG, PERTA, part
@@ -410,6 +411,30 @@ def test_the_hmac_is_of_what_was_parsed(perta, tmp_path, model):
     header = next((tmp_path / "imp/mean").glob("*.safetensors")).read_bytes()
     digest = hmac.digest(b"sixteen bytes, or more", text.encode(), "sha256").hex()
     assert f'"perta.data_hmac_sha256":"{digest}"'.encode() in header.replace(b'": "', b'":"')
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, model):
+    """Long enough, of blank lines, to be changed meanwhile."""
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(GOOD_TEXT.encode() + b"\n" * (32 << 20) + GOOD_TEXT.encode())
+    command = [str(PERTA), "eval", "--model", "model", "--data", "data.jsonl"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        while not is_being_read(run.pid, data):
+            assert run.poll() is None, run.stderr.read()
+        with data.open("ab") as file:
+            file.write(b"\n" + GOOD_TEXT.encode())
+        assert "data.jsonl: changed while it was read" in run.stderr.read()
+        assert run.wait() == 3
+
+
+def is_being_read(pid, path):
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if os.path.realpath(fd) == str(path):
+                return int(re.search(r"pos:\s*(\d+)", Path(f"/proc/{pid}/fdinfo/{fd.name}").read_text())[1]) > 0
+        except FileNotFoundError:
+            pass
+    return False
 
 
 def steps_that_are_stopped_for(tmp_path, change, *flags):
