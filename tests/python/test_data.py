@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import LONG, PERTA, part
 from test_estimate import GOOD, MODELS, VOCABULARY, assert_close, make_model
 from test_eval import evaluate, write_lines
 from test_steps import STEPS, make_folders, tensors_of
+from verbs import stop_at
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -489,6 +491,16 @@ def test_inputs_that_change_between_steps_are_refused(perta, tmp_path, change, n
     status, stderr = steps_that_are_stopped_for(tmp_path, lambda: change(tmp_path))
     assert status == 3 and name in stderr and ("chang" in stderr or "not what it was" in stderr)
     assert not (tmp_path / "patch").exists()
+
+
+def test_a_run_does_not_go_on_with_another_config(perta, tmp_path):
+    make_folders(tmp_path)
+    assert stop_at(tmp_path, [*STEPS, "2"], "commit", 6)[0] == -signal.SIGKILL
+    was = (tmp_path / "full/config.json").read_text()
+    change_config(tmp_path)
+    assert "cannot go on: config.json was" in perta(*STEPS, "2", "--resume", check=2).stderr
+    (tmp_path / "full/config.json").write_text(was)
+    perta(*STEPS, "2", "--resume")
 
 
 # --- where a rule is not reached

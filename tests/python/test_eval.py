@@ -232,7 +232,7 @@ def tokenize(tmp_path, lines, check=True):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(tmp_path / "model")
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    (tmp_path / "text.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(text, encoding="utf-8-sig")
     command = [sys.executable, "-m", "perta.tokenize", "model", "text.jsonl", "data.jsonl"]
     path = {"PYTHONPATH": str(Path(__file__).parents[2] / "python")}
     result = subprocess.run(
