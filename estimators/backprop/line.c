@@ -127,13 +127,16 @@ static int out_of_memory(struct reader *r)
     return perta_fail_sys(r->err, ENOMEM, "%s", r->line.path);
 }
 
-/* Text start .. at, which was passed by, parsed. */
+/* Text start .. at, which was passed by, parsed; key is for messages. */
 static int parse_value(struct reader *r, const char *key, const char *start, json_t **out)
 {
-    json_error_t why;
+    json_error_t why = {.line = 0};
     *out = json_loadb(start, (size_t)(r->at - start),
                       JSON_DECODE_ANY | JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &why);
-    return *out ? 0 : perta_line_fail(&r->line, r->err, "\"%s\": %s", key, why.text);
+    if (*out)
+        return 0;
+    return *why.text ? perta_line_fail(&r->line, r->err, "%s: %s", key, why.text)
+                     : out_of_memory(r);
 }
 
 static int read_object(struct reader *r, bool answers, json_t **out);
@@ -149,7 +152,7 @@ static int read_objects(struct reader *r, json_t **out)
         const char *start = r->at;
         rc = object ? read_object(r, false, &item) : pass_value(r, 1);
         if (!rc && !object)
-            rc = parse_value(r, "perturbed", start, &item);
+            rc = parse_value(r, "\"perturbed\"", start, &item);
         if (!rc && json_array_append(*out, item))
             rc = out_of_memory(r);
         json_decref(item);
@@ -170,23 +173,34 @@ static int read_value(struct reader *r, const char *key, bool answers, json_t **
     int rc = pass_value(r, 0);
     if (rc)
         return rc;
-    if (perta_key_is_read(rule) && (rule != PERTA_KEY_ANSWERS || answers))
-        return parse_value(r, key, start, out);
+    if (perta_key_is_read(rule) && (rule != PERTA_KEY_ANSWERS || answers)) {
+        char quoted[64];
+        snprintf(quoted, sizeof quoted, "\"%s\"", key);
+        return parse_value(r, quoted, start, out);
+    }
     *out = json_true();
     return 0;
 }
 
-/* A key that is no text (half of a surrogate pair) is nobody's, and has no name. */
+static int read_key(struct reader *r, json_t **key)
+{
+    const char *start = r->at;
+    int rc = pass_string(r);
+    if (!rc)
+        rc = parse_value(r, "a key", start, key);
+    if (!rc && next(r) != ':')
+        rc = unexpected(r, "':'");
+    r->at += !rc;
+    return rc;
+}
+
 static int read_member(struct reader *r, bool answers, json_t *object)
 {
     json_t *key = NULL, *value = NULL;
-    const char *start = (skip_blanks(r), r->at), *name = "";
-    int rc = pass_key(r);
-    if (!rc)
-        key = json_loadb(start, (size_t)(r->at - start), JSON_DECODE_ANY | JSON_DISABLE_EOF_CHECK,
-                         NULL);
-    if (json_is_string(key))
-        name = json_string_value(key);
+    int rc = next(r) == '"' ? read_key(r, &key) : unexpected(r, "a key");
+    const char *name = rc ? "" : json_string_value(key);
+    if (strlen(name) < json_string_length(key)) /* one that holds \u0000 is nobody's */
+        name = "";
     if (!rc && *name && json_object_get(object, name))
         rc = perta_line_fail(&r->line, r->err, "key \"%s\" stands there twice", name);
     if (!rc)

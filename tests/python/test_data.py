@@ -325,6 +325,7 @@ def test_blocks_are_noted(perta, tmp_path, model):
 RAW = [
     b'{"input_ids": [1, 2, 3], "hash": 18446744073709551616, "t": "a\\u0000b"}',
     b'{"x": [NaN, -Infinity, {"y": Infinity}], "input_ids": [1, 2, 3], "z": 1e999}',
+    b'{"input_ids": [1, 2, 3], "labels\\u0000": 7, "\\u0000": 1}',
     b'{"text": "half \\ud83d", "input_ids": [1, 2, 3]}',
     b'{"text": "\xff\xfe", "meta": {"a": 1, "a": 2}, "input_ids": [1, 2, 3]}',
     b'\xef\xbb\xbf  {"input_ids" : [ 1,\t2 , 3 ] , "deep": [[[[[]]]], {}, "\\"}]"]}\r',
@@ -341,6 +342,7 @@ BROKEN = [
     (b'{"input_ids": [1, NaN, 3]}', '"input_ids": invalid token near'),
     (b'{"input_ids": [1, 18446744073709551616]}', '"input_ids": too big integer'),
     (b'{"input_ids": [1, 2], "input_ids": [1, 2]}', 'key "input_ids" stands there twice'),
+    (b'{"input_ids": [1, 2], "x \\ud83d": 1}', "a key: invalid Unicode"),
     (b'{"input_ids": [1, 2], "x": 1, "x": 1}', 'key "x" stands there twice'),
     (b'{"input_ids": [1, 2], "x": ' + b"[" * 600 + b"]" * 600 + b"}", "arrays within one another"),
     (b'[{"input_ids": [1, 2, 3]}]', "a JSON array"),
@@ -352,9 +354,9 @@ BROKEN = [
 def test_what_others_write_beside_does_not_matter(perta, tmp_path, model):
     """Also blank lines, line ends of Windows, and none at the end."""
     for words in (ESTIMATE, "eval --model model --data data.jsonl --json --compute f32".split()):
-        text = b"\n\r\n".join(RAW[:5]) + (b"" if words is not ESTIMATE else b"\n" + RAW[5])
+        text = b"\n\r\n".join(RAW[:-1]) + (b"" if words is not ESTIMATE else b"\n" + RAW[-1])
         (tmp_path / "data.jsonl").write_bytes(text)
-        n = 5 + (words is ESTIMATE)
+        n = len(RAW) - (words is not ESTIMATE)
         summary = json.loads(perta(*words).stdout)
         assert (summary["samples"], summary["tokens"]) == (n, 3 * n)
 
