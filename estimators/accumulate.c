@@ -166,7 +166,8 @@ static int add_file(struct job *job, const struct perta_shard *shard, struct per
     job->files = grown;
     struct perta_file *file = &grown[job->n_files++];
     *file = (struct perta_file){.fd = -1, .path = strdup(shard->path),
-                                .len_bytes = shard->size_bytes, .mtime = shard->mtime};
+                                .len_bytes = shard->size_bytes, .dev = shard->dev,
+                                .ino = shard->ino, .mtime = shard->mtime};
     return file->path ? 0 : perta_fail_sys(err, ENOMEM, "%s", shard->path);
 }
 

@@ -218,10 +218,7 @@ static int check_outputs(const struct perta_estimate_job *job, struct perta_err 
 
 static int prepare(struct perta_estimate_job *job, struct perta_err *err)
 {
-    const struct perta_estimate *e = job->estimate;
     int rc = perta_estimate_open(job, err);
-    if (!rc && e->data_key)
-        rc = perta_hmac_file(e->data, e->data_key, job->data_hmac, err);
     return rc ? rc : check_outputs(job, err);
 }
 
@@ -373,8 +370,8 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
     uint32_t layer = 0;
     int rc = prepare(job, err);
     *summary = rc ? NULL
-                  : json_pack("{s:I, s:I}", "samples", (json_int_t)job->samples.n, "tokens",
-                              (json_int_t)job->samples.n_tokens);
+                  : json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)job->samples.n, "tokens",
+                              (json_int_t)job->samples.n_tokens, "notes", job->samples.notes);
     perta_json_set(summary, "unknown_config_keys",
                    rc ? NULL : perta_llm_unknown_keys(job->weights.ck->config));
     if (!rc && !*summary)

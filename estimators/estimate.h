@@ -20,6 +20,7 @@ struct perta_estimate {
     const char *model; /* checkpoint with config.json */
     const struct perta_scaled_paths *at; /* at theta - s * tau instead; NULL: at the model */
     const char *data;  /* JSON lines: input_ids, labels */
+    const char *data_xxh128; /* of what data is to hold, perta_samples_wanted; NULL: anything */
     const char *data_key; /* file with a key: importance says the HMAC of data; NULL: no digest */
     const char *out;   /* OUT/mean, OUT/meansq are written */
     bool mean, meansq;
@@ -30,7 +31,8 @@ struct perta_estimate {
     bool force;
 };
 
-/* Run it. *summary is the caller's: loss, samples, tokens, folders, bytes read. */
+/* Run it. *summary is the caller's: loss, samples, tokens, folders, bytes read,
+ * "notes" (strings) on the data. */
 PERTA_API int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
                              json_t **summary, struct perta_err *err);
 

@@ -25,8 +25,11 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
     if (rc)
         return rc;
     job->vector_floats = perta_estimate_bias_at(&job->weights.llm, PERTA_N_LINEARS);
-    const struct perta_samples_wanted wanted = {job->weights.llm.vocab, e->max_tokens,
-                                                job->answers};
+    const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
+                                                .max_tokens = e->max_tokens,
+                                                .answers = job->answers,
+                                                .key_path = e->data_key,
+                                                .xxh128 = e->data_xxh128};
     rc = perta_samples_read(e->data, &wanted, &job->samples, err);
     if (!rc)
         rc = perta_estimate_tokens(job, err);
@@ -90,7 +93,6 @@ void perta_estimate_release(struct perta_estimate_job *job)
     free(job->starts);
     free(job->x);
     free(job->inv_freq);
-    free(job->positions);
     free(job->scratch.dir);
     perta_journal_close(&job->journal);
 }
@@ -107,7 +109,7 @@ struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, si
         .n = batch.n,
         .sequences = {batch.n_samples, job->starts + batch.first_sample, batch.first_row},
         .tiles = batch.tiles,
-        .positions = job->positions + batch.first_row,
+        .places = job->samples.places + batch.first_row,
     };
 }
 

@@ -17,7 +17,6 @@ struct perta_estimate_job {
     struct perta_source *source; /* what the model's tensors are instead, or NULL; borrowed */
     struct perta_weights weights;
     struct perta_samples samples;
-    char data_hmac[PERTA_SHA256_HEX]; /* "": no key */
     bool answers; /* samples are to hold the other answers too */
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* that writes them */
@@ -32,7 +31,6 @@ struct perta_estimate_job {
     float *work;         /* for a batch: its activations, or the head's */
     struct perta_packed packed;
     float *inv_freq;     /* (head_dim / 2) */
-    uint32_t *positions; /* (n_tokens) */
 
     size_t *starts;             /* (samples.n + 1): tokens of each */
     struct perta_cut cut;       /* tokens */

@@ -22,14 +22,10 @@ int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err)
     const struct perta_samples *s = &job->samples;
     const size_t all[] = {0, s->n_tokens};
     job->starts = calloc(s->n + 1, sizeof *job->starts);
-    job->positions = calloc(s->n_tokens, sizeof *job->positions);
-    if (!job->starts || !job->positions)
+    if (!job->starts)
         return perta_fail_sys(err, ENOMEM, "tokens");
     for (uint64_t i = 0; i <= s->n; i++)
         job->starts[i] = s->starts[i];
-    for (uint64_t i = 0; i < s->n; i++)
-        for (uint64_t t = s->starts[i]; t < s->starts[i + 1]; t++)
-            job->positions[t] = (uint32_t)(t - s->starts[i]);
     int rc = perta_cut_make(job->starts, s->n, GROUP_TOKENS, &job->cut, err);
     if (rc)
         return rc;
@@ -192,8 +188,10 @@ struct plan {
 static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct perta_err *err)
 {
     uint64_t budget = job->run->memory_bytes, group = batch_bytes(job, job->cut.longest, plan->bf16);
-    uint64_t used = perta_memory_before(job->run->before_bytes, MARGIN_BYTES) + MARGIN_BYTES +
-                    fixed_bytes(job);
+    /* Of an earlier job's memory the margin is used again; samples are this one's. */
+    uint64_t before = job->run->before_bytes ? job->run->before_bytes + perta_samples_bytes(&job->samples)
+                                             : 0;
+    uint64_t used = perta_memory_before(before, MARGIN_BYTES) + MARGIN_BYTES + fixed_bytes(job);
     uint64_t enough = used + group + worker_bytes(job);
     if (budget < enough)
         return perta_memory_refuse(budget, enough, err,

@@ -64,23 +64,8 @@ static char *scratch_dir(const struct perta_estimate_job *job, const char *home)
 /* By size and time of change: a digest of a short text could be guessed from what is left. */
 static json_t *data_file(const struct perta_estimate_job *job)
 {
-    struct stat st;
-    return stat(job->estimate->data, &st)
-               ? NULL
-               : perta_journal_file((uint64_t)st.st_size, &st.st_mtim);
-}
-
-static uint64_t hash_of_config(const struct perta_estimate_job *job)
-{
-    char *text = json_dumps(job->weights.ck->config, JSON_COMPACT | JSON_SORT_KEYS);
-    uint64_t hash = text ? perta_hash64(text, strlen(text)) : 0;
-    free(text);
-    return hash;
-}
-
-static json_t *hex(uint64_t hash)
-{
-    return json_sprintf("%016llx", (unsigned long long)hash);
+    const struct perta_samples_file *file = &job->samples.file;
+    return perta_journal_file(file->len_bytes, &file->mtime);
 }
 
 static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
@@ -91,9 +76,9 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:s}, s:I, s:s, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
         (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32",
-        "data key gives", job->data_hmac, "cpu", (json_int_t)perta_gemm_isa(),
+        "data key gives", job->samples.file.hmac, "cpu", (json_int_t)perta_gemm_isa(),
         "products", perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
-        "config.json", hex(hash_of_config(job)), "data", data_file(job));
+        "config.json", perta_journal_config(job->weights.ck), "data", data_file(job));
     if (e->at)
         json_object_set_new(identity, "at", perta_scaled_json(&job->scaled));
     return identity;
@@ -111,7 +96,7 @@ static int open_output(struct perta_estimate_job *job, int stat, struct perta_er
     struct perta_importance plan;
     struct perta_importance_out *out = &job->outs[stat];
     const struct perta_importance_about about = {(enum perta_stat)stat, job->samples.n,
-                                                 job->samples.n_tokens, job->data_hmac};
+                                                 job->samples.n_tokens, job->samples.file.hmac};
     char *path = path_of(job, stat);
     int rc = path ? perta_importance_plan(&plan, job->weights.ck, &about, is_parameter,
                                           &job->weights, err)

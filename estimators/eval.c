@@ -103,7 +103,7 @@ static void set_mean(json_t *summary, const char *name, double sum, uint64_t n)
         json_object_set_new(summary, name, json_real(sum / (double)n));
 }
 
-static int report(const struct perta_estimate_job *job, json_t *summary,
+static int report(const struct perta_estimate_job *job, bool per_sample, json_t *summary,
                   struct perta_err *err)
 {
     struct sums sums = {0};
@@ -121,7 +121,9 @@ static int report(const struct perta_estimate_job *job, json_t *summary,
     set_mean(summary, "truth_ratio_retain", sums.ratio_retain, sums.n_perturbed);
     json_object_set_new(summary, "perturbed_samples",
                         json_integer((json_int_t)sums.n_perturbed));
-    json_object_set_new(summary, "per_sample", list);
+    if (per_sample)
+        json_object_set(summary, "per_sample", list);
+    json_decref(list);
     json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
     json_object_set_new(summary, "read_bytes",
                         json_integer((json_int_t)job->weights.read_bytes));
@@ -174,8 +176,8 @@ static json_t *summary_of(const struct perta_samples *s)
     uint64_t n = 0;
     for (uint64_t i = 0; i < s->n; i++)
         n += s->kinds[i] == PERTA_SAMPLE;
-    return json_pack("{s:I, s:I}", "samples", (json_int_t)n, "tokens",
-                     (json_int_t)s->n_tokens);
+    return json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)n, "tokens",
+                     (json_int_t)s->n_tokens, "notes", s->notes);
 }
 
 static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,
@@ -197,7 +199,7 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
     rc = start(job, err);
     if (!rc)
         rc = run_all(job, err);
-    return rc ? rc : report(job, *summary, err);
+    return rc ? rc : report(job, eval->per_sample, *summary, err);
 }
 
 int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
@@ -208,6 +210,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
     const struct perta_estimate estimate = {.model = eval->model,
                                             .at = eval->at,
                                             .data = eval->data,
+                                            .data_xxh128 = eval->data_xxh128,
                                             .max_tokens = eval->max_tokens,
                                             .compute = eval->compute,
                                             .scratch = eval->scratch};

@@ -3,9 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
-#include "estimators/backprop/samples.h"
 #include "estimators/eval.h"
 #include "estimators/steps_job.h"
 #include "io/fpenv.h"
@@ -58,10 +56,9 @@ static void forget_folder(const struct perta_steps_job *job, const char *fmt, un
 
 /* A file, for the run's identity; no digest of it, which could be guessed
  * (docs/provenance.md). */
-static json_t *file_json(const char *path)
+static json_t *file_json(const struct perta_samples_file *file)
 {
-    struct stat st;
-    return stat(path, &st) ? NULL : perta_journal_file((uint64_t)st.st_size, &st.st_mtim);
+    return perta_journal_file(file->len_bytes, &file->mtime);
 }
 
 static json_t *limit(double value)
@@ -103,30 +100,21 @@ static json_t *globs_json(const char *const *globs, unsigned n)
     return list;
 }
 
-static int identity_of(const struct perta_steps_job *job, json_t **identity,
-                       struct perta_err *err)
+static json_t *identity_of(const struct perta_steps_job *job)
 {
     const struct perta_steps *s = job->steps;
-    struct perta_checkpoint *others[2] = {NULL, NULL};
-    int rc = perta_checkpoint_open(s->tuned, &others[0], err);
-    if (!rc)
-        rc = perta_checkpoint_open(s->base, &others[1], err);
-    if (!rc)
-        *identity = json_pack(
-            "{s:s, s:s, s:o, s:o, s:o, s:o, s:s?, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o}",
-            "tool", "perta " PERTA_VERSION, "verb", "unlearn --steps", "flags",
-            perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
-            globs_json(s->globs.include, s->globs.n_include), "exclude",
-            globs_json(s->globs.exclude, s->globs.n_exclude), "out", s->out, "one way",
-            (int)s->one_way, "max tokens", (json_int_t)s->max_tokens, "data key gives",
-            job->data_hmac[PERTA_FORGET], job->data_hmac[PERTA_RETAIN], "forget",
-            file_json(s->data_forget), "retain", file_json(s->data_retain), "model",
-            perta_journal_checkpoint(job->weights.ck), "tuned",
-            perta_journal_checkpoint(others[0]), "base",
-            perta_journal_checkpoint(others[1]));
-    perta_checkpoint_close(others[0]);
-    perta_checkpoint_close(others[1]);
-    return rc;
+    return json_pack(
+        "{s:s, s:s, s:o, s:o, s:o, s:o, s:s?, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o, s:o}",
+        "tool", "perta " PERTA_VERSION, "verb", "unlearn --steps", "flags",
+        perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
+        globs_json(s->globs.include, s->globs.n_include), "exclude",
+        globs_json(s->globs.exclude, s->globs.n_exclude), "out", s->out, "one way",
+        (int)s->one_way, "max tokens", (json_int_t)s->max_tokens, "data key gives",
+        job->data[PERTA_FORGET].hmac, job->data[PERTA_RETAIN].hmac, "forget",
+        file_json(&job->data[PERTA_FORGET]), "retain", file_json(&job->data[PERTA_RETAIN]), "model",
+        perta_journal_checkpoint(job->weights.ck), "config.json",
+        perta_journal_config(job->weights.ck), "tuned", perta_journal_checkpoint(job->others[0]),
+        "base", perta_journal_checkpoint(job->others[1]));
 }
 
 /* ---- records ---- */
@@ -189,6 +177,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = &at,
                                             .data = data,
+                                            .data_xxh128 = job->data[which].xxh128,
                                             .out = out,
                                             .mean = true,
                                             .by_probability = which == PERTA_FORGET,
@@ -198,6 +187,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_
     const struct perta_eval eval = {.model = s->model,
                                     .at = &at,
                                     .data = data,
+                                    .data_xxh128 = job->data[which].xxh128,
                                     .max_tokens = s->max_tokens,
                                     .compute = s->compute,
                                     .scratch = job->work.partial,
@@ -210,6 +200,15 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_
     return rc;
 }
 
+/* Every step reads the models anew: they are those that the way began with. */
+static int check_models(const struct perta_steps_job *job, struct perta_err *err)
+{
+    int rc = perta_checkpoint_unchanged(job->weights.ck, err);
+    for (int i = 0; i < 2 && !rc; i++)
+        rc = perta_checkpoint_unchanged(job->others[i], err);
+    return rc;
+}
+
 static int measure(struct perta_steps_job *job, unsigned k, int which, struct perta_err *err)
 {
     struct perta_steps_point *p = &job->points[k];
@@ -217,6 +216,8 @@ static int measure(struct perta_steps_job *job, unsigned k, int which, struct pe
     if (!isnan(p->loss[which]))
         return 0;
     int rc = run_measure(job, k, which, &summary, err);
+    if (!rc)
+        rc = check_models(job, err);
     double loss = json_real_value(json_object_get(summary, "loss"));
     p->probability[which] = json_real_value(json_object_get(summary, "probability"));
     if (!rc && !isfinite(loss))
@@ -238,7 +239,7 @@ static int measure(struct perta_steps_job *job, unsigned k, int which, struct pe
     return rc;
 }
 
-static bool forgets_enough(const struct perta_steps_job *job, unsigned k)
+bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k)
 {
     const struct perta_steps_point *p = &job->points[k];
     double loss = job->steps->stop_forget, probability = job->steps->stop_probability;
@@ -260,10 +261,10 @@ static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigne
     unsigned first = 0; /* that forgets enough; k: none so far */
     if (!job->steps->hold)
         return rule;
-    while (first < k && !forgets_enough(job, first))
+    while (first < k && !perta_steps_forgets_enough(job, first))
         first++;
     double share = 1 - (double)(k - first) / (job->steps->n_steps - first);
-    rule.step = forgets_enough(job, k) ? 0 : rule.step * share;
+    rule.step = perta_steps_forgets_enough(job, k) ? 0 : rule.step * share;
     rule.back_off *= share;
     return rule;
 }
@@ -283,6 +284,8 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     int rc = forget && retain && from && to
                  ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
                  : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    if (!rc)
+        rc = check_models(job, err);
     p->moved = counts.n ? (double)counts.n_moved / (double)counts.n : 0;
     p->mean_scale = counts.n ? counts.sum / (double)counts.n : 0;
     if (!rc)
@@ -305,7 +308,7 @@ static unsigned end_of(const struct perta_steps_job *job, unsigned last)
     unsigned end = rises_too_much(job, last) ? last - 1 : last;
     bool found = false;
     for (unsigned k = 0; job->steps->hold && k <= last; k++)
-        if (forgets_enough(job, k) && !rises_too_much(job, k) &&
+        if (perta_steps_forgets_enough(job, k) && !rises_too_much(job, k) &&
             (!found || p[k].loss[PERTA_RETAIN] <= p[end].loss[PERTA_RETAIN])) {
             end = k;
             found = true;
@@ -344,7 +347,7 @@ static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
             break;
         *chosen = end_of(job, k);
         *last = k;
-        if (k == s->n_steps || rises_too_much(job, k) || (!s->hold && forgets_enough(job, k)))
+        if (k == s->n_steps || rises_too_much(job, k) || (!s->hold && perta_steps_forgets_enough(job, k)))
             break;
         if (s->listed[k])
             rc = perta_steps_patch(job, k, k, k, err);
@@ -358,18 +361,24 @@ static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
 
 /* ---- begin ---- */
 
-static int check_data(const struct perta_steps_job *job, struct perta_err *err)
+/* Every step reads both files anew, and refuses others than these. */
+static int read_data(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     const char *const data[] = {s->data_forget, s->data_retain};
     const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
-                                                .max_tokens = s->max_tokens};
-    int rc = 0;
+                                                .max_tokens = s->max_tokens,
+                                                .key_path = s->data_key};
+    int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
     for (int i = 0; i < 2 && !rc; i++) {
         struct perta_samples samples;
         rc = perta_samples_read(data[i], &wanted, &samples, err);
-        if (!rc)
-            perta_samples_release(&samples);
+        if (rc)
+            break;
+        job->data[i] = samples.file;
+        if (json_array_extend(job->notes, samples.notes))
+            rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+        perta_samples_release(&samples);
     }
     return rc;
 }
@@ -378,9 +387,8 @@ static int check_data(const struct perta_steps_job *job, struct perta_err *err)
  * refused for its journal. */
 static int check(const struct perta_steps_job *job, struct perta_err *err)
 {
-    int rc = check_data(job, err);
-    if (rc || ((job->run.resume || !job->steps->force) && perta_journal_found(job->home)))
-        return rc;
+    if ((job->run.resume || !job->steps->force) && perta_journal_found(job->home))
+        return 0;
     return perta_steps_patch_check(job, err);
 }
 
@@ -402,10 +410,12 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     for (unsigned k = 0; k <= s->n_steps; k++)
         job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
     int rc = perta_weights_open(&job->weights, s->model, err);
-    if (!rc && s->data_key)
-        rc = perta_hmac_file(s->data_forget, s->data_key, job->data_hmac[PERTA_FORGET], err);
-    if (!rc && s->data_key)
-        rc = perta_hmac_file(s->data_retain, s->data_key, job->data_hmac[PERTA_RETAIN], err);
+    if (!rc)
+        rc = perta_checkpoint_open(s->tuned, &job->others[0], err);
+    if (!rc)
+        rc = perta_checkpoint_open(s->base, &job->others[1], err);
+    if (!rc)
+        rc = read_data(job, err);
     return rc ? rc : check(job, err);
 }
 
@@ -426,10 +436,8 @@ static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 
 static int begin(struct perta_steps_job *job, struct perta_err *err)
 {
-    json_t *identity = NULL;
-    int rc = identity_of(job, &identity, err);
-    if (!rc)
-        rc = perta_journal_open(&job->journal, job->home, identity, job->run.resume,
+    json_t *identity = identity_of(job);
+    int rc = perta_journal_open(&job->journal, job->home, identity, job->run.resume,
                                 job->steps->force, err);
     json_decref(identity);
     if (!rc)
@@ -502,6 +510,9 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
     perta_journal_close(&job.journal);
     perta_publish_release(&job.work);
     perta_weights_close(&job.weights);
+    perta_checkpoint_close(job.others[0]);
+    perta_checkpoint_close(job.others[1]);
+    json_decref(job.notes);
     for (unsigned k = 0; job.points && k <= steps->n_steps; k++)
         json_decref(job.points[k].patch);
     free(job.points);

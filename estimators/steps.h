@@ -53,7 +53,8 @@ struct perta_steps {
 /* Run it. *summary is perta_unlearn's, with the "step" that each patch leads to in its results,
  * and "path" beside them: for every point on the way step, forget_loss, forget_probability,
  * retain_loss, moved (share of s that the step before changed) and mean_scale; and "chosen", the
- * step that the way ends at. */
+ * step that the way ends at. Where there is a stop rule, "reached" says whether enough is forgotten
+ * there; that it is not is no error: the patch is written. */
 PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                           json_t **summary, struct perta_err *err);
 

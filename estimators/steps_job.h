@@ -3,6 +3,7 @@
 #ifndef PERTA_ESTIMATORS_STEPS_JOB_H
 #define PERTA_ESTIMATORS_STEPS_JOB_H
 
+#include "estimators/backprop/samples.h"
 #include "estimators/backprop/weights.h"
 #include "estimators/steps.h"
 #include "io/hash.h"
@@ -26,11 +27,13 @@ struct perta_steps_job {
     const struct perta_steps *steps;
     struct perta_run run; /* of what is run within: it always goes on */
     struct perta_weights weights;
+    struct perta_checkpoint *others[2]; /* tuned, base */
     struct perta_journal journal;
     struct perta_publish work;           /* never published: what is kept between steps */
     char *home;                          /* the work folder's name */
     struct perta_steps_point *points;    /* (n_steps + 1) */
-    char data_hmac[2][PERTA_SHA256_HEX]; /* "": no key */
+    struct perta_samples_file data[2];
+    json_t *notes; /* of the data; strings */
     int patching; /* step whose patch an earlier run was at; -1: none */
 };
 
@@ -40,6 +43,8 @@ struct perta_steps_job {
 json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_steps);
 /* The folder of step k's scales; the caller's. NULL without memory. */
 char *perta_steps_scales(const struct perta_steps_job *job, unsigned k);
+/* Does step k, which was measured, forget enough? */
+bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k);
 /* Append record (the caller's no more; NULL: no memory) to the journal. */
 int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err);
 

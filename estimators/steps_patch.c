@@ -49,7 +49,7 @@ static void add_data(const struct perta_steps_job *job, int which, json_t *recip
         {"samples", json_sprintf("%llu", (unsigned long long)p->samples[which])},
         {"tokens", json_sprintf("%llu", (unsigned long long)p->tokens[which])},
         {"data_hmac_sha256",
-         *job->data_hmac[which] ? json_string(job->data_hmac[which]) : NULL},
+         *job->data[which].hmac ? json_string(job->data[which].hmac) : NULL},
     };
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
         char key[64];
@@ -145,6 +145,10 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
     json_object_set_new(*summary, "results", results);
     json_object_set_new(*summary, "path", path_json(job, last));
     json_object_set_new(*summary, "chosen", json_integer(chosen));
+    if (isfinite(s->stop_forget) || isfinite(s->stop_probability))
+        json_object_set_new(*summary, "reached",
+                            json_boolean(perta_steps_forgets_enough(job, chosen)));
+    json_array_extend(json_object_get(*summary, "notes"), job->notes);
     return 0;
 }
 

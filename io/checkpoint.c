@@ -93,18 +93,18 @@ static int read_json(const char *path, json_t **out, struct perta_err *err)
 
 /* Without its config a checkpoint still opens; only tied embeddings are then not known to be tied.
  * One that cannot be read is an error. */
-static int read_config(struct perta_checkpoint *ck, const char *path, struct perta_err *err)
+static int read_config(const char *path, json_t **out, char **flaw, struct perta_err *err)
 {
     struct perta_err why = {0};
     struct stat st;
     int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
         return fd;
-    int rc = perta_python_json_load(fd, path, &ck->config, &why);
+    int rc = perta_python_json_load(fd, path, out, &why);
     close(fd);
     if (rc == PERTA_ESYS)
         *err = why;
-    else if (rc && !(ck->config_flaw = strdup(why.msg)))
+    else if (rc && !(*flaw = strdup(why.msg)))
         return perta_fail_sys(err, ENOMEM, "%s", path);
     return err->code;
 }
@@ -135,6 +135,7 @@ static int add_shard(struct perta_checkpoint *ck, const char *folder, const char
     shard->ino = st.st_ino;
     shard->size_bytes = (uint64_t)st.st_size;
     shard->mtime = st.st_mtim;
+    shard->ctime = st.st_ctim;
     rc = perta_safetensors_read(fd, shard->size_bytes, shard->path, &shard->header, err);
     close(fd);
     if (!rc)
@@ -315,7 +316,7 @@ static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
     if (!rc)
         rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
     if (!rc && !access(config, F_OK))
-        rc = read_config(ck, config, err);
+        rc = read_config(config, &ck->config, &ck->config_flaw, err);
     free(index);
     free(config);
     return rc;
@@ -484,6 +485,61 @@ int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const cha
     free(ck->names); /* the order of by_name stays */
     ck->names = names;
     return 0;
+}
+
+static bool same_time(const struct timespec *a, const struct timespec *b)
+{
+    return a->tv_sec == b->tv_sec && a->tv_nsec == b->tv_nsec;
+}
+
+static int check_same(const struct perta_shard *shard, const struct stat *st, struct perta_err *err)
+{
+    if (st->st_dev == shard->dev && st->st_ino == shard->ino &&
+        (uint64_t)st->st_size == shard->size_bytes && same_time(&st->st_mtim, &shard->mtime) &&
+        same_time(&st->st_ctim, &shard->ctime))
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: changed since its header was read; run again when nothing writes to it",
+                      shard->path);
+}
+
+int perta_shard_open(const struct perta_shard *shard, bool want_direct, struct perta_file *file,
+                     struct perta_err *err)
+{
+    struct stat st;
+    int rc = perta_file_open(file, shard->path, want_direct, err);
+    if (rc)
+        return rc;
+    return fstat(file->fd, &st) ? perta_fail_sys(err, errno, "%s", shard->path)
+                                : check_same(shard, &st, err);
+}
+
+static int check_config(const struct perta_checkpoint *ck, struct perta_err *err)
+{
+    json_t *now = NULL;
+    char *flaw = NULL;
+    char *path = join(ck->path, "config.json");
+    int rc = !path                ? perta_fail_sys(err, ENOMEM, "%s", ck->path)
+             : access(path, F_OK) ? 0
+                                  : read_config(path, &now, &flaw, err);
+    if (!rc && now != ck->config && !json_equal(now, ck->config))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: changed since it was first read", path);
+    json_decref(now);
+    free(flaw);
+    free(path);
+    return rc;
+}
+
+int perta_checkpoint_unchanged(const struct perta_checkpoint *ck, struct perta_err *err)
+{
+    struct stat st;
+    int rc = ck->is_adapter ? 0 : check_config(ck, err);
+    for (uint32_t i = 0; i < ck->n_shards && !rc; i++) {
+        rc = perta_path_stat(ck->shards[i].path, &st, err);
+        if (!rc)
+            rc = check_same(&ck->shards[i], &st, err);
+    }
+    return rc;
 }
 
 void perta_checkpoint_close(struct perta_checkpoint *ck)

@@ -21,7 +21,7 @@ struct perta_shard {
     char *path; /* as opened: for messages and for opening it again */
     struct perta_header *header;
     uint64_t dev, ino, size_bytes; /* as found when the header was read */
-    struct timespec mtime;
+    struct timespec mtime, ctime;
 };
 
 struct perta_checkpoint {
@@ -72,6 +72,14 @@ int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const cha
 /* A link in a folder may lead to where the folder's owner put it, not to anywhere: PERTA_EINPUT if
  * path is one that leads neither into the folder nor to the blobs of its Hugging Face cache. */
 int perta_check_link(const char *folder, const char *path, struct perta_err *err);
+
+/* Open a shard again, to read it: PERTA_EINPUT if it is not, by device, inode, size and times, the
+ * file whose header was read. The caller closes it, on error too. */
+struct perta_file;
+int perta_shard_open(const struct perta_shard *shard, bool want_direct, struct perta_file *file,
+                     struct perta_err *err);
+/* The same of every shard's path, without opening it, and config.json holds what it held. */
+PERTA_API int perta_checkpoint_unchanged(const struct perta_checkpoint *ck, struct perta_err *err);
 
 PERTA_API void perta_checkpoint_close(struct perta_checkpoint *ck);
 

@@ -122,7 +122,8 @@ int perta_file_unchanged(const struct perta_file *file, struct perta_err *err)
     struct stat st;
     if (fstat(file->fd, &st))
         return perta_fail_sys(err, errno, "%s", file->path);
-    if ((uint64_t)st.st_size != file->len_bytes || st.st_mtim.tv_sec != file->mtime.tv_sec ||
+    if (st.st_dev != file->dev || st.st_ino != file->ino ||
+        (uint64_t)st.st_size != file->len_bytes || st.st_mtim.tv_sec != file->mtime.tv_sec ||
         st.st_mtim.tv_nsec != file->mtime.tv_nsec)
         return perta_fail(err, PERTA_EINPUT,
                           "%s: changed while it was read; run again when nothing writes to it",

@@ -43,7 +43,7 @@ int perta_file_reopen(struct perta_file *file, const char *path, bool want_direc
 /* Of a file that another run left, for this one to write on: PERTA_EINPUT unless it is regular and
  * has no other name (hard link), which might be of somebody else's file. */
 int perta_check_left(int fd, const char *path, struct stat *st, struct perta_err *err);
-/* PERTA_EINPUT if size or modification time are no longer what they were at opening. */
+/* PERTA_EINPUT if device, inode, size or modification time are no longer what they were at opening. */
 PERTA_API int perta_file_unchanged(const struct perta_file *file, struct perta_err *err);
 /* May be called on a zeroed or closed file. */
 PERTA_API void perta_file_close(struct perta_file *file);

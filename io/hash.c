@@ -170,43 +170,59 @@ static int read_key(const char *path, uint8_t *key, size_t *len_bytes, struct pe
     return rc;
 }
 
-static int hmac_stream(EVP_MAC_CTX *mac, FILE *file, uint8_t sum[EVP_MAX_MD_SIZE], size_t *len)
-{
-    uint8_t buf[65536];
-    size_t got;
-    while ((got = fread(buf, 1, sizeof buf, file)) > 0)
-        if (!EVP_MAC_update(mac, buf, got))
-            return ENOMEM;
-    if (ferror(file))
-        return errno;
-    return EVP_MAC_final(mac, sum, len, EVP_MAX_MD_SIZE) ? 0 : ENOMEM;
-}
+struct perta_hmac {
+    EVP_MAC *algorithm;
+    EVP_MAC_CTX *mac;
+    bool failed;
+};
 
-int perta_hmac_file(const char *path, const char *key_path, char hex[PERTA_SHA256_HEX],
-                    struct perta_err *err)
+int perta_hmac_new(const char *key_path, struct perta_hmac **out, struct perta_err *err)
 {
-    uint8_t key[PERTA_KEY_BYTES_MAX + 1], sum[EVP_MAX_MD_SIZE];
-    size_t key_bytes = 0, len = 0;
+    uint8_t key[PERTA_KEY_BYTES_MAX + 1];
+    size_t key_bytes = 0;
     char name[] = "SHA256";
     const OSSL_PARAM params[] = {
         OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, name, 0),
         OSSL_PARAM_construct_end()};
+    *out = NULL;
     int rc = read_key(key_path, key, &key_bytes, err);
     if (rc)
         return rc;
-    EVP_MAC *hmac = EVP_MAC_fetch(NULL, "HMAC", NULL);
-    EVP_MAC_CTX *mac = hmac ? EVP_MAC_CTX_new(hmac) : NULL;
-    FILE *file = fopen(path, "re");
-    int failed = !file                                               ? errno
-                 : !mac || !EVP_MAC_init(mac, key, key_bytes, params) ? ENOMEM
-                                                                      : hmac_stream(mac, file, sum, &len);
+    struct perta_hmac *hmac = calloc(1, sizeof *hmac);
+    if (hmac)
+        hmac->algorithm = EVP_MAC_fetch(NULL, "HMAC", NULL);
+    if (hmac && hmac->algorithm)
+        hmac->mac = EVP_MAC_CTX_new(hmac->algorithm);
+    bool ready = hmac && hmac->mac && EVP_MAC_init(hmac->mac, key, key_bytes, params);
     OPENSSL_cleanse(key, sizeof key);
-    if (file)
-        fclose(file);
-    EVP_MAC_CTX_free(mac);
-    EVP_MAC_free(hmac);
-    if (failed)
-        return perta_fail_sys(err, failed, "%s", path);
+    if (!ready) {
+        perta_hmac_free(hmac);
+        return perta_fail_sys(err, ENOMEM, "%s", key_path);
+    }
+    *out = hmac;
+    return 0;
+}
+
+void perta_hmac_free(struct perta_hmac *hmac)
+{
+    if (!hmac)
+        return;
+    EVP_MAC_CTX_free(hmac->mac);
+    EVP_MAC_free(hmac->algorithm);
+    free(hmac);
+}
+
+void perta_hmac_update(struct perta_hmac *hmac, const void *data, size_t len_bytes)
+{
+    hmac->failed |= !EVP_MAC_update(hmac->mac, data, len_bytes);
+}
+
+int perta_hmac_finish(struct perta_hmac *hmac, char hex[PERTA_SHA256_HEX], struct perta_err *err)
+{
+    uint8_t sum[EVP_MAX_MD_SIZE];
+    size_t len = 0;
+    if (hmac->failed || !EVP_MAC_final(hmac->mac, sum, &len, sizeof sum))
+        return perta_fail_sys(err, ENOMEM, "HMAC");
     for (size_t i = 0; i < len; i++)
         snprintf(hex + 2 * i, 3, "%02x", sum[i]);
     return 0;

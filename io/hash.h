@@ -41,12 +41,16 @@ bool perta_digest_restore(struct perta_digest *digest,
 uint64_t perta_digest_bytes(const struct perta_digest *digest);
 void perta_digest_xxh128(const struct perta_digest *digest, char hex[PERTA_XXH128_HEX]);
 
-/* HMAC-SHA-256 of a whole file; the key is the bytes of another, PERTA_KEY_BYTES_MIN at least. A
- * digest of a short text without a key can be guessed. Errors name the file. */
+/* A running HMAC-SHA-256; the key is the bytes of a file, PERTA_KEY_BYTES_MIN at least. A digest of
+ * a short text without a key can be guessed. Errors name the key's file. */
 #define PERTA_KEY_BYTES_MIN 16
 #define PERTA_KEY_BYTES_MAX 4096
-PERTA_API int perta_hmac_file(const char *path, const char *key_path, char hex[PERTA_SHA256_HEX],
-                              struct perta_err *err);
+struct perta_hmac;
+int perta_hmac_new(const char *key_path, struct perta_hmac **out, struct perta_err *err);
+void perta_hmac_free(struct perta_hmac *hmac);
+void perta_hmac_update(struct perta_hmac *hmac, const void *data, size_t len_bytes);
+/* Of what was added. Ends it: it can only be freed afterwards. */
+int perta_hmac_finish(struct perta_hmac *hmac, char hex[PERTA_SHA256_HEX], struct perta_err *err);
 
 struct perta_digest_hex {
     uint64_t len_bytes;

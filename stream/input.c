@@ -26,15 +26,9 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
         return perta_fail_sys(err, ENOMEM, "%s", input->ck->path);
     for (uint32_t i = 0; i < n; i++) {
         const struct perta_shard *shard = &input->ck->shards[i];
-        struct perta_file *file = &input->files[i];
-        int rc = perta_file_open(file, shard->path, direct, err);
+        int rc = perta_shard_open(shard, direct, &input->files[i], err);
         if (rc)
             return rc;
-        if (file->len_bytes != shard->size_bytes || file->dev != shard->dev ||
-            file->ino != shard->ino || file->mtime.tv_sec != shard->mtime.tv_sec ||
-            file->mtime.tv_nsec != shard->mtime.tv_nsec)
-            return perta_fail(err, PERTA_EINPUT, "%s: changed since its header was read",
-                              shard->path);
         input->digests[i] = perta_digest_new(false);
         if (!input->digests[i])
             return perta_fail_sys(err, ENOMEM, "%s", shard->path);

@@ -211,6 +211,15 @@ json_t *perta_journal_checkpoint(const struct perta_checkpoint *ck)
     return files;
 }
 
+json_t *perta_journal_config(const struct perta_checkpoint *ck)
+{
+    char *text = json_dumps(ck->config, JSON_COMPACT | JSON_SORT_KEYS);
+    json_t *hash = json_sprintf("%016llx",
+                                (unsigned long long)(text ? perta_hash64(text, strlen(text)) : 0));
+    free(text);
+    return hash;
+}
+
 json_t *perta_journal_own(const struct perta_checkpoint *ck)
 {
     json_t *files = json_object();

@@ -100,6 +100,8 @@ bool perta_blob_get_digest(const json_t *blob, struct perta_digest *digest);
  * name too. The caller's; NULL without memory. */
 json_t *perta_journal_file(uint64_t len_bytes, const struct timespec *mtime);
 json_t *perta_journal_checkpoint(const struct perta_checkpoint *ck);
+/* A hash of its config.json. */
+json_t *perta_journal_config(const struct perta_checkpoint *ck);
 /* Of a checkpoint that is the run's own, which it has written on the way and will not change: it
  * may have got other times by a power cut. By name and size. */
 json_t *perta_journal_own(const struct perta_checkpoint *ck);

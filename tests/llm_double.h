@@ -21,14 +21,14 @@ static inline void rmsnorm_double(double *y, const double *x, const double *weig
     }
 }
 
-static inline void rope_double(double *x, const uint32_t *positions, const float *inv_freq,
+static inline void rope_double(double *x, const struct perta_place *places, const float *inv_freq,
                                size_t T, size_t n_heads, size_t D)
 {
     for (size_t t = 0; t < T; t++)
         for (size_t h = 0; h < n_heads; h++)
             for (size_t i = 0; i < D / 2; i++) {
                 double *head = x + (t * n_heads + h) * D, a = head[i], b = head[i + D / 2];
-                double angle = (double)positions[t] * (double)inv_freq[i];
+                double angle = (double)places[t].position * (double)inv_freq[i];
                 head[i] = a * cos(angle) - b * sin(angle);
                 head[i + D / 2] = b * cos(angle) + a * sin(angle);
             }
@@ -40,26 +40,35 @@ static inline void swiglu_double(double *h, const double *gate, const double *up
         h[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
 }
 
-/* One sequence; window positions are seen, itself included. */
+static inline bool sees_double(const struct perta_place *places, size_t t, size_t j, uint32_t window)
+{
+    return j >= places[t].first && j < places[t].end &&
+           (uint64_t)places[j].at + window > places[t].at;
+}
+
+/* One sequence. */
 static inline void attention_double(double *out, const double *q, const double *k,
-                                    const double *v, size_t T, size_t n_heads, size_t n_kv,
-                                    size_t D, uint32_t window)
+                                    const double *v, const struct perta_place *places, size_t T,
+                                    size_t n_heads, size_t n_kv, size_t D, uint32_t window)
 {
     double *p = alloc(T * sizeof *p);
     for (size_t h = 0; h < n_heads; h++)
         for (size_t t = 0; t < T; t++) {
-            size_t kv = h / (n_heads / n_kv), first = t >= window ? t - window + 1 : 0;
+            size_t kv = h / (n_heads / n_kv);
             double sum = 0, *row = out + (t * n_heads + h) * D;
-            for (size_t j = first; j <= t; j++) {
+            for (size_t j = 0; j < T; j++) {
                 double dot = 0;
+                if (!sees_double(places, t, j, window))
+                    continue;
                 for (size_t d = 0; d < D; d++)
                     dot += q[(t * n_heads + h) * D + d] * k[(j * n_kv + kv) * D + d];
                 sum += p[j] = exp(dot / sqrt((double)D));
             }
             for (size_t d = 0; d < D; d++) {
                 row[d] = 0;
-                for (size_t j = first; j <= t; j++)
-                    row[d] += p[j] / sum * v[(j * n_kv + kv) * D + d];
+                for (size_t j = 0; j < T; j++)
+                    if (sees_double(places, t, j, window))
+                        row[d] += p[j] / sum * v[(j * n_kv + kv) * D + d];
             }
         }
     free(p);
@@ -104,18 +113,16 @@ static inline void project_double(const struct model_double *m, uint32_t layer,
 }
 
 /* x (T, H) of one sequence becomes what the block makes of it. */
-static inline void block_double(const struct model_double *m, uint32_t layer, double *x, size_t T)
+static inline void block_double(const struct model_double *m, uint32_t layer, double *x,
+                                const struct perta_place *places, size_t T)
 {
     const struct perta_llm *llm = &m->model->llm;
     size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
     double eps = (double)llm->rms_eps;
     double *memory = alloc(T * (H + 2 * Q + 2 * K + 3 * I) * sizeof *memory);
-    uint32_t *positions = alloc(T * sizeof *positions);
     double *norm = memory, *q = norm + T * H, *k = q + T * Q, *v = k + T * K, *att = v + T * K;
     double *gate = att + T * Q, *up = gate + T * I, *h = up + T * I;
-    for (size_t t = 0; t < T; t++)
-        positions[t] = (uint32_t)t;
     rmsnorm_double(norm, x, part_double(m, layer, "input_layernorm", "weight"), T, H, eps);
     project_double(m, layer, PERTA_Q, q, norm, T, Q, H);
     project_double(m, layer, PERTA_K, k, norm, T, K, H);
@@ -126,9 +133,9 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
         rmsnorm_double(k, k, part_double(m, layer, "self_attn.k_norm", "weight"),
                        T * llm->n_kv_heads, D, eps);
     }
-    rope_double(q, positions, m->inv_freq, T, llm->n_heads, D);
-    rope_double(k, positions, m->inv_freq, T, llm->n_kv_heads, D);
-    attention_double(att, q, k, v, T, llm->n_heads, llm->n_kv_heads, D,
+    rope_double(q, places, m->inv_freq, T, llm->n_heads, D);
+    rope_double(k, places, m->inv_freq, T, llm->n_kv_heads, D);
+    attention_double(att, q, k, v, places, T, llm->n_heads, llm->n_kv_heads, D,
                      perta_llm_window(llm, layer));
     project_double(m, layer, PERTA_O, x, att, T, H, Q);
     rmsnorm_double(norm, x, part_double(m, layer, "post_attention_layernorm", "weight"), T, H,
@@ -137,7 +144,6 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
     project_double(m, layer, PERTA_UP, up, norm, T, I, H);
     swiglu_double(h, gate, up, T * I);
     project_double(m, layer, PERTA_DOWN, x, h, T, H, I);
-    free(positions);
     free(memory);
 }
 
@@ -165,7 +171,7 @@ static inline double loss_double(const struct model_double *m, const struct pert
     for (size_t t = 0; t < T; t++)
         memcpy(x + t * H, embedding + (size_t)s->ids[first + t] * H, H * sizeof *x);
     for (uint32_t l = 0; l < model->llm.n_layers; l++)
-        block_double(m, l, x, T);
+        block_double(m, l, x, s->places + first, T);
     for (size_t t = 0; t < T; t++) {
         if (s->targets[first + t] == PERTA_IGNORED)
             continue;

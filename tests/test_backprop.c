@@ -112,6 +112,7 @@ END_TEST
 
 struct block {
     struct lab *lab;
+    const struct perta_place *places; /* (n) */
     struct pair x, dout; /* (n, H) */
     size_t first, T;     /* the sequence that is looked at */
     float *vectors[2][(int)PERTA_N_NORMS + (int)PERTA_N_LINEARS];
@@ -123,7 +124,7 @@ static double block_value(void *ctx)
     size_t H = c->lab->model.llm.hidden, at = c->first * H;
     double *x = alloc(c->T * H * sizeof *x);
     memcpy(x, c->x.d + at, c->T * H * sizeof *x);
-    block_double(&c->lab->twin, 0, x, c->T);
+    block_double(&c->lab->twin, 0, x, c->places + c->first, c->T);
     double value = dot(x, c->dout.d + at, c->T * H);
     free(x);
     return value;
@@ -171,11 +172,14 @@ START_TEST(a_block_of_ragged_sequences)
     open_lab(&lab, configs[_i]);
     const struct perta_llm *llm = &lab.model.llm;
     const size_t starts[] = {0, 7, 12};
-    const uint32_t positions[] = {0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4};
+    /* all before it; and two blocks, of which the second's first token is hidden, and last */
+    const struct perta_place places[] = {
+        {0, 0, 0, 1}, {1, 1, 0, 2}, {2, 2, 0, 3}, {3, 3, 0, 4}, {4, 4, 0, 5}, {5, 5, 0, 6}, {6, 6, 0, 7},
+        {0, 0, 0, 1}, {1, 1, 0, 2}, {7, 3, 2, 3}, {8, 4, 2, 4}, {6, 2, 0, 2}};
     const size_t tiles[] = {0, 12};
-    const struct perta_batch batch = {12, {2, starts, 0}, {1, tiles, 0}, positions};
+    const struct perta_batch batch = {12, {2, starts, 0}, {1, tiles, 0}, places};
     struct perta_workers *workers;
-    struct block c = {.lab = &lab, .x = pair(12 * llm->hidden, 16),
+    struct block c = {.lab = &lab, .places = places, .x = pair(12 * llm->hidden, 16),
                       .dout = pair(12 * llm->hidden, 17)};
     const struct perta_vector_sink sink = {&c, on_norm, on_bias};
     struct perta_block block = {.inv_freq = lab.inv_freq};

@@ -1,9 +1,12 @@
 /* Checkpoint folders: which shards are read, where tensors are found, what is refused. */
 #include "tests/scratch.h"
 
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #include "io/checkpoint.h"
+#include "io/file.h"
 
 static struct perta_err err;
 
@@ -245,6 +248,69 @@ START_TEST(what_is_no_checkpoint_is_refused_with_advice)
 }
 END_TEST
 
+static const char *change; /* what was done to m/2.safetensors, for messages */
+
+/* The second shard of ck is not opened again, and the whole is not what it was. */
+static void is_found_out(const struct perta_checkpoint *ck)
+{
+    struct perta_file file;
+    struct perta_err e[2] = {0};
+    ck_assert_ok(perta_shard_open(&ck->shards[0], false, &file, &err));
+    perta_file_close(&file);
+    ck_assert_msg(perta_shard_open(&ck->shards[1], false, &file, &e[0]) == PERTA_EINPUT, "%s", change);
+    perta_file_close(&file);
+    ck_assert_msg(perta_checkpoint_unchanged(ck, &e[1]) == PERTA_EINPUT, "%s", change);
+    for (int i = 0; i < 2; i++)
+        ck_assert_msg(strstr(e[i].msg, "m/2.safetensors: changed since"), "%s", e[i].msg);
+}
+
+static void take_time_back(const struct stat *st)
+{
+    const struct timespec times[] = {st->st_atim, st->st_mtim};
+    ck_assert_int_eq(utimensat(AT_FDCWD, "m/2.safetensors", times, 0), 0);
+}
+
+START_TEST(a_shard_that_is_another_by_now_is_not_opened)
+{
+    struct stat st;
+    for (int i = 0; i < 2; i++) {
+        struct perta_checkpoint *ck;
+        ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
+        ck_assert_ok(perta_checkpoint_unchanged(ck, &err));
+        ck_assert_int_eq(stat("m/2.safetensors", &st), 0);
+        struct timespec tick = {.tv_nsec = 20000000}; /* of the clock that files have */
+        nanosleep(&tick, NULL);
+        change = i ? "written over, with its time taken back" : "another in its place";
+        if (!i) {
+            put_shard("other", "ca");
+            ck_assert_int_eq(rename("other", "m/2.safetensors"), 0);
+        } else {
+            FILE *file = fopen("m/2.safetensors", "r+");
+            ck_assert_int_eq(fseek(file, -1, SEEK_END), 0);
+            ck_assert_int_eq(fputc('y', file), 'y');
+            fclose(file);
+        }
+        take_time_back(&st);
+        is_found_out(ck);
+        perta_checkpoint_close(ck);
+    }
+}
+END_TEST
+
+START_TEST(a_config_that_changes_is_found_out)
+{
+    struct perta_checkpoint *ck;
+    put_text("m/config.json", "{\"x\": 1}");
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
+    put_text("m/config.json", " {\"x\":1} ");
+    ck_assert_ok(perta_checkpoint_unchanged(ck, &err));
+    put_text("m/config.json", "{\"x\": 2}");
+    ck_assert_int_eq(perta_checkpoint_unchanged(ck, &err), PERTA_EINPUT);
+    ck_assert_ptr_nonnull(strstr(err.msg, "m/config.json: changed"));
+    perta_checkpoint_close(ck);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("checkpoint");
@@ -258,5 +324,7 @@ int main(void)
     tcase_add_test(tests, what_is_no_regular_file_in_the_folder_is_refused_at_once);
     tcase_add_test(tests, links_within_the_folder_and_into_the_hub_cache_are_followed);
     tcase_add_test(tests, what_is_no_checkpoint_is_refused_with_advice);
+    tcase_add_test(tests, a_shard_that_is_another_by_now_is_not_opened);
+    tcase_add_test(tests, a_config_that_changes_is_found_out);
     return run_suite("checkpoint", tests);
 }

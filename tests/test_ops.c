@@ -73,7 +73,9 @@ END_TEST
 #define ROPE_HEADS 3
 #define ROPE_D 8
 
-static const uint32_t rope_positions[ROPE_T] = {0, 1, 2, 17, 0, 40};
+static const struct perta_place rope_places[ROPE_T] = {{.position = 0},  {.position = 1},
+                                                       {.position = 2},  {.position = 17},
+                                                       {.position = 0},  {.position = 40}};
 
 struct rope {
     struct pair x, dy;
@@ -85,7 +87,7 @@ static double rope_value(void *ctx)
     const struct rope *c = ctx;
     double y[ROPE_T * ROPE_HEADS * ROPE_D];
     memcpy(y, c->x.d, sizeof y);
-    rope_double(y, rope_positions, c->inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    rope_double(y, rope_places, c->inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
     return dot(y, c->dy.d, c->dy.n);
 }
 
@@ -123,12 +125,12 @@ START_TEST(rope)
     are_close("frequencies", c.inv_freq, want, ROPE_D / 2);
     for (int i = 0; i < ROPE_D / 2; i++)
         ck_assert_double_lt(fabs((double)c.inv_freq[i] / want[i] - 1), 1e-6);
-    perta_rope_backward(workers, c.dy.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    perta_rope_backward(workers, c.dy.f, rope_places, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
     is_gradient("dx", c.dy.f, c.x.d, n, 1, rope_value, &c);
     double y[ROPE_T * ROPE_HEADS * ROPE_D];
     memcpy(y, c.x.d, sizeof y);
-    rope_double(y, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
-    perta_rope_forward(workers, c.x.f, rope_positions, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    rope_double(y, rope_places, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    perta_rope_forward(workers, c.x.f, rope_places, c.inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
     are_close("y", c.x.f, y, n);
     release(c.x);
     release(c.dy);
@@ -233,21 +235,44 @@ END_TEST
 
 /* ---- attention ---- */
 
+enum seen { BEFORE, BLOCKS, HOLES };
+
 struct shape {
     size_t T, n_heads, n_kv_heads, D;
     uint32_t window;
+    enum seen seen;
 };
 
 struct attention {
     struct shape shape;
+    struct perta_place places[LONGEST];
     struct pair q, k, v, dout;
 };
+
+/* Blocks of 30; or every fifth token is hidden, the first two among them, and stands last. */
+static void place_tokens(const struct shape *s, struct perta_place *places)
+{
+    uint32_t n = 0, first = 0, n_seen = 0;
+    for (uint32_t t = 0; t < s->T; t++) {
+        first = s->seen == BLOCKS && t % 30 == 0 ? t : first;
+        if (s->seen != HOLES || (t > 1 && t % 5 != 4)) {
+            n++;
+            places[n - 1] = (struct perta_place){t, t, first, n};
+        }
+    }
+    for (uint32_t t = 0; s->seen == HOLES && t < s->T; t++) {
+        bool hidden = t <= 1 || t % 5 == 4;
+        n_seen += !hidden;
+        if (hidden)
+            places[n++] = (struct perta_place){t, t, 0, n_seen};
+    }
+}
 
 static void attention_out(const struct attention *c, double *out)
 {
     const struct shape *s = &c->shape;
-    attention_double(out, c->q.d, c->k.d, c->v.d, s->T, s->n_heads, s->n_kv_heads, s->D,
-                     s->window);
+    attention_double(out, c->q.d, c->k.d, c->v.d, c->places, s->T, s->n_heads, s->n_kv_heads,
+                     s->D, s->window);
 }
 
 static double attention_value(void *ctx)
@@ -263,9 +288,13 @@ static double attention_value(void *ctx)
 /* Longer than a block of query rows (64), and not; groups of 1 and 4 heads; windows that end
  * inside of a block, at one, and beyond the sequence. */
 static const struct shape shapes[] = {
-    {1, 4, 1, 4, UINT32_MAX},  {9, 8, 2, 6, UINT32_MAX}, {9, 2, 2, 4, 3},
-    {70, 4, 1, 4, UINT32_MAX}, {70, 4, 2, 2, 7},         {LONGEST, 2, 1, 2, 64},
-    {70, 2, 1, 2, 1},          {70, 2, 1, 2, 100},
+    {1, 4, 1, 4, UINT32_MAX, BEFORE},  {9, 8, 2, 6, UINT32_MAX, BEFORE},
+    {9, 2, 2, 4, 3, BEFORE},           {70, 4, 1, 4, UINT32_MAX, BEFORE},
+    {70, 4, 2, 2, 7, BEFORE},          {LONGEST, 2, 1, 2, 64, BEFORE},
+    {70, 2, 1, 2, 1, BEFORE},          {70, 2, 1, 2, 100, BEFORE},
+    {100, 4, 2, 2, UINT32_MAX, BLOCKS}, {100, 2, 1, 2, 7, BLOCKS},
+    {100, 4, 2, 2, UINT32_MAX, HOLES}, {100, 2, 1, 2, 7, HOLES},
+    {9, 4, 1, 2, 2, HOLES},
 };
 
 START_TEST(attention)
@@ -273,11 +302,12 @@ START_TEST(attention)
     const struct shape *s = &shapes[_i];
     size_t n = s->T * s->n_heads * s->D, m = s->T * s->n_kv_heads * s->D;
     size_t every = s->T < 20 ? 1 : 7;
-    struct attention c = {*s, pair(n, 11), pair(m, 12), pair(m, 13), pair(n, 14)};
+    struct attention c = {*s, {{0}}, pair(n, 11), pair(m, 12), pair(m, 13), pair(n, 14)};
     for (size_t i = 0; i < n; i++)
         c.q.d[i] = (double)(c.q.f[i] *= 4); /* so that some keys count more than others */
+    place_tokens(s, c.places);
     const size_t starts[] = {5, 5 + s->T}; /* of a batch that begins at token 5 */
-    const struct perta_attention of = {{1, starts, 5}, s->n_heads, s->n_kv_heads, s->D, s->window};
+    const struct perta_attention of = {{1, starts, 5}, c.places, s->n_heads, s->n_kv_heads, s->D, s->window};
     float *heads[] = {alloc(n * sizeof(float)), alloc(n * sizeof(float))};
     float *lse = alloc(s->T * s->n_heads * sizeof *lse), *out = alloc(n * sizeof *out);
     float *dq = alloc(n * sizeof *dq), *dk = alloc(m * sizeof *dk), *dv = alloc(m * sizeof *dv);

@@ -379,6 +379,16 @@ void cli_say(const struct cli *cli, const char *fmt, ...)
     free(text);
 }
 
+void cli_notes(const struct cli *cli, const json_t *summary)
+{
+    size_t i;
+    json_t *note;
+    clear_bar(cli);
+    json_array_foreach (json_object_get(summary, "notes"), i, note)
+        if (!cli->quiet)
+            fprintf(stderr, "perta %s: note: %s\n", cli->verb, json_string_value(note));
+}
+
 void cli_say_left_behind(const struct cli *cli, const json_t *result)
 {
     size_t i;

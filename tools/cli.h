@@ -65,6 +65,8 @@ void cli_say_left_behind(const struct cli *cli, const json_t *result);
 /* On standard error: the keys of config.json that are passed over, which the result names
  * ("unknown_config_keys"). Nothing with --quiet. */
 void cli_note_unknown_keys(const struct cli *cli, const json_t *result);
+/* The summary's "notes", to stderr: what a user ought to know; nothing with --quiet. */
+void cli_notes(const struct cli *cli, const json_t *summary);
 /* A line of the result for people; nothing with --json or --quiet. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Print the error and give the exit status for it. 0 stays 0. */

@@ -100,6 +100,7 @@ int cmd_estimate(int argc, char **argv)
         json_t *folder;
         json_object_set_new(summary, "seconds", json_real(t));
         cli_note_unknown_keys(&args.cli, summary);
+        cli_notes(&args.cli, summary);
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
         json_array_foreach (json_object_get(summary, "folders"), i, folder)

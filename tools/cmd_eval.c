@@ -1,7 +1,8 @@
 #include "estimators/eval.h"
 #include "tools/cli.h"
 
-enum { KEY_MODEL = CLI_KEY_OWN, KEY_PATCH, KEY_DATA, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH };
+enum { KEY_MODEL = CLI_KEY_OWN, KEY_PATCH, KEY_DATA, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH,
+       KEY_PER_SAMPLE };
 
 struct args {
     struct cli cli; /* first: the children's input */
@@ -15,6 +16,7 @@ static const struct argp_option options[] = {
      "JSON lines with \"input_ids\" and \"labels\", and other answers to the same question as "
      "\"paraphrased\" and \"perturbed\"",
      1},
+    {"per-sample", KEY_PER_SAMPLE, NULL, 0, "The numbers of every line too", 2},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
     {"compute", KEY_COMPUTE, "auto|f32|bf16", 0,
      "Matrix products: bfloat16 with float32 sums, or float32 (auto: bf16 where the CPU has it)",
@@ -43,6 +45,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_MAX_TOKENS:
         e->max_tokens = cli_count(state, "--max-tokens", arg);
         return 0;
+    case KEY_PER_SAMPLE:
+        e->per_sample = true;
+        return 0;
     case KEY_COMPUTE:
         e->compute = cli_compute(state, arg);
         return 0;
@@ -64,7 +69,7 @@ static const struct argp argp = {
     "How well a model knows answers: loss, probability, and whether it would give them; of the "
     "model as it is, or after a patch, block by block."
     "\v"
-    "With --json, \"per_sample\" holds the numbers of every line. `python -m perta.tokenize' "
+    "With --per-sample, so are the numbers of every line (--json: \"per_sample\"). `python -m perta.tokenize' "
     "makes the data from text; docs/eval.md says what the numbers are.\n\n"
     "Example:\n"
     "  perta eval --model full --patch patches/alpha-1 --data forget.jsonl",
@@ -75,12 +80,26 @@ static double number(const json_t *summary, const char *key)
     return json_number_value(json_object_get(summary, key));
 }
 
+static void say_lines(const struct cli *cli, const json_t *list)
+{
+    size_t i;
+    json_t *item;
+    if (list)
+        cli_say(cli, "   line  labels        loss  probability  accuracy\n");
+    json_array_foreach (list, i, item)
+        cli_say(cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f%s\n", number(item, "line"),
+                number(item, "labels"), number(item, "loss"), number(item, "probability"),
+                number(item, "accuracy"),
+                json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
+}
+
 static void say(const struct cli *cli, const json_t *summary)
 {
     if (cli->run.dry_run) {
         cli_say(cli, "dry run: everything fits; nothing was read but headers and data\n");
         return;
     }
+    say_lines(cli, json_object_get(summary, "per_sample"));
     cli_say(cli, "loss           %.6f over %.0f samples\n", number(summary, "loss"),
             number(summary, "samples"));
     cli_say(cli, "probability    %.6f\n", number(summary, "probability"));
@@ -105,6 +124,7 @@ int cmd_eval(int argc, char **argv)
     if (!rc) {
         json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         cli_note_unknown_keys(&args.cli, summary);
+        cli_notes(&args.cli, summary);
         say(&args.cli, summary);
         cli_json(&args.cli, summary);
     }

@@ -329,6 +329,7 @@ int cmd_unlearn(int argc, char **argv)
     unlearn_steps_init(&args.steps);
     cli_parse(&args.cli, &argp, argc, argv, &args);
     int rc = run(&args, &summary, &err);
+    bool reached = true;
     size_t i;
     json_t *result;
     json_array_foreach (json_object_get(summary, "results"), i, result)
@@ -336,10 +337,12 @@ int cmd_unlearn(int argc, char **argv)
     if (!rc) {
         json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         say(&args.cli, summary);
+        reached = unlearn_steps_reached(&args.cli, &args.steps.steps, summary);
         cli_json(&args.cli, summary);
     }
     free(args.alpha_texts);
     free(args.include);
     free(args.exclude);
-    return cli_status(&args.cli, rc, &err);
+    int status = cli_status(&args.cli, rc, &err);
+    return status || reached ? status : -PERTA_ECHECK;
 }

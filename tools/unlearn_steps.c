@@ -2,6 +2,7 @@
 #include "tools/unlearn_steps.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -178,4 +179,30 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
                 real(point, "forget_loss"), real(point, "forget_probability"),
                 real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
                 has_patch(summary, i) ? "  <- a patch" : "");
+}
+
+static void say_limit(const char *option, double limit, const char *what, double is)
+{
+    if (isfinite(limit))
+        fprintf(stderr, "%s %g (%s is %.5f)", option, limit, what, is);
+}
+
+bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
+                           const json_t *summary)
+{
+    const json_t *chosen = json_object_get(summary, "chosen");
+    const json_t *end = json_array_get(json_object_get(summary, "path"),
+                                       (size_t)json_integer_value(chosen));
+    if (!json_is_false(json_object_get(summary, "reached")))
+        return true;
+    fprintf(stderr, "perta %s: not enough is forgotten: ", cli->verb);
+    say_limit("--stop-probability", s->stop_probability, "probability", real(end, "forget_probability"));
+    if (isfinite(s->stop_probability) && isfinite(s->stop_forget))
+        fputs(" and ", stderr);
+    say_limit("--stop-forget", s->stop_forget, "loss", real(end, "forget_loss"));
+    fprintf(stderr, ", not reached at step %lld, to which the patch leads; more --steps, a larger "
+                    "--step or --max-scale%s go further\n",
+            (long long)json_integer_value(chosen),
+            isfinite(s->max_retain_rise) ? " or --max-retain-rise" : "");
+    return false;
 }

@@ -21,5 +21,8 @@ void unlearn_steps_take(struct perta_steps *to, const struct perta_unlearn *from
 void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bool is_signed);
 /* The way, as a table. */
 void unlearn_steps_say(const struct cli *cli, const json_t *summary);
+/* Was what the stop rules ask for reached? If not, it is said on stderr. */
+bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
+                           const json_t *summary);
 
 #endif

@@ -165,8 +165,8 @@ static struct perta_workers *workers_of(const struct perta_block *b)
 static struct perta_attention attention_of(const struct perta_block *b,
                                            const struct perta_batch *batch)
 {
-    return (struct perta_attention){batch->sequences, b->llm->n_heads, b->llm->n_kv_heads,
-                                    b->llm->head_dim, b->window};
+    return (struct perta_attention){batch->sequences, batch->places, b->llm->n_heads,
+                                    b->llm->n_kv_heads, b->llm->head_dim, b->window};
 }
 
 /* Queries or keys of each head, normalised (Qwen3), then turned by their positions. */
@@ -178,7 +178,7 @@ static void place(const struct perta_block *b, const struct perta_batch *batch, 
         memcpy(raw, x, batch->n * n_heads * D * sizeof *raw);
         perta_rmsnorm_forward(workers_of(b), x, rstd, raw, norm, batch->n * n_heads, D, b->llm->rms_eps);
     }
-    perta_rope_forward(workers_of(b), x, batch->positions, b->inv_freq, batch->n, n_heads, D);
+    perta_rope_forward(workers_of(b), x, batch->places, b->inv_freq, batch->n, n_heads, D);
 }
 
 int perta_block_forward(const struct perta_block *b, const struct perta_batch *batch,
@@ -280,7 +280,7 @@ static void place_backward(const struct perta_block *b, const struct perta_batch
                            float *vector)
 {
     size_t D = b->llm->head_dim, n = batch->n * n_heads;
-    perta_rope_backward(workers_of(b), d, batch->positions, b->inv_freq, batch->n, n_heads, D);
+    perta_rope_backward(workers_of(b), d, batch->places, b->inv_freq, batch->n, n_heads, D);
     if (!b->norm[name])
         return;
     sink_norm(b, sink, batch, name, d, raw, rstd, n_heads, D, vector);

@@ -11,6 +11,7 @@
 
 #include "estimators/backprop/config.h"
 #include "estimators/backprop/gemm.h"
+#include "estimators/backprop/place.h"
 
 enum perta_linear_name {
     PERTA_Q, PERTA_K, PERTA_V, PERTA_O, PERTA_GATE, PERTA_UP, PERTA_DOWN, PERTA_N_LINEARS,
@@ -42,7 +43,7 @@ struct perta_batch {
     size_t n;
     struct perta_runs sequences;
     struct perta_runs tiles;   /* where products are cut (cut.h) */
-    const uint32_t *positions; /* (n) */
+    const struct perta_place *places; /* (n) */
 };
 
 /* Everything between x and out, and the gradients of it. One allocation. */

@@ -126,7 +126,7 @@ void perta_rmsnorm_backward_weight(struct perta_workers *workers, float *dweight
 
 struct rope {
     float *x;
-    const uint32_t *positions;
+    const struct perta_place *places;
     const float *inv_freq;
     size_t n_heads, D;
     float direction;
@@ -138,7 +138,7 @@ static void rotate_rows(const void *args, size_t from, size_t to)
     size_t half = r->D / 2;
     for (size_t t = from; t < to; t++)
         for (size_t i = 0; i < half; i++) {
-            float angle = (float)r->positions[t] * r->inv_freq[i];
+            float angle = (float)r->places[t].position * r->inv_freq[i];
             float c = cosf(angle), s = r->direction * sinf(angle);
             for (size_t h = 0; h < r->n_heads; h++) {
                 float *head = r->x + (t * r->n_heads + h) * r->D;
@@ -154,16 +154,16 @@ static void rotate(struct perta_workers *workers, const struct rope *r, size_t T
     share_out(workers, T, r->n_heads * r->D, rotate_rows, r);
 }
 
-void perta_rope_forward(struct perta_workers *workers, float *x, const uint32_t *positions,
+void perta_rope_forward(struct perta_workers *workers, float *x, const struct perta_place *places,
                         const float *inv_freq, size_t T, size_t n_heads, size_t D)
 {
-    rotate(workers, &(struct rope){x, positions, inv_freq, n_heads, D, 1}, T);
+    rotate(workers, &(struct rope){x, places, inv_freq, n_heads, D, 1}, T);
 }
 
-void perta_rope_backward(struct perta_workers *workers, float *dx, const uint32_t *positions,
+void perta_rope_backward(struct perta_workers *workers, float *dx, const struct perta_place *places,
                          const float *inv_freq, size_t T, size_t n_heads, size_t D)
 {
-    rotate(workers, &(struct rope){dx, positions, inv_freq, n_heads, D, -1}, T);
+    rotate(workers, &(struct rope){dx, places, inv_freq, n_heads, D, -1}, T);
 }
 
 /* ---- SwiGLU ---- */
@@ -294,6 +294,7 @@ size_t perta_attention_room(size_t longest)
 struct head {
     struct perta_gemm *gemm;
     size_t T, D, ldq, ldk;
+    const struct perta_place *places; /* (T) */
     uint32_t window;
     float *p; /* the worker's room */
     float *out, *lse, *dq, *dk, *dv;
@@ -301,16 +302,40 @@ struct head {
     size_t ldd; /* of dk and dv */
 };
 
-/* Query rows i .. i + n_rows see keys j .. j + n_cols. */
+/* Query rows i .. i + n_rows see keys j .. j + n_cols, each some of them: row r the keys from[r] ..
+ * to[r]. */
 struct tile {
     size_t i, n_rows, j, n_cols;
+    size_t from[ROWS], to[ROWS];
 };
+
+/* The first key that the token at place sees. */
+static size_t first_seen(const struct head *h, const struct perta_place *place)
+{
+    size_t low = place->first, high = place->end;
+    while (low < high && place->at >= h->window) {
+        size_t middle = low + (high - low) / 2;
+        if (h->places[middle].at > place->at - h->window)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
 
 static struct tile tile_at(const struct head *h, size_t i)
 {
-    struct tile t = {.i = i, .n_rows = h->T - i < ROWS ? h->T - i : ROWS};
-    t.j = i >= h->window ? i - h->window + 1 : 0;
-    t.n_cols = i + t.n_rows - t.j;
+    struct tile t = {.i = i, .n_rows = h->T - i < ROWS ? h->T - i : ROWS, .j = h->T - 1};
+    size_t end = 0;
+    for (size_t r = 0; r < t.n_rows; r++) {
+        t.from[r] = first_seen(h, &h->places[i + r]);
+        t.to[r] = h->places[i + r].end;
+        if (t.from[r] == t.to[r])
+            continue;
+        t.j = t.from[r] < t.j ? t.from[r] : t.j;
+        end = t.to[r] > end ? t.to[r] : end;
+    }
+    t.n_cols = end > t.j ? end - t.j : 1; /* a product has columns, though nothing be seen */
     return t;
 }
 
@@ -321,13 +346,13 @@ static int scores(const struct head *h, const struct tile *t, float *p, struct p
                             h->ldq, h->k + t->j * h->ldk, h->ldk, 0, p, t->n_cols, err);
 }
 
-/* The first key that row r of the tile sees, and one past the last, in columns of the tile. */
-static void seen(const struct head *h, const struct tile *t, size_t r, size_t *from, size_t *to)
+/* The first key that row r of the tile sees, and one past the last, in columns of the tile; equal
+ * where it sees none. */
+static void seen(const struct tile *t, size_t r, size_t *from, size_t *to)
 {
-    size_t i = t->i + r;
-    size_t first = i >= h->window ? i - h->window + 1 : 0;
-    *from = first > t->j ? first - t->j : 0;
-    *to = i + 1 - t->j;
+    bool nothing = t->from[r] == t->to[r];
+    *from = nothing ? 0 : t->from[r] - t->j;
+    *to = nothing ? 0 : t->to[r] - t->j;
 }
 
 /* Row r of the tile: zero where it sees nothing. */
@@ -343,9 +368,9 @@ static void softmax(const struct head *h, const struct tile *t, float *p)
     for (size_t r = 0; r < t->n_rows; r++) {
         float *row = p + r * t->n_cols;
         size_t from, to;
-        seen(h, t, r, &from, &to);
-        float most = k->largest(row + from, to - from, -INFINITY);
-        double sum = k->exponentials(row + from, row + from, most, to - from);
+        seen(t, r, &from, &to);
+        float most = k->largest(row + from, to - from, from < to ? -INFINITY : 0);
+        double sum = from < to ? k->exponentials(row + from, row + from, most, to - from) : 1;
         float inverse = (float)(1 / sum);
         for (size_t j = from; j < to; j++)
             row[j] *= inverse;
@@ -376,7 +401,7 @@ static void softmax_backward(const struct head *h, const struct tile *t, float *
     for (size_t r = 0; r < t->n_rows; r++) {
         size_t from, to, at = (t->i + r) * h->ldq, row = r * t->n_cols;
         float dot = (float)k->dot(h->dout + at, h->out + at, h->D);
-        seen(h, t, r, &from, &to);
+        seen(t, r, &from, &to);
         k->softmax_backward(p + row + from, dp + row + from, h->lse[t->i + r], dot, to - from);
         clear_unseen(t, p + row, from, to);
         clear_unseen(t, dp + row, from, to);
@@ -449,6 +474,7 @@ static int run_head(void *ctx, unsigned worker, size_t i, struct perta_err *err)
         .ldq = ldq,
         .ldk = ldk,
         .ldd = ldq,
+        .places = a->places + t,
         .window = a->window,
         .p = perta_gemm_room(all->gemm, worker),
         .out = all->out + q,

@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "estimators/backprop/gemm.h"
+#include "estimators/backprop/place.h"
 
 /* y (T, H) = x (T, H) * rstd * weight (H); rstd (T) = 1 / sqrt(mean(x^2) + eps). */
 void perta_rmsnorm_forward(struct perta_workers *workers, float *y, float *rstd, const float *x, const float *weight, size_t T,
@@ -21,10 +22,10 @@ void perta_rmsnorm_backward_weight(struct perta_workers *workers, float *dweight
                                    const float *rstd, size_t T, size_t H);
 
 /* Rotate x (T, n_heads, D) by the angles position * inv_freq (D / 2), halves of each head
- * paired, as transformers does; token t stands at positions[t]. backward turns dx the other way. */
-void perta_rope_forward(struct perta_workers *workers, float *x, const uint32_t *positions, const float *inv_freq, size_t T,
+ * paired, as transformers does; position is that of places (T). backward turns dx the other way. */
+void perta_rope_forward(struct perta_workers *workers, float *x, const struct perta_place *places, const float *inv_freq, size_t T,
                         size_t n_heads, size_t D);
-void perta_rope_backward(struct perta_workers *workers, float *dx, const uint32_t *positions, const float *inv_freq, size_t T,
+void perta_rope_backward(struct perta_workers *workers, float *dx, const struct perta_place *places, const float *inv_freq, size_t T,
                          size_t n_heads, size_t D);
 
 /* h (T, I) = silu(gate) * up. */
@@ -48,12 +49,14 @@ void perta_best_forward(struct perta_workers *workers, const float *logits, size
 void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, size_t row, size_t n_rows, size_t n,
                                   const int32_t *target, const float *lse, const float *share);
 
-/* Causal attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads,
- * D); every n_heads / n_kv_heads query heads share one of k and v. A token sees itself and
- * window - 1 tokens before it. lse (n, n_heads): log of the sum of exponentials of each row of
+/* Attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads,
+ * D); every n_heads / n_kv_heads query heads share one of k and v. A token sees what its place says,
+ * but those that stand window or more before it; where that is nothing, out is 0, as PyTorch's
+ * scaled_dot_product_attention has it. Tokens that are seen stand in the order of at. lse (n, n_heads): log of the sum of exponentials of each row of
  * scores, those of a head one after another within a sequence. */
 struct perta_attention {
     struct perta_runs sequences;
+    const struct perta_place *places; /* (n) */
     size_t n_heads, n_kv_heads, D;
     uint32_t window; /* UINT32_MAX: all */
 };

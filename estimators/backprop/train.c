@@ -71,14 +71,14 @@ int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
     t->sums = calloc(t->max_labels, sizeof *t->sums);
     t->token = calloc(t->max_labels, sizeof *t->token);
     t->target = calloc(t->max_labels, sizeof *t->target);
-    t->positions = calloc(t->max_tokens, sizeof *t->positions);
+    t->places = calloc(t->max_tokens, sizeof *t->places);
     t->ids = calloc(t->max_tokens, sizeof *t->ids);
     t->starts = calloc(batch + 1, sizeof *t->starts);
     t->tiles = calloc(t->max_tokens / PERTA_TILE_ROWS + 2, sizeof *t->tiles);
     t->label_tiles = calloc(t->max_tokens / PERTA_TILE_ROWS + 2, sizeof *t->label_tiles);
     int rc = 0;
     if (!t->acts || !t->inv_freq || !t->memory || !t->sums || !t->token || !t->target ||
-        !t->positions || !t->ids || !t->starts || !t->tiles || !t->label_tiles)
+        !t->places || !t->ids || !t->starts || !t->tiles || !t->label_tiles)
         rc = perta_fail_sys(err, ENOMEM, "batches of %zu tokens", t->max_tokens);
     if (!rc)
         rc = perta_workers_open(n_threads, &t->workers, err);
@@ -107,7 +107,7 @@ void perta_trainer_close(struct perta_trainer *t)
     free(t->sums);
     free(t->token);
     free(t->target);
-    free(t->positions);
+    free(t->places);
     free(t->ids);
     free(t->starts);
     *t = (struct perta_trainer){0};
@@ -135,7 +135,7 @@ static struct perta_batch pack(struct perta_trainer *t, const struct perta_sampl
         t->starts[i] = at;
         for (uint64_t k = from; k < to; k++, at++) {
             t->ids[at] = (uint32_t)s->ids[k];
-            t->positions[at] = (uint32_t)(k - from);
+            t->places[at] = s->places[k];
             if (s->targets[k] == PERTA_IGNORED)
                 continue;
             t->token[labels] = (uint32_t)at;
@@ -145,7 +145,7 @@ static struct perta_batch pack(struct perta_trainer *t, const struct perta_sampl
     }
     t->starts[n] = at;
     *n_labels = labels;
-    return (struct perta_batch){at, {n, t->starts, 0}, cut(t->tiles, at), t->positions};
+    return (struct perta_batch){at, {n, t->starts, 0}, cut(t->tiles, at), t->places};
 }
 
 static struct perta_linear head_of(const struct perta_trainer *t)

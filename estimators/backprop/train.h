@@ -19,7 +19,8 @@ struct perta_trainer {
     float *rstd, *lse, *share, *of_label;   /* (max_labels) */
     double *sums;                           /* (max_labels) */
     float *logits;                          /* (max_labels, vocabulary) */
-    uint32_t *token, *positions, *ids;      /* (max_labels); (max_tokens) */
+    uint32_t *token, *ids;                  /* (max_labels); (max_tokens) */
+    struct perta_place *places;             /* (max_tokens) */
     int32_t *target;                        /* (max_labels) */
     size_t *starts;                         /* (samples + 1) */
     size_t *tiles, *label_tiles;            /* where products are cut: every PERTA_TILE_ROWS */

@@ -207,7 +207,7 @@ static int open_engine(void *of, struct perta_err *err)
     struct perta_weights *w = of;
     int rc = perta_engine_open(w->choice.mode, PIECES, &w->engine, err);
     for (uint32_t i = 0; i < w->ck->n_shards && !rc; i++)
-        rc = perta_file_open(&w->files[i], w->ck->shards[i].path, w->engine->wants_direct, err);
+        rc = perta_shard_open(&w->ck->shards[i], w->engine->wants_direct, &w->files[i], err);
     return rc || !w->source ? rc : w->source->ops->open(w->source, w->engine->wants_direct, err);
 }
 

@@ -93,7 +93,7 @@ def encode_lines(
     tokenizer: PreTrainedTokenizerBase, path: Path, chat: bool, max_tokens: int | None
 ) -> Iterator[dict[str, Any]]:
     # Not splitlines: JSON may hold other characters that Python takes for line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_config", "test_config_sweep", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_torch"]
+NEED_MODEL = ["test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_torch"]
 
 
 # What compares numbers runs once, in the plain build; sanitizers run what they find something in:
@@ -39,6 +39,9 @@ NUMBERS = [
     "test_torch",
     "test_config_sweep",
     "test_peft",
+    "test_data::test_masks_and_positions_are_transformers",
+    "test_data::test_any_mask_and_any_positions",
+    "test_data::test_other_answers_and_steps_have_them_too",
     "test_estimate::test_loss_and_gradients_are_pytorchs",
     "test_estimate::test_weights_of_every_dtype",
     "test_estimate::test_bf16_products_stay_near",

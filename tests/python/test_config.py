@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from test_config_sweep import EMBEDDING, FAMILIES, HEAD, PAD, SAMPLES, VOCABULARY, base_of, load, weights  # noqa: E402
 
 ESTIMATE = "estimate --model model --data data.jsonl --out imp --compute f32 --json --stat mean,meansq".split()
-EVAL = "eval --model model --data data.jsonl --compute f32 --json".split()
+EVAL = "eval --model model --data data.jsonl --compute f32 --json --per-sample".split()
 
 
 @pytest.fixture

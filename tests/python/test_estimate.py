@@ -168,7 +168,7 @@ GOOD = {"input_ids": [1, 2, 3]}
     "lines, message",
     [
         ([GOOD, "{"], "line 2: "),
-        ([GOOD, GOOD, [1]], 'line 3: no array "input_ids"'),
+        ([GOOD, GOOD, [1]], "line 3: a JSON array"),
         ([{"labels": [1]}], 'line 1: no array "input_ids"'),
         ([{"input_ids": []}], 'line 1: no array "input_ids"'),
         ([{"input_ids": [1, -2]}], "line 1: "),

@@ -79,7 +79,7 @@ def expected(model, lines):
 
 
 def evaluate(perta, model, *flags):
-    words = ["eval", "--model", model, "--data", "data.jsonl", "--json", *flags]
+    words = ["eval", "--model", model, "--data", "data.jsonl", "--json", "--per-sample", *flags]
     summary = json.loads(perta(*words).stdout)
     assert summary.pop("seconds") >= 0
     return summary
@@ -113,6 +113,21 @@ def test_numbers_are_transformers(perta, tmp_path, name):
     assert have["truth_ratio_forget"] == mean("truth_ratio", lambda r: min(r, 1 / r))
     assert have["truth_ratio_retain"] == mean("truth_ratio", lambda r: max(0, 1 - r))
     assert (have["samples"], have["perturbed_samples"]) == (4, 2)
+
+
+def test_lines_are_listed_where_they_are_wanted(perta, tmp_path):
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    write_lines(tmp_path / "data.jsonl", [random_line(5), random_line(9)])
+    words = ["eval", "--model", "model", "--data", "data.jsonl"]
+    plain = json.loads(perta(*words, "--json").stdout)
+    assert "per_sample" not in plain
+    items = evaluate(perta, "model")["per_sample"]
+    assert [item["line"] for item in items] == [1, 2]
+    text, listed = perta(*words).stdout, perta(*words, "--per-sample").stdout
+    assert listed.endswith(text) and len(text.splitlines()) == 3
+    for row, item in zip(listed.splitlines()[1:3], items, strict=True):
+        assert [float(x) for x in row.split()[:4]] == pytest.approx(
+            [item[key] for key in ("line", "labels", "loss", "probability")], abs=1e-6)  # fmt: skip
 
 
 def changed_copy(tmp_path, change):
@@ -169,7 +184,7 @@ def test_a_patched_model_larger_than_memory(perta, tmp_path):
     (tmp_path / "tuned/model.safetensors").write_bytes(weights)
     perta("diff", "full", "tuned", "--patch", "patch")
     write_lines(tmp_path / "data.jsonl", [random_line(200) for _ in range(5)])
-    words = "eval --model full --patch patch --data data.jsonl --json --compute f32 --memory"
+    words = "eval --model full --patch patch --data data.jsonl --json --per-sample --compute f32 --memory"
     words = words.split()
     least = int(re.search(r"needs (\d+)M", perta(*words, "60M", check=2).stderr)[1]) + 2
     assert size > 1.5 * least * MIB
@@ -217,7 +232,7 @@ def tokenize(tmp_path, lines, check=True):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
     ).save_pretrained(tmp_path / "model")
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    (tmp_path / "text.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text(text, encoding="utf-8-sig")
     command = [sys.executable, "-m", "perta.tokenize", "model", "text.jsonl", "data.jsonl"]
     path = {"PYTHONPATH": str(Path(__file__).parents[2] / "python")}
     result = subprocess.run(

@@ -208,8 +208,11 @@ def test_what_is_forgotten_is_held(perta, tmp_path):
         assert (out[key] == x)[sure[key]].all(), key
     # Where enough is never forgotten, the end is the last point, or the one before a bound.
     for flags, chosen in (([], 2), (["--max-retain-rise", "-100"], 0)):
-        never = perta(*STEPS, "2", *HOLD, "1e-9", *flags, "--patch", "never", "--force").stdout
-        assert json.loads(never)["chosen"] == chosen
+        never = perta(*STEPS, "2", *HOLD, "1e-9", *flags, "--patch", "never", "--force", check=1)
+        assert json.loads(never.stdout)["chosen"] == chosen
+        assert json.loads(never.stdout)["reached"] is False
+        assert "not enough is forgotten: --stop-probability 1e-09 (probability is 0." in never.stderr
+        assert (tmp_path / "never/manifest.json").exists()
     shutil.rmtree(tmp_path / "never")
     command = [*STEPS, "8", *HOLD, str(level), "--patch", "again"]
     assert stop_at(tmp_path, command, "commit", 60) == (-signal.SIGKILL, "")
