@@ -433,7 +433,7 @@ static int begin(struct perta_steps_job *job, struct perta_err *err)
                                 job->steps->force, err);
     json_decref(identity);
     if (!rc)
-        rc = perta_journal_folder(&job->journal, &job->work, job->home, job->steps->force,
+        rc = perta_journal_folder(&job->journal, &job->work, job->home, NULL, job->steps->force,
                                   err);
     if (!rc)
         rc = perta_journal_replay(&job->journal, replay, job, err);

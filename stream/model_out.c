@@ -7,11 +7,11 @@
 
 #include "io/text.h"
 
-int perta_model_out_begin(struct perta_model_out *out, const char *path,
+int perta_model_out_begin(struct perta_model_out *out, const char *path, const char *like,
                           const struct perta_journal *journal, bool force, struct perta_err *err)
 {
     *out = (struct perta_model_out){.has_folder = path != NULL, .shards = json_array()};
-    return path ? perta_journal_folder(journal, &out->folder, path, force, err) : 0;
+    return path ? perta_journal_folder(journal, &out->folder, path, like, force, err) : 0;
 }
 
 void perta_model_out_known(struct perta_model_out *out, json_t *shards)

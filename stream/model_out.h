@@ -22,9 +22,10 @@ struct perta_model_out {
     uint64_t written_bytes;
 };
 
-/* path NULL: digests only. journal says whether to go on with what an interrupted run left. engine
+/* path NULL: digests only. like: the model whose rest is copied (perta_publish_begin), or NULL.
+ * journal says whether to go on with what an interrupted run left. engine
  * and writer_bufs as perta_writer_open wants them, set before the first shard. */
-int perta_model_out_begin(struct perta_model_out *out, const char *path,
+int perta_model_out_begin(struct perta_model_out *out, const char *path, const char *like,
                           const struct perta_journal *journal, bool force, struct perta_err *err);
 /* After beginning without a folder: what the shards will be is known (a manifest's
  * outputs.model), so what is appended does not matter. */

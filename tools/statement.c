@@ -129,7 +129,7 @@ int cli_statement(const struct cli *cli, const char *path, const json_t *summary
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     /* The patch is new, so what an older one of this name had goes. */
     if (!rc)
-        rc = perta_publish_single(to, body, strlen(body), true, err);
+        rc = perta_publish_single(to, "\"" BUILD_TYPE "\"", body, strlen(body), true, err);
     free(to);
     free(body);
     json_decref(statement);
