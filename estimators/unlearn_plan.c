@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/which.h"
+
 const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
                                                 "--retain", "--scale"};
 
@@ -38,6 +40,8 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
                      ? open_adapter(job, notes, err)
                      : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        if (!rc && i < PERTA_ROLE_FORGET && perta_which_model(job->in[i].ck, err))
+            rc = perta_err_context(err, "%s", perta_roles[i]);
         if (rc)
             return rc;
     }
@@ -225,7 +229,7 @@ static int find_stat(struct perta_unlearn_job *job, json_t *notes, struct perta_
     for (int i = 0; i < 2; i++) {
         int rc = perta_stat_of(job->in[PERTA_ROLE_FORGET + i].ck, &stats[i], notes, err);
         if (rc)
-            return rc;
+            return perta_err_context(err, "%s", perta_roles[PERTA_ROLE_FORGET + i]);
     }
     if (stats[0] != stats[1])
         return perta_fail(

@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -195,6 +196,12 @@ out:
     if (fd >= 0)
         close(fd);
     return asked ? (double)hits / asked : fd >= 0 && !st.st_size ? 0 : -1;
+}
+
+char *perta_path_join(const char *dir, const char *name)
+{
+    char *path = NULL;
+    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
 }
 
 int perta_path_stat(const char *path, struct stat *st, struct perta_err *err)

@@ -55,6 +55,8 @@ PERTA_API bool perta_file_can_direct(const char *path);
  * to be found out, as of one that the user neither owns nor may write. */
 PERTA_API double perta_file_cached_share(const char *path);
 
+/* dir/name; the caller's (free). NULL without memory. */
+PERTA_API char *perta_path_join(const char *dir, const char *name);
 /* stat(2) of what a command names: PERTA_EINPUT where nothing is there. */
 int perta_path_stat(const char *path, struct stat *st, struct perta_err *err);
 /* Every name in the folder at path but "." and ".." to each(ctx, name, err), in any order, until it

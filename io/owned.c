@@ -47,18 +47,6 @@ struct look {
 
 /* ---- names ---- */
 
-static char *join(const char *folder, const char *name)
-{
-    char *path = NULL;
-    return asprintf(&path, "%s/%s", folder, name) < 0 ? NULL : path;
-}
-
-static bool ends_in(const char *name, const char *suffix)
-{
-    size_t n = strlen(name), m = strlen(suffix);
-    return n > m && !strcmp(name + n - m, suffix);
-}
-
 static int add_name(void *ctx, const char *name, struct perta_err *err)
 {
     struct look *look = ctx;
@@ -126,7 +114,7 @@ static int is_object(const struct look *look, const char *name, bool *ours, stru
     struct perta_err why = {0};
     struct stat st;
     json_t *json = NULL;
-    char *path = join(look->path, name);
+    char *path = perta_path_join(look->path, name);
     int fd = path ? perta_open_regular(path, &st, &why) : perta_fail_sys(&why, ENOMEM, "%s", name);
     int rc = fd < 0 ? fd : perta_json_load(fd, path, &json, &why);
     *ours = !rc && json_is_object(json);
@@ -183,7 +171,7 @@ static int compare_files(const char *a, const char *b, bool beginning, struct pe
 static int is_copy(const struct look *look, const char *path, const char *name, bool *ours,
                    struct perta_err *err)
 {
-    char *other = look->like ? join(look->like, name) : NULL;
+    char *other = look->like ? perta_path_join(look->like, name) : NULL;
     if (look->like && !other)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     int same = other ? compare_files(path, other, look->as == PERTA_OWNED_LEFTOVER, err) : 0;
@@ -242,7 +230,7 @@ static int judge_output(struct look *look, const char *path, const char *name, b
         *ours = is_of_patch(look, name);
         return 0;
     }
-    if (ends_in(name, ".safetensors")) {
+    if (perta_text_ends_in(name, ".safetensors")) {
         int rc = is_weights(look, name) ? parses(path, ours, err) : 0;
         if (is_weights(look, name) && !*ours)
             *why = " (damaged)";
@@ -267,7 +255,7 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
 {
     uint8_t first;
     uint64_t len_bytes;
-    if (ends_in(name, ".safetensors") || ends_in(name, ".perta"))
+    if (perta_text_ends_in(name, ".safetensors") || perta_text_ends_in(name, ".perta"))
         return is_shard_part(path, ours, err);
     if (!strcmp(name, PERTA_RECORD_NAME)) { /* one that was torn does not parse */
         int rc = look->record ? 0 : is_object(look, name, ours, err);
@@ -277,7 +265,7 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
         return rc;
     }
     bool in_scratch = !fnmatch("*/perta-scratch*", look->path, 0);
-    *ours = is_beside(name) || ends_in(name, ".perta-journal") ||
+    *ours = is_beside(name) || perta_text_ends_in(name, ".perta-journal") ||
             (in_scratch && (!fnmatch("x-[0-9]*", name, 0) || !fnmatch("dx-[0-9]*", name, 0)));
     return 0;
 }
@@ -336,7 +324,7 @@ static int judge(struct look *look, const char *path, const char *name, struct p
 static int open_index(struct look *look, struct perta_err *err)
 {
     struct perta_err why = {0};
-    char *path = join(look->path, INDEX);
+    char *path = perta_path_join(look->path, INDEX);
     int rc = path ? perta_index_read(path, &look->index, &why)
                   : perta_fail_sys(&why, ENOMEM, "%s", look->path);
     free(path);
@@ -408,7 +396,7 @@ static int check(struct look *look, struct perta_err *err)
 {
     int rc = 0;
     for (size_t i = 0; i < look->n && !rc; i++) {
-        char *path = join(look->path, look->names[i]);
+        char *path = perta_path_join(look->path, look->names[i]);
         rc = path ? judge(look, path, look->names[i], err)
                   : perta_fail_sys(err, ENOMEM, "%s", look->path);
         free(path);
@@ -434,7 +422,7 @@ static int remove_names(const struct look *look, struct perta_err *err)
     int rc = 0;
     for (size_t i = 0; i < look->n && !rc; i++) {
         struct stat st;
-        char *path = join(look->path, look->names[i]);
+        char *path = perta_path_join(look->path, look->names[i]);
         if (!path)
             rc = perta_fail_sys(err, ENOMEM, "%s", look->path);
         else if (look->as == PERTA_OWNED_LEFTOVER && !lstat(path, &st) && S_ISDIR(st.st_mode))

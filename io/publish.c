@@ -14,12 +14,6 @@
 #include "io/file.h"
 #include "io/owned.h"
 
-char *perta_path_join(const char *dir, const char *name)
-{
-    char *path = NULL;
-    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
-}
-
 static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw)
 {
     (void)st;
@@ -286,8 +280,8 @@ int perta_publish_go_on(struct perta_publish *out, const char *path, const char 
     int rc = aim(out, path, like, err);
     *found = !rc && !lstat(out->partial, &st) && S_ISDIR(st.st_mode);
     out->adopted = out->made = out->keep = *found; /* kept also if this run fails */
-    if (*found)
-        rc = check_partial(out, err);
+    if (*found && (rc = check_partial(out, err)) == PERTA_EUSAGE)
+        rc = err->code = PERTA_EINPUT; /* it is to be read, too */
     return rc || !*found ? rc : check_target(out->path, like, force, &out->replace, err);
 }
 

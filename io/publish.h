@@ -9,6 +9,7 @@
 #include <stdio.h>
 
 #include "io/err.h"
+#include "io/file.h"
 
 struct perta_publish {
     char *path;    /* the folder's own name */
@@ -78,8 +79,5 @@ int perta_name_sync(const char *path, struct perta_err *err);
 
 /* Make the folders that path is to lie in, where they are missing; synced. */
 PERTA_API int perta_make_parents(const char *path, struct perta_err *err);
-
-/* dir/name; the caller's (free). NULL without memory. */
-PERTA_API char *perta_path_join(const char *dir, const char *name);
 
 #endif

@@ -44,6 +44,11 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
 int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_checkpoint *from,
                               json_t **skipped, struct perta_err *err);
 
+/* Other weights in the folder of ck: their names go to *names, an array (NULL afterwards: no
+ * memory). */
+int perta_model_out_others(const struct perta_checkpoint *ck, json_t **names,
+                           struct perta_err *err);
+
 /* For a journal: bring what was appended to disk; and what to keep of the state, as far as it
  * changed since the last time, the caller's. NULL without memory. */
 int perta_model_out_sync(struct perta_model_out *out, struct perta_err *err);

@@ -11,6 +11,7 @@
 #include "io/publish.h"
 #include "io/record.h"
 #include "io/text.h"
+#include "io/which.h"
 
 typedef unsigned long long ull;
 
@@ -112,6 +113,15 @@ static int read_shards(struct perta_patch_in *in, const struct on_damage *on,
     return rc;
 }
 
+static int not_a_patch(const char *path, const struct perta_err *why, struct perta_err *err)
+{
+    const char *kind = perta_which_kind(path);
+    return kind && strcmp(kind, "a patch")
+               ? perta_fail(err, why->code, "%s; is it a patch folder? It looks like %s", why->msg,
+                            kind)
+               : perta_fail(err, why->code, "%s; is it a patch folder?", why->msg);
+}
+
 static int open_patch(struct perta_patch_in *in, const char *path, const struct on_damage *on,
                       struct perta_err *err)
 {
@@ -121,7 +131,7 @@ static int open_patch(struct perta_patch_in *in, const char *path, const struct 
         return perta_fail_sys(err, ENOMEM, "%s", path);
     int rc = perta_record_load(path, false, &in->manifest, &in->manifest_digest, &why);
     if (rc == PERTA_EINPUT)
-        return perta_fail(err, rc, "%s; is it a patch folder?", why.msg);
+        return not_a_patch(path, &why, err);
     if (rc) {
         *err = why;
         return rc;

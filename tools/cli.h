@@ -64,6 +64,8 @@ bool cli_json(const struct cli *cli, json_t *summary);
 void cli_say_left_behind(const struct cli *cli, const json_t *result);
 /* A line of the result for people; nothing with --json or --quiet. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* At exit: what was printed must have arrived, of --help and --version too; else exit with 4. */
+void cli_check_stdout(void);
 /* Print the error and give the exit status for it. 0 stays 0. */
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
 

@@ -1,5 +1,8 @@
+#include <limits.h>
 #include <stdio.h>
+#include <string.h>
 
+#include "io/text.h"
 #include "stream/manifest.h"
 #include "tools/cli.h"
 
@@ -46,13 +49,58 @@ static const struct argp argp = {
     "  (cd model && sha256sum --check ../SHA256SUMS)",
     children, NULL, NULL};
 
-static void print_sums(const json_t *manifest, const char *key)
+/* As GNU sha256sum writes a name, and as it reads it: escaped where the line begins with a
+ * backslash. xxhsum has no such thing. Other control characters would reach the terminal. */
+static int check_name(const struct args *args, const char *name, struct perta_err *err)
 {
+    char plain[NAME_MAX + 1];
+    snprintf(plain, sizeof plain, "%s", name);
+    for (char *c = plain; args->format == FORMAT_SHA256SUM && (c = strpbrk(c, "\n\r")); c++)
+        *c = ' ';
+    return perta_text_is_plain(plain)
+               ? 0
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s/%s: has a %scontrol character in its name, which this format "
+                            "cannot name; --format perta can",
+                            args->path, name,
+                            args->format == FORMAT_XXHSUM ? "line break or another " : "");
+}
+
+static void print_name(const char *name, bool escaped)
+{
+    for (; *name; name++) {
+        const char *as = !escaped        ? NULL
+                         : *name == '\\' ? "\\\\"
+                         : *name == '\n' ? "\\n"
+                         : *name == '\r' ? "\\r"
+                                         : NULL;
+        if (as)
+            fputs(as, stdout);
+        else
+            putchar(*name);
+    }
+    putchar('\n');
+}
+
+static int print_sums(const struct args *args, const json_t *manifest, struct perta_err *err)
+{
+    bool sha256 = args->format == FORMAT_SHA256SUM;
+    const json_t *files = json_object_get(manifest, "files");
     size_t i;
     json_t *file;
-    json_array_foreach (json_object_get(manifest, "files"), i, file)
-        printf("%s  %s\n", json_string_value(json_object_get(file, key)),
-               json_string_value(json_object_get(file, "name")));
+    int rc = 0;
+    json_array_foreach (files, i, file)
+        rc = rc ? rc : check_name(args, json_string_value(json_object_get(file, "name")), err);
+    json_array_foreach (files, i, file) {
+        const char *name = json_string_value(json_object_get(file, "name"));
+        bool escaped = sha256 && strpbrk(name, "\\\n\r");
+        if (rc)
+            break;
+        printf("%s%s  ", escaped ? "\\" : "",
+               json_string_value(json_object_get(file, sha256 ? "sha256" : "xxh3_128")));
+        print_name(name, escaped);
+    }
+    return rc;
 }
 
 int cmd_manifest(int argc, char **argv)
@@ -67,7 +115,7 @@ int cmd_manifest(int argc, char **argv)
         if (args.format == FORMAT_PERTA)
             args.cli.json = true;
         else
-            print_sums(manifest, args.format == FORMAT_XXHSUM ? "xxh3_128" : "sha256");
+            rc = print_sums(&args, manifest, &err);
         if (args.format != FORMAT_PERTA)
             args.cli.json = false;
         cli_json(&args.cli, manifest);

@@ -1,10 +1,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "estimators/unlearn.h"
-#include "io/checkpoint.h"
+#include "io/which.h"
 #include "tools/unlearn_steps.h"
 
 enum {
@@ -103,15 +102,24 @@ static void check_steps(struct argp_state *state, struct args *args)
     u->rule.method = PERTA_SCALE;
 }
 
+/* A wrong name, and what is neither a model nor an adapter, is said by whoever opens it. */
+static bool is_model(const char *path)
+{
+    struct perta_err ignored = {0};
+    struct perta_checkpoint *ck = NULL;
+    bool is = !perta_checkpoint_is_adapter(path) && !perta_checkpoint_open(path, &ck, &ignored) &&
+              !perta_which_model(ck, &ignored);
+    perta_checkpoint_close(ck);
+    return is;
+}
+
 static void check(struct argp_state *state, struct args *args)
 {
     const struct perta_unlearn *u = &args->unlearn;
     check_steps(state, args);
     if (!u->model || !u->tuned)
         argp_error(state, "--model and --tuned are needed");
-    /* A wrong name is said by whoever opens it. */
-    if (!u->base && (args->steps.steps.n_steps || !access(u->tuned, F_OK)) &&
-        !perta_checkpoint_is_adapter(u->tuned))
+    if (!u->base && (args->steps.steps.n_steps || is_model(u->tuned)))
         argp_error(state, "--base is needed, unless --tuned is a LoRA adapter");
     if (perta_rule_needs_importance(&u->rule) && (!u->forget || !u->retain))
         argp_error(state, "this method needs --forget and --retain");

@@ -7,6 +7,7 @@
 
 #include "estimators/convert.h"
 #include "io/checked.h"
+#include "io/which.h"
 
 #define PIECE_BYTES (4ull << 20)
 #define PIECES 16
@@ -130,6 +131,8 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
 {
     *w = (struct perta_weights){0};
     int rc = perta_checkpoint_open(path, &w->ck, err);
+    if (!rc)
+        rc = perta_which_model(w->ck, err);
     if (rc)
         return rc;
     if (!w->ck->config)
