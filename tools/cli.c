@@ -372,13 +372,27 @@ static void clear_bar(const struct cli *cli)
         fputs("\r\033[K", stderr);
 }
 
+/* To a terminal no control character goes as it is: not one of two bytes, nor what jansson passes. */
+static int put_ascii(const char *text, size_t n, void *ctx)
+{
+    (void)ctx;
+    for (size_t i = 0; i < n; i++)
+        if (text[i] == 0x7f)
+            fputs("\\u007F", stdout);
+        else
+            putchar(text[i]);
+    return 0;
+}
+
 bool cli_json(const struct cli *cli, json_t *summary)
 {
+    const size_t flags = JSON_INDENT(1) | JSON_SORT_KEYS;
     clear_bar(cli);
     if (cli->json && summary) {
-        /* To a terminal no control character goes as it is, not even one of two bytes. */
-        size_t ascii = isatty(STDOUT_FILENO) ? JSON_ENSURE_ASCII : 0;
-        json_dumpf(summary, stdout, JSON_INDENT(1) | JSON_SORT_KEYS | ascii);
+        if (isatty(STDOUT_FILENO))
+            json_dump_callback(summary, put_ascii, NULL, flags | JSON_ENSURE_ASCII);
+        else
+            json_dumpf(summary, stdout, flags);
         putchar('\n');
     }
     json_decref(summary);
