@@ -236,7 +236,8 @@ static error_t parse_writing(int key, char *arg, struct argp_state *state)
 
 static const struct argp_option writing_options[] = {
     {"force", KEY_FORCE, NULL, 0,
-     "Replace an output folder that exists, and what an interrupted run left", 80},
+     "Replace an output folder that exists, and what an interrupted run left, if nothing else is in it",
+     80},
     {"resume", KEY_RESUME, NULL, 0,
      "Go on where an interrupted run with the same flags was, if there was one", 80},
     {"dry-run", KEY_DRY_RUN, NULL, 0,

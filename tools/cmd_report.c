@@ -23,7 +23,7 @@ struct args {
 
 static const struct argp_option options[] = {
     {"html", KEY_HTML, "FILE", 0, "Write the page here", 1},
-    {"force", KEY_FORCE, NULL, 0, "Replace a file that exists", 1},
+    {"force", KEY_FORCE, NULL, 0, "Replace a page that an earlier report wrote", 1},
     {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)

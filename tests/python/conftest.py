@@ -36,6 +36,7 @@ NUMBERS = [
     "test_demo",
     "test_quality",
     "test_bench",
+    "test_which",
     "test_torch",
     "test_estimate::test_loss_and_gradients_are_pytorchs",
     "test_estimate::test_weights_of_every_dtype",
