@@ -327,3 +327,18 @@ int perta_write_all(int fd, const void *buf, uint64_t len_bytes, const char *pat
     }
     return 0;
 }
+
+int perta_file_text(const char *path, char **text, size_t *len_bytes, struct perta_err *err)
+{
+    struct stat st;
+    *text = NULL;
+    int fd = perta_open_regular(path, &st, err);
+    if (fd < 0)
+        return fd;
+    *len_bytes = (size_t)st.st_size;
+    *text = malloc(*len_bytes + 1);
+    int rc = *text ? perta_pread_all(fd, *text, *len_bytes, 0, path, err)
+                   : perta_fail_sys(err, ENOMEM, "%s", path);
+    close(fd);
+    return rc;
+}

@@ -79,6 +79,8 @@ bool perta_retry_any(struct perta_retry *retry, int fd, int error);
 /* Switch O_DIRECT off. False where that is refused. */
 bool perta_fd_buffer(int fd);
 
+/* All bytes of the regular file at path; *text is the caller's (free), also where this fails. */
+int perta_file_text(const char *path, char **text, size_t *len_bytes, struct perta_err *err);
 /* Read the whole range with plain preads; a shorter file is PERTA_EINPUT. fd may be open with
  * O_DIRECT where buffer and range are whole blocks; see perta_retry_any. */
 PERTA_API int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes,

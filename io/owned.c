@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <fnmatch.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +11,7 @@
 
 #include "io/file.h"
 #include "io/index.h"
+#include "io/plain.h"
 #include "io/record.h"
 #include "io/safetensors.h"
 #include "io/text.h"
@@ -37,7 +37,7 @@ struct look {
     enum perta_owned as;
     char **names; /* (n), sorted */
     size_t n;
-    json_t *record;            /* of a patch; NULL: it is none */
+    struct perta_record_files record;
     struct perta_index *index; /* NULL: none */
     bool has_config, has_single, has_adapter;
     bool whole; /* weights were found */
@@ -109,22 +109,19 @@ static int is_shard_part(const char *path, bool *ours, struct perta_err *err)
     return rc;
 }
 
+/* Is all of the file one JSON object? Without a tree: whatever Python writes is fine. */
 static int is_object(const struct look *look, const char *name, bool *ours, struct perta_err *err)
 {
-    struct perta_err why = {0};
-    struct stat st;
-    json_t *json = NULL;
-    char *path = perta_path_join(look->path, name);
-    int fd = path ? perta_open_regular(path, &st, &why) : perta_fail_sys(&why, ENOMEM, "%s", name);
-    int rc = fd < 0 ? fd : perta_json_load(fd, path, &json, &why);
-    *ours = !rc && json_is_object(json);
-    if (fd >= 0)
-        close(fd);
-    json_decref(json);
+    char *path = perta_path_join(look->path, name), *text = NULL;
+    size_t len_bytes = 0;
+    int rc = path ? perta_file_text(path, &text, &len_bytes, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", name);
+    struct perta_plain all = {text, text + len_bytes}, at = all;
+    *ours = !rc && perta_plain_word(&at, "{") && perta_plain_pass(&all) &&
+            perta_plain_word(&all, "");
+    free(text);
     free(path);
-    if (rc == PERTA_ESYS)
-        *err = why;
-    return rc == PERTA_ESYS ? rc : 0;
+    return rc;
 }
 
 static int parses(const char *path, bool *ours, struct perta_err *err)
@@ -184,16 +181,10 @@ static int is_copy(const struct look *look, const char *path, const char *name, 
 
 static bool is_of_patch(const struct look *look, const char *name)
 {
-    size_t i;
-    json_t *file;
-    if (!strcmp(name, PERTA_RECORD_NAME))
-        return true;
-    json_array_foreach (json_object_get(json_object_get(look->record, "outputs"), "patch"), i, file) {
-        const char *listed = json_string_value(json_object_get(file, "name"));
-        if (listed && !strcmp(listed, name))
+    for (size_t i = 0; i < look->record.n; i++)
+        if (perta_plain_is(look->record.all[i].name, look->record.all[i].len, name))
             return true;
-    }
-    return false;
+    return !strcmp(name, PERTA_RECORD_NAME);
 }
 
 static bool is_indexed(const struct look *look, const char *name)
@@ -226,7 +217,7 @@ static bool is_beside(const char *name)
 static int judge_output(struct look *look, const char *path, const char *name, bool *ours,
                         const char **why, struct perta_err *err)
 {
-    if (look->record) {
+    if (look->record.is_patch) {
         *ours = is_of_patch(look, name);
         return 0;
     }
@@ -250,6 +241,14 @@ static int judge_output(struct look *look, const char *path, const char *name, b
 
 /* ---- of a leftover ---- */
 
+#define SCRATCH "perta-scratch"
+
+static bool is_scratch(const struct look *look, const char *name)
+{
+    return perta_text_ends_in(look->path, "/" SCRATCH) &&
+           (!fnmatch("x-[0-9]*", name, 0) || !fnmatch("dx-[0-9]*", name, 0));
+}
+
 static int judge_leftover(struct look *look, const char *path, const char *name, bool *ours,
                           struct perta_err *err)
 {
@@ -257,23 +256,20 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
     uint64_t len_bytes;
     if (perta_text_ends_in(name, ".safetensors") || perta_text_ends_in(name, ".perta"))
         return is_shard_part(path, ours, err);
-    if (!strcmp(name, PERTA_RECORD_NAME)) { /* one that was torn does not parse */
-        int rc = look->record ? 0 : is_object(look, name, ours, err);
-        if (!rc && !look->record && !*ours)
-            rc = read_start(path, &first, 1, &len_bytes, err);
-        *ours = look->record || (!*ours && !rc && (first == '{' || !first));
+    if (!strcmp(name, PERTA_RECORD_NAME)) { /* one that was torn is no JSON */
+        int rc = read_start(path, &first, 1, &len_bytes, err);
+        *ours = !rc && (look->record.is_patch ||
+                        (!look->record.is_whole && (first == '{' || !first)));
         return rc;
     }
-    bool in_scratch = !fnmatch("*/perta-scratch*", look->path, 0);
-    *ours = is_beside(name) || perta_text_ends_in(name, ".perta-journal") ||
-            (in_scratch && (!fnmatch("x-[0-9]*", name, 0) || !fnmatch("dx-[0-9]*", name, 0)));
+    *ours = is_beside(name) || perta_text_ends_in(name, ".perta-journal") || is_scratch(look, name);
     return 0;
 }
 
 /* Work of estimate and of steps. */
 static bool is_work_folder(const char *name)
 {
-    static const char *const work[] = {"perta-scratch", "scales-[0-9]*", "gradients-[0-9]*",
+    static const char *const work[] = {SCRATCH, "scales-[0-9]*", "gradients-[0-9]*",
                                        "mean", "meansq", "*.perta-partial", "*.perta-replaced"};
     for (size_t i = 0; i < sizeof work / sizeof *work; i++)
         if (!fnmatch(work[i], name, FNM_PERIOD))
@@ -312,6 +308,9 @@ static int judge(struct look *look, const char *path, const char *name, struct p
         add_foreign(look, name, " (a mount point)");
     else if (S_ISREG(st.st_mode))
         return judge_file(look, path, name, err);
+    else if (look->as == PERTA_OWNED_LEFTOVER && S_ISLNK(st.st_mode) &&
+             (is_scratch(look, name) || !strcmp(name, SCRATCH)))
+        return 0; /* the link goes, and not what it leads to */
     else if (!S_ISDIR(st.st_mode))
         add_foreign(look, name, S_ISLNK(st.st_mode) ? " (a link)" : " (no regular file)");
     else if (look->as == PERTA_OWNED_LEFTOVER && is_work_folder(name))
@@ -333,20 +332,6 @@ static int open_index(struct look *look, struct perta_err *err)
     return rc == PERTA_ESYS ? rc : 0;
 }
 
-static int open_record(struct look *look, struct perta_err *err)
-{
-    struct perta_err why = {0};
-    struct perta_digest_hex hex;
-    int rc = perta_record_load(look->path, false, &look->record, &hex, &why);
-    if (rc == PERTA_ESYS)
-        *err = why;
-    if (!perta_record_is_patch(look->record)) {
-        json_decref(look->record);
-        look->record = NULL;
-    }
-    return rc == PERTA_ESYS ? rc : 0;
-}
-
 static int look_open(struct look *look, const char *path, enum perta_owned as, const char *like,
                      struct perta_err *err)
 {
@@ -358,7 +343,7 @@ static int look_open(struct look *look, const char *path, enum perta_owned as, c
     look->has_single = has(look, SINGLE);
     look->has_adapter = has(look, "adapter_config.json");
     if (!rc && has(look, PERTA_RECORD_NAME))
-        rc = open_record(look, err);
+        rc = perta_record_scan(path, &look->record, err);
     return rc || !has(look, INDEX) || as != PERTA_OWNED_OUTPUT ? rc : open_index(look, err);
 }
 
@@ -367,7 +352,7 @@ static void look_close(struct look *look)
     for (size_t i = 0; i < look->n; i++)
         free(look->names[i]);
     free(look->names);
-    json_decref(look->record);
+    perta_record_files_release(&look->record);
     perta_index_free(look->index);
 }
 
@@ -381,7 +366,7 @@ static int say(const struct look *look, struct perta_err *err)
                           "%s: holds what no run of perta left there: %s%s; nothing is removed; "
                           "move that away, or choose another output",
                           look->path, look->foreign, more);
-    if (!look->record && !look->whole)
+    if (!look->record.is_patch && !look->whole)
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: exists and is neither a checkpoint nor a patch (it holds %s%s); "
                           "--force does not replace it",
@@ -389,7 +374,7 @@ static int say(const struct look *look, struct perta_err *err)
     return perta_fail(err, PERTA_EUSAGE,
                       "%s: exists and holds what is not of a %s: %s%s; --force does not replace "
                       "it; move that away, or choose another name",
-                      look->path, look->record ? "patch" : "checkpoint", look->foreign, more);
+                      look->path, look->record.is_patch ? "patch" : "checkpoint", look->foreign, more);
 }
 
 static int check(struct look *look, struct perta_err *err)
@@ -401,7 +386,7 @@ static int check(struct look *look, struct perta_err *err)
                   : perta_fail_sys(err, ENOMEM, "%s", look->path);
         free(path);
     }
-    bool whole = look->record || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
+    bool whole = look->record.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
     return rc || (whole && !look->n_foreign) ? rc : say(look, err);
 }
 

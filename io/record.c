@@ -1,10 +1,8 @@
 #include "io/record.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "io/file.h"
 #include "io/plain.h"
@@ -62,22 +60,6 @@ static json_t *without_tensors(const char *text, size_t len_bytes)
     return NULL;
 }
 
-/* The whole text of the file at path, the caller's (free). */
-static int read_text(const char *path, char **text, size_t *len_bytes, struct perta_err *err)
-{
-    struct stat st;
-    *text = NULL;
-    int fd = perta_open_regular(path, &st, err);
-    if (fd < 0)
-        return fd;
-    *len_bytes = (size_t)st.st_size;
-    *text = malloc(*len_bytes + 1);
-    int rc = *text ? perta_pread_all(fd, *text, *len_bytes, 0, path, err)
-                   : perta_fail_sys(err, ENOMEM, "%s", path);
-    close(fd);
-    return rc;
-}
-
 static int parse_text(const char *path, const char *text, size_t len_bytes, bool whole,
                       json_t **manifest, struct perta_err *err)
 {
@@ -96,12 +78,10 @@ int perta_record_load(const char *dir, bool whole, json_t **manifest,
                       struct perta_digest_hex *hex, struct perta_err *err)
 {
     size_t len_bytes = 0;
-    char *path = NULL, *text = NULL;
+    char *path = perta_path_join(dir, PERTA_RECORD_NAME), *text = NULL;
     struct perta_digest *digest = perta_digest_new(true);
     *manifest = NULL;
-    if (asprintf(&path, "%s/" PERTA_RECORD_NAME, dir) < 0)
-        path = NULL;
-    int rc = path && digest ? read_text(path, &text, &len_bytes, err)
+    int rc = path && digest ? perta_file_text(path, &text, &len_bytes, err)
                             : perta_fail_sys(err, ENOMEM, "%s", dir);
     if (!rc) {
         perta_digest_update(digest, text, len_bytes);
@@ -118,4 +98,93 @@ bool perta_record_is_patch(const json_t *manifest)
 {
     const char *format = json_string_value(json_object_get(manifest, "format"));
     return format && !strcmp(format, "perta-patch");
+}
+
+/* ---- without a tree ---- */
+
+static bool scan_file(struct perta_plain *p, struct perta_record_files *files)
+{
+    const char *key;
+    size_t len;
+    if (!perta_plain_word(p, "{"))
+        return false;
+    for (size_t i = 0; !perta_plain_word(p, "}"); i++) {
+        if (!next_key(p, i, &key, &len))
+            return false;
+        if (!perta_plain_is(key, len, "name")) {
+            if (!perta_plain_pass(p))
+                return false;
+            continue;
+        }
+        struct perta_record_file *grown = realloc(files->all, (files->n + 1) * sizeof *grown);
+        files->all = grown ? grown : files->all;
+        files->short_of_memory |= !grown;
+        if (!grown || !perta_plain_raw(p, &grown[files->n].name, &grown[files->n].len))
+            return false;
+        files->n++;
+    }
+    return true;
+}
+
+static bool scan_outputs(struct perta_plain *p, struct perta_record_files *files)
+{
+    const char *key;
+    size_t len;
+    if (!perta_plain_word(p, "{"))
+        return false;
+    for (size_t i = 0; !perta_plain_word(p, "}"); i++) {
+        if (!next_key(p, i, &key, &len))
+            return false;
+        bool good = perta_plain_is(key, len, "patch") ? perta_plain_word(p, "[")
+                                                       : perta_plain_pass(p);
+        for (size_t f = 0; good && perta_plain_is(key, len, "patch") && !perta_plain_word(p, "]"); f++)
+            good = (!f || perta_plain_word(p, ",")) && scan_file(p, files);
+        if (!good)
+            return false;
+    }
+    return true;
+}
+
+static bool scan(struct perta_plain *p, struct perta_record_files *files)
+{
+    const char *key, *format;
+    size_t len, format_len;
+    if (!perta_plain_word(p, "{"))
+        return false;
+    for (size_t i = 0; !perta_plain_word(p, "}"); i++) {
+        bool good = next_key(p, i, &key, &len);
+        if (good && perta_plain_is(key, len, "format")) {
+            good = perta_plain_raw(p, &format, &format_len);
+            files->is_patch = good && perta_plain_is(format, format_len, "perta-patch");
+        } else {
+            good = good && (perta_plain_is(key, len, "outputs") ? scan_outputs(p, files)
+                                                                : perta_plain_pass(p));
+        }
+        if (!good)
+            return false;
+    }
+    return perta_plain_word(p, "");
+}
+
+int perta_record_scan(const char *dir, struct perta_record_files *files, struct perta_err *err)
+{
+    size_t len_bytes = 0;
+    char *path = perta_path_join(dir, PERTA_RECORD_NAME);
+    *files = (struct perta_record_files){0};
+    int rc = path ? perta_file_text(path, &files->text, &len_bytes, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", dir);
+    free(path);
+    if (rc)
+        return rc;
+    struct perta_plain p = {files->text, files->text + len_bytes};
+    files->is_whole = scan(&p, files);
+    files->is_patch &= files->is_whole;
+    return files->short_of_memory ? perta_fail_sys(err, ENOMEM, "%s", dir) : 0;
+}
+
+void perta_record_files_release(struct perta_record_files *files)
+{
+    free(files->all);
+    free(files->text);
+    *files = (struct perta_record_files){0};
 }

@@ -66,11 +66,10 @@ static bool is_shard(const char *folder, const char *name)
 static bool is_patch(const char *path)
 {
     struct perta_err ignored = {0};
-    struct perta_digest_hex hex;
-    json_t *record;
-    perta_record_load(path, false, &record, &hex, &ignored);
-    bool is = perta_record_is_patch(record);
-    json_decref(record);
+    struct perta_record_files files;
+    perta_record_scan(path, &files, &ignored);
+    bool is = files.is_patch;
+    perta_record_files_release(&files);
     return is;
 }
 

@@ -144,13 +144,11 @@ static int add_entry(struct job *job, const char *dir, const char *name, struct 
     e->path = dir ? perta_path_join(dir, name) : strdup(name);
     if (!e->name || !e->path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
-    json_t *text = json_string(name);
-    json_decref(text);
-    return text ? 0
-                : perta_fail(err, PERTA_EINPUT,
-                             "%s: has what is not UTF-8 in its name, which JSON cannot hold; rename "
-                             "it",
-                             e->path);
+    return perta_text_is_utf8(name)
+               ? 0
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s: has what is not UTF-8 in its name, which JSON cannot hold; rename it",
+                            e->path);
 }
 
 /* A folder's files but skip, which need not be there (st_ino 0). */
