@@ -9,14 +9,13 @@
 
 #include "io/file.h"
 
-/* Length of the character at text; 0: not UTF-8, or below first of those of two bytes, of which those
- * below 0xa0 are controls. */
-static unsigned decoded_bytes(const char *text, uint32_t first)
+/* Length of the character at text; 0: a control character, or not UTF-8. */
+static unsigned character_bytes(const char *text)
 {
-    const uint32_t least[] = {0, 0, first, 0x800, 0x10000};
+    static const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000}; /* below 0xa0: controls */
     const uint8_t *c = (const uint8_t *)text;
     if (c[0] < 0x80)
-        return 1;
+        return c[0] >= 0x20 && c[0] != 0x7f;
     if (c[0] < 0xc2 || c[0] > 0xf4)
         return 0;
     unsigned n = c[0] >= 0xf0 ? 4 : c[0] >= 0xe0 ? 3 : 2;
@@ -28,21 +27,6 @@ static unsigned decoded_bytes(const char *text, uint32_t first)
     }
     bool surrogate = code >= 0xd800 && code <= 0xdfff;
     return code >= least[n] && code <= 0x10ffff && !surrogate ? n : 0;
-}
-
-/* 0: a control character, too. */
-static unsigned character_bytes(const char *text)
-{
-    uint8_t c = (uint8_t)*text;
-    return c < 0x20 || c == 0x7f ? 0 : decoded_bytes(text, 0xa0);
-}
-
-bool perta_text_is_utf8(const char *text)
-{
-    for (unsigned n; *text; text += n)
-        if (!(n = decoded_bytes(text, 0x80)))
-            return false;
-    return true;
 }
 
 bool perta_text_is_plain(const char *text)

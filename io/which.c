@@ -95,6 +95,22 @@ static bool is_importance(const char *folder, const char *shard)
     return is;
 }
 
+static bool is_adapter(const char *folder, const char *name)
+{
+    char *path = perta_path_join(folder, name);
+    bool is = path && perta_checkpoint_is_adapter(path);
+    free(path);
+    return is;
+}
+
+static bool holds(const char *folder, bool (*wanted)(const char *folder, const char *name))
+{
+    char *name = find(folder, wanted);
+    bool is = name;
+    free(name);
+    return is;
+}
+
 const char *perta_which_kind(const char *path)
 {
     struct stat st;
@@ -107,9 +123,11 @@ const char *perta_which_kind(const char *path)
     if (exists(path, "snapshots") && exists(path, "blobs"))
         return "a folder of the Hugging Face cache";
     char *shard = find(path, is_shard);
-    const char *kind = !shard                       ? is_patch(path) ? "a patch" : NULL
-                       : is_importance(path, shard) ? "an importance"
-                                                    : "a checkpoint";
+    const char *kind = shard && is_importance(path, shard) ? "an importance"
+                       : shard                             ? "a checkpoint"
+                       : is_patch(path)                    ? "a patch"
+                       : holds(path, is_adapter)           ? "a folder of PEFT adapters"
+                                                           : NULL;
     free(shard);
     return kind;
 }

@@ -144,10 +144,11 @@ static int add_entry(struct job *job, const char *dir, const char *name, struct 
     e->path = dir ? perta_path_join(dir, name) : strdup(name);
     if (!e->name || !e->path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
-    return perta_text_is_utf8(name)
+    return perta_text_is_plain(name)
                ? 0
                : perta_fail(err, PERTA_EINPUT,
-                            "%s: has what is not UTF-8 in its name, which JSON cannot hold; rename it",
+                            "%s: has a line break, another control character, or what is not UTF-8 in "
+                            "its name; a manifest cannot name it; rename it",
                             e->path);
 }
 

@@ -1,6 +1,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "estimators/unlearn.h"
 #include "io/which.h"
@@ -102,13 +103,17 @@ static void check_steps(struct argp_state *state, struct args *args)
     u->rule.method = PERTA_SCALE;
 }
 
-/* A wrong name, and what is neither a model nor an adapter, is said by whoever opens it. */
-static bool is_model(const char *path)
+/* A wrong name, and what is known to be neither a model nor an adapter, is said by whoever opens it. */
+static bool needs_base(const char *path)
 {
     struct perta_err ignored = {0};
     struct perta_checkpoint *ck = NULL;
-    bool is = !perta_checkpoint_is_adapter(path) && !perta_checkpoint_open(path, &ck, &ignored) &&
-              !perta_which_model(ck, &ignored);
+    const char *kind = perta_which_kind(path);
+    bool is = !access(path, F_OK) && !perta_checkpoint_is_adapter(path);
+    if (is && !perta_checkpoint_open(path, &ck, &ignored))
+        is = !perta_which_model(ck, &ignored);
+    else if (is && kind)
+        is = !strcmp(kind, "a checkpoint");
     perta_checkpoint_close(ck);
     return is;
 }
@@ -119,7 +124,7 @@ static void check(struct argp_state *state, struct args *args)
     check_steps(state, args);
     if (!u->model || !u->tuned)
         argp_error(state, "--model and --tuned are needed");
-    if (!u->base && (args->steps.steps.n_steps || is_model(u->tuned)))
+    if (!u->base && (args->steps.steps.n_steps || needs_base(u->tuned)))
         argp_error(state, "--base is needed, unless --tuned is a LoRA adapter");
     if (perta_rule_needs_importance(&u->rule) && (!u->forget || !u->retain))
         argp_error(state, "this method needs --forget and --retain");

@@ -74,29 +74,28 @@ def test_two_runs_in_two_places_give_the_same_bytes(perta, tmp_path):
 
 
 def test_names_that_checksum_files_escape(perta, tmp_path):
-    """As GNU sha256sum does; xxhsum (0.8) does not."""
+    """As GNU sha256sum does; xxhsum has them as they are."""
     folder = tmp_path / "odd"
     folder.mkdir()
-    names = ["a\\b.txt", "two\nlines", "\\", "plain", "re\rturn"]
+    names = ["a\\b.txt", "\\", "\\n", "plain", "ä"]
     for name in names:
         (folder / name).write_text(name)
     manifest = perta("manifest", "odd").stdout
     assert sorted(file["name"] for file in json.loads(manifest)["files"]) == sorted(names)
     (tmp_path / "odd.json").write_text(manifest)
     perta("verify", "odd", "--manifest", "odd.json")
-    (folder / "two\nlines").write_text("other")
-    assert "two?lines: differs" in perta("verify", "odd", "--manifest", "odd.json", check=1).stdout
+    (folder / "a\\b.txt").write_text("other")
+    assert "a\\b.txt: differs" in perta("verify", "odd", "--manifest", "odd.json", check=1).stdout
 
     sums = perta("manifest", "odd", "--format", "sha256sum").stdout
     gnu = subprocess.run(["sha256sum", *sorted(names)], cwd=folder, capture_output=True, text=True)
     assert sorted(sums.splitlines()) == sorted(gnu.stdout.splitlines())
     subprocess.run(["sha256sum", "--check"], cwd=folder, input=sums, text=True, check=True)
-    assert "--format perta can" in perta("manifest", "odd", "--format", "xxhsum", check=3).stderr
+    if shutil.which("xxhsum"):
+        sums = perta("manifest", "odd", "--format", "xxhsum").stdout
+        subprocess.run(["xxhsum", "--check"], cwd=folder, input=sums, text=True, check=True)
 
-    (folder / "\x1b[2J").write_text("x")
-    for form in ("xxhsum", "sha256sum"):
+    (folder / "two\nlines").write_text("x")
+    for form in ("perta", "xxhsum", "sha256sum"):
         refused = perta("manifest", "odd", "--format", form, check=3)
-        assert "--format perta can" in refused.stderr and not refused.stdout
-    assert "\\u001B[2J" in perta("manifest", "odd").stdout
-    (folder / os.fsdecode(b"\xff")).write_text("x")
-    assert "is not UTF-8" in perta("manifest", "odd", check=3).stderr
+        assert "two?lines: has a line break" in refused.stderr and not refused.stdout
