@@ -381,7 +381,8 @@ static int check(const struct perta_steps_job *job, struct perta_err *err)
     int rc = check_data(job, err);
     if (rc || ((job->run.resume || !job->steps->force) && perta_journal_found(job->home)))
         return rc;
-    return perta_steps_patch_check(job, err);
+    rc = perta_publish_check((const char *const *)&job->home, 1, NULL, 0, job->steps->force, err);
+    return rc ? rc : perta_steps_patch_check(job, err);
 }
 
 static int prepare(struct perta_steps_job *job, struct perta_err *err)

@@ -379,7 +379,10 @@ static int say(const struct look *look, struct perta_err *err)
 
 static int check(struct look *look, struct perta_err *err)
 {
-    int rc = 0;
+    int rc = perta_is_mount_point(look->path)
+                 ? perta_fail(err, PERTA_EUSAGE, "%s: exists and is a mount point; it stays",
+                              look->path)
+                 : 0;
     for (size_t i = 0; i < look->n && !rc; i++) {
         char *path = perta_path_join(look->path, look->names[i]);
         rc = path ? judge(look, path, look->names[i], err)

@@ -21,6 +21,6 @@ int perta_which_no_file(const char *path, struct perta_err *err);
 int perta_which_one(const struct perta_checkpoint *ck, struct perta_err *err);
 
 /* Is it a model? PERTA_EINPUT for an importance and for the weights of an adapter. */
-PERTA_API int perta_which_model(const struct perta_checkpoint *ck, struct perta_err *err);
+int perta_which_model(const struct perta_checkpoint *ck, struct perta_err *err);
 
 #endif

@@ -178,6 +178,8 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
                  "--base: imp/mean: an importance"),
                 ("--model llama --tuned llama --base llama --forget llama --retain retain --patch p",
                  "--forget: llama: a model (it has a config.json"),
+                ("--model model --tuned tuned --base base --forget tuned/model.safetensors --retain "
+                 "retain --patch p", "--forget: tuned/model.safetensors: is --tuned, too"),
                 ("--model patch --tuned tuned --base base --method tv --patch p",
                  "--model: patch: a patch, not a checkpoint"),
                 ("--model model --tuned patch --method tv --patch p",
