@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import xxhash
 from conftest import PERTA
 from reference import read_folder, write_folder
+from verbs import VERBS, make_inputs, run, stop_at
 
 
 @pytest.fixture
@@ -218,6 +220,25 @@ def test_a_file_of_the_journals_name_is_not_written_over(perta, inputs, flags):
     assert (inputs / "p.perta-journal").read_text() == "mine" and not (inputs / "p").exists()
     (inputs / "p.perta-journal").write_text("0123456789ab")  # torn
     perta(*UNLEARN, "--patch", "p", *flags)
+
+
+def test_work_of_steps_with_anything_else_in_it_stays(tmp_path):
+    """And so does the journal beside it: --resume goes on when that has been moved away."""
+    if "steps" not in VERBS:
+        pytest.skip("this build has no matrix products")
+    make_inputs(tmp_path, large=False)
+    status, _ = stop_at(tmp_path, VERBS["steps"], "commit", 3)
+    assert status == -signal.SIGKILL
+    (work,) = tmp_path.glob("*.steps.perta-partial")
+    (work / "diary").write_text("mine")
+    before = tree(tmp_path)
+    for flag, code in (("--force", 2), ("--resume", 3)):
+        said = run(tmp_path, *VERBS["steps"], flag, status=code).stderr
+        assert f"{work.name}: holds what no run of perta left there: diary" in said
+        assert tree(tmp_path) == before
+    (work / "diary").unlink()
+    run(tmp_path, *VERBS["steps"], "--resume")
+    assert not work.exists()
 
 
 def test_a_statement_replaces_only_a_statement(perta, inputs):
