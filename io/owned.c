@@ -39,7 +39,8 @@ struct look {
     size_t n;
     struct perta_record_files record;
     struct perta_index *index; /* NULL: none */
-    bool has_config, has_single, has_adapter;
+    size_t n_shards; /* of the names */
+    bool has_config, has_adapter;
     bool whole; /* weights were found */
     char foreign[512]; /* what is not of it, for the message */
     unsigned n_foreign;
@@ -55,6 +56,7 @@ static int add_name(void *ctx, const char *name, struct perta_err *err)
     if (!grown || !(look->names[look->n] = strdup(name)))
         return perta_fail_sys(err, ENOMEM, "%s", name);
     look->n++;
+    look->n_shards += perta_text_ends_in(name, ".safetensors");
     return 0;
 }
 
@@ -203,7 +205,7 @@ static bool is_weights(const struct look *look, const char *name)
            (look->has_adapter && !strcmp(name, ADAPTER)) ||
            (look->has_config && (!fnmatch("model.*.safetensors", name, 0) ||
                                  !fnmatch("consolidated*.safetensors", name, 0) ||
-                                 (!look->index && !look->has_single)));
+                                 look->n_shards == 1));
 }
 
 static bool is_beside(const char *name)
@@ -340,7 +342,6 @@ static int look_open(struct look *look, const char *path, enum perta_owned as, c
     if (look->n)
         qsort(look->names, look->n, sizeof *look->names, compare_names);
     look->has_config = has(look, "config.json");
-    look->has_single = has(look, SINGLE);
     look->has_adapter = has(look, "adapter_config.json");
     if (!rc && has(look, PERTA_RECORD_NAME))
         rc = perta_record_scan(path, &look->record, err);

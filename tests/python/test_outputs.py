@@ -147,6 +147,7 @@ def node(folder):
 def adapters(folder):
     """As some image programs keep them: each is a file of its own."""
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
     for name in ("a", "b"):
         safetensors_file(folder / f"{name}.safetensors")
     return "a.safetensors, b.safetensors"
