@@ -224,9 +224,9 @@ static int judge_output(struct look *look, const char *path, const char *name, b
         return 0;
     }
     if (perta_text_ends_in(name, ".safetensors")) {
-        int rc = is_weights(look, name) ? parses(path, ours, err) : 0;
-        if (is_weights(look, name) && !*ours)
-            *why = " (damaged)";
+        bool named = is_weights(look, name);
+        int rc = named ? parses(path, ours, err) : 0;
+        *why = named ? " (damaged)" : "";
         look->whole |= *ours;
         return rc;
     }

@@ -417,7 +417,10 @@ static int write_synced(const char *path, const void *data, uint64_t len_bytes,
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0)
         return perta_fail_sys(err, errno, "%s", path);
-    return finish(fd, path, perta_write_all(fd, data, len_bytes, path, err), err);
+    int rc = finish(fd, path, perta_write_all(fd, data, len_bytes, path, err), err);
+    if (rc)
+        unlink(path);
+    return rc;
 }
 
 /* Does a file begin with text in which mark stands, as what perta writes? An empty one was torn. */
@@ -461,10 +464,10 @@ int perta_publish_single(const char *path, const char *mark, const void *data, u
     }
     if (!rc) {
         rc = write_synced(partial, data, len_bytes, err);
-        if (!rc && rename(partial, path))
+        if (!rc && rename(partial, path)) {
             rc = perta_fail_sys(err, errno, "%s", path);
-        if (rc)
             unlink(partial);
+        }
     }
     free(partial);
     return rc ? rc : perta_name_sync(path, err);
@@ -520,7 +523,9 @@ static int replace(struct perta_publish *out, struct perta_err *err)
             out->made = false; /* it is not ours to remove */
             perta_err_context(err, "%s: is what stood at %s, and changed while that was made",
                               out->partial, out->path);
-        } else {
+        } else if (perta_owned_check(out->path, PERTA_OWNED_OUTPUT, out->partial, &ignored)) {
+            ignored.code = err->code; /* the same, by the name that it has again */
+            *err = ignored;
             perta_err_context(err, "%s: changed, so that it is left as it is", out->path);
         }
         return in_the_way(err);

@@ -272,14 +272,15 @@ static int check_single(const struct perta_checkpoint *ck, struct perta_err *err
 /* With an adapter's config beside it, transformers loads the model and the adapter on top. */
 static int check_adapter(const struct perta_checkpoint *ck, struct perta_err *err)
 {
-    if (!exists(ck->path, PERTA_ADAPTER_CONFIG))
+    const char *weights = exists(ck->path, ADAPTER_NAME) ? ADAPTER_NAME : "adapter_model.bin";
+    if (!exists(ck->path, PERTA_ADAPTER_CONFIG) || !exists(ck->path, weights))
         return 0;
     return perta_fail(err, PERTA_EINPUT,
                       "%s: holds a model (%s) and a PEFT adapter (" PERTA_ADAPTER_CONFIG
-                      ", " ADAPTER_NAME "), which transformers loads on top of it; merge it "
+                      ", %s), which transformers loads on top of it; merge it "
                       "(merge_and_unload, save_pretrained), or move one of them to a folder of its "
                       "own",
-                      ck->path, ck->n_shards ? ck->shards[0].name : "none");
+                      ck->path, ck->n_shards ? ck->shards[0].name : "none", weights);
 }
 
 static int check_config(const struct perta_checkpoint *ck, struct perta_err *err)

@@ -262,6 +262,9 @@ START_TEST(a_model_that_transformers_would_not_load_is_not_taken_in_its_place)
     ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
     perta_checkpoint_close(ck);
     put_text("m/adapter_config.json", "{}");
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* there is none to put on top */
+    perta_checkpoint_close(ck);
+    put_text("m/adapter_model.bin", "x");
     is_refused("m", "holds a model (model.safetensors) and a PEFT adapter");
 }
 END_TEST
