@@ -245,6 +245,9 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
     }
     if (errno != EEXIST)
         return perta_fail_sys(err, errno, "%s", out->partial);
+    int rc = check_partial(out, err);
+    if (rc)
+        return rc;
     if (!force) {
         err->resumable = true;
         return perta_fail(err, PERTA_EUSAGE,
@@ -253,9 +256,7 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
                           "over",
                           out->partial);
     }
-    int rc = check_partial(out, err);
-    if (!rc)
-        rc = perta_owned_remove(out->partial, PERTA_OWNED_LEFTOVER, out->like, err);
+    rc = perta_owned_remove(out->partial, PERTA_OWNED_LEFTOVER, out->like, err);
     if (!rc && mkdir(out->partial, 0777))
         rc = perta_fail_sys(err, errno, "%s", out->partial);
     out->made = !rc;

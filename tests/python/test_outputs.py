@@ -196,7 +196,7 @@ def test_an_output_with_anything_else_in_it_is_not_replaced(perta, done, out, pu
 
 
 @pytest.mark.parametrize("out", KINDS)
-@pytest.mark.parametrize("flag", ["--force", "--resume"])
+@pytest.mark.parametrize("flag", ["--force", "--resume", "--quiet"])
 def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag):
     shutil.rmtree(done / out)
     partial = done / f"{out}.perta-partial"
@@ -209,8 +209,11 @@ def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag)
     (partial / "diary").unlink()
     (partial / "model.safetensors").write_bytes(b"")
     (partial / "config.json").write_bytes(b"")
-    perta(*KINDS[out], flag)
-    assert not partial.exists()
+    if flag == "--quiet":
+        assert "left by a run" in perta(*KINDS[out], check=2).stderr and partial.exists()
+    else:
+        perta(*KINDS[out], flag)
+        assert not partial.exists()
 
 
 @pytest.mark.parametrize("flags", [[], ["--force"], ["--resume"]])
