@@ -424,12 +424,13 @@ static int write_synced(const char *path, const void *data, uint64_t len_bytes,
     return rc;
 }
 
-/* Does a file begin with text in which mark stands, as what perta writes? An empty one was torn. */
-static int check_mark(const char *path, const char *mark, struct perta_err *err)
+int perta_publish_check_mark(const char *path, const char *mark, struct perta_err *err)
 {
     char start[4097] = "";
     struct stat st;
-    if (lstat(path, &st) || !S_ISREG(st.st_mode))
+    if (lstat(path, &st))
+        return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
+    if (!S_ISREG(st.st_mode))
         return perta_fail(err, PERTA_EUSAGE, "%s: exists, and is no regular file", path);
     int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
@@ -437,7 +438,7 @@ static int check_mark(const char *path, const char *mark, struct perta_err *err)
     uint64_t n = (uint64_t)st.st_size < sizeof start - 1 ? (uint64_t)st.st_size : sizeof start - 1;
     int rc = perta_pread_all(fd, start, n, 0, path, err);
     close(fd);
-    if (!rc && n && !strstr(start, mark))
+    if (!rc && n && !strstr(start, mark)) /* an empty one was torn */
         rc = perta_fail(err, PERTA_EUSAGE, "%s: exists, and perta did not write it; --force does "
                         "not replace it; choose another name", path);
     return rc;
@@ -453,13 +454,13 @@ int perta_publish_single(const char *path, const char *mark, const void *data, u
     if (there && !force)
         return perta_fail(err, PERTA_EUSAGE, "%s: exists; --force replaces it", path);
     if (there)
-        rc = check_mark(path, mark, err);
+        rc = perta_publish_check_mark(path, mark, err);
     if (!rc && asprintf(&partial, "%s" PERTA_PARTIAL_SUFFIX, path) < 0) {
         partial = NULL;
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     }
     if (!rc && !lstat(partial, &st)) { /* of a run that was killed */
-        rc = check_mark(partial, mark, err);
+        rc = perta_publish_check_mark(partial, mark, err);
         if (!rc)
             unlink(partial);
     }

@@ -57,6 +57,9 @@ const char *cli_bytes(double bytes, char *buf);
 int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
                   struct perta_err *err);
 
+/* Before the work: could that be written? Not over what is no statement. */
+int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err);
+
 /* Print results: with --json the object, else nothing. Takes the reference. Returns whether it
  * was printed. */
 bool cli_json(const struct cli *cli, json_t *summary);

@@ -1,3 +1,4 @@
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -304,6 +305,21 @@ static void say(const struct cli *cli, const json_t *summary)
         cli_say(cli, "dry run: everything fits; nothing was written\n");
 }
 
+/* Of steps, which are chosen on the way, only where there is one patch. */
+static int check_statements(const struct args *args, struct perta_err *err)
+{
+    const struct perta_unlearn *u = &args->unlearn;
+    int rc = 0;
+    for (unsigned a = 0; a < u->n_alphas && u->n_alphas > 1 && !rc; a++) {
+        char *patch = NULL;
+        rc = asprintf(&patch, "%s/alpha-%s", u->patch, u->alphas[a].text) < 0
+                 ? perta_fail_sys(err, ENOMEM, "%s", u->patch)
+                 : cli_statement_check(&args->cli, patch, err);
+        free(patch);
+    }
+    return u->n_alphas > 1 ? rc : cli_statement_check(&args->cli, u->patch, err);
+}
+
 static int run(struct args *args, json_t **summary, struct perta_err *err)
 {
     struct perta_unlearn *u = &args->unlearn;
@@ -311,6 +327,9 @@ static int run(struct args *args, json_t **summary, struct perta_err *err)
     u->force = args->cli.force;
     u->globs.include = args->include;
     u->globs.exclude = args->exclude;
+    int rc = check_statements(args, err);
+    if (rc)
+        return rc;
     if (!s->n_steps)
         return perta_unlearn(u, &args->cli.run, summary, err);
     unlearn_steps_take(s, u);
@@ -333,6 +352,8 @@ int cmd_unlearn(int argc, char **argv)
         json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         say(&args.cli, summary);
         cli_json(&args.cli, summary);
+    } else {
+        json_decref(summary);
     }
     free(args.alpha_texts);
     free(args.include);

@@ -248,9 +248,13 @@ def test_work_of_steps_with_anything_else_in_it_stays(tmp_path):
 def test_a_statement_replaces_only_a_statement(perta, inputs):
     statement = inputs / "p.intoto.json"
     statement.write_text('{"mine": true}')
-    refusal = perta(*UNLEARN, "--patch", "p", "--statement", check=2).stderr
-    assert "p.intoto.json: exists, and perta did not write it" in refusal
-    assert statement.read_text() == '{"mine": true}'
+    for command in (
+        [*UNLEARN, "--patch", "p/"],
+        "diff model tuned --patch p".split(),
+    ):
+        refusal = perta(*command, "--statement", check=2).stderr
+        assert "p.intoto.json: exists, and perta did not write it" in refusal
+        assert statement.read_text() == '{"mine": true}' and not (inputs / "p").exists()
     statement.unlink()
     for _ in range(2):
         perta(*UNLEARN, "--patch", "p", "--statement", "--force")
