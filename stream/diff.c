@@ -7,7 +7,6 @@
 #include "io/codec.h"
 #include "io/fpenv.h"
 #include "io/text.h"
-#include "io/which.h"
 #include "stream/input.h"
 #include "stream/naming.h"
 #include "stream/patch_out.h"
@@ -150,13 +149,6 @@ static int open_inputs(struct job *job, const struct perta_diff *diff,
     int rc = perta_input_open(&job->in[BEFORE], "old checkpoint", diff->before, err);
     if (!rc)
         rc = perta_input_open(&job->in[AFTER], "new checkpoint", diff->after, err);
-    /* Two importances may be compared. */
-    struct perta_err why[N_IN] = {{0}};
-    if (!rc && !perta_which_model(job->in[BEFORE].ck, &why[BEFORE]) !=
-                   !perta_which_model(job->in[AFTER].ck, &why[AFTER])) {
-        *err = why[why[BEFORE].code ? BEFORE : AFTER];
-        rc = err->code;
-    }
     if (!rc)
         rc = check_pair(job->in[BEFORE].ck, job->in[AFTER].ck, err);
     return rc || perta_resume_found(run, diff->patch)

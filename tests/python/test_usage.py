@@ -199,7 +199,6 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
         ],
         ("eval --model imp/mean --data data.jsonl".split(), 3, "imp/mean: an importance"),
         ("estimate --model imp/mean --data data.jsonl --out p".split(), 3, "imp/mean: an importance"),
-        ("diff model imp/mean --patch p".split(), 3, "imp/mean: an importance"),
         ("apply patch model --out p".split(), 3, "patch folder? It looks like a checkpoint"),
         ("apply model imp/mean --out p".split(), 3, "patch folder? It looks like an importance"),
         ("apply model models--a--b --out p".split(), 3, "It looks like a folder of the Hugging Face"),
