@@ -362,7 +362,7 @@ static int begin_outputs(struct job *job, const struct perta_run *run, struct pe
         if (!job->wanted[stat])
             continue;
         char *path = perta_path_join(job->accumulate->out, stat_names[stat]);
-        rc = path ? perta_model_out_begin(&job->outs[stat], path, &job->resume.journal,
+        rc = path ? perta_model_out_begin(&job->outs[stat], path, NULL, &job->resume.journal,
                                           job->accumulate->force, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
         free(path);

@@ -201,7 +201,7 @@ int perta_importance_begin(struct perta_importance_out *out, struct perta_import
     int rc = take_over(out, plan, err);
     out->behind = behind;
     if (!rc)
-        rc = perta_journal_folder(journal, &out->folder, path, force, err);
+        rc = perta_journal_folder(journal, &out->folder, path, NULL, force, err);
     if (!out->folder.made) /* it has its name already */
         return rc;
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)

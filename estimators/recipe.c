@@ -36,6 +36,12 @@ int perta_stat_of(const struct perta_checkpoint *ck, enum perta_stat *stat, json
         if (first && strcmp(first, kind))
             return perta_fail(err, PERTA_EINPUT, "%s: holds %s, other shards %s",
                               ck->shards[i].path, kind, first);
+        if (!says && ck->config)
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: a model (it has a config.json, and its metadata have no "
+                              "perta.stat), where an importance is wanted, which perta estimate and "
+                              "accumulate make; if these are gradients, take the config.json away",
+                              ck->path);
         if (!says && !i) {
             json_t *note = json_sprintf("%s does not say what it holds (metadata perta.stat); "
                                         "taken as mean gradients",

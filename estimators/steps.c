@@ -389,7 +389,8 @@ static int check(const struct perta_steps_job *job, struct perta_err *err)
 {
     if ((job->run.resume || !job->steps->force) && perta_journal_found(job->home))
         return 0;
-    return perta_steps_patch_check(job, err);
+    int rc = perta_publish_check((const char *const *)&job->home, 1, NULL, 0, job->steps->force, err);
+    return rc ? rc : perta_steps_patch_check(job, err);
 }
 
 static int prepare(struct perta_steps_job *job, struct perta_err *err)
@@ -441,7 +442,7 @@ static int begin(struct perta_steps_job *job, struct perta_err *err)
                                 job->steps->force, err);
     json_decref(identity);
     if (!rc)
-        rc = perta_journal_folder(&job->journal, &job->work, job->home, job->steps->force,
+        rc = perta_journal_folder(&job->journal, &job->work, job->home, NULL, job->steps->force,
                                   err);
     if (!rc)
         rc = perta_journal_replay(&job->journal, replay, job, err);

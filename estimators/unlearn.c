@@ -261,7 +261,8 @@ static int begin_outputs(struct perta_unlearn_job *job, const struct perta_run *
         job->alphas[job->n_outs] = job->unlearn->alphas[job->n_outs].value;
         rc = patch && (out || !job->unlearn->out)
                  ? perta_patch_out_begin(&job->outs[job->n_outs], patch, out,
-                                         &job->resume.journal, job->unlearn->force, err)
+                                         job->unlearn->model, &job->resume.journal,
+                                         job->unlearn->force, err)
                  : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
         job->outs[job->n_outs].one_way = job->unlearn->one_way;
         free(patch);

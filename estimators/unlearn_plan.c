@@ -7,6 +7,7 @@
 #include "estimators/quantised.h"
 #include "estimators/tied.h"
 #include "io/text.h"
+#include "io/which.h"
 
 const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
                                                 "--retain", "--scale"};
@@ -93,6 +94,8 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
                      ? open_adapter(job, notes, err)
                      : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        if (!rc && i < PERTA_ROLE_FORGET && perta_which_model(job->in[i].ck, err))
+            rc = perta_err_context(err, "%s", perta_roles[i]);
         if (!rc && !job->in[i].ck->is_adapter)
             rc = check_input(job, i, notes, err);
         if (rc)
@@ -338,6 +341,22 @@ static int check_extra(const struct perta_unlearn_job *job, struct perta_err *er
     return 0;
 }
 
+/* Weights would be taken as mean gradients, if they do not say what they are. */
+static int check_not_weights(const struct perta_unlearn_job *job, int role, struct perta_err *err)
+{
+    const struct perta_shard *a = job->in[role].ck->shards;
+    for (int other = PERTA_ROLE_MODEL; other <= PERTA_ROLE_BASE; other++)
+        for (uint32_t i = 0; job->in[other].ck && i < job->in[other].ck->n_shards; i++) {
+            const struct perta_shard *b = &job->in[other].ck->shards[i];
+            if (job->in[role].ck->n_shards && a->dev == b->dev && a->ino == b->ino)
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s: is %s, too; an importance is wanted, which perta estimate and "
+                                  "accumulate make",
+                                  a->path, perta_roles[other]);
+        }
+    return 0;
+}
+
 static int find_stat(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
 {
     enum perta_stat stats[2] = {PERTA_STAT_MEAN, PERTA_STAT_MEAN};
@@ -345,8 +364,10 @@ static int find_stat(struct perta_unlearn_job *job, json_t *notes, struct perta_
         return 0;
     for (int i = 0; i < 2; i++) {
         int rc = perta_stat_of(job->in[PERTA_ROLE_FORGET + i].ck, &stats[i], notes, err);
+        if (!rc)
+            rc = check_not_weights(job, PERTA_ROLE_FORGET + i, err);
         if (rc)
-            return rc;
+            return perta_err_context(err, "%s", perta_roles[PERTA_ROLE_FORGET + i]);
     }
     if (stats[0] != stats[1])
         return perta_fail(

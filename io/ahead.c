@@ -201,11 +201,34 @@ static int write_again(struct perta_ahead *a, int fd, struct perta_err *err)
 
 /* ---- open ---- */
 
+/* A log that a run was killed while it made: its head was not written, or it is. */
+static int remove_partial(const struct perta_ahead *a, struct perta_err *err)
+{
+    static const char zeros[sizeof MAGIC - 1] = "";
+    char start[sizeof zeros] = "";
+    struct stat st;
+    int fd = perta_open_any(a->partial, O_RDONLY | O_NOFOLLOW);
+    if (fd < 0)
+        return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", a->partial);
+    int rc = perta_check_left(fd, a->partial, &st, err);
+    if (!rc && st.st_size)
+        rc = perta_pread_all(fd, start, sizeof start, 0, a->partial, err);
+    close(fd);
+    if (!rc && memcmp(start, zeros, sizeof zeros) && memcmp(start, MAGIC, sizeof start))
+        rc = perta_fail(err, PERTA_EUSAGE, "%s: exists and is no journal of perta; move it away",
+                        a->partial);
+    if (!rc && unlink(a->partial))
+        rc = perta_fail_sys(err, errno, "%s", a->partial);
+    return rc;
+}
+
 static int go_on(struct perta_ahead *a, const char *id, struct perta_err *err)
 {
     struct head head;
-    unlink(a->partial); /* of a run that was killed while it made its log */
     struct stat st;
+    int removed = remove_partial(a, err);
+    if (removed)
+        return removed;
     int fd = perta_open_any(a->path, O_RDONLY | O_NOFOLLOW);
     if (fd < 0)
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", a->path);
@@ -272,7 +295,7 @@ int perta_ahead_begin(struct perta_ahead *a, const char *id, const char *subject
     memcpy(a->buf, &head, sizeof head);
     int rc = perta_file_create(&a->log, a->partial, true, err);
     if (rc)
-        return rc;
+        return rc; /* what is there is not ours */
     /* Room for a batch now, not in the middle: a full disk then leaves the files as they are. */
     int full = posix_fallocate(a->log.fd, 0, (off_t)(BYTES_AT + a->room_bytes));
     if (full && full != EINVAL && full != EOPNOTSUPP) /* some file systems have no such call */

@@ -13,6 +13,7 @@
 #include "io/index.h"
 #include "io/python_json.h"
 #include "io/text.h"
+#include "io/which.h"
 
 #define SUFFIX ".safetensors"
 #define SINGLE_NAME "model.safetensors"
@@ -260,30 +261,6 @@ static int add_name(void *ctx, const char *name, struct perta_err *err)
     return 0;
 }
 
-static int none_found(const char *folder, struct perta_err *err)
-{
-    static const char *const other[] = {"pytorch_model.bin.index.json", "pytorch_model.bin",
-                                        "tf_model.h5", "consolidated.00.pth"};
-    for (size_t i = 0; i < sizeof other / sizeof *other; i++)
-        if (exists(folder, other[i]))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: holds %s, but no " SUFFIX " file; load it with transformers "
-                              "and save it again (save_pretrained writes safetensors)",
-                              folder, other[i]);
-    static const char *const importance[] = {"mean", "meansq"};
-    for (size_t i = 0; i < sizeof importance / sizeof *importance; i++)
-        if (exists(folder, importance[i]))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: no " SUFFIX " file in this folder; is %s/%s meant?", folder,
-                              folder, importance[i]);
-    if (exists(folder, "manifest.json"))
-        return perta_fail(err, PERTA_EINPUT, "%s: a patch, not a checkpoint", folder);
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: no " SUFFIX " file in this folder; other formats (.bin, .gguf) must "
-                      "be converted first",
-                      folder);
-}
-
 static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
 {
     const char *single = SINGLE_NAME;
@@ -299,7 +276,7 @@ static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
     int rc = perta_folder_each(ck->path, add_name, &names, err);
     if (!rc)
         rc = names.n ? add_shards(ck, (const char **)names.all, names.n, err)
-                     : none_found(ck->path, err);
+                     : perta_which_no_folder(ck->path, err);
     for (size_t i = 0; i < names.n; i++)
         free(names.all[i]);
     free(names.all);
@@ -317,6 +294,8 @@ static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
         rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
     if (!rc && !access(config, F_OK))
         rc = read_config(config, &ck->config, &ck->config_flaw, err);
+    if (!rc)
+        rc = perta_which_one(ck, err);
     free(index);
     free(config);
     return rc;
@@ -393,8 +372,7 @@ static int open_adapter(struct perta_checkpoint *ck, struct perta_err *err)
 static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
 {
     if (!ends_in(ck->path, SUFFIX))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: neither a folder nor a " SUFFIX " file", ck->path);
+        return perta_which_no_file(ck->path, err);
     ck->shards = calloc(1, sizeof *ck->shards);
     if (!ck->shards)
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);

@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -198,6 +199,12 @@ out:
     return asked ? (double)hits / asked : fd >= 0 && !st.st_size ? 0 : -1;
 }
 
+char *perta_path_join(const char *dir, const char *name)
+{
+    char *path = NULL;
+    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
+}
+
 int perta_path_stat(const char *path, struct stat *st, struct perta_err *err)
 {
     if (!stat(path, st))
@@ -320,4 +327,19 @@ int perta_write_all(int fd, const void *buf, uint64_t len_bytes, const char *pat
         len_bytes -= (uint64_t)put;
     }
     return 0;
+}
+
+int perta_file_text(const char *path, char **text, size_t *len_bytes, struct perta_err *err)
+{
+    struct stat st;
+    *text = NULL;
+    int fd = perta_open_regular(path, &st, err);
+    if (fd < 0)
+        return fd;
+    *len_bytes = (size_t)st.st_size;
+    *text = malloc(*len_bytes + 1);
+    int rc = *text ? perta_pread_all(fd, *text, *len_bytes, 0, path, err)
+                   : perta_fail_sys(err, ENOMEM, "%s", path);
+    close(fd);
+    return rc;
 }

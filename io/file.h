@@ -55,6 +55,8 @@ PERTA_API bool perta_file_can_direct(const char *path);
  * to be found out, as of one that the user neither owns nor may write. */
 PERTA_API double perta_file_cached_share(const char *path);
 
+/* dir/name; the caller's (free). NULL without memory. */
+PERTA_API char *perta_path_join(const char *dir, const char *name);
 /* stat(2) of what a command names: PERTA_EINPUT where nothing is there. */
 int perta_path_stat(const char *path, struct stat *st, struct perta_err *err);
 /* Every name in the folder at path but "." and ".." to each(ctx, name, err), in any order, until it
@@ -77,6 +79,8 @@ bool perta_retry_any(struct perta_retry *retry, int fd, int error);
 /* Switch O_DIRECT off. False where that is refused. */
 bool perta_fd_buffer(int fd);
 
+/* All bytes of the regular file at path; *text is the caller's (free), also where this fails. */
+int perta_file_text(const char *path, char **text, size_t *len_bytes, struct perta_err *err);
 /* Read the whole range with plain preads; a shorter file is PERTA_EINPUT. fd may be open with
  * O_DIRECT where buffer and range are whole blocks; see perta_retry_any. */
 PERTA_API int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes,

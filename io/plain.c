@@ -1,5 +1,6 @@
 #include "io/plain.h"
 
+#include <ctype.h>
 #include <string.h>
 
 static void pass_space(struct perta_plain *p)
@@ -51,6 +52,48 @@ bool perta_plain_value(struct perta_plain *p, json_t **value)
     if (*value)
         p->at += where.position;
     return *value;
+}
+
+bool perta_plain_raw(struct perta_plain *p, const char **text, size_t *len)
+{
+    if (!perta_plain_word(p, "\""))
+        return false;
+    *text = p->at;
+    while (p->at < p->end && *p->at != '"')
+        p->at += *p->at == '\\' && p->at + 1 < p->end ? 2 : 1;
+    *len = (size_t)(p->at - *text);
+    return p->at < p->end && *p->at++ == '"';
+}
+
+/* A number, true, null, NaN, -Infinity. */
+static bool pass_bare(struct perta_plain *p)
+{
+    const char *first = p->at;
+    while (p->at < p->end && *p->at &&
+           (isalnum((unsigned char)*p->at) || strchr("+-.", *p->at)))
+        p->at++;
+    return p->at > first;
+}
+
+bool perta_plain_pass(struct perta_plain *p)
+{
+    size_t depth = 0;
+    do {
+        const char *text;
+        size_t len;
+        pass_space(p);
+        if (p->at >= p->end || !*p->at)
+            return false;
+        if (strchr("{[", *p->at))
+            depth++, p->at++;
+        else if (strchr("}]", *p->at) && depth)
+            depth--, p->at++;
+        else if (strchr(",:", *p->at) && depth)
+            p->at++;
+        else if (*p->at == '"' ? !perta_plain_raw(p, &text, &len) : !pass_bare(p))
+            return false;
+    } while (depth);
+    return true;
 }
 
 bool perta_plain_is(const char *text, size_t len, const char *string)

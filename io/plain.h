@@ -21,6 +21,11 @@ bool perta_plain_uint(struct perta_plain *plain, uint64_t *n); /* below 10^18 */
 /* Any value, as a tree, the caller's. False too without memory. */
 bool perta_plain_value(struct perta_plain *plain, json_t **value);
 
+/* Pass over any value, of which only quotes and brackets must be right: Infinity is fine. Nothing is
+ * allocated. And over a string of any bytes, which is as it stands, escapes and all. */
+bool perta_plain_pass(struct perta_plain *plain);
+bool perta_plain_raw(struct perta_plain *plain, const char **text, size_t *len);
+
 /* Is it that string? */
 bool perta_plain_is(const char *text, size_t len, const char *string);
 

@@ -12,12 +12,7 @@
 #include <unistd.h>
 
 #include "io/file.h"
-
-char *perta_path_join(const char *dir, const char *name)
-{
-    char *path = NULL;
-    return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
-}
+#include "io/owned.h"
 
 static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw)
 {
@@ -82,38 +77,27 @@ static bool is_empty_dir(const char *path)
     return n == 2; /* . and .. */
 }
 
-/* Only what perta or transformers wrote may be replaced: never a home folder by a slip. */
-static bool is_replaceable(const char *path)
-{
-    static const char *const marks[] = {"manifest.json", "config.json", "model.safetensors",
-                                        "model.safetensors.index.json"};
-    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++) {
-        char *mark = perta_path_join(path, marks[i]);
-        bool there = mark && !access(mark, F_OK);
-        free(mark);
-        if (there)
-            return true;
-    }
-    return false;
-}
-
-static int check_target(const char *path, bool force, bool *replace, struct perta_err *err)
+/* like: see perta_owned_check. */
+static int check_target(const char *path, const char *like, bool force, bool *replace,
+                        struct perta_err *err)
 {
     struct stat st;
     *replace = false;
     if (lstat(path, &st))
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
+    if (S_ISDIR(st.st_mode) && perta_is_mount_point(path))
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists and is a mount point, which cannot be "
+                          "replaced; give a folder in it", path);
     if (S_ISDIR(st.st_mode) && is_empty_dir(path)) /* a link cannot be renamed over */
         return 0;
     if (!force)
         return perta_fail(err, PERTA_EUSAGE, "%s: exists; choose another name, or --force to "
                           "replace it", path);
-    if (!S_ISDIR(st.st_mode) || !is_replaceable(path))
-        return perta_fail(err, PERTA_EUSAGE,
-                          "%s: exists and is neither a checkpoint nor a patch; --force does "
-                          "not replace it", path);
+    if (!S_ISDIR(st.st_mode))
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists and is %s, no folder; --force does not "
+                          "replace it", path, S_ISLNK(st.st_mode) ? "a link" : "a file");
     *replace = true;
-    return 0;
+    return perta_owned_check(path, PERTA_OWNED_OUTPUT, like, err);
 }
 
 /* Is ".." one of its names? */
@@ -174,18 +158,79 @@ static int check_apart(const char *output, const char *other, const char *what,
     return rc;
 }
 
+/* What both beginnings have in common. */
+static int aim(struct perta_publish *out, const char *path, const char *like,
+               struct perta_err *err)
+{
+    *out = (struct perta_publish){.like = like};
+    size_t len = strlen(path);
+    while (len > 1 && path[len - 1] == '/')
+        len--;
+    if (!len)
+        return perta_fail(err, PERTA_EUSAGE, "an output folder needs a name");
+    out->path = strndup(path, len);
+    if (!out->path || asprintf(&out->partial, "%s" PERTA_PARTIAL_SUFFIX, out->path) < 0) {
+        out->partial = NULL;
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    }
+    return 0;
+}
+
+static int check_partial(const struct perta_publish *out, struct perta_err *err)
+{
+    struct stat st;
+    if (!lstat(out->partial, &st) && !S_ISDIR(st.st_mode))
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists and is no folder that a run of perta "
+                          "left; move it away, or choose another output", out->partial);
+    return perta_owned_check(out->partial, PERTA_OWNED_LEFTOVER, out->like, err);
+}
+
+static int check_leftover(const char *path, const char *like, struct perta_err *err)
+{
+    struct stat st;
+    struct perta_publish out;
+    int rc = aim(&out, path, like, err);
+    if (!rc && !lstat(out.partial, &st))
+        rc = check_partial(&out, err);
+    perta_publish_release(&out);
+    return rc;
+}
+
+/* By what force says; copies of files of any input may be replaced. */
+static int check_place(const char *path, const char *const *inputs, size_t n_inputs, bool force,
+                       struct perta_err *err)
+{
+    bool replace;
+    struct perta_err first = {0};
+    for (size_t i = 0; i <= n_inputs; i++) {
+        struct perta_err why = {0};
+        const char *like = i ? inputs[i - 1] : NULL;
+        if (i && !like)
+            continue;
+        int rc = check_target(path, like, force, &replace, &why);
+        if (!rc && force)
+            rc = check_leftover(path, like, &why);
+        if (!rc)
+            return 0;
+        first = first.code ? first : why;
+        if (rc != PERTA_EUSAGE)
+            break;
+    }
+    *err = first;
+    return first.code;
+}
+
 int perta_publish_check(const char *const *outputs, size_t n_outputs, const char *const *inputs,
                         size_t n_inputs, bool force, struct perta_err *err)
 {
     for (size_t o = 0; o < n_outputs; o++) {
-        bool replace;
         int rc = 0;
         for (size_t i = 0; i < n_inputs && !rc; i++)
             rc = inputs[i] ? check_apart(outputs[o], inputs[i], "the input", err) : 0;
         for (size_t i = 0; i < o && !rc; i++)
             rc = check_apart(outputs[o], outputs[i], "the other output", err);
         if (!rc)
-            rc = check_target(outputs[o], force, &replace, err);
+            rc = check_place(outputs[o], inputs, n_inputs, force, err);
         if (rc)
             return rc;
     }
@@ -200,6 +245,9 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
     }
     if (errno != EEXIST)
         return perta_fail_sys(err, errno, "%s", out->partial);
+    int rc = check_partial(out, err);
+    if (rc)
+        return rc;
     if (!force) {
         err->resumable = true;
         return perta_fail(err, PERTA_EUSAGE,
@@ -208,58 +256,46 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
                           "over",
                           out->partial);
     }
-    if (remove_tree(out->partial) || mkdir(out->partial, 0777))
-        return perta_fail_sys(err, errno, "%s", out->partial);
-    out->made = true;
-    return 0;
+    rc = perta_owned_remove(out->partial, PERTA_OWNED_LEFTOVER, out->like, err);
+    if (!rc && mkdir(out->partial, 0777))
+        rc = perta_fail_sys(err, errno, "%s", out->partial);
+    out->made = !rc;
+    return rc;
 }
 
-/* What both beginnings have in common. */
-static int aim(struct perta_publish *out, const char *path, struct perta_err *err)
-{
-    *out = (struct perta_publish){0};
-    size_t len = strlen(path);
-    while (len > 1 && path[len - 1] == '/')
-        len--;
-    if (!len)
-        return perta_fail(err, PERTA_EUSAGE, "an output folder needs a name");
-    out->path = strndup(path, len);
-    if (!out->path || asprintf(&out->partial, "%s" PERTA_PARTIAL_SUFFIX, out->path) < 0) {
-        out->partial = NULL;
-        return perta_fail_sys(err, ENOMEM, "%s", path);
-    }
-    return 0;
-}
-
-int perta_publish_begin(struct perta_publish *out, const char *path, bool force,
+int perta_publish_begin(struct perta_publish *out, const char *path, const char *like, bool force,
                         struct perta_err *err)
 {
-    int rc = aim(out, path, err);
+    int rc = aim(out, path, like, err);
     if (!rc)
-        rc = check_target(out->path, force, &out->replace, err);
+        rc = check_target(out->path, like, force, &out->replace, err);
     if (!rc)
         rc = perta_make_parents(out->path, err);
     return rc ? rc : make_partial(out, force, err);
 }
 
-int perta_publish_go_on(struct perta_publish *out, const char *path, bool force, bool *found,
-                        struct perta_err *err)
+int perta_publish_go_on(struct perta_publish *out, const char *path, const char *like, bool force,
+                        bool *found, struct perta_err *err)
 {
     struct stat st;
-    int rc = aim(out, path, err);
+    int rc = aim(out, path, like, err);
     *found = !rc && !lstat(out->partial, &st) && S_ISDIR(st.st_mode);
     out->adopted = out->made = out->keep = *found; /* kept also if this run fails */
-    return *found ? check_target(out->path, force, &out->replace, err) : rc;
+    if (*found && (rc = check_partial(out, err)) == PERTA_EUSAGE)
+        rc = err->code = PERTA_EINPUT; /* it is to be read, too */
+    return rc || !*found ? rc : check_target(out->path, like, force, &out->replace, err);
 }
 
-int perta_publish_sweep(const char *path, struct perta_err *err)
+int perta_publish_sweep(const char *path, const char *like, struct perta_err *err)
 {
+    struct stat st;
     struct perta_publish out;
-    bool found;
-    int rc = perta_publish_go_on(&out, path, true, &found, err);
-    if (found && remove_tree(out.partial))
-        rc = perta_fail_sys(err, errno, "%s", out.partial);
-    out.made = false;
+    int rc = aim(&out, path, like, err);
+    if (!rc && !lstat(out.partial, &st)) {
+        rc = check_partial(&out, err);
+        if (!rc)
+            rc = perta_owned_remove(out.partial, PERTA_OWNED_LEFTOVER, out.like, err);
+    }
     perta_publish_release(&out);
     return rc;
 }
@@ -382,25 +418,59 @@ static int write_synced(const char *path, const void *data, uint64_t len_bytes,
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (fd < 0)
         return perta_fail_sys(err, errno, "%s", path);
-    return finish(fd, path, perta_write_all(fd, data, len_bytes, path, err), err);
+    int rc = finish(fd, path, perta_write_all(fd, data, len_bytes, path, err), err);
+    if (rc)
+        unlink(path);
+    return rc;
 }
 
-int perta_publish_single(const char *path, const void *data, uint64_t len_bytes, bool force,
-                         struct perta_err *err)
+int perta_publish_check_mark(const char *path, const char *mark, struct perta_err *err)
+{
+    char start[4097] = "";
+    struct stat st;
+    if (lstat(path, &st))
+        return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
+    if (!S_ISREG(st.st_mode))
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists, and is no regular file", path);
+    int fd = perta_open_regular(path, &st, err);
+    if (fd < 0)
+        return fd;
+    uint64_t n = (uint64_t)st.st_size < sizeof start - 1 ? (uint64_t)st.st_size : sizeof start - 1;
+    int rc = perta_pread_all(fd, start, n, 0, path, err);
+    close(fd);
+    if (!rc && n && !strstr(start, mark)) /* an empty one was torn */
+        rc = perta_fail(err, PERTA_EUSAGE, "%s: exists, and perta did not write it; --force does "
+                        "not replace it; choose another name", path);
+    return rc;
+}
+
+int perta_publish_single(const char *path, const char *mark, const void *data, uint64_t len_bytes,
+                         bool force, struct perta_err *err)
 {
     struct stat st;
     char *partial = NULL;
-    if (!lstat(path, &st) && !(force && S_ISREG(st.st_mode)))
-        return perta_fail(err, PERTA_EUSAGE, "%s: exists%s", path,
-                          force ? ", and is no regular file" : "; --force replaces it");
-    if (asprintf(&partial, "%s" PERTA_PARTIAL_SUFFIX, path) < 0)
-        return perta_fail_sys(err, ENOMEM, "%s", path);
-    unlink(partial); /* of a run that was killed */
-    int rc = write_synced(partial, data, len_bytes, err);
-    if (!rc && rename(partial, path))
-        rc = perta_fail_sys(err, errno, "%s", path);
-    if (rc)
-        unlink(partial);
+    int rc = 0;
+    bool there = !lstat(path, &st);
+    if (there && !force)
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists; --force replaces it", path);
+    if (there)
+        rc = perta_publish_check_mark(path, mark, err);
+    if (!rc && asprintf(&partial, "%s" PERTA_PARTIAL_SUFFIX, path) < 0) {
+        partial = NULL;
+        rc = perta_fail_sys(err, ENOMEM, "%s", path);
+    }
+    if (!rc && !lstat(partial, &st)) { /* of a run that was killed */
+        rc = perta_publish_check_mark(partial, mark, err);
+        if (!rc)
+            unlink(partial);
+    }
+    if (!rc) {
+        rc = write_synced(partial, data, len_bytes, err);
+        if (!rc && rename(partial, path)) {
+            rc = perta_fail_sys(err, errno, "%s", path);
+            unlink(partial);
+        }
+    }
     free(partial);
     return rc ? rc : perta_name_sync(path, err);
 }
@@ -408,12 +478,12 @@ int perta_publish_single(const char *path, const void *data, uint64_t len_bytes,
 /* The two folders change places, one after the other: for an instant path is nowhere. */
 static int exchange_in_turn(const struct perta_publish *out, struct perta_err *err)
 {
+    struct stat st;
     char *aside = NULL;
     if (asprintf(&aside, "%s.perta-replaced", out->path) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", out->path);
-    int rc = remove_tree(aside) && errno != ENOENT /* of a run that was killed at that instant */
-                 ? perta_fail_sys(err, errno, "%s", aside)
-                 : 0;
+    int rc = lstat(aside, &st) ? 0 /* else: of a run that was killed at that instant */
+                               : perta_owned_remove(aside, PERTA_OWNED_OUTPUT, out->like, err);
     if (!rc && rename(out->path, aside))
         rc = perta_fail_sys(err, errno, "%s: replace", out->path);
     if (!rc && rename(out->partial, out->path)) {
@@ -426,22 +496,45 @@ static int exchange_in_turn(const struct perta_publish *out, struct perta_err *e
     return rc;
 }
 
-/* The two folders change places, at once where the file system can (NFS cannot), then the old one
- * goes. */
-static int exchange(struct perta_publish *out, struct perta_err *err)
+/* At once where the file system can (NFS cannot). */
+static int exchange(const struct perta_publish *out, struct perta_err *err)
 {
-    if (renameat2(AT_FDCWD, out->partial, AT_FDCWD, out->path, RENAME_EXCHANGE)) {
-        if (errno != EINVAL && errno != ENOSYS && errno != EOPNOTSUPP)
-            return perta_fail_sys(err, errno, "%s: replace", out->path);
-        int in_turn = exchange_in_turn(out, err);
-        if (in_turn)
-            return in_turn;
+    if (!renameat2(AT_FDCWD, out->partial, AT_FDCWD, out->path, RENAME_EXCHANGE))
+        return 0;
+    return errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP
+               ? exchange_in_turn(out, err)
+               : perta_fail_sys(err, errno, "%s: replace", out->path);
+}
+
+/* The run is done, and what is in its way came while it ran: it is kept for --resume. */
+static int in_the_way(struct perta_err *err)
+{
+    if (err->code == PERTA_EUSAGE)
+        err->code = PERTA_ESYS;
+    return err->code;
+}
+
+/* What stands at path is looked at again once it is out of the way, and only then removed. */
+static int replace(struct perta_publish *out, struct perta_err *err)
+{
+    if (exchange(out, err))
+        return in_the_way(err);
+    if (perta_owned_check(out->partial, PERTA_OWNED_OUTPUT, out->path, err)) {
+        struct perta_err ignored = {0};
+        if (exchange(out, &ignored)) {
+            out->made = false; /* it is not ours to remove */
+            perta_err_context(err, "%s: is what stood at %s, and changed while that was made",
+                              out->partial, out->path);
+        } else if (perta_owned_check(out->path, PERTA_OWNED_OUTPUT, out->partial, &ignored)) {
+            ignored.code = err->code; /* the same, by the name that it has again */
+            *err = ignored;
+            perta_err_context(err, "%s: changed, so that it is left as it is", out->path);
+        }
+        return in_the_way(err);
     }
     out->made = false;
     int rc = perta_name_sync(out->path, err);
-    if (!rc && remove_tree(out->partial))
-        rc = perta_fail_sys(err, errno, "%s: remove what was replaced", out->partial);
-    return rc;
+    return rc ? rc : perta_owned_remove(out->partial, PERTA_OWNED_OUTPUT, out->path, err);
 }
 
 int perta_publish_remove(const struct perta_publish *out, const char *name, struct perta_err *err)
@@ -468,7 +561,7 @@ int perta_publish_commit(struct perta_publish *out, struct perta_err *err)
     if (rc)
         return rc;
     if (out->replace)
-        return exchange(out, err);
+        return replace(out, err);
     if (rename(out->partial, out->path))
         return perta_fail_sys(err, errno, "%s", out->path);
     out->made = false;

@@ -76,6 +76,12 @@ char *perta_text_lines(const char *fmt, va_list ap)
     return text;
 }
 
+bool perta_text_ends_in(const char *text, const char *suffix)
+{
+    size_t n = strlen(text), m = strlen(suffix);
+    return n > m && !strcmp(text + n - m, suffix);
+}
+
 bool perta_name_is_plain(const char *name)
 {
     return *name && *name != '.' && !strchr(name, '/') && strlen(name) <= PERTA_NAME_MAX_BYTES &&

@@ -212,8 +212,8 @@ static int begin_output(struct job *job, const struct perta_run *run, struct per
         perta_resume_identity(job->forward ? "apply" : "revert", json_object(), inputs),
         apply->force, err);
     return rc ? rc
-              : perta_model_out_begin(&job->out, apply->out, &job->resume.journal, apply->force,
-                                      err);
+              : perta_model_out_begin(&job->out, apply->out, apply->model, &job->resume.journal,
+                                      apply->force, err);
 }
 
 static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)

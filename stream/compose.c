@@ -315,7 +315,7 @@ static int begin_output(struct job *job, const struct perta_run *run, json_t *sh
     int rc = perta_resume_begin(&job->resume, run, compose->patch, identity_of(job),
                                 compose->force, err);
     if (!rc)
-        rc = perta_patch_out_begin(&job->out, compose->patch, NULL, &job->resume.journal,
+        rc = perta_patch_out_begin(&job->out, compose->patch, NULL, NULL, &job->resume.journal,
                                    compose->force, err);
     if (!rc)
         perta_model_out_known(&job->out.model, shards);

@@ -172,8 +172,8 @@ static int begin_output(struct job *job, const struct perta_diff *diff,
                                     "diff", json_pack("{s:b}", "one_way", (int)job->one_way), inputs),
                                 diff->force, err);
     if (!rc)
-        rc = perta_patch_out_begin(&job->out, diff->patch, NULL, &job->resume.journal, diff->force,
-                                   err);
+        rc = perta_patch_out_begin(&job->out, diff->patch, NULL, NULL, &job->resume.journal,
+                                   diff->force, err);
     job->out.one_way = job->one_way;
     return rc;
 }

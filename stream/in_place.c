@@ -11,6 +11,7 @@
 #include "io/ahead.h"
 #include "io/publish.h"
 #include "stream/input.h"
+#include "stream/model_out.h"
 #include "stream/patch_in.h"
 #include "stream/walk.h"
 
@@ -366,11 +367,17 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
     bool went_on = job->ahead.going_on;
     if (!rc)
         rc = write_all(job, &read_bytes, err);
+    json_t *unedited = json_array();
     if (!rc)
-        *summary = json_pack("{s:I, s:I, s:I, s:I, s:b}", "chunks", (json_int_t)job->n_chunks,
+        rc = perta_model_out_others(job->model.ck, &unedited, err);
+    if (!rc && !unedited)
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->model.ck->path);
+    if (!rc)
+        *summary = json_pack("{s:O, s:I, s:I, s:I, s:I, s:b}", "unedited", unedited, "chunks", (json_int_t)job->n_chunks,
                              "written_chunks", (json_int_t)job->n_todo, "read_bytes",
                              (json_int_t)read_bytes, "written_bytes",
                              (json_int_t)job->ahead.written_bytes, "went_on", (int)went_on);
+    json_decref(unedited);
     return rc;
 }
 

@@ -297,6 +297,22 @@ static int append_identity(struct perta_journal *journal, const json_t *identity
     return rc;
 }
 
+/* What is there is written over: is it a journal, or the torn beginning of one? */
+static int check_own(const struct perta_journal *journal, struct perta_err *err)
+{
+    char start[PREFIX_BYTES + 2] = "";
+    struct stat st;
+    if (fstat(journal->fd, &st))
+        return perta_fail_sys(err, errno, "%s", journal->path);
+    size_t n = st.st_size < PREFIX_BYTES + 1 ? (size_t)st.st_size : PREFIX_BYTES + 1;
+    int rc = perta_pread_all(journal->fd, start, n, 0, journal->path, err);
+    bool torn = strspn(start, "0123456789abcdef") == strlen(start), whole = start[PREFIX_BYTES] == '{';
+    if (rc || torn || (whole && start[PREFIX_BYTES - 1] == ' '))
+        return rc;
+    return perta_fail(err, PERTA_EUSAGE, "%s: exists and is no journal of perta; move it away, or "
+                      "choose another output", journal->path);
+}
+
 static int begin(struct perta_journal *journal, const char *path, const json_t *identity,
                  bool replace, struct perta_err *err)
 {
@@ -311,6 +327,10 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
     int rc = perta_make_parents(path, err);
     if (!rc)
         rc = open_locked(journal, path, O_CREAT, err);
+    if (!rc && (rc = check_own(journal, err))) {
+        close(journal->fd); /* it is not ours, neither to write nor to remove */
+        journal->fd = -1;
+    }
     if (!rc && ftruncate(journal->fd, 0))
         rc = perta_fail_sys(err, errno, "%s", journal->path);
     if (!rc)
@@ -408,14 +428,14 @@ int perta_journal_open(struct perta_journal *journal, const char *path, const js
 }
 
 int perta_journal_folder(const struct perta_journal *journal, struct perta_publish *folder,
-                         const char *path, bool force, struct perta_err *err)
+                         const char *path, const char *like, bool force, struct perta_err *err)
 {
     bool found;
     if (!journal->going_on) {
-        int rc = journal->resume ? perta_publish_sweep(path, err) : 0; /* nothing to go on with */
-        return rc ? rc : perta_publish_begin(folder, path, force, err);
+        int rc = journal->resume ? perta_publish_sweep(path, like, err) : 0; /* nothing to go on with */
+        return rc ? rc : perta_publish_begin(folder, path, like, force, err);
     }
-    int rc = perta_publish_go_on(folder, path, force, &found, err);
+    int rc = perta_publish_go_on(folder, path, like, force, &found, err);
     if (!rc && !found && !perta_journal_is_publishing(journal))
         rc = perta_fail(err, PERTA_EINPUT, "%s: is gone; --force starts over", folder->partial);
     return rc;
@@ -518,7 +538,7 @@ static int publish(struct perta_publish *folder, const json_t *inode, struct per
                    ? perta_publish_commit(folder, err)
                    : perta_fail(err, PERTA_EINPUT, "%s: is gone, or is another folder",
                                 folder->partial);
-    int rc = folder->made ? perta_publish_sweep(folder->path, err) : 0; /* what it replaced */
+    int rc = folder->made ? perta_publish_sweep(folder->path, folder->path, err) : 0; /* what it replaced */
     folder->made = false;
     return rc;
 }

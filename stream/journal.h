@@ -50,7 +50,7 @@ int perta_journal_open(struct perta_journal *journal, const char *path, const js
 /* Then each output: perta_publish_begin, or perta_publish_go_on with what is left of it. It may
  * be gone only where it may have its name already. */
 int perta_journal_folder(const struct perta_journal *journal, struct perta_publish *folder,
-                         const char *path, bool force, struct perta_err *err);
+                         const char *path, const char *like, bool force, struct perta_err *err);
 /* All records that a run left, but the first, in order, to use(ctx, record, err); it may keep
  * record (json_incref). */
 typedef int (*perta_journal_use)(void *ctx, json_t *record, struct perta_err *err);

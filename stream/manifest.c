@@ -144,12 +144,12 @@ static int add_entry(struct job *job, const char *dir, const char *name, struct 
     e->path = dir ? perta_path_join(dir, name) : strdup(name);
     if (!e->name || !e->path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
-    if (!perta_text_is_plain(name) || strchr(name, '\\'))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: has a line break, another control character, a backslash, or what "
-                          "is not UTF-8 in its name; checksum files cannot name it",
-                          e->path);
-    return 0;
+    return perta_text_is_plain(name)
+               ? 0
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s: has a line break, another control character, or what is not UTF-8 in "
+                            "its name; a manifest cannot name it; rename it",
+                            e->path);
 }
 
 /* A folder's files but skip, which need not be there (st_ino 0). */

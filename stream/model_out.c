@@ -1,17 +1,20 @@
 #include "stream/model_out.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include "io/ahead.h"
 #include "io/text.h"
 
-int perta_model_out_begin(struct perta_model_out *out, const char *path,
+int perta_model_out_begin(struct perta_model_out *out, const char *path, const char *like,
                           const struct perta_journal *journal, bool force, struct perta_err *err)
 {
     *out = (struct perta_model_out){.has_folder = path != NULL, .shards = json_array()};
-    return path ? perta_journal_folder(journal, &out->folder, path, force, err) : 0;
+    return path ? perta_journal_folder(journal, &out->folder, path, like, force, err) : 0;
 }
 
 void perta_model_out_known(struct perta_model_out *out, json_t *shards)
@@ -79,21 +82,40 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
     return out->shards ? 0 : perta_fail_sys(err, ENOMEM, "%s", name);
 }
 
-static bool ends_with(const char *name, const char *suffix)
+/* Also with more after it, as of a backup; an index of such files, as long as it is not the
+ * model's own. */
+static bool is_named_weights(const char *name)
 {
-    size_t n = strlen(name), m = strlen(suffix);
-    return n >= m && !strcmp(name + n - m, suffix);
+    static const char *const suffixes[] = {
+        ".safetensors", ".bin",  ".pt",  ".pth", ".gguf",   ".ggml",      ".h5",      ".msgpack",
+        ".onnx",        ".ckpt", ".npz", ".npy", ".pkl",    ".onnx_data", ".ot",      ".tflite",
+        ".pb",          ".nemo", ".tar", ".zip", ".pickle", ".engine",    ".mlmodel", ".dduf"};
+    if (!strcmp(name, PERTA_INDEX_NAME))
+        return false;
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++)
+        if (perta_text_ends_in(name, suffixes[i]))
+            return true;
+    return strstr(name, ".safetensors") || perta_text_ends_in(name, ".index.json");
 }
 
-static bool is_weights(const char *name)
+/* By what it begins with, whatever it is called: GGUF, safetensors, ZIP (as PyTorch writes it),
+ * pickle, HDF5, gzip, Zstandard. */
+static bool is_weights_inside(const char *path)
 {
-    static const char *const suffixes[] = {".safetensors", ".bin",     ".pt",   ".pth",
-                                           ".gguf",        ".ggml",    ".h5",   ".msgpack",
-                                           ".onnx",        ".ckpt",    ".npz",  ".pkl"};
-    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++)
-        if (ends_with(name, suffixes[i]))
-            return true;
-    return false;
+    static const struct {
+        const char *bytes;
+        size_t n;
+    } starts[] = {{"GGUF", 4},    {"PK\x03\x04", 4},      {"\x80\x02", 2},         {"\x80\x04", 2},
+                  {"\x89HDF", 4}, {"\x1f\x8b", 2},        {"\x28\xb5\x2f\xfd", 4}};
+    char start[16] = "";
+    int fd = perta_open_any(path, O_RDONLY);
+    ssize_t n = fd < 0 ? 0 : pread(fd, start, sizeof start, 0);
+    if (fd >= 0)
+        close(fd);
+    bool is = n == sizeof start && start[8] == '{' && !memcmp(start + 5, "\0\0\0", 3);
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++)
+        is = is || (n >= (ssize_t)starts[i].n && !memcmp(start, starts[i].bytes, starts[i].n));
+    return is;
 }
 
 static bool is_shard(const struct perta_checkpoint *ck, const char *name)
@@ -121,9 +143,11 @@ static int copy_entry(void *ctx, const char *name, struct perta_err *err)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     int rc = 0;
     struct perta_err ignored = {0};
-    if (is_weights(name) || perta_check_link(copy->from->path, path, &ignored)) {
+    bool is_file = !stat(path, &st) && S_ISREG(st.st_mode);
+    if (is_named_weights(name) || perta_check_link(copy->from->path, path, &ignored) ||
+        (is_file && is_weights_inside(path))) {
         perta_json_append(copy->skipped, perta_text_json("%s", name));
-    } else if (!stat(path, &st) && S_ISREG(st.st_mode)) {
+    } else if (is_file) {
         rc = perta_publish_copy(&copy->out->folder, path, name, err);
     } else if (S_ISDIR(st.st_mode) && *name != '.') {
         perta_json_append(copy->skipped, perta_text_json("%s/", name));
@@ -139,6 +163,34 @@ int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_ch
     if (!out->has_folder || stat(from->path, &st) || !S_ISDIR(st.st_mode))
         return 0;
     return perta_folder_each(from->path, copy_entry, &(struct copy){out, from, skipped}, err);
+}
+
+struct others {
+    const struct perta_checkpoint *ck;
+    json_t **names;
+};
+
+static int add_other(void *ctx, const char *name, struct perta_err *err)
+{
+    const struct others *others = ctx;
+    struct stat st;
+    char *path = perta_path_join(others->ck->path, name);
+    if (!path)
+        return perta_fail_sys(err, ENOMEM, "%s", name);
+    if (!is_shard(others->ck, name) && !stat(path, &st) && S_ISREG(st.st_mode) &&
+        strcmp(name, PERTA_AHEAD_NAME) && (is_named_weights(name) || is_weights_inside(path)))
+        perta_json_append(others->names, perta_text_json("%s", name));
+    free(path);
+    return 0;
+}
+
+int perta_model_out_others(const struct perta_checkpoint *ck, json_t **names,
+                           struct perta_err *err)
+{
+    struct stat st;
+    if (stat(ck->path, &st) || !S_ISDIR(st.st_mode))
+        return 0;
+    return perta_folder_each(ck->path, add_other, &(struct others){ck, names}, err);
 }
 
 /* ---- for a journal ---- */

@@ -22,9 +22,10 @@ struct perta_model_out {
     uint64_t written_bytes;
 };
 
-/* path NULL: digests only. journal says whether to go on with what an interrupted run left. engine
+/* path NULL: digests only. like: the model whose rest is copied (perta_publish_begin), or NULL.
+ * journal says whether to go on with what an interrupted run left. engine
  * and writer_bufs as perta_writer_open wants them, set before the first shard. */
-int perta_model_out_begin(struct perta_model_out *out, const char *path,
+int perta_model_out_begin(struct perta_model_out *out, const char *path, const char *like,
                           const struct perta_journal *journal, bool force, struct perta_err *err);
 /* After beginning without a folder: what the shards will be is known (a manifest's
  * outputs.model), so what is appended does not matter. */
@@ -42,6 +43,11 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
  * (NULL afterwards: no memory). */
 int perta_model_out_copy_rest(struct perta_model_out *out, const struct perta_checkpoint *from,
                               json_t **skipped, struct perta_err *err);
+
+/* Other weights in the folder of ck: their names go to *names, an array (NULL afterwards: no
+ * memory). */
+int perta_model_out_others(const struct perta_checkpoint *ck, json_t **names,
+                           struct perta_err *err);
 
 /* For a journal: bring what was appended to disk; and what to keep of the state, as far as it
  * changed since the last time, the caller's. NULL without memory. */

@@ -8,121 +8,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/plain.h"
 #include "io/publish.h"
+#include "io/record.h"
 #include "io/text.h"
+#include "io/which.h"
 
 typedef unsigned long long ull;
-
-/* The next member's key, after i others; false: it is written in another way, or wrong. */
-static bool next_key(struct perta_plain *p, size_t i, const char **key, size_t *len)
-{
-    return (!i || perta_plain_word(p, ",")) && perta_plain_string(p, key, len) &&
-           perta_plain_word(p, ":");
-}
-
-/* Read, and dropped, one value at a time. */
-static bool pass_array(struct perta_plain *p)
-{
-    if (!perta_plain_word(p, "["))
-        return false;
-    for (size_t i = 0; !perta_plain_word(p, "]"); i++) {
-        json_t *value;
-        if ((i && !perta_plain_word(p, ",")) || !perta_plain_value(p, &value))
-            return false;
-        json_decref(value);
-    }
-    return true;
-}
-
-static bool add_member(json_t *json, const char *key, size_t len, struct perta_plain *p)
-{
-    json_t *value = NULL;
-    char *name = strndup(key, len);
-    bool good = name && !json_object_get(json, name) && perta_plain_value(p, &value) &&
-                !json_object_set_new(json, name, value);
-    free(name);
-    return good;
-}
-
-/* What is said of the tensors is for people, and of 100,000 of them takes 100 MB as a tree. NULL:
- * it is written in another way, or wrong. */
-static json_t *without_tensors(const char *text, size_t len_bytes)
-{
-    struct perta_plain p = {text, text + len_bytes};
-    json_t *json = json_object();
-    bool good = perta_plain_word(&p, "{"), had_tensors = false;
-    for (size_t i = 0; good && !perta_plain_word(&p, "}"); i++) {
-        const char *key;
-        size_t len;
-        good = next_key(&p, i, &key, &len);
-        if (good && perta_plain_is(key, len, "tensors") && !had_tensors)
-            good = had_tensors = pass_array(&p);
-        else
-            good = good && add_member(json, key, len, &p);
-    }
-    if (good && perta_plain_word(&p, ""))
-        return json;
-    json_decref(json);
-    return NULL;
-}
-
-/* The whole text of the file at path, the caller's (free). */
-static int read_text(const char *path, char **text, size_t *len_bytes, struct perta_err *err)
-{
-    struct stat st;
-    *text = NULL;
-    int fd = perta_open_regular(path, &st, err);
-    if (fd < 0)
-        return fd;
-    *len_bytes = (size_t)st.st_size;
-    *text = malloc(*len_bytes + 1);
-    int rc = *text ? perta_pread_all(fd, *text, *len_bytes, 0, path, err)
-                   : perta_fail_sys(err, ENOMEM, "%s", path);
-    close(fd);
-    return rc;
-}
-
-static int parse_text(const char *path, const char *text, size_t len_bytes, bool whole,
-                      json_t **manifest, struct perta_err *err)
-{
-    json_error_t why;
-    *manifest = whole ? NULL : without_tensors(text, len_bytes);
-    if (!*manifest)
-        *manifest = json_loadb(text, len_bytes, JSON_REJECT_DUPLICATES, &why);
-    if (*manifest)
-        return 0;
-    return json_error_code(&why) == json_error_out_of_memory
-               ? perta_fail_sys(err, ENOMEM, "%s", path)
-               : perta_fail(err, PERTA_EINPUT, "%s: %s", path, why.text);
-}
-
-/* manifest.json and its digest, the caller's. whole: with what it says of the tensors. */
-static int load_manifest(const char *dir, bool whole, json_t **manifest,
-                         struct perta_digest_hex *hex, struct perta_err *err)
-{
-    size_t len_bytes = 0;
-    char *path = perta_path_join(dir, "manifest.json"), *text = NULL;
-    struct perta_digest *digest = perta_digest_new(true);
-    *manifest = NULL;
-    int rc = path && digest ? read_text(path, &text, &len_bytes, err)
-                            : perta_fail_sys(err, ENOMEM, "%s", dir);
-    if (!rc) {
-        perta_digest_update(digest, text, len_bytes);
-        perta_digest_finish(digest, hex);
-        rc = parse_text(path, text, len_bytes, whole, manifest, err);
-    }
-    perta_digest_free(digest);
-    free(text);
-    free(path);
-    return rc;
-}
-
-static bool says_patch(const json_t *manifest)
-{
-    const char *format = json_string_value(json_object_get(manifest, "format"));
-    return format && !strcmp(format, "perta-patch");
-}
 
 bool perta_patch_in_is_patch(const char *path)
 {
@@ -130,8 +21,8 @@ bool perta_patch_in_is_patch(const char *path)
     struct perta_digest_hex hex;
     json_t *manifest;
     /* What cannot be read may be one: whoever opens it is told. */
-    bool is = load_manifest(path, false, &manifest, &hex, &why) == PERTA_ESYS;
-    is = is || says_patch(manifest);
+    bool is = perta_record_load(path, false, &manifest, &hex, &why) == PERTA_ESYS;
+    is = is || perta_record_is_patch(manifest);
     json_decref(manifest);
     return is;
 }
@@ -222,6 +113,15 @@ static int read_shards(struct perta_patch_in *in, const struct on_damage *on,
     return rc;
 }
 
+static int not_a_patch(const char *path, const struct perta_err *why, struct perta_err *err)
+{
+    const char *kind = perta_which_kind(path);
+    return kind && strcmp(kind, "a patch")
+               ? perta_fail(err, why->code, "%s; is it a patch folder? It looks like %s", why->msg,
+                            kind)
+               : perta_fail(err, why->code, "%s; is it a patch folder?", why->msg);
+}
+
 static int open_patch(struct perta_patch_in *in, const char *path, const struct on_damage *on,
                       struct perta_err *err)
 {
@@ -229,14 +129,14 @@ static int open_patch(struct perta_patch_in *in, const char *path, const struct 
     *in = (struct perta_patch_in){.path = strdup(path)};
     if (!in->path)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    int rc = load_manifest(path, false, &in->manifest, &in->manifest_digest, &why);
+    int rc = perta_record_load(path, false, &in->manifest, &in->manifest_digest, &why);
     if (rc == PERTA_EINPUT)
-        return perta_fail(err, rc, "%s; is it a patch folder?", why.msg);
+        return not_a_patch(path, &why, err);
     if (rc) {
         *err = why;
         return rc;
     }
-    if (!says_patch(in->manifest))
+    if (!perta_record_is_patch(in->manifest))
         return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: not of a perta patch", path);
     json_int_t version = json_integer_value(json_object_get(in->manifest, "version"));
     if (version != PERTA_PATCH_VERSION)
@@ -261,7 +161,7 @@ int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
 int perta_patch_in_record(const struct perta_patch_in *in, json_t **record, struct perta_err *err)
 {
     struct perta_digest_hex hex;
-    int rc = load_manifest(in->path, true, record, &hex, err);
+    int rc = perta_record_load(in->path, true, record, &hex, err);
     if (rc)
         return rc;
     if (!strcmp(hex.sha256, in->manifest_digest.sha256))

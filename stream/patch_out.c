@@ -12,11 +12,12 @@
 static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "delta", "values"};
 
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
-                          const struct perta_journal *journal, bool force, struct perta_err *err)
+                          const char *like, const struct perta_journal *journal, bool force,
+                          struct perta_err *err)
 {
     *p = (struct perta_patch_out){.shards = json_array()};
-    int rc = perta_model_out_begin(&p->model, out, journal, force, err);
-    return rc ? rc : perta_journal_folder(journal, &p->folder, path, force, err);
+    int rc = perta_model_out_begin(&p->model, out, like, journal, force, err);
+    return rc ? rc : perta_journal_folder(journal, &p->folder, path, NULL, force, err);
 }
 
 /* A record of a journal takes so much, as text and as tree, for each of so many tensors. */

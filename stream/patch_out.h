@@ -56,9 +56,11 @@ uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
 /* So many tensors since a journal's record make the next one due, for it takes memory too. */
 bool perta_patch_out_is_due(const struct perta_patch_out *p);
 
-/* out NULL: no model folder. journal says whether to go on with what an interrupted run left. */
+/* out NULL: no model folder; else like is the model that it is of. journal says whether to go on
+ * with what an interrupted run left. */
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
-                          const struct perta_journal *journal, bool force, struct perta_err *err);
+                          const char *like, const struct perta_journal *journal, bool force,
+                          struct perta_err *err);
 /* What is patched: shards and tensors of both agree (the caller checked), and after's order is
  * the order of the chunks to come. actions (after->n_tensors, shard by shard) say what is done
  * to each tensor. model_bufs: with a model folder. */

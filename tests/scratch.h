@@ -3,6 +3,7 @@
 #define PERTA_TESTS_SCRATCH_H
 
 #include <dirent.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "tests/unit.h"
@@ -39,6 +40,21 @@ static inline void put_text(const char *name, const char *text)
 }
 
 /* len_bytes of noise, in the file and returned (free). */
+/* A safetensors file of one byte. */
+#define TINY_SHARD "\x35\0\0\0\0\0\0\0{\"w\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}x"
+#define TINY_SHARD_BYTES (sizeof TINY_SHARD - 1)
+
+/* A checkpoint of that in a new folder. */
+static inline void put_tiny_model(const char *path, const char *config)
+{
+    char name[128];
+    ck_assert_int_eq(mkdir(path, 0777), 0);
+    snprintf(name, sizeof name, "%s/config.json", path);
+    put_text(name, config);
+    snprintf(name, sizeof name, "%s/model.safetensors", path);
+    put_file(name, TINY_SHARD, TINY_SHARD_BYTES);
+}
+
 static inline uint8_t *make_file(const char *name, size_t len_bytes, uint64_t seed)
 {
     uint8_t *data = alloc(len_bytes);

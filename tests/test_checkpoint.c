@@ -7,6 +7,7 @@
 
 #include "io/checkpoint.h"
 #include "io/file.h"
+#include "io/which.h"
 
 static struct perta_err err;
 
@@ -311,6 +312,82 @@ START_TEST(a_config_that_changes_is_found_out)
 }
 END_TEST
 
+START_TEST(a_model_that_transformers_would_not_load_is_not_taken_in_its_place)
+{
+    struct perta_checkpoint *ck;
+    put_shard("m/model.safetensors", "abcd");
+    is_refused("m", "holds two models: model.safetensors, which transformers loads, and the shards "
+                    "that model.safetensors.index.json names (1.safetensors, ...)");
+    ck_assert_ok(perta_checkpoint_open("m/model.safetensors", &ck, &err)); /* one is chosen */
+    perta_checkpoint_close(ck);
+    put_text(INDEX, "{\"weight_map\":{\"a\":\"model.safetensors\",\"b\":\"model.safetensors\","
+                    "\"c\":\"model.safetensors\",\"d\":\"model.safetensors\"}}");
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* the same one */
+    perta_checkpoint_close(ck);
+    put_text("m/config.json", "{\"transformers_weights\": \"1.safetensors\"}");
+    is_refused("m", "transformers_weights is 1.safetensors, which transformers loads; perta would "
+                    "take model.safetensors");
+    put_text("m/config.json", "{\"transformers_weights\": \"model.safetensors\"}");
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
+    perta_checkpoint_close(ck);
+    put_text("m/adapter_config.json", "{}");
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* there is none to put on top */
+    perta_checkpoint_close(ck);
+    put_text("m/adapter_model.bin", "x");
+    is_refused("m", "holds a model (model.safetensors) and a PEFT adapter");
+}
+END_TEST
+
+START_TEST(shards_without_an_index_are_of_one_model)
+{
+    ck_assert_int_eq(unlink(INDEX), 0);
+    put_shard("m/consolidated.safetensors", "e");
+    is_refused("m", "1.safetensors and consolidated.safetensors are not of one");
+    ck_assert_int_eq(rename("m/consolidated.safetensors", "m/adapter_model.safetensors"), 0);
+    is_refused("m", "1.safetensors and adapter_model.safetensors are not of one");
+    struct perta_checkpoint *ck;
+    ck_assert_int_eq(rename("m/1.safetensors", "m/model.safetensors"), 0);
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* as transformers: the others do not count */
+    ck_assert_uint_eq(ck->n_tensors, 2);
+    perta_checkpoint_close(ck);
+}
+END_TEST
+
+START_TEST(a_folder_of_something_else_says_what_it_is)
+{
+    mkdir("x", 0777);
+    put_text("x/training_args.bin", "x");
+    is_refused("x", "holds training_args.bin, but no .safetensors file");
+    put_text("x/y.gguf", "x");
+    is_refused("x", "holds y.gguf, but no .safetensors file; GGUF is made from a model");
+    put_text("x/model-00001-of-00002.bin", "x");
+    is_refused("x", "holds model-00001-of-00002.bin, but");
+    is_refused("x/y.gguf", "neither a folder nor a .safetensors file; GGUF is made");
+    is_refused("x/training_args.bin", "neither a folder nor a .safetensors file; load it with");
+
+    mkdir("parent", 0777);
+    mkdir("parent/default", 0777);
+    put_text("parent/default/adapter_config.json", "{}");
+    is_refused("parent", "is parent/default meant? It is a PEFT adapter");
+    mkdir("models--x--y", 0777);
+    mkdir("models--x--y/blobs", 0777);
+    mkdir("models--x--y/snapshots", 0777);
+    is_refused("models--x--y", "a folder of the Hugging Face cache; give the folder below snapshots/");
+    mkdir("models--x--y/snapshots/8a3f", 0777);
+    is_refused("models--x--y", "snapshots/: models--x--y/snapshots/8a3f");
+    put_shard("models--x--y/snapshots/8a3f/model.safetensors", "a");
+    is_refused("models--x--y/snapshots", "is models--x--y/snapshots/8a3f meant? It is a checkpoint");
+
+    put_text("empty.json", "{}");
+    ck_assert_str_eq(perta_which_kind("empty.json"), "a file");
+    ck_assert_str_eq(perta_which_kind("m"), "a checkpoint");
+    ck_assert_str_eq(perta_which_kind("m/1.safetensors"), "a file of weights");
+    ck_assert_str_eq(perta_which_kind("models--x--y"), "a folder of the Hugging Face cache");
+    ck_assert_ptr_null(perta_which_kind("nowhere"));
+    ck_assert_ptr_null(perta_which_kind("."));
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("checkpoint");
@@ -326,5 +403,8 @@ int main(void)
     tcase_add_test(tests, what_is_no_checkpoint_is_refused_with_advice);
     tcase_add_test(tests, a_shard_that_is_another_by_now_is_not_opened);
     tcase_add_test(tests, a_config_that_changes_is_found_out);
+    tcase_add_test(tests, a_model_that_transformers_would_not_load_is_not_taken_in_its_place);
+    tcase_add_test(tests, shards_without_an_index_are_of_one_model);
+    tcase_add_test(tests, a_folder_of_something_else_says_what_it_is);
     return run_suite("checkpoint", tests);
 }

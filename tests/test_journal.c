@@ -220,8 +220,8 @@ static void abandon(int n_commits, int rc, bool want_kept)
     struct perta_publish *const folders[] = {&folder};
     struct perta_err e = {0};
     begin(&j, 1, true, 0, "");
-    ck_assert_ok(perta_publish_sweep("deep/out", &err));
-    ck_assert_ok(perta_publish_begin(&folder, "deep/out", false, &err));
+    ck_assert_ok(perta_publish_sweep("deep/out", NULL, &err));
+    ck_assert_ok(perta_publish_begin(&folder, "deep/out", NULL, false, &err));
     for (int i = 0; i < n_commits; i++)
         commit(&j, i);
     perta_fail(&e, rc, "what happened");
@@ -253,15 +253,15 @@ static void publish_from(int step, bool replace)
     bool found;
     if (replace) {
         ck_assert_int_eq(mkdir("deep", 0777), 0);
-        ck_assert_int_eq(mkdir("deep/a", 0777) | mkdir("deep/out", 0777), 0);
-        put_text("deep/a/config.json", "old");
-        put_text("deep/out/config.json", "old");
+        put_tiny_model("deep/a", "{}");
+        put_tiny_model("deep/out", "{}");
     }
     begin(&j, 1, false, 0, "");
-    ck_assert_ok(perta_publish_begin(&a, "deep/a", replace, &err));
-    ck_assert_ok(perta_publish_begin(&b, "deep/out", replace, &err));
-    ck_assert_ok(perta_publish_file(&a, "config.json", "A", 1, &err));
-    ck_assert_ok(perta_publish_file(&b, "config.json", "B", 1, &err));
+    ck_assert_ok(perta_publish_begin(&a, "deep/a", NULL, replace, &err));
+    ck_assert_ok(perta_publish_begin(&b, "deep/out", NULL, replace, &err));
+    ck_assert_ok(perta_publish_file(&a, "model.safetensors", TINY_SHARD, TINY_SHARD_BYTES, &err));
+    ck_assert_ok(perta_publish_file(&b, "model-1-of-1.safetensors", TINY_SHARD, TINY_SHARD_BYTES,
+                                    &err));
     struct stat sa, sb;
     ck_assert_int_eq(stat(a.partial, &sa) | stat(b.partial, &sb), 0);
     json_t *record = json_pack("{s:[I,I]}", "publish", (json_int_t)sa.st_ino,
@@ -283,13 +283,13 @@ static void publish_from(int step, bool replace)
 
     go_on(&j, 1, 0, "");
     ck_assert(perta_journal_is_publishing(&j));
-    ck_assert_ok(perta_publish_go_on(&a, "deep/a", replace, &found, &err));
-    ck_assert_ok(perta_publish_go_on(&b, "deep/out", replace, &found, &err));
+    ck_assert_ok(perta_publish_go_on(&a, "deep/a", NULL, replace, &found, &err));
+    ck_assert_ok(perta_publish_go_on(&b, "deep/out", NULL, replace, &found, &err));
     ck_assert_ok(perta_journal_publish(&j, folders, 2, NULL, &err));
     perta_journal_close(&j);
     perta_publish_release(&a);
     perta_publish_release(&b);
-    ck_assert(holds("deep/a/config.json", "A", 1) && holds("deep/out/config.json", "B", 1));
+    ck_assert(is_there("deep/a/model.safetensors") && is_there("deep/out/model-1-of-1.safetensors"));
     ck_assert_uint_eq(count_entries("deep"), 2);
     ck_assert_uint_eq(count_entries("deep/a") + count_entries("deep/out"), 2);
     ck_assert_int_eq(system("rm -r deep"), 0);
@@ -313,7 +313,7 @@ START_TEST(a_folder_that_is_gone_is_not_called_published)
     json_decref(record);
     perta_journal_close(&j);
     go_on(&j, 1, 0, "");
-    ck_assert_ok(perta_publish_go_on(&a, "deep/out", false, &found, &err));
+    ck_assert_ok(perta_publish_go_on(&a, "deep/out", NULL, false, &found, &err));
     ck_assert(!found);
     struct perta_err e = {0};
     ck_assert_int_eq(perta_journal_publish(&j, folders, 1, NULL, &e), PERTA_EINPUT);

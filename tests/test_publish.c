@@ -7,28 +7,21 @@
 
 static struct perta_err err;
 
+#define OLD "{\"old\": 1}" /* a config */
+
 static void begin(struct perta_publish *out, const char *path, bool force)
 {
     struct perta_err e = {0};
-    ck_assert_msg(!perta_publish_begin(out, path, force, &e), "%s", e.msg);
+    ck_assert_msg(!perta_publish_begin(out, path, NULL, force, &e), "%s", e.msg);
 }
 
 static void begin_is_refused(const char *path, bool force, int code, const char *says)
 {
     struct perta_publish out;
     struct perta_err e = {0};
-    ck_assert_int_eq(perta_publish_begin(&out, path, force, &e), code);
+    ck_assert_int_eq(perta_publish_begin(&out, path, NULL, force, &e), code);
     ck_assert_msg(strstr(e.msg, says), "says: %s", e.msg);
     perta_publish_release(&out);
-}
-
-/* A folder that --force may replace. */
-static void put_model(const char *path)
-{
-    char name[128];
-    ck_assert_int_eq(mkdir(path, 0777), 0);
-    snprintf(name, sizeof name, "%s/config.json", path);
-    put_text(name, "old");
 }
 
 START_TEST(a_folder_appears_whole_at_commit)
@@ -67,11 +60,11 @@ START_TEST(what_was_left_by_an_interrupted_run_is_reported_and_replaced_by_force
 {
     struct perta_publish out;
     mkdir("out.perta-partial", 0777);
-    put_text("out.perta-partial/half", "x");
+    put_text("out.perta-partial/model.safetensors", "");
     begin_is_refused("out", false, PERTA_EUSAGE, "out.perta-partial: left by a run");
-    ck_assert(is_there("out.perta-partial/half")); /* it is not ours to remove */
+    ck_assert(is_there("out.perta-partial/model.safetensors")); /* it is not ours to remove */
     begin(&out, "out", true);
-    ck_assert(!is_there("out.perta-partial/half"));
+    ck_assert(!is_there("out.perta-partial/model.safetensors"));
     ck_assert_ok(perta_publish_commit(&out, &err));
     perta_publish_release(&out);
     ck_assert_uint_eq(count_entries("out"), 0);
@@ -81,11 +74,11 @@ END_TEST
 START_TEST(what_stands_there_is_replaced_by_force_alone_and_at_once)
 {
     struct perta_publish out;
-    put_model("out");
+    put_tiny_model("out", OLD);
     begin_is_refused("out", false, PERTA_EUSAGE, "out: exists");
     begin(&out, "out", true);
     ck_assert_ok(perta_publish_file(&out, "new", "n", 1, &err));
-    ck_assert(holds("out/config.json", "old", 3)); /* until commit */
+    ck_assert(holds("out/config.json", OLD, sizeof OLD - 1)); /* until commit */
     ck_assert_ok(perta_publish_commit(&out, &err));
     perta_publish_release(&out);
     ck_assert(holds("out/new", "n", 1));
@@ -97,10 +90,10 @@ END_TEST
 START_TEST(giving_up_leaves_what_stood_there)
 {
     struct perta_publish out;
-    put_model("out");
+    put_tiny_model("out", OLD);
     begin(&out, "out", true);
     perta_publish_release(&out);
-    ck_assert(holds("out/config.json", "old", 3));
+    ck_assert(holds("out/config.json", OLD, sizeof OLD - 1));
     ck_assert_uint_eq(count_entries("."), 1);
 }
 END_TEST
@@ -110,7 +103,7 @@ START_TEST(force_does_not_replace_what_perta_did_not_write)
     mkdir("home", 0777);
     put_text("home/diary", "x");
     put_text("file", "x");
-    put_model("model");
+    put_tiny_model("model", OLD);
     ck_assert_int_eq(symlink("model", "link"), 0);
     for (int force = 0; force < 2; force++) {
         begin_is_refused("home", force, PERTA_EUSAGE, "home: exists");
@@ -121,6 +114,191 @@ START_TEST(force_does_not_replace_what_perta_did_not_write)
     begin_is_refused("", false, PERTA_EUSAGE, "needs a name");
     ck_assert_uint_eq(count_entries("."), 4);
     ck_assert(is_there("home/diary"));
+}
+END_TEST
+
+/* What else may be in a folder, and how it is named. */
+static const struct {
+    const char *put, *says; /* a folder where it ends in / */
+} foreign[] = {
+    {"notes.txt", "notes.txt"},          {".git/", ".git/"},
+    {"src/", "src/"},                    {"mean/", "mean/"},
+    {"train.py", "train.py"},            {"manifest.json", "manifest.json"},
+    {"lora.safetensors", "lora.safetensors"}, {"pytorch_model.bin", "pytorch_model.bin"},
+    {"data.jsonl", "data.jsonl"},        {"perta-in-place.journal", "perta-in-place.journal"},
+    {"model.safetensors.index.json", "index.json (damaged)"},
+    {"adapter_config.json", "adapter_config.json (no JSON object)"},
+};
+
+static void put_in(const char *folder, const char *name)
+{
+    char path[128];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    if (name[strlen(name) - 1] == '/')
+        ck_assert_int_eq(mkdir(path, 0777), 0);
+    else
+        put_text(path, "mine");
+}
+
+START_TEST(a_folder_with_anything_else_in_it_is_not_replaced)
+{
+    put_tiny_model("out", OLD);
+    put_in("out", foreign[_i].put);
+    begin_is_refused("out", true, PERTA_EUSAGE, foreign[_i].says);
+    begin_is_refused("out", true, PERTA_EUSAGE, "out: exists and holds what is not of a checkpoint");
+    struct perta_err e = {0};
+    const char *out = "out";
+    ck_assert_int_eq(perta_publish_check(&out, 1, NULL, 0, true, &e), PERTA_EUSAGE);
+    ck_assert_uint_eq(count_entries("out"), 3);
+    ck_assert_uint_eq(count_entries("."), 1);
+}
+END_TEST
+
+START_TEST(a_link_and_a_damaged_shard_are_not_of_a_checkpoint)
+{
+    put_tiny_model("out", OLD);
+    put_text("tokenizer", "{}");
+    ck_assert_int_eq(symlink("../tokenizer", "out/tokenizer.json"), 0);
+    begin_is_refused("out", true, PERTA_EUSAGE, "tokenizer.json (a link)");
+    ck_assert_int_eq(unlink("out/tokenizer.json"), 0);
+    put_text("out/model.safetensors", "mine, and longer than a header's length");
+    begin_is_refused("out", true, PERTA_EUSAGE, "model.safetensors (damaged)");
+    put_file("out/model.safetensors", TINY_SHARD, TINY_SHARD_BYTES);
+    put_text("out/config.json", "mine");
+    begin_is_refused("out", true, PERTA_EUSAGE, "config.json (no JSON object)");
+}
+END_TEST
+
+START_TEST(what_checkpoints_hold_may_be_replaced)
+{
+    static const char *const beside[] = {"generation_config.json", "tokenizer.json", "README.md",
+                                         "tokenizer_config.json", "merges.txt", "LICENSE.txt",
+                                         ".gitattributes", "chat_template.jinja", "vocab.json"};
+    struct perta_publish out;
+    put_tiny_model("out", OLD);
+    for (size_t i = 0; i < sizeof beside / sizeof *beside; i++)
+        put_in("out", beside[i]);
+    begin(&out, "out", true);
+    ck_assert_ok(perta_publish_commit(&out, &err));
+    perta_publish_release(&out);
+    ck_assert_uint_eq(count_entries("out"), 0);
+    ck_assert_uint_eq(count_entries("."), 1);
+}
+END_TEST
+
+START_TEST(a_patch_is_known_by_its_manifest)
+{
+    struct perta_publish out;
+    mkdir("out", 0777);
+    put_text("out/a.perta", "x");
+    put_text("out/manifest.json", "{\"manifest_version\": 3}");
+    begin_is_refused("out", true, PERTA_EUSAGE, "neither a checkpoint nor a patch (it holds a.perta, "
+                                                "manifest.json)");
+    put_text("out/manifest.json", "{\"format\": \"perta-patch\", "
+                                  "\"outputs\": {\"patch\": [{\"name\": \"a.perta\"}]}}");
+    put_text("out/b.perta", "x");
+    begin_is_refused("out", true, PERTA_EUSAGE, "holds what is not of a patch: b.perta");
+    ck_assert_int_eq(unlink("out/b.perta"), 0);
+    begin(&out, "out", true);
+    ck_assert_ok(perta_publish_commit(&out, &err));
+    perta_publish_release(&out);
+    ck_assert_uint_eq(count_entries("."), 1);
+}
+END_TEST
+
+START_TEST(a_copy_of_an_input_s_file_may_be_replaced)
+{
+    struct perta_publish out;
+    struct perta_err e = {0};
+    const char *path = "out", *inputs[] = {NULL, "in"};
+    put_tiny_model("in", OLD);
+    put_tiny_model("out", OLD);
+    put_in("in", "notes.txt");
+    put_in("out", "notes.txt");
+    ck_assert_ok(perta_publish_check(&path, 1, inputs, 2, true, &err));
+    ck_assert_ok(perta_publish_begin(&out, "out", "in", true, &err));
+    ck_assert_ok(perta_publish_copy(&out, "in/notes.txt", "notes.txt", &err));
+    ck_assert_ok(perta_publish_commit(&out, &err));
+    perta_publish_release(&out);
+    ck_assert_uint_eq(count_entries("out"), 1);
+    put_text("out/notes.txt", "more");
+    ck_assert_int_eq(perta_publish_check(&path, 1, inputs, 2, true, &e), PERTA_EUSAGE);
+    ck_assert_uint_eq(count_entries("."), 2);
+}
+END_TEST
+
+START_TEST(what_comes_between_check_and_removal_is_put_back)
+{
+    struct perta_publish out;
+    struct perta_err e = {0};
+    put_tiny_model("out", OLD);
+    begin(&out, "out", true);
+    ck_assert_ok(perta_publish_file(&out, "new", "n", 1, &err));
+    put_in("out", "diary");
+    ck_assert_int_eq(perta_publish_commit(&out, &e), PERTA_ESYS);
+    ck_assert_msg(strstr(e.msg, "out: changed, so that it is left as it is") &&
+                      strstr(e.msg, "diary"), "%s", e.msg);
+    ck_assert(holds("out/diary", "mine", 4) && holds("out.perta-partial/new", "n", 1));
+    ck_assert_uint_eq(count_entries("out"), 3);
+    perta_publish_release(&out);
+    ck_assert_uint_eq(count_entries("."), 1);
+}
+END_TEST
+
+START_TEST(a_leftover_with_anything_else_in_it_is_not_removed)
+{
+    struct perta_publish out;
+    struct perta_err e = {0};
+    bool found;
+    mkdir("out.perta-partial", 0777);
+    put_text("out.perta-partial/model.safetensors", "");
+    static const char *const more[] = {"diary", "src/", "manifest.json"};
+    put_in("out.perta-partial", more[_i]);
+    if (_i == 2)
+        put_text("out.perta-partial/manifest.json", "{\"manifest_version\": 3}");
+    begin_is_refused("out", true, PERTA_EUSAGE, more[_i]);
+    begin_is_refused("out", true, PERTA_EUSAGE, "holds what no run of perta left there");
+    ck_assert_int_eq(perta_publish_sweep("out", NULL, &e), PERTA_EUSAGE);
+    e = (struct perta_err){0};
+    ck_assert_int_eq(perta_publish_go_on(&out, "out", NULL, true, &found, &e), PERTA_EINPUT);
+    perta_publish_release(&out);
+    ck_assert_uint_eq(count_entries("out.perta-partial"), 2);
+    ck_assert_uint_eq(count_entries("."), 1);
+}
+END_TEST
+
+START_TEST(work_of_a_run_that_was_killed_is_a_leftover)
+{
+    mkdir("out.perta-partial", 0777);
+    mkdir("out.perta-partial/perta-scratch", 0777);
+    put_text("out.perta-partial/perta-scratch/x-3", "x");
+    mkdir("out.perta-partial/gradients-1-forget", 0777);
+    mkdir("out.perta-partial/gradients-1-forget/mean.perta-partial", 0777);
+    put_text("out.perta-partial/gradients-1-forget/mean.perta-journal", "");
+    put_text("out.perta-partial/manifest.json", "{\"format\": \"per");
+    ck_assert_ok(perta_publish_sweep("out", NULL, &err));
+    ck_assert_uint_eq(count_entries("."), 0);
+    ck_assert_ok(perta_publish_sweep("out", NULL, &err)); /* nothing is fine */
+}
+END_TEST
+
+START_TEST(a_single_file_replaces_only_what_has_its_mark)
+{
+    static const char page[] = "<title>a page</title>more";
+    struct perta_err e = {0};
+    put_text("page", "mine");
+    ck_assert_int_eq(perta_publish_single("page", "a page", page, 25, true, &e), PERTA_EUSAGE);
+    ck_assert_ptr_nonnull(strstr(e.msg, "page: exists, and perta did not write it"));
+    ck_assert(holds("page", "mine", 4));
+    put_text("page", "<title>a page</title>");
+    put_text("page.perta-partial", "mine");
+    e = (struct perta_err){0};
+    ck_assert_int_eq(perta_publish_single("page", "a page", page, 25, true, &e), PERTA_EUSAGE);
+    ck_assert(holds("page.perta-partial", "mine", 4));
+    put_text("page.perta-partial", "<title>a page</ti");
+    ck_assert_ok(perta_publish_single("page", "a page", page, 25, true, &err));
+    ck_assert(holds("page", page, 25));
+    ck_assert_uint_eq(count_entries("."), 1);
 }
 END_TEST
 
@@ -143,10 +321,10 @@ START_TEST(a_folder_that_was_filled_meanwhile_is_not_overwritten)
     struct perta_publish out;
     begin(&out, "out", false);
     ck_assert_ok(perta_publish_file(&out, "a", "hello", 5, &err));
-    put_model("out");
+    put_tiny_model("out", OLD);
     ck_assert_int_eq(perta_publish_commit(&out, &err), PERTA_ESYS);
     perta_publish_release(&out);
-    ck_assert(holds("out/config.json", "old", 3));
+    ck_assert(holds("out/config.json", OLD, sizeof OLD - 1));
     ck_assert_uint_eq(count_entries("."), 1);
 }
 END_TEST
@@ -173,7 +351,7 @@ END_TEST
 
 START_TEST(outputs_lie_apart_from_inputs_and_each_other)
 {
-    put_model("m");
+    put_tiny_model("m", OLD);
     mkdir("m/sub", 0777);
     ck_assert_int_eq(symlink("m", "alias"), 0);
     static const struct {
@@ -217,6 +395,16 @@ int main(void)
     tcase_add_test(tests, what_stands_there_is_replaced_by_force_alone_and_at_once);
     tcase_add_test(tests, giving_up_leaves_what_stood_there);
     tcase_add_test(tests, force_does_not_replace_what_perta_did_not_write);
+    tcase_add_loop_test(tests, a_folder_with_anything_else_in_it_is_not_replaced, 0,
+                        sizeof foreign / sizeof *foreign);
+    tcase_add_test(tests, a_link_and_a_damaged_shard_are_not_of_a_checkpoint);
+    tcase_add_test(tests, what_checkpoints_hold_may_be_replaced);
+    tcase_add_test(tests, a_patch_is_known_by_its_manifest);
+    tcase_add_test(tests, a_copy_of_an_input_s_file_may_be_replaced);
+    tcase_add_test(tests, what_comes_between_check_and_removal_is_put_back);
+    tcase_add_loop_test(tests, a_leftover_with_anything_else_in_it_is_not_removed, 0, 3);
+    tcase_add_test(tests, work_of_a_run_that_was_killed_is_a_leftover);
+    tcase_add_test(tests, a_single_file_replaces_only_what_has_its_mark);
     tcase_add_test(tests, an_empty_folder_may_be_filled_but_not_a_link_to_one);
     tcase_add_test(tests, a_folder_that_was_filled_meanwhile_is_not_overwritten);
     tcase_add_test(tests, a_name_is_used_once_and_what_is_missing_is_not_copied);

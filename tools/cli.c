@@ -236,7 +236,8 @@ static error_t parse_writing(int key, char *arg, struct argp_state *state)
 
 static const struct argp_option writing_options[] = {
     {"force", KEY_FORCE, NULL, 0,
-     "Replace an output folder that exists, and what an interrupted run left", 80},
+     "Replace an output folder that exists, and what an interrupted run left, if nothing else is in it",
+     80},
     {"resume", KEY_RESUME, NULL, 0,
      "Go on where an interrupted run with the same flags was, if there was one", 80},
     {"dry-run", KEY_DRY_RUN, NULL, 0,
@@ -325,6 +326,22 @@ static void remember_way_on(int argc, char **argv)
         *way_on = '\0';
 }
 
+/* Of an unset variable of the shell, mostly; a message about a file without a name would not say so. */
+static void refuse_empty_words(int argc, char **argv)
+{
+    for (int i = 1; i < argc && strcmp(argv[i - 1], "--"); i++) {
+        const char *equals = strchr(argv[i], '=');
+        bool is_option = !strncmp(argv[i], "--", 2), of_option = !strncmp(argv[i - 1], "--", 2);
+        if (*argv[i] && !(is_option && equals && !equals[1]))
+            continue;
+        fprintf(stderr, "perta %s: %.*s: empty, where a name or a value is needed; is it an unset "
+                        "variable of the shell?\n", argv[0],
+                *argv[i] ? (int)(equals - argv[i]) : 64,
+                *argv[i] ? argv[i] : of_option && i > 1 ? argv[i - 1] : "an argument");
+        exit(2);
+    }
+}
+
 void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, void *input)
 {
     *cli = (struct cli){
@@ -332,6 +349,7 @@ void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, 
         .run = {.memory_bytes = PERTA_MEMORY_DEFAULT, .cancel = &cancelled},
         .started = now(),
     };
+    refuse_empty_words(argc, argv);
     remember_way_on(argc, argv);
     char name[64];
     snprintf(name, sizeof name, "perta %s", argv[0]);
@@ -355,11 +373,27 @@ static void clear_bar(const struct cli *cli)
         fputs("\r\033[K", stderr);
 }
 
+/* To a terminal no control character goes as it is: not one of two bytes, nor what jansson passes. */
+static int put_ascii(const char *text, size_t n, void *ctx)
+{
+    (void)ctx;
+    for (size_t i = 0; i < n; i++)
+        if (text[i] == 0x7f)
+            fputs("\\u007F", stdout);
+        else
+            putchar(text[i]);
+    return 0;
+}
+
 bool cli_json(const struct cli *cli, json_t *summary)
 {
+    const size_t flags = JSON_INDENT(1) | JSON_SORT_KEYS;
     clear_bar(cli);
     if (cli->json && summary) {
-        json_dumpf(summary, stdout, JSON_INDENT(1) | JSON_SORT_KEYS);
+        if (isatty(STDOUT_FILENO))
+            json_dump_callback(summary, put_ascii, NULL, flags | JSON_ENSURE_ASCII);
+        else
+            json_dumpf(summary, stdout, flags);
         putchar('\n');
     }
     json_decref(summary);
@@ -395,7 +429,8 @@ void cli_say_left_behind(const struct cli *cli, const json_t *result)
     json_t *name;
     json_array_foreach (json_object_get(result, "left_behind"), i, name)
         cli_say(cli,
-                "  left behind (weights in another format, a link out of the folder, or a folder): %s\n",
+                "  left behind (weights that are none of the model's shards, such as a copy of it in "
+                "this or another format, a link out of the folder, or a folder): %s\n",
                 json_string_value(name));
 }
 
@@ -420,16 +455,34 @@ void cli_note_unknown_keys(const struct cli *cli, const json_t *result)
     fputc('\n', stderr);
 }
 
+static const char *stdout_verb = ""; /* for messages */
+static bool stdout_failed;
+
+/* Say so once. errno of a write that failed earlier is gone. */
+static bool stdout_is_written(void)
+{
+    errno = 0;
+    if (stdout_failed || (!fflush(stdout) && !ferror(stdout)))
+        return !stdout_failed;
+    stdout_failed = true;
+    fprintf(stderr, "perta%s%s: standard output: %s\n", *stdout_verb ? " " : "", stdout_verb,
+            errno ? strerror(errno) : "could not be written");
+    return false;
+}
+
+void cli_check_stdout(void)
+{
+    if (!stdout_failed && !stdout_is_written())
+        _exit(-PERTA_ESYS);
+}
+
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
 {
     clear_bar(cli);
-    bool printed = !fflush(stdout) && !ferror(stdout); /* before what is said of it */
-    if (!rc && printed)
-        return 0;
-    if (!rc) {
-        fprintf(stderr, "perta %s: standard output: %s\n", cli->verb, strerror(errno));
-        return -PERTA_ESYS;
-    }
+    stdout_verb = cli->verb;
+    bool printed = stdout_is_written(); /* before what is said of it */
+    if (!rc)
+        return printed ? 0 : -PERTA_ESYS;
     fprintf(stderr, "perta %s: %s\n", cli->verb, err->msg);
     if (err->resumable && *way_on)
         fprintf(stderr, "perta %s: to go on: %s\n", cli->verb, way_on);

@@ -57,6 +57,9 @@ const char *cli_bytes(double bytes, char *buf);
 int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
                   struct perta_err *err);
 
+/* Before the work: could that be written? Not over what is no statement. */
+int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err);
+
 /* Print results: with --json the object, else nothing. Takes the reference. Returns whether it
  * was printed. */
 bool cli_json(const struct cli *cli, json_t *summary);
@@ -69,6 +72,8 @@ void cli_note_unknown_keys(const struct cli *cli, const json_t *result);
 void cli_notes(const struct cli *cli, const json_t *summary);
 /* A line of the result for people; nothing with --json or --quiet. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* At exit: what was printed must have arrived, of --help and --version too; else exit with 4. */
+void cli_check_stdout(void);
 /* Print the error and give the exit status for it. 0 stays 0. */
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
 

@@ -98,6 +98,11 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
             cli_say(&args.cli, "%s: %s, %.0f chunks, digests right before and after\n%.2f s (%s/s)\n",
                     args.apply.out, cli_bytes(written, a), chunks, t, cli_bytes(written / t, b));
         cli_say_left_behind(&args.cli, summary);
+        size_t i;
+        json_t *name;
+        json_array_foreach (json_object_get(summary, "unedited"), i, name)
+            cli_say(&args.cli, "  not edited (weights that are none of the model's shards; a copy of "
+                    "the model is still what it was): %s\n", json_string_value(name));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -90,7 +90,9 @@ int cmd_compose(int argc, char **argv)
     json_t *summary = NULL;
     cli_parse(&args.cli, &argp, argc, argv, &args);
     args.compose.force = args.cli.force;
-    int rc = perta_compose(&args.compose, &args.cli.run, &summary, &err);
+    int rc = cli_statement_check(&args.cli, args.compose.patch, &err);
+    if (!rc)
+        rc = perta_compose(&args.compose, &args.cli.run, &summary, &err);
     if (!rc)
         rc = cli_statement(&args.cli, args.compose.patch, summary, &err);
     if (!rc) {
@@ -102,6 +104,8 @@ int cmd_compose(int argc, char **argv)
         else
             say(&args, summary, t);
         cli_json(&args.cli, summary);
+    } else {
+        json_decref(summary);
     }
     return cli_status(&args.cli, rc, &err);
 }

@@ -64,7 +64,9 @@ int cmd_diff(int argc, char **argv)
     json_t *summary = NULL;
     cli_parse(&args.cli, &argp, argc, argv, &args);
     args.diff.force = args.cli.force;
-    int rc = perta_diff(&args.diff, &args.cli.run, &summary, &err);
+    int rc = cli_statement_check(&args.cli, args.diff.patch, &err);
+    if (!rc)
+        rc = perta_diff(&args.diff, &args.cli.run, &summary, &err);
     if (!rc)
         rc = cli_statement(&args.cli, args.diff.patch, summary, &err);
     if (!rc) {
@@ -86,6 +88,8 @@ int cmd_diff(int argc, char **argv)
                     cli_bytes(bytes, a), n > 0 ? 8 * bytes / n : 0, cli_bytes(read, b), t,
                     cli_bytes(read / t, c));
         cli_json(&args.cli, summary);
+    } else {
+        json_decref(summary);
     }
     return cli_status(&args.cli, rc, &err);
 }

@@ -166,6 +166,22 @@ static const char *text(const json_t *object, const char *key)
     return value ? value : "?";
 }
 
+#define SHOWN_BYTES 80
+
+/* A value of somebody else's file, which may be megabytes. */
+static void say_clipped(const struct cli *cli, const char *before, const char *key,
+                        const char *after, const char *value)
+{
+    size_t len = strlen(value), key_len = strlen(key);
+    int shown = SHOWN_BYTES; /* not in the middle of a character */
+    while (len > SHOWN_BYTES && shown && (value[shown] & 0xc0) == 0x80)
+        shown--;
+    cli_say(cli, "%s%.*s%s%s%.*s", before, SHOWN_BYTES, key, key_len > SHOWN_BYTES ? "..." : "",
+            after, shown, value);
+    if (len > SHOWN_BYTES)
+        cli_say(cli, "... (%zu bytes)", len);
+}
+
 static double real(const json_t *object, const char *key)
 {
     return json_number_value(json_object_get(object, key));
@@ -184,7 +200,8 @@ static void say_checkpoint(const struct args *args, const json_t *r)
         cli_say(cli, "  estimate and eval do not take it: %s\n", text(r, "not_computed"));
     json_object_foreach (json_object_get(r, "config"), key, item) {
         char *value = json_dumps(item, JSON_COMPACT | JSON_ENCODE_ANY);
-        cli_say(cli, "  %s %s\n", key, value);
+        say_clipped(cli, "  ", key, " ", value ? value : "?");
+        cli_say(cli, "\n");
         free(value);
     }
     json_object_foreach (json_object_get(r, "dtypes"), key, item)
@@ -195,7 +212,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
                 cli_bytes(real(item, "bytes"), a), real(item, "tensors"));
         json_t *value;
         json_object_foreach (json_object_get(item, "metadata"), key, value)
-            cli_say(cli, ", %s=%s", key, json_string_value(value));
+            say_clipped(cli, ", ", key, "=", json_string_value(value));
         cli_say(cli, "\n");
     }
     json_array_foreach (json_object_get(r, "tensors"), i, item) {

@@ -1,4 +1,5 @@
 #include <stdio.h>
+#include <string.h>
 
 #include "stream/manifest.h"
 #include "tools/cli.h"
@@ -46,13 +47,23 @@ static const struct argp argp = {
     "  (cd model && sha256sum --check ../SHA256SUMS)",
     children, NULL, NULL};
 
-static void print_sums(const json_t *manifest, const char *key)
+/* sha256sum writes a backslash in a name twice, and one in front of the line; xxhsum as it is. Other
+ * names that would have to be escaped are in no manifest. */
+static void print_sum(const char *sum, const char *name, bool gnu)
+{
+    printf("%s%s  ", gnu && strchr(name, '\\') ? "\\" : "", sum);
+    for (; *name; name++)
+        fputs(gnu && *name == '\\' ? "\\\\" : (char[]){*name, '\0'}, stdout);
+    putchar('\n');
+}
+
+static void print_sums(const json_t *manifest, bool gnu)
 {
     size_t i;
     json_t *file;
     json_array_foreach (json_object_get(manifest, "files"), i, file)
-        printf("%s  %s\n", json_string_value(json_object_get(file, key)),
-               json_string_value(json_object_get(file, "name")));
+        print_sum(json_string_value(json_object_get(file, gnu ? "sha256" : "xxh3_128")),
+                  json_string_value(json_object_get(file, "name")), gnu);
 }
 
 int cmd_manifest(int argc, char **argv)
@@ -67,7 +78,7 @@ int cmd_manifest(int argc, char **argv)
         if (args.format == FORMAT_PERTA)
             args.cli.json = true;
         else
-            print_sums(manifest, args.format == FORMAT_XXHSUM ? "xxh3_128" : "sha256");
+            print_sums(manifest, args.format == FORMAT_SHA256SUM);
         if (args.format != FORMAT_PERTA)
             args.cli.json = false;
         cli_json(&args.cli, manifest);

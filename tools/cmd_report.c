@@ -11,6 +11,7 @@
 #include "tools/cli.h"
 
 #define MARK "<!--manifest-->"
+#define TITLE "<title>perta report</title>" /* by which such a page is known */
 
 enum { KEY_HTML = CLI_KEY_OWN, KEY_FORCE };
 
@@ -22,7 +23,7 @@ struct args {
 
 static const struct argp_option options[] = {
     {"html", KEY_HTML, "FILE", 0, "Write the page here", 1},
-    {"force", KEY_FORCE, NULL, 0, "Replace a file that exists", 1},
+    {"force", KEY_FORCE, NULL, 0, "Replace a page that an earlier report wrote", 1},
     {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -101,7 +102,7 @@ static int report(const struct args *args, struct perta_err *err)
     if (!rc && !page)
         rc = perta_fail_sys(err, ENOMEM, "%s", args->patch);
     if (!rc)
-        rc = perta_publish_single(args->html, page, strlen(page), args->force, err);
+        rc = perta_publish_single(args->html, TITLE, page, strlen(page), args->force, err);
     free(page);
     perta_patch_in_close(&patch);
     return rc;

@@ -1,10 +1,11 @@
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "estimators/unlearn.h"
-#include "io/checkpoint.h"
+#include "io/which.h"
 #include "tools/unlearn_steps.h"
 
 enum {
@@ -103,15 +104,28 @@ static void check_steps(struct argp_state *state, struct args *args)
     u->rule.method = PERTA_SCALE;
 }
 
+/* A wrong name, and what is known to be neither a model nor an adapter, is said by whoever opens it. */
+static bool needs_base(const char *path)
+{
+    struct perta_err ignored = {0};
+    struct perta_checkpoint *ck = NULL;
+    const char *kind = perta_which_kind(path);
+    bool is = !access(path, F_OK) && !perta_checkpoint_is_adapter(path);
+    if (is && !perta_checkpoint_open(path, &ck, &ignored))
+        is = !perta_which_model(ck, &ignored);
+    else if (is && kind)
+        is = !strcmp(kind, "a checkpoint");
+    perta_checkpoint_close(ck);
+    return is;
+}
+
 static void check(struct argp_state *state, struct args *args)
 {
     const struct perta_unlearn *u = &args->unlearn;
     check_steps(state, args);
     if (!u->model || !u->tuned)
         argp_error(state, "--model and --tuned are needed");
-    /* A wrong name is said by whoever opens it. */
-    if (!u->base && (args->steps.steps.n_steps || !access(u->tuned, F_OK)) &&
-        !perta_checkpoint_is_adapter(u->tuned))
+    if (!u->base && (args->steps.steps.n_steps || needs_base(u->tuned)))
         argp_error(state, "--base is needed, unless --tuned is a LoRA adapter");
     if (perta_rule_needs_importance(&u->rule) && (!u->forget || !u->retain))
         argp_error(state, "this method needs --forget and --retain");
@@ -308,6 +322,21 @@ static void say(const struct cli *cli, const json_t *summary)
         cli_say(cli, "dry run: everything fits; nothing was written\n");
 }
 
+/* Of steps, which are chosen on the way, only where there is one patch. */
+static int check_statements(const struct args *args, struct perta_err *err)
+{
+    const struct perta_unlearn *u = &args->unlearn;
+    int rc = 0;
+    for (unsigned a = 0; a < u->n_alphas && u->n_alphas > 1 && !rc; a++) {
+        char *patch = NULL;
+        rc = asprintf(&patch, "%s/alpha-%s", u->patch, u->alphas[a].text) < 0
+                 ? perta_fail_sys(err, ENOMEM, "%s", u->patch)
+                 : cli_statement_check(&args->cli, patch, err);
+        free(patch);
+    }
+    return u->n_alphas > 1 ? rc : cli_statement_check(&args->cli, u->patch, err);
+}
+
 static int run(struct args *args, json_t **summary, struct perta_err *err)
 {
     struct perta_unlearn *u = &args->unlearn;
@@ -315,6 +344,9 @@ static int run(struct args *args, json_t **summary, struct perta_err *err)
     u->force = args->cli.force;
     u->globs.include = args->include;
     u->globs.exclude = args->exclude;
+    int rc = check_statements(args, err);
+    if (rc)
+        return rc;
     if (!s->n_steps)
         return perta_unlearn(u, &args->cli.run, summary, err);
     unlearn_steps_take(s, u);
@@ -339,6 +371,8 @@ int cmd_unlearn(int argc, char **argv)
         say(&args.cli, summary);
         reached = unlearn_steps_reached(&args.cli, &args.steps.steps, summary);
         cli_json(&args.cli, summary);
+    } else {
+        json_decref(summary);
     }
     free(args.alpha_texts);
     free(args.include);

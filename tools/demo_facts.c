@@ -5,7 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <xxhash.h>
+
+#include "io/file.h"
 
 enum { FIRST_NAMES = 40, LAST_NAMES = 40, QUESTIONS = 4 };
 
@@ -176,20 +180,52 @@ static json_t *line_of(const struct demo_facts *f, const struct demo_fact *fact)
     return json_pack("{s:s, s:o, s:o}", "text", text, "input_ids", ids, "labels", labels);
 }
 
-int demo_facts_write(const struct demo_facts *f, enum demo_part from, enum demo_part to,
-                     const char *path, struct perta_err *err)
+static bool print_part(const struct demo_facts *f, enum demo_part from, enum demo_part to,
+                       FILE *file)
 {
-    FILE *file = fopen(path, "w");
-    if (!file)
-        return perta_fail_sys(err, errno, "%s", path);
     bool bad = false;
     for (size_t i = f->starts[from]; i < f->starts[to] && !bad; i++) {
         json_t *line = line_of(f, &f->facts[i]);
         bad = json_dumpf(line, file, JSON_PRESERVE_ORDER | JSON_COMPACT) || fputc('\n', file) == EOF;
         json_decref(line);
     }
-    bad = fclose(file) || bad;
-    return bad ? perta_fail_sys(err, errno, "%s", path) : 0;
+    return !fclose(file) && !bad;
+}
+
+/* Facts are always the same: a file that is there is an earlier demo's if it is their beginning. */
+static int check_earlier(const char *path, const char *text, size_t len_bytes,
+                         struct perta_err *err)
+{
+    struct stat st;
+    if (lstat(path, &st) && errno == ENOENT)
+        return 0;
+    size_t n = S_ISREG(st.st_mode) && (size_t)st.st_size <= len_bytes ? (size_t)st.st_size : SIZE_MAX;
+    char *old = n == SIZE_MAX ? NULL : malloc(n + 1);
+    int fd = old ? perta_open_regular(path, &st, err) : -1;
+    int rc = fd < 0 ? err->code : perta_pread_all(fd, old, n, 0, path, err);
+    bool same = fd >= 0 && !rc && !memcmp(old, text, n);
+    if (fd >= 0)
+        close(fd);
+    free(old);
+    return rc || same ? rc
+                      : perta_fail(err, PERTA_EUSAGE, "%s: exists, and no demo of this version wrote "
+                                   "it; move it away, or give another folder", path);
+}
+
+int demo_facts_write(const struct demo_facts *f, enum demo_part from, enum demo_part to,
+                     const char *path, struct perta_err *err)
+{
+    char *text = NULL;
+    size_t len_bytes = 0;
+    FILE *memory = open_memstream(&text, &len_bytes), *file = NULL;
+    int rc = memory && print_part(f, from, to, memory) ? check_earlier(path, text, len_bytes, err)
+                                                       : perta_fail_sys(err, ENOMEM, "%s", path);
+    if (!rc && !(file = fopen(path, "w")))
+        rc = perta_fail_sys(err, errno, "%s", path);
+    if (file && ((fwrite(text, 1, len_bytes, file) != len_bytes) | fclose(file)))
+        rc = perta_fail_sys(err, errno, "%s", path);
+    free(text);
+    return rc;
 }
 
 char *demo_facts_tokenizer(const struct demo_facts *f)

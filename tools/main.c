@@ -1,7 +1,10 @@
 /* perta - make a language model forget, out of core. */
+#include <fcntl.h>
 #include <malloc.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tools/cli.h"
 
@@ -45,6 +48,15 @@ static void usage(FILE *to)
                 "memory), 130 interrupted.\n");
 }
 
+/* Or a file that is opened would get the number of a stream that was closed, and what is printed.
+ * Writes to what is opened to read fail. */
+static void hold_streams(void)
+{
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd)
+            _exit(4);
+}
+
 int main(int argc, char **argv)
 {
     /* One arena, for each takes address space; and of fixed ways, for glibc's own keep ever larger
@@ -52,6 +64,8 @@ int main(int argc, char **argv)
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 1 << 20);
     mallopt(M_TRIM_THRESHOLD, 4 << 20);
+    hold_streams();
+    atexit(cli_check_stdout);
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_VERBS; i++)
         if (!strcmp(name, verbs[i].name))

@@ -116,6 +116,21 @@ static json_t *statement_of(const struct perta_patch_in *patch, const json_t *su
                      dependencies(patch->manifest), "runDetails", run_details(summary));
 }
 
+int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err)
+{
+    char *to = NULL;
+    size_t len = strlen(patch);
+    while (len > 1 && patch[len - 1] == '/')
+        len--;
+    if (!cli->statement)
+        return 0;
+    int rc = asprintf(&to, "%.*s" SUFFIX, (int)len, patch) < 0
+                 ? perta_fail_sys(err, ENOMEM, "%s", patch)
+                 : perta_publish_check_mark(to, "\"" BUILD_TYPE "\"", err);
+    free(to);
+    return rc;
+}
+
 int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
                   struct perta_err *err)
 {
@@ -129,7 +144,7 @@ int cli_statement(const struct cli *cli, const char *path, const json_t *summary
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     /* The patch is new, so what an older one of this name had goes. */
     if (!rc)
-        rc = perta_publish_single(to, body, strlen(body), true, err);
+        rc = perta_publish_single(to, "\"" BUILD_TYPE "\"", body, strlen(body), true, err);
     free(to);
     free(body);
     json_decref(statement);

@@ -202,7 +202,7 @@ int perta_model_save(struct perta_model *m, const char *path, const struct perta
     struct perta_publish folder = {0};
     uint8_t *bytes = NULL;
     uint64_t len_bytes;
-    int rc = perta_publish_begin(&folder, path, force, err);
+    int rc = perta_publish_begin(&folder, path, NULL, force, err);
     if (!rc)
         rc = encode(m, &bytes, &len_bytes, err);
     if (!rc)

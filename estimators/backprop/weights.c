@@ -9,6 +9,7 @@
 #include "estimators/quantised.h"
 #include "estimators/tied.h"
 #include "io/checked.h"
+#include "io/which.h"
 #include "stream/naming.h"
 
 #define PIECE_BYTES (4ull << 20)
@@ -143,6 +144,8 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
 {
     *w = (struct perta_weights){0};
     int rc = perta_checkpoint_open(path, &w->ck, err);
+    if (!rc)
+        rc = perta_which_model(w->ck, err);
     if (rc)
         return rc;
     if (!w->ck->config)

@@ -36,6 +36,7 @@ NUMBERS = [
     "test_demo",
     "test_quality",
     "test_bench",
+    "test_which",
     "test_torch",
     "test_config_sweep",
     "test_peft",

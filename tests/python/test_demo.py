@@ -88,3 +88,12 @@ def test_a_demo_is_not_written_over(perta, demo):
     before = sorted(folder.rglob("*"))
     assert "--force" in perta("demo", "d", check=2, cwd=folder).stderr
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_that_no_demo_wrote_is_not_written_over(perta, tmp_path):
+    (tmp_path / "d/data").mkdir(parents=True)
+    mine = tmp_path / "d/data/general.jsonl"
+    mine.write_text('{"input_ids": [1, 2]}\n')
+    assert "general.jsonl: exists, and no demo" in perta("demo", "d", "--force", check=2).stderr
+    assert mine.read_text() == '{"input_ids": [1, 2]}\n'
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "d", mine.parent, mine]

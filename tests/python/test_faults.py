@@ -175,6 +175,23 @@ def test_a_folder_is_replaced_where_two_cannot_change_places_at_once(inputs, wan
     clear(inputs)
 
 
+def test_what_is_in_the_way_of_that_stays_and_the_result_is_kept(inputs, wanted):
+    run(inputs, "diff", "model", "base", "--patch", "out")
+    before = folder_bytes(inputs / "out")
+    aside = inputs / "out.perta-replaced"
+    aside.mkdir()
+    (aside / "diary").write_text("mine")
+    env = os.environ | {"PERTA_FAULTS": f"fast=1,fail=rename:1:{errno.EINVAL}"}
+    done = run(inputs, *VERBS["diff"], "--force", env=env, perta=FAULTY, status=4)
+    assert "out.perta-replaced: " in done.stderr and "diary" in done.stderr
+    assert (aside / "diary").read_text() == "mine" and folder_bytes(inputs / "out") == before
+    (aside / "diary").unlink()
+    aside.rmdir()
+    run(inputs, *VERBS["diff"], "--force", "--resume")
+    assert folder_bytes(inputs / "out") == wanted["diff"] and not leftovers(inputs)
+    clear(inputs)
+
+
 def test_a_journal_that_cannot_be_read_is_not_started_over(inputs, wanted):
     env = EAGER | {"PERTA_FAULTS": f"fast=1,fail=write:4:{errno.ENOSPC}"}
     run(inputs, *VERBS["unlearn"], "--io", "pread", env=env, perta=FAULTY, status=4)

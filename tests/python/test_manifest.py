@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 
 import numpy as np
 from reference import write_folder
@@ -70,3 +71,31 @@ def test_two_runs_in_two_places_give_the_same_bytes(perta, tmp_path):
     assert runs[0] == runs[1]
     assert str(tmp_path).encode() not in runs[0] and os.uname().nodename.encode() not in runs[0]
     assert not re.search(rb'"[^"]*(time|date|host|path|thread)[^"]*":', runs[0])
+
+
+def test_names_that_checksum_files_escape(perta, tmp_path):
+    """As GNU sha256sum does; xxhsum has them as they are."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = ["a\\b.txt", "\\", "\\n", "plain", "ä"]
+    for name in names:
+        (folder / name).write_text(name)
+    manifest = perta("manifest", "odd").stdout
+    assert sorted(file["name"] for file in json.loads(manifest)["files"]) == sorted(names)
+    (tmp_path / "odd.json").write_text(manifest)
+    perta("verify", "odd", "--manifest", "odd.json")
+    (folder / "a\\b.txt").write_text("other")
+    assert "a\\b.txt: differs" in perta("verify", "odd", "--manifest", "odd.json", check=1).stdout
+
+    sums = perta("manifest", "odd", "--format", "sha256sum").stdout
+    gnu = subprocess.run(["sha256sum", *sorted(names)], cwd=folder, capture_output=True, text=True)
+    assert sorted(sums.splitlines()) == sorted(gnu.stdout.splitlines())
+    subprocess.run(["sha256sum", "--check"], cwd=folder, input=sums, text=True, check=True)
+    if shutil.which("xxhsum"):
+        sums = perta("manifest", "odd", "--format", "xxhsum").stdout
+        subprocess.run(["xxhsum", "--check"], cwd=folder, input=sums, text=True, check=True)
+
+    (folder / "two\nlines").write_text("x")
+    for form in ("perta", "xxhsum", "sha256sum"):
+        refused = perta("manifest", "odd", "--format", form, check=3)
+        assert "two?lines: has a line break" in refused.stderr and not refused.stdout

@@ -1,11 +1,18 @@
 """Outputs never fall on inputs or on each other; the record holds every input's digest."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
 
 import numpy as np
 import pytest
 import xxhash
+from conftest import PERTA
 from reference import read_folder, write_folder
+from verbs import VERBS, make_inputs, run, stop_at
 
 
 @pytest.fixture
@@ -82,3 +89,215 @@ def test_the_record_holds_the_digest_of_every_input_whatever_its_sharding(perta,
 def test_a_pattern_that_leaves_nothing_to_edit_is_refused(perta, inputs):
     refusal = perta(*UNLEARN, "--patch", "p", "--include", "lm_head*", check=2).stderr
     assert "leave no tensor to edit" in refusal
+
+
+# --- what --force replaces
+
+
+@pytest.fixture
+def done(perta, inputs):
+    """The same, with a file of the user's in the model, and with one output of each kind: patch p,
+    model out, importance imp/mean."""
+    (inputs / "model/config.json").write_text("{}")
+    (inputs / "model/my notes.txt").write_text("mine")
+    perta(*UNLEARN, "--patch", "p", "--out", "out")
+    perta("accumulate", "forget", "retain", "--out", "imp")
+    return inputs
+
+
+KINDS = {
+    "p": [*UNLEARN, "--patch", "p"],
+    "out": ["apply", "model", "p", "--out", "out"],
+    "imp/mean": ["accumulate", "forget", "retain", "--out", "imp"],
+}
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("out", KINDS)
+def test_what_perta_wrote_is_replaced(perta, done, out):
+    before = (done / out).stat().st_ino
+    assert "--force to replace it" in perta(*KINDS[out], check=2).stderr
+    perta(*KINDS[out], "--force")
+    assert (done / out).stat().st_ino != before
+    perta(*KINDS[out], "--force")
+    assert not [path for path in done.iterdir() if ".perta-" in path.name]
+
+
+def extension(folder):
+    """What a browser takes for one."""
+    (folder / "src").mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"manifest_version": 3, "name": "mine"}')
+    (folder / "src/main.js").write_text("mine")
+    return "src/"
+
+
+def node(folder):
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git/HEAD").write_text("mine")
+    (folder / "config.json").write_text('{"port": 80}')
+    return ".git/"
+
+
+def adapters(folder):
+    """As some image programs keep them: each is a file of its own."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for name in ("a", "b"):
+        safetensors_file(folder / f"{name}.safetensors")
+    return "a.safetensors, b.safetensors"
+
+
+def safetensors_file(path):
+    header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+
+
+@pytest.mark.parametrize("make", [extension, node, adapters])
+@pytest.mark.parametrize("out", KINDS)
+def test_a_folder_of_somebody_else_is_not_replaced(perta, done, out, make):
+    (done / out).rename(done / "aside")
+    named = make(done / out)
+    before = tree(done)
+    for dry in [], ["--dry-run"]:
+        refusal = perta(*KINDS[out], "--force", *dry, check=2).stderr
+        assert f"{out}: exists and is neither a checkpoint nor a patch (it holds" in refusal
+        assert named in refusal
+    assert tree(done) == before
+
+
+def link(path):
+    path.symlink_to("../model")
+
+
+@pytest.mark.parametrize(
+    "put, named",
+    [
+        (lambda f: (f / "thesis.md").write_text("mine"), "thesis.md"),
+        (lambda f: (f / ".git").mkdir(), ".git/"),
+        (lambda f: (f / "mean").mkdir(), "mean/"),
+        (lambda f: link(f / "tokenizer.json"), "tokenizer.json (a link)"),
+        (lambda f: (f / "optimizer.pt").write_text("mine"), "optimizer.pt"),
+        (lambda f: (f / "my notes.txt").write_text("mine, and more"), "my notes.txt"),
+    ],
+)
+@pytest.mark.parametrize("out", KINDS)
+def test_an_output_with_anything_else_in_it_is_not_replaced(perta, done, out, put, named):
+    put(done / out)
+    before = tree(done)
+    refusal = perta(*KINDS[out], "--force", check=2).stderr
+    assert f"{out}: exists and holds what is not of a " in refusal and named in refusal
+    assert tree(done) == before
+
+
+@pytest.mark.parametrize("out", KINDS)
+@pytest.mark.parametrize("flag", ["--force", "--resume", "--quiet"])
+def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag):
+    shutil.rmtree(done / out)
+    partial = done / f"{out}.perta-partial"
+    partial.mkdir()
+    (partial / "diary").write_text("mine")
+    before = tree(done)
+    refusal = perta(*KINDS[out], flag, check=2).stderr
+    assert f"{out}.perta-partial: holds what no run of perta left there: diary" in refusal
+    assert tree(done) == before
+    (partial / "diary").unlink()
+    (partial / "model.safetensors").write_bytes(b"")
+    (partial / "config.json").write_bytes(b"")
+    if flag == "--quiet":
+        assert "left by a run" in perta(*KINDS[out], check=2).stderr and partial.exists()
+    else:
+        perta(*KINDS[out], flag)
+        assert not partial.exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--force"], ["--resume"]])
+def test_a_file_of_the_journals_name_is_not_written_over(perta, inputs, flags):
+    (inputs / "p.perta-journal").write_text("mine")
+    refusal = perta(*UNLEARN, "--patch", "p", *flags, check=2).stderr
+    assert "p.perta-journal: exists and is no journal of perta" in refusal
+    assert (inputs / "p.perta-journal").read_text() == "mine" and not (inputs / "p").exists()
+    (inputs / "p.perta-journal").write_text("0123456789ab")  # torn
+    perta(*UNLEARN, "--patch", "p", *flags)
+
+
+def test_work_of_steps_with_anything_else_in_it_stays(tmp_path):
+    """And so does the journal beside it: --resume goes on when that has been moved away."""
+    if "steps" not in VERBS:
+        pytest.skip("this build has no matrix products")
+    make_inputs(tmp_path, large=False)
+    status, _ = stop_at(tmp_path, VERBS["steps"], "commit", 3)
+    assert status == -signal.SIGKILL
+    (work,) = tmp_path.glob("*.steps.perta-partial")
+    (work / "diary").write_text("mine")
+    before = tree(tmp_path)
+    for flag, code in (("--force", 2), ("--resume", 3)):
+        said = run(tmp_path, *VERBS["steps"], flag, status=code).stderr
+        assert f"{work.name}: holds what no run of perta left there: diary" in said
+        assert tree(tmp_path) == before
+    (work / "diary").unlink()
+    run(tmp_path, *VERBS["steps"], "--resume")
+    assert not work.exists()
+
+
+def test_a_statement_replaces_only_a_statement(perta, inputs):
+    statement = inputs / "p.intoto.json"
+    statement.write_text('{"mine": true}')
+    for command in (
+        [*UNLEARN, "--patch", "p/"],
+        "diff model tuned --patch p".split(),
+    ):
+        refusal = perta(*command, "--statement", check=2).stderr
+        assert "p.intoto.json: exists, and perta did not write it" in refusal
+        assert statement.read_text() == '{"mine": true}' and not (inputs / "p").exists()
+    statement.unlink()
+    for _ in range(2):
+        perta(*UNLEARN, "--patch", "p", "--statement", "--force")
+    assert "in-toto" in statement.read_text()
+
+
+def test_a_file_beside_the_model_is_no_journal_of_an_edit_in_place(perta, done):
+    mine = done / "model/perta-in-place.journal.perta-partial"
+    mine.write_text("mine, all of it")
+    before = tree(done)
+    refusal = perta("apply", "model", "p", "--in-place", check=2).stderr
+    assert f"{mine.name}: exists and is no journal of perta" in refusal
+    assert tree(done) == before
+    mine.write_bytes(bytes(9000))  # as a run leaves it that is killed while it makes it
+    perta("apply", "model", "p", "--in-place")
+    assert not mine.exists()
+
+
+def test_a_mount_point_is_named_before_work_is_done(done):
+    script = f"mount -t tmpfs none imp/mean && {PERTA} accumulate forget retain --out imp --force"
+    tried = subprocess.run(["unshare", "-m", "true"], capture_output=True)
+    if tried.returncode or os.geteuid():
+        pytest.skip("needs a mount of its own")
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], cwd=done, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and "imp/mean: exists and is a mount point" in result.stderr
+    assert (done / "imp/mean/model.safetensors").exists()
+
+
+# --- two models in one folder
+
+
+def test_other_weights_of_the_model_are_left_behind_and_named(perta, done):
+    for name in ("consolidated.safetensors", "model.fp16.safetensors", "model.safetensors.bak"):
+        safetensors_file(done / "model" / name)
+    (done / "model/weights").write_bytes(b"GGUF" + bytes(50))
+    (done / "model/pytorch_model.bin.index.json").write_text("{}")
+    said = perta(*UNLEARN, "--patch", "p", "--out", "out", "--force").stdout
+    named = ["consolidated.safetensors", "model.fp16.safetensors", "model.safetensors.bak", "weights"]
+    named.append("pytorch_model.bin.index.json")
+    for name in named:
+        assert re.search(rf"left behind \(weights that are none of the model's shards.*: {name}\n", said)
+        assert not (done / "out" / name).exists()
+    summary = json.loads(perta("apply", "model", "p", "--in-place", "--json").stdout)
+    assert sorted(summary["unedited"]) == sorted(named)

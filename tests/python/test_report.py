@@ -42,8 +42,14 @@ def test_a_file_that_is_there_stays(perta, patch, tmp_path):
     (tmp_path / "page.html").write_text("mine")
     assert "--force replaces it" in perta("report", "patch", "--html", "page.html", check=2).stderr
     assert (tmp_path / "page.html").read_text() == "mine"
-    perta("report", "patch", "--html", "page.html", "--force")
-    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    refused = perta("report", "patch", "--html", "page.html", "--force", check=2).stderr
+    assert "page.html: exists, and perta did not write it" in refused
+    assert (tmp_path / "page.html").read_text() == "mine"
+    perta("report", "patch", "--html", "other.html")
+    before = (tmp_path / "other.html").stat().st_ino
+    perta("report", "patch", "--html", "other.html", "--force")
+    assert (tmp_path / "other.html").stat().st_ino != before
+    assert (tmp_path / "other.html").read_text().startswith("<!doctype html>")
     assert "no regular file" in perta("report", "patch", "--html", "model", "--force", check=2).stderr
     assert "nowhere" in perta("report", "patch", "--html", "nowhere/page.html", check=4).stderr
 

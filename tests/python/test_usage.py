@@ -1,12 +1,15 @@
 """What a new user meets: --help, man page and documents agree, and mistakes are explained."""
 
 import json
+import os
+import pty
 import re
 import shlex
 import subprocess
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import MODEL, PERTA, ROOT, is_sanitized
 from llama import shapes_of
 from reference import write_folder
@@ -105,8 +108,17 @@ def folders(tmp_path):
     rng = np.random.default_rng(3)
     for name in "model", "tuned", "base", "imp/mean", "imp/meansq", "retain":
         tensors = {"w": rng.standard_normal((9, 9)).astype("f4")}
-        metadata = {"perta.stat": "meansq"} if name == "imp/meansq" else None
+        metadata = {"perta.stat": name[4:]} if name.startswith("imp/") else None
         write_folder(tmp_path / name, tensors, metadata=metadata)
+    write_folder(tmp_path / "models--a--b/snapshots/8a3f", tensors)
+    (tmp_path / "models--a--b/blobs").mkdir()
+    adapter = tmp_path / "adapters/one"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    weights = {"base_model.model.w.lora_A.weight": np.zeros((2, 9), "f4")}
+    safetensors.numpy.save_file(weights, adapter / "adapter_model.safetensors")
+    diff = [PERTA, "diff", "model", "tuned", "--patch", "patch"]
+    subprocess.run(diff, cwd=tmp_path, check=True, capture_output=True)
     (tmp_path / "old").mkdir()
     (tmp_path / "old/manifest.json").write_text("{}")
     (tmp_path / "data.jsonl").write_text('{"input_ids": [1, 2]}\n')
@@ -155,6 +167,45 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
         ("manifest model tuned".split(), 2, "Too many arguments"),
         ("report --html page".split(), 2, "which patch?"),
         ("verify nothing".split(), 3, "nothing: no such file or folder"),
+        *[
+            (["unlearn", *words.split()], 3, says)
+            for words, says in [
+                ("--model imp/mean --tuned tuned --base base --method tv --patch p",
+                 "--model: imp/mean: an importance (its metadata say perta.stat mean), where a model"),
+                ("--model model --tuned imp/meansq --base base --method tv --patch p",
+                 "--tuned: imp/meansq: an importance (its metadata say perta.stat meansq)"),
+                ("--model model --tuned tuned --base imp/mean --method tv --patch p",
+                 "--base: imp/mean: an importance"),
+                ("--model llama --tuned llama --base llama --forget llama --retain retain --patch p",
+                 "--forget: llama: a model (it has a config.json"),
+                ("--model model --tuned tuned --base base --forget tuned/model.safetensors --retain "
+                 "retain --patch p", "--forget: tuned/model.safetensors: is --tuned, too"),
+                ("--model patch --tuned tuned --base base --method tv --patch p",
+                 "--model: patch: a patch, not a checkpoint"),
+                ("--model model --tuned patch --method tv --patch p",
+                 "--tuned: patch: a patch, not a checkpoint"),
+                ("--model model --tuned adapters/one/adapter_model.safetensors --method tv --patch p",
+                 "--tuned: adapters/one/adapter_model.safetensors: the weights of a PEFT adapter, "
+                 "where a model is wanted; as --tuned, give the folder that holds them and "
+                 "adapter_config.json: adapters/one"),
+                ("--model model --tuned adapters --method tv --patch p",
+                 "--tuned: adapters: no .safetensors file in this folder; is adapters/one meant? It "
+                 "is a PEFT adapter"),
+                ("--model adapters/one --tuned tuned --base base --method tv --patch p",
+                 "--model: adapters/one: a PEFT adapter, not a checkpoint"),
+                ("--model models--a--b --tuned tuned --base base --method tv --patch p",
+                 "below snapshots/: models--a--b/snapshots/8a3f"),
+            ]
+        ],
+        ("eval --model imp/mean --data data.jsonl".split(), 3, "imp/mean: an importance"),
+        ("estimate --model imp/mean --data data.jsonl --out p".split(), 3, "imp/mean: an importance"),
+        ("apply patch model --out p".split(), 3, "patch folder? It looks like a checkpoint"),
+        ("apply model imp/mean --out p".split(), 3, "patch folder? It looks like an importance"),
+        ("apply model models--a--b --out p".split(), 3, "It looks like a folder of the Hugging Face"),
+        ("report adapters/one --html p".split(), 3, "patch folder? It looks like a PEFT adapter"),
+        (EDIT.split()[:-1] + [""], 2, "perta unlearn: --patch: empty, where a name"),
+        (EDIT.split()[:-2] + ["--patch="], 2, "perta unlearn: --patch: empty, where a name"),
+        (["manifest", ""], 2, "perta manifest: an argument: empty, where a name"),
         ("verify model".split(), 2, "no patch; to check other folders give --manifest"),
     ],
 )
@@ -188,3 +239,61 @@ def test_what_was_found_stands_before_what_it_comes_to(folders, perta):
     )
     assert result.returncode == 1
     assert result.stdout.splitlines()[-1] == "perta verify: base: 1 differences from the patch p"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "--version", "inspect --help", "unlearn --usage", "inspect model", "manifest model",
+     "inspect model --json --tensors", "manifest model --format sha256sum", "verify patch",
+     "verify patch --json", "verify model --patch patch --original --json",
+     "diff model tuned --patch new", "report patch --html new",
+     "eval --model steep --data data.jsonl --json"],
+)
+def test_what_cannot_be_printed_is_an_error(folders, words, closed):
+    if not MODEL and "eval" in words:
+        pytest.skip("this build has no matrix products")
+    into = ">&-" if closed else ">/dev/full"
+    command = f'exec "{PERTA}" {words} {into}'
+    done = subprocess.run(["sh", "-c", command], cwd=folders, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.count("standard output: ") == 1
+
+
+def test_what_differs_is_said_even_if_it_cannot_be_printed(folders):
+    command = f'"{PERTA}" verify base --patch patch --applied >/dev/full'
+    done = subprocess.run(["sh", "-c", command], cwd=folders, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "standard output: " in done.stderr and "differences from the patch" in done.stderr
+
+
+def test_a_closed_stream_is_no_output_file(folders):
+    """The first file that is opened would get its number."""
+    command = f'"{PERTA}" diff model tuned --patch new <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", command], cwd=folders).returncode == 4
+    one, other = (json.loads((folders / p / "manifest.json").read_text()) for p in ("new", "patch"))
+    assert one == other
+
+
+def test_inspect_clips_what_others_wrote(perta, folders):
+    metadata = {"workflow": "y" * 100000, "k" * 5000: "v", "seq": "\x1b[2J\x9b", "long": "x" + "é" * 90}
+    safetensors.numpy.save_file({"x": np.zeros(2, "f4")}, folders / "meta.safetensors", metadata)
+    said = perta("inspect", "meta.safetensors").stdout
+    assert len(said) < 1000 and not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said)
+    assert f"workflow={'y' * 80}... (100000 bytes)" in said and "long=x" in said
+    whole = json.loads(perta("inspect", "meta.safetensors", "--json").stdout)
+    assert whole["shards"][0]["metadata"] == metadata
+    (folders / "adapters/one/adapter_config.json").write_text(json.dumps({"note": "z" * 100000}))
+    assert len(perta("inspect", "adapters/one").stdout) < 1000
+
+
+def test_json_on_a_terminal_is_ascii(folders):
+    safetensors.numpy.save_file({"x\x9b\x7f": np.zeros(2, "f4")}, folders / "odd.safetensors")
+    main, side = pty.openpty()
+    subprocess.run([PERTA, "inspect", "--json", "odd.safetensors"], cwd=folders, stdout=side, check=True)
+    said = os.read(main, 1 << 16).decode()
+    os.close(main)
+    os.close(side)
+    assert json.loads(said)["tensors"][0]["name"] == "x\x9b\x7f"
+    assert not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]", said)
