@@ -84,15 +84,17 @@ struct checked {
     bool *wanted; /* (n_tensors), as by_name */
 };
 
+/* rows 0: a vector. */
 static int wrong_shape(const struct perta_weights *w, const struct perta_tensor *t, size_t rows,
                        size_t cols, struct perta_err *err)
 {
-    char has[128], wanted[64];
-    perta_shape_print(has, sizeof has, t);
-    snprintf(wanted, sizeof wanted, rows ? "%zu, %zu" : "%zu", rows ? rows : cols, cols);
+    char shape[128], first[32] = "";
+    perta_shape_print(shape, sizeof shape, t);
+    if (rows)
+        snprintf(first, sizeof first, "%zu, ", rows);
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s has not the shape [%s] that config.json calls for, but %s",
-                      w->ck->path, t->name, wanted, has);
+                      "%s: tensor %s has not the shape [%s%zu] that config.json calls for, but %s",
+                      w->ck->path, t->name, first, cols, shape);
 }
 
 static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
