@@ -242,7 +242,8 @@ static bool is_shared(const struct perta_checkpoint *model, const char *name)
     if (json_is_false(tie) || !architecture ||
         !(strstr(architecture, "LM") || strstr(architecture, "Generation")) ||
         !(ends_in(name, "embed_tokens.weight") || ends_in(name, "wte.weight") ||
-          ends_in(name, "word_embeddings.weight") || ends_in(name, "embed_in.weight")))
+          ends_in(name, "word_embeddings.weight") || ends_in(name, "embed_in.weight") ||
+          ends_in(name, "shared.weight")))
         return false;
     for (uint64_t i = 0; i < model->n_tensors; i++)
         for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
