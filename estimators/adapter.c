@@ -265,7 +265,7 @@ static int check_tied(const struct perta_adapter *adapter, const struct perta_ch
     if (!is_shared(model, change->target))
         return 0;
     int rc = other && other->whole && change->whole
-                 ? perta_tied_compare(adapter->ck, change->whole, other->whole, &same, err)
+                 ? perta_tied_compare(adapter->ck, change->whole, adapter->ck, other->whole, &same, err)
                  : 0;
     if (rc || same)
         return rc;

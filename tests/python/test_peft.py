@@ -336,6 +336,20 @@ def test_a_square_matrix_that_is_transposed_is_refused(perta, tmp_path, bases):
     assert "c_proj.weight of a gpt2 model is stored transposed (fan_in_fan_out)" in message
 
 
+def test_a_copy_of_another_base_is_refused(perta, tmp_path, bases):
+    """PEFT adds A and B to its copy of the embedding, whatever the base has."""
+    tune(bases / "llama", peft.LoraConfig(**lora(target_modules=[EMBED])), tmp_path / "a")
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors[name][3, 4] += 1
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    message = perta(*words(bases / "llama", "a"), check=3).stderr
+    assert f"tensor {name}, the copy of what the LoRA is added to, differs from" in message
+    tensors[name] = tensors[name].bfloat16()  # loaded in another dtype: a copy that was rounded
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    perta(*words(bases / "llama", "a"))
+
+
 # --- dtypes, and nothing
 
 
