@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define WHAT_TO_DO "dequantise it to BF16 first"
+#define WHAT_TO_DO "dequantise the model to BF16 first"
 
 /* ---- what the folder says ---- */
 
