@@ -303,10 +303,12 @@ static int find_targets(struct perta_adapter *adapter,
                 "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
                 part->tensor->name, ref->tensor->name,
                 perta_dtype_name(ref->tensor->dtype));
-        else if (!change->whole && !(rc = check_transposed(adapter, model, change, err)))
-            rc = check_lora(adapter, config, change, ref->tensor, err);
-        if (!rc)
+        else
             rc = check_tied(adapter, model, change, err);
+        if (!rc && !change->whole)
+            rc = check_transposed(adapter, model, change, err);
+        if (!rc && !change->whole)
+            rc = check_lora(adapter, config, change, ref->tensor, err);
     }
     return rc;
 }

@@ -91,6 +91,7 @@ FORMATS = {
     "mlx": {"weight": ("U32", (8, 1)), "scales": ("F16", (8, 1)), "biases": ("F16", (8, 1))},
     "tensorrt": {"weight": (F8, (8, 8)), "weights_scaling_factor": ("F32", (1,))},
     "integers alone": {"weight": ("I8", (8, 8))},
+    "packed to a vector": {"weight": ("U8", (32,)), "weight.absmax": ("F32", (1,))},
 }
 FORMATS = {kind: {f"{LINEAR}.{name}": of for name, of in parts.items()} for kind, parts in FORMATS.items()}
 FORMATS |= {
