@@ -242,7 +242,8 @@ static bool is_shared(const struct perta_checkpoint *model, const char *name)
     if (json_is_false(tie) || !architecture ||
         !(strstr(architecture, "LM") || strstr(architecture, "Generation")) ||
         !(ends_in(name, "embed_tokens.weight") || ends_in(name, "wte.weight") ||
-          ends_in(name, "word_embeddings.weight") || ends_in(name, "embed_in.weight")))
+          ends_in(name, "word_embeddings.weight") || ends_in(name, "embed_in.weight") ||
+          ends_in(name, "shared.weight")))
         return false;
     for (uint64_t i = 0; i < model->n_tensors; i++)
         for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
@@ -264,7 +265,7 @@ static int check_tied(const struct perta_adapter *adapter, const struct perta_ch
     if (!is_shared(model, change->target))
         return 0;
     int rc = other && other->whole && change->whole
-                 ? perta_tied_compare(adapter->ck, change->whole, other->whole, &same, err)
+                 ? perta_tied_compare(adapter->ck, change->whole, adapter->ck, other->whole, &same, err)
                  : 0;
     if (rc || same)
         return rc;
@@ -302,10 +303,12 @@ static int find_targets(struct perta_adapter *adapter,
                 "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
                 part->tensor->name, ref->tensor->name,
                 perta_dtype_name(ref->tensor->dtype));
-        else if (!change->whole && !(rc = check_transposed(adapter, model, change, err)))
-            rc = check_lora(adapter, config, change, ref->tensor, err);
-        if (!rc)
+        else
             rc = check_tied(adapter, model, change, err);
+        if (!rc && !change->whole)
+            rc = check_transposed(adapter, model, change, err);
+        if (!rc && !change->whole)
+            rc = check_lora(adapter, config, change, ref->tensor, err);
     }
     return rc;
 }

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#define WHAT_TO_DO "dequantise it to BF16 first"
+#define WHAT_TO_DO "dequantise the model to BF16 first"
 
 /* ---- what the folder says ---- */
 
@@ -213,7 +213,7 @@ static int check_tensor(const struct perta_checkpoint *ck, const struct scales *
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s is %s, with %s beside it: the weights are quantised; " WHAT_TO_DO,
                           path, t->name, perta_dtype_name(t->dtype), scale->name);
-    if (is_integer(t->dtype) && t->n_dims >= 2 && is_named_as_codes(t->name))
+    if (is_integer(t->dtype) && t->n_dims && is_named_as_codes(t->name))
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s is %s: the weights are quantised; " WHAT_TO_DO, path,
                           t->name, perta_dtype_name(t->dtype));

@@ -45,9 +45,10 @@ static int compare(const struct perta_file *files, const struct perta_tensor *co
 }
 
 int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref *a,
-                       const struct perta_ref *b, bool *same, struct perta_err *err)
+                       const struct perta_checkpoint *other, const struct perta_ref *b, bool *same,
+                       struct perta_err *err)
 {
-    const struct perta_ref *refs[2] = {a, b};
+    const char *const paths[2] = {ck->shards[a->shard].path, other->shards[b->shard].path};
     const struct perta_tensor *of[2] = {a->tensor, b->tensor};
     if (!(*same = look_the_same(of[0], of[1])))
         return 0;
@@ -55,7 +56,7 @@ int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref
     uint8_t *room = malloc(2 * PIECE_BYTES);
     int rc = room ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     for (int i = 0; i < 2 && !rc; i++)
-        rc = perta_file_open(&files[i], ck->shards[refs[i]->shard].path, false, err);
+        rc = perta_file_open(&files[i], paths[i], false, err);
     if (!rc)
         rc = compare(files, of, room, same, err);
     for (int i = 0; i < 2; i++)
@@ -71,6 +72,6 @@ int perta_tied_check(const struct perta_checkpoint *ck, struct perta_err *err)
     bool same = true;
     if (!perta_is_tied(ck) || !a || !b)
         return 0;
-    int rc = perta_tied_compare(ck, a, b, &same, err);
+    int rc = perta_tied_compare(ck, a, ck, b, &same, err);
     return rc || same ? rc : differ(ck, a->tensor, b->tensor, err);
 }

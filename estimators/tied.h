@@ -10,9 +10,10 @@
  * Reads both, where both are there, through 1 MiB of memory. */
 PERTA_API int perta_tied_check(const struct perta_checkpoint *ck, struct perta_err *err);
 
-/* Are two tensors of ck, whatever their names, of one dtype and shape, and the same byte for byte?
- * Reads both through 1 MiB of memory, unless dtype or shape differ. */
+/* Are tensor a of ck and b of the other, whatever their names, of one dtype and shape, and the same
+ * byte for byte? Reads both through 1 MiB of memory, unless dtype or shape differ. */
 int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref *a,
-                       const struct perta_ref *b, bool *same, struct perta_err *err);
+                       const struct perta_checkpoint *other, const struct perta_ref *b, bool *same,
+                       struct perta_err *err);
 
 #endif

@@ -36,8 +36,9 @@ struct perta_unlearn {
     bool force;
 };
 
-/* Run it. *summary is the caller's: one object for each alpha under "results", and what was
- * read. Errors name folder, tensor, element and what to do. */
+/* Run it. *summary is the caller's: one object for each alpha under "results", under "unedited" how
+ * many "parameters" stay as they are, "of" how many, and for what "reasons" (why, tensors,
+ * parameters), and what was read. Errors name folder, tensor, element and what to do. */
 PERTA_API int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *run,
                             json_t **summary, struct perta_err *err);
 

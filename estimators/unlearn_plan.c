@@ -44,7 +44,7 @@ static int check_tied(const struct perta_unlearn_job *job, int role, struct pert
     int rc = perta_tied_check(ck, err);
     if (rc || !perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !head || !embedding)
         return rc;
-    rc = perta_tied_compare(ck, embedding, head, &same, err);
+    rc = perta_tied_compare(ck, embedding, ck, head, &same, err);
     return rc || same
                ? rc
                : perta_fail(err, PERTA_EINPUT,
@@ -148,6 +148,27 @@ static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn
                       job->in[role].ck->path, name);
 }
 
+/* PEFT's copy of what A and B are added to is what --base holds, as far as that can be told: a model
+ * loaded in another dtype was rounded. */
+static int check_copy(const struct perta_unlearn_job *job, const struct perta_change *change,
+                      const struct perta_ref *base, struct perta_err *err)
+{
+    const struct perta_checkpoint *tuned = job->in[PERTA_ROLE_TUNED].ck,
+                                  *ck = job->in[PERTA_ROLE_BASE].ck;
+    bool same = true;
+    int rc = change->base_layer && change->base_layer->tensor->dtype == base->tensor->dtype
+                 ? perta_tied_compare(tuned, change->base_layer, ck, base, &same, err)
+                 : 0;
+    return rc || same
+               ? rc
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s: tensor %s, the copy of what the LoRA is added to, differs from %s in "
+                            "--base %s; is that what it was tuned from? Merge the adapter into its "
+                            "base, if the copy is meant",
+                            tuned->shards[0].path, change->base_layer->tensor->name,
+                            base->tensor->name, ck->path);
+}
+
 /* Where --tuned is an adapter. --base is needed for what it holds whole; elsewhere it need not
  * be there, and is checked, but not read. */
 static int fill_change(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
@@ -162,6 +183,8 @@ static int fill_change(const struct perta_unlearn_job *job, struct perta_unlearn
     int rc = set_operand(job, row, PERTA_ROLE_TUNED, change->whole, err);
     if (!rc && has_base)
         rc = find_needed(job, row, PERTA_ROLE_BASE, tied, err);
+    if (!rc && has_base)
+        rc = check_copy(job, change, row->in[PERTA_ROLE_BASE], err);
     if (!change->whole) {
         row->in[PERTA_ROLE_BASE] = NULL;
         row->lora = change;

@@ -3,6 +3,7 @@ PEFT makes of base and adapter, live and merged; or the adapter is refused with 
 
 import dataclasses
 import json
+import random
 import warnings
 
 import pytest
@@ -192,6 +193,50 @@ def test_an_adapter_does_what_peft_does(perta, tmp_path, bases, kind, config, re
         check_equal(tmp_path, bases / kind, tmp_path / "a")
 
 
+def draw(seed):
+    """A kind of model and a config, at random."""
+    rng = random.Random(seed)
+    kind = rng.choice(["llama", "tied", "biased", "qwen2", "qwen3-tied", "gemma"])
+    modules = rng.sample(ALL + [EMBED] + [HEAD] * (kind in ("llama", "biased", "qwen2")), rng.randint(1, 6))
+    rest = [m for m in [*ALL, EMBED, "norm", "input_layernorm", "mlp"] if m not in modules]
+    config = {"target_modules": modules, "r": rng.randint(1, 9), "lora_alpha": rng.choice([1, 3.5, 16])}
+    if rng.random() < 0.4:
+        config["modules_to_save"] = rng.sample(rest, rng.randint(1, 2))
+    if rng.random() < 0.4:
+        config["rank_pattern"] = {rng.choice(["", "layers.0.self_attn.", "^model.layers.1.mlp."]) + rng.choice(ALL): rng.randint(1, 9) for _ in range(2)}
+    if rng.random() < 0.4:
+        config["alpha_pattern"] = {rng.choice([*ALL, "layers.1.self_attn.v_proj", "o.proj"]): rng.choice([2, 0.5]) for _ in range(2)}
+    if rng.random() < 0.3:
+        config["layers_to_transform"] = rng.choice([0, 1, [1], [0, 1]])
+    if rng.random() < 0.2:
+        config["exclude_modules"] = [rng.choice(modules + ["layers.1.mlp.up_proj"])]
+    config |= {"use_rslora": rng.random() < 0.3, "bias": rng.choice(["none", "none", "all", "lora_only"])}
+    config |= {"init_lora_weights": rng.choice([True, False, "gaussian"]), "ensure_weight_tying": rng.random() < 0.3}
+    return kind, config
+
+
+@pytest.mark.parametrize("seed", part(range(80), plain=4))
+def test_adapters_drawn_at_random(perta, tmp_path, bases, seed):
+    """Refused where a tied embedding is changed, and only there."""
+    kind, config = draw(seed)
+    try:
+        tune(bases / kind, peft.LoraConfig(**lora(**config)), tmp_path / "a")
+    except (ValueError, AttributeError) as why:  # nothing is left of the modules, or PEFT cannot
+        pytest.skip(f"PEFT: {why}")
+    whole = [m for m in config.get("modules_to_save", []) if m == EMBED]
+    names = load_file(tmp_path / "a/adapter_model.safetensors")
+    tied = kind in ("tied", "qwen3-tied", "gemma")
+    refused = tied and any("embed_tokens" in name or "lm_head" in name for name in names)
+    refused = refused and not (whole and config["ensure_weight_tying"])
+    # A bias of a module that is held whole, which PEFT writes a second time under a name of its own.
+    twice = any(".modules_to_save." in name for name in names)
+    message = perta(*words(bases / kind, "a"), check=3 if refused or twice else 0).stderr
+    if refused or twice:
+        assert REFUSED_TIE in message or (twice and ".modules_to_save." in message)
+    else:
+        check_equal(tmp_path, bases / kind, tmp_path / "a")
+
+
 # --- other kinds than LoRA
 
 # What some of them cannot do without; a kind that cannot be made here has its name alone.
@@ -334,6 +379,20 @@ def test_a_square_matrix_that_is_transposed_is_refused(perta, tmp_path, bases):
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": False}))
     message = perta(*words(bases / "gpt2", "a"), check=3).stderr
     assert "c_proj.weight of a gpt2 model is stored transposed (fan_in_fan_out)" in message
+
+
+def test_a_copy_of_another_base_is_refused(perta, tmp_path, bases):
+    """PEFT adds A and B to its copy of the embedding, whatever the base has."""
+    tune(bases / "llama", peft.LoraConfig(**lora(target_modules=[EMBED])), tmp_path / "a")
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    tensors[name][3, 4] += 1
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    message = perta(*words(bases / "llama", "a"), check=3).stderr
+    assert f"tensor {name}, the copy of what the LoRA is added to, differs from" in message
+    tensors[name] = tensors[name].bfloat16()  # loaded in another dtype: a copy that was rounded
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    perta(*words(bases / "llama", "a"))
 
 
 # --- dtypes, and nothing
