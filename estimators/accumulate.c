@@ -9,6 +9,7 @@
 #include "estimators/running.h"
 #include "io/checked.h"
 #include "io/fpenv.h"
+#include "io/text.h"
 #include "stream/input.h"
 #include "stream/memory.h"
 #include "stream/model_out.h"
@@ -337,8 +338,8 @@ static json_t *identity_of(const struct job *job)
     const struct perta_accumulate *acc = job->accumulate;
     json_t *inputs = json_object();
     for (uint32_t i = 0; i < job->n_files; i++)
-        json_object_set_new(inputs, job->files[i].path,
-                            perta_journal_file(job->files[i].len_bytes, &job->files[i].mtime));
+        perta_json_set(&inputs, job->files[i].path,
+                       perta_journal_file(job->files[i].len_bytes, &job->files[i].mtime));
     return perta_resume_identity("accumulate",
                                  json_pack("{s:b, s:b, s:I}", "mean", (int)acc->mean, "meansq",
                                            (int)acc->meansq, "gradients",
@@ -425,11 +426,10 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     return rc;
 }
 
-static int finish(struct job *job, json_t *summary, struct perta_err *err)
+static int finish(struct job *job, json_t **summary, struct perta_err *err)
 {
     json_t *folders = json_array();
     uint64_t written = 0;
-    json_object_set_new(summary, "folders", folders);
     int rc = reach_shard(job, job->first->n_shards, err);
     for (uint32_t i = 0; i < job->n_files && !rc; i++)
         rc = perta_file_unchanged(&job->files[i], err);
@@ -439,12 +439,13 @@ static int finish(struct job *job, json_t *summary, struct perta_err *err)
         if (job->plans[stat].index)
             rc = perta_publish_file(&job->outs[stat].folder, PERTA_INDEX_NAME,
                                     job->plans[stat].index, strlen(job->plans[stat].index), err);
-        json_array_append_new(folders, json_string(job->outs[stat].folder.path));
+        perta_json_append(&folders, perta_text_json("%s", job->outs[stat].folder.path));
         written += job->outs[stat].written_bytes;
     }
-    json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
-    json_object_set_new(summary, "samples", json_integer(job->accumulate->n_gradients));
-    json_object_set_new(summary, "tensors", json_integer((json_int_t)job->first->n_tensors));
+    perta_json_set(summary, "folders", folders);
+    perta_json_set(summary, "written_bytes", json_integer((json_int_t)written));
+    perta_json_set(summary, "samples", json_integer(job->accumulate->n_gradients));
+    perta_json_set(summary, "tensors", json_integer((json_int_t)job->first->n_tensors));
     return rc;
 }
 
@@ -497,10 +498,10 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
     if (!rc)
         rc = perta_stream_run(job->stream, err);
     if (!rc)
-        rc = finish(job, *summary, err);
+        rc = finish(job, summary, err);
     if (!rc)
-        json_object_set_new(*summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+        perta_json_set(summary, "read_bytes",
+                       json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return rc;
 }
 

@@ -6,6 +6,7 @@
 
 #include "estimators/estimate_job.h"
 #include "io/fpenv.h"
+#include "io/text.h"
 
 /* ---- stores ---- */
 
@@ -333,29 +334,28 @@ static json_t *pieces_of(const struct perta_estimate_job *job)
 {
     json_t *pieces = json_array();
     for (unsigned i = 0; job->workers && i < perta_workers_count(job->workers); i++)
-        json_array_append_new(pieces,
-                              json_integer((json_int_t)perta_workers_taken(job->workers, i)));
+        perta_json_append(&pieces,
+                          json_integer((json_int_t)perta_workers_taken(job->workers, i)));
     return pieces;
 }
 
-static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
+static void fill_summary(const struct perta_estimate_job *job, json_t **summary)
 {
     json_t *folders = json_array();
     uint64_t written = 0;
     for (int i = 0; i < 2; i++)
         if (job->outs[i].fds) {
             written += job->outs[i].written_bytes;
-            json_array_append_new(folders, json_string(job->outs[i].folder.path));
+            perta_json_append(&folders, perta_text_json("%s", job->outs[i].folder.path));
         }
-    json_object_set_new(summary, "folders", folders);
-    json_object_set_new(summary, "loss", json_real(job->means.loss));
-    json_object_set_new(summary, "probability", json_real(job->means.probability));
-    json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
-    json_object_set_new(summary, "pieces", pieces_of(job));
-    json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
-    json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
-    json_object_set_new(summary, "scratch_bytes",
-                        json_integer((json_int_t)job->scratch.file_bytes));
+    perta_json_set(summary, "folders", folders);
+    perta_json_set(summary, "loss", perta_real_json(job->means.loss));
+    perta_json_set(summary, "probability", perta_real_json(job->means.probability));
+    perta_json_set(summary, "batches", json_integer((json_int_t)job->n_batches));
+    perta_json_set(summary, "pieces", pieces_of(job));
+    perta_json_set(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    perta_json_set(summary, "written_bytes", json_integer((json_int_t)written));
+    perta_json_set(summary, "scratch_bytes", json_integer((json_int_t)job->scratch.file_bytes));
 }
 
 int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
@@ -378,7 +378,7 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
         rc = start(job, &stage, &layer, err);
         if (!rc && stage != PERTA_PUBLISH)
             rc = run_all(job, stage, layer, err);
-        fill_summary(job, *summary);
+        fill_summary(job, summary);
         if (!rc)
             rc = perta_estimate_publish(job, summary, err);
         if (rc)

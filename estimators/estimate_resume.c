@@ -10,6 +10,7 @@
 
 #include "estimators/recipe.h"
 #include "io/hash.h"
+#include "io/text.h"
 
 static const char *const stage_names[] = {"begun", "forward", "head", "backward", "publish"};
 
@@ -70,17 +71,15 @@ static json_t *data_file(const struct perta_estimate_job *job)
                : perta_journal_file((uint64_t)st.st_size, &st.st_mtim);
 }
 
-static uint64_t hash_of_config(const struct perta_estimate_job *job)
+/* NULL without memory. */
+static json_t *hash_of_config(const struct perta_estimate_job *job)
 {
     char *text = json_dumps(job->weights.ck->config, JSON_COMPACT | JSON_SORT_KEYS);
-    uint64_t hash = text ? perta_hash64(text, strlen(text)) : 0;
+    json_t *hash = text ? json_sprintf("%016llx",
+                                       (unsigned long long)perta_hash64(text, strlen(text)))
+                        : NULL;
     free(text);
     return hash;
-}
-
-static json_t *hex(uint64_t hash)
-{
-    return json_sprintf("%016llx", (unsigned long long)hash);
 }
 
 static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
@@ -91,9 +90,9 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
         (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32",
         "data key gives", job->data_hmac, "cpu", (json_int_t)perta_gemm_isa(), "model", perta_journal_checkpoint(job->weights.ck),
-        "config.json", hex(hash_of_config(job)), "data", data_file(job));
+        "config.json", hash_of_config(job), "data", data_file(job));
     if (e->at)
-        json_object_set_new(identity, "at", perta_scaled_json(&job->scaled));
+        perta_json_set(&identity, "at", perta_scaled_json(&job->scaled));
     return identity;
 }
 

@@ -8,6 +8,7 @@
 #include "estimators/estimate_job.h"
 #include "estimators/patched.h"
 #include "io/fpenv.h"
+#include "io/text.h"
 
 /* ---- numbers ---- */
 
@@ -35,7 +36,7 @@ struct sums {
 };
 
 /* The other answers of a line, as the TOFU benchmark has them. */
-static void add_answers(struct sums *sums, json_t *item, double answer, double paraphrased,
+static void add_answers(struct sums *sums, json_t **item, double answer, double paraphrased,
                         json_t *perturbed)
 {
     double loss = 0, others = 0;
@@ -52,29 +53,31 @@ static void add_answers(struct sums *sums, json_t *item, double answer, double p
     sums->ratio += ratio;
     sums->ratio_forget += ratio < 1 ? ratio : 1 / ratio;
     sums->ratio_retain += ratio < 1 ? 1 - ratio : 0;
-    json_object_set(item, "perturbed_loss", perturbed);
-    json_object_set_new(item, "choice_probability", json_real(choice));
-    json_object_set_new(item, "truth_ratio", json_real(ratio));
+    perta_json_set(item, "perturbed_loss", json_incref(perturbed));
+    perta_json_set(item, "choice_probability", perta_real_json(choice));
+    perta_json_set(item, "truth_ratio", perta_real_json(ratio));
 }
 
 /* A line: sample at, and the other answers after it. *next is where the next line begins.
  */
 static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
-                    struct sums *sums, json_t *list, struct perta_err *err)
+                    struct sums *sums, json_t **list, struct perta_err *err)
 {
     const struct perta_samples *s = &job->samples;
     struct score answer, other;
     int rc = score_of(job, at, &answer, err);
     double paraphrased = answer.loss;
     json_t *item = json_object(), *perturbed = json_array();
+    size_t n_perturbed = 0;
     for (*next = at + 1; !rc && *next < s->n && s->kinds[*next] != PERTA_SAMPLE; ++*next) {
         rc = score_of(job, *next, &other, err);
         if (s->kinds[*next] == PERTA_PERTURBED) {
-            json_array_append_new(perturbed, json_real(other.loss));
+            perta_json_append(&perturbed, perta_real_json(other.loss));
+            n_perturbed++;
             continue;
         }
         paraphrased = other.loss;
-        json_object_set_new(item, "paraphrased_loss", json_real(paraphrased));
+        perta_json_set(&item, "paraphrased_loss", perta_real_json(paraphrased));
     }
     bool exact = answer.n_right == answer.n_labels;
     double accuracy = (double)answer.n_right / (double)answer.n_labels;
@@ -83,33 +86,33 @@ static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t 
     sums->probability += exp(-answer.loss);
     sums->exact += exact;
     sums->accuracy += accuracy;
-    json_object_set_new(item, "line", json_integer((json_int_t)s->lines[at]));
-    json_object_set_new(item, "labels", json_integer((json_int_t)answer.n_labels));
-    json_object_set_new(item, "loss", json_real(answer.loss));
-    json_object_set_new(item, "probability", json_real(exp(-answer.loss)));
-    json_object_set_new(item, "exact_match", json_boolean(exact));
-    json_object_set_new(item, "accuracy", json_real(accuracy));
-    if (json_array_size(perturbed))
-        add_answers(sums, item, answer.loss, paraphrased, perturbed);
+    perta_json_set(&item, "line", json_integer((json_int_t)s->lines[at]));
+    perta_json_set(&item, "labels", json_integer((json_int_t)answer.n_labels));
+    perta_json_set(&item, "loss", perta_real_json(answer.loss));
+    perta_json_set(&item, "probability", perta_real_json(exp(-answer.loss)));
+    perta_json_set(&item, "exact_match", json_boolean(exact));
+    perta_json_set(&item, "accuracy", perta_real_json(accuracy));
+    if (n_perturbed)
+        add_answers(sums, &item, answer.loss, paraphrased, perturbed);
     json_decref(perturbed);
-    json_array_append_new(list, item);
+    perta_json_append(list, item);
     return rc;
 }
 
-static void set_mean(json_t *summary, const char *name, double sum, uint64_t n)
+static void set_mean(json_t **summary, const char *name, double sum, uint64_t n)
 {
     if (n)
-        json_object_set_new(summary, name, json_real(sum / (double)n));
+        perta_json_set(summary, name, perta_real_json(sum / (double)n));
 }
 
-static int report(const struct perta_estimate_job *job, json_t *summary,
+static int report(const struct perta_estimate_job *job, json_t **summary,
                   struct perta_err *err)
 {
     struct sums sums = {0};
     json_t *list = json_array();
     int rc = 0;
     for (uint64_t at = 0; at < job->samples.n && !rc;)
-        rc = add_line(job, at, &at, &sums, list, err);
+        rc = add_line(job, at, &at, &sums, &list, err);
     set_mean(summary, "loss", sums.loss, sums.n);
     set_mean(summary, "probability", sums.probability, sums.n);
     set_mean(summary, "exact_match", sums.exact, sums.n);
@@ -118,14 +121,11 @@ static int report(const struct perta_estimate_job *job, json_t *summary,
     set_mean(summary, "truth_ratio", sums.ratio, sums.n_perturbed);
     set_mean(summary, "truth_ratio_forget", sums.ratio_forget, sums.n_perturbed);
     set_mean(summary, "truth_ratio_retain", sums.ratio_retain, sums.n_perturbed);
-    json_object_set_new(summary, "perturbed_samples",
-                        json_integer((json_int_t)sums.n_perturbed));
-    json_object_set_new(summary, "per_sample", list);
-    json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
-    json_object_set_new(summary, "read_bytes",
-                        json_integer((json_int_t)job->weights.read_bytes));
-    json_object_set_new(summary, "scratch_bytes",
-                        json_integer((json_int_t)job->scratch.file_bytes));
+    perta_json_set(summary, "perturbed_samples", json_integer((json_int_t)sums.n_perturbed));
+    perta_json_set(summary, "per_sample", list);
+    perta_json_set(summary, "batches", json_integer((json_int_t)job->n_batches));
+    perta_json_set(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    perta_json_set(summary, "scratch_bytes", json_integer((json_int_t)job->scratch.file_bytes));
     return rc;
 }
 
@@ -188,12 +188,13 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
     if (rc)
         return rc;
     *summary = summary_of(&job->samples);
-    if (job->run->dry_run)
-        return 0;
-    rc = start(job, err);
-    if (!rc)
+    if (!job->run->dry_run)
+        rc = start(job, err);
+    if (!rc && !job->run->dry_run)
         rc = run_all(job, err);
-    return rc ? rc : report(job, *summary, err);
+    if (!rc && !job->run->dry_run)
+        rc = report(job, summary, err);
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "eval");
 }
 
 int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,

@@ -11,6 +11,7 @@
 #include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/publish.h"
+#include "io/text.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
 #include "stream/naming.h"
@@ -64,11 +65,6 @@ static json_t *file_json(const char *path)
     return stat(path, &st) ? NULL : perta_journal_file((uint64_t)st.st_size, &st.st_mtim);
 }
 
-static json_t *limit(double value)
-{
-    return isfinite(value) ? json_real(value) : json_null();
-}
-
 json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_steps)
 {
     const struct perta_steps *s = job->steps;
@@ -80,8 +76,9 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                                             : "signed",
                      "steps", (json_int_t)n_steps, "step", s->rule.step, "back_off",
                      s->rule.back_off, "max_scale", s->rule.max_scale, "stop_forget",
-                     limit(s->stop_forget), "stop_probability",
-                     limit(s->stop_probability), "max_retain_rise", limit(s->max_retain_rise),
+                     perta_real_json(s->stop_forget), "stop_probability",
+                     perta_real_json(s->stop_probability), "max_retain_rise",
+                     perta_real_json(s->max_retain_rise),
                      "compute", bf16 ? "bf16" : "f32");
 }
 
@@ -91,7 +88,7 @@ static json_t *listed_json(const struct perta_steps *s)
     json_t *list = s->several ? json_array() : json_null();
     for (unsigned k = 0; s->several && k <= s->n_steps; k++)
         if (s->listed[k])
-            json_array_append_new(list, json_integer(k));
+            perta_json_append(&list, json_integer(k));
     return list;
 }
 
@@ -99,7 +96,7 @@ static json_t *globs_json(const char *const *globs, unsigned n)
 {
     json_t *list = json_array();
     for (unsigned i = 0; i < n; i++)
-        json_array_append_new(list, json_string(globs[i]));
+        perta_json_append(&list, json_string(globs[i]));
     return list;
 }
 
@@ -490,6 +487,7 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
     int rc = prepare(&job, err);
     if (!rc && run->dry_run) {
         *summary = json_pack("{s:[]}", "path");
+        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "steps");
     } else if (!rc) {
         rc = run_all(&job, summary, err);
         if (rc)

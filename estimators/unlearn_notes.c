@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "estimators/unlearn_job.h"
+#include "io/text.h"
 
 typedef unsigned long long ull;
 
@@ -10,12 +11,12 @@ void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *note
     for (unsigned a = 0; a < unlearn->n_alphas; a++) {
         const struct perta_alpha *alpha = &unlearn->alphas[a];
         if (alpha->value == 0)
-            json_array_append_new(notes, json_sprintf("alpha %s: nothing changes", alpha->text));
+            perta_note(notes, "alpha %s: nothing changes", alpha->text);
         else if (alpha->value < 0)
-            json_array_append_new(
-                notes, json_sprintf("alpha %s is negative: the task vector is added, so the model "
-                                    "learns what the tuned one was tuned on",
-                                    alpha->text));
+            perta_note(notes,
+                       "alpha %s is negative: the task vector is added, so the model "
+                       "learns what the tuned one was tuned on",
+                       alpha->text);
     }
 }
 
@@ -46,8 +47,8 @@ void perta_unlearn_note_same(const json_t *inputs, json_t *notes)
     };
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
         if (are_same(shards_of(inputs, pairs[i][0]), shards_of(inputs, pairs[i][1])))
-            json_array_append_new(notes, json_sprintf("--%s and --%s hold the same: %s",
-                                                      pairs[i][0], pairs[i][1], pairs[i][2]));
+            perta_note(notes, "--%s and --%s hold the same: %s", pairs[i][0], pairs[i][1],
+                       pairs[i][2]);
 }
 
 /* Over the edited tensors of one role. */
@@ -84,14 +85,13 @@ void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes
     for (int role = PERTA_ROLE_FORGET; role <= PERTA_ROLE_RETAIN; role++) {
         struct zeros z = count(job, role);
         if (z.n_tensors)
-            json_array_append_new(
-                notes, json_sprintf("%s: %llu tensors are all zero, %s the first: they %s",
-                                    perta_roles[role], (ull)z.n_tensors, z.first,
-                                    then[role - PERTA_ROLE_FORGET]));
+            perta_note(notes, "%s: %llu tensors are all zero, %s the first: they %s",
+                       perta_roles[role], (ull)z.n_tensors, z.first,
+                       then[role - PERTA_ROLE_FORGET]);
         if (z.n_f16)
-            json_array_append_new(
-                notes, json_sprintf("%s: %llu of %llu values in F16 are 0; F16 holds nothing below "
-                                    "3e-8, so they may have underflowed: F32 or BF16 would tell",
-                                    perta_roles[role], (ull)z.n_f16, (ull)z.of_f16));
+            perta_note(notes,
+                       "%s: %llu of %llu values in F16 are 0; F16 holds nothing below "
+                       "3e-8, so they may have underflowed: F32 or BF16 would tell",
+                       perta_roles[role], (ull)z.n_f16, (ull)z.of_f16);
     }
 }

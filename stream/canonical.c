@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "io/fpenv.h"
+#include "io/text.h"
 
 static bool write_value(FILE *out, const json_t *value, int depth);
 
@@ -194,17 +195,13 @@ bool perta_canonical_print(FILE *out, const json_t *object,
     return ok;
 }
 
+static bool print(FILE *to, void *value)
+{
+    return perta_canonical_print(to, value, NULL);
+}
+
 char *perta_canonical_json(const json_t *value)
 {
-    char *text = NULL;
-    size_t len = 0;
-    FILE *out = open_memstream(&text, &len);
-    if (!out)
-        return NULL;
-    bool ok = perta_canonical_print(out, value, NULL) && !ferror(out);
-    if (fclose(out) || !ok) {
-        free(text);
-        return NULL;
-    }
-    return text;
+    size_t len;
+    return perta_text_print(print, (json_t *)(uintptr_t)value, &len);
 }

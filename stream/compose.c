@@ -426,11 +426,10 @@ static int finish(struct job *job, json_t **summary, struct perta_err *err)
     json_decref(inputs);
     if (rc)
         return rc;
-    json_object_set_new(*summary, "kept", json_integer((json_int_t)job->resume.counts[N_KEPT]));
-    json_object_set_new(*summary, "summed",
-                        json_integer((json_int_t)job->resume.counts[N_SUMMED]));
-    json_object_set_new(*summary, "read_bytes",
-                        json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+    perta_json_set(summary, "kept", json_integer((json_int_t)job->resume.counts[N_KEPT]));
+    perta_json_set(summary, "summed", json_integer((json_int_t)job->resume.counts[N_SUMMED]));
+    perta_json_set(summary, "read_bytes",
+                   json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return 0;
 }
 

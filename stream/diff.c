@@ -237,8 +237,8 @@ static int finish(struct job *job, json_t **summary, struct perta_err *err)
     json_decref(recipe);
     json_decref(inputs);
     if (!rc)
-        json_object_set_new(*summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+        perta_json_set(summary, "read_bytes",
+                       json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return rc;
 }
 

@@ -517,17 +517,17 @@ static int publish(struct perta_publish *folder, const json_t *inode, struct per
 int perta_journal_complete(struct perta_journal *journal, struct perta_publish *const *folders,
                            size_t n, json_t *summary, struct perta_err *err)
 {
-    if (perta_journal_is_publishing(journal))
-        return 0;
-    int rc = 0;
+    int rc = summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", journal->path);
+    if (rc || perta_journal_is_publishing(journal))
+        return rc;
     for (size_t i = 0; i < n && !rc; i++)
         rc = perta_publish_sync(folders[i], err);
     json_t *inodes = json_array();
     for (size_t i = 0; i < n && !rc; i++)
         rc = add_inode(&inodes, folders[i], err);
-    if (!rc && summary && json_object_set_new(summary, "started", json_integer(journal->started)))
+    if (!rc && json_object_set_new(summary, "started", json_integer(journal->started)))
         rc = perta_fail_sys(err, ENOMEM, "%s", journal->path);
-    json_t *record = json_pack("{s:o, s:O*}", "publish", inodes, "summary", summary);
+    json_t *record = json_pack("{s:o, s:O}", "publish", inodes, "summary", summary);
     if (!rc)
         rc = record ? perta_journal_commit(journal, record, journal->bytes, err)
                     : perta_fail_sys(err, ENOMEM, "%s", journal->path);

@@ -123,6 +123,8 @@ static int add_line(struct perta_samples *s, const struct line *line, const char
 {
     json_error_t why;
     json_t *object = json_loadb(text, len, JSON_REJECT_DUPLICATES, &why);
+    if (!object && json_error_code(&why) == json_error_out_of_memory)
+        return perta_fail_sys(err, ENOMEM, "%s", line->path);
     int rc = object ? add_sample(s, line, object, PERTA_SAMPLE, err)
                     : bad_line(line, why.text, err);
     if (!rc && line->wanted->answers)
