@@ -74,7 +74,7 @@ static json_t *data_file(const struct perta_estimate_job *job)
 /* NULL without memory. */
 static json_t *hash_of_config(const struct perta_estimate_job *job)
 {
-    char *text = json_dumps(job->weights.ck->config, JSON_COMPACT | JSON_SORT_KEYS);
+    char *text = perta_json_text(job->weights.ck->config, JSON_COMPACT | JSON_SORT_KEYS);
     json_t *hash = text ? json_sprintf("%016llx",
                                        (unsigned long long)perta_hash64(text, strlen(text)))
                         : NULL;

@@ -49,7 +49,7 @@ static int write_index(struct perta_importance *plan, struct perta_err *err)
         }
     json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total,
                               "weight_map", map);
-    plan->index = index ? json_dumps(index, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
+    plan->index = index ? perta_json_text(index, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
     json_decref(index);
     return plan->index ? 0 : perta_fail_sys(err, ENOMEM, PERTA_INDEX_NAME);
 }

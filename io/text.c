@@ -179,6 +179,18 @@ void perta_json_extend(json_t **array, const json_t *from)
     keep_if(!json_array_extend(*array, (json_t *)(uintptr_t)from), array);
 }
 
+char *perta_json_text(const json_t *json, size_t flags)
+{
+    size_t n = json_dumpb(json, NULL, 0, flags);
+    char *text = n ? malloc(n + 1) : NULL;
+    if (!text || json_dumpb(json, text, n, flags) != n) {
+        free(text);
+        return NULL;
+    }
+    text[n] = '\0';
+    return text;
+}
+
 /* Notes that lack one hold null, and that alone: null is never a note. */
 static bool lack_one(const json_t *notes)
 {

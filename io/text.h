@@ -44,6 +44,10 @@ void perta_json_set(json_t **object, const char *key, json_t *value);
 void perta_json_extend(json_t **array, const json_t *from);
 void perta_json_update(json_t **object, const json_t *from);
 
+/* As json_dumps, which leaves out keys that it has no memory for (jansson 2.14). The caller's (free);
+ * NULL without memory. */
+char *perta_json_text(const json_t *json, size_t flags);
+
 /* Append a note for people, made plain, to notes, an array that holds nothing else. That one was
  * lost without memory shows at the end: perta_notes_whole() returns notes, or releases them and
  * returns NULL. */

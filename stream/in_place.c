@@ -371,7 +371,7 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
                              "written_chunks", (json_int_t)job->n_todo, "read_bytes",
                              (json_int_t)read_bytes, "written_bytes",
                              (json_int_t)job->ahead.written_bytes, "went_on", (int)went_on);
-    return rc;
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", job->apply->model);
 }
 
 static void release(struct job *job)

@@ -34,7 +34,10 @@ static char *line_of(const json_t *record)
     if (!line)
         return NULL;
     char hex[PREFIX_BYTES + 1], *text = line + PREFIX_BYTES;
-    json_dumpb(record, text, n, flags);
+    if (json_dumpb(record, text, n, flags) != n) {
+        free(line);
+        return NULL;
+    }
     snprintf(hex, sizeof hex, "%016llx ", (unsigned long long)perta_hash64(text, n));
     memcpy(line, hex, PREFIX_BYTES);
     strcpy(text + n, "\n");
@@ -164,7 +167,7 @@ bool perta_blob_get_digest(const json_t *blob, struct perta_digest *digest)
 
 static const char *text_of(const json_t *value, char **text)
 {
-    *text = value ? json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
+    *text = value ? perta_json_text(value, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
     return *text ? *text : "nothing";
 }
 
@@ -545,7 +548,10 @@ int perta_journal_publish(struct perta_journal *journal, struct perta_publish *c
         rc = publish(folders[i], json_array_get(inodes, i), err);
     if (!rc && unlink(journal->path))
         rc = perta_fail_sys(err, errno, "%s", journal->path);
-    return rc ? rc : perta_name_sync(journal->path, err);
+    /* All is done, and on disk. A journal that a power cut brings back says so, too. */
+    if (!rc)
+        perta_name_sync(journal->path, &(struct perta_err){0});
+    return rc;
 }
 
 void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,

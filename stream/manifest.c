@@ -190,7 +190,7 @@ static int list(struct job *job, const char *path, const char *skip, struct pert
         rc = perta_folder_each(path, list_entry, &listing, err);
     if (!rc && !job->n)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no files in it", path);
-    if (job->n)
+    if (!rc)
         qsort(job->entries, job->n, sizeof *job->entries, by_name);
     return rc;
 }

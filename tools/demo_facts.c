@@ -7,6 +7,8 @@
 #include <string.h>
 #include <xxhash.h>
 
+#include "io/text.h"
+
 enum { FIRST_NAMES = 40, LAST_NAMES = 40, QUESTIONS = 4 };
 
 static const size_t people[DEMO_N_PARTS] = {135, 15, 68, 67};
@@ -214,7 +216,7 @@ char *demo_facts_tokenizer(const struct demo_facts *f)
                             "normalizer", "pre_tokenizer", "type", "WhitespaceSplit",
                             "post_processor", post, "decoder", "model", "type", "WordLevel",
                             "vocab", vocabulary, "unk_token", "<unk>");
-    char *dumped = all ? json_dumps(all, JSON_PRESERVE_ORDER | JSON_INDENT(1)) : NULL;
+    char *dumped = all ? perta_json_text(all, JSON_PRESERVE_ORDER | JSON_INDENT(1)) : NULL;
     json_decref(begin);
     json_decref(text);
     json_decref(second);
