@@ -355,15 +355,18 @@ static void clear_bar(const struct cli *cli)
         fputs("\r\033[K", stderr);
 }
 
-bool cli_json(const struct cli *cli, json_t *summary)
+/* Something of the result, for want of memory. */
+static bool lost;
+
+void cli_json(const struct cli *cli, json_t *summary)
 {
     clear_bar(cli);
-    if (cli->json && summary) {
-        json_dumpf(summary, stdout, JSON_INDENT(1) | JSON_SORT_KEYS);
-        putchar('\n');
-    }
+    char *text = cli->json ? perta_json_text(summary, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
+    if (text)
+        puts(text);
+    lost |= !summary || (cli->json && !text);
+    free(text);
     json_decref(summary);
-    return cli->json;
 }
 
 void cli_say(const struct cli *cli, const char *fmt, ...)
@@ -376,6 +379,7 @@ void cli_say(const struct cli *cli, const char *fmt, ...)
     va_end(ap);
     if (text)
         fputs(text, stdout);
+    lost |= !text;
     free(text);
 }
 
@@ -393,10 +397,11 @@ int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
 {
     clear_bar(cli);
     bool printed = !fflush(stdout) && !ferror(stdout); /* before what is said of it */
-    if (!rc && printed)
+    if (!rc && printed && !lost)
         return 0;
     if (!rc) {
-        fprintf(stderr, "perta %s: standard output: %s\n", cli->verb, strerror(errno));
+        fprintf(stderr, "perta %s: standard output: %s\n", cli->verb,
+                strerror(printed ? ENOMEM : errno));
         return -PERTA_ESYS;
     }
     fprintf(stderr, "perta %s: %s\n", cli->verb, err->msg);

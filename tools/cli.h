@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "estimators/estimate.h"
+#include "io/text.h"
 #include "stream/stream.h"
 
 enum progress_style { PROGRESS_AUTO, PROGRESS_BAR, PROGRESS_PLAIN, PROGRESS_JSON, PROGRESS_NONE };
@@ -57,12 +58,13 @@ const char *cli_bytes(double bytes, char *buf);
 int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
                   struct perta_err *err);
 
-/* Print results: with --json the object, else nothing. Takes the reference. Returns whether it
- * was printed. */
-bool cli_json(const struct cli *cli, json_t *summary);
+/* Print results: with --json the object, else nothing. Takes the reference. Without memory (summary
+ * may be NULL) nothing is printed, and cli_status says so. */
+void cli_json(const struct cli *cli, json_t *summary);
 /* Files of the model that did not go with it, which the result names. */
 void cli_say_left_behind(const struct cli *cli, const json_t *result);
-/* A line of the result for people; nothing with --json or --quiet. */
+/* A line of the result for people; nothing with --json or --quiet. Without memory cli_status says
+ * so. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Print the error and give the exit status for it. 0 stays 0. */
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err);

@@ -70,7 +70,6 @@ int cmd_accumulate(int argc, char **argv)
         char a[32], b[32];
         size_t i;
         json_t *folder;
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
         json_array_foreach (json_object_get(summary, "folders"), i, folder)
@@ -79,6 +78,7 @@ int cmd_accumulate(int argc, char **argv)
         if (!args.cli.run.dry_run)
             cli_say(&args.cli, "read %s in %.2f s (%s/s)\n", cli_bytes(read, a), t,
                     cli_bytes(read / t, b));
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

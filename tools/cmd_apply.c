@@ -80,7 +80,6 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         double chunks = json_number_value(json_object_get(summary, "chunks"));
         double t = cli_seconds(&args.cli);
         char a[32], b[32];
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run && args.in_place)
             cli_say(&args.cli, "dry run: the headers fit and the shards may be written%s; nothing "
                     "was\n", json_is_true(json_object_get(summary, "interrupted"))
@@ -98,6 +97,7 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
             cli_say(&args.cli, "%s: %s, %.0f chunks, digests right before and after\n%.2f s (%s/s)\n",
                     args.apply.out, cli_bytes(written, a), chunks, t, cli_bytes(written / t, b));
         cli_say_left_behind(&args.cli, summary);
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -95,12 +95,12 @@ int cmd_compose(int argc, char **argv)
         rc = cli_statement(&args.cli, args.compose.patch, summary, &err);
     if (!rc) {
         double t = cli_seconds(&args.cli);
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run)
             cli_say(&args.cli,
                     "dry run: the patches follow one another; nothing was written\n");
         else
             say(&args, summary, t);
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

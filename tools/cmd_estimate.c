@@ -98,7 +98,6 @@ int cmd_estimate(int argc, char **argv)
         double tokens = json_number_value(json_object_get(summary, "tokens"));
         size_t i;
         json_t *folder;
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
         json_array_foreach (json_object_get(summary, "folders"), i, folder)
@@ -107,6 +106,7 @@ int cmd_estimate(int argc, char **argv)
         if (!args.cli.run.dry_run)
             cli_say(&args.cli, "loss %.6f over %.0f tokens, in %.1f s (%.0f tokens/s)\n",
                     json_number_value(json_object_get(summary, "loss")), tokens, t, tokens / t);
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -103,8 +103,8 @@ int cmd_eval(int argc, char **argv)
     cli_parse(&args.cli, &argp, argc, argv, &args);
     int rc = perta_eval(&args.eval, &args.cli.run, &summary, &err);
     if (!rc) {
-        json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         say(&args.cli, summary);
+        perta_json_set(&summary, "seconds", json_real(cli_seconds(&args.cli)));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -53,7 +53,7 @@ static json_t *shape_json(const struct perta_tensor *tensor)
 {
     json_t *shape = json_array();
     for (uint32_t i = 0; i < tensor->n_dims; i++)
-        json_array_append_new(shape, json_integer((json_int_t)tensor->shape[i]));
+        perta_json_append(&shape, json_integer((json_int_t)tensor->shape[i]));
     return shape;
 }
 
@@ -67,19 +67,18 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
             const struct perta_tensor *tensor = &shard->header->tensors[t];
             const char *dtype = perta_dtype_name(tensor->dtype);
             json_int_t so_far = json_integer_value(json_object_get(dtypes, dtype));
-            json_object_set_new(dtypes, dtype,
-                                json_integer(so_far + (json_int_t)tensor->n_elems));
+            perta_json_set(&dtypes, dtype, json_integer(so_far + (json_int_t)tensor->n_elems));
             parameters += (json_int_t)tensor->n_elems;
-            json_array_append_new(
-                tensors, json_pack("{s:s, s:s, s:o, s:s}", "name", tensor->name, "dtype", dtype,
-                                   "shape", shape_json(tensor), "shard", shard->name));
+            perta_json_append(
+                &tensors, json_pack("{s:s, s:s, s:o, s:s}", "name", tensor->name, "dtype", dtype,
+                                    "shape", shape_json(tensor), "shard", shard->name));
         }
         bytes += (json_int_t)shard->size_bytes;
-        json_array_append_new(
-            shards, json_pack("{s:s, s:I, s:I, s:O?}", "name", shard->name, "bytes",
-                              (json_int_t)shard->size_bytes, "tensors",
-                              (json_int_t)shard->header->n_tensors, "metadata",
-                              shard->header->metadata));
+        perta_json_append(
+            &shards, json_pack("{s:s, s:I, s:I, s:O?}", "name", shard->name, "bytes",
+                               (json_int_t)shard->size_bytes, "tensors",
+                               (json_int_t)shard->header->n_tensors, "metadata",
+                               shard->header->metadata));
     }
     const char *stat = ck->n_shards ? json_string_value(json_object_get(
                                           ck->shards[0].header->metadata, "perta.stat"))
@@ -109,12 +108,12 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
         return rc;
     *result = checkpoint_json(ck);
     if (ck->is_adapter)
-        json_object_set(*result, "config", ck->config);
+        perta_json_set(result, "config", json_incref(ck->config));
     const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
     for (uint32_t i = 0; paths && i < ck->n_shards; i++)
         paths[i] = ck->shards[i].path;
-    if (args->io && paths)
-        json_object_set_new(*result, "io", choice_json(paths, ck->n_shards));
+    if (args->io)
+        perta_json_set(result, "io", paths ? choice_json(paths, ck->n_shards) : NULL);
     free(paths);
     perta_checkpoint_close(ck);
     return 0;
@@ -128,12 +127,12 @@ static int inspect_patch(const struct args *args, json_t **result, struct perta_
     if (!rc)
         rc = perta_patch_in_record(&patch, result, err);
     if (!rc) {
-        json_object_set_new(*result, "kind", json_string("patch"));
+        perta_json_set(result, "kind", json_string("patch"));
         const char **paths = calloc(patch.n_shards + 1, sizeof *paths);
         for (uint32_t i = 0; paths && i < patch.n_shards; i++)
             paths[i] = patch.shards[i].path;
-        if (args->io && paths)
-            json_object_set_new(*result, "io", choice_json(paths, patch.n_shards));
+        if (args->io)
+            perta_json_set(result, "io", paths ? choice_json(paths, patch.n_shards) : NULL);
         free(paths);
     }
     perta_patch_in_close(&patch);

@@ -317,8 +317,8 @@ int cmd_unlearn(int argc, char **argv)
     json_array_foreach (json_object_get(summary, "results"), i, result)
         rc = rc ? rc : cli_statement(&args.cli, json_string_value(json_object_get(result, "patch")), summary, &err);
     if (!rc) {
-        json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         say(&args.cli, summary);
+        perta_json_set(&summary, "seconds", json_real(cli_seconds(&args.cli)));
         cli_json(&args.cli, summary);
     }
     free(args.alpha_texts);

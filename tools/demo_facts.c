@@ -168,8 +168,8 @@ static json_t *line_of(const struct demo_facts *f, const struct demo_fact *fact)
     json_t *ids = json_array(), *labels = json_array();
     for (size_t i = 0; i < fact->n; i++) {
         bool learned = i + 2 >= fact->n;
-        json_array_append_new(ids, json_integer((json_int_t)fact->ids[i]));
-        json_array_append_new(labels, json_integer(learned ? (json_int_t)fact->ids[i] : -100));
+        perta_json_append(&ids, json_integer((json_int_t)fact->ids[i]));
+        perta_json_append(&labels, json_integer(learned ? (json_int_t)fact->ids[i] : -100));
         if (i && i + 1 < fact->n) {
             strcat(text, i > 1 ? " " : "");
             strcat(text, f->words[fact->ids[i]]);
@@ -198,10 +198,10 @@ char *demo_facts_tokenizer(const struct demo_facts *f)
 {
     json_t *vocabulary = json_object(), *added = json_array();
     for (size_t i = 0; i < f->n_words; i++)
-        json_object_set_new(vocabulary, f->words[i], json_integer((json_int_t)i));
+        perta_json_set(&vocabulary, f->words[i], json_integer((json_int_t)i));
     for (int i = 0; i < DEMO_N_SPECIAL; i++)
-        json_array_append_new(
-            added, json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", i, "content",
+        perta_json_append(
+            &added, json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", i, "content",
                              specials[i], "single_word", 0, "lstrip", 0, "rstrip", 0,
                              "normalized", 0, "special", 1));
     json_t *begin = json_pack("{s:{s:s, s:i}}", "SpecialToken", "id", "<s>", "type_id", 0);
