@@ -31,10 +31,9 @@ static bool ends_in(const char *name, const char *suffix)
 
 static bool exists(const char *folder, const char *name)
 {
-    char *path = join(folder, name);
-    bool there = path && !access(path, F_OK);
-    free(path);
-    return there;
+    char path[PATH_MAX]; /* of no memory: it would not be there without */
+    int n = snprintf(path, sizeof path, "%s/%s", folder, name);
+    return n > 0 && n < PATH_MAX && !access(path, F_OK);
 }
 
 /* ---- files ---- */

@@ -6,7 +6,6 @@
 #ifndef PERTA_TESTS_SHORT_OF_H
 #define PERTA_TESTS_SHORT_OF_H
 
-#include <execinfo.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -44,7 +43,6 @@ static inline bool fails(enum short_of what, const char *call, void *caller)
 {
     if (in_parser || !fails_at[what] || ++n_asked[what] != fails_at[what])
         return false;
-    if (getenv("BT")) { void *bt[40]; fprintf(stderr, "BT %s\n", call); backtrace_symbols_fd(bt, backtrace(bt, 40), 2); }
     failed_call = call;
     failed_caller = caller;
     errno = what == MEMORY ? ENOMEM : EMFILE;

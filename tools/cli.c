@@ -369,6 +369,13 @@ void cli_json(const struct cli *cli, json_t *summary)
     json_decref(summary);
 }
 
+char *cli_text(const json_t *json)
+{
+    char *text = perta_json_text(json, JSON_COMPACT | JSON_ENCODE_ANY | JSON_SORT_KEYS);
+    lost |= !text;
+    return text;
+}
+
 void cli_say(const struct cli *cli, const char *fmt, ...)
 {
     if (cli->json || cli->quiet)

@@ -61,6 +61,8 @@ int cli_statement(const struct cli *cli, const char *path, const json_t *summary
 /* Print results: with --json the object, else nothing. Takes the reference. Without memory (summary
  * may be NULL) nothing is printed, and cli_status says so. */
 void cli_json(const struct cli *cli, json_t *summary);
+/* JSON in a line; the caller's (free). NULL without memory, and then cli_status says so. */
+char *cli_text(const json_t *json);
 /* Files of the model that did not go with it, which the result names. */
 void cli_say_left_behind(const struct cli *cli, const json_t *result);
 /* A line of the result for people; nothing with --json or --quiet. Without memory cli_status says

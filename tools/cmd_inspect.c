@@ -160,7 +160,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     const char *key;
     json_t *item;
     json_object_foreach (json_object_get(r, "config"), key, item) {
-        char *value = perta_json_text(item, JSON_COMPACT | JSON_ENCODE_ANY);
+        char *value = cli_text(item);
         cli_say(cli, "  %s %s\n", key, value);
         free(value);
     }
@@ -178,7 +178,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     json_array_foreach (json_object_get(r, "tensors"), i, item) {
         if (!args->tensors)
             break;
-        char *shape = perta_json_text(json_object_get(item, "shape"), JSON_COMPACT);
+        char *shape = cli_text(json_object_get(item, "shape"));
         cli_say(cli, "  %-8s %-20s %s\n", text(item, "dtype"), shape, text(item, "name"));
         free(shape);
     }
@@ -188,7 +188,7 @@ static void say_patch(const struct args *args, const json_t *r)
 {
     const struct cli *cli = &args->cli;
     const json_t *counts = json_object_get(r, "counts");
-    char *recipe = perta_json_text(json_object_get(r, "recipe"), JSON_COMPACT | JSON_SORT_KEYS);
+    char *recipe = cli_text(json_object_get(r, "recipe"));
     cli_say(cli, "patch by %s\n  recipe %s\n  %.0f of %.0f parameters changed\n", text(r, "tool"),
             recipe, real(counts, "changed"), real(counts, "parameters"));
     free(recipe);
