@@ -10,6 +10,7 @@
 #include "io/checked.h"
 #include "io/fpenv.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/input.h"
 #include "stream/memory.h"
 #include "stream/model_out.h"
@@ -505,18 +506,33 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
     return rc;
 }
 
+static int check_arguments(const struct perta_accumulate *acc, struct perta_err *err)
+{
+    const struct perta_argument needed = {"--out DIR", acc->out};
+    if (!acc->n_gradients)
+        return perta_fail(err, PERTA_EUSAGE, "which gradients? Name files or folders");
+    if (!acc->mean && !acc->meansq)
+        return perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
+    int rc = perta_arguments_list("gradients", acc->gradients, acc->n_gradients, err);
+    return rc ? rc : perta_arguments_needed(&needed, 1, err);
+}
+
 int perta_accumulate(const struct perta_accumulate *accumulate, const struct perta_run *run,
                      json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(accumulate, run, summary, err);
+    if (!rc)
+        rc = check_arguments(accumulate, err);
+    if (rc)
+        return rc;
     struct job job = {
         .accumulate = accumulate,
         .wanted = {accumulate->mean, accumulate->meansq},
     };
-    *summary = NULL;
-    int rc = prepare(&job, run, err);
-    if (!rc)
-        *summary = json_object();
+    rc = prepare(&job, run, err);
+    if (!rc && !(*summary = json_object()))
+        rc = perta_fail_sys(err, ENOMEM, "accumulate");
     if (!rc && !run->dry_run) {
         rc = run_all(&job, run, summary, err);
         rc = perta_resume_end(&job.resume, rc, summary, err);

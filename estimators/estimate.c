@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/arguments.h"
 #include "estimators/estimate_job.h"
 #include "io/fpenv.h"
 #include "io/text.h"
@@ -358,10 +359,27 @@ static void fill_summary(const struct perta_estimate_job *job, json_t **summary)
     perta_json_set(summary, "scratch_bytes", json_integer((json_int_t)job->scratch.file_bytes));
 }
 
+static int check_arguments(const struct perta_estimate *e, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {
+        {"--model DIR", e->model}, {"--data FILE", e->data}, {"--out DIR", e->out}};
+    int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc && !e->mean && !e->meansq)
+        rc = perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
+    if (!rc)
+        rc = perta_compute_argument(e->compute, err);
+    return rc ? rc : perta_scaled_arguments(e->at, err);
+}
+
 int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
                    json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(estimate, run, summary, err);
+    if (!rc)
+        rc = check_arguments(estimate, err);
+    if (rc)
+        return rc;
     struct perta_estimate_job *job = calloc(1, sizeof *job);
     if (!job)
         return perta_fail_sys(err, ENOMEM, "estimate");
@@ -370,10 +388,10 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
     job->dx_saved = -1;
     enum perta_stage stage = PERTA_BEGUN;
     uint32_t layer = 0;
-    int rc = prepare(job, err);
-    *summary = rc ? NULL
-                  : json_pack("{s:I, s:I}", "samples", (json_int_t)job->samples.n, "tokens",
-                              (json_int_t)job->samples.n_tokens);
+    rc = prepare(job, err);
+    if (!rc && !(*summary = json_pack("{s:I, s:I}", "samples", (json_int_t)job->samples.n, "tokens",
+                                      (json_int_t)job->samples.n_tokens)))
+        rc = perta_fail_sys(err, ENOMEM, "estimate");
     if (!rc && !run->dry_run) {
         rc = start(job, &stage, &layer, err);
         if (!rc && stage != PERTA_PUBLISH)

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/arguments.h"
 #include "estimators/estimate_job.h"
 #include "estimators/patched.h"
 #include "io/fpenv.h"
@@ -197,10 +198,26 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
     return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "eval");
 }
 
+static int check_arguments(const struct perta_eval *e, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {{"--model DIR", e->model}, {"--data FILE", e->data}};
+    int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc && e->patch && e->at)
+        rc = perta_fail(err, PERTA_EUSAGE, "--patch or at, not both");
+    if (!rc)
+        rc = perta_compute_argument(e->compute, err);
+    return rc ? rc : perta_scaled_arguments(e->at, err);
+}
+
 int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(eval, run, summary, err);
+    if (!rc)
+        rc = check_arguments(eval, err);
+    if (rc)
+        return rc;
     /* An estimate's way forward. */
     const struct perta_estimate estimate = {.model = eval->model,
                                             .at = eval->at,
@@ -210,13 +227,12 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
                                             .scratch = eval->scratch};
     struct perta_estimate_job *job = calloc(1, sizeof *job);
     struct perta_patched patched = {0};
-    *summary = NULL;
     if (!job)
         return perta_fail_sys(err, ENOMEM, "eval");
     job->estimate = &estimate;
     job->run = run;
     job->answers = !eval->as_estimate;
-    int rc = run_job(job, eval, &patched, summary, err);
+    rc = run_job(job, eval, &patched, summary, err);
     perta_estimate_release(job);
     perta_patched_close(&patched);
     free(job);

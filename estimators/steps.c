@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "estimators/arguments.h"
 #include "estimators/backprop/samples.h"
 #include "estimators/eval.h"
 #include "estimators/steps_job.h"
@@ -480,11 +481,15 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                 json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(steps, run, summary, err);
+    if (!rc)
+        rc = perta_steps_arguments(steps, err);
+    if (rc)
+        return rc;
     struct perta_steps_job job = {
         .steps = steps, .run = *run, .journal = {.fd = -1}, .patching = -1};
-    *summary = NULL;
     job.run.before_bytes = perta_memory_trimmed();
-    int rc = prepare(&job, err);
+    rc = prepare(&job, err);
     if (!rc && run->dry_run) {
         *summary = json_pack("{s:[]}", "path");
         rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "steps");

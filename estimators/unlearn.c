@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/arguments.h"
 #include "estimators/unlearn_job.h"
 #include "io/checked.h"
 #include "io/fpenv.h"
@@ -406,9 +407,13 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
                   json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(unlearn, run, summary, err);
+    if (!rc)
+        rc = perta_unlearn_arguments(unlearn, err);
+    if (rc)
+        return rc;
     struct perta_unlearn_job *job = calloc(1, sizeof *job);
     json_t *notes = json_array();
-    *summary = NULL;
     if (!job) {
         json_decref(notes);
         return perta_fail_sys(err, ENOMEM, "unlearn");
@@ -416,7 +421,7 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
     job->unlearn = unlearn;
     job->rule = unlearn->rule;
     perta_unlearn_note_alphas(unlearn, notes);
-    int rc = perta_unlearn_plan(job, run, notes, err);
+    rc = perta_unlearn_plan(job, run, notes, err);
     if (!rc && !(*summary = json_pack("{s:o}", "notes", perta_notes_whole(json_incref(notes)))))
         rc = perta_fail_sys(err, ENOMEM, "unlearn");
     if (!rc && !run->dry_run) {

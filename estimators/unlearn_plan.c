@@ -34,7 +34,8 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         if (!has_role(job, i) || (i == PERTA_ROLE_BASE && job->adapter && !paths[i]))
             continue;
         if (!paths[i])
-            return perta_fail(err, PERTA_EUSAGE, "%s DIR is needed", perta_roles[i]);
+            return perta_fail(err, PERTA_EUSAGE, "%s is needed, unless --tuned is a LoRA adapter",
+                              perta_roles[i]);
         int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
                      ? open_adapter(job, notes, err)
                      : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);

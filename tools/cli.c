@@ -183,7 +183,7 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
     case KEY_THREADS:
         n = cli_count(state, "--threads", arg);
         if (!n || n > 256)
-            argp_error(state, "--threads: 1 to 256");
+            argp_error(state, "--threads: 1 to %d", PERTA_THREADS_MAX);
         cli->run.n_threads = (unsigned)n;
         return 0;
     case KEY_IO:

@@ -31,12 +31,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->accumulate.gradients = (const char *const *)(state->argv + state->next);
         args->accumulate.n_gradients = (uint32_t)(state->argc - state->next);
         return 0;
-    case ARGP_KEY_END:
-        if (!args->accumulate.out)
-            argp_error(state, "--out DIR is needed");
-        if (!args->accumulate.n_gradients)
-            argp_error(state, "which gradients? Name files or folders");
-        return 0;
     }
     return ARGP_ERR_UNKNOWN;
 }

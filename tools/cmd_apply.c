@@ -35,8 +35,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         *(state->arg_num ? &args->apply.patch : &args->apply.model) = arg;
         return 0;
     case ARGP_KEY_END:
-        if (!args->apply.patch)
-            argp_error(state, "a model and a patch are needed: MODEL PATCH");
         if (!args->apply.out == !args->in_place)
             argp_error(state, "either --out DIR or --in-place");
         return 0;

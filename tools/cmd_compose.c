@@ -34,13 +34,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->compose.patches = (const char *const *)(state->argv + state->next);
         args->compose.n_patches = (uint32_t)(state->argc - state->next);
         return 0;
-    case ARGP_KEY_END:
-        if (args->compose.n_patches < 2)
-            argp_error(state,
-                       "two patches at least are needed, in the order they were made");
-        if (!args->compose.patch)
-            argp_error(state, "--patch DIR is needed");
-        return 0;
     }
     return ARGP_ERR_UNKNOWN;
 }

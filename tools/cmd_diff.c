@@ -34,12 +34,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             return ARGP_ERR_UNKNOWN;
         *(state->arg_num ? &args->diff.after : &args->diff.before) = arg;
         return 0;
-    case ARGP_KEY_END:
-        if (!args->diff.after)
-            argp_error(state, "two checkpoints are needed: OLD NEW");
-        if (!args->diff.patch)
-            argp_error(state, "--patch DIR is needed");
-        return 0;
     }
     return ARGP_ERR_UNKNOWN;
 }

@@ -62,10 +62,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SCRATCH:
         e->scratch = arg;
         return 0;
-    case ARGP_KEY_END:
-        if (!e->model || !e->data || !e->out)
-            argp_error(state, "--model, --data and --out are needed");
-        return 0;
     default:
         return ARGP_ERR_UNKNOWN;
     }

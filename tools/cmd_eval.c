@@ -49,10 +49,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SCRATCH:
         e->scratch = arg;
         return 0;
-    case ARGP_KEY_END:
-        if (!e->model || !e->data)
-            argp_error(state, "--model and --data are needed");
-        return 0;
     default:
         return ARGP_ERR_UNKNOWN;
     }
