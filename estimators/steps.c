@@ -444,9 +444,8 @@ static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err 
     int rc = perta_journal_complete(&job->journal, NULL, 0, summary, err);
     if (rc)
         return rc;
-    job->work.keep = false;
-    perta_publish_release(&job->work);
-    return perta_journal_publish(&job->journal, NULL, 0, summary, err);
+    rc = perta_publish_discard(&job->work, err);
+    return rc ? rc : perta_journal_publish(&job->journal, NULL, 0, summary, err);
 }
 
 static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)

@@ -57,6 +57,8 @@ PERTA_API int perta_publish_remove(const struct perta_publish *out, const char *
 PERTA_API int perta_publish_sync(const struct perta_publish *out, struct perta_err *err);
 /* fsync the folder, give it its name, fsync its parent. */
 PERTA_API int perta_publish_commit(struct perta_publish *out, struct perta_err *err);
+/* Remove the partial folder, which is not to be published, or say why it cannot be. */
+int perta_publish_discard(struct perta_publish *out, struct perta_err *err);
 /* Remove the partial folder if it was neither committed nor is to be kept, and free. Zeroed is
  * fine. */
 PERTA_API void perta_publish_release(struct perta_publish *out);

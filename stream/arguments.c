@@ -21,8 +21,8 @@ int perta_arguments_begin(const void *job, const struct perta_run *run, json_t *
     if (!err)
         return PERTA_EUSAGE;
     *err = (struct perta_err){0};
-    return !job       ? perta_fail(err, PERTA_EUSAGE, "what is to be done? The job is NULL")
-           : !run     ? perta_fail(err, PERTA_EUSAGE, "how is it to run? run is NULL")
+    return !run       ? perta_fail(err, PERTA_EUSAGE, "how is it to run? run is NULL")
+           : !job     ? perta_fail(err, PERTA_EUSAGE, "what is to be done? The job is NULL")
            : !summary ? perta_fail(err, PERTA_EUSAGE, "where does the result go? summary is NULL")
                       : check_run(run, err);
 }

@@ -10,7 +10,8 @@
 #include "stream/stream.h"
 
 /* The first thing that every public verb does: *err and *summary are empty from here on, whatever they
- * held. job is the verb's struct. What run holds makes sense; with err NULL there is only the code. */
+ * held. job is the verb's struct; of verbs that take paths alone, run. What run holds makes sense; with
+ * err NULL there is only the code. */
 int perta_arguments_begin(const void *job, const struct perta_run *run, json_t **summary,
                           struct perta_err *err);
 

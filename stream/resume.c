@@ -206,7 +206,9 @@ int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream,
     if (!rc && r->walk && !perta_walk_to(r->walk, r->shard, r->tensor, r->unit))
         rc = perta_fail(err, PERTA_EINPUT, "no such place");
     if (rc)
-        return perta_err_context(err, "%s: damaged; --force starts over", r->journal.path);
+        return rc == PERTA_EINPUT
+                   ? perta_err_context(err, "%s: damaged; --force starts over", r->journal.path)
+                   : rc;
     for (unsigned i = 0; i < r->n_patches && !rc; i++)
         rc = perta_patch_out_reopen(&r->patches[i], r->shard, r->tensor, r->unit, err);
     r->journal.bytes = written(r);

@@ -346,29 +346,34 @@ static const struct verb {
     const char *name;
     int (*run)(json_t **record);
     uint64_t stride; /* in make check */
-    bool in_place;
+    enum way { ANEW, IN_PLACE, GO_ON } way;
 } verbs[] = {
-    {"unlearn", unlearn, 31, false},
-    {"unlearn --one-way", unlearn_one_way, 17, false},
-    {"unlearn, an adapter", unlearn_adapter, 17, false},
-    {"diff", diff, 17, false},
-    {"compose", compose, 13, false},
-    {"apply", apply, 7, false},
-    {"revert", revert, 11, false},
-    {"apply --in-place", in_place, 3, true},
-    {"accumulate", accumulate, 13, false},
-    {"manifest", manifest, 3, false},
-    {"verify, a manifest", verify_manifest, 3, false},
-    {"verify, a forged manifest", verify_forged, 3, false},
-    {"verify, a patch", verify_patch, 1, false},
-    {"verify, a damaged patch", verify_damaged, 3, false},
-    {"verify, a model", verify_model, 2, false},
-    {"verify, another model", verify_other, 5, false},
-    {"inspect", inspect, 1, false},
+    {"unlearn", unlearn, 31, ANEW},
+    {"unlearn --one-way", unlearn_one_way, 17, ANEW},
+    {"unlearn, an adapter", unlearn_adapter, 17, ANEW},
+    {"diff", diff, 17, ANEW},
+    {"compose", compose, 13, ANEW},
+    {"apply", apply, 7, ANEW},
+    {"revert", revert, 11, ANEW},
+    {"apply --in-place", in_place, 3, IN_PLACE},
+    {"accumulate", accumulate, 13, ANEW},
+    {"manifest", manifest, 3, ANEW},
+    {"verify, a manifest", verify_manifest, 3, ANEW},
+    {"verify, a forged manifest", verify_forged, 3, ANEW},
+    {"verify, a patch", verify_patch, 1, ANEW},
+    {"verify, a damaged patch", verify_damaged, 3, ANEW},
+    {"verify, a model", verify_model, 2, ANEW},
+    {"verify, another model", verify_other, 5, ANEW},
+    {"inspect", inspect, 1, ANEW},
+    {"unlearn --resume", unlearn, 31, GO_ON},
+    {"accumulate --resume", accumulate, 13, GO_ON},
+    {"apply --resume", apply, 7, GO_ON},
 #if HAS_MODEL
-    {"estimate", estimate, 17, false},
-    {"eval", eval, 7, false},
-    {"unlearn --steps", steps, 149, false},
+    {"estimate --resume", estimate, 17, GO_ON},
+    {"unlearn --steps --resume", steps, 149, GO_ON},
+    {"estimate", estimate, 17, ANEW},
+    {"eval", eval, 7, ANEW},
+    {"unlearn --steps", steps, 149, ANEW},
 #endif
 };
 
@@ -404,13 +409,14 @@ static int remove_one(const char *path, const struct stat *st, int kind, struct 
     return remove(path);
 }
 
-static void begin_anew(const struct verb *verb)
+static void begin_anew(enum way way)
 {
     __real_nftw64("out", remove_one, 8, FTW_PHYS | FTW_DEPTH);
-    ck_assert_int_eq(mkdir("out", 0777), 0);
-    if (verb->in_place)
-        ck_assert_int_eq(system("cp -r in/model out/model"), 0);
-    run.resume = false;
+    if (way != GO_ON)
+        ck_assert_int_eq(mkdir("out", 0777), 0);
+    if (way != ANEW)
+        ck_assert_int_eq(system(way == GO_ON ? "cp -a kept out" : "cp -r in/model out/model"), 0);
+    run.resume = way == GO_ON;
     err = (struct perta_err){0};
     give_memory();
 }
@@ -457,18 +463,18 @@ static bool is_wanted(const struct wanted *wanted, int rc, const char *record)
 static void check_error(const struct verb *verb, const struct wanted *wanted, uint64_t n, int rc)
 {
     tally.errors++;
-    if (!verb->in_place && !err.resumable) {
+    if (verb->way != IN_PLACE && !err.resumable) {
         if (tree_of("out") != wanted->before)
             fail_case("something is left");
         return;
     }
     json_t *again = NULL;
-    run.resume = !verb->in_place;
+    run.resume = verb->way != IN_PLACE;
     err = (struct perta_err){0};
     give_memory();
     rc = verb->run(&again);
     char *record = text_of(again);
-    bool was_done = verb->in_place && rc == PERTA_ECHECK;
+    bool was_done = verb->way == IN_PLACE && rc == PERTA_ECHECK;
     if ((rc && !was_done) || tree_of("out") != wanted->out)
         fail_case("it cannot be gone on with");
     free(record);
@@ -479,7 +485,7 @@ static bool try_one(const struct verb *verb, enum short_of what, const struct wa
                     uint64_t n)
 {
     json_t *found = NULL;
-    begin_anew(verb);
+    begin_anew(verb->way);
     fail_at(what, n);
     int rc = verb->run(&found);
     bool failed = n_asked[what] >= n;
@@ -504,12 +510,31 @@ static bool try_one(const struct verb *verb, enum short_of what, const struct wa
     return failed;
 }
 
+/* What an interrupted run leaves: at the last of its calls but some from which one goes on. */
+static void make_kept(const struct verb *verb)
+{
+    json_t *found = NULL;
+    uint64_t n = UINT64_MAX;
+    for (bool interrupted = false; !interrupted; interrupted = err.resumable) {
+        begin_anew(ANEW);
+        fail_at(MEMORY, n);
+        verb->run(&found);
+        json_decref(found);
+        n = n == UINT64_MAX ? n_asked[MEMORY] * 9 / 10 : n - 1;
+        fail_at(MEMORY, 0);
+        ck_assert_uint_gt(n, 0);
+    }
+    ck_assert_int_eq(rename("out", "kept"), 0);
+}
+
 static void try_all(const struct verb *verb, enum short_of what)
 {
+    if (verb->way == GO_ON)
+        make_kept(verb);
     struct wanted wanted = {.in = tree_of("in")};
     json_t *found = NULL;
     for (int i = 0; i < 2; i++) { /* the first takes what is kept from then on */
-        begin_anew(verb);
+        begin_anew(verb->way);
         wanted.before = tree_of("out");
         json_decref(found);
         fail_at(what, UINT64_MAX);
@@ -520,7 +545,7 @@ static void try_all(const struct verb *verb, enum short_of what)
     wanted.record = text_of(found);
     wanted.out = tree_of("out");
     tally = (struct tally){0};
-    uint64_t stride = getenv("PERTA_LONG") ? 1 : verb->stride;
+    uint64_t stride = getenv("PERTA_LONG") ? 1 : what == FILES ? 1 + verb->stride / 8 : verb->stride;
     for (uint64_t n = 1; n <= all || stride == 1; n += stride)
         if (!try_one(verb, what, &wanted, n) && stride == 1)
             break;
