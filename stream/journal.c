@@ -368,35 +368,49 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     return rc;
 }
 
-bool perta_journal_found(const char *path)
+/* Is there one to go on with? 1, 0, or PERTA_ESYS where that cannot be told. Before its first commit
+ * a run has nothing to go on with. */
+static int find(const char *path, struct perta_err *err)
 {
-    struct perta_err err = {0};
+    struct perta_err why = {0};
     struct first_and_last ends = {0};
     size_t good;
     char *beside = path_beside(path);
     int fd = beside ? perta_open_any(beside, O_RDONLY | O_NOFOLLOW) : -1;
     struct stat st;
-    if (fd >= 0 && !perta_check_left(fd, beside, &st, &err))
-        read_records(fd, beside, keep_ends, &ends, &good, &err);
+    if (!beside || (fd < 0 && (errno == ENOMEM || errno == EMFILE || errno == ENFILE)))
+        perta_fail_sys(&why, errno, "%s" PERTA_JOURNAL_SUFFIX, path);
+    if (fd >= 0 && !perta_check_left(fd, beside, &st, &why))
+        read_records(fd, beside, keep_ends, &ends, &good, &why);
     if (fd >= 0)
         close(fd);
-    /* Before its first commit a run has nothing to go on with. What cannot be read may have more:
-     * whoever goes on with it is told, and does not start over. */
-    bool found = ends.last || err.code == PERTA_ESYS;
+    int found = why.code == PERTA_ESYS ? PERTA_ESYS : ends.last != NULL;
+    if (found < 0)
+        *err = why;
     free(beside);
     json_decref(ends.first);
     json_decref(ends.last);
     return found;
 }
 
+/* What cannot be read may have more: whoever goes on with it is told, and does not start over. */
+bool perta_journal_found(const char *path)
+{
+    struct perta_err ignored = {0};
+    return find(path, &ignored) != 0;
+}
+
 int perta_journal_open(struct perta_journal *journal, const char *path, const json_t *identity,
                        bool resume, bool force, struct perta_err *err)
 {
     *journal = (struct perta_journal){.fd = -1};
-    int rc = !identity                              ? perta_fail_sys(err, ENOMEM, "%s", path)
-             : resume && perta_journal_found(path) ? go_on(journal, path, identity, err)
-                                                    : begin(journal, path, identity,
-                                                            resume || force, err);
+    int rc = !identity           ? perta_fail_sys(err, ENOMEM, "%s", path)
+             : resume || force ? 0
+                                 : find(path, err);
+    if (rc >= 0)
+        rc = resume && perta_journal_found(path)
+                 ? go_on(journal, path, identity, err)
+                 : begin(journal, path, identity, resume || force, err);
     journal->resume = resume;
     return rc;
 }

@@ -80,6 +80,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_BACK_OFF:
         s->rule.back_off = cli_number(state, "--back-off", arg);
         own->has_back_off = true;
+        if (s->rule.back_off == 0) /* what the library takes for none */
+            argp_error(state, "--back-off: 0; --method signed never backs off");
         return 0;
     case KEY_MAX_SCALE:
         s->rule.max_scale = cli_number(state, "--max-scale", arg);
