@@ -291,27 +291,6 @@ static int append_identity(struct perta_journal *journal, const json_t *identity
     return rc;
 }
 
-static int begin(struct perta_journal *journal, const char *path, const json_t *identity,
-                 bool replace, struct perta_err *err)
-{
-    *journal = (struct perta_journal){.fd = -1};
-    if (!replace && perta_journal_found(path)) {
-        err->resumable = true;
-        return perta_fail(err, PERTA_EUSAGE,
-                          "%s: a run that was interrupted, or is still going on, left a journal "
-                          "beside it; --resume goes on with it, --force starts over",
-                          path);
-    }
-    int rc = perta_make_parents(path, err);
-    if (!rc)
-        rc = open_locked(journal, path, O_CREAT, err);
-    if (!rc && ftruncate(journal->fd, 0))
-        rc = perta_fail_sys(err, errno, "%s", journal->path);
-    if (!rc)
-        rc = append_identity(journal, identity, err);
-    return rc ? rc : perta_name_sync(journal->path, err);
-}
-
 /* The first record is the identity; of the others the last is kept. */
 struct first_and_last {
     json_t *first, *last;
@@ -328,6 +307,55 @@ static int keep_ends(void *ctx, json_t *record, struct perta_err *err)
     json_decref(ends->last);
     ends->last = json_incref(record);
     return 0;
+}
+
+/* Is there one to go on with? 1, 0, or PERTA_ESYS where that cannot be told. Before its first commit
+ * a run has nothing to go on with. */
+static int find(const char *path, struct perta_err *err)
+{
+    struct perta_err why = {0};
+    struct first_and_last ends = {0};
+    size_t good;
+    char *beside = path_beside(path);
+    int fd = beside ? perta_open_any(beside, O_RDONLY | O_NOFOLLOW) : -1;
+    struct stat st;
+    if (!beside || (fd < 0 && (errno == ENOMEM || errno == EMFILE || errno == ENFILE)))
+        perta_fail_sys(&why, errno, "%s" PERTA_JOURNAL_SUFFIX, path);
+    if (fd >= 0 && !perta_check_left(fd, beside, &st, &why))
+        read_records(fd, beside, keep_ends, &ends, &good, &why);
+    if (fd >= 0)
+        close(fd);
+    int found = why.code == PERTA_ESYS ? PERTA_ESYS : ends.last != NULL;
+    if (found < 0)
+        *err = why;
+    free(beside);
+    json_decref(ends.first);
+    json_decref(ends.last);
+    return found;
+}
+
+static int begin(struct perta_journal *journal, const char *path, const json_t *identity,
+                 bool replace, struct perta_err *err)
+{
+    *journal = (struct perta_journal){.fd = -1};
+    int found = replace ? 0 : find(path, err);
+    if (found < 0)
+        return found;
+    if (found) {
+        err->resumable = true;
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: a run that was interrupted, or is still going on, left a journal "
+                          "beside it; --resume goes on with it, --force starts over",
+                          path);
+    }
+    int rc = perta_make_parents(path, err);
+    if (!rc)
+        rc = open_locked(journal, path, O_CREAT, err);
+    if (!rc && ftruncate(journal->fd, 0))
+        rc = perta_fail_sys(err, errno, "%s", journal->path);
+    if (!rc)
+        rc = append_identity(journal, identity, err);
+    return rc ? rc : perta_name_sync(journal->path, err);
 }
 
 static int check_identity(const char *path, const json_t *was, const json_t *is,
@@ -368,31 +396,6 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     return rc;
 }
 
-/* Is there one to go on with? 1, 0, or PERTA_ESYS where that cannot be told. Before its first commit
- * a run has nothing to go on with. */
-static int find(const char *path, struct perta_err *err)
-{
-    struct perta_err why = {0};
-    struct first_and_last ends = {0};
-    size_t good;
-    char *beside = path_beside(path);
-    int fd = beside ? perta_open_any(beside, O_RDONLY | O_NOFOLLOW) : -1;
-    struct stat st;
-    if (!beside || (fd < 0 && (errno == ENOMEM || errno == EMFILE || errno == ENFILE)))
-        perta_fail_sys(&why, errno, "%s" PERTA_JOURNAL_SUFFIX, path);
-    if (fd >= 0 && !perta_check_left(fd, beside, &st, &why))
-        read_records(fd, beside, keep_ends, &ends, &good, &why);
-    if (fd >= 0)
-        close(fd);
-    int found = why.code == PERTA_ESYS ? PERTA_ESYS : ends.last != NULL;
-    if (found < 0)
-        *err = why;
-    free(beside);
-    json_decref(ends.first);
-    json_decref(ends.last);
-    return found;
-}
-
 /* What cannot be read may have more: whoever goes on with it is told, and does not start over. */
 bool perta_journal_found(const char *path)
 {
@@ -404,13 +407,10 @@ int perta_journal_open(struct perta_journal *journal, const char *path, const js
                        bool resume, bool force, struct perta_err *err)
 {
     *journal = (struct perta_journal){.fd = -1};
-    int rc = !identity           ? perta_fail_sys(err, ENOMEM, "%s", path)
-             : resume || force ? 0
-                                 : find(path, err);
-    if (rc >= 0)
-        rc = resume && perta_journal_found(path)
-                 ? go_on(journal, path, identity, err)
-                 : begin(journal, path, identity, resume || force, err);
+    int rc = !identity                              ? perta_fail_sys(err, ENOMEM, "%s", path)
+             : resume && perta_journal_found(path) ? go_on(journal, path, identity, err)
+                                                    : begin(journal, path, identity,
+                                                            resume || force, err);
     journal->resume = resume;
     return rc;
 }
