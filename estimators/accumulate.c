@@ -338,9 +338,12 @@ static json_t *identity_of(const struct job *job)
 {
     const struct perta_accumulate *acc = job->accumulate;
     json_t *inputs = json_object();
-    for (uint32_t i = 0; i < job->n_files; i++)
-        perta_json_set(&inputs, job->files[i].path,
+    for (uint32_t i = 0; i < job->n_files; i++) {
+        json_t *path = perta_text_json("%s", job->files[i].path); /* a key is UTF-8 */
+        perta_json_set(&inputs, json_string_value(path),
                        perta_journal_file(job->files[i].len_bytes, &job->files[i].mtime));
+        json_decref(path);
+    }
     return perta_resume_identity("accumulate",
                                  json_pack("{s:b, s:b, s:I}", "mean", (int)acc->mean, "meansq",
                                            (int)acc->meansq, "gradients",

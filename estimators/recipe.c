@@ -52,7 +52,7 @@ static json_t *strings(const char *const *list, unsigned n)
 {
     json_t *array = json_array();
     for (unsigned i = 0; i < n; i++)
-        perta_json_append(&array, json_string(list[i]));
+        perta_json_append(&array, perta_text_json("%s", list[i]));
     return array;
 }
 

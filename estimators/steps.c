@@ -97,7 +97,7 @@ static json_t *globs_json(const char *const *globs, unsigned n)
 {
     json_t *list = json_array();
     for (unsigned i = 0; i < n; i++)
-        perta_json_append(&list, json_string(globs[i]));
+        perta_json_append(&list, perta_text_json("%s", globs[i]));
     return list;
 }
 
@@ -111,11 +111,12 @@ static int identity_of(const struct perta_steps_job *job, json_t **identity,
         rc = perta_checkpoint_open(s->base, &others[1], err);
     if (!rc)
         *identity = json_pack(
-            "{s:s, s:s, s:o, s:o, s:o, s:o, s:s?, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o}",
+            "{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o}",
             "tool", "perta " PERTA_VERSION, "verb", "unlearn --steps", "flags",
             perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
             globs_json(s->globs.include, s->globs.n_include), "exclude",
-            globs_json(s->globs.exclude, s->globs.n_exclude), "out", s->out, "one way",
+            globs_json(s->globs.exclude, s->globs.n_exclude), "out",
+            s->out ? perta_text_json("%s", s->out) : json_null(), "one way",
             (int)s->one_way, "max tokens", (json_int_t)s->max_tokens, "data key gives",
             job->data_hmac[PERTA_FORGET], job->data_hmac[PERTA_RETAIN], "forget",
             file_json(s->data_forget), "retain", file_json(s->data_retain), "model",

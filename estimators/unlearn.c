@@ -232,7 +232,8 @@ static json_t *identity_of(const struct perta_unlearn_job *job)
                        json_incref(job->in[PERTA_ROLE_TUNED].ck->config));
     return perta_resume_identity(
         "unlearn",
-        json_pack("{s:s, s:s?, s:o}", "patch", u->patch, "out", u->out, "recipes", recipes),
+        json_pack("{s:o, s:o, s:o}", "patch", perta_text_json("%s", u->patch), "out",
+                  u->out ? perta_text_json("%s", u->out) : json_null(), "recipes", recipes),
         inputs);
 }
 

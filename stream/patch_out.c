@@ -385,8 +385,8 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
     if (!rc)
         rc = perta_model_out_copy_rest(&p->model, from, &skipped, err);
     if (!rc)
-        *summary = json_pack("{s:s, s:O, s:o, s:I, s:I, s:O}", "patch", p->folder.path,
-                             "counts", counts, "encodings", encodings_json(p), "patch_bytes",
+        *summary = json_pack("{s:o, s:O, s:o, s:I, s:I, s:O}", "patch",
+                             perta_text_json("%s", p->folder.path), "counts", counts, "encodings", encodings_json(p), "patch_bytes",
                              (json_int_t)p->written_bytes, "model_bytes",
                              (json_int_t)p->model.written_bytes, "left_behind", skipped);
     json_decref(counts);

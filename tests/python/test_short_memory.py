@@ -4,12 +4,14 @@ and writes, to the byte. The library's verbs are swept in tests/test_short_memor
 command adds: results as JSON and as text, statements, reports."""
 
 import errno
+import json
+import os
 import re
 import shutil
 import subprocess
 
 import pytest
-from conftest import HANGS, part, skip_what_needs_a_model
+from conftest import HANGS, PERTA, part, skip_what_needs_a_model
 from reference import folder_bytes
 from verbs import EAGER, FAULTY, make_inputs
 
@@ -51,6 +53,29 @@ def result(folder, command, faults):
 
 def written(folder):
     return {name: steady(text.decode(errors="replace")) for name, text in folder_bytes(folder / "out").items()}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "diff model tuned --patch out/%s --json",
+        "unlearn --model model --tuned tuned --base base --method tv --patch out/%s --out out/m%s --json",
+        "apply model p1 --out out/%s --json",
+        "accumulate in-%s base --out out/%s --json",
+        "manifest in-%s",
+    ],
+)
+def test_a_name_that_is_not_utf_8_is_no_lack_of_memory(inputs, command):
+    """Paths are bytes; in JSON what is not UTF-8 of them is a question mark."""
+    name = os.fsdecode(b"\xff")
+    shutil.rmtree(inputs / "out", ignore_errors=True)
+    shutil.copytree(inputs / "model", inputs / f"in-{name}", dirs_exist_ok=True)
+    done = subprocess.run(
+        [PERTA, *command.replace("%s", name).split()], cwd=inputs, capture_output=True, timeout=HANGS
+    )
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+    assert "out" not in command or (inputs / "out" / name).is_dir()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
