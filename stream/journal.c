@@ -383,6 +383,10 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     journal->last = ends.last;
     if (!rc && !ends.last)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no record in it", journal->path);
+    if (!rc && json_object_get(ends.last, "publish") &&
+        !json_is_object(json_object_get(ends.last, "summary")))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: damaged; --force starts over: no summary in its last "
+                        "record", journal->path);
     const json_t *started = json_object_get(ends.first, "started");
     if (json_is_integer(started))
         journal->started = json_integer_value(started);
