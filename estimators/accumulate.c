@@ -9,6 +9,8 @@
 #include "estimators/running.h"
 #include "io/checked.h"
 #include "io/fpenv.h"
+#include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/input.h"
 #include "stream/memory.h"
 #include "stream/model_out.h"
@@ -337,9 +339,12 @@ static json_t *identity_of(const struct job *job)
 {
     const struct perta_accumulate *acc = job->accumulate;
     json_t *inputs = json_object();
-    for (uint32_t i = 0; i < job->n_files; i++)
-        json_object_set_new(inputs, job->files[i].path,
-                            perta_journal_file(job->files[i].len_bytes, &job->files[i].mtime));
+    for (uint32_t i = 0; i < job->n_files; i++) {
+        json_t *path = perta_text_json("%s", job->files[i].path); /* a key is UTF-8 */
+        perta_json_set(&inputs, json_string_value(path),
+                       perta_journal_file(job->files[i].len_bytes, &job->files[i].mtime));
+        json_decref(path);
+    }
     return perta_resume_identity("accumulate",
                                  json_pack("{s:b, s:b, s:I}", "mean", (int)acc->mean, "meansq",
                                            (int)acc->meansq, "gradients",
@@ -426,11 +431,10 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     return rc;
 }
 
-static int finish(struct job *job, json_t *summary, struct perta_err *err)
+static int finish(struct job *job, json_t **summary, struct perta_err *err)
 {
     json_t *folders = json_array();
     uint64_t written = 0;
-    json_object_set_new(summary, "folders", folders);
     int rc = reach_shard(job, job->first->n_shards, err);
     for (uint32_t i = 0; i < job->n_files && !rc; i++)
         rc = perta_file_unchanged(&job->files[i], err);
@@ -440,12 +444,13 @@ static int finish(struct job *job, json_t *summary, struct perta_err *err)
         if (job->plans[stat].index)
             rc = perta_publish_file(&job->outs[stat].folder, PERTA_INDEX_NAME,
                                     job->plans[stat].index, strlen(job->plans[stat].index), err);
-        json_array_append_new(folders, json_string(job->outs[stat].folder.path));
+        perta_json_append(&folders, perta_text_json("%s", job->outs[stat].folder.path));
         written += job->outs[stat].written_bytes;
     }
-    json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
-    json_object_set_new(summary, "samples", json_integer(job->accumulate->n_gradients));
-    json_object_set_new(summary, "tensors", json_integer((json_int_t)job->first->n_tensors));
+    perta_json_set(summary, "folders", folders);
+    perta_json_set(summary, "written_bytes", json_integer((json_int_t)written));
+    perta_json_set(summary, "samples", json_integer(job->accumulate->n_gradients));
+    perta_json_set(summary, "tensors", json_integer((json_int_t)job->first->n_tensors));
     return rc;
 }
 
@@ -498,25 +503,40 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
     if (!rc)
         rc = perta_stream_run(job->stream, err);
     if (!rc)
-        rc = finish(job, *summary, err);
+        rc = finish(job, summary, err);
     if (!rc)
-        json_object_set_new(*summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+        perta_json_set(summary, "read_bytes",
+                       json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return rc;
+}
+
+static int check_arguments(const struct perta_accumulate *acc, struct perta_err *err)
+{
+    const struct perta_argument needed = {"--out DIR", acc->out};
+    if (!acc->n_gradients)
+        return perta_fail(err, PERTA_EUSAGE, "which gradients? Name files or folders");
+    if (!acc->mean && !acc->meansq)
+        return perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
+    int rc = perta_arguments_list("gradients", acc->gradients, acc->n_gradients, err);
+    return rc ? rc : perta_arguments_needed(&needed, 1, err);
 }
 
 int perta_accumulate(const struct perta_accumulate *accumulate, const struct perta_run *run,
                      json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(accumulate, run, summary, err);
+    if (!rc)
+        rc = check_arguments(accumulate, err);
+    if (rc)
+        return rc;
     struct job job = {
         .accumulate = accumulate,
         .wanted = {accumulate->mean, accumulate->meansq},
     };
-    *summary = NULL;
-    int rc = prepare(&job, run, err);
-    if (!rc)
-        *summary = json_object();
+    rc = prepare(&job, run, err);
+    if (!rc && !(*summary = json_object()))
+        rc = perta_fail_sys(err, ENOMEM, "accumulate");
     if (!rc && !run->dry_run) {
         rc = run_all(&job, run, summary, err);
         rc = perta_resume_end(&job.resume, rc, summary, err);

@@ -326,11 +326,10 @@ static void note_targets(const struct perta_adapter *adapter, const struct perta
             first = c->target;
     }
     if (n)
-        json_array_append_new(
-            notes, perta_text_json("%s/" PERTA_ADAPTER_CONFIG ": target_modules name none of %llu "
-                                   "modules that the file has a LoRA for, %s the first: PEFT would "
-                                   "pass them over, here they count",
-                                   adapter->ck->path, (ull)n, first));
+        perta_note(notes,
+                   "%s/" PERTA_ADAPTER_CONFIG ": target_modules name none of %llu modules that the "
+                   "file has a LoRA for, %s the first: PEFT would pass them over, here they count",
+                   adapter->ck->path, (ull)n, first);
 }
 
 int perta_adapter_open(const struct perta_checkpoint *ck,

@@ -313,8 +313,8 @@ json_t *perta_adapter_recipe(const struct perta_checkpoint *ck)
     json_t *recipe = json_object();
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (is_set(json_object_get(ck->config, keys[i])))
-            json_object_set_new(recipe, keys[i],
-                                json_deep_copy(json_object_get(ck->config, keys[i])));
+            perta_json_set(&recipe, keys[i],
+                           json_deep_copy(json_object_get(ck->config, keys[i])));
     return recipe;
 }
 
@@ -359,11 +359,10 @@ void perta_adapter_config_note(const struct perta_adapter_config *c, json_t *not
         for (size_t i = 0; i < sizeof known / sizeof *known; i++)
             is_known |= !strcmp(key, known[i]);
         if (!is_known)
-            json_array_append_new(notes,
-                                  perta_text_json("%s/" PERTA_ADAPTER_CONFIG
-                                               ": %.200s is not a key that perta knows; "
-                                               "taken as without effect on the weights",
-                                               c->path, key));
+            perta_note(notes,
+                       "%s/" PERTA_ADAPTER_CONFIG ": %.200s is not a key that perta knows; "
+                       "taken as without effect on the weights",
+                       c->path, key);
     }
 }
 

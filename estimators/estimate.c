@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/arguments.h"
 #include "estimators/estimate_job.h"
 #include "io/fpenv.h"
 #include "io/text.h"
@@ -331,35 +332,51 @@ static json_t *pieces_of(const struct perta_estimate_job *job)
 {
     json_t *pieces = json_array();
     for (unsigned i = 0; job->workers && i < perta_workers_count(job->workers); i++)
-        json_array_append_new(pieces,
-                              json_integer((json_int_t)perta_workers_taken(job->workers, i)));
+        perta_json_append(&pieces,
+                          json_integer((json_int_t)perta_workers_taken(job->workers, i)));
     return pieces;
 }
 
-static void fill_summary(const struct perta_estimate_job *job, json_t *summary)
+static void fill_summary(const struct perta_estimate_job *job, json_t **summary)
 {
     json_t *folders = json_array();
     uint64_t written = 0;
     for (int i = 0; i < 2; i++)
         if (job->outs[i].fds) {
             written += job->outs[i].written_bytes;
-            json_array_append_new(folders, json_string(job->outs[i].folder.path));
+            perta_json_append(&folders, perta_text_json("%s", job->outs[i].folder.path));
         }
-    json_object_set_new(summary, "folders", folders);
-    json_object_set_new(summary, "loss", json_real(job->means.loss));
-    json_object_set_new(summary, "probability", json_real(job->means.probability));
-    json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
-    json_object_set_new(summary, "pieces", pieces_of(job));
-    json_object_set_new(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
-    json_object_set_new(summary, "written_bytes", json_integer((json_int_t)written));
-    json_object_set_new(summary, "scratch_bytes",
-                        json_integer((json_int_t)job->scratch.file_bytes));
+    perta_json_set(summary, "folders", folders);
+    perta_json_set(summary, "loss", perta_real_json(job->means.loss));
+    perta_json_set(summary, "probability", perta_real_json(job->means.probability));
+    perta_json_set(summary, "batches", json_integer((json_int_t)job->n_batches));
+    perta_json_set(summary, "pieces", pieces_of(job));
+    perta_json_set(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    perta_json_set(summary, "written_bytes", json_integer((json_int_t)written));
+    perta_json_set(summary, "scratch_bytes", json_integer((json_int_t)job->scratch.file_bytes));
+}
+
+static int check_arguments(const struct perta_estimate *e, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {
+        {"--model DIR", e->model}, {"--data FILE", e->data}, {"--out DIR", e->out}};
+    int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc && !e->mean && !e->meansq)
+        rc = perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
+    if (!rc)
+        rc = perta_compute_argument(e->compute, err);
+    return rc ? rc : perta_scaled_arguments(e->at, err);
 }
 
 int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
                    json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(estimate, run, summary, err);
+    if (!rc)
+        rc = check_arguments(estimate, err);
+    if (rc)
+        return rc;
     struct perta_estimate_job *job = calloc(1, sizeof *job);
     if (!job)
         return perta_fail_sys(err, ENOMEM, "estimate");
@@ -368,7 +385,7 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
     job->dx_saved = -1;
     enum perta_stage stage = PERTA_BEGUN;
     uint32_t layer = 0;
-    int rc = prepare(job, err);
+    rc = prepare(job, err);
     *summary = rc ? NULL
                   : json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)job->samples.n, "tokens",
                               (json_int_t)job->samples.n_tokens, "notes", job->samples.notes);
@@ -380,7 +397,7 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
         rc = start(job, &stage, &layer, err);
         if (!rc && stage != PERTA_PUBLISH)
             rc = run_all(job, stage, layer, err);
-        fill_summary(job, *summary);
+        fill_summary(job, summary);
         if (!rc)
             rc = perta_estimate_publish(job, summary, err);
         if (rc)

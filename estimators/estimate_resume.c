@@ -10,6 +10,7 @@
 
 #include "estimators/recipe.h"
 #include "io/hash.h"
+#include "io/text.h"
 
 static const char *const stage_names[] = {"begun", "forward", "head", "backward", "publish"};
 
@@ -80,7 +81,7 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "products", perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", perta_journal_config(job->weights.ck), "data", data_file(job));
     if (e->at)
-        json_object_set_new(identity, "at", perta_scaled_json(&job->scaled));
+        perta_json_set(&identity, "at", perta_scaled_json(&job->scaled));
     return identity;
 }
 

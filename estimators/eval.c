@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/arguments.h"
 #include "estimators/estimate_job.h"
 #include "estimators/patched.h"
 #include "io/fpenv.h"
@@ -36,7 +37,7 @@ struct sums {
 };
 
 /* The other answers of a line, as the TOFU benchmark has them. */
-static void add_answers(struct sums *sums, json_t *item, double answer, double paraphrased,
+static void add_answers(struct sums *sums, json_t **item, double answer, double paraphrased,
                         json_t *perturbed)
 {
     double loss = 0, others = 0;
@@ -53,29 +54,31 @@ static void add_answers(struct sums *sums, json_t *item, double answer, double p
     sums->ratio += ratio;
     sums->ratio_forget += ratio < 1 ? ratio : 1 / ratio;
     sums->ratio_retain += ratio < 1 ? 1 - ratio : 0;
-    json_object_set(item, "perturbed_loss", perturbed);
-    json_object_set_new(item, "choice_probability", json_real(choice));
-    json_object_set_new(item, "truth_ratio", json_real(ratio));
+    perta_json_set(item, "perturbed_loss", json_incref(perturbed));
+    perta_json_set(item, "choice_probability", perta_real_json(choice));
+    perta_json_set(item, "truth_ratio", perta_real_json(ratio));
 }
 
 /* A line: sample at, and the other answers after it. *next is where the next line begins.
  */
 static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
-                    struct sums *sums, json_t *list, struct perta_err *err)
+                    struct sums *sums, json_t **list, struct perta_err *err)
 {
     const struct perta_samples *s = &job->samples;
     struct score answer, other;
     int rc = score_of(job, at, &answer, err);
     double paraphrased = answer.loss;
     json_t *item = json_object(), *perturbed = json_array();
+    size_t n_perturbed = 0;
     for (*next = at + 1; !rc && *next < s->n && s->kinds[*next] != PERTA_SAMPLE; ++*next) {
         rc = score_of(job, *next, &other, err);
         if (s->kinds[*next] == PERTA_PERTURBED) {
-            json_array_append_new(perturbed, json_real(other.loss));
+            perta_json_append(&perturbed, perta_real_json(other.loss));
+            n_perturbed++;
             continue;
         }
         paraphrased = other.loss;
-        json_object_set_new(item, "paraphrased_loss", json_real(paraphrased));
+        perta_json_set(&item, "paraphrased_loss", perta_real_json(paraphrased));
     }
     bool exact = answer.n_right == answer.n_labels;
     double accuracy = (double)answer.n_right / (double)answer.n_labels;
@@ -84,33 +87,33 @@ static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t 
     sums->probability += exp(-answer.loss);
     sums->exact += exact;
     sums->accuracy += accuracy;
-    json_object_set_new(item, "line", json_integer((json_int_t)s->lines[at]));
-    json_object_set_new(item, "labels", json_integer((json_int_t)answer.n_labels));
-    json_object_set_new(item, "loss", json_real(answer.loss));
-    json_object_set_new(item, "probability", json_real(exp(-answer.loss)));
-    json_object_set_new(item, "exact_match", json_boolean(exact));
-    json_object_set_new(item, "accuracy", json_real(accuracy));
-    if (json_array_size(perturbed))
-        add_answers(sums, item, answer.loss, paraphrased, perturbed);
+    perta_json_set(&item, "line", json_integer((json_int_t)s->lines[at]));
+    perta_json_set(&item, "labels", json_integer((json_int_t)answer.n_labels));
+    perta_json_set(&item, "loss", perta_real_json(answer.loss));
+    perta_json_set(&item, "probability", perta_real_json(exp(-answer.loss)));
+    perta_json_set(&item, "exact_match", json_boolean(exact));
+    perta_json_set(&item, "accuracy", perta_real_json(accuracy));
+    if (n_perturbed)
+        add_answers(sums, &item, answer.loss, paraphrased, perturbed);
     json_decref(perturbed);
-    json_array_append_new(list, item);
+    perta_json_append(list, item);
     return rc;
 }
 
-static void set_mean(json_t *summary, const char *name, double sum, uint64_t n)
+static void set_mean(json_t **summary, const char *name, double sum, uint64_t n)
 {
     if (n)
-        json_object_set_new(summary, name, json_real(sum / (double)n));
+        perta_json_set(summary, name, perta_real_json(sum / (double)n));
 }
 
-static int report(const struct perta_estimate_job *job, bool per_sample, json_t *summary,
+static int report(const struct perta_estimate_job *job, bool per_sample, json_t **summary,
                   struct perta_err *err)
 {
     struct sums sums = {0};
     json_t *list = json_array();
     int rc = 0;
     for (uint64_t at = 0; at < job->samples.n && !rc;)
-        rc = add_line(job, at, &at, &sums, list, err);
+        rc = add_line(job, at, &at, &sums, &list, err);
     set_mean(summary, "loss", sums.loss, sums.n);
     set_mean(summary, "probability", sums.probability, sums.n);
     set_mean(summary, "exact_match", sums.exact, sums.n);
@@ -119,16 +122,13 @@ static int report(const struct perta_estimate_job *job, bool per_sample, json_t 
     set_mean(summary, "truth_ratio", sums.ratio, sums.n_perturbed);
     set_mean(summary, "truth_ratio_forget", sums.ratio_forget, sums.n_perturbed);
     set_mean(summary, "truth_ratio_retain", sums.ratio_retain, sums.n_perturbed);
-    json_object_set_new(summary, "perturbed_samples",
-                        json_integer((json_int_t)sums.n_perturbed));
+    perta_json_set(summary, "perturbed_samples", json_integer((json_int_t)sums.n_perturbed));
     if (per_sample)
-        json_object_set(summary, "per_sample", list);
+        perta_json_set(summary, "per_sample", json_incref(list));
     json_decref(list);
-    json_object_set_new(summary, "batches", json_integer((json_int_t)job->n_batches));
-    json_object_set_new(summary, "read_bytes",
-                        json_integer((json_int_t)job->weights.read_bytes));
-    json_object_set_new(summary, "scratch_bytes",
-                        json_integer((json_int_t)job->scratch.file_bytes));
+    perta_json_set(summary, "batches", json_integer((json_int_t)job->n_batches));
+    perta_json_set(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    perta_json_set(summary, "scratch_bytes", json_integer((json_int_t)job->scratch.file_bytes));
     return rc;
 }
 
@@ -192,20 +192,35 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
         return rc;
     *summary = summary_of(&job->samples);
     perta_json_set(summary, "unknown_config_keys", perta_llm_unknown_keys(job->weights.ck->config));
-    if (!*summary)
-        return perta_fail_sys(err, ENOMEM, "eval");
-    if (job->run->dry_run)
-        return 0;
-    rc = start(job, err);
-    if (!rc)
+    if (!job->run->dry_run)
+        rc = start(job, err);
+    if (!rc && !job->run->dry_run)
         rc = run_all(job, err);
-    return rc ? rc : report(job, eval->per_sample, *summary, err);
+    if (!rc && !job->run->dry_run)
+        rc = report(job, eval->per_sample, summary, err);
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "eval");
+}
+
+static int check_arguments(const struct perta_eval *e, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {{"--model DIR", e->model}, {"--data FILE", e->data}};
+    int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc && e->patch && e->at)
+        rc = perta_fail(err, PERTA_EUSAGE, "--patch or at, not both");
+    if (!rc)
+        rc = perta_compute_argument(e->compute, err);
+    return rc ? rc : perta_scaled_arguments(e->at, err);
 }
 
 int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(eval, run, summary, err);
+    if (!rc)
+        rc = check_arguments(eval, err);
+    if (rc)
+        return rc;
     /* An estimate's way forward. */
     const struct perta_estimate estimate = {.model = eval->model,
                                             .at = eval->at,
@@ -216,13 +231,12 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
                                             .scratch = eval->scratch};
     struct perta_estimate_job *job = calloc(1, sizeof *job);
     struct perta_patched patched = {0};
-    *summary = NULL;
     if (!job)
         return perta_fail_sys(err, ENOMEM, "eval");
     job->estimate = &estimate;
     job->run = run;
     job->answers = !eval->as_estimate;
-    int rc = run_job(job, eval, &patched, summary, err);
+    rc = run_job(job, eval, &patched, summary, err);
     perta_estimate_release(job);
     perta_patched_close(&patched);
     free(job);

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "estimators/recipe.h"
+#include "io/text.h"
 
 /* ---- the plan ---- */
 
@@ -43,12 +44,12 @@ static int write_index(struct perta_importance *plan, struct perta_err *err)
     for (uint32_t s = 0; s < plan->n_shards; s++)
         for (uint64_t i = 0; i < plan->shards[s].n_tensors; i++) {
             const struct perta_tensor *tensor = &plan->shards[s].tensors[i];
-            json_object_set_new(map, tensor->name, json_string(plan->shards[s].name));
+            perta_json_set(&map, tensor->name, json_string(plan->shards[s].name));
             total += tensor->len_bytes;
         }
     json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total,
                               "weight_map", map);
-    plan->index = index ? json_dumps(index, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
+    plan->index = index ? perta_json_text(index, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
     json_decref(index);
     return plan->index ? 0 : perta_fail_sys(err, ENOMEM, PERTA_INDEX_NAME);
 }
@@ -59,10 +60,10 @@ static json_t *metadata_of(const struct perta_importance_about *about)
                                  perta_stat_name(about->stat), "perta.samples",
                                  json_sprintf("%llu", (unsigned long long)about->n_samples));
     if (about->n_tokens)
-        json_object_set_new(metadata, "perta.tokens",
-                            json_sprintf("%llu", (unsigned long long)about->n_tokens));
+        perta_json_set(&metadata, "perta.tokens",
+                       json_sprintf("%llu", (unsigned long long)about->n_tokens));
     if (about->data_hmac && *about->data_hmac)
-        json_object_set_new(metadata, "perta.data_hmac_sha256", json_string(about->data_hmac));
+        perta_json_set(&metadata, "perta.data_hmac_sha256", json_string(about->data_hmac));
     return metadata;
 }
 

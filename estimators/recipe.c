@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "estimators/adapter.h"
+#include "io/text.h"
 
 const char *perta_method_name(enum perta_method method)
 {
@@ -42,12 +43,11 @@ int perta_stat_of(const struct perta_checkpoint *ck, enum perta_stat *stat, json
                               "perta.stat), where an importance is wanted, which perta estimate and "
                               "accumulate make; if these are gradients, take the config.json away",
                               ck->path);
-        if (!says && !i) {
-            json_t *note = json_sprintf("%s does not say what it holds (metadata perta.stat); "
-                                        "taken as mean gradients",
-                                        ck->path);
-            json_array_append_new(notes, note);
-        }
+        if (!says && !i)
+            perta_note(notes,
+                       "%s does not say what it holds (metadata perta.stat); "
+                       "taken as mean gradients",
+                       ck->path);
         first = kind;
     }
     *stat = first && !strcmp(first, "meansq") ? PERTA_STAT_MEANSQ : PERTA_STAT_MEAN;
@@ -58,12 +58,12 @@ static json_t *strings(const char *const *list, unsigned n)
 {
     json_t *array = json_array();
     for (unsigned i = 0; i < n; i++)
-        json_array_append_new(array, json_string(list[i]));
+        perta_json_append(&array, perta_text_json("%s", list[i]));
     return array;
 }
 
 /* What the importance says of the data that it is over: "forget_samples" from "perta.samples". */
-static void add_data(json_t *recipe, const char *set, const struct perta_input *input)
+static void add_data(json_t **recipe, const char *set, const struct perta_input *input)
 {
     static const char *const facts[] = {"samples", "tokens", "data_hmac_sha256"};
     for (size_t i = 0; input->ck && input->ck->n_shards && i < sizeof facts / sizeof *facts; i++) {
@@ -72,7 +72,7 @@ static void add_data(json_t *recipe, const char *set, const struct perta_input *
         snprintf(meta, sizeof meta, "perta.%s", facts[i]);
         const char *fact = metadata_of(&input->ck->shards[0], meta);
         if (fact)
-            json_object_set_new(recipe, key, json_string(fact));
+            perta_json_set(recipe, key, json_string(fact));
     }
 }
 
@@ -88,23 +88,23 @@ json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct pert
                   "include", strings(unlearn->globs.include, unlearn->globs.n_include),
                   "exclude", strings(unlearn->globs.exclude, unlearn->globs.n_exclude));
     if (unlearn->one_way)
-        json_object_set_new(recipe, "one_way", json_true());
+        perta_json_set(&recipe, "one_way", json_true());
     if (rule->method == PERTA_POWER)
-        json_object_set_new(recipe, "power", json_real(rule->power));
+        perta_json_set(&recipe, "power", json_real(rule->power));
     if (rule->method == PERTA_CONSTANT)
-        json_object_set_new(recipe, "weight", json_real(rule->weight));
+        perta_json_set(&recipe, "weight", json_real(rule->weight));
     if (rule->method == PERTA_RANDOM)
-        json_object_set_new(recipe, "seed", json_sprintf("%llu", (unsigned long long)rule->seed));
+        perta_json_set(&recipe, "seed", json_sprintf("%llu", (unsigned long long)rule->seed));
     if (perta_rule_needs_importance(rule)) {
-        json_object_set_new(recipe, "stat", json_string(perta_stat_name(rule->stat)));
-        add_data(recipe, "forget", &inputs[PERTA_ROLE_FORGET]);
-        add_data(recipe, "retain", &inputs[PERTA_ROLE_RETAIN]);
+        perta_json_set(&recipe, "stat", json_string(perta_stat_name(rule->stat)));
+        add_data(&recipe, "forget", &inputs[PERTA_ROLE_FORGET]);
+        add_data(&recipe, "retain", &inputs[PERTA_ROLE_RETAIN]);
     }
     if (inputs[PERTA_ROLE_TUNED].ck->is_adapter) {
-        json_object_set_new(recipe, "tuned", json_string("lora"));
-        json_object_set_new(recipe, "lora", perta_adapter_recipe(inputs[PERTA_ROLE_TUNED].ck));
+        perta_json_set(&recipe, "tuned", json_string("lora"));
+        perta_json_set(&recipe, "lora", perta_adapter_recipe(inputs[PERTA_ROLE_TUNED].ck));
     }
     if (unlearn->steps)
-        json_object_update(recipe, (json_t *)(uintptr_t)unlearn->steps);
+        perta_json_update(&recipe, unlearn->steps);
     return recipe;
 }

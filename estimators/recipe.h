@@ -27,7 +27,8 @@ const char *perta_stat_name(enum perta_stat stat);
 int perta_stat_of(const struct perta_checkpoint *ck, enum perta_stat *stat, json_t *notes,
                   struct perta_err *err);
 
-/* Every flag that matters to the bytes of the result, for alpha number a. The caller's. */
+/* Every flag that matters to the bytes of the result, for alpha number a. The caller's;
+ * NULL without memory. */
 json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct perta_rule *rule,
                           unsigned a, const struct perta_input *inputs);
 

@@ -4,11 +4,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/arguments.h"
+#include "estimators/backprop/samples.h"
 #include "estimators/eval.h"
 #include "estimators/steps_job.h"
 #include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/publish.h"
+#include "io/text.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
 #include "stream/naming.h"
@@ -61,11 +64,6 @@ static json_t *file_json(const struct perta_samples_file *file)
     return perta_journal_file(file->len_bytes, &file->mtime);
 }
 
-static json_t *limit(double value)
-{
-    return isfinite(value) ? json_real(value) : json_null();
-}
-
 json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_steps)
 {
     const struct perta_steps *s = job->steps;
@@ -77,8 +75,9 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                                             : "signed",
                      "steps", (json_int_t)n_steps, "step", s->rule.step, "back_off",
                      s->rule.back_off, "max_scale", s->rule.max_scale, "stop_forget",
-                     limit(s->stop_forget), "stop_probability",
-                     limit(s->stop_probability), "max_retain_rise", limit(s->max_retain_rise),
+                     perta_real_json(s->stop_forget), "stop_probability",
+                     perta_real_json(s->stop_probability), "max_retain_rise",
+                     perta_real_json(s->max_retain_rise),
                      "compute", bf16 ? "bf16" : "f32");
 }
 
@@ -88,7 +87,7 @@ static json_t *listed_json(const struct perta_steps *s)
     json_t *list = s->several ? json_array() : json_null();
     for (unsigned k = 0; s->several && k <= s->n_steps; k++)
         if (s->listed[k])
-            json_array_append_new(list, json_integer(k));
+            perta_json_append(&list, json_integer(k));
     return list;
 }
 
@@ -96,7 +95,7 @@ static json_t *globs_json(const char *const *globs, unsigned n)
 {
     json_t *list = json_array();
     for (unsigned i = 0; i < n; i++)
-        json_array_append_new(list, json_string(globs[i]));
+        perta_json_append(&list, perta_text_json("%s", globs[i]));
     return list;
 }
 
@@ -104,11 +103,12 @@ static json_t *identity_of(const struct perta_steps_job *job)
 {
     const struct perta_steps *s = job->steps;
     return json_pack(
-        "{s:s, s:s, s:o, s:o, s:o, s:o, s:s?, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o, s:o}",
+        "{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o, s:o}",
         "tool", "perta " PERTA_VERSION, "verb", "unlearn --steps", "flags",
         perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
         globs_json(s->globs.include, s->globs.n_include), "exclude",
-        globs_json(s->globs.exclude, s->globs.n_exclude), "out", s->out, "one way",
+        globs_json(s->globs.exclude, s->globs.n_exclude), "out",
+        s->out ? perta_text_json("%s", s->out) : json_null(), "one way",
         (int)s->one_way, "max tokens", (json_int_t)s->max_tokens, "data key gives",
         job->data[PERTA_FORGET].hmac, job->data[PERTA_RETAIN].hmac, "forget",
         file_json(&job->data[PERTA_FORGET]), "retain", file_json(&job->data[PERTA_RETAIN]), "model",
@@ -455,9 +455,8 @@ static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err 
     int rc = perta_journal_complete(&job->journal, NULL, 0, summary, err);
     if (rc)
         return rc;
-    job->work.keep = false;
-    perta_publish_release(&job->work);
-    return perta_journal_publish(&job->journal, NULL, 0, summary, err);
+    rc = perta_publish_discard(&job->work, err);
+    return rc ? rc : perta_journal_publish(&job->journal, NULL, 0, summary, err);
 }
 
 static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)
@@ -492,13 +491,18 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                 json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(steps, run, summary, err);
+    if (!rc)
+        rc = perta_steps_arguments(steps, err);
+    if (rc)
+        return rc;
     struct perta_steps_job job = {
         .steps = steps, .run = *run, .journal = {.fd = -1}, .patching = -1};
-    *summary = NULL;
     job.run.before_bytes = perta_memory_trimmed();
-    int rc = prepare(&job, err);
+    rc = prepare(&job, err);
     if (!rc && run->dry_run) {
         *summary = json_pack("{s:[]}", "path");
+        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "steps");
     } else if (!rc) {
         rc = run_all(&job, summary, err);
         if (rc)

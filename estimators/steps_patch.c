@@ -7,14 +7,15 @@
 
 #include "estimators/steps_job.h"
 #include "io/publish.h"
+#include "io/text.h"
 
 static json_t *path_json(const struct perta_steps_job *job, unsigned last)
 {
     json_t *path = json_array();
     for (unsigned k = 0; k <= last; k++) {
         const struct perta_steps_point *p = &job->points[k];
-        json_array_append_new(
-            path, json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "step", (json_int_t)k, "forget_loss",
+        perta_json_append(
+            &path, json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "step", (json_int_t)k, "forget_loss",
                             p->loss[PERTA_FORGET], "forget_probability",
                             p->probability[PERTA_FORGET], "retain_loss",
                             p->loss[PERTA_RETAIN], "moved", p->moved, "mean_scale",
@@ -39,7 +40,7 @@ static struct perta_unlearn unlearn_from(const struct perta_steps *s, const char
 }
 
 /* As perta_recipe_json has it of importances. */
-static void add_data(const struct perta_steps_job *job, int which, json_t *recipe)
+static void add_data(const struct perta_steps_job *job, int which, json_t **recipe)
 {
     const struct perta_steps_point *p = &job->points[0];
     const struct {
@@ -48,14 +49,16 @@ static void add_data(const struct perta_steps_job *job, int which, json_t *recip
     } facts[] = {
         {"samples", json_sprintf("%llu", (unsigned long long)p->samples[which])},
         {"tokens", json_sprintf("%llu", (unsigned long long)p->tokens[which])},
-        {"data_hmac_sha256",
-         *job->data[which].hmac ? json_string(job->data[which].hmac) : NULL},
+        {"data_hmac_sha256", json_string(job->data[which].hmac)},
     };
-    for (size_t i = 0; i < sizeof facts / sizeof *facts; i++) {
+    size_t n = sizeof facts / sizeof *facts;
+    for (size_t i = 0; i < n; i++) {
         char key[64];
         snprintf(key, sizeof key, "%s_%s", perta_sets[which], facts[i].what);
-        if (facts[i].is)
-            json_object_set_new(recipe, key, facts[i].is);
+        if (i < n - 1 || *job->data[which].hmac)
+            perta_json_set(recipe, key, facts[i].is);
+        else
+            json_decref(facts[i].is);
     }
 }
 
@@ -64,10 +67,10 @@ static json_t *recipe_of(const struct perta_steps_job *job, unsigned n_steps, un
                          unsigned last)
 {
     json_t *recipe = perta_steps_parameters(job, n_steps);
-    json_object_set_new(recipe, "path", path_json(job, last));
-    json_object_set_new(recipe, "chosen", json_integer(k));
+    perta_json_set(&recipe, "path", path_json(job, last));
+    perta_json_set(&recipe, "chosen", json_integer(k));
     for (int i = 0; i < 2; i++)
-        add_data(job, i, recipe);
+        add_data(job, i, &recipe);
     return recipe;
 }
 
@@ -119,14 +122,15 @@ int perta_steps_patch(struct perta_steps_job *job, unsigned n_steps, unsigned k,
     int rc = perta_steps_commit(
         job, json_pack("{s:I, s:b}", "step", (json_int_t)k, "patch", 1), err);
     json_t *recipe = recipe_of(job, n_steps, k, last);
+    if (!rc && !recipe)
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
     if (!rc)
         rc = write_patch(job, k, recipe, summary, err);
     json_decref(recipe);
-    if (rc)
-        return rc;
-    json_object_set_new(json_array_get(json_object_get(*summary, "results"), 0), "step",
-                        json_integer(k));
-    return perta_steps_commit(
+    if (!rc && json_object_set_new(json_array_get(json_object_get(*summary, "results"), 0), "step",
+                                   json_integer(k)))
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+    return rc ? rc : perta_steps_commit(
         job, json_pack("{s:I, s:O}", "step", (json_int_t)k, "patch", *summary), err);
 }
 
@@ -140,16 +144,18 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
         return rc;
     json_t *results = json_array();
     for (unsigned k = 0; k <= chosen; k++)
-        json_array_extend(results, json_object_get(job->points[k].patch, "results"));
+        if (job->points[k].patch)
+            perta_json_extend(&results, json_object_get(job->points[k].patch, "results"));
     *summary = json_incref(job->points[chosen].patch);
-    json_object_set_new(*summary, "results", results);
-    json_object_set_new(*summary, "path", path_json(job, last));
-    json_object_set_new(*summary, "chosen", json_integer(chosen));
+    perta_json_set(summary, "results", results);
+    perta_json_set(summary, "path", path_json(job, last));
+    perta_json_set(summary, "chosen", json_integer(chosen));
     if (isfinite(s->stop_forget) || isfinite(s->stop_probability))
-        json_object_set_new(*summary, "reached",
-                            json_boolean(perta_steps_forgets_enough(job, chosen)));
-    json_array_extend(json_object_get(*summary, "notes"), job->notes);
-    return 0;
+        perta_json_set(summary, "reached", json_boolean(perta_steps_forgets_enough(job, chosen)));
+    json_t *notes = json_incref(json_object_get(*summary, "notes"));
+    perta_json_extend(&notes, job->notes);
+    perta_json_set(summary, "notes", notes);
+    return *summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
 }
 
 /* ---- before the first step ---- */

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/arguments.h"
 #include "estimators/unlearn_job.h"
 #include "io/checked.h"
 #include "io/fpenv.h"
@@ -221,17 +222,18 @@ static json_t *identity_of(const struct perta_unlearn_job *job)
     json_t *inputs = json_object(), *recipes = json_array();
     for (int i = 0; i < PERTA_N_ROLES; i++)
         if (job->in[i].ck)
-            json_object_set_new(inputs, perta_roles[i] + 2,
-                                i == PERTA_ROLE_SCALE
-                                    ? perta_journal_own(job->in[i].ck)
-                                    : perta_journal_checkpoint(job->in[i].ck));
+            perta_json_set(&inputs, perta_roles[i] + 2,
+                           i == PERTA_ROLE_SCALE ? perta_journal_own(job->in[i].ck)
+                                                 : perta_journal_checkpoint(job->in[i].ck));
     for (unsigned a = 0; a < u->n_alphas; a++)
-        json_array_append_new(recipes, perta_recipe_json(u, &job->rule, a, job->in));
+        perta_json_append(&recipes, perta_recipe_json(u, &job->rule, a, job->in));
     if (job->adapter)
-        json_object_set(inputs, PERTA_ADAPTER_CONFIG, job->in[PERTA_ROLE_TUNED].ck->config);
+        perta_json_set(&inputs, PERTA_ADAPTER_CONFIG,
+                       json_incref(job->in[PERTA_ROLE_TUNED].ck->config));
     return perta_resume_identity(
         "unlearn",
-        json_pack("{s:s, s:s?, s:o}", "patch", u->patch, "out", u->out, "recipes", recipes),
+        json_pack("{s:o, s:o, s:o}", "patch", perta_text_json("%s", u->patch), "out",
+                  u->out ? perta_text_json("%s", u->out) : json_null(), "recipes", recipes),
         inputs);
 }
 
@@ -326,7 +328,8 @@ static int attach(struct perta_unlearn_job *job, struct perta_err *err)
     return rc;
 }
 
-static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_err *err)
+static int finish(struct perta_unlearn_job *job, json_t **summary, json_t *notes,
+                  struct perta_err *err)
 {
     json_t *inputs = json_object();
     json_t *results = json_array();
@@ -340,7 +343,7 @@ static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_e
         if (job->in[i].ck &&
             !(rc = perta_input_digest_rest(&job->in[i], job->stream, err)) &&
             !(rc = perta_input_unchanged(&job->in[i], err)))
-            json_object_set_new(inputs, perta_roles[i] + 2, perta_input_json(&job->in[i]));
+            perta_json_set(&inputs, perta_roles[i] + 2, perta_input_json(&job->in[i]));
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         json_t *recipe = perta_recipe_json(job->unlearn, &job->rule, a, job->in);
         json_t *result = NULL;
@@ -348,15 +351,15 @@ static int finish(struct perta_unlearn_job *job, json_t *summary, struct perta_e
                                     job->in[PERTA_ROLE_MODEL].ck, &result, err);
         json_decref(recipe);
         if (!rc) {
-            json_object_set_new(result, "alpha", json_string(job->unlearn->alphas[a].text));
-            json_array_append_new(results, result);
+            perta_json_set(&result, "alpha", json_string(job->unlearn->alphas[a].text));
+            perta_json_append(&results, result);
         }
     }
-    json_object_set_new(summary, "results", results);
+    perta_json_set(summary, "results", results);
     if (!rc) {
-        perta_unlearn_note_same(inputs, json_object_get(summary, "notes"));
-        perta_unlearn_note_nothing(job, inputs, json_object_get(summary, "notes"));
-        perta_unlearn_note_zeros(job, json_object_get(summary, "notes"));
+        perta_unlearn_note_same(inputs, notes);
+        perta_unlearn_note_nothing(job, inputs, notes);
+        perta_unlearn_note_zeros(job, notes);
     }
     json_decref(inputs);
     return rc;
@@ -377,7 +380,7 @@ static void release(struct perta_unlearn_job *job)
 
 /* Once it is planned. */
 static int run_all(struct perta_unlearn_job *job, const struct perta_run *run,
-                   json_t **summary, struct perta_err *err)
+                   json_t **summary, json_t *notes, struct perta_err *err)
 {
     int rc = begin_outputs(job, run, err);
     if (rc || perta_resume_is_publishing(&job->resume, summary))
@@ -390,14 +393,15 @@ static int run_all(struct perta_unlearn_job *job, const struct perta_run *run,
     if (!rc)
         rc = perta_stream_run(job->stream, err);
     if (!rc)
-        rc = finish(job, *summary, err);
+        rc = finish(job, summary, notes, err);
     if (!rc) {
-        json_object_set_new(*summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
-        json_object_set_new(*summary, "io",
-                            json_pack("{s:s, s:s}", "engine",
-                                      perta_stream_engine(job->stream)->ops->name, "why",
-                                      perta_stream_choice(job->stream)->why));
+        perta_json_set(summary, "read_bytes",
+                       json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+        perta_json_set(summary, "io",
+                       json_pack("{s:s, s:s}", "engine",
+                                 perta_stream_engine(job->stream)->ops->name, "why",
+                                 perta_stream_choice(job->stream)->why));
+        perta_json_set(summary, "notes", perta_notes_whole(json_incref(notes)));
     }
     return rc;
 }
@@ -406,29 +410,31 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
                   json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(unlearn, run, summary, err);
+    if (!rc)
+        rc = perta_unlearn_arguments(unlearn, err);
+    if (rc)
+        return rc;
     struct perta_unlearn_job *job = calloc(1, sizeof *job);
     json_t *notes = json_array();
-    *summary = json_pack("{s:o}", "notes", notes);
-    if (!job || !*summary) {
-        free(job);
+    if (!job) {
+        json_decref(notes);
         return perta_fail_sys(err, ENOMEM, "unlearn");
     }
     job->unlearn = unlearn;
     job->rule = unlearn->rule;
     perta_unlearn_note_alphas(unlearn, notes);
-    int rc = perta_unlearn_plan(job, run, notes, err);
-    if (!rc) {
+    rc = perta_unlearn_plan(job, run, notes, err);
+    if (!rc)
         perta_unlearn_note_missing(job, notes);
-        perta_json_set(summary, "unedited", perta_unlearn_unedited(job));
-        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "unlearn");
-    }
+    if (!rc && !(*summary = json_pack("{s:o, s:o}", "notes", perta_notes_whole(json_incref(notes)),
+                                      "unedited", perta_unlearn_unedited(job))))
+        rc = perta_fail_sys(err, ENOMEM, "unlearn");
     if (!rc && !run->dry_run) {
-        rc = run_all(job, run, summary, err);
+        rc = run_all(job, run, summary, notes, err);
         rc = perta_resume_end(&job->resume, rc, summary, err);
-    } else if (rc) {
-        json_decref(*summary);
-        *summary = NULL;
     }
+    json_decref(notes);
     release(job);
     free(job);
     return rc;

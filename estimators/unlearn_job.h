@@ -11,6 +11,8 @@
 #include "stream/resume.h"
 #include "stream/walk.h"
 
+_Static_assert(PERTA_ALPHAS_MAX <= PERTA_RESUME_PATCHES_MAX, "a patch for each");
+
 /* The flags of the folders, in order of enum perta_role. */
 extern const char *const perta_roles[PERTA_N_ROLES];
 

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "estimators/unlearn_job.h"
+#include "io/text.h"
 
 typedef unsigned long long ull;
 
@@ -52,14 +53,12 @@ void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *not
     if (!job->missing.n_tensors || !job->in[PERTA_ROLE_FORGET].ck)
         return;
     bool keep = job->unlearn->missing == PERTA_MISSING_KEEP;
-    json_array_append_new(
-        notes, json_sprintf("--missing %s: %llu of the %llu tensors to edit (%llu of %llu parameters) "
-                            "have no importance in both --forget and --retain: %s",
-                            keep ? "keep" : "tv", (ull)job->missing.n_tensors,
-                            (ull)job->wanted.n_tensors, (ull)job->missing.n_params,
-                            (ull)job->wanted.n_params,
-                            keep ? "they stay as they are"
-                                 : "their whole task vector is subtracted"));
+    perta_note(notes,
+               "--missing %s: %llu of the %llu tensors to edit (%llu of %llu parameters) have no "
+               "importance in both --forget and --retain: %s",
+               keep ? "keep" : "tv", (ull)job->missing.n_tensors, (ull)job->wanted.n_tensors,
+               (ull)job->missing.n_params, (ull)job->wanted.n_params,
+               keep ? "they stay as they are" : "their whole task vector is subtracted");
 }
 
 void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes)
@@ -67,12 +66,12 @@ void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *note
     for (unsigned a = 0; a < unlearn->n_alphas; a++) {
         const struct perta_alpha *alpha = &unlearn->alphas[a];
         if (alpha->value == 0)
-            json_array_append_new(notes, json_sprintf("alpha %s: nothing changes", alpha->text));
+            perta_note(notes, "alpha %s: nothing changes", alpha->text);
         else if (alpha->value < 0)
-            json_array_append_new(
-                notes, json_sprintf("alpha %s is negative: the task vector is added, so the model "
-                                    "learns what the tuned one was tuned on",
-                                    alpha->text));
+            perta_note(notes,
+                       "alpha %s is negative: the task vector is added, so the model "
+                       "learns what the tuned one was tuned on",
+                       alpha->text);
     }
 }
 
@@ -105,8 +104,8 @@ void perta_unlearn_note_same(const json_t *inputs, json_t *notes)
     };
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
         if (are_same(shards_of(inputs, pairs[i][0]), shards_of(inputs, pairs[i][1])))
-            json_array_append_new(notes, json_sprintf("--%s and --%s hold the same: %s",
-                                                      pairs[i][0], pairs[i][1], pairs[i][2]));
+            perta_note(notes, "--%s and --%s hold the same: %s", pairs[i][0], pairs[i][1],
+                       pairs[i][2]);
 }
 
 /* Did alpha number a change nothing, not even what rounding took away again? */
@@ -140,14 +139,13 @@ void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_
         if (job->unlearn->alphas[a].value == 0 || !changes_nothing(job, a))
             continue;
         said = true;
-        json_array_append_new(
-            notes, json_sprintf("nothing changes: %s%s",
-                                weighs_nothing(job) ? "the weight of all that is edited is 0"
-                                : job->adapter ? "the adapter's task vector is zero (lora_A or lora_B is)"
-                                               : "--tuned and --base hold the same values",
-                                perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
-                                    ? ", wherever the weight is not"
-                                    : ""));
+        perta_note(notes, "nothing changes: %s%s",
+                   weighs_nothing(job) ? "the weight of all that is edited is 0"
+                   : job->adapter      ? "the adapter's task vector is zero (lora_A or lora_B is)"
+                                       : "--tuned and --base hold the same values",
+                   perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
+                       ? ", wherever the weight is not"
+                       : "");
     }
 }
 
@@ -185,14 +183,13 @@ void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes
     for (int role = PERTA_ROLE_FORGET; role <= PERTA_ROLE_RETAIN; role++) {
         struct zeros z = count(job, role);
         if (z.n_tensors)
-            json_array_append_new(
-                notes, json_sprintf("%s: %llu tensors are all zero, %s the first: they %s",
-                                    perta_roles[role], (ull)z.n_tensors, z.first,
-                                    then[role - PERTA_ROLE_FORGET]));
+            perta_note(notes, "%s: %llu tensors are all zero, %s the first: they %s",
+                       perta_roles[role], (ull)z.n_tensors, z.first,
+                       then[role - PERTA_ROLE_FORGET]);
         if (z.n_f16)
-            json_array_append_new(
-                notes, json_sprintf("%s: %llu of %llu values in F16 are 0; F16 holds nothing below "
-                                    "3e-8, so they may have underflowed: F32 or BF16 would tell",
-                                    perta_roles[role], (ull)z.n_f16, (ull)z.of_f16));
+            perta_note(notes,
+                       "%s: %llu of %llu values in F16 are 0; F16 holds nothing below "
+                       "3e-8, so they may have underflowed: F32 or BF16 would tell",
+                       perta_roles[role], (ull)z.n_f16, (ull)z.of_f16);
     }
 }

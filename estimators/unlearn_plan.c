@@ -66,10 +66,9 @@ static int align(const struct perta_unlearn_job *job, int role, json_t *notes, s
     snprintf(was, sizeof was, "%s", name);
     int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, &strip, &add, err);
     if (!rc && (strip || *add))
-        json_array_append_new(
-            notes, perta_text_json("%s: its names are --model's but for %s%.*s%s%s", perta_roles[role],
-                                   strip ? "a prefix " : "", (int)(strip < 63 ? strip : 63), was,
-                                   strip && *add ? " in place of " : *add ? "a missing " : "", add));
+        perta_note(notes, "%s: its names are --model's but for %s%.*s%s%s", perta_roles[role],
+                   strip ? "a prefix " : "", (int)(strip < 63 ? strip : 63), was,
+                   strip && *add ? " in place of " : *add ? "a missing " : "", add);
     return rc;
 }
 
@@ -90,7 +89,8 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         if (!has_role(job, i) || (i == PERTA_ROLE_BASE && job->adapter && !paths[i]))
             continue;
         if (!paths[i])
-            return perta_fail(err, PERTA_EUSAGE, "%s DIR is needed", perta_roles[i]);
+            return perta_fail(err, PERTA_EUSAGE, "%s is needed, unless --tuned is a LoRA adapter",
+                              perta_roles[i]);
         int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
                      ? open_adapter(job, notes, err)
                      : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);

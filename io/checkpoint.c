@@ -33,10 +33,9 @@ static bool ends_in(const char *name, const char *suffix)
 
 static bool exists(const char *folder, const char *name)
 {
-    char *path = join(folder, name);
-    bool there = path && !access(path, F_OK);
-    free(path);
-    return there;
+    char path[PATH_MAX]; /* of no memory: it would not be there without */
+    int n = snprintf(path, sizeof path, "%s/%s", folder, name);
+    return n > 0 && n < PATH_MAX && !access(path, F_OK);
 }
 
 /* ---- files ---- */
@@ -72,7 +71,9 @@ int perta_check_link(const char *folder, const char *path, struct perta_err *err
     if (!realpath(folder, real_folder))
         return perta_fail_sys(err, errno, "%s", folder);
     if (!realpath(path, real_path))
-        return perta_fail(err, PERTA_EINPUT, "%s: a link that leads nowhere", path);
+        return errno == ENOMEM
+                   ? perta_fail_sys(err, errno, "%s", path)
+                   : perta_fail(err, PERTA_EINPUT, "%s: a link that leads nowhere", path);
     if (is_inside(real_path, real_folder, "/") || is_in_cache_blobs(real_path, real_folder))
         return 0;
     return perta_fail(err, PERTA_EINPUT,

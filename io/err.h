@@ -28,7 +28,7 @@ struct perta_err {
     char msg[1200]; /* one line for people: file, tensor, byte, what to do */
 };
 
-/* Fill *err unless it is filled already. Returns code. With sys_errno, its text is appended. */
+/* Fill *err unless it is filled already: zero it first. The verbs (perta.h) do that themselves. Returns code. With sys_errno, its text is appended. */
 PERTA_API int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *file,
                              int line, const char *fmt, ...)
     __attribute__((format(printf, 6, 7)));

@@ -568,6 +568,14 @@ int perta_publish_commit(struct perta_publish *out, struct perta_err *err)
     return perta_name_sync(out->path, err);
 }
 
+int perta_publish_discard(struct perta_publish *out, struct perta_err *err)
+{
+    if (out->made && remove_tree(out->partial) && errno != ENOENT)
+        return perta_fail_sys(err, errno, "%s: remove", out->partial);
+    out->made = false;
+    return 0;
+}
+
 void perta_publish_release(struct perta_publish *out)
 {
     if (out->made && !out->keep)

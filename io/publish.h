@@ -62,6 +62,8 @@ PERTA_API int perta_publish_sync(const struct perta_publish *out, struct perta_e
 /* fsync the folder, give it its name, fsync its parent. What stands there and is to be replaced is
  * looked at once more; PERTA_ESYS, and it stays, if it is no longer an output. */
 PERTA_API int perta_publish_commit(struct perta_publish *out, struct perta_err *err);
+/* Remove the partial folder, which is not to be published, or say why it cannot be. */
+int perta_publish_discard(struct perta_publish *out, struct perta_err *err);
 /* Remove the partial folder if it was neither committed nor is to be kept, and free. Zeroed is
  * fine. */
 PERTA_API void perta_publish_release(struct perta_publish *out);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "io/checked.h"
+#include "io/text.h"
 
 #define PREFIX_BYTES 8
 typedef unsigned long long ull;
@@ -32,13 +33,16 @@ static int lay_out(struct perta_tensor *tensors, uint64_t n, struct perta_err *e
                  : perta_fail_sys(err, ENOMEM, "safetensors header");
 }
 
-/* False: it is not UTF-8. */
-static bool print_name(FILE *out, const char *name)
+static int print_name(FILE *out, const char *name, struct perta_err *err)
 {
     json_t *string = json_string(name);
+    bool written = string || perta_text_is_plain(name); /* but for memory */
     bool printed = string && !json_dumpf(string, out, JSON_COMPACT | JSON_ENCODE_ANY);
     json_decref(string);
-    return printed && strcmp(name, "__metadata__") != 0;
+    return !written || !strcmp(name, "__metadata__")
+               ? perta_fail(err, PERTA_EINPUT, "tensor %s: its name cannot be written", name)
+           : printed ? 0
+                     : perta_fail_sys(err, ENOMEM, "safetensors header");
 }
 
 static void print_entry(FILE *out, const struct perta_tensor *t)
@@ -50,50 +54,59 @@ static void print_entry(FILE *out, const struct perta_tensor *t)
             (ull)(t->off_bytes + t->len_bytes));
 }
 
-static int print_json(FILE *out, const struct perta_tensor *tensors, uint64_t n,
-                      const json_t *metadata, struct perta_err *err)
+struct header {
+    const struct perta_tensor *tensors; /* (n) */
+    uint64_t n;
+    const json_t *metadata;
+    struct perta_err *err;
+    int rc;
+};
+
+/* Room for the prefix, and the JSON. */
+static bool print_json(FILE *out, void *ctx)
 {
+    static const char prefix[PREFIX_BYTES];
+    struct header *h = ctx;
+    fwrite(prefix, 1, sizeof prefix, out);
     fputc('{', out);
-    if (metadata) {
+    if (h->metadata) {
         fputs("\"__metadata__\":", out);
-        json_dumpf(metadata, out, JSON_COMPACT);
+        if (json_dumpf(h->metadata, out, JSON_COMPACT))
+            return false;
     }
-    for (uint64_t i = 0; i < n; i++) {
-        fputs(i || metadata ? "," : "", out);
-        if (!print_name(out, tensors[i].name))
-            return perta_fail(err, PERTA_EINPUT, "tensor %s: its name cannot be written",
-                              tensors[i].name);
-        print_entry(out, &tensors[i]);
+    for (uint64_t i = 0; i < h->n; i++) {
+        fputs(i || h->metadata ? "," : "", out);
+        h->rc = print_name(out, h->tensors[i].name, h->err);
+        if (h->rc)
+            return false;
+        print_entry(out, &h->tensors[i]);
     }
     fputc('}', out);
-    return 0;
+    return true;
 }
 
-/* Room for the prefix, the JSON, and spaces up to a multiple of 8 bytes. */
+/* Prefix, JSON, and spaces up to a multiple of 8 bytes. */
 static int print_header(const struct perta_tensor *tensors, uint64_t n, const json_t *metadata,
                         uint8_t **bytes, uint64_t *len_bytes, struct perta_err *err)
 {
-    char *text = NULL;
-    size_t size = 0;
-    uint64_t prefix = 0;
-    FILE *out = open_memstream(&text, &size);
-    if (!out)
-        return perta_fail_sys(err, ENOMEM, "safetensors header");
-    fwrite(&prefix, 1, sizeof prefix, out);
-    int rc = print_json(out, tensors, n, metadata, err);
-    for (long at = ftell(out); !rc && at % 8; at++)
-        fputc(' ', out);
-    if ((ferror(out) | fclose(out)) && !rc)
-        rc = perta_fail_sys(err, ENOMEM, "safetensors header");
-    if (!rc && size - PREFIX_BYTES > PERTA_HEADER_MAX_BYTES)
-        rc = perta_fail(err, PERTA_EINPUT,
-                        "the header takes %llu bytes, at most %u are allowed; use more shards",
-                        (ull)(size - PREFIX_BYTES), PERTA_HEADER_MAX_BYTES);
-    if (rc) {
+    struct header h = {tensors, n, metadata, err, 0};
+    size_t printed = 0;
+    char *text = perta_text_print(print_json, &h, &printed);
+    uint64_t size = perta_align_up(printed, 8);
+    char *whole = text ? realloc(text, size) : NULL;
+    if (!whole) {
         free(text);
-        return rc;
+        return h.rc ? h.rc : perta_fail_sys(err, ENOMEM, "safetensors header");
     }
-    prefix = htole64(size - PREFIX_BYTES);
+    text = whole;
+    memset(text + printed, ' ', size - printed);
+    if (size - PREFIX_BYTES > PERTA_HEADER_MAX_BYTES) {
+        free(text);
+        return perta_fail(err, PERTA_EINPUT,
+                          "the header takes %llu bytes, at most %u are allowed; use more shards",
+                          (ull)(size - PREFIX_BYTES), PERTA_HEADER_MAX_BYTES);
+    }
+    uint64_t prefix = htole64(size - PREFIX_BYTES);
     memcpy(text, &prefix, sizeof prefix);
     *bytes = (uint8_t *)text;
     *len_bytes = size;

@@ -1,6 +1,7 @@
 #include "io/text.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -82,25 +83,78 @@ bool perta_text_ends_in(const char *text, const char *suffix)
     return n > m && !strcmp(text + n - m, suffix);
 }
 
+/* ---- printed into memory ---- */
+
+struct sink {
+    char *text;
+    size_t len, room;
+    bool failed;
+};
+
+static ssize_t sink_write(void *cookie, const char *data, size_t len)
+{
+    struct sink *to = cookie;
+    size_t needed = to->len + len + 1;
+    if (needed > to->room) {
+        char *grown = realloc(to->text, 2 * needed);
+        if (!grown) {
+            to->failed = true;
+            return 0;
+        }
+        to->text = grown;
+        to->room = 2 * needed;
+    }
+    memcpy(to->text + to->len, data, len);
+    to->len += len;
+    to->text[to->len] = '\0';
+    return (ssize_t)len;
+}
+
+char *perta_text_print(bool (*print)(FILE *to, void *ctx), void *ctx, size_t *len)
+{
+    struct sink sink = {0};
+    FILE *file = fopencookie(&sink, "w", (cookie_io_functions_t){.write = sink_write});
+    bool printed = file && print(file, ctx);
+    bool closed = file && !fclose(file);
+    if (!printed || !closed || sink.failed) {
+        free(sink.text);
+        return NULL;
+    }
+    *len = sink.len;
+    return sink.text;
+}
+
 bool perta_name_is_plain(const char *name)
 {
     return *name && *name != '.' && !strchr(name, '/') && strlen(name) <= PERTA_NAME_MAX_BYTES &&
            perta_text_is_plain(name);
 }
 
-json_t *perta_text_json(const char *fmt, ...)
+static json_t *plain_json(const char *fmt, va_list ap) __attribute__((format(printf, 1, 0)));
+
+static json_t *plain_json(const char *fmt, va_list ap)
 {
     char *text = NULL;
-    va_list ap;
-    va_start(ap, fmt);
-    int n = vasprintf(&text, fmt, ap);
-    va_end(ap);
-    if (n < 0)
+    if (vasprintf(&text, fmt, ap) < 0)
         return NULL;
     perta_text_make_plain(text);
     json_t *json = json_string(text);
     free(text);
     return json;
+}
+
+json_t *perta_text_json(const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    json_t *json = plain_json(fmt, ap);
+    va_end(ap);
+    return json;
+}
+
+json_t *perta_real_json(double value)
+{
+    return isfinite(value) ? json_real(value) : json_null();
 }
 
 static void keep_if(bool added, json_t **json)
@@ -119,6 +173,55 @@ void perta_json_append(json_t **array, json_t *value)
 void perta_json_set(json_t **object, const char *key, json_t *value)
 {
     keep_if(!json_object_set_new(*object, key, value), object);
+}
+
+void perta_json_update(json_t **object, const json_t *from)
+{
+    keep_if(!json_object_update(*object, (json_t *)(uintptr_t)from), object);
+}
+
+void perta_json_extend(json_t **array, const json_t *from)
+{
+    keep_if(!json_array_extend(*array, (json_t *)(uintptr_t)from), array);
+}
+
+char *perta_json_text(const json_t *json, size_t flags)
+{
+    size_t n = json_dumpb(json, NULL, 0, flags);
+    char *text = n ? malloc(n + 1) : NULL;
+    if (!text || json_dumpb(json, text, n, flags) != n) {
+        free(text);
+        return NULL;
+    }
+    text[n] = '\0';
+    return text;
+}
+
+/* Notes that lack one hold null, and that alone: null is never a note. */
+static bool lack_one(const json_t *notes)
+{
+    return json_is_null(json_array_get(notes, 0));
+}
+
+void perta_note(json_t *notes, const char *fmt, ...)
+{
+    if (lack_one(notes))
+        return;
+    va_list ap;
+    va_start(ap, fmt);
+    if (json_array_append_new(notes, plain_json(fmt, ap))) {
+        json_array_clear(notes);
+        json_array_append_new(notes, json_null()); /* takes no memory: an emptied array has room */
+    }
+    va_end(ap);
+}
+
+json_t *perta_notes_whole(json_t *notes)
+{
+    if (!lack_one(notes))
+        return notes;
+    json_decref(notes);
+    return NULL;
 }
 
 /* To jansson a file that cannot be read ends there. */

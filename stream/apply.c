@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "io/fpenv.h"
+#include "stream/arguments.h"
 #include "stream/in_place.h"
 #include "stream/input.h"
 #include "stream/model_out.h"
@@ -320,20 +321,32 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
     return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", job->apply->out);
 }
 
+static int check_arguments(const struct perta_apply *apply, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {{"MODEL", apply->model}, {"PATCH", apply->patch}};
+    int rc = perta_arguments_choice("mode", (int)apply->mode, PERTA_REVERT + 1, err);
+    if (!rc && apply->out && !*apply->out)
+        rc = perta_fail(err, PERTA_EUSAGE, "--out: a folder's name is needed");
+    return rc ? rc : perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+}
+
 int perta_apply(const struct perta_apply *apply, const struct perta_run *run, json_t **summary,
                 struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(apply, run, summary, err);
+    if (!rc)
+        rc = check_arguments(apply, err);
+    if (rc || !apply->out)
+        return rc ? rc : perta_in_place(apply, run, summary, err);
     struct job job = {
         .apply = apply,
         .forward = apply->mode == PERTA_APPLY,
     };
-    *summary = NULL;
-    if (!apply->out)
-        return perta_in_place(apply, run, summary, err);
-    int rc = open_inputs(&job, run, err);
+    rc = open_inputs(&job, run, err);
     if (!rc && run->dry_run) {
         *summary = json_object();
+        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", apply->out);
     } else if (!rc) {
         rc = run_all(&job, run, summary, err);
         rc = perta_resume_end(&job.resume, rc, summary, err);

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "io/fpenv.h"
+#include "io/text.h"
 
 static bool write_value(FILE *out, const json_t *value, int depth);
 
@@ -101,9 +102,10 @@ static bool write_rows(FILE *out, const struct perta_canonical_rows *rows, int d
         ok = row && write_value(out, row, depth + 1);
         json_decref(row);
     }
-    if (rows->n)
+    if (rows->n && ok)
         write_break(out, depth);
-    write_char(out, ']');
+    if (ok) /* else it is torn, and looks it */
+        write_char(out, ']');
     return ok;
 }
 
@@ -130,9 +132,10 @@ static bool write_object(FILE *out, const json_t *object, int depth,
                  ? write_rows(out, rows, depth + 1)
                  : write_value(out, json_object_get(object, keys[i]), depth + 1);
     }
-    if (n)
+    if (n && ok)
         write_break(out, depth);
-    write_char(out, '}');
+    if (ok)
+        write_char(out, '}');
     free(keys);
     return ok;
 }
@@ -147,9 +150,10 @@ static bool write_array(FILE *out, const json_t *array, int depth)
         write_break(out, depth + 1);
         ok = write_value(out, json_array_get(array, i), depth + 1);
     }
-    if (n)
+    if (n && ok)
         write_break(out, depth);
-    write_char(out, ']');
+    if (ok)
+        write_char(out, ']');
     return ok;
 }
 
@@ -194,17 +198,13 @@ bool perta_canonical_print(FILE *out, const json_t *object,
     return ok;
 }
 
+static bool print(FILE *to, void *value)
+{
+    return perta_canonical_print(to, value, NULL);
+}
+
 char *perta_canonical_json(const json_t *value)
 {
-    char *text = NULL;
-    size_t len = 0;
-    FILE *out = open_memstream(&text, &len);
-    if (!out)
-        return NULL;
-    bool ok = perta_canonical_print(out, value, NULL) && !ferror(out);
-    if (fclose(out) || !ok) {
-        free(text);
-        return NULL;
-    }
-    return text;
+    size_t len;
+    return perta_text_print(print, (json_t *)(uintptr_t)value, &len);
 }

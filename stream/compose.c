@@ -6,6 +6,7 @@
 
 #include "io/fpenv.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/chain.h"
 #include "stream/input.h"
 #include "stream/patch_out.h"
@@ -426,11 +427,10 @@ static int finish(struct job *job, json_t **summary, struct perta_err *err)
     json_decref(inputs);
     if (rc)
         return rc;
-    json_object_set_new(*summary, "kept", json_integer((json_int_t)job->resume.counts[N_KEPT]));
-    json_object_set_new(*summary, "summed",
-                        json_integer((json_int_t)job->resume.counts[N_SUMMED]));
-    json_object_set_new(*summary, "read_bytes",
-                        json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+    perta_json_set(summary, "kept", json_integer((json_int_t)job->resume.counts[N_KEPT]));
+    perta_json_set(summary, "summed", json_integer((json_int_t)job->resume.counts[N_SUMMED]));
+    perta_json_set(summary, "read_bytes",
+                   json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return 0;
 }
 
@@ -466,16 +466,30 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_jo
     return rc ? rc : finish(job, summary, err);
 }
 
+static int check_arguments(const struct perta_compose *compose, struct perta_err *err)
+{
+    const struct perta_argument needed = {"--patch DIR", compose->patch};
+    if (compose->n_patches < 2)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "two patches at least are needed, in the order they were made");
+    int rc = perta_arguments_list("patches", compose->patches, compose->n_patches, err);
+    return rc ? rc : perta_arguments_needed(&needed, 1, err);
+}
+
 int perta_compose(const struct perta_compose *compose, const struct perta_run *run,
                   json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(compose, run, summary, err);
+    if (!rc)
+        rc = check_arguments(compose, err);
+    if (rc)
+        return rc;
     struct job job = {.compose = compose};
     struct perta_job sizes = {.ctx = &job, .next = next, .work = work, .commit = commit};
     uint64_t chunk_bytes = 0;
     json_t *shards = NULL;
-    *summary = NULL;
-    int rc = open_inputs(&job, run, err);
+    rc = open_inputs(&job, run, err);
     sizes.n_in = IN_FRAMES + job.chain.n;
     if (!rc)
         rc = known_model(&job, &shards, err);
@@ -483,6 +497,7 @@ int perta_compose(const struct perta_compose *compose, const struct perta_run *r
         rc = survey(&job, &sizes, &chunk_bytes, err);
     if (!rc && run->dry_run) {
         *summary = json_object();
+        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "compose");
     } else if (!rc) {
         rc = run_all(&job, run, &sizes, chunk_bytes, shards, summary, err);
         rc = perta_resume_end(&job.resume, rc, summary, err);

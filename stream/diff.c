@@ -7,6 +7,7 @@
 #include "io/codec.h"
 #include "io/fpenv.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/input.h"
 #include "stream/naming.h"
 #include "stream/patch_out.h"
@@ -237,8 +238,8 @@ static int finish(struct job *job, json_t **summary, struct perta_err *err)
     json_decref(recipe);
     json_decref(inputs);
     if (!rc)
-        json_object_set_new(*summary, "read_bytes",
-                            json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
+        perta_json_set(summary, "read_bytes",
+                       json_integer((json_int_t)perta_stream_read_bytes(job->stream)));
     return rc;
 }
 
@@ -266,15 +267,27 @@ static void release(struct job *job)
     free(job->actions);
 }
 
+static int check_arguments(const struct perta_diff *diff, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {
+        {"OLD (before)", diff->before}, {"NEW (after)", diff->after}, {"--patch DIR", diff->patch}};
+    return perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+}
+
 int perta_diff(const struct perta_diff *diff, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(diff, run, summary, err);
+    if (!rc)
+        rc = check_arguments(diff, err);
+    if (rc)
+        return rc;
     struct job job = {.one_way = diff->one_way};
-    *summary = NULL;
-    int rc = open_inputs(&job, diff, run, err);
+    rc = open_inputs(&job, diff, run, err);
     if (!rc && run->dry_run) {
         *summary = json_object();
+        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "diff");
     } else if (!rc) {
         rc = run_all(&job, diff, run, summary, err);
         rc = perta_resume_end(&job.resume, rc, summary, err);

@@ -403,12 +403,11 @@ int perta_in_place(const struct perta_apply *apply, const struct perta_run *run,
 {
     struct job job = {.apply = apply, .forward = apply->mode == PERTA_APPLY, .lock = -1,
                       .ahead.log.fd = -1, .run = *run};
-    *summary = NULL;
     int rc = open_all(&job, err);
     if (!rc && run->dry_run)
         *summary = json_pack("{s:b}", "interrupted", (int)perta_ahead_found(apply->model));
     else if (!rc)
         rc = run_all(&job, summary, err);
     release(&job);
-    return rc;
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", apply->model);
 }

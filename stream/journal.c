@@ -34,7 +34,10 @@ static char *line_of(const json_t *record)
     if (!line)
         return NULL;
     char hex[PREFIX_BYTES + 1], *text = line + PREFIX_BYTES;
-    json_dumpb(record, text, n, flags);
+    if (json_dumpb(record, text, n, flags) != n) {
+        free(line);
+        return NULL;
+    }
     snprintf(hex, sizeof hex, "%016llx ", (unsigned long long)perta_hash64(text, n));
     memcpy(line, hex, PREFIX_BYTES);
     strcpy(text + n, "\n");
@@ -164,7 +167,7 @@ bool perta_blob_get_digest(const json_t *blob, struct perta_digest *digest)
 
 static const char *text_of(const json_t *value, char **text)
 {
-    *text = value ? json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
+    *text = value ? perta_json_text(value, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
     return *text ? *text : "nothing";
 }
 
@@ -213,9 +216,11 @@ json_t *perta_journal_checkpoint(const struct perta_checkpoint *ck)
 
 json_t *perta_journal_config(const struct perta_checkpoint *ck)
 {
-    char *text = json_dumps(ck->config, JSON_COMPACT | JSON_SORT_KEYS);
-    json_t *hash = json_sprintf("%016llx",
-                                (unsigned long long)(text ? perta_hash64(text, strlen(text)) : 0));
+    if (!ck->config)
+        return json_null();
+    char *text = perta_json_text(ck->config, JSON_COMPACT | JSON_SORT_KEYS);
+    json_t *hash =
+        text ? perta_text_json("%016llx", (unsigned long long)perta_hash64(text, strlen(text))) : NULL;
     free(text);
     return hash;
 }
@@ -297,6 +302,49 @@ static int append_identity(struct perta_journal *journal, const json_t *identity
     return rc;
 }
 
+/* The first record is the identity; of the others the last is kept. */
+struct first_and_last {
+    json_t *first, *last;
+};
+
+static int keep_ends(void *ctx, json_t *record, struct perta_err *err)
+{
+    (void)err;
+    struct first_and_last *ends = ctx;
+    if (!ends->first) {
+        ends->first = json_incref(record);
+        return 0;
+    }
+    json_decref(ends->last);
+    ends->last = json_incref(record);
+    return 0;
+}
+
+/* Is there one to go on with? 1, 0, or PERTA_ESYS where that cannot be told. Before its first commit
+ * a run has nothing to go on with. */
+static int find(const char *path, struct perta_err *err)
+{
+    struct perta_err why = {0};
+    struct first_and_last ends = {0};
+    size_t good;
+    char *beside = path_beside(path);
+    int fd = beside ? perta_open_any(beside, O_RDONLY | O_NOFOLLOW) : -1;
+    struct stat st;
+    if (!beside || (fd < 0 && (errno == ENOMEM || errno == EMFILE || errno == ENFILE)))
+        perta_fail_sys(&why, errno, "%s" PERTA_JOURNAL_SUFFIX, path);
+    if (fd >= 0 && !perta_check_left(fd, beside, &st, &why))
+        read_records(fd, beside, keep_ends, &ends, &good, &why);
+    if (fd >= 0)
+        close(fd);
+    int found = why.code == PERTA_ESYS ? PERTA_ESYS : ends.last != NULL;
+    if (found < 0)
+        *err = why;
+    free(beside);
+    json_decref(ends.first);
+    json_decref(ends.last);
+    return found;
+}
+
 /* What is there is written over: is it a journal, or the torn beginning of one? */
 static int check_own(const struct perta_journal *journal, struct perta_err *err)
 {
@@ -317,7 +365,10 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
                  bool replace, struct perta_err *err)
 {
     *journal = (struct perta_journal){.fd = -1};
-    if (!replace && perta_journal_found(path)) {
+    int found = replace ? 0 : find(path, err);
+    if (found < 0)
+        return found;
+    if (found) {
         err->resumable = true;
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: a run that was interrupted, or is still going on, left a journal "
@@ -336,24 +387,6 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
     if (!rc)
         rc = append_identity(journal, identity, err);
     return rc ? rc : perta_name_sync(journal->path, err);
-}
-
-/* The first record is the identity; of the others the last is kept. */
-struct first_and_last {
-    json_t *first, *last;
-};
-
-static int keep_ends(void *ctx, json_t *record, struct perta_err *err)
-{
-    (void)err;
-    struct first_and_last *ends = ctx;
-    if (!ends->first) {
-        ends->first = json_incref(record);
-        return 0;
-    }
-    json_decref(ends->last);
-    ends->last = json_incref(record);
-    return 0;
 }
 
 static int check_identity(const char *path, const json_t *was, const json_t *is,
@@ -381,6 +414,10 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     journal->last = ends.last;
     if (!rc && !ends.last)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no record in it", journal->path);
+    if (!rc && json_object_get(ends.last, "publish") &&
+        !json_is_object(json_object_get(ends.last, "summary")))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: damaged; --force starts over: no summary in its last "
+                        "record", journal->path);
     const json_t *started = json_object_get(ends.first, "started");
     if (json_is_integer(started))
         journal->started = json_integer_value(started);
@@ -394,25 +431,11 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     return rc;
 }
 
+/* What cannot be read may have more: whoever goes on with it is told, and does not start over. */
 bool perta_journal_found(const char *path)
 {
-    struct perta_err err = {0};
-    struct first_and_last ends = {0};
-    size_t good;
-    char *beside = path_beside(path);
-    int fd = beside ? perta_open_any(beside, O_RDONLY | O_NOFOLLOW) : -1;
-    struct stat st;
-    if (fd >= 0 && !perta_check_left(fd, beside, &st, &err))
-        read_records(fd, beside, keep_ends, &ends, &good, &err);
-    if (fd >= 0)
-        close(fd);
-    /* Before its first commit a run has nothing to go on with. What cannot be read may have more:
-     * whoever goes on with it is told, and does not start over. */
-    bool found = ends.last || err.code == PERTA_ESYS;
-    free(beside);
-    json_decref(ends.first);
-    json_decref(ends.last);
-    return found;
+    struct perta_err ignored = {0};
+    return find(path, &ignored) != 0;
 }
 
 int perta_journal_open(struct perta_journal *journal, const char *path, const json_t *identity,
@@ -546,17 +569,17 @@ static int publish(struct perta_publish *folder, const json_t *inode, struct per
 int perta_journal_complete(struct perta_journal *journal, struct perta_publish *const *folders,
                            size_t n, json_t *summary, struct perta_err *err)
 {
-    if (perta_journal_is_publishing(journal))
-        return 0;
-    int rc = 0;
+    int rc = summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", journal->path);
+    if (rc || perta_journal_is_publishing(journal))
+        return rc;
     for (size_t i = 0; i < n && !rc; i++)
         rc = perta_publish_sync(folders[i], err);
     json_t *inodes = json_array();
     for (size_t i = 0; i < n && !rc; i++)
         rc = add_inode(&inodes, folders[i], err);
-    if (!rc && summary && json_object_set_new(summary, "started", json_integer(journal->started)))
+    if (!rc && json_object_set_new(summary, "started", json_integer(journal->started)))
         rc = perta_fail_sys(err, ENOMEM, "%s", journal->path);
-    json_t *record = json_pack("{s:o, s:O*}", "publish", inodes, "summary", summary);
+    json_t *record = json_pack("{s:o, s:O}", "publish", inodes, "summary", summary);
     if (!rc)
         rc = record ? perta_journal_commit(journal, record, journal->bytes, err)
                     : perta_fail_sys(err, ENOMEM, "%s", journal->path);
@@ -574,7 +597,10 @@ int perta_journal_publish(struct perta_journal *journal, struct perta_publish *c
         rc = publish(folders[i], json_array_get(inodes, i), err);
     if (!rc && unlink(journal->path))
         rc = perta_fail_sys(err, errno, "%s", journal->path);
-    return rc ? rc : perta_name_sync(journal->path, err);
+    /* All is done, and on disk. A journal that a power cut brings back says so, too. */
+    if (!rc)
+        perta_name_sync(journal->path, &(struct perta_err){0});
+    return rc;
 }
 
 void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,

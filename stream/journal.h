@@ -64,8 +64,9 @@ bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes);
 int perta_journal_commit(struct perta_journal *journal, const json_t *record,
                          uint64_t bytes, struct perta_err *err);
 /* Folders (n) are complete but for their names: sync them and say so in the journal; from then on
- * nothing else is needed. summary (borrowed) is told when the run began and kept there, for the
- * run that may have to go on. */
+ * nothing else is needed. summary (borrowed; NULL: a part of it was lost without memory, which fails
+ * here, before anything has its name) is told when the run began and kept there, for the run that
+ * may have to go on. */
 int perta_journal_complete(struct perta_journal *journal, struct perta_publish *const *folders,
                            size_t n, json_t *summary, struct perta_err *err);
 /* The same, unless it has been done; then give them their names, in order, and remove the

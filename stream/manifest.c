@@ -11,6 +11,7 @@
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/lanes.h"
 
 #define PIECE_BYTES (4ull << 20)
@@ -190,7 +191,7 @@ static int list(struct job *job, const char *path, const char *skip, struct pert
         rc = perta_folder_each(path, list_entry, &listing, err);
     if (!rc && !job->n)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no files in it", path);
-    if (job->n)
+    if (!rc)
         qsort(job->entries, job->n, sizeof *job->entries, by_name);
     return rc;
 }
@@ -287,6 +288,12 @@ int perta_manifest(const char *path, bool with_sha256, const char *skip,
                    const struct perta_run *run, json_t **manifest, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    const struct perta_argument needed = {"PATH", path};
+    int rc = perta_arguments_begin(run, run, manifest, err);
+    if (!rc)
+        rc = perta_arguments_needed(&needed, 1, err);
+    if (rc)
+        return rc;
     struct job job = {.with_sha256 = with_sha256};
     return digest_all(&job, path, skip, run, manifest, err);
 }
@@ -411,9 +418,14 @@ int perta_manifest_verify(const char *path, const char *manifest_path,
                           const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    const struct perta_argument needed[] = {{"PATH", path}, {"--manifest FILE", manifest_path}};
+    int rc = perta_arguments_begin(run, run, summary, err);
+    if (!rc)
+        rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (rc)
+        return rc;
     json_t *want = NULL, *have = NULL;
-    *summary = NULL;
-    int rc = load(manifest_path, &want, err);
+    rc = load(manifest_path, &want, err);
     struct job job = job_for(want);
     if (!rc)
         rc = digest_all(&job, path, manifest_path, run, &have, err);

@@ -141,11 +141,13 @@ static int copy_entry(void *ctx, const char *name, struct perta_err *err)
     char *path = perta_path_join(copy->from->path, name);
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
-    int rc = 0;
-    struct perta_err ignored = {0};
+    struct perta_err why = {0};
     bool is_file = !stat(path, &st) && S_ISREG(st.st_mode);
-    if (is_named_weights(name) || perta_check_link(copy->from->path, path, &ignored) ||
-        (is_file && is_weights_inside(path))) {
+    int rc = is_named_weights(name) ? 0 : perta_check_link(copy->from->path, path, &why);
+    if (rc == PERTA_ESYS) {
+        *err = why;
+    } else if (is_named_weights(name) || rc || (is_file && is_weights_inside(path))) {
+        rc = 0;
         perta_json_append(copy->skipped, perta_text_json("%s", name));
     } else if (is_file) {
         rc = perta_publish_copy(&copy->out->folder, path, name, err);
@@ -221,12 +223,12 @@ int perta_model_out_restore(struct perta_model_out *out, const json_t *state,
     if (!json_is_array(finished))
         return perta_fail(err, PERTA_EINPUT, "no state of a model in a record");
     if (!out->is_known)
-        json_array_extend(out->shards, (json_t *)(uintptr_t)finished);
+        perta_json_extend(&out->shards, finished);
     out->n_saved = json_array_size(out->shards);
     out->written_bytes = (uint64_t)json_integer_value(json_object_get(state, "written"));
     perta_digest_free(out->digest); /* of the shard under way, until it is opened again */
     out->digest = digest ? perta_digest_new(true) : NULL;
-    if (digest && !out->digest)
+    if (!out->shards || (digest && !out->digest))
         return perta_fail_sys(err, ENOMEM, "journal");
     return !digest || perta_blob_get_digest(digest, out->digest)
                ? 0

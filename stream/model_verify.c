@@ -11,6 +11,7 @@
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/manifest.h"
 #include "stream/patch_in.h"
 #include "stream/walk.h"
@@ -387,11 +388,16 @@ int perta_model_verify(const char *model, const char *patch, bool applied,
                        const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    const struct perta_argument needed[] = {{"PATH (model)", model}, {"--patch DIR", patch}};
+    int rc = perta_arguments_begin(run, run, summary, err);
+    if (!rc)
+        rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (rc)
+        return rc;
     struct job job = {.model = model, .applied = applied, .damaged = json_array()};
     struct perta_stream *stream = NULL;
     struct perta_err others = {0};
-    *summary = NULL;
-    int rc = perta_patch_in_open(&job.patch, patch, err);
+    rc = perta_patch_in_open(&job.patch, patch, err);
     if (!rc && !applied)
         rc = perta_patch_in_refuse_one_way(&job.patch, "--applied can be verified, --original cannot",
                                            err);
@@ -402,7 +408,7 @@ int perta_model_verify(const char *model, const char *patch, bool applied,
         rc = err->code;
     }
     if (!rc && run->dry_run)
-        *summary = json_object();
+        rc = (*summary = json_object()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", model);
     else if (!rc && !(rc = run_all(&job, run, &stream, err)))
         rc = conclude(&job, &others, summary, stream, err);
     release(&job);

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +21,10 @@ bool perta_patch_in_is_patch(const char *path)
     struct perta_err why = {0};
     struct perta_digest_hex hex;
     json_t *manifest;
+    char record[PATH_MAX];
+    int n = snprintf(record, sizeof record, "%s/manifest.json", path);
+    if (n < 0 || n >= PATH_MAX || access(record, F_OK))
+        return false;
     /* What cannot be read may be one: whoever opens it is told. */
     bool is = perta_record_load(path, false, &manifest, &hex, &why) == PERTA_ESYS;
     is = is || perta_record_is_patch(manifest);

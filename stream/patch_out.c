@@ -386,8 +386,8 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
     if (!rc)
         rc = perta_model_out_copy_rest(&p->model, from, &skipped, err);
     if (!rc)
-        *summary = json_pack("{s:s, s:O, s:o, s:I, s:I, s:O}", "patch", p->folder.path,
-                             "counts", counts, "encodings", encodings_json(p), "patch_bytes",
+        *summary = json_pack("{s:o, s:O, s:o, s:I, s:I, s:O}", "patch",
+                             perta_text_json("%s", p->folder.path), "counts", counts, "encodings", encodings_json(p), "patch_bytes",
                              (json_int_t)p->written_bytes, "model_bytes",
                              (json_int_t)p->model.written_bytes, "left_behind", skipped);
     json_decref(counts);
@@ -470,16 +470,17 @@ static uint64_t uint_of(const json_t *json, const char *key)
     return value < 0 ? UINT64_MAX : (uint64_t)value;
 }
 
-static bool restore_entries(struct perta_patch_out *p, const json_t *json)
+/* 0, PERTA_EINPUT if the record does not make sense, or PERTA_ESYS without memory; so do all below. */
+static int restore_entries(struct perta_patch_out *p, const json_t *json)
 {
     const json_t *blob = json_object_get(json, "entries");
     uint64_t first = uint_of(json, "first"), n = perta_blob_bytes(blob) / sizeof *p->entries;
     if (first > p->n_entries)
-        return false;
+        return PERTA_EINPUT;
     if (!make_room(p, first + n))
-        return false;
+        return PERTA_ESYS;
     p->n_entries = p->saved_entries = first + n;
-    return perta_blob_get(blob, p->entries + first, n * sizeof *p->entries);
+    return perta_blob_get(blob, p->entries + first, n * sizeof *p->entries) ? 0 : PERTA_EINPUT;
 }
 
 /* Tensors of shards before this one, and those begun of it. */
@@ -491,12 +492,14 @@ static uint64_t tensors_until(const struct perta_patch_out *p, uint32_t shard, u
     return n;
 }
 
-static bool restore_tensors(struct perta_patch_out *p, const json_t *json, uint64_t n_tensors)
+static int restore_tensors(struct perta_patch_out *p, const json_t *json, uint64_t n_tensors)
 {
     const json_t *blob = json_object_get(json, "counts");
     struct counted *counted = malloc(perta_blob_bytes(blob) + 1);
     uint64_t first = uint_of(json, "first"), n = perta_blob_bytes(blob) / sizeof *counted;
-    bool good = counted && first <= p->saved_tensors && n <= n_tensors && first == n_tensors - n &&
+    if (!counted)
+        return PERTA_ESYS;
+    bool good = first <= p->saved_tensors && n <= n_tensors && first == n_tensors - n &&
                 perta_blob_get(blob, counted, n * sizeof *counted);
     for (uint64_t i = 0; good && i < n; i++) {
         struct perta_tensor_counts *c = &p->tensors[first + i];
@@ -509,7 +512,7 @@ static bool restore_tensors(struct perta_patch_out *p, const json_t *json, uint6
     }
     free(counted);
     p->saved_tensors = n_tensors;
-    return good;
+    return good ? 0 : PERTA_EINPUT;
 }
 
 /* What begin_tensors() said of them. */
@@ -525,7 +528,7 @@ static void name_tensors(struct perta_patch_out *p)
         }
 }
 
-static bool restore(struct perta_patch_out *p, const json_t *state)
+static int restore(struct perta_patch_out *p, const json_t *state)
 {
     uint64_t shard = uint_of(state, "shard"), begun = uint_of(state, "begun");
     const json_t *digest = json_object_get(state, "digest");
@@ -537,9 +540,11 @@ static bool restore(struct perta_patch_out *p, const json_t *state)
                         : 0;
     begun = open ? begun : 0;
     if (shard >= p->after->n_shards + !open || begun > most || !json_is_array(finished) ||
-        json_array_extend(p->shards, (json_t *)(uintptr_t)finished) ||
         !perta_blob_get(json_object_get(state, "encoded"), &encoded, sizeof encoded))
-        return false;
+        return PERTA_EINPUT;
+    perta_json_extend(&p->shards, finished);
+    if (!p->shards)
+        return PERTA_ESYS;
     if (shard != p->shard)
         p->n_entries = 0;
     p->shard = (uint32_t)shard;
@@ -555,16 +560,22 @@ static bool restore(struct perta_patch_out *p, const json_t *state)
     memcpy(p->weights, encoded.weights, sizeof encoded.weights);
     perta_digest_free(p->digest);
     p->digest = open ? perta_digest_new(true) : NULL;
-    return (!open || (p->digest && perta_blob_get_digest(digest, p->digest))) &&
-           restore_tensors(p, json_object_get(state, "tensors"), p->n_tensors) &&
-           restore_entries(p, json_object_get(state, "entries"));
+    if (open && !p->digest)
+        return PERTA_ESYS;
+    int rc = !open || perta_blob_get_digest(digest, p->digest) ? 0 : PERTA_EINPUT;
+    if (!rc)
+        rc = restore_tensors(p, json_object_get(state, "tensors"), p->n_tensors);
+    return rc ? rc : restore_entries(p, json_object_get(state, "entries"));
 }
 
 int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
                             struct perta_err *err)
 {
-    if (!restore(p, state))
-        return perta_fail(err, PERTA_EINPUT, "no state of a patch in a record");
+    int rc = restore(p, state);
+    if (rc)
+        return rc == PERTA_ESYS
+                   ? perta_fail_sys(err, ENOMEM, "journal")
+                   : perta_fail(err, PERTA_EINPUT, "no state of a patch in a record");
     return perta_model_out_restore(&p->model, json_object_get(state, "model"), err);
 }
 

@@ -9,6 +9,7 @@
 #include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/lanes.h"
 #include "stream/manifest.h"
 #include "stream/patch_in.h"
@@ -337,9 +338,14 @@ int perta_patch_verify(const char *path, const struct perta_run *run, json_t **s
                        struct perta_err *err)
 {
     PERTA_FP_SCOPE;
+    const struct perta_argument needed = {"PATH", path};
+    int rc = perta_arguments_begin(run, run, summary, err);
+    if (!rc)
+        rc = perta_arguments_needed(&needed, 1, err);
+    if (rc)
+        return rc;
     struct job job = {.differences = json_array()};
-    *summary = NULL;
-    int rc = perta_patch_in_open_damaged(&job.patch, path, note_damage, &job, err);
+    rc = perta_patch_in_open_damaged(&job.patch, path, note_damage, &job, err);
     if (!rc)
         rc = run_all(&job, run, err);
     if (!rc) {

@@ -206,7 +206,9 @@ int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream,
     if (!rc && r->walk && !perta_walk_to(r->walk, r->shard, r->tensor, r->unit))
         rc = perta_fail(err, PERTA_EINPUT, "no such place");
     if (rc)
-        return perta_err_context(err, "%s: damaged; --force starts over", r->journal.path);
+        return rc == PERTA_EINPUT
+                   ? perta_err_context(err, "%s: damaged; --force starts over", r->journal.path)
+                   : rc;
     for (unsigned i = 0; i < r->n_patches && !rc; i++)
         rc = perta_patch_out_reopen(&r->patches[i], r->shard, r->tensor, r->unit, err);
     r->journal.bytes = written(r);
@@ -216,37 +218,35 @@ int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream,
 
 /* ---- the end ---- */
 
+#define FOLDERS_MAX (2 * PERTA_RESUME_PATCHES_MAX + PERTA_RESUME_MODELS_MAX)
+
 /* Patches first, then models. */
-static size_t list_folders(const struct perta_resume *r, struct perta_publish ***folders)
+static size_t list_folders(const struct perta_resume *r, struct perta_publish *folders[FOLDERS_MAX])
 {
     size_t n = 0;
-    *folders = calloc(2 * r->n_patches + r->n_models + 1, sizeof **folders);
-    for (unsigned i = 0; *folders && i < r->n_patches; i++)
-        (*folders)[n++] = &r->patches[i].folder;
-    for (unsigned i = 0; *folders && i < r->n_patches; i++)
+    for (unsigned i = 0; i < r->n_patches; i++)
+        folders[n++] = &r->patches[i].folder;
+    for (unsigned i = 0; i < r->n_patches; i++)
         if (r->patches[i].model.has_folder)
-            (*folders)[n++] = &r->patches[i].model.folder;
-    for (unsigned i = 0; *folders && i < r->n_models; i++)
+            folders[n++] = &r->patches[i].model.folder;
+    for (unsigned i = 0; i < r->n_models; i++)
         if (r->models[i].has_folder)
-            (*folders)[n++] = &r->models[i].folder;
+            folders[n++] = &r->models[i].folder;
     return n;
 }
 
 int perta_resume_end(struct perta_resume *r, int rc, json_t **summary, struct perta_err *err)
 {
-    struct perta_publish **folders = NULL;
-    size_t n = list_folders(r, &folders);
-    if (!rc && !folders)
-        rc = perta_fail_sys(err, ENOMEM, "journal");
+    struct perta_publish *folders[FOLDERS_MAX];
+    size_t n = list_folders(r, folders);
     if (!rc)
         rc = perta_journal_publish(&r->journal, folders, n, *summary, err);
-    if (rc && folders)
+    if (rc)
         perta_journal_abandon(&r->journal, folders, n, rc, err);
     if (rc) {
         json_decref(*summary);
         *summary = NULL;
     }
     perta_journal_close(&r->journal);
-    free(folders);
     return rc;
 }

@@ -10,6 +10,8 @@
 #include "stream/walk.h"
 
 #define PERTA_RESUME_COUNTS 2
+#define PERTA_RESUME_PATCHES_MAX 32
+#define PERTA_RESUME_MODELS_MAX 2
 /* Opened by perta_resume_begin; then the job names its inputs and outputs, all borrowed. */
 struct perta_resume {
     struct perta_journal journal;

@@ -17,7 +17,6 @@
 #define SLOTS_MAX 64
 /* More than this much ahead of the disk gains nothing, and touching memory costs. */
 #define AHEAD_BYTES (64ull << 20)
-#define THREADS_MAX 256
 #define DEPTH 32
 /* Thread stacks, the heap's own, what the kernel charges us for. */
 #define MARGIN_BYTES (12ull << 20)
@@ -55,7 +54,7 @@ struct perta_stream {
 unsigned perta_run_threads(const struct perta_run *run)
 {
     unsigned n = run->n_threads ? run->n_threads : perta_cpus_available();
-    return n < THREADS_MAX ? n : THREADS_MAX;
+    return n < PERTA_THREADS_MAX ? n : PERTA_THREADS_MAX;
 }
 
 /* A worker needs a slot. */

@@ -108,8 +108,11 @@ static void run_jobs(const char *patch, const char *unlearned, bool strange)
     struct perta_unlearn unlearn = {.model = "a", .tuned = "b", .base = "c", .n_alphas = 1,
                                     .alphas = {{0.3f, "0.3"}}, .rule = {.method = PERTA_TV},
                                     .patch = unlearned};
-    struct perta_err err = {0};
-    json_t *summary = NULL;
+    struct perta_err err;
+    json_t *summary;
+    memset(&err, 0xa5, sizeof err); /* whatever was on the stack */
+    check(perta_diff(&(struct perta_diff){0}, &run, &summary, &err) == PERTA_EUSAGE && !summary &&
+              strstr(err.msg, "--patch DIR"), "a verb that is asked for nothing");
     check(!perta_diff(&diff, &run, &summary, &err), err.msg);
     json_decref(summary);
     check(!perta_unlearn(&unlearn, &run, &summary, &err), err.msg);

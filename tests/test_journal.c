@@ -264,8 +264,8 @@ static void publish_from(int step, bool replace)
                                     &err));
     struct stat sa, sb;
     ck_assert_int_eq(stat(a.partial, &sa) | stat(b.partial, &sb), 0);
-    json_t *record = json_pack("{s:[I,I]}", "publish", (json_int_t)sa.st_ino,
-                               (json_int_t)sb.st_ino);
+    json_t *record = json_pack("{s:[I,I], s:{}}", "publish", (json_int_t)sa.st_ino,
+                               (json_int_t)sb.st_ino, "summary");
     ck_assert_ok(perta_journal_commit(&j, record, 0, &err));
     json_decref(record);
     perta_journal_close(&j);
@@ -285,7 +285,9 @@ static void publish_from(int step, bool replace)
     ck_assert(perta_journal_is_publishing(&j));
     ck_assert_ok(perta_publish_go_on(&a, "deep/a", NULL, replace, &found, &err));
     ck_assert_ok(perta_publish_go_on(&b, "deep/out", NULL, replace, &found, &err));
-    ck_assert_ok(perta_journal_publish(&j, folders, 2, NULL, &err));
+    json_t *summary = perta_journal_summary(&j);
+    ck_assert_ok(perta_journal_publish(&j, folders, 2, summary, &err));
+    json_decref(summary);
     perta_journal_close(&j);
     perta_publish_release(&a);
     perta_publish_release(&b);
@@ -308,7 +310,7 @@ START_TEST(a_folder_that_is_gone_is_not_called_published)
     struct perta_publish *const folders[] = {&a};
     bool found;
     begin(&j, 1, false, 0, "");
-    json_t *record = json_pack("{s:[i]}", "publish", 12345);
+    json_t *record = json_pack("{s:[i], s:{}}", "publish", 12345, "summary");
     ck_assert_ok(perta_journal_commit(&j, record, 0, &err));
     json_decref(record);
     perta_journal_close(&j);
@@ -316,7 +318,11 @@ START_TEST(a_folder_that_is_gone_is_not_called_published)
     ck_assert_ok(perta_publish_go_on(&a, "deep/out", NULL, false, &found, &err));
     ck_assert(!found);
     struct perta_err e = {0};
-    ck_assert_int_eq(perta_journal_publish(&j, folders, 1, NULL, &e), PERTA_EINPUT);
+    ck_assert_int_eq(perta_journal_publish(&j, folders, 1, NULL, &e), PERTA_ESYS);
+    e = (struct perta_err){0};
+    json_t *summary = perta_journal_summary(&j);
+    ck_assert_int_eq(perta_journal_publish(&j, folders, 1, summary, &e), PERTA_EINPUT);
+    json_decref(summary);
     ck_assert_ptr_nonnull(strstr(e.msg, "is gone"));
     perta_publish_release(&a);
     perta_journal_close(&j);

@@ -148,6 +148,102 @@ START_TEST(what_python_takes_beyond_json_is_taken)
 }
 END_TEST
 
+/* ---- without memory ---- */
+
+static uint64_t n_taken, fails_at; /* counted from 1 */
+
+static void *take(size_t n)
+{
+    return ++n_taken == fails_at ? NULL : malloc(n);
+}
+
+enum { N_NOTES = 20 }; /* more than an array has room for at first */
+
+static json_t *make_notes(void)
+{
+    json_t *notes = json_array();
+    for (int i = 0; i < N_NOTES; i++)
+        perta_note(notes, "%d\xff", i);
+    return perta_notes_whole(notes);
+}
+
+static json_t *make_object(void)
+{
+    json_t *list = json_array(), *object = json_object();
+    for (int i = 0; i < N_NOTES; i++)
+        perta_json_append(&list, json_integer(i));
+    json_t *other = json_pack("{s:O}", "other", list);
+    perta_json_extend(&list, json_object_get(other, "other"));
+    perta_json_update(&object, other);
+    perta_json_set(&object, "list", list);
+    json_decref(other);
+    return object;
+}
+
+START_TEST(what_lacks_a_part_is_nothing)
+{
+    json_t *(*const makers[])(void) = {make_notes, make_object};
+    json_set_alloc_funcs(take, free);
+    for (size_t m = 0; m < 2; m++) {
+        fails_at = 0;
+        json_t *whole = makers[m](), *found;
+        ck_assert_ptr_nonnull(whole);
+        for (uint64_t n = 1;; n++) {
+            n_taken = 0;
+            fails_at = n;
+            found = makers[m]();
+            ck_assert(n_taken < n ? json_equal(found, whole) : !found);
+            json_decref(found);
+            if (n_taken < n)
+                break;
+        }
+        json_decref(whole);
+    }
+}
+END_TEST
+
+START_TEST(a_text_of_json_has_all_its_keys_or_is_none)
+{
+    json_set_alloc_funcs(take, free);
+    fails_at = 0;
+    json_t *whole = json_pack("{s:{s:i, s:i}, s:[n]}", "a", "b", 1, "c", 2, "d");
+    char *want = perta_json_text(whole, JSON_INDENT(1) | JSON_SORT_KEYS);
+    ck_assert_str_eq(want, "{\n \"a\": {\n  \"b\": 1,\n  \"c\": 2\n },\n \"d\": [\n  null\n ]\n}");
+    for (uint64_t n = 1;; n++) {
+        n_taken = 0;
+        fails_at = n;
+        char *text = perta_json_text(whole, JSON_INDENT(1) | JSON_SORT_KEYS);
+        ck_assert(!text || !strcmp(text, want));
+        free(text);
+        if (n_taken < n)
+            break;
+    }
+    free(want);
+    json_decref(whole);
+    ck_assert_ptr_null(perta_json_text(NULL, 0));
+}
+END_TEST
+
+static bool print(FILE *to, void *ctx)
+{
+    for (int i = 0; i < 3000; i++)
+        fprintf(to, "%d\n", i);
+    return ctx;
+}
+
+START_TEST(what_is_printed_is_there_to_the_last)
+{
+    size_t len = 0;
+    char *text = perta_text_print(print, &len, &len);
+    ck_assert_ptr_nonnull(text);
+    ck_assert_uint_eq(len, 10 * 2 + 90 * 3 + 900 * 4 + 2000 * 5);
+    ck_assert_uint_eq(strlen(text), len);
+    ck_assert_str_eq(text + len - 5, "2999\n");
+    free(text);
+    ck_assert_ptr_null(perta_text_print(print, NULL, &len));
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("text");
@@ -158,5 +254,8 @@ int main(void)
     tcase_add_test(tests, a_message_is_plain_wherever_it_is_cut);
     tcase_add_test(tests, a_file_that_cannot_be_read_is_not_called_bad_json);
     tcase_add_test(tests, what_python_takes_beyond_json_is_taken);
+    tcase_add_test(tests, what_lacks_a_part_is_nothing);
+    tcase_add_test(tests, a_text_of_json_has_all_its_keys_or_is_none);
+    tcase_add_test(tests, what_is_printed_is_there_to_the_last);
     return run_suite("text", tests);
 }

@@ -183,7 +183,7 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
     case KEY_THREADS:
         n = cli_count(state, "--threads", arg);
         if (!n || n > 256)
-            argp_error(state, "--threads: 1 to 256");
+            argp_error(state, "--threads: 1 to %d", PERTA_THREADS_MAX);
         cli->run.n_threads = (unsigned)n;
         return 0;
     case KEY_IO:
@@ -373,31 +373,42 @@ static void clear_bar(const struct cli *cli)
         fputs("\r\033[K", stderr);
 }
 
-/* To a terminal no control character goes as it is: not one of two bytes, nor what jansson passes. */
-static int put_ascii(const char *text, size_t n, void *ctx)
+/* One control character is ASCII and jansson passes it. */
+static void put_ascii(const char *text)
 {
-    (void)ctx;
-    for (size_t i = 0; i < n; i++)
-        if (text[i] == 0x7f)
+    for (; *text; text++)
+        if (*text == 0x7f)
             fputs("\\u007F", stdout);
         else
-            putchar(text[i]);
-    return 0;
+            putchar(*text);
 }
 
-bool cli_json(const struct cli *cli, json_t *summary)
+/* Something of the result, for want of memory. */
+static bool lost;
+
+void cli_json(const struct cli *cli, json_t *summary)
 {
-    const size_t flags = JSON_INDENT(1) | JSON_SORT_KEYS;
+    /* to a terminal no control character goes as it is, nor one of two bytes */
+    const size_t ascii = isatty(STDOUT_FILENO) ? JSON_ENSURE_ASCII : 0;
     clear_bar(cli);
-    if (cli->json && summary) {
-        if (isatty(STDOUT_FILENO))
-            json_dump_callback(summary, put_ascii, NULL, flags | JSON_ENSURE_ASCII);
-        else
-            json_dumpf(summary, stdout, flags);
+    char *text =
+        cli->json ? perta_json_text(summary, JSON_INDENT(1) | JSON_SORT_KEYS | ascii) : NULL;
+    if (text && ascii)
+        put_ascii(text);
+    else if (text)
+        fputs(text, stdout);
+    if (text)
         putchar('\n');
-    }
+    lost |= !summary || (cli->json && !text);
+    free(text);
     json_decref(summary);
-    return cli->json;
+}
+
+char *cli_text(const json_t *json)
+{
+    char *text = perta_json_text(json, JSON_COMPACT | JSON_ENCODE_ANY | JSON_SORT_KEYS);
+    lost |= !text;
+    return text;
 }
 
 void cli_say(const struct cli *cli, const char *fmt, ...)
@@ -410,6 +421,7 @@ void cli_say(const struct cli *cli, const char *fmt, ...)
     va_end(ap);
     if (text)
         fputs(text, stdout);
+    lost |= !text;
     free(text);
 }
 
@@ -481,8 +493,10 @@ int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
     clear_bar(cli);
     stdout_verb = cli->verb;
     bool printed = stdout_is_written(); /* before what is said of it */
+    if (!rc && printed && lost)
+        fprintf(stderr, "perta %s: standard output: %s\n", cli->verb, strerror(ENOMEM));
     if (!rc)
-        return printed ? 0 : -PERTA_ESYS;
+        return printed && !lost ? 0 : -PERTA_ESYS;
     fprintf(stderr, "perta %s: %s\n", cli->verb, err->msg);
     if (err->resumable && *way_on)
         fprintf(stderr, "perta %s: to go on: %s\n", cli->verb, way_on);

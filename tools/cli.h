@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "estimators/estimate.h"
+#include "io/text.h"
 #include "stream/stream.h"
 
 enum progress_style { PROGRESS_AUTO, PROGRESS_BAR, PROGRESS_PLAIN, PROGRESS_JSON, PROGRESS_NONE };
@@ -60,9 +61,11 @@ int cli_statement(const struct cli *cli, const char *path, const json_t *summary
 /* Before the work: could that be written? Not over what is no statement. */
 int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err);
 
-/* Print results: with --json the object, else nothing. Takes the reference. Returns whether it
- * was printed. */
-bool cli_json(const struct cli *cli, json_t *summary);
+/* Print results: with --json the object, else nothing. Takes the reference. Without memory (summary
+ * may be NULL) nothing is printed, and cli_status says so. */
+void cli_json(const struct cli *cli, json_t *summary);
+/* JSON in a line; the caller's (free). NULL without memory, and then cli_status says so. */
+char *cli_text(const json_t *json);
 /* Files of the model that did not go with it, which the result names. */
 void cli_say_left_behind(const struct cli *cli, const json_t *result);
 /* On standard error: the keys of config.json that are passed over, which the result names
@@ -70,7 +73,8 @@ void cli_say_left_behind(const struct cli *cli, const json_t *result);
 void cli_note_unknown_keys(const struct cli *cli, const json_t *result);
 /* The summary's "notes", to stderr: what a user ought to know; nothing with --quiet. */
 void cli_notes(const struct cli *cli, const json_t *summary);
-/* A line of the result for people; nothing with --json or --quiet. */
+/* A line of the result for people; nothing with --json or --quiet. Without memory cli_status says
+ * so. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* At exit: what was printed must have arrived, of --help and --version too; else exit with 4. */
 void cli_check_stdout(void);

@@ -31,12 +31,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->accumulate.gradients = (const char *const *)(state->argv + state->next);
         args->accumulate.n_gradients = (uint32_t)(state->argc - state->next);
         return 0;
-    case ARGP_KEY_END:
-        if (!args->accumulate.out)
-            argp_error(state, "--out DIR is needed");
-        if (!args->accumulate.n_gradients)
-            argp_error(state, "which gradients? Name files or folders");
-        return 0;
     }
     return ARGP_ERR_UNKNOWN;
 }
@@ -70,7 +64,6 @@ int cmd_accumulate(int argc, char **argv)
         char a[32], b[32];
         size_t i;
         json_t *folder;
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
         json_array_foreach (json_object_get(summary, "folders"), i, folder)
@@ -79,6 +72,7 @@ int cmd_accumulate(int argc, char **argv)
         if (!args.cli.run.dry_run)
             cli_say(&args.cli, "read %s in %.2f s (%s/s)\n", cli_bytes(read, a), t,
                     cli_bytes(read / t, b));
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -35,8 +35,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         *(state->arg_num ? &args->apply.patch : &args->apply.model) = arg;
         return 0;
     case ARGP_KEY_END:
-        if (!args->apply.patch)
-            argp_error(state, "a model and a patch are needed: MODEL PATCH");
         if (!args->apply.out == !args->in_place)
             argp_error(state, "either --out DIR or --in-place");
         return 0;
@@ -80,7 +78,6 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         double chunks = json_number_value(json_object_get(summary, "chunks"));
         double t = cli_seconds(&args.cli);
         char a[32], b[32];
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run && args.in_place)
             cli_say(&args.cli, "dry run: the headers fit and the shards may be written%s; nothing "
                     "was\n", json_is_true(json_object_get(summary, "interrupted"))
@@ -103,6 +100,7 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         json_array_foreach (json_object_get(summary, "unedited"), i, name)
             cli_say(&args.cli, "  not edited (weights that are none of the model's shards; a copy of "
                     "the model is still what it was): %s\n", json_string_value(name));
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -34,13 +34,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->compose.patches = (const char *const *)(state->argv + state->next);
         args->compose.n_patches = (uint32_t)(state->argc - state->next);
         return 0;
-    case ARGP_KEY_END:
-        if (args->compose.n_patches < 2)
-            argp_error(state,
-                       "two patches at least are needed, in the order they were made");
-        if (!args->compose.patch)
-            argp_error(state, "--patch DIR is needed");
-        return 0;
     }
     return ARGP_ERR_UNKNOWN;
 }
@@ -97,12 +90,12 @@ int cmd_compose(int argc, char **argv)
         rc = cli_statement(&args.cli, args.compose.patch, summary, &err);
     if (!rc) {
         double t = cli_seconds(&args.cli);
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run)
             cli_say(&args.cli,
                     "dry run: the patches follow one another; nothing was written\n");
         else
             say(&args, summary, t);
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     } else {
         json_decref(summary);

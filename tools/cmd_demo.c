@@ -11,6 +11,7 @@
 #include "estimators/backprop/train.h"
 #include "estimators/estimate.h"
 #include "io/publish.h"
+#include "io/text.h"
 #include "tools/demo.h"
 #include "tools/unlearn_steps.h"
 
@@ -158,7 +159,7 @@ static int new_model(struct demo *demo, struct perta_model *model, struct perta_
         "num_attention_heads", 4, "num_key_value_heads", 2, "head_dim", 32, "rms_norm_eps",
         1e-6, "rope_theta", 10000.0, "tie_word_embeddings", 0, "max_position_embeddings",
         64, "pad_token_id", DEMO_PAD, "bos_token_id", DEMO_BEGIN, "eos_token_id", DEMO_END);
-    demo->config = config ? json_dumps(config, JSON_INDENT(2) | JSON_SORT_KEYS) : NULL;
+    demo->config = config ? perta_json_text(config, JSON_INDENT(2) | JSON_SORT_KEYS) : NULL;
     demo->tokenizer = demo_facts_tokenizer(&demo->facts);
     int rc = demo->config && demo->tokenizer ? 0 : demo_no_memory(err);
     if (!rc)

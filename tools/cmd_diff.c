@@ -34,12 +34,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             return ARGP_ERR_UNKNOWN;
         *(state->arg_num ? &args->diff.after : &args->diff.before) = arg;
         return 0;
-    case ARGP_KEY_END:
-        if (!args->diff.after)
-            argp_error(state, "two checkpoints are needed: OLD NEW");
-        if (!args->diff.patch)
-            argp_error(state, "--patch DIR is needed");
-        return 0;
     }
     return ARGP_ERR_UNKNOWN;
 }
@@ -77,7 +71,6 @@ int cmd_diff(int argc, char **argv)
         double read = json_number_value(json_object_get(summary, "read_bytes"));
         double t = cli_seconds(&args.cli);
         char a[32], b[32], c[32];
-        json_object_set_new(summary, "seconds", json_real(t));
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
         else
@@ -87,6 +80,7 @@ int cmd_diff(int argc, char **argv)
                     changed, n, n > 0 ? 100 * changed / n : 0, args.diff.patch,
                     cli_bytes(bytes, a), n > 0 ? 8 * bytes / n : 0, cli_bytes(read, b), t,
                     cli_bytes(read / t, c));
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     } else {
         json_decref(summary);

@@ -62,10 +62,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SCRATCH:
         e->scratch = arg;
         return 0;
-    case ARGP_KEY_END:
-        if (!e->model || !e->data || !e->out)
-            argp_error(state, "--model, --data and --out are needed");
-        return 0;
     default:
         return ARGP_ERR_UNKNOWN;
     }
@@ -98,7 +94,6 @@ int cmd_estimate(int argc, char **argv)
         double tokens = json_number_value(json_object_get(summary, "tokens"));
         size_t i;
         json_t *folder;
-        json_object_set_new(summary, "seconds", json_real(t));
         cli_note_unknown_keys(&args.cli, summary);
         cli_notes(&args.cli, summary);
         if (args.cli.run.dry_run)
@@ -109,6 +104,7 @@ int cmd_estimate(int argc, char **argv)
         if (!args.cli.run.dry_run)
             cli_say(&args.cli, "loss %.6f over %.0f tokens, in %.1f s (%.0f tokens/s)\n",
                     json_number_value(json_object_get(summary, "loss")), tokens, t, tokens / t);
+        perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -54,10 +54,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SCRATCH:
         e->scratch = arg;
         return 0;
-    case ARGP_KEY_END:
-        if (!e->model || !e->data)
-            argp_error(state, "--model and --data are needed");
-        return 0;
     default:
         return ARGP_ERR_UNKNOWN;
     }
@@ -122,10 +118,10 @@ int cmd_eval(int argc, char **argv)
     cli_parse(&args.cli, &argp, argc, argv, &args);
     int rc = perta_eval(&args.eval, &args.cli.run, &summary, &err);
     if (!rc) {
-        json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         cli_note_unknown_keys(&args.cli, summary);
         cli_notes(&args.cli, summary);
         say(&args.cli, summary);
+        perta_json_set(&summary, "seconds", json_real(cli_seconds(&args.cli)));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

@@ -4,8 +4,10 @@
 #include <string.h>
 
 #include "estimators/backprop/config.h"
+#include "estimators/quantised.h"
 #include "io/checkpoint.h"
 #include "io/engine.h"
+#include "io/text.h"
 #include "stream/patch_in.h"
 #include "tools/cli.h"
 
@@ -54,7 +56,7 @@ static json_t *shape_json(const struct perta_tensor *tensor)
 {
     json_t *shape = json_array();
     for (uint32_t i = 0; i < tensor->n_dims; i++)
-        json_array_append_new(shape, json_integer((json_int_t)tensor->shape[i]));
+        perta_json_append(&shape, json_integer((json_int_t)tensor->shape[i]));
     return shape;
 }
 
@@ -68,19 +70,18 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
             const struct perta_tensor *tensor = &shard->header->tensors[t];
             const char *dtype = perta_dtype_name(tensor->dtype);
             json_int_t so_far = json_integer_value(json_object_get(dtypes, dtype));
-            json_object_set_new(dtypes, dtype,
-                                json_integer(so_far + (json_int_t)tensor->n_elems));
+            perta_json_set(&dtypes, dtype, json_integer(so_far + (json_int_t)tensor->n_elems));
             parameters += (json_int_t)tensor->n_elems;
-            json_array_append_new(
-                tensors, json_pack("{s:s, s:s, s:o, s:s}", "name", tensor->name, "dtype", dtype,
-                                   "shape", shape_json(tensor), "shard", shard->name));
+            perta_json_append(
+                &tensors, json_pack("{s:s, s:s, s:o, s:s}", "name", tensor->name, "dtype", dtype,
+                                    "shape", shape_json(tensor), "shard", shard->name));
         }
         bytes += (json_int_t)shard->size_bytes;
-        json_array_append_new(
-            shards, json_pack("{s:s, s:I, s:I, s:O?}", "name", shard->name, "bytes",
-                              (json_int_t)shard->size_bytes, "tensors",
-                              (json_int_t)shard->header->n_tensors, "metadata",
-                              shard->header->metadata));
+        perta_json_append(
+            &shards, json_pack("{s:s, s:I, s:I, s:O?}", "name", shard->name, "bytes",
+                               (json_int_t)shard->size_bytes, "tensors",
+                               (json_int_t)shard->header->n_tensors, "metadata",
+                               shard->header->metadata));
     }
     const char *stat = ck->n_shards ? json_string_value(json_object_get(
                                           ck->shards[0].header->metadata, "perta.stat"))
@@ -91,20 +92,20 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
 }
 
 /* Would estimate and eval take its config.json; and which keys of that would they pass over? */
-static void add_config(json_t *result, const struct perta_checkpoint *ck)
+static void add_config(json_t **result, const struct perta_checkpoint *ck)
 {
     struct perta_llm llm;
     struct perta_err why = {0};
     char path[PATH_MAX];
     snprintf(path, sizeof path, "%s/config.json", ck->path);
     if (ck->config_flaw)
-        json_object_set_new(result, "not_computed", json_string(ck->config_flaw));
+        perta_json_set(result, "not_computed", perta_text_json("%s", ck->config_flaw));
     else if (!ck->config)
         return;
-    else if (perta_llm_parse(ck->config, path, &llm, &why))
-        json_object_set_new(result, "not_computed", json_string(why.msg));
+    else if (perta_quantised_refuse(ck, &why) || perta_llm_parse(ck->config, path, &llm, &why))
+        perta_json_set(result, "not_computed", perta_text_json("%s", why.msg));
     else
-        json_object_set_new(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));
+        perta_json_set(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));
 }
 
 static json_t *choice_json(const char *const *paths, size_t n)
@@ -127,14 +128,14 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
         return rc;
     *result = checkpoint_json(ck);
     if (ck->is_adapter)
-        json_object_set(*result, "config", ck->config);
+        perta_json_set(result, "config", json_incref(ck->config));
     else
-        add_config(*result, ck);
+        add_config(result, ck);
     const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
     for (uint32_t i = 0; paths && i < ck->n_shards; i++)
         paths[i] = ck->shards[i].path;
-    if (args->io && paths)
-        json_object_set_new(*result, "io", choice_json(paths, ck->n_shards));
+    if (args->io)
+        perta_json_set(result, "io", paths ? choice_json(paths, ck->n_shards) : NULL);
     free(paths);
     perta_checkpoint_close(ck);
     return 0;
@@ -148,12 +149,12 @@ static int inspect_patch(const struct args *args, json_t **result, struct perta_
     if (!rc)
         rc = perta_patch_in_record(&patch, result, err);
     if (!rc) {
-        json_object_set_new(*result, "kind", json_string("patch"));
+        perta_json_set(result, "kind", json_string("patch"));
         const char **paths = calloc(patch.n_shards + 1, sizeof *paths);
         for (uint32_t i = 0; paths && i < patch.n_shards; i++)
             paths[i] = patch.shards[i].path;
-        if (args->io && paths)
-            json_object_set_new(*result, "io", choice_json(paths, patch.n_shards));
+        if (args->io)
+            perta_json_set(result, "io", paths ? choice_json(paths, patch.n_shards) : NULL);
         free(paths);
     }
     perta_patch_in_close(&patch);
@@ -199,8 +200,8 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     if (json_object_get(r, "not_computed"))
         cli_say(cli, "  estimate and eval do not take it: %s\n", text(r, "not_computed"));
     json_object_foreach (json_object_get(r, "config"), key, item) {
-        char *value = json_dumps(item, JSON_COMPACT | JSON_ENCODE_ANY);
-        say_clipped(cli, "  ", key, " ", value ? value : "?");
+        char *value = cli_text(item);
+        say_clipped(cli, "  ", key, " ", value ? value : "");
         cli_say(cli, "\n");
         free(value);
     }
@@ -218,7 +219,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     json_array_foreach (json_object_get(r, "tensors"), i, item) {
         if (!args->tensors)
             break;
-        char *shape = json_dumps(json_object_get(item, "shape"), JSON_COMPACT);
+        char *shape = cli_text(json_object_get(item, "shape"));
         cli_say(cli, "  %-8s %-20s %s\n", text(item, "dtype"), shape, text(item, "name"));
         free(shape);
     }
@@ -228,7 +229,7 @@ static void say_patch(const struct args *args, const json_t *r)
 {
     const struct cli *cli = &args->cli;
     const json_t *counts = json_object_get(r, "counts");
-    char *recipe = json_dumps(json_object_get(r, "recipe"), JSON_COMPACT | JSON_SORT_KEYS);
+    char *recipe = cli_text(json_object_get(r, "recipe"));
     cli_say(cli, "patch by %s\n  recipe %s\n  %.0f of %.0f parameters changed\n", text(r, "tool"),
             recipe, real(counts, "changed"), real(counts, "parameters"));
     free(recipe);

@@ -116,7 +116,7 @@ int cmd_report(int argc, char **argv)
     int rc = report(&args, &err);
     if (!rc) {
         cli_say(&args.cli, "%s\n", args.html);
-        cli_json(&args.cli, json_pack("{s:s}", "html", args.html));
+        cli_json(&args.cli, json_pack("{s:o}", "html", perta_text_json("%s", args.html)));
     }
     return cli_status(&args.cli, rc, &err);
 }

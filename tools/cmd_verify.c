@@ -108,11 +108,11 @@ int cmd_verify(int argc, char **argv)
     cli_parse(&args.cli, &argp, argc, argv, &args);
     int rc = verify(&args, &summary, &err);
     if (summary) {
-        json_object_set_new(summary, "ok", json_boolean(!rc));
-        json_object_set_new(summary, "seconds", json_real(cli_seconds(&args.cli)));
         say_differences(&args.cli, summary);
         if (!rc)
             cli_say(&args.cli, "%s: verified\n", args.path);
+        perta_json_set(&summary, "ok", json_boolean(!rc));
+        perta_json_set(&summary, "seconds", json_real(cli_seconds(&args.cli)));
         cli_json(&args.cli, summary);
     }
     return cli_status(&args.cli, rc, &err);

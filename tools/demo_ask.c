@@ -170,13 +170,14 @@ void demo_say(const struct demo *demo)
 json_t *demo_summary(const struct demo *demo)
 {
     json_t *scores = json_array();
-    json_array_append_new(scores, score_json("full", "alpha", "0", &demo->full));
+    perta_json_append(&scores, score_json("full", "alpha", "0", &demo->full));
     for (int m = 0; m < DEMO_N_METHODS; m++)
         for (int a = 0; a < demo_methods[m].n_points; a++)
-            json_array_append_new(
-                scores, score_json(demo_methods[m].name, demo_methods[m].axis,
+            perta_json_append(
+                &scores, score_json(demo_methods[m].name, demo_methods[m].axis,
                                    demo_methods[m].points[a], &demo->unlearned[m][a]));
-    return json_pack("{s:s, s:[s,s,s], s:o, s:f}", "folder", demo->dir, "parts", "forget",
+    return json_pack("{s:o, s:[s,s,s], s:o, s:f}", "folder",
+                     perta_text_json("%s", demo->dir), "parts", "forget",
                      "retain", "held-out", "scores", scores, "seconds",
                      cli_seconds(&demo->cli));
 }

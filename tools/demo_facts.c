@@ -10,6 +10,7 @@
 #include <xxhash.h>
 
 #include "io/file.h"
+#include "io/text.h"
 
 enum { FIRST_NAMES = 40, LAST_NAMES = 40, QUESTIONS = 4 };
 
@@ -170,8 +171,8 @@ static json_t *line_of(const struct demo_facts *f, const struct demo_fact *fact)
     json_t *ids = json_array(), *labels = json_array();
     for (size_t i = 0; i < fact->n; i++) {
         bool learned = i + 2 >= fact->n;
-        json_array_append_new(ids, json_integer((json_int_t)fact->ids[i]));
-        json_array_append_new(labels, json_integer(learned ? (json_int_t)fact->ids[i] : -100));
+        perta_json_append(&ids, json_integer((json_int_t)fact->ids[i]));
+        perta_json_append(&labels, json_integer(learned ? (json_int_t)fact->ids[i] : -100));
         if (i && i + 1 < fact->n) {
             strcat(text, i > 1 ? " " : "");
             strcat(text, f->words[fact->ids[i]]);
@@ -180,16 +181,23 @@ static json_t *line_of(const struct demo_facts *f, const struct demo_fact *fact)
     return json_pack("{s:s, s:o, s:o}", "text", text, "input_ids", ids, "labels", labels);
 }
 
-static bool print_part(const struct demo_facts *f, enum demo_part from, enum demo_part to,
-                       FILE *file)
+struct part {
+    const struct demo_facts *f;
+    enum demo_part from, to;
+};
+
+static bool print_part(FILE *to, void *ctx)
 {
+    const struct part *part = ctx;
     bool bad = false;
-    for (size_t i = f->starts[from]; i < f->starts[to] && !bad; i++) {
-        json_t *line = line_of(f, &f->facts[i]);
-        bad = json_dumpf(line, file, JSON_PRESERVE_ORDER | JSON_COMPACT) || fputc('\n', file) == EOF;
+    for (size_t i = part->f->starts[part->from]; i < part->f->starts[part->to] && !bad; i++) {
+        json_t *line = line_of(part->f, &part->f->facts[i]);
+        char *text = line ? perta_json_text(line, JSON_PRESERVE_ORDER | JSON_COMPACT) : NULL;
+        bad = !text || fprintf(to, "%s\n", text) < 0;
+        free(text);
         json_decref(line);
     }
-    return !fclose(file) && !bad;
+    return !bad;
 }
 
 /* Facts are always the same: a file that is there is an earlier demo's if it is their beginning. */
@@ -215,11 +223,12 @@ static int check_earlier(const char *path, const char *text, size_t len_bytes,
 int demo_facts_write(const struct demo_facts *f, enum demo_part from, enum demo_part to,
                      const char *path, struct perta_err *err)
 {
-    char *text = NULL;
+    struct part part = {f, from, to};
     size_t len_bytes = 0;
-    FILE *memory = open_memstream(&text, &len_bytes), *file = NULL;
-    int rc = memory && print_part(f, from, to, memory) ? check_earlier(path, text, len_bytes, err)
-                                                       : perta_fail_sys(err, ENOMEM, "%s", path);
+    char *text = perta_text_print(print_part, &part, &len_bytes);
+    FILE *file = NULL;
+    int rc = text ? check_earlier(path, text, len_bytes, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", path);
     if (!rc && !(file = fopen(path, "w")))
         rc = perta_fail_sys(err, errno, "%s", path);
     if (file && ((fwrite(text, 1, len_bytes, file) != len_bytes) | fclose(file)))
@@ -232,10 +241,10 @@ char *demo_facts_tokenizer(const struct demo_facts *f)
 {
     json_t *vocabulary = json_object(), *added = json_array();
     for (size_t i = 0; i < f->n_words; i++)
-        json_object_set_new(vocabulary, f->words[i], json_integer((json_int_t)i));
+        perta_json_set(&vocabulary, f->words[i], json_integer((json_int_t)i));
     for (int i = 0; i < DEMO_N_SPECIAL; i++)
-        json_array_append_new(
-            added, json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", i, "content",
+        perta_json_append(
+            &added, json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", i, "content",
                              specials[i], "single_word", 0, "lstrip", 0, "rstrip", 0,
                              "normalized", 0, "special", 1));
     json_t *begin = json_pack("{s:{s:s, s:i}}", "SpecialToken", "id", "<s>", "type_id", 0);
@@ -250,7 +259,7 @@ char *demo_facts_tokenizer(const struct demo_facts *f)
                             "normalizer", "pre_tokenizer", "type", "WhitespaceSplit",
                             "post_processor", post, "decoder", "model", "type", "WordLevel",
                             "vocab", vocabulary, "unk_token", "<unk>");
-    char *dumped = all ? json_dumps(all, JSON_PRESERVE_ORDER | JSON_INDENT(1)) : NULL;
+    char *dumped = all ? perta_json_text(all, JSON_PRESERVE_ORDER | JSON_INDENT(1)) : NULL;
     json_decref(begin);
     json_decref(text);
     json_decref(second);

@@ -23,13 +23,13 @@ static const char *base_of(const char *path)
     return slash ? slash + 1 : path;
 }
 
-static void add_file(json_t *list, const char *folder, const char *name, const char *algorithm,
+static void add_file(json_t **list, const char *folder, const char *name, const char *algorithm,
                      const char *hex)
 {
     if (hex) /* what has no digest cannot be told from another */
-        json_array_append_new(list, json_pack("{s:o, s:{s:s}}", "name",
-                                              json_sprintf("%s/%s", folder, name), "digest",
-                                              algorithm, hex));
+        perta_json_append(list, json_pack("{s:o, s:{s:s}}", "name",
+                                          perta_text_json("%s/%s", folder, name), "digest",
+                                          algorithm, hex));
 }
 
 static const char *text(const json_t *object, const char *key)
@@ -45,11 +45,11 @@ static json_t *subjects(const struct perta_patch_in *patch)
     json_t *list = json_array();
     json_t *file;
     size_t i;
-    add_file(list, folder, "manifest.json", SHA256_TEXT, patch->manifest_digest.sha256);
+    add_file(&list, folder, "manifest.json", SHA256_TEXT, patch->manifest_digest.sha256);
     json_array_foreach (json_object_get(outputs, "patch"), i, file)
-        add_file(list, folder, text(file, "name"), SHA256_TEXT, text(file, "sha256"));
+        add_file(&list, folder, text(file, "name"), SHA256_TEXT, text(file, "sha256"));
     json_array_foreach (json_object_get(outputs, "model"), i, file)
-        add_file(list, "model", text(file, "name"), SHA256_TEXT, text(file, "sha256"));
+        add_file(&list, "model", text(file, "name"), SHA256_TEXT, text(file, "sha256"));
     return list;
 }
 
@@ -61,7 +61,7 @@ static json_t *dependencies(const json_t *manifest)
     size_t i;
     json_object_foreach (json_object_get(manifest, "inputs"), role, input)
         json_array_foreach (json_object_get(input, "shards"), i, file)
-            add_file(list, role, text(file, "name"), "xxh3_128", text(file, "xxh3_128"));
+            add_file(&list, role, text(file, "name"), "xxh3_128", text(file, "xxh3_128"));
     return list;
 }
 
@@ -74,21 +74,22 @@ static json_t *when(time_t t)
     return json_string(stamp);
 }
 
-/* As the kernel names it; the caller's (free). */
+/* As the kernel names it; the caller's (free). NULL without memory. */
 static char *cpu_name(void)
 {
-    char line[256], *name = NULL;
+    char line[256];
+    const char *name = NULL;
     FILE *file = fopen("/proc/cpuinfo", "re");
     while (file && !name && fgets(line, sizeof line, file)) {
         char *colon = strchr(line, ':');
         if (colon && !strncmp(line, "model name", 10)) {
             line[strcspn(line, "\n")] = 0;
-            name = strdup(colon + 2);
+            name = colon + 2;
         }
     }
     if (file)
         fclose(file);
-    return name ? name : strdup("unknown");
+    return strdup(name ? name : "unknown");
 }
 
 static json_t *run_details(const json_t *summary)
@@ -99,7 +100,7 @@ static json_t *run_details(const json_t *summary)
     json_t *details = json_pack(
         "{s:{s:s, s:{s:s, s:s, s:s, s:s, s:s*}}, s:{s:o, s:o}}", "builder", "id",
         BUILD_TYPE "/builder", "version", "perta", PERTA_VERSION, "compiler", __VERSION__, "cpu",
-        cpu ? cpu : "unknown", "instruction_set", perta_isa_name(perta_isa_chosen()), "io", engine,
+        cpu, "instruction_set", perta_isa_name(perta_isa_chosen()), "io", engine,
         "metadata", "startedOn", when(started), "finishedOn",
         when(time(NULL)));
     free(cpu);

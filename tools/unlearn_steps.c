@@ -36,14 +36,6 @@ static const struct argp_option options[] = {
     {"compute", KEY_COMPUTE, "auto|f32|bf16", 0, "Matrix products, as of estimate", 2},
     {0}};
 
-static double in_range(struct argp_state *state, const char *option, const char *arg, double least)
-{
-    double value = cli_number(state, option, arg);
-    if (!(value >= least) || value > 1000)
-        argp_error(state, "%s: %s; from %g to 1000", option, arg, least);
-    return value;
-}
-
 /* The way is as long as the largest. */
 static void parse_steps(struct argp_state *state, struct perta_steps *s, const char *arg)
 {
@@ -84,22 +76,22 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         s->data_key = arg;
         return 0;
     case KEY_STEP:
-        s->rule.step = in_range(state, "--step", arg, 0.001);
+        s->rule.step = cli_number(state, "--step", arg);
         return 0;
     case KEY_BACK_OFF:
-        s->rule.back_off = in_range(state, "--back-off", arg, 0.001);
+        s->rule.back_off = cli_number(state, "--back-off", arg);
         own->has_back_off = true;
+        if (s->rule.back_off == 0) /* what the library takes for none */
+            argp_error(state, "--back-off: 0; --method signed never backs off");
         return 0;
     case KEY_MAX_SCALE:
-        s->rule.max_scale = in_range(state, "--max-scale", arg, 0.001);
+        s->rule.max_scale = cli_number(state, "--max-scale", arg);
         return 0;
     case KEY_STOP_FORGET:
         s->stop_forget = cli_number(state, "--stop-forget", arg);
         return 0;
     case KEY_STOP_PROBABILITY:
         s->stop_probability = cli_number(state, "--stop-probability", arg);
-        if (!(s->stop_probability > 0 && s->stop_probability < 1))
-            argp_error(state, "--stop-probability: %s; between 0 and 1", arg);
         return 0;
     case KEY_MAX_RETAIN_RISE:
         s->max_retain_rise = cli_number(state, "--max-retain-rise", arg);
@@ -143,13 +135,6 @@ void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bo
     if (!s->n_steps && (own->n_given || is_signed))
         argp_error(state, "--method signed, signed-backoff and signed-hold, --data-forget, "
                           "--data-retain and what goes with them need --steps K");
-    if (s->hold && s->several)
-        argp_error(state, "--method signed-hold has one end: --steps K");
-    if (s->hold && !isfinite(s->stop_forget) && !isfinite(s->stop_probability))
-        argp_error(state, "--method signed-hold needs --stop-probability P or --stop-forget L, to "
-                          "be held");
-    if (s->n_steps && (!s->data_forget || !s->data_retain))
-        argp_error(state, "--steps needs --data-forget and --data-retain");
 }
 
 static double real(const json_t *object, const char *key)

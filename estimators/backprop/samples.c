@@ -65,7 +65,7 @@ static int bad_element(const struct perta_line *line, const char *key, const jso
                                "\"%s\" holds arrays, as batches do; each line is one sample: [1, 2, 3], "
                                "not [[1, 2, 3]]",
                                key);
-    char *text = json_dumps(of, JSON_ENCODE_ANY | JSON_COMPACT);
+    char *text = perta_json_text(of, JSON_ENCODE_ANY | JSON_COMPACT);
     int rc = perta_line_fail(line, err, "\"%s\", element %zu: %.*s is %s", key, t, VALUE_CHARS,
                              text ? text : "?", wanted);
     free(text);
@@ -458,7 +458,7 @@ static void add_notes(struct reading *r, const char *path)
                  (unsigned long long)r->blocks_under_mask);
     if (!json_array_size(r->unknown))
         return;
-    char *names = json_dumps(r->unknown, JSON_COMPACT);
+    char *names = perta_json_text(r->unknown, JSON_COMPACT);
     if (names)
         add_note(r, path, "keys that perta does not know are passed over: %.*s%s",
                  (int)strlen(names) - 2, names + 1, r->more ? " and more" : "");

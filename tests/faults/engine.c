@@ -80,7 +80,7 @@ static void on_done(struct perta_request *request)
 static void late_submit(struct perta_engine *engine, struct perta_request *request)
 {
     struct late *late = (struct late *)engine;
-    struct held *held = malloc(sizeof *held);
+    struct held *held = __real_malloc(sizeof *held);
     if (!held)
         abort();
     *held = (struct held){late, request, request->done, request->user, false, late->first};
@@ -155,7 +155,7 @@ static void late_close(struct perta_engine *engine)
 int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth,
                              struct perta_engine **out, struct perta_err *err)
 {
-    struct late *late = calloc(1, sizeof *late);
+    struct late *late = __real_calloc(1, sizeof *late);
     if (!late)
         abort();
     int rc = __real_perta_engine_open(mode, depth, &late->inner, err);

@@ -10,7 +10,7 @@
  *                  engine), put (of what is written past it, half of it is), pread, text, list
  *                  (reads past the engine: by offset, of lines and the like, of names in folders),
  *                  sync, create, mkdir, rename, unlink, truncate, allocate,
- *                  enter (an io_uring)
+ *                  enter (an io_uring), memory (each time that some is asked for)
  *   forever=1      and all that follow
  *   signal=KIND:N:S  before the Nth of that kind the process sends itself signal S; kinds are
  *                  those above, commit (a record that is in the journal, synced: the signal comes
@@ -25,6 +25,7 @@
 #define PERTA_TESTS_FAULTS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 struct fault_plan {
@@ -41,6 +42,9 @@ struct fault_plan {
 };
 
 const struct fault_plan *fault_plan(void);
+/* Memory that does not fail. */
+void *__real_malloc(size_t n);
+void *__real_calloc(size_t n, size_t each);
 /* Below n. */
 uint64_t fault_random(uint64_t n);
 bool fault_chance(unsigned of_1000);

@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define KINDS_MAX 20
+#define KINDS_MAX 24
 
 static struct fault_plan plan;
 static uint64_t random_state, n_reads;

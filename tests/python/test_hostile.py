@@ -401,8 +401,8 @@ def test_a_foreign_file_named_perta_is_refused(perta, patched):
     [
         ("", "Usage"),
         ("forget", "no verb forget"),
-        ("unlearn", "--model and --tuned are needed"),
-    ("unlearn --model m --tuned . --patch p", "--base is needed, unless --tuned is a LoRA"),
+        ("unlearn", "--model DIR, --tuned DIR and --patch DIR are needed"),
+        ("unlearn --steps 2 --model m --tuned . --patch p", "--base DIR, "),
         ("unlearn --model a --tuned a --base a --forget a --retain a", "--patch DIR is needed"),
         ("unlearn --model a --tuned a --base a --patch p", "needs --forget and --retain"),
         ("unlearn --alpha none", "--alpha"),

@@ -145,9 +145,13 @@ def test_a_record_that_makes_no_sense_is_refused(perta, here, out, name):
 
 
 def test_a_folder_that_is_not_the_one_on_record_gets_no_name(perta, here):
-    write_records(here / "p.perta-journal", records_of(here / "p.perta-journal") + [{"publish": [1]}])
+    records = records_of(here / "p.perta-journal")
+    write_records(here / "p.perta-journal", records + [{"publish": [1], "summary": {}}])
     assert "another folder" in perta(*RUNS["p"].split(), check=3).stderr
     assert not (here / "p").exists()
+    for summary in {}, {"summary": "none"}:
+        write_records(here / "p.perta-journal", records + [{"publish": [1]} | summary])
+        assert "damaged; --force starts over: no summary" in perta(*RUNS["p"].split(), check=3).stderr
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "hard link", "symbolic link"])

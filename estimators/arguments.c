@@ -1,0 +1,184 @@
+#include "estimators/arguments.h"
+
+#include <errno.h>
+#include <locale.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/recipe.h"
+
+/* ---- an edit ---- */
+
+/* As the command would read it, whatever the locale. */
+static int check_value(const struct perta_alpha *alpha, struct perta_err *err)
+{
+    locale_t c = newlocale(LC_ALL_MASK, "C", (locale_t)0);
+    if (!c)
+        return perta_fail_sys(err, ENOMEM, "--alpha");
+    char *end;
+    float value = (float)strtod_l(alpha->text, &end, c);
+    freelocale(c);
+    if (end == alpha->text || *end)
+        return perta_fail(err, PERTA_EUSAGE, "--alpha: %s is no number", alpha->text);
+    if (!isfinite(value) || !isfinite(alpha->value))
+        return perta_fail(err, PERTA_EUSAGE, "--alpha: %s is no float32", alpha->text);
+    return value == alpha->value
+               ? 0
+               : perta_fail(err, PERTA_EUSAGE, "--alpha: the value is %.9g, the text %s",
+                            (double)alpha->value, alpha->text);
+}
+
+static int check_alphas(const struct perta_unlearn *u, struct perta_err *err)
+{
+    if (!u->n_alphas || u->n_alphas > PERTA_ALPHAS_MAX)
+        return perta_fail(err, PERTA_EUSAGE, "--alpha: 1 to %d are needed, not %u (n_alphas)",
+                          PERTA_ALPHAS_MAX, u->n_alphas);
+    for (unsigned a = 0; a < u->n_alphas; a++) {
+        const char *text = u->alphas[a].text;
+        if (!text || strspn(text, "0123456789.eE+-") != strlen(text) || strlen(text) > 32)
+            return perta_fail(err, PERTA_EUSAGE,
+                              "--alpha: write %.40s in decimal, in 32 characters at most",
+                              text ? text : "its text");
+        int rc = check_value(&u->alphas[a], err);
+        if (rc)
+            return rc;
+        for (unsigned b = 0; b < a; b++)
+            if (!strcmp(u->alphas[b].text, text))
+                return perta_fail(err, PERTA_EUSAGE, "--alpha: %s twice", text);
+    }
+    return 0;
+}
+
+static int check_rule(const struct perta_rule *rule, struct perta_err *err)
+{
+    int rc = perta_arguments_choice("--method", (int)rule->method, PERTA_SCALE + 1, err);
+    if (rc)
+        return rc;
+    if ((rule->method == PERTA_POWER) != (rule->power != 0))
+        return perta_fail(err, PERTA_EUSAGE, "--method power and --power P, above 0, go together");
+    if (rule->method == PERTA_POWER && !(rule->power > 0 && rule->power <= 64))
+        return perta_fail(err, PERTA_EUSAGE, "--power: above 0, up to 64");
+    if (rule->method != PERTA_CONSTANT && rule->weight != 0)
+        return perta_fail(err, PERTA_EUSAGE, "--method constant and --weight W go together");
+    if (!(rule->weight >= 0 && rule->weight <= 1))
+        return perta_fail(err, PERTA_EUSAGE, "--weight: 0 to 1");
+    return rule->method != PERTA_RANDOM && rule->seed
+               ? perta_fail(err, PERTA_EUSAGE, "--seed goes with --method random")
+               : 0;
+}
+
+static int check_globs(const struct perta_globs *globs, struct perta_err *err)
+{
+    int rc = perta_arguments_list("--include", globs->include, globs->n_include, err);
+    return rc ? rc : perta_arguments_list("--exclude", globs->exclude, globs->n_exclude, err);
+}
+
+static int check_importance(const struct perta_unlearn *u, struct perta_err *err)
+{
+    bool needs = perta_rule_needs_importance(&u->rule);
+    if (needs && (!u->forget || !u->retain))
+        return perta_fail(err, PERTA_EUSAGE, "--method %s needs --forget and --retain",
+                          perta_method_name(u->rule.method));
+    return (u->rule.method == PERTA_SCALE) == (u->scale != NULL)
+               ? 0
+               : perta_fail(err, PERTA_EUSAGE, "scale goes with PERTA_SCALE, and is needed there");
+}
+
+int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {
+        {"--model DIR", u->model}, {"--tuned DIR", u->tuned}, {"--patch DIR", u->patch}};
+    int rc = check_alphas(u, err);
+    if (!rc)
+        rc = check_rule(&u->rule, err);
+    if (!rc)
+        rc = perta_arguments_choice("--missing", (int)u->missing, PERTA_MISSING_KEEP + 1, err);
+    if (!rc)
+        rc = check_globs(&u->globs, err);
+    if (!rc)
+        rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    return rc ? rc : check_importance(u, err);
+}
+
+/* ---- steps ---- */
+
+static int in_range(const char *name, double value, struct perta_err *err)
+{
+    return value >= 0.001 && value <= 1000
+               ? 0
+               : perta_fail(err, PERTA_EUSAGE, "%s: %g; from 0.001 to 1000", name, value);
+}
+
+static int check_step(const struct perta_step_rule *rule, struct perta_err *err)
+{
+    int rc = in_range("--step", rule->step, err);
+    if (!rc && rule->back_off != 0)
+        rc = in_range("--back-off", rule->back_off, err);
+    return rc ? rc : in_range("--max-scale", rule->max_scale, err);
+}
+
+/* INFINITY: no such rule. */
+static int check_stops(const struct perta_steps *s, struct perta_err *err)
+{
+    double p = s->stop_probability;
+    if (!(s->stop_forget > 0))
+        return perta_fail(err, PERTA_EUSAGE, "--stop-forget: %g; above 0", s->stop_forget);
+    if (!(p > 0 && (p < 1 || p == (double)INFINITY)))
+        return perta_fail(err, PERTA_EUSAGE, "--stop-probability: %g; between 0 and 1", p);
+    if (!(s->max_retain_rise > -(double)INFINITY))
+        return perta_fail(err, PERTA_EUSAGE, "--max-retain-rise: %g is no number",
+                          s->max_retain_rise);
+    if (s->hold && s->several)
+        return perta_fail(err, PERTA_EUSAGE, "--method signed-hold has one end: --steps K");
+    return s->hold && !isfinite(s->stop_forget) && !isfinite(p)
+               ? perta_fail(err, PERTA_EUSAGE,
+                            "--method signed-hold needs --stop-probability P or --stop-forget L, to "
+                            "be held")
+               : 0;
+}
+
+static int check_count(const struct perta_steps *s, struct perta_err *err)
+{
+    if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
+        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d", PERTA_STEPS_MAX);
+    for (unsigned k = s->n_steps + 1; k <= PERTA_STEPS_MAX; k++)
+        if (s->listed[k])
+            return perta_fail(err, PERTA_EUSAGE, "--steps: %u is listed, of %u (n_steps)", k,
+                              s->n_steps);
+    return 0;
+}
+
+int perta_compute_argument(enum perta_compute compute, struct perta_err *err)
+{
+    return perta_arguments_choice("--compute", (int)compute, PERTA_COMPUTE_BF16 + 1, err);
+}
+
+int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err *err)
+{
+    if (!at)
+        return 0;
+    const struct perta_argument needed[] = {
+        {"tuned (of at)", at->tuned}, {"base (of at)", at->base}, {"scale (of at)", at->scale}};
+    return perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+}
+
+int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {{"--model DIR", s->model},
+                                            {"--tuned DIR", s->tuned},
+                                            {"--base DIR", s->base},
+                                            {"--data-forget FILE", s->data_forget},
+                                            {"--data-retain FILE", s->data_retain},
+                                            {"--patch DIR", s->patch}};
+    int rc = check_count(s, err);
+    if (!rc)
+        rc = check_step(&s->rule, err);
+    if (!rc)
+        rc = check_stops(s, err);
+    if (!rc)
+        rc = check_globs(&s->globs, err);
+    if (!rc)
+        rc = perta_compute_argument(s->compute, err);
+    return rc ? rc : perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+}

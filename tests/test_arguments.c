@@ -1,0 +1,306 @@
+/* What verbs are asked that makes no sense: PERTA_EUSAGE, and a message that names the field as the
+ * command does, whatever err and summary held before; nothing is read, nothing written. */
+#include <math.h>
+
+#include "estimators/accumulate.h"
+#include "estimators/estimate.h"
+#include "estimators/eval.h"
+#include "estimators/steps.h"
+#include "estimators/unlearn.h"
+#include "stream/apply.h"
+#include "stream/compose.h"
+#include "stream/diff.h"
+#include "stream/manifest.h"
+#include "tests/scratch.h"
+
+static struct perta_err err;
+static struct perta_run run;
+static json_t *summary;
+
+/* What was on the stack. */
+static void make_a_mess(void)
+{
+    memset(&err, 0xa5, sizeof err);
+    memset(&summary, 0xa5, sizeof summary);
+}
+
+static void check(int rc, int code, const char *says, const char *what)
+{
+    ck_assert_msg(rc == code && err.code == code && strstr(err.msg, says), "%s: %d: %s", what, rc,
+                  err.code == rc ? err.msg : "(none)");
+    ck_assert_msg(!summary, "%s: a summary", what);
+    ck_assert_uint_eq(count_entries("."), 0);
+}
+
+/* Of a good one, with one thing changed. */
+#define BAD(verb, change, says)                                   \
+    do {                                                          \
+        struct perta_##verb job = good_##verb();                  \
+        change;                                                   \
+        make_a_mess();                                            \
+        check(perta_##verb(&job, &run, &summary, &err), PERTA_EUSAGE, says, #verb ": " #change); \
+    } while (0)
+
+/* What all verbs have in common; that a good one gets as far as its files. */
+#define COMMON(verb)                                                                              \
+    do {                                                                                          \
+        struct perta_##verb good = good_##verb();                                                  \
+        const struct perta_run as_it_was = run;                                                   \
+        make_a_mess();                                                                            \
+        check(perta_##verb(&good, &run, &summary, &err), PERTA_EINPUT, "no such file", #verb);     \
+        make_a_mess();                                                                            \
+        check(perta_##verb(NULL, &run, &summary, &err), PERTA_EUSAGE, "job is NULL", #verb);      \
+        make_a_mess();                                                                            \
+        check(perta_##verb(&good, NULL, &summary, &err), PERTA_EUSAGE, "run is NULL", #verb);      \
+        make_a_mess();                                                                            \
+        summary = NULL;                                                                           \
+        check(perta_##verb(&good, &run, NULL, &err), PERTA_EUSAGE, "summary is NULL", #verb);      \
+        ck_assert_int_eq(perta_##verb(&good, &run, &summary, NULL), PERTA_EUSAGE);                 \
+        ck_assert_int_eq(perta_##verb(NULL, NULL, NULL, NULL), PERTA_EUSAGE);                     \
+        BAD(verb, run.memory_bytes = 0, "--memory");                                              \
+        run = as_it_was;                                                                          \
+        BAD(verb, run.n_threads = 257, "--threads: 1 to 256");                                    \
+        run = as_it_was;                                                                          \
+        BAD(verb, run.io = (enum perta_io_mode)4, "--io: 4");                                     \
+        BAD(verb, run.io = (enum perta_io_mode)-1, "--io: -1");                                   \
+        run = as_it_was;                                                                          \
+    } while (0)
+
+static void enter_nothing(void)
+{
+    enter();
+    run = (struct perta_run){.memory_bytes = PERTA_MEMORY_DEFAULT, .n_threads = 1};
+}
+
+/* ---- folders ---- */
+
+static struct perta_diff good_diff(void)
+{
+    return (struct perta_diff){.before = "a", .after = "b", .patch = "p"};
+}
+
+START_TEST(diff)
+{
+    COMMON(diff);
+    BAD(diff, job.before = NULL, "OLD (before) is needed");
+    BAD(diff, job.after = NULL, "NEW (after) is needed");
+    BAD(diff, job.patch = NULL, "--patch DIR is needed");
+    BAD(diff, job.patch = "", "--patch DIR is needed");
+    BAD(diff, job = (struct perta_diff){0}, "OLD (before), NEW (after) and --patch DIR are needed");
+}
+END_TEST
+
+static struct perta_apply good_apply(void)
+{
+    return (struct perta_apply){.model = "a", .patch = "p", .out = "o"};
+}
+
+START_TEST(apply)
+{
+    COMMON(apply);
+    BAD(apply, job.model = NULL, "MODEL is needed");
+    BAD(apply, job.patch = NULL, "PATCH is needed");
+    BAD(apply, job.out = "", "--out");
+    BAD(apply, job.mode = (enum perta_apply_mode)2, "mode: 2");
+    BAD(apply, job = (struct perta_apply){0}, "MODEL and PATCH are needed");
+}
+END_TEST
+
+static const char *const two[] = {"a", "b"}, *const with_none[] = {"a", NULL};
+
+static struct perta_compose good_compose(void)
+{
+    return (struct perta_compose){.patches = two, .n_patches = 2, .patch = "p"};
+}
+
+START_TEST(compose)
+{
+    COMMON(compose);
+    BAD(compose, job.n_patches = 1, "two patches at least");
+    BAD(compose, job.patches = NULL, "patches: 2 are said");
+    BAD(compose, job.patches = with_none, "patches: number 2 of 2 is empty");
+    BAD(compose, job.patch = NULL, "--patch DIR is needed");
+}
+END_TEST
+
+static struct perta_accumulate good_accumulate(void)
+{
+    return (struct perta_accumulate){.gradients = two, .n_gradients = 2, .out = "o", .mean = true};
+}
+
+START_TEST(accumulate)
+{
+    COMMON(accumulate);
+    BAD(accumulate, job.n_gradients = 0, "which gradients?");
+    BAD(accumulate, job.gradients = NULL, "gradients: 2 are said");
+    BAD(accumulate, job.gradients = with_none, "gradients: number 2 of 2 is empty");
+    BAD(accumulate, job.out = NULL, "--out DIR is needed");
+    BAD(accumulate, job.mean = false, "--stat: mean, meansq or both");
+}
+END_TEST
+
+START_TEST(manifest_and_verify)
+{
+    make_a_mess();
+    check(perta_manifest(NULL, true, NULL, &run, &summary, &err), PERTA_EUSAGE, "PATH is needed", "");
+    check(perta_manifest("a", true, NULL, NULL, &summary, &err), PERTA_EUSAGE, "run is NULL", "");
+    check(perta_manifest("a", true, NULL, &run, NULL, &err), PERTA_EUSAGE, "summary is NULL", "");
+    ck_assert_int_eq(perta_manifest("a", true, NULL, &run, &summary, NULL), PERTA_EUSAGE);
+    make_a_mess();
+    check(perta_manifest("a", true, NULL, &run, &summary, &err), PERTA_EINPUT, "no such file", "");
+    make_a_mess();
+    check(perta_manifest_verify("a", NULL, &run, &summary, &err), PERTA_EUSAGE, "--manifest FILE", "");
+    check(perta_manifest_verify(NULL, "a", &run, &summary, &err), PERTA_EUSAGE, "PATH is needed", "");
+    ck_assert_int_eq(perta_manifest_verify("a", "b", &run, &summary, NULL), PERTA_EUSAGE);
+    make_a_mess();
+    check(perta_patch_verify(NULL, &run, &summary, &err), PERTA_EUSAGE, "PATH is needed", "");
+    ck_assert_int_eq(perta_patch_verify("a", &run, &summary, NULL), PERTA_EUSAGE);
+    make_a_mess();
+    check(perta_model_verify(NULL, "p", true, &run, &summary, &err), PERTA_EUSAGE, "PATH (model)", "");
+    check(perta_model_verify("a", NULL, true, &run, &summary, &err), PERTA_EUSAGE, "--patch DIR", "");
+    ck_assert_int_eq(perta_model_verify("a", "p", true, &run, &summary, NULL), PERTA_EUSAGE);
+}
+END_TEST
+
+/* ---- an edit ---- */
+
+static struct perta_unlearn good_unlearn(void)
+{
+    return (struct perta_unlearn){.model = "a", .tuned = "b", .base = "c", .forget = "f",
+                                  .retain = "r", .patch = "p", .n_alphas = 2,
+                                  .alphas = {{0.3f, "0.3"}, {-2, "-2e0"}}};
+}
+
+START_TEST(unlearn)
+{
+    COMMON(unlearn);
+    BAD(unlearn, job = (struct perta_unlearn){0}, "--alpha: 1 to 32 are needed, not 0 (n_alphas)");
+    BAD(unlearn, job.n_alphas = 33, "--alpha: 1 to 32");
+    BAD(unlearn, job.alphas[1].text = NULL, "--alpha");
+    BAD(unlearn, job.alphas[1].text = "", "--alpha");
+    BAD(unlearn, job.alphas[1].text = "../x", "in decimal");
+    BAD(unlearn, job.alphas[1].text = "000000000000000000000000000000002", "in 32 characters");
+    BAD(unlearn, job.alphas[1].text = "1e39", "1e39 is no float32");
+    BAD(unlearn, job.alphas[1].value = NAN, "is no float32");
+    BAD(unlearn, job.alphas[1].value = INFINITY, "is no float32");
+    BAD(unlearn, job.alphas[1].value = 2, "--alpha: the value is 2, the text -2e0");
+    BAD(unlearn, job.alphas[1] = job.alphas[0], "--alpha: 0.3 twice");
+    BAD(unlearn, job.model = NULL, "--model DIR is needed");
+    BAD(unlearn, job.tuned = NULL, "--tuned DIR is needed");
+    BAD(unlearn, job.patch = NULL, "--patch DIR is needed");
+    BAD(unlearn, job.forget = NULL, "--method grad needs --forget and --retain");
+    BAD(unlearn, job.retain = NULL, "--method grad needs --forget and --retain");
+    BAD(unlearn, job.rule.method = (enum perta_method)7, "--method: 7");
+    BAD(unlearn, job.rule.method = (enum perta_method)-1, "--method: -1");
+    BAD(unlearn, job.rule.method = PERTA_SCALE, "scale");
+    BAD(unlearn, job.scale = "s", "scale");
+    BAD(unlearn, job.rule.power = 2, "--power P");
+    BAD(unlearn, job.rule.power = (double)NAN, "--power P");
+    BAD(unlearn, job.rule.method = PERTA_POWER, "--power P");
+    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = (double)NAN), "--power: above 0");
+    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = -1), "--power: above 0");
+    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = 65), "--power: above 0, up to 64");
+    BAD(unlearn, job.rule.weight = 0.5, "--weight W");
+    BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = 2), "--weight: 0 to 1");
+    BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = (double)NAN), "--weight: 0 to 1");
+    BAD(unlearn, job.rule.seed = 1, "--seed goes with --method random");
+    BAD(unlearn, job.missing = (enum perta_missing)3, "--missing: 3");
+    BAD(unlearn, job.globs.n_include = 1, "--include: 1 are said");
+    BAD(unlearn, (job.globs.n_exclude = 2, job.globs.exclude = with_none), "--exclude: number 2 of 2");
+}
+END_TEST
+
+/* ---- with a model ---- */
+
+#if HAS_MODEL
+static const struct perta_scaled_paths nowhere = {"t", NULL, "s"};
+
+static struct perta_estimate good_estimate(void)
+{
+    return (struct perta_estimate){.model = "a", .data = "d", .out = "o", .mean = true};
+}
+
+START_TEST(estimate)
+{
+    COMMON(estimate);
+    BAD(estimate, job.model = NULL, "--model DIR is needed");
+    BAD(estimate, job.data = NULL, "--data FILE is needed");
+    BAD(estimate, job.out = NULL, "--out DIR is needed");
+    BAD(estimate, job.mean = false, "--stat: mean, meansq or both");
+    BAD(estimate, job.compute = (enum perta_compute)3, "--compute: 3");
+    BAD(estimate, job.at = &nowhere, "base (of at) is needed");
+}
+END_TEST
+
+static struct perta_eval good_eval(void)
+{
+    return (struct perta_eval){.model = "a", .data = "d"};
+}
+
+START_TEST(eval)
+{
+    COMMON(eval);
+    BAD(eval, job.model = NULL, "--model DIR is needed");
+    BAD(eval, job.data = NULL, "--data FILE is needed");
+    BAD(eval, job.compute = (enum perta_compute)-1, "--compute: -1");
+    BAD(eval, job.at = &nowhere, "base (of at) is needed");
+    BAD(eval, (job.at = &nowhere, job.patch = "p"), "--patch or at, not both");
+}
+END_TEST
+
+static struct perta_steps good_steps(void)
+{
+    return (struct perta_steps){.model = "a", .tuned = "b", .base = "c", .data_forget = "f",
+                                .data_retain = "r", .n_steps = 2, .rule = {0.4, 0, 3},
+                                .stop_forget = (double)INFINITY, .stop_probability = 0.5,
+                                .max_retain_rise = (double)INFINITY, .patch = "p"};
+}
+
+START_TEST(steps)
+{
+    const double nan = (double)NAN, infinite = (double)INFINITY;
+    COMMON(steps);
+    BAD(steps, job.model = NULL, "--model DIR is needed");
+    BAD(steps, job.tuned = NULL, "--tuned DIR is needed");
+    BAD(steps, job.base = NULL, "--base DIR is needed");
+    BAD(steps, job.data_forget = NULL, "--data-forget FILE is needed");
+    BAD(steps, job.data_retain = NULL, "--data-retain FILE is needed");
+    BAD(steps, job.patch = NULL, "--patch DIR is needed");
+    BAD(steps, job.n_steps = 0, "--steps: 1 to 1000");
+    BAD(steps, job.n_steps = 1001, "--steps: 1 to 1000");
+    BAD(steps, job.listed[3] = true, "--steps: 3 is listed, of 2 (n_steps)");
+    BAD(steps, job.rule.step = 0, "--step: 0; from 0.001");
+    BAD(steps, job.rule.step = nan, "--step: nan");
+    BAD(steps, job.rule.back_off = -1, "--back-off: -1");
+    BAD(steps, job.rule.back_off = nan, "--back-off: nan");
+    BAD(steps, job.rule.max_scale = infinite, "--max-scale: inf");
+    BAD(steps, job.stop_forget = 0, "--stop-forget: 0");
+    BAD(steps, job.stop_forget = nan, "--stop-forget: nan");
+    BAD(steps, job.stop_probability = 0, "--stop-probability: 0; between 0 and 1");
+    BAD(steps, job.stop_probability = nan, "--stop-probability: nan");
+    BAD(steps, job.max_retain_rise = nan, "--max-retain-rise: nan");
+    BAD(steps, (job.hold = true, job.several = true), "has one end");
+    BAD(steps, (job.hold = true, job.stop_probability = infinite), "needs --stop-probability P");
+    BAD(steps, job.compute = (enum perta_compute)9, "--compute: 9");
+    BAD(steps, job.globs.n_include = 1, "--include");
+}
+END_TEST
+#endif
+
+int main(void)
+{
+    TCase *tests = tcase_create("arguments");
+    tcase_add_checked_fixture(tests, enter_nothing, leave);
+    tcase_add_test(tests, diff);
+    tcase_add_test(tests, apply);
+    tcase_add_test(tests, compose);
+    tcase_add_test(tests, accumulate);
+    tcase_add_test(tests, manifest_and_verify);
+    tcase_add_test(tests, unlearn);
+#if HAS_MODEL
+    tcase_add_test(tests, estimate);
+    tcase_add_test(tests, eval);
+    tcase_add_test(tests, steps);
+#endif
+    return run_suite("arguments", tests);
+}
