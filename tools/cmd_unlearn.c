@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include "estimators/unlearn.h"
-#include "io/which.h"
 #include "tools/unlearn_steps.h"
 
 enum {
