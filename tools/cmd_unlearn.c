@@ -104,17 +104,16 @@ static void check_steps(struct argp_state *state, struct args *args)
     u->rule.method = PERTA_SCALE;
 }
 
-/* A wrong name, and what is known to be neither a model nor an adapter, is said by whoever opens it. */
+/* A wrong name, and what is known to be something else or damaged, is said by whoever opens it. */
 static bool needs_base(const char *path)
 {
     struct perta_err ignored = {0};
     struct perta_checkpoint *ck = NULL;
-    const char *kind = perta_which_kind(path);
     bool is = !access(path, F_OK) && !perta_checkpoint_is_adapter(path);
     if (is && !perta_checkpoint_open(path, &ck, &ignored))
         is = !perta_which_model(ck, &ignored);
-    else if (is && kind)
-        is = !strcmp(kind, "a checkpoint");
+    else if (is)
+        is = !perta_which_kind(path);
     perta_checkpoint_close(ck);
     return is;
 }
