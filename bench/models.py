@@ -116,6 +116,7 @@ class Folder:
     def __init__(self, path: Path, shapes: Shapes, dtype: np.dtype) -> None:
         path.mkdir(parents=True)
         self.path, self.dtype, self.file = path, dtype, None
+        self.metadata = {"perta.stat": "mean"} if path.name in ("forget", "retain") else {}
         self.shards: list[Shapes] = [{}]
         size = 0
         for name, shape in shapes.items():
@@ -141,7 +142,7 @@ class Folder:
         part.astype(self.dtype).tofile(self.file)
 
     def _begin(self, file: str, shard: Shapes) -> None:
-        at, header = 0, {"__metadata__": {"format": "pt", "perta.stat": "mean"}}
+        at, header = 0, {"__metadata__": {"format": "pt"} | self.metadata}
         for name, shape in shard.items():
             end = at + int(np.prod(shape)) * self.dtype.itemsize
             header[name] = {"dtype": NAMES[self.dtype], "shape": shape, "data_offsets": [at, end]}

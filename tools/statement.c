@@ -120,11 +120,11 @@ static json_t *statement_of(const struct perta_patch_in *patch, const json_t *su
 int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err)
 {
     char *to = NULL;
+    if (!cli->statement || !patch) /* the verb says that it is needed */
+        return 0;
     size_t len = strlen(patch);
     while (len > 1 && patch[len - 1] == '/')
         len--;
-    if (!cli->statement)
-        return 0;
     int rc = asprintf(&to, "%.*s" SUFFIX, (int)len, patch) < 0
                  ? perta_fail_sys(err, ENOMEM, "%s", patch)
                  : perta_publish_check_mark(to, "\"" BUILD_TYPE "\"", err);

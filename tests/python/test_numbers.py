@@ -14,7 +14,8 @@ def write(folder, **roles):
     """One tensor "t" for each role, or several by name."""
     for role in ROLES:
         x = roles.get(role, ONES * {"model": 4, "tuned": 3, "base": 1, "forget": 2, "retain": 2}[role])
-        write_folder(folder / role, x if isinstance(x, dict) else {"t": x}, metadata={"perta.stat": "mean"})
+        metadata = {"perta.stat": "mean"} if role in ("forget", "retain") else None
+        write_folder(folder / role, x if isinstance(x, dict) else {"t": x}, metadata=metadata)
 
 
 def unlearn(perta, *more, check=0):
