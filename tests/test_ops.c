@@ -309,23 +309,23 @@ START_TEST(attention)
     const size_t starts[] = {5, 5 + s->T}; /* of a batch that begins at token 5 */
     const struct perta_attention of = {{1, starts, 5}, c.places, s->n_heads, s->n_kv_heads, s->D, s->window};
     float *heads[] = {alloc(n * sizeof(float)), alloc(n * sizeof(float))};
-    float *lse = alloc(s->T * s->n_heads * sizeof *lse), *out = alloc(n * sizeof *out);
+    float *out = alloc(n * sizeof *out);
     float *dq = alloc(n * sizeof *dq), *dk = alloc(m * sizeof *dk), *dv = alloc(m * sizeof *dv);
     double *want = alloc(n * sizeof *want);
-    ck_assert_ok(perta_attention_forward(gemm, &of, out, lse, c.q.f, c.k.f, c.v.f, &err));
+    ck_assert_ok(perta_attention_forward(gemm, &of, out, c.q.f, c.k.f, c.v.f, &err));
     attention_out(&c, want);
     are_close("out", out, want, n);
     memset(dk, 1, m * sizeof *dk); /* what stood there does not count */
-    ck_assert_ok(perta_attention_backward(gemm, &of, dq, dk, dv, c.dout.f, out, lse, c.q.f,
-                                          c.k.f, c.v.f, heads, &err));
+    ck_assert_ok(perta_attention_backward(gemm, &of, dq, dk, dv, c.dout.f, c.q.f, c.k.f, c.v.f,
+                                          heads, &err));
     if (s->T > 1 && s->window > 1) {
         is_gradient("dq", dq, c.q.d, n, every, attention_value, &c);
         is_gradient("dk", dk, c.k.d, m, every, attention_value, &c);
     } else /* a token that sees one: weight 1, whatever q and k */
         for (size_t i = 0; i < n; i++)
-            ck_assert_double_lt(fabs((double)dq[i]) + fabs((double)dk[i % m]), TOLERANCE);
+            ck_assert(dq[i] == 0 && dk[i % m] == 0);
     is_gradient("dv", dv, c.v.d, m, every, attention_value, &c);
-    float *const mine[] = {heads[0], heads[1], lse, out, dq, dk, dv};
+    float *const mine[] = {heads[0], heads[1], out, dq, dk, dv};
     for (size_t i = 0; i < sizeof mine / sizeof *mine; i++)
         free(mine[i]);
     free(want);
@@ -370,7 +370,7 @@ static uint64_t digest(const struct perta_row_kernels *k)
     sum = mix(mix(sum, sums, sizeof sums), y, sizeof y);
     k->swiglu_backward(y, z, y, a.f, b.f, ROW);
     sum = mix(mix(sum, y, sizeof y), z, sizeof z);
-    k->softmax_backward(b.f, c.f, 3, 0.1f, ROW);
+    k->softmax_backward(c.f, b.f, 0.1f, ROW);
     k->scaled_exponentials(a.f, 40, 0.7f, ROW);
     sum = mix(mix(sum, b.f, sizeof y), c.f, sizeof y);
     k->to_bf16(halves, a.f, PERTA_F32, ROW);

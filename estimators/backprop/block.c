@@ -66,7 +66,6 @@ static size_t lay_out(struct perta_acts *a, const struct perta_llm *llm, size_t 
     a->rstd2 = take(memory, &at, n);
     a->rstd_q = take(memory, &at, n * llm->n_heads);
     a->rstd_k = take(memory, &at, n * llm->n_kv_heads);
-    a->lse = take(memory, &at, n * llm->n_heads);
     size_t widest = most(most(w.H, w.I), most(w.Q, w.K));
     a->vector = take(memory, &at, widest);
     take(memory, &at, PERTA_SLACK_ROWS * widest); /* what products read past the end */
@@ -198,7 +197,7 @@ int perta_block_forward(const struct perta_block *b, const struct perta_batch *b
     place(b, batch, a->q, a->q_raw, a->rstd_q, b->norm[PERTA_NORM_Q], llm->n_heads);
     place(b, batch, a->k, a->k_raw, a->rstd_k, b->norm[PERTA_NORM_K], llm->n_kv_heads);
     struct perta_attention attention = attention_of(b, batch);
-    rc = perta_attention_forward(b->gemm, &attention, a->att, a->lse, a->q, a->k, a->v, err);
+    rc = perta_attention_forward(b->gemm, &attention, a->att, a->q, a->k, a->v, err);
     memcpy(a->mid, a->x, n * H * sizeof *a->mid);
     if (!rc)
         rc = perta_linear_forward(b->gemm, &l[PERTA_O], &batch->tiles, a->att, a->mid, n, true, err);
@@ -323,9 +322,8 @@ static int self_attention_backward(const struct perta_block *b, const struct per
     sink_bias(b, sink, batch, PERTA_O, a->dmid, a->vector);
     int rc = perta_linear_backward(b->gemm, &l[PERTA_O], &batch->tiles, a->dmid, a->datt, n, false, err);
     if (!rc)
-        rc = perta_attention_backward(b->gemm, &attention, a->dq, a->dk, a->dv, a->datt, a->att,
-                                      a->lse, a->q, a->k, a->v,
-                                      (float *const[]){a->gate, a->up}, err);
+        rc = perta_attention_backward(b->gemm, &attention, a->dq, a->dk, a->dv, a->datt, a->q,
+                                      a->k, a->v, (float *const[]){a->gate, a->up}, err);
     if (rc)
         return rc;
     /* datt is free again */

@@ -49,7 +49,7 @@ struct perta_batch {
 /* Everything between x and out, and the gradients of it. One allocation. */
 struct perta_acts {
     float *x, *n1, *q, *k, *v, *q_raw, *k_raw, *att, *mid, *n2, *gate, *up, *h, *out;
-    float *rstd1, *rstd2, *rstd_q, *rstd_k, *lse;
+    float *rstd1, *rstd2, *rstd_q, *rstd_k;
     float *dout, *dgate, *dup, *dmid, *datt, *dq, *dk, *dv, *dn, *dx;
     float *vector; /* scratch for one */
 };

@@ -191,12 +191,10 @@ static double sum_exponentials(const float *x, float most, size_t n)
     return add_lanes(lanes);
 }
 
-static void softmax_backward(float *restrict p, float *restrict dp, float lse, float dot, size_t n)
+static void softmax_backward(float *restrict dp, const float *restrict p, float mean, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        p[i] = exponential(p[i] - lse);
-        dp[i] = p[i] * (dp[i] - dot);
-    }
+    for (size_t i = 0; i < n; i++)
+        dp[i] = p[i] * (dp[i] - mean);
 }
 
 static void scaled_exponentials(float *x, float lse, float scale, size_t n)

@@ -29,8 +29,8 @@ struct perta_row_kernels {
     double (*exponentials)(float *y, const float *x, float most, size_t n);
     /* The same sum, nothing kept. */
     double (*sum_exponentials)(const float *x, float most, size_t n);
-    /* p = exp(p - lse); dp = p * (dp - dot). */
-    void (*softmax_backward)(float *p, float *dp, float lse, float dot, size_t n);
+    /* dp = p * (dp - mean). */
+    void (*softmax_backward)(float *dp, const float *p, float mean, size_t n);
     /* x = scale * exp(x - lse). */
     void (*scaled_exponentials)(float *x, float lse, float scale, size_t n);
     void (*swiglu)(float *h, const float *gate, const float *up, size_t n);

@@ -297,7 +297,7 @@ struct head {
     const struct perta_place *places; /* (T) */
     uint32_t window;
     float *p; /* the worker's room */
-    float *out, *lse, *dq, *dk, *dv;
+    float *out, *dq, *dk, *dv;
     const float *dout, *q, *k, *v;
     size_t ldd; /* of dk and dv */
 };
@@ -362,7 +362,7 @@ static void clear_unseen(const struct tile *t, float *row, size_t from, size_t t
     memset(row + to, 0, (t->n_cols - to) * sizeof *row);
 }
 
-static void softmax(const struct head *h, const struct tile *t, float *p)
+static void softmax(const struct tile *t, float *p)
 {
     const struct perta_row_kernels *k = perta_row_kernels();
     for (size_t r = 0; r < t->n_rows; r++) {
@@ -375,7 +375,6 @@ static void softmax(const struct head *h, const struct tile *t, float *p)
         for (size_t j = from; j < to; j++)
             row[j] *= inverse;
         clear_unseen(t, row, from, to);
-        h->lse[t->i + r] = most + (float)log(sum);
     }
 }
 
@@ -387,23 +386,24 @@ static int head_forward(const struct head *h, struct perta_err *err)
         rc = scores(h, &t, h->p, err);
         if (rc)
             break;
-        softmax(h, &t, h->p);
+        softmax(&t, h->p);
         rc = perta_gemm_sgemm('N', 'N', t.n_rows, h->D, t.n_cols, 1, h->p, t.n_cols,
                               h->v + t.j * h->ldk, h->ldk, 0, h->out + i * h->ldq, h->ldq, err);
     }
     return rc;
 }
 
-/* p: scores -> probabilities; dp: gradient of probabilities -> gradient of scores. */
-static void softmax_backward(const struct head *h, const struct tile *t, float *p, float *dp)
+/* dp: gradient of the probabilities p -> gradient of scores. The mean of dp is taken of these very p,
+ * the forward pass's: where one of them is nearly all, what is left of dp is far below the rounding
+ * of another sum (dout times out, say), and exactly 0 where it is 1. */
+static void softmax_backward(const struct tile *t, const float *p, float *dp)
 {
     const struct perta_row_kernels *k = perta_row_kernels();
     for (size_t r = 0; r < t->n_rows; r++) {
-        size_t from, to, at = (t->i + r) * h->ldq, row = r * t->n_cols;
-        float dot = (float)k->dot(h->dout + at, h->out + at, h->D);
+        size_t from, to, row = r * t->n_cols;
         seen(t, r, &from, &to);
-        k->softmax_backward(p + row + from, dp + row + from, h->lse[t->i + r], dot, to - from);
-        clear_unseen(t, p + row, from, to);
+        float mean = (float)k->dot(p + row + from, dp + row + from, to - from);
+        k->softmax_backward(dp + row + from, p + row + from, mean, to - from);
         clear_unseen(t, dp + row, from, to);
     }
 }
@@ -419,7 +419,8 @@ static int tile_backward(const struct head *h, const struct tile *t, struct pert
                               h->ldk, 0, dp, cols, err);
     if (rc)
         return rc;
-    softmax_backward(h, t, p, dp);
+    softmax(t, p);
+    softmax_backward(t, p, dp);
     rc = perta_gemm_sgemm('T', 'N', cols, D, rows, 1, p, cols, h->dout + at_q, h->ldq, 1,
                           h->dv + at_d, h->ldd, err);
     if (!rc)
@@ -449,7 +450,7 @@ static int head_backward(const struct head *h, struct perta_err *err)
 struct heads {
     struct perta_gemm *gemm;
     const struct perta_attention *of;
-    float *out, *lse, *dq, *dk, *dv;
+    float *out, *dq, *dk, *dv;
     const float *dout, *q, *k, *v;
 };
 
@@ -477,7 +478,7 @@ static int run_head(void *ctx, unsigned worker, size_t i, struct perta_err *err)
         .places = a->places + t,
         .window = a->window,
         .p = perta_gemm_room(all->gemm, worker),
-        .out = all->out + q,
+        .out = at(all->out, q),
         .q = all->q + q,
         .k = all->k + k,
         .v = all->v + k,
@@ -486,17 +487,16 @@ static int run_head(void *ctx, unsigned worker, size_t i, struct perta_err *err)
         .dk = at(all->dk, q),
         .dv = at(all->dv, q),
     };
-    h.lse = all->lse + t * a->n_heads + head * h.T;
     if (!h.p)
         return perta_fail(err, PERTA_ESYS, "attention: out of memory");
     return all->dout ? head_backward(&h, err) : head_forward(&h, err);
 }
 
 int perta_attention_forward(struct perta_gemm *gemm, const struct perta_attention *a, float *out,
-                            float *lse, const float *q, const float *k, const float *v,
+                            const float *q, const float *k, const float *v,
                             struct perta_err *err)
 {
-    struct heads all = {.gemm = gemm, .of = a, .out = out, .lse = lse, .q = q, .k = k, .v = v};
+    struct heads all = {.gemm = gemm, .of = a, .out = out, .q = q, .k = k, .v = v};
     return perta_workers_run(perta_gemm_workers(gemm), a->sequences.n * a->n_heads, run_head, &all,
                              err);
 }
@@ -522,15 +522,13 @@ static void group_sum_rows(const void *args, size_t from, size_t to)
 }
 
 int perta_attention_backward(struct perta_gemm *gemm, const struct perta_attention *a, float *dq,
-                             float *dk, float *dv, const float *dout, const float *out,
-                             const float *lse, const float *q, const float *k, const float *v,
-                             float *const of_heads[2], struct perta_err *err)
+                             float *dk, float *dv, const float *dout, const float *q,
+                             const float *k, const float *v, float *const of_heads[2], struct perta_err *err)
 {
     size_t group = a->n_heads / a->n_kv_heads;
     size_t n = a->sequences.starts[a->sequences.n] - a->sequences.origin;
-    struct heads all = {.gemm = gemm, .of = a, .out = (float *)(uintptr_t)out,
-                        .lse = (float *)(uintptr_t)lse, .dout = dout, .q = q, .k = k, .v = v,
-                        .dq = dq, .dk = group > 1 ? of_heads[0] : dk,
+    struct heads all = {.gemm = gemm, .of = a, .dout = dout, .q = q, .k = k, .v = v, .dq = dq,
+                        .dk = group > 1 ? of_heads[0] : dk,
                         .dv = group > 1 ? of_heads[1] : dv};
     struct perta_workers *workers = perta_gemm_workers(gemm);
     int rc = perta_workers_run(workers, a->sequences.n * a->n_heads, run_head, &all, err);

@@ -52,8 +52,7 @@ void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, 
 /* Attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads,
  * D); every n_heads / n_kv_heads query heads share one of k and v. A token sees what its place says,
  * but those that stand window or more before it; where that is nothing, out is 0, as PyTorch's
- * scaled_dot_product_attention has it. Tokens that are seen stand in the order of at. lse (n, n_heads): log of the sum of exponentials of each row of
- * scores, those of a head one after another within a sequence. */
+ * scaled_dot_product_attention has it. Tokens that are seen stand in the order of at. */
 struct perta_attention {
     struct perta_runs sequences;
     const struct perta_place *places; /* (n) */
@@ -63,13 +62,13 @@ struct perta_attention {
 /* Floats that a worker needs (perta_gemm_room). */
 size_t perta_attention_room(size_t longest);
 int perta_attention_forward(struct perta_gemm *gemm, const struct perta_attention *attention,
-                            float *out, float *lse, const float *q, const float *k, const float *v,
+                            float *out, const float *q, const float *k, const float *v,
                             struct perta_err *err);
-/* dq (n, n_heads, D), dk, dv (n, n_kv_heads, D) are set, from dout and what forward had. of_heads
- * (2, n, n_heads, D) is scratch. */
+/* dq (n, n_heads, D), dk, dv (n, n_kv_heads, D) are set, from dout and what forward was given.
+ * of_heads (2, n, n_heads, D) is scratch. */
 int perta_attention_backward(struct perta_gemm *gemm, const struct perta_attention *attention,
-                             float *dq, float *dk, float *dv, const float *dout, const float *out,
-                             const float *lse, const float *q, const float *k, const float *v,
-                             float *const of_heads[2], struct perta_err *err);
+                             float *dq, float *dk, float *dv, const float *dout, const float *q,
+                             const float *k, const float *v, float *const of_heads[2],
+                             struct perta_err *err);
 
 #endif

@@ -44,6 +44,7 @@ NUMBERS = [
     "test_data::test_any_mask_and_any_positions",
     "test_data::test_other_answers_and_steps_have_them_too",
     "test_estimate::test_loss_and_gradients_are_pytorchs",
+    "test_estimate::test_attention_that_has_made_up_its_mind",
     "test_estimate::test_weights_of_every_dtype",
     "test_estimate::test_bf16_products_stay_near",
     "test_estimate::test_every_run_gives_the_same_bytes",

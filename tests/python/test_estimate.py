@@ -130,6 +130,28 @@ def test_loss_and_gradients_are_pytorchs(perta, tmp_path, family, changes):
     assert_close(read(tmp_path / "imp/meansq"), meansq, relative=1e-4, cosine=0.99999)
 
 
+def test_attention_that_has_made_up_its_mind(perta, tmp_path):
+    """Weights as large as F16 has them: of a row of attention one is nearly all, and the gradient of
+    its scores nearly or exactly 0. About as near to float64 as PyTorch's float32 is."""
+    make_model(tmp_path / "model", "Llama", {})
+    kind = transformers.LlamaForCausalLM
+    model = kind.from_pretrained(tmp_path / "model")
+    for name, parameter in model.named_parameters():
+        parameter.data.mul_(1 if "norm" in name else 3000)
+    model.half().save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    write_data(tmp_path / "data.jsonl")
+    exact, single = (
+        kind.from_pretrained(tmp_path / "model", attn_implementation="eager", dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    (loss, mean, _), (_, nearly, _) = gradients(exact), gradients(single)
+    assert estimate(perta, "--compute", "f32")["loss"] == pytest.approx(loss, rel=1e-6)
+    have = read(tmp_path / "imp/mean")
+    for name, g in mean.items():
+        allowed = 10 * (nearly[name] - g).norm() + 1e-5 * g.norm()
+        assert (have[name] - g).norm() <= allowed, name
+
+
 needs_avx512 = pytest.mark.skipif(
     "avx512bw" not in Path("/proc/cpuinfo").read_text(), reason="no AVX-512"
 )
