@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "estimators/arguments.h"
 #include "estimators/backprop/samples.h"
@@ -361,6 +362,18 @@ static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
 
 /* ---- begin ---- */
 
+/* What can be read once only would be waited for, or empty, at the next step. */
+static int check_data(const char *path, struct perta_err *err)
+{
+    struct stat st;
+    if (stat(path, &st) || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode))
+        return 0; /* reading it says what is wrong */
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: is no regular file, and steps read it again at each step; write it to "
+                      "a file first",
+                      path);
+}
+
 /* Every step reads both files anew, and refuses others than these. */
 static int read_data(struct perta_steps_job *job, struct perta_err *err)
 {
@@ -370,6 +383,8 @@ static int read_data(struct perta_steps_job *job, struct perta_err *err)
                                                 .max_tokens = s->max_tokens,
                                                 .key_path = s->data_key};
     int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    for (int i = 0; i < 2 && !rc; i++)
+        rc = check_data(data[i], err);
     for (int i = 0; i < 2 && !rc; i++) {
         struct perta_samples samples;
         rc = perta_samples_read(data[i], &wanted, &samples, err);
