@@ -41,6 +41,12 @@ static const struct key {
     {"feature_attention_mask", PERTA_KEY_ABSENT},
     {"rope_deltas", PERTA_KEY_ABSENT},
     {"cache_position", PERTA_KEY_COUNTS},
+    {"attn_mask", PERTA_KEY_HIDES},
+    {"attention_masks", PERTA_KEY_HIDES},
+    {"padding_mask", PERTA_KEY_HIDES},
+    {"positions", PERTA_KEY_PLACES},
+    {"pos_ids", PERTA_KEY_PLACES},
+    {"input_pos", PERTA_KEY_PLACES},
     {"is_causal", PERTA_KEY_CAUSAL},
     /* what trainers and collators make labels and weights of */
     {"loss_mask", PERTA_KEY_CHOOSES},
@@ -63,20 +69,30 @@ static const struct key {
     {"weights", PERTA_KEY_WEIGHS},
     {"sample_weight", PERTA_KEY_WEIGHS},
     {"sample_weights", PERTA_KEY_WEIGHS},
+    {"token_weight", PERTA_KEY_WEIGHS},
     {"token_weights", PERTA_KEY_WEIGHS},
+    {"loss_scale", PERTA_KEY_WEIGHS},
     {"label", PERTA_KEY_LABELS},
     {"label_ids", PERTA_KEY_LABELS},
+    {"lm_labels", PERTA_KEY_LABELS},
+    {"target_ids", PERTA_KEY_LABELS},
     /* blocks of packed samples */
     {"cu_seq_lens_q", PERTA_KEY_BOUNDS},
     {"cu_seq_lens_k", PERTA_KEY_BOUNDS},
     {"cu_seqlens", PERTA_KEY_BOUNDS},
     {"seq_lengths", PERTA_KEY_LENGTHS},
     {"seq_lens", PERTA_KEY_LENGTHS},
+    {"seqlens", PERTA_KEY_LENGTHS},
+    {"packed_seq_lens", PERTA_KEY_LENGTHS},
     {"sequence_lengths", PERTA_KEY_LENGTHS},
+    {"length", PERTA_KEY_LENGTH},
+    {"lengths", PERTA_KEY_LENGTH},
     {"seq_idx", PERTA_KEY_NUMBERS},
     {"segment_ids", PERTA_KEY_NUMBERS},
     {"sequence_ids", PERTA_KEY_NUMBERS},
     {"document_ids", PERTA_KEY_NUMBERS},
+    {"doc_ids", PERTA_KEY_NUMBERS},
+    {"sample_ids", PERTA_KEY_NUMBERS},
     /* read by nobody on the way to a loss of these models */
     {"token_type_ids", PERTA_KEY_NEUTRAL},
     {"special_tokens_mask", PERTA_KEY_NEUTRAL},
@@ -88,8 +104,6 @@ static const struct key {
     {"max_length_k", PERTA_KEY_NEUTRAL},
     {"use_cache", PERTA_KEY_NEUTRAL},
     {"return_loss", PERTA_KEY_NEUTRAL},
-    {"length", PERTA_KEY_NEUTRAL},
-    {"lengths", PERTA_KEY_NEUTRAL},
     {"num_tokens", PERTA_KEY_NEUTRAL},
     {"n_tokens", PERTA_KEY_NEUTRAL},
     {"token_count", PERTA_KEY_NEUTRAL},
@@ -195,6 +209,22 @@ static bool has_the_labels(const struct perta_draft *d, const json_t *value)
     return same || !json_is_array(value); /* a class, of something else */
 }
 
+static bool hides_the_same(const struct perta_draft *d, const json_t *value)
+{
+    bool same = is_row(d, value);
+    for (size_t t = 0; same && t < d->n; t++)
+        same = number(value, t) == d->seen[t];
+    return same;
+}
+
+static bool has_the_positions(const struct perta_draft *d, const json_t *value)
+{
+    bool same = is_row(d, value);
+    for (size_t t = 0; same && t < d->n; t++)
+        same = number(value, t) == d->positions[t];
+    return same;
+}
+
 static bool counts(const struct perta_draft *d, const json_t *value)
 {
     bool same = is_row(d, value);
@@ -217,6 +247,13 @@ static bool has_the_blocks(const struct perta_draft *d, const json_t *value, boo
     return same && i == json_array_size(value);
 }
 
+/* As tokenizers say it, [n] is the whole line's. */
+static bool is_a_length(const struct perta_draft *d, const json_t *value)
+{
+    bool whole = json_array_size(value) == 1 && number(value, 0) == (double)d->n;
+    return !json_is_array(value) || whole || has_the_blocks(d, value, true);
+}
+
 static bool numbers_the_blocks(const struct perta_draft *d, const json_t *value)
 {
     bool same = is_row(d, value) || !json_is_array(value); /* the whole line's */
@@ -235,12 +272,18 @@ static bool changes_nothing(const struct perta_draft *d, enum perta_key_rule rul
         return weighs_alike(d, value);
     case PERTA_KEY_LABELS:
         return has_the_labels(d, value);
+    case PERTA_KEY_HIDES:
+        return hides_the_same(d, value);
+    case PERTA_KEY_PLACES:
+        return has_the_positions(d, value);
     case PERTA_KEY_COUNTS:
         return counts(d, value);
     case PERTA_KEY_BOUNDS:
         return has_the_blocks(d, value, false);
     case PERTA_KEY_LENGTHS:
         return has_the_blocks(d, value, true);
+    case PERTA_KEY_LENGTH:
+        return is_a_length(d, value);
     case PERTA_KEY_NUMBERS:
         return numbers_the_blocks(d, value);
     case PERTA_KEY_CAUSAL:
@@ -261,8 +304,13 @@ static const char *advice(enum perta_key_rule rule)
         return "weights other than 1 are not supported; remove it to have all count alike";
     case PERTA_KEY_LABELS:
         return "it is not what \"labels\" are; keep the ones that are meant";
+    case PERTA_KEY_HIDES:
+        return "it hides other tokens than \"attention_mask\" does; if it is meant, name it so";
+    case PERTA_KEY_PLACES:
+        return "it says other positions than \"position_ids\" do; if it is meant, name it so";
     case PERTA_KEY_BOUNDS:
     case PERTA_KEY_LENGTHS:
+    case PERTA_KEY_LENGTH:
     case PERTA_KEY_NUMBERS:
         return "it makes other blocks than \"position_ids\" do; give \"position_ids\" that start "
                "again in each block, without \"attention_mask\"";

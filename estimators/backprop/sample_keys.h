@@ -26,9 +26,12 @@ enum perta_key_rule {
     PERTA_KEY_CHOOSES, /* what is learned: 0 where the label is -100 anyway */
     PERTA_KEY_WEIGHS,  /* 1, or as many */
     PERTA_KEY_LABELS,  /* the labels once more */
+    PERTA_KEY_HIDES,   /* attention_mask once more */
+    PERTA_KEY_PLACES,  /* position_ids once more */
     PERTA_KEY_COUNTS,  /* 0, 1, 2 and so on */
     PERTA_KEY_BOUNDS,  /* the blocks that position_ids make: their bounds, */
     PERTA_KEY_LENGTHS, /* their lengths, */
+    PERTA_KEY_LENGTH,  /* likewise where it is an array; else of anything */
     PERTA_KEY_NUMBERS, /* or another number for each */
     PERTA_KEY_CAUSAL,  /* true */
 };

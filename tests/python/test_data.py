@@ -235,6 +235,10 @@ NEUTRAL = [
     FOUR | {"cache_position": [0, 1, 2, 3], "is_causal": True, "inputs_embeds": []},
     FOUR | {"label": 3, "label_ids": [1, 2, 3, 4], "pixel_values": None},
     FOUR | {"cu_seq_lens_q": [0, 4], "max_length_q": 4, "seq_lengths": [4], "seq_idx": [0, 0, 0, 0]},
+    FOUR | {"length": 99, "lengths": [4], "attn_mask": [1, 1, True, 1], "positions": [0, 1, 2, 3]},
+    FOUR | {"labels": [-100, -100, 3, 4], "target_ids": [-100, -100, 3, 4], "loss_scale": [1.0] * 4},
+    FOUR | {"position_ids": [5, 6, 7, 8], "pos_ids": [5, 6, 7, 8], "doc_ids": [2, 2, 2, 2]},
+    PACKED | {"length": [2, 2], "lengths": [4], "seqlens": [2, 2], "sample_ids": [0, 0, 1, 1]},
     PACKED | {"cu_seq_lens_q": [0, 2, 4], "cu_seq_lens_k": [0, 2, 4], "seq_lengths": [2, 2]},
     PACKED | {"seq_idx": [0, 0, 1, 1], "segment_ids": [7, 7, 3, 3], "document_ids": "a string"},
     PACKED | {"question": "Who?", "text": "", "id": 5, "messages": [{"role": "user"}]},
@@ -267,6 +271,11 @@ REFUSED = [
     (PACKED | {"segment_ids": [1, 1, 1, 2]}, '"segment_ids": it makes other blocks'),
     (PACKED | {"seq_lengths": [2, 3]}, '"seq_lengths": it makes other blocks'),
     (PACKED | {"seq_idx": [0, 0, 1, 1], "attention_mask": [1] * 4}, '"seq_idx": it makes'),
+    (FOUR | {"length": [2, 2]}, '"length": it makes other blocks'),
+    (FOUR | {"attn_mask": [1, 1, 1, 0]}, '"attn_mask": it hides other tokens than "attention_mask"'),
+    (FOUR | {"positions": [0, 1, 0, 1]}, '"positions": it says other positions than "position_ids"'),
+    (FOUR | {"target_ids": [-100, 2, 3, -100]}, '"target_ids": it is not what "labels" are'),
+    (FOUR | {"loss_scale": [1, 1, 0.5, 1]}, '"loss_scale": weights other than 1'),
     (FOUR | {"labels": [1, 2, 3]}, '"labels" is not as long'),
     ({"input_ids": [[1, 2, 3]]}, '"input_ids" holds arrays, as batches do'),
     ({"input_ids": [1, 5.0]}, '"input_ids", element 1: 5.0 is no token id'),
@@ -503,6 +512,19 @@ def test_a_run_does_not_go_on_with_another_config(perta, tmp_path):
     assert "cannot go on: config.json was" in perta(*STEPS, "2", "--resume", check=2).stderr
     (tmp_path / "full/config.json").write_text(was)
     perta(*STEPS, "2", "--resume")
+
+
+def test_steps_refuse_what_can_be_read_once(perta, tmp_path):
+    """A second reading would wait for ever, or find nothing."""
+    make_folders(tmp_path)
+    text = (tmp_path / "retain.jsonl").read_text()
+    (tmp_path / "retain.jsonl").unlink()
+    os.mkfifo(tmp_path / "retain.jsonl")
+    said = "is no regular file, and steps read it again at each step"
+    assert f"retain.jsonl: {said}" in perta(*STEPS, "1", check=3).stderr
+    words = ["/dev/stdin" if word == "retain.jsonl" else word for word in STEPS]
+    assert f"/dev/stdin: {said}" in perta(*words, "1", input=text, check=3).stderr
+    assert not list(tmp_path.glob("patch*"))
 
 
 # --- where a rule is not reached
