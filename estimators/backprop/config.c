@@ -2,6 +2,7 @@
 
 #include <math.h>
 #include <string.h>
+#include <strings.h>
 
 #define SUPPORTED                                                                               \
     "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are"
@@ -92,10 +93,16 @@ static const struct family *find_type(const char *type)
     return NULL;
 }
 
+/* Also as the first checkpoints had it (LLaMAForCausalLM), and with what FSDP2 puts before it. */
+static bool is_named(const struct family *family, const char *name)
+{
+    return !strcasecmp(strncmp(name, "FSDP", 4) ? name : name + 4, family->architecture);
+}
+
 static const struct family *find_architecture(const char *name)
 {
     for (size_t i = 0; name && i < N_FAMILIES; i++)
-        if (!strcmp(name, families[i].architecture))
+        if (is_named(&families[i], name))
             return &families[i];
     return NULL;
 }
@@ -141,7 +148,7 @@ static const char *choose_architecture(struct perta_config_reader *r, const stru
         const char *name = json_string_value(json_array_get(names, i));
         if (!name)
             perta_config_refuse(r, "architectures", "is no list of names");
-        else if (family && !strcmp(name, family->architecture))
+        else if (family && is_named(family, name))
             return name;
     }
     return json_string_value(json_array_get(names, 0));
@@ -165,6 +172,11 @@ static const struct family *find_family(struct perta_config_reader *r)
                            "%s: architecture (none named) is not supported; " SUPPORTED
                            ", or as \"model_type\" llama, mistral, qwen2 and qwen3",
                            r->path);
+    else if (!family && by_type && !*why_not(r->config, name))
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: architecture %s is not supported; " SUPPORTED ". \"model_type\" "
+                           "says %s; if the model is one, write %s under \"architectures\"",
+                           r->path, name, type, by_type->architecture);
     else if (!family)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: %s %s is not supported; " SUPPORTED "%s", r->path,

@@ -140,7 +140,7 @@ void perta_config_refuse_keys(struct perta_config_reader *r)
         const json_t *value = json_object_get(r->config, key);
         if (!perta_config_has(r->config, key) || is_neutral(value, changing_keys[i].neutral))
             continue;
-        char *text = perta_json_text(value, JSON_COMPACT | JSON_ENCODE_ANY);
+        char *text = perta_json_text(value, JSON_COMPACT | JSON_ENCODE_ANY | JSON_REAL_PRECISION(15));
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: \"%s\" is %.100s: it changes what some models compute, and is not "
                            "supported; if this one does without it, remove it there",

@@ -57,6 +57,20 @@ def assert_statistics(perta, folder):
     return have
 
 
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        ("Llama", {"architectures": ["LLaMAForCausalLM"], "pad_token_id": -1, "max_sequence_length": 2048}),
+        ("Qwen3", {"architectures": ["FSDPQwen3ForCausalLM"]}),
+        ("Llama", {"architectures": ["FSDPLlamaForCausalLM"], "tie_word_embeddings": True}),
+    ],
+)
+def test_names_that_tools_gave_architectures(perta, model, family, said):
+    """The first conversions of LLaMA, and checkpoints saved under FSDP2; transformers goes by
+    model_type."""
+    assert_statistics(perta, model(said, family))
+
+
 # --- padding
 
 
@@ -149,12 +163,16 @@ def test_a_tied_pair_that_differs_is_refused(perta, model, tmp_path):
     [
         ({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}, "This is a wrapper"),
         ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}}, "This is a wrapper"),
+        (
+            {"architectures": ["PeftModelForCausalLM"]},
+            '"model_type" says llama; if the model is one, write LlamaForCausalLM under "architectures"',
+        ),
         ({"architectures": None, "model_type": "llava", "text_config": {}}, '"model_type" llava is not supported'),
         ({"architectures": ["T5ForConditionalGeneration"]}, "an encoder beside its decoder"),
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "This is an encoder"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "another head than a language model's"),
         ({"architectures": ["LlamaModel"]}, "a model without a head"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "Qwen3ForCausalLM are\n"),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "Qwen3ForCausalLM are\n"),
         ({"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.Own"}}, "which is not run"),
         ({"architectures": ["QwenForCausalLM"], "model_type": "llama"}, "architecture QwenForCausalLM is not"),
         ({"architectures": ["MistralForCausalLM"], "model_type": "llama"}, '"model_type" llama is not that of Mistral'),
