@@ -66,6 +66,8 @@ def encode_item(
     tokenizer: PreTrainedTokenizerBase, item: dict[str, Any], chat: bool
 ) -> dict[str, Any]:
     if "text" in item:
+        if "question" in item or "answer" in item:
+            raise TypeError("both are there, and which is meant is not to be told")
         return sample_of(*encode_text(tokenizer, item["text"]))
 
     def answer(text: str) -> Sample:
@@ -106,6 +108,15 @@ def encode_lines(
         yield sample
 
 
+def is_ours(path: Path) -> bool:
+    """Nothing, no file (a pipe), or what a run before wrote."""
+    if not path.is_file():
+        return True
+    with path.open("rb") as file:
+        start = file.read(16)
+    return not start or start.startswith(b'{"input_ids": [')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m perta.tokenize",
@@ -120,6 +131,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.model.is_dir():  # transformers would ask the network for it
         sys.exit(f"{arguments.model}: no such folder")
+    if not is_ours(arguments.out):
+        sys.exit(f"{arguments.out}: holds something else than such data; it is not replaced")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     samples = list(
         encode_lines(tokenizer, arguments.text, arguments.chat, arguments.max_tokens)

@@ -270,6 +270,20 @@ def test_text_becomes_data_with_questions_masked(perta, tmp_path):
     assert json.loads(perta(*words).stdout)["tokens"] == 8 + 7 + 2  # the lines' own answers alone
 
 
+def test_a_line_that_is_text_and_a_question_is_refused(tmp_path):
+    line = {"text": "some", "question": "who ?", "answer": "me"}
+    said = tokenize(tmp_path, [line], check=False)
+    assert "line 1: " in said and "both are there" in said
+
+
+def test_tokenize_replaces_its_own_data_alone(tmp_path):
+    assert len(tokenize(tmp_path, [{"text": "some"}])) == 1
+    assert len(tokenize(tmp_path, [{"text": "some"}, {"text": "me"}])) == 2
+    (tmp_path / "data.jsonl").write_text('{"text": "somebody\'s own"}\n')
+    assert "data.jsonl: holds something else" in tokenize(tmp_path, [{"text": "me"}], check=False)
+    assert "own" in (tmp_path / "data.jsonl").read_text()
+
+
 def test_a_wrong_answer_that_is_no_list_is_named_by_its_line(tmp_path):
     lines = [{"text": "some"}, {"question": "who ?", "answer": "me", "perturbed_answer": "text"}]
     assert "line 2: " in tokenize(tmp_path, lines, check=False)
