@@ -95,12 +95,13 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     h->token = calloc(h->n_labels, sizeof *h->token);
     h->target = calloc(h->n_labels, sizeof *h->target);
     h->share = calloc(h->n_labels, sizeof *h->share);
-    h->lse = calloc(h->n_labels, sizeof *h->lse);
+    h->most = calloc(h->n_labels, sizeof *h->most);
+    h->sums = calloc(h->n_labels, sizeof *h->sums);
     h->logit = calloc(h->n_labels, sizeof *h->logit);
     h->best = h->statistic ? NULL : calloc(h->n_labels, sizeof *h->best);
     h->starts = calloc(h->samples->n + 1, sizeof *h->starts);
     h->norm = calloc(H, sizeof *h->norm);
-    if (!h->token || !h->target || !h->share || !h->lse || !h->logit || !h->starts ||
+    if (!h->token || !h->target || !h->share || !h->most || !h->sums || !h->logit || !h->starts ||
         !h->norm || (!h->statistic && !h->best))
         return perta_fail_sys(err, ENOMEM, "labels");
     collect_labels(h);
@@ -119,7 +120,8 @@ void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
     free(h->token);
     free(h->target);
     free(h->share);
-    free(h->lse);
+    free(h->most);
+    free(h->sums);
     free(h->logit);
     free(h->best);
     free(h->starts);
@@ -280,7 +282,7 @@ static struct perta_head_means means_of(const struct perta_head *h)
 
 /* What a block of the vocabulary adds to the losses. */
 static int forward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
-                         double *sums, float *best_logit, struct perta_err *err)
+                         float *best_logit, struct perta_err *err)
 {
     struct work w = work_of(h);
     int rc = 0;
@@ -292,7 +294,7 @@ static int forward_block(struct perta_head *h, size_t row, const struct perta_li
         if (rc)
             break;
         perta_cross_entropy_forward(workers_of(h), w.logits, row, block->out, n, h->target + first,
-                                    h->lse + first, sums + first, h->logit + first);
+                                    h->most + first, h->sums + first, h->logit + first);
         if (h->best)
             perta_best_forward(workers_of(h), w.logits, row, block->out, n, best_logit + first,
                                h->best + first);
@@ -305,26 +307,24 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x,
                        const struct perta_part *next, struct perta_head_means *means,
                        struct perta_err *err)
 {
-    double *sums = calloc(h->n_labels, sizeof *sums);
     float *best_logit = calloc(h->n_labels, sizeof *best_logit);
-    int rc = sums && best_logit ? normalise(h, x, err) : perta_fail_sys(err, ENOMEM, "labels");
-    for (size_t i = 0; i < h->n_labels && !rc; i++)
-        h->lse[i] = best_logit[i] = -INFINITY;
+    int rc = best_logit ? normalise(h, x, err) : perta_fail_sys(err, ENOMEM, "labels");
+    for (size_t i = 0; i < h->n_labels && !rc; i++) {
+        h->most[i] = best_logit[i] = -INFINITY;
+        h->sums[i] = 0;
+    }
     for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
         const struct perta_linear *block;
         rc = load(h, row, next, &block, err);
         if (!rc)
-            rc = forward_block(h, row, block, sums, best_logit, err);
+            rc = forward_block(h, row, block, best_logit, err);
         if (!rc)
             rc = h->advance(h->ctx, err);
     }
-    for (size_t i = 0; i < h->n_labels && !rc; i++)
-        h->lse[i] += (float)log(sums[i]);
     if (!rc)
         *means = means_of(h);
     if (!rc && h->by_probability)
         weigh_by_probability(h);
-    free(sums);
     free(best_logit);
     return rc;
 }
@@ -334,7 +334,7 @@ double perta_head_loss(const struct perta_head *h, uint64_t sample)
     size_t first = h->starts[sample], end = h->starts[sample + 1];
     double sum = 0;
     for (size_t i = first; i < end; i++)
-        sum += (double)h->lse[i] - (double)h->logit[i];
+        sum += (double)h->most[i] - (double)h->logit[i] + log(h->sums[i]);
     return sum / (double)(end - first);
 }
 
@@ -346,7 +346,7 @@ static void logits_backward(const struct perta_head *h, size_t row, size_t n_row
 {
     size_t first = batch->first_row;
     perta_cross_entropy_backward(workers_of(h), logits, row, n_rows, batch->n, h->target + first,
-                                 h->lse + first, h->share + first);
+                                 h->most + first, h->sums + first, h->share + first);
 }
 
 struct sum {

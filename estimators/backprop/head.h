@@ -30,8 +30,9 @@ struct perta_head {
     uint32_t *token;  /* (n_labels): which token predicts it */
     int32_t *target;  /* (n_labels) */
     float *share;     /* (n_labels): 1 / labels of its sample, and its weight if it has one */
-    float *lse;       /* (n_labels): log of the sum of exponentials */
-    float *logit;     /* (n_labels): of the target; its loss is lse - logit */
+    float *most;      /* (n_labels): the largest logit */
+    double *sums;     /* (n_labels): of exponentials of logit - most */
+    float *logit;     /* (n_labels): of the target; its loss is most - logit + log(sum) */
     int32_t *best;    /* (n_labels): the token of the largest logit; NULL with a statistic */
     size_t *starts;   /* (samples->n + 1): labels of each sample */
     struct perta_cut cut; /* labels */

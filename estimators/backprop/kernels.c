@@ -197,10 +197,10 @@ static void softmax_backward(float *restrict dp, const float *restrict p, float 
         dp[i] = p[i] * (dp[i] - mean);
 }
 
-static void scaled_exponentials(float *x, float lse, float scale, size_t n)
+static void scaled_exponentials(float *x, float most, float scale, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        x[i] = scale * exponential(x[i] - lse);
+        x[i] = scale * exponential(x[i] - most);
 }
 
 /* ---- SwiGLU (Shazeer 2020) ---- */

@@ -31,8 +31,8 @@ struct perta_row_kernels {
     double (*sum_exponentials)(const float *x, float most, size_t n);
     /* dp = p * (dp - mean). */
     void (*softmax_backward)(float *dp, const float *p, float mean, size_t n);
-    /* x = scale * exp(x - lse). */
-    void (*scaled_exponentials)(float *x, float lse, float scale, size_t n);
+    /* x = scale * exp(x - most). */
+    void (*scaled_exponentials)(float *x, float most, float scale, size_t n);
     void (*swiglu)(float *h, const float *gate, const float *up, size_t n);
     /* dgate may be dh. */
     void (*swiglu_backward)(float *dgate, float *dup, const float *dh, const float *gate,

@@ -209,7 +209,7 @@ struct entropy {
     float *most, *of_target;
     double *sums;
     int32_t *best;
-    const float *lse, *share;
+    const float *share;
 };
 
 static void entropy_rows(const void *args, size_t from, size_t to)
@@ -264,7 +264,8 @@ static void entropy_backward_rows(const void *args, size_t from, size_t to)
     const struct perta_row_kernels *k = perta_row_kernels();
     for (size_t i = from; i < to; i++) {
         size_t at = (size_t)e->target[i];
-        k->scaled_exponentials(e->dlogits + i * e->n_rows, e->lse[i], e->share[i], e->n_rows);
+        float share = (float)((double)e->share[i] / e->sums[i]);
+        k->scaled_exponentials(e->dlogits + i * e->n_rows, e->most[i], share, e->n_rows);
         if (at >= e->row && at < e->row + e->n_rows)
             e->dlogits[i * e->n_rows + at - e->row] -= e->share[i];
     }
@@ -272,10 +273,12 @@ static void entropy_backward_rows(const void *args, size_t from, size_t to)
 
 void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, size_t row,
                                   size_t n_rows, size_t n, const int32_t *target,
-                                  const float *lse, const float *share)
+                                  const float *most, const double *sums,
+                                  const float *share)
 {
     const struct entropy e = {.dlogits = logits, .row = row, .n_rows = n_rows, .target = target,
-                              .lse = lse, .share = share};
+                              .most = (float *)(uintptr_t)most,
+                              .sums = (double *)(uintptr_t)sums, .share = share};
     share_out(workers, n, n_rows, entropy_backward_rows, &e);
 }
 

@@ -44,10 +44,12 @@ void perta_cross_entropy_forward(struct perta_workers *workers, const float *log
 /* Likewise the running maximum, which begins as -INFINITY, and where it is: of equals the first. */
 void perta_best_forward(struct perta_workers *workers, const float *logits, size_t row, size_t n_rows, size_t n, float *most,
                         int32_t *best);
-/* logits become their gradients: share (n) * (softmax - one at target), from lse (n), log of the
- * sum of all exponentials. */
+/* logits become their gradients: share (n) * (softmax - one at target), from what forward
+ * left in most and sums. A log of the sum, added to a large most, would be rounded: the gradient of
+ * a target that is nearly certain is what is left after taking away one. */
 void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, size_t row, size_t n_rows, size_t n,
-                                  const int32_t *target, const float *lse, const float *share);
+                                  const int32_t *target, const float *most, const double *sums,
+                                  const float *share);
 
 /* Attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads,
  * D); every n_heads / n_kv_heads query heads share one of k and v. A token sees what its place says,

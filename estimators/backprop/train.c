@@ -36,7 +36,7 @@ static void lay_out(struct perta_trainer *t)
     float *at = t->memory;
     float **const of_model[] = {&t->gradients, &t->first, &t->second};
     float **const of_hidden[] = {&t->last, &t->normed, &t->dnormed, &t->dlast};
-    float **const of_labels[] = {&t->rstd, &t->lse, &t->share, &t->of_label};
+    float **const of_labels[] = {&t->rstd, &t->most, &t->share, &t->of_label};
     for (size_t i = 0; i < 3; i++)
         *of_model[i] = take(&at, n);
     for (size_t i = 0; i < 4; i++)
@@ -239,16 +239,15 @@ static int head_backward(struct perta_trainer *t, size_t n, float *dout, size_t 
     struct perta_linear head = head_of(t);
     size_t H = head.in, V = head.out;
     for (size_t i = 0; i < n; i++) {
-        t->lse[i] = -INFINITY;
+        t->most[i] = -INFINITY;
         t->sums[i] = 0;
     }
-    perta_cross_entropy_forward(t->workers, t->logits, 0, V, n, t->target, t->lse, t->sums, t->of_label);
+    perta_cross_entropy_forward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums, t->of_label);
     *loss = 0;
-    for (size_t i = 0; i < n; i++) {
-        t->lse[i] += (float)log(t->sums[i]);
-        *loss += (double)t->share[i] * ((double)t->lse[i] - (double)t->of_label[i]);
-    }
-    perta_cross_entropy_backward(t->workers, t->logits, 0, V, n, t->target, t->lse, t->share);
+    for (size_t i = 0; i < n; i++)
+        *loss += (double)t->share[i] *
+                 ((double)t->most[i] - (double)t->of_label[i] + log(t->sums[i]));
+    perta_cross_entropy_backward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums, t->share);
     struct perta_runs tiles = cut(t->label_tiles, n);
     int rc = perta_linear_backward(t->gemm, &head, &tiles, t->logits, t->dnormed, n, false, err);
     if (!rc)

@@ -16,7 +16,7 @@ struct perta_trainer {
     float *gradients, *first, *second;      /* (n_floats); moments of AdamW */
     struct perta_acts *acts;                /* (n_layers): out of one is x of the next */
     float *last, *normed, *dnormed, *dlast; /* (max_labels, H) */
-    float *rstd, *lse, *share, *of_label;   /* (max_labels) */
+    float *rstd, *most, *share, *of_label;   /* (max_labels) */
     double *sums;                           /* (max_labels) */
     float *logits;                          /* (max_labels, vocabulary) */
     uint32_t *token, *ids;                  /* (max_labels); (max_tokens) */
