@@ -228,30 +228,49 @@ static int check_lora(const struct perta_adapter *adapter,
               : 0;
 }
 
+/* Is it an embedding of tokens? By its name, or by a row for each of them. */
+static bool is_embedding(const struct perta_checkpoint *model, const char *name)
+{
+    static const char *const names[] = {"embed_tokens.weight", "wte.weight",
+                                        "embed_in.weight",     "word_embeddings.weight",
+                                        "shared.weight",       ".embeddings.weight",
+                                        "tokens_embed.weight", "tok_embeddings.weight"};
+    const json_t *n = json_object_get(model->config, "vocab_size");
+    const struct perta_tensor *t = perta_checkpoint_find(model, name)->tensor;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (ends_in(name, names[i]))
+            return true;
+    return perta_tied_is_embedding(name) ||
+           (json_is_integer(n) && t->n_dims == 2 && t->shape[0] == (uint64_t)json_integer_value(n) &&
+            strcasestr(name, "emb") && !strstr(name, "pos"));
+}
+
+static bool has_head(const struct perta_checkpoint *model)
+{
+    static const char *const heads[] = {"lm_head.", "embed_out.", "output.", "head.", "decoder."};
+    for (uint64_t i = 0; i < model->n_tensors; i++)
+        for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
+            const char *found = strstr(model->by_name[i].tensor->name, heads[k]);
+            if (found && !strcmp(found + strlen(heads[k]), "weight"))
+                return true;
+        }
+    return false;
+}
+
 /* Does the model use this tensor once more, as its head or its embedding? config.json says it, or
  * where it leaves that to the architecture, it is a language model's embedding and no head of its
  * own is stored. */
 static bool is_shared(const struct perta_checkpoint *model, const char *name)
 {
-    static const char *const heads[] = {"lm_head.", "embed_out.", "output.", "head.", "decoder."};
     const json_t *tie = json_object_get(model->config, "tie_word_embeddings");
     const char *architecture =
         json_string_value(json_array_get(json_object_get(model->config, "architectures"), 0));
-    if (perta_tied_name(name) && perta_is_tied(model))
+    bool is_lm = json_is_true(tie) || (architecture && (strstr(architecture, "LM") ||
+                                                        strstr(architecture, "Generation")));
+    if (perta_tied_name(model, name) && perta_is_tied(model))
         return true;
-    if (json_is_false(tie) || !architecture ||
-        !(strstr(architecture, "LM") || strstr(architecture, "Generation")) ||
-        !(ends_in(name, "embed_tokens.weight") || ends_in(name, "wte.weight") ||
-          ends_in(name, "word_embeddings.weight") || ends_in(name, "embed_in.weight") ||
-          ends_in(name, "shared.weight")))
-        return false;
-    for (uint64_t i = 0; i < model->n_tensors; i++)
-        for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
-            const char *found = strstr(model->by_name[i].tensor->name, heads[k]);
-            if (found && !strcmp(found + strlen(heads[k]), "weight"))
-                return false;
-        }
-    return true;
+    return !json_is_false(tie) && is_lm && perta_checkpoint_find(model, name) &&
+           is_embedding(model, name) && !has_head(model);
 }
 
 /* The live adapter changes one of embedding and head, a merged one both: which is meant nobody
@@ -259,7 +278,7 @@ static bool is_shared(const struct perta_checkpoint *model, const char *name)
 static int check_tied(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
                       const struct perta_change *change, struct perta_err *err)
 {
-    const char *other_name = perta_tied_name(change->target);
+    const char *other_name = perta_tied_name(model, change->target);
     const struct perta_change *other = other_name ? perta_adapter_find(adapter, other_name) : NULL;
     bool same = false;
     if (!is_shared(model, change->target))

@@ -38,11 +38,10 @@ static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct per
 static int check_tied(const struct perta_unlearn_job *job, int role, struct perta_err *err)
 {
     const struct perta_checkpoint *ck = job->in[role].ck;
-    const struct perta_ref *head = perta_checkpoint_find(ck, PERTA_HEAD_NAME),
-                           *embedding = perta_checkpoint_find(ck, perta_tied_name(PERTA_HEAD_NAME));
+    const struct perta_ref *head, *embedding;
     bool same = true;
     int rc = perta_tied_check(ck, err);
-    if (rc || !perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !head || !embedding)
+    if (rc || !perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !perta_tied_pair(ck, &embedding, &head))
         return rc;
     rc = perta_tied_compare(ck, embedding, ck, head, &same, err);
     return rc || same
@@ -136,7 +135,7 @@ static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn
     int rc = find_operand(job, row, role, tied, err);
     if (rc || row->in[role])
         return rc;
-    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name, *other = perta_tied_name(name);
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name, *other = perta_tied_name(job->in[role].ck, name);
     if (other && perta_checkpoint_find(job->in[role].ck, other))
         return perta_fail(err, PERTA_EINPUT,
                           "%s %s: no tensor %s, which --model has beside %s; are the two tied in "
@@ -268,10 +267,12 @@ static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row
 static int check_globs(const struct perta_unlearn_job *job, bool tied, struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
-    const char *head = PERTA_HEAD_NAME, *embedding = perta_tied_name(head);
+    const struct perta_ref *a, *b;
+    if (!tied || !perta_tied_pair(model, &a, &b))
+        return 0;
+    const char *embedding = a->tensor->name, *head = b->tensor->name;
     bool chosen = perta_globs_match(&job->unlearn->globs, head);
-    if (!tied || !perta_checkpoint_find(model, head) || !perta_checkpoint_find(model, embedding) ||
-        perta_globs_match(&job->unlearn->globs, embedding) == chosen)
+    if (perta_globs_match(&job->unlearn->globs, embedding) == chosen)
         return 0;
     return perta_fail(err, PERTA_EUSAGE,
                       "%s: --include and --exclude choose %s and not %s, which config.json ties to it",
@@ -279,9 +280,10 @@ static int check_globs(const struct perta_unlearn_job *job, bool tied, struct pe
 }
 
 /* Tied tensors share it, so that --method random gives both the same. */
-static uint64_t name_hash(const char *name, bool tied)
+static uint64_t name_hash(const struct perta_checkpoint *model, const char *name, bool tied)
 {
-    const char *key = tied && !strcmp(name, PERTA_HEAD_NAME) ? perta_tied_name(name) : name;
+    const char *other = tied ? perta_tied_name(model, name) : NULL;
+    const char *key = other && !perta_tied_is_embedding(name) ? other : name;
     return perta_hash64(key, strlen(key));
 }
 
@@ -326,7 +328,7 @@ static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
         for (uint64_t t = 0; t < model->shards[s].header->n_tensors && !rc; t++, index++) {
             const struct perta_tensor *tensor = &model->shards[s].header->tensors[t];
             struct perta_unlearn_row *row = &job->rows[index];
-            row->name_hash = name_hash(tensor->name, tied);
+            row->name_hash = name_hash(model, tensor->name, tied);
             rc = fill_row(job, row, tensor, &job->actions[index], tied, err);
             n_edited += row->edited;
         }

@@ -18,13 +18,20 @@ bool perta_globs_match(const struct perta_globs *globs, const char *name);
 /* The head that may be tied to the embedding. */
 #define PERTA_HEAD_NAME "lm_head.weight"
 
-/* The other name of embeddings that are tied; NULL for all other tensors. */
-const char *perta_tied_name(const char *name);
-/* The tensor of that name; where embeddings are tied (config says so) and only one of
- * model.embed_tokens.weight and lm_head.weight is there, it stands for both. NULL: missing. */
+/* The other name of embeddings that are tied: of a head that of the embedding in ck; NULL for all
+ * other tensors. */
+const char *perta_tied_name(const struct perta_checkpoint *ck, const char *name);
+/* The tensor of that name; where embeddings are tied (config says so) and only one of embedding and
+ * head is there, it stands for both. NULL: missing. */
 const struct perta_ref *perta_tied_find(const struct perta_checkpoint *ck, const char *name,
                                         bool tied);
-/* "tie_word_embeddings" of config.json; false without one. */
+/* Is it one of the embeddings that models tie to their head? */
+bool perta_tied_is_embedding(const char *name);
+/* Are both there, each under a name of its own? */
+bool perta_tied_pair(const struct perta_checkpoint *ck, const struct perta_ref **embedding,
+                     const struct perta_ref **head);
+/* "tie_word_embeddings" of config.json, or what transformers has by default for its "model_type"
+ * (Gemma, GPT-2, ...); false without either. */
 bool perta_is_tied(const struct perta_checkpoint *ck);
 
 /* Is it no parameter, but what a model computes for itself and some checkpoints store: frequencies,

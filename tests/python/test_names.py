@@ -190,6 +190,84 @@ def test_a_model_with_a_head_of_its_own_needs_one_in_all(perta, tmp_path):
     assert f"--tuned tuned: no tensor {HEAD}, which --model has beside {EMBED}" in message
 
 
+# Embedding, head, config.json without and with the key.
+TIES = {
+    "gemma": (EMBED, HEAD, {"model_type": "gemma"}),
+    "gpt2": ("transformer.wte.weight", HEAD, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+    "gpt2, as the Hub has it": ("wte.weight", HEAD, {"model_type": "gpt2"}),
+    "opt": ("model.decoder.embed_tokens.weight", HEAD, {"model_type": "opt"}),
+    "bloom": ("word_embeddings.weight", HEAD, {"model_type": "bloom"}),
+    "falcon": ("transformer.word_embeddings.weight", HEAD, {"tie_word_embeddings": True}),
+    "mamba": ("backbone.embeddings.weight", HEAD, {"model_type": "mamba"}),
+    "ctrl": ("transformer.w.weight", HEAD, {"model_type": "ctrl"}),
+    "t5": ("shared.weight", HEAD, {"tie_word_embeddings": True}),
+    "qwen2_vl": ("model.language_model.embed_tokens.weight", HEAD, {"tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight", {"tie_word_embeddings": True}),
+}
+
+
+def tied_roles(tmp_path, embedding, head, config, stored=("model", "tuned", "base"), other=None):
+    """One matrix under both names in what is stored, but for one other; importance under the embedding's."""
+    roles = make({embedding: (10, 8), Q: (8, 8)})
+    for role in stored:
+        roles[role][head] = roles[role][embedding] * (2 if role == other else 1)
+    write(tmp_path, roles)
+    for role in ("model", "tuned", "base"):
+        (tmp_path / role / "config.json").write_text(json.dumps(config))
+    return roles
+
+
+@pytest.mark.parametrize("rule", [RULE, Rule("random", seed=3)], ids=lambda rule: rule.method)
+@pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
+def test_ties_of_other_architectures_are_kept(perta, tmp_path, embedding, head, config, rule):
+    roles = tied_roles(tmp_path, embedding, head, config)
+    want = unlearn(rule, 1, **{role: {n: x for n, x in t.items() if n != head} for role, t in roles.items()})
+    perta(*flags(rule, ["1"]), "--missing", "keep")
+    have = load_file(tmp_path / "m/model.safetensors")
+    assert have[embedding].tobytes() == have[head].tobytes() == want[embedding].out.tobytes()
+    assert f"choose {embedding} and not {head}" in perta(*flags(rule, ["1"]), "--exclude", head, check=2).stderr
+
+
+@pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
+def test_a_head_that_tuned_stores_beside_the_same_embedding_is_one(perta, tmp_path, embedding, head, config):
+    roles = tied_roles(tmp_path, embedding, head, config, ["tuned"])
+    perta(*flags(Rule("tv"), ["1"]))
+    del roles["tuned"][head]
+    check_folder(tmp_path, None, unlearn(Rule("tv"), 1, **{r: roles[r] for r in ROLES[:3]}, forget={}, retain={}))
+
+
+@pytest.mark.parametrize("role", ["model", "tuned", "base"])
+@pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
+def test_ties_of_other_architectures_that_differ_are_refused(perta, tmp_path, embedding, head, config, role):
+    tied_roles(tmp_path, embedding, head, config, other=role)
+    message = perta(*flags(Rule("tv"), ["1"]), check=3).stderr
+    assert f"{role}: tensors {embedding} and {head} differ" in message
+    assert ("true by default" in message) == ("tie_word_embeddings" not in config)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "gemma", "tie_word_embeddings": False}, {"model_type": "llama"}, {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}], ids=str)
+def test_what_is_not_tied_may_differ(perta, tmp_path, config):
+    roles = make()
+    write(tmp_path, roles)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    perta(*flags(RULE, ["1"]))
+    check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
+
+
+@pytest.mark.parametrize("embedding", [embedding for embedding, head, _ in TIES.values() if head == HEAD] + ["model.tok_embeddings.weight"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "lora"])
+def test_an_adapter_of_an_embedding_without_a_head_is_refused(perta, tmp_path, embedding, whole):
+    """The live adapter leaves the head, for which the model has the same matrix."""
+    write_folder(tmp_path / "model", {embedding: np.zeros((10, 8), np.float32)}, 1, None)
+    (tmp_path / "model/config.json").write_text(json.dumps({"architectures": ["AnyForCausalLM"], "vocab_size": 10}))
+    module = f"base_model.model.{embedding.removesuffix('.weight')}"
+    parts = {f"{module}.lora_embedding_A": (4, 10), f"{module}.lora_embedding_B": (8, 4)}
+    parts = {f"{module}.weight": (10, 8)} if whole else parts
+    write_adapter(tmp_path / "adapter", {name: np.ones(shape, np.float32) for name, shape in parts.items()})
+    words = "unlearn --model model --tuned adapter --base model --method tv --patch p".split()
+    assert f"changes {embedding}, which --model model ties to" in perta(*words, check=3).stderr
+
+
 # --- buffers
 
 
