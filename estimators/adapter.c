@@ -351,6 +351,66 @@ static void note_targets(const struct perta_adapter *adapter, const struct perta
                    adapter->ck->path, (ull)n, first);
 }
 
+/* PEFT's names have it in front, and PEFT passes over what has not. */
+static void note_names(const struct perta_adapter *adapter, json_t *notes)
+{
+    const char *first = NULL;
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < adapter->ck->n_tensors; i++) {
+        const struct perta_tensor *t = adapter->ck->by_name[i].tensor;
+        if (!perta_is_buffer(t) && strncmp(t->name, PREFIX, strlen(PREFIX)) && !n++)
+            first = t->name;
+    }
+    if (n)
+        perta_note(notes,
+                   "%s: the names of %llu tensors, %s the first, do not begin with " PREFIX
+                   ": PEFT would pass them over, here they count",
+                   adapter->ck->shards[0].path, (ull)n, first);
+}
+
+static int check_any(const struct perta_adapter *adapter, struct perta_err *err)
+{
+    return adapter->n_changes
+               ? 0
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s: no tensors; adapters of compiled or sharded models may be saved so: "
+                            "save it again, from the whole model",
+                            adapter->ck->n_shards ? adapter->ck->shards[0].path : adapter->ck->path);
+}
+
+/* Is there a whole copy of a tensor in the module of that name? */
+static bool holds_module(const struct perta_adapter *adapter, const char *module)
+{
+    for (uint64_t i = 0; i < adapter->n_changes; i++)
+        if (adapter->changes[i].whole && perta_adapter_is_within(adapter->changes[i].target, module))
+            return true;
+    return false;
+}
+
+/* What modules_to_save names and the model has must be there: without it the adapter is a part of
+ * one, which PEFT does not load. */
+static int check_saved(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                       struct perta_err *err)
+{
+    size_t k;
+    json_t *module;
+    json_array_foreach (json_object_get(adapter->ck->config, "modules_to_save"), k, module)
+        for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors; i++) {
+            const struct perta_tensor *t = model->by_name[i].tensor;
+            if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
+                continue;
+            if (!holds_module(adapter, json_string_value(module)))
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
+                                  "though --model has %s; is the adapter whole? Save it again, or "
+                                  "remove that name",
+                                  adapter->ck->path, json_string_value(module),
+                                  adapter->ck->shards[0].name, t->name);
+            break;
+        }
+    return 0;
+}
+
 int perta_adapter_open(const struct perta_checkpoint *ck,
                        const struct perta_checkpoint *model, struct perta_adapter **out,
                        json_t *notes, struct perta_err *err)
@@ -364,13 +424,18 @@ int perta_adapter_open(const struct perta_checkpoint *ck,
     if (!rc)
         rc = read_names(adapter, err);
     if (!rc)
+        rc = check_any(adapter, err);
+    if (!rc)
         rc = find_targets(adapter, &config, model, err);
+    if (!rc)
+        rc = check_saved(adapter, model, err);
     if (rc) {
         perta_adapter_close(adapter);
         return rc;
     }
     perta_adapter_config_note(&config, notes);
     note_targets(adapter, &config, notes);
+    note_names(adapter, notes);
     *out = adapter;
     return 0;
 }

@@ -141,7 +141,7 @@ void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_
         said = true;
         perta_note(notes, "nothing changes: %s%s",
                    weighs_nothing(job) ? "the weight of all that is edited is 0"
-                   : job->adapter      ? "the adapter's task vector is zero (lora_A or lora_B is)"
+                   : job->adapter      ? "the adapter's task vector is zero (lora_A, lora_B or lora_alpha is)"
                                        : "--tuned and --base hold the same values",
                    perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
                        ? ", wherever the weight is not"

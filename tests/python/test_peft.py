@@ -425,6 +425,42 @@ def test_an_adapter_that_changes_nothing_is_noted(perta, tmp_path, bases):
     assert any("nothing changes: the adapter's task vector is zero" in note for note in notes)
 
 
+def saved_as(plain, to, rename=lambda name: name, **keys):
+    """The plain LoRA under other names, or without some; keys for its config."""
+    to.mkdir()
+    tensors = {rename(name): x for name, x in load_file(plain / "adapter_model.safetensors").items() if rename(name)}
+    save_file(tensors, to / "adapter_model.safetensors")
+    config = json.loads((plain / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps(config | keys))
+
+
+def test_an_adapter_without_tensors_is_refused(perta, tmp_path, bases, plain):
+    """As PEFT saves one of a compiled model."""
+    saved_as(plain, tmp_path / "a", lambda name: None)
+    assert "a/adapter_model.safetensors: no tensors" in perta(*words(bases / "llama", "a"), check=3).stderr
+
+
+@pytest.mark.parametrize("module", [HEAD, "norm", "mlp", "model.embed_tokens"])
+def test_a_module_to_save_that_is_not_saved_is_refused(perta, tmp_path, bases, plain, module):
+    saved_as(plain, tmp_path / "a", modules_to_save=["score", module])
+    with pytest.raises(KeyError):
+        live(bases / "llama", tmp_path / "a")
+    message = perta(*words(bases / "llama", "a"), check=3).stderr
+    assert f"a/adapter_config.json: modules_to_save: {module} is not in adapter_model.safetensors" in message
+
+
+def test_names_that_peft_would_pass_over_are_noted(perta, tmp_path, bases, plain):
+    saved_as(plain, tmp_path / "a", lambda name: name.removeprefix("base_model.model."))
+    notes = json.loads(perta(*words(bases / "llama", "a")).stdout)["notes"]
+    first = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert any(f"the names of 8 tensors, {first} the first, do not begin with base_model.model." in note for note in notes)
+
+
+def test_an_alpha_of_zero_is_named(perta, tmp_path, bases, plain):
+    saved_as(plain, tmp_path / "a", lora_alpha=0)
+    assert "(lora_A, lora_B or lora_alpha is)" in perta(*words(bases / "llama", "a")).stdout
+
+
 COMMON = "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo2 stablelm gpt2 gpt_neo gpt_neox gptj gpt_bigcode opt bloom falcon mpt mamba mamba2 cohere smollm3 starcoder2 granite glm4 lfm2"
 
 
