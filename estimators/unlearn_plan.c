@@ -59,15 +59,16 @@ static int check_tied(const struct perta_unlearn_job *job, int role, struct pert
 static int align(const struct perta_unlearn_job *job, int role, json_t *notes, struct perta_err *err)
 {
     struct perta_checkpoint *ck = job->in[role].ck;
-    const char *add, *name = ck->n_tensors ? ck->by_name[0].tensor->name : "";
-    size_t strip;
-    char was[64];
-    snprintf(was, sizeof was, "%s", name);
-    int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, &strip, &add, err);
-    if (!rc && (strip || *add))
-        perta_note(notes, "%s: its names are --model's but for %s%.*s%s%s", perta_roles[role],
-                   strip ? "a prefix " : "", (int)(strip < 63 ? strip : 63), was,
-                   strip && *add ? " in place of " : *add ? "a missing " : "", add);
+    const char *add, *wrapper;
+    char prefix[PERTA_PREFIX_ROOM];
+    int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, prefix, &add, &wrapper, err);
+    if (!rc && wrapper)
+        perta_note(notes, "%s: its names are --model's but for parts of wrappers within them (%.*s)",
+                   perta_roles[role], (int)strlen(wrapper) - 1, wrapper);
+    if (!rc && (*prefix || *add))
+        perta_note(notes, "%s: its names are --model's but for %s%s%s%s", perta_roles[role],
+                   *prefix ? "a prefix " : "", prefix,
+                   *prefix && *add ? " in place of " : *add ? "a missing " : "", add);
     return rc;
 }
 

@@ -445,8 +445,26 @@ const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
     return bsearch(&key, ck->by_name, ck->n_tensors, sizeof key, compare_refs);
 }
 
-int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
-                            struct perta_err *err)
+/* to = name without what stands in it as one of parts (up to NULL), each with its dot, at the start
+ * or after a dot. Returns its end. */
+static char *copy_without(char *to, const char *name, const char *const *parts)
+{
+    for (bool at_part = true; *name; at_part = *to++ == '.', name++) {
+        for (const char *const *part = parts; at_part && *part;) {
+            bool found = !strncmp(name, *part, strlen(*part));
+            name += found ? strlen(*part) : 0;
+            part = found ? parts : part + 1;
+        }
+        if (!(*to = *name))
+            return to;
+    }
+    *to = 0;
+    return to;
+}
+
+/* Every tensor goes by its name after strip characters, without parts, and with add in front. */
+static int rename_all(struct perta_checkpoint *ck, size_t strip, const char *const *parts,
+                      const char *add, struct perta_err *err)
 {
     size_t room = 1, added = strlen(add);
     for (uint64_t i = 0; i < ck->n_tensors; i++)
@@ -457,12 +475,34 @@ int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const cha
     for (uint32_t s = 0; s < ck->n_shards; s++)
         for (uint64_t i = 0; i < ck->shards[s].header->n_tensors; i++) {
             struct perta_tensor *tensor = &ck->shards[s].header->tensors[i];
-            char *end = stpcpy(stpcpy(at, add), tensor->name + strip);
+            char *end = copy_without(stpcpy(at, add), tensor->name + strip, parts);
             tensor->name = at;
             at = end + 1;
         }
-    free(ck->names); /* the order of by_name stays */
+    free(ck->names);
     ck->names = names;
+    return 0;
+}
+
+int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
+                            struct perta_err *err)
+{
+    static const char *const none[] = {NULL};
+    return rename_all(ck, strip, none, add, err); /* the order of by_name stays */
+}
+
+int perta_checkpoint_drop(struct perta_checkpoint *ck, const char *const *parts,
+                          struct perta_err *err)
+{
+    int rc = rename_all(ck, 0, parts, "", err);
+    if (rc)
+        return rc;
+    qsort(ck->by_name, ck->n_tensors, sizeof *ck->by_name, compare_refs);
+    for (uint64_t i = 1; i < ck->n_tensors; i++)
+        if (!compare_refs(&ck->by_name[i - 1], &ck->by_name[i]))
+            return perta_fail(err, PERTA_EINPUT, "%s: two tensors are %s, but for parts of a wrapper "
+                                                 "in their names (%s...)",
+                              ck->path, ck->by_name[i].tensor->name, parts[0]);
     return 0;
 }
 

@@ -68,6 +68,10 @@ PERTA_API const struct perta_ref *perta_checkpoint_find(const struct perta_check
  * share, and with add in front. PERTA_ESYS without memory, and then nothing changed. */
 int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
                             struct perta_err *err);
+/* From now on names go without parts (up to NULL), each with its dot, wherever they stand between
+ * dots. PERTA_EINPUT if that makes one name of two. */
+int perta_checkpoint_drop(struct perta_checkpoint *ck, const char *const *parts,
+                          struct perta_err *err);
 
 /* A link in a folder may lead to where the folder's owner put it, not to anywhere: PERTA_EINPUT if
  * path is one that leads neither into the folder nor to the blobs of its Hugging Face cache. */

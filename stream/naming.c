@@ -156,6 +156,22 @@ static const char *const prefixes[] = {"_orig_mod.", "module.", "_fsdp_wrapped_m
                                        "base_model.model.", "model."};
 #define N_PREFIXES (sizeof prefixes / sizeof *prefixes)
 
+/* Of wrappers around single layers: FSDP, checkpointed activations, torch.compile, PEFT. */
+static const char *const wrappers[] = {"_fsdp_wrapped_module.", "_checkpoint_wrapped_module.",
+                                       "_orig_mod.", "base_layer.", NULL};
+
+/* Are there wrappers within names, not only in front of all of them? */
+static const char *wrapper_within(const struct perta_checkpoint *ck)
+{
+    for (uint64_t i = 0; i < ck->n_tensors; i++)
+        for (const char *const *w = wrappers; *w; w++) {
+            const char *name = ck->by_name[i].tensor->name, *found = strstr(name, *w);
+            if (found && (found == name || found[-1] == '.'))
+                return *w;
+        }
+    return NULL;
+}
+
 /* That all names of ck have from strip on; NULL: none. */
 static const char *shared_prefix(const struct perta_checkpoint *ck, size_t strip)
 {
@@ -187,8 +203,9 @@ static uint64_t count_found(const struct perta_checkpoint *ck, const struct pert
     return n;
 }
 
-int perta_names_align(struct perta_checkpoint *ck, const struct perta_checkpoint *model,
-                      size_t *strip, const char **add, struct perta_err *err)
+/* The prefix that finds most: strip characters off, and add in front. */
+static uint64_t find_prefix(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                            size_t *strip, const char **add)
 {
     uint64_t most = count_found(ck, model, 0, "");
     const char *prefix = "";
@@ -206,9 +223,27 @@ int perta_names_align(struct perta_checkpoint *ck, const struct perta_checkpoint
         }
         prefix = most < ck->n_tensors ? shared_prefix(ck, at) : NULL;
     }
+    return most;
+}
+
+int perta_names_align(struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                      char prefix[PERTA_PREFIX_ROOM], const char **add, const char **wrapper,
+                      struct perta_err *err)
+{
+    size_t strip;
+    uint64_t most = find_prefix(ck, model, &strip, add);
+    *wrapper = most < ck->n_tensors ? wrapper_within(ck) : NULL;
+    if (*wrapper) {
+        int rc = perta_checkpoint_drop(ck, wrappers, err);
+        if (rc)
+            return rc;
+        most = find_prefix(ck, model, &strip, add);
+    }
     if (most == UINT64_MAX)
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);
-    return *strip || **add ? perta_checkpoint_rename(ck, *strip, *add, err) : 0;
+    snprintf(prefix, PERTA_PREFIX_ROOM, "%.*s", (int)strip,
+             ck->n_tensors ? ck->by_name[0].tensor->name : "");
+    return strip || **add ? perta_checkpoint_rename(ck, strip, *add, err) : 0;
 }
 
 /* ---- shapes ---- */

@@ -39,11 +39,16 @@ bool perta_is_tied(const struct perta_checkpoint *ck);
 bool perta_is_buffer_name(const char *name);
 bool perta_is_buffer(const struct perta_tensor *tensor);
 
+#define PERTA_PREFIX_ROOM 64
+
 /* Names of ck may be those of model but for one prefix, the same for all of them, that wrappers of
- * training put in front, or that a part of a model does without: give them those of model. *strip
- * and *add (static; "" for none) say what was taken off and put in front. Only memory fails. */
+ * training put in front, or that a part of a model does without: give them those of model. prefix
+ * (cut where it does not fit) and *add (static), "" for none, are what was taken off and put in front. Where that does not do,
+ * parts within names that wrappers of single layers leave there are dropped first; *wrapper (static;
+ * NULL: none) is the first of them. PERTA_EINPUT if that makes one name of two. */
 int perta_names_align(struct perta_checkpoint *ck, const struct perta_checkpoint *model,
-                      size_t *strip, const char **add, struct perta_err *err);
+                      char prefix[PERTA_PREFIX_ROOM], const char **add, const char **wrapper,
+                      struct perta_err *err);
 
 /* "[2, 3]", cut where it does not fit. */
 void perta_shape_print(char *to, size_t room, const struct perta_tensor *t);

@@ -69,6 +69,32 @@ def test_a_prefix_that_is_missing_is_understood(perta, tmp_path, prefix):
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
+LAYER = "model.layers.0."
+WITHIN = {
+    "_fsdp_wrapped_module": lambda name: "_fsdp_wrapped_module." + name.replace(LAYER, f"{LAYER}_fsdp_wrapped_module._orig_mod."),
+    "_checkpoint_wrapped_module": lambda name: "module." + name.replace(LAYER, f"{LAYER}_checkpoint_wrapped_module."),
+    "_orig_mod": lambda name: name.replace(LAYER, "model._orig_mod.layers.0._orig_mod."),
+    "base_layer": lambda name: "base_model.model." + name.replace("q_proj.", "q_proj.base_layer."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WITHIN)
+def test_wrappers_of_single_layers_are_understood(perta, tmp_path, wrapper):
+    roles = make()
+    write(tmp_path, roles, WITHIN[wrapper])
+    notes = notes_of(perta, *flags(RULE, ["1"]))
+    for role in ("forget", "retain"):
+        assert f"--{role}: its names are --model's but for parts of wrappers within them ({wrapper})" in notes
+    check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
+
+
+def test_wrappers_that_make_one_name_of_two_are_refused(perta, tmp_path):
+    roles = make()
+    roles["forget"][f"_orig_mod.{Q}"] = roles["forget"][Q]
+    write(tmp_path, roles)
+    assert f"forget: two tensors are {Q}, but for parts of a wrapper" in perta(*flags(RULE, ["1"]), check=3).stderr
+
+
 def test_each_importance_has_its_own_prefix(perta, tmp_path):
     roles = make()
     write(tmp_path, roles)
@@ -83,7 +109,7 @@ def test_each_importance_has_its_own_prefix(perta, tmp_path):
 RENAMES = {
     "of another model": lambda name: f"transformer.{name}",
     "a prefix on some": lambda name: f"module.{name}" if name == HEAD else name,
-    "a prefix within": lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+    "an unknown part within": lambda name: name.replace("layers.0.", "layers.0.wrapped."),
     "fused experts": lambda name: name.replace("q_proj.weight", "qkv_proj"),
     "a parameter of PEFT's": lambda name: name.replace("q_proj.", "q_proj.lora_A."),
 }
