@@ -114,6 +114,16 @@ static bool is_named_as_codes(const char *name)
     return ends_in_any(name, endings) || ends_in(name, "_blocks");
 }
 
+/* Matrices of integers of these names are: of Marlin, of sparse weights, of VPTQ. */
+static bool is_matrix_of_codes(const struct perta_tensor *t)
+{
+    static const char *const parts[] = {"B", "B_24", "bitmask", "indices", NULL};
+    for (size_t i = 0; t->n_dims >= 2 && parts[i]; i++)
+        if (!strcmp(last_part(t->name), parts[i]))
+            return true;
+    return false;
+}
+
 /* Integers that models have beside a scale of their own: of positions, and masks. */
 static bool is_named_as_buffer(const char *name)
 {
@@ -213,7 +223,7 @@ static int check_tensor(const struct perta_checkpoint *ck, const struct scales *
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s is %s, with %s beside it: the weights are quantised; " WHAT_TO_DO,
                           path, t->name, perta_dtype_name(t->dtype), scale->name);
-    if (is_integer(t->dtype) && t->n_dims && is_named_as_codes(t->name))
+    if (is_integer(t->dtype) && t->n_dims && (is_named_as_codes(t->name) || is_matrix_of_codes(t)))
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s is %s: the weights are quantised; " WHAT_TO_DO, path,
                           t->name, perta_dtype_name(t->dtype));
