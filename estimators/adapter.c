@@ -187,7 +187,8 @@ static int check_transposed(const struct perta_adapter *adapter, const struct pe
                                         "clvp"};
     const char *type = json_string_value(json_object_get(model->config, "model_type"));
     for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
-        if (!strcmp(type, types[i]) && !change->is_embedding && strncmp(change->target, "lm_head.", 8))
+        if (!strcmp(type, types[i]) && !change->is_embedding &&
+            strncmp(change->target, "lm_head.", 8) && strncmp(change->target, "score.", 6))
             return perta_fail(err, PERTA_EINPUT,
                               "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
                               "which perta does not do; merge the adapter into its base",
@@ -300,6 +301,23 @@ static int check_tied(const struct perta_adapter *adapter, const struct perta_ch
               : "it does not change that, and the model has one matrix for both");
 }
 
+/* transformers gives the parts of a vision-language model other names than they are stored under. */
+static int no_target(const struct perta_adapter *adapter, const struct perta_change *change,
+                     const struct perta_checkpoint *model, struct perta_err *err)
+{
+    const struct perta_ref *part = change->whole ? change->whole : change->a;
+    const char *const outer = "language_model.";
+    bool wraps = strstr(change->target, outer);
+    for (uint64_t i = 0; i < model->n_tensors && !wraps; i++)
+        wraps = strstr(model->by_name[i].tensor->name, outer);
+    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: there is no %s in --model %s; %s",
+                      adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
+                      wraps ? "one of them goes by the names of a vision-language model "
+                              "(language_model), the other does not; merge the adapter into its base "
+                              "(merge_and_unload, save_pretrained) and give that as --tuned"
+                            : "is it another architecture?");
+}
+
 static int find_targets(struct perta_adapter *adapter,
                         const struct perta_adapter_config *config,
                         const struct perta_checkpoint *model, struct perta_err *err)
@@ -312,10 +330,7 @@ static int find_targets(struct perta_adapter *adapter,
         const struct perta_ref *part = change->whole ? change->whole : change->a;
         const struct perta_ref *ref = perta_tied_find(model, change->target, tied);
         if (!ref)
-            rc = perta_fail(err, PERTA_EINPUT,
-                            "%s: tensor %s: there is no %s in --model %s; is it another "
-                            "architecture?",
-                            path, part->tensor->name, change->target, model->path);
+            rc = no_target(adapter, change, model, err);
         else if (!perta_dtype_is_editable(ref->tensor->dtype))
             rc = perta_fail(
                 err, PERTA_EINPUT,

@@ -38,8 +38,10 @@ static const struct {
     {"transformer.w.weight", PERTA_HEAD_NAME},
     {"backbone.embeddings.weight", PERTA_HEAD_NAME},
     {"shared.weight", PERTA_HEAD_NAME},
+    {"model.shared.weight", PERTA_HEAD_NAME},
     {"gpt_neox.embed_in.weight", "embed_out.weight"},
     {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"},
+    {"language_model.model.embed_tokens.weight", PERTA_HEAD_NAME},
 };
 #define N_TIES (sizeof ties / sizeof *ties)
 

@@ -461,6 +461,25 @@ def test_an_alpha_of_zero_is_named(perta, tmp_path, bases, plain):
     assert "(lora_A, lora_B or lora_alpha is)" in perta(*words(bases / "llama", "a")).stdout
 
 
+@pytest.mark.parametrize("inside", ["model.language_model.", "language_model.model."])
+def test_names_of_a_vision_language_model_are_called_so(perta, tmp_path, bases, plain, inside):
+    saved_as(plain, tmp_path / "a", lambda name: name.replace("model.model.", f"model.{inside}"))
+    message = perta(*words(bases / "llama", "a"), check=3).stderr
+    assert "goes by the names of a vision-language model" in message and "merge the adapter" in message
+
+
+def test_a_classifier_of_gpt2_is_not_transposed(perta, tmp_path):
+    config = transformers.GPT2Config(**KINDS["gpt2"][1], num_labels=3, pad_token_id=0)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    of = transformers.AutoModelForSequenceClassification
+    model = peft.get_peft_model(of.from_pretrained(tmp_path / "base"), peft.LoraConfig(target_modules=["score"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "a")
+    perta(*words("base", "a"))
+    with torch.no_grad():
+        want = model.eval()(IDS).logits
+        near(of.from_pretrained(tmp_path / "m").eval()(IDS).logits, want, "live")
+
+
 COMMON = "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo2 stablelm gpt2 gpt_neo gpt_neox gptj gpt_bigcode opt bloom falcon mpt mamba mamba2 cohere smollm3 starcoder2 granite glm4 lfm2"
 
 
