@@ -348,6 +348,16 @@ static bool has_tensors(const struct perta_unlearn_job *job, int role)
     return job->in[role].ck && !job->in[role].ck->is_adapter;
 }
 
+static const char *why_extra(int role, const char *name)
+{
+    if (!strstr(name, "lora_"))
+        return "is it another architecture?";
+    return role == PERTA_ROLE_TUNED || role == PERTA_ROLE_BASE
+               ? "a LoRA without PEFT's adapter_config.json? Merge it into its base, or save it with "
+                 "PEFT"
+               : "it is of a LoRA's own parameters; those of the model are wanted";
+}
+
 /* A tensor that the model lacks means another architecture, but for the other name of tied
  * embeddings, and for buffers. */
 static int check_extra(const struct perta_unlearn_job *job, struct perta_err *err)
@@ -360,9 +370,9 @@ static int check_extra(const struct perta_unlearn_job *job, struct perta_err *er
             if (!perta_is_buffer(tensor) && !perta_tied_find(model, tensor->name, tied))
                 return perta_fail(
                     err, PERTA_EINPUT,
-                    "%s %s: has tensor %s, which --model %s lacks; is it another "
-                    "architecture?",
-                    perta_roles[role], job->in[role].ck->path, tensor->name, model->path);
+                    "%s %s: has tensor %s, which --model %s lacks; %s", perta_roles[role],
+                    job->in[role].ck->path, tensor->name, model->path,
+                    why_extra(role, tensor->name));
         }
     return 0;
 }

@@ -162,6 +162,15 @@ def test_a_shape_that_differs_names_both(perta, tmp_path):
     assert f"tensor {Q}: shape [8, 8] in --model, [4, 8] in --retain" in message
 
 
+@pytest.mark.parametrize("role, words", [("tuned", "a LoRA without PEFT's adapter_config.json?"), ("retain", "of a LoRA's own parameters")])
+def test_a_lora_in_the_wrong_place_is_called_so(perta, tmp_path, role, words):
+    """As Mistral's finetuning writes it; and gradients of an adapter."""
+    roles = make()
+    roles[role]["layers.0.attention.wq.lora_A.weight"] = roles[role][Q]
+    write(tmp_path, roles)
+    assert f"lacks; {words}" in " ".join(perta(*flags(RULE, ["1"]), check=3).stderr.split()).replace("lacks; it is ", "lacks; ")
+
+
 # --- tied embeddings
 
 
