@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/arguments.h"
+#include "estimators/pass_arguments.h"
 #include "estimators/estimate_job.h"
 #include "io/fpenv.h"
 #include "io/text.h"

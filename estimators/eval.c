@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/arguments.h"
+#include "estimators/pass_arguments.h"
 #include "estimators/estimate_job.h"
 #include "estimators/patched.h"
 #include "io/fpenv.h"

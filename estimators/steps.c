@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/arguments.h"
 #include "estimators/backprop/samples.h"
 #include "estimators/eval.h"
 #include "estimators/steps_job.h"
@@ -12,6 +11,7 @@
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
 #include "stream/naming.h"

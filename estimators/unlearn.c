@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/arguments.h"
+#include "estimators/unlearn_arguments.h"
 #include "estimators/unlearn_job.h"
 #include "io/checked.h"
 #include "io/fpenv.h"

@@ -27,26 +27,6 @@ static int remove_tree(const char *path)
     return nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
 }
 
-int perta_folder_sync(const char *path, struct perta_err *err)
-{
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0)
-        return perta_fail_sys(err, errno, "%s", path);
-    int rc = fsync(fd) && errno != EINVAL ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
-    close(fd);
-    return rc;
-}
-
-int perta_name_sync(const char *path, struct perta_err *err)
-{
-    char *copy = strdup(path);
-    if (!copy)
-        return perta_fail_sys(err, ENOMEM, "%s", path);
-    int rc = perta_folder_sync(dirname(copy), err);
-    free(copy);
-    return rc;
-}
-
 int perta_make_parents(const char *path, struct perta_err *err)
 {
     char *copy = strdup(path);
