@@ -126,20 +126,28 @@ static int is_object(const struct look *look, const char *name, bool *ours, stru
     return rc;
 }
 
-static int parses(const char *path, bool *ours, struct perta_err *err)
+/* What does not parse is no error: *header is NULL. Else it is the caller's. */
+static int read_header(const char *path, struct perta_header **header, struct perta_err *err)
 {
     struct perta_err why = {0};
-    struct perta_header *header = NULL;
     struct stat st;
+    *header = NULL;
     int fd = perta_open_regular(path, &st, &why);
-    int rc = fd < 0 ? fd : perta_safetensors_read(fd, (uint64_t)st.st_size, path, &header, &why);
+    int rc = fd < 0 ? fd : perta_safetensors_read(fd, (uint64_t)st.st_size, path, header, &why);
     if (fd >= 0)
         close(fd);
-    perta_header_free(header);
-    *ours = !rc;
     if (rc == PERTA_ESYS)
         *err = why;
     return rc == PERTA_ESYS ? rc : 0;
+}
+
+static int parses(const char *path, bool *ours, struct perta_err *err)
+{
+    struct perta_header *header;
+    int rc = read_header(path, &header, err);
+    *ours = header;
+    perta_header_free(header);
+    return rc;
 }
 
 /* 1: the file at b has the bytes of the one at a, or, of a leftover, begins with them. */
@@ -167,16 +175,50 @@ static int compare_files(const char *a, const char *b, bool beginning, struct pe
     return same;
 }
 
+/* Where like, a folder or a file, has what is called name; the caller's. NULL: nowhere. */
+static int find_like(const struct look *look, const char *name, char **other,
+                     struct perta_err *err)
+{
+    struct stat st;
+    *other = NULL;
+    if (!look->like)
+        return 0;
+    const char *slash = strrchr(look->like, '/');
+    bool is_folder = !stat(look->like, &st) && S_ISDIR(st.st_mode);
+    if (!is_folder && strcmp(slash ? slash + 1 : look->like, name))
+        return 0;
+    *other = is_folder ? perta_path_join(look->like, name) : strdup(look->like);
+    return *other ? 0 : perta_fail_sys(err, ENOMEM, "%s", name);
+}
+
 static int is_copy(const struct look *look, const char *path, const char *name, bool *ours,
                    struct perta_err *err)
 {
-    char *other = look->like ? perta_path_join(look->like, name) : NULL;
-    if (look->like && !other)
-        return perta_fail_sys(err, ENOMEM, "%s", name);
+    char *other;
+    int rc = find_like(look, name, &other, err);
     int same = other ? compare_files(path, other, look->as == PERTA_OWNED_LEFTOVER, err) : 0;
     free(other);
     *ours = same > 0;
-    return same < 0 ? same : 0;
+    return rc ? rc : same < 0 ? same : 0;
+}
+
+/* Is it made from that of like which has its name, whatever that is? An edit keeps the header. */
+static int is_made_from(const struct look *look, const char *path, const char *name, bool *ours,
+                        struct perta_err *err)
+{
+    struct stat st;
+    struct perta_header *mine = NULL, *theirs = NULL;
+    char *other;
+    int rc = find_like(look, name, &other, err);
+    if (!rc && other && !stat(other, &st) && S_ISREG(st.st_mode))
+        rc = read_header(other, &theirs, err);
+    if (!rc && theirs)
+        rc = read_header(path, &mine, err);
+    *ours = mine && perta_header_same(mine, theirs);
+    perta_header_free(mine);
+    perta_header_free(theirs);
+    free(other);
+    return rc;
 }
 
 /* ---- of an output ---- */
@@ -225,7 +267,7 @@ static int judge_output(struct look *look, const char *path, const char *name, b
     }
     if (perta_text_ends_in(name, ".safetensors")) {
         bool named = is_weights(look, name);
-        int rc = named ? parses(path, ours, err) : 0;
+        int rc = named ? parses(path, ours, err) : is_made_from(look, path, name, ours, err);
         *why = named ? " (damaged)" : "";
         look->whole |= *ours;
         return rc;

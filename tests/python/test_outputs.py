@@ -195,6 +195,22 @@ def test_an_output_with_anything_else_in_it_is_not_replaced(perta, done, out, pu
     assert tree(done) == before
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_shards_of_any_name_are_replaced_by_what_is_made_of_the_same(perta, inputs, as_file):
+    """There is no index that names them, and no config."""
+    for folder in ("model", "tuned"):
+        (inputs / folder / "model.safetensors.index.json").unlink()
+        for i, shard in enumerate(sorted((inputs / folder).glob("*.safetensors"))):
+            shard.rename(shard.with_name(f"part{i}.safetensors"))
+    sides = [f"{folder}/part0.safetensors" if as_file else folder for folder in ("model", "tuned")]
+    perta("diff", *sides, "--patch", "p")
+    for _ in range(2):
+        perta("apply", sides[0], "p", "--out", "out", "--force")
+    safetensors_file(inputs / "out/part0.safetensors")  # of other tensors
+    refusal = perta("apply", sides[0], "p", "--out", "out", "--force", check=2).stderr
+    assert "part0.safetensors" in refusal
+
+
 @pytest.mark.parametrize("out", KINDS)
 @pytest.mark.parametrize("flag", ["--force", "--resume", "--quiet"])
 def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag):
