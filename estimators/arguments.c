@@ -89,6 +89,10 @@ int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err
 {
     const struct perta_argument needed[] = {
         {"--model DIR", u->model}, {"--tuned DIR", u->tuned}, {"--patch DIR", u->patch}};
+    const struct perta_argument given[] = {{"--base", u->base},
+                                           {"--forget", u->forget},
+                                           {"--retain", u->retain},
+                                           {"--out", u->out}};
     int rc = check_alphas(u, err);
     if (!rc)
         rc = check_rule(&u->rule, err);
@@ -98,6 +102,8 @@ int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err
         rc = check_globs(&u->globs, err);
     if (!rc)
         rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
     return rc ? rc : check_importance(u, err);
 }
 
@@ -142,6 +148,8 @@ static int check_count(const struct perta_steps *s, struct perta_err *err)
 {
     if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
         return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d", PERTA_STEPS_MAX);
+    if (s->listed[0])
+        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d; 0 is listed", PERTA_STEPS_MAX);
     for (unsigned k = s->n_steps + 1; k <= PERTA_STEPS_MAX; k++)
         if (s->listed[k])
             return perta_fail(err, PERTA_EUSAGE, "--steps: %u is listed, of %u (n_steps)", k,
@@ -171,6 +179,7 @@ int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
                                             {"--data-forget FILE", s->data_forget},
                                             {"--data-retain FILE", s->data_retain},
                                             {"--patch DIR", s->patch}};
+    const struct perta_argument given[] = {{"--data-key", s->data_key}, {"--out", s->out}};
     int rc = check_count(s, err);
     if (!rc)
         rc = check_step(&s->rule, err);
@@ -180,5 +189,7 @@ int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
         rc = check_globs(&s->globs, err);
     if (!rc)
         rc = perta_compute_argument(s->compute, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
     return rc ? rc : perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
 }
