@@ -77,12 +77,27 @@ static bool is_empty_dir(const char *path)
     return n == 2; /* . and .. */
 }
 
+/* Such a name has no place for leftovers beside it. */
+static bool ends_in_dots(const char *path)
+{
+    size_t len = strlen(path);
+    while (len && path[len - 1] == '/')
+        len--;
+    size_t n = 0;
+    while (n < len && path[len - 1 - n] != '/')
+        n++;
+    return (n == 1 || n == 2) && !strncmp(path + len - n, "..", n);
+}
+
 /* like: see perta_owned_check. */
 static int check_target(const char *path, const char *like, bool force, bool *replace,
                         struct perta_err *err)
 {
     struct stat st;
     *replace = false;
+    if (ends_in_dots(path))
+        return perta_fail(err, PERTA_EUSAGE, "%s: ends in . or .., which names no new folder; write "
+                          "the folder's own name", path);
     if (lstat(path, &st))
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
     if (S_ISDIR(st.st_mode) && perta_is_mount_point(path))

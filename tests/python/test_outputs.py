@@ -48,6 +48,8 @@ UNLEARN = "unlearn --model model --tuned tuned --base base --forget forget --ret
         ("--patch p --out p/x", "the other output p"),
         ("--patch p/x --out p", "the other output p/x"),
         ("--patch p --out model --force --alpha 1,2", "the input model"),
+        ("--patch p/.", "p/.: ends in . or .."),
+        ("--patch p --out new/./ --force", "new/./: ends in . or .."),
         ("--patch new/../p", 'the folder before ".." does not exist'),
     ],
 )
