@@ -40,7 +40,8 @@ struct look {
     struct perta_record_files record;
     struct perta_index *index; /* NULL: none */
     size_t n_shards; /* of the names */
-    bool has_config, has_adapter;
+    bool has_config; /* of a model */
+    bool has_adapter;
     bool whole; /* weights were found */
     char foreign[512]; /* what is not of it, for the message */
     unsigned n_foreign;
@@ -121,6 +122,38 @@ static int is_object(const struct look *look, const char *name, bool *ours, stru
     struct perta_plain all = {text, text + len_bytes}, at = all;
     *ours = !rc && perta_plain_word(&at, "{") && perta_plain_pass(&all) &&
             perta_plain_word(&all, "");
+    free(text);
+    free(path);
+    return rc;
+}
+
+static bool has_key_of_model(struct perta_plain at)
+{
+    static const char *const keys[] = {"model_type", "architectures", "_class_name"};
+    const char *key;
+    size_t len;
+    for (const char *mark = "{"; perta_plain_word(&at, mark); mark = ",") {
+        if (!perta_plain_raw(&at, &key, &len) || !perta_plain_word(&at, ":"))
+            return false;
+        for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+            if (perta_plain_is(key, len, keys[i]))
+                return true;
+        if (!perta_plain_pass(&at))
+            return false;
+    }
+    return false;
+}
+
+/* Is there a config.json that says of what model it is? Other programs have one, too. */
+static int find_config(struct look *look, struct perta_err *err)
+{
+    struct stat st;
+    size_t len_bytes = 0;
+    char *path = perta_path_join(look->path, "config.json"), *text = NULL;
+    int rc = path ? 0 : perta_fail_sys(err, ENOMEM, "%s", look->path);
+    if (!rc && !lstat(path, &st) && S_ISREG(st.st_mode))
+        rc = perta_file_text(path, &text, &len_bytes, err);
+    look->has_config = !rc && text && has_key_of_model((struct perta_plain){text, text + len_bytes});
     free(text);
     free(path);
     return rc;
@@ -383,8 +416,9 @@ static int look_open(struct look *look, const char *path, enum perta_owned as, c
     int rc = perta_folder_each(path, add_name, look, err);
     if (look->n)
         qsort(look->names, look->n, sizeof *look->names, compare_names);
-    look->has_config = has(look, "config.json");
     look->has_adapter = has(look, "adapter_config.json");
+    if (!rc && as == PERTA_OWNED_OUTPUT)
+        rc = find_config(look, err);
     if (!rc && has(look, PERTA_RECORD_NAME))
         rc = perta_record_scan(path, &look->record, err);
     return rc || !has(look, INDEX) || as != PERTA_OWNED_OUTPUT ? rc : open_index(look, err);

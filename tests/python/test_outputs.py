@@ -155,12 +155,20 @@ def adapters(folder):
     return "a.safetensors, b.safetensors"
 
 
+def program(folder):
+    """One with a config.json of its own, that keeps what it learned in one file."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"port": 80, "paths": {"model_type": "x"}}')
+    safetensors_file(folder / "notes.safetensors")
+    return "notes.safetensors"
+
+
 def safetensors_file(path):
     header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
 
 
-@pytest.mark.parametrize("make", [extension, node, adapters])
+@pytest.mark.parametrize("make", [extension, node, adapters, program])
 @pytest.mark.parametrize("out", KINDS)
 def test_a_folder_of_somebody_else_is_not_replaced(perta, done, out, make):
     (done / out).rename(done / "aside")
