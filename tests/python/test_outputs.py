@@ -327,3 +327,24 @@ def test_other_weights_of_the_model_are_left_behind_and_named(perta, done):
         assert not (done / "out" / name).exists()
     summary = json.loads(perta("apply", "model", "p", "--in-place", "--json").stdout)
     assert sorted(summary["unedited"]) == sorted(named)
+
+
+def test_a_model_that_is_chosen_as_a_file_has_the_config_beside_it(perta, tmp_path):
+    """What that says counts: the file is given to choose one of two models."""
+    if "estimate" not in VERBS:
+        pytest.skip("this build has no matrix products")
+    make_inputs(tmp_path, large=False)
+    folder, file = tmp_path / "llama", "llama/model.safetensors"
+    weights = ["eval", "--data", "data.jsonl", "--json", "--model"]
+    losses = [json.loads(run(tmp_path, *weights, model).stdout)["loss"] for model in ("llama", file)]
+    assert losses[0] == losses[1]
+    config = json.loads((folder / "config.json").read_text())
+    command = f"unlearn --model {file} --tuned {file} --base {file} --method tv --patch p".split()
+    for key, value, named in (
+        ("tie_word_embeddings", True, "lm_head.weight differ"),
+        ("quantization_config", {"quant_method": "fp8"}, "llama/config.json: \"quantization_config\""),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        assert named in run(tmp_path, *command, status=3).stderr
+    (folder / "config.json").unlink()
+    run(tmp_path, *command)
