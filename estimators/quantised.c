@@ -41,9 +41,9 @@ static int refuse_key(const struct perta_checkpoint *ck, const char *key, const 
 {
     const char *method = json_string_value(json_object_get(value, "quant_method"));
     return perta_fail(err, PERTA_EINPUT,
-                      "%s/config.json: \"%s\"%s%.100s: the weights are quantised; " WHAT_TO_DO
+                      "%s: \"%s\"%s%.100s: the weights are quantised; " WHAT_TO_DO
                       ", or, where full weights are stored, remove that key",
-                      ck->path, key, method ? " " : "", method ? method : "");
+                      ck->config_path, key, method ? " " : "", method ? method : "");
 }
 
 /* Older tools write a file of their own. */

@@ -43,6 +43,8 @@ static int check_count(const struct perta_steps *s, struct perta_err *err)
 {
     if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
         return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d", PERTA_STEPS_MAX);
+    if (s->listed[0])
+        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d; 0 is listed", PERTA_STEPS_MAX);
     for (unsigned k = s->n_steps + 1; k <= PERTA_STEPS_MAX; k++)
         if (s->listed[k])
             return perta_fail(err, PERTA_EUSAGE, "--steps: %u is listed, of %u (n_steps)", k,
@@ -58,6 +60,7 @@ int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
                                             {"--data-forget FILE", s->data_forget},
                                             {"--data-retain FILE", s->data_retain},
                                             {"--patch DIR", s->patch}};
+    const struct perta_argument given[] = {{"--data-key", s->data_key}, {"--out", s->out}};
     int rc = check_count(s, err);
     if (!rc)
         rc = check_step(&s->rule, err);
@@ -67,5 +70,7 @@ int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
         rc = perta_globs_arguments(&s->globs, err);
     if (!rc)
         rc = perta_compute_argument(s->compute, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
     return rc ? rc : perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
 }

@@ -423,6 +423,7 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
     }
     job->unlearn = unlearn;
     job->rule = unlearn->rule;
+    perta_unlearn_note_unread(unlearn, notes);
     perta_unlearn_note_alphas(unlearn, notes);
     rc = perta_unlearn_plan(job, run, notes, err);
     if (!rc)

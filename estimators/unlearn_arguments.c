@@ -87,6 +87,10 @@ int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err
 {
     const struct perta_argument needed[] = {
         {"--model DIR", u->model}, {"--tuned DIR", u->tuned}, {"--patch DIR", u->patch}};
+    const struct perta_argument given[] = {{"--base", u->base},
+                                           {"--forget", u->forget},
+                                           {"--retain", u->retain},
+                                           {"--out", u->out}};
     int rc = check_alphas(u, err);
     if (!rc)
         rc = check_rule(&u->rule, err);
@@ -96,5 +100,7 @@ int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err
         rc = perta_globs_arguments(&u->globs, err);
     if (!rc)
         rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
     return rc ? rc : check_importance(u, err);
 }

@@ -284,21 +284,29 @@ static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
     return rc;
 }
 
+static int open_config(struct perta_checkpoint *ck, const char *folder, struct perta_err *err)
+{
+    ck->config_path = join(folder, "config.json");
+    if (!ck->config_path)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    int rc = perta_check_link(folder, ck->config_path, err);
+    return rc || access(ck->config_path, F_OK)
+               ? rc
+               : read_config(ck->config_path, &ck->config, &ck->config_flaw, err);
+}
+
 static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
 {
-    char *index = join(ck->path, PERTA_INDEX_NAME), *config = join(ck->path, "config.json");
-    int rc = index && config ? perta_check_link(ck->path, index, err)
-                             : perta_fail_sys(err, ENOMEM, "%s", ck->path);
-    if (!rc)
-        rc = perta_check_link(ck->path, config, err);
+    char *index = join(ck->path, PERTA_INDEX_NAME);
+    int rc = index ? perta_check_link(ck->path, index, err)
+                   : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     if (!rc)
         rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
-    if (!rc && !access(config, F_OK))
-        rc = read_config(config, &ck->config, &ck->config_flaw, err);
+    if (!rc)
+        rc = open_config(ck, ck->path, err);
     if (!rc)
         rc = perta_which_one(ck, err);
     free(index);
-    free(config);
     return rc;
 }
 
@@ -351,12 +359,11 @@ static int open_adapter(struct perta_checkpoint *ck, struct perta_err *err)
 {
     const char *name = ADAPTER_NAME;
     ck->is_adapter = true;
-    char *config = join(ck->path, PERTA_ADAPTER_CONFIG);
-    int rc = config ? perta_check_link(ck->path, config, err)
-                    : perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    ck->config_path = join(ck->path, PERTA_ADAPTER_CONFIG);
+    int rc = ck->config_path ? perta_check_link(ck->path, ck->config_path, err)
+                             : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     if (!rc)
-        rc = read_json(config, &ck->config, err);
-    free(config);
+        rc = read_json(ck->config_path, &ck->config, err);
     if (!rc && !exists(ck->path, ADAPTER_NAME))
         rc = perta_fail(err, PERTA_EINPUT,
                         "%s: no " ADAPTER_NAME " beside " PERTA_ADAPTER_CONFIG
@@ -377,8 +384,15 @@ static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
     ck->shards = calloc(1, sizeof *ck->shards);
     if (!ck->shards)
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);
-    const char *slash = strrchr(ck->path, '/');
-    return add_shard(ck, NULL, slash ? slash + 1 : ck->path, err);
+    const char *slash = strrchr(ck->path, '/'), *name = slash ? slash + 1 : ck->path;
+    int rc = add_shard(ck, NULL, name, err);
+    if (rc || strcmp(name, SINGLE_NAME))
+        return rc;
+    char *folder = slash ? strndup(ck->path, slash == ck->path ? 1 : (size_t)(slash - ck->path))
+                         : strdup(".");
+    rc = folder ? open_config(ck, folder, err) : perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    free(folder);
+    return rc;
 }
 
 static int open_any(struct perta_checkpoint *ck, struct perta_err *err)
@@ -537,15 +551,12 @@ static int check_config(const struct perta_checkpoint *ck, struct perta_err *err
 {
     json_t *now = NULL;
     char *flaw = NULL;
-    char *path = join(ck->path, "config.json");
-    int rc = !path                ? perta_fail_sys(err, ENOMEM, "%s", ck->path)
-             : access(path, F_OK) ? 0
-                                  : read_config(path, &now, &flaw, err);
+    const char *path = ck->config_path;
+    int rc = !path || access(path, F_OK) ? 0 : read_config(path, &now, &flaw, err);
     if (!rc && now != ck->config && !json_equal(now, ck->config))
         rc = perta_fail(err, PERTA_EINPUT, "%s: changed since it was first read", path);
     json_decref(now);
     free(flaw);
-    free(path);
     return rc;
 }
 
@@ -575,6 +586,7 @@ void perta_checkpoint_close(struct perta_checkpoint *ck)
     free(ck->names);
     json_decref(ck->config);
     free(ck->config_flaw);
+    free(ck->config_path);
     free(ck->path);
     free(ck);
 }

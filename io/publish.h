@@ -72,7 +72,8 @@ PERTA_API void perta_publish_release(struct perta_publish *out);
 PERTA_API int perta_publish_single(const char *path, const char *mark, const void *data,
                                    uint64_t len_bytes, bool force, struct perta_err *err);
 
-/* Would it replace what is at path, if anything? PERTA_EUSAGE if not. */
+/* Would it replace what is at path, if anything, and what a run that was killed left beside it?
+ * PERTA_EUSAGE if not. */
 int perta_publish_check_mark(const char *path, const char *mark, struct perta_err *err);
 
 /* Make the folders that path is to lie in, where they are missing; synced. */

@@ -270,6 +270,22 @@ def test_text_becomes_data_with_questions_masked(perta, tmp_path):
     assert json.loads(perta(*words).stdout)["tokens"] == 8 + 7 + 2  # the lines' own answers alone
 
 
+def test_text_is_not_overwritten_by_data_made_of_it(tmp_path):
+    """Out where the text is; data that was made before is replaced, whole."""
+    mine = tmp_path / "data.jsonl"
+    for text in ('{"text": "the only copy"}\n', "x"):
+        mine.write_text(text)
+        said = tokenize(tmp_path, [{"text": "some"}], check=False)
+        assert "data.jsonl: exists, and perta.tokenize did not write it" in said
+        assert mine.read_text() == text
+    mine.unlink()
+    for words, ids in (("some", [8]), ("text some", [9, 8])):
+        assert [line["input_ids"] for line in tokenize(tmp_path, [{"text": words}])] == [ids]
+    before = mine.read_bytes()
+    tokenize(tmp_path, [{"text": "some"}, {"nothing": 1}], check=False)
+    assert mine.read_bytes() == before and not list(tmp_path.glob("*.perta-partial"))
+
+
 def test_a_wrong_answer_that_is_no_list_is_named_by_its_line(tmp_path):
     lines = [{"text": "some"}, {"question": "who ?", "answer": "me", "perturbed_answer": "text"}]
     assert "line 2: " in tokenize(tmp_path, lines, check=False)
