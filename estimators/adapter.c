@@ -187,7 +187,8 @@ static int check_transposed(const struct perta_adapter *adapter, const struct pe
                                         "clvp"};
     const char *type = json_string_value(json_object_get(model->config, "model_type"));
     for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
-        if (!strcmp(type, types[i]) && !change->is_embedding && strncmp(change->target, "lm_head.", 8))
+        if (!strcmp(type, types[i]) && !change->is_embedding &&
+            strncmp(change->target, "lm_head.", 8) && strncmp(change->target, "score.", 6))
             return perta_fail(err, PERTA_EINPUT,
                               "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
                               "which perta does not do; merge the adapter into its base",
@@ -228,30 +229,49 @@ static int check_lora(const struct perta_adapter *adapter,
               : 0;
 }
 
+/* Is it an embedding of tokens? By its name, or by a row for each of them. */
+static bool is_embedding(const struct perta_checkpoint *model, const char *name)
+{
+    static const char *const names[] = {"embed_tokens.weight", "wte.weight",
+                                        "embed_in.weight",     "word_embeddings.weight",
+                                        "shared.weight",       ".embeddings.weight",
+                                        "tokens_embed.weight", "tok_embeddings.weight"};
+    const json_t *n = json_object_get(model->config, "vocab_size");
+    const struct perta_tensor *t = perta_checkpoint_find(model, name)->tensor;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (ends_in(name, names[i]))
+            return true;
+    return perta_tied_is_embedding(name) ||
+           (json_is_integer(n) && t->n_dims == 2 && t->shape[0] == (uint64_t)json_integer_value(n) &&
+            strcasestr(name, "emb") && !strstr(name, "pos"));
+}
+
+static bool has_head(const struct perta_checkpoint *model)
+{
+    static const char *const heads[] = {"lm_head.", "embed_out.", "output.", "head.", "decoder."};
+    for (uint64_t i = 0; i < model->n_tensors; i++)
+        for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
+            const char *found = strstr(model->by_name[i].tensor->name, heads[k]);
+            if (found && !strcmp(found + strlen(heads[k]), "weight"))
+                return true;
+        }
+    return false;
+}
+
 /* Does the model use this tensor once more, as its head or its embedding? config.json says it, or
  * where it leaves that to the architecture, it is a language model's embedding and no head of its
  * own is stored. */
 static bool is_shared(const struct perta_checkpoint *model, const char *name)
 {
-    static const char *const heads[] = {"lm_head.", "embed_out.", "output.", "head.", "decoder."};
     const json_t *tie = json_object_get(model->config, "tie_word_embeddings");
     const char *architecture =
         json_string_value(json_array_get(json_object_get(model->config, "architectures"), 0));
-    if (perta_tied_name(name) && perta_is_tied(model))
+    bool is_lm = json_is_true(tie) || (architecture && (strstr(architecture, "LM") ||
+                                                        strstr(architecture, "Generation")));
+    if (perta_tied_name(model, name) && perta_is_tied(model))
         return true;
-    if (json_is_false(tie) || !architecture ||
-        !(strstr(architecture, "LM") || strstr(architecture, "Generation")) ||
-        !(ends_in(name, "embed_tokens.weight") || ends_in(name, "wte.weight") ||
-          ends_in(name, "word_embeddings.weight") || ends_in(name, "embed_in.weight") ||
-          ends_in(name, "shared.weight")))
-        return false;
-    for (uint64_t i = 0; i < model->n_tensors; i++)
-        for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
-            const char *found = strstr(model->by_name[i].tensor->name, heads[k]);
-            if (found && !strcmp(found + strlen(heads[k]), "weight"))
-                return false;
-        }
-    return true;
+    return !json_is_false(tie) && is_lm && perta_checkpoint_find(model, name) &&
+           is_embedding(model, name) && !has_head(model);
 }
 
 /* The live adapter changes one of embedding and head, a merged one both: which is meant nobody
@@ -259,7 +279,7 @@ static bool is_shared(const struct perta_checkpoint *model, const char *name)
 static int check_tied(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
                       const struct perta_change *change, struct perta_err *err)
 {
-    const char *other_name = perta_tied_name(change->target);
+    const char *other_name = perta_tied_name(model, change->target);
     const struct perta_change *other = other_name ? perta_adapter_find(adapter, other_name) : NULL;
     bool same = false;
     if (!is_shared(model, change->target))
@@ -281,6 +301,23 @@ static int check_tied(const struct perta_adapter *adapter, const struct perta_ch
               : "it does not change that, and the model has one matrix for both");
 }
 
+/* transformers gives the parts of a vision-language model other names than they are stored under. */
+static int no_target(const struct perta_adapter *adapter, const struct perta_change *change,
+                     const struct perta_checkpoint *model, struct perta_err *err)
+{
+    const struct perta_ref *part = change->whole ? change->whole : change->a;
+    const char *const outer = "language_model.";
+    bool wraps = strstr(change->target, outer);
+    for (uint64_t i = 0; i < model->n_tensors && !wraps; i++)
+        wraps = strstr(model->by_name[i].tensor->name, outer);
+    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: there is no %s in --model %s; %s",
+                      adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
+                      wraps ? "one of them goes by the names of a vision-language model "
+                              "(language_model), the other does not; merge the adapter into its base "
+                              "(merge_and_unload, save_pretrained) and give that as --tuned"
+                            : "is it another architecture?");
+}
+
 static int find_targets(struct perta_adapter *adapter,
                         const struct perta_adapter_config *config,
                         const struct perta_checkpoint *model, struct perta_err *err)
@@ -293,10 +330,7 @@ static int find_targets(struct perta_adapter *adapter,
         const struct perta_ref *part = change->whole ? change->whole : change->a;
         const struct perta_ref *ref = perta_tied_find(model, change->target, tied);
         if (!ref)
-            rc = perta_fail(err, PERTA_EINPUT,
-                            "%s: tensor %s: there is no %s in --model %s; is it another "
-                            "architecture?",
-                            path, part->tensor->name, change->target, model->path);
+            rc = no_target(adapter, change, model, err);
         else if (!perta_dtype_is_editable(ref->tensor->dtype))
             rc = perta_fail(
                 err, PERTA_EINPUT,
@@ -332,6 +366,66 @@ static void note_targets(const struct perta_adapter *adapter, const struct perta
                    adapter->ck->path, (ull)n, first);
 }
 
+/* PEFT's names have it in front, and PEFT passes over what has not. */
+static void note_names(const struct perta_adapter *adapter, json_t *notes)
+{
+    const char *first = NULL;
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < adapter->ck->n_tensors; i++) {
+        const struct perta_tensor *t = adapter->ck->by_name[i].tensor;
+        if (!perta_is_buffer(t) && strncmp(t->name, PREFIX, strlen(PREFIX)) && !n++)
+            first = t->name;
+    }
+    if (n)
+        perta_note(notes,
+                   "%s: the names of %llu tensors, %s the first, do not begin with " PREFIX
+                   ": PEFT would pass them over, here they count",
+                   adapter->ck->shards[0].path, (ull)n, first);
+}
+
+static int check_any(const struct perta_adapter *adapter, struct perta_err *err)
+{
+    return adapter->n_changes
+               ? 0
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s: no tensors; adapters of compiled or sharded models may be saved so: "
+                            "save it again, from the whole model",
+                            adapter->ck->n_shards ? adapter->ck->shards[0].path : adapter->ck->path);
+}
+
+/* Is there a whole copy of a tensor in the module of that name? */
+static bool holds_module(const struct perta_adapter *adapter, const char *module)
+{
+    for (uint64_t i = 0; i < adapter->n_changes; i++)
+        if (adapter->changes[i].whole && perta_adapter_is_within(adapter->changes[i].target, module))
+            return true;
+    return false;
+}
+
+/* What modules_to_save names and the model has must be there: without it the adapter is a part of
+ * one, which PEFT does not load. */
+static int check_saved(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                       struct perta_err *err)
+{
+    size_t k;
+    json_t *module;
+    json_array_foreach (json_object_get(adapter->ck->config, "modules_to_save"), k, module)
+        for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors; i++) {
+            const struct perta_tensor *t = model->by_name[i].tensor;
+            if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
+                continue;
+            if (!holds_module(adapter, json_string_value(module)))
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
+                                  "though --model has %s; is the adapter whole? Save it again, or "
+                                  "remove that name",
+                                  adapter->ck->path, json_string_value(module),
+                                  adapter->ck->shards[0].name, t->name);
+            break;
+        }
+    return 0;
+}
+
 int perta_adapter_open(const struct perta_checkpoint *ck,
                        const struct perta_checkpoint *model, struct perta_adapter **out,
                        json_t *notes, struct perta_err *err)
@@ -345,13 +439,18 @@ int perta_adapter_open(const struct perta_checkpoint *ck,
     if (!rc)
         rc = read_names(adapter, err);
     if (!rc)
+        rc = check_any(adapter, err);
+    if (!rc)
         rc = find_targets(adapter, &config, model, err);
+    if (!rc)
+        rc = check_saved(adapter, model, err);
     if (rc) {
         perta_adapter_close(adapter);
         return rc;
     }
     perta_adapter_config_note(&config, notes);
     note_targets(adapter, &config, notes);
+    note_names(adapter, notes);
     *out = adapter;
     return 0;
 }

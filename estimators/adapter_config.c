@@ -228,6 +228,12 @@ static bool is_name_around(const char *name, const char *module, size_t len)
     return false;
 }
 
+bool perta_adapter_is_within(const char *tensor, const char *module)
+{
+    const char *dot = strrchr(tensor, '.');
+    return dot && is_name_around(module, tensor, (size_t)(dot - tensor));
+}
+
 static bool is_name(const char *name, const char *module, size_t len)
 {
     return strlen(name) == len && !memcmp(name, module, len);

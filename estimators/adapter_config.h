@@ -33,6 +33,8 @@ int perta_adapter_config_allows(const struct perta_adapter_config *config, const
 /* Is it among target_modules, where these are a list of names? */
 bool perta_adapter_config_targets(const struct perta_adapter_config *config, const char *module,
                                   size_t len);
+/* Is the tensor in a module of that name, or of one that ends in it after a dot? */
+bool perta_adapter_is_within(const char *tensor, const char *module);
 /* Keys of newer versions of PEFT may say things that perta ought to know: append them to
  * notes. */
 void perta_adapter_config_note(const struct perta_adapter_config *config, json_t *notes);

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/arguments.h"
+#include "estimators/pass_arguments.h"
 #include "estimators/estimate_job.h"
 #include "io/fpenv.h"
 #include "io/text.h"
@@ -360,7 +360,10 @@ static int check_arguments(const struct perta_estimate *e, struct perta_err *err
 {
     const struct perta_argument needed[] = {
         {"--model DIR", e->model}, {"--data FILE", e->data}, {"--out DIR", e->out}};
+    const struct perta_argument given[] = {{"--data-key", e->data_key}, {"--scratch", e->scratch}};
     int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
     if (!rc && !e->mean && !e->meansq)
         rc = perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
     if (!rc)

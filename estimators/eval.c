@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/arguments.h"
+#include "estimators/pass_arguments.h"
 #include "estimators/estimate_job.h"
 #include "estimators/patched.h"
 #include "io/fpenv.h"
@@ -204,7 +204,10 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
 static int check_arguments(const struct perta_eval *e, struct perta_err *err)
 {
     const struct perta_argument needed[] = {{"--model DIR", e->model}, {"--data FILE", e->data}};
+    const struct perta_argument given[] = {{"--patch", e->patch}, {"--scratch", e->scratch}};
     int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
     if (!rc && e->patch && e->at)
         rc = perta_fail(err, PERTA_EUSAGE, "--patch or at, not both");
     if (!rc)

@@ -41,9 +41,9 @@ static int refuse_key(const struct perta_checkpoint *ck, const char *key, const 
 {
     const char *method = json_string_value(json_object_get(value, "quant_method"));
     return perta_fail(err, PERTA_EINPUT,
-                      "%s/config.json: \"%s\"%s%.100s: the weights are quantised; " WHAT_TO_DO
+                      "%s: \"%s\"%s%.100s: the weights are quantised; " WHAT_TO_DO
                       ", or, where full weights are stored, remove that key",
-                      ck->path, key, method ? " " : "", method ? method : "");
+                      ck->config_path, key, method ? " " : "", method ? method : "");
 }
 
 /* Older tools write a file of their own. */
@@ -112,6 +112,16 @@ static bool is_named_as_codes(const char *name)
         if (!strcmp(last, parts[i]))
             return true;
     return ends_in_any(name, endings) || ends_in(name, "_blocks");
+}
+
+/* Matrices of integers of these names are: of Marlin, of sparse weights, of VPTQ. */
+static bool is_matrix_of_codes(const struct perta_tensor *t)
+{
+    static const char *const parts[] = {"B", "B_24", "bitmask", "indices", NULL};
+    for (size_t i = 0; t->n_dims >= 2 && parts[i]; i++)
+        if (!strcmp(last_part(t->name), parts[i]))
+            return true;
+    return false;
 }
 
 /* Integers that models have beside a scale of their own: of positions, and masks. */
@@ -190,30 +200,35 @@ static const struct perta_tensor *find_in_module(const struct scales *scales, co
 }
 
 /* The scales of codes: in the same module (mlp.weight, mlp.scale), or in one of the codes' own name
- * (mlp.weight.absmax). NULL: none. */
-static const struct perta_tensor *find_scale(const struct scales *scales,
-                                             const struct perta_tensor *codes)
+ * (mlp.weight.absmax). *scale NULL: none. */
+static int find_scale(const struct scales *scales, const struct perta_tensor *codes,
+                      const struct perta_tensor **scale, struct perta_err *err)
 {
     size_t module = (size_t)(last_part(codes->name) - codes->name);
-    const struct perta_tensor *beside = find_in_module(scales, codes->name, module, codes);
     char *below = NULL;
-    if (beside || asprintf(&below, "%s.", codes->name) < 0)
-        return beside;
-    beside = find_in_module(scales, below, strlen(below), codes);
+    *scale = find_in_module(scales, codes->name, module, codes);
+    if (*scale)
+        return 0;
+    if (asprintf(&below, "%s.", codes->name) < 0)
+        return perta_fail_sys(err, ENOMEM, "%s", codes->name);
+    *scale = find_in_module(scales, below, strlen(below), codes);
     free(below);
-    return beside;
+    return 0;
 }
 
 static int check_tensor(const struct perta_checkpoint *ck, const struct scales *scales,
                         const struct perta_ref *ref, struct perta_err *err)
 {
-    const struct perta_tensor *t = ref->tensor, *scale;
+    const struct perta_tensor *t = ref->tensor, *scale = NULL;
     const char *path = ck->shards[ref->shard].path;
-    if (may_be_codes(t) && (scale = find_scale(scales, t)))
+    int rc = may_be_codes(t) ? find_scale(scales, t, &scale, err) : 0;
+    if (rc)
+        return rc;
+    if (scale)
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s is %s, with %s beside it: the weights are quantised; " WHAT_TO_DO,
                           path, t->name, perta_dtype_name(t->dtype), scale->name);
-    if (is_integer(t->dtype) && t->n_dims && is_named_as_codes(t->name))
+    if (is_integer(t->dtype) && t->n_dims && (is_named_as_codes(t->name) || is_matrix_of_codes(t)))
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s is %s: the weights are quantised; " WHAT_TO_DO, path,
                           t->name, perta_dtype_name(t->dtype));

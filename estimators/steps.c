@@ -5,7 +5,6 @@
 #include <string.h>
 #include <sys/stat.h>
 
-#include "estimators/arguments.h"
 #include "estimators/backprop/samples.h"
 #include "estimators/eval.h"
 #include "estimators/steps_job.h"
@@ -13,6 +12,7 @@
 #include "io/hash.h"
 #include "io/publish.h"
 #include "io/text.h"
+#include "stream/arguments.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
 #include "stream/naming.h"

@@ -82,4 +82,7 @@ int perta_steps_update(const struct perta_step_rule *rule,
                        const struct perta_run *run, struct perta_step_counts *counts,
                        struct perta_err *err);
 
+/* Is what steps are asked what can be done? (stream/arguments.h) */
+int perta_steps_arguments(const struct perta_steps *steps, struct perta_err *err);
+
 #endif

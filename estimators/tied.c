@@ -12,11 +12,13 @@
 static int differ(const struct perta_checkpoint *ck, const struct perta_tensor *a,
                   const struct perta_tensor *b, struct perta_err *err)
 {
+    bool is_said = json_is_true(json_object_get(ck->config, "tie_word_embeddings"));
     return perta_fail(err, PERTA_EINPUT,
                       "%s: tensors %s and %s differ, though \"tie_word_embeddings\" in its "
-                      "config.json says that they are one; set that to false if each of them is "
+                      "config.json says that they are one%s; set that to false if each of them is "
                       "meant, or remove the one that is not",
-                      ck->path, a->name, b->name);
+                      ck->path, a->name, b->name,
+                      is_said ? "" : " (it is left out, and true by default for this model_type)");
 }
 
 static bool look_the_same(const struct perta_tensor *a, const struct perta_tensor *b)
@@ -67,10 +69,9 @@ int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref
 
 int perta_tied_check(const struct perta_checkpoint *ck, struct perta_err *err)
 {
-    const struct perta_ref *a = perta_checkpoint_find(ck, perta_tied_name(PERTA_HEAD_NAME)),
-                           *b = perta_checkpoint_find(ck, PERTA_HEAD_NAME);
+    const struct perta_ref *a, *b;
     bool same = true;
-    if (!perta_is_tied(ck) || !a || !b)
+    if (!perta_is_tied(ck) || !perta_tied_pair(ck, &a, &b))
         return 0;
     int rc = perta_tied_compare(ck, a, ck, b, &same, err);
     return rc || same ? rc : differ(ck, a->tensor, b->tensor, err);

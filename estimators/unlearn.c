@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/arguments.h"
+#include "estimators/unlearn_arguments.h"
 #include "estimators/unlearn_job.h"
 #include "io/checked.h"
 #include "io/fpenv.h"
@@ -423,6 +423,7 @@ int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *r
     }
     job->unlearn = unlearn;
     job->rule = unlearn->rule;
+    perta_unlearn_note_unread(unlearn, notes);
     perta_unlearn_note_alphas(unlearn, notes);
     rc = perta_unlearn_plan(job, run, notes, err);
     if (!rc)

@@ -59,6 +59,8 @@ json_t *perta_unlearn_unedited(const struct perta_unlearn_job *job);
 
 /* Append to notes: what --missing covers. */
 void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *notes);
+/* Likewise: importances that the method has no use for. */
+void perta_unlearn_note_unread(const struct perta_unlearn *unlearn, json_t *notes);
 /* Likewise: alphas that do what one might not expect. */
 void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes);
 /* After the run: inputs (as the record has them) that are to differ and hold the same. */

@@ -61,6 +61,17 @@ void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *not
                keep ? "they stay as they are" : "their whole task vector is subtracted");
 }
 
+void perta_unlearn_note_unread(const struct perta_unlearn *unlearn, json_t *notes)
+{
+    const char *given = unlearn->forget && unlearn->retain ? "--forget and --retain are"
+                        : unlearn->forget                  ? "--forget is"
+                        : unlearn->retain                  ? "--retain is"
+                                                           : NULL;
+    if (given && !perta_rule_needs_importance(&unlearn->rule))
+        perta_note(notes, "--method %s takes no importance: %s not read",
+                   perta_method_name(unlearn->rule.method), given);
+}
+
 void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes)
 {
     for (unsigned a = 0; a < unlearn->n_alphas; a++) {
@@ -141,7 +152,7 @@ void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_
         said = true;
         perta_note(notes, "nothing changes: %s%s",
                    weighs_nothing(job) ? "the weight of all that is edited is 0"
-                   : job->adapter      ? "the adapter's task vector is zero (lora_A or lora_B is)"
+                   : job->adapter      ? "the adapter's task vector is zero (lora_A, lora_B or lora_alpha is)"
                                        : "--tuned and --base hold the same values",
                    perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
                        ? ", wherever the weight is not"

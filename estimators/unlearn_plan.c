@@ -38,11 +38,10 @@ static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct per
 static int check_tied(const struct perta_unlearn_job *job, int role, struct perta_err *err)
 {
     const struct perta_checkpoint *ck = job->in[role].ck;
-    const struct perta_ref *head = perta_checkpoint_find(ck, PERTA_HEAD_NAME),
-                           *embedding = perta_checkpoint_find(ck, perta_tied_name(PERTA_HEAD_NAME));
+    const struct perta_ref *head, *embedding;
     bool same = true;
     int rc = perta_tied_check(ck, err);
-    if (rc || !perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !head || !embedding)
+    if (rc || !perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !perta_tied_pair(ck, &embedding, &head))
         return rc;
     rc = perta_tied_compare(ck, embedding, ck, head, &same, err);
     return rc || same
@@ -60,15 +59,16 @@ static int check_tied(const struct perta_unlearn_job *job, int role, struct pert
 static int align(const struct perta_unlearn_job *job, int role, json_t *notes, struct perta_err *err)
 {
     struct perta_checkpoint *ck = job->in[role].ck;
-    const char *add, *name = ck->n_tensors ? ck->by_name[0].tensor->name : "";
-    size_t strip;
-    char was[64];
-    snprintf(was, sizeof was, "%s", name);
-    int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, &strip, &add, err);
-    if (!rc && (strip || *add))
-        perta_note(notes, "%s: its names are --model's but for %s%.*s%s%s", perta_roles[role],
-                   strip ? "a prefix " : "", (int)(strip < 63 ? strip : 63), was,
-                   strip && *add ? " in place of " : *add ? "a missing " : "", add);
+    const char *add, *wrapper;
+    char prefix[PERTA_PREFIX_ROOM];
+    int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, prefix, &add, &wrapper, err);
+    if (!rc && wrapper)
+        perta_note(notes, "%s: its names are --model's but for parts of wrappers within them (%.*s)",
+                   perta_roles[role], (int)strlen(wrapper) - 1, wrapper);
+    if (!rc && (*prefix || *add))
+        perta_note(notes, "%s: its names are --model's but for %s%s%s%s", perta_roles[role],
+                   *prefix ? "a prefix " : "", prefix,
+                   *prefix && *add ? " in place of " : *add ? "a missing " : "", add);
     return rc;
 }
 
@@ -136,7 +136,7 @@ static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn
     int rc = find_operand(job, row, role, tied, err);
     if (rc || row->in[role])
         return rc;
-    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name, *other = perta_tied_name(name);
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name, *other = perta_tied_name(job->in[role].ck, name);
     if (other && perta_checkpoint_find(job->in[role].ck, other))
         return perta_fail(err, PERTA_EINPUT,
                           "%s %s: no tensor %s, which --model has beside %s; are the two tied in "
@@ -268,10 +268,12 @@ static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row
 static int check_globs(const struct perta_unlearn_job *job, bool tied, struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
-    const char *head = PERTA_HEAD_NAME, *embedding = perta_tied_name(head);
+    const struct perta_ref *a, *b;
+    if (!tied || !perta_tied_pair(model, &a, &b))
+        return 0;
+    const char *embedding = a->tensor->name, *head = b->tensor->name;
     bool chosen = perta_globs_match(&job->unlearn->globs, head);
-    if (!tied || !perta_checkpoint_find(model, head) || !perta_checkpoint_find(model, embedding) ||
-        perta_globs_match(&job->unlearn->globs, embedding) == chosen)
+    if (perta_globs_match(&job->unlearn->globs, embedding) == chosen)
         return 0;
     return perta_fail(err, PERTA_EUSAGE,
                       "%s: --include and --exclude choose %s and not %s, which config.json ties to it",
@@ -279,9 +281,10 @@ static int check_globs(const struct perta_unlearn_job *job, bool tied, struct pe
 }
 
 /* Tied tensors share it, so that --method random gives both the same. */
-static uint64_t name_hash(const char *name, bool tied)
+static uint64_t name_hash(const struct perta_checkpoint *model, const char *name, bool tied)
 {
-    const char *key = tied && !strcmp(name, PERTA_HEAD_NAME) ? perta_tied_name(name) : name;
+    const char *other = tied ? perta_tied_name(model, name) : NULL;
+    const char *key = other && !perta_tied_is_embedding(name) ? other : name;
     return perta_hash64(key, strlen(key));
 }
 
@@ -326,7 +329,7 @@ static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
         for (uint64_t t = 0; t < model->shards[s].header->n_tensors && !rc; t++, index++) {
             const struct perta_tensor *tensor = &model->shards[s].header->tensors[t];
             struct perta_unlearn_row *row = &job->rows[index];
-            row->name_hash = name_hash(tensor->name, tied);
+            row->name_hash = name_hash(model, tensor->name, tied);
             rc = fill_row(job, row, tensor, &job->actions[index], tied, err);
             n_edited += row->edited;
         }
@@ -345,6 +348,16 @@ static bool has_tensors(const struct perta_unlearn_job *job, int role)
     return job->in[role].ck && !job->in[role].ck->is_adapter;
 }
 
+static const char *why_extra(int role, const char *name)
+{
+    if (!strstr(name, "lora_"))
+        return "is it another architecture?";
+    return role == PERTA_ROLE_TUNED || role == PERTA_ROLE_BASE
+               ? "a LoRA without PEFT's adapter_config.json? Merge it into its base, or save it with "
+                 "PEFT"
+               : "it is of a LoRA's own parameters; those of the model are wanted";
+}
+
 /* A tensor that the model lacks means another architecture, but for the other name of tied
  * embeddings, and for buffers. */
 static int check_extra(const struct perta_unlearn_job *job, struct perta_err *err)
@@ -357,9 +370,9 @@ static int check_extra(const struct perta_unlearn_job *job, struct perta_err *er
             if (!perta_is_buffer(tensor) && !perta_tied_find(model, tensor->name, tied))
                 return perta_fail(
                     err, PERTA_EINPUT,
-                    "%s %s: has tensor %s, which --model %s lacks; is it another "
-                    "architecture?",
-                    perta_roles[role], job->in[role].ck->path, tensor->name, model->path);
+                    "%s %s: has tensor %s, which --model %s lacks; %s", perta_roles[role],
+                    job->in[role].ck->path, tensor->name, model->path,
+                    why_extra(role, tensor->name));
         }
     return 0;
 }

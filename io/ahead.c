@@ -11,7 +11,6 @@
 
 #include "io/checked.h"
 #include "io/hash.h"
-#include "io/publish.h"
 
 typedef unsigned long long ull;
 

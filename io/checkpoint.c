@@ -284,21 +284,29 @@ static int open_listed(struct perta_checkpoint *ck, struct perta_err *err)
     return rc;
 }
 
+static int open_config(struct perta_checkpoint *ck, const char *folder, struct perta_err *err)
+{
+    ck->config_path = join(folder, "config.json");
+    if (!ck->config_path)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    int rc = perta_check_link(folder, ck->config_path, err);
+    return rc || access(ck->config_path, F_OK)
+               ? rc
+               : read_config(ck->config_path, &ck->config, &ck->config_flaw, err);
+}
+
 static int open_folder(struct perta_checkpoint *ck, struct perta_err *err)
 {
-    char *index = join(ck->path, PERTA_INDEX_NAME), *config = join(ck->path, "config.json");
-    int rc = index && config ? perta_check_link(ck->path, index, err)
-                             : perta_fail_sys(err, ENOMEM, "%s", ck->path);
-    if (!rc)
-        rc = perta_check_link(ck->path, config, err);
+    char *index = join(ck->path, PERTA_INDEX_NAME);
+    int rc = index ? perta_check_link(ck->path, index, err)
+                   : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     if (!rc)
         rc = access(index, F_OK) ? open_listed(ck, err) : open_indexed(ck, index, err);
-    if (!rc && !access(config, F_OK))
-        rc = read_config(config, &ck->config, &ck->config_flaw, err);
+    if (!rc)
+        rc = open_config(ck, ck->path, err);
     if (!rc)
         rc = perta_which_one(ck, err);
     free(index);
-    free(config);
     return rc;
 }
 
@@ -351,12 +359,11 @@ static int open_adapter(struct perta_checkpoint *ck, struct perta_err *err)
 {
     const char *name = ADAPTER_NAME;
     ck->is_adapter = true;
-    char *config = join(ck->path, PERTA_ADAPTER_CONFIG);
-    int rc = config ? perta_check_link(ck->path, config, err)
-                    : perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    ck->config_path = join(ck->path, PERTA_ADAPTER_CONFIG);
+    int rc = ck->config_path ? perta_check_link(ck->path, ck->config_path, err)
+                             : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     if (!rc)
-        rc = read_json(config, &ck->config, err);
-    free(config);
+        rc = read_json(ck->config_path, &ck->config, err);
     if (!rc && !exists(ck->path, ADAPTER_NAME))
         rc = perta_fail(err, PERTA_EINPUT,
                         "%s: no " ADAPTER_NAME " beside " PERTA_ADAPTER_CONFIG
@@ -377,8 +384,15 @@ static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
     ck->shards = calloc(1, sizeof *ck->shards);
     if (!ck->shards)
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);
-    const char *slash = strrchr(ck->path, '/');
-    return add_shard(ck, NULL, slash ? slash + 1 : ck->path, err);
+    const char *slash = strrchr(ck->path, '/'), *name = slash ? slash + 1 : ck->path;
+    int rc = add_shard(ck, NULL, name, err);
+    if (rc || strcmp(name, SINGLE_NAME))
+        return rc;
+    char *folder = slash ? strndup(ck->path, slash == ck->path ? 1 : (size_t)(slash - ck->path))
+                         : strdup(".");
+    rc = folder ? open_config(ck, folder, err) : perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    free(folder);
+    return rc;
 }
 
 static int open_any(struct perta_checkpoint *ck, struct perta_err *err)
@@ -445,8 +459,26 @@ const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
     return bsearch(&key, ck->by_name, ck->n_tensors, sizeof key, compare_refs);
 }
 
-int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
-                            struct perta_err *err)
+/* to = name without what stands in it as one of parts (up to NULL), each with its dot, at the start
+ * or after a dot. Returns its end. */
+static char *copy_without(char *to, const char *name, const char *const *parts)
+{
+    for (bool at_part = true; *name; at_part = *to++ == '.', name++) {
+        for (const char *const *part = parts; at_part && *part;) {
+            bool found = !strncmp(name, *part, strlen(*part));
+            name += found ? strlen(*part) : 0;
+            part = found ? parts : part + 1;
+        }
+        if (!(*to = *name))
+            return to;
+    }
+    *to = 0;
+    return to;
+}
+
+/* Every tensor goes by its name after strip characters, without parts, and with add in front. */
+static int rename_all(struct perta_checkpoint *ck, size_t strip, const char *const *parts,
+                      const char *add, struct perta_err *err)
 {
     size_t room = 1, added = strlen(add);
     for (uint64_t i = 0; i < ck->n_tensors; i++)
@@ -457,12 +489,34 @@ int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const cha
     for (uint32_t s = 0; s < ck->n_shards; s++)
         for (uint64_t i = 0; i < ck->shards[s].header->n_tensors; i++) {
             struct perta_tensor *tensor = &ck->shards[s].header->tensors[i];
-            char *end = stpcpy(stpcpy(at, add), tensor->name + strip);
+            char *end = copy_without(stpcpy(at, add), tensor->name + strip, parts);
             tensor->name = at;
             at = end + 1;
         }
-    free(ck->names); /* the order of by_name stays */
+    free(ck->names);
     ck->names = names;
+    return 0;
+}
+
+int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
+                            struct perta_err *err)
+{
+    static const char *const none[] = {NULL};
+    return rename_all(ck, strip, none, add, err); /* the order of by_name stays */
+}
+
+int perta_checkpoint_drop(struct perta_checkpoint *ck, const char *const *parts,
+                          struct perta_err *err)
+{
+    int rc = rename_all(ck, 0, parts, "", err);
+    if (rc)
+        return rc;
+    qsort(ck->by_name, ck->n_tensors, sizeof *ck->by_name, compare_refs);
+    for (uint64_t i = 1; i < ck->n_tensors; i++)
+        if (!compare_refs(&ck->by_name[i - 1], &ck->by_name[i]))
+            return perta_fail(err, PERTA_EINPUT, "%s: two tensors are %s, but for parts of a wrapper "
+                                                 "in their names (%s...)",
+                              ck->path, ck->by_name[i].tensor->name, parts[0]);
     return 0;
 }
 
@@ -497,15 +551,12 @@ static int check_config(const struct perta_checkpoint *ck, struct perta_err *err
 {
     json_t *now = NULL;
     char *flaw = NULL;
-    char *path = join(ck->path, "config.json");
-    int rc = !path                ? perta_fail_sys(err, ENOMEM, "%s", ck->path)
-             : access(path, F_OK) ? 0
-                                  : read_config(path, &now, &flaw, err);
+    const char *path = ck->config_path;
+    int rc = !path || access(path, F_OK) ? 0 : read_config(path, &now, &flaw, err);
     if (!rc && now != ck->config && !json_equal(now, ck->config))
         rc = perta_fail(err, PERTA_EINPUT, "%s: changed since it was first read", path);
     json_decref(now);
     free(flaw);
-    free(path);
     return rc;
 }
 
@@ -535,6 +586,7 @@ void perta_checkpoint_close(struct perta_checkpoint *ck)
     free(ck->names);
     json_decref(ck->config);
     free(ck->config_flaw);
+    free(ck->config_path);
     free(ck->path);
     free(ck);
 }

@@ -30,6 +30,8 @@ struct perta_checkpoint {
     uint32_t n_shards;
     struct perta_index *index; /* while it is opened; NULL without one */
     json_t *config;        /* what config.json holds, NULL without one or where it is not JSON: */
+    char *config_path;     /* of that file, beside the shards, whether or not it is there; NULL: of a
+                              file of another name than model.safetensors */
     char *config_flaw;     /* why not, a message; else NULL */
     bool is_adapter;       /* opened as one: config is adapter_config.json's */
     uint64_t n_tensors;    /* over all shards */
@@ -68,6 +70,10 @@ PERTA_API const struct perta_ref *perta_checkpoint_find(const struct perta_check
  * share, and with add in front. PERTA_ESYS without memory, and then nothing changed. */
 int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,
                             struct perta_err *err);
+/* From now on names go without parts (up to NULL), each with its dot, wherever they stand between
+ * dots. PERTA_EINPUT if that makes one name of two. */
+int perta_checkpoint_drop(struct perta_checkpoint *ck, const char *const *parts,
+                          struct perta_err *err);
 
 /* A link in a folder may lead to where the folder's owner put it, not to anywhere: PERTA_EINPUT if
  * path is one that leads neither into the folder nor to the blobs of its Hugging Face cache. */

@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -341,5 +342,27 @@ int perta_file_text(const char *path, char **text, size_t *len_bytes, struct per
     int rc = *text ? perta_pread_all(fd, *text, *len_bytes, 0, path, err)
                    : perta_fail_sys(err, ENOMEM, "%s", path);
     close(fd);
+    return rc;
+}
+
+/* ---- folders ---- */
+
+int perta_folder_sync(const char *path, struct perta_err *err)
+{
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return perta_fail_sys(err, errno, "%s", path);
+    int rc = fsync(fd) && errno != EINVAL ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
+    close(fd);
+    return rc;
+}
+
+int perta_name_sync(const char *path, struct perta_err *err)
+{
+    char *copy = strdup(path);
+    if (!copy)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    int rc = perta_folder_sync(dirname(copy), err);
+    free(copy);
     return rc;
 }

@@ -92,4 +92,12 @@ PERTA_API int perta_pwrite_all(int fd, const void *buf, uint64_t len_bytes, uint
 PERTA_API int perta_write_all(int fd, const void *buf, uint64_t len_bytes, const char *path,
                               struct perta_err *err);
 
+/* What is not finished has this after its name. */
+#define PERTA_PARTIAL_SUFFIX ".perta-partial"
+
+/* fsync a folder; or the one that path is in: then its name, or that it has gone, outlives a power
+ * cut. */
+int perta_folder_sync(const char *path, struct perta_err *err);
+int perta_name_sync(const char *path, struct perta_err *err);
+
 #endif

@@ -40,7 +40,8 @@ struct look {
     struct perta_record_files record;
     struct perta_index *index; /* NULL: none */
     size_t n_shards; /* of the names */
-    bool has_config, has_adapter;
+    bool has_config; /* of a model */
+    bool has_adapter;
     bool whole; /* weights were found */
     char foreign[512]; /* what is not of it, for the message */
     unsigned n_foreign;
@@ -126,20 +127,60 @@ static int is_object(const struct look *look, const char *name, bool *ours, stru
     return rc;
 }
 
-static int parses(const char *path, bool *ours, struct perta_err *err)
+static bool has_key_of_model(struct perta_plain at)
+{
+    static const char *const keys[] = {"model_type", "architectures", "_class_name"};
+    const char *key;
+    size_t len;
+    for (const char *mark = "{"; perta_plain_word(&at, mark); mark = ",") {
+        if (!perta_plain_raw(&at, &key, &len) || !perta_plain_word(&at, ":"))
+            return false;
+        for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+            if (perta_plain_is(key, len, keys[i]))
+                return true;
+        if (!perta_plain_pass(&at))
+            return false;
+    }
+    return false;
+}
+
+/* Is there a config.json that says of what model it is? Other programs have one, too. */
+static int find_config(struct look *look, struct perta_err *err)
+{
+    struct stat st;
+    size_t len_bytes = 0;
+    char *path = perta_path_join(look->path, "config.json"), *text = NULL;
+    int rc = path ? 0 : perta_fail_sys(err, ENOMEM, "%s", look->path);
+    if (!rc && !lstat(path, &st) && S_ISREG(st.st_mode))
+        rc = perta_file_text(path, &text, &len_bytes, err);
+    look->has_config = !rc && text && has_key_of_model((struct perta_plain){text, text + len_bytes});
+    free(text);
+    free(path);
+    return rc;
+}
+
+/* What does not parse is no error: *header is NULL. Else it is the caller's. */
+static int read_header(const char *path, struct perta_header **header, struct perta_err *err)
 {
     struct perta_err why = {0};
-    struct perta_header *header = NULL;
     struct stat st;
+    *header = NULL;
     int fd = perta_open_regular(path, &st, &why);
-    int rc = fd < 0 ? fd : perta_safetensors_read(fd, (uint64_t)st.st_size, path, &header, &why);
+    int rc = fd < 0 ? fd : perta_safetensors_read(fd, (uint64_t)st.st_size, path, header, &why);
     if (fd >= 0)
         close(fd);
-    perta_header_free(header);
-    *ours = !rc;
     if (rc == PERTA_ESYS)
         *err = why;
     return rc == PERTA_ESYS ? rc : 0;
+}
+
+static int parses(const char *path, bool *ours, struct perta_err *err)
+{
+    struct perta_header *header;
+    int rc = read_header(path, &header, err);
+    *ours = header;
+    perta_header_free(header);
+    return rc;
 }
 
 /* 1: the file at b has the bytes of the one at a, or, of a leftover, begins with them. */
@@ -167,16 +208,50 @@ static int compare_files(const char *a, const char *b, bool beginning, struct pe
     return same;
 }
 
+/* Where like, a folder or a file, has what is called name; the caller's. NULL: nowhere. */
+static int find_like(const struct look *look, const char *name, char **other,
+                     struct perta_err *err)
+{
+    struct stat st;
+    *other = NULL;
+    if (!look->like)
+        return 0;
+    const char *slash = strrchr(look->like, '/');
+    bool is_folder = !stat(look->like, &st) && S_ISDIR(st.st_mode);
+    if (!is_folder && strcmp(slash ? slash + 1 : look->like, name))
+        return 0;
+    *other = is_folder ? perta_path_join(look->like, name) : strdup(look->like);
+    return *other ? 0 : perta_fail_sys(err, ENOMEM, "%s", name);
+}
+
 static int is_copy(const struct look *look, const char *path, const char *name, bool *ours,
                    struct perta_err *err)
 {
-    char *other = look->like ? perta_path_join(look->like, name) : NULL;
-    if (look->like && !other)
-        return perta_fail_sys(err, ENOMEM, "%s", name);
+    char *other;
+    int rc = find_like(look, name, &other, err);
     int same = other ? compare_files(path, other, look->as == PERTA_OWNED_LEFTOVER, err) : 0;
     free(other);
     *ours = same > 0;
-    return same < 0 ? same : 0;
+    return rc ? rc : same < 0 ? same : 0;
+}
+
+/* Is it made from that of like which has its name, whatever that is? An edit keeps the header. */
+static int is_made_from(const struct look *look, const char *path, const char *name, bool *ours,
+                        struct perta_err *err)
+{
+    struct stat st;
+    struct perta_header *mine = NULL, *theirs = NULL;
+    char *other;
+    int rc = find_like(look, name, &other, err);
+    if (!rc && other && !stat(other, &st) && S_ISREG(st.st_mode))
+        rc = read_header(other, &theirs, err);
+    if (!rc && theirs)
+        rc = read_header(path, &mine, err);
+    *ours = mine && perta_header_same(mine, theirs);
+    perta_header_free(mine);
+    perta_header_free(theirs);
+    free(other);
+    return rc;
 }
 
 /* ---- of an output ---- */
@@ -225,7 +300,7 @@ static int judge_output(struct look *look, const char *path, const char *name, b
     }
     if (perta_text_ends_in(name, ".safetensors")) {
         bool named = is_weights(look, name);
-        int rc = named ? parses(path, ours, err) : 0;
+        int rc = named ? parses(path, ours, err) : is_made_from(look, path, name, ours, err);
         *why = named ? " (damaged)" : "";
         look->whole |= *ours;
         return rc;
@@ -341,8 +416,9 @@ static int look_open(struct look *look, const char *path, enum perta_owned as, c
     int rc = perta_folder_each(path, add_name, look, err);
     if (look->n)
         qsort(look->names, look->n, sizeof *look->names, compare_names);
-    look->has_config = has(look, "config.json");
     look->has_adapter = has(look, "adapter_config.json");
+    if (!rc && as == PERTA_OWNED_OUTPUT)
+        rc = find_config(look, err);
     if (!rc && has(look, PERTA_RECORD_NAME))
         rc = perta_record_scan(path, &look->record, err);
     return rc || !has(look, INDEX) || as != PERTA_OWNED_OUTPUT ? rc : open_index(look, err);

@@ -27,26 +27,6 @@ static int remove_tree(const char *path)
     return nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
 }
 
-int perta_folder_sync(const char *path, struct perta_err *err)
-{
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0)
-        return perta_fail_sys(err, errno, "%s", path);
-    int rc = fsync(fd) && errno != EINVAL ? perta_fail_sys(err, errno, "%s: fsync", path) : 0;
-    close(fd);
-    return rc;
-}
-
-int perta_name_sync(const char *path, struct perta_err *err)
-{
-    char *copy = strdup(path);
-    if (!copy)
-        return perta_fail_sys(err, ENOMEM, "%s", path);
-    int rc = perta_folder_sync(dirname(copy), err);
-    free(copy);
-    return rc;
-}
-
 int perta_make_parents(const char *path, struct perta_err *err)
 {
     char *copy = strdup(path);
@@ -77,12 +57,27 @@ static bool is_empty_dir(const char *path)
     return n == 2; /* . and .. */
 }
 
+/* Such a name has no place for leftovers beside it. */
+static bool ends_in_dots(const char *path)
+{
+    size_t len = strlen(path);
+    while (len && path[len - 1] == '/')
+        len--;
+    size_t n = 0;
+    while (n < len && path[len - 1 - n] != '/')
+        n++;
+    return (n == 1 || n == 2) && !strncmp(path + len - n, "..", n);
+}
+
 /* like: see perta_owned_check. */
 static int check_target(const char *path, const char *like, bool force, bool *replace,
                         struct perta_err *err)
 {
     struct stat st;
     *replace = false;
+    if (ends_in_dots(path))
+        return perta_fail(err, PERTA_EUSAGE, "%s: ends in . or .., which names no new folder; write "
+                          "the folder's own name", path);
     if (lstat(path, &st))
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
     if (S_ISDIR(st.st_mode) && perta_is_mount_point(path))
@@ -424,7 +419,16 @@ static int write_synced(const char *path, const void *data, uint64_t len_bytes,
     return rc;
 }
 
-int perta_publish_check_mark(const char *path, const char *mark, struct perta_err *err)
+/* An empty one was torn, as is one of zeros. */
+static bool is_torn(const char *start, uint64_t n)
+{
+    uint64_t i = 0;
+    while (i < n && !start[i])
+        i++;
+    return i == n;
+}
+
+static int check_mark(const char *path, const char *mark, struct perta_err *err)
 {
     char start[4097] = "";
     struct stat st;
@@ -438,9 +442,23 @@ int perta_publish_check_mark(const char *path, const char *mark, struct perta_er
     uint64_t n = (uint64_t)st.st_size < sizeof start - 1 ? (uint64_t)st.st_size : sizeof start - 1;
     int rc = perta_pread_all(fd, start, n, 0, path, err);
     close(fd);
-    if (!rc && n && !strstr(start, mark)) /* an empty one was torn */
+    if (!rc && !strstr(start, mark) && !is_torn(start, n))
         rc = perta_fail(err, PERTA_EUSAGE, "%s: exists, and perta did not write it; --force does "
                         "not replace it; choose another name", path);
+    return rc;
+}
+
+int perta_publish_check_mark(const char *path, const char *mark, struct perta_err *err)
+{
+    char *partial = NULL;
+    int rc = check_mark(path, mark, err);
+    if (!rc && asprintf(&partial, "%s" PERTA_PARTIAL_SUFFIX, path) < 0) {
+        partial = NULL;
+        rc = perta_fail_sys(err, ENOMEM, "%s", path);
+    }
+    if (!rc)
+        rc = check_mark(partial, mark, err);
+    free(partial);
     return rc;
 }
 
@@ -449,22 +467,15 @@ int perta_publish_single(const char *path, const char *mark, const void *data, u
 {
     struct stat st;
     char *partial = NULL;
-    int rc = 0;
-    bool there = !lstat(path, &st);
-    if (there && !force)
+    if (!force && !lstat(path, &st))
         return perta_fail(err, PERTA_EUSAGE, "%s: exists; --force replaces it", path);
-    if (there)
-        rc = perta_publish_check_mark(path, mark, err);
+    int rc = perta_publish_check_mark(path, mark, err);
     if (!rc && asprintf(&partial, "%s" PERTA_PARTIAL_SUFFIX, path) < 0) {
         partial = NULL;
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     }
-    if (!rc && !lstat(partial, &st)) { /* of a run that was killed */
-        rc = perta_publish_check_mark(partial, mark, err);
-        if (!rc)
-            unlink(partial);
-    }
     if (!rc) {
+        unlink(partial); /* of a run that was killed */
         rc = write_synced(partial, data, len_bytes, err);
         if (!rc && rename(partial, path)) {
             rc = perta_fail_sys(err, errno, "%s", path);

@@ -21,8 +21,6 @@ struct perta_publish {
     bool replace;
 };
 
-#define PERTA_PARTIAL_SUFFIX ".perta-partial"
-
 /* May these folders be written? Not where one is, holds, or lies within an input (NULL ones do
  * not count) or another output, nor where perta_publish_begin would refuse. Touches nothing. */
 PERTA_API int perta_publish_check(const char *const *outputs, size_t n_outputs,
@@ -74,13 +72,9 @@ PERTA_API void perta_publish_release(struct perta_publish *out);
 PERTA_API int perta_publish_single(const char *path, const char *mark, const void *data,
                                    uint64_t len_bytes, bool force, struct perta_err *err);
 
-/* Would it replace what is at path, if anything? PERTA_EUSAGE if not. */
+/* Would it replace what is at path, if anything, and what a run that was killed left beside it?
+ * PERTA_EUSAGE if not. */
 int perta_publish_check_mark(const char *path, const char *mark, struct perta_err *err);
-
-/* fsync a folder; or the one that path is in: then its name, or that it has gone, outlives a power
- * cut. */
-int perta_folder_sync(const char *path, struct perta_err *err);
-int perta_name_sync(const char *path, struct perta_err *err);
 
 /* Make the folders that path is to lie in, where they are missing; synced. */
 PERTA_API int perta_make_parents(const char *path, struct perta_err *err);

@@ -324,9 +324,10 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
 static int check_arguments(const struct perta_apply *apply, struct perta_err *err)
 {
     const struct perta_argument needed[] = {{"MODEL", apply->model}, {"PATCH", apply->patch}};
+    const struct perta_argument out = {"--out", apply->out};
     int rc = perta_arguments_choice("mode", (int)apply->mode, PERTA_REVERT + 1, err);
-    if (!rc && apply->out && !*apply->out)
-        rc = perta_fail(err, PERTA_EUSAGE, "--out: a folder's name is needed");
+    if (!rc)
+        rc = perta_arguments_optional(&out, 1, err);
     return rc ? rc : perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
 }
 

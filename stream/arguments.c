@@ -42,6 +42,15 @@ int perta_arguments_needed(const struct perta_argument *needed, size_t n, struct
                      : 0;
 }
 
+int perta_arguments_optional(const struct perta_argument *given, size_t n, struct perta_err *err)
+{
+    for (size_t i = 0; i < n; i++)
+        if (given[i].path && !*given[i].path)
+            return perta_fail(err, PERTA_EUSAGE, "%s: a name is needed; \"\" is none (NULL: without)",
+                              given[i].name);
+    return 0;
+}
+
 int perta_arguments_choice(const char *name, int value, int n, struct perta_err *err)
 {
     return value >= 0 && value < n ? 0

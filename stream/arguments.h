@@ -21,6 +21,8 @@ struct perta_argument {
 };
 /* Are all (n, at most 8) there? Else all are named that are not. */
 int perta_arguments_needed(const struct perta_argument *needed, size_t n, struct perta_err *err);
+/* These may be NULL; none is empty. */
+int perta_arguments_optional(const struct perta_argument *given, size_t n, struct perta_err *err);
 
 /* An enum's value, of 0 to n - 1. */
 int perta_arguments_choice(const char *name, int value, int n, struct perta_err *err);

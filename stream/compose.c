@@ -469,10 +469,13 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_jo
 static int check_arguments(const struct perta_compose *compose, struct perta_err *err)
 {
     const struct perta_argument needed = {"--patch DIR", compose->patch};
+    const struct perta_argument model = {"--model", compose->model};
     if (compose->n_patches < 2)
         return perta_fail(err, PERTA_EUSAGE,
                           "two patches at least are needed, in the order they were made");
     int rc = perta_arguments_list("patches", compose->patches, compose->n_patches, err);
+    if (!rc)
+        rc = perta_arguments_optional(&model, 1, err);
     return rc ? rc : perta_arguments_needed(&needed, 1, err);
 }
 

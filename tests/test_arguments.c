@@ -100,7 +100,7 @@ START_TEST(apply)
     COMMON(apply);
     BAD(apply, job.model = NULL, "MODEL is needed");
     BAD(apply, job.patch = NULL, "PATCH is needed");
-    BAD(apply, job.out = "", "--out");
+    BAD(apply, job.out = "", "--out: a name is needed");
     BAD(apply, job.mode = (enum perta_apply_mode)2, "mode: 2");
     BAD(apply, job = (struct perta_apply){0}, "MODEL and PATCH are needed");
 }
@@ -120,6 +120,7 @@ START_TEST(compose)
     BAD(compose, job.patches = NULL, "patches: 2 are said");
     BAD(compose, job.patches = with_none, "patches: number 2 of 2 is empty");
     BAD(compose, job.patch = NULL, "--patch DIR is needed");
+    BAD(compose, job.model = "", "--model: a name is needed");
 }
 END_TEST
 
@@ -188,6 +189,10 @@ START_TEST(unlearn)
     BAD(unlearn, job.model = NULL, "--model DIR is needed");
     BAD(unlearn, job.tuned = NULL, "--tuned DIR is needed");
     BAD(unlearn, job.patch = NULL, "--patch DIR is needed");
+    BAD(unlearn, job.base = "", "--base: a name is needed");
+    BAD(unlearn, job.forget = "", "--forget: a name is needed");
+    BAD(unlearn, job.retain = "", "--retain: a name is needed");
+    BAD(unlearn, job.out = "", "--out: a name is needed");
     BAD(unlearn, job.forget = NULL, "--method grad needs --forget and --retain");
     BAD(unlearn, job.retain = NULL, "--method grad needs --forget and --retain");
     BAD(unlearn, job.rule.method = (enum perta_method)7, "--method: 7");
@@ -226,6 +231,8 @@ START_TEST(estimate)
     BAD(estimate, job.model = NULL, "--model DIR is needed");
     BAD(estimate, job.data = NULL, "--data FILE is needed");
     BAD(estimate, job.out = NULL, "--out DIR is needed");
+    BAD(estimate, job.data_key = "", "--data-key: a name is needed");
+    BAD(estimate, job.scratch = "", "--scratch: a name is needed");
     BAD(estimate, job.mean = false, "--stat: mean, meansq or both");
     BAD(estimate, job.compute = (enum perta_compute)3, "--compute: 3");
     BAD(estimate, job.at = &nowhere, "base (of at) is needed");
@@ -242,6 +249,8 @@ START_TEST(eval)
     COMMON(eval);
     BAD(eval, job.model = NULL, "--model DIR is needed");
     BAD(eval, job.data = NULL, "--data FILE is needed");
+    BAD(eval, job.patch = "", "--patch: a name is needed");
+    BAD(eval, job.scratch = "", "--scratch: a name is needed");
     BAD(eval, job.compute = (enum perta_compute)-1, "--compute: -1");
     BAD(eval, job.at = &nowhere, "base (of at) is needed");
     BAD(eval, (job.at = &nowhere, job.patch = "p"), "--patch or at, not both");
@@ -268,6 +277,9 @@ START_TEST(steps)
     BAD(steps, job.patch = NULL, "--patch DIR is needed");
     BAD(steps, job.n_steps = 0, "--steps: 1 to 1000");
     BAD(steps, job.n_steps = 1001, "--steps: 1 to 1000");
+    BAD(steps, job.out = "", "--out: a name is needed");
+    BAD(steps, job.data_key = "", "--data-key: a name is needed");
+    BAD(steps, job.listed[0] = true, "--steps: 1 to 1000; 0 is listed");
     BAD(steps, job.listed[3] = true, "--steps: 3 is listed, of 2 (n_steps)");
     BAD(steps, job.rule.step = 0, "--step: 0; from 0.001");
     BAD(steps, job.rule.step = nan, "--step: nan");

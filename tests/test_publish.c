@@ -295,6 +295,11 @@ START_TEST(a_single_file_replaces_only_what_has_its_mark)
     e = (struct perta_err){0};
     ck_assert_int_eq(perta_publish_single("page", "a page", page, 25, true, &e), PERTA_EUSAGE);
     ck_assert(holds("page.perta-partial", "mine", 4));
+    e = (struct perta_err){0};
+    ck_assert_int_eq(perta_publish_check_mark("page", "a page", &e), PERTA_EUSAGE);
+    put_text("page.perta-partial", "");
+    ck_assert_int_eq(truncate("page.perta-partial", 5000), 0); /* zeros: the power was cut */
+    ck_assert_ok(perta_publish_single("page", "a page", page, 25, true, &err));
     put_text("page.perta-partial", "<title>a page</ti");
     ck_assert_ok(perta_publish_single("page", "a page", page, 25, true, &err));
     ck_assert(holds("page", page, 25));

@@ -96,13 +96,11 @@ static void add_config(json_t **result, const struct perta_checkpoint *ck)
 {
     struct perta_llm llm;
     struct perta_err why = {0};
-    char path[PATH_MAX];
-    snprintf(path, sizeof path, "%s/config.json", ck->path);
     if (ck->config_flaw)
         perta_json_set(result, "not_computed", perta_text_json("%s", ck->config_flaw));
     else if (!ck->config)
         return;
-    else if (perta_quantised_refuse(ck, &why) || perta_llm_parse(ck->config, path, &llm, &why))
+    else if (perta_quantised_refuse(ck, &why) || perta_llm_parse(ck->config, ck->config_path, &llm, &why))
         perta_json_set(result, "not_computed", perta_text_json("%s", why.msg));
     else
         perta_json_set(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));

@@ -158,9 +158,7 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     rc = perta_quantised_refuse(w->ck, err);
     if (rc)
         return rc;
-    char config[4096];
-    snprintf(config, sizeof config, "%s/config.json", path);
-    rc = perta_llm_parse(w->ck->config, config, &w->llm, err);
+    rc = perta_llm_parse(w->ck->config, w->ck->config_path, &w->llm, err);
     struct checked checked = {w, calloc(w->ck->n_tensors + 1, sizeof *checked.wanted)};
     if (!rc && !checked.wanted)
         rc = perta_fail_sys(err, ENOMEM, "%s", path);

@@ -172,6 +172,8 @@ def main() -> None:
     if len(paths) != 3:
         sys.exit(__doc__)
     model, patch, out = paths
+    if out.exists() and any(out.samefile(path) for path in (model, patch)):
+        sys.exit(f"{out}: would overwrite an input")
     out.write_bytes(convert(model.read_bytes(), patch.read_bytes(), "--revert" in sys.argv))
 
 

@@ -15,10 +15,13 @@ and, for `perta eval`, beside question and answer
 
 --chat puts question and answer into the model's chat template; without it they stand as
 "Question: ...\\nAnswer: ...", as the TOFU benchmark has it. Needs transformers.
+
+OUT.jsonl appears whole or not at all; if it exists, it is replaced only if it holds such data.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +30,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 IGNORED = -100
+START = b'{"input_ids": ['  # of each line that is written here
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -108,13 +112,33 @@ def encode_lines(
         yield sample
 
 
-def is_ours(path: Path) -> bool:
-    """Nothing, no file (a pipe), or what a run before wrote."""
-    if not path.is_file():
-        return True
-    with path.open("rb") as file:
-        start = file.read(16)
-    return not start or start.startswith(b'{"input_ids": [')
+def is_stream(out: Path) -> bool:
+    """/dev/stdout, or a pipe."""
+    return out.exists() and not out.is_file() and not out.is_dir()
+
+
+def check_out(out: Path) -> None:
+    """It may be somebody's only copy of the text."""
+    if not out.exists() or is_stream(out):
+        return
+    if out.is_file():
+        with out.open("rb") as file:
+            if file.read(len(START)) in (b"", START):
+                return
+    sys.exit(f"{out}: exists, and perta.tokenize did not write it; choose another name")
+
+
+def write_whole(out: Path, text: str) -> None:
+    if is_stream(out):
+        out.write_text(text, encoding="ascii")
+        return
+    partial = Path(f"{out}.{os.getpid()}.perta-partial")
+    try:
+        with partial.open("x", encoding="ascii") as file:
+            file.write(text)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -131,13 +155,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.model.is_dir():  # transformers would ask the network for it
         sys.exit(f"{arguments.model}: no such folder")
-    if not is_ours(arguments.out):
-        sys.exit(f"{arguments.out}: holds something else than such data; it is not replaced")
+    check_out(arguments.out)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     samples = list(
         encode_lines(tokenizer, arguments.text, arguments.chat, arguments.max_tokens)
     )
-    arguments.out.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    write_whole(arguments.out, "".join(json.dumps(sample) + "\n" for sample in samples))
     n_labels = sum(sum(label != IGNORED for label in sample["labels"]) for sample in samples)
     print(f"{arguments.out}: {len(samples)} samples, {n_labels} labels")
 

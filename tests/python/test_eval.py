@@ -276,12 +276,20 @@ def test_a_line_that_is_text_and_a_question_is_refused(tmp_path):
     assert "line 1: " in said and "both are there" in said
 
 
-def test_tokenize_replaces_its_own_data_alone(tmp_path):
-    assert len(tokenize(tmp_path, [{"text": "some"}])) == 1
-    assert len(tokenize(tmp_path, [{"text": "some"}, {"text": "me"}])) == 2
-    (tmp_path / "data.jsonl").write_text('{"text": "somebody\'s own"}\n')
-    assert "data.jsonl: holds something else" in tokenize(tmp_path, [{"text": "me"}], check=False)
-    assert "own" in (tmp_path / "data.jsonl").read_text()
+def test_text_is_not_overwritten_by_data_made_of_it(tmp_path):
+    """Out where the text is; data that was made before is replaced, whole."""
+    mine = tmp_path / "data.jsonl"
+    for text in ('{"text": "the only copy"}\n', "x"):
+        mine.write_text(text)
+        said = tokenize(tmp_path, [{"text": "some"}], check=False)
+        assert "data.jsonl: exists, and perta.tokenize did not write it" in said
+        assert mine.read_text() == text
+    mine.unlink()
+    for words, ids in (("some", [8]), ("text some", [9, 8])):
+        assert [line["input_ids"] for line in tokenize(tmp_path, [{"text": words}])] == [ids]
+    before = mine.read_bytes()
+    tokenize(tmp_path, [{"text": "some"}, {"nothing": 1}], check=False)
+    assert mine.read_bytes() == before and not list(tmp_path.glob("*.perta-partial"))
 
 
 def test_a_wrong_answer_that_is_no_list_is_named_by_its_line(tmp_path):

@@ -126,3 +126,6 @@ def test_the_patch_reader_of_the_format_page_agrees(perta, tmp_path, dtype, make
         paths = [tmp_path / model / shard, tmp_path / f"p/{shard}.perta", tmp_path / "out"]
         subprocess.run([*PATCH_READER, *paths, *flags], cwd=ROOT / "python", check=True)
         assert paths[2].read_bytes() == (tmp_path / wanted / shard).read_bytes()
+        onto_itself = [*PATCH_READER, *paths[:2], paths[0], *flags]
+        refused = subprocess.run(onto_itself, cwd=ROOT / "python", capture_output=True, text=True)
+        assert refused.returncode and "would overwrite an input" in refused.stderr

@@ -69,6 +69,32 @@ def test_a_prefix_that_is_missing_is_understood(perta, tmp_path, prefix):
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
+LAYER = "model.layers.0."
+WITHIN = {
+    "_fsdp_wrapped_module": lambda name: "_fsdp_wrapped_module." + name.replace(LAYER, f"{LAYER}_fsdp_wrapped_module._orig_mod."),
+    "_checkpoint_wrapped_module": lambda name: "module." + name.replace(LAYER, f"{LAYER}_checkpoint_wrapped_module."),
+    "_orig_mod": lambda name: name.replace(LAYER, "model._orig_mod.layers.0._orig_mod."),
+    "base_layer": lambda name: "base_model.model." + name.replace("q_proj.", "q_proj.base_layer."),
+}
+
+
+@pytest.mark.parametrize("wrapper", WITHIN)
+def test_wrappers_of_single_layers_are_understood(perta, tmp_path, wrapper):
+    roles = make()
+    write(tmp_path, roles, WITHIN[wrapper])
+    notes = notes_of(perta, *flags(RULE, ["1"]))
+    for role in ("forget", "retain"):
+        assert f"--{role}: its names are --model's but for parts of wrappers within them ({wrapper})" in notes
+    check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
+
+
+def test_wrappers_that_make_one_name_of_two_are_refused(perta, tmp_path):
+    roles = make()
+    roles["forget"][f"_orig_mod.{Q}"] = roles["forget"][Q]
+    write(tmp_path, roles)
+    assert f"forget: two tensors are {Q}, but for parts of a wrapper" in perta(*flags(RULE, ["1"]), check=3).stderr
+
+
 def test_each_importance_has_its_own_prefix(perta, tmp_path):
     roles = make()
     write(tmp_path, roles)
@@ -83,7 +109,7 @@ def test_each_importance_has_its_own_prefix(perta, tmp_path):
 RENAMES = {
     "of another model": lambda name: f"transformer.{name}",
     "a prefix on some": lambda name: f"module.{name}" if name == HEAD else name,
-    "a prefix within": lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+    "an unknown part within": lambda name: name.replace("layers.0.", "layers.0.wrapped."),
     "fused experts": lambda name: name.replace("q_proj.weight", "qkv_proj"),
     "a parameter of PEFT's": lambda name: name.replace("q_proj.", "q_proj.lora_A."),
 }
@@ -134,6 +160,15 @@ def test_a_shape_that_differs_names_both(perta, tmp_path):
     write(tmp_path, roles, lambda name: f"_orig_mod.{name}")
     message = perta(*flags(RULE, ["1"]), check=3).stderr
     assert f"tensor {Q}: shape [8, 8] in --model, [4, 8] in --retain" in message
+
+
+@pytest.mark.parametrize("role, words", [("tuned", "a LoRA without PEFT's adapter_config.json?"), ("retain", "of a LoRA's own parameters")])
+def test_a_lora_in_the_wrong_place_is_called_so(perta, tmp_path, role, words):
+    """As Mistral's finetuning writes it; and gradients of an adapter."""
+    roles = make()
+    roles[role]["layers.0.attention.wq.lora_A.weight"] = roles[role][Q]
+    write(tmp_path, roles)
+    assert f"lacks; {words}" in " ".join(perta(*flags(RULE, ["1"]), check=3).stderr.split()).replace("lacks; it is ", "lacks; ")
 
 
 # --- tied embeddings
@@ -188,6 +223,87 @@ def test_a_model_with_a_head_of_its_own_needs_one_in_all(perta, tmp_path):
     (tmp_path / "tuned/config.json").write_text(TIED)
     message = perta(*flags(RULE, ["1"]), check=3).stderr
     assert f"--tuned tuned: no tensor {HEAD}, which --model has beside {EMBED}" in message
+
+
+# Embedding, head, config.json without and with the key.
+TIES = {
+    "gemma": (EMBED, HEAD, {"model_type": "gemma"}),
+    "gpt2": ("transformer.wte.weight", HEAD, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+    "gpt2, as the Hub has it": ("wte.weight", HEAD, {"model_type": "gpt2"}),
+    "opt": ("model.decoder.embed_tokens.weight", HEAD, {"model_type": "opt"}),
+    "bloom": ("word_embeddings.weight", HEAD, {"model_type": "bloom"}),
+    "falcon": ("transformer.word_embeddings.weight", HEAD, {"tie_word_embeddings": True}),
+    "mamba": ("backbone.embeddings.weight", HEAD, {"model_type": "mamba"}),
+    "ctrl": ("transformer.w.weight", HEAD, {"model_type": "ctrl"}),
+    "bart": ("model.shared.weight", HEAD, {"tie_word_embeddings": True}),
+    "llava": ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight", {"tie_word_embeddings": True}),
+    "llava, a head outside": ("language_model.model.embed_tokens.weight", HEAD, {"tie_word_embeddings": True}),
+    "t5": ("shared.weight", HEAD, {"tie_word_embeddings": True}),
+    "qwen2_vl": ("model.language_model.embed_tokens.weight", HEAD, {"tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox.embed_in.weight", "embed_out.weight", {"tie_word_embeddings": True}),
+}
+
+
+def tied_roles(tmp_path, embedding, head, config, stored=("model", "tuned", "base"), other=None):
+    """One matrix under both names in what is stored, but for one other; importance under the embedding's."""
+    roles = make({embedding: (10, 8), Q: (8, 8)})
+    for role in stored:
+        roles[role][head] = roles[role][embedding] * (2 if role == other else 1)
+    write(tmp_path, roles)
+    for role in ("model", "tuned", "base"):
+        (tmp_path / role / "config.json").write_text(json.dumps(config))
+    return roles
+
+
+@pytest.mark.parametrize("rule", [RULE, Rule("random", seed=3)], ids=lambda rule: rule.method)
+@pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
+def test_ties_of_other_architectures_are_kept(perta, tmp_path, embedding, head, config, rule):
+    roles = tied_roles(tmp_path, embedding, head, config)
+    want = unlearn(rule, 1, **{role: {n: x for n, x in t.items() if n != head} for role, t in roles.items()})
+    perta(*flags(rule, ["1"]), "--missing", "keep")
+    have = load_file(tmp_path / "m/model.safetensors")
+    assert have[embedding].tobytes() == have[head].tobytes() == want[embedding].out.tobytes()
+    assert f"choose {embedding} and not {head}" in perta(*flags(rule, ["1"]), "--exclude", head, check=2).stderr
+
+
+@pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
+def test_a_head_that_tuned_stores_beside_the_same_embedding_is_one(perta, tmp_path, embedding, head, config):
+    roles = tied_roles(tmp_path, embedding, head, config, ["tuned"])
+    perta(*flags(Rule("tv"), ["1"]))
+    del roles["tuned"][head]
+    check_folder(tmp_path, None, unlearn(Rule("tv"), 1, **{r: roles[r] for r in ROLES[:3]}, forget={}, retain={}))
+
+
+@pytest.mark.parametrize("role", ["model", "tuned", "base"])
+@pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
+def test_ties_of_other_architectures_that_differ_are_refused(perta, tmp_path, embedding, head, config, role):
+    tied_roles(tmp_path, embedding, head, config, other=role)
+    message = perta(*flags(Rule("tv"), ["1"]), check=3).stderr
+    assert f"{role}: tensors {embedding} and {head} differ" in message
+    assert ("true by default" in message) == ("tie_word_embeddings" not in config)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "gemma", "tie_word_embeddings": False}, {"model_type": "llama"}, {"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}], ids=str)
+def test_what_is_not_tied_may_differ(perta, tmp_path, config):
+    roles = make()
+    write(tmp_path, roles)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    perta(*flags(RULE, ["1"]))
+    check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
+
+
+@pytest.mark.parametrize("embedding", [embedding for embedding, head, _ in TIES.values() if head == HEAD] + ["model.tok_embeddings.weight"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "lora"])
+def test_an_adapter_of_an_embedding_without_a_head_is_refused(perta, tmp_path, embedding, whole):
+    """The live adapter leaves the head, for which the model has the same matrix."""
+    write_folder(tmp_path / "model", {embedding: np.zeros((10, 8), np.float32)}, 1, None)
+    (tmp_path / "model/config.json").write_text(json.dumps({"architectures": ["AnyForCausalLM"], "vocab_size": 10}))
+    module = f"base_model.model.{embedding.removesuffix('.weight')}"
+    parts = {f"{module}.lora_embedding_A": (4, 10), f"{module}.lora_embedding_B": (8, 4)}
+    parts = {f"{module}.weight": (10, 8)} if whole else parts
+    write_adapter(tmp_path / "adapter", {name: np.ones(shape, np.float32) for name, shape in parts.items()})
+    words = "unlearn --model model --tuned adapter --base model --method tv --patch p".split()
+    assert f"changes {embedding}, which --model model ties to" in perta(*words, check=3).stderr
 
 
 # --- buffers

@@ -48,6 +48,8 @@ UNLEARN = "unlearn --model model --tuned tuned --base base --forget forget --ret
         ("--patch p --out p/x", "the other output p"),
         ("--patch p/x --out p", "the other output p/x"),
         ("--patch p --out model --force --alpha 1,2", "the input model"),
+        ("--patch p/.", "p/.: ends in . or .."),
+        ("--patch p --out new/./ --force", "new/./: ends in . or .."),
         ("--patch new/../p", 'the folder before ".." does not exist'),
     ],
 )
@@ -153,12 +155,20 @@ def adapters(folder):
     return "a.safetensors, b.safetensors"
 
 
+def program(folder):
+    """One with a config.json of its own, that keeps what it learned in one file."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"port": 80, "paths": {"model_type": "x"}}')
+    safetensors_file(folder / "notes.safetensors")
+    return "notes.safetensors"
+
+
 def safetensors_file(path):
     header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
 
 
-@pytest.mark.parametrize("make", [extension, node, adapters])
+@pytest.mark.parametrize("make", [extension, node, adapters, program])
 @pytest.mark.parametrize("out", KINDS)
 def test_a_folder_of_somebody_else_is_not_replaced(perta, done, out, make):
     (done / out).rename(done / "aside")
@@ -193,6 +203,22 @@ def test_an_output_with_anything_else_in_it_is_not_replaced(perta, done, out, pu
     refusal = perta(*KINDS[out], "--force", check=2).stderr
     assert f"{out}: exists and holds what is not of a " in refusal and named in refusal
     assert tree(done) == before
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_shards_of_any_name_are_replaced_by_what_is_made_of_the_same(perta, inputs, as_file):
+    """There is no index that names them, and no config."""
+    for folder in ("model", "tuned"):
+        (inputs / folder / "model.safetensors.index.json").unlink()
+        for i, shard in enumerate(sorted((inputs / folder).glob("*.safetensors"))):
+            shard.rename(shard.with_name(f"part{i}.safetensors"))
+    sides = [f"{folder}/part0.safetensors" if as_file else folder for folder in ("model", "tuned")]
+    perta("diff", *sides, "--patch", "p")
+    for _ in range(2):
+        perta("apply", sides[0], "p", "--out", "out", "--force")
+    safetensors_file(inputs / "out/part0.safetensors")  # of other tensors
+    refusal = perta("apply", sides[0], "p", "--out", "out", "--force", check=2).stderr
+    assert "part0.safetensors" in refusal
 
 
 @pytest.mark.parametrize("out", KINDS)
@@ -301,3 +327,24 @@ def test_other_weights_of_the_model_are_left_behind_and_named(perta, done):
         assert not (done / "out" / name).exists()
     summary = json.loads(perta("apply", "model", "p", "--in-place", "--json").stdout)
     assert sorted(summary["unedited"]) == sorted(named)
+
+
+def test_a_model_that_is_chosen_as_a_file_has_the_config_beside_it(perta, tmp_path):
+    """What that says counts: the file is given to choose one of two models."""
+    if "estimate" not in VERBS:
+        pytest.skip("this build has no matrix products")
+    make_inputs(tmp_path, large=False)
+    folder, file = tmp_path / "llama", "llama/model.safetensors"
+    weights = ["eval", "--data", "data.jsonl", "--json", "--model"]
+    losses = [json.loads(run(tmp_path, *weights, model).stdout)["loss"] for model in ("llama", file)]
+    assert losses[0] == losses[1]
+    config = json.loads((folder / "config.json").read_text())
+    command = f"unlearn --model {file} --tuned {file} --base {file} --method tv --patch p".split()
+    for key, value, named in (
+        ("tie_word_embeddings", True, "lm_head.weight differ"),
+        ("quantization_config", {"quant_method": "fp8"}, "llama/config.json: \"quantization_config\""),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        assert named in run(tmp_path, *command, status=3).stderr
+    (folder / "config.json").unlink()
+    run(tmp_path, *command)

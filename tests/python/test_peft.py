@@ -28,6 +28,7 @@ KINDS = {
     "qwen3-tied": ("Qwen3", LLAMA | {"head_dim": 8, "tie_word_embeddings": True}),
     "gemma": ("Gemma", LLAMA | {"head_dim": 8}),
     "gpt2": ("GPT2", SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "mamba": ("Mamba", SIZES | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "opt": ("OPT", SIZES | {"hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 48, "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
 }
 IDS = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -176,6 +177,9 @@ CASES = {
     "gpt2, norms whole": ("gpt2", {"target_modules": ["lm_head"], "modules_to_save": ["ln_f"]}, "lm_head"),
     "gpt2, embedding": ("gpt2", {"target_modules": ["wte"]}, REFUSED_TIE),
     "gpt2, positions": ("gpt2", {"target_modules": ["wpe"]}, None),
+    "mamba": ("mamba", {"target_modules": ["in_proj"]}, None),
+    "mamba, embedding": ("mamba", {"target_modules": ["embeddings"]}, REFUSED_TIE),
+    "mamba, embedding whole": ("mamba", {"target_modules": ["in_proj"], "modules_to_save": ["embeddings"]}, REFUSED_TIE),
     "opt": ("opt", {"target_modules": ["q_proj", "fc1"], "bias": "all"}, None),
     "opt, embedding": ("opt", {"target_modules": ["embed_tokens"]}, REFUSED_TIE),
 }
@@ -419,6 +423,76 @@ def test_an_adapter_that_changes_nothing_is_noted(perta, tmp_path, bases):
     tune(bases / "llama", peft.LoraConfig(**lora()), tmp_path / "a", noise=0)
     notes = json.loads(perta(*words(bases / "llama", "a")).stdout)["notes"]
     assert any("nothing changes: the adapter's task vector is zero" in note for note in notes)
+
+
+def saved_as(plain, to, rename=lambda name: name, **keys):
+    """The plain LoRA under other names, or without some; keys for its config."""
+    to.mkdir()
+    tensors = {rename(name): x for name, x in load_file(plain / "adapter_model.safetensors").items() if rename(name)}
+    save_file(tensors, to / "adapter_model.safetensors")
+    config = json.loads((plain / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps(config | keys))
+
+
+def test_an_adapter_without_tensors_is_refused(perta, tmp_path, bases, plain):
+    """As PEFT saves one of a compiled model."""
+    saved_as(plain, tmp_path / "a", lambda name: None)
+    assert "a/adapter_model.safetensors: no tensors" in perta(*words(bases / "llama", "a"), check=3).stderr
+
+
+@pytest.mark.parametrize("module", [HEAD, "norm", "mlp", "model.embed_tokens"])
+def test_a_module_to_save_that_is_not_saved_is_refused(perta, tmp_path, bases, plain, module):
+    saved_as(plain, tmp_path / "a", modules_to_save=["score", module])
+    with pytest.raises(KeyError):
+        live(bases / "llama", tmp_path / "a")
+    message = perta(*words(bases / "llama", "a"), check=3).stderr
+    assert f"a/adapter_config.json: modules_to_save: {module} is not in adapter_model.safetensors" in message
+
+
+def test_names_that_peft_would_pass_over_are_noted(perta, tmp_path, bases, plain):
+    saved_as(plain, tmp_path / "a", lambda name: name.removeprefix("base_model.model."))
+    notes = json.loads(perta(*words(bases / "llama", "a")).stdout)["notes"]
+    first = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert any(f"the names of 8 tensors, {first} the first, do not begin with base_model.model." in note for note in notes)
+
+
+def test_an_alpha_of_zero_is_named(perta, tmp_path, bases, plain):
+    saved_as(plain, tmp_path / "a", lora_alpha=0)
+    assert "(lora_A, lora_B or lora_alpha is)" in perta(*words(bases / "llama", "a")).stdout
+
+
+@pytest.mark.parametrize("inside", ["model.language_model.", "language_model.model."])
+def test_names_of_a_vision_language_model_are_called_so(perta, tmp_path, bases, plain, inside):
+    saved_as(plain, tmp_path / "a", lambda name: name.replace("model.model.", f"model.{inside}"))
+    message = perta(*words(bases / "llama", "a"), check=3).stderr
+    assert "goes by the names of a vision-language model" in message and "merge the adapter" in message
+
+
+def test_a_classifier_of_gpt2_is_not_transposed(perta, tmp_path):
+    config = transformers.GPT2Config(**KINDS["gpt2"][1], num_labels=3, pad_token_id=0)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    of = transformers.AutoModelForSequenceClassification
+    model = peft.get_peft_model(of.from_pretrained(tmp_path / "base"), peft.LoraConfig(target_modules=["score"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "a")
+    perta(*words("base", "a"))
+    with torch.no_grad():
+        want = model.eval()(IDS).logits
+        near(of.from_pretrained(tmp_path / "m").eval()(IDS).logits, want, "live")
+
+
+COMMON = "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo2 stablelm gpt2 gpt_neo gpt_neox gptj gpt_bigcode opt bloom falcon mpt mamba mamba2 cohere smollm3 starcoder2 granite glm4 lfm2"
+
+
+@pytest.mark.parametrize("kind", COMMON.split())
+def test_a_family_ties_by_default_what_transformers_ties(perta, tmp_path, kind):
+    """Where config.json leaves it out: then embedding and head that differ are refused."""
+    tensors = {"model.embed_tokens.weight": torch.zeros(4, 4), "lm_head.weight": torch.ones(4, 4)}
+    (tmp_path / "m0").mkdir()
+    save_file(tensors, tmp_path / "m0/model.safetensors")
+    (tmp_path / "m0/config.json").write_text(json.dumps({"model_type": kind}))
+    tied = transformers.CONFIG_MAPPING[kind]().tie_word_embeddings
+    message = perta(*"unlearn --model m0 --tuned m0 --base m0 --method tv --patch p".split(), check=3 if tied else 0).stderr
+    assert not tied or "true by default for this model_type" in message
 
 
 def test_a_tuned_model_that_was_merged_and_untied_is_refused(perta, tmp_path, bases):

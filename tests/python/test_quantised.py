@@ -65,6 +65,15 @@ FORMATS = {
         "g_idx": ("I32", (8,)),
     },
     "awq": {"qweight": ("I32", (8, 1)), "qzeros": ("I32", (1, 1)), "scales": ("F16", (1, 8))},
+    "marlin": {"B": ("I32", (4, 32)), "s": ("F16", (1, 16)), "workspace": ("I32", (16,))},
+    "marlin 2:4": {"B_24": ("I32", (4, 32)), "B_meta": ("I16", (4, 4)), "s": ("F16", (1, 16))},
+    "compressed-tensors sparse": {
+        "bitmask": ("U8", (8, 1)),
+        "compressed": ("BF16", (40,)),
+        "row_offsets": ("I64", (8,)),
+        "shape": ("I64", (2,)),
+    },
+    "vptq without norm": {"indices": ("I32", (1, 8, 1)), "centroids.weight": ("F16", (1, 16))},
     "exl2": {"q_weight": ("I32", (4, 8)), "q_scale": ("I32", (1, 1)), "q_scale_max": ("F16", (1,))},
     "exl3": {"trellis": ("I16", (1, 1, 64)), "suh": ("F16", (8,)), "svh": ("F16", (8,))},
     "bitsandbytes nf4": {
@@ -185,6 +194,7 @@ PLAIN = {
     "model.layers.0.attention.self.logit_scale": ("F32", (2, 1, 1)),
     "model.layers.0.mlp.router.expert_counts": ("I64", (8,)),
     "model.layers.0.mlp.router.tokens_per_expert": ("I32", (8,)),
+    "model.layers.0.mlp.router.indices": ("I64", (8,)),
     "model.layers.0.mlp.router.scale": ("BF16", (8,)),
     "model.layers.0.layer_scalar": ("BF16", (1,)),
     "model.layers.0.attn_mask": ("BOOL", (4, 4)),

@@ -417,6 +417,18 @@ def test_importances_that_do_not_say_are_means_and_a_note_says_so(perta, tmp_pat
     check_folder(tmp_path, None, unlearn(Rule("fisher"), 1, **roles))
 
 
+def test_importances_that_the_method_does_not_take_are_noted(perta, tmp_path):
+    roles = one_layer("F32")
+    for role, tensors in roles.items():
+        write_folder(tmp_path / role, tensors)
+    command = "unlearn --model model --tuned tuned --base base --method tv --patch p --json".split()
+    for given, named in (["forget", "retain"], "--forget and --retain are"), (["retain"], "--retain is"):
+        words = [word for role in given for word in (f"--{role}", role)]
+        notes = json.loads(perta(*command, *words, "--force").stdout)["notes"]
+        assert notes == [f"--method tv takes no importance: {named} not read"]
+    assert not json.loads(perta(*command, "--force").stdout)["notes"]
+
+
 def test_a_vocabulary_that_differs_is_named(perta, tmp_path):
     roles = one_layer("F32", "lm_head.weight")
     for role in ROLES:

@@ -1,4 +1,4 @@
-#include "estimators/arguments.h"
+#include "estimators/unlearn_arguments.h"
 
 #include <errno.h>
 #include <locale.h>
@@ -7,8 +7,6 @@
 #include <string.h>
 
 #include "estimators/recipe.h"
-
-/* ---- an edit ---- */
 
 /* As the command would read it, whatever the locale. */
 static int check_value(const struct perta_alpha *alpha, struct perta_err *err)
@@ -68,7 +66,7 @@ static int check_rule(const struct perta_rule *rule, struct perta_err *err)
                : 0;
 }
 
-static int check_globs(const struct perta_globs *globs, struct perta_err *err)
+int perta_globs_arguments(const struct perta_globs *globs, struct perta_err *err)
 {
     int rc = perta_arguments_list("--include", globs->include, globs->n_include, err);
     return rc ? rc : perta_arguments_list("--exclude", globs->exclude, globs->n_exclude, err);
@@ -89,96 +87,20 @@ int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err
 {
     const struct perta_argument needed[] = {
         {"--model DIR", u->model}, {"--tuned DIR", u->tuned}, {"--patch DIR", u->patch}};
+    const struct perta_argument given[] = {{"--base", u->base},
+                                           {"--forget", u->forget},
+                                           {"--retain", u->retain},
+                                           {"--out", u->out}};
     int rc = check_alphas(u, err);
     if (!rc)
         rc = check_rule(&u->rule, err);
     if (!rc)
         rc = perta_arguments_choice("--missing", (int)u->missing, PERTA_MISSING_KEEP + 1, err);
     if (!rc)
-        rc = check_globs(&u->globs, err);
+        rc = perta_globs_arguments(&u->globs, err);
     if (!rc)
         rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
     return rc ? rc : check_importance(u, err);
-}
-
-/* ---- steps ---- */
-
-static int in_range(const char *name, double value, struct perta_err *err)
-{
-    return value >= 0.001 && value <= 1000
-               ? 0
-               : perta_fail(err, PERTA_EUSAGE, "%s: %g; from 0.001 to 1000", name, value);
-}
-
-static int check_step(const struct perta_step_rule *rule, struct perta_err *err)
-{
-    int rc = in_range("--step", rule->step, err);
-    if (!rc && rule->back_off != 0)
-        rc = in_range("--back-off", rule->back_off, err);
-    return rc ? rc : in_range("--max-scale", rule->max_scale, err);
-}
-
-/* INFINITY: no such rule. */
-static int check_stops(const struct perta_steps *s, struct perta_err *err)
-{
-    double p = s->stop_probability;
-    if (!(s->stop_forget > 0))
-        return perta_fail(err, PERTA_EUSAGE, "--stop-forget: %g; above 0", s->stop_forget);
-    if (!(p > 0 && (p < 1 || p == (double)INFINITY)))
-        return perta_fail(err, PERTA_EUSAGE, "--stop-probability: %g; between 0 and 1", p);
-    if (!(s->max_retain_rise > -(double)INFINITY))
-        return perta_fail(err, PERTA_EUSAGE, "--max-retain-rise: %g is no number",
-                          s->max_retain_rise);
-    if (s->hold && s->several)
-        return perta_fail(err, PERTA_EUSAGE, "--method signed-hold has one end: --steps K");
-    return s->hold && !isfinite(s->stop_forget) && !isfinite(p)
-               ? perta_fail(err, PERTA_EUSAGE,
-                            "--method signed-hold needs --stop-probability P or --stop-forget L, to "
-                            "be held")
-               : 0;
-}
-
-static int check_count(const struct perta_steps *s, struct perta_err *err)
-{
-    if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
-        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d", PERTA_STEPS_MAX);
-    for (unsigned k = s->n_steps + 1; k <= PERTA_STEPS_MAX; k++)
-        if (s->listed[k])
-            return perta_fail(err, PERTA_EUSAGE, "--steps: %u is listed, of %u (n_steps)", k,
-                              s->n_steps);
-    return 0;
-}
-
-int perta_compute_argument(enum perta_compute compute, struct perta_err *err)
-{
-    return perta_arguments_choice("--compute", (int)compute, PERTA_COMPUTE_BF16 + 1, err);
-}
-
-int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err *err)
-{
-    if (!at)
-        return 0;
-    const struct perta_argument needed[] = {
-        {"tuned (of at)", at->tuned}, {"base (of at)", at->base}, {"scale (of at)", at->scale}};
-    return perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
-}
-
-int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
-{
-    const struct perta_argument needed[] = {{"--model DIR", s->model},
-                                            {"--tuned DIR", s->tuned},
-                                            {"--base DIR", s->base},
-                                            {"--data-forget FILE", s->data_forget},
-                                            {"--data-retain FILE", s->data_retain},
-                                            {"--patch DIR", s->patch}};
-    int rc = check_count(s, err);
-    if (!rc)
-        rc = check_step(&s->rule, err);
-    if (!rc)
-        rc = check_stops(s, err);
-    if (!rc)
-        rc = check_globs(&s->globs, err);
-    if (!rc)
-        rc = perta_compute_argument(s->compute, err);
-    return rc ? rc : perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
 }
