@@ -34,7 +34,7 @@ size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows)
 
 uint64_t perta_head_bytes(const struct perta_samples *samples, const struct perta_llm *llm)
 {
-    return samples->n_tokens * (7 * sizeof(float) + sizeof(struct perta_chunk)) +
+    return samples->n_tokens * (9 * sizeof(float) + sizeof(struct perta_chunk)) +
            samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk)) +
            llm->hidden * sizeof(float);
 }
