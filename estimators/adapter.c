@@ -49,12 +49,6 @@ static const struct ending {
     {"", KIND_WHOLE, ""},
 };
 
-static bool ends_in(const char *name, const char *ending)
-{
-    size_t n = strlen(name), m = strlen(ending);
-    return n >= m && !strcmp(name + n - m, ending);
-}
-
 static int read_name(const struct perta_checkpoint *ck, const struct perta_ref *ref,
                      struct part *part, struct perta_err *err)
 {
@@ -62,7 +56,7 @@ static int read_name(const struct perta_checkpoint *ck, const struct perta_ref *
     if (!strncmp(bare, PREFIX, strlen(PREFIX)))
         bare += strlen(PREFIX);
     const struct ending *e = endings;
-    while (!ends_in(bare, e->text))
+    while (!perta_text_ends_in(bare, e->text))
         e++;
     if (!*e->text && strstr(bare, "lora_"))
         return perta_fail(
@@ -239,7 +233,7 @@ static bool is_embedding(const struct perta_checkpoint *model, const char *name)
     const json_t *n = json_object_get(model->config, "vocab_size");
     const struct perta_tensor *t = perta_checkpoint_find(model, name)->tensor;
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (ends_in(name, names[i]))
+        if (perta_text_ends_in(name, names[i]))
             return true;
     return perta_tied_is_embedding(name) ||
            (json_is_integer(n) && t->n_dims == 2 && t->shape[0] == (uint64_t)json_integer_value(n) &&

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "io/text.h"
+
 #define WHAT_TO_DO "dequantise the model to BF16 first"
 
 /* ---- what the folder says ---- */
@@ -81,15 +83,9 @@ static bool is_integer(enum perta_dtype dtype)
            dtype != PERTA_C64;
 }
 
-static bool ends_in(const char *name, const char *ending)
-{
-    size_t n = strlen(name), m = strlen(ending);
-    return n >= m && !strcmp(name + n - m, ending);
-}
-
 static bool ends_in_any(const char *name, const char *const *endings)
 {
-    while (*endings && !ends_in(name, *endings))
+    while (*endings && !perta_text_ends_in(name, *endings))
         endings++;
     return *endings;
 }
@@ -111,7 +107,7 @@ static bool is_named_as_codes(const char *name)
     for (size_t i = 0; parts[i]; i++)
         if (!strcmp(last, parts[i]))
             return true;
-    return ends_in_any(name, endings) || ends_in(name, "_blocks");
+    return ends_in_any(name, endings) || perta_text_ends_in(name, "_blocks");
 }
 
 /* Matrices of integers of these names are: of Marlin, of sparse weights, of VPTQ. */

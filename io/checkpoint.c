@@ -25,12 +25,6 @@ static char *join(const char *folder, const char *name)
     return asprintf(&path, "%s/%s", folder, name) < 0 ? NULL : path;
 }
 
-static bool ends_in(const char *name, const char *suffix)
-{
-    size_t n = strlen(name), m = strlen(suffix);
-    return n > m && !strcmp(name + n - m, suffix);
-}
-
 static bool exists(const char *folder, const char *name)
 {
     char path[PATH_MAX]; /* of no memory: it would not be there without */
@@ -54,7 +48,7 @@ static bool is_in_cache_blobs(const char *path, const char *folder)
     snprintf(model, sizeof model, "%s", folder);
     for (char *slash; (slash = strrchr(model, '/'));) {
         *slash = '\0';
-        if (!ends_in(model, "/snapshots"))
+        if (!perta_text_ends_in(model, "/snapshots"))
             continue;
         *strrchr(model, '/') = '\0';
         return is_inside(path, model, "/blobs/");
@@ -175,7 +169,7 @@ static int check_shard_name(const char *name, const char *path, const char *tens
                           "%s: tensor %s: shard \"%.300s\" is not a plain file name in the "
                           "folder",
                           path, tensor, name);
-    if (!ends_in(name, SUFFIX))
+    if (!perta_text_ends_in(name, SUFFIX))
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s: shard \"%.200s\" is not a " SUFFIX " file", path,
                           tensor, name);
@@ -252,7 +246,7 @@ struct names {
 static int add_name(void *ctx, const char *name, struct perta_err *err)
 {
     struct names *names = ctx;
-    if (*name == '.' || !ends_in(name, SUFFIX))
+    if (*name == '.' || !perta_text_ends_in(name, SUFFIX))
         return 0;
     char **grown = realloc(names->all, (names->n + 1) * sizeof *grown);
     names->all = grown ? grown : names->all;
@@ -379,7 +373,7 @@ static int open_adapter(struct perta_checkpoint *ck, struct perta_err *err)
 
 static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
 {
-    if (!ends_in(ck->path, SUFFIX))
+    if (!perta_text_ends_in(ck->path, SUFFIX))
         return perta_which_no_file(ck->path, err);
     ck->shards = calloc(1, sizeof *ck->shards);
     if (!ck->shards)

@@ -57,7 +57,7 @@ static int add_name(void *ctx, const char *name, struct perta_err *err)
     if (!grown || !(look->names[look->n] = strdup(name)))
         return perta_fail_sys(err, ENOMEM, "%s", name);
     look->n++;
-    look->n_shards += perta_text_ends_in(name, ".safetensors");
+    look->n_shards += *name != '.' && perta_text_ends_in(name, ".safetensors");
     return 0;
 }
 
@@ -298,7 +298,7 @@ static int judge_output(struct look *look, const char *path, const char *name, b
         *ours = is_of_patch(look, name);
         return 0;
     }
-    if (perta_text_ends_in(name, ".safetensors")) {
+    if (*name != '.' && perta_text_ends_in(name, ".safetensors")) {
         bool named = is_weights(look, name);
         int rc = named ? parses(path, ours, err) : is_made_from(look, path, name, ours, err);
         *why = named ? " (damaged)" : "";
@@ -331,6 +331,10 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
 {
     uint8_t first;
     uint64_t len_bytes;
+    if (*name == '.') { /* of what perta writes nothing is hidden */
+        *ours = is_beside(name);
+        return 0;
+    }
     if (perta_text_ends_in(name, ".safetensors") || perta_text_ends_in(name, ".perta"))
         return is_shard_part(path, ours, err);
     if (!strcmp(name, PERTA_RECORD_NAME)) { /* one that was torn is no JSON */

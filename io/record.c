@@ -7,11 +7,16 @@
 #include "io/file.h"
 #include "io/plain.h"
 
-/* The next member's key, after i others; false: it is written in another way, or wrong. */
-static bool next_key(struct perta_plain *p, size_t i, const char **key, size_t *len)
+/* 1: the next member's key, after i others; 0: the object ends; -1: it is written in another way, or
+ * wrong. */
+static int next_key(struct perta_plain *p, size_t i, const char **key, size_t *len)
 {
+    if (perta_plain_word(p, "}"))
+        return 0;
     return (!i || perta_plain_word(p, ",")) && perta_plain_string(p, key, len) &&
-           perta_plain_word(p, ":");
+                   perta_plain_word(p, ":")
+               ? 1
+               : -1;
 }
 
 /* Read, and dropped, one value at a time. */
@@ -44,17 +49,17 @@ static json_t *without_tensors(const char *text, size_t len_bytes)
 {
     struct perta_plain p = {text, text + len_bytes};
     json_t *json = json_object();
-    bool good = perta_plain_word(&p, "{"), had_tensors = false;
-    for (size_t i = 0; good && !perta_plain_word(&p, "}"); i++) {
-        const char *key;
-        size_t len;
-        good = next_key(&p, i, &key, &len);
-        if (good && perta_plain_is(key, len, "tensors") && !had_tensors)
+    int more = perta_plain_word(&p, "{") ? 1 : -1;
+    bool good = true, had_tensors = false;
+    const char *key;
+    size_t len;
+    for (size_t i = 0; good && more > 0 && (more = next_key(&p, i, &key, &len)) > 0; i++) {
+        if (perta_plain_is(key, len, "tensors") && !had_tensors)
             good = had_tensors = pass_array(&p);
         else
-            good = good && add_member(json, key, len, &p);
+            good = add_member(json, key, len, &p);
     }
-    if (good && perta_plain_word(&p, ""))
+    if (good && !more && perta_plain_word(&p, ""))
         return json;
     json_decref(json);
     return NULL;
@@ -106,11 +111,8 @@ static bool scan_file(struct perta_plain *p, struct perta_record_files *files)
 {
     const char *key;
     size_t len;
-    if (!perta_plain_word(p, "{"))
-        return false;
-    for (size_t i = 0; !perta_plain_word(p, "}"); i++) {
-        if (!next_key(p, i, &key, &len))
-            return false;
+    int more = perta_plain_word(p, "{") ? 1 : -1;
+    for (size_t i = 0; more > 0 && (more = next_key(p, i, &key, &len)) > 0; i++) {
         if (!perta_plain_is(key, len, "name")) {
             if (!perta_plain_pass(p))
                 return false;
@@ -123,18 +125,15 @@ static bool scan_file(struct perta_plain *p, struct perta_record_files *files)
             return false;
         files->n++;
     }
-    return true;
+    return !more;
 }
 
 static bool scan_outputs(struct perta_plain *p, struct perta_record_files *files)
 {
     const char *key;
     size_t len;
-    if (!perta_plain_word(p, "{"))
-        return false;
-    for (size_t i = 0; !perta_plain_word(p, "}"); i++) {
-        if (!next_key(p, i, &key, &len))
-            return false;
+    int more = perta_plain_word(p, "{") ? 1 : -1;
+    for (size_t i = 0; more > 0 && (more = next_key(p, i, &key, &len)) > 0; i++) {
         bool good = perta_plain_is(key, len, "patch") ? perta_plain_word(p, "[")
                                                        : perta_plain_pass(p);
         for (size_t f = 0; good && perta_plain_is(key, len, "patch") && !perta_plain_word(p, "]"); f++)
@@ -142,28 +141,27 @@ static bool scan_outputs(struct perta_plain *p, struct perta_record_files *files
         if (!good)
             return false;
     }
-    return true;
+    return !more;
 }
 
 static bool scan(struct perta_plain *p, struct perta_record_files *files)
 {
     const char *key, *format;
     size_t len, format_len;
-    if (!perta_plain_word(p, "{"))
-        return false;
-    for (size_t i = 0; !perta_plain_word(p, "}"); i++) {
-        bool good = next_key(p, i, &key, &len);
-        if (good && perta_plain_is(key, len, "format")) {
+    int more = perta_plain_word(p, "{") ? 1 : -1;
+    for (size_t i = 0; more > 0 && (more = next_key(p, i, &key, &len)) > 0; i++) {
+        bool good;
+        if (perta_plain_is(key, len, "format")) {
             good = perta_plain_raw(p, &format, &format_len);
             files->is_patch = good && perta_plain_is(format, format_len, "perta-patch");
         } else {
-            good = good && (perta_plain_is(key, len, "outputs") ? scan_outputs(p, files)
-                                                                : perta_plain_pass(p));
+            good = perta_plain_is(key, len, "outputs") ? scan_outputs(p, files)
+                                                       : perta_plain_pass(p);
         }
         if (!good)
             return false;
     }
-    return perta_plain_word(p, "");
+    return !more && perta_plain_word(p, "");
 }
 
 int perta_record_scan(const char *dir, struct perta_record_files *files, struct perta_err *err)

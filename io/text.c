@@ -80,7 +80,7 @@ char *perta_text_lines(const char *fmt, va_list ap)
 bool perta_text_ends_in(const char *text, const char *suffix)
 {
     size_t n = strlen(text), m = strlen(suffix);
-    return n > m && !strcmp(text + n - m, suffix);
+    return n >= m && !strcmp(text + n - m, suffix);
 }
 
 /* ---- printed into memory ---- */

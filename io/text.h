@@ -26,10 +26,11 @@ char *perta_text_lines(const char *fmt, va_list ap) __attribute__((format(printf
  * has no memory for, and no ferror tells. */
 char *perta_text_print(bool (*print)(FILE *to, void *ctx), void *ctx, size_t *len);
 
+/* Is suffix the end of text, or all of it? */
+bool perta_text_ends_in(const char *text, const char *suffix);
+
 /* May name come from a file and become that of a file in a folder? Plain text, not empty, at most
  * PERTA_NAME_MAX_BYTES long, without a slash, not beginning with a dot. */
-/* Is suffix the end of text, with something before it? */
-bool perta_text_ends_in(const char *text, const char *suffix);
 bool perta_name_is_plain(const char *name);
 
 /* A string for people, made plain, so that it is never NULL but without memory. */

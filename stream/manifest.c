@@ -127,12 +127,6 @@ static int end_file(struct job *job, struct entry *e, struct perta_err *err)
     return perta_file_unchanged(&e->file, err);
 }
 
-static bool ends_with(const char *name, const char *suffix)
-{
-    size_t n = strlen(name), m = strlen(suffix);
-    return n >= m && !strcmp(name + n - m, suffix);
-}
-
 static int add_entry(struct job *job, const char *dir, const char *name, struct perta_err *err)
 {
     struct entry *grown = realloc(job->entries, (job->n + 1) * sizeof *grown);
@@ -201,7 +195,7 @@ static int try_header(struct entry *e, struct perta_err *err)
 {
     struct perta_err why = {0};
     struct stat st;
-    if (!ends_with(e->name, ".safetensors"))
+    if (!perta_text_ends_in(e->name, ".safetensors"))
         return 0;
     int fd = perta_open_regular(e->path, &st, err);
     if (fd < 0)

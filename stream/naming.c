@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/text.h"
+
 static bool any_matches(const char *const *globs, unsigned n, const char *name)
 {
     for (unsigned i = 0; i < n; i++)
@@ -136,19 +138,13 @@ bool perta_is_buffer_name(const char *name)
     return false;
 }
 
-static bool ends_in(const char *name, const char *ending)
-{
-    size_t n = strlen(name), m = strlen(ending);
-    return n >= m && !strcmp(name + n - m, ending);
-}
-
 bool perta_is_buffer(const struct perta_tensor *t)
 {
     /* GPT-2's mask, which is not a bias. */
     bool is_mask = t->n_dims == 4 && t->shape[0] == 1 && t->shape[1] == 1 &&
                    t->shape[2] == t->shape[3];
     return perta_is_buffer_name(t->name) ||
-           (is_mask && (ends_in(t->name, "attn.bias") || ends_in(t->name, "attention.bias")));
+           (is_mask && (perta_text_ends_in(t->name, "attn.bias") || perta_text_ends_in(t->name, "attention.bias")));
 }
 
 /* ---- prefixes ---- */

@@ -4,6 +4,8 @@
 #include <string.h>
 #include <strings.h>
 
+#include "io/text.h"
+
 #define SUPPORTED                                                                               \
     "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are"
 
@@ -107,12 +109,6 @@ static const struct family *find_architecture(const char *name)
     return NULL;
 }
 
-static bool ends_in(const char *name, const char *suffix)
-{
-    size_t n = strlen(name), m = strlen(suffix);
-    return n >= m && !strcmp(name + n - m, suffix);
-}
-
 /* What may be said of one that is not supported, by its name and by what its config holds. */
 static const char *why_not(const json_t *config, const char *name)
 {
@@ -121,16 +117,16 @@ static const char *why_not(const json_t *config, const char *name)
         if (json_is_object(json_object_get(config, parts[i])))
             return ". This is a wrapper, as for images or sound, around a language model: save "
                    "that alone as a checkpoint (its text model, with its head)";
-    if (ends_in(name, "ForConditionalGeneration"))
+    if (perta_text_ends_in(name, "ForConditionalGeneration"))
         return ". This is a wrapper around a language model, or has an encoder beside its "
                "decoder; what is supported are language models alone";
-    if (ends_in(name, "ForMaskedLM") || ends_in(name, "ForPreTraining"))
+    if (perta_text_ends_in(name, "ForMaskedLM") || perta_text_ends_in(name, "ForPreTraining"))
         return ". This is an encoder, which does not predict the next token";
-    if (ends_in(name, "Classification") || ends_in(name, "ForQuestionAnswering") ||
-        ends_in(name, "ForMultipleChoice") || strstr(name, "Reward"))
+    if (perta_text_ends_in(name, "Classification") || perta_text_ends_in(name, "ForQuestionAnswering") ||
+        perta_text_ends_in(name, "ForMultipleChoice") || strstr(name, "Reward"))
         return ". This has another head than a language model's, so there is no loss of its "
                "next token";
-    if (ends_in(name, "Model") && !ends_in(name, "LMHeadModel"))
+    if (perta_text_ends_in(name, "Model") && !perta_text_ends_in(name, "LMHeadModel"))
         return ". This is a model without a head, or an encoder, so there is no loss; a "
                "language model is saved with its head by AutoModelForCausalLM";
     if (json_object_get(config, "auto_map"))
