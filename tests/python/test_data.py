@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LONG, PERTA, part
-from test_estimate import GOOD, MODELS, VOCABULARY, assert_close, make_model
+from test_estimate import GOOD, MODELS, VOCABULARY, assert_close, gradients, make_model
 from test_eval import evaluate, write_lines
 from test_steps import STEPS, make_folders, tensors_of
 from verbs import stop_at
@@ -32,20 +32,6 @@ def loss_of(model, line):
     batch = {key: torch.tensor([line[key]]) for key in INPUTS if key in line}
     batch.setdefault("labels", batch["input_ids"])
     return model(**batch, use_cache=False).loss
-
-
-def gradients(model, lines):
-    loss, mean, meansq = 0.0, {}, {}
-    for line in lines:
-        model.zero_grad()
-        one = loss_of(model, line)
-        one.backward()
-        loss += one.item() / len(lines)
-        for name, parameter in model.named_parameters():
-            g = parameter.grad.double()
-            mean[name] = mean.get(name, 0) + g / len(lines)
-            meansq[name] = meansq.get(name, 0) + g * g / len(lines)
-    return loss, mean, meansq
 
 
 def model_of(folder, name):
@@ -127,7 +113,7 @@ def test_masks_and_positions_are_transformers(perta, tmp_path, name):
             want = [loss_of(model, line).item() for line in lines]
         have = evaluate(perta, "model", "--compute", "f32")["per_sample"]
         assert [item["loss"] for item in have] == pytest.approx(want, abs=1e-5)
-        loss, mean, meansq = gradients(model, lines)
+        loss, mean, meansq = gradients(model, lines, loss_of)
         flags = ["--stat", "mean,meansq", "--force"]
         assert json.loads(perta(*ESTIMATE, *flags).stdout)["loss"] == pytest.approx(loss, abs=1e-5)
         for stat, g in (("mean", mean), ("meansq", meansq)):

@@ -76,19 +76,24 @@ def make_model(folder, family, changes, dtype=torch.float32):
     return type(model).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
 
 
-def gradients(model):
+def loss_of(model, sample):
+    ids, labels = (torch.tensor([sample[key]]) for key in ("input_ids", "labels"))
+    return model(input_ids=ids, labels=labels).loss
+
+
+def gradients(model, lines=None, loss_of=loss_of):
     """Mean loss, and mean and mean square of each sample's gradient, in float64."""
+    lines = list(lines or samples())
     loss, mean, meansq = 0.0, {}, {}
-    for sample in samples():
+    for line in lines:
         model.zero_grad()
-        ids, labels = (torch.tensor([sample[key]]) for key in ("input_ids", "labels"))
-        one = model(input_ids=ids, labels=labels).loss
+        one = loss_of(model, line)
         one.backward()
-        loss += one.item() / len(LENGTHS)
+        loss += one.item() / len(lines)
         for name, parameter in model.named_parameters():
             g = parameter.grad.double()
-            mean[name] = mean.get(name, 0) + g / len(LENGTHS)
-            meansq[name] = meansq.get(name, 0) + g * g / len(LENGTHS)
+            mean[name] = mean.get(name, 0) + g / len(lines)
+            meansq[name] = meansq.get(name, 0) + g * g / len(lines)
     return loss, mean, meansq
 
 
