@@ -50,7 +50,7 @@ int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref
                        const struct perta_checkpoint *other, const struct perta_ref *b, bool *same,
                        struct perta_err *err)
 {
-    const char *const paths[2] = {ck->shards[a->shard].path, other->shards[b->shard].path};
+    const struct perta_shard *const shards[2] = {&ck->shards[a->shard], &other->shards[b->shard]};
     const struct perta_tensor *of[2] = {a->tensor, b->tensor};
     if (!(*same = look_the_same(of[0], of[1])))
         return 0;
@@ -58,7 +58,7 @@ int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref
     uint8_t *room = malloc(2 * PIECE_BYTES);
     int rc = room ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     for (int i = 0; i < 2 && !rc; i++)
-        rc = perta_file_open(&files[i], paths[i], false, err);
+        rc = perta_shard_open(shards[i], false, &files[i], err);
     if (!rc)
         rc = compare(files, of, room, same, err);
     for (int i = 0; i < 2; i++)

@@ -40,10 +40,11 @@ static int check_tied(const struct perta_unlearn_job *job, int role, struct pert
     const struct perta_checkpoint *ck = job->in[role].ck;
     const struct perta_ref *head, *embedding;
     bool same = true;
-    int rc = perta_tied_check(ck, err);
-    if (rc || !perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !perta_tied_pair(ck, &embedding, &head))
-        return rc;
-    rc = perta_tied_compare(ck, embedding, ck, head, &same, err);
+    if (perta_is_tied(ck))
+        return perta_tied_check(ck, err);
+    if (!perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !perta_tied_pair(ck, &embedding, &head))
+        return 0;
+    int rc = perta_tied_compare(ck, embedding, ck, head, &same, err);
     return rc || same
                ? rc
                : perta_fail(err, PERTA_EINPUT,

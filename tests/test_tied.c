@@ -86,6 +86,20 @@ START_TEST(where_they_are_not_tied_they_may_differ)
 }
 END_TEST
 
+START_TEST(another_shard_by_now_is_not_compared)
+{
+    struct perta_checkpoint *ck;
+    struct perta_err e = {0};
+    put_model(TIED, PERTA_BF16, 100, -1);
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
+    put_shard("other", HEAD, PERTA_BF16, 100, -1);
+    ck_assert_int_eq(rename("other", "m/2.safetensors"), 0);
+    ck_assert_int_eq(perta_tied_check(ck, &e), PERTA_EINPUT);
+    ck_assert_ptr_nonnull(strstr(e.msg, "m/2.safetensors: changed since"));
+    perta_checkpoint_close(ck);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("tied");
@@ -93,5 +107,6 @@ int main(void)
     tcase_add_test(tests, the_same_bytes_are_fine);
     tcase_add_test(tests, any_byte_that_differs_is_named_with_both_tensors);
     tcase_add_test(tests, where_they_are_not_tied_they_may_differ);
+    tcase_add_test(tests, another_shard_by_now_is_not_compared);
     return run_suite("tied", tests);
 }
