@@ -17,7 +17,7 @@
 #include <time.h>
 #include <zstd.h>
 
-#include "io/codec.h"
+#include "io/format/codec.h"
 
 #define ROUNDS_MAX 99
 

@@ -7,8 +7,8 @@
 #include <stdlib.h>
 #include <time.h>
 
-#include "estimators/backprop/gemm.h"
-#include "estimators/backprop/onednn.h"
+#include "estimators/model/gemm.h"
+#include "estimators/model/onednn.h"
 
 #define HIDDEN 2048
 #define INNER 5632

@@ -5,8 +5,8 @@ set -eu
 cd "$(dirname "$0")/.."
 bad=$(
     grep -nE '^ +json_(object_(set|update)|array_(append|extend|insert|set))[a-z_]*\(' \
-        io/*.c stream/*.c estimators/*.c estimators/backprop/*.c tools/*.c | grep -v 'takes no memory'
+        io/*.c io/*/*.c stream/*.c stream/*/*.c estimators/*/*.c tools/*.c | grep -v 'takes no memory'
     grep -nE '\b(json_dumps|open_memstream)\(' \
-        io/*.c stream/*.c estimators/*.c estimators/backprop/*.c tools/*.c
+        io/*.c io/*/*.c stream/*.c stream/*/*.c estimators/*/*.c tools/*.c
 ) || true
 [ -z "$bad" ] || { echo "perta_json_set() and its like, perta_note(), perta_json_text(), perta_text_print() instead of:"; echo "$bad"; exit 1; }

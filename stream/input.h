@@ -4,7 +4,7 @@
 
 #include <jansson.h>
 
-#include "io/checkpoint.h"
+#include "io/format/checkpoint.h"
 #include "io/file.h"
 #include "io/hash.h"
 #include "stream/stream.h"

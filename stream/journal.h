@@ -14,9 +14,9 @@
 #include <jansson.h>
 #include <stdbool.h>
 
-#include "io/checkpoint.h"
+#include "io/format/checkpoint.h"
 #include "io/hash.h"
-#include "io/publish.h"
+#include "io/publish/publish.h"
 
 #define PERTA_JOURNAL_SUFFIX ".perta-journal"
 

@@ -4,8 +4,8 @@
 
 #include <stdbool.h>
 
-#include "io/checkpoint.h"
-#include "io/codec.h"
+#include "io/format/checkpoint.h"
+#include "io/format/codec.h"
 #include "stream/stream.h"
 
 struct perta_walk {

@@ -9,8 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "estimators/backprop/config.h"
-#include "estimators/backprop/model.h"
+#include "estimators/model/config.h"
+#include "estimators/model/model.h"
 #include "tests/strange_fp.h"
 
 #define THREADS 3 /* of the host's, whatever the machine has */

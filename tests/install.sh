@@ -14,9 +14,9 @@ test -f "$prefix/share/man/man1/perta.1"
 
 cat >"$stage/user.c" <<'C'
 #include <perta.h>
-#include <io/checkpoint.h>
-#include <stream/diff.h>
-#include <estimators/unlearn.h>
+#include <io/format/checkpoint.h>
+#include <stream/patch/diff.h>
+#include <estimators/edit/unlearn.h>
 #include <stdio.h>
 int main(void)
 {

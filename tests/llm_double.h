@@ -5,8 +5,8 @@
 
 #include <math.h>
 
-#include "estimators/backprop/model.h"
-#include "estimators/backprop/samples.h"
+#include "estimators/model/model.h"
+#include "estimators/model/samples.h"
 #include "tests/unit.h"
 
 static inline void rmsnorm_double(double *y, const double *x, const double *weight, size_t T,

@@ -2,15 +2,15 @@
  * command does, whatever err and summary held before; nothing is read, nothing written. */
 #include <math.h>
 
-#include "estimators/accumulate.h"
-#include "estimators/estimate.h"
-#include "estimators/eval.h"
-#include "estimators/steps.h"
-#include "estimators/unlearn.h"
-#include "stream/apply.h"
-#include "stream/compose.h"
-#include "stream/diff.h"
-#include "stream/manifest.h"
+#include "estimators/passes/accumulate.h"
+#include "estimators/passes/estimate.h"
+#include "estimators/passes/eval.h"
+#include "estimators/steps/steps.h"
+#include "estimators/edit/unlearn.h"
+#include "stream/patch/apply.h"
+#include "stream/patch/compose.h"
+#include "stream/patch/diff.h"
+#include "stream/patch/manifest.h"
 #include "tests/scratch.h"
 
 static struct perta_err err;

@@ -2,9 +2,9 @@
  * finite differences of a forward pass in double (llm_double.h). */
 #include "tests/scratch.h"
 
-#include "estimators/backprop/train.h"
-#include "estimators/estimate.h"
-#include "io/checkpoint.h"
+#include "estimators/model/train.h"
+#include "estimators/passes/estimate.h"
+#include "io/format/checkpoint.h"
 #include "tests/gradient.h"
 #include "tests/llm_double.h"
 

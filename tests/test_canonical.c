@@ -4,7 +4,7 @@
 #include <float.h>
 #include <locale.h>
 
-#include "stream/canonical.h"
+#include "io/format/canonical.h"
 
 static void spells(json_t *value, const char *wanted)
 {

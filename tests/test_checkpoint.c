@@ -5,9 +5,9 @@
 #include <sys/stat.h>
 #include <time.h>
 
-#include "io/checkpoint.h"
+#include "io/format/checkpoint.h"
 #include "io/file.h"
-#include "io/which.h"
+#include "io/format/which.h"
 
 static struct perta_err err;
 

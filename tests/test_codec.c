@@ -1,9 +1,9 @@
 /* apply(encode(a, b), a) == b and revert(encode(a, b), b) == a, for any bits. */
 #include "tests/unit.h"
 
-#include "io/codec.h"
-#include "io/codec_kernels.h"
-#include "io/codec_plan.h"
+#include "io/format/codec.h"
+#include "io/format/codec_kernels.h"
+#include "io/format/codec_plan.h"
 #include "io/hash.h"
 #include "io/isa.h"
 

@@ -1,7 +1,7 @@
 /* config.json: numbers that lead nowhere are refused with their key. */
 #include "tests/unit.h"
 
-#include "estimators/backprop/config.h"
+#include "estimators/model/config.h"
 
 static const char base[] = "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":64,"
                            "\"intermediate_size\":96,\"vocab_size\":9,\"num_hidden_layers\":1,"

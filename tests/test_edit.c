@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "estimators/edit.h"
+#include "estimators/edit/edit.h"
 
 #define N 2077 /* two whole tiles and a part */
 

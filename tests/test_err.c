@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 #include "io/checked.h"
-#include "io/dtype.h"
+#include "io/format/dtype.h"
 #include "io/hash.h"
 #include "io/isa.h"
 

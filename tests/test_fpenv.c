@@ -1,9 +1,9 @@
 /* Results do not depend on the host program's floating-point environment, which is as before. */
 #include "tests/unit.h"
 
-#include "estimators/edit.h"
-#include "estimators/running.h"
-#include "stream/canonical.h"
+#include "estimators/edit/edit.h"
+#include "estimators/edit/running.h"
+#include "io/format/canonical.h"
 #include "tests/strange_fp.h"
 
 #define N 1500 /* a whole tile and a part */

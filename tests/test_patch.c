@@ -3,7 +3,7 @@
 
 #include <unistd.h>
 
-#include "io/patch.h"
+#include "io/format/patch.h"
 
 static struct perta_err err;
 

@@ -3,7 +3,7 @@
 
 #include <sys/stat.h>
 
-#include "io/publish.h"
+#include "io/publish/publish.h"
 
 static struct perta_err err;
 

@@ -4,7 +4,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "estimators/running.h"
+#include "estimators/edit/running.h"
 
 #define N 2077 /* two whole tiles and a part */
 #define SAMPLES 400

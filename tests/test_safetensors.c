@@ -4,7 +4,7 @@
 #include <endian.h>
 #include <unistd.h>
 
-#include "io/safetensors.h"
+#include "io/format/safetensors.h"
 
 static struct perta_err err;
 

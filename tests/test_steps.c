@@ -1,8 +1,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "estimators/convert.h"
-#include "estimators/steps.h"
+#include "io/format/convert.h"
+#include "estimators/steps/steps.h"
 #include "unit.h"
 
 static const struct perta_step_rule rule = {.step = 0.4, .back_off = 0.2, .max_scale = 1};

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include "io/err.h"
-#include "io/python_json.h"
+#include "io/format/python_json.h"
 #include "io/text.h"
 
 START_TEST(text_is_plain_without_control_characters_and_in_utf_8)

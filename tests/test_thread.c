@@ -3,7 +3,7 @@
 
 #include <sys/mman.h>
 
-#include "io/codec.h"
+#include "io/format/codec.h"
 #include "io/hash.h"
 #include "io/pool.h"
 #include "io/thread.h"

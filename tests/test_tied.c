@@ -3,7 +3,7 @@
 
 #include <sys/stat.h>
 
-#include "estimators/tied.h"
+#include "io/format/tied.h"
 
 #define EMBED "model.embed_tokens.weight"
 #define HEAD "lm_head.weight"

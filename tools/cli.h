@@ -6,7 +6,7 @@
 #include <jansson.h>
 #include <stdbool.h>
 
-#include "estimators/estimate.h"
+#include "estimators/passes/estimate.h"
 #include "io/text.h"
 #include "stream/stream.h"
 

@@ -1,4 +1,4 @@
-#include "estimators/accumulate.h"
+#include "estimators/passes/accumulate.h"
 #include "tools/cli.h"
 
 enum { KEY_OUT = CLI_KEY_OWN, KEY_STAT };

@@ -1,5 +1,5 @@
 /* perta apply and perta revert: the same, there and back. */
-#include "stream/apply.h"
+#include "stream/patch/apply.h"
 #include "tools/cli.h"
 
 enum { KEY_OUT = CLI_KEY_OWN, KEY_IN_PLACE };

@@ -1,4 +1,4 @@
-#include "stream/compose.h"
+#include "stream/patch/compose.h"
 
 #include "tools/cli.h"
 

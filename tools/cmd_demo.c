@@ -8,9 +8,9 @@
 #include <sys/stat.h>
 #include <xxhash.h>
 
-#include "estimators/backprop/train.h"
-#include "estimators/estimate.h"
-#include "io/publish.h"
+#include "estimators/model/train.h"
+#include "estimators/passes/estimate.h"
+#include "io/publish/publish.h"
 #include "io/text.h"
 #include "tools/demo.h"
 #include "tools/unlearn_steps.h"

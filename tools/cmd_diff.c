@@ -1,4 +1,4 @@
-#include "stream/diff.h"
+#include "stream/patch/diff.h"
 
 #include "tools/cli.h"
 

@@ -1,4 +1,4 @@
-#include "estimators/estimate.h"
+#include "estimators/passes/estimate.h"
 #include "tools/cli.h"
 
 enum {

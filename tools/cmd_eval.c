@@ -1,4 +1,4 @@
-#include "estimators/eval.h"
+#include "estimators/passes/eval.h"
 #include "tools/cli.h"
 
 enum { KEY_MODEL = CLI_KEY_OWN, KEY_PATCH, KEY_DATA, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH,

@@ -3,12 +3,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/backprop/config.h"
-#include "estimators/quantised.h"
-#include "io/checkpoint.h"
+#include "estimators/model/config.h"
+#include "io/format/quantised.h"
+#include "io/format/checkpoint.h"
 #include "io/engine.h"
 #include "io/text.h"
-#include "stream/patch_in.h"
+#include "stream/patch/patch_in.h"
 #include "tools/cli.h"
 
 enum { KEY_IO = CLI_KEY_OWN, KEY_JSON, KEY_TENSORS };

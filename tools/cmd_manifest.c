@@ -1,7 +1,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "stream/manifest.h"
+#include "stream/patch/manifest.h"
 #include "tools/cli.h"
 
 enum { KEY_FORMAT = CLI_KEY_OWN };

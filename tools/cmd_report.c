@@ -4,10 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "io/publish.h"
+#include "io/publish/publish.h"
 #include "report_page.h"
-#include "stream/canonical.h"
-#include "stream/patch_in.h"
+#include "io/format/canonical.h"
+#include "stream/patch/patch_in.h"
 #include "tools/cli.h"
 
 #define MARK "<!--manifest-->"

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/unlearn.h"
+#include "estimators/edit/unlearn.h"
 #include "tools/unlearn_steps.h"
 
 enum {

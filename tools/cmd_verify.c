@@ -1,8 +1,8 @@
 #include <unistd.h>
 
-#include "io/checkpoint.h"
-#include "stream/manifest.h"
-#include "stream/patch_in.h"
+#include "io/format/checkpoint.h"
+#include "stream/patch/manifest.h"
+#include "stream/patch/patch_in.h"
 #include "tools/cli.h"
 
 enum { KEY_MANIFEST = CLI_KEY_OWN, KEY_PATCH, KEY_APPLIED, KEY_ORIGINAL };

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "estimators/backprop/train.h"
+#include "estimators/model/train.h"
 #include "tools/demo.h"
 
 /* ---- ask ---- */

@@ -1,7 +1,7 @@
 /* What needs matrix products, in a build without (meson setup -Dmodel=disabled): it says so. */
 #include <stdio.h>
 
-#include "estimators/steps.h"
+#include "estimators/steps/steps.h"
 #include "tools/cli.h"
 
 #define MISSING "this build has no matrix products (oneDNN)"

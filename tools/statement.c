@@ -7,9 +7,9 @@
 #include <time.h>
 
 #include "io/isa.h"
-#include "io/publish.h"
-#include "stream/canonical.h"
-#include "stream/patch_in.h"
+#include "io/publish/publish.h"
+#include "io/format/canonical.h"
+#include "stream/patch/patch_in.h"
 #include "tools/cli.h"
 
 #define SUFFIX ".intoto.json"

@@ -2,7 +2,7 @@
 #ifndef PERTA_TOOLS_UNLEARN_STEPS_H
 #define PERTA_TOOLS_UNLEARN_STEPS_H
 
-#include "estimators/steps.h"
+#include "estimators/steps/steps.h"
 #include "tools/cli.h"
 
 struct unlearn_steps {

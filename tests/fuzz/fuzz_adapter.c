@@ -5,7 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "estimators/adapter.h"
+#include "estimators/edit/adapter.h"
 #include "io/file.h"
 
 #define DATA_MAX (1 << 16)

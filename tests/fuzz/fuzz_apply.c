@@ -8,7 +8,7 @@
 #include <zstd.h>
 
 #include "io/hash.h"
-#include "io/patch.h"
+#include "io/format/patch.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

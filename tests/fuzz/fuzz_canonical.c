@@ -1,5 +1,5 @@
 /* The canonical spelling of any JSON: read again it is the same value, spelled the same. */
-#include "stream/canonical.h"
+#include "io/format/canonical.h"
 
 #include <stdint.h>
 #include <stdlib.h>

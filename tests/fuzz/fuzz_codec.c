@@ -1,7 +1,7 @@
 /* Decoding a chunk: dtype, encoding, claimed payload and the payload itself are the
  * input's. It comes as plain bytes and is put into a frame here, for a fuzzer would hardly
  * make one; and once as the frame itself. */
-#include "io/codec.h"
+#include "io/format/codec.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -2,9 +2,9 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "estimators/backprop/config.h"
-#include "estimators/backprop/weights.h"
-#include "io/python_json.h"
+#include "estimators/model/config.h"
+#include "estimators/model/weights.h"
+#include "io/format/python_json.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

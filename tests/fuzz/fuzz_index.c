@@ -4,8 +4,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "estimators/backprop/config.h"
-#include "io/checkpoint.h"
+#include "estimators/model/config.h"
+#include "io/format/checkpoint.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -9,8 +9,8 @@
 #include <unistd.h>
 
 #include "io/hash.h"
-#include "stream/diff.h"
-#include "stream/patch_in.h"
+#include "stream/patch/diff.h"
+#include "stream/patch/patch_in.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

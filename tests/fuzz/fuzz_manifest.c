@@ -6,8 +6,8 @@
 #include <unistd.h>
 
 #include "io/hash.h"
-#include "io/patch.h"
-#include "stream/manifest.h"
+#include "io/format/patch.h"
+#include "stream/patch/manifest.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -1,5 +1,5 @@
 /* The patch container. Digests would stop a fuzzer at once, so inputs get right ones first. */
-#include "io/patch.h"
+#include "io/format/patch.h"
 
 #include <stdlib.h>
 #include <string.h>

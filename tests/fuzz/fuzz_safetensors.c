@@ -1,7 +1,7 @@
 /* The header parser, given a file whose data is as long as it likes. */
 #include <string.h>
 
-#include "io/safetensors.h"
+#include "io/format/safetensors.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

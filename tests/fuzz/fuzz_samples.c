@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "estimators/backprop/samples.h"
+#include "estimators/model/samples.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -139,7 +139,7 @@ def edit(
 
 
 def mean_weight(w: np.ndarray, n_bad: int) -> float:
-    """In the order of estimators/edit.h: lanes, blocks, chunks."""
+    """In the order of estimators/edit/edit.h: lanes, blocks, chunks."""
     total = np.float64(0)
     flat = w.reshape(-1).astype(np.float64)
     for first in range(0, flat.size, CHUNK):
@@ -180,7 +180,7 @@ def weight(
 
 
 def power(x: np.ndarray, p: float, real: type) -> np.ndarray:
-    """x^p as estimators/pow.h computes it, rounded once to `real`."""
+    """x^p as estimators/edit/pow.h computes it, rounded once to `real`."""
     x = np.asarray(x, np.float64)
     sqrt_half = np.uint64(0x3FE6A09E667F3BCD)
     tiny = x < np.finfo(np.float64).tiny
@@ -216,7 +216,7 @@ def horner(x: np.ndarray, divisors: Iterable[int]) -> np.ndarray:
 
 
 def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> np.ndarray:
-    """SplitMix64 of seed, tensor name and element: 24 bits, as estimators/kernels.h says."""
+    """SplitMix64 of seed, tensor name and element: 24 bits, as estimators/edit/kernels.h says."""
     state = np.uint64(seed ^ xxhash.xxh3_64_intdigest(name.encode()))
     index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
     z = state + index * np.uint64(0x9E3779B97F4A7C15)
@@ -230,7 +230,7 @@ def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> n
 
 
 def lora_tau(a: np.ndarray, b: np.ndarray, scaling: float) -> np.ndarray:
-    """scaling * (B A) of A (r, in) and B (out, r), bit for bit as estimators/edit.h says: the sum
+    """scaling * (B A) of A (r, in) and B (out, r), bit for bit as estimators/edit/edit.h says: the sum
     from k = 0 up in float32, every operation rounded."""
     a, b = widen(a, np.float32), widen(b, np.float32)
     total = np.zeros((b.shape[0], a.shape[1]), np.float32)
@@ -245,7 +245,7 @@ def lora_tau(a: np.ndarray, b: np.ndarray, scaling: float) -> np.ndarray:
 
 def running_mean(samples: list[np.ndarray], square: bool) -> np.ndarray:
     """The mean of the samples, or of their squares, summed in float32 with Knuth's TwoSum, bit
-    for bit as estimators/running.h says."""
+    for bit as estimators/edit/running.h says."""
     total = np.zeros(samples[0].shape, np.float32)
     carry = np.zeros(samples[0].shape, np.float32)
     for sample in samples:

@@ -1,0 +1,473 @@
+#include "estimators/edit/adapter.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/edit/adapter_config.h"
+#include "io/format/tied.h"
+#include "io/text.h"
+#include "io/format/naming.h"
+
+#define PREFIX "base_model.model."
+typedef unsigned long long ull;
+
+/* ---- names ---- */
+
+enum kind {
+    KIND_A,
+    KIND_B,
+    KIND_EMBEDDING_A,
+    KIND_EMBEDDING_B,
+    KIND_BASE_LAYER,
+    KIND_WHOLE
+};
+
+/* One tensor of the adapter. */
+struct part {
+    char *target; /* the tensor of the model that it is about */
+    enum kind kind;
+    const struct perta_ref *ref;
+};
+
+/* With the name that PEFT gives an adapter by default, or without one, as it saves. */
+static const struct ending {
+    const char *text;
+    enum kind kind;
+    const char *instead;
+} endings[] = {
+    {".lora_A.weight", KIND_A, ".weight"},
+    {".lora_A.default.weight", KIND_A, ".weight"},
+    {".lora_B.weight", KIND_B, ".weight"},
+    {".lora_B.default.weight", KIND_B, ".weight"},
+    {".lora_embedding_A", KIND_EMBEDDING_A, ".weight"},
+    {".lora_embedding_A.default", KIND_EMBEDDING_A, ".weight"},
+    {".lora_embedding_B", KIND_EMBEDDING_B, ".weight"},
+    {".lora_embedding_B.default", KIND_EMBEDDING_B, ".weight"},
+    {".base_layer.weight", KIND_BASE_LAYER, ".weight"},
+    {".base_layer.bias", KIND_WHOLE, ".bias"},
+    {"", KIND_WHOLE, ""},
+};
+
+static int read_name(const struct perta_checkpoint *ck, const struct perta_ref *ref,
+                     struct part *part, struct perta_err *err)
+{
+    const char *name = ref->tensor->name, *bare = name;
+    if (!strncmp(bare, PREFIX, strlen(PREFIX)))
+        bare += strlen(PREFIX);
+    const struct ending *e = endings;
+    while (!perta_text_ends_in(bare, e->text))
+        e++;
+    if (!*e->text && strstr(bare, "lora_"))
+        return perta_fail(
+            err, PERTA_EINPUT,
+            "%s: tensor %s: a kind that perta does not know; merge the adapter into "
+            "its base (merge_and_unload, save_pretrained)",
+            ck->shards[0].path, name);
+    part->kind = e->kind;
+    part->ref = ref;
+    if (asprintf(&part->target, "%.*s%s", (int)(strlen(bare) - strlen(e->text)), bare,
+                 e->instead) < 0) {
+        part->target = NULL;
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    }
+    return 0;
+}
+
+static int compare_parts(const void *a, const void *b)
+{
+    const struct part *x = a, *y = b;
+    int order = strcmp(x->target, y->target);
+    return order ? order : (int)x->kind - (int)y->kind;
+}
+
+/* All parts (n) of one target. */
+static int join_parts(const struct perta_checkpoint *ck, struct part *parts, size_t n,
+                      struct perta_change *change, struct perta_err *err)
+{
+    const struct perta_ref *of[KIND_WHOLE + 1] = {0};
+    const char *path = ck->shards[0].path;
+    for (size_t i = 0; i < n; i++) {
+        if (of[parts[i].kind])
+            return perta_fail(err, PERTA_EINPUT, "%s: tensors %s and %s say the same", path,
+                              of[parts[i].kind]->tensor->name, parts[i].ref->tensor->name);
+        of[parts[i].kind] = parts[i].ref;
+    }
+    bool embedding = of[KIND_EMBEDDING_A] || of[KIND_EMBEDDING_B];
+    bool linear = of[KIND_A] || of[KIND_B];
+    *change = (struct perta_change){
+        .target = parts[0].target,
+        .a = of[embedding ? KIND_EMBEDDING_A : KIND_A],
+        .b = of[embedding ? KIND_EMBEDDING_B : KIND_B],
+        .whole = of[KIND_WHOLE],
+        .base_layer = of[KIND_BASE_LAYER],
+        .is_embedding = embedding,
+    };
+    parts[0].target = NULL; /* it is the change's now */
+    const char *name = parts[0].ref->tensor->name;
+    if (embedding + linear + (of[KIND_WHOLE] != NULL) > 1)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s: %s changes the same one in another way", path,
+                          name, parts[n - 1].ref->tensor->name);
+    if (!change->whole && (!change->a || !change->b))
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no %s to it", path, name,
+                          change->a   ? "lora_B"
+                          : change->b ? "lora_A"
+                                      : "lora_A and lora_B");
+    return 0;
+}
+
+static int join_all(struct perta_adapter *adapter, struct part *parts, size_t n,
+                    struct perta_err *err)
+{
+    int rc = 0;
+    qsort(parts, n, sizeof *parts, compare_parts);
+    for (size_t i = 0, end; i < n && !rc; i = end) {
+        for (end = i + 1; end < n && !strcmp(parts[i].target, parts[end].target);)
+            end++;
+        rc = join_parts(adapter->ck, parts + i, end - i,
+                        &adapter->changes[adapter->n_changes++], err);
+    }
+    return rc;
+}
+
+static int read_names(struct perta_adapter *adapter, struct perta_err *err)
+{
+    const struct perta_checkpoint *ck = adapter->ck;
+    struct part *parts = calloc(ck->n_tensors + 1, sizeof *parts);
+    adapter->changes = calloc(ck->n_tensors + 1, sizeof *adapter->changes);
+    uint64_t n = 0;
+    int rc = parts && adapter->changes ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    for (uint64_t i = 0; i < ck->n_tensors && !rc; i++)
+        if (!perta_is_buffer(ck->by_name[i].tensor))
+            rc = read_name(ck, &ck->by_name[i], &parts[n++], err);
+    if (!rc)
+        rc = join_all(adapter, parts, n, err);
+    for (uint64_t i = 0; parts && i < ck->n_tensors; i++)
+        free(parts[i].target);
+    free(parts);
+    return rc;
+}
+
+/* ---- against the model ---- */
+
+static int check_factor(const struct perta_adapter *adapter,
+                        const struct perta_change *change,
+                        const struct perta_tensor *factor, uint64_t n_rows,
+                        uint64_t n_columns, struct perta_err *err)
+{
+    const char *path = adapter->ck->shards[0].path;
+    if (!perta_dtype_is_editable(factor->dtype) || factor->dtype == PERTA_F64)
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
+                          path, factor->name, perta_dtype_name(factor->dtype));
+    if (factor->n_dims == 2 && factor->shape[0] == n_rows && factor->shape[1] == n_columns)
+        return 0;
+    char shape[128];
+    perta_shape_print(shape, sizeof shape, factor);
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: tensor %s: shape %s, where [%llu, %llu] is needed: %s is [%llu, %llu] "
+        "in --model, its rank %llu in " PERTA_ADAPTER_CONFIG,
+        path, factor->name, shape, (ull)n_rows, (ull)n_columns, change->target,
+        (ull)change->rows, (ull)change->width, (ull)change->r);
+}
+
+/* Conv1D of GPT-2 and its like has W as its transpose, which PEFT goes by whatever the config says;
+ * a matrix that is square does not show it. */
+static int check_transposed(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                            const struct perta_change *change, struct perta_err *err)
+{
+    static const char *const types[] = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer",
+                                        "clvp"};
+    const char *type = json_string_value(json_object_get(model->config, "model_type"));
+    for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
+        if (!strcmp(type, types[i]) && !change->is_embedding &&
+            strncmp(change->target, "lm_head.", 8) && strncmp(change->target, "score.", 6))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
+                              "which perta does not do; merge the adapter into its base",
+                              adapter->ck->shards[0].path, change->a->tensor->name, change->target,
+                              type);
+    return 0;
+}
+
+/* W (rows, width) += scaling * (B A), or scaling * (B A)^T for an embedding. */
+static int check_lora(const struct perta_adapter *adapter,
+                      const struct perta_adapter_config *config,
+                      struct perta_change *change, const struct perta_tensor *tensor,
+                      struct perta_err *err)
+{
+    const struct perta_checkpoint *ck = adapter->ck;
+    if (tensor->n_dims != 2)
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: %s is no matrix in --model",
+                          ck->shards[0].path, change->a->tensor->name, tensor->name);
+    change->rows = tensor->shape[0];
+    change->width = tensor->shape[1];
+    size_t module_len = strlen(change->target) - strlen(".weight");
+    int rc = perta_adapter_config_allows(config, change->target, module_len, err);
+    if (!rc)
+        rc = perta_adapter_config_scale(config, change->target, module_len, &change->r,
+                                        &change->scaling, err);
+    uint64_t r = change->r, rows = change->rows, width = change->width;
+    if (!rc)
+        rc = check_factor(adapter, change, change->a->tensor, r,
+                          change->is_embedding ? rows : width, err);
+    if (!rc)
+        rc = check_factor(adapter, change, change->b->tensor,
+                          change->is_embedding ? width : rows, r, err);
+    if (rc || !change->base_layer)
+        return rc;
+    rc = perta_shapes_agree("--model", tensor, "--tuned", change->base_layer->tensor, err);
+    return rc ? perta_err_context(err, "%s: tensor %s", ck->shards[0].path,
+                                  change->base_layer->tensor->name)
+              : 0;
+}
+
+/* Is it an embedding of tokens? By its name, or by a row for each of them. */
+static bool is_embedding(const struct perta_checkpoint *model, const char *name)
+{
+    static const char *const names[] = {"embed_tokens.weight", "wte.weight",
+                                        "embed_in.weight",     "word_embeddings.weight",
+                                        "shared.weight",       ".embeddings.weight",
+                                        "tokens_embed.weight", "tok_embeddings.weight"};
+    const json_t *n = json_object_get(model->config, "vocab_size");
+    const struct perta_tensor *t = perta_checkpoint_find(model, name)->tensor;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (perta_text_ends_in(name, names[i]))
+            return true;
+    return perta_tied_is_embedding(name) ||
+           (json_is_integer(n) && t->n_dims == 2 && t->shape[0] == (uint64_t)json_integer_value(n) &&
+            strcasestr(name, "emb") && !strstr(name, "pos"));
+}
+
+static bool has_head(const struct perta_checkpoint *model)
+{
+    static const char *const heads[] = {"lm_head.", "embed_out.", "output.", "head.", "decoder."};
+    for (uint64_t i = 0; i < model->n_tensors; i++)
+        for (size_t k = 0; k < sizeof heads / sizeof *heads; k++) {
+            const char *found = strstr(model->by_name[i].tensor->name, heads[k]);
+            if (found && !strcmp(found + strlen(heads[k]), "weight"))
+                return true;
+        }
+    return false;
+}
+
+/* Does the model use this tensor once more, as its head or its embedding? config.json says it, or
+ * where it leaves that to the architecture, it is a language model's embedding and no head of its
+ * own is stored. */
+static bool is_shared(const struct perta_checkpoint *model, const char *name)
+{
+    const json_t *tie = json_object_get(model->config, "tie_word_embeddings");
+    const char *architecture =
+        json_string_value(json_array_get(json_object_get(model->config, "architectures"), 0));
+    bool is_lm = json_is_true(tie) || (architecture && (strstr(architecture, "LM") ||
+                                                        strstr(architecture, "Generation")));
+    if (perta_tied_name(model, name) && perta_is_tied(model))
+        return true;
+    return !json_is_false(tie) && is_lm && perta_checkpoint_find(model, name) &&
+           is_embedding(model, name) && !has_head(model);
+}
+
+/* The live adapter changes one of embedding and head, a merged one both: which is meant nobody
+ * knows, unless the adapter holds both whole, and the same. */
+static int check_tied(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                      const struct perta_change *change, struct perta_err *err)
+{
+    const char *other_name = perta_tied_name(model, change->target);
+    const struct perta_change *other = other_name ? perta_adapter_find(adapter, other_name) : NULL;
+    bool same = false;
+    if (!is_shared(model, change->target))
+        return 0;
+    int rc = other && other->whole && change->whole
+                 ? perta_tied_compare(adapter->ck, change->whole, adapter->ck, other->whole, &same, err)
+                 : 0;
+    if (rc || same)
+        return rc;
+    const struct perta_ref *part = change->whole ? change->whole : change->a;
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: tensor %s changes %s, which --model %s ties to %s; %s. Give --model and --base a head "
+        "of its own (store it, and set \"tie_word_embeddings\" in config.json to false), or tune "
+        "without it",
+        adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
+        other_name ? other_name : "its head",
+        other ? "it changes that in another way"
+              : "it does not change that, and the model has one matrix for both");
+}
+
+/* transformers gives the parts of a vision-language model other names than they are stored under. */
+static int no_target(const struct perta_adapter *adapter, const struct perta_change *change,
+                     const struct perta_checkpoint *model, struct perta_err *err)
+{
+    const struct perta_ref *part = change->whole ? change->whole : change->a;
+    const char *const outer = "language_model.";
+    bool wraps = strstr(change->target, outer);
+    for (uint64_t i = 0; i < model->n_tensors && !wraps; i++)
+        wraps = strstr(model->by_name[i].tensor->name, outer);
+    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: there is no %s in --model %s; %s",
+                      adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
+                      wraps ? "one of them goes by the names of a vision-language model "
+                              "(language_model), the other does not; merge the adapter into its base "
+                              "(merge_and_unload, save_pretrained) and give that as --tuned"
+                            : "is it another architecture?");
+}
+
+static int find_targets(struct perta_adapter *adapter,
+                        const struct perta_adapter_config *config,
+                        const struct perta_checkpoint *model, struct perta_err *err)
+{
+    const char *path = adapter->ck->shards[0].path;
+    bool tied = perta_is_tied(model);
+    int rc = 0;
+    for (uint64_t i = 0; i < adapter->n_changes && !rc; i++) {
+        struct perta_change *change = &adapter->changes[i];
+        const struct perta_ref *part = change->whole ? change->whole : change->a;
+        const struct perta_ref *ref = perta_tied_find(model, change->target, tied);
+        if (!ref)
+            rc = no_target(adapter, change, model, err);
+        else if (!perta_dtype_is_editable(ref->tensor->dtype))
+            rc = perta_fail(
+                err, PERTA_EINPUT,
+                "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
+                part->tensor->name, ref->tensor->name,
+                perta_dtype_name(ref->tensor->dtype));
+        else
+            rc = check_tied(adapter, model, change, err);
+        if (!rc && !change->whole)
+            rc = check_transposed(adapter, model, change, err);
+        if (!rc && !change->whole)
+            rc = check_lora(adapter, config, change, ref->tensor, err);
+    }
+    return rc;
+}
+
+/* PEFT passes over what target_modules do not name. */
+static void note_targets(const struct perta_adapter *adapter, const struct perta_adapter_config *config,
+                         json_t *notes)
+{
+    const char *first = NULL;
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < adapter->n_changes; i++) {
+        const struct perta_change *c = &adapter->changes[i];
+        size_t len = strlen(c->target) - (c->whole ? 0 : strlen(".weight"));
+        if (!c->whole && !perta_adapter_config_targets(config, c->target, len) && !n++)
+            first = c->target;
+    }
+    if (n)
+        perta_note(notes,
+                   "%s/" PERTA_ADAPTER_CONFIG ": target_modules name none of %llu modules that the "
+                   "file has a LoRA for, %s the first: PEFT would pass them over, here they count",
+                   adapter->ck->path, (ull)n, first);
+}
+
+/* PEFT's names have it in front, and PEFT passes over what has not. */
+static void note_names(const struct perta_adapter *adapter, json_t *notes)
+{
+    const char *first = NULL;
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < adapter->ck->n_tensors; i++) {
+        const struct perta_tensor *t = adapter->ck->by_name[i].tensor;
+        if (!perta_is_buffer(t) && strncmp(t->name, PREFIX, strlen(PREFIX)) && !n++)
+            first = t->name;
+    }
+    if (n)
+        perta_note(notes,
+                   "%s: the names of %llu tensors, %s the first, do not begin with " PREFIX
+                   ": PEFT would pass them over, here they count",
+                   adapter->ck->shards[0].path, (ull)n, first);
+}
+
+static int check_any(const struct perta_adapter *adapter, struct perta_err *err)
+{
+    return adapter->n_changes
+               ? 0
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s: no tensors; adapters of compiled or sharded models may be saved so: "
+                            "save it again, from the whole model",
+                            adapter->ck->n_shards ? adapter->ck->shards[0].path : adapter->ck->path);
+}
+
+/* Is there a whole copy of a tensor in the module of that name? */
+static bool holds_module(const struct perta_adapter *adapter, const char *module)
+{
+    for (uint64_t i = 0; i < adapter->n_changes; i++)
+        if (adapter->changes[i].whole && perta_adapter_is_within(adapter->changes[i].target, module))
+            return true;
+    return false;
+}
+
+/* What modules_to_save names and the model has must be there: without it the adapter is a part of
+ * one, which PEFT does not load. */
+static int check_saved(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
+                       struct perta_err *err)
+{
+    size_t k;
+    json_t *module;
+    json_array_foreach (json_object_get(adapter->ck->config, "modules_to_save"), k, module)
+        for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors; i++) {
+            const struct perta_tensor *t = model->by_name[i].tensor;
+            if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
+                continue;
+            if (!holds_module(adapter, json_string_value(module)))
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
+                                  "though --model has %s; is the adapter whole? Save it again, or "
+                                  "remove that name",
+                                  adapter->ck->path, json_string_value(module),
+                                  adapter->ck->shards[0].name, t->name);
+            break;
+        }
+    return 0;
+}
+
+int perta_adapter_open(const struct perta_checkpoint *ck,
+                       const struct perta_checkpoint *model, struct perta_adapter **out,
+                       json_t *notes, struct perta_err *err)
+{
+    struct perta_adapter_config config;
+    struct perta_adapter *adapter = calloc(1, sizeof *adapter);
+    if (!adapter)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    adapter->ck = ck;
+    int rc = perta_adapter_config_read(&config, ck, err);
+    if (!rc)
+        rc = read_names(adapter, err);
+    if (!rc)
+        rc = check_any(adapter, err);
+    if (!rc)
+        rc = find_targets(adapter, &config, model, err);
+    if (!rc)
+        rc = check_saved(adapter, model, err);
+    if (rc) {
+        perta_adapter_close(adapter);
+        return rc;
+    }
+    perta_adapter_config_note(&config, notes);
+    note_targets(adapter, &config, notes);
+    note_names(adapter, notes);
+    *out = adapter;
+    return 0;
+}
+
+void perta_adapter_close(struct perta_adapter *adapter)
+{
+    if (!adapter)
+        return;
+    for (uint64_t i = 0; i < adapter->n_changes; i++)
+        free(adapter->changes[i].target);
+    free(adapter->changes);
+    perta_adapter_end(adapter);
+    free(adapter);
+}
+
+static int compare_target(const void *name, const void *change)
+{
+    return strcmp(name, ((const struct perta_change *)change)->target);
+}
+
+const struct perta_change *perta_adapter_find(const struct perta_adapter *adapter,
+                                              const char *name)
+{
+    return bsearch(name, adapter->changes, adapter->n_changes, sizeof *adapter->changes,
+                   compare_target);
+}

@@ -1,0 +1,43 @@
+/* kernels.h - what kernels.c gives for each instruction set. Internal to estimators/. */
+#ifndef PERTA_ESTIMATORS_EDIT_KERNELS_H
+#define PERTA_ESTIMATORS_EDIT_KERNELS_H
+
+#include "estimators/edit/edit.h"
+#include "estimators/edit/running.h"
+
+/* Elements worked on at a time, and summed as one block of weights. All five inputs of a
+ * tile, widened, stay in the first-level cache. */
+#define PERTA_TILE 1024
+/* Weight i of a block goes into lane i % 16; lanes are added in order. */
+#define PERTA_SUM_LANES 16
+
+typedef void perta_edit_fn(const struct perta_rule *rule, const struct perta_edit_in *in,
+                           const float *alphas, uint32_t n_alphas, void *const *outs,
+                           struct perta_edit_counts *counts);
+typedef void perta_lora_tau_fn(const struct perta_lora *lora, uint64_t first_elem, uint64_t n,
+                               float *tau);
+typedef uint64_t perta_running_add_fn(struct perta_running *running,
+                                      const struct perta_view *gradient);
+
+struct perta_kernels {
+    perta_edit_fn *edit_f32; /* the model is F16, BF16 or F32 */
+    perta_edit_fn *edit_f64; /* the model is F64 */
+    perta_running_add_fn *running_add;
+    perta_lora_tau_fn *lora_tau;
+};
+
+extern const struct perta_kernels perta_kernels_v2, perta_kernels_v3, perta_kernels_v4;
+
+const struct perta_kernels *perta_kernels_of(enum perta_isa isa);
+
+/* Uniform in [0, 1), 24 bits: output elem + 1 of SplitMix64 started at state. */
+static inline float perta_random_weight(uint64_t state, uint64_t elem)
+{
+    uint64_t z = state + (elem + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    return (float)(int32_t)(z >> 40) * 0x1p-24f;
+}
+
+#endif

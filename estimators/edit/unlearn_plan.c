@@ -1,0 +1,471 @@
+#include "estimators/edit/unlearn_job.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/format/quantised.h"
+#include "io/format/tied.h"
+#include "io/text.h"
+#include "io/format/which.h"
+
+const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
+                                                "--retain", "--scale"};
+
+static bool has_role(const struct perta_unlearn_job *job, int role)
+{
+    if (role == PERTA_ROLE_SCALE)
+        return job->rule.method == PERTA_SCALE;
+    return role < PERTA_ROLE_FORGET || perta_rule_needs_importance(&job->rule);
+}
+
+/* ---- the inputs ---- */
+
+/* In place of a tuned checkpoint. */
+static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
+{
+    struct perta_input *in = &job->in[PERTA_ROLE_TUNED];
+    *in = (struct perta_input){.role = perta_roles[PERTA_ROLE_TUNED]};
+    int rc = perta_checkpoint_open_adapter(job->unlearn->tuned, &in->ck, err);
+    if (!rc)
+        rc = perta_adapter_open(in->ck, job->in[PERTA_ROLE_MODEL].ck, &job->adapter, notes,
+                                err);
+    return rc ? perta_err_context(err, "%s", in->role) : 0;
+}
+
+/* Two names of one matrix in the folder of a role, where --model (or the folder itself) ties them:
+ * what they hold must be the same. */
+static int check_tied(const struct perta_unlearn_job *job, int role, struct perta_err *err)
+{
+    const struct perta_checkpoint *ck = job->in[role].ck;
+    const struct perta_ref *head, *embedding;
+    bool same = true;
+    if (perta_is_tied(ck))
+        return perta_tied_check(ck, err);
+    if (!perta_is_tied(job->in[PERTA_ROLE_MODEL].ck) || !perta_tied_pair(ck, &embedding, &head))
+        return 0;
+    int rc = perta_tied_compare(ck, embedding, ck, head, &same, err);
+    return rc || same
+               ? rc
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s %s: tensors %s and %s differ, but --model %s has one matrix for "
+                            "both (\"tie_word_embeddings\" in its config.json); give it a head of "
+                            "its own (store %s, and set that to false)",
+                            perta_roles[role], ck->path, embedding->tensor->name,
+                            head->tensor->name, job->in[PERTA_ROLE_MODEL].ck->path,
+                            head->tensor->name);
+}
+
+/* Names of importance are those of --model, or were before a wrapper got hold of them. */
+static int align(const struct perta_unlearn_job *job, int role, json_t *notes, struct perta_err *err)
+{
+    struct perta_checkpoint *ck = job->in[role].ck;
+    const char *add, *wrapper;
+    char prefix[PERTA_PREFIX_ROOM];
+    int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, prefix, &add, &wrapper, err);
+    if (!rc && wrapper)
+        perta_note(notes, "%s: its names are --model's but for parts of wrappers within them (%.*s)",
+                   perta_roles[role], (int)strlen(wrapper) - 1, wrapper);
+    if (!rc && (*prefix || *add))
+        perta_note(notes, "%s: its names are --model's but for %s%s%s%s", perta_roles[role],
+                   *prefix ? "a prefix " : "", prefix,
+                   *prefix && *add ? " in place of " : *add ? "a missing " : "", add);
+    return rc;
+}
+
+static int check_input(const struct perta_unlearn_job *job, int role, json_t *notes,
+                       struct perta_err *err)
+{
+    int rc = role <= PERTA_ROLE_BASE ? perta_quantised_refuse(job->in[role].ck, err) : 0;
+    if (!rc && (role == PERTA_ROLE_FORGET || role == PERTA_ROLE_RETAIN))
+        rc = align(job, role, notes, err);
+    return rc || role == PERTA_ROLE_SCALE ? rc : check_tied(job, role, err);
+}
+
+static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    const char *const paths[] = {u->model, u->tuned, u->base, u->forget, u->retain, u->scale};
+    for (int i = 0; i < PERTA_N_ROLES; i++) {
+        if (!has_role(job, i) || (i == PERTA_ROLE_BASE && job->adapter && !paths[i]))
+            continue;
+        if (!paths[i])
+            return perta_fail(err, PERTA_EUSAGE, "%s is needed, unless --tuned is a LoRA adapter",
+                              perta_roles[i]);
+        int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
+                     ? open_adapter(job, notes, err)
+                     : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        if (!rc && i < PERTA_ROLE_FORGET && perta_which_model(job->in[i].ck, err))
+            rc = perta_err_context(err, "%s", perta_roles[i]);
+        if (!rc && !job->in[i].ck->is_adapter)
+            rc = check_input(job, i, notes, err);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+/* ---- one tensor ---- */
+
+/* ref: the operand of that role, or NULL. */
+static int set_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                       int role, const struct perta_ref *ref, struct perta_err *err)
+{
+    const struct perta_tensor *model = row->in[PERTA_ROLE_MODEL]->tensor;
+    row->in[role] = ref;
+    if (!ref)
+        return 0;
+    if (!perta_dtype_is_editable(ref->tensor->dtype))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
+                          job->in[role].ck->path, model->name,
+                          perta_dtype_name(ref->tensor->dtype));
+    return perta_shapes_agree(perta_roles[PERTA_ROLE_MODEL], model, perta_roles[role],
+                              ref->tensor, err);
+}
+
+static int find_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                        int role, bool tied, struct perta_err *err)
+{
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name;
+    return set_operand(job, row, role, perta_tied_find(job->in[role].ck, name, tied), err);
+}
+
+static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                       int role, bool tied, struct perta_err *err)
+{
+    int rc = find_operand(job, row, role, tied, err);
+    if (rc || row->in[role])
+        return rc;
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name, *other = perta_tied_name(job->in[role].ck, name);
+    if (other && perta_checkpoint_find(job->in[role].ck, other))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s %s: no tensor %s, which --model has beside %s; are the two tied in "
+                          "the one and not in the other (\"tie_word_embeddings\" in config.json)?",
+                          perta_roles[role], job->in[role].ck->path, name, other);
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: no tensor %s, which --model has; is it another architecture? "
+                      "--exclude leaves tensors out",
+                      job->in[role].ck->path, name);
+}
+
+/* PEFT's copy of what A and B are added to is what --base holds, as far as that can be told: a model
+ * loaded in another dtype was rounded. */
+static int check_copy(const struct perta_unlearn_job *job, const struct perta_change *change,
+                      const struct perta_ref *base, struct perta_err *err)
+{
+    const struct perta_checkpoint *tuned = job->in[PERTA_ROLE_TUNED].ck,
+                                  *ck = job->in[PERTA_ROLE_BASE].ck;
+    bool same = true;
+    int rc = change->base_layer && change->base_layer->tensor->dtype == base->tensor->dtype
+                 ? perta_tied_compare(tuned, change->base_layer, ck, base, &same, err)
+                 : 0;
+    return rc || same
+               ? rc
+               : perta_fail(err, PERTA_EINPUT,
+                            "%s: tensor %s, the copy of what the LoRA is added to, differs from %s in "
+                            "--base %s; is that what it was tuned from? Merge the adapter into its "
+                            "base, if the copy is meant",
+                            tuned->shards[0].path, change->base_layer->tensor->name,
+                            base->tensor->name, ck->path);
+}
+
+/* Where --tuned is an adapter. --base is needed for what it holds whole; elsewhere it need not
+ * be there, and is checked, but not read. */
+static int fill_change(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                       const struct perta_change *change, bool tied, struct perta_err *err)
+{
+    bool has_base = job->in[PERTA_ROLE_BASE].ck;
+    if (change->whole && !has_base)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--base DIR is needed: the adapter %s holds %s whole, not what tuning "
+                          "changed in it",
+                          job->in[PERTA_ROLE_TUNED].ck->path, change->whole->tensor->name);
+    int rc = set_operand(job, row, PERTA_ROLE_TUNED, change->whole, err);
+    if (!rc && has_base)
+        rc = find_needed(job, row, PERTA_ROLE_BASE, tied, err);
+    if (!rc && has_base)
+        rc = check_copy(job, change, row->in[PERTA_ROLE_BASE], err);
+    if (!change->whole) {
+        row->in[PERTA_ROLE_BASE] = NULL;
+        row->lora = change;
+    }
+    return rc;
+}
+
+static int fill_task_vector(const struct perta_unlearn_job *job,
+                            struct perta_unlearn_row *row, bool tied, struct perta_err *err)
+{
+    int rc = find_needed(job, row, PERTA_ROLE_TUNED, tied, err);
+    return rc ? rc : find_needed(job, row, PERTA_ROLE_BASE, tied, err);
+}
+
+static void keep(struct perta_unlearn_row *row)
+{
+    for (int role = PERTA_ROLE_TUNED; role < PERTA_N_ROLES; role++)
+        row->in[role] = NULL;
+    row->lora = NULL;
+}
+
+static void count(struct perta_tally *tally, const struct perta_unlearn_row *row)
+{
+    tally->n_tensors++;
+    tally->n_params += row->in[PERTA_ROLE_MODEL]->tensor->n_elems;
+}
+
+/* Importance, or what --missing says of a tensor that has none. *kept: it stays as it is. */
+static int fill_importance(struct perta_unlearn_job *job, struct perta_unlearn_row *row, bool tied,
+                           bool *kept, struct perta_err *err)
+{
+    int lacks = 0;
+    for (int role = PERTA_ROLE_FORGET; role < PERTA_N_ROLES; role++) {
+        int rc = has_role(job, role) ? find_operand(job, row, role, tied, err) : 0;
+        if (rc)
+            return rc;
+        lacks = !lacks && has_role(job, role) && !row->in[role] ? role : lacks;
+    }
+    *kept = lacks && job->unlearn->missing == PERTA_MISSING_KEEP;
+    count(&job->wanted, row);
+    if (!lacks)
+        return 0;
+    if (job->unlearn->missing == PERTA_MISSING_ERROR)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: no importance for tensor %s; --missing keep leaves such "
+                          "tensors as they are, --missing tv subtracts their whole task "
+                          "vector",
+                          job->in[lacks].ck->path, row->in[PERTA_ROLE_MODEL]->tensor->name);
+    count(&job->missing, row);
+    row->in[PERTA_ROLE_FORGET] = row->in[PERTA_ROLE_RETAIN] = NULL;
+    row->method = PERTA_TV;
+    return 0;
+}
+
+static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                         const char **action, bool tied, struct perta_err *err)
+{
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name;
+    const struct perta_change *change =
+        job->adapter ? perta_adapter_find(job->adapter, name) : NULL;
+    bool kept = false;
+    if (job->adapter && !change) {
+        *action = "kept: not in the adapter";
+        return 0;
+    }
+    int rc = change ? fill_change(job, row, change, tied, err)
+                    : fill_task_vector(job, row, tied, err);
+    row->method = job->rule.method;
+    if (!rc)
+        rc = fill_importance(job, row, tied, &kept, err);
+    if (!rc && kept)
+        keep(row);
+    row->edited = !rc && !kept;
+    *action = kept ? "kept: no importance" : "edited";
+    return rc;
+}
+
+/* ---- all of them ---- */
+
+/* Of two names for one matrix globs choose both, or neither. */
+static int check_globs(const struct perta_unlearn_job *job, bool tied, struct perta_err *err)
+{
+    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
+    const struct perta_ref *a, *b;
+    if (!tied || !perta_tied_pair(model, &a, &b))
+        return 0;
+    const char *embedding = a->tensor->name, *head = b->tensor->name;
+    bool chosen = perta_globs_match(&job->unlearn->globs, head);
+    if (perta_globs_match(&job->unlearn->globs, embedding) == chosen)
+        return 0;
+    return perta_fail(err, PERTA_EUSAGE,
+                      "%s: --include and --exclude choose %s and not %s, which config.json ties to it",
+                      model->path, chosen ? head : embedding, chosen ? embedding : head);
+}
+
+/* Tied tensors share it, so that --method random gives both the same. */
+static uint64_t name_hash(const struct perta_checkpoint *model, const char *name, bool tied)
+{
+    const char *other = tied ? perta_tied_name(model, name) : NULL;
+    const char *key = other && !perta_tied_is_embedding(name) ? other : name;
+    return perta_hash64(key, strlen(key));
+}
+
+static int fill_row(struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                    const struct perta_tensor *tensor, const char **action, bool tied,
+                    struct perta_err *err)
+{
+    row->in[PERTA_ROLE_MODEL] = perta_checkpoint_find(job->in[PERTA_ROLE_MODEL].ck, tensor->name);
+    if (perta_is_buffer(tensor))
+        *action = "passed through: a buffer";
+    else if (!perta_dtype_is_editable(tensor->dtype))
+        *action = "passed through: not BF16, F16, F32 or F64";
+    else if (!perta_globs_match(&job->unlearn->globs, tensor->name))
+        *action = "kept: excluded";
+    else
+        return fill_operands(job, row, action, tied, err);
+    return 0;
+}
+
+static int check_missing(const struct perta_unlearn_job *job, struct perta_err *err)
+{
+    if (!job->missing.n_tensors || job->missing.n_tensors < job->wanted.n_tensors)
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "--forget %s, --retain %s: none of the %llu tensors to edit has importance in "
+                      "both; is it that of another model? --method tv takes none",
+                      job->unlearn->forget, job->unlearn->retain,
+                      (unsigned long long)job->wanted.n_tensors);
+}
+
+static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
+{
+    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
+    bool tied = perta_is_tied(model);
+    job->rows = calloc(model->n_tensors + 1, sizeof *job->rows);
+    job->actions = calloc(model->n_tensors + 1, sizeof *job->actions);
+    if (!job->rows || !job->actions)
+        return perta_fail_sys(err, ENOMEM, "plan");
+    uint64_t index = 0, n_edited = 0;
+    int rc = check_globs(job, tied, err);
+    for (uint32_t s = 0; s < model->n_shards && !rc; s++)
+        for (uint64_t t = 0; t < model->shards[s].header->n_tensors && !rc; t++, index++) {
+            const struct perta_tensor *tensor = &model->shards[s].header->tensors[t];
+            struct perta_unlearn_row *row = &job->rows[index];
+            row->name_hash = name_hash(model, tensor->name, tied);
+            rc = fill_row(job, row, tensor, &job->actions[index], tied, err);
+            n_edited += row->edited;
+        }
+    if (rc)
+        return rc;
+    if (!n_edited && (job->unlearn->globs.n_include || job->unlearn->globs.n_exclude))
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: --include and --exclude leave no tensor to edit",
+                          model->path);
+    return has_role(job, PERTA_ROLE_FORGET) ? check_missing(job, err) : 0;
+}
+
+/* Under the model's names; those of an adapter are its own, and were looked up. */
+static bool has_tensors(const struct perta_unlearn_job *job, int role)
+{
+    return job->in[role].ck && !job->in[role].ck->is_adapter;
+}
+
+static const char *why_extra(int role, const char *name)
+{
+    if (!strstr(name, "lora_"))
+        return "is it another architecture?";
+    return role == PERTA_ROLE_TUNED || role == PERTA_ROLE_BASE
+               ? "a LoRA without PEFT's adapter_config.json? Merge it into its base, or save it with "
+                 "PEFT"
+               : "it is of a LoRA's own parameters; those of the model are wanted";
+}
+
+/* A tensor that the model lacks means another architecture, but for the other name of tied
+ * embeddings, and for buffers. */
+static int check_extra(const struct perta_unlearn_job *job, struct perta_err *err)
+{
+    const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
+    bool tied = perta_is_tied(model);
+    for (int role = PERTA_ROLE_TUNED; role <= PERTA_ROLE_RETAIN; role++)
+        for (uint64_t i = 0; has_tensors(job, role) && i < job->in[role].ck->n_tensors; i++) {
+            const struct perta_tensor *tensor = job->in[role].ck->by_name[i].tensor;
+            if (!perta_is_buffer(tensor) && !perta_tied_find(model, tensor->name, tied))
+                return perta_fail(
+                    err, PERTA_EINPUT,
+                    "%s %s: has tensor %s, which --model %s lacks; %s", perta_roles[role],
+                    job->in[role].ck->path, tensor->name, model->path,
+                    why_extra(role, tensor->name));
+        }
+    return 0;
+}
+
+/* Weights would be taken as mean gradients, if they do not say what they are. */
+static int check_not_weights(const struct perta_unlearn_job *job, int role, struct perta_err *err)
+{
+    const struct perta_shard *a = job->in[role].ck->shards;
+    for (int other = PERTA_ROLE_MODEL; other <= PERTA_ROLE_BASE; other++)
+        for (uint32_t i = 0; job->in[other].ck && i < job->in[other].ck->n_shards; i++) {
+            const struct perta_shard *b = &job->in[other].ck->shards[i];
+            if (job->in[role].ck->n_shards && a->dev == b->dev && a->ino == b->ino)
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s: is %s, too; an importance is wanted, which perta estimate and "
+                                  "accumulate make",
+                                  a->path, perta_roles[other]);
+        }
+    return 0;
+}
+
+static int find_stat(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
+{
+    enum perta_stat stats[2] = {PERTA_STAT_MEAN, PERTA_STAT_MEAN};
+    if (!has_role(job, PERTA_ROLE_FORGET))
+        return 0;
+    for (int i = 0; i < 2; i++) {
+        int rc = perta_stat_of(job->in[PERTA_ROLE_FORGET + i].ck, &stats[i], notes, err);
+        if (!rc)
+            rc = check_not_weights(job, PERTA_ROLE_FORGET + i, err);
+        if (rc)
+            return perta_err_context(err, "%s", perta_roles[PERTA_ROLE_FORGET + i]);
+    }
+    if (stats[0] != stats[1])
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "--forget holds %s, --retain %s gradients; both must hold the same",
+            perta_stat_name(stats[0]), perta_stat_name(stats[1]));
+    job->rule.stat = stats[0];
+    return 0;
+}
+
+char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir, unsigned a)
+{
+    if (!dir || job->unlearn->n_alphas == 1)
+        return dir ? strdup(dir) : NULL;
+    char name[64];
+    snprintf(name, sizeof name, "alpha-%s", job->unlearn->alphas[a].text);
+    return perta_path_join(dir, name);
+}
+
+static int check_outputs(const struct perta_unlearn_job *job, struct perta_err *err)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    const char *const inputs[] = {u->model, u->tuned, u->base, u->forget, u->retain, u->scale};
+    char *outputs[2 * PERTA_ALPHAS_MAX] = {0};
+    size_t n = 0;
+    for (unsigned a = 0; a < u->n_alphas; a++) {
+        outputs[n++] = perta_unlearn_folder(job, u->patch, a);
+        if (u->out)
+            outputs[n++] = perta_unlearn_folder(job, u->out, a);
+    }
+    int rc = 0;
+    for (size_t i = 0; i < n; i++)
+        if (!outputs[i])
+            rc = perta_fail_sys(err, ENOMEM, "%s", u->patch);
+    if (!rc)
+        rc = perta_publish_check((const char *const *)outputs, n, inputs, PERTA_N_ROLES,
+                                 u->force, err);
+    for (size_t i = 0; i < n; i++)
+        free(outputs[i]);
+    return rc;
+}
+
+char *perta_unlearn_home(const struct perta_unlearn_job *job)
+{
+    const struct perta_unlearn *u = job->unlearn;
+    return perta_unlearn_folder(job, u->out ? u->out : u->patch, u->n_alphas - 1);
+}
+
+int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
+                       json_t *notes, struct perta_err *err)
+{
+    int rc = open_inputs(job, notes, err);
+    if (!rc)
+        rc = find_stat(job, notes, err);
+    if (!rc)
+        rc = check_extra(job, err);
+    if (!rc)
+        rc = fill_rows(job, err);
+    char *home = perta_unlearn_home(job);
+    if (!rc && !(home && perta_resume_found(run, home)))
+        rc = check_outputs(job, err);
+    free(home);
+    return rc;
+}

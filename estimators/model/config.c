@@ -1,0 +1,352 @@
+#include "estimators/model/config_read.h"
+
+#include <math.h>
+#include <string.h>
+#include <strings.h>
+
+#include "io/text.h"
+
+#define SUPPORTED                                                                               \
+    "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are"
+
+/* Sliding attention: never, in every layer, or as Qwen's use_sliding_window and
+ * max_window_layers say. */
+enum windows { NONE, EVERYWHERE, QWEN };
+
+/* What transformers takes where a key is missing, and which keys it looks at. */
+static const struct family {
+    const char *model_type, *architecture;
+    bool qkv_bias, qk_norm, reads_attention_bias, reads_mlp_bias;
+    uint32_t n_kv_heads; /* 0: as many as heads */
+    uint32_t max_positions;
+    enum windows windows;
+} families[] = {
+    {"llama", "LlamaForCausalLM", false, false, true, true, 0, 2048, NONE},
+    {"mistral", "MistralForCausalLM", false, false, false, false, 8, 131072, EVERYWHERE},
+    {"qwen2", "Qwen2ForCausalLM", true, false, false, false, 32, 32768, QWEN},
+    {"qwen3", "Qwen3ForCausalLM", false, true, true, false, 32, 32768, QWEN},
+};
+
+#define N_FAMILIES (sizeof families / sizeof *families)
+
+/* ---- values ---- */
+
+bool perta_config_has(const json_t *object, const char *key)
+{
+    const json_t *value = json_object_get(object, key);
+    return value && !json_is_null(value);
+}
+
+void perta_config_refuse(struct perta_config_reader *r, const char *key, const char *what)
+{
+    const char *of = r->within;
+    if (!r->rc)
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s%s%s\"%s\" %s", r->path, of ? "\"" : "",
+                           of ? of : "", of ? "\": " : "", key, what);
+}
+
+uint32_t perta_config_count(struct perta_config_reader *r, const char *key, uint32_t fallback)
+{
+    const json_t *value = json_object_get(r->config, key);
+    if (!perta_config_has(r->config, key)) {
+        if (!fallback && !r->rc)
+            r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: no \"%s\"", r->path, key);
+        return fallback ? fallback : 1;
+    }
+    json_int_t n = json_integer_value(value);
+    if (json_is_integer(value) && n >= 1 && n <= INT32_MAX)
+        return (uint32_t)n;
+    perta_config_refuse(r, key, "is no whole number from 1");
+    return 1;
+}
+
+double perta_config_number(struct perta_config_reader *r, const json_t *object, const char *key,
+                           double fallback)
+{
+    const json_t *value = json_object_get(object, key);
+    if (!value && fallback > 0)
+        return fallback;
+    double x = json_number_value(value);
+    const char *within = r->within;
+    r->within = object == r->config ? NULL : within;
+    if (!value)
+        perta_config_refuse(r, key, "is needed here, and missing");
+    else if (!json_is_number(value) || !((float)x > 0) || !isfinite((float)x))
+        perta_config_refuse(r, key, "is no float32 above 0");
+    r->within = within;
+    return x;
+}
+
+bool perta_config_bool(struct perta_config_reader *r, const char *key)
+{
+    const json_t *value = json_object_get(r->config, key);
+    if (perta_config_has(r->config, key) && !json_is_boolean(value))
+        perta_config_refuse(r, key, "is neither true nor false");
+    return json_is_true(value);
+}
+
+/* ---- which model it is ---- */
+
+static const struct family *find_type(const char *type)
+{
+    for (size_t i = 0; type && i < N_FAMILIES; i++)
+        if (!strcmp(type, families[i].model_type))
+            return &families[i];
+    return NULL;
+}
+
+/* Also as the first checkpoints had it (LLaMAForCausalLM), and with what FSDP2 puts before it. */
+static bool is_named(const struct family *family, const char *name)
+{
+    return !strcasecmp(strncmp(name, "FSDP", 4) ? name : name + 4, family->architecture);
+}
+
+static const struct family *find_architecture(const char *name)
+{
+    for (size_t i = 0; name && i < N_FAMILIES; i++)
+        if (is_named(&families[i], name))
+            return &families[i];
+    return NULL;
+}
+
+/* What may be said of one that is not supported, by its name and by what its config holds. */
+static const char *why_not(const json_t *config, const char *name)
+{
+    static const char *const parts[] = {"vision_config", "audio_config", "text_config"};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (json_is_object(json_object_get(config, parts[i])))
+            return ". This is a wrapper, as for images or sound, around a language model: save "
+                   "that alone as a checkpoint (its text model, with its head)";
+    if (perta_text_ends_in(name, "ForConditionalGeneration"))
+        return ". This is a wrapper around a language model, or has an encoder beside its "
+               "decoder; what is supported are language models alone";
+    if (perta_text_ends_in(name, "ForMaskedLM") || perta_text_ends_in(name, "ForPreTraining"))
+        return ". This is an encoder, which does not predict the next token";
+    if (perta_text_ends_in(name, "Classification") || perta_text_ends_in(name, "ForQuestionAnswering") ||
+        perta_text_ends_in(name, "ForMultipleChoice") || strstr(name, "Reward"))
+        return ". This has another head than a language model's, so there is no loss of its "
+               "next token";
+    if (perta_text_ends_in(name, "Model") && !perta_text_ends_in(name, "LMHeadModel"))
+        return ". This is a model without a head, or an encoder, so there is no loss; a "
+               "language model is saved with its head by AutoModelForCausalLM";
+    if (json_object_get(config, "auto_map"))
+        return ". It comes with code of its own (\"auto_map\"), which is not run";
+    return "";
+}
+
+/* The one of architectures that belongs to family; else the first. NULL: none is named. */
+static const char *choose_architecture(struct perta_config_reader *r, const struct family *family)
+{
+    const json_t *names = json_object_get(r->config, "architectures");
+    if (perta_config_has(r->config, "architectures") && !json_is_array(names))
+        perta_config_refuse(r, "architectures", "is no list of names");
+    for (size_t i = 0; i < json_array_size(names); i++) {
+        const char *name = json_string_value(json_array_get(names, i));
+        if (!name)
+            perta_config_refuse(r, "architectures", "is no list of names");
+        else if (family && is_named(family, name))
+            return name;
+    }
+    return json_string_value(json_array_get(names, 0));
+}
+
+/* model_type decides for transformers, architectures for others: they must not contradict each
+ * other, and either will do alone. */
+static const struct family *find_family(struct perta_config_reader *r)
+{
+    const json_t *value = json_object_get(r->config, "model_type");
+    const char *type = json_string_value(value);
+    if (perta_config_has(r->config, "model_type") && !type)
+        perta_config_refuse(r, "model_type", "is no string");
+    const struct family *by_type = find_type(type);
+    const char *name = choose_architecture(r, by_type);
+    const struct family *family = name ? find_architecture(name) : by_type;
+    if (r->rc)
+        return NULL;
+    if (!name && !type)
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: architecture (none named) is not supported; " SUPPORTED
+                           ", or as \"model_type\" llama, mistral, qwen2 and qwen3",
+                           r->path);
+    else if (!family && by_type && !*why_not(r->config, name))
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: architecture %s is not supported; " SUPPORTED ". \"model_type\" "
+                           "says %s; if the model is one, write %s under \"architectures\"",
+                           r->path, name, type, by_type->architecture);
+    else if (!family)
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: %s %s is not supported; " SUPPORTED "%s", r->path,
+                           name ? "architecture" : "\"model_type\"", name ? name : type,
+                           why_not(r->config, name ? name : ""));
+    else if (type && by_type != family)
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: \"model_type\" %s is not that of %s, which \"architectures\" "
+                           "names; write %s there if it is one",
+                           r->path, type, name, family->model_type);
+    return r->rc ? NULL : family;
+}
+
+/* ---- windows ---- */
+
+static void set_windowed(struct perta_llm *llm, uint32_t layer)
+{
+    llm->windowed[layer / 64] |= 1ull << layer % 64;
+}
+
+/* "attention" is what older files call full_attention. */
+static void read_layer_type(struct perta_config_reader *r, const char *type, uint32_t layer,
+                            struct perta_llm *llm)
+{
+    bool window = type && !strcmp(type, "sliding_attention");
+    if (window && llm->window)
+        set_windowed(llm, layer);
+    else if (!r->rc && (window || !type ||
+                        (strcmp(type, "full_attention") && strcmp(type, "attention"))))
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: \"layer_types\" %u is %s; %s", r->path,
+                           layer, type ? type : "no string",
+                           window ? "but there is no sliding window here (\"sliding_window\", "
+                                    "and what switches it on)"
+                                  : "full_attention and sliding_attention are supported");
+}
+
+static void read_layer_types(struct perta_config_reader *r, const json_t *types,
+                             struct perta_llm *llm)
+{
+    if (!json_is_array(types))
+        perta_config_refuse(r, "layer_types", "is no list");
+    for (uint32_t l = 0; l < json_array_size(types) && l < PERTA_WINDOW_LAYERS; l++)
+        read_layer_type(r, json_string_value(json_array_get(types, l)), l, llm);
+    if (json_array_size(types) != llm->n_layers && !r->rc)
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: \"layer_types\" has %zu entries, \"num_hidden_layers\" is %u",
+                           r->path, json_array_size(types), llm->n_layers);
+}
+
+/* The first layer with a window: transformers has 28 where the key is missing. */
+static uint32_t read_window_first(struct perta_config_reader *r)
+{
+    const json_t *first = json_object_get(r->config, "max_window_layers");
+    json_int_t n = json_integer_value(first);
+    if (!perta_config_has(r->config, "max_window_layers"))
+        return 28;
+    if (!json_is_integer(first))
+        perta_config_refuse(r, "max_window_layers", "is no whole number");
+    return n < 0 ? 0 : n > INT32_MAX ? INT32_MAX : (uint32_t)n;
+}
+
+/* Where sliding_window is missing transformers has 4096; null is none. For Mistral with layer_types
+ * it takes Ministral, which is a Mistral that heeds them. */
+static void read_windows(struct perta_config_reader *r, const struct family *family,
+                         struct perta_llm *llm)
+{
+    const json_t *types = json_object_get(r->config, "layer_types");
+    const json_t *size = json_object_get(r->config, "sliding_window");
+    uint32_t first = 0;
+    if (size && !json_is_null(size) && !json_is_integer(size))
+        perta_config_refuse(r, "sliding_window", "is no whole number");
+    if (!json_is_null(size) &&
+        (family->windows != QWEN || perta_config_bool(r, "use_sliding_window")))
+        llm->window = perta_config_count(r, "sliding_window", 4096);
+    if (family->windows == NONE)
+        llm->window = 0;
+    if (llm->window && llm->n_layers > PERTA_WINDOW_LAYERS)
+        perta_config_refuse(r, "num_hidden_layers",
+                            "is above 1024, which is not supported with windows");
+    if (r->rc)
+        return;
+    if (types && !json_is_null(types)) {
+        if (family->windows == EVERYWHERE && !perta_config_has(r->config, "model_type"))
+            perta_config_refuse(r, "layer_types", "is heeded by some readers and passed over by "
+                                                  "others without \"model_type\"; write mistral "
+                                                  "there");
+        read_layer_types(r, types, llm);
+        return;
+    }
+    if (family->windows == QWEN && llm->window)
+        first = read_window_first(r);
+    for (uint32_t l = first; llm->window && l < llm->n_layers; l++)
+        set_windowed(llm, l);
+}
+
+/* ---- the rest ---- */
+
+/* The embedding's padding_idx: from the end where it is negative. */
+static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    const json_t *value = json_object_get(r->config, "pad_token_id");
+    json_int_t n = json_integer_value(value), vocab = llm->vocab;
+    llm->pad = PERTA_NO_PAD;
+    if (!perta_config_has(r->config, "pad_token_id"))
+        return;
+    if (!json_is_integer(value) || n >= vocab || n < -vocab)
+        perta_config_refuse(r, "pad_token_id",
+                            "is no token of the vocabulary (\"vocab_size\"), nor null");
+    else
+        llm->pad = (uint32_t)(n < 0 ? n + vocab : n);
+}
+
+static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)
+{
+    const json_t *value = json_object_get(r->config, "hidden_act");
+    const char *act = value ? json_string_value(value) : "silu";
+    if (r->rc)
+        return;
+    if (!act)
+        perta_config_refuse(r, "hidden_act", "is no string; silu is supported");
+    else if (strcmp(act, "silu") && strcmp(act, "swish"))
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: hidden_act \"%s\"; only silu (also called swish) is supported",
+                           r->path, act);
+    else if (llm->n_heads % llm->n_kv_heads)
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: %u attention heads cannot share %u key-value heads", r->path,
+                           llm->n_heads, llm->n_kv_heads);
+    else if (llm->head_dim % 2)
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: head_dim %u is odd", r->path,
+                           llm->head_dim);
+}
+
+static uint32_t read_kv_heads(struct perta_config_reader *r, const struct family *family,
+                              const struct perta_llm *llm)
+{
+    bool missing = !json_object_get(r->config, "num_key_value_heads");
+    return perta_config_count(r, "num_key_value_heads",
+                              missing && family->n_kv_heads ? family->n_kv_heads : llm->n_heads);
+}
+
+int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *llm,
+                    struct perta_err *err)
+{
+    struct perta_config_reader r = {.config = config, .path = path, .err = err};
+    *llm = (struct perta_llm){0};
+    if (!json_is_object(config))
+        return perta_fail(err, PERTA_EINPUT, "%s: no JSON object", path);
+    const struct family *family = find_family(&r);
+    if (!family)
+        return r.rc;
+    *llm = (struct perta_llm){
+        .n_layers = perta_config_count(&r, "num_hidden_layers", 0),
+        .hidden = perta_config_count(&r, "hidden_size", 0),
+        .intermediate = perta_config_count(&r, "intermediate_size", 0),
+        .vocab = perta_config_count(&r, "vocab_size", 0),
+        .n_heads = perta_config_count(&r, "num_attention_heads", 0),
+        .rms_eps = (float)perta_config_number(&r, config, "rms_norm_eps", 1e-6),
+        .tied = perta_config_bool(&r, "tie_word_embeddings"),
+        .qk_norm = family->qk_norm,
+    };
+    llm->o_bias = family->reads_attention_bias && perta_config_bool(&r, "attention_bias");
+    llm->qkv_bias = llm->o_bias || family->qkv_bias;
+    llm->mlp_bias = family->reads_mlp_bias && perta_config_bool(&r, "mlp_bias");
+    llm->n_kv_heads = read_kv_heads(&r, family, llm);
+    uint32_t head_dim = llm->hidden / llm->n_heads;
+    if (family->windows == QWEN && json_is_null(json_object_get(config, "head_dim")))
+        perta_config_refuse(&r, "head_dim", "is null, which is no number; leave it out");
+    llm->head_dim = perta_config_count(&r, "head_dim",
+                                       family->qk_norm ? 128 : head_dim ? head_dim : 1);
+    perta_config_rope(&r, family->max_positions, &llm->rope);
+    read_windows(&r, family, llm);
+    read_pad(&r, llm);
+    check_sizes(&r, llm);
+    perta_config_refuse_keys(&r);
+    return r.rc;
+}

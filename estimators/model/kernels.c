@@ -1,0 +1,245 @@
+/* Compiled once for each instruction set, see io/isa.h. Loops are written so that gcc and clang
+ * vectorise them: everything computed, then selected; sums and maxima in lanes. */
+#if defined(__GNUC__) && !defined(__clang__)
+/* Nobody reads errno or the exception flags here; values stay the same, loops vectorise. */
+#pragma GCC optimize("no-math-errno", "no-trapping-math")
+#endif
+
+#include "estimators/model/kernels.h"
+
+#include "io/format/convert.h"
+#include "io/isa.h"
+
+typedef uint16_t __attribute__((aligned(1), may_alias)) u16_any;
+typedef float __attribute__((aligned(1), may_alias)) f32_any;
+
+#define LANES 16 /* element i goes into lane i % 16; lanes are added in order */
+
+/* ---- conversion ---- */
+
+static void to_f32(float *to, const void *from, enum perta_dtype dtype, size_t n)
+{
+    const u16_any *u16 = from;
+    const f32_any *f32 = from;
+    if (dtype == PERTA_BF16)
+        for (size_t i = 0; i < n; i++)
+            to[i] = perta_f32_from_bf16(u16[i]);
+    else if (dtype == PERTA_F16)
+        for (size_t i = 0; i < n; i++)
+            to[i] = perta_f32_from_f16(u16[i]);
+    else
+        for (size_t i = 0; i < n; i++)
+            to[i] = f32[i];
+}
+
+static void to_bf16(uint16_t *to, const void *from, enum perta_dtype dtype, size_t n)
+{
+    const u16_any *u16 = from;
+    const f32_any *f32 = from;
+    if (dtype == PERTA_BF16)
+        for (size_t i = 0; i < n; i++)
+            to[i] = u16[i];
+    else if (dtype == PERTA_F16)
+        for (size_t i = 0; i < n; i++)
+            to[i] = perta_bf16_from_f32(perta_f32_from_f16(u16[i]));
+    else
+        for (size_t i = 0; i < n; i++)
+            to[i] = perta_bf16_from_f32(f32[i]);
+}
+
+/* ---- sums ---- */
+
+static double add_lanes(const double *lanes)
+{
+    double sum = 0;
+    for (size_t l = 0; l < LANES; l++)
+        sum += lanes[l];
+    return sum;
+}
+
+static double dot(const float *a, const float *b, size_t n)
+{
+    double lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            lanes[l] += (double)a[i + l] * (double)b[i + l];
+    for (size_t l = 0; i < n; i++, l++)
+        lanes[l] += (double)a[i] * (double)b[i];
+    return add_lanes(lanes);
+}
+
+static double dot_of_product(const float *a, const float *b, const float *c, size_t n)
+{
+    double lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            lanes[l] += (double)(a[i + l] * b[i + l]) * (double)c[i + l];
+    for (size_t l = 0; i < n; i++, l++)
+        lanes[l] += (double)(a[i] * b[i]) * (double)c[i];
+    return add_lanes(lanes);
+}
+
+static void add_products(double *restrict sums, const float *restrict dy, const float *restrict x,
+                         float rstd, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sums[i] += (double)dy[i] * (double)(x[i] * rstd);
+}
+
+static void add(double *restrict sums, const float *restrict x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sums[i] += (double)x[i];
+}
+
+static void add_squares(double *restrict sums, const float *restrict x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        sums[i] += (double)x[i] * (double)x[i];
+}
+
+static unsigned divide(float *restrict means, const double *restrict sums, double of, size_t n)
+{
+    unsigned bad = 0;
+    for (size_t i = 0; i < n; i++) {
+        means[i] = (float)(sums[i] / of);
+        bad |= (perta_f32_bits(means[i]) & 0x7f800000) == 0x7f800000;
+    }
+    return bad;
+}
+
+/* ---- exponentials ---- */
+
+/* e^x as Cephes' expf has it, 2^n e^r with |r| <= ln 2 / 2, within 2 units in the last place.
+ * Below -87 it is 0, above 88 it is e^88. NaN stays NaN. */
+static inline float exponential(float x)
+{
+    const float rounder = 0x1.8p23f; /* x + this - this rounds x to an integer */
+    float c = x < -87.0f ? -87.0f : x;
+    c = c > 88.0f ? 88.0f : c;
+    float n = (c * 1.44269504088896341f + rounder) - rounder;
+    float r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    float y = (p * (r * r) + r) + 1.0f;
+    float power = perta_f32_from_bits(perta_f32_bits(n + (rounder + 127.0f)) << 23);
+    return x < -87.0f ? 0.0f : y * power;
+}
+
+static float largest(const float *x, size_t n, float least)
+{
+    float lanes[LANES], most = least;
+    size_t i = 0;
+    for (size_t l = 0; l < LANES; l++)
+        lanes[l] = least;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+    for (size_t l = 0; i < n; i++, l++)
+        lanes[l] = x[i] > lanes[l] ? x[i] : lanes[l];
+    for (size_t l = 0; l < LANES; l++)
+        most = lanes[l] > most ? lanes[l] : most;
+    return most;
+}
+
+#define TILE 256 /* of exponentials that are summed in float64 */
+
+static void exponentials_of(float *restrict y, const float *x, float most, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = exponential(x[i] - most);
+}
+
+static void add_tile(double *lanes, const float *x, size_t n)
+{
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            lanes[l] += (double)x[i + l];
+    for (size_t l = 0; i < n; i++, l++)
+        lanes[l] += (double)x[i];
+}
+
+static double exponentials(float *y, const float *x, float most, size_t n)
+{
+    double lanes[LANES] = {0};
+    float tile[TILE];
+    for (size_t first = 0; first < n; first += TILE) {
+        size_t m = n - first < TILE ? n - first : TILE;
+        exponentials_of(tile, x + first, most, m);
+        add_tile(lanes, tile, m);
+        memcpy(y + first, tile, m * sizeof *y);
+    }
+    return add_lanes(lanes);
+}
+
+static double sum_exponentials(const float *x, float most, size_t n)
+{
+    double lanes[LANES] = {0};
+    float tile[TILE];
+    for (size_t first = 0; first < n; first += TILE) {
+        size_t m = n - first < TILE ? n - first : TILE;
+        exponentials_of(tile, x + first, most, m);
+        add_tile(lanes, tile, m);
+    }
+    return add_lanes(lanes);
+}
+
+static void softmax_backward(float *restrict dp, const float *restrict p, float mean, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dp[i] = p[i] * (dp[i] - mean);
+}
+
+static void scaled_exponentials(float *x, float most, float scale, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = scale * exponential(x[i] - most);
+}
+
+/* ---- SwiGLU (Shazeer 2020) ---- */
+
+static void swiglu(float *restrict h, const float *restrict gate, const float *restrict up,
+                   size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        h[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+}
+
+static void swiglu_backward(float *dgate, float *restrict dup, const float *dh,
+                            const float *restrict gate, const float *restrict up, size_t n)
+{
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep /* dgate is dh, or apart from it */
+#endif
+    for (size_t i = 0; i < n; i++) {
+        float g = gate[i], d = dh[i];
+        float sigmoid = 1 / (1 + exponential(-g));
+        dgate[i] = d * up[i] * sigmoid * (1 + g * (1 - sigmoid));
+        dup[i] = d * g * sigmoid;
+    }
+}
+
+const struct perta_row_kernels PERTA_ISA_NAME(perta_row_kernels) = {
+    .to_f32 = to_f32,
+    .to_bf16 = to_bf16,
+    .dot = dot,
+    .dot_of_product = dot_of_product,
+    .add_products = add_products,
+    .add = add,
+    .add_squares = add_squares,
+    .divide = divide,
+    .largest = largest,
+    .exponentials = exponentials,
+    .sum_exponentials = sum_exponentials,
+    .softmax_backward = softmax_backward,
+    .scaled_exponentials = scaled_exponentials,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+};

@@ -1,0 +1,48 @@
+/* kernels.h - loops over one row of floats, compiled for each instruction set (io/isa.h), with the
+ * same bits for all. Workers call them for pieces. */
+#ifndef PERTA_ESTIMATORS_MODEL_KERNELS_H
+#define PERTA_ESTIMATORS_MODEL_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "io/format/dtype.h"
+
+struct perta_row_kernels {
+    /* to (n) = from (n; BF16, F16 or F32, aligned to nothing), converted; bf16 rounds to nearest. */
+    void (*to_f32)(float *to, const void *from, enum perta_dtype dtype, size_t n);
+    void (*to_bf16)(uint16_t *to, const void *from, enum perta_dtype dtype, size_t n);
+    /* Sum of a * b, in float64. */
+    double (*dot)(const float *a, const float *b, size_t n);
+    /* Sum of (a * b) * c, in float64; a * b in float32. */
+    double (*dot_of_product)(const float *a, const float *b, const float *c, size_t n);
+    /* sums (n) += dy * (x * rstd), in float64. */
+    void (*add_products)(double *sums, const float *dy, const float *x, float rstd, size_t n);
+    /* sums (n) += x, sums (n) += x^2, in float64. */
+    void (*add)(double *sums, const float *x, size_t n);
+    void (*add_squares)(double *sums, const float *x, size_t n);
+    /* means (n) = sums / of, rounded to float32; not 0 where one of them is not finite. */
+    unsigned (*divide)(float *means, const double *sums, double of, size_t n);
+    /* The largest of x and least. */
+    float (*largest)(const float *x, size_t n, float least);
+    /* y = exp(x - most), y may be x; their sum, in float64. */
+    double (*exponentials)(float *y, const float *x, float most, size_t n);
+    /* The same sum, nothing kept. */
+    double (*sum_exponentials)(const float *x, float most, size_t n);
+    /* dp = p * (dp - mean). */
+    void (*softmax_backward)(float *dp, const float *p, float mean, size_t n);
+    /* x = scale * exp(x - most). */
+    void (*scaled_exponentials)(float *x, float most, float scale, size_t n);
+    void (*swiglu)(float *h, const float *gate, const float *up, size_t n);
+    /* dgate may be dh. */
+    void (*swiglu_backward)(float *dgate, float *dup, const float *dh, const float *gate,
+                            const float *up, size_t n);
+};
+
+extern const struct perta_row_kernels perta_row_kernels_v2, perta_row_kernels_v3,
+    perta_row_kernels_v4;
+
+/* Of the instruction set that was chosen. */
+const struct perta_row_kernels *perta_row_kernels(void);
+
+#endif

@@ -1,0 +1,416 @@
+#include "estimators/passes/estimate.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/passes/pass_arguments.h"
+#include "estimators/passes/estimate_job.h"
+#include "io/fpenv.h"
+#include "io/text.h"
+
+/* ---- stores ---- */
+
+static int open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+{
+    char name[16];
+    return perta_store_open(&job->x[layer], &job->scratch, perta_estimate_x_name(name, layer),
+                            job->samples.n_tokens, job->weights.llm.hidden, err);
+}
+
+static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_store *dx,
+                   struct perta_err *err)
+{
+    char name[16];
+    job->scratch.free_bytes += job->reserved_bytes;
+    job->reserved_bytes = 0;
+    return perta_store_open(dx, &job->scratch, perta_estimate_dx_name(name, layer),
+                            job->samples.n_tokens, job->weights.llm.hidden, err);
+}
+
+/* Two of dx are there at a time, and used most: memory is theirs before it is x's. */
+static void reserve_dx(struct perta_estimate_job *job)
+{
+    uint64_t rows = job->samples.n_tokens + PERTA_SLACK_ROWS;
+    uint64_t bytes = 2 * rows * job->weights.llm.hidden * sizeof(float);
+    job->reserved_bytes = bytes < job->scratch.free_bytes ? bytes : 0;
+    job->scratch.free_bytes -= job->reserved_bytes;
+}
+
+/* ---- backward ---- */
+
+static void add_vector(struct perta_estimate_job *job, size_t at, const float *d, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        job->vectors[0][at + i] += (double)d[i];
+        job->vectors[1][at + i] += (double)d[i] * (double)d[i];
+    }
+}
+
+static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d,
+                    size_t n)
+{
+    struct perta_estimate_job *job = ctx;
+    (void)sequence;
+    add_vector(job, perta_estimate_norm_at(&job->weights.llm, name), d, n);
+}
+
+static void on_bias(void *ctx, size_t sequence, enum perta_linear_name name, const float *d,
+                    size_t n)
+{
+    struct perta_estimate_job *job = ctx;
+    (void)sequence;
+    add_vector(job, perta_estimate_bias_at(&job->weights.llm, (int)name), d, n);
+}
+
+static int write_vector(struct perta_estimate_job *job, const char *name, size_t at, size_t n,
+                        struct perta_err *err)
+{
+    struct perta_statistic *s = &job->statistic;
+    perta_statistic_begin(s, n);
+    memcpy(s->sum, job->vectors[0] + at, n * sizeof *s->sum);
+    if (s->square)
+        memcpy(s->square, job->vectors[1] + at, n * sizeof *s->square);
+    return perta_statistic_end(s, name, 0, n, err);
+}
+
+static int write_vectors(struct perta_estimate_job *job, uint32_t layer, const struct perta_block *block,
+                         struct perta_err *err)
+{
+    const struct perta_llm *llm = &job->weights.llm;
+    char name[128];
+    int rc = 0;
+    for (int i = 0; i < PERTA_N_NORMS && !rc; i++)
+        if (block->norm[i])
+            rc = write_vector(job,
+                              perta_weights_name(name, layer, perta_norm_names[i], "weight"),
+                              perta_estimate_norm_at(llm, (enum perta_norm_name)i),
+                              i <= PERTA_NORM_2 ? llm->hidden : llm->head_dim, err);
+    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++)
+        if (block->linear[i].bias)
+            rc = write_vector(job,
+                              perta_weights_name(name, layer, perta_linear_names[i], "bias"),
+                              perta_estimate_bias_at(llm, i), block->linear[i].out, err);
+    return rc;
+}
+
+/* What weight gradients are made of: in place for a single batch, else kept for all batches. */
+static int keep_operands(struct perta_estimate_job *job, const struct perta_block *block, size_t first, size_t n,
+                         const struct perta_acts *acts, struct perta_err *err)
+{
+    bool single = job->n_batches == 1;
+    int rc = 0;
+    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
+        const float *rows[2];
+        size_t widths[2] = {block->linear[i].in, block->linear[i].out};
+        perta_block_operands(acts, (enum perta_linear_name)i, &rows[0], &rows[1]);
+        for (int side = 0; side < 2 && !rc; side++) {
+            struct perta_store *store = &job->operands[2 * i + side];
+            if (single) {
+                *store = (struct perta_store){.n_rows = n, .width = widths[side],
+                                              .memory = (float *)rows[side], .fd = -1};
+                continue;
+            }
+            if (!store->width)
+                rc = perta_store_open(store, &job->scratch, NULL, job->samples.n_tokens,
+                                      widths[side], err);
+            if (!rc)
+                rc = perta_store_put(store, first, n, rows[side], err);
+        }
+    }
+    return rc;
+}
+
+static int write_weights(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+{
+    char name[128];
+    int rc = 0;
+    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
+        rc = perta_statistic_linear(
+            &job->statistic, perta_weights_name(name, layer, perta_linear_names[i], "weight"),
+            &job->operands[2 * i], &job->operands[2 * i + 1], &job->chunks, &job->packed, err);
+        if (!rc)
+            rc = perta_estimate_advance(job, err);
+    }
+    return rc;
+}
+
+static int backward_batches(struct perta_estimate_job *job, uint32_t layer,
+                            const struct perta_block *block, struct perta_store *next,
+                            struct perta_err *err)
+{
+    const struct perta_vector_sink sink = {job, on_norm, on_bias};
+    struct perta_acts acts;
+    int rc = 0;
+    for (size_t group = 0, first; group < job->cut.n_groups && !rc;) {
+        struct perta_batch batch = perta_estimate_batch(job, &group, &first);
+        perta_acts_lay_out(&acts, block->llm, batch.n, job->work);
+        rc = perta_estimate_rows(&job->x[layer], first, batch.n, acts.x, err);
+        if (!rc)
+            rc = perta_estimate_rows(&job->dx, first, batch.n, acts.dout, err);
+        if (!rc)
+            rc = perta_block_forward(block, &batch, &acts, err);
+        if (!rc)
+            rc = perta_block_backward(block, &batch, &acts, &sink, err);
+        if (!rc)
+            rc = perta_store_put(next, first, batch.n, acts.dx, err);
+        if (!rc)
+            rc = keep_operands(job, block, first, batch.n, &acts, err);
+        if (!rc)
+            rc = perta_estimate_advance(job, err);
+    }
+    return rc;
+}
+
+/* What is read after a layer on the way back: the one before, then, if it is to be read again, the
+ * head. */
+static uint32_t before(const struct perta_estimate_job *job, uint32_t layer)
+{
+    const struct perta_llm *llm = &job->weights.llm;
+    return layer ? layer - 1 : llm->tied ? llm->n_layers : UINT32_MAX;
+}
+
+static int backward_layer(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+{
+    struct perta_block block;
+    struct perta_store next;
+    memset(job->vectors[0], 0, job->vector_floats * sizeof *job->vectors[0]);
+    memset(job->vectors[1], 0, job->vector_floats * sizeof *job->vectors[1]);
+    int rc = perta_estimate_load(job, layer, before(job, layer), &block, err);
+    if (rc)
+        return rc;
+    rc = open_dx(job, layer, &next, err);
+    if (!rc)
+        rc = backward_batches(job, layer, &block, &next, err);
+    if (!rc)
+        rc = write_weights(job, layer, err);
+    if (!rc)
+        rc = write_vectors(job, layer, &block, err);
+    perta_store_close(&job->dx, &job->scratch);
+    job->dx = next;
+    job->dx_layer = layer;
+    perta_store_close(&job->x[layer], &job->scratch);
+    return rc ? rc : perta_estimate_commit(job, PERTA_BACKWARD, layer, err);
+}
+
+/* ---- the whole ---- */
+
+static int check_outputs(const struct perta_estimate_job *job, struct perta_err *err)
+{
+    const struct perta_estimate *e = job->estimate;
+    const char *const inputs[] = {e->model, e->data};
+    const char *outputs[2];
+    char *mean = perta_path_join(e->out, "mean"), *meansq = perta_path_join(e->out, "meansq");
+    /* What a run goes on with was checked when it began, and may have its name by now. */
+    const char *home = e->meansq ? meansq : mean;
+    bool go_on = home && job->run->resume && perta_journal_found(home);
+    size_t n = 0;
+    if (e->mean)
+        outputs[n++] = mean;
+    if (e->meansq)
+        outputs[n++] = meansq;
+    int rc = !mean || !meansq ? perta_fail_sys(err, ENOMEM, "%s", e->out)
+             : go_on          ? 0
+                              : perta_publish_check(outputs, n, inputs, 2, e->force, err);
+    free(mean);
+    free(meansq);
+    return rc;
+}
+
+static int prepare(struct perta_estimate_job *job, struct perta_err *err)
+{
+    int rc = perta_estimate_open(job, err);
+    return rc ? rc : check_outputs(job, err);
+}
+
+/* Bytes of weights that are yet to be read after that stage, for progress. */
+static void count_bytes(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer)
+{
+    uint64_t all = 0, embedding = 0;
+    for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
+        const struct perta_tensor *t = job->weights.ck->by_name[i].tensor;
+        all += t->len_bytes;
+        if (!strcmp(t->name, perta_weights_embedding(&job->weights)))
+            embedding = t->len_bytes;
+    }
+    bool tied = job->weights.llm.tied;
+    uint64_t n = job->weights.llm.n_layers;
+    uint64_t done = stage == PERTA_BEGUN       ? 0
+                    : stage == PERTA_FORWARD   ? layer + 1
+                    : stage == PERTA_HEAD_DONE ? n
+                                               : 2 * n - layer;
+    job->total_bytes = 2 * (all - embedding) + (tied ? 3 : 0) * embedding;
+    job->total_bytes -= done * ((all - (tied ? 1 : 2) * embedding) / n); /* of a layer */
+}
+
+static int start(struct perta_estimate_job *job, enum perta_stage *stage, uint32_t *layer,
+                 struct perta_err *err)
+{
+    const struct perta_estimate *e = job->estimate;
+    bool bf16 = perta_estimate_bf16(job);
+    job->statistic.mean = e->mean ? &job->outs[0] : NULL;
+    job->statistic.meansq = e->meansq ? &job->outs[1] : NULL;
+    job->statistic.n_samples = job->samples.n;
+    int rc = perta_estimate_plan(job, bf16, err);
+    if (!rc)
+        rc = perta_estimate_begin(job, bf16, stage, layer, err);
+    if (!rc)
+        rc = perta_weights_start(&job->weights, job->run->io, err);
+    if (rc || *stage == PERTA_PUBLISH)
+        return rc;
+    count_bytes(job, *stage, *layer);
+    rc = perta_estimate_open_head(job, &job->statistic, err);
+    reserve_dx(job);
+    return rc ? rc : perta_estimate_restore(job, *stage, *layer, err);
+}
+
+static int forward_layer(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+{
+    int rc = open_x(job, layer + 1, err);
+    if (!rc)
+        rc = perta_estimate_forward(job, layer, &job->x[layer], &job->x[layer + 1], err);
+    return rc ? rc : perta_estimate_commit(job, PERTA_FORWARD, layer, err);
+}
+
+static int check_losses(const struct perta_estimate_job *job, struct perta_err *err)
+{
+    double loss;
+    int rc = 0;
+    for (uint64_t i = 0; i < job->samples.n && !rc; i++)
+        rc = perta_estimate_loss(job, i, &loss, err);
+    return rc;
+}
+
+/* Up to the loss, from the layer after the one that is done. */
+static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
+                       struct perta_err *err)
+{
+    uint32_t n_layers = job->weights.llm.n_layers;
+    const struct perta_part head = perta_head_first(&job->head), last = {.layer = n_layers - 1};
+    int rc = 0;
+    if (stage == PERTA_BEGUN) {
+        rc = open_x(job, 0, err);
+        if (!rc)
+            rc = perta_embed(&job->head, &job->x[0], err);
+    }
+    for (uint32_t l = stage == PERTA_BEGUN ? 0 : layer + 1; l < n_layers && !rc; l++)
+        rc = forward_layer(job, l, err);
+    if (!rc)
+        rc = perta_head_forward(&job->head, &job->x[n_layers], &head, &job->means, err);
+    if (!rc)
+        rc = check_losses(job, err);
+    if (!rc)
+        rc = perta_estimate_advance(job, err);
+    if (!rc)
+        rc = open_dx(job, n_layers, &job->dx, err);
+    job->dx_layer = n_layers;
+    if (!rc)
+        rc = perta_head_backward(&job->head, &job->x[n_layers], &last, &job->dx, err);
+    return rc ? rc : perta_estimate_commit(job, PERTA_HEAD_DONE, 0, err);
+}
+
+static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
+                   struct perta_err *err)
+{
+    uint32_t n_layers = job->weights.llm.n_layers;
+    int rc = 0;
+    if (stage < PERTA_HEAD_DONE)
+        rc = run_forward(job, stage, layer, err);
+    else if (job->weights.llm.tied) /* what the embedding's gradient needs of the head */
+        rc = perta_head_forward(&job->head, &job->x[n_layers], NULL, &job->means, err);
+    for (uint32_t l = stage == PERTA_BACKWARD ? layer : n_layers; l-- > 0 && !rc;)
+        rc = backward_layer(job, l, err);
+    if (!rc)
+        rc = perta_embed_backward(&job->head, &job->dx, err);
+    if (!rc)
+        rc = perta_weights_unchanged(&job->weights, err);
+    return rc;
+}
+
+/* How many pieces each worker has taken. */
+static json_t *pieces_of(const struct perta_estimate_job *job)
+{
+    json_t *pieces = json_array();
+    for (unsigned i = 0; job->workers && i < perta_workers_count(job->workers); i++)
+        perta_json_append(&pieces,
+                          json_integer((json_int_t)perta_workers_taken(job->workers, i)));
+    return pieces;
+}
+
+static void fill_summary(const struct perta_estimate_job *job, json_t **summary)
+{
+    json_t *folders = json_array();
+    uint64_t written = 0;
+    for (int i = 0; i < 2; i++)
+        if (job->outs[i].fds) {
+            written += job->outs[i].written_bytes;
+            perta_json_append(&folders, perta_text_json("%s", job->outs[i].folder.path));
+        }
+    perta_json_set(summary, "folders", folders);
+    perta_json_set(summary, "loss", perta_real_json(job->means.loss));
+    perta_json_set(summary, "probability", perta_real_json(job->means.probability));
+    perta_json_set(summary, "batches", json_integer((json_int_t)job->n_batches));
+    perta_json_set(summary, "pieces", pieces_of(job));
+    perta_json_set(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    perta_json_set(summary, "written_bytes", json_integer((json_int_t)written));
+    perta_json_set(summary, "scratch_bytes", json_integer((json_int_t)job->scratch.file_bytes));
+}
+
+static int check_arguments(const struct perta_estimate *e, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {
+        {"--model DIR", e->model}, {"--data FILE", e->data}, {"--out DIR", e->out}};
+    const struct perta_argument given[] = {{"--data-key", e->data_key}, {"--scratch", e->scratch}};
+    int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
+    if (!rc && !e->mean && !e->meansq)
+        rc = perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
+    if (!rc)
+        rc = perta_compute_argument(e->compute, err);
+    return rc ? rc : perta_scaled_arguments(e->at, err);
+}
+
+int perta_estimate(const struct perta_estimate *estimate, const struct perta_run *run,
+                   json_t **summary, struct perta_err *err)
+{
+    PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(estimate, run, summary, err);
+    if (!rc)
+        rc = check_arguments(estimate, err);
+    if (rc)
+        return rc;
+    struct perta_estimate_job *job = calloc(1, sizeof *job);
+    if (!job)
+        return perta_fail_sys(err, ENOMEM, "estimate");
+    job->estimate = estimate;
+    job->run = run;
+    job->dx_saved = -1;
+    enum perta_stage stage = PERTA_BEGUN;
+    uint32_t layer = 0;
+    rc = prepare(job, err);
+    *summary = rc ? NULL
+                  : json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)job->samples.n, "tokens",
+                              (json_int_t)job->samples.n_tokens, "notes", job->samples.notes);
+    perta_json_set(summary, "unknown_config_keys",
+                   rc ? NULL : perta_llm_unknown_keys(job->weights.ck->config));
+    if (!rc && !*summary)
+        rc = perta_fail_sys(err, ENOMEM, "estimate");
+    if (!rc && !run->dry_run) {
+        rc = start(job, &stage, &layer, err);
+        if (!rc && stage != PERTA_PUBLISH)
+            rc = run_all(job, stage, layer, err);
+        fill_summary(job, summary);
+        if (!rc)
+            rc = perta_estimate_publish(job, summary, err);
+        if (rc)
+            perta_estimate_abandon(job, rc, err);
+    }
+    perta_estimate_release(job);
+    free(job);
+    if (rc) {
+        json_decref(*summary);
+        *summary = NULL;
+    }
+    return rc;
+}

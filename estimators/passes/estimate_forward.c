@@ -1,0 +1,185 @@
+/* What every pass through a model needs, with or without gradients: estimate and eval share
+ * it. */
+#include "estimators/passes/estimate_job.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- open ---- */
+
+int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
+{
+    const struct perta_estimate *e = job->estimate;
+    if (e->compute == PERTA_COMPUTE_BF16 && !perta_gemm_can_bf16())
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "--compute bf16: this CPU cannot, or ONEDNN_MAX_CPU_ISA forbids it; leave it out, or "
+            "--compute f32");
+    int rc = perta_weights_open(&job->weights, e->model, err);
+    if (!rc && e->at) {
+        rc = perta_scaled_open(&job->scaled, e->at, job->weights.ck, err);
+        job->source = job->weights.source = &job->scaled.source;
+    }
+    if (rc)
+        return rc;
+    job->vector_floats = perta_estimate_bias_at(&job->weights.llm, PERTA_N_LINEARS);
+    const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
+                                                .max_tokens = e->max_tokens,
+                                                .answers = job->answers,
+                                                .key_path = e->data_key,
+                                                .xxh128 = e->data_xxh128};
+    rc = perta_samples_read(e->data, &wanted, &job->samples, err);
+    if (!rc)
+        rc = perta_estimate_tokens(job, err);
+    return rc;
+}
+
+bool perta_estimate_bf16(const struct perta_estimate_job *job)
+{
+    const struct perta_estimate *e = job->estimate;
+    return e->compute == PERTA_COMPUTE_BF16 ||
+           (e->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
+}
+
+static int on_rows(void *ctx, struct perta_err *err)
+{
+    return perta_estimate_advance(ctx, err);
+}
+
+int perta_estimate_open_head(struct perta_estimate_job *job,
+                             struct perta_statistic *statistic, struct perta_err *err)
+{
+    job->head = (struct perta_head){
+        .weights = &job->weights,
+        .gemm = job->gemm,
+        .samples = &job->samples,
+        .statistic = statistic,
+        .advance = on_rows,
+        .ctx = job,
+        .by_probability = job->estimate->by_probability,
+        .batch_rows = perta_head_rows(&job->samples, job->batch_tokens),
+        .room = job->weights.rooms[0],
+        .work = job->work,
+        .packed = job->packed,
+    };
+    return perta_head_open(&job->head, &job->scratch, err);
+}
+
+void perta_estimate_release(struct perta_estimate_job *job)
+{
+    perta_weights_stop(&job->weights);
+    perta_behind_close(job->behind);
+    perta_head_close(&job->head, &job->scratch);
+    for (uint32_t l = 0; job->x && l <= job->weights.llm.n_layers; l++)
+        perta_store_close(&job->x[l], &job->scratch);
+    perta_store_close(&job->dx, &job->scratch);
+    for (int i = 0; i < 2 * PERTA_N_LINEARS; i++)
+        if (job->n_batches > 1)
+            perta_store_close(&job->operands[i], &job->scratch);
+    for (int i = 0; i < 2; i++) {
+        perta_importance_out_release(&job->outs[i]);
+        free(job->vectors[i]);
+    }
+    perta_scaled_close(&job->scaled);
+    perta_weights_close(&job->weights);
+    perta_gemm_close(job->gemm);
+    perta_workers_close(job->workers);
+    perta_pool_give(&job->pool);
+    perta_samples_release(&job->samples);
+    perta_cut_release(&job->cut);
+    perta_chunks_release(&job->chunks);
+    free(job->starts);
+    free(job->x);
+    free(job->inv_freq);
+    free(job->scratch.dir);
+    perta_journal_close(&job->journal);
+}
+
+/* ---- a block over all tokens ---- */
+
+struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group,
+                                        size_t *first)
+{
+    struct perta_cut_batch batch = perta_cut_batch(&job->cut, *group, job->batch_tokens);
+    *first = batch.first_row;
+    *group = batch.end;
+    return (struct perta_batch){
+        .n = batch.n,
+        .sequences = {batch.n_samples, job->starts + batch.first_sample, batch.first_row},
+        .tiles = batch.tiles,
+        .places = job->samples.places + batch.first_row,
+    };
+}
+
+int perta_estimate_load(struct perta_estimate_job *job, uint32_t layer, uint32_t next,
+                        struct perta_block *block, struct perta_err *err)
+{
+    const struct perta_part part = {.layer = layer};
+    const struct perta_part following =
+        next < job->weights.llm.n_layers ? (struct perta_part){.layer = next}
+                                         : perta_head_first(&job->head);
+    const struct perta_loaded *loaded;
+    int rc = perta_weights_load(&job->weights, &part, next == UINT32_MAX ? NULL : &following,
+                                &loaded, err);
+    *block = loaded->block;
+    block->llm = &job->weights.llm;
+    block->gemm = job->gemm;
+    block->inv_freq = job->inv_freq;
+    return rc;
+}
+
+int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
+                        struct perta_err *err)
+{
+    struct perta_rows rows;
+    int rc = perta_store_get(store, first, n, 0, store->width, to, &rows, err);
+    if (!rc && rows.data != to)
+        memcpy(to, rows.data, n * store->width * sizeof *to);
+    return rc;
+}
+
+int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,
+                        struct perta_err *err)
+{
+    *loss = perta_head_loss(&job->head, sample);
+    if (isfinite(*loss))
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: line %llu: the model gives a loss that is not a finite number; are "
+                      "there NaN or Inf in %s?",
+                      job->estimate->data, (unsigned long long)job->samples.lines[sample],
+                      job->estimate->model);
+}
+
+int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err)
+{
+    uint64_t read = job->weights.read_bytes, total = job->total_bytes;
+    if (job->run->progress) /* an embedding's rows are not in the total */
+        job->run->progress(job->run->progress_user, read < total ? read : total, total);
+    if (job->run->cancel && *job->run->cancel)
+        return perta_fail(err, PERTA_EINTR, "interrupted");
+    return 0;
+}
+
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
+                           const struct perta_store *from, struct perta_store *to,
+                           struct perta_err *err)
+{
+    struct perta_block block;
+    struct perta_acts acts;
+    int rc = perta_estimate_load(job, layer, layer + 1, &block, err);
+    for (size_t group = 0, first; group < job->cut.n_groups && !rc;) {
+        struct perta_batch batch = perta_estimate_batch(job, &group, &first);
+        perta_acts_lay_out(&acts, block.llm, batch.n, job->work);
+        rc = perta_estimate_rows(from, first, batch.n, acts.x, err);
+        if (!rc)
+            rc = perta_block_forward(&block, &batch, &acts, err);
+        if (!rc)
+            rc = perta_store_put(to, first, batch.n, acts.out, err);
+        if (!rc)
+            rc = perta_estimate_advance(job, err);
+    }
+    return rc;
+}

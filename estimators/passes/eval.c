@@ -1,0 +1,251 @@
+#include "estimators/passes/eval.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/passes/pass_arguments.h"
+#include "estimators/passes/estimate_job.h"
+#include "estimators/passes/patched.h"
+#include "io/fpenv.h"
+#include "io/text.h"
+
+/* ---- numbers ---- */
+
+/* Of one answer. */
+struct score {
+    double loss; /* mean over its labels */
+    uint64_t n_labels, n_right;
+};
+
+static int score_of(const struct perta_estimate_job *job, uint64_t sample,
+                    struct score *score, struct perta_err *err)
+{
+    const struct perta_head *h = &job->head;
+    *score = (struct score){.n_labels = h->starts[sample + 1] - h->starts[sample]};
+    for (size_t i = h->starts[sample]; i < h->starts[sample + 1]; i++)
+        score->n_right += h->best[i] == h->target[i];
+    return perta_estimate_loss(job, sample, &score->loss, err);
+}
+
+/* Means over lines, and over those with perturbed answers. */
+struct sums {
+    uint64_t n, n_perturbed;
+    double loss, probability, exact, accuracy;
+    double choice, ratio, ratio_forget, ratio_retain;
+};
+
+/* The other answers of a line, as the TOFU benchmark has them. */
+static void add_answers(struct sums *sums, json_t **item, double answer, double paraphrased,
+                        json_t *perturbed)
+{
+    double loss = 0, others = 0;
+    size_t n = json_array_size(perturbed);
+    for (size_t i = 0; i < n; i++) {
+        double one = json_real_value(json_array_get(perturbed, i));
+        loss += one / (double)n;
+        others += exp(-one);
+    }
+    double ratio = exp(paraphrased - loss);
+    double choice = exp(-answer) / (exp(-answer) + others);
+    sums->n_perturbed++;
+    sums->choice += choice;
+    sums->ratio += ratio;
+    sums->ratio_forget += ratio < 1 ? ratio : 1 / ratio;
+    sums->ratio_retain += ratio < 1 ? 1 - ratio : 0;
+    perta_json_set(item, "perturbed_loss", json_incref(perturbed));
+    perta_json_set(item, "choice_probability", perta_real_json(choice));
+    perta_json_set(item, "truth_ratio", perta_real_json(ratio));
+}
+
+/* A line: sample at, and the other answers after it. *next is where the next line begins.
+ */
+static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
+                    struct sums *sums, json_t **list, struct perta_err *err)
+{
+    const struct perta_samples *s = &job->samples;
+    struct score answer, other;
+    int rc = score_of(job, at, &answer, err);
+    double paraphrased = answer.loss;
+    json_t *item = json_object(), *perturbed = json_array();
+    size_t n_perturbed = 0;
+    for (*next = at + 1; !rc && *next < s->n && s->kinds[*next] != PERTA_SAMPLE; ++*next) {
+        rc = score_of(job, *next, &other, err);
+        if (s->kinds[*next] == PERTA_PERTURBED) {
+            perta_json_append(&perturbed, perta_real_json(other.loss));
+            n_perturbed++;
+            continue;
+        }
+        paraphrased = other.loss;
+        perta_json_set(&item, "paraphrased_loss", perta_real_json(paraphrased));
+    }
+    bool exact = answer.n_right == answer.n_labels;
+    double accuracy = (double)answer.n_right / (double)answer.n_labels;
+    sums->n++;
+    sums->loss += answer.loss;
+    sums->probability += exp(-answer.loss);
+    sums->exact += exact;
+    sums->accuracy += accuracy;
+    perta_json_set(&item, "line", json_integer((json_int_t)s->lines[at]));
+    perta_json_set(&item, "labels", json_integer((json_int_t)answer.n_labels));
+    perta_json_set(&item, "loss", perta_real_json(answer.loss));
+    perta_json_set(&item, "probability", perta_real_json(exp(-answer.loss)));
+    perta_json_set(&item, "exact_match", json_boolean(exact));
+    perta_json_set(&item, "accuracy", perta_real_json(accuracy));
+    if (n_perturbed)
+        add_answers(sums, &item, answer.loss, paraphrased, perturbed);
+    json_decref(perturbed);
+    perta_json_append(list, item);
+    return rc;
+}
+
+static void set_mean(json_t **summary, const char *name, double sum, uint64_t n)
+{
+    if (n)
+        perta_json_set(summary, name, perta_real_json(sum / (double)n));
+}
+
+static int report(const struct perta_estimate_job *job, bool per_sample, json_t **summary,
+                  struct perta_err *err)
+{
+    struct sums sums = {0};
+    json_t *list = json_array();
+    int rc = 0;
+    for (uint64_t at = 0; at < job->samples.n && !rc;)
+        rc = add_line(job, at, &at, &sums, &list, err);
+    set_mean(summary, "loss", sums.loss, sums.n);
+    set_mean(summary, "probability", sums.probability, sums.n);
+    set_mean(summary, "exact_match", sums.exact, sums.n);
+    set_mean(summary, "accuracy", sums.accuracy, sums.n);
+    set_mean(summary, "choice_probability", sums.choice, sums.n_perturbed);
+    set_mean(summary, "truth_ratio", sums.ratio, sums.n_perturbed);
+    set_mean(summary, "truth_ratio_forget", sums.ratio_forget, sums.n_perturbed);
+    set_mean(summary, "truth_ratio_retain", sums.ratio_retain, sums.n_perturbed);
+    perta_json_set(summary, "perturbed_samples", json_integer((json_int_t)sums.n_perturbed));
+    if (per_sample)
+        perta_json_set(summary, "per_sample", json_incref(list));
+    json_decref(list);
+    perta_json_set(summary, "batches", json_integer((json_int_t)job->n_batches));
+    perta_json_set(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));
+    perta_json_set(summary, "scratch_bytes", json_integer((json_int_t)job->scratch.file_bytes));
+    return rc;
+}
+
+/* ---- the way forward ---- */
+
+/* Every weight once; of an embedding that is not the head's, rows. */
+static void count_bytes(struct perta_estimate_job *job)
+{
+    for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
+        const struct perta_tensor *t = job->weights.ck->by_name[i].tensor;
+        if (job->weights.llm.tied || strcmp(t->name, PERTA_EMBEDDING))
+            job->total_bytes += t->len_bytes;
+    }
+}
+
+static int start(struct perta_estimate_job *job, struct perta_err *err)
+{
+    const char *dir = job->estimate->scratch, *tmp = getenv("TMPDIR");
+    job->scratch.dir = strdup(dir ? dir : tmp && *tmp ? tmp : "/var/tmp");
+    int rc = job->scratch.dir ? perta_estimate_plan(job, perta_estimate_bf16(job), err)
+                              : perta_fail_sys(err, ENOMEM, "scratch");
+    if (!rc)
+        rc = perta_weights_start(&job->weights, job->run->io, err);
+    count_bytes(job);
+    return rc ? rc : perta_estimate_open_head(job, NULL, err);
+}
+
+static int run_all(struct perta_estimate_job *job, struct perta_err *err)
+{
+    struct perta_store *x = &job->x[0];
+    int rc = perta_store_open(x, &job->scratch, NULL, job->samples.n_tokens,
+                              job->weights.llm.hidden, err);
+    if (!rc)
+        rc = perta_embed(&job->head, x, err);
+    for (uint32_t l = 0; l < job->weights.llm.n_layers && !rc; l++)
+        rc = perta_estimate_forward(job, l, x, x, err);
+    if (!rc)
+        rc = perta_head_forward(&job->head, x, NULL, &job->means, err);
+    return rc ? rc : perta_weights_unchanged(&job->weights, err);
+}
+
+/* Lines, and tokens of all answers. */
+static json_t *summary_of(const struct perta_samples *s)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < s->n; i++)
+        n += s->kinds[i] == PERTA_SAMPLE;
+    return json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)n, "tokens",
+                     (json_int_t)s->n_tokens, "notes", s->notes);
+}
+
+static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,
+                   struct perta_patched *patched, json_t **summary, struct perta_err *err)
+{
+    int rc = perta_estimate_open(job, err);
+    if (!rc && eval->patch) {
+        rc = perta_patched_open(patched, eval->patch, job->weights.ck, err);
+        job->source = job->weights.source = &patched->source;
+    }
+    if (rc)
+        return rc;
+    *summary = summary_of(&job->samples);
+    perta_json_set(summary, "unknown_config_keys", perta_llm_unknown_keys(job->weights.ck->config));
+    if (!job->run->dry_run)
+        rc = start(job, err);
+    if (!rc && !job->run->dry_run)
+        rc = run_all(job, err);
+    if (!rc && !job->run->dry_run)
+        rc = report(job, eval->per_sample, summary, err);
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "eval");
+}
+
+static int check_arguments(const struct perta_eval *e, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {{"--model DIR", e->model}, {"--data FILE", e->data}};
+    const struct perta_argument given[] = {{"--patch", e->patch}, {"--scratch", e->scratch}};
+    int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
+    if (!rc && e->patch && e->at)
+        rc = perta_fail(err, PERTA_EUSAGE, "--patch or at, not both");
+    if (!rc)
+        rc = perta_compute_argument(e->compute, err);
+    return rc ? rc : perta_scaled_arguments(e->at, err);
+}
+
+int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
+               struct perta_err *err)
+{
+    PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(eval, run, summary, err);
+    if (!rc)
+        rc = check_arguments(eval, err);
+    if (rc)
+        return rc;
+    /* An estimate's way forward. */
+    const struct perta_estimate estimate = {.model = eval->model,
+                                            .at = eval->at,
+                                            .data = eval->data,
+                                            .data_xxh128 = eval->data_xxh128,
+                                            .max_tokens = eval->max_tokens,
+                                            .compute = eval->compute,
+                                            .scratch = eval->scratch};
+    struct perta_estimate_job *job = calloc(1, sizeof *job);
+    struct perta_patched patched = {0};
+    if (!job)
+        return perta_fail_sys(err, ENOMEM, "eval");
+    job->estimate = &estimate;
+    job->run = run;
+    job->answers = !eval->as_estimate;
+    rc = run_job(job, eval, &patched, summary, err);
+    perta_estimate_release(job);
+    perta_patched_close(&patched);
+    free(job);
+    if (rc) {
+        json_decref(*summary);
+        *summary = NULL;
+    }
+    return rc;
+}

@@ -1,0 +1,15 @@
+#include "estimators/passes/pass_arguments.h"
+
+int perta_compute_argument(enum perta_compute compute, struct perta_err *err)
+{
+    return perta_arguments_choice("--compute", (int)compute, PERTA_COMPUTE_BF16 + 1, err);
+}
+
+int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err *err)
+{
+    if (!at)
+        return 0;
+    const struct perta_argument needed[] = {
+        {"tuned (of at)", at->tuned}, {"base (of at)", at->base}, {"scale (of at)", at->scale}};
+    return perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+}

@@ -1,0 +1,12 @@
+/* pass_arguments.h - what a pass over a model is asked, checked (stream/arguments.h). */
+#ifndef PERTA_ESTIMATORS_PASSES_PASS_ARGUMENTS_H
+#define PERTA_ESTIMATORS_PASSES_PASS_ARGUMENTS_H
+
+#include "estimators/passes/estimate.h"
+#include "stream/arguments.h"
+
+/* NULL is allowed. */
+int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err *err);
+int perta_compute_argument(enum perta_compute compute, struct perta_err *err);
+
+#endif

@@ -1,0 +1,199 @@
+#include "estimators/passes/scaled.h"
+
+#include <string.h>
+
+#include "estimators/model/weights.h"
+#include "estimators/edit/edit.h"
+#include "stream/journal.h"
+#include "io/format/naming.h"
+
+static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"};
+
+/* Elements at a time. */
+#define PIECE (1u << 18)
+
+/* ---- a piece ---- */
+
+static const struct perta_ref *find(const struct perta_scaled *s, int role,
+                                    const char *name)
+{
+    return perta_tied_find(s->in[role].ck, name, s->tied);
+}
+
+static uint8_t *room_of(const struct perta_scaled *s, int i)
+{
+    return s->source.room + (uint64_t)i * s->source.room_bytes / (PERTA_SCALED_N + 1);
+}
+
+static int bad_number(const struct perta_scaled *s, const struct perta_ref *model,
+                      uint64_t elem, enum perta_operand operand, struct perta_err *err)
+{
+    static const char *const what[PERTA_N_OPERANDS] = {
+        [PERTA_IN_MODEL] = "in --model",
+        [PERTA_IN_TUNED] = "in --tuned",
+        [PERTA_IN_BASE] = "in --base",
+        [PERTA_IN_SCALE] = "in the scales",
+        [PERTA_IN_RESULT] = "once it is scaled and subtracted",
+    };
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensor %s, element %llu: not a finite number %s", s->model->path,
+                      model->tensor->name, (unsigned long long)elem, what[operand]);
+}
+
+/* to (n) = elements first.. of the model's tensor, edited. in: views of all operands. */
+static int edit(const struct perta_scaled *s, const struct perta_ref *model, uint64_t first,
+                const struct perta_edit_in *in, uint8_t *to, struct perta_err *err)
+{
+    const struct perta_rule rule = {.method = PERTA_SCALE};
+    const float alpha = 1;
+    struct perta_edit_counts counts;
+    void *out = to;
+    perta_edit(&rule, in, &alpha, 1, &out, &counts);
+    return counts.n_nonfinite
+               ? bad_number(s, model, first + counts.bad_elem, counts.bad_operand, err)
+               : 0;
+}
+
+static int read_piece(struct perta_scaled *s, struct perta_weights *w,
+                      const struct perta_ref *model, uint64_t first, uint64_t n,
+                      uint8_t *to, struct perta_err *err)
+{
+    struct perta_view views[PERTA_SCALED_N + 1];
+    bool edited = find(s, PERTA_SCALED_SCALE, model->tensor->name);
+    int rc = 0;
+    for (int i = 0; i <= (edited ? PERTA_SCALED_N : 0) && !rc; i++) {
+        const struct perta_ref *ref = i ? find(s, i - 1, model->tensor->name) : model;
+        struct perta_file *file =
+            i ? &s->in[i - 1].files[ref->shard] : &w->files[ref->shard];
+        uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
+        views[i].dtype = ref->tensor->dtype;
+        rc = perta_weights_read(w, file, ref->tensor->off_bytes + first * width, n * width,
+                                room_of(s, i), &views[i].data, err);
+    }
+    if (!rc && !edited)
+        memcpy(to, views[0].data, n * perta_dtype_unit_bytes(views[0].dtype));
+    if (rc || !edited)
+        return rc;
+    const struct perta_edit_in in = {
+        .model = views[0], .tuned = views[1], .base = views[2], .scale = views[3], .n = n};
+    return edit(s, model, first, &in, to, err);
+}
+
+static int read_scaled(struct perta_source *source, struct perta_weights *w,
+                       const struct perta_ref *ref, uint64_t off_bytes, uint64_t len_bytes,
+                       uint8_t *to, struct perta_err *err)
+{
+    struct perta_scaled *s = (struct perta_scaled *)source;
+    uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
+    uint64_t first = off_bytes / width, n = len_bytes / width;
+    int rc = 0;
+    for (uint64_t at = 0; at < n && !rc; at += PIECE)
+        rc = read_piece(s, w, ref, first + at, n - at < PIECE ? n - at : PIECE,
+                        to + at * width, err);
+    return rc;
+}
+
+/* ---- open, close ---- */
+
+static int paths(const struct perta_source *source, const char ***list, size_t *n,
+                 struct perta_err *err)
+{
+    const struct perta_scaled *s = (const struct perta_scaled *)source;
+    int rc = 0;
+    for (int i = 0; i < PERTA_SCALED_N && !rc; i++)
+        rc = perta_input_paths(&s->in[i], list, n, err);
+    return rc;
+}
+
+static int open_files(struct perta_source *source, bool direct, struct perta_err *err)
+{
+    struct perta_scaled *s = (struct perta_scaled *)source;
+    int rc = 0;
+    for (int i = 0; i < PERTA_SCALED_N && !rc; i++)
+        rc = perta_input_open_files(&s->in[i], direct, err);
+    return rc;
+}
+
+static int unchanged(const struct perta_source *source, struct perta_err *err)
+{
+    const struct perta_scaled *s = (const struct perta_scaled *)source;
+    int rc = 0;
+    for (int i = 0; i < PERTA_SCALED_N && !rc; i++)
+        rc = perta_input_unchanged(&s->in[i], err);
+    return rc;
+}
+
+static const struct perta_source_ops ops = {paths, open_files, read_scaled, unchanged};
+
+static int check_tensor(const struct perta_scaled *s, const struct perta_tensor *scale,
+                        struct perta_err *err)
+{
+    const struct perta_ref *model = perta_checkpoint_find(s->model, scale->name);
+    if (!model)
+        return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, for which there are scales",
+                          s->model->path, scale->name);
+    for (int i = 0; i < PERTA_SCALED_N; i++) {
+        const struct perta_ref *ref = find(s, i, scale->name);
+        if (!ref)
+            return perta_fail(
+                err, PERTA_EINPUT,
+                "%s: no tensor %s, which --model has; is it another architecture, "
+                "or an adapter? --exclude leaves tensors out",
+                s->in[i].ck->path, scale->name);
+        if (!perta_dtype_is_editable(ref->tensor->dtype))
+            return perta_fail(
+                err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
+                s->in[i].ck->path, scale->name, perta_dtype_name(ref->tensor->dtype));
+        int rc = perta_shapes_agree("--model", model->tensor, roles[i], ref->tensor, err);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+static uint64_t widest(const struct perta_checkpoint *ck)
+{
+    uint64_t most = 1;
+    for (uint64_t i = 0; i < ck->n_tensors; i++) {
+        uint64_t width = perta_dtype_unit_bytes(ck->by_name[i].tensor->dtype);
+        most = width > most ? width : most;
+    }
+    return most;
+}
+
+int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *from,
+                      const struct perta_checkpoint *model, struct perta_err *err)
+{
+    const char *const all[PERTA_SCALED_N] = {from->tuned, from->base, from->scale};
+    *s = (struct perta_scaled){
+        .source = {.ops = &ops},
+        .model = model,
+        .tied = perta_is_tied(model),
+    };
+    uint64_t width = widest(model);
+    int rc = 0;
+    for (int i = 0; i < PERTA_SCALED_N && !rc; i++) {
+        rc = perta_input_open(&s->in[i], roles[i], all[i], err);
+        uint64_t of_input = rc ? 0 : widest(s->in[i].ck);
+        width = of_input > width ? of_input : width;
+    }
+    s->source.room_bytes = (PERTA_SCALED_N + 1) * perta_weights_room(PIECE * width);
+    for (uint64_t t = 0; !rc && t < s->in[PERTA_SCALED_SCALE].ck->n_tensors; t++)
+        rc = check_tensor(s, s->in[PERTA_SCALED_SCALE].ck->by_name[t].tensor, err);
+    return rc;
+}
+
+void perta_scaled_close(struct perta_scaled *s)
+{
+    for (int i = 0; i < PERTA_SCALED_N; i++)
+        perta_input_close(&s->in[i]);
+    *s = (struct perta_scaled){0};
+}
+
+json_t *perta_scaled_json(const struct perta_scaled *s)
+{
+    return json_pack("{s:o, s:o, s:o}", "tuned",
+                     perta_journal_checkpoint(s->in[PERTA_SCALED_TUNED].ck), "base",
+                     perta_journal_checkpoint(s->in[PERTA_SCALED_BASE].ck), "scale",
+                     perta_journal_own(s->in[PERTA_SCALED_SCALE].ck));
+}

@@ -1,0 +1,541 @@
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "estimators/model/samples.h"
+#include "estimators/passes/eval.h"
+#include "estimators/steps/steps_job.h"
+#include "io/fpenv.h"
+#include "io/hash.h"
+#include "io/publish/publish.h"
+#include "io/text.h"
+#include "stream/arguments.h"
+#include "stream/journal.h"
+#include "stream/memory.h"
+#include "io/format/naming.h"
+
+const char *const perta_sets[2] = {"forget", "retain"};
+
+/* ---- names in the work folder ---- */
+
+/* The caller's; NULL without memory. */
+static char *name_of(const char *fmt, unsigned step, const char *which)
+{
+    char *name = NULL;
+    return asprintf(&name, fmt, step, which) < 0 ? NULL : name;
+}
+
+static char *path_in_work(const struct perta_steps_job *job, const char *fmt, unsigned step,
+                          const char *which)
+{
+    char *name = name_of(fmt, step, which);
+    char *path = name ? perta_publish_path(&job->work, name) : NULL;
+    free(name);
+    return path;
+}
+
+#define SCALES "scales-%u%s"
+#define GRADIENTS "gradients-%u-%s"
+#define MEAN "gradients-%u-%s/mean"
+
+char *perta_steps_scales(const struct perta_steps_job *job, unsigned k)
+{
+    return path_in_work(job, SCALES, k, "");
+}
+
+static void forget_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
+                          const char *which)
+{
+    struct perta_err ignored = {0};
+    char *name = name_of(fmt, step, which);
+    if (name)
+        perta_publish_remove(&job->work, name, &ignored);
+    free(name);
+}
+
+/* ---- what the run is ---- */
+
+/* A file, for the run's identity; no digest of it, which could be guessed
+ * (docs/provenance.md). */
+static json_t *file_json(const struct perta_samples_file *file)
+{
+    return perta_journal_file(file->len_bytes, &file->mtime);
+}
+
+json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_steps)
+{
+    const struct perta_steps *s = job->steps;
+    bool bf16 = s->compute == PERTA_COMPUTE_BF16 ||
+                (s->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
+    return json_pack("{s:s, s:I, s:f, s:f, s:f, s:o, s:o, s:o, s:s}", "method",
+                     s->hold                ? "signed-hold"
+                     : s->rule.back_off > 0 ? "signed-backoff"
+                                            : "signed",
+                     "steps", (json_int_t)n_steps, "step", s->rule.step, "back_off",
+                     s->rule.back_off, "max_scale", s->rule.max_scale, "stop_forget",
+                     perta_real_json(s->stop_forget), "stop_probability",
+                     perta_real_json(s->stop_probability), "max_retain_rise",
+                     perta_real_json(s->max_retain_rise),
+                     "compute", bf16 ? "bf16" : "f32");
+}
+
+/* Null where there is one patch. */
+static json_t *listed_json(const struct perta_steps *s)
+{
+    json_t *list = s->several ? json_array() : json_null();
+    for (unsigned k = 0; s->several && k <= s->n_steps; k++)
+        if (s->listed[k])
+            perta_json_append(&list, json_integer(k));
+    return list;
+}
+
+static json_t *globs_json(const char *const *globs, unsigned n)
+{
+    json_t *list = json_array();
+    for (unsigned i = 0; i < n; i++)
+        perta_json_append(&list, perta_text_json("%s", globs[i]));
+    return list;
+}
+
+static json_t *identity_of(const struct perta_steps_job *job)
+{
+    const struct perta_steps *s = job->steps;
+    return json_pack(
+        "{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o, s:o}",
+        "tool", "perta " PERTA_VERSION, "verb", "unlearn --steps", "flags",
+        perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
+        globs_json(s->globs.include, s->globs.n_include), "exclude",
+        globs_json(s->globs.exclude, s->globs.n_exclude), "out",
+        s->out ? perta_text_json("%s", s->out) : json_null(), "one way",
+        (int)s->one_way, "max tokens", (json_int_t)s->max_tokens, "data key gives",
+        job->data[PERTA_FORGET].hmac, job->data[PERTA_RETAIN].hmac, "forget",
+        file_json(&job->data[PERTA_FORGET]), "retain", file_json(&job->data[PERTA_RETAIN]), "model",
+        perta_journal_checkpoint(job->weights.ck), "config.json",
+        perta_journal_config(job->weights.ck), "tuned", perta_journal_checkpoint(job->others[0]),
+        "base", perta_journal_checkpoint(job->others[1]));
+}
+
+/* ---- records ---- */
+
+int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err)
+{
+    int rc = record ? perta_journal_commit(&job->journal, record, 0, err)
+                    : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    json_decref(record);
+    return rc;
+}
+
+static int replay(void *ctx, json_t *record, struct perta_err *err)
+{
+    struct perta_steps_job *job = ctx;
+    const json_t *step = json_object_get(record, "step");
+    json_t *patch = json_object_get(record, "patch");
+    json_int_t k = json_integer_value(step);
+    if (!step)
+        return 0;
+    if (k < 0 || k > (json_int_t)job->steps->n_steps)
+        return perta_fail(err, PERTA_EINPUT, "%s: no such step; --force starts over",
+                          job->journal.path);
+    struct perta_steps_point *p = &job->points[k];
+    if (patch)
+        job->patching = json_is_object(patch) ? -1 : (int)k;
+    if (json_is_object(patch)) {
+        json_decref(p->patch);
+        p->patch = json_incref(patch);
+    }
+    for (int i = 0; i < 2; i++) {
+        const json_t *loss = json_object_get(record, perta_sets[i]);
+        if (loss) {
+            p->loss[i] = json_real_value(loss);
+            p->probability[i] = json_real_value(json_object_get(record, "probability"));
+            p->samples[i] =
+                (uint64_t)json_integer_value(json_object_get(record, "samples"));
+            p->tokens[i] = (uint64_t)json_integer_value(json_object_get(record, "tokens"));
+        }
+    }
+    if (json_object_get(record, "moved")) {
+        p->reached = true;
+        p->moved = json_real_value(json_object_get(record, "moved"));
+        p->mean_scale = json_real_value(json_object_get(record, "mean_scale"));
+    }
+    return 0;
+}
+
+/* ---- a point ---- */
+
+/* Gradients and loss, or at the end of the way the loss alone. */
+static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_t **summary,
+                       struct perta_err *err)
+{
+    const struct perta_steps *s = job->steps;
+    const char *data = which == PERTA_FORGET ? s->data_forget : s->data_retain;
+    char *scales = perta_steps_scales(job, k);
+    char *out = path_in_work(job, GRADIENTS, k, perta_sets[which]);
+    const struct perta_scaled_paths at = {s->tuned, s->base, scales};
+    const struct perta_estimate estimate = {.model = s->model,
+                                            .at = &at,
+                                            .data = data,
+                                            .data_xxh128 = job->data[which].xxh128,
+                                            .out = out,
+                                            .mean = true,
+                                            .by_probability = which == PERTA_FORGET,
+                                            .max_tokens = s->max_tokens,
+                                            .compute = s->compute,
+                                            .force = true};
+    const struct perta_eval eval = {.model = s->model,
+                                    .at = &at,
+                                    .data = data,
+                                    .data_xxh128 = job->data[which].xxh128,
+                                    .max_tokens = s->max_tokens,
+                                    .compute = s->compute,
+                                    .scratch = job->work.partial,
+                                    .as_estimate = true};
+    int rc = !scales || !out  ? perta_fail_sys(err, ENOMEM, "%s", job->home)
+             : k < s->n_steps ? perta_estimate(&estimate, &job->run, summary, err)
+                              : perta_eval(&eval, &job->run, summary, err);
+    free(scales);
+    free(out);
+    return rc;
+}
+
+/* Every step reads the models anew: they are those that the way began with. */
+static int check_models(const struct perta_steps_job *job, struct perta_err *err)
+{
+    int rc = perta_checkpoint_unchanged(job->weights.ck, err);
+    for (int i = 0; i < 2 && !rc; i++)
+        rc = perta_checkpoint_unchanged(job->others[i], err);
+    return rc;
+}
+
+static int measure(struct perta_steps_job *job, unsigned k, int which, struct perta_err *err)
+{
+    struct perta_steps_point *p = &job->points[k];
+    json_t *summary = NULL;
+    if (!isnan(p->loss[which]))
+        return 0;
+    int rc = run_measure(job, k, which, &summary, err);
+    if (!rc)
+        rc = check_models(job, err);
+    double loss = json_real_value(json_object_get(summary, "loss"));
+    p->probability[which] = json_real_value(json_object_get(summary, "probability"));
+    if (!rc && !isfinite(loss))
+        rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
+                        which == PERTA_FORGET ? job->steps->data_forget
+                                              : job->steps->data_retain,
+                        k);
+    p->samples[which] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
+    p->tokens[which] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
+    json_decref(summary);
+    if (!rc)
+        rc = perta_steps_commit(
+            job,
+            json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[which], loss,
+                      "probability", p->probability[which], "samples",
+                      (json_int_t)p->samples[which], "tokens", (json_int_t)p->tokens[which]),
+            err);
+    p->loss[which] = rc ? NAN : loss;
+    return rc;
+}
+
+bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k)
+{
+    const struct perta_steps_point *p = &job->points[k];
+    double loss = job->steps->stop_forget, probability = job->steps->stop_probability;
+    return (isfinite(loss) || isfinite(probability)) &&
+           (!isfinite(loss) || p->loss[PERTA_FORGET] >= loss) &&
+           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability);
+}
+
+static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
+{
+    const struct perta_steps_point *p = job->points;
+    return k && p[k].loss[PERTA_RETAIN] - p[0].loss[PERTA_RETAIN] > job->steps->max_retain_rise;
+}
+
+/* Of the step from k to k + 1. */
+static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
+{
+    struct perta_step_rule rule = job->steps->rule;
+    unsigned first = 0; /* that forgets enough; k: none so far */
+    if (!job->steps->hold)
+        return rule;
+    while (first < k && !perta_steps_forgets_enough(job, first))
+        first++;
+    double share = 1 - (double)(k - first) / (job->steps->n_steps - first);
+    rule.step = perta_steps_forgets_enough(job, k) ? 0 : rule.step * share;
+    rule.back_off *= share;
+    return rule;
+}
+
+/* From the scales of step k to those of k + 1. */
+static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
+{
+    const struct perta_steps *s = job->steps;
+    struct perta_steps_point *p = &job->points[k + 1];
+    const struct perta_step_rule rule = rule_at(job, k);
+    struct perta_step_counts counts = {0};
+    char *forget = path_in_work(job, MEAN, k, perta_sets[PERTA_FORGET]);
+    char *retain = path_in_work(job, MEAN, k, perta_sets[PERTA_RETAIN]);
+    char *from = perta_steps_scales(job, k), *to = perta_steps_scales(job, k + 1);
+    const struct perta_step_folders folders = {
+        s->tuned, s->base, forget, retain, from, to, perta_is_tied(job->weights.ck)};
+    int rc = forget && retain && from && to
+                 ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
+                 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    if (!rc)
+        rc = check_models(job, err);
+    p->moved = counts.n ? (double)counts.n_moved / (double)counts.n : 0;
+    p->mean_scale = counts.n ? counts.sum / (double)counts.n : 0;
+    if (!rc)
+        rc = perta_steps_commit(job,
+                                json_pack("{s:I, s:f, s:f}", "step", (json_int_t)(k + 1),
+                                          "moved", p->moved, "mean_scale", p->mean_scale),
+                                err);
+    p->reached = !rc;
+    free(forget);
+    free(retain);
+    free(from);
+    free(to);
+    return rc;
+}
+
+/* The step that a way measured up to last ends at. */
+static unsigned end_of(const struct perta_steps_job *job, unsigned last)
+{
+    const struct perta_steps_point *p = job->points;
+    unsigned end = rises_too_much(job, last) ? last - 1 : last;
+    bool found = false;
+    for (unsigned k = 0; job->steps->hold && k <= last; k++)
+        if (perta_steps_forgets_enough(job, k) && !rises_too_much(job, k) &&
+            (!found || p[k].loss[PERTA_RETAIN] <= p[end].loss[PERTA_RETAIN])) {
+            end = k;
+            found = true;
+        }
+    return end;
+}
+
+/* What no later step needs. One back is kept, for the bound on the retain loss, and where the way
+ * would end. */
+static void tidy(const struct perta_steps_job *job, unsigned k)
+{
+    for (int which = 0; which < 2; which++)
+        forget_folder(job, GRADIENTS, k, perta_sets[which]);
+    if (!k)
+        return;
+    const unsigned old[] = {k - 1, end_of(job, k - 1)};
+    for (int i = 0; i < 2; i++)
+        if (old[i] != end_of(job, k))
+            forget_folder(job, SCALES, old[i], "");
+}
+
+/* ---- the way ---- */
+
+/* Until a rule or the number of steps ends it; *chosen is the step that the last patch leads
+ * to, *last the last that was measured. */
+static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
+                struct perta_err *err)
+{
+    const struct perta_steps *s = job->steps;
+    int rc = 0;
+    for (unsigned k = 0; !rc; k++) {
+        rc = measure(job, k, PERTA_FORGET, err);
+        if (!rc)
+            rc = measure(job, k, PERTA_RETAIN, err);
+        if (rc)
+            break;
+        *chosen = end_of(job, k);
+        *last = k;
+        if (k == s->n_steps || rises_too_much(job, k) || (!s->hold && perta_steps_forgets_enough(job, k)))
+            break;
+        if (s->listed[k])
+            rc = perta_steps_patch(job, k, k, k, err);
+        if (!rc && !job->points[k + 1].reached)
+            rc = move(job, k, err);
+        if (!rc)
+            tidy(job, k);
+    }
+    return rc;
+}
+
+/* ---- begin ---- */
+
+/* What can be read once only would be waited for, or empty, at the next step. */
+static int check_data(const char *path, struct perta_err *err)
+{
+    struct stat st;
+    if (stat(path, &st) || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode))
+        return 0; /* reading it says what is wrong */
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: is no regular file, and steps read it again at each step; write it to "
+                      "a file first",
+                      path);
+}
+
+/* Every step reads both files anew, and refuses others than these. */
+static int read_data(struct perta_steps_job *job, struct perta_err *err)
+{
+    const struct perta_steps *s = job->steps;
+    const char *const data[] = {s->data_forget, s->data_retain};
+    const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
+                                                .max_tokens = s->max_tokens,
+                                                .key_path = s->data_key};
+    int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    for (int i = 0; i < 2 && !rc; i++)
+        rc = check_data(data[i], err);
+    for (int i = 0; i < 2 && !rc; i++) {
+        struct perta_samples samples;
+        rc = perta_samples_read(data[i], &wanted, &samples, err);
+        if (rc)
+            break;
+        job->data[i] = samples.file;
+        if (json_array_extend(job->notes, samples.notes))
+            rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+        perta_samples_release(&samples);
+    }
+    return rc;
+}
+
+/* What a run left was checked when it began, and may have its name by now: it is gone on with, or
+ * refused for its journal. */
+static int check(const struct perta_steps_job *job, struct perta_err *err)
+{
+    if ((job->run.resume || !job->steps->force) && perta_journal_found(job->home))
+        return 0;
+    int rc = perta_publish_check((const char *const *)&job->home, 1, NULL, 0, job->steps->force, err);
+    return rc ? rc : perta_steps_patch_check(job, err);
+}
+
+static int prepare(struct perta_steps_job *job, struct perta_err *err)
+{
+    const struct perta_steps *s = job->steps;
+    size_t len = strlen(s->patch);
+    if (perta_checkpoint_is_adapter(s->tuned))
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "%s: is a LoRA adapter; steps need the tuned model itself: merge the "
+            "adapter into its base first",
+            s->tuned);
+    while (len > 1 && s->patch[len - 1] == '/')
+        len--;
+    job->points = calloc(s->n_steps + 1, sizeof *job->points);
+    if (!job->points || asprintf(&job->home, "%.*s.steps", (int)len, s->patch) < 0)
+        return perta_fail_sys(err, ENOMEM, "%s", s->patch);
+    for (unsigned k = 0; k <= s->n_steps; k++)
+        job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
+    int rc = perta_weights_open(&job->weights, s->model, err);
+    if (!rc)
+        rc = perta_checkpoint_open(s->tuned, &job->others[0], err);
+    if (!rc)
+        rc = perta_checkpoint_open(s->base, &job->others[1], err);
+    if (!rc)
+        rc = read_data(job, err);
+    return rc ? rc : check(job, err);
+}
+
+static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
+{
+    char *zero = perta_steps_scales(job, 0);
+    int rc = zero ? perta_steps_zero(&job->weights, &job->steps->globs, zero, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    free(zero);
+    if (!rc)
+        rc = perta_publish_sync(&job->work, err);
+    return rc ? rc
+              : perta_steps_commit(job,
+                                   json_pack("{s:i, s:f, s:f}", "step", 0, "moved", 0.0,
+                                             "mean_scale", 0.0),
+                                   err);
+}
+
+static int begin(struct perta_steps_job *job, struct perta_err *err)
+{
+    json_t *identity = identity_of(job);
+    int rc = perta_journal_open(&job->journal, job->home, identity, job->run.resume,
+                                job->steps->force, err);
+    json_decref(identity);
+    if (!rc)
+        rc = perta_journal_folder(&job->journal, &job->work, job->home, NULL, job->steps->force,
+                                  err);
+    if (!rc)
+        rc = perta_journal_replay(&job->journal, replay, job, err);
+    return rc;
+}
+
+/* All is done: what was kept on the way goes, and then the journal. */
+static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err *err)
+{
+    int rc = perta_journal_complete(&job->journal, NULL, 0, summary, err);
+    if (rc)
+        return rc;
+    rc = perta_publish_discard(&job->work, err);
+    return rc ? rc : perta_journal_publish(&job->journal, NULL, 0, summary, err);
+}
+
+static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)
+{
+    struct perta_publish *work = &job->work;
+    struct perta_err ignored = {0};
+    bool said = strstr(err->msg, "--resume goes on"); /* by what was run within */
+    /* Steps are dear: once there is one point, they are kept whatever goes wrong. */
+    job->journal.going_on |= !isnan(job->points[0].loss[PERTA_RETAIN]);
+    perta_journal_abandon(&job->journal, &work, 1, rc, said ? &ignored : err);
+}
+
+static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_err *err)
+{
+    unsigned chosen = 0, last = 0;
+    int rc = begin(job, err);
+    if (!rc && perta_journal_is_publishing(&job->journal)) {
+        *summary = perta_journal_summary(&job->journal);
+        return clean(job, *summary, err);
+    }
+    job->run.resume = true;
+    if (!rc && !job->points[0].reached)
+        rc = begin_scales(job, err);
+    if (!rc)
+        rc = walk(job, &chosen, &last, err);
+    if (!rc)
+        rc = perta_steps_finish(job, chosen, last, summary, err);
+    return rc ? rc : clean(job, *summary, err);
+}
+
+int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
+                json_t **summary, struct perta_err *err)
+{
+    PERTA_FP_SCOPE;
+    int rc = perta_arguments_begin(steps, run, summary, err);
+    if (!rc)
+        rc = perta_steps_arguments(steps, err);
+    if (rc)
+        return rc;
+    struct perta_steps_job job = {
+        .steps = steps, .run = *run, .journal = {.fd = -1}, .patching = -1};
+    job.run.before_bytes = perta_memory_trimmed();
+    rc = prepare(&job, err);
+    if (!rc && run->dry_run) {
+        *summary = json_pack("{s:[]}", "path");
+        rc = *summary ? 0 : perta_fail_sys(err, ENOMEM, "steps");
+    } else if (!rc) {
+        rc = run_all(&job, summary, err);
+        if (rc)
+            abandon(&job, rc, err);
+    }
+    if (rc) {
+        json_decref(*summary);
+        *summary = NULL;
+    }
+    perta_journal_close(&job.journal);
+    perta_publish_release(&job.work);
+    perta_weights_close(&job.weights);
+    perta_checkpoint_close(job.others[0]);
+    perta_checkpoint_close(job.others[1]);
+    json_decref(job.notes);
+    for (unsigned k = 0; job.points && k <= steps->n_steps; k++)
+        json_decref(job.points[k].patch);
+    free(job.points);
+    free(job.home);
+    return rc;
+}

@@ -1,0 +1,76 @@
+#include <math.h>
+
+#include "estimators/passes/pass_arguments.h"
+#include "estimators/steps/steps_job.h"
+#include "estimators/edit/unlearn_arguments.h"
+
+static int in_range(const char *name, double value, struct perta_err *err)
+{
+    return value >= 0.001 && value <= 1000
+               ? 0
+               : perta_fail(err, PERTA_EUSAGE, "%s: %g; from 0.001 to 1000", name, value);
+}
+
+static int check_step(const struct perta_step_rule *rule, struct perta_err *err)
+{
+    int rc = in_range("--step", rule->step, err);
+    if (!rc && rule->back_off != 0)
+        rc = in_range("--back-off", rule->back_off, err);
+    return rc ? rc : in_range("--max-scale", rule->max_scale, err);
+}
+
+/* INFINITY: no such rule. */
+static int check_stops(const struct perta_steps *s, struct perta_err *err)
+{
+    double p = s->stop_probability;
+    if (!(s->stop_forget > 0))
+        return perta_fail(err, PERTA_EUSAGE, "--stop-forget: %g; above 0", s->stop_forget);
+    if (!(p > 0 && (p < 1 || p == (double)INFINITY)))
+        return perta_fail(err, PERTA_EUSAGE, "--stop-probability: %g; between 0 and 1", p);
+    if (!(s->max_retain_rise > -(double)INFINITY))
+        return perta_fail(err, PERTA_EUSAGE, "--max-retain-rise: %g is no number",
+                          s->max_retain_rise);
+    if (s->hold && s->several)
+        return perta_fail(err, PERTA_EUSAGE, "--method signed-hold has one end: --steps K");
+    return s->hold && !isfinite(s->stop_forget) && !isfinite(p)
+               ? perta_fail(err, PERTA_EUSAGE,
+                            "--method signed-hold needs --stop-probability P or --stop-forget L, to "
+                            "be held")
+               : 0;
+}
+
+static int check_count(const struct perta_steps *s, struct perta_err *err)
+{
+    if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
+        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d", PERTA_STEPS_MAX);
+    if (s->listed[0])
+        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d; 0 is listed", PERTA_STEPS_MAX);
+    for (unsigned k = s->n_steps + 1; k <= PERTA_STEPS_MAX; k++)
+        if (s->listed[k])
+            return perta_fail(err, PERTA_EUSAGE, "--steps: %u is listed, of %u (n_steps)", k,
+                              s->n_steps);
+    return 0;
+}
+
+int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
+{
+    const struct perta_argument needed[] = {{"--model DIR", s->model},
+                                            {"--tuned DIR", s->tuned},
+                                            {"--base DIR", s->base},
+                                            {"--data-forget FILE", s->data_forget},
+                                            {"--data-retain FILE", s->data_retain},
+                                            {"--patch DIR", s->patch}};
+    const struct perta_argument given[] = {{"--data-key", s->data_key}, {"--out", s->out}};
+    int rc = check_count(s, err);
+    if (!rc)
+        rc = check_step(&s->rule, err);
+    if (!rc)
+        rc = check_stops(s, err);
+    if (!rc)
+        rc = perta_globs_arguments(&s->globs, err);
+    if (!rc)
+        rc = perta_compute_argument(s->compute, err);
+    if (!rc)
+        rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
+    return rc ? rc : perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
+}

@@ -1,0 +1,284 @@
+#include "io/format/naming.h"
+
+#include <errno.h>
+#include <fnmatch.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/text.h"
+
+static bool any_matches(const char *const *globs, unsigned n, const char *name)
+{
+    for (unsigned i = 0; i < n; i++)
+        if (!fnmatch(globs[i], name, 0))
+            return true;
+    return false;
+}
+
+bool perta_globs_match(const struct perta_globs *globs, const char *name)
+{
+    if (any_matches(globs->exclude, globs->n_exclude, name))
+        return false;
+    return !globs->n_include || any_matches(globs->include, globs->n_include, name);
+}
+
+/* ---- tied embeddings ---- */
+
+static const struct {
+    const char *embedding, *head;
+} ties[] = {
+    {"model.embed_tokens.weight", PERTA_HEAD_NAME},
+    {"model.language_model.embed_tokens.weight", PERTA_HEAD_NAME},
+    {"model.text_model.embed_tokens.weight", PERTA_HEAD_NAME},
+    {"model.decoder.embed_tokens.weight", PERTA_HEAD_NAME},
+    {"transformer.wte.weight", PERTA_HEAD_NAME},
+    {"wte.weight", PERTA_HEAD_NAME},
+    {"transformer.word_embeddings.weight", PERTA_HEAD_NAME},
+    {"word_embeddings.weight", PERTA_HEAD_NAME},
+    {"transformer.tokens_embed.weight", PERTA_HEAD_NAME},
+    {"transformer.w.weight", PERTA_HEAD_NAME},
+    {"backbone.embeddings.weight", PERTA_HEAD_NAME},
+    {"shared.weight", PERTA_HEAD_NAME},
+    {"model.shared.weight", PERTA_HEAD_NAME},
+    {"gpt_neox.embed_in.weight", "embed_out.weight"},
+    {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"},
+    {"language_model.model.embed_tokens.weight", PERTA_HEAD_NAME},
+};
+#define N_TIES (sizeof ties / sizeof *ties)
+
+const char *perta_tied_name(const struct perta_checkpoint *ck, const char *name)
+{
+    const char *first = NULL;
+    for (size_t i = 0; i < N_TIES; i++) {
+        if (!strcmp(name, ties[i].embedding))
+            return ties[i].head;
+        if (strcmp(name, ties[i].head))
+            continue;
+        if (perta_checkpoint_find(ck, ties[i].embedding))
+            return ties[i].embedding;
+        first = first ? first : ties[i].embedding;
+    }
+    return first;
+}
+
+bool perta_tied_is_embedding(const char *name)
+{
+    for (size_t i = 0; i < N_TIES; i++)
+        if (!strcmp(name, ties[i].embedding))
+            return true;
+    return false;
+}
+
+const struct perta_ref *perta_tied_find(const struct perta_checkpoint *ck, const char *name,
+                                        bool tied)
+{
+    const struct perta_ref *ref = perta_checkpoint_find(ck, name);
+    const char *other = tied ? perta_tied_name(ck, name) : NULL;
+    return ref || !other ? ref : perta_checkpoint_find(ck, other);
+}
+
+bool perta_tied_pair(const struct perta_checkpoint *ck, const struct perta_ref **embedding,
+                     const struct perta_ref **head)
+{
+    for (size_t i = 0; i < N_TIES; i++) {
+        *embedding = perta_checkpoint_find(ck, ties[i].embedding);
+        *head = perta_checkpoint_find(ck, ties[i].head);
+        if (*embedding && *head)
+            return true;
+    }
+    return false;
+}
+
+/* Whose embeddings transformers ties unless config.json says otherwise. */
+static bool is_tied_by_default(const char *type)
+{
+    static const char *const types[] = {
+        "biogpt",     "bloom",        "cohere",     "cohere2",         "cohere2_moe",  "ctrl",
+        "ernie4_5",   "ernie4_5_moe", "falcon",     "falcon_mamba",    "gemma",        "gemma2",
+        "gemma3",     "gemma3_text",  "gemma3n",    "gemma3n_text",    "gemma4",       "gemma4_text",
+        "gpt2",       "gpt_bigcode",  "gpt_neo",    "jetmoe",          "lfm2",         "lfm2_moe",
+        "mamba",      "minicpm3",     "mpt",        "openai-gpt",      "opt",          "recurrent_gemma",
+        "smollm3",    "starcoder2",   "vaultgemma", "xglm",            "youtu",        "zamba",
+        "zamba2",
+    };
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++)
+        if (!strcmp(type, types[i]))
+            return true;
+    return false;
+}
+
+/* Of a classifier, or of layers alone, there is no head to tie. */
+static bool may_have_head(const struct perta_checkpoint *ck)
+{
+    const char *name =
+        json_string_value(json_array_get(json_object_get(ck->config, "architectures"), 0));
+    return !name || strstr(name, "LM") || strstr(name, "Generation");
+}
+
+bool perta_is_tied(const struct perta_checkpoint *ck)
+{
+    const json_t *tie = json_object_get(ck->config, "tie_word_embeddings");
+    const char *type = json_string_value(json_object_get(ck->config, "model_type"));
+    if (tie && !json_is_null(tie))
+        return json_is_true(tie);
+    return type && is_tied_by_default(type) && may_have_head(ck);
+}
+
+/* ---- buffers ---- */
+
+bool perta_is_buffer_name(const char *name)
+{
+    static const char *const parts[] = {"inv_freq",    "original_inv_freq", "masked_bias",
+                                        "cos_cached",  "sin_cached",        "position_ids"};
+    const char *dot = strrchr(name, '.'), *last = dot ? dot + 1 : name;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        if (!strcmp(last, parts[i]))
+            return true;
+    return false;
+}
+
+bool perta_is_buffer(const struct perta_tensor *t)
+{
+    /* GPT-2's mask, which is not a bias. */
+    bool is_mask = t->n_dims == 4 && t->shape[0] == 1 && t->shape[1] == 1 &&
+                   t->shape[2] == t->shape[3];
+    return perta_is_buffer_name(t->name) ||
+           (is_mask && (perta_text_ends_in(t->name, "attn.bias") || perta_text_ends_in(t->name, "attention.bias")));
+}
+
+/* ---- prefixes ---- */
+
+/* Of torch.compile, DataParallel, FSDP, PEFT; and of a model around its layers. */
+static const char *const prefixes[] = {"_orig_mod.", "module.", "_fsdp_wrapped_module.",
+                                       "base_model.model.", "model."};
+#define N_PREFIXES (sizeof prefixes / sizeof *prefixes)
+
+/* Of wrappers around single layers: FSDP, checkpointed activations, torch.compile, PEFT. */
+static const char *const wrappers[] = {"_fsdp_wrapped_module.", "_checkpoint_wrapped_module.",
+                                       "_orig_mod.", "base_layer.", NULL};
+
+/* Are there wrappers within names, not only in front of all of them? */
+static const char *wrapper_within(const struct perta_checkpoint *ck)
+{
+    for (uint64_t i = 0; i < ck->n_tensors; i++)
+        for (const char *const *w = wrappers; *w; w++) {
+            const char *name = ck->by_name[i].tensor->name, *found = strstr(name, *w);
+            if (found && (found == name || found[-1] == '.'))
+                return *w;
+        }
+    return NULL;
+}
+
+/* That all names of ck have from strip on; NULL: none. */
+static const char *shared_prefix(const struct perta_checkpoint *ck, size_t strip)
+{
+    for (size_t p = 0; p < N_PREFIXES; p++) {
+        uint64_t n = 0;
+        while (n < ck->n_tensors &&
+               !strncmp(ck->by_name[n].tensor->name + strip, prefixes[p], strlen(prefixes[p])))
+            n++;
+        if (n && n == ck->n_tensors)
+            return prefixes[p];
+    }
+    return NULL;
+}
+
+/* How many tensors of ck would be in model under such names; UINT64_MAX without memory. */
+static uint64_t count_found(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                            size_t strip, const char *add)
+{
+    uint64_t n = 0;
+    bool tied = perta_is_tied(model);
+    for (uint64_t i = 0; i < ck->n_tensors; i++) {
+        const char *bare = ck->by_name[i].tensor->name + strip;
+        char *name = NULL;
+        if (*add && asprintf(&name, "%s%s", add, bare) < 0)
+            return UINT64_MAX;
+        n += perta_tied_find(model, name ? name : bare, tied) || perta_is_buffer_name(bare);
+        free(name);
+    }
+    return n;
+}
+
+/* The prefix that finds most: strip characters off, and add in front. */
+static uint64_t find_prefix(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                            size_t *strip, const char **add)
+{
+    uint64_t most = count_found(ck, model, 0, "");
+    const char *prefix = "";
+    *strip = 0;
+    *add = "";
+    for (size_t at = 0; prefix && most < ck->n_tensors; at += prefix ? strlen(prefix) : 0) {
+        for (size_t p = 0; p <= N_PREFIXES; p++) {
+            const char *in_front = p ? prefixes[p - 1] : "";
+            uint64_t n = count_found(ck, model, at, in_front);
+            if (n <= most)
+                continue;
+            most = n;
+            *strip = at;
+            *add = in_front;
+        }
+        prefix = most < ck->n_tensors ? shared_prefix(ck, at) : NULL;
+    }
+    return most;
+}
+
+int perta_names_align(struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                      char prefix[PERTA_PREFIX_ROOM], const char **add, const char **wrapper,
+                      struct perta_err *err)
+{
+    size_t strip;
+    uint64_t most = find_prefix(ck, model, &strip, add);
+    *wrapper = most < ck->n_tensors ? wrapper_within(ck) : NULL;
+    if (*wrapper) {
+        int rc = perta_checkpoint_drop(ck, wrappers, err);
+        if (rc)
+            return rc;
+        most = find_prefix(ck, model, &strip, add);
+    }
+    if (most == UINT64_MAX)
+        return perta_fail_sys(err, ENOMEM, "%s", ck->path);
+    snprintf(prefix, PERTA_PREFIX_ROOM, "%.*s", (int)strip,
+             ck->n_tensors ? ck->by_name[0].tensor->name : "");
+    return strip || **add ? perta_checkpoint_rename(ck, strip, *add, err) : 0;
+}
+
+/* ---- shapes ---- */
+
+void perta_shape_print(char *to, size_t room, const struct perta_tensor *t)
+{
+    size_t n = (size_t)snprintf(to, room, "[");
+    for (uint32_t i = 0; i < t->n_dims && n < room; i++)
+        n += (size_t)snprintf(to + n, room - n, "%s%llu", i ? ", " : "",
+                              (unsigned long long)t->shape[i]);
+    if (n < room)
+        snprintf(to + n, room - n, "]");
+}
+
+static bool is_vocabulary(const struct perta_tensor *a, const struct perta_tensor *b)
+{
+    return a->n_dims == 2 && b->n_dims == 2 && a->shape[1] == b->shape[1] &&
+           (strstr(a->name, "embed") || strstr(a->name, "lm_head") || strstr(a->name, "wte"));
+}
+
+int perta_shapes_agree(const char *a_role, const struct perta_tensor *a, const char *b_role,
+                       const struct perta_tensor *b, struct perta_err *err)
+{
+    bool same = a->n_dims == b->n_dims;
+    for (uint32_t i = 0; same && i < a->n_dims; i++)
+        same = a->shape[i] == b->shape[i];
+    if (same)
+        return 0;
+    char a_shape[128], b_shape[128];
+    perta_shape_print(a_shape, sizeof a_shape, a);
+    perta_shape_print(b_shape, sizeof b_shape, b);
+    if (is_vocabulary(a, b))
+        return perta_fail(err, PERTA_EINPUT,
+                          "tensor %s: the vocabulary differs: %llu rows in %s, %llu in %s; "
+                          "resize one of them so that both have the same tokens",
+                          a->name, (unsigned long long)a->shape[0], a_role,
+                          (unsigned long long)b->shape[0], b_role);
+    return perta_fail(err, PERTA_EINPUT, "tensor %s: shape %s in %s, %s in %s", a->name,
+                      a_shape, a_role, b_shape, b_role);
+}

@@ -1,0 +1,34 @@
+/* apply.h - a patch and a model: apply it, or revert it. Spec: docs/patch-format.md */
+#ifndef PERTA_STREAM_PATCH_APPLY_H
+#define PERTA_STREAM_PATCH_APPLY_H
+
+#include <jansson.h>
+#include <stdbool.h>
+
+#include "stream/stream.h"
+
+enum perta_apply_mode {
+    PERTA_APPLY,  /* before -> after */
+    PERTA_REVERT, /* after -> before */
+};
+
+struct perta_apply {
+    const char *model, *patch;
+    const char *out; /* folder to write; NULL: the model itself, in place */
+    enum perta_apply_mode mode;
+    bool force;
+};
+
+/* Every chunk is checked against the patch's digests before and after. A patch for another
+ * model is PERTA_ECHECK at its first chunk, with both digests. *summary is the caller's, NULL on
+ * error.
+ *
+ * In place nothing is touched before every chunk of the model was found to be what the patch goes
+ * out from. Then chunks that change are written over, ahead of it into a journal in the folder
+ * (io/ahead.h). Killed at any instant, the same call completes it, and the other mode takes it
+ * back. PERTA_EUSAGE for shards that are links, have several names or may not be written, for a
+ * patch that changes headers, and while another process edits the folder. */
+PERTA_API int perta_apply(const struct perta_apply *apply, const struct perta_run *run,
+                          json_t **summary, struct perta_err *err);
+
+#endif

@@ -1,0 +1,636 @@
+#include "stream/patch/patch_out.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/text.h"
+#include "io/format/canonical.h"
+#include "stream/walk.h"
+
+static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "delta", "values"};
+
+int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
+                          const char *like, const struct perta_journal *journal, bool force,
+                          struct perta_err *err)
+{
+    *p = (struct perta_patch_out){.shards = json_array()};
+    int rc = perta_model_out_begin(&p->model, out, like, journal, force, err);
+    return rc ? rc : perta_journal_folder(journal, &p->folder, path, NULL, force, err);
+}
+
+/* A record of a journal takes so much, as text and as tree, for each of so many tensors. */
+#define RECORD_BYTES 500u
+#define RECORD_TENSORS 65536u
+
+static uint64_t count_chunks(const struct perta_header *header)
+{
+    uint64_t n = 0;
+    for (uint64_t t = 0; t < header->n_tensors; t++) {
+        uint64_t chunk = perta_walk_chunk_bytes(&header->tensors[t]);
+        n += chunk ? (header->tensors[t].len_bytes + chunk - 1) / chunk : 0;
+    }
+    return n;
+}
+
+uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
+                                const struct perta_checkpoint *after)
+{
+    uint64_t most = 0, n = after->n_tensors < RECORD_TENSORS ? after->n_tensors : RECORD_TENSORS;
+    for (uint32_t s = 0; s < after->n_shards; s++) {
+        /* Entries, and what is built of them, or before them, for the file. */
+        uint64_t bytes = 2 * count_chunks(after->shards[s].header) * sizeof(struct perta_patch_entry) +
+                         perta_patch_head_bytes(before->shards[s].header, after->shards[s].header);
+        most = bytes > most ? bytes : most;
+    }
+    return after->n_tensors * sizeof(struct perta_tensor_counts) + most + n * RECORD_BYTES;
+}
+
+bool perta_patch_out_is_due(const struct perta_patch_out *p)
+{
+    return p->n_tensors - p->saved_tensors >= RECORD_TENSORS;
+}
+
+int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
+                           const struct perta_checkpoint *after, const char *const *actions,
+                           struct perta_engine *engine, struct perta_writer_bufs patch_bufs,
+                           struct perta_writer_bufs model_bufs, struct perta_err *err)
+{
+    p->before = before;
+    p->after = after;
+    p->actions = actions;
+    p->engine = engine;
+    p->writer_bufs = patch_bufs;
+    p->model.engine = engine;
+    p->model.writer_bufs = model_bufs;
+    p->tensors = calloc(after->n_tensors + 1, sizeof *p->tensors);
+    return p->tensors ? 0 : perta_fail_sys(err, ENOMEM, "counts");
+}
+
+static char *patch_name(const char *shard)
+{
+    char *name = malloc(strlen(shard) + sizeof PERTA_PATCH_SUFFIX);
+    if (name)
+        strcat(strcpy(name, shard), PERTA_PATCH_SUFFIX);
+    return name;
+}
+
+static int open_patch_file(struct perta_patch_out *p, const char *shard, struct perta_err *err)
+{
+    char *name = patch_name(shard);
+    char *path = name ? perta_publish_path(&p->folder, name) : NULL;
+    int rc = path ? perta_publish_clear(&p->folder, name, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", shard);
+    if (!rc)
+        rc = perta_writer_open(&p->writer, p->engine, path, 0, p->writer_bufs, err);
+    free(name);
+    free(path);
+    return rc;
+}
+
+/* Room for the entries of the shard under way, and for least; those that are there stay. */
+static bool make_room(struct perta_patch_out *p, uint64_t least)
+{
+    uint64_t n = p->shard < p->after->n_shards
+                     ? count_chunks(p->after->shards[p->shard].header)
+                     : 0;
+    n = n > least ? n : least ? least : 1;
+    if (n <= p->entries_max)
+        return true;
+    void *grown = realloc(p->entries, n * sizeof *p->entries);
+    if (grown) {
+        p->entries = grown;
+        p->entries_max = n;
+    }
+    return grown;
+}
+
+static int begin_shard(struct perta_patch_out *p, struct perta_err *err)
+{
+    const struct perta_shard *to = &p->after->shards[p->shard];
+    uint8_t *head = NULL;
+    uint64_t head_bytes = 0;
+    int rc = make_room(p, 0) ? open_patch_file(p, to->name, err)
+                             : perta_fail_sys(err, ENOMEM, "patch table");
+    if (!rc)
+        rc = perta_patch_head_build(p->before->shards[p->shard].header, to->header, &head,
+                                    &head_bytes, err);
+    if (!rc)
+        rc = perta_writer_append(&p->writer, head, head_bytes, err);
+    free(head);
+    if (rc)
+        return rc;
+    p->n_entries = p->saved_entries = 0;
+    p->n_begun = 0;
+    p->frames_at = head_bytes;
+    p->shard_open = true;
+    return perta_model_out_shard(&p->model, to->name, to->header->bytes, to->header->len_bytes,
+                                 to->header->file_len_bytes, err);
+}
+
+static int end_shard(struct perta_patch_out *p, struct perta_err *err)
+{
+    const char *name = p->after->shards[p->shard].name;
+    uint8_t *table = NULL;
+    uint64_t table_bytes = 0;
+    struct perta_digest_hex hex;
+    int rc = perta_patch_table_build(p->entries, p->n_entries, &table, &table_bytes, err);
+    if (!rc)
+        rc = perta_writer_append(&p->writer, table, table_bytes, err);
+    if (!rc)
+        rc = perta_writer_close(&p->writer, &hex, err);
+    free(table);
+    if (rc)
+        return rc;
+    p->written_bytes += hex.len_bytes;
+    char *file = patch_name(name);
+    perta_json_append(&p->shards, json_pack("{s:s, s:I, s:s, s:s}", "name", file, "bytes",
+                                            (json_int_t)hex.len_bytes, "xxh3_128", hex.xxh128,
+                                            "sha256", hex.sha256));
+    free(file);
+    if (!p->shards)
+        return perta_fail_sys(err, ENOMEM, "%s", name);
+    p->shard++;
+    p->shard_open = false;
+    return perta_model_out_shard_end(&p->model, name, err);
+}
+
+static void begin_tensors(struct perta_patch_out *p, uint64_t n_wanted)
+{
+    const struct perta_header *header = p->after->shards[p->shard].header;
+    for (; p->n_begun < n_wanted; p->n_begun++, p->n_tensors++)
+        p->tensors[p->n_tensors] = (struct perta_tensor_counts){
+            .name = header->tensors[p->n_begun].name,
+            .action = p->actions[p->n_tensors],
+            .n_params = header->tensors[p->n_begun].n_elems,
+        };
+}
+
+int perta_patch_out_reach(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
+                          struct perta_err *err)
+{
+    for (;;) {
+        if (p->shard == p->after->n_shards)
+            return 0;
+        int rc = p->shard_open ? 0 : begin_shard(p, err);
+        if (rc)
+            return rc;
+        if (p->shard == shard) {
+            begin_tensors(p, tensor + 1);
+            return 0;
+        }
+        begin_tensors(p, p->after->shards[p->shard].header->n_tensors);
+        rc = end_shard(p, err);
+        if (rc)
+            return rc;
+    }
+}
+
+struct perta_tensor_counts *perta_patch_out_counts(struct perta_patch_out *p)
+{
+    return &p->tensors[p->n_tensors - 1];
+}
+
+static void add_entry(struct perta_patch_out *p, const struct perta_patch_entry *entry)
+{
+    assert(p->n_entries < p->entries_max);
+    p->entries[p->n_entries++] = *entry;
+}
+
+int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_out *chunk,
+                          struct perta_err *err)
+{
+    const struct perta_coded *coded = &chunk->coded;
+    struct perta_patch_entry entry = {
+        .frame_off = coded->encoding == PERTA_ENC_ZERO ? 0 : p->frames_at,
+        .frame_bytes = coded->frame_bytes,
+        .payload_bytes = coded->payload_bytes,
+        .tensor = (uint32_t)(p->n_begun - 1),
+        .n_units = chunk->n_units,
+        .encoding = coded->encoding,
+        .hash_before = chunk->hash_before,
+        .hash_after = chunk->hash_after,
+    };
+    p->frames_at += coded->frame_bytes;
+    p->n_encoded[coded->encoding]++;
+    p->encoded_bytes[coded->encoding] += coded->frame_bytes;
+    p->encoded_units[coded->encoding] += chunk->n_units;
+    perta_patch_out_counts(p)->n_changed += coded->n_changed;
+    add_entry(p, &entry);
+    int rc = perta_writer_append(&p->writer, chunk->frame, coded->frame_bytes, err);
+    if (!rc)
+        rc = perta_model_out_append(&p->model, chunk->after, chunk->after_bytes, err);
+    return rc;
+}
+
+static void set_count(json_t **json, const char *key, uint64_t n)
+{
+    perta_json_set(json, key, json_integer((json_int_t)n));
+}
+
+/* Of a tensor. What withholds is a one-way patch: it says what the model after shows anyway. Mean
+ * weights and the like come from values that are withheld: of a tensor of one element, with base
+ * and tuned, they give the old one away. */
+static json_t *counts_json(const struct perta_tensor_counts *c, bool withholds)
+{
+    uint64_t weighed = c->n_params - c->n_nonfinite;
+    json_t *json = json_object();
+    perta_json_set(&json, "name", json_string(c->name));
+    perta_json_set(&json, "action", json_string(c->action));
+    set_count(&json, "parameters", c->n_params);
+    set_count(&json, "changed", c->n_changed);
+    if (withholds)
+        return json;
+    set_count(&json, "rounded_away", c->n_rounded_away);
+    set_count(&json, "nonfinite", c->n_nonfinite);
+    if (!strcmp(c->action, "edited")) {
+        perta_json_set(&json, "mean_weight",
+                       json_real(weighed ? c->sum_weight / (double)weighed : 0));
+        set_count(&json, "zero_forget", c->n_zero_forget);
+        set_count(&json, "zero_retain", c->n_zero_retain);
+    }
+    return json;
+}
+
+static json_t *row(const void *patch_out, uint64_t i)
+{
+    const struct perta_patch_out *p = patch_out;
+    return counts_json(&p->tensors[i], p->one_way);
+}
+
+static struct perta_tensor_counts total_of(const struct perta_patch_out *p)
+{
+    struct perta_tensor_counts total = {.action = "edited"};
+    uint64_t edited_nonfinite = 0, edited = 0;
+    for (uint64_t i = 0; i < p->n_tensors; i++) {
+        const struct perta_tensor_counts *c = &p->tensors[i];
+        total.n_params += c->n_params;
+        total.n_changed += c->n_changed;
+        total.n_rounded_away += c->n_rounded_away;
+        total.n_nonfinite += c->n_nonfinite;
+        total.sum_weight += c->sum_weight;
+        if (!strcmp(c->action, "edited")) {
+            edited += c->n_params;
+            edited_nonfinite += c->n_nonfinite;
+        }
+    }
+    /* The mean weight is over parameters that were weighed. */
+    uint64_t weighed = edited - edited_nonfinite;
+    total.sum_weight = weighed ? total.sum_weight / (double)weighed : 0;
+    return total;
+}
+
+static json_t *total_json(const struct perta_patch_out *p, const struct perta_tensor_counts *total)
+{
+    json_t *json = json_pack("{s:I, s:I, s:I, s:I, s:f}", "parameters", (json_int_t)total->n_params,
+                     "changed", (json_int_t)total->n_changed, "rounded_away",
+                     (json_int_t)total->n_rounded_away, "nonfinite",
+                     (json_int_t)total->n_nonfinite, "mean_weight", total->sum_weight);
+    json_t *weights = json_array();
+    uint64_t n = 0;
+    for (int i = 0; i < PERTA_COUNT_BINS; i++) {
+        perta_json_append(&weights, json_integer((json_int_t)p->weights[i]));
+        n += p->weights[i];
+    }
+    if (n)
+        perta_json_set(&json, "weights", json_incref(weights));
+    json_decref(weights);
+    return json;
+}
+
+static json_t *encodings_json(const struct perta_patch_out *p)
+{
+    json_t *json = json_object();
+    for (int i = 0; i < PERTA_N_ENCODINGS; i++)
+        perta_json_set(&json, encoding_names[i],
+                       json_pack("{s:I, s:I, s:I}", "chunks", (json_int_t)p->n_encoded[i],
+                                 "elements", (json_int_t)p->encoded_units[i], "bytes",
+                                 (json_int_t)p->encoded_bytes[i]));
+    return json;
+}
+
+int perta_patch_out_encode(bool one_way, struct perta_codec *codec, enum perta_dtype dtype,
+                           const void *before, const void *after, uint64_t n_bytes, uint8_t *dst,
+                           uint64_t dst_capacity, struct perta_coded *coded, uint64_t *hash_before,
+                           struct perta_err *err)
+{
+    return one_way ? perta_codec_encode_values(codec, dtype, before, after, n_bytes, dst,
+                                               dst_capacity, coded, hash_before, err)
+                   : perta_codec_encode(codec, dtype, before, after, n_bytes, dst, dst_capacity,
+                                        coded, err);
+}
+
+/* Digests of files that went in confirm guesses of the few values that an edit may change. The
+ * caller's. */
+static json_t *without_digests(const json_t *inputs)
+{
+    json_t *copy = json_deep_copy(inputs), *input, *shard;
+    const char *role;
+    size_t i;
+    json_object_foreach (copy, role, input)
+        json_array_foreach (json_object_get(input, "shards"), i, shard)
+            json_object_set_new(shard, "xxh3_128", json_null()); /* is there: takes no memory */
+    return copy;
+}
+
+/* The same of the counts of all tensors. The caller's. */
+static json_t *public_counts(const json_t *counts)
+{
+    return json_pack("{s:O, s:O}", "parameters", json_object_get(counts, "parameters"), "changed",
+                     json_object_get(counts, "changed"));
+}
+
+struct manifest {
+    json_t *json; /* but for its tensors */
+    const struct perta_patch_out *p;
+};
+
+static bool print_manifest(FILE *to, void *ctx)
+{
+    const struct manifest *m = ctx;
+    const struct perta_canonical_rows rows = {
+        .key = "tensors", .n = m->p->n_tensors, .row = row, .ctx = m->p};
+    return perta_canonical_print(to, m->json, &rows);
+}
+
+static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
+                          json_t *counts, struct perta_err *err)
+{
+    struct manifest m = {.p = p};
+    m.json = json_pack(
+        "{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:o, s:n, s:o, s:{s:s, s:s}}", "format",
+        "perta-patch", "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe",
+        recipe, "inputs", p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs",
+        "patch", p->shards, "model", p->model.shards, "counts",
+        p->one_way ? public_counts(counts) : json_incref(counts), "tensors", "encodings",
+        encodings_json(p), "digests", "sha256", "proves that a file is this one", "xxh3_128",
+        "finds damage, not forgery");
+    int rc = m.json ? perta_publish_print(&p->folder, "manifest.json", print_manifest, &m, err)
+                    : perta_fail_sys(err, ENOMEM, "manifest.json");
+    json_decref(m.json);
+    return rc;
+}
+
+int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
+                           const struct perta_checkpoint *from, json_t **summary,
+                           struct perta_err *err)
+{
+    int rc = perta_patch_out_reach(p, p->after->n_shards, 0, err);
+    if (rc)
+        return rc;
+    struct perta_tensor_counts total = total_of(p);
+    json_t *counts = total_json(p, &total);
+    json_t *skipped = json_array();
+    rc = write_manifest(p, recipe, inputs, counts, err);
+    if (!rc)
+        rc = perta_model_out_copy_rest(&p->model, from, &skipped, err);
+    if (!rc)
+        *summary = json_pack("{s:o, s:O, s:o, s:I, s:I, s:O}", "patch",
+                             perta_text_json("%s", p->folder.path), "counts", counts, "encodings", encodings_json(p), "patch_bytes",
+                             (json_int_t)p->written_bytes, "model_bytes",
+                             (json_int_t)p->model.written_bytes, "left_behind", skipped);
+    json_decref(counts);
+    json_decref(skipped);
+    return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", p->folder.path);
+}
+
+/* ---- for a journal ---- */
+
+/* What is counted of a tensor; the rest of perta_tensor_counts follows from the checkpoint. */
+struct counted {
+    uint64_t n_changed, n_rounded_away, n_nonfinite, n_zero_forget, n_zero_retain;
+    double sum_weight;
+};
+
+/* Counted over the whole patch. */
+struct encoded {
+    uint64_t n[PERTA_N_ENCODINGS], bytes[PERTA_N_ENCODINGS], units[PERTA_N_ENCODINGS];
+    uint64_t weights[PERTA_COUNT_BINS];
+};
+
+int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err)
+{
+    int rc = p->shard_open ? perta_writer_sync(&p->writer, err) : 0;
+    return rc ? rc : perta_model_out_sync(&p->model, err);
+}
+
+/* From the first that may have changed: the last one before may have been under way. */
+static json_t *save_tensors(struct perta_patch_out *p)
+{
+    uint64_t first = p->saved_tensors ? p->saved_tensors - 1 : 0, n = p->n_tensors - first;
+    struct counted *counted = calloc(n + 1, sizeof *counted);
+    for (uint64_t i = 0; counted && i < n; i++) {
+        const struct perta_tensor_counts *c = &p->tensors[first + i];
+        counted[i] = (struct counted){c->n_changed, c->n_rounded_away, c->n_nonfinite,
+                                      c->n_zero_forget, c->n_zero_retain,
+                                      c->sum_weight};
+    }
+    json_t *json = counted ? json_pack("{s:I, s:o}", "first", (json_int_t)first, "counts",
+                                       perta_blob_json(counted, n * sizeof *counted))
+                           : NULL;
+    free(counted);
+    p->saved_tensors = p->n_tensors;
+    return json;
+}
+
+static json_t *save_entries(struct perta_patch_out *p)
+{
+    uint64_t first = p->saved_entries;
+    p->saved_entries = p->n_entries;
+    return json_pack("{s:I, s:o}", "first", (json_int_t)first, "entries",
+                     perta_blob_json(p->entries + first,
+                                     (p->n_entries - first) * sizeof *p->entries));
+}
+
+json_t *perta_patch_out_save(struct perta_patch_out *p)
+{
+    struct encoded encoded;
+    memcpy(encoded.n, p->n_encoded, sizeof encoded.n);
+    memcpy(encoded.bytes, p->encoded_bytes, sizeof encoded.bytes);
+    memcpy(encoded.units, p->encoded_units, sizeof encoded.units);
+    memcpy(encoded.weights, p->weights, sizeof encoded.weights);
+    json_t *finished = json_array();
+    for (; p->saved_shards < json_array_size(p->shards); p->saved_shards++)
+        perta_json_append(&finished, json_incref(json_array_get(p->shards, p->saved_shards)));
+    json_t *state = json_pack(
+        "{s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o}", "shard", (json_int_t)p->shard, "begun",
+        (json_int_t)p->n_begun, "frames_at", (json_int_t)p->frames_at, "written",
+        (json_int_t)p->written_bytes, "finished", finished, "tensors", save_tensors(p), "entries",
+        save_entries(p), "encoded", perta_blob_json(&encoded, sizeof encoded), "model",
+        perta_model_out_save(&p->model));
+    if (p->shard_open)
+        perta_json_set(&state, "digest", perta_blob_of_digest(p->writer.digest));
+    return state;
+}
+
+static uint64_t uint_of(const json_t *json, const char *key)
+{
+    json_int_t value = json_integer_value(json_object_get(json, key));
+    return value < 0 ? UINT64_MAX : (uint64_t)value;
+}
+
+/* 0, PERTA_EINPUT if the record does not make sense, or PERTA_ESYS without memory; so do all below. */
+static int restore_entries(struct perta_patch_out *p, const json_t *json)
+{
+    const json_t *blob = json_object_get(json, "entries");
+    uint64_t first = uint_of(json, "first"), n = perta_blob_bytes(blob) / sizeof *p->entries;
+    if (first > p->n_entries)
+        return PERTA_EINPUT;
+    if (!make_room(p, first + n))
+        return PERTA_ESYS;
+    p->n_entries = p->saved_entries = first + n;
+    return perta_blob_get(blob, p->entries + first, n * sizeof *p->entries) ? 0 : PERTA_EINPUT;
+}
+
+/* Tensors of shards before this one, and those begun of it. */
+static uint64_t tensors_until(const struct perta_patch_out *p, uint32_t shard, uint64_t begun)
+{
+    uint64_t n = begun;
+    for (uint32_t s = 0; s < shard; s++)
+        n += p->after->shards[s].header->n_tensors;
+    return n;
+}
+
+static int restore_tensors(struct perta_patch_out *p, const json_t *json, uint64_t n_tensors)
+{
+    const json_t *blob = json_object_get(json, "counts");
+    struct counted *counted = malloc(perta_blob_bytes(blob) + 1);
+    uint64_t first = uint_of(json, "first"), n = perta_blob_bytes(blob) / sizeof *counted;
+    if (!counted)
+        return PERTA_ESYS;
+    bool good = first <= p->saved_tensors && n <= n_tensors && first == n_tensors - n &&
+                perta_blob_get(blob, counted, n * sizeof *counted);
+    for (uint64_t i = 0; good && i < n; i++) {
+        struct perta_tensor_counts *c = &p->tensors[first + i];
+        c->n_changed = counted[i].n_changed;
+        c->n_rounded_away = counted[i].n_rounded_away;
+        c->n_zero_forget = counted[i].n_zero_forget;
+        c->n_zero_retain = counted[i].n_zero_retain;
+        c->n_nonfinite = counted[i].n_nonfinite;
+        c->sum_weight = counted[i].sum_weight;
+    }
+    free(counted);
+    p->saved_tensors = n_tensors;
+    return good ? 0 : PERTA_EINPUT;
+}
+
+/* What begin_tensors() said of them. */
+static void name_tensors(struct perta_patch_out *p)
+{
+    uint64_t i = 0;
+    for (uint32_t s = 0; s < p->after->n_shards; s++)
+        for (uint64_t t = 0; t < p->after->shards[s].header->n_tensors && i < p->n_tensors;
+             t++, i++) {
+            p->tensors[i].name = p->after->shards[s].header->tensors[t].name;
+            p->tensors[i].action = p->actions[i];
+            p->tensors[i].n_params = p->after->shards[s].header->tensors[t].n_elems;
+        }
+}
+
+static int restore(struct perta_patch_out *p, const json_t *state)
+{
+    uint64_t shard = uint_of(state, "shard"), begun = uint_of(state, "begun");
+    const json_t *digest = json_object_get(state, "digest");
+    const json_t *finished = json_object_get(state, "finished");
+    struct encoded encoded;
+    bool open = digest != NULL;
+    uint64_t most = open && shard < p->after->n_shards
+                        ? p->after->shards[shard].header->n_tensors
+                        : 0;
+    begun = open ? begun : 0;
+    if (shard >= p->after->n_shards + !open || begun > most || !json_is_array(finished) ||
+        !perta_blob_get(json_object_get(state, "encoded"), &encoded, sizeof encoded))
+        return PERTA_EINPUT;
+    perta_json_extend(&p->shards, finished);
+    if (!p->shards)
+        return PERTA_ESYS;
+    if (shard != p->shard)
+        p->n_entries = 0;
+    p->shard = (uint32_t)shard;
+    p->shard_open = open;
+    p->n_begun = begun;
+    p->frames_at = uint_of(state, "frames_at");
+    p->written_bytes = uint_of(state, "written");
+    p->saved_shards = json_array_size(p->shards);
+    p->n_tensors = tensors_until(p, p->shard, begun);
+    memcpy(p->n_encoded, encoded.n, sizeof encoded.n);
+    memcpy(p->encoded_bytes, encoded.bytes, sizeof encoded.bytes);
+    memcpy(p->encoded_units, encoded.units, sizeof encoded.units);
+    memcpy(p->weights, encoded.weights, sizeof encoded.weights);
+    perta_digest_free(p->digest);
+    p->digest = open ? perta_digest_new(true) : NULL;
+    if (open && !p->digest)
+        return PERTA_ESYS;
+    int rc = !open || perta_blob_get_digest(digest, p->digest) ? 0 : PERTA_EINPUT;
+    if (!rc)
+        rc = restore_tensors(p, json_object_get(state, "tensors"), p->n_tensors);
+    return rc ? rc : restore_entries(p, json_object_get(state, "entries"));
+}
+
+int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
+                            struct perta_err *err)
+{
+    int rc = restore(p, state);
+    if (rc)
+        return rc == PERTA_ESYS
+                   ? perta_fail_sys(err, ENOMEM, "journal")
+                   : perta_fail(err, PERTA_EINPUT, "no state of a patch in a record");
+    return perta_model_out_restore(&p->model, json_object_get(state, "model"), err);
+}
+
+/* Are the entries those of all chunks up to there, and their frames what the file holds? */
+static bool covers(const struct perta_patch_out *p, uint64_t tensor, uint64_t unit)
+{
+    const struct perta_header *header = p->after->shards[p->shard].header;
+    uint64_t i = 0, at = perta_patch_head_bytes(p->before->shards[p->shard].header, header);
+    for (uint64_t t = 0; t <= tensor; t++) {
+        uint64_t width = perta_dtype_unit_bytes(header->tensors[t].dtype);
+        uint64_t units = t < tensor ? header->tensors[t].len_bytes / width : unit;
+        for (uint64_t first = 0; first < units; first += PERTA_CHUNK_ELEMS, i++) {
+            uint64_t left = units - first;
+            const struct perta_patch_entry *e = &p->entries[i];
+            if (i == p->n_entries || e->tensor != t || e->encoding < 0 ||
+                e->encoding >= PERTA_N_ENCODINGS ||
+                e->n_units != (left < PERTA_CHUNK_ELEMS ? left : PERTA_CHUNK_ELEMS) ||
+                e->frame_off != (e->encoding == PERTA_ENC_ZERO ? 0 : at))
+                return false;
+            at += e->frame_bytes;
+        }
+    }
+    return i == p->n_entries && at == p->frames_at && at == perta_digest_bytes(p->digest);
+}
+
+int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
+                           uint64_t unit, struct perta_err *err)
+{
+    name_tensors(p);
+    if (!p->shard_open || p->shard != shard || p->n_begun != tensor + 1 ||
+        json_array_size(p->shards) != shard || !covers(p, tensor, unit))
+        return perta_fail(err, PERTA_EINPUT, "%s: its records do not lead to one place; --force "
+                          "starts over", p->folder.partial);
+    const struct perta_shard *to = &p->after->shards[shard];
+    const struct perta_tensor *t = &to->header->tensors[tensor];
+    char *name = patch_name(to->name);
+    char *path = name ? perta_publish_path(&p->folder, name) : NULL;
+    int rc = path ? perta_writer_reopen(&p->writer, p->engine, path, p->digest, p->writer_bufs, err)
+                  : perta_fail_sys(err, ENOMEM, "%s", to->name);
+    if (path)
+        p->digest = NULL; /* the writer's now */
+    free(name);
+    free(path);
+    uint64_t at = t->off_bytes + unit * perta_dtype_unit_bytes(t->dtype);
+    return rc ? rc : perta_model_out_reopen(&p->model, shard, to->name, at, err);
+}
+
+void perta_patch_out_release(struct perta_patch_out *p)
+{
+    perta_writer_abort(&p->writer);
+    perta_model_out_release(&p->model);
+    perta_publish_release(&p->folder);
+    perta_digest_free(p->digest);
+    json_decref(p->shards);
+    free(p->entries);
+    free(p->tensors);
+    *p = (struct perta_patch_out){0};
+}
