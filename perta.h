@@ -29,11 +29,11 @@
 #define PERTA_H
 
 /* Jobs */
+#include "estimators/edit/unlearn.h"
 #include "estimators/passes/accumulate.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/eval.h"
 #include "estimators/steps/steps.h"
-#include "estimators/edit/unlearn.h"
 #include "stream/patch/apply.h"
 #include "stream/patch/compose.h"
 #include "stream/patch/diff.h"
@@ -42,13 +42,13 @@
 /* Parts */
 #include "estimators/edit/edit.h"
 #include "estimators/edit/running.h"
+#include "io/engine.h"
 #include "io/format/checkpoint.h"
 #include "io/format/codec.h"
-#include "io/engine.h"
-#include "io/hash.h"
 #include "io/format/patch.h"
-#include "io/publish/publish.h"
 #include "io/format/safetensors.h"
+#include "io/hash.h"
+#include "io/publish/publish.h"
 #include "io/writer.h"
 #include "stream/stream.h"
 

@@ -26,8 +26,7 @@ struct job {
     unsigned width;
     const uint8_t *before, *after;
     size_t len_bytes, chunk_bytes;
-    uint8_t *frames, *scratch, *planes,
-        *out; /* frames: one after another, for all chunks */
+    uint8_t *frames, *scratch, *planes, *out; /* frames: one after another, for all chunks */
     size_t *frame_bytes;
     struct perta_coded *coded;
     struct perta_codec *codec;
@@ -115,8 +114,7 @@ static size_t pack_planes(struct job *j, size_t len, uint8_t *dst)
     return n;
 }
 
-static void unpack_planes(struct job *j, size_t len, const uint8_t *frame,
-                          size_t frame_bytes)
+static void unpack_planes(struct job *j, size_t len, const uint8_t *frame, size_t frame_bytes)
 {
     if (ZSTD_decompressDCtx(j->unpack, j->planes, len, frame, frame_bytes) != len)
         die("zstd");
@@ -160,8 +158,7 @@ static void whole_decode(struct job *j, size_t at, size_t len, const uint8_t *fr
 static const struct coder {
     const char *name;
     size_t (*encode)(struct job *j, size_t at, size_t len, uint8_t *dst);
-    void (*decode)(struct job *j, size_t at, size_t len, const uint8_t *frame,
-                   size_t frame_bytes);
+    void (*decode)(struct job *j, size_t at, size_t len, const uint8_t *frame, size_t frame_bytes);
 } coders[] = {
     {"perta", perta_encode, perta_decode},
     {"XOR, byte split, zstd 1", bitx_encode, bitx_decode},
@@ -180,8 +177,7 @@ static void run(struct job *j, const struct coder *coder, struct figures *f, int
     uint8_t *dst = j->frames;
     f->len_bytes = 0;
     for (size_t at = 0, k = 0; at < j->len_bytes; at += j->chunk_bytes, k++) {
-        size_t len =
-            j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
+        size_t len = j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
         j->frame_bytes[k] = coder->encode(j, at, len, dst);
         dst += j->frame_bytes[k];
         f->len_bytes += j->frame_bytes[k];
@@ -190,8 +186,7 @@ static void run(struct job *j, const struct coder *coder, struct figures *f, int
     f->decode[round] = 0;
     dst = j->frames;
     for (size_t at = 0, k = 0; at < j->len_bytes; at += j->chunk_bytes, k++) {
-        size_t len =
-            j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
+        size_t len = j->len_bytes - at < j->chunk_bytes ? j->len_bytes - at : j->chunk_bytes;
         start = seconds();
         coder->decode(j, at, len, dst, j->frame_bytes[k]);
         f->decode[round] += seconds() - start;
@@ -326,8 +321,8 @@ int main(int argc, char **argv)
     printf("{\"units\": %zu, \"unchanged\": %.4f", j.len_bytes / j.width, unchanged(&j));
     if (j.dtype == PERTA_BF16 || j.dtype == PERTA_F16) {
         unsigned shift = j.dtype == PERTA_BF16 ? 7 : 10;
-        printf(", \"entropy\": %.4f, \"entropy_given_exponent\": %.4f",
-               entropy(&j, false, shift), entropy(&j, true, shift));
+        printf(", \"entropy\": %.4f, \"entropy_given_exponent\": %.4f", entropy(&j, false, shift),
+               entropy(&j, true, shift));
     }
     printf(", \"rounds\": %d, \"coders\": {", rounds);
     for (int c = 0; c < n_coders; c++) {

@@ -97,11 +97,17 @@ static void measure(struct bench *b, int kind, size_t out, size_t in)
 {
     const struct matrix x = {b->x, b->tokens, in, in, 1}, dy = {b->dy, b->tokens, out, out, 1};
     const struct matrix w = {b->weight, out, in, in, 1};
-    dnnl_exec_arg_t args[3] = {{.arg = DNNL_ARG_SRC}, {.arg = DNNL_ARG_WEIGHTS},
-                               {.arg = DNNL_ARG_DST}};
+    dnnl_exec_arg_t args[3] = {
+        {.arg = DNNL_ARG_SRC}, {.arg = DNNL_ARG_WEIGHTS}, {.arg = DNNL_ARG_DST}};
     struct product p;
-    prepare(b, &p, kind == FORWARD ? x : kind == BACKWARD ? dy : turned(dy),
-            kind == FORWARD ? turned(w) : kind == BACKWARD ? w : x, kind == GRADIENT);
+    prepare(b, &p,
+            kind == FORWARD    ? x
+            : kind == BACKWARD ? dy
+                               : turned(dy),
+            kind == FORWARD    ? turned(w)
+            : kind == BACKWARD ? w
+                               : x,
+            kind == GRADIENT);
     for (int i = 0; i < 3; i++)
         args[i].memory = p.memory[i];
     double flop = 2 * (double)b->tokens * (double)out * (double)in;

@@ -40,8 +40,9 @@ struct batch {
     uint64_t hash;       /* of what stands before */
 };
 #define TABLE_BYTES                                                                                \
-    ((sizeof(struct batch) + EXTENTS_MAX * sizeof(struct perta_ahead_extent) +                     \
-      PERTA_BLOCK_BYTES - 1) / PERTA_BLOCK_BYTES * PERTA_BLOCK_BYTES)
+    ((sizeof(struct batch) + EXTENTS_MAX * sizeof(struct perta_ahead_extent) + PERTA_BLOCK_BYTES - \
+      1) /                                                                                         \
+     PERTA_BLOCK_BYTES * PERTA_BLOCK_BYTES)
 #define BYTES_AT (PERTA_BLOCK_BYTES + TABLE_BYTES)
 
 /* ---- reading and writing ---- */
@@ -266,8 +267,8 @@ int perta_ahead_open(struct perta_ahead *a, const char *folder, const char *id,
         .log.fd = -1,
         .files = files,
         .n_files = n_files,
-        .room_bytes = perta_align_up(room_bytes < PIECE_BYTES ? PIECE_BYTES : room_bytes,
-                                     PERTA_BLOCK_BYTES),
+        .room_bytes =
+            perta_align_up(room_bytes < PIECE_BYTES ? PIECE_BYTES : room_bytes, PERTA_BLOCK_BYTES),
         .plain = malloc((n_files + 1) * sizeof *a->plain),
         .extents = calloc(EXTENTS_MAX, sizeof *a->extents),
     };

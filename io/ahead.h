@@ -26,17 +26,17 @@ struct perta_ahead_extent {
 };
 
 struct perta_ahead {
-    char *path, *partial;      /* partial: what it is called while it is made */
-    struct perta_file log;     /* .path NULL: not begun */
-    bool going_on;             /* the log was there */
-    struct perta_file *files;  /* (n_files), borrowed: open to write, direct where they can */
-    int *plain;                /* (n_files): the same through the page cache, for odd ends */
+    char *path, *partial;     /* partial: what it is called while it is made */
+    struct perta_file log;    /* .path NULL: not begun */
+    bool going_on;            /* the log was there */
+    struct perta_file *files; /* (n_files), borrowed: open to write, direct where they can */
+    int *plain;               /* (n_files): the same through the page cache, for odd ends */
     uint32_t n_files;
-    uint8_t *buf;              /* head and table of the batch, then its bytes */
+    uint8_t *buf;                    /* head and table of the batch, then its bytes */
     uint64_t room_bytes, used_bytes; /* of the bytes */
     struct perta_ahead_extent *extents;
     uint32_t n_extents;
-    uint64_t written_bytes;    /* to the files */
+    uint64_t written_bytes; /* to the files */
 };
 
 /* The log of folder; files (n) are opened by the caller before anything is put. The largest put
@@ -51,8 +51,8 @@ int perta_ahead_open(struct perta_ahead *ahead, const char *folder, const char *
 int perta_ahead_begin(struct perta_ahead *ahead, const char *id, const char *subject,
                       struct perta_err *err);
 /* len bytes at off of a file will be data. Offsets of one file grow. */
-int perta_ahead_put(struct perta_ahead *ahead, uint32_t file, uint64_t off_bytes,
-                    const void *data, uint64_t len_bytes, struct perta_err *err);
+int perta_ahead_put(struct perta_ahead *ahead, uint32_t file, uint64_t off_bytes, const void *data,
+                    uint64_t len_bytes, struct perta_err *err);
 /* All that was put is in the files and synced: remove the log. */
 int perta_ahead_finish(struct perta_ahead *ahead, struct perta_err *err);
 /* The log stays as it is. Zeroed is fine. */

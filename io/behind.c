@@ -85,8 +85,8 @@ int perta_behind_open(struct perta_behind **out, struct perta_err *err)
         return perta_fail_sys(err, ENOMEM, "writing");
     pthread_mutex_init(&b->lock, NULL);
     pthread_cond_init(&b->changed, NULL);
-    void *memory = mmap(NULL, PERTA_BEHIND_BYTES, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *memory =
+        mmap(NULL, PERTA_BEHIND_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     b->memory = memory == MAP_FAILED ? NULL : memory;
     int failed = b->memory ? perta_thread_start(&b->thread, run, b) : ENOMEM;
     b->running = !failed;

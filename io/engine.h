@@ -83,8 +83,8 @@ PERTA_API int perta_engine_choose(enum perta_io_mode wanted, const char *const *
                                   struct perta_err *err);
 
 /* depth requests are under way at once. */
-PERTA_API int perta_engine_open(enum perta_io_mode mode, unsigned depth,
-                                struct perta_engine **out, struct perta_err *err);
+PERTA_API int perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engine **out,
+                                struct perta_err *err);
 /* Nothing may be in flight. NULL is allowed. */
 PERTA_API void perta_engine_close(struct perta_engine *engine);
 

@@ -35,8 +35,8 @@ static int mapped_check(struct perta_engine *engine, struct perta_err *err)
     int rc = r ? perta_file_unchanged(r->file, err) : 0;
     if (rc || !r)
         return rc ? rc : perta_fail_sys(err, EIO, "a mapped file");
-    uint64_t byte = perta_align_down(r->off_bytes, perta_page_bytes()) +
-                    (uint64_t)(at - (uint8_t *)r->map);
+    uint64_t byte =
+        perta_align_down(r->off_bytes, perta_page_bytes()) + (uint64_t)(at - (uint8_t *)r->map);
     return perta_fail_sys(err, EIO, "%s: read at byte %llu", r->file->path,
                           (unsigned long long)byte);
 }
@@ -53,7 +53,8 @@ static void map_window(struct mapped *m, struct perta_request *r)
         return;
     }
     if ((uint64_t)st.st_size < to) { /* touching it would be a bus error */
-        r->done_bytes = (uint64_t)st.st_size > r->off_bytes ? (uint64_t)st.st_size - r->off_bytes : 0;
+        r->done_bytes =
+            (uint64_t)st.st_size > r->off_bytes ? (uint64_t)st.st_size - r->off_bytes : 0;
         r->sys_errno = ENODATA;
         return;
     }
@@ -84,8 +85,7 @@ static void write_now(struct perta_request *r)
 {
     ssize_t put;
     do
-        put = pwrite(r->file->fd, r->buf + (r->at - r->off_bytes), r->end - r->at,
-                     (off_t)r->at);
+        put = pwrite(r->file->fd, r->buf + (r->at - r->off_bytes), r->end - r->at, (off_t)r->at);
     while (!perta_request_advance(r, put < 0 ? -errno : put));
 }
 

@@ -15,7 +15,7 @@
 struct uring {
     struct perta_engine base;
     struct io_uring ring;
-    unsigned depth, n_busy;       /* requests that the kernel has */
+    unsigned depth, n_busy;      /* requests that the kernel has */
     struct perta_request *first; /* waiting for a place */
     struct perta_request **last;
     int wake_fd;

@@ -24,23 +24,21 @@ struct perta_err {
     int sys_errno;    /* errno where the system refused, else 0 */
     const char *file; /* source position where the error started */
     int line;
-    bool resumable;   /* the same with --resume goes on */
+    bool resumable; /* the same with --resume goes on */
     char msg[1200]; /* one line for people: file, tensor, byte, what to do */
 };
 
 /* Fill *err unless it is filled already: zero it first. The verbs (perta.h) do that themselves. Returns code. With sys_errno, its text is appended. */
 PERTA_API int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *file,
-                             int line, const char *fmt, ...)
-    __attribute__((format(printf, 6, 7)));
+                             int line, const char *fmt, ...) __attribute__((format(printf, 6, 7)));
 
 /* Put "context: " in front of the message. Returns err->code. */
 PERTA_API int perta_err_context(struct perta_err *err, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
-#define perta_fail(err, code, ...)                                                              \
-    perta_err_fill((err), (code), 0, __FILE__, __LINE__, __VA_ARGS__)
+#define perta_fail(err, code, ...) perta_err_fill((err), (code), 0, __FILE__, __LINE__, __VA_ARGS__)
 /* The same for a failed system call: appends strerror(errno). */
-#define perta_fail_sys(err, sys_errno, ...)                                                     \
+#define perta_fail_sys(err, sys_errno, ...) \
     perta_err_fill((err), PERTA_ESYS, (sys_errno), __FILE__, __LINE__, __VA_ARGS__)
 
 #endif

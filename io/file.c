@@ -48,8 +48,8 @@ static int remember(struct perta_file *file, const char *path, struct perta_err 
     return 0;
 }
 
-static int open_either_way(struct perta_file *file, const char *path, int flags,
-                           bool want_direct, struct perta_err *err)
+static int open_either_way(struct perta_file *file, const char *path, int flags, bool want_direct,
+                           struct perta_err *err)
 {
     *file = (struct perta_file){.fd = -1};
     if (want_direct) {
@@ -278,12 +278,10 @@ int perta_pread_all(int fd, void *buf, uint64_t len_bytes, uint64_t off_bytes, c
         if (got < 0 && perta_retry_any(&retry, fd, errno))
             continue;
         if (got < 0)
-            return perta_fail_sys(err, errno, "%s: byte %llu", path,
-                                  (unsigned long long)off_bytes);
+            return perta_fail_sys(err, errno, "%s: byte %llu", path, (unsigned long long)off_bytes);
         if (!got)
-            return perta_fail(err, PERTA_EINPUT, "%s: ends at byte %llu, %llu more expected",
-                              path, (unsigned long long)off_bytes,
-                              (unsigned long long)len_bytes);
+            return perta_fail(err, PERTA_EINPUT, "%s: ends at byte %llu, %llu more expected", path,
+                              (unsigned long long)off_bytes, (unsigned long long)len_bytes);
         retry.n_again = 0;
         to += got;
         off_bytes += (uint64_t)got;

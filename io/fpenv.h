@@ -32,8 +32,8 @@ static inline void perta_fp_leave(const struct perta_fp_env *env)
 }
 
 /* From here to the end of the block, whichever way it is left, the default environment holds. */
-#define PERTA_FP_SCOPE                                                                             \
-    __attribute__((unused, cleanup(perta_fp_leave))) const struct perta_fp_env perta_fp_env_ =     \
+#define PERTA_FP_SCOPE                                                                         \
+    __attribute__((unused, cleanup(perta_fp_leave))) const struct perta_fp_env perta_fp_env_ = \
         perta_fp_enter()
 
 #endif

@@ -181,9 +181,8 @@ int perta_hmac_new(const char *key_path, struct perta_hmac **out, struct perta_e
     uint8_t key[PERTA_KEY_BYTES_MAX + 1];
     size_t key_bytes = 0;
     char name[] = "SHA256";
-    const OSSL_PARAM params[] = {
-        OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, name, 0),
-        OSSL_PARAM_construct_end()};
+    const OSSL_PARAM params[] = {OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, name, 0),
+                                 OSSL_PARAM_construct_end()};
     *out = NULL;
     int rc = read_key(key_path, key, &key_bytes, err);
     if (rc)

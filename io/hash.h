@@ -20,8 +20,7 @@ struct perta_digest;
 /* with_sha256: XXH3-128 and SHA-256; else XXH3-128 alone. NULL without memory. */
 PERTA_API struct perta_digest *perta_digest_new(bool with_sha256);
 PERTA_API void perta_digest_free(struct perta_digest *digest);
-PERTA_API void perta_digest_update(struct perta_digest *digest, const void *data,
-                                   size_t len_bytes);
+PERTA_API void perta_digest_update(struct perta_digest *digest, const void *data, size_t len_bytes);
 /* From now on have it done by hasher's thread (io/hasher.h; NULL: by the caller's): what
  * perta_digest_update is given must then stay as it is until it has passed there. All other
  * functions wait for what was given. */

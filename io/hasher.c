@@ -27,8 +27,8 @@ struct perta_hasher {
     /* under lock */
     pthread_mutex_t lock;
     pthread_cond_t more, moved;
-    struct given queue[QUEUE_MAX]; /* used round and round */
-    uint64_t n_given, n_passed;    /* passed: done, and all before it */
+    struct given queue[QUEUE_MAX];                             /* used round and round */
+    uint64_t n_given, n_passed;                                /* passed: done, and all before it */
     const struct perta_digest *busy[PERTA_HASHER_THREADS_MAX]; /* (n_threads) NULL: none */
     unsigned n_threads;
     uint64_t asked; /* passed() is to be called there; 0: nowhere */

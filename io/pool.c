@@ -72,9 +72,8 @@ int perta_pool_take_for(struct perta_pool *pool, uint64_t len_bytes, uint64_t hu
 {
     uint64_t page = perta_page_bytes(), used_bytes = len_bytes;
     len_bytes = perta_align_up(len_bytes ? len_bytes : 1, page);
-    uint8_t *base = huge_bytes > page && len_bytes >= huge_bytes
-                        ? map_aligned(len_bytes, huge_bytes)
-                        : NULL;
+    uint8_t *base =
+        huge_bytes > page && len_bytes >= huge_bytes ? map_aligned(len_bytes, huge_bytes) : NULL;
     if (!base)
         base = map_pages(len_bytes);
     if (!base)

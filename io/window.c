@@ -27,7 +27,7 @@ struct block {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* never taken by the handler */
 static unsigned n_open;
-static _Thread_local unsigned n_open_here;    /* of them by this thread, */
+static _Thread_local unsigned n_open_here;  /* of them by this thread, */
 static _Thread_local bool was_blocked_here; /* on which SIGBUS was blocked before */
 static struct perta_window *free_windows;
 static _Atomic(struct block *) blocks;
@@ -225,8 +225,8 @@ struct perta_window *perta_window_add(const void *map, size_t len_bytes, atomic_
         free_windows = w->next_free;
     pthread_mutex_unlock(&lock);
     if (w)
-        set(w, (uintptr_t)map,
-            (uintptr_t)map + perta_align_up(len_bytes, perta_page_bytes()), lost);
+        set(w, (uintptr_t)map, (uintptr_t)map + perta_align_up(len_bytes, perta_page_bytes()),
+            lost);
     return w;
 }
 

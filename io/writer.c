@@ -16,9 +16,8 @@ static void on_written(struct perta_request *request)
         writer->failed = request;
 }
 
-int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
-                      const char *path, uint64_t expected_bytes,
-                      struct perta_writer_bufs bufs, struct perta_err *err)
+int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine, const char *path,
+                      uint64_t expected_bytes, struct perta_writer_bufs bufs, struct perta_err *err)
 {
     *writer = (struct perta_writer){.engine = engine, .bufs = bufs, .open = true};
     int rc = perta_file_create(&writer->file, path, true, err);
@@ -94,8 +93,7 @@ static int settle(struct perta_writer *writer, struct perta_err *err)
 /* After a failed fsync a second one may succeed with the data lost: the first is final. */
 static int sync_file(const struct perta_writer *writer, struct perta_err *err)
 {
-    return fsync(writer->file.fd) ? perta_fail_sys(err, errno, "%s: fsync", writer->file.path)
-                                  : 0;
+    return fsync(writer->file.fd) ? perta_fail_sys(err, errno, "%s: fsync", writer->file.path) : 0;
 }
 
 int perta_writer_sync(struct perta_writer *writer, struct perta_err *err)
@@ -141,9 +139,9 @@ static int check_back(const struct perta_writer *writer, const struct perta_dige
                       path, (unsigned long long)perta_digest_bytes(writer->digest), have, want);
 }
 
-int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine,
-                        const char *path, struct perta_digest *digest,
-                        struct perta_writer_bufs bufs, struct perta_err *err)
+int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine, const char *path,
+                        struct perta_digest *digest, struct perta_writer_bufs bufs,
+                        struct perta_err *err)
 {
     *writer = (struct perta_writer){
         .engine = engine, .bufs = bufs, .open = true, .digest = digest, .file.fd = -1};

@@ -39,8 +39,8 @@ struct perta_writer {
 PERTA_API int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine,
                                 const char *path, uint64_t expected_bytes,
                                 struct perta_writer_bufs bufs, struct perta_err *err);
-PERTA_API int perta_writer_append(struct perta_writer *writer, const void *data,
-                                  uint64_t len_bytes, struct perta_err *err);
+PERTA_API int perta_writer_append(struct perta_writer *writer, const void *data, uint64_t len_bytes,
+                                  struct perta_err *err);
 /* Bytes appended so far. */
 PERTA_API uint64_t perta_writer_tell(const struct perta_writer *writer);
 /* What was appended is on disk; more can be appended. */
@@ -48,9 +48,9 @@ int perta_writer_sync(struct perta_writer *writer, struct perta_err *err);
 /* Go on with a file that another process synced when digest was of all its bytes; what follows
  * them goes. The bytes are read again: PERTA_ECHECK if they are not those. digest is the
  * writer's from now on. */
-int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine,
-                        const char *path, struct perta_digest *digest,
-                        struct perta_writer_bufs bufs, struct perta_err *err);
+int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine, const char *path,
+                        struct perta_digest *digest, struct perta_writer_bufs bufs,
+                        struct perta_err *err);
 /* Write the rest, cut to length, fsync, close; *hex (may be NULL) gets the digests. */
 PERTA_API int perta_writer_close(struct perta_writer *writer, struct perta_digest_hex *hex,
                                  struct perta_err *err);

@@ -37,31 +37,36 @@ int perta_arguments_needed(const struct perta_argument *needed, size_t n, struct
             missing[n_missing++] = needed[i].name;
     for (size_t i = 0, at = 0; i < n_missing; i++, at = strlen(all))
         snprintf(all + at, sizeof all - at, "%s%s",
-                 !i ? "" : i + 1 < n_missing ? ", " : " and ", missing[i]);
-    return n_missing ? perta_fail(err, PERTA_EUSAGE, "%s %s needed", all, n_missing > 1 ? "are" : "is")
-                     : 0;
+                 !i                  ? ""
+                 : i + 1 < n_missing ? ", "
+                                     : " and ",
+                 missing[i]);
+    return n_missing
+               ? perta_fail(err, PERTA_EUSAGE, "%s %s needed", all, n_missing > 1 ? "are" : "is")
+               : 0;
 }
 
 int perta_arguments_optional(const struct perta_argument *given, size_t n, struct perta_err *err)
 {
     for (size_t i = 0; i < n; i++)
         if (given[i].path && !*given[i].path)
-            return perta_fail(err, PERTA_EUSAGE, "%s: a name is needed; \"\" is none (NULL: without)",
-                              given[i].name);
+            return perta_fail(err, PERTA_EUSAGE,
+                              "%s: a name is needed; \"\" is none (NULL: without)", given[i].name);
     return 0;
 }
 
 int perta_arguments_choice(const char *name, int value, int n, struct perta_err *err)
 {
-    return value >= 0 && value < n ? 0
-                                   : perta_fail(err, PERTA_EUSAGE, "%s: %d is none of its values",
-                                                name, value);
+    return value >= 0 && value < n
+               ? 0
+               : perta_fail(err, PERTA_EUSAGE, "%s: %d is none of its values", name, value);
 }
 
 int perta_arguments_list(const char *name, const char *const *list, size_t n, struct perta_err *err)
 {
     if (n && !list)
-        return perta_fail(err, PERTA_EUSAGE, "%s: %zu are said to be there, in no list (NULL)", name, n);
+        return perta_fail(err, PERTA_EUSAGE, "%s: %zu are said to be there, in no list (NULL)",
+                          name, n);
     for (size_t i = 0; i < n; i++)
         if (!list[i] || !*list[i])
             return perta_fail(err, PERTA_EUSAGE, "%s: number %zu of %zu is empty", name, i + 1, n);

@@ -27,6 +27,7 @@ int perta_arguments_optional(const struct perta_argument *given, size_t n, struc
 /* An enum's value, of 0 to n - 1. */
 int perta_arguments_choice(const char *name, int value, int n, struct perta_err *err);
 /* A list (n) of texts: none is NULL. */
-int perta_arguments_list(const char *name, const char *const *list, size_t n, struct perta_err *err);
+int perta_arguments_list(const char *name, const char *const *list, size_t n,
+                         struct perta_err *err);
 
 #endif

@@ -114,8 +114,8 @@ bool perta_cgroup_mount_line(const char *line, bool v2, char *root, char *mount)
 
 struct cgroup {
     bool v2;
-    char path[PERTA_CGROUP_PATH_MAX];  /* of the process's */
-    char root[PERTA_CGROUP_PATH_MAX];  /* of what is seen at mount */
+    char path[PERTA_CGROUP_PATH_MAX]; /* of the process's */
+    char root[PERTA_CGROUP_PATH_MAX]; /* of what is seen at mount */
     char mount[PERTA_CGROUP_PATH_MAX];
 };
 

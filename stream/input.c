@@ -62,8 +62,8 @@ void perta_input_close(struct perta_input *input)
     *input = (struct perta_input){0};
 }
 
-void perta_input_range(struct perta_input *input, const struct perta_ref *ref,
-                       uint64_t off_bytes, uint64_t len_bytes, struct perta_range *range)
+void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t off_bytes,
+                       uint64_t len_bytes, struct perta_range *range)
 {
     *range = (struct perta_range){
         .file = &input->files[ref->shard],
@@ -105,9 +105,9 @@ int perta_input_digest_rest(struct perta_input *input, struct perta_stream *stre
             continue;
         perta_digest_free(input->digests[i]);
         input->digests[i] = perta_digest_new(false);
-        rc = input->digests[i] ? perta_stream_read_file(stream, file, add_bytes,
-                                                        input->digests[i], err)
-                               : perta_fail_sys(err, ENOMEM, "%s", file->path);
+        rc = input->digests[i]
+                 ? perta_stream_read_file(stream, file, add_bytes, input->digests[i], err)
+                 : perta_fail_sys(err, ENOMEM, "%s", file->path);
         input->seen_bytes[i] = file->len_bytes;
     }
     return rc;

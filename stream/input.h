@@ -4,19 +4,19 @@
 
 #include <jansson.h>
 
-#include "io/format/checkpoint.h"
 #include "io/file.h"
+#include "io/format/checkpoint.h"
 #include "io/hash.h"
 #include "stream/stream.h"
 
 struct perta_input {
     const char *role; /* "model", "tuned", ...: the flag's name */
     struct perta_checkpoint *ck;
-    struct perta_file *files;             /* (ck->n_shards) */
-    struct perta_digest **digests;        /* (ck->n_shards), of all bytes, header first */
-    uint64_t *seen_bytes;                 /* (ck->n_shards): how far the digest has come */
-    uint64_t *read_bytes;                 /* (ck->n_shards): in whatever order */
-    uint64_t *saved_bytes;                /* (ck->n_shards): of those, in a journal's record */
+    struct perta_file *files;      /* (ck->n_shards) */
+    struct perta_digest **digests; /* (ck->n_shards), of all bytes, header first */
+    uint64_t *seen_bytes;          /* (ck->n_shards): how far the digest has come */
+    uint64_t *read_bytes;          /* (ck->n_shards): in whatever order */
+    uint64_t *saved_bytes;         /* (ck->n_shards): of those, in a journal's record */
 };
 
 /* Open the checkpoint; role is borrowed. */
@@ -31,8 +31,8 @@ void perta_input_digest_behind(struct perta_input *input, struct perta_hasher *h
 void perta_input_close(struct perta_input *input);
 
 /* Point range at elements of a tensor: len_bytes from off_bytes within it. */
-void perta_input_range(struct perta_input *input, const struct perta_ref *ref,
-                       uint64_t off_bytes, uint64_t len_bytes, struct perta_range *range);
+void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t off_bytes,
+                       uint64_t len_bytes, struct perta_range *range);
 
 /* In order of commit: add a range that was read to its shard's digest. */
 void perta_input_digest(struct perta_input *input, const struct perta_range *range);

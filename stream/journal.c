@@ -95,8 +95,7 @@ static int read_records(int fd, const char *path, perta_journal_use use, void *c
     return rc;
 }
 
-static int append(const struct perta_journal *journal, const json_t *record,
-                  struct perta_err *err)
+static int append(const struct perta_journal *journal, const json_t *record, struct perta_err *err)
 {
     char *line = line_of(record);
     int rc = line ? perta_write_all(journal->fd, line, strlen(line), journal->path, err)
@@ -179,18 +178,19 @@ static void say_difference(const json_t *was, const json_t *is, const char *at, 
     json_t *value;
     if (json_is_object(was) && json_is_object(is)) {
         char inner[256];
-        json_object_foreach ((json_t *)(uintptr_t)was, key, value)
-            if (!json_equal(value, json_object_get(is, key))) {
-                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-                say_difference(value, json_object_get(is, key), inner, buf, len);
-                return;
-            }
-        json_object_foreach ((json_t *)(uintptr_t)is, key, value)
-            if (!json_object_get(was, key)) {
-                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-                say_difference(NULL, value, inner, buf, len);
-                return;
-            }
+        json_object_foreach((json_t *)(uintptr_t)was, key,
+                            value) if (!json_equal(value, json_object_get(is, key)))
+        {
+            snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+            say_difference(value, json_object_get(is, key), inner, buf, len);
+            return;
+        }
+        json_object_foreach((json_t *)(uintptr_t)is, key, value) if (!json_object_get(was, key))
+        {
+            snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+            say_difference(NULL, value, inner, buf, len);
+            return;
+        }
     }
     char *a, *b;
     const char *from = text_of(was, &a), *to = text_of(is, &b);
@@ -220,7 +220,8 @@ json_t *perta_journal_config(const struct perta_checkpoint *ck)
         return json_null();
     char *text = perta_json_text(ck->config, JSON_COMPACT | JSON_SORT_KEYS);
     json_t *hash =
-        text ? perta_text_json("%016llx", (unsigned long long)perta_hash64(text, strlen(text))) : NULL;
+        text ? perta_text_json("%016llx", (unsigned long long)perta_hash64(text, strlen(text)))
+             : NULL;
     free(text);
     return hash;
 }
@@ -354,11 +355,14 @@ static int check_own(const struct perta_journal *journal, struct perta_err *err)
         return perta_fail_sys(err, errno, "%s", journal->path);
     size_t n = st.st_size < PREFIX_BYTES + 1 ? (size_t)st.st_size : PREFIX_BYTES + 1;
     int rc = perta_pread_all(journal->fd, start, n, 0, journal->path, err);
-    bool torn = strspn(start, "0123456789abcdef") == strlen(start), whole = start[PREFIX_BYTES] == '{';
+    bool torn = strspn(start, "0123456789abcdef") == strlen(start),
+         whole = start[PREFIX_BYTES] == '{';
     if (rc || torn || (whole && start[PREFIX_BYTES - 1] == ' '))
         return rc;
-    return perta_fail(err, PERTA_EUSAGE, "%s: exists and is no journal of perta; move it away, or "
-                      "choose another output", journal->path);
+    return perta_fail(err, PERTA_EUSAGE,
+                      "%s: exists and is no journal of perta; move it away, or "
+                      "choose another output",
+                      journal->path);
 }
 
 static int begin(struct perta_journal *journal, const char *path, const json_t *identity,
@@ -416,8 +420,10 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
         rc = perta_fail(err, PERTA_EINPUT, "%s: no record in it", journal->path);
     if (!rc && json_object_get(ends.last, "publish") &&
         !json_is_object(json_object_get(ends.last, "summary")))
-        rc = perta_fail(err, PERTA_EINPUT, "%s: damaged; --force starts over: no summary in its last "
-                        "record", journal->path);
+        rc = perta_fail(err, PERTA_EINPUT,
+                        "%s: damaged; --force starts over: no summary in its last "
+                        "record",
+                        journal->path);
     const json_t *started = json_object_get(ends.first, "started");
     if (json_is_integer(started))
         journal->started = json_integer_value(started);
@@ -442,10 +448,10 @@ int perta_journal_open(struct perta_journal *journal, const char *path, const js
                        bool resume, bool force, struct perta_err *err)
 {
     *journal = (struct perta_journal){.fd = -1};
-    int rc = !identity                              ? perta_fail_sys(err, ENOMEM, "%s", path)
-             : resume && perta_journal_found(path) ? go_on(journal, path, identity, err)
-                                                    : begin(journal, path, identity,
-                                                            resume || force, err);
+    int rc = !identity ? perta_fail_sys(err, ENOMEM, "%s", path)
+             : resume && perta_journal_found(path)
+                 ? go_on(journal, path, identity, err)
+                 : begin(journal, path, identity, resume || force, err);
     journal->resume = resume;
     return rc;
 }
@@ -455,7 +461,8 @@ int perta_journal_folder(const struct perta_journal *journal, struct perta_publi
 {
     bool found;
     if (!journal->going_on) {
-        int rc = journal->resume ? perta_publish_sweep(path, like, err) : 0; /* nothing to go on with */
+        int rc =
+            journal->resume ? perta_publish_sweep(path, like, err) : 0; /* nothing to go on with */
         return rc ? rc : perta_publish_begin(folder, path, like, force, err);
     }
     int rc = perta_publish_go_on(folder, path, like, force, &found, err);
@@ -483,9 +490,9 @@ int perta_journal_replay(const struct perta_journal *journal, perta_journal_use 
 {
     struct replay replay = {use, ctx, false};
     size_t good;
-    int rc = journal->going_on ? read_records(journal->fd, journal->path, replay_one, &replay,
-                                              &good, err)
-                               : 0;
+    int rc = journal->going_on
+                 ? read_records(journal->fd, journal->path, replay_one, &replay, &good, err)
+                 : 0;
     if (!rc && journal->going_on && lseek(journal->fd, 0, SEEK_END) < 0)
         rc = perta_fail_sys(err, errno, "%s", journal->path);
     return rc;
@@ -561,7 +568,8 @@ static int publish(struct perta_publish *folder, const json_t *inode, struct per
                    ? perta_publish_commit(folder, err)
                    : perta_fail(err, PERTA_EINPUT, "%s: is gone, or is another folder",
                                 folder->partial);
-    int rc = folder->made ? perta_publish_sweep(folder->path, folder->path, err) : 0; /* what it replaced */
+    int rc = folder->made ? perta_publish_sweep(folder->path, folder->path, err)
+                          : 0; /* what it replaced */
     folder->made = false;
     return rc;
 }

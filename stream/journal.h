@@ -61,8 +61,8 @@ const json_t *perta_journal_last(const struct perta_journal *journal);
 /* Is it time? bytes: written so far, by the caller's count. */
 bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes);
 /* Append record (borrowed) and sync it: the outputs, synced before, are as it says. */
-int perta_journal_commit(struct perta_journal *journal, const json_t *record,
-                         uint64_t bytes, struct perta_err *err);
+int perta_journal_commit(struct perta_journal *journal, const json_t *record, uint64_t bytes,
+                         struct perta_err *err);
 /* Folders (n) are complete but for their names: sync them and say so in the journal; from then on
  * nothing else is needed. summary (borrowed; NULL: a part of it was lost without memory, which fails
  * here, before anything has its name) is told when the run began and kept there, for the run that
@@ -72,18 +72,16 @@ int perta_journal_complete(struct perta_journal *journal, struct perta_publish *
 /* The same, unless it has been done; then give them their names, in order, and remove the
  * journal. With a journal whose last record is that of an earlier publish: finish what that
  * began. */
-int perta_journal_publish(struct perta_journal *journal,
-                          struct perta_publish *const *folders, size_t n, json_t *summary,
-                          struct perta_err *err);
+int perta_journal_publish(struct perta_journal *journal, struct perta_publish *const *folders,
+                          size_t n, json_t *summary, struct perta_err *err);
 /* Had an earlier run got as far as that? */
 bool perta_journal_is_publishing(const struct perta_journal *journal);
 /* The summary that it kept; the caller's. */
 json_t *perta_journal_summary(const struct perta_journal *journal);
 /* After an error of code rc: with something committed, and unless the input is bad, the folders
  * (n) are kept for --resume; else the journal is removed. */
-void perta_journal_abandon(struct perta_journal *journal,
-                           struct perta_publish *const *folders, size_t n, int rc,
-                           struct perta_err *err);
+void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,
+                           size_t n, int rc, struct perta_err *err);
 /* Close; the file stays. Zeroed is fine. */
 void perta_journal_close(struct perta_journal *journal);
 

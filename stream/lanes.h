@@ -45,8 +45,7 @@ static inline void perta_lanes_took(struct perta_lanes *lanes, uint64_t len_byte
 /* It is at its end. */
 static inline void perta_lanes_end(struct perta_lanes *lanes)
 {
-    lanes->item[lanes->turn] =
-        lanes->n_begun < lanes->n_items ? lanes->n_begun++ : lanes->n_items;
+    lanes->item[lanes->turn] = lanes->n_begun < lanes->n_items ? lanes->n_begun++ : lanes->n_items;
 }
 
 #endif

@@ -50,8 +50,8 @@ uint64_t perta_slot_heap_bytes(const struct perta_slot_shape *shape)
            shape->reads_max * sizeof(struct perta_slot_read) + shape->n_in * sizeof(uint32_t);
 }
 
-int perta_slot_init(struct perta_slot *slot, const struct perta_slot_shape *shape,
-                    uint8_t *memory, struct perta_err *err)
+int perta_slot_init(struct perta_slot *slot, const struct perta_slot_shape *shape, uint8_t *memory,
+                    struct perta_err *err)
 {
     size_t ranges = (size_t)shape->pieces_max * shape->n_in;
     *slot = (struct perta_slot){.in = memory, .out = memory + shape->in_max};
@@ -110,8 +110,8 @@ static bool fits(const struct perta_slot *slot, const struct perta_slot_shape *s
             continue;
         const struct perta_slot_read *read = touched(slot, i, range);
         uint64_t before = read ? read->request.len_bytes : 0;
-        *in_bytes += perta_read_room(before + range->len_bytes) -
-                     (read ? perta_read_room(before) : 0);
+        *in_bytes +=
+            perta_read_room(before + range->len_bytes) - (read ? perta_read_room(before) : 0);
         n_reads += !read;
     }
     return slot->n_pieces < shape->pieces_max && n_reads <= shape->reads_max &&

@@ -16,14 +16,14 @@ enum perta_slot_state {
 /* One read serves the ranges of neighbouring pieces that touch in the file. */
 struct perta_slot_read {
     struct perta_request request;
-    uint32_t input;               /* which of n_in */
+    uint32_t input; /* which of n_in */
     uint32_t first_piece, n_pieces;
 };
 
 struct perta_slot {
     enum perta_slot_state state;
-    struct perta_piece *pieces; /* (pieces_max) */
-    struct perta_range *ranges; /* (pieces_max, n_in) */
+    struct perta_piece *pieces;    /* (pieces_max) */
+    struct perta_range *ranges;    /* (pieces_max, n_in) */
     struct perta_slot_read *reads; /* (reads_max) */
     uint32_t *last;                /* (n_in): the input's last read, counted from 1; 0: none */
     uint32_t n_pieces, n_reads, n_pending;
@@ -31,7 +31,7 @@ struct perta_slot {
     uint8_t *in, *out;
     uint64_t in_bytes, out_bytes; /* used of them */
     struct perta_err err;         /* of work on it, or of reading it */
-    uint64_t digested; /* the hasher's ticket for what a committed slot holds */
+    uint64_t digested;            /* the hasher's ticket for what a committed slot holds */
     void *stream;
 };
 
@@ -47,8 +47,8 @@ struct perta_slot_shape perta_slot_shape_for(const struct perta_job *job);
 uint64_t perta_slot_pool_bytes(const struct perta_slot_shape *shape);
 uint64_t perta_slot_heap_bytes(const struct perta_slot_shape *shape);
 
-int perta_slot_init(struct perta_slot *slot, const struct perta_slot_shape *shape,
-                    uint8_t *memory, struct perta_err *err);
+int perta_slot_init(struct perta_slot *slot, const struct perta_slot_shape *shape, uint8_t *memory,
+                    struct perta_err *err);
 void perta_slot_release(struct perta_slot *slot);
 
 void perta_slot_clear(struct perta_slot *slot);

@@ -36,9 +36,9 @@ struct perta_stream {
     /* the owner's */
     /* Batches so far; a batch's slot is its number mod n_slots. */
     uint64_t n_filled, n_committed, n_freed;
-    bool ended;                     /* next() had no more, or failed */
-    struct perta_err next_err;      /* its failure: reported after all pieces before it */
-    struct perta_piece pending;     /* taken from next(), not in a slot yet */
+    bool ended;                 /* next() had no more, or failed */
+    struct perta_err next_err;  /* its failure: reported after all pieces before it */
+    struct perta_piece pending; /* taken from next(), not in a slot yet */
     bool has_pending;
     uint64_t read_bytes;
 
@@ -233,8 +233,7 @@ uint64_t perta_stream_read_bytes(const struct perta_stream *s)
     return s->read_bytes;
 }
 
-static void set_state(struct perta_stream *s, struct perta_slot *slot,
-                      enum perta_slot_state state)
+static void set_state(struct perta_stream *s, struct perta_slot *slot, enum perta_slot_state state)
 {
     pthread_mutex_lock(&s->lock);
     slot->state = state;

@@ -23,7 +23,7 @@ struct perta_run {
     uint64_t memory_bytes; /* budget of the whole process; not 0 */
     uint64_t before_bytes; /* resident before the first of several jobs for that budget, which leave
                               code and caches that the next would count again; 0: ask now */
-    unsigned n_threads;    /* workers, up to PERTA_THREADS_MAX; 0: one for each CPU that there is for
+    unsigned n_threads; /* workers, up to PERTA_THREADS_MAX; 0: one for each CPU that there is for
                               this process */
     enum perta_io_mode io;
     void (*progress)(void *user, uint64_t done_bytes, uint64_t total_bytes); /* may be NULL */

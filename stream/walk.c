@@ -45,8 +45,7 @@ int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at)
     }
 }
 
-int perta_walk_piece(struct perta_walk *walk, struct perta_chunk_at *at,
-                     struct perta_piece *piece)
+int perta_walk_piece(struct perta_walk *walk, struct perta_chunk_at *at, struct perta_piece *piece)
 {
     if (!perta_walk_next(walk, at))
         return 0;

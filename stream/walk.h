@@ -11,7 +11,7 @@
 struct perta_walk {
     const struct perta_checkpoint *ck;
     uint64_t chunk_units; /* of a chunk at most; 0: PERTA_CHUNK_ELEMS */
-    uint32_t shard; /* where the next chunk is */
+    uint32_t shard;       /* where the next chunk is */
     uint64_t tensor, unit;
     uint64_t index; /* of that tensor in the whole checkpoint */
 };
@@ -19,7 +19,7 @@ struct perta_walk {
 /* So many units of a tensor, or its last ones. */
 struct perta_chunk_at {
     uint32_t shard, tensor;
-    uint64_t index;                 /* of the tensor in the whole checkpoint */
+    uint64_t index; /* of the tensor in the whole checkpoint */
     const struct perta_tensor *info;
     uint64_t first_unit, n_units;
     uint64_t off_bytes, len_bytes; /* within the tensor */
@@ -28,8 +28,7 @@ struct perta_chunk_at {
 /* 1: *at is the next chunk; 0: there is none. Empty tensors have none. */
 int perta_walk_next(struct perta_walk *walk, struct perta_chunk_at *at);
 /* The same for a job's next(): *piece is of that chunk, tagged with the tensor's index. */
-int perta_walk_piece(struct perta_walk *walk, struct perta_chunk_at *at,
-                     struct perta_piece *piece);
+int perta_walk_piece(struct perta_walk *walk, struct perta_chunk_at *at, struct perta_piece *piece);
 
 /* Does a chunk of the tensor of that number end at that unit? */
 bool perta_walk_is_place(const struct perta_header *header, uint64_t tensor, uint64_t unit,

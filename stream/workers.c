@@ -14,9 +14,9 @@ struct thread {
 };
 
 struct perta_workers {
-    pthread_mutex_t lock; /* of everything below */
-    pthread_cond_t more;  /* there are pieces, or it is over */
-    pthread_cond_t done;  /* no piece is under way any more */
+    pthread_mutex_t lock;   /* of everything below */
+    pthread_cond_t more;    /* there are pieces, or it is over */
+    pthread_cond_t done;    /* no piece is under way any more */
     struct thread *threads; /* (n); the first is the caller's */
     unsigned n, n_started;
     bool stop;

@@ -33,11 +33,10 @@ static inline void close_engine(struct perta_engine *engine)
     free(pool);
 }
 
-#define for_each_engine(engine, depth)                                                          \
-    for (unsigned m_ = 0; m_ < N_MODES; m_++)                                                   \
-        for (struct perta_engine *engine = runs_here(modes[m_])                                 \
-                                               ? open_engine(modes[m_], (depth))                \
-                                               : NULL;                                          \
+#define for_each_engine(engine, depth)                                                            \
+    for (unsigned m_ = 0; m_ < N_MODES; m_++)                                                     \
+        for (struct perta_engine *engine = runs_here(modes[m_]) ? open_engine(modes[m_], (depth)) \
+                                                                : NULL;                           \
              engine; close_engine(engine), engine = NULL)
 
 #endif

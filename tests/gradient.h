@@ -64,8 +64,8 @@ static inline double slope(double *x, function *f, void *ctx)
 }
 
 /* Gradient d (n) of f by x (n); every of them is looked at. */
-static inline void is_gradient(const char *what, const float *d, double *x, size_t n,
-                               size_t every, function *f, void *ctx)
+static inline void is_gradient(const char *what, const float *d, double *x, size_t n, size_t every,
+                               function *f, void *ctx)
 {
     size_t m = (n + every - 1) / every;
     double *want = alloc(m * sizeof *want);

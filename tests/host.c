@@ -41,7 +41,8 @@ static void write_model(const char *folder, uint32_t seed)
     check(!perta_make_parents(path, &(struct perta_err){0}), folder);
     FILE *file = fopen(path, "w");
     check(file && fwrite(&len, 8, 1, file) && fwrite(header, len, 1, file) &&
-          fwrite(data, sizeof data, 1, file) && !fclose(file), path);
+              fwrite(data, sizeof data, 1, file) && !fclose(file),
+          path);
 }
 
 /* ---- its handler ---- */
@@ -101,18 +102,25 @@ static void edit(float out[N])
 
 static void run_jobs(const char *patch, const char *unlearned, bool strange)
 {
-    struct perta_run run = {.memory_bytes = PERTA_MEMORY_DEFAULT, .n_threads = 2,
-                            .io = PERTA_IO_MMAP, .progress = on_progress,
+    struct perta_run run = {.memory_bytes = PERTA_MEMORY_DEFAULT,
+                            .n_threads = 2,
+                            .io = PERTA_IO_MMAP,
+                            .progress = on_progress,
                             .progress_user = &strange};
     struct perta_diff diff = {.before = "a", .after = "b", .patch = patch};
-    struct perta_unlearn unlearn = {.model = "a", .tuned = "b", .base = "c", .n_alphas = 1,
-                                    .alphas = {{0.3f, "0.3"}}, .rule = {.method = PERTA_TV},
+    struct perta_unlearn unlearn = {.model = "a",
+                                    .tuned = "b",
+                                    .base = "c",
+                                    .n_alphas = 1,
+                                    .alphas = {{0.3f, "0.3"}},
+                                    .rule = {.method = PERTA_TV},
                                     .patch = unlearned};
     struct perta_err err;
     json_t *summary;
     memset(&err, 0xa5, sizeof err); /* whatever was on the stack */
     check(perta_diff(&(struct perta_diff){0}, &run, &summary, &err) == PERTA_EUSAGE && !summary &&
-              strstr(err.msg, "--patch DIR"), "a verb that is asked for nothing");
+              strstr(err.msg, "--patch DIR"),
+          "a verb that is asked for nothing");
     check(!perta_diff(&diff, &run, &summary, &err), err.msg);
     json_decref(summary);
     check(!perta_unlearn(&unlearn, &run, &summary, &err), err.msg);

@@ -62,8 +62,8 @@ static int team(void)
 static void compute(const char *out)
 {
     const struct perta_run run = {.memory_bytes = PERTA_MEMORY_DEFAULT, .n_threads = 2};
-    const struct perta_estimate estimate = {.model = "model", .data = "data.jsonl", .out = out,
-                                            .mean = true, .meansq = true};
+    const struct perta_estimate estimate = {
+        .model = "model", .data = "data.jsonl", .out = out, .mean = true, .meansq = true};
     const struct perta_eval eval = {.model = "model", .data = "data.jsonl"};
     json_t *summary;
     check(!perta_estimate(&estimate, &run, &summary, &err), "estimate");

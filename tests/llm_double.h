@@ -40,16 +40,17 @@ static inline void swiglu_double(double *h, const double *gate, const double *up
         h[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
 }
 
-static inline bool sees_double(const struct perta_place *places, size_t t, size_t j, uint32_t window)
+static inline bool sees_double(const struct perta_place *places, size_t t, size_t j,
+                               uint32_t window)
 {
     return j >= places[t].first && j < places[t].end &&
            (uint64_t)places[j].at + window > places[t].at;
 }
 
 /* One sequence. */
-static inline void attention_double(double *out, const double *q, const double *k,
-                                    const double *v, const struct perta_place *places, size_t T,
-                                    size_t n_heads, size_t n_kv, size_t D, uint32_t window)
+static inline void attention_double(double *out, const double *q, const double *k, const double *v,
+                                    const struct perta_place *places, size_t T, size_t n_heads,
+                                    size_t n_kv, size_t D, uint32_t window)
 {
     double *p = alloc(T * sizeof *p);
     for (size_t h = 0; h < n_heads; h++)
@@ -104,8 +105,8 @@ static inline double *part_double(const struct model_double *m, uint32_t layer, 
 }
 
 static inline void project_double(const struct model_double *m, uint32_t layer,
-                                  enum perta_linear_name name, double *y, const double *x,
-                                  size_t n, size_t out, size_t in)
+                                  enum perta_linear_name name, double *y, const double *x, size_t n,
+                                  size_t out, size_t in)
 {
     const char *part = perta_linear_names[name];
     linear_double(y, x, part_double(m, layer, part, "weight"), part_double(m, layer, part, "bias"),
@@ -128,8 +129,8 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
     project_double(m, layer, PERTA_K, k, norm, T, K, H);
     project_double(m, layer, PERTA_V, v, norm, T, K, H);
     if (llm->qk_norm) {
-        rmsnorm_double(q, q, part_double(m, layer, "self_attn.q_norm", "weight"),
-                       T * llm->n_heads, D, eps);
+        rmsnorm_double(q, q, part_double(m, layer, "self_attn.q_norm", "weight"), T * llm->n_heads,
+                       D, eps);
         rmsnorm_double(k, k, part_double(m, layer, "self_attn.k_norm", "weight"),
                        T * llm->n_kv_heads, D, eps);
     }
@@ -138,8 +139,7 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
     attention_double(att, q, k, v, places, T, llm->n_heads, llm->n_kv_heads, D,
                      perta_llm_window(llm, layer));
     project_double(m, layer, PERTA_O, x, att, T, H, Q);
-    rmsnorm_double(norm, x, part_double(m, layer, "post_attention_layernorm", "weight"), T, H,
-                   eps);
+    rmsnorm_double(norm, x, part_double(m, layer, "post_attention_layernorm", "weight"), T, H, eps);
     project_double(m, layer, PERTA_GATE, gate, norm, T, I, H);
     project_double(m, layer, PERTA_UP, up, norm, T, I, H);
     swiglu_double(h, gate, up, T * I);

@@ -41,7 +41,8 @@ static inline void put_text(const char *name, const char *text)
 
 /* len_bytes of noise, in the file and returned (free). */
 /* A safetensors file of one byte. */
-#define TINY_SHARD "\x35\0\0\0\0\0\0\0{\"w\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}x"
+#define TINY_SHARD \
+    "\x35\0\0\0\0\0\0\0{\"w\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}x"
 #define TINY_SHARD_BYTES (sizeof TINY_SHARD - 1)
 
 /* A checkpoint of that in a new folder. */

@@ -50,14 +50,14 @@ static inline bool fails(enum short_of what, const char *call, void *caller)
 }
 
 /* WRAP(what, type, name, (parameters), (arguments), of a failure) */
-#define WRAP(what, type, name, parameters, arguments, failure)   \
-    type __real_##name parameters;                               \
-    type __wrap_##name parameters;                               \
-    type __wrap_##name parameters                                \
-    {                                                            \
-        if (fails(what, #name, __builtin_return_address(0)))     \
-            return failure;                                      \
-        return __real_##name arguments;                          \
+#define WRAP(what, type, name, parameters, arguments, failure) \
+    type __real_##name parameters;                             \
+    type __wrap_##name parameters;                             \
+    type __wrap_##name parameters                              \
+    {                                                          \
+        if (fails(what, #name, __builtin_return_address(0)))   \
+            return failure;                                    \
+        return __real_##name arguments;                        \
     }
 
 WRAP(MEMORY, void *, malloc, (size_t n), (n), NULL)
@@ -70,14 +70,15 @@ WRAP(MEMORY, char *, strndup, (const char *s, size_t n), (s, n), NULL)
 WRAP(MEMORY, int, vasprintf, (char **p, const char *fmt, va_list ap), (p, fmt, ap), -1)
 WRAP(MEMORY, ssize_t, __getdelim, (char **p, size_t *n, int end, FILE *f), (p, n, end, f), -1)
 WRAP(MEMORY, ssize_t, getline, (char **p, size_t *n, FILE *f), (p, n, f), -1)
-WRAP(MEMORY, FILE *, fopencookie, (void *c, const char *m, cookie_io_functions_t f), (c, m, f), NULL)
+WRAP(MEMORY, FILE *, fopencookie, (void *c, const char *m, cookie_io_functions_t f), (c, m, f),
+     NULL)
 WRAP(MEMORY, FILE *, fdopen, (int fd, const char *mode), (fd, mode), NULL)
 WRAP(MEMORY, char *, realpath, (const char *path, char *to), (path, to), NULL)
 WRAP(MEMORY, locale_t, newlocale, (int m, const char *name, locale_t b), (m, name, b), (locale_t)0)
 WRAP(MEMORY, void *, mmap64, (void *p, size_t n, int prot, int flags, int fd, off_t at),
      (p, n, prot, flags, fd, at), MAP_FAILED)
 WRAP(MEMORY, int, pthread_create,
-     (pthread_t *t, const pthread_attr_t *a, void *(*run)(void *), void *arg), (t, a, run, arg),
+     (pthread_t * t, const pthread_attr_t *a, void *(*run)(void *), void *arg), (t, a, run, arg),
      EAGAIN)
 WRAP(MEMORY, ZSTD_CCtx *, ZSTD_createCCtx, (void), (), NULL)
 WRAP(MEMORY, ZSTD_DCtx *, ZSTD_createDCtx, (void), (), NULL)
@@ -86,8 +87,8 @@ WRAP(FILES, DIR *, opendir, (const char *path), (path), NULL)
 WRAP(FILES, int, dup, (int fd), (fd), -1)
 WRAP(FILES, int, mkostemp64, (char *path, int flags), (path, flags), -1)
 WRAP(FILES, int, eventfd, (unsigned n, int flags), (n, flags), -1)
-WRAP(FILES, int, nftw64,
-     (const char *path, __nftw_func_t each, int n, int flags), (path, each, n, flags), -1)
+WRAP(FILES, int, nftw64, (const char *path, __nftw_func_t each, int n, int flags),
+     (path, each, n, flags), -1)
 
 int __wrap_asprintf(char **p, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 int __wrap_asprintf(char **p, const char *fmt, ...)

@@ -2,11 +2,11 @@
  * command does, whatever err and summary held before; nothing is read, nothing written. */
 #include <math.h>
 
+#include "estimators/edit/unlearn.h"
 #include "estimators/passes/accumulate.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/eval.h"
 #include "estimators/steps/steps.h"
-#include "estimators/edit/unlearn.h"
 #include "stream/patch/apply.h"
 #include "stream/patch/compose.h"
 #include "stream/patch/diff.h"
@@ -33,37 +33,37 @@ static void check(int rc, int code, const char *says, const char *what)
 }
 
 /* Of a good one, with one thing changed. */
-#define BAD(verb, change, says)                                   \
-    do {                                                          \
-        struct perta_##verb job = good_##verb();                  \
-        change;                                                   \
-        make_a_mess();                                            \
+#define BAD(verb, change, says)                                                                  \
+    do {                                                                                         \
+        struct perta_##verb job = good_##verb();                                                 \
+        change;                                                                                  \
+        make_a_mess();                                                                           \
         check(perta_##verb(&job, &run, &summary, &err), PERTA_EUSAGE, says, #verb ": " #change); \
     } while (0)
 
 /* What all verbs have in common; that a good one gets as far as its files. */
-#define COMMON(verb)                                                                              \
-    do {                                                                                          \
-        struct perta_##verb good = good_##verb();                                                  \
-        const struct perta_run as_it_was = run;                                                   \
-        make_a_mess();                                                                            \
-        check(perta_##verb(&good, &run, &summary, &err), PERTA_EINPUT, "no such file", #verb);     \
-        make_a_mess();                                                                            \
-        check(perta_##verb(NULL, &run, &summary, &err), PERTA_EUSAGE, "job is NULL", #verb);      \
-        make_a_mess();                                                                            \
-        check(perta_##verb(&good, NULL, &summary, &err), PERTA_EUSAGE, "run is NULL", #verb);      \
-        make_a_mess();                                                                            \
-        summary = NULL;                                                                           \
-        check(perta_##verb(&good, &run, NULL, &err), PERTA_EUSAGE, "summary is NULL", #verb);      \
-        ck_assert_int_eq(perta_##verb(&good, &run, &summary, NULL), PERTA_EUSAGE);                 \
-        ck_assert_int_eq(perta_##verb(NULL, NULL, NULL, NULL), PERTA_EUSAGE);                     \
-        BAD(verb, run.memory_bytes = 0, "--memory");                                              \
-        run = as_it_was;                                                                          \
-        BAD(verb, run.n_threads = 257, "--threads: 1 to 256");                                    \
-        run = as_it_was;                                                                          \
-        BAD(verb, run.io = (enum perta_io_mode)4, "--io: 4");                                     \
-        BAD(verb, run.io = (enum perta_io_mode)-1, "--io: -1");                                   \
-        run = as_it_was;                                                                          \
+#define COMMON(verb)                                                                           \
+    do {                                                                                       \
+        struct perta_##verb good = good_##verb();                                              \
+        const struct perta_run as_it_was = run;                                                \
+        make_a_mess();                                                                         \
+        check(perta_##verb(&good, &run, &summary, &err), PERTA_EINPUT, "no such file", #verb); \
+        make_a_mess();                                                                         \
+        check(perta_##verb(NULL, &run, &summary, &err), PERTA_EUSAGE, "job is NULL", #verb);   \
+        make_a_mess();                                                                         \
+        check(perta_##verb(&good, NULL, &summary, &err), PERTA_EUSAGE, "run is NULL", #verb);  \
+        make_a_mess();                                                                         \
+        summary = NULL;                                                                        \
+        check(perta_##verb(&good, &run, NULL, &err), PERTA_EUSAGE, "summary is NULL", #verb);  \
+        ck_assert_int_eq(perta_##verb(&good, &run, &summary, NULL), PERTA_EUSAGE);             \
+        ck_assert_int_eq(perta_##verb(NULL, NULL, NULL, NULL), PERTA_EUSAGE);                  \
+        BAD(verb, run.memory_bytes = 0, "--memory");                                           \
+        run = as_it_was;                                                                       \
+        BAD(verb, run.n_threads = 257, "--threads: 1 to 256");                                 \
+        run = as_it_was;                                                                       \
+        BAD(verb, run.io = (enum perta_io_mode)4, "--io: 4");                                  \
+        BAD(verb, run.io = (enum perta_io_mode) - 1, "--io: -1");                              \
+        run = as_it_was;                                                                       \
     } while (0)
 
 static void enter_nothing(void)
@@ -143,22 +143,27 @@ END_TEST
 START_TEST(manifest_and_verify)
 {
     make_a_mess();
-    check(perta_manifest(NULL, true, NULL, &run, &summary, &err), PERTA_EUSAGE, "PATH is needed", "");
+    check(perta_manifest(NULL, true, NULL, &run, &summary, &err), PERTA_EUSAGE, "PATH is needed",
+          "");
     check(perta_manifest("a", true, NULL, NULL, &summary, &err), PERTA_EUSAGE, "run is NULL", "");
     check(perta_manifest("a", true, NULL, &run, NULL, &err), PERTA_EUSAGE, "summary is NULL", "");
     ck_assert_int_eq(perta_manifest("a", true, NULL, &run, &summary, NULL), PERTA_EUSAGE);
     make_a_mess();
     check(perta_manifest("a", true, NULL, &run, &summary, &err), PERTA_EINPUT, "no such file", "");
     make_a_mess();
-    check(perta_manifest_verify("a", NULL, &run, &summary, &err), PERTA_EUSAGE, "--manifest FILE", "");
-    check(perta_manifest_verify(NULL, "a", &run, &summary, &err), PERTA_EUSAGE, "PATH is needed", "");
+    check(perta_manifest_verify("a", NULL, &run, &summary, &err), PERTA_EUSAGE, "--manifest FILE",
+          "");
+    check(perta_manifest_verify(NULL, "a", &run, &summary, &err), PERTA_EUSAGE, "PATH is needed",
+          "");
     ck_assert_int_eq(perta_manifest_verify("a", "b", &run, &summary, NULL), PERTA_EUSAGE);
     make_a_mess();
     check(perta_patch_verify(NULL, &run, &summary, &err), PERTA_EUSAGE, "PATH is needed", "");
     ck_assert_int_eq(perta_patch_verify("a", &run, &summary, NULL), PERTA_EUSAGE);
     make_a_mess();
-    check(perta_model_verify(NULL, "p", true, &run, &summary, &err), PERTA_EUSAGE, "PATH (model)", "");
-    check(perta_model_verify("a", NULL, true, &run, &summary, &err), PERTA_EUSAGE, "--patch DIR", "");
+    check(perta_model_verify(NULL, "p", true, &run, &summary, &err), PERTA_EUSAGE, "PATH (model)",
+          "");
+    check(perta_model_verify("a", NULL, true, &run, &summary, &err), PERTA_EUSAGE, "--patch DIR",
+          "");
     ck_assert_int_eq(perta_model_verify("a", "p", true, &run, &summary, NULL), PERTA_EUSAGE);
 }
 END_TEST
@@ -167,8 +172,13 @@ END_TEST
 
 static struct perta_unlearn good_unlearn(void)
 {
-    return (struct perta_unlearn){.model = "a", .tuned = "b", .base = "c", .forget = "f",
-                                  .retain = "r", .patch = "p", .n_alphas = 2,
+    return (struct perta_unlearn){.model = "a",
+                                  .tuned = "b",
+                                  .base = "c",
+                                  .forget = "f",
+                                  .retain = "r",
+                                  .patch = "p",
+                                  .n_alphas = 2,
                                   .alphas = {{0.3f, "0.3"}, {-2, "-2e0"}}};
 }
 
@@ -196,7 +206,7 @@ START_TEST(unlearn)
     BAD(unlearn, job.forget = NULL, "--method grad needs --forget and --retain");
     BAD(unlearn, job.retain = NULL, "--method grad needs --forget and --retain");
     BAD(unlearn, job.rule.method = (enum perta_method)7, "--method: 7");
-    BAD(unlearn, job.rule.method = (enum perta_method)-1, "--method: -1");
+    BAD(unlearn, job.rule.method = (enum perta_method) - 1, "--method: -1");
     BAD(unlearn, job.rule.method = PERTA_SCALE, "scale");
     BAD(unlearn, job.scale = "s", "scale");
     BAD(unlearn, job.rule.power = 2, "--power P");
@@ -204,14 +214,17 @@ START_TEST(unlearn)
     BAD(unlearn, job.rule.method = PERTA_POWER, "--power P");
     BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = (double)NAN), "--power: above 0");
     BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = -1), "--power: above 0");
-    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = 65), "--power: above 0, up to 64");
+    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = 65),
+        "--power: above 0, up to 64");
     BAD(unlearn, job.rule.weight = 0.5, "--weight W");
     BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = 2), "--weight: 0 to 1");
-    BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = (double)NAN), "--weight: 0 to 1");
+    BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = (double)NAN),
+        "--weight: 0 to 1");
     BAD(unlearn, job.rule.seed = 1, "--seed goes with --method random");
     BAD(unlearn, job.missing = (enum perta_missing)3, "--missing: 3");
     BAD(unlearn, job.globs.n_include = 1, "--include: 1 are said");
-    BAD(unlearn, (job.globs.n_exclude = 2, job.globs.exclude = with_none), "--exclude: number 2 of 2");
+    BAD(unlearn, (job.globs.n_exclude = 2, job.globs.exclude = with_none),
+        "--exclude: number 2 of 2");
 }
 END_TEST
 
@@ -251,7 +264,7 @@ START_TEST(eval)
     BAD(eval, job.data = NULL, "--data FILE is needed");
     BAD(eval, job.patch = "", "--patch: a name is needed");
     BAD(eval, job.scratch = "", "--scratch: a name is needed");
-    BAD(eval, job.compute = (enum perta_compute)-1, "--compute: -1");
+    BAD(eval, job.compute = (enum perta_compute) - 1, "--compute: -1");
     BAD(eval, job.at = &nowhere, "base (of at) is needed");
     BAD(eval, (job.at = &nowhere, job.patch = "p"), "--patch or at, not both");
 }
@@ -259,10 +272,17 @@ END_TEST
 
 static struct perta_steps good_steps(void)
 {
-    return (struct perta_steps){.model = "a", .tuned = "b", .base = "c", .data_forget = "f",
-                                .data_retain = "r", .n_steps = 2, .rule = {0.4, 0, 3},
-                                .stop_forget = (double)INFINITY, .stop_probability = 0.5,
-                                .max_retain_rise = (double)INFINITY, .patch = "p"};
+    return (struct perta_steps){.model = "a",
+                                .tuned = "b",
+                                .base = "c",
+                                .data_forget = "f",
+                                .data_retain = "r",
+                                .n_steps = 2,
+                                .rule = {0.4, 0, 3},
+                                .stop_forget = (double)INFINITY,
+                                .stop_probability = 0.5,
+                                .max_retain_rise = (double)INFINITY,
+                                .patch = "p"};
 }
 
 START_TEST(steps)

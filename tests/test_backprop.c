@@ -10,8 +10,8 @@
 
 static struct perta_err err;
 
-#define SIZES                                                                                    \
-    "\"hidden_size\":12,\"intermediate_size\":10,\"num_attention_heads\":8,"                     \
+#define SIZES                                                                \
+    "\"hidden_size\":12,\"intermediate_size\":10,\"num_attention_heads\":8," \
     "\"num_key_value_heads\":2,\"head_dim\":4,\"rms_norm_eps\":1e-3,"
 #define NAME(of) "{\"architectures\":[\"" of "ForCausalLM\"],"
 
@@ -113,8 +113,8 @@ END_TEST
 struct block {
     struct lab *lab;
     const struct perta_place *places; /* (n) */
-    struct pair x, dout; /* (n, H) */
-    size_t first, T;     /* the sequence that is looked at */
+    struct pair x, dout;              /* (n, H) */
+    size_t first, T;                  /* the sequence that is looked at */
     float *vectors[2][(int)PERTA_N_NORMS + (int)PERTA_N_LINEARS];
 };
 
@@ -138,8 +138,7 @@ static void keep(struct block *c, size_t sequence, int i, const float *d, size_t
     memcpy(*to, d, n * sizeof(float));
 }
 
-static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d,
-                    size_t n)
+static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d, size_t n)
 {
     keep(ctx, sequence, (int)name, d, n);
 }
@@ -173,13 +172,15 @@ START_TEST(a_block_of_ragged_sequences)
     const struct perta_llm *llm = &lab.model.llm;
     const size_t starts[] = {0, 7, 12};
     /* all before it; and two blocks, of which the second's first token is hidden, and last */
-    const struct perta_place places[] = {
-        {0, 0, 0, 1}, {1, 1, 0, 2}, {2, 2, 0, 3}, {3, 3, 0, 4}, {4, 4, 0, 5}, {5, 5, 0, 6}, {6, 6, 0, 7},
-        {0, 0, 0, 1}, {1, 1, 0, 2}, {7, 3, 2, 3}, {8, 4, 2, 4}, {6, 2, 0, 2}};
+    const struct perta_place places[] = {{0, 0, 0, 1}, {1, 1, 0, 2}, {2, 2, 0, 3}, {3, 3, 0, 4},
+                                         {4, 4, 0, 5}, {5, 5, 0, 6}, {6, 6, 0, 7}, {0, 0, 0, 1},
+                                         {1, 1, 0, 2}, {7, 3, 2, 3}, {8, 4, 2, 4}, {6, 2, 0, 2}};
     const size_t tiles[] = {0, 12};
     const struct perta_batch batch = {12, {2, starts, 0}, {1, tiles, 0}, places};
     struct perta_workers *workers;
-    struct block c = {.lab = &lab, .places = places, .x = pair(12 * llm->hidden, 16),
+    struct block c = {.lab = &lab,
+                      .places = places,
+                      .x = pair(12 * llm->hidden, 16),
                       .dout = pair(12 * llm->hidden, 17)};
     const struct perta_vector_sink sink = {&c, on_norm, on_bias};
     struct perta_block block = {.inv_freq = lab.inv_freq};
@@ -270,8 +271,11 @@ START_TEST(embedding_and_head_out_of_core)
     perta_samples_release(&lab.samples);
     const struct perta_samples_wanted wanted = {.vocab = 2500};
     ck_assert_ok(perta_samples_read("data.jsonl", &wanted, &lab.samples, &err));
-    const struct perta_estimate estimate = {.model = "model", .data = "data.jsonl", .out = "imp",
-                                            .mean = true, .meansq = true,
+    const struct perta_estimate estimate = {.model = "model",
+                                            .data = "data.jsonl",
+                                            .out = "imp",
+                                            .mean = true,
+                                            .meansq = true,
                                             .compute = PERTA_COMPUTE_F32};
     const struct perta_run run = {.memory_bytes = 2ull << 30, .n_threads = 2};
     json_t *summary;
@@ -310,11 +314,16 @@ START_TEST(every_block_of_the_vocabulary_may_be_the_last)
     struct lab lab;
     open_lab(&lab, wide[_i]);
     put_text("data.jsonl", wide_data);
-    const struct perta_estimate estimate = {.model = "model", .data = "data.jsonl", .out = "imp",
-                                            .mean = true, .compute = PERTA_COMPUTE_F32};
+    const struct perta_estimate estimate = {.model = "model",
+                                            .data = "data.jsonl",
+                                            .out = "imp",
+                                            .mean = true,
+                                            .compute = PERTA_COMPUTE_F32};
     struct watch watch = {0};
-    const struct perta_run run = {.memory_bytes = 2ull << 30, .n_threads = 2,
-                                  .progress = watch_progress, .progress_user = &watch,
+    const struct perta_run run = {.memory_bytes = 2ull << 30,
+                                  .n_threads = 2,
+                                  .progress = watch_progress,
+                                  .progress_user = &watch,
                                   .cancel = &watch.cancelled};
     json_t *summary;
     ck_assert_ok(perta_estimate(&estimate, &run, &summary, &err));
@@ -323,8 +332,11 @@ START_TEST(every_block_of_the_vocabulary_may_be_the_last)
     int n_calls = watch.n_calls;
     ck_assert_int_ge(n_calls, 9);
     for (int stop_at = 1; stop_at <= n_calls; stop_at++) {
-        const struct perta_estimate again = {.model = "model", .data = "data.jsonl", .out = "again",
-                                             .mean = true, .compute = PERTA_COMPUTE_F32};
+        const struct perta_estimate again = {.model = "model",
+                                             .data = "data.jsonl",
+                                             .out = "again",
+                                             .mean = true,
+                                             .compute = PERTA_COMPUTE_F32};
         watch = (struct watch){.stop_at = stop_at};
         ck_assert_int_eq(perta_estimate(&again, &run, &summary, &err), PERTA_EINTR);
         ck_assert_int_eq(watch.n_calls, stop_at);

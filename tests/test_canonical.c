@@ -20,12 +20,26 @@ START_TEST(reals_are_spelled_with_the_fewest_digits_that_read_back)
         double value;
         const char *wanted;
     } cases[] = {
-        {0, "0.0"}, {-0.0, "-0.0"}, {1, "1.0"}, {-1.5, "-1.5"}, {0.1, "0.1"}, {100, "100.0"},
-        {0.30000000000000004, "0.30000000000000004"}, {(double)0.3f, "0.30000001192092896"},
-        {1e-4, "0.0001"}, {1.25e-5, "1.25e-05"}, {1e-5, "1e-05"}, {123456789.125, "123456789.125"},
-        {1e15, "1000000000000000.0"}, {9007199254740993.0, "9007199254740992.0"}, {1e16, "1e+16"},
-        {1.7e100, "1.7e+100"}, {DBL_MAX, "1.7976931348623157e+308"}, {5e-324, "5e-324"},
-        {0x1p-24, "5.960464477539063e-08"}, {-0x1p-44, "-5.684341886080802e-14"},
+        {0, "0.0"},
+        {-0.0, "-0.0"},
+        {1, "1.0"},
+        {-1.5, "-1.5"},
+        {0.1, "0.1"},
+        {100, "100.0"},
+        {0.30000000000000004, "0.30000000000000004"},
+        {(double)0.3f, "0.30000001192092896"},
+        {1e-4, "0.0001"},
+        {1.25e-5, "1.25e-05"},
+        {1e-5, "1e-05"},
+        {123456789.125, "123456789.125"},
+        {1e15, "1000000000000000.0"},
+        {9007199254740993.0, "9007199254740992.0"},
+        {1e16, "1e+16"},
+        {1.7e100, "1.7e+100"},
+        {DBL_MAX, "1.7976931348623157e+308"},
+        {5e-324, "5e-324"},
+        {0x1p-24, "5.960464477539063e-08"},
+        {-0x1p-44, "-5.684341886080802e-14"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         spells(json_real(cases[i].value), cases[i].wanted);
@@ -66,8 +80,8 @@ END_TEST
 
 START_TEST(keys_are_sorted_and_what_is_empty_stays_on_its_line)
 {
-    spells(json_pack("{s:i, s:[i,b,b,n], s:{}, s:[], s:{s:[[]]}}", "b", 1, "B", -7, 1, 0, "a",
-                     "ab", "\xc3\xa4", "k"),
+    spells(json_pack("{s:i, s:[i,b,b,n], s:{}, s:[], s:{s:[[]]}}", "b", 1, "B", -7, 1, 0, "a", "ab",
+                     "\xc3\xa4", "k"),
            "{\n \"B\": [\n  -7,\n  true,\n  false,\n  null\n ],\n \"a\": {},\n \"ab\": [],\n"
            " \"b\": 1,\n \"\xc3\xa4\": {\n  \"k\": [\n   []\n  ]\n }\n}");
 }
@@ -83,7 +97,8 @@ START_TEST(items_made_one_at_a_time_are_written_as_those_of_a_tree)
 {
     for (uint64_t n = 0; n < 4; n++) {
         uint64_t times = 3;
-        json_t *whole = json_pack("{s:i, s:n, s:{s:i}}", "a", 1, "b", "c", "b", 2), *all = json_array();
+        json_t *whole = json_pack("{s:i, s:n, s:{s:i}}", "a", 1, "b", "c", "b", 2),
+               *all = json_array();
         struct perta_canonical_rows rows = {.key = "b", .n = n, .row = square, .ctx = &times};
         char *text = NULL;
         size_t len = 0;

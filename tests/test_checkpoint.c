@@ -5,8 +5,8 @@
 #include <sys/stat.h>
 #include <time.h>
 
-#include "io/format/checkpoint.h"
 #include "io/file.h"
+#include "io/format/checkpoint.h"
 #include "io/format/which.h"
 
 static struct perta_err err;
@@ -22,8 +22,8 @@ static void put_shard(const char *path, const char *letters)
     for (uint64_t i = 0; i < n; i++) {
         names[i][0] = letters[i];
         names[i][1] = '\0';
-        tensors[i] = (struct perta_tensor){.name = names[i], .dtype = PERTA_U8, .n_dims = 1,
-                                           .shape = &one, .n_elems = 1};
+        tensors[i] = (struct perta_tensor){
+            .name = names[i], .dtype = PERTA_U8, .n_dims = 1, .shape = &one, .n_elems = 1};
     }
     uint8_t *bytes;
     ck_assert_ok(perta_safetensors_build(tensors, n, NULL, &bytes, &len, &err));
@@ -222,7 +222,8 @@ START_TEST(links_within_the_folder_and_into_the_hub_cache_are_followed)
     ck_assert_uint_eq(ck->n_tensors, 2);
     perta_checkpoint_close(ck);
     mkdir("hub/snapshots/rev/sub", 0777);
-    ck_assert_int_eq(symlink("../../../blobs/digest", "hub/snapshots/rev/sub/model.safetensors"), 0);
+    ck_assert_int_eq(symlink("../../../blobs/digest", "hub/snapshots/rev/sub/model.safetensors"),
+                     0);
     ck_assert_ok(perta_checkpoint_open("hub/snapshots/rev/sub", &ck, &err));
     perta_checkpoint_close(ck);
     /* beside the blobs is not in them */
@@ -258,7 +259,8 @@ static void is_found_out(const struct perta_checkpoint *ck)
     struct perta_err e[2] = {0};
     ck_assert_ok(perta_shard_open(&ck->shards[0], false, &file, &err));
     perta_file_close(&file);
-    ck_assert_msg(perta_shard_open(&ck->shards[1], false, &file, &e[0]) == PERTA_EINPUT, "%s", change);
+    ck_assert_msg(perta_shard_open(&ck->shards[1], false, &file, &e[0]) == PERTA_EINPUT, "%s",
+                  change);
     perta_file_close(&file);
     ck_assert_msg(perta_checkpoint_unchanged(ck, &e[1]) == PERTA_EINPUT, "%s", change);
     for (int i = 0; i < 2; i++)
@@ -347,7 +349,8 @@ START_TEST(shards_without_an_index_are_of_one_model)
     is_refused("m", "1.safetensors and adapter_model.safetensors are not of one");
     struct perta_checkpoint *ck;
     ck_assert_int_eq(rename("m/1.safetensors", "m/model.safetensors"), 0);
-    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* as transformers: the others do not count */
+    ck_assert_ok(
+        perta_checkpoint_open("m", &ck, &err)); /* as transformers: the others do not count */
     ck_assert_uint_eq(ck->n_tensors, 2);
     perta_checkpoint_close(ck);
 }
@@ -372,11 +375,13 @@ START_TEST(a_folder_of_something_else_says_what_it_is)
     mkdir("models--x--y", 0777);
     mkdir("models--x--y/blobs", 0777);
     mkdir("models--x--y/snapshots", 0777);
-    is_refused("models--x--y", "a folder of the Hugging Face cache; give the folder below snapshots/");
+    is_refused("models--x--y",
+               "a folder of the Hugging Face cache; give the folder below snapshots/");
     mkdir("models--x--y/snapshots/8a3f", 0777);
     is_refused("models--x--y", "snapshots/: models--x--y/snapshots/8a3f");
     put_shard("models--x--y/snapshots/8a3f/model.safetensors", "a");
-    is_refused("models--x--y/snapshots", "is models--x--y/snapshots/8a3f meant? It is a checkpoint");
+    is_refused("models--x--y/snapshots",
+               "is models--x--y/snapshots/8a3f meant? It is a checkpoint");
 
     put_text("empty.json", "{}");
     ck_assert_str_eq(perta_which_kind("empty.json"), "a file");

@@ -119,9 +119,8 @@ static uint32_t le(const uint8_t *from, unsigned bytes)
 static void look_at(const uint8_t *frame, const struct perta_coded *coded, unsigned width)
 {
     uint8_t *payload = alloc(coded->payload_bytes);
-    ck_assert_uint_eq(
-        ZSTD_decompress(payload, coded->payload_bytes, frame, coded->frame_bytes),
-        coded->payload_bytes);
+    ck_assert_uint_eq(ZSTD_decompress(payload, coded->payload_bytes, frame, coded->frame_bytes),
+                      coded->payload_bytes);
     unsigned n_groups = payload[2], low = payload[3];
     const uint8_t *table = payload + 16;
     seen |= n_groups > 1 ? GROUPED : 0;
@@ -136,34 +135,30 @@ static void look_at(const uint8_t *frame, const struct perta_coded *coded, unsig
 
 /* Values lead to the same bytes, and what else is known of those before does not depend on
  * the units that change. */
-static void one_way(struct perta_codec *codec, enum perta_dtype dtype,
-                    const uint8_t *before, const uint8_t *after, size_t len,
-                    uint64_t n_changed)
+static void one_way(struct perta_codec *codec, enum perta_dtype dtype, const uint8_t *before,
+                    const uint8_t *after, size_t len, uint64_t n_changed)
 {
     size_t width = perta_dtype_unit_bytes(dtype), room = perta_codec_bound(len);
-    uint8_t *frame = alloc(room), *again = alloc(room), *other = alloc(len),
-            *back = alloc(len);
+    uint8_t *frame = alloc(room), *again = alloc(room), *other = alloc(len), *back = alloc(len);
     struct perta_coded coded, recoded;
     uint64_t kept, kept_again, count;
-    ck_assert_ok(perta_codec_encode_values(codec, dtype, before, after, len, frame, room,
-                                           &coded, &kept, &err));
+    ck_assert_ok(perta_codec_encode_values(codec, dtype, before, after, len, frame, room, &coded,
+                                           &kept, &err));
     ck_assert_uint_eq(coded.n_changed, n_changed);
     if (n_changed) {
         ck_assert_int_eq(coded.encoding, PERTA_ENC_VALUES);
         ck_assert_uint_le(coded.payload_bytes, perta_codec_payload_max(len));
         ck_assert_ok(perta_codec_apply_values(codec, dtype, frame, coded.frame_bytes,
-                                              coded.payload_bytes, before, back, len,
-                                              &kept_again, &err));
+                                              coded.payload_bytes, before, back, len, &kept_again,
+                                              &err));
         ck_assert_mem_eq(back, after, len);
         ck_assert_uint_eq(kept, kept_again);
-        ck_assert_ok(perta_codec_count(codec, dtype, coded.encoding, frame,
-                                       coded.frame_bytes, coded.payload_bytes, len, &count,
-                                       &err));
+        ck_assert_ok(perta_codec_count(codec, dtype, coded.encoding, frame, coded.frame_bytes,
+                                       coded.payload_bytes, len, &count, &err));
         ck_assert_uint_eq(count, n_changed);
         struct perta_err why = {0};
-        ck_assert_int_eq(perta_codec_revert(codec, dtype, coded.encoding, frame,
-                                            coded.frame_bytes, coded.payload_bytes, after,
-                                            back, len, &why),
+        ck_assert_int_eq(perta_codec_revert(codec, dtype, coded.encoding, frame, coded.frame_bytes,
+                                            coded.payload_bytes, after, back, len, &why),
                          PERTA_EUSAGE);
     } else {
         ck_assert_uint_eq(kept, perta_hash64(before, len));
@@ -173,8 +168,8 @@ static void one_way(struct perta_codec *codec, enum perta_dtype dtype,
         for (size_t b = 0; b < width; b++)
             other[i + b] = changes ? (uint8_t)~after[i + b] : before[i + b];
     }
-    ck_assert_ok(perta_codec_encode_values(codec, dtype, other, after, len, again, room,
-                                           &recoded, &kept_again, &err));
+    ck_assert_ok(perta_codec_encode_values(codec, dtype, other, after, len, again, room, &recoded,
+                                           &kept_again, &err));
     ck_assert_uint_eq(kept, kept_again);
     ck_assert_uint_eq(coded.frame_bytes, recoded.frame_bytes);
     ck_assert_mem_eq(frame, again, coded.frame_bytes);
@@ -184,8 +179,8 @@ static void one_way(struct perta_codec *codec, enum perta_dtype dtype,
     free(back);
 }
 
-static void round_trip(struct perta_codec *codec, enum perta_dtype dtype,
-                       enum change change, size_t n)
+static void round_trip(struct perta_codec *codec, enum perta_dtype dtype, enum change change,
+                       size_t n)
 {
     unsigned width = perta_dtype_unit_bytes(dtype);
     size_t len = n * width, room = perta_codec_bound(len);
@@ -193,8 +188,7 @@ static void round_trip(struct perta_codec *codec, enum perta_dtype dtype,
     uint8_t *frame = alloc(room);
     struct perta_coded coded;
     make(dtype, change, n, before, after, 1000 * n + change);
-    ck_assert_ok(
-        perta_codec_encode(codec, dtype, before, after, len, frame, room, &coded, &err));
+    ck_assert_ok(perta_codec_encode(codec, dtype, before, after, len, frame, room, &coded, &err));
     uint64_t n_changed = 0;
     for (size_t i = 0; i < n; i++)
         n_changed += memcmp(before + i * width, after + i * width, width) != 0;
@@ -220,8 +214,8 @@ static void round_trip(struct perta_codec *codec, enum perta_dtype dtype,
     uint8_t *frame2 = alloc(room);
     memmove(before + 1, before, len);
     memmove(after + 1, after, len);
-    ck_assert_ok(perta_codec_encode(codec, dtype, before + 1, after + 1, len, frame2, room,
-                                    &again, &err));
+    ck_assert_ok(
+        perta_codec_encode(codec, dtype, before + 1, after + 1, len, frame2, room, &again, &err));
     ck_assert_uint_eq(again.frame_bytes, coded.frame_bytes);
     ck_assert_mem_eq(frame, frame2, coded.frame_bytes);
     free(before);
@@ -298,8 +292,8 @@ static uint8_t a[ROOM], b[ROOM];
 
 /* z from units, and back: k's results at offset odd, as after it they are kept to their
  * room. */
-static uint64_t move_units(const struct perta_codec_kernels *k, bool ordered,
-                           unsigned width, size_t n, unsigned odd, uint8_t *z, uint8_t *out)
+static uint64_t move_units(const struct perta_codec_kernels *k, bool ordered, unsigned width,
+                           size_t n, unsigned odd, uint8_t *z, uint8_t *out)
 {
     memset(z, 0x5a, ROOM);
     uint64_t changed = k->zigzags(width, ordered, a + 1, b + 1, z + odd, n);
@@ -327,10 +321,8 @@ START_TEST(kernels_move_units_alike_for_every_instruction_set)
             size_t n = sizes[c >> 3], n_changed = 0;
             for (size_t i = 0; i < n; i++)
                 n_changed += memcmp(a + 1 + i * width, b + 1 + i * width, width) != 0;
-            ck_assert_uint_eq(move_units(kernels[0], c & 1, width, n, 0, z[0], out),
-                              n_changed);
-            ck_assert_uint_eq(move_units(kernels[isa], c & 1, width, n, 1, z[1], out),
-                              n_changed);
+            ck_assert_uint_eq(move_units(kernels[0], c & 1, width, n, 0, z[0], out), n_changed);
+            ck_assert_uint_eq(move_units(kernels[isa], c & 1, width, n, 1, z[1], out), n_changed);
             ck_assert_mem_eq(z[0], z[1] + 1, n * width);
         }
     free(z[0]);
@@ -366,11 +358,10 @@ START_TEST(kernels_split_and_join_alike_for_every_instruction_set)
             if (low > 8 * width || (low % 8 & (low % 8 - 1)))
                 continue;
             fill_random(a, N * width, c);
-            for (size_t i = 0; i < n;
-                 i++) { /* small ones, and zeros; the high bits as they are */
-                uint64_t unit = 0,
-                         keep = i % 3 ? (1ull << (low + i % 7 < 63 ? low + i % 7 : 63)) - 1
-                                      : UINT64_MAX;
+            for (size_t i = 0; i < n; i++) { /* small ones, and zeros; the high bits as they are */
+                uint64_t unit = 0, keep = i % 3
+                                              ? (1ull << (low + i % 7 < 63 ? low + i % 7 : 63)) - 1
+                                              : UINT64_MAX;
                 memcpy(&unit, a + i * width, width);
                 unit &= i % 5 ? keep : 0;
                 memcpy(a + i * width, &unit, width);
@@ -422,8 +413,7 @@ START_TEST(kernels_find_the_same_groups_for_every_instruction_set)
             for (size_t i = 0; i < n; i++) { /* by the words of the format page */
                 uint64_t unit = 0;
                 memcpy(&unit, a + 1 + i * width, width);
-                uint64_t e = unit >> g.shift & ((1u << g.e_bits) - 1),
-                         last = g.first + g.n - 1;
+                uint64_t e = unit >> g.shift & ((1u << g.e_bits) - 1), last = g.first + g.n - 1;
                 ck_assert_uint_eq(keys[0][i], (e < g.first ? g.first
                                                : e > last  ? last
                                                            : e) -
@@ -434,8 +424,8 @@ START_TEST(kernels_find_the_same_groups_for_every_instruction_set)
 END_TEST
 
 /* Scatter and pack n bytes, gather and unpack them; all of k's results go into out. */
-static size_t move_bytes(const struct perta_codec_kernels *k, const uint8_t *x,
-                         const uint8_t *keys, size_t n, unsigned n_keys, uint8_t *out)
+static size_t move_bytes(const struct perta_codec_kernels *k, const uint8_t *x, const uint8_t *keys,
+                         size_t n, unsigned n_keys, uint8_t *out)
 {
     enum { EACH = 1003 + PERTA_KERNEL_SLACK };
     static uint8_t moved[PERTA_GROUPS_MAX][EACH], back[EACH], packed[EACH];
@@ -508,13 +498,12 @@ START_TEST(frames_that_lie_are_refused_or_harmless)
 {
     size_t n = 200000, len = n * 2, room = perta_codec_bound(len);
     struct perta_codec *codec = perta_codec_new(len);
-    uint8_t *before = alloc(len), *after = alloc(len), *out = alloc(len),
-            *frame = alloc(room);
+    uint8_t *before = alloc(len), *after = alloc(len), *out = alloc(len), *frame = alloc(room);
     struct perta_coded coded;
     uint64_t seed = 9;
     tune(n, before, after, 5);
-    ck_assert_ok(perta_codec_encode(codec, PERTA_BF16, before, after, len, frame, room,
-                                    &coded, &err));
+    ck_assert_ok(
+        perta_codec_encode(codec, PERTA_BF16, before, after, len, frame, room, &coded, &err));
     look_at(frame, &coded, 2);
     ck_assert(seen & GROUPED);
     for (int i = 0; i < 3000; i++) {
@@ -525,8 +514,8 @@ START_TEST(frames_that_lie_are_refused_or_harmless)
         size_t payload = (r >> 40) % 3 ? coded.payload_bytes : (r >> 20) % (len + 99);
         frame[at] = (uint8_t)(r >> 16);
         struct perta_err why = {0};
-        int rc = perta_codec_apply(codec, PERTA_BF16, encoding, frame, coded.frame_bytes,
-                                   payload, before, out, len, &why);
+        int rc = perta_codec_apply(codec, PERTA_BF16, encoding, frame, coded.frame_bytes, payload,
+                                   before, out, len, &why);
         ck_assert(rc == 0 || rc == PERTA_ECHECK);
         frame[at] = was;
     }
@@ -608,23 +597,18 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
             payload_bytes = (r >> 20) % (2 * MAX);
         size_t frame_bytes =
             ZSTD_compress(frame, ZSTD_compressBound(MOST), payload, payload_bytes, 1);
-        uint8_t *from = malloc(len + 1),
-                *to = malloc(len + !len); /* ASan sees their ends */
+        uint8_t *from = malloc(len + 1), *to = malloc(len + !len); /* ASan sees their ends */
         fill_random(from, len, r + 1);
-        if (i & 2 &&
-            width > 1) /* all in the lowest group, as the last of three may be empty */
+        if (i & 2 && width > 1) /* all in the lowest group, as the last of three may be empty */
             memset(from, 0, len);
         struct perta_err why = {0};
         int rc = (i & 1 ? perta_codec_apply : perta_codec_revert)(
-            codec, dtype, PERTA_ENC_DELTA, frame, frame_bytes, payload_bytes, from, to, len,
-            &why);
-        ck_assert(rc == 0 ||
-                  (rc == PERTA_ECHECK && strstr(why.msg, "the frame is damaged: ")));
+            codec, dtype, PERTA_ENC_DELTA, frame, frame_bytes, payload_bytes, from, to, len, &why);
+        ck_assert(rc == 0 || (rc == PERTA_ECHECK && strstr(why.msg, "the frame is damaged: ")));
         uint64_t n_changed;
         int rc_count = perta_codec_count(codec, dtype, PERTA_ENC_DELTA, frame, frame_bytes,
                                          payload_bytes, len, &n_changed, &why);
-        ck_assert(rc_count == rc ||
-                  rc == PERTA_ECHECK); /* values that fit are apply's to check */
+        ck_assert(rc_count == rc || rc == PERTA_ECHECK); /* values that fit are apply's to check */
         n_fine += !rc;
         n_grouped += !rc && perta_codec_groups(dtype) && 1 + (uint32_t)(r >> 8) % 3 > 1;
         free(from);
@@ -656,16 +640,15 @@ START_TEST(counts_that_lie_are_refused)
     ck_assert_uint_eq(ZSTD_decompress(payload, 2 * LEN, frame, coded.frame_bytes), n);
     ck_assert_uint_eq(le(payload + 8, 4), N / 64);
     for (int lie = 0; lie < 3; lie++) {
-        static const char *const messages[] = {
-            "", "it does not change as many units as it says",
-            "what overflows makes no sense"};
+        static const char *const messages[] = {"", "it does not change as many units as it says",
+                                               "what overflows makes no sense"};
         struct perta_err why = {0};
         payload[12] ^= lie == 1;
         if (lie == 2) /* the first of them becomes 7 */
             payload[n - N / 32] = 7, payload[n - N / 64] = 0;
         size_t len = ZSTD_compress(frame, perta_codec_bound(LEN), payload, n, 1);
-        int rc = perta_codec_apply(codec, PERTA_U16, PERTA_ENC_DELTA, frame, len, n, before,
-                                   out, LEN, &why);
+        int rc = perta_codec_apply(codec, PERTA_U16, PERTA_ENC_DELTA, frame, len, n, before, out,
+                                   LEN, &why);
         ck_assert_int_eq(rc, lie ? PERTA_ECHECK : 0);
         ck_assert(strstr(why.msg, messages[lie]));
         payload[12] ^= lie == 1;
@@ -685,8 +668,7 @@ START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
     enum { LEN = 4096 };
     static const uint8_t zeros[LEN];
     struct perta_codec *codec = perta_codec_new(LEN);
-    uint8_t *steps[3] = {alloc(LEN), alloc(LEN), alloc(LEN)},
-            *sum[2] = {alloc(LEN), alloc(LEN)};
+    uint8_t *steps[3] = {alloc(LEN), alloc(LEN), alloc(LEN)}, *sum[2] = {alloc(LEN), alloc(LEN)};
     uint8_t *frame = alloc(perta_codec_bound(LEN)), *again = alloc(perta_codec_bound(LEN));
     for (int d = 0; d < PERTA_N_DTYPES; d++) {
         enum perta_dtype dtype = (enum perta_dtype)d;
@@ -697,15 +679,14 @@ START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
             continue;
         const uint8_t *at = zeros;
         for (int i = 0; i < 2; i++) {
-            ck_assert_ok(perta_codec_encode(codec, dtype, steps[i], steps[i + 1], LEN,
-                                            frame, perta_codec_bound(LEN), &coded, &err));
-            ck_assert_ok(perta_codec_apply(codec, dtype, coded.encoding, frame,
-                                           coded.frame_bytes, coded.payload_bytes, at,
-                                           sum[i], LEN, &err));
+            ck_assert_ok(perta_codec_encode(codec, dtype, steps[i], steps[i + 1], LEN, frame,
+                                            perta_codec_bound(LEN), &coded, &err));
+            ck_assert_ok(perta_codec_apply(codec, dtype, coded.encoding, frame, coded.frame_bytes,
+                                           coded.payload_bytes, at, sum[i], LEN, &err));
             at = sum[i];
         }
-        ck_assert_ok(perta_codec_encode(codec, dtype, zeros, at, LEN, again,
-                                        perta_codec_bound(LEN), &coded, &err));
+        ck_assert_ok(perta_codec_encode(codec, dtype, zeros, at, LEN, again, perta_codec_bound(LEN),
+                                        &coded, &err));
         size_t n = coded.frame_bytes;
         ck_assert_ok(perta_codec_encode(codec, dtype, steps[0], steps[2], LEN, frame,
                                         perta_codec_bound(LEN), &coded, &err));
@@ -727,9 +708,9 @@ START_TEST(a_chunk_too_large_for_the_codec_is_refused)
     struct perta_codec *codec = perta_codec_new(64);
     uint8_t bytes[128] = {0}, out[128], frame[256];
     size_t n = ZSTD_compress(frame, sizeof frame, bytes, sizeof bytes, 1);
-    ck_assert_int_eq(perta_codec_apply(codec, PERTA_U8, PERTA_ENC_DELTA, frame, n, 128,
-                                       bytes, out, 128, &err),
-                     PERTA_ECHECK);
+    ck_assert_int_eq(
+        perta_codec_apply(codec, PERTA_U8, PERTA_ENC_DELTA, frame, n, 128, bytes, out, 128, &err),
+        PERTA_ECHECK);
     perta_codec_free(codec);
 }
 END_TEST

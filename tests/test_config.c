@@ -88,7 +88,8 @@ START_TEST(layer_types_say_it_layer_by_layer)
     char more[512];
     snprintf(more, sizeof more,
              "%s,\"num_hidden_layers\":3,\"layer_types\":[\"full_attention\","
-             "\"sliding_attention\",\"attention\"]", qwen);
+             "\"sliding_attention\",\"attention\"]",
+             qwen);
     parse(more, NULL, &llm);
     for (uint32_t l = 0; l < 3; l++)
         ck_assert_uint_eq(perta_llm_window(&llm, l), l == 1 ? 7 : UINT32_MAX);
@@ -126,7 +127,8 @@ START_TEST(keys_are_known_or_named)
     parse(",\"is_causal\":true,\"logit_scale\":1,\"num_experts\":0,\"clip_qkv\":null", NULL, &llm);
     parse(",\"logit_scale\":0", "\"logit_scale\" is 0", &llm);
     json_t *config = json_loads("{\"use_cache\":1,\"x\":2,\"is_causal\":0,\"rope_scaling\":"
-                                "{\"factor\":1,\"y\":2},\"rope_parameters\":{\"z\":3}}", 0, NULL);
+                                "{\"factor\":1,\"y\":2},\"rope_parameters\":{\"z\":3}}",
+                                0, NULL);
     json_t *keys = perta_llm_unknown_keys(config);
     char *text = json_dumps(keys, JSON_COMPACT);
     ck_assert_str_eq(text, "[\"x\",\"rope_scaling.y\"]");

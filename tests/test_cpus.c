@@ -13,11 +13,21 @@ START_TEST(a_quota_is_rounded_up_to_whole_cpus)
         const char *text;
         unsigned n;
     } cases[] = {
-        {"max 100000\n", 0},     {"100000 100000\n", 1}, {"100001 100000", 2},
-        {"150000 100000\n", 2},  {"1000 100000\n", 1},   {"6400000 100000\n", 64},
-        {"-1 100000", 0},        {"0 100000", 0},        {"100000 0", 0},
-        {"100000 -1", 0},        {"100000", 0},          {"", 0},
-        {"100000 100000 1", 0},  {"1 x", 0},             {"99999999999999999999999 1", UINT32_MAX},
+        {"max 100000\n", 0},
+        {"100000 100000\n", 1},
+        {"100001 100000", 2},
+        {"150000 100000\n", 2},
+        {"1000 100000\n", 1},
+        {"6400000 100000\n", 64},
+        {"-1 100000", 0},
+        {"0 100000", 0},
+        {"100000 0", 0},
+        {"100000 -1", 0},
+        {"100000", 0},
+        {"", 0},
+        {"100000 100000 1", 0},
+        {"1 x", 0},
+        {"99999999999999999999999 1", UINT32_MAX},
         {"4294967295 1", UINT32_MAX},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
@@ -54,8 +64,8 @@ START_TEST(a_mount_is_told_by_its_type)
                                       mount));
     ck_assert_str_eq(mount, "/c");
     ck_assert(!perta_cgroup_mount_line(V2_MOUNT, false, root, mount));
-    ck_assert(!perta_cgroup_mount_line("32 31 0:29 / /c rw - cgroup c rw,cpuset\n", false, root,
-                                       mount));
+    ck_assert(
+        !perta_cgroup_mount_line("32 31 0:29 / /c rw - cgroup c rw,cpuset\n", false, root, mount));
     ck_assert(!perta_cgroup_mount_line("32 31 0:29 / /c rw - cgroup c rw,cpu", true, root, mount));
     ck_assert(!perta_cgroup_mount_line("32 31 0:29 / /c rw cgroup2", true, root, mount));
     ck_assert(!perta_cgroup_mount_line("32 31 0:29", true, root, mount));

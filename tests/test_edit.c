@@ -61,7 +61,7 @@ static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[
         fill(inputs[i], dtype[i], scale, positive, specials, (uint64_t)(i + 7));
         views[i] = (struct perta_view){dtype[i], inputs[i]};
     }
-    const struct perta_edit_in in = {views[0], views[1], views[2],  views[3], views[4],
+    const struct perta_edit_in in = {views[0], views[1], views[2], views[3], views[4],
                                      N,        12345,    0xabcdef, views[4]};
     void *const to[2][3] = {{outs[0][0], outs[0][1], outs[0][2]},
                             {outs[1][0], outs[1][1], outs[1][2]}};
@@ -137,8 +137,15 @@ START_TEST(weights_are_what_the_formula_says)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct perta_rule rule = {.method = cases[i].method, .stat = cases[i].stat};
-        struct perta_edit_in in = {{PERTA_F32, &model}, {PERTA_F32, &tuned}, {PERTA_F32, &base},
-                                   {PERTA_F32, &cases[i].f}, {PERTA_F32, &cases[i].r}, 1, 0, 0, {0}};
+        struct perta_edit_in in = {{PERTA_F32, &model},
+                                   {PERTA_F32, &tuned},
+                                   {PERTA_F32, &base},
+                                   {PERTA_F32, &cases[i].f},
+                                   {PERTA_F32, &cases[i].r},
+                                   1,
+                                   0,
+                                   0,
+                                   {0}};
         struct perta_edit_counts counts;
         float out;
         void *to = &out;
@@ -155,8 +162,11 @@ START_TEST(odd_lengths_and_addresses_give_the_same_bits)
     const float alpha = 0.7f;
     for (size_t d = 0; d < 4; d++)
         for (size_t l = 0; l < sizeof lengths / sizeof *lengths; l++) {
-            struct perta_rule rule = {.method = (enum perta_method)(l % 7), .power = 1.5,
-                                      .weight = 0.4, .seed = l, .keep_nonfinite = true};
+            struct perta_rule rule = {.method = (enum perta_method)(l % 7),
+                                      .power = 1.5,
+                                      .weight = 0.4,
+                                      .seed = l,
+                                      .keep_nonfinite = true};
             struct perta_edit_in in[2] = {{.n = lengths[l], .first_elem = 3, .name_hash = 5}};
             in[1] = in[0];
             for (int i = 0; i < 5; i++) {
@@ -193,8 +203,8 @@ START_TEST(the_first_bad_element_and_its_operand_are_named_by_every_instruction_
     for (int operand = 0; operand < PERTA_N_OPERANDS; operand++)
         for (int keep = 0; keep < 2; keep++)
             for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
-                struct perta_rule rule = {.method = PERTA_FISHER, .stat = PERTA_STAT_MEANSQ,
-                                          .keep_nonfinite = keep};
+                struct perta_rule rule = {
+                    .method = PERTA_FISHER, .stat = PERTA_STAT_MEANSQ, .keep_nonfinite = keep};
                 struct perta_edit_in in = {.n = N, .scale = {PERTA_F32, inputs[PERTA_IN_SCALE]}};
                 if (operand == PERTA_IN_SCALE)
                     rule.method = PERTA_SCALE;
@@ -253,9 +263,11 @@ START_TEST(the_task_vector_of_a_lora_equals_the_reference)
     static const struct {
         uint64_t width, r, first, n;
     } cases[] = {
-        {1, 1, 0, 1},       {1, 3, 5, 900},        {7, 1, 3, 17},      {5, 9, 4, 3},
-        {64, 16, 0, 640},   {1024, 4, 0, 4096},    {1025, 5, 1000, 2000},
-        {3001, 8, 1, 3000}, {3001, 7, 2999, 9005}, {100000, 2, 99990, 77777},
+        {1, 1, 0, 1},          {1, 3, 5, 900},
+        {7, 1, 3, 17},         {5, 9, 4, 3},
+        {64, 16, 0, 640},      {1024, 4, 0, 4096},
+        {1025, 5, 1000, 2000}, {3001, 8, 1, 3000},
+        {3001, 7, 2999, 9005}, {100000, 2, 99990, 77777},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         uint64_t width = cases[i].width, r = cases[i].r, n = cases[i].n;

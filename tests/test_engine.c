@@ -23,19 +23,23 @@ static void count_down(struct perta_request *request)
 static struct perta_request reading(struct perta_file *file, uint64_t off, uint64_t len,
                                     uint8_t *buf, unsigned *left)
 {
-    return (struct perta_request){.file = file, .off_bytes = off, .len_bytes = len, .buf = buf,
-                                  .done = count_down, .user = left};
+    return (struct perta_request){.file = file,
+                                  .off_bytes = off,
+                                  .len_bytes = len,
+                                  .buf = buf,
+                                  .done = count_down,
+                                  .user = left};
 }
 
-static void read_ranges(struct perta_engine *engine, struct perta_file *file,
-                        const uint8_t *data, size_t len, uint64_t *seed)
+static void read_ranges(struct perta_engine *engine, struct perta_file *file, const uint8_t *data,
+                        size_t len, uint64_t *seed)
 {
     struct perta_request r[16];
     unsigned left = 16;
     for (unsigned i = 0; i < 16; i++) {
         uint64_t off = next_random(seed) % len, most = len - off < 300000 ? len - off : 300000;
-        r[i] = reading(file, off, 1 + next_random(seed) % most, pool + i * (POOL_BYTES / 16),
-                       &left);
+        r[i] =
+            reading(file, off, 1 + next_random(seed) % most, pool + i * (POOL_BYTES / 16), &left);
         perta_engine_submit(engine, &r[i]);
     }
     ck_assert_ok(perta_engine_drain(engine, &err));
@@ -54,7 +58,8 @@ START_TEST(every_engine_reads_any_range)
     uint8_t *data = make_file("f", len, 1);
     uint64_t seed = 2;
     for (unsigned depth = 1; depth <= 32; depth *= 2) /* less than what is sent, and more */
-        for_each_engine(engine, depth) {
+        for_each_engine(engine, depth)
+        {
             struct perta_file file;
             ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
             for (int round = 0; round < 6; round++)
@@ -70,7 +75,8 @@ START_TEST(ranges_at_block_boundaries_and_the_end_are_exact)
     static const int steps[] = {-1, 0, 1};
     size_t len = 5 * PERTA_BLOCK_BYTES + 17;
     uint8_t *data = make_file("f", len, 1);
-    for_each_engine(engine, 2) {
+    for_each_engine(engine, 2)
+    {
         struct perta_file file;
         ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
         for (uint64_t from = 1; from < 5; from++)
@@ -100,7 +106,8 @@ END_TEST
 START_TEST(buffers_outside_the_pool_will_do)
 {
     uint8_t *data = make_file("f", 100000, 1), *own = aligned_alloc(4096, 1 << 20);
-    for_each_engine(engine, 2) {
+    for_each_engine(engine, 2)
+    {
         struct perta_file file;
         unsigned left = 1;
         ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
@@ -120,7 +127,8 @@ START_TEST(files_without_direct_io_are_read_too)
 {
     uint8_t *data = make_file("f", 100000, 1);
     uint64_t seed = 3;
-    for_each_engine(engine, 4) {
+    for_each_engine(engine, 4)
+    {
         struct perta_file file;
         ck_assert_ok(perta_file_open(&file, "f", false, &err));
         ck_assert(!file.direct);
@@ -145,7 +153,8 @@ START_TEST(a_file_that_ends_early_is_said_with_its_byte)
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         free(make_file("f", cases[i].len, 1));
-        for_each_engine(engine, 4) {
+        for_each_engine(engine, 4)
+        {
             struct perta_file file;
             unsigned left = 1;
             ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
@@ -165,7 +174,8 @@ END_TEST
 START_TEST(a_request_that_fails_says_why_and_others_go_on)
 {
     uint8_t *data = make_file("f", 100000, 1);
-    for_each_engine(engine, 1) {
+    for_each_engine(engine, 1)
+    {
         struct perta_file file, broken;
         unsigned left = 3;
         struct perta_request r[3];
@@ -173,8 +183,8 @@ START_TEST(a_request_that_fails_says_why_and_others_go_on)
         broken = file;
         broken.fd = -1;
         for (unsigned i = 0; i < 3; i++) {
-            r[i] = reading(i == 1 ? &broken : &file, 1000 * i, 50000,
-                           pool + i * (POOL_BYTES / 4), &left);
+            r[i] = reading(i == 1 ? &broken : &file, 1000 * i, 50000, pool + i * (POOL_BYTES / 4),
+                           &left);
             perta_engine_submit(engine, &r[i]);
         }
         ck_assert_ok(perta_engine_drain(engine, &err));
@@ -216,12 +226,13 @@ static void on_link(struct perta_request *request)
 START_TEST(a_request_may_be_sent_from_done)
 {
     uint8_t *data = make_file("f", 100000, 1);
-    for_each_engine(engine, 1) {
+    for_each_engine(engine, 1)
+    {
         struct perta_file file;
         ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
         struct chain chain = {.engine = engine, .data = data, .n = 50};
-        chain.request = (struct perta_request){.file = &file, .len_bytes = 3000, .buf = pool,
-                                               .done = on_link, .user = &chain};
+        chain.request = (struct perta_request){
+            .file = &file, .len_bytes = 3000, .buf = pool, .done = on_link, .user = &chain};
         perta_engine_submit(engine, &chain.request);
         ck_assert_ok(perta_engine_drain(engine, &err));
         ck_assert_uint_eq(chain.n, 0);
@@ -237,7 +248,8 @@ START_TEST(what_was_written_is_read_back)
     uint8_t *data = aligned_alloc(4096, len);
     fill_random(data, len, 7);
     for (int direct = 0; direct < 2; direct++)
-        for_each_engine(engine, 3) {
+        for_each_engine(engine, 3)
+        {
             struct perta_file file;
             struct perta_request r[16];
             unsigned left = 16;
@@ -272,7 +284,8 @@ START_TEST(any_thread_may_wake_the_owner)
 {
     uint8_t *data = make_file("f", 100000, 1);
     uint64_t seed = 1;
-    for_each_engine(engine, 4) {
+    for_each_engine(engine, 4)
+    {
         struct perta_file file;
         pthread_t threads[3];
         ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
@@ -453,7 +466,8 @@ START_TEST(direct_transfers_that_are_refused_late_take_the_page_cache)
 {
     size_t len = 16 * 65536;
     uint8_t *data = make_file("f", len, 1);
-    for_each_engine(engine, 3) {
+    for_each_engine(engine, 3)
+    {
         struct perta_file file;
         struct perta_request r[16];
         unsigned left = 16;

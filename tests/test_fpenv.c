@@ -33,9 +33,12 @@ static void fill_inputs(void)
 static void edit(struct results *r, bool reference)
 {
     const struct perta_rule rule = {.method = PERTA_FISHER};
-    const struct perta_edit_in in = {.model = {PERTA_F32, model}, .tuned = {PERTA_F32, tuned},
-                                     .base = {PERTA_F32, base}, .forget = {PERTA_F32, forget},
-                                     .retain = {PERTA_F32, retain}, .n = N};
+    const struct perta_edit_in in = {.model = {PERTA_F32, model},
+                                     .tuned = {PERTA_F32, tuned},
+                                     .base = {PERTA_F32, base},
+                                     .forget = {PERTA_F32, forget},
+                                     .retain = {PERTA_F32, retain},
+                                     .n = N};
     const float alpha = 0.7f;
     void *const outs[] = {r->out};
     (reference ? perta_edit_reference : perta_edit)(&rule, &in, &alpha, 1, outs, &r->counts);
@@ -43,8 +46,8 @@ static void edit(struct results *r, bool reference)
 
 static void lora(struct results *r, bool reference)
 {
-    const struct perta_lora low = {.rows = tuned, .columns = base, .r = 4, .width = N / 4,
-                                   .scaling = 0.3f};
+    const struct perta_lora low = {
+        .rows = tuned, .columns = base, .r = 4, .width = N / 4, .scaling = 0.3f};
     (reference ? perta_lora_tau_reference : perta_lora_tau)(&low, 0, N, r->tau);
 }
 

@@ -39,7 +39,8 @@ static void multiply(bool bf16, unsigned n_workers, size_t shift, const float *a
     for (size_t i = M * K; i < (M + PERTA_SLACK_ROWS) * K; i++)
         as[shift + i] = NAN; /* what is read past the end is not used */
     ck_assert_ok(perta_workers_open(n_workers, &workers, &err));
-    ck_assert_ok(perta_gemm_open(bf16, workers, (M + N + 2 * PERTA_SLACK_ROWS + 4) * K, 0, &gemm, &err));
+    ck_assert_ok(
+        perta_gemm_open(bf16, workers, (M + N + 2 * PERTA_SLACK_ROWS + 4) * K, 0, &gemm, &err));
     ck_assert_ok(perta_gemm_run(gemm, &rows, M, N, K, perta_matrix(as + shift, K),
                                 perta_transposed(perta_matrix(bs + shift, K)), c, N, false, &err));
     perta_gemm_close(gemm);
@@ -89,11 +90,14 @@ START_TEST(products_add)
         sum[i] = 3;
     ck_assert_ok(perta_workers_open(2, &workers, &err));
     ck_assert_ok(perta_gemm_open(false, workers, 0, 0, &gemm, &err));
-    ck_assert_ok(perta_gemm_run(gemm, &rows, M, N, K, perta_matrix(a.f, K), bt, c, N + 1, false, &err));
-    ck_assert_ok(perta_gemm_run(gemm, &rows, M, N, K, perta_matrix(a.f, K), bt, sum, N + 1, true, &err));
+    ck_assert_ok(
+        perta_gemm_run(gemm, &rows, M, N, K, perta_matrix(a.f, K), bt, c, N + 1, false, &err));
+    ck_assert_ok(
+        perta_gemm_run(gemm, &rows, M, N, K, perta_matrix(a.f, K), bt, sum, N + 1, true, &err));
     for (size_t i = 0; i < M; i++) {
         for (size_t j = 0; j < N; j++)
-            ck_assert_double_lt(fabs((double)sum[i * (N + 1) + j] - (double)c[i * (N + 1) + j] - 3), 1e-4);
+            ck_assert_double_lt(fabs((double)sum[i * (N + 1) + j] - (double)c[i * (N + 1) + j] - 3),
+                                1e-4);
         ck_assert(c[i * (N + 1) + N] == 0 && sum[i * (N + 1) + N] == 3);
     }
     perta_gemm_close(gemm);

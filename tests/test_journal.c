@@ -34,7 +34,8 @@ static void begin(struct perta_journal *j, int memory, bool replace, int want, c
 {
     struct perta_err e = {0};
     json_t *identity = identity_of(memory);
-    ck_assert_msg(perta_journal_open(j, "deep/out", identity, false, replace, &e) == want, "%s", e.msg);
+    ck_assert_msg(perta_journal_open(j, "deep/out", identity, false, replace, &e) == want, "%s",
+                  e.msg);
     ck_assert_msg(strstr(e.msg, says), "says: %s", e.msg);
     json_decref(identity);
 }
@@ -43,7 +44,8 @@ static void go_on(struct perta_journal *j, int memory, int want, const char *say
 {
     struct perta_err e = {0};
     json_t *identity = identity_of(memory);
-    ck_assert_msg(perta_journal_open(j, "deep/out/", identity, true, false, &e) == want, "%s", e.msg);
+    ck_assert_msg(perta_journal_open(j, "deep/out/", identity, true, false, &e) == want, "%s",
+                  e.msg);
     ck_assert_msg(strstr(e.msg, says), "says: %s", e.msg);
     json_decref(identity);
 }
@@ -198,11 +200,12 @@ START_TEST(one_process_at_a_time)
         struct perta_journal other;
         struct perta_err e = {0};
         json_t *identity = identity_of(1);
-        bool refused = perta_journal_open(&other, "deep/out", identity, true, false, &e) == PERTA_EUSAGE;
+        bool refused =
+            perta_journal_open(&other, "deep/out", identity, true, false, &e) == PERTA_EUSAGE;
         perta_journal_abandon(&other, NULL, 0, PERTA_EUSAGE, &e);
         perta_journal_close(&other);
-        refused = refused && perta_journal_open(&other, "deep/out", identity, false, true, &e) ==
-                                 PERTA_EUSAGE;
+        refused = refused &&
+                  perta_journal_open(&other, "deep/out", identity, false, true, &e) == PERTA_EUSAGE;
         perta_journal_abandon(&other, NULL, 0, PERTA_EUSAGE, &e);
         _exit(refused && is_there(JOURNAL) ? 0 : 1);
     }
@@ -260,8 +263,8 @@ static void publish_from(int step, bool replace)
     ck_assert_ok(perta_publish_begin(&a, "deep/a", NULL, replace, &err));
     ck_assert_ok(perta_publish_begin(&b, "deep/out", NULL, replace, &err));
     ck_assert_ok(perta_publish_file(&a, "model.safetensors", TINY_SHARD, TINY_SHARD_BYTES, &err));
-    ck_assert_ok(perta_publish_file(&b, "model-1-of-1.safetensors", TINY_SHARD, TINY_SHARD_BYTES,
-                                    &err));
+    ck_assert_ok(
+        perta_publish_file(&b, "model-1-of-1.safetensors", TINY_SHARD, TINY_SHARD_BYTES, &err));
     struct stat sa, sb;
     ck_assert_int_eq(stat(a.partial, &sa) | stat(b.partial, &sb), 0);
     json_t *record = json_pack("{s:[I,I], s:{}}", "publish", (json_int_t)sa.st_ino,
@@ -270,8 +273,8 @@ static void publish_from(int step, bool replace)
     json_decref(record);
     perta_journal_close(&j);
     if (step > 0 && replace) { /* swapped, what was replaced not yet removed */
-        ck_assert_int_eq(renameat2(AT_FDCWD, "deep/a.perta-partial", AT_FDCWD, "deep/a",
-                                   RENAME_EXCHANGE), 0);
+        ck_assert_int_eq(
+            renameat2(AT_FDCWD, "deep/a.perta-partial", AT_FDCWD, "deep/a", RENAME_EXCHANGE), 0);
     } else if (step > 0) {
         ck_assert_int_eq(rename("deep/a.perta-partial", "deep/a"), 0);
     }
@@ -291,7 +294,8 @@ static void publish_from(int step, bool replace)
     perta_journal_close(&j);
     perta_publish_release(&a);
     perta_publish_release(&b);
-    ck_assert(is_there("deep/a/model.safetensors") && is_there("deep/out/model-1-of-1.safetensors"));
+    ck_assert(is_there("deep/a/model.safetensors") &&
+              is_there("deep/out/model-1-of-1.safetensors"));
     ck_assert_uint_eq(count_entries("deep"), 2);
     ck_assert_uint_eq(count_entries("deep/a") + count_entries("deep/out"), 2);
     ck_assert_int_eq(system("rm -r deep"), 0);

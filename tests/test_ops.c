@@ -73,9 +73,9 @@ END_TEST
 #define ROPE_HEADS 3
 #define ROPE_D 8
 
-static const struct perta_place rope_places[ROPE_T] = {{.position = 0},  {.position = 1},
-                                                       {.position = 2},  {.position = 17},
-                                                       {.position = 0},  {.position = 40}};
+static const struct perta_place rope_places[ROPE_T] = {{.position = 0}, {.position = 1},
+                                                       {.position = 2}, {.position = 17},
+                                                       {.position = 0}, {.position = 40}};
 
 struct rope {
     struct pair x, dy;
@@ -190,8 +190,8 @@ static double cross_entropy_value(void *ctx)
     const struct cross_entropy *c = ctx;
     double sum = 0;
     for (size_t i = 0; i < CE_N; i++)
-        sum += c->share.d[i] * cross_entropy_double(c->logits.d + i * CE_V, CE_V,
-                                                    (size_t)ce_targets[i]);
+        sum += c->share.d[i] *
+               cross_entropy_double(c->logits.d + i * CE_V, CE_V, (size_t)ce_targets[i]);
     return sum;
 }
 
@@ -232,14 +232,16 @@ START_TEST(cross_entropy)
         most[i] = -INFINITY;
     for (size_t row = 0; row < CE_V; row += CE_ROWS) {
         size_t rows = copy_block(&c, row, block);
-        perta_cross_entropy_forward(workers, block, row, rows, CE_N, ce_targets, most, sums, of_target);
+        perta_cross_entropy_forward(workers, block, row, rows, CE_N, ce_targets, most, sums,
+                                    of_target);
     }
     for (size_t i = 0; i < CE_N; i++)
         loss += c.share.d[i] * ((double)(most[i] - of_target[i]) + log(sums[i]));
     ck_assert_double_lt(fabs(loss / cross_entropy_value(&c) - 1), TOLERANCE);
     for (size_t row = 0; row < CE_V; row += CE_ROWS) {
         size_t rows = copy_block(&c, row, block);
-        perta_cross_entropy_backward(workers, block, row, rows, CE_N, ce_targets, most, sums, c.share.f);
+        perta_cross_entropy_backward(workers, block, row, rows, CE_N, ce_targets, most, sums,
+                                     c.share.f);
         for (size_t i = 0; i < CE_N; i++)
             memcpy(d + i * CE_V + row, block + i * rows, rows * sizeof *d);
     }
@@ -287,8 +289,8 @@ static void place_tokens(const struct shape *s, struct perta_place *places)
 static void attention_out(const struct attention *c, double *out)
 {
     const struct shape *s = &c->shape;
-    attention_double(out, c->q.d, c->k.d, c->v.d, c->places, s->T, s->n_heads, s->n_kv_heads,
-                     s->D, s->window);
+    attention_double(out, c->q.d, c->k.d, c->v.d, c->places, s->T, s->n_heads, s->n_kv_heads, s->D,
+                     s->window);
 }
 
 static double attention_value(void *ctx)
@@ -304,12 +306,18 @@ static double attention_value(void *ctx)
 /* Longer than a block of query rows (64), and not; groups of 1 and 4 heads; windows that end
  * inside of a block, at one, and beyond the sequence. */
 static const struct shape shapes[] = {
-    {1, 4, 1, 4, UINT32_MAX, BEFORE},  {9, 8, 2, 6, UINT32_MAX, BEFORE},
-    {9, 2, 2, 4, 3, BEFORE},           {70, 4, 1, 4, UINT32_MAX, BEFORE},
-    {70, 4, 2, 2, 7, BEFORE},          {LONGEST, 2, 1, 2, 64, BEFORE},
-    {70, 2, 1, 2, 1, BEFORE},          {70, 2, 1, 2, 100, BEFORE},
-    {100, 4, 2, 2, UINT32_MAX, BLOCKS}, {100, 2, 1, 2, 7, BLOCKS},
-    {100, 4, 2, 2, UINT32_MAX, HOLES}, {100, 2, 1, 2, 7, HOLES},
+    {1, 4, 1, 4, UINT32_MAX, BEFORE},
+    {9, 8, 2, 6, UINT32_MAX, BEFORE},
+    {9, 2, 2, 4, 3, BEFORE},
+    {70, 4, 1, 4, UINT32_MAX, BEFORE},
+    {70, 4, 2, 2, 7, BEFORE},
+    {LONGEST, 2, 1, 2, 64, BEFORE},
+    {70, 2, 1, 2, 1, BEFORE},
+    {70, 2, 1, 2, 100, BEFORE},
+    {100, 4, 2, 2, UINT32_MAX, BLOCKS},
+    {100, 2, 1, 2, 7, BLOCKS},
+    {100, 4, 2, 2, UINT32_MAX, HOLES},
+    {100, 2, 1, 2, 7, HOLES},
     {9, 4, 1, 2, 2, HOLES},
 };
 
@@ -323,7 +331,8 @@ START_TEST(attention)
         c.q.d[i] = (double)(c.q.f[i] *= 4); /* so that some keys count more than others */
     place_tokens(s, c.places);
     const size_t starts[] = {5, 5 + s->T}; /* of a batch that begins at token 5 */
-    const struct perta_attention of = {{1, starts, 5}, c.places, s->n_heads, s->n_kv_heads, s->D, s->window};
+    const struct perta_attention of = {{1, starts, 5}, c.places, s->n_heads,
+                                       s->n_kv_heads,  s->D,     s->window};
     float *heads[] = {alloc(n * sizeof(float)), alloc(n * sizeof(float))};
     float *out = alloc(n * sizeof *out);
     float *dq = alloc(n * sizeof *dq), *dk = alloc(m * sizeof *dk), *dv = alloc(m * sizeof *dv);

@@ -15,8 +15,8 @@ static struct perta_header *header(unsigned n, const char *mark)
     static uint64_t five = 5;
     for (unsigned i = 0; i < n; i++) {
         snprintf(names[i], sizeof names[i], "t%u", i);
-        tensors[i] = (struct perta_tensor){.name = names[i], .dtype = PERTA_U8, .n_dims = 1,
-                                           .shape = &five, .n_elems = 5};
+        tensors[i] = (struct perta_tensor){
+            .name = names[i], .dtype = PERTA_U8, .n_dims = 1, .shape = &five, .n_elems = 5};
     }
     json_t *metadata = json_pack("{s:s}", "mark", mark);
     uint8_t *bytes;
@@ -149,7 +149,8 @@ START_TEST(entries_must_cover_the_tensors_in_order_and_frames_touch)
 {
     const struct perta_patch_entry zero = {0, 0, 0, 0, 5, PERTA_ENC_ZERO, 1, 1};
     const struct perta_patch_entry second = {0, 0, 0, 1, 5, PERTA_ENC_ZERO, 1, 1};
-    const char *order = "does not cover the tensors in order", *follow = "do not follow one another";
+    const char *order = "does not cover the tensors in order",
+               *follow = "do not follow one another";
     struct {
         struct perta_patch_entry entries[3];
         const char *says;
@@ -213,7 +214,8 @@ START_TEST(a_file_shorter_than_it_was_is_refused)
         struct perta_err why = {0};
         ck_assert_uint_eq(fwrite(bytes, 1, n, file), n);
         fflush(file);
-        ck_assert_int_eq(perta_patch_read(fileno(file), len, "p", NULL, &patch, &why), PERTA_EINPUT);
+        ck_assert_int_eq(perta_patch_read(fileno(file), len, "p", NULL, &patch, &why),
+                         PERTA_EINPUT);
         ck_assert_ptr_nonnull(strstr(why.msg, "p: ends at byte "));
         fclose(file);
     }
@@ -224,8 +226,8 @@ END_TEST
 START_TEST(a_tensor_of_many_chunks_has_as_many_entries)
 {
     uint64_t n = 2 * PERTA_CHUNK_ELEMS + 1, len, head_bytes, table_bytes;
-    struct perta_tensor tensor = {.name = (char *)"t", .dtype = PERTA_BF16, .n_dims = 1,
-                                  .shape = &n, .n_elems = n};
+    struct perta_tensor tensor = {
+        .name = (char *)"t", .dtype = PERTA_BF16, .n_dims = 1, .shape = &n, .n_elems = n};
     uint8_t *bytes, *head, *table;
     struct perta_header *h;
     ck_assert_ok(perta_safetensors_build(&tensor, 1, NULL, &bytes, &len, &err));

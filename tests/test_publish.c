@@ -121,11 +121,16 @@ END_TEST
 static const struct {
     const char *put, *says; /* a folder where it ends in / */
 } foreign[] = {
-    {"notes.txt", "notes.txt"},          {".git/", ".git/"},
-    {"src/", "src/"},                    {"mean/", "mean/"},
-    {"train.py", "train.py"},            {"manifest.json", "manifest.json"},
-    {"lora.safetensors", "lora.safetensors"}, {"pytorch_model.bin", "pytorch_model.bin"},
-    {"data.jsonl", "data.jsonl"},        {"perta-in-place.journal", "perta-in-place.journal"},
+    {"notes.txt", "notes.txt"},
+    {".git/", ".git/"},
+    {"src/", "src/"},
+    {"mean/", "mean/"},
+    {"train.py", "train.py"},
+    {"manifest.json", "manifest.json"},
+    {"lora.safetensors", "lora.safetensors"},
+    {"pytorch_model.bin", "pytorch_model.bin"},
+    {"data.jsonl", "data.jsonl"},
+    {"perta-in-place.journal", "perta-in-place.journal"},
     {"model.safetensors.index.json", "index.json (damaged)"},
     {"adapter_config.json", "adapter_config.json (no JSON object)"},
 };
@@ -145,7 +150,8 @@ START_TEST(a_folder_with_anything_else_in_it_is_not_replaced)
     put_tiny_model("out", OLD);
     put_in("out", foreign[_i].put);
     begin_is_refused("out", true, PERTA_EUSAGE, foreign[_i].says);
-    begin_is_refused("out", true, PERTA_EUSAGE, "out: exists and holds what is not of a checkpoint");
+    begin_is_refused("out", true, PERTA_EUSAGE,
+                     "out: exists and holds what is not of a checkpoint");
     struct perta_err e = {0};
     const char *out = "out";
     ck_assert_int_eq(perta_publish_check(&out, 1, NULL, 0, true, &e), PERTA_EUSAGE);
@@ -171,9 +177,10 @@ END_TEST
 
 START_TEST(what_checkpoints_hold_may_be_replaced)
 {
-    static const char *const beside[] = {"generation_config.json", "tokenizer.json", "README.md",
-                                         "tokenizer_config.json", "merges.txt", "LICENSE.txt",
-                                         ".gitattributes", "chat_template.jinja", "vocab.json"};
+    static const char *const beside[] = {
+        "generation_config.json", "tokenizer.json",      "README.md",
+        "tokenizer_config.json",  "merges.txt",          "LICENSE.txt",
+        ".gitattributes",         "chat_template.jinja", "vocab.json"};
     struct perta_publish out;
     put_tiny_model("out", OLD);
     for (size_t i = 0; i < sizeof beside / sizeof *beside; i++)
@@ -192,8 +199,9 @@ START_TEST(a_patch_is_known_by_its_manifest)
     mkdir("out", 0777);
     put_text("out/a.perta", "x");
     put_text("out/manifest.json", "{\"manifest_version\": 3}");
-    begin_is_refused("out", true, PERTA_EUSAGE, "neither a checkpoint nor a patch (it holds a.perta, "
-                                                "manifest.json)");
+    begin_is_refused("out", true, PERTA_EUSAGE,
+                     "neither a checkpoint nor a patch (it holds a.perta, "
+                     "manifest.json)");
     put_text("out/manifest.json", "{\"format\": \"perta-patch\", "
                                   "\"outputs\": {\"patch\": [{\"name\": \"a.perta\"}]}}");
     put_text("out/b.perta", "x");
@@ -237,7 +245,8 @@ START_TEST(what_comes_between_check_and_removal_is_put_back)
     put_in("out", "diary");
     ck_assert_int_eq(perta_publish_commit(&out, &e), PERTA_ESYS);
     ck_assert_msg(strstr(e.msg, "out: changed, so that it is left as it is") &&
-                      strstr(e.msg, "diary"), "%s", e.msg);
+                      strstr(e.msg, "diary"),
+                  "%s", e.msg);
     ck_assert(holds("out/diary", "mine", 4) && holds("out.perta-partial/new", "n", 1));
     ck_assert_uint_eq(count_entries("out"), 3);
     perta_publish_release(&out);
@@ -363,26 +372,19 @@ START_TEST(outputs_lie_apart_from_inputs_and_each_other)
         const char *out[2], *in[2];
         bool fine;
     } cases[] = {
-        {{"o", NULL}, {"m", NULL}, true},
-        {{"o", "p"}, {"m", "m"}, true},
-        {{"mm", NULL}, {"m", NULL}, true},
-        {{"m", NULL}, {"m", NULL}, false},
-        {{"m/", NULL}, {"./m", NULL}, false},
-        {{"m/new", NULL}, {"m", NULL}, false},
-        {{"alias/new", NULL}, {"m", NULL}, false},
-        {{"m/sub/../new", NULL}, {"m", NULL}, false},
-        {{".", NULL}, {"m", NULL}, false},
-        {{"/", NULL}, {"m", NULL}, false},
-        {{"o", "o"}, {NULL, NULL}, false},
-        {{"o", "o/p"}, {NULL, NULL}, false},
-        {{"o/p", "o"}, {NULL, NULL}, false},
-        {{"none/../m", NULL}, {"m", NULL}, false},
+        {{"o", NULL}, {"m", NULL}, true},          {{"o", "p"}, {"m", "m"}, true},
+        {{"mm", NULL}, {"m", NULL}, true},         {{"m", NULL}, {"m", NULL}, false},
+        {{"m/", NULL}, {"./m", NULL}, false},      {{"m/new", NULL}, {"m", NULL}, false},
+        {{"alias/new", NULL}, {"m", NULL}, false}, {{"m/sub/../new", NULL}, {"m", NULL}, false},
+        {{".", NULL}, {"m", NULL}, false},         {{"/", NULL}, {"m", NULL}, false},
+        {{"o", "o"}, {NULL, NULL}, false},         {{"o", "o/p"}, {NULL, NULL}, false},
+        {{"o/p", "o"}, {NULL, NULL}, false},       {{"none/../m", NULL}, {"m", NULL}, false},
         {{"none/..m", "..o"}, {"m", NULL}, true},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct perta_err e = {0};
-        int rc = perta_publish_check(cases[i].out, cases[i].out[1] ? 2 : 1, cases[i].in, 2, true,
-                                     &e);
+        int rc =
+            perta_publish_check(cases[i].out, cases[i].out[1] ? 2 : 1, cases[i].in, 2, true, &e);
         ck_assert_msg(rc == (cases[i].fine ? 0 : PERTA_EUSAGE), "%s: %d %s", cases[i].out[0], rc,
                       e.msg);
     }

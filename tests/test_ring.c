@@ -49,8 +49,11 @@ static unsigned read_all(struct perta_engine *engine, struct perta_file *file, c
     unsigned n_read = 0;
     n_done = n_entered = 0;
     for (unsigned i = 0; i < N; i++) {
-        r[i] = (struct perta_request){.file = file, .off_bytes = i * PART, .len_bytes = PART,
-                                      .buf = pool + i * perta_read_room(PART), .done = count};
+        r[i] = (struct perta_request){.file = file,
+                                      .off_bytes = i * PART,
+                                      .len_bytes = PART,
+                                      .buf = pool + i * perta_read_room(PART),
+                                      .done = count};
         perta_engine_submit(engine, &r[i]);
     }
     ck_assert_ok(perta_engine_drain(engine, &err));

@@ -39,8 +39,10 @@ START_TEST(what_was_built_is_parsed)
         shapes[d][0] = 4;
         shapes[d][1] = (uint64_t)d;
         snprintf(names[d], sizeof names[d], "t.\"%d\".\xc3\xa4\n", d);
-        tensors[d] = (struct perta_tensor){.name = names[d], .dtype = (enum perta_dtype)d,
-                                           .n_dims = 2, .shape = shapes[d],
+        tensors[d] = (struct perta_tensor){.name = names[d],
+                                           .dtype = (enum perta_dtype)d,
+                                           .n_dims = 2,
+                                           .shape = shapes[d],
                                            .n_elems = 4 * (uint64_t)d};
         data_bytes += tensors[d].n_elems * perta_dtype_bits(tensors[d].dtype) / 8;
     }
@@ -74,8 +76,8 @@ END_TEST
 START_TEST(a_header_is_read_from_a_file_as_from_memory)
 {
     uint64_t len;
-    uint8_t *bytes = file_of("{\"a\":{\"dtype\":\"I16\",\"shape\":[3],\"data_offsets\":[0,6]}}", 6,
-                             &len);
+    uint8_t *bytes =
+        file_of("{\"a\":{\"dtype\":\"I16\",\"shape\":[3],\"data_offsets\":[0,6]}}", 6, &len);
     FILE *file = tmpfile();
     ck_assert_uint_eq(fwrite(bytes, 1, len + 6, file), len + 6);
     fflush(file);
@@ -94,7 +96,7 @@ START_TEST(a_header_is_read_from_a_file_as_from_memory)
 }
 END_TEST
 
-#define T(name, dtype, shape, offsets)                                                          \
+#define T(name, dtype, shape, offsets) \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
 
 START_TEST(what_the_format_allows_is_accepted)
@@ -176,8 +178,8 @@ START_TEST(each_breach_of_the_format_is_named_with_its_tensor_and_byte)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct perta_header *h = (void *)1;
         struct perta_err e = {0};
-        ck_assert_msg(parse(cases[i].json, cases[i].n_data, &h, &e) == PERTA_EINPUT,
-                      "accepted: %s", cases[i].json);
+        ck_assert_msg(parse(cases[i].json, cases[i].n_data, &h, &e) == PERTA_EINPUT, "accepted: %s",
+                      cases[i].json);
         ck_assert_ptr_null(h);
         ck_assert_int_eq(e.code, PERTA_EINPUT);
         ck_assert_msg(!strncmp(e.msg, "f: ", 3) && strstr(e.msg, cases[i].says),
@@ -194,8 +196,9 @@ START_TEST(a_header_says_the_same_however_it_is_spelled)
         "{" T("b", "BF16", "[2,3]", "[0,12]") "," T("\\u0061", "U8", "[]", "[12,13]") "}",
         " { \"a\" :\n{ \"dtype\" : \"U8\" , \"shape\" : [ ] , \"data_offsets\" : [ 12 , 13 ] } , "
         "\"b\": {\"dtype\": \"BF16\", \"shape\": [2, 3], \"data_offsets\": [0, 12]}}\t\r ",
-        "{" T("a", "U8", "[]", "[12,13]") ",\"__metadata__\":{\"k\":\"[{\"},\"b\":"
-        "{\"data_offsets\":[0,12],\"x\":1e5,\"shape\":[2,3],\"dtype\":\"BF16\"}}",
+        "{" T("a", "U8", "[]",
+              "[12,13]") ",\"__metadata__\":{\"k\":\"[{\"},\"b\":"
+                         "{\"data_offsets\":[0,12],\"x\":1e5,\"shape\":[2,3],\"dtype\":\"BF16\"}}",
     };
     for (size_t i = 0; i < sizeof spelled / sizeof *spelled; i++) {
         struct perta_header *h = NULL;
@@ -249,8 +252,8 @@ END_TEST
 START_TEST(every_truncation_is_refused)
 {
     uint64_t len;
-    uint8_t *bytes = file_of("{" T("a", "U8", "[2]", "[0,2]") "," T("b", "F16", "[]", "[2,4]") "}",
-                             4, &len);
+    uint8_t *bytes =
+        file_of("{" T("a", "U8", "[2]", "[0,2]") "," T("b", "F16", "[]", "[2,4]") "}", 4, &len);
     for (uint64_t n = 0; n < len + 4; n++) {
         struct perta_header *h;
         struct perta_err e = {0};
@@ -266,8 +269,8 @@ END_TEST
 START_TEST(what_cannot_be_written_is_not_built)
 {
     uint64_t huge = 1ull << 60, three = 3;
-    struct perta_tensor one = {.name = "a", .dtype = PERTA_U8, .n_dims = 1, .shape = &three,
-                               .n_elems = 3};
+    struct perta_tensor one = {
+        .name = "a", .dtype = PERTA_U8, .n_dims = 1, .shape = &three, .n_elems = 3};
     struct perta_tensor twice[2] = {one, one}, large = one, odd = one, bad_name = one;
     large.shape = &huge;
     large.n_elems = huge;

@@ -5,17 +5,17 @@
 
 #include <sys/stat.h>
 
-#include "estimators/passes/accumulate.h"
+#include "estimators/edit/unlearn.h"
 #include "estimators/model/config.h"
 #include "estimators/model/samples.h"
+#include "estimators/passes/accumulate.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/eval.h"
 #include "estimators/steps/steps.h"
-#include "estimators/edit/unlearn.h"
-#include "io/hash.h"
-#include "io/format/safetensors.h"
-#include "stream/patch/apply.h"
 #include "io/format/canonical.h"
+#include "io/format/safetensors.h"
+#include "io/hash.h"
+#include "stream/patch/apply.h"
 #include "stream/patch/compose.h"
 #include "stream/patch/diff.h"
 #include "stream/patch/manifest.h"
@@ -42,13 +42,18 @@ struct put {
 };
 
 #define LAYER "model.layers.0."
-static const struct put shards[2][6] = {
-    {{"model.embed_tokens.weight", 23, 8}, {LAYER "input_layernorm.weight", 8, 0},
-     {LAYER "self_attn.q_proj.weight", 8, 8}, {LAYER "self_attn.k_proj.weight", 4, 8},
-     {LAYER "self_attn.v_proj.weight", 4, 8}, {LAYER "self_attn.o_proj.weight", 8, 8}},
-    {{LAYER "mlp.down_proj.weight", 8, 12}, {LAYER "mlp.gate_proj.weight", 12, 8},
-     {LAYER "mlp.up_proj.weight", 12, 8}, {LAYER "post_attention_layernorm.weight", 8, 0},
-     {"lm_head.weight", 23, 8}, {"model.norm.weight", 8, 0}}};
+static const struct put shards[2][6] = {{{"model.embed_tokens.weight", 23, 8},
+                                         {LAYER "input_layernorm.weight", 8, 0},
+                                         {LAYER "self_attn.q_proj.weight", 8, 8},
+                                         {LAYER "self_attn.k_proj.weight", 4, 8},
+                                         {LAYER "self_attn.v_proj.weight", 4, 8},
+                                         {LAYER "self_attn.o_proj.weight", 8, 8}},
+                                        {{LAYER "mlp.down_proj.weight", 8, 12},
+                                         {LAYER "mlp.gate_proj.weight", 12, 8},
+                                         {LAYER "mlp.up_proj.weight", 12, 8},
+                                         {LAYER "post_attention_layernorm.weight", 8, 0},
+                                         {"lm_head.weight", 23, 8},
+                                         {"model.norm.weight", 8, 0}}};
 static const struct put adapter[2] = {
     {"base_model.model." LAYER "self_attn.q_proj.lora_A.weight", 2, 8},
     {"base_model.model." LAYER "self_attn.q_proj.lora_B.weight", 8, 2}};
@@ -77,9 +82,12 @@ static void put_tensors(const char *folder, const char *name, const struct put *
     for (size_t i = 0; i < n; i++) {
         shapes[i][0] = puts[i].rows;
         shapes[i][1] = puts[i].cols;
-        tensors[i] = (struct perta_tensor){.name = (char *)(uintptr_t)puts[i].name, .dtype = dtype,
-                                           .n_dims = puts[i].cols ? 2 : 1, .shape = shapes[i],
-                                           .n_elems = puts[i].rows * (puts[i].cols ? puts[i].cols : 1)};
+        tensors[i] =
+            (struct perta_tensor){.name = (char *)(uintptr_t)puts[i].name,
+                                  .dtype = dtype,
+                                  .n_dims = puts[i].cols ? 2 : 1,
+                                  .shape = shapes[i],
+                                  .n_elems = puts[i].rows * (puts[i].cols ? puts[i].cols : 1)};
         n_elems += tensors[i].n_elems;
     }
     ck_assert_ok(perta_safetensors_build(tensors, n, NULL, &bytes, &len, &err));
@@ -126,7 +134,8 @@ static void make(int rc)
 static void make_patches(void)
 {
     json_t *summary[3];
-    const struct perta_diff there = {.before = "in/model", .after = "in/tuned", .patch = "in/patch"};
+    const struct perta_diff there = {
+        .before = "in/model", .after = "in/tuned", .patch = "in/patch"};
     const struct perta_diff on = {.before = "in/tuned", .after = "in/base", .patch = "in/next"};
     make(perta_diff(&there, &run, &summary[0], &err));
     make(perta_diff(&on, &run, &summary[1], &err));
@@ -165,7 +174,8 @@ static void enter_inputs(void)
 {
     fail_at(MEMORY, 0);
     fail_at(FILES, 0);
-    snprintf(scratch_dir, sizeof scratch_dir, "/dev/shm/perta-test-XXXXXX"); /* syncs cost nothing */
+    snprintf(scratch_dir, sizeof scratch_dir,
+             "/dev/shm/perta-test-XXXXXX"); /* syncs cost nothing */
     ck_assert_ptr_nonnull(mkdtemp(scratch_dir));
     ck_assert_int_eq(chdir(scratch_dir), 0);
     setenv("PERTA_COMMIT_SECONDS", "0", 1);
@@ -177,7 +187,8 @@ static void enter_inputs(void)
     put_checkpoint("in/retain", PERTA_F32, 41);
     put_in("in/lora", "adapter_config.json", lora, strlen(lora));
     put_tensors("in/lora", "adapter_model.safetensors", adapter, 2, PERTA_F32, 51);
-    put_text("in/a.jsonl", "{\"input_ids\":[3,1,4,1,5,9,2,6],\"perturbed\":[{\"input_ids\":[1,2]}]}\n");
+    put_text("in/a.jsonl",
+             "{\"input_ids\":[3,1,4,1,5,9,2,6],\"perturbed\":[{\"input_ids\":[1,2]}]}\n");
     put_text("in/b.jsonl", "{\"input_ids\":[22,0]}\n{\"input_ids\":[3,7,7,8,2,2,0,1,3]}\n");
     put_text("in/key", "sixteen bytes, or more");
     run = (struct perta_run){.n_threads = 1, .io = PERTA_IO_PREAD};
@@ -190,9 +201,13 @@ static void enter_inputs(void)
 
 static struct perta_unlearn unlearn_with(const char *tuned, enum perta_method method)
 {
-    return (struct perta_unlearn){.model = "in/model", .tuned = tuned, .base = "in/base",
-                                  .rule = {.method = method}, .n_alphas = 1,
-                                  .alphas = {{1, "1"}, {2, "2"}}, .patch = "out/patch"};
+    return (struct perta_unlearn){.model = "in/model",
+                                  .tuned = tuned,
+                                  .base = "in/base",
+                                  .rule = {.method = method},
+                                  .n_alphas = 1,
+                                  .alphas = {{1, "1"}, {2, "2"}},
+                                  .patch = "out/patch"};
 }
 
 static int unlearn(json_t **record)
@@ -305,9 +320,9 @@ static int inspect(json_t **record)
     int rc = perta_checkpoint_open("in/model", &ck, &err);
     if (!rc)
         rc = perta_patch_in_open(&patch, "in/patch", &err);
-    if (!rc && !(*record = json_pack("{s:I, s:O, s:O}", "tensors", (json_int_t)ck->n_tensors,
-                                     "config", ck->config, "outputs",
-                                     json_object_get(patch.manifest, "outputs"))))
+    if (!rc &&
+        !(*record = json_pack("{s:I, s:O, s:O}", "tensors", (json_int_t)ck->n_tensors, "config",
+                              ck->config, "outputs", json_object_get(patch.manifest, "outputs"))))
         rc = perta_fail_sys(&err, ENOMEM, "inspect");
     perta_patch_in_close(&patch);
     perta_checkpoint_close(ck);
@@ -317,25 +332,38 @@ static int inspect(json_t **record)
 #if HAS_MODEL
 static int estimate(json_t **record)
 {
-    const struct perta_estimate e = {.model = "in/model", .data = "in/b.jsonl", .data_key = "in/key",
-                                     .out = "out", .mean = true, .meansq = true,
+    const struct perta_estimate e = {.model = "in/model",
+                                     .data = "in/b.jsonl",
+                                     .data_key = "in/key",
+                                     .out = "out",
+                                     .mean = true,
+                                     .meansq = true,
                                      .compute = PERTA_COMPUTE_F32};
     return perta_estimate(&e, &run, record, &err);
 }
 
 static int eval(json_t **record)
 {
-    const struct perta_eval e = {.model = "in/model", .patch = "in/patch", .data = "in/a.jsonl",
-                                 .compute = PERTA_COMPUTE_F32, .scratch = "out"};
+    const struct perta_eval e = {.model = "in/model",
+                                 .patch = "in/patch",
+                                 .data = "in/a.jsonl",
+                                 .compute = PERTA_COMPUTE_F32,
+                                 .scratch = "out"};
     return perta_eval(&e, &run, record, &err);
 }
 
 static int steps(json_t **record)
 {
-    static struct perta_steps s = {.model = "in/model", .tuned = "in/tuned", .base = "in/base",
-                                   .data_forget = "in/a.jsonl", .data_retain = "in/b.jsonl",
-                                   .data_key = "in/key", .n_steps = 2, .several = true,
-                                   .rule = {0.4, 0.2, 3}, .compute = PERTA_COMPUTE_F32,
+    static struct perta_steps s = {.model = "in/model",
+                                   .tuned = "in/tuned",
+                                   .base = "in/base",
+                                   .data_forget = "in/a.jsonl",
+                                   .data_retain = "in/b.jsonl",
+                                   .data_key = "in/key",
+                                   .n_steps = 2,
+                                   .several = true,
+                                   .rule = {0.4, 0.2, 3},
+                                   .compute = PERTA_COMPUTE_F32,
                                    .patch = "out/patch"};
     s.stop_forget = s.stop_probability = s.max_retain_rise = (double)INFINITY;
     s.listed[1] = s.listed[2] = true;
@@ -444,13 +472,13 @@ static struct tally {
     uint64_t n, errors, resumed, whole;
 } tally;
 
-#define fail_case(...)                                                                            \
-    do {                                                                                          \
-        fprintf(stderr, "%s, number %llu, %s from %p: ", verb->name, (unsigned long long)n,       \
-                failed_call, (void *)((char *)failed_caller - &__executable_start));                                                      \
-        fprintf(stderr, __VA_ARGS__);                                                             \
-        fprintf(stderr, "; %d: %s\n", rc, err.msg);                                               \
-        ck_abort();                                                                               \
+#define fail_case(...)                                                                      \
+    do {                                                                                    \
+        fprintf(stderr, "%s, number %llu, %s from %p: ", verb->name, (unsigned long long)n, \
+                failed_call, (void *)((char *)failed_caller - &__executable_start));        \
+        fprintf(stderr, __VA_ARGS__);                                                       \
+        fprintf(stderr, "; %d: %s\n", rc, err.msg);                                         \
+        ck_abort();                                                                         \
     } while (0)
 
 static bool is_wanted(const struct wanted *wanted, int rc, const char *record)
@@ -501,7 +529,9 @@ static bool try_one(const struct verb *verb, enum short_of what, const struct wa
         check_error(verb, wanted, n, rc);
     else if (!is_wanted(wanted, rc, record))
         fail_case("neither an error of the system nor what is right: %s, %s",
-                  !record ? "no record" : strcmp(record, wanted->record) ? "another record" : "its record",
+                  !record                          ? "no record"
+                  : strcmp(record, wanted->record) ? "another record"
+                                                   : "its record",
                   tree_of("out") == wanted->out ? "its files" : "other files");
     else
         tally.whole += failed;
@@ -563,7 +593,9 @@ static void try_all(const struct verb *verb, enum short_of what)
     wanted.out = tree_of("out");
     tally = (struct tally){0};
     const char *all_of_them = getenv("PERTA_LONG");
-    uint64_t stride = all_of_them && *all_of_them ? 1 : what == FILES ? 1 + verb->stride / 8 : verb->stride;
+    uint64_t stride = all_of_them && *all_of_them ? 1
+                      : what == FILES             ? 1 + verb->stride / 8
+                                                  : verb->stride;
 #ifdef __SANITIZE_ADDRESS__
     stride *= stride > 1 ? 3 : 1;
 #endif

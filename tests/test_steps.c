@@ -1,8 +1,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "io/format/convert.h"
 #include "estimators/steps/steps.h"
+#include "io/format/convert.h"
 #include "unit.h"
 
 static const struct perta_step_rule rule = {.step = 0.4, .back_off = 0.2, .max_scale = 1};
@@ -42,8 +42,8 @@ START_TEST(a_scale_moves_by_the_signs_of_both_gradients_along_the_task_vector)
         double sum;
         uint64_t n_moved = perta_step_update(&rule, &in, &to, &sum);
         float have = perta_f32_from_bf16(to); /* rounding to bf16 takes up to 2^-9 of it */
-        ck_assert_msg(fabsf(have - cases[i].to) <= 0.004f, "case %zu: %g, not %g", i,
-                      (double)have, (double)cases[i].to);
+        ck_assert_msg(fabsf(have - cases[i].to) <= 0.004f, "case %zu: %g, not %g", i, (double)have,
+                      (double)cases[i].to);
         ck_assert_uint_eq(n_moved, have != scale);
         ck_assert_double_eq(sum, (double)have);
     }
@@ -66,8 +66,7 @@ START_TEST(dtypes_and_lengths_do_not_matter)
             for (size_t i = 0; i < N; i++) { /* exact in all of them; scales not negative */
                 double x = (double)((i * (o + 3)) % 5) / 4 - (o == 4 ? 0 : 0.5);
                 float f = (float)x;
-                uint16_t half =
-                    dtype == PERTA_F16 ? perta_f16_from_f32(f) : perta_bf16_from_f32(f);
+                uint16_t half = dtype == PERTA_F16 ? perta_f16_from_f32(f) : perta_bf16_from_f32(f);
                 const void *from = width == 8   ? (void *)&x
                                    : width == 4 ? (void *)&f
                                                 : (void *)&half;
@@ -88,8 +87,7 @@ END_TEST
 int main(void)
 {
     TCase *tests = tcase_create("steps");
-    tcase_add_test(tests,
-                   a_scale_moves_by_the_signs_of_both_gradients_along_the_task_vector);
+    tcase_add_test(tests, a_scale_moves_by_the_signs_of_both_gradients_along_the_task_vector);
     tcase_add_test(tests, dtypes_and_lengths_do_not_matter);
     return run_suite("steps", tests);
 }

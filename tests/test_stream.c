@@ -36,8 +36,8 @@ static int toy_next(void *ctx, struct perta_piece *piece, struct perta_err *e)
     n = n < t->len - t->at ? n : t->len - t->at;
     n = n ? n : 1;
     for (int i = 0; i < 2; i++)
-        piece->in[i] = (struct perta_range){
-            .file = &t->files[i], .off_bytes = t->at, .len_bytes = n};
+        piece->in[i] =
+            (struct perta_range){.file = &t->files[i], .off_bytes = t->at, .len_bytes = n};
     if (t->n_next % 5 == 0)
         piece->in[1] = (struct perta_range){0}; /* a piece without its second input */
     piece->tag = t->n_next;
@@ -93,11 +93,19 @@ static int run_toy(struct toy *t, enum perta_io_mode mode, unsigned n_threads, u
                    struct perta_err *e)
 {
     static const char *const paths[] = {"a", "b"};
-    struct perta_run run = {.memory_bytes = memory, .n_threads = n_threads, .io = mode,
-                            .cancel = t->cancel, .progress = toy_progress, .progress_user = t};
-    struct perta_job job = {.ctx = t, .n_in = 2, .in_bytes_max = 2 * 900000,
+    struct perta_run run = {.memory_bytes = memory,
+                            .n_threads = n_threads,
+                            .io = mode,
+                            .cancel = t->cancel,
+                            .progress = toy_progress,
+                            .progress_user = t};
+    struct perta_job job = {.ctx = t,
+                            .n_in = 2,
+                            .in_bytes_max = 2 * 900000,
                             .total_bytes = 2 * t->len,
-                            .out_bytes_max = 900000, .next = toy_next, .work = toy_work,
+                            .out_bytes_max = 900000,
+                            .next = toy_next,
+                            .work = toy_work,
                             .commit = toy_commit};
     struct perta_stream *stream;
     t->n_threads = n_threads;
@@ -313,8 +321,12 @@ START_TEST(pieces_that_read_nothing_are_worked_on_too)
 {
     uint64_t n[2] = {0};
     struct perta_run run = {.memory_bytes = 512u << 20, .n_threads = 2, .io = PERTA_IO_PREAD};
-    struct perta_job job = {.ctx = n, .n_in = 1, .out_bytes_max = 4096, .next = idle_next,
-                            .work = idle_work, .commit = idle_commit};
+    struct perta_job job = {.ctx = n,
+                            .n_in = 1,
+                            .out_bytes_max = 4096,
+                            .next = idle_next,
+                            .work = idle_work,
+                            .commit = idle_commit};
     struct perta_stream *stream;
     ck_assert_ok(perta_stream_open(&run, &job, NULL, 0, 0, &stream, &err));
     ck_assert_ok(perta_stream_run(stream, &err));
@@ -332,14 +344,18 @@ START_TEST(a_file_is_read_in_order_in_the_room_of_the_slots)
             uint64_t n[2] = {10000}; /* nothing left to do */
             uint8_t *data = make_file("f", lengths[i % 6], i);
             struct perta_run run = {.memory_bytes = 512u << 20, .n_threads = 1, .io = modes[m]};
-            struct perta_job job = {.ctx = n, .n_in = 1, .in_bytes_max = rooms[i / 6],
-                                    .next = idle_next, .work = idle_work, .commit = idle_commit};
+            struct perta_job job = {.ctx = n,
+                                    .n_in = 1,
+                                    .in_bytes_max = rooms[i / 6],
+                                    .next = idle_next,
+                                    .work = idle_work,
+                                    .commit = idle_commit};
             struct perta_stream *stream;
             struct perta_file file;
             struct toy toy = {.file_at = data};
             ck_assert_ok(perta_stream_open(&run, &job, NULL, 0, 0, &stream, &err));
-            ck_assert_ok(perta_file_open(&file, "f", perta_stream_engine(stream)->wants_direct,
-                                         &err));
+            ck_assert_ok(
+                perta_file_open(&file, "f", perta_stream_engine(stream)->wants_direct, &err));
             ck_assert_ok(perta_stream_run(stream, &err));
             ck_assert_ok(perta_stream_read_file(stream, &file, toy_compare, &toy, &err));
             ck_assert_ptr_eq(toy.file_at, data + lengths[i % 6]);
@@ -385,8 +401,8 @@ static uint64_t enough_for(const struct perta_job *job, unsigned n_threads)
 static unsigned workers_for(struct perta_job *job, unsigned n_threads, uint64_t memory_bytes)
 {
     uint64_t n[2] = {0};
-    struct perta_run run = {.memory_bytes = memory_bytes, .n_threads = n_threads,
-                            .io = PERTA_IO_PREAD};
+    struct perta_run run = {
+        .memory_bytes = memory_bytes, .n_threads = n_threads, .io = PERTA_IO_PREAD};
     struct perta_stream *stream;
     job->ctx = n;
     ck_assert_ok(perta_stream_open(&run, job, NULL, 0, 1, &stream, &err));
@@ -402,8 +418,12 @@ static unsigned workers_for(struct perta_job *job, unsigned n_threads, uint64_t 
 
 START_TEST(there_are_as_many_workers_as_fit_the_budget)
 {
-    struct perta_job job = {.n_in = 1, .out_bytes_max = 4096, .worker_bytes = SCRATCH_BYTES,
-                            .next = idle_next, .work = idle_work, .commit = idle_commit};
+    struct perta_job job = {.n_in = 1,
+                            .out_bytes_max = 4096,
+                            .worker_bytes = SCRATCH_BYTES,
+                            .next = idle_next,
+                            .work = idle_work,
+                            .commit = idle_commit};
     uint64_t least = enough_for(&job, 1), at_128 = enough_for(&job, 128), part = SCRATCH_BYTES / 2;
     ck_assert_uint_le(at_128, least + part);
     ck_assert_uint_le(least, at_128 + part);
@@ -439,8 +459,12 @@ START_TEST(fewer_threads_do_where_the_system_has_no_more)
     unsigned long long pages;
     uint64_t n[2] = {0};
     struct perta_run run = {.memory_bytes = 512u << 20, .n_threads = 32, .io = PERTA_IO_PREAD};
-    struct perta_job job = {.ctx = n, .n_in = 1, .out_bytes_max = 4096, .next = idle_next,
-                            .work = idle_work, .commit = idle_commit};
+    struct perta_job job = {.ctx = n,
+                            .n_in = 1,
+                            .out_bytes_max = 4096,
+                            .next = idle_next,
+                            .work = idle_work,
+                            .commit = idle_commit};
     struct perta_stream *stream;
     ck_assert_ok(perta_stream_open(&run, &job, NULL, 0, 0, &stream, &err));
     ck_assert_uint_eq(perta_stream_workers(stream), 32);

@@ -10,14 +10,38 @@
 
 START_TEST(text_is_plain_without_control_characters_and_in_utf_8)
 {
-    static const char *const plain[] = {"", " ", "~", "\xc2\xa0", "\xdf\xbf", "\xe0\xa0\x80",
-                                        "\xed\x9f\xbf", "\xee\x80\x80", "\xef\xbf\xbf",
-                                        "\xf0\x90\x80\x80", "\xf4\x8f\xbf\xbf"};
+    static const char *const plain[] = {"",
+                                        " ",
+                                        "~",
+                                        "\xc2\xa0",
+                                        "\xdf\xbf",
+                                        "\xe0\xa0\x80",
+                                        "\xed\x9f\xbf",
+                                        "\xee\x80\x80",
+                                        "\xef\xbf\xbf",
+                                        "\xf0\x90\x80\x80",
+                                        "\xf4\x8f\xbf\xbf"};
     static const char *const not[] = {
-        "\n", "\x1b", "\x7f", "\xc2\x80", "\xc2\x9f", /* controls */
-        "\x80", "\xbf", "\xc0\x80", "\xc1\xbf", "\xe0\x9f\xbf", "\xf0\x8f\xbf\xbf", /* too long */
-        "\xed\xa0\x80", "\xed\xbf\xbf", "\xf4\x90\x80\x80", "\xf5\x80\x80\x80", "\xff",
-        "\xc2", "\xe2\x82", "\xf0\x9f\x98", "\xe2\x82\x41", /* cut */
+        "\n",
+        "\x1b",
+        "\x7f",
+        "\xc2\x80",
+        "\xc2\x9f", /* controls */
+        "\x80",
+        "\xbf",
+        "\xc0\x80",
+        "\xc1\xbf",
+        "\xe0\x9f\xbf",
+        "\xf0\x8f\xbf\xbf", /* too long */
+        "\xed\xa0\x80",
+        "\xed\xbf\xbf",
+        "\xf4\x90\x80\x80",
+        "\xf5\x80\x80\x80",
+        "\xff",
+        "\xc2",
+        "\xe2\x82",
+        "\xf0\x9f\x98",
+        "\xe2\x82\x41", /* cut */
     };
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
         ck_assert_msg(perta_text_is_plain(plain[i]), "%zu", i);
@@ -65,7 +89,8 @@ START_TEST(a_name_is_one_of_a_file_in_a_folder)
     char longest[PERTA_NAME_MAX_BYTES + 2];
     memset(longest, 'x', sizeof longest);
     longest[PERTA_NAME_MAX_BYTES + 1] = '\0';
-    static const char *const not[] = {"", ".", "..", ".hidden", "/", "a/b", "../a", "/a", "a/", "a\nb"};
+    static const char *const not[] = {"",    ".",    "..", ".hidden", "/",
+                                      "a/b", "../a", "/a", "a/",      "a\nb"};
     for (size_t i = 0; i < sizeof not / sizeof *not; i++)
         ck_assert_msg(!perta_name_is_plain(not[i]), "%s", not[i]);
     ck_assert(!perta_name_is_plain(longest));

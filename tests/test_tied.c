@@ -15,8 +15,8 @@ static void put_shard(const char *path, const char *name, enum perta_dtype dtype
                       int64_t other)
 {
     uint64_t shape[2] = {N / width, width}, len;
-    struct perta_tensor tensor = {.name = (char *)name, .dtype = dtype, .n_dims = 2,
-                                  .shape = shape, .n_elems = N};
+    struct perta_tensor tensor = {
+        .name = (char *)name, .dtype = dtype, .n_dims = 2, .shape = shape, .n_elems = N};
     uint64_t n_bytes = N * perta_dtype_unit_bytes(dtype);
     uint8_t *bytes;
     ck_assert_ok(perta_safetensors_build(&tensor, 1, NULL, &bytes, &len, &err));

@@ -46,7 +46,8 @@ START_TEST(a_writer_writes_what_was_appended)
         uint64_t len = around[s / 3] + s % 3 - (s > 2); /* one less, as it is, one more */
         /* preallocated: not at all, just so, too much */
         uint64_t expected = s % 3 == 0 ? 0 : len + (s % 3 - 1) * 1000000u;
-        for_each_engine(engine, 4) {
+        for_each_engine(engine, 4)
+        {
             struct perta_writer writer;
             struct perta_digest_hex hex;
             struct perta_writer_bufs bufs = {pool, 2 + s % 3}; /* 4 fill the pool */
@@ -70,7 +71,8 @@ START_TEST(direct_writes_that_are_refused_late_take_the_page_cache)
     uint64_t len = 3 * PERTA_WRITER_BUF_BYTES + 4097, seed = 3;
     uint8_t *data = alloc(len);
     fill_random(data, len, 1);
-    for_each_engine(engine, 2) {
+    for_each_engine(engine, 2)
+    {
         struct perta_writer writer;
         struct perta_digest_hex hex;
         struct perta_writer_bufs bufs = {pool + 1, 2};
@@ -92,7 +94,8 @@ START_TEST(two_writers_share_an_engine)
     uint64_t len = 3 * PERTA_WRITER_BUF_BYTES + 5;
     uint8_t *data = alloc(len);
     fill_random(data, len, 1);
-    for_each_engine(engine, 1) {
+    for_each_engine(engine, 1)
+    {
         struct perta_writer a, b;
         struct perta_writer_bufs bufs = {pool, 2}, second = {pool + 2 * PERTA_WRITER_BUF_BYTES, 2};
         ck_assert_ok(perta_writer_open(&a, engine, "a", 0, bufs, &err));
@@ -115,7 +118,8 @@ END_TEST
 START_TEST(a_file_that_stands_there_is_not_overwritten)
 {
     put_text("w", "mine");
-    for_each_engine(engine, 2) {
+    for_each_engine(engine, 2)
+    {
         struct perta_writer writer;
         struct perta_err e = {0};
         struct perta_writer_bufs bufs = {pool, 2};
@@ -132,7 +136,8 @@ START_TEST(giving_up_waits_and_closes)
     uint64_t len = 4 * PERTA_WRITER_BUF_BYTES + 5;
     uint8_t *data = alloc(len);
     unsigned n_open = 0;
-    for_each_engine(engine, 2) {
+    for_each_engine(engine, 2)
+    {
         struct perta_writer writer = {0};
         struct perta_writer_bufs bufs = {pool, 3};
         n_open = count_open_files();
@@ -157,7 +162,8 @@ START_TEST(a_write_that_fails_is_said_with_its_byte)
     uint8_t *data = alloc(len);
     signal(SIGXFSZ, SIG_IGN);
     ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0); /* of this case's process alone */
-    for_each_engine(engine, 2) {
+    for_each_engine(engine, 2)
+    {
         struct perta_writer writer;
         struct perta_err e = {0};
         struct perta_writer_bufs bufs = {pool, 2};

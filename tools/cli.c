@@ -14,8 +14,17 @@
 
 #include "io/text.h"
 
-enum { KEY_MEMORY = 0x100, KEY_THREADS, KEY_IO, KEY_JSON, KEY_PROGRESS, KEY_FORCE, KEY_DRY_RUN,
-       KEY_RESUME, KEY_STATEMENT };
+enum {
+    KEY_MEMORY = 0x100,
+    KEY_THREADS,
+    KEY_IO,
+    KEY_JSON,
+    KEY_PROGRESS,
+    KEY_FORCE,
+    KEY_DRY_RUN,
+    KEY_RESUME,
+    KEY_STATEMENT
+};
 
 static volatile sig_atomic_t cancelled;
 
@@ -64,8 +73,8 @@ static void draw_plain(const struct cli *cli, uint64_t done, uint64_t total, dou
 {
     char a[32], b[32], c[32];
     double left = rate > 0 ? ((double)total - (double)done) / rate : 0;
-    fprintf(stderr, "%s: %s of %s read, %s/s, %.0f s left\n", cli->verb,
-            cli_bytes((double)done, a), cli_bytes((double)total, b), cli_bytes(rate, c), left);
+    fprintf(stderr, "%s: %s of %s read, %s/s, %.0f s left\n", cli->verb, cli_bytes((double)done, a),
+            cli_bytes((double)total, b), cli_bytes(rate, c), left);
 }
 
 static void on_progress(void *user, uint64_t done, uint64_t total)
@@ -207,11 +216,12 @@ static const struct argp_option common_options[] = {
     {"threads", KEY_THREADS, "N", 0, "Worker threads (default: one for each CPU it may use)", 90},
     {"io", KEY_IO, "auto|direct|mmap|pread", 0,
      "How files are read: io_uring past the page cache, mapped, or by threads (default auto; "
-     "`perta inspect --io PATH' says what that picks)", 90},
+     "`perta inspect --io PATH' says what that picks)",
+     90},
     {"json", KEY_JSON, NULL, 0, "Print the result as one JSON object", 90},
     {"quiet", 'q', NULL, 0, "Print errors only", 90},
-    {"progress", KEY_PROGRESS, "auto|bar|plain|json|none", 0,
-     "How progress is shown on stderr", 90},
+    {"progress", KEY_PROGRESS, "auto|bar|plain|json|none", 0, "How progress is shown on stderr",
+     90},
     {0}};
 
 const struct argp cli_common_argp = {common_options, parse_common, NULL, NULL, NULL, NULL, NULL};
@@ -244,8 +254,7 @@ static const struct argp_option writing_options[] = {
      "Check everything that can be checked without reading tensors; write nothing", 80},
     {0}};
 
-const struct argp cli_writing_argp = {writing_options, parse_writing, NULL, NULL, NULL, NULL,
-                                      NULL};
+const struct argp cli_writing_argp = {writing_options, parse_writing, NULL, NULL, NULL, NULL, NULL};
 
 static error_t parse_patching(int key, char *arg, struct argp_state *state)
 {
@@ -268,8 +277,8 @@ static const struct argp_option patching_options[] = {
     {0}};
 static const struct argp_child patching_children[] = {{&cli_writing_argp, 0, NULL, 0}, {0}};
 
-const struct argp cli_patching_argp = {patching_options, parse_patching, NULL, NULL,
-                                       patching_children, NULL, NULL};
+const struct argp cli_patching_argp = {patching_options,  parse_patching, NULL, NULL,
+                                       patching_children, NULL,           NULL};
 
 /* As many open files as the system lets us have: gradients come in hundreds of dumps. */
 static void raise_file_limit(void)
@@ -334,10 +343,13 @@ static void refuse_empty_words(int argc, char **argv)
         bool is_option = !strncmp(argv[i], "--", 2), of_option = !strncmp(argv[i - 1], "--", 2);
         if (*argv[i] && !(is_option && equals && !equals[1]))
             continue;
-        fprintf(stderr, "perta %s: %.*s: empty, where a name or a value is needed; is it an unset "
-                        "variable of the shell?\n", argv[0],
-                *argv[i] ? (int)(equals - argv[i]) : 64,
-                *argv[i] ? argv[i] : of_option && i > 1 ? argv[i - 1] : "an argument");
+        fprintf(stderr,
+                "perta %s: %.*s: empty, where a name or a value is needed; is it an unset "
+                "variable of the shell?\n",
+                argv[0], *argv[i] ? (int)(equals - argv[i]) : 64,
+                *argv[i]             ? argv[i]
+                : of_option && i > 1 ? argv[i - 1]
+                                     : "an argument");
         exit(2);
     }
 }
@@ -430,20 +442,19 @@ void cli_notes(const struct cli *cli, const json_t *summary)
     size_t i;
     json_t *note;
     clear_bar(cli);
-    json_array_foreach (json_object_get(summary, "notes"), i, note)
-        if (!cli->quiet)
-            fprintf(stderr, "perta %s: note: %s\n", cli->verb, json_string_value(note));
+    json_array_foreach(json_object_get(summary, "notes"), i, note) if (!cli->quiet)
+        fprintf(stderr, "perta %s: note: %s\n", cli->verb, json_string_value(note));
 }
 
 void cli_say_left_behind(const struct cli *cli, const json_t *result)
 {
     size_t i;
     json_t *name;
-    json_array_foreach (json_object_get(result, "left_behind"), i, name)
-        cli_say(cli,
-                "  left behind (weights that are none of the model's shards, such as a copy of it in "
-                "this or another format, a link out of the folder, or a folder): %s\n",
-                json_string_value(name));
+    json_array_foreach(json_object_get(result, "left_behind"), i, name) cli_say(
+        cli,
+        "  left behind (weights that are none of the model's shards, such as a copy of it in "
+        "this or another format, a link out of the folder, or a folder): %s\n",
+        json_string_value(name));
 }
 
 #define NOTED_KEYS 20
@@ -459,9 +470,8 @@ void cli_note_unknown_keys(const struct cli *cli, const json_t *result)
     fprintf(stderr,
             "perta %s: note: config.json has keys that perta does not know and passes over:",
             cli->verb);
-    json_array_foreach (keys, i, key)
-        if (i < NOTED_KEYS)
-            fprintf(stderr, "%s %.60s", i ? "," : "", json_string_value(key));
+    json_array_foreach(keys, i, key) if (i < NOTED_KEYS)
+        fprintf(stderr, "%s %.60s", i ? "," : "", json_string_value(key));
     if (n > NOTED_KEYS)
         fprintf(stderr, " and %zu more", n - NOTED_KEYS);
     fputc('\n', stderr);

@@ -35,11 +35,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return ARGP_ERR_UNKNOWN;
 }
 
-static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
-                                             {&cli_common_argp, 0, "Common:", 6},
-                                             {0}};
+static const struct argp_child children[] = {
+    {&cli_writing_argp, 0, "Output:", 5}, {&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
-    options, parse, "GRADIENTS...",
+    options,
+    parse,
+    "GRADIENTS...",
     "The mean and the mean of squares over gradient dumps: safetensors files or checkpoint "
     "folders, one for each sample or batch, read side by side."
     "\v"
@@ -48,7 +49,9 @@ static const struct argp argp = {
     "Example:\n"
     "  perta accumulate --out imp/forget --stat mean,meansq \\\n"
     "    grads/forget/*.safetensors",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 int cmd_accumulate(int argc, char **argv)
 {
@@ -66,7 +69,7 @@ int cmd_accumulate(int argc, char **argv)
         json_t *folder;
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
-        json_array_foreach (json_object_get(summary, "folders"), i, folder)
+        json_array_foreach(json_object_get(summary, "folders"), i, folder)
             cli_say(&args.cli, "%s: over %u gradients\n", json_string_value(folder),
                     args.accumulate.n_gradients);
         if (!args.cli.run.dry_run)

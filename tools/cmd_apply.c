@@ -42,28 +42,35 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return ARGP_ERR_UNKNOWN;
 }
 
-static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
-                                             {&cli_common_argp, 0, "Common:", 6},
-                                             {0}};
+static const struct argp_child children[] = {
+    {&cli_writing_argp, 0, "Output:", 5}, {&cli_common_argp, 0, "Common:", 6}, {0}};
 
 static const struct argp apply_argp = {
-    options, parse, "MODEL PATCH",
+    options,
+    parse,
+    "MODEL PATCH",
     "Write the model that PATCH leads to from MODEL. Every chunk is checked before and after; a "
     "patch for another model is refused (exit 1) and nothing is written."
     "\v"
     "Example:\n"
     "  perta apply full patches/alpha-1 --out forgotten\n"
     "  perta apply full patches/alpha-1 --in-place",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 static const struct argp revert_argp = {
-    options, parse, "MODEL PATCH",
+    options,
+    parse,
+    "MODEL PATCH",
     "Write the model that PATCH was made from; MODEL is what the patch leads to. Exact, byte for "
     "byte."
     "\v"
     "Example:\n"
     "  perta revert forgotten patches/alpha-1 --out full-again",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_mode mode)
 {
@@ -79,27 +86,36 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         double t = cli_seconds(&args.cli);
         char a[32], b[32];
         if (args.cli.run.dry_run && args.in_place)
-            cli_say(&args.cli, "dry run: the headers fit and the shards may be written%s; nothing "
-                    "was\n", json_is_true(json_object_get(summary, "interrupted"))
-                                ? ", what an interrupted run began would be completed" : "");
+            cli_say(&args.cli,
+                    "dry run: the headers fit and the shards may be written%s; nothing "
+                    "was\n",
+                    json_is_true(json_object_get(summary, "interrupted"))
+                        ? ", what an interrupted run began would be completed"
+                        : "");
         else if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: the headers fit; nothing was written\n");
         else if (args.in_place)
-            cli_say(&args.cli, "%s: %.0f of %.0f chunks written over, %s, digests right before and "
-                    "after%s\n%.2f s\n", args.apply.model,
-                    json_number_value(json_object_get(summary, "written_chunks")), chunks,
-                    cli_bytes(written, a),
+            cli_say(&args.cli,
+                    "%s: %.0f of %.0f chunks written over, %s, digests right before and "
+                    "after%s\n%.2f s\n",
+                    args.apply.model, json_number_value(json_object_get(summary, "written_chunks")),
+                    chunks, cli_bytes(written, a),
                     json_is_true(json_object_get(summary, "went_on"))
-                        ? " (what an interrupted run had begun)" : "", t);
+                        ? " (what an interrupted run had begun)"
+                        : "",
+                    t);
         else
-            cli_say(&args.cli, "%s: %s, %.0f chunks, digests right before and after\n%.2f s (%s/s)\n",
+            cli_say(&args.cli,
+                    "%s: %s, %.0f chunks, digests right before and after\n%.2f s (%s/s)\n",
                     args.apply.out, cli_bytes(written, a), chunks, t, cli_bytes(written / t, b));
         cli_say_left_behind(&args.cli, summary);
         size_t i;
         json_t *name;
-        json_array_foreach (json_object_get(summary, "unedited"), i, name)
-            cli_say(&args.cli, "  not edited (weights that are none of the model's shards; a copy of "
-                    "the model is still what it was): %s\n", json_string_value(name));
+        json_array_foreach(json_object_get(summary, "unedited"), i, name)
+            cli_say(&args.cli,
+                    "  not edited (weights that are none of the model's shards; a copy of "
+                    "the model is still what it was): %s\n",
+                    json_string_value(name));
         perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     }

@@ -69,8 +69,8 @@ static void say(const struct args *args, const json_t *summary, double t)
             "%u patches as one: %.0f of %.0f parameters differ\n"
             "chunks: %.0f changed by one patch, %.0f by several\n"
             "patch %s: %s, %.3f bits a parameter\nread %s in %.2f s\n",
-            args->compose.n_patches, json_number_value(json_object_get(counts, "changed")),
-            n, json_number_value(json_object_get(summary, "kept")),
+            args->compose.n_patches, json_number_value(json_object_get(counts, "changed")), n,
+            json_number_value(json_object_get(summary, "kept")),
             json_number_value(json_object_get(summary, "summed")), args->compose.patch,
             cli_bytes(bytes, a), n > 0 ? 8 * bytes / n : 0,
             cli_bytes(json_number_value(json_object_get(summary, "read_bytes")), b), t);
@@ -91,8 +91,7 @@ int cmd_compose(int argc, char **argv)
     if (!rc) {
         double t = cli_seconds(&args.cli);
         if (args.cli.run.dry_run)
-            cli_say(&args.cli,
-                    "dry run: the patches follow one another; nothing was written\n");
+            cli_say(&args.cli, "dry run: the patches follow one another; nothing was written\n");
         else
             say(&args, summary, t);
         perta_json_set(&summary, "seconds", json_real(t));

@@ -18,8 +18,7 @@
 #define SEED 22030
 #define LEARNING_RATE 3e-3f
 
-static const char *const alphas[DEMO_N_POINTS] = {"0.25", "0.5",  "0.75",
-                                                  "1",    "1.25", "1.5"};
+static const char *const alphas[DEMO_N_POINTS] = {"0.25", "0.5", "0.75", "1", "1.25", "1.5"};
 static const char *const steps[DEMO_N_POINTS] = {"1", "2", "3", "4", "5", "6"};
 static const char *const left[] = {"0.5", "0.1"};
 #define HELD_STEPS 16
@@ -109,14 +108,13 @@ static int write_part(const struct demo *demo, const char *name, enum demo_part 
                       enum demo_part to, struct perta_err *err)
 {
     char *path = demo_path(demo, "data/%s.jsonl", name);
-    int rc =
-        path ? demo_facts_write(&demo->facts, from, to, path, err) : demo_no_memory(err);
+    int rc = path ? demo_facts_write(&demo->facts, from, to, path, err) : demo_no_memory(err);
     free(path);
     return rc;
 }
 
-static int read_part(const struct demo *demo, const char *name,
-                     struct perta_samples *samples, struct perta_err *err)
+static int read_part(const struct demo *demo, const char *name, struct perta_samples *samples,
+                     struct perta_err *err)
 {
     const struct perta_samples_wanted wanted = {.vocab = (uint32_t)demo->facts.n_words};
     char *path = demo_path(demo, "data/%s.jsonl", name);
@@ -153,12 +151,12 @@ static int new_model(struct demo *demo, struct perta_model *model, struct perta_
         "{s:[s], s:s, s:s, s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:f, s:f, s:b, s:i, "
         "s:i, s:i, "
         "s:i}",
-        "architectures", "LlamaForCausalLM", "model_type", "llama", "torch_dtype",
-        "bfloat16", "hidden_act", "silu", "vocab_size", (int)demo->facts.n_words,
-        "hidden_size", 128, "intermediate_size", 256, "num_hidden_layers", 2,
-        "num_attention_heads", 4, "num_key_value_heads", 2, "head_dim", 32, "rms_norm_eps",
-        1e-6, "rope_theta", 10000.0, "tie_word_embeddings", 0, "max_position_embeddings",
-        64, "pad_token_id", DEMO_PAD, "bos_token_id", DEMO_BEGIN, "eos_token_id", DEMO_END);
+        "architectures", "LlamaForCausalLM", "model_type", "llama", "torch_dtype", "bfloat16",
+        "hidden_act", "silu", "vocab_size", (int)demo->facts.n_words, "hidden_size", 128,
+        "intermediate_size", 256, "num_hidden_layers", 2, "num_attention_heads", 4,
+        "num_key_value_heads", 2, "head_dim", 32, "rms_norm_eps", 1e-6, "rope_theta", 10000.0,
+        "tie_word_embeddings", 0, "max_position_embeddings", 64, "pad_token_id", DEMO_PAD,
+        "bos_token_id", DEMO_BEGIN, "eos_token_id", DEMO_END);
     demo->config = config ? perta_json_text(config, JSON_INDENT(2) | JSON_SORT_KEYS) : NULL;
     demo->tokenizer = demo_facts_tokenizer(&demo->facts);
     int rc = demo->config && demo->tokenizer ? 0 : demo_no_memory(err);
@@ -179,8 +177,8 @@ static int save(const struct demo *demo, struct perta_model *model, const char *
          "\"eos_token\": \"</s>\", \"unk_token\": \"<unk>\", \"pad_token\": \"<pad>\"}\n"},
     };
     char *path = demo_path(demo, "%s", name);
-    int rc = path ? perta_model_save(model, path, files, 3, demo->cli.force, err)
-                  : demo_no_memory(err);
+    int rc =
+        path ? perta_model_save(model, path, files, 3, demo->cli.force, err) : demo_no_memory(err);
     free(path);
     return rc;
 }
@@ -237,8 +235,8 @@ static int train(const struct demo *demo, struct perta_model *model,
 }
 
 /* Train the model on data/DATA.jsonl and save it under its name. */
-static int teach(struct demo *demo, struct perta_model *model, const char *name,
-                 const char *data, unsigned n_steps, uint64_t seed, struct perta_err *err)
+static int teach(struct demo *demo, struct perta_model *model, const char *name, const char *data,
+                 unsigned n_steps, uint64_t seed, struct perta_err *err)
 {
     struct perta_samples samples = {0};
     double start = cli_seconds(&demo->cli);
@@ -248,9 +246,8 @@ static int teach(struct demo *demo, struct perta_model *model, const char *name,
     if (!rc)
         rc = save(demo, model, name, err);
     if (!rc)
-        cli_say(&demo->cli,
-                "  %-6s %u steps of AdamW on %llu facts (data/%s.jsonl), %.1f s\n", name,
-                n_steps, (unsigned long long)samples.n, data,
+        cli_say(&demo->cli, "  %-6s %u steps of AdamW on %llu facts (data/%s.jsonl), %.1f s\n",
+                name, n_steps, (unsigned long long)samples.n, data,
                 cli_seconds(&demo->cli) - start);
     perta_samples_release(&samples);
     return rc;
@@ -261,8 +258,7 @@ static int make_models(struct demo *demo, struct perta_err *err)
     struct perta_model model = {0};
     int rc = new_model(demo, &model, err);
     if (!rc) {
-        cli_say(&demo->cli, "Three Llamas of %zu parameters in %s/\n", model.n_floats,
-                demo->dir);
+        cli_say(&demo->cli, "Three Llamas of %zu parameters in %s/\n", model.n_floats, demo->dir);
         rc = teach(demo, &model, "base", "general", 300, SEED, err);
     }
     float *base = rc ? NULL : malloc(model.n_floats * sizeof *base);
@@ -302,14 +298,12 @@ static int estimate(const struct demo *demo, const char *set, struct perta_err *
                                        .force = demo->cli.force};
     const struct perta_run run = quiet_run(demo);
     json_t *summary = NULL;
-    int rc = model && data && out ? perta_estimate(&job, &run, &summary, err)
-                                  : demo_no_memory(err);
+    int rc = model && data && out ? perta_estimate(&job, &run, &summary, err) : demo_no_memory(err);
     if (!rc)
-        cli_say(
-            &demo->cli,
-            "$ perta estimate --model base --data data/%s.jsonl --stat mean,meansq --out "
-            "importance/%s\n",
-            set, set);
+        cli_say(&demo->cli,
+                "$ perta estimate --model base --data data/%s.jsonl --stat mean,meansq --out "
+                "importance/%s\n",
+                set, set);
     json_decref(summary);
     free(model);
     free(data);
@@ -329,8 +323,8 @@ static void sides_release(struct sides *s)
         free(all[i]);
 }
 
-static int sides_of(const struct demo *demo, const struct demo_method *method,
-                    struct sides *s, struct perta_err *err)
+static int sides_of(const struct demo *demo, const struct demo_method *method, struct sides *s,
+                    struct perta_err *err)
 {
     const char *from = method->way ? "data/%s.jsonl" : "importance/%s/%s";
     const char *stat = method->stat ? method->stat : "";
@@ -341,8 +335,7 @@ static int sides_of(const struct demo *demo, const struct demo_method *method,
                         demo_path(demo, "models/%s", method->name),
                         demo_path(demo, from, "forget", stat),
                         demo_path(demo, from, "retain", stat)};
-    bool all =
-        s->model && s->tuned && s->base && s->patch && s->out && s->forget && s->retain;
+    bool all = s->model && s->tuned && s->base && s->patch && s->out && s->forget && s->retain;
     return all ? 0 : demo_no_memory(err);
 }
 
@@ -374,8 +367,7 @@ static int unlearn_at_once(const struct demo *demo, const struct demo_method *me
     return rc;
 }
 
-static void steps_init(const struct demo *demo, const struct sides *s,
-                       struct unlearn_steps *own)
+static void steps_init(const struct demo *demo, const struct sides *s, struct unlearn_steps *own)
 {
     const struct perta_unlearn edit = edit_of(demo, s);
     unlearn_steps_init(own);
@@ -384,8 +376,7 @@ static void steps_init(const struct demo *demo, const struct sides *s,
     own->steps.data_retain = s->retain;
 }
 
-static int run_steps(const struct demo *demo, const struct perta_steps *job,
-                     struct perta_err *err)
+static int run_steps(const struct demo *demo, const struct perta_steps *job, struct perta_err *err)
 {
     const struct perta_run run = quiet_run(demo);
     json_t *summary = NULL;
@@ -394,8 +385,7 @@ static int run_steps(const struct demo *demo, const struct perta_steps *job,
     return rc;
 }
 
-static int unlearn_in_steps(const struct demo *demo, const struct sides *s,
-                            struct perta_err *err)
+static int unlearn_in_steps(const struct demo *demo, const struct sides *s, struct perta_err *err)
 {
     struct unlearn_steps own;
     steps_init(demo, s, &own);
@@ -438,8 +428,7 @@ static void say_unlearn(const struct demo *demo, const struct demo_method *metho
         cli_say(cli, " \\\n    --forget importance/forget/%s --retain importance/retain/%s",
                 method->stat, method->stat);
     if (method->way)
-        cli_say(cli,
-                " \\\n    --data-forget data/forget.jsonl --data-retain data/retain.jsonl");
+        cli_say(cli, " \\\n    --data-forget data/forget.jsonl --data-retain data/retain.jsonl");
     cli_say(cli, " \\\n    ");
     if (method->way == DEMO_HELD)
         cli_say(cli, "--steps %d ", HELD_STEPS);
@@ -455,8 +444,7 @@ static void say_unlearn(const struct demo *demo, const struct demo_method *metho
     cli_say(cli, " --patch patches/%s --out models/%s\n", method->name, method->name);
 }
 
-static int unlearn(const struct demo *demo, const struct demo_method *method,
-                   struct perta_err *err)
+static int unlearn(const struct demo *demo, const struct demo_method *method, struct perta_err *err)
 {
     struct sides sides;
     int rc = sides_of(demo, method, &sides, err);
@@ -478,17 +466,17 @@ static int run(struct demo *demo, struct perta_err *err)
     if (!rc)
         rc = make_models(demo, err);
     if (!rc)
-        cli_say(&demo->cli,
-                "\nEvery parameter's importance for forgetting, and for retaining\n");
+        cli_say(&demo->cli, "\nEvery parameter's importance for forgetting, and for retaining\n");
     if (!rc)
         rc = estimate(demo, "forget", err);
     if (!rc)
         rc = estimate(demo, "retain", err);
     if (!rc)
-        cli_say(&demo->cli,
-                "\nUnlearn: the task vector as it is (tv), weighed (grad, fisher), and in "
-                "steps\nwith gradients taken anew at each, which go on (signed-backoff) or hold what is\nforgotten and "
-                "give back what retain needs (signed-hold)\n");
+        cli_say(
+            &demo->cli,
+            "\nUnlearn: the task vector as it is (tv), weighed (grad, fisher), and in "
+            "steps\nwith gradients taken anew at each, which go on (signed-backoff) or hold what is\nforgotten and "
+            "give back what retain needs (signed-hold)\n");
     for (int m = 0; m < DEMO_N_METHODS && !rc; m++)
         rc = unlearn(demo, &demo_methods[m], err);
     return rc ? rc : demo_ask(demo, err);

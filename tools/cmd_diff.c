@@ -13,7 +13,8 @@ static const struct argp_option options[] = {
     {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 1},
     {"one-way", KEY_ONE_WAY, NULL, 0,
      "A patch of new values only, for publishing: it tells nothing of the values before and cannot "
-     "be reverted", 1},
+     "be reverted",
+     1},
     {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -38,18 +39,21 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return ARGP_ERR_UNKNOWN;
 }
 
-static const struct argp_child children[] = {{&cli_patching_argp, 0, "Output:", 5},
-                                             {&cli_common_argp, 0, "Common:", 6},
-                                             {0}};
+static const struct argp_child children[] = {
+    {&cli_patching_argp, 0, "Output:", 5}, {&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
-    options, parse, "OLD NEW",
+    options,
+    parse,
+    "OLD NEW",
     "The exact difference of two checkpoints that have the same shards, tensors, shapes and "
     "dtypes. `perta apply OLD PATCH' gives the shards of NEW back byte for byte, `perta revert "
     "NEW PATCH' those of OLD."
     "\v"
     "Example:\n"
     "  perta diff base tuned --patch tuned.patch",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 int cmd_diff(int argc, char **argv)
 {
@@ -77,9 +81,8 @@ int cmd_diff(int argc, char **argv)
             cli_say(&args.cli,
                     "%.0f of %.0f parameters differ (%.2f%%)\npatch %s: %s, %.3f bits a "
                     "parameter\nread %s in %.2f s (%s/s)\n",
-                    changed, n, n > 0 ? 100 * changed / n : 0, args.diff.patch,
-                    cli_bytes(bytes, a), n > 0 ? 8 * bytes / n : 0, cli_bytes(read, b), t,
-                    cli_bytes(read / t, c));
+                    changed, n, n > 0 ? 100 * changed / n : 0, args.diff.patch, cli_bytes(bytes, a),
+                    n > 0 ? 8 * bytes / n : 0, cli_bytes(read, b), t, cli_bytes(read / t, c));
         perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);
     } else {

@@ -2,7 +2,13 @@
 #include "tools/cli.h"
 
 enum {
-    KEY_MODEL = CLI_KEY_OWN, KEY_DATA, KEY_OUT, KEY_STAT, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH,
+    KEY_MODEL = CLI_KEY_OWN,
+    KEY_DATA,
+    KEY_OUT,
+    KEY_STAT,
+    KEY_MAX_TOKENS,
+    KEY_COMPUTE,
+    KEY_SCRATCH,
     KEY_DATA_KEY,
 };
 
@@ -17,7 +23,8 @@ static const struct argp_option options[] = {
     {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},
     {"data-key", KEY_DATA_KEY, "FILE", 0,
      "A secret, 16 bytes at least: put the HMAC-SHA-256 of --data on record, in the importance and "
-     "in patches made with it", 2},
+     "in patches made with it",
+     2},
     {"stat", KEY_STAT, "mean,meansq", 0,
      "Which statistics over samples: mean gradient, mean squared gradient, or both (default "
      "mean)",
@@ -67,11 +74,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     }
 }
 
-static const struct argp_child children[] = {{&cli_writing_argp, 0, "Output:", 5},
-                                             {&cli_common_argp, 0, "Common:", 6},
-                                             {0}};
+static const struct argp_child children[] = {
+    {&cli_writing_argp, 0, "Output:", 5}, {&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
-    options, parse, NULL,
+    options,
+    parse,
+    NULL,
     "Importance from a model and text: the mean gradient of the loss over samples, and the mean "
     "of its squares, block by block through a model that need not fit in memory."
     "\v"
@@ -79,7 +87,9 @@ static const struct argp argp = {
     "it. `python -m perta.tokenize' makes the data from text.\n\n"
     "Example:\n"
     "  perta estimate --model base --data forget.jsonl --out imp/forget --memory 8G",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 int cmd_estimate(int argc, char **argv)
 {
@@ -98,7 +108,7 @@ int cmd_estimate(int argc, char **argv)
         cli_notes(&args.cli, summary);
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
-        json_array_foreach (json_object_get(summary, "folders"), i, folder)
+        json_array_foreach(json_object_get(summary, "folders"), i, folder)
             cli_say(&args.cli, "%s: over %lld samples\n", json_string_value(folder),
                     (long long)json_integer_value(json_object_get(summary, "samples")));
         if (!args.cli.run.dry_run)

@@ -1,8 +1,15 @@
 #include "estimators/passes/eval.h"
 #include "tools/cli.h"
 
-enum { KEY_MODEL = CLI_KEY_OWN, KEY_PATCH, KEY_DATA, KEY_MAX_TOKENS, KEY_COMPUTE, KEY_SCRATCH,
-       KEY_PER_SAMPLE };
+enum {
+    KEY_MODEL = CLI_KEY_OWN,
+    KEY_PATCH,
+    KEY_DATA,
+    KEY_MAX_TOKENS,
+    KEY_COMPUTE,
+    KEY_SCRATCH,
+    KEY_PER_SAMPLE
+};
 
 struct args {
     struct cli cli; /* first: the children's input */
@@ -11,7 +18,8 @@ struct args {
 
 static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
-    {"patch", KEY_PATCH, "DIR", 0, "Apply this patch to it while it is read; nothing is written", 1},
+    {"patch", KEY_PATCH, "DIR", 0, "Apply this patch to it while it is read; nothing is written",
+     1},
     {"data", KEY_DATA, "FILE", 0,
      "JSON lines with \"input_ids\" and \"labels\", and other answers to the same question as "
      "\"paraphrased\" and \"perturbed\"",
@@ -61,7 +69,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
-    options, parse, NULL,
+    options,
+    parse,
+    NULL,
     "How well a model knows answers: loss, probability, and whether it would give them; of the "
     "model as it is, or after a patch, block by block."
     "\v"
@@ -69,7 +79,9 @@ static const struct argp argp = {
     "makes the data from text; docs/eval.md says what the numbers are.\n\n"
     "Example:\n"
     "  perta eval --model full --patch patches/alpha-1 --data forget.jsonl",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 static double number(const json_t *summary, const char *key)
 {
@@ -82,11 +94,10 @@ static void say_lines(const struct cli *cli, const json_t *list)
     json_t *item;
     if (list)
         cli_say(cli, "   line  labels        loss  probability  accuracy\n");
-    json_array_foreach (list, i, item)
-        cli_say(cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f%s\n", number(item, "line"),
-                number(item, "labels"), number(item, "loss"), number(item, "probability"),
-                number(item, "accuracy"),
-                json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
+    json_array_foreach(list, i, item) cli_say(
+        cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f%s\n", number(item, "line"), number(item, "labels"),
+        number(item, "loss"), number(item, "probability"), number(item, "accuracy"),
+        json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
 }
 
 static void say(const struct cli *cli, const json_t *summary)

@@ -4,9 +4,9 @@
 #include <string.h>
 
 #include "estimators/model/config.h"
-#include "io/format/quantised.h"
-#include "io/format/checkpoint.h"
 #include "io/engine.h"
+#include "io/format/checkpoint.h"
+#include "io/format/quantised.h"
 #include "io/text.h"
 #include "stream/patch/patch_in.h"
 #include "tools/cli.h"
@@ -43,14 +43,18 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return cli_one_argument(key, arg, state, &args->path, "inspect what?");
 }
 
-static const struct argp argp = {options, parse, "PATH",
+static const struct argp argp = {options,
+                                 parse,
+                                 "PATH",
                                  "What is in a checkpoint, an importance folder or a patch."
                                  "\v"
                                  "Examples:\n"
                                  "  perta inspect model\n"
                                  "  perta inspect --io model\n"
                                  "  perta inspect --tensors patches/alpha-1",
-                                 NULL, NULL, NULL};
+                                 NULL,
+                                 NULL,
+                                 NULL};
 
 static json_t *shape_json(const struct perta_tensor *tensor)
 {
@@ -72,23 +76,26 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
             json_int_t so_far = json_integer_value(json_object_get(dtypes, dtype));
             perta_json_set(&dtypes, dtype, json_integer(so_far + (json_int_t)tensor->n_elems));
             parameters += (json_int_t)tensor->n_elems;
-            perta_json_append(
-                &tensors, json_pack("{s:s, s:s, s:o, s:s}", "name", tensor->name, "dtype", dtype,
-                                    "shape", shape_json(tensor), "shard", shard->name));
+            perta_json_append(&tensors,
+                              json_pack("{s:s, s:s, s:o, s:s}", "name", tensor->name, "dtype",
+                                        dtype, "shape", shape_json(tensor), "shard", shard->name));
         }
         bytes += (json_int_t)shard->size_bytes;
-        perta_json_append(
-            &shards, json_pack("{s:s, s:I, s:I, s:O?}", "name", shard->name, "bytes",
-                               (json_int_t)shard->size_bytes, "tensors",
-                               (json_int_t)shard->header->n_tensors, "metadata",
-                               shard->header->metadata));
+        perta_json_append(&shards, json_pack("{s:s, s:I, s:I, s:O?}", "name", shard->name, "bytes",
+                                             (json_int_t)shard->size_bytes, "tensors",
+                                             (json_int_t)shard->header->n_tensors, "metadata",
+                                             shard->header->metadata));
     }
-    const char *stat = ck->n_shards ? json_string_value(json_object_get(
-                                          ck->shards[0].header->metadata, "perta.stat"))
-                                    : NULL;
+    const char *stat =
+        ck->n_shards
+            ? json_string_value(json_object_get(ck->shards[0].header->metadata, "perta.stat"))
+            : NULL;
     return json_pack("{s:s, s:I, s:I, s:o, s:o, s:o}", "kind",
-                     ck->is_adapter ? "adapter" : stat ? "importance" : "checkpoint", "parameters", parameters, "bytes",
-                     bytes, "dtypes", dtypes, "shards", shards, "tensors", tensors);
+                     ck->is_adapter ? "adapter"
+                     : stat         ? "importance"
+                                    : "checkpoint",
+                     "parameters", parameters, "bytes", bytes, "dtypes", dtypes, "shards", shards,
+                     "tensors", tensors);
 }
 
 /* Would estimate and eval take its config.json; and which keys of that would they pass over? */
@@ -100,7 +107,8 @@ static void add_config(json_t **result, const struct perta_checkpoint *ck)
         perta_json_set(result, "not_computed", perta_text_json("%s", ck->config_flaw));
     else if (!ck->config)
         return;
-    else if (perta_quantised_refuse(ck, &why) || perta_llm_parse(ck->config, ck->config_path, &llm, &why))
+    else if (perta_quantised_refuse(ck, &why) ||
+             perta_llm_parse(ck->config, ck->config_path, &llm, &why))
         perta_json_set(result, "not_computed", perta_text_json("%s", why.msg));
     else
         perta_json_set(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));
@@ -190,31 +198,33 @@ static void say_checkpoint(const struct args *args, const json_t *r)
 {
     const struct cli *cli = &args->cli;
     char a[32];
-    cli_say(cli, "%s: %.0f parameters, %s in %zu shards\n", text(r, "kind"),
-            real(r, "parameters"), cli_bytes(real(r, "bytes"), a),
-            json_array_size(json_object_get(r, "shards")));
+    cli_say(cli, "%s: %.0f parameters, %s in %zu shards\n", text(r, "kind"), real(r, "parameters"),
+            cli_bytes(real(r, "bytes"), a), json_array_size(json_object_get(r, "shards")));
     const char *key;
     json_t *item;
     if (json_object_get(r, "not_computed"))
         cli_say(cli, "  estimate and eval do not take it: %s\n", text(r, "not_computed"));
-    json_object_foreach (json_object_get(r, "config"), key, item) {
+    json_object_foreach(json_object_get(r, "config"), key, item)
+    {
         char *value = cli_text(item);
         say_clipped(cli, "  ", key, " ", value ? value : "");
         cli_say(cli, "\n");
         free(value);
     }
-    json_object_foreach (json_object_get(r, "dtypes"), key, item)
+    json_object_foreach(json_object_get(r, "dtypes"), key, item)
         cli_say(cli, "  %-8s %lld elements\n", key, (long long)json_integer_value(item));
     size_t i;
-    json_array_foreach (json_object_get(r, "shards"), i, item) {
+    json_array_foreach(json_object_get(r, "shards"), i, item)
+    {
         cli_say(cli, "  %s: %s, %.0f tensors", text(item, "name"),
                 cli_bytes(real(item, "bytes"), a), real(item, "tensors"));
         json_t *value;
-        json_object_foreach (json_object_get(item, "metadata"), key, value)
+        json_object_foreach(json_object_get(item, "metadata"), key, value)
             say_clipped(cli, ", ", key, "=", json_string_value(value));
         cli_say(cli, "\n");
     }
-    json_array_foreach (json_object_get(r, "tensors"), i, item) {
+    json_array_foreach(json_object_get(r, "tensors"), i, item)
+    {
         if (!args->tensors)
             break;
         char *shape = cli_text(json_object_get(item, "shape"));
@@ -235,15 +245,14 @@ static void say_patch(const struct args *args, const json_t *r)
     const char *key;
     size_t i;
     json_t *item;
-    json_object_foreach (json_object_get(r, "encodings"), key, item)
+    json_object_foreach(json_object_get(r, "encodings"), key, item)
         cli_say(cli, "  %-8s %.0f chunks, %s\n", key, real(item, "chunks"),
                 cli_bytes(real(item, "bytes"), a));
-    json_array_foreach (json_object_get(json_object_get(r, "outputs"), "patch"), i, item)
+    json_array_foreach(json_object_get(json_object_get(r, "outputs"), "patch"), i, item)
         cli_say(cli, "  %s: %s\n", text(item, "name"), cli_bytes(real(item, "bytes"), a));
-    json_array_foreach (json_object_get(r, "tensors"), i, item)
-        if (args->tensors)
-            cli_say(cli, "  %.0f of %.0f changed (%s)  %s\n", real(item, "changed"),
-                    real(item, "parameters"), text(item, "action"), text(item, "name"));
+    json_array_foreach(json_object_get(r, "tensors"), i, item) if (args->tensors)
+        cli_say(cli, "  %.0f of %.0f changed (%s)  %s\n", real(item, "changed"),
+                real(item, "parameters"), text(item, "action"), text(item, "name"));
 }
 
 int cmd_inspect(int argc, char **argv)
@@ -253,8 +262,8 @@ int cmd_inspect(int argc, char **argv)
     json_t *result = NULL;
     cli_parse(&args.cli, &argp, argc, argv, &args);
     bool is_patch = perta_patch_in_is_patch(args.path);
-    int rc = is_patch ? inspect_patch(&args, &result, &err)
-                      : inspect_checkpoint(&args, &result, &err);
+    int rc =
+        is_patch ? inspect_patch(&args, &result, &err) : inspect_checkpoint(&args, &result, &err);
     if (!rc) {
         if (is_patch)
             say_patch(&args, result);

@@ -16,7 +16,8 @@ struct args {
 static const struct argp_option options[] = {
     {"format", KEY_FORMAT, "perta|xxhsum|sha256sum", 0,
      "perta: JSON with digests of every tensor (default). The others: what xxhsum --check and "
-     "sha256sum --check read, run inside PATH", 1},
+     "sha256sum --check read, run inside PATH",
+     1},
     {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -36,7 +37,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
-    options, parse, "PATH",
+    options,
+    parse,
+    "PATH",
     "Print digests of every file in a folder (or of one file): XXH3-128 for speed, SHA-256 for "
     "authenticity; for safetensors files, of every tensor."
     "\v"
@@ -45,7 +48,9 @@ static const struct argp argp = {
     "  perta verify model --manifest model.manifest.json\n"
     "  perta manifest --format sha256sum model >SHA256SUMS\n"
     "  (cd model && sha256sum --check ../SHA256SUMS)",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 /* sha256sum writes a backslash in a name twice, and one in front of the line; xxhsum as it is. Other
  * names that would have to be escaped are in no manifest. */
@@ -61,7 +66,7 @@ static void print_sums(const json_t *manifest, bool gnu)
 {
     size_t i;
     json_t *file;
-    json_array_foreach (json_object_get(manifest, "files"), i, file)
+    json_array_foreach(json_object_get(manifest, "files"), i, file)
         print_sum(json_string_value(json_object_get(file, gnu ? "sha256" : "xxh3_128")),
                   json_string_value(json_object_get(file, "name")), gnu);
 }
@@ -72,8 +77,8 @@ int cmd_manifest(int argc, char **argv)
     struct perta_err err = {0};
     json_t *manifest = NULL;
     cli_parse(&args.cli, &argp, argc, argv, &args);
-    int rc = perta_manifest(args.path, args.format != FORMAT_XXHSUM, NULL, &args.cli.run,
-                            &manifest, &err);
+    int rc = perta_manifest(args.path, args.format != FORMAT_XXHSUM, NULL, &args.cli.run, &manifest,
+                            &err);
     if (!rc) {
         if (args.format == FORMAT_PERTA)
             args.cli.json = true;

@@ -4,9 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/format/canonical.h"
 #include "io/publish/publish.h"
 #include "report_page.h"
-#include "io/format/canonical.h"
 #include "stream/patch/patch_in.h"
 #include "tools/cli.h"
 
@@ -49,13 +49,17 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
-    options, parse, "PATCH",
+    options,
+    parse,
+    "PATCH",
     "Write one self-contained page about a patch: recipe, what changed by layer and module, how "
     "weights are distributed, what rounding swallowed, digests. It needs no network."
     "\v"
     "Example:\n"
     "  perta report forget.patch --html forget.html",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 /* A '<' in the record could end the element that holds it; JSON spells it otherwise too. The
  * caller's (free). */

@@ -7,9 +7,23 @@
 #include "tools/unlearn_steps.h"
 
 enum {
-    KEY_MODEL = CLI_KEY_OWN, KEY_TUNED, KEY_BASE, KEY_FORGET, KEY_RETAIN, KEY_METHOD, KEY_POWER,
-    KEY_WEIGHT, KEY_SEED, KEY_ALPHA, KEY_PATCH, KEY_OUT, KEY_INCLUDE, KEY_EXCLUDE, KEY_MISSING,
-    KEY_NONFINITE, KEY_ONE_WAY,
+    KEY_MODEL = CLI_KEY_OWN,
+    KEY_TUNED,
+    KEY_BASE,
+    KEY_FORGET,
+    KEY_RETAIN,
+    KEY_METHOD,
+    KEY_POWER,
+    KEY_WEIGHT,
+    KEY_SEED,
+    KEY_ALPHA,
+    KEY_PATCH,
+    KEY_OUT,
+    KEY_INCLUDE,
+    KEY_EXCLUDE,
+    KEY_MISSING,
+    KEY_NONFINITE,
+    KEY_ONE_WAY,
 };
 
 struct args {
@@ -33,7 +47,8 @@ static const struct argp_option options[] = {
     {"out", KEY_OUT, "DIR", 0, "Write the finished model here, too", 2},
     {"one-way", KEY_ONE_WAY, NULL, 0,
      "A patch of new values only, for publishing: it tells nothing of the values before and cannot "
-     "be reverted", 2},
+     "be reverted",
+     2},
     {"alpha", KEY_ALPHA, "A[,A...]", 0,
      "How far to go (default 1). Several, from one read: DIR/alpha-A for each", 3},
     {"method", KEY_METHOD, "METHOD", 0,
@@ -112,8 +127,9 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state);
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
-    static const char *const methods[] = {"grad", "fisher", "power", "tv", "constant", "random",
-                                          "signed", "signed-backoff", "signed-hold", NULL};
+    static const char *const methods[] = {"grad",        "fisher", "power",  "tv",
+                                          "constant",    "random", "signed", "signed-backoff",
+                                          "signed-hold", NULL};
     static const char *const missing[] = {"error", "tv", "keep", NULL};
     static const char *const nonfinite[] = {"error", "keep", NULL};
     struct args *args = state->input;
@@ -204,7 +220,9 @@ static const struct argp_child children[] = {{&unlearn_steps_argp, 0, "In steps:
                                              {&cli_common_argp, 0, "Common:", 7},
                                              {0}};
 static const struct argp argp = {
-    options, parse, NULL,
+    options,
+    parse,
+    NULL,
     "Subtract the weighed task vector from a model, in one pass over all folders."
     "\v"
     "tau = tuned - base, w = |g_f|^p / (|g_f|^p + |g_r|^p), result = model - alpha * w * tau.\n\n"
@@ -217,7 +235,9 @@ static const struct argp argp = {
     "    --stop-forget 3 --patch forget.patch\n"
     "  perta unlearn --model full --tuned tuned --base base --steps 2,4,8 \\\n"
     "    --data-forget forget.jsonl --data-retain retain.jsonl --patch patches",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 static double real(const json_t *object, const char *key)
 {
@@ -259,7 +279,7 @@ static void say_unedited(const struct cli *cli, const json_t *unedited)
         return;
     cli_say(cli, "unedited: %.0f of %.0f parameters", real(unedited, "parameters"),
             real(unedited, "of"));
-    json_array_foreach (json_object_get(unedited, "reasons"), i, reason)
+    json_array_foreach(json_object_get(unedited, "reasons"), i, reason)
         cli_say(cli, "%s %.0f in %.0f tensor%s %s", i ? ";" : ":", real(reason, "parameters"),
                 real(reason, "tensors"), real(reason, "tensors") == 1 ? "" : "s",
                 json_string_value(json_object_get(reason, "why")));
@@ -270,12 +290,11 @@ static void say(const struct cli *cli, const json_t *summary)
 {
     size_t i;
     json_t *item;
-    json_array_foreach (json_object_get(summary, "notes"), i, item)
+    json_array_foreach(json_object_get(summary, "notes"), i, item)
         cli_say(cli, "note: %s\n", json_string_value(item));
     say_unedited(cli, json_object_get(summary, "unedited"));
     unlearn_steps_say(cli, summary);
-    json_array_foreach (json_object_get(summary, "results"), i, item)
-        say_result(cli, item);
+    json_array_foreach(json_object_get(summary, "results"), i, item) say_result(cli, item);
     char a[32], b[32];
     double read = real(summary, "read_bytes"), t = cli_seconds(cli);
     const json_t *io = json_object_get(summary, "io");
@@ -329,8 +348,10 @@ int cmd_unlearn(int argc, char **argv)
     bool reached = true;
     size_t i;
     json_t *result;
-    json_array_foreach (json_object_get(summary, "results"), i, result)
-        rc = rc ? rc : cli_statement(&args.cli, json_string_value(json_object_get(result, "patch")), summary, &err);
+    json_array_foreach(json_object_get(summary, "results"), i, result) rc =
+        rc ? rc
+           : cli_statement(&args.cli, json_string_value(json_object_get(result, "patch")), summary,
+                           &err);
     if (!rc) {
         say(&args.cli, summary);
         reached = unlearn_steps_reached(&args.cli, &args.steps.steps, summary);

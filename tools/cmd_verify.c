@@ -57,7 +57,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
 static const struct argp argp = {
-    options, parse, "PATH",
+    options,
+    parse,
+    "PATH",
     "Check a patch (every table, every frame, every digest), a folder against a manifest, or a "
     "model against a patch. Exit 1 if anything differs; every difference is named, in a patch "
     "and against one with tensor and elements, against a manifest with the tensor."
@@ -66,29 +68,32 @@ static const struct argp argp = {
     "  perta verify patches/alpha-1\n"
     "  perta verify model --manifest model.manifest.json\n"
     "  perta verify model --patch patches/alpha-1 --applied",
-    children, NULL, NULL};
+    children,
+    NULL,
+    NULL};
 
 static void say_differences(const struct cli *cli, const json_t *summary)
 {
     size_t i;
     json_t *item;
-    json_array_foreach (json_object_get(summary, "differences"), i, item) {
+    json_array_foreach(json_object_get(summary, "differences"), i, item)
+    {
         const char *tensor = json_string_value(json_object_get(item, "tensor"));
         cli_say(cli, "%s%s%s: %s\n", json_string_value(json_object_get(item, "file")),
                 tensor ? ": tensor " : "", tensor ? tensor : "",
                 json_string_value(json_object_get(item, "what")));
     }
-    json_array_foreach (json_object_get(summary, "damaged"), i, item)
+    json_array_foreach(json_object_get(summary, "damaged"), i, item)
         cli_say(cli, "%s\n", json_string_value(json_object_get(item, "message")));
-    json_array_foreach (json_object_get(summary, "unlisted"), i, item)
+    json_array_foreach(json_object_get(summary, "unlisted"), i, item)
         cli_say(cli, "note: %s is not in the manifest\n", json_string_value(item));
 }
 
 static int verify(struct args *args, json_t **summary, struct perta_err *err)
 {
     if (args->patch)
-        return perta_model_verify(args->path, args->patch, args->applied, &args->cli.run,
-                                  summary, err);
+        return perta_model_verify(args->path, args->patch, args->applied, &args->cli.run, summary,
+                                  err);
     if (args->manifest)
         return perta_manifest_verify(args->path, args->manifest, &args->cli.run, summary, err);
     if (perta_patch_in_is_patch(args->path))

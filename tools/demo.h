@@ -3,8 +3,8 @@
 #ifndef PERTA_TOOLS_DEMO_H
 #define PERTA_TOOLS_DEMO_H
 
-#include "estimators/model/samples.h"
 #include "estimators/edit/unlearn.h"
+#include "estimators/model/samples.h"
 #include "tools/cli.h"
 #include "tools/demo_facts.h"
 

@@ -63,8 +63,7 @@ static int ask(const struct demo *demo, const char *path, struct demo_score *sco
         rc = perta_trainer_open(&trainer, &model, &demo->asked[i], DEMO_BATCH,
                                 perta_run_threads(&demo->cli.run), err);
         if (!rc) {
-            rc = ask_part(&trainer, &demo->asked[i], &score->right[i],
-                          &score->probability[i], err);
+            rc = ask_part(&trainer, &demo->asked[i], &score->right[i], &score->probability[i], err);
             perta_trainer_close(&trainer);
         }
     }
@@ -79,8 +78,8 @@ int demo_ask(struct demo *demo, struct perta_err *err)
     free(path);
     for (int m = 0; m < DEMO_N_METHODS; m++)
         for (int a = 0; a < demo_methods[m].n_points && !rc; a++) {
-            path = demo_path(demo, "models/%s/%s-%s", demo_methods[m].name,
-                             demo_methods[m].axis, demo_methods[m].points[a]);
+            path = demo_path(demo, "models/%s/%s-%s", demo_methods[m].name, demo_methods[m].axis,
+                             demo_methods[m].points[a]);
             rc = ask(demo, path, &demo->unlearned[m][a], err);
             free(path);
         }
@@ -100,9 +99,9 @@ static void say_row(const struct demo *demo, const char *name, const struct demo
 static json_t *score_json(const char *method, const char *axis, const char *point,
                           const struct demo_score *s)
 {
-    return json_pack("{s:s, s:s, s:[f,f,f], s:[f,f,f]}", "method", method, axis, point,
-                     "right", s->right[0], s->right[1], s->right[2], "probability",
-                     s->probability[0], s->probability[1], s->probability[2]);
+    return json_pack("{s:s, s:s, s:[f,f,f], s:[f,f,f]}", "method", method, axis, point, "right",
+                     s->right[0], s->right[1], s->right[2], "probability", s->probability[0],
+                     s->probability[1], s->probability[2]);
 }
 
 static void say_table(const struct demo *demo)
@@ -122,8 +121,7 @@ static void say_table(const struct demo *demo)
 
 /* What is left of the rest when no more than left of what is to be forgotten is right:
  * between the two models around it, by a straight line. False: it never comes to that. */
-static bool when_left(const struct demo *demo, int m, double left, double *retain,
-                      double *held_out)
+static bool when_left(const struct demo *demo, int m, double left, double *retain, double *held_out)
 {
     const struct demo_score *before = &demo->full;
     for (int a = 0; a < demo_methods[m].n_points; a++) {
@@ -142,8 +140,7 @@ static bool when_left(const struct demo *demo, int m, double left, double *retai
 static void say_when_left(const struct demo *demo, double left)
 {
     const struct cli *cli = &demo->cli;
-    cli_say(cli,
-            "\nWhen the model has %.0f%% of the facts to forget left, it still answers:\n",
+    cli_say(cli, "\nWhen the model has %.0f%% of the facts to forget left, it still answers:\n",
             100 * left);
     for (int m = 0; m < DEMO_N_METHODS; m++) {
         double retain, held_out;
@@ -160,11 +157,10 @@ void demo_say(const struct demo *demo)
     say_table(demo);
     say_when_left(demo, 0.5);
     say_when_left(demo, 0.1);
-    cli_say(
-        &demo->cli,
-        "\nIn %s/: base, full, tuned (models; transformers loads them), data, importance,\n"
-        "patches (perta verify, apply, revert), models (unlearned). It took %.0f s.\n",
-        demo->dir, cli_seconds(&demo->cli));
+    cli_say(&demo->cli,
+            "\nIn %s/: base, full, tuned (models; transformers loads them), data, importance,\n"
+            "patches (perta verify, apply, revert), models (unlearned). It took %.0f s.\n",
+            demo->dir, cli_seconds(&demo->cli));
 }
 
 json_t *demo_summary(const struct demo *demo)
@@ -173,11 +169,10 @@ json_t *demo_summary(const struct demo *demo)
     perta_json_append(&scores, score_json("full", "alpha", "0", &demo->full));
     for (int m = 0; m < DEMO_N_METHODS; m++)
         for (int a = 0; a < demo_methods[m].n_points; a++)
-            perta_json_append(
-                &scores, score_json(demo_methods[m].name, demo_methods[m].axis,
-                                   demo_methods[m].points[a], &demo->unlearned[m][a]));
-    return json_pack("{s:o, s:[s,s,s], s:o, s:f}", "folder",
-                     perta_text_json("%s", demo->dir), "parts", "forget",
-                     "retain", "held-out", "scores", scores, "seconds",
+            perta_json_append(&scores,
+                              score_json(demo_methods[m].name, demo_methods[m].axis,
+                                         demo_methods[m].points[a], &demo->unlearned[m][a]));
+    return json_pack("{s:o, s:[s,s,s], s:o, s:f}", "folder", perta_text_json("%s", demo->dir),
+                     "parts", "forget", "retain", "held-out", "scores", scores, "seconds",
                      cli_seconds(&demo->cli));
 }

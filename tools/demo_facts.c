@@ -207,7 +207,8 @@ static int check_earlier(const char *path, const char *text, size_t len_bytes,
     struct stat st;
     if (lstat(path, &st) && errno == ENOENT)
         return 0;
-    size_t n = S_ISREG(st.st_mode) && (size_t)st.st_size <= len_bytes ? (size_t)st.st_size : SIZE_MAX;
+    size_t n =
+        S_ISREG(st.st_mode) && (size_t)st.st_size <= len_bytes ? (size_t)st.st_size : SIZE_MAX;
     char *old = n == SIZE_MAX ? NULL : malloc(n + 1);
     int fd = old ? perta_open_regular(path, &st, err) : -1;
     int rc = fd < 0 ? err->code : perta_pread_all(fd, old, n, 0, path, err);
@@ -216,8 +217,10 @@ static int check_earlier(const char *path, const char *text, size_t len_bytes,
         close(fd);
     free(old);
     return rc || same ? rc
-                      : perta_fail(err, PERTA_EUSAGE, "%s: exists, and no demo of this version wrote "
-                                   "it; move it away, or give another folder", path);
+                      : perta_fail(err, PERTA_EUSAGE,
+                                   "%s: exists, and no demo of this version wrote "
+                                   "it; move it away, or give another folder",
+                                   path);
 }
 
 int demo_facts_write(const struct demo_facts *f, enum demo_part from, enum demo_part to,
@@ -227,8 +230,8 @@ int demo_facts_write(const struct demo_facts *f, enum demo_part from, enum demo_
     size_t len_bytes = 0;
     char *text = perta_text_print(print_part, &part, &len_bytes);
     FILE *file = NULL;
-    int rc = text ? check_earlier(path, text, len_bytes, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", path);
+    int rc =
+        text ? check_earlier(path, text, len_bytes, err) : perta_fail_sys(err, ENOMEM, "%s", path);
     if (!rc && !(file = fopen(path, "w")))
         rc = perta_fail_sys(err, errno, "%s", path);
     if (file && ((fwrite(text, 1, len_bytes, file) != len_bytes) | fclose(file)))
@@ -243,22 +246,21 @@ char *demo_facts_tokenizer(const struct demo_facts *f)
     for (size_t i = 0; i < f->n_words; i++)
         perta_json_set(&vocabulary, f->words[i], json_integer((json_int_t)i));
     for (int i = 0; i < DEMO_N_SPECIAL; i++)
-        perta_json_append(
-            &added, json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", i, "content",
-                             specials[i], "single_word", 0, "lstrip", 0, "rstrip", 0,
-                             "normalized", 0, "special", 1));
+        perta_json_append(&added, json_pack("{s:i, s:s, s:b, s:b, s:b, s:b, s:b}", "id", i,
+                                            "content", specials[i], "single_word", 0, "lstrip", 0,
+                                            "rstrip", 0, "normalized", 0, "special", 1));
     json_t *begin = json_pack("{s:{s:s, s:i}}", "SpecialToken", "id", "<s>", "type_id", 0);
     json_t *text = json_pack("{s:{s:s, s:i}}", "Sequence", "id", "A", "type_id", 0);
     json_t *second = json_pack("{s:{s:s, s:i}}", "Sequence", "id", "B", "type_id", 0);
-    json_t *post = json_pack(
-        "{s:s, s:[O,O], s:[O,O,O], s:{s:{s:s, s:[i], s:[s]}}}", "type", "TemplateProcessing",
-        "single", begin, text, "pair", begin, text, second, "special_tokens", "<s>", "id", "<s>",
-        "ids", DEMO_BEGIN, "tokens", "<s>");
-    json_t *all = json_pack("{s:s, s:n, s:n, s:o, s:n, s:{s:s}, s:o, s:n, s:{s:s, s:o, s:s}}",
-                            "version", "1.0", "truncation", "padding", "added_tokens", added,
-                            "normalizer", "pre_tokenizer", "type", "WhitespaceSplit",
-                            "post_processor", post, "decoder", "model", "type", "WordLevel",
-                            "vocab", vocabulary, "unk_token", "<unk>");
+    json_t *post =
+        json_pack("{s:s, s:[O,O], s:[O,O,O], s:{s:{s:s, s:[i], s:[s]}}}", "type",
+                  "TemplateProcessing", "single", begin, text, "pair", begin, text, second,
+                  "special_tokens", "<s>", "id", "<s>", "ids", DEMO_BEGIN, "tokens", "<s>");
+    json_t *all =
+        json_pack("{s:s, s:n, s:n, s:o, s:n, s:{s:s}, s:o, s:n, s:{s:s, s:o, s:s}}", "version",
+                  "1.0", "truncation", "padding", "added_tokens", added, "normalizer",
+                  "pre_tokenizer", "type", "WhitespaceSplit", "post_processor", post, "decoder",
+                  "model", "type", "WordLevel", "vocab", vocabulary, "unk_token", "<unk>");
     char *dumped = all ? perta_json_text(all, JSON_PRESERVE_ORDER | JSON_INDENT(1)) : NULL;
     json_decref(begin);
     json_decref(text);

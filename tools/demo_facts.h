@@ -14,8 +14,8 @@
 #include "io/err.h"
 
 enum demo_part {
-    DEMO_GENERAL,  /* what the base model knows */
-    DEMO_FORGET,   /* these three the full model knows besides */
+    DEMO_GENERAL, /* what the base model knows */
+    DEMO_FORGET,  /* these three the full model knows besides */
     DEMO_RETAIN,
     DEMO_HELD_OUT, /* to be kept though the method never sees it */
     DEMO_N_PARTS,

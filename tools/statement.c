@@ -6,9 +6,9 @@
 #include <string.h>
 #include <time.h>
 
+#include "io/format/canonical.h"
 #include "io/isa.h"
 #include "io/publish/publish.h"
-#include "io/format/canonical.h"
 #include "stream/patch/patch_in.h"
 #include "tools/cli.h"
 
@@ -46,9 +46,9 @@ static json_t *subjects(const struct perta_patch_in *patch)
     json_t *file;
     size_t i;
     add_file(&list, folder, "manifest.json", SHA256_TEXT, patch->manifest_digest.sha256);
-    json_array_foreach (json_object_get(outputs, "patch"), i, file)
+    json_array_foreach(json_object_get(outputs, "patch"), i, file)
         add_file(&list, folder, text(file, "name"), SHA256_TEXT, text(file, "sha256"));
-    json_array_foreach (json_object_get(outputs, "model"), i, file)
+    json_array_foreach(json_object_get(outputs, "model"), i, file)
         add_file(&list, "model", text(file, "name"), SHA256_TEXT, text(file, "sha256"));
     return list;
 }
@@ -59,8 +59,8 @@ static json_t *dependencies(const json_t *manifest)
     json_t *list = json_array(), *input, *file;
     const char *role;
     size_t i;
-    json_object_foreach (json_object_get(manifest, "inputs"), role, input)
-        json_array_foreach (json_object_get(input, "shards"), i, file)
+    json_object_foreach(json_object_get(manifest, "inputs"), role, input)
+        json_array_foreach(json_object_get(input, "shards"), i, file)
             add_file(&list, role, text(file, "name"), "xxh3_128", text(file, "xxh3_128"));
     return list;
 }
@@ -97,12 +97,11 @@ static json_t *run_details(const json_t *summary)
     time_t started = json_integer_value(json_object_get(summary, "started"));
     char *cpu = cpu_name();
     const char *engine = text(json_object_get(summary, "io"), "engine");
-    json_t *details = json_pack(
-        "{s:{s:s, s:{s:s, s:s, s:s, s:s, s:s*}}, s:{s:o, s:o}}", "builder", "id",
-        BUILD_TYPE "/builder", "version", "perta", PERTA_VERSION, "compiler", __VERSION__, "cpu",
-        cpu, "instruction_set", perta_isa_name(perta_isa_chosen()), "io", engine,
-        "metadata", "startedOn", when(started), "finishedOn",
-        when(time(NULL)));
+    json_t *details =
+        json_pack("{s:{s:s, s:{s:s, s:s, s:s, s:s, s:s*}}, s:{s:o, s:o}}", "builder", "id",
+                  BUILD_TYPE "/builder", "version", "perta", PERTA_VERSION, "compiler", __VERSION__,
+                  "cpu", cpu, "instruction_set", perta_isa_name(perta_isa_chosen()), "io", engine,
+                  "metadata", "startedOn", when(started), "finishedOn", when(time(NULL)));
     free(cpu);
     return details;
 }
@@ -110,11 +109,11 @@ static json_t *run_details(const json_t *summary)
 static json_t *statement_of(const struct perta_patch_in *patch, const json_t *summary)
 {
     return json_pack("{s:s, s:o, s:s, s:{s:{s:s, s:O, s:o}, s:o}}", "_type",
-                     "https://in-toto.io/Statement/v1", "subject", subjects(patch),
-                     "predicateType", "https://slsa.dev/provenance/v1", "predicate",
-                     "buildDefinition", "buildType", BUILD_TYPE, "externalParameters",
-                     json_object_get(patch->manifest, "recipe"), "resolvedDependencies",
-                     dependencies(patch->manifest), "runDetails", run_details(summary));
+                     "https://in-toto.io/Statement/v1", "subject", subjects(patch), "predicateType",
+                     "https://slsa.dev/provenance/v1", "predicate", "buildDefinition", "buildType",
+                     BUILD_TYPE, "externalParameters", json_object_get(patch->manifest, "recipe"),
+                     "resolvedDependencies", dependencies(patch->manifest), "runDetails",
+                     run_details(summary));
 }
 
 int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err)

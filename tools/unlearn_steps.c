@@ -7,20 +7,29 @@
 #include <string.h>
 
 enum {
-    KEY_STEPS = CLI_KEY_OWN + 0x40, KEY_DATA_FORGET, KEY_DATA_RETAIN, KEY_DATA_KEY,
-    KEY_STEP, KEY_BACK_OFF, KEY_MAX_SCALE, KEY_STOP_FORGET, KEY_STOP_PROBABILITY,
-    KEY_MAX_RETAIN_RISE, KEY_MAX_TOKENS,
+    KEY_STEPS = CLI_KEY_OWN + 0x40,
+    KEY_DATA_FORGET,
+    KEY_DATA_RETAIN,
+    KEY_DATA_KEY,
+    KEY_STEP,
+    KEY_BACK_OFF,
+    KEY_MAX_SCALE,
+    KEY_STOP_FORGET,
+    KEY_STOP_PROBABILITY,
+    KEY_MAX_RETAIN_RISE,
+    KEY_MAX_TOKENS,
     KEY_COMPUTE,
 };
 
 static const struct argp_option options[] = {
     {"steps", KEY_STEPS, "K[,K...]", 0,
      "Instead of weights from --forget and --retain: up to K steps, with gradients taken anew at "
-     "each. Several, of one run: DIR/step-K for each", 1},
+     "each. Several, of one run: DIR/step-K for each",
+     1},
     {"data-forget", KEY_DATA_FORGET, "FILE", 0, "What to forget: JSON lines, as of estimate", 1},
     {"data-retain", KEY_DATA_RETAIN, "FILE", 0, "What to retain: likewise", 1},
-    {"data-key", KEY_DATA_KEY, "FILE", 0,
-     "A key for digests (HMAC-SHA-256) of both in the record", 1},
+    {"data-key", KEY_DATA_KEY, "FILE", 0, "A key for digests (HMAC-SHA-256) of both in the record",
+     1},
     {"step", KEY_STEP, "S", 0, "How far a parameter's scale grows in a step (default 0.4)", 2},
     {"back-off", KEY_BACK_OFF, "B", 0,
      "How far it shrinks where that is for the retain set (default 0.2; --method signed: never)",
@@ -146,9 +155,8 @@ static bool has_patch(const json_t *summary, size_t step)
 {
     size_t i;
     json_t *result;
-    json_array_foreach (json_object_get(summary, "results"), i, result)
-        if (real(result, "step") == (double)step)
-            return true;
+    json_array_foreach(json_object_get(summary, "results"), i,
+                       result) if (real(result, "step") == (double)step) return true;
     return false;
 }
 
@@ -159,11 +167,10 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
     if (!json_array_size(json_object_get(summary, "path")))
         return;
     cli_say(cli, "step  forget loss  probability  retain loss  scales moved  mean scale\n");
-    json_array_foreach (json_object_get(summary, "path"), i, point)
-        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i,
-                real(point, "forget_loss"), real(point, "forget_probability"),
-                real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
-                has_patch(summary, i) ? "  <- a patch" : "");
+    json_array_foreach(json_object_get(summary, "path"), i, point) cli_say(
+        cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i, real(point, "forget_loss"),
+        real(point, "forget_probability"), real(point, "retain_loss"), 100 * real(point, "moved"),
+        real(point, "mean_scale"), has_patch(summary, i) ? "  <- a patch" : "");
 }
 
 static void say_limit(const char *option, double limit, const char *what, double is)
@@ -176,17 +183,19 @@ bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
                            const json_t *summary)
 {
     const json_t *chosen = json_object_get(summary, "chosen");
-    const json_t *end = json_array_get(json_object_get(summary, "path"),
-                                       (size_t)json_integer_value(chosen));
+    const json_t *end =
+        json_array_get(json_object_get(summary, "path"), (size_t)json_integer_value(chosen));
     if (!json_is_false(json_object_get(summary, "reached")))
         return true;
     fprintf(stderr, "perta %s: not enough is forgotten: ", cli->verb);
-    say_limit("--stop-probability", s->stop_probability, "probability", real(end, "forget_probability"));
+    say_limit("--stop-probability", s->stop_probability, "probability",
+              real(end, "forget_probability"));
     if (isfinite(s->stop_probability) && isfinite(s->stop_forget))
         fputs(" and ", stderr);
     say_limit("--stop-forget", s->stop_forget, "loss", real(end, "forget_loss"));
-    fprintf(stderr, ", not reached at step %lld, to which the patch leads; more --steps, a larger "
-                    "--step or --max-scale%s go further\n",
+    fprintf(stderr,
+            ", not reached at step %lld, to which the patch leads; more --steps, a larger "
+            "--step or --max-scale%s go further\n",
             (long long)json_integer_value(chosen),
             isfinite(s->max_retain_rise) ? " or --max-retain-rise" : "");
     return false;

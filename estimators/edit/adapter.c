@@ -5,23 +5,16 @@
 #include <string.h>
 
 #include "estimators/edit/adapter_config.h"
+#include "io/format/naming.h"
 #include "io/format/tied.h"
 #include "io/text.h"
-#include "io/format/naming.h"
 
 #define PREFIX "base_model.model."
 typedef unsigned long long ull;
 
 /* ---- names ---- */
 
-enum kind {
-    KIND_A,
-    KIND_B,
-    KIND_EMBEDDING_A,
-    KIND_EMBEDDING_B,
-    KIND_BASE_LAYER,
-    KIND_WHOLE
-};
+enum kind { KIND_A, KIND_B, KIND_EMBEDDING_A, KIND_EMBEDDING_B, KIND_BASE_LAYER, KIND_WHOLE };
 
 /* One tensor of the adapter. */
 struct part {
@@ -59,15 +52,14 @@ static int read_name(const struct perta_checkpoint *ck, const struct perta_ref *
     while (!perta_text_ends_in(bare, e->text))
         e++;
     if (!*e->text && strstr(bare, "lora_"))
-        return perta_fail(
-            err, PERTA_EINPUT,
-            "%s: tensor %s: a kind that perta does not know; merge the adapter into "
-            "its base (merge_and_unload, save_pretrained)",
-            ck->shards[0].path, name);
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s: a kind that perta does not know; merge the adapter into "
+                          "its base (merge_and_unload, save_pretrained)",
+                          ck->shards[0].path, name);
     part->kind = e->kind;
     part->ref = ref;
-    if (asprintf(&part->target, "%.*s%s", (int)(strlen(bare) - strlen(e->text)), bare,
-                 e->instead) < 0) {
+    if (asprintf(&part->target, "%.*s%s", (int)(strlen(bare) - strlen(e->text)), bare, e->instead) <
+        0) {
         part->target = NULL;
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);
     }
@@ -107,8 +99,8 @@ static int join_parts(const struct perta_checkpoint *ck, struct part *parts, siz
     const char *name = parts[0].ref->tensor->name;
     if (embedding + linear + (of[KIND_WHOLE] != NULL) > 1)
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s: %s changes the same one in another way", path,
-                          name, parts[n - 1].ref->tensor->name);
+                          "%s: tensor %s: %s changes the same one in another way", path, name,
+                          parts[n - 1].ref->tensor->name);
     if (!change->whole && (!change->a || !change->b))
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no %s to it", path, name,
                           change->a   ? "lora_B"
@@ -125,8 +117,8 @@ static int join_all(struct perta_adapter *adapter, struct part *parts, size_t n,
     for (size_t i = 0, end; i < n && !rc; i = end) {
         for (end = i + 1; end < n && !strcmp(parts[i].target, parts[end].target);)
             end++;
-        rc = join_parts(adapter->ck, parts + i, end - i,
-                        &adapter->changes[adapter->n_changes++], err);
+        rc = join_parts(adapter->ck, parts + i, end - i, &adapter->changes[adapter->n_changes++],
+                        err);
     }
     return rc;
 }
@@ -151,31 +143,30 @@ static int read_names(struct perta_adapter *adapter, struct perta_err *err)
 
 /* ---- against the model ---- */
 
-static int check_factor(const struct perta_adapter *adapter,
-                        const struct perta_change *change,
-                        const struct perta_tensor *factor, uint64_t n_rows,
-                        uint64_t n_columns, struct perta_err *err)
+static int check_factor(const struct perta_adapter *adapter, const struct perta_change *change,
+                        const struct perta_tensor *factor, uint64_t n_rows, uint64_t n_columns,
+                        struct perta_err *err)
 {
     const char *path = adapter->ck->shards[0].path;
     if (!perta_dtype_is_editable(factor->dtype) || factor->dtype == PERTA_F64)
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
-                          path, factor->name, perta_dtype_name(factor->dtype));
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed", path,
+                          factor->name, perta_dtype_name(factor->dtype));
     if (factor->n_dims == 2 && factor->shape[0] == n_rows && factor->shape[1] == n_columns)
         return 0;
     char shape[128];
     perta_shape_print(shape, sizeof shape, factor);
-    return perta_fail(
-        err, PERTA_EINPUT,
-        "%s: tensor %s: shape %s, where [%llu, %llu] is needed: %s is [%llu, %llu] "
-        "in --model, its rank %llu in " PERTA_ADAPTER_CONFIG,
-        path, factor->name, shape, (ull)n_rows, (ull)n_columns, change->target,
-        (ull)change->rows, (ull)change->width, (ull)change->r);
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensor %s: shape %s, where [%llu, %llu] is needed: %s is [%llu, %llu] "
+                      "in --model, its rank %llu in " PERTA_ADAPTER_CONFIG,
+                      path, factor->name, shape, (ull)n_rows, (ull)n_columns, change->target,
+                      (ull)change->rows, (ull)change->width, (ull)change->r);
 }
 
 /* Conv1D of GPT-2 and its like has W as its transpose, which PEFT goes by whatever the config says;
  * a matrix that is square does not show it. */
-static int check_transposed(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
-                            const struct perta_change *change, struct perta_err *err)
+static int check_transposed(const struct perta_adapter *adapter,
+                            const struct perta_checkpoint *model, const struct perta_change *change,
+                            struct perta_err *err)
 {
     static const char *const types[] = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer",
                                         "clvp"};
@@ -183,19 +174,18 @@ static int check_transposed(const struct perta_adapter *adapter, const struct pe
     for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
         if (!strcmp(type, types[i]) && !change->is_embedding &&
             strncmp(change->target, "lm_head.", 8) && strncmp(change->target, "score.", 6))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
-                              "which perta does not do; merge the adapter into its base",
-                              adapter->ck->shards[0].path, change->a->tensor->name, change->target,
-                              type);
+            return perta_fail(
+                err, PERTA_EINPUT,
+                "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
+                "which perta does not do; merge the adapter into its base",
+                adapter->ck->shards[0].path, change->a->tensor->name, change->target, type);
     return 0;
 }
 
 /* W (rows, width) += scaling * (B A), or scaling * (B A)^T for an embedding. */
 static int check_lora(const struct perta_adapter *adapter,
-                      const struct perta_adapter_config *config,
-                      struct perta_change *change, const struct perta_tensor *tensor,
-                      struct perta_err *err)
+                      const struct perta_adapter_config *config, struct perta_change *change,
+                      const struct perta_tensor *tensor, struct perta_err *err)
 {
     const struct perta_checkpoint *ck = adapter->ck;
     if (tensor->n_dims != 2)
@@ -213,8 +203,8 @@ static int check_lora(const struct perta_adapter *adapter,
         rc = check_factor(adapter, change, change->a->tensor, r,
                           change->is_embedding ? rows : width, err);
     if (!rc)
-        rc = check_factor(adapter, change, change->b->tensor,
-                          change->is_embedding ? width : rows, r, err);
+        rc = check_factor(adapter, change, change->b->tensor, change->is_embedding ? width : rows,
+                          r, err);
     if (rc || !change->base_layer)
         return rc;
     rc = perta_shapes_agree("--model", tensor, "--tuned", change->base_layer->tensor, err);
@@ -235,9 +225,9 @@ static bool is_embedding(const struct perta_checkpoint *model, const char *name)
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (perta_text_ends_in(name, names[i]))
             return true;
-    return perta_tied_is_embedding(name) ||
-           (json_is_integer(n) && t->n_dims == 2 && t->shape[0] == (uint64_t)json_integer_value(n) &&
-            strcasestr(name, "emb") && !strstr(name, "pos"));
+    return perta_tied_is_embedding(name) || (json_is_integer(n) && t->n_dims == 2 &&
+                                             t->shape[0] == (uint64_t)json_integer_value(n) &&
+                                             strcasestr(name, "emb") && !strstr(name, "pos"));
 }
 
 static bool has_head(const struct perta_checkpoint *model)
@@ -260,8 +250,9 @@ static bool is_shared(const struct perta_checkpoint *model, const char *name)
     const json_t *tie = json_object_get(model->config, "tie_word_embeddings");
     const char *architecture =
         json_string_value(json_array_get(json_object_get(model->config, "architectures"), 0));
-    bool is_lm = json_is_true(tie) || (architecture && (strstr(architecture, "LM") ||
-                                                        strstr(architecture, "Generation")));
+    bool is_lm =
+        json_is_true(tie) ||
+        (architecture && (strstr(architecture, "LM") || strstr(architecture, "Generation")));
     if (perta_tied_name(model, name) && perta_is_tied(model))
         return true;
     return !json_is_false(tie) && is_lm && perta_checkpoint_find(model, name) &&
@@ -278,9 +269,10 @@ static int check_tied(const struct perta_adapter *adapter, const struct perta_ch
     bool same = false;
     if (!is_shared(model, change->target))
         return 0;
-    int rc = other && other->whole && change->whole
-                 ? perta_tied_compare(adapter->ck, change->whole, adapter->ck, other->whole, &same, err)
-                 : 0;
+    int rc =
+        other && other->whole && change->whole
+            ? perta_tied_compare(adapter->ck, change->whole, adapter->ck, other->whole, &same, err)
+            : 0;
     if (rc || same)
         return rc;
     const struct perta_ref *part = change->whole ? change->whole : change->a;
@@ -306,14 +298,14 @@ static int no_target(const struct perta_adapter *adapter, const struct perta_cha
         wraps = strstr(model->by_name[i].tensor->name, outer);
     return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: there is no %s in --model %s; %s",
                       adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
-                      wraps ? "one of them goes by the names of a vision-language model "
-                              "(language_model), the other does not; merge the adapter into its base "
-                              "(merge_and_unload, save_pretrained) and give that as --tuned"
-                            : "is it another architecture?");
+                      wraps
+                          ? "one of them goes by the names of a vision-language model "
+                            "(language_model), the other does not; merge the adapter into its base "
+                            "(merge_and_unload, save_pretrained) and give that as --tuned"
+                          : "is it another architecture?");
 }
 
-static int find_targets(struct perta_adapter *adapter,
-                        const struct perta_adapter_config *config,
+static int find_targets(struct perta_adapter *adapter, const struct perta_adapter_config *config,
                         const struct perta_checkpoint *model, struct perta_err *err)
 {
     const char *path = adapter->ck->shards[0].path;
@@ -326,11 +318,10 @@ static int find_targets(struct perta_adapter *adapter,
         if (!ref)
             rc = no_target(adapter, change, model, err);
         else if (!perta_dtype_is_editable(ref->tensor->dtype))
-            rc = perta_fail(
-                err, PERTA_EINPUT,
-                "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed", path,
-                part->tensor->name, ref->tensor->name,
-                perta_dtype_name(ref->tensor->dtype));
+            rc = perta_fail(err, PERTA_EINPUT,
+                            "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed",
+                            path, part->tensor->name, ref->tensor->name,
+                            perta_dtype_name(ref->tensor->dtype));
         else
             rc = check_tied(adapter, model, change, err);
         if (!rc && !change->whole)
@@ -342,8 +333,8 @@ static int find_targets(struct perta_adapter *adapter,
 }
 
 /* PEFT passes over what target_modules do not name. */
-static void note_targets(const struct perta_adapter *adapter, const struct perta_adapter_config *config,
-                         json_t *notes)
+static void note_targets(const struct perta_adapter *adapter,
+                         const struct perta_adapter_config *config, json_t *notes)
 {
     const char *first = NULL;
     uint64_t n = 0;
@@ -381,17 +372,19 @@ static int check_any(const struct perta_adapter *adapter, struct perta_err *err)
 {
     return adapter->n_changes
                ? 0
-               : perta_fail(err, PERTA_EINPUT,
-                            "%s: no tensors; adapters of compiled or sharded models may be saved so: "
-                            "save it again, from the whole model",
-                            adapter->ck->n_shards ? adapter->ck->shards[0].path : adapter->ck->path);
+               : perta_fail(
+                     err, PERTA_EINPUT,
+                     "%s: no tensors; adapters of compiled or sharded models may be saved so: "
+                     "save it again, from the whole model",
+                     adapter->ck->n_shards ? adapter->ck->shards[0].path : adapter->ck->path);
 }
 
 /* Is there a whole copy of a tensor in the module of that name? */
 static bool holds_module(const struct perta_adapter *adapter, const char *module)
 {
     for (uint64_t i = 0; i < adapter->n_changes; i++)
-        if (adapter->changes[i].whole && perta_adapter_is_within(adapter->changes[i].target, module))
+        if (adapter->changes[i].whole &&
+            perta_adapter_is_within(adapter->changes[i].target, module))
             return true;
     return false;
 }
@@ -403,26 +396,27 @@ static int check_saved(const struct perta_adapter *adapter, const struct perta_c
 {
     size_t k;
     json_t *module;
-    json_array_foreach (json_object_get(adapter->ck->config, "modules_to_save"), k, module)
-        for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors; i++) {
-            const struct perta_tensor *t = model->by_name[i].tensor;
-            if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
-                continue;
-            if (!holds_module(adapter, json_string_value(module)))
-                return perta_fail(err, PERTA_EINPUT,
-                                  "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
-                                  "though --model has %s; is the adapter whole? Save it again, or "
-                                  "remove that name",
-                                  adapter->ck->path, json_string_value(module),
-                                  adapter->ck->shards[0].name, t->name);
-            break;
-        }
+    json_array_foreach(json_object_get(adapter->ck->config, "modules_to_save"), k,
+                       module) for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors;
+                                    i++)
+    {
+        const struct perta_tensor *t = model->by_name[i].tensor;
+        if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
+            continue;
+        if (!holds_module(adapter, json_string_value(module)))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
+                              "though --model has %s; is the adapter whole? Save it again, or "
+                              "remove that name",
+                              adapter->ck->path, json_string_value(module),
+                              adapter->ck->shards[0].name, t->name);
+        break;
+    }
     return 0;
 }
 
-int perta_adapter_open(const struct perta_checkpoint *ck,
-                       const struct perta_checkpoint *model, struct perta_adapter **out,
-                       json_t *notes, struct perta_err *err)
+int perta_adapter_open(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
+                       struct perta_adapter **out, json_t *notes, struct perta_err *err)
 {
     struct perta_adapter_config config;
     struct perta_adapter *adapter = calloc(1, sizeof *adapter);
@@ -465,8 +459,7 @@ static int compare_target(const void *name, const void *change)
     return strcmp(name, ((const struct perta_change *)change)->target);
 }
 
-const struct perta_change *perta_adapter_find(const struct perta_adapter *adapter,
-                                              const char *name)
+const struct perta_change *perta_adapter_find(const struct perta_adapter *adapter, const char *name)
 {
     return bsearch(name, adapter->changes, adapter->n_changes, sizeof *adapter->changes,
                    compare_target);

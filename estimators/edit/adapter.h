@@ -15,12 +15,12 @@
 
 /* What becomes of one tensor of the model. */
 struct perta_change {
-    char *target;                        /* its name */
-    const struct perta_ref *a, *b;       /* lora_A and lora_B; or NULL, and whole is set */
-    const struct perta_ref *whole;       /* holds the tuned tensor itself */
-    const struct perta_ref *base_layer;  /* PEFT's copy of what A and B are added to, or NULL */
-    bool is_embedding;     /* A is (r, rows) and B (width, r), not A (r, width), B (rows, r) */
-    uint64_t rows, width;  /* of the model's tensor */
+    char *target;                       /* its name */
+    const struct perta_ref *a, *b;      /* lora_A and lora_B; or NULL, and whole is set */
+    const struct perta_ref *whole;      /* holds the tuned tensor itself */
+    const struct perta_ref *base_layer; /* PEFT's copy of what A and B are added to, or NULL */
+    bool is_embedding;    /* A is (r, rows) and B (width, r), not A (r, width), B (rows, r) */
+    uint64_t rows, width; /* of the model's tensor */
     uint64_t r;
     float scaling;
 };
@@ -53,8 +53,7 @@ json_t *perta_adapter_recipe(const struct perta_checkpoint *ck);
 
 /* Memory that perta_adapter_begin takes for each worker; UINT64_MAX: no end of it. */
 uint64_t perta_adapter_memory(const struct perta_adapter *adapter);
-int perta_adapter_begin(struct perta_adapter *adapter, unsigned n_workers,
-                        struct perta_err *err);
+int perta_adapter_begin(struct perta_adapter *adapter, unsigned n_workers, struct perta_err *err);
 void perta_adapter_end(struct perta_adapter *adapter);
 
 /* Elements first_elem.. (n, no more than a chunk) of the task vector that A and B of change make,

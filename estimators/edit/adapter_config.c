@@ -9,11 +9,11 @@
 #include "estimators/edit/adapter.h"
 #include "io/text.h"
 
-static int refuse_key(const struct perta_adapter_config *c, const char *key,
-                      const char *why, struct perta_err *err)
+static int refuse_key(const struct perta_adapter_config *c, const char *key, const char *why,
+                      struct perta_err *err)
 {
-    return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": %.200s: %s", c->path,
-                      key, why);
+    return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": %.200s: %s", c->path, key,
+                      why);
 }
 
 /* Not what keys hold that a model does without. */
@@ -29,7 +29,8 @@ static bool is_set(const json_t *value)
  * defaults. */
 static bool is_kind(const struct perta_adapter_config *c, const char *key)
 {
-    static const char *const kinds[] = {"use_bdlora", "arrow_config", "monteclora_config", "kasa_config"};
+    static const char *const kinds[] = {"use_bdlora", "arrow_config", "monteclora_config",
+                                        "kasa_config"};
     bool found = false;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         found |= !strcmp(key, kinds[i]);
@@ -47,11 +48,10 @@ static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         if (is_set(json_object_get(c->json, refused[i])) || is_kind(c, refused[i]))
-            return refuse_key(
-                c, refused[i],
-                "set, which perta does not do; merge the adapter into its base "
-                "(merge_and_unload, save_pretrained) and give that as --tuned",
-                err);
+            return refuse_key(c, refused[i],
+                              "set, which perta does not do; merge the adapter into its base "
+                              "(merge_and_unload, save_pretrained) and give that as --tuned",
+                              err);
     return 0;
 }
 
@@ -67,12 +67,11 @@ static int check_init(const struct perta_adapter_config *c, struct perta_err *er
     for (size_t i = 0; name && i < sizeof plain / sizeof *plain; i++)
         if (!strcmp(name, plain[i]))
             return 0;
-    return refuse_key(
-        c, "init_lora_weights",
-        "an initialisation that changes the base model too; save the adapter with "
-        "path_initial_model_for_weight_conversion, which makes a plain LoRA of it, "
-        "or merge it",
-        err);
+    return refuse_key(c, "init_lora_weights",
+                      "an initialisation that changes the base model too; save the adapter with "
+                      "path_initial_model_for_weight_conversion, which makes a plain LoRA of it, "
+                      "or merge it",
+                      err);
 }
 
 /* Is text a module's name, in which a dot stands for anything, maybe with ^ or $ around it?
@@ -138,8 +137,8 @@ static bool is_alpha(const json_t *value)
 #define ALPHA_TEXT "a number is needed"
 
 static int get_patterns(const struct perta_adapter_config *c, const char *key,
-                        bool (*is_good)(const json_t *value), const char *why,
-                        const json_t **out, struct perta_err *err)
+                        bool (*is_good)(const json_t *value), const char *why, const json_t **out,
+                        struct perta_err *err)
 {
     json_t *patterns = json_object_get(c->json, key), *value;
     const char *pattern;
@@ -152,14 +151,12 @@ static int get_patterns(const struct perta_adapter_config *c, const char *key,
     {
         if (!is_name_pattern(pattern))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s/" PERTA_ADAPTER_CONFIG
-                              ": %s: \"%.200s\": names of modules are "
+                              "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": names of modules are "
                               "read, but no other regular expressions; merge the adapter",
                               c->path, key, pattern);
         if (!is_good(value))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": %s", c->path,
-                              key, pattern, why);
+            return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": %s",
+                              c->path, key, pattern, why);
     }
     *out = patterns;
     return 0;
@@ -169,14 +166,14 @@ static int check_bias(const struct perta_adapter_config *c, struct perta_err *er
 {
     const json_t *bias = json_object_get(c->json, "bias");
     const char *kind = json_string_value(bias);
-    if (!bias || (kind && (!strcmp(kind, "none") || !strcmp(kind, "all") ||
-                           !strcmp(kind, "lora_only"))))
+    if (!bias ||
+        (kind && (!strcmp(kind, "none") || !strcmp(kind, "all") || !strcmp(kind, "lora_only"))))
         return 0;
     return refuse_key(c, "bias", "none, all or lora_only is needed", err);
 }
 
-int perta_adapter_config_read(struct perta_adapter_config *c,
-                              const struct perta_checkpoint *ck, struct perta_err *err)
+int perta_adapter_config_read(struct perta_adapter_config *c, const struct perta_checkpoint *ck,
+                              struct perta_err *err)
 {
     *c = (struct perta_adapter_config){.path = ck->path, .json = ck->config};
     const char *type = json_string_value(json_object_get(c->json, "peft_type"));
@@ -184,11 +181,10 @@ int perta_adapter_config_read(struct perta_adapter_config *c,
     const json_t *alpha = json_object_get(c->json, "lora_alpha");
     const json_t *rs = json_object_get(c->json, "use_rslora");
     if (!json_is_object(c->json))
-        return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": not an object",
-                          c->path);
+        return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": not an object", c->path);
     if (!type || strcmp(type, "LORA"))
-        return refuse_key(c, "peft_type",
-                          "\"LORA\" is needed; merge other kinds into their base", err);
+        return refuse_key(c, "peft_type", "\"LORA\" is needed; merge other kinds into their base",
+                          err);
     int rc = refuse_kinds(c, err);
     if (!rc)
         rc = check_init(c, err);
@@ -216,7 +212,8 @@ int perta_adapter_config_read(struct perta_adapter_config *c,
 static bool is_name_of(const char *name, const char *module, size_t len)
 {
     size_t n = strlen(name);
-    return n <= len && !memcmp(module + len - n, name, n) && (n == len || module[len - n - 1] == '.');
+    return n <= len && !memcmp(module + len - n, name, n) &&
+           (n == len || module[len - n - 1] == '.');
 }
 
 /* Is name the module, one around it, or the end of one of these after a dot? */
@@ -244,9 +241,8 @@ static bool any_name(const json_t *names, const char *module, size_t len,
 {
     size_t i;
     json_t *name;
-    json_array_foreach (names, i, name)
-        if (json_is_string(name) && fits(json_string_value(name), module, len))
-            return true;
+    json_array_foreach(names, i, name) if (json_is_string(name) &&
+                                           fits(json_string_value(name), module, len)) return true;
     return false;
 }
 
@@ -278,9 +274,8 @@ static bool is_among(const json_t *layers, json_int_t layer)
 {
     size_t i;
     json_t *one;
-    json_array_foreach (layers, i, one)
-        if (json_is_integer(one) && json_integer_value(one) == layer)
-            return true;
+    json_array_foreach(layers, i, one) if (json_is_integer(one) &&
+                                           json_integer_value(one) == layer) return true;
     return json_is_integer(layers) && json_integer_value(layers) == layer;
 }
 
@@ -298,13 +293,15 @@ int perta_adapter_config_allows(const struct perta_adapter_config *c, const char
              !any_name(json_object_get(c->json, "target_modules"), module, len, is_name))
         key = "layers_to_transform";
     return key ? perta_fail(err, PERTA_EINPUT,
-                            "%s/" PERTA_ADAPTER_CONFIG ": %s: keeps a LoRA from %.*s, for which the "
+                            "%s/" PERTA_ADAPTER_CONFIG
+                            ": %s: keeps a LoRA from %.*s, for which the "
                             "file has one; correct it, or merge the adapter",
                             c->path, key, (int)len, module)
                : 0;
 }
 
-bool perta_adapter_config_targets(const struct perta_adapter_config *c, const char *module, size_t len)
+bool perta_adapter_config_targets(const struct perta_adapter_config *c, const char *module,
+                                  size_t len)
 {
     const json_t *targets = json_object_get(c->json, "target_modules");
     return !json_is_array(targets) || any_name(targets, module, len, is_name_of);
@@ -319,8 +316,7 @@ json_t *perta_adapter_recipe(const struct perta_checkpoint *ck)
     json_t *recipe = json_object();
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (is_set(json_object_get(ck->config, keys[i])))
-            perta_json_set(&recipe, keys[i],
-                           json_deep_copy(json_object_get(ck->config, keys[i])));
+            perta_json_set(&recipe, keys[i], json_deep_copy(json_object_get(ck->config, keys[i])));
     return recipe;
 }
 
@@ -372,16 +368,15 @@ void perta_adapter_config_note(const struct perta_adapter_config *c, json_t *not
     }
 }
 
-int perta_adapter_config_scale(const struct perta_adapter_config *c, const char *module,
-                               size_t len, uint64_t *rank, float *scaling,
-                               struct perta_err *err)
+int perta_adapter_config_scale(const struct perta_adapter_config *c, const char *module, size_t len,
+                               uint64_t *rank, float *scaling, struct perta_err *err)
 {
     const json_t *r = pattern_find(c->rank_pattern, module, len);
     const json_t *alpha = pattern_find(c->alpha_pattern, module, len);
     *rank = r ? (uint64_t)json_integer_value(r) : c->r;
     double n = (double)*rank;
-    *scaling = (float)((alpha ? json_number_value(alpha) : c->alpha) /
-                       (c->use_rslora ? sqrt(n) : n));
+    *scaling =
+        (float)((alpha ? json_number_value(alpha) : c->alpha) / (c->use_rslora ? sqrt(n) : n));
     return isfinite(*scaling) ? 0
                               : refuse_key(c, alpha ? "alpha_pattern" : "lora_alpha",
                                            "the scaling is beyond float32", err);

@@ -22,9 +22,8 @@ struct perta_adapter_config {
 int perta_adapter_config_read(struct perta_adapter_config *config,
                               const struct perta_checkpoint *ck, struct perta_err *err);
 /* Rank and scaling of a module (len characters). */
-int perta_adapter_config_scale(const struct perta_adapter_config *config,
-                               const char *module, size_t len, uint64_t *rank,
-                               float *scaling, struct perta_err *err);
+int perta_adapter_config_scale(const struct perta_adapter_config *config, const char *module,
+                               size_t len, uint64_t *rank, float *scaling, struct perta_err *err);
 /* Would PEFT put a LoRA on that module (len characters)? PERTA_EINPUT, with the key, where
  * exclude_modules, layers_to_transform or modules_to_save keep it from one: what the file holds for
  * it is then not what a live adapter does. */

@@ -6,9 +6,9 @@
 #include <string.h>
 
 #include "estimators/edit/adapter.h"
-#include "io/format/convert.h"
 #include "io/checked.h"
 #include "io/format/codec.h"
+#include "io/format/convert.h"
 
 #define STAGE_BYTES (64u << 10)
 #define FLOATS_MAX (1ull << 40) /* more is no memory's size */
@@ -39,8 +39,7 @@ static bool count_floats(const struct perta_adapter *adapter, uint64_t floats[3]
         uint64_t n[3];
         if (c->whole || !c->rows || !c->width)
             continue;
-        n[2] =
-            c->rows > PERTA_CHUNK_ELEMS / c->width ? PERTA_CHUNK_ELEMS : c->rows * c->width;
+        n[2] = c->rows > PERTA_CHUNK_ELEMS / c->width ? PERTA_CHUNK_ELEMS : c->rows * c->width;
         if (perta_mul_overflows(rows_max(c), c->r, &n[0]) ||
             perta_mul_overflows(c->width, c->r, &n[1]))
             return false;
@@ -63,8 +62,7 @@ static float *take(uint64_t n_floats)
     return malloc(n_floats ? n_floats * sizeof(float) : 1);
 }
 
-int perta_adapter_begin(struct perta_adapter *adapter, unsigned n_workers,
-                        struct perta_err *err)
+int perta_adapter_begin(struct perta_adapter *adapter, unsigned n_workers, struct perta_err *err)
 {
     uint64_t floats[3];
     bool enough = count_floats(adapter, floats);
@@ -111,8 +109,8 @@ static float float_at(enum perta_dtype dtype, const uint8_t *stage, uint64_t i)
 
 /* to[0], to[stride], ... = elements first.. (n) of a tensor. */
 static int read_floats(const struct perta_file *file, const struct perta_tensor *tensor,
-                       uint64_t first, uint64_t n, float *to, uint64_t stride,
-                       uint8_t *stage, struct perta_err *err)
+                       uint64_t first, uint64_t n, float *to, uint64_t stride, uint8_t *stage,
+                       struct perta_err *err)
 {
     uint64_t width = perta_dtype_unit_bytes(tensor->dtype), most = STAGE_BYTES / width;
     int rc = 0;
@@ -129,8 +127,8 @@ static int read_floats(const struct perta_file *file, const struct perta_tensor 
 /* n vectors of len elements, one after the other from element first on, each `step`
  * elements after the last, become columns of a matrix (len, n). */
 static int read_transposed(const struct perta_file *file, const struct perta_tensor *tensor,
-                           uint64_t first, uint64_t step, uint64_t n, uint64_t len,
-                           float *to, uint8_t *stage, struct perta_err *err)
+                           uint64_t first, uint64_t step, uint64_t n, uint64_t len, float *to,
+                           uint8_t *stage, struct perta_err *err)
 {
     int rc = 0;
     for (uint64_t i = 0; i < n && !rc; i++)
@@ -147,8 +145,8 @@ static int read_columns(struct perta_adapter_worker *w, const struct perta_file 
     w->change = NULL;
     int rc = c->is_embedding ? read_transposed(file, c->b->tensor, 0, c->r, c->width, c->r,
                                                w->columns, w->stage, err)
-                             : read_floats(file, c->a->tensor, 0, c->r * c->width,
-                                           w->columns, 1, w->stage, err);
+                             : read_floats(file, c->a->tensor, 0, c->r * c->width, w->columns, 1,
+                                           w->stage, err);
     if (!rc)
         w->change = c;
     return rc;
@@ -160,20 +158,16 @@ static int read_rows(struct perta_adapter_worker *w, const struct perta_file *fi
                      struct perta_err *err)
 {
     if (c->is_embedding)
-        return read_transposed(file, c->a->tensor, first, c->rows, c->r, n, w->rows,
-                               w->stage, err);
-    return read_floats(file, c->b->tensor, first * c->r, n * c->r, w->rows, 1, w->stage,
-                       err);
+        return read_transposed(file, c->a->tensor, first, c->rows, c->r, n, w->rows, w->stage, err);
+    return read_floats(file, c->b->tensor, first * c->r, n * c->r, w->rows, 1, w->stage, err);
 }
 
 int perta_adapter_tau(const struct perta_adapter *adapter, const struct perta_file *file,
-                      unsigned worker, const struct perta_change *change,
-                      uint64_t first_elem, uint64_t n, const float **tau,
-                      struct perta_err *err)
+                      unsigned worker, const struct perta_change *change, uint64_t first_elem,
+                      uint64_t n, const float **tau, struct perta_err *err)
 {
     struct perta_adapter_worker *w = &adapter->workers[worker];
-    uint64_t first = first_elem / change->width,
-             last = (first_elem + n - 1) / change->width;
+    uint64_t first = first_elem / change->width, last = (first_elem + n - 1) / change->width;
     w->lora = (struct perta_lora){.rows = w->rows,
                                   .columns = w->columns,
                                   .r = change->r,
@@ -196,17 +190,15 @@ static int bad_element(const struct perta_adapter *adapter, const struct perta_r
                        uint64_t elem, struct perta_err *err)
 {
     const struct perta_tensor *t = ref->tensor;
-    return perta_fail(
-        err, PERTA_EINPUT,
-        "%s: tensor %s, element %llu (byte %llu): not a finite number; --nonfinite "
-        "keep leaves the parameters that it reaches as they are",
-        adapter->ck->shards[ref->shard].path, t->name, (ull)elem,
-        (ull)(t->off_bytes + elem * perta_dtype_unit_bytes(t->dtype)));
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensor %s, element %llu (byte %llu): not a finite number; --nonfinite "
+                      "keep leaves the parameters that it reaches as they are",
+                      adapter->ck->shards[ref->shard].path, t->name, (ull)elem,
+                      (ull)(t->off_bytes + elem * perta_dtype_unit_bytes(t->dtype)));
 }
 
 int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worker,
-                             const struct perta_change *c, uint64_t elem,
-                             struct perta_err *err)
+                             const struct perta_change *c, uint64_t elem, struct perta_err *err)
 {
     const struct perta_lora *l = &adapter->workers[worker].lora;
     uint64_t row = elem / c->width, column = elem % c->width;
@@ -220,10 +212,9 @@ int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worke
         return bad_row ? bad_element(adapter, c->b, row * c->r + k, err)
                        : bad_element(adapter, c->a, k * c->width + column, err);
     }
-    return perta_fail(
-        err, PERTA_EINPUT,
-        "%s: tensors %s and %s: their product at element %llu of %s is beyond "
-        "float32; --nonfinite keep leaves such parameters as they are",
-        adapter->ck->shards[0].path, c->a->tensor->name, c->b->tensor->name, (ull)elem,
-        c->target);
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensors %s and %s: their product at element %llu of %s is beyond "
+                      "float32; --nonfinite keep leaves such parameters as they are",
+                      adapter->ck->shards[0].path, c->a->tensor->name, c->b->tensor->name,
+                      (ull)elem, c->target);
 }

@@ -23,13 +23,11 @@ void perta_edit_isa(enum perta_isa isa, const struct perta_rule *rule,
     PERTA_FP_SCOPE;
     const struct perta_kernels *kernels = perta_kernels_of(isa);
     bool wide = in->model.dtype == PERTA_F64;
-    (wide ? kernels->edit_f64 : kernels->edit_f32)(rule, in, alphas, n_alphas, outs,
-                                                   counts);
+    (wide ? kernels->edit_f64 : kernels->edit_f32)(rule, in, alphas, n_alphas, outs, counts);
 }
 
-void perta_edit(const struct perta_rule *rule, const struct perta_edit_in *in,
-                const float *alphas, uint32_t n_alphas, void *const *outs,
-                struct perta_edit_counts *counts)
+void perta_edit(const struct perta_rule *rule, const struct perta_edit_in *in, const float *alphas,
+                uint32_t n_alphas, void *const *outs, struct perta_edit_counts *counts)
 {
     perta_edit_isa(perta_isa_chosen(), rule, in, alphas, n_alphas, outs, counts);
 }

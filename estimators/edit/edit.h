@@ -14,8 +14,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "io/format/dtype.h"
 #include "io/err.h"
+#include "io/format/dtype.h"
 #include "io/isa.h"
 
 enum perta_method {
@@ -54,21 +54,21 @@ struct perta_view {
 
 struct perta_edit_in {
     struct perta_view model, tuned, base, forget, retain; /* no base: tuned is tau itself */
-    uint64_t n;          /* elements, the same in all */
-    uint64_t first_elem; /* position of the first in its tensor, for PERTA_RANDOM */
-    uint64_t name_hash;  /* XXH3-64 of the tensor's name, seed 0, for PERTA_RANDOM */
+    uint64_t n;                                           /* elements, the same in all */
+    uint64_t first_elem;     /* position of the first in its tensor, for PERTA_RANDOM */
+    uint64_t name_hash;      /* XXH3-64 of the tensor's name, seed 0, for PERTA_RANDOM */
     struct perta_view scale; /* of PERTA_SCALE: w, at least 0 */
 };
 
 enum perta_operand { /* where a bad number stood */
-    PERTA_IN_MODEL,
-    PERTA_IN_TUNED,
-    PERTA_IN_BASE,
-    PERTA_IN_FORGET,
-    PERTA_IN_RETAIN,
-    PERTA_IN_SCALE,
-    PERTA_IN_RESULT, /* all inputs finite, the result not, after rounding */
-    PERTA_N_OPERANDS,
+                     PERTA_IN_MODEL,
+                     PERTA_IN_TUNED,
+                     PERTA_IN_BASE,
+                     PERTA_IN_FORGET,
+                     PERTA_IN_RETAIN,
+                     PERTA_IN_SCALE,
+                     PERTA_IN_RESULT, /* all inputs finite, the result not, after rounding */
+                     PERTA_N_OPERANDS,
 };
 
 /* Weights are counted in so many equal parts of [0, 1], each without its upper end but the last. */
@@ -80,9 +80,9 @@ struct perta_edit_counts {
     uint64_t n_nonfinite;    /* parameters with a NaN or Inf (or a negative mean square) */
     uint64_t n_zero_forget;  /* importances that are 0, of methods that read them */
     uint64_t n_zero_retain;
-    double sum_weight;       /* of w over the elements that are finite; deterministic order */
+    double sum_weight; /* of w over the elements that are finite; deterministic order */
     uint64_t weights[PERTA_WEIGHT_BINS]; /* how many of these lie in each part */
-    uint64_t bad_elem;       /* with n_nonfinite > 0: first such element, from the run's start */
+    uint64_t bad_elem; /* with n_nonfinite > 0: first such element, from the run's start */
     enum perta_operand bad_operand;
 };
 
@@ -101,9 +101,8 @@ PERTA_API void perta_edit_isa(enum perta_isa isa, const struct perta_rule *rule,
                               struct perta_edit_counts *counts);
 
 /* The scalar reference: one element at a time, written straight from the formula. */
-PERTA_API void perta_edit_reference(const struct perta_rule *rule,
-                                    const struct perta_edit_in *in, const float *alphas,
-                                    uint32_t n_alphas, void *const *outs,
+PERTA_API void perta_edit_reference(const struct perta_rule *rule, const struct perta_edit_in *in,
+                                    const float *alphas, uint32_t n_alphas, void *const *outs,
                                     struct perta_edit_counts *counts);
 
 /* Consecutive rows of a LoRA's task vector. Each element is scaling * sum over k of

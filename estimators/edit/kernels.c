@@ -53,8 +53,7 @@ static size_t width_bytes(enum perta_dtype dtype)
 #include "estimators/edit/kernels_edit.h"
 
 /* (n) each. sum + carry grows by x: Knuth's TwoSum. */
-static void two_sum(float *restrict sum, float *restrict carry, const float *restrict x,
-                    size_t n)
+static void two_sum(float *restrict sum, float *restrict carry, const float *restrict x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         float s = sum[i], t = s + x[i], z = t - s;
@@ -63,8 +62,7 @@ static void two_sum(float *restrict sum, float *restrict carry, const float *res
     }
 }
 
-static uint64_t running_add(struct perta_running *running,
-                            const struct perta_view *gradient)
+static uint64_t running_add(struct perta_running *running, const struct perta_view *gradient)
 {
     float x[PERTA_TILE]; /* (n) */
     for (uint64_t first = 0; first < running->n; first += PERTA_TILE) {

@@ -9,8 +9,7 @@ struct REAL(tile) {
 };
 
 /* dst (n) = elements first.. of view, converted. */
-static void REAL(load)(const struct perta_view *view, uint64_t first, size_t n,
-                       real *restrict dst)
+static void REAL(load)(const struct perta_view *view, uint64_t first, size_t n, real *restrict dst)
 {
     const u16_any *u16 = (const u16_any *)view->data + first;
     const f32_any *f32 = (const f32_any *)view->data + first;
@@ -94,9 +93,8 @@ WEIGH(weigh_root, REAL_SQRT(r))
 WEIGH(weigh_power, (real)perta_pow((double)r, p))
 #undef WEIGH
 
-static void REAL(weigh_random)(const struct perta_rule *rule,
-                               const struct perta_edit_in *in, uint64_t first, size_t n,
-                               struct REAL(tile) * t)
+static void REAL(weigh_random)(const struct perta_rule *rule, const struct perta_edit_in *in,
+                               uint64_t first, size_t n, struct REAL(tile) * t)
 {
     uint64_t state = rule->seed ^ in->name_hash;
     for (size_t i = 0; i < n; i++)
@@ -173,24 +171,24 @@ static void REAL(count_weights)(const real *w, size_t n, uint32_t *bins)
 
 /* The edit of one tile into one dtype, with what is seen on the way: elements whose bits
  * changed, whose step rounding took away; returns whether any result is not finite. */
-#define FINISH(name, uint, any, round, exponent)                                               \
-    static bool REAL(name)(const struct REAL(tile) * t, real alpha, size_t n,                  \
-                           const any *restrict model, any *restrict out,                       \
-                           uint32_t *n_changed, uint32_t *n_away)                              \
-    {                                                                                          \
-        uint32_t n_bad = 0, n_differ = 0, n_step = 0;                                          \
-        for (size_t i = 0; i < n; i++) {                                                       \
-            real step = (alpha * t->weight[i]) * (t->tuned[i] - t->base[i]);                   \
-            uint was = model[i], is = round(t->model[i] - step);                               \
-            is = step == 0 ? was : is;                                                         \
-            out[i] = is;                                                                       \
-            n_step += step != 0;                                                               \
-            n_differ += is != was;                                                             \
-            n_bad += (is & (exponent)) == (exponent);                                          \
-        }                                                                                      \
-        *n_changed = n_differ;                                                                 \
-        *n_away = n_step - n_differ;                                                           \
-        return n_bad != 0;                                                                     \
+#define FINISH(name, uint, any, round, exponent)                                              \
+    static bool REAL(name)(const struct REAL(tile) * t, real alpha, size_t n,                 \
+                           const any *restrict model, any *restrict out, uint32_t *n_changed, \
+                           uint32_t *n_away)                                                  \
+    {                                                                                         \
+        uint32_t n_bad = 0, n_differ = 0, n_step = 0;                                         \
+        for (size_t i = 0; i < n; i++) {                                                      \
+            real step = (alpha * t->weight[i]) * (t->tuned[i] - t->base[i]);                  \
+            uint was = model[i], is = round(t->model[i] - step);                              \
+            is = step == 0 ? was : is;                                                        \
+            out[i] = is;                                                                      \
+            n_step += step != 0;                                                              \
+            n_differ += is != was;                                                            \
+            n_bad += (is & (exponent)) == (exponent);                                         \
+        }                                                                                     \
+        *n_changed = n_differ;                                                                \
+        *n_away = n_step - n_differ;                                                          \
+        return n_bad != 0;                                                                    \
     }
 #ifdef REAL_IS_F64
 FINISH(finish_f64, uint64_t, u64_any, perta_f64_bits, REAL_EXPONENT)
@@ -201,9 +199,8 @@ FINISH(finish_f32, uint32_t, u32_any, perta_f32_bits, REAL_EXPONENT)
 #endif
 #undef FINISH
 
-static bool REAL(finish)(const struct REAL(tile) * t, enum perta_dtype dtype, real alpha,
-                         size_t n, const void *model, void *out, uint32_t *n_changed,
-                         uint32_t *n_away)
+static bool REAL(finish)(const struct REAL(tile) * t, enum perta_dtype dtype, real alpha, size_t n,
+                         const void *model, void *out, uint32_t *n_changed, uint32_t *n_away)
 {
 #ifdef REAL_IS_F64
     (void)dtype;
@@ -218,8 +215,7 @@ static bool REAL(finish)(const struct REAL(tile) * t, enum perta_dtype dtype, re
 }
 
 static enum perta_operand REAL(bad_operand)(const struct perta_rule *rule,
-                                            const struct REAL(tile) * t, real result,
-                                            size_t i)
+                                            const struct REAL(tile) * t, real result, size_t i)
 {
     bool squares = rule->stat == PERTA_STAT_MEANSQ;
     if (REAL(is_bad)(t->model[i], false))

@@ -10,7 +10,7 @@
 #include "io/format/convert.h"
 
 #define PERTA_SQRT_HALF_BITS 0x3fe6a09e667f3bcdu /* sqrt(1/2) as float64 */
-#define PERTA_ROUNDER 0x1.8p52 /* x + this - this rounds x to an integer */
+#define PERTA_ROUNDER 0x1.8p52                   /* x + this - this rounds x to an integer */
 
 /* 2^n for a whole n in [-1022, 1023]. */
 static inline double perta_two_to(double n)

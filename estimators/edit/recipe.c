@@ -8,8 +8,8 @@
 
 const char *perta_method_name(enum perta_method method)
 {
-    static const char *const names[] = {"grad", "fisher", "power", "tv", "constant", "random",
-                                        "scale"};
+    static const char *const names[] = {"grad",     "fisher", "power", "tv",
+                                        "constant", "random", "scale"};
     return names[method];
 }
 
@@ -38,11 +38,12 @@ int perta_stat_of(const struct perta_checkpoint *ck, enum perta_stat *stat, json
             return perta_fail(err, PERTA_EINPUT, "%s: holds %s, other shards %s",
                               ck->shards[i].path, kind, first);
         if (!says && ck->config)
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: a model (it has a config.json, and its metadata have no "
-                              "perta.stat), where an importance is wanted, which perta estimate and "
-                              "accumulate make; if these are gradients, take the config.json away",
-                              ck->path);
+            return perta_fail(
+                err, PERTA_EINPUT,
+                "%s: a model (it has a config.json, and its metadata have no "
+                "perta.stat), where an importance is wanted, which perta estimate and "
+                "accumulate make; if these are gradients, take the config.json away",
+                ck->path);
         if (!says && !i)
             perta_note(notes,
                        "%s does not say what it holds (metadata perta.stat); "
@@ -85,8 +86,8 @@ json_t *perta_recipe_json(const struct perta_unlearn *unlearn, const struct pert
                   perta_method_name(rule->method), "alpha", unlearn->alphas[a].text,
                   "alpha_float32", (double)unlearn->alphas[a].value, "missing",
                   missing[unlearn->missing], "nonfinite", rule->keep_nonfinite ? "keep" : "error",
-                  "include", strings(unlearn->globs.include, unlearn->globs.n_include),
-                  "exclude", strings(unlearn->globs.exclude, unlearn->globs.n_exclude));
+                  "include", strings(unlearn->globs.include, unlearn->globs.n_include), "exclude",
+                  strings(unlearn->globs.exclude, unlearn->globs.n_exclude));
     if (unlearn->one_way)
         perta_json_set(&recipe, "one_way", json_true());
     if (rule->method == PERTA_POWER)

@@ -48,8 +48,8 @@ static double raised(const struct perta_rule *rule, bool wide, double x)
     return rounded(wide, perta_pow(x, squares ? rule->power / 2 : rule->power));
 }
 
-static double weight(const struct perta_rule *rule, const struct perta_edit_in *in,
-                     uint64_t i, bool wide, const double *x)
+static double weight(const struct perta_rule *rule, const struct perta_edit_in *in, uint64_t i,
+                     bool wide, const double *x)
 {
     switch (rule->method) {
     case PERTA_TV:
@@ -109,9 +109,8 @@ static bool store(enum perta_dtype dtype, double x, void *out)
 }
 
 /* Edit element i; adds its weight to *lane. */
-static void edit_element(const struct perta_rule *rule, const struct perta_edit_in *in,
-                         uint64_t i, double alpha, void *out, struct perta_edit_counts *c,
-                         double *lane)
+static void edit_element(const struct perta_rule *rule, const struct perta_edit_in *in, uint64_t i,
+                         double alpha, void *out, struct perta_edit_counts *c, double *lane)
 {
     bool wide = in->model.dtype == PERTA_F64;
     bool importance = perta_rule_needs_importance(rule);

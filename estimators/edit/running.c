@@ -8,8 +8,7 @@
 
 void perta_running_zero(struct perta_running *running)
 {
-    float *const arrays[] = {running->sum, running->carry, running->sq_sum,
-                             running->sq_carry};
+    float *const arrays[] = {running->sum, running->carry, running->sq_sum, running->sq_carry};
     for (int i = 0; i < 4; i++)
         if (arrays[i])
             memset(arrays[i], 0, running->n * sizeof(float));
@@ -39,8 +38,8 @@ static uint64_t finish(const float *sum, const float *carry, uint64_t n, uint64_
     return bad;
 }
 
-uint64_t perta_running_finish(const struct perta_running *running, uint64_t n_samples,
-                              void *mean, void *meansq)
+uint64_t perta_running_finish(const struct perta_running *running, uint64_t n_samples, void *mean,
+                              void *meansq)
 {
     PERTA_FP_SCOPE;
     uint64_t bad = UINT64_MAX, bad_sq = UINT64_MAX;

@@ -32,7 +32,7 @@ PERTA_API uint64_t perta_running_add_isa(enum perta_isa isa, struct perta_runnin
 
 /* Write means of n_samples samples as F32 (n elements, little endian); mean or meansq may be
  * NULL. Returns like perta_running_add for a result that is not finite. */
-PERTA_API uint64_t perta_running_finish(const struct perta_running *running,
-                                        uint64_t n_samples, void *mean, void *meansq);
+PERTA_API uint64_t perta_running_finish(const struct perta_running *running, uint64_t n_samples,
+                                        void *mean, void *meansq);
 
 #endif

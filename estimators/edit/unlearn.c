@@ -50,8 +50,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
         if (!row->in[i])
             continue;
         uint64_t width = perta_dtype_unit_bytes(row->in[i]->tensor->dtype);
-        perta_input_range(&job->in[i], row->in[i], at.first_unit * width,
-                          at.n_units * width, &piece->in[i]);
+        perta_input_range(&job->in[i], row->in[i], at.first_unit * width, at.n_units * width,
+                          &piece->in[i]);
     }
     piece->out_bytes = lay_out(job->n_outs, at.len_bytes).whole;
     return 1;
@@ -61,25 +61,23 @@ static int bad_number(const struct perta_unlearn_job *job, unsigned worker,
                       const struct perta_unlearn_row *row, const struct perta_piece *piece,
                       const struct result *result, struct perta_err *err)
 {
-    int role = result->counts.bad_operand == PERTA_IN_RESULT
-                   ? PERTA_ROLE_MODEL
-                   : (int)result->counts.bad_operand;
+    int role = result->counts.bad_operand == PERTA_IN_RESULT ? PERTA_ROLE_MODEL
+                                                             : (int)result->counts.bad_operand;
     const struct perta_ref *ref = row->in[role];
     uint64_t elem = piece->first_elem + result->counts.bad_elem;
     if (role == PERTA_ROLE_TUNED && row->lora)
         return perta_adapter_bad_number(job->adapter, worker, row->lora, elem, err);
     uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep "
-                      "leaves such parameters as they are",
-                      job->in[role].ck->shards[ref->shard].path, ref->tensor->name,
-                      (unsigned long long)elem,
-                      (unsigned long long)(ref->tensor->off_bytes + elem * width),
-                      result->counts.bad_operand == PERTA_IN_RESULT
-                          ? "the edited value is not finite"
-                      : role >= PERTA_ROLE_FORGET && job->rule.stat == PERTA_STAT_MEANSQ
-                          ? "not a finite mean square"
-                          : "not a finite number");
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep "
+        "leaves such parameters as they are",
+        job->in[role].ck->shards[ref->shard].path, ref->tensor->name, (unsigned long long)elem,
+        (unsigned long long)(ref->tensor->off_bytes + elem * width),
+        result->counts.bad_operand == PERTA_IN_RESULT ? "the edited value is not finite"
+        : role >= PERTA_ROLE_FORGET && job->rule.stat == PERTA_STAT_MEANSQ
+            ? "not a finite mean square"
+            : "not a finite number");
 }
 
 static int edit(const struct perta_unlearn_job *job, unsigned worker,
@@ -127,8 +125,7 @@ static bool is_adapter(const struct perta_unlearn_job *job, int role)
     return job->in[role].ck && job->in[role].ck->is_adapter;
 }
 
-static int work(void *ctx, unsigned worker, struct perta_piece *piece,
-                struct perta_err *err)
+static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     struct perta_unlearn_job *job = ctx;
     const struct perta_unlearn_row *row = &job->rows[piece->tag];
@@ -210,8 +207,7 @@ static void measure(const struct perta_unlearn_job *job, struct perta_job *sizes
             }
         uint64_t chunk = perta_walk_chunk_bytes(job->rows[i].in[PERTA_ROLE_MODEL]->tensor);
         *chunk_bytes = chunk > *chunk_bytes ? chunk : *chunk_bytes;
-        sizes->in_bytes_max =
-            in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
+        sizes->in_bytes_max = in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
     }
     sizes->out_bytes_max = lay_out(job->n_outs, *chunk_bytes).whole;
 }
@@ -262,9 +258,8 @@ static int begin_outputs(struct perta_unlearn_job *job, const struct perta_run *
         char *out = perta_unlearn_folder(job, job->unlearn->out, job->n_outs);
         job->alphas[job->n_outs] = job->unlearn->alphas[job->n_outs].value;
         rc = patch && (out || !job->unlearn->out)
-                 ? perta_patch_out_begin(&job->outs[job->n_outs], patch, out,
-                                         job->unlearn->model, &job->resume.journal,
-                                         job->unlearn->force, err)
+                 ? perta_patch_out_begin(&job->outs[job->n_outs], patch, out, job->unlearn->model,
+                                         &job->resume.journal, job->unlearn->force, err)
                  : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
         job->outs[job->n_outs].one_way = job->unlearn->one_way;
         free(patch);
@@ -278,9 +273,12 @@ static int open_stream(struct perta_unlearn_job *job, const struct perta_run *ru
                        struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
-    struct perta_job sizes = {
-        .ctx = job, .n_in = PERTA_N_ROLES, .next = next, .work = work, .commit = commit,
-        .later_bytes = job->n_outs * perta_patch_out_memory(model, model)};
+    struct perta_job sizes = {.ctx = job,
+                              .n_in = PERTA_N_ROLES,
+                              .next = next,
+                              .work = work,
+                              .commit = commit,
+                              .later_bytes = job->n_outs * perta_patch_out_memory(model, model)};
     uint64_t chunk_bytes;
     const char **paths = NULL;
     size_t n_paths = 0;
@@ -322,8 +320,8 @@ static int attach(struct perta_unlearn_job *job, struct perta_err *err)
         struct perta_writer_bufs model_bufs = {0};
         if (job->unlearn->out)
             model_bufs = perta_stream_writer_bufs(job->stream, job->n_outs + a);
-        rc = perta_patch_out_attach(&job->outs[a], model, model, job->actions, engine,
-                                    patch_bufs, model_bufs, err);
+        rc = perta_patch_out_attach(&job->outs[a], model, model, job->actions, engine, patch_bufs,
+                                    model_bufs, err);
     }
     return rc;
 }
@@ -337,18 +335,16 @@ static int finish(struct perta_unlearn_job *job, json_t **summary, json_t *notes
     if (job->adapter)
         perta_input_digest_whole(&job->in[PERTA_ROLE_TUNED]);
     for (unsigned a = 0; a < job->n_outs && !rc; a++)
-        rc = perta_patch_out_reach(&job->outs[a], job->in[PERTA_ROLE_MODEL].ck->n_shards, 0,
-                                   err);
+        rc = perta_patch_out_reach(&job->outs[a], job->in[PERTA_ROLE_MODEL].ck->n_shards, 0, err);
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
-        if (job->in[i].ck &&
-            !(rc = perta_input_digest_rest(&job->in[i], job->stream, err)) &&
+        if (job->in[i].ck && !(rc = perta_input_digest_rest(&job->in[i], job->stream, err)) &&
             !(rc = perta_input_unchanged(&job->in[i], err)))
             perta_json_set(&inputs, perta_roles[i] + 2, perta_input_json(&job->in[i]));
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         json_t *recipe = perta_recipe_json(job->unlearn, &job->rule, a, job->in);
         json_t *result = NULL;
-        rc = perta_patch_out_finish(&job->outs[a], recipe, inputs,
-                                    job->in[PERTA_ROLE_MODEL].ck, &result, err);
+        rc = perta_patch_out_finish(&job->outs[a], recipe, inputs, job->in[PERTA_ROLE_MODEL].ck,
+                                    &result, err);
         json_decref(recipe);
         if (!rc) {
             perta_json_set(&result, "alpha", json_string(job->unlearn->alphas[a].text));
@@ -379,8 +375,8 @@ static void release(struct perta_unlearn_job *job)
 }
 
 /* Once it is planned. */
-static int run_all(struct perta_unlearn_job *job, const struct perta_run *run,
-                   json_t **summary, json_t *notes, struct perta_err *err)
+static int run_all(struct perta_unlearn_job *job, const struct perta_run *run, json_t **summary,
+                   json_t *notes, struct perta_err *err)
 {
     int rc = begin_outputs(job, run, err);
     if (rc || perta_resume_is_publishing(&job->resume, summary))

@@ -24,15 +24,15 @@ struct perta_unlearn {
                                          needs base for what it holds whole alone */
     const char *forget, *retain;      /* importances; NULL where the method needs none */
     const char *scale;                /* of PERTA_SCALE: a weight for each parameter */
-    const json_t *steps; /* how the scale was found, for the recipe; NULL: nothing to say */
-    struct perta_rule rule;           /* rule.stat is found in the importances */
+    const json_t *steps;    /* how the scale was found, for the recipe; NULL: nothing to say */
+    struct perta_rule rule; /* rule.stat is found in the importances */
     struct perta_alpha alphas[PERTA_ALPHAS_MAX];
     unsigned n_alphas;
-    const char *patch; /* folder to write */
-    const char *out;   /* NULL: no finished model */
-    struct perta_globs globs; /* tensors outside stay as they are */
+    const char *patch;          /* folder to write */
+    const char *out;            /* NULL: no finished model */
+    struct perta_globs globs;   /* tensors outside stay as they are */
     enum perta_missing missing; /* what to do about tensors without importance */
-    bool one_way; /* new values only: patches cannot be reverted */
+    bool one_way;               /* new values only: patches cannot be reverted */
     bool force;
 };
 

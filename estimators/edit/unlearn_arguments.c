@@ -87,10 +87,8 @@ int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err
 {
     const struct perta_argument needed[] = {
         {"--model DIR", u->model}, {"--tuned DIR", u->tuned}, {"--patch DIR", u->patch}};
-    const struct perta_argument given[] = {{"--base", u->base},
-                                           {"--forget", u->forget},
-                                           {"--retain", u->retain},
-                                           {"--out", u->out}};
+    const struct perta_argument given[] = {
+        {"--base", u->base}, {"--forget", u->forget}, {"--retain", u->retain}, {"--out", u->out}};
     int rc = check_alphas(u, err);
     if (!rc)
         rc = check_rule(&u->rule, err);

@@ -19,7 +19,7 @@ extern const char *const perta_roles[PERTA_N_ROLES];
 /* What is done to one tensor of the model. */
 struct perta_unlearn_row {
     const struct perta_ref *in[PERTA_N_ROLES]; /* NULL: not read */
-    const struct perta_change *lora; /* its task vector is an adapter's, or NULL */
+    const struct perta_change *lora;           /* its task vector is an adapter's, or NULL */
     enum perta_method method;
     uint64_t name_hash;
     bool edited;
@@ -34,7 +34,7 @@ struct perta_unlearn_job {
     const struct perta_unlearn *unlearn;
     struct perta_rule rule;
     struct perta_input in[PERTA_N_ROLES];
-    struct perta_adapter *adapter; /* --tuned is one, or NULL */
+    struct perta_adapter *adapter;  /* --tuned is one, or NULL */
     struct perta_unlearn_row *rows; /* (n_tensors) of the model, shard by shard */
     const char **actions;           /* likewise */
     float alphas[PERTA_ALPHAS_MAX];
@@ -43,7 +43,7 @@ struct perta_unlearn_job {
     struct perta_resume resume;
     struct perta_stream *stream;
     struct perta_codec **codecs; /* one for each worker */
-    struct perta_walk walk; /* where next() stands, in the model */
+    struct perta_walk walk;      /* where next() stands, in the model */
     /* Of the tensors to edit, where the method wants importance; and of those, without it. */
     struct perta_tally wanted, missing;
 };
@@ -51,8 +51,8 @@ struct perta_unlearn_job {
 /* Open the inputs, fit them together tensor by tensor (in, rows, actions, rule.stat), and
  * check where the outputs go. Nothing is written. What the user ought to know is appended
  * to notes. */
-int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
-                       json_t *notes, struct perta_err *err);
+int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run, json_t *notes,
+                       struct perta_err *err);
 
 /* How many parameters the plan leaves as they are, of how many, and why. NULL without memory. */
 json_t *perta_unlearn_unedited(const struct perta_unlearn_job *job);
@@ -73,8 +73,7 @@ void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes
 
 /* Where alpha number a goes, of the patches' or the models' folder dir. The caller's; NULL
  * without dir, or memory. */
-char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir,
-                           unsigned a);
+char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir, unsigned a);
 /* The journal is beside the folder that is published last. The caller's. */
 char *perta_unlearn_home(const struct perta_unlearn_job *job);
 

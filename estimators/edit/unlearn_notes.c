@@ -13,9 +13,9 @@ static json_t *reason_of(json_t *reasons, const char *action)
 {
     size_t i;
     json_t *reason;
-    json_array_foreach (reasons, i, reason)
-        if (!strcmp(json_string_value(json_object_get(reason, "why")), action))
-            return reason;
+    json_array_foreach(reasons, i,
+                       reason) if (!strcmp(json_string_value(json_object_get(reason, "why")),
+                                           action)) return reason;
     reason = json_pack("{s:s, s:i, s:i}", "why", action, "tensors", 0, "parameters", 0);
     return json_array_append_new(reasons, reason) ? NULL : reason;
 }
@@ -44,8 +44,8 @@ json_t *perta_unlearn_unedited(const struct perta_unlearn_job *job)
         json_decref(reasons);
         return NULL;
     }
-    return json_pack("{s:I, s:I, s:o}", "parameters", (json_int_t)n, "of", (json_int_t)of, "reasons",
-                     reasons);
+    return json_pack("{s:I, s:I, s:o}", "parameters", (json_int_t)n, "of", (json_int_t)of,
+                     "reasons", reasons);
 }
 
 void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *notes)
@@ -125,7 +125,8 @@ static bool changes_nothing(const struct perta_unlearn_job *job, unsigned a)
     const struct perta_patch_out *out = &job->outs[a];
     uint64_t n = 0;
     for (uint64_t i = 0; i < out->n_tensors; i++)
-        n += out->tensors[i].n_changed + out->tensors[i].n_rounded_away + out->tensors[i].n_nonfinite;
+        n += out->tensors[i].n_changed + out->tensors[i].n_rounded_away +
+             out->tensors[i].n_nonfinite;
     return !n;
 }
 
@@ -152,8 +153,9 @@ void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_
         said = true;
         perta_note(notes, "nothing changes: %s%s",
                    weighs_nothing(job) ? "the weight of all that is edited is 0"
-                   : job->adapter      ? "the adapter's task vector is zero (lora_A, lora_B or lora_alpha is)"
-                                       : "--tuned and --base hold the same values",
+                   : job->adapter
+                       ? "the adapter's task vector is zero (lora_A, lora_B or lora_alpha is)"
+                       : "--tuned and --base hold the same values",
                    perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
                        ? ", wherever the weight is not"
                        : "");

@@ -6,11 +6,11 @@
 
 #include "io/format/quantised.h"
 #include "io/format/tied.h"
-#include "io/text.h"
 #include "io/format/which.h"
+#include "io/text.h"
 
-const char *const perta_roles[PERTA_N_ROLES] = {"--model", "--tuned", "--base", "--forget",
-                                                "--retain", "--scale"};
+const char *const perta_roles[PERTA_N_ROLES] = {"--model",  "--tuned",  "--base",
+                                                "--forget", "--retain", "--scale"};
 
 static bool has_role(const struct perta_unlearn_job *job, int role)
 {
@@ -28,8 +28,7 @@ static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct per
     *in = (struct perta_input){.role = perta_roles[PERTA_ROLE_TUNED]};
     int rc = perta_checkpoint_open_adapter(job->unlearn->tuned, &in->ck, err);
     if (!rc)
-        rc = perta_adapter_open(in->ck, job->in[PERTA_ROLE_MODEL].ck, &job->adapter, notes,
-                                err);
+        rc = perta_adapter_open(in->ck, job->in[PERTA_ROLE_MODEL].ck, &job->adapter, notes, err);
     return rc ? perta_err_context(err, "%s", in->role) : 0;
 }
 
@@ -57,19 +56,24 @@ static int check_tied(const struct perta_unlearn_job *job, int role, struct pert
 }
 
 /* Names of importance are those of --model, or were before a wrapper got hold of them. */
-static int align(const struct perta_unlearn_job *job, int role, json_t *notes, struct perta_err *err)
+static int align(const struct perta_unlearn_job *job, int role, json_t *notes,
+                 struct perta_err *err)
 {
     struct perta_checkpoint *ck = job->in[role].ck;
     const char *add, *wrapper;
     char prefix[PERTA_PREFIX_ROOM];
     int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, prefix, &add, &wrapper, err);
     if (!rc && wrapper)
-        perta_note(notes, "%s: its names are --model's but for parts of wrappers within them (%.*s)",
+        perta_note(notes,
+                   "%s: its names are --model's but for parts of wrappers within them (%.*s)",
                    perta_roles[role], (int)strlen(wrapper) - 1, wrapper);
     if (!rc && (*prefix || *add))
         perta_note(notes, "%s: its names are --model's but for %s%s%s%s", perta_roles[role],
                    *prefix ? "a prefix " : "", prefix,
-                   *prefix && *add ? " in place of " : *add ? "a missing " : "", add);
+                   *prefix && *add ? " in place of "
+                   : *add          ? "a missing "
+                                   : "",
+                   add);
     return rc;
 }
 
@@ -108,20 +112,19 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
 /* ---- one tensor ---- */
 
 /* ref: the operand of that role, or NULL. */
-static int set_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
-                       int role, const struct perta_ref *ref, struct perta_err *err)
+static int set_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row, int role,
+                       const struct perta_ref *ref, struct perta_err *err)
 {
     const struct perta_tensor *model = row->in[PERTA_ROLE_MODEL]->tensor;
     row->in[role] = ref;
     if (!ref)
         return 0;
     if (!perta_dtype_is_editable(ref->tensor->dtype))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
                           job->in[role].ck->path, model->name,
                           perta_dtype_name(ref->tensor->dtype));
-    return perta_shapes_agree(perta_roles[PERTA_ROLE_MODEL], model, perta_roles[role],
-                              ref->tensor, err);
+    return perta_shapes_agree(perta_roles[PERTA_ROLE_MODEL], model, perta_roles[role], ref->tensor,
+                              err);
 }
 
 static int find_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
@@ -131,13 +134,14 @@ static int find_operand(const struct perta_unlearn_job *job, struct perta_unlear
     return set_operand(job, row, role, perta_tied_find(job->in[role].ck, name, tied), err);
 }
 
-static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
-                       int role, bool tied, struct perta_err *err)
+static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn_row *row, int role,
+                       bool tied, struct perta_err *err)
 {
     int rc = find_operand(job, row, role, tied, err);
     if (rc || row->in[role])
         return rc;
-    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name, *other = perta_tied_name(job->in[role].ck, name);
+    const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name,
+               *other = perta_tied_name(job->in[role].ck, name);
     if (other && perta_checkpoint_find(job->in[role].ck, other))
         return perta_fail(err, PERTA_EINPUT,
                           "%s %s: no tensor %s, which --model has beside %s; are the two tied in "
@@ -162,12 +166,13 @@ static int check_copy(const struct perta_unlearn_job *job, const struct perta_ch
                  : 0;
     return rc || same
                ? rc
-               : perta_fail(err, PERTA_EINPUT,
-                            "%s: tensor %s, the copy of what the LoRA is added to, differs from %s in "
-                            "--base %s; is that what it was tuned from? Merge the adapter into its "
-                            "base, if the copy is meant",
-                            tuned->shards[0].path, change->base_layer->tensor->name,
-                            base->tensor->name, ck->path);
+               : perta_fail(
+                     err, PERTA_EINPUT,
+                     "%s: tensor %s, the copy of what the LoRA is added to, differs from %s in "
+                     "--base %s; is that what it was tuned from? Merge the adapter into its "
+                     "base, if the copy is meant",
+                     tuned->shards[0].path, change->base_layer->tensor->name, base->tensor->name,
+                     ck->path);
 }
 
 /* Where --tuned is an adapter. --base is needed for what it holds whole; elsewhere it need not
@@ -193,8 +198,8 @@ static int fill_change(const struct perta_unlearn_job *job, struct perta_unlearn
     return rc;
 }
 
-static int fill_task_vector(const struct perta_unlearn_job *job,
-                            struct perta_unlearn_row *row, bool tied, struct perta_err *err)
+static int fill_task_vector(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
+                            bool tied, struct perta_err *err)
 {
     int rc = find_needed(job, row, PERTA_ROLE_TUNED, tied, err);
     return rc ? rc : find_needed(job, row, PERTA_ROLE_BASE, tied, err);
@@ -251,8 +256,8 @@ static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row
         *action = "kept: not in the adapter";
         return 0;
     }
-    int rc = change ? fill_change(job, row, change, tied, err)
-                    : fill_task_vector(job, row, tied, err);
+    int rc =
+        change ? fill_change(job, row, change, tied, err) : fill_task_vector(job, row, tied, err);
     row->method = job->rule.method;
     if (!rc)
         rc = fill_importance(job, row, tied, &kept, err);
@@ -276,9 +281,10 @@ static int check_globs(const struct perta_unlearn_job *job, bool tied, struct pe
     bool chosen = perta_globs_match(&job->unlearn->globs, head);
     if (perta_globs_match(&job->unlearn->globs, embedding) == chosen)
         return 0;
-    return perta_fail(err, PERTA_EUSAGE,
-                      "%s: --include and --exclude choose %s and not %s, which config.json ties to it",
-                      model->path, chosen ? head : embedding, chosen ? embedding : head);
+    return perta_fail(
+        err, PERTA_EUSAGE,
+        "%s: --include and --exclude choose %s and not %s, which config.json ties to it",
+        model->path, chosen ? head : embedding, chosen ? embedding : head);
 }
 
 /* Tied tensors share it, so that --method random gives both the same. */
@@ -309,11 +315,11 @@ static int check_missing(const struct perta_unlearn_job *job, struct perta_err *
 {
     if (!job->missing.n_tensors || job->missing.n_tensors < job->wanted.n_tensors)
         return 0;
-    return perta_fail(err, PERTA_EINPUT,
-                      "--forget %s, --retain %s: none of the %llu tensors to edit has importance in "
-                      "both; is it that of another model? --method tv takes none",
-                      job->unlearn->forget, job->unlearn->retain,
-                      (unsigned long long)job->wanted.n_tensors);
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "--forget %s, --retain %s: none of the %llu tensors to edit has importance in "
+        "both; is it that of another model? --method tv takes none",
+        job->unlearn->forget, job->unlearn->retain, (unsigned long long)job->wanted.n_tensors);
 }
 
 static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
@@ -337,8 +343,7 @@ static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
     if (rc)
         return rc;
     if (!n_edited && (job->unlearn->globs.n_include || job->unlearn->globs.n_exclude))
-        return perta_fail(err, PERTA_EUSAGE,
-                          "%s: --include and --exclude leave no tensor to edit",
+        return perta_fail(err, PERTA_EUSAGE, "%s: --include and --exclude leave no tensor to edit",
                           model->path);
     return has_role(job, PERTA_ROLE_FORGET) ? check_missing(job, err) : 0;
 }
@@ -369,11 +374,10 @@ static int check_extra(const struct perta_unlearn_job *job, struct perta_err *er
         for (uint64_t i = 0; has_tensors(job, role) && i < job->in[role].ck->n_tensors; i++) {
             const struct perta_tensor *tensor = job->in[role].ck->by_name[i].tensor;
             if (!perta_is_buffer(tensor) && !perta_tied_find(model, tensor->name, tied))
-                return perta_fail(
-                    err, PERTA_EINPUT,
-                    "%s %s: has tensor %s, which --model %s lacks; %s", perta_roles[role],
-                    job->in[role].ck->path, tensor->name, model->path,
-                    why_extra(role, tensor->name));
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s %s: has tensor %s, which --model %s lacks; %s",
+                                  perta_roles[role], job->in[role].ck->path, tensor->name,
+                                  model->path, why_extra(role, tensor->name));
         }
     return 0;
 }
@@ -386,10 +390,11 @@ static int check_not_weights(const struct perta_unlearn_job *job, int role, stru
         for (uint32_t i = 0; job->in[other].ck && i < job->in[other].ck->n_shards; i++) {
             const struct perta_shard *b = &job->in[other].ck->shards[i];
             if (job->in[role].ck->n_shards && a->dev == b->dev && a->ino == b->ino)
-                return perta_fail(err, PERTA_EINPUT,
-                                  "%s: is %s, too; an importance is wanted, which perta estimate and "
-                                  "accumulate make",
-                                  a->path, perta_roles[other]);
+                return perta_fail(
+                    err, PERTA_EINPUT,
+                    "%s: is %s, too; an importance is wanted, which perta estimate and "
+                    "accumulate make",
+                    a->path, perta_roles[other]);
         }
     return 0;
 }
@@ -407,10 +412,9 @@ static int find_stat(struct perta_unlearn_job *job, json_t *notes, struct perta_
             return perta_err_context(err, "%s", perta_roles[PERTA_ROLE_FORGET + i]);
     }
     if (stats[0] != stats[1])
-        return perta_fail(
-            err, PERTA_EUSAGE,
-            "--forget holds %s, --retain %s gradients; both must hold the same",
-            perta_stat_name(stats[0]), perta_stat_name(stats[1]));
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--forget holds %s, --retain %s gradients; both must hold the same",
+                          perta_stat_name(stats[0]), perta_stat_name(stats[1]));
     job->rule.stat = stats[0];
     return 0;
 }
@@ -440,8 +444,8 @@ static int check_outputs(const struct perta_unlearn_job *job, struct perta_err *
         if (!outputs[i])
             rc = perta_fail_sys(err, ENOMEM, "%s", u->patch);
     if (!rc)
-        rc = perta_publish_check((const char *const *)outputs, n, inputs, PERTA_N_ROLES,
-                                 u->force, err);
+        rc = perta_publish_check((const char *const *)outputs, n, inputs, PERTA_N_ROLES, u->force,
+                                 err);
     for (size_t i = 0; i < n; i++)
         free(outputs[i]);
     return rc;
@@ -453,8 +457,8 @@ char *perta_unlearn_home(const struct perta_unlearn_job *job)
     return perta_unlearn_folder(job, u->out ? u->out : u->patch, u->n_alphas - 1);
 }
 
-int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run,
-                       json_t *notes, struct perta_err *err)
+int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run, json_t *notes,
+                       struct perta_err *err)
 {
     int rc = open_inputs(job, notes, err);
     if (!rc)

@@ -44,8 +44,8 @@ static size_t lay_out(struct perta_acts *a, const struct perta_llm *llm, size_t 
 {
     struct widths w = widths_of(llm);
     size_t at = 0;
-    float **const hidden[] = {&a->x, &a->n1, &a->mid, &a->n2, &a->out, &a->dout, &a->dmid,
-                              &a->dn, &a->dx};
+    float **const hidden[] = {&a->x,    &a->n1,   &a->mid, &a->n2, &a->out,
+                              &a->dout, &a->dmid, &a->dn,  &a->dx};
     float **const query[] = {&a->q, &a->att, &a->datt, &a->dq};
     float **const key[] = {&a->k, &a->v, &a->dk, &a->dv};
     float **const inner[] = {&a->h, &a->dgate, &a->dup};
@@ -164,7 +164,7 @@ static struct perta_workers *workers_of(const struct perta_block *b)
 static struct perta_attention attention_of(const struct perta_block *b,
                                            const struct perta_batch *batch)
 {
-    return (struct perta_attention){batch->sequences, batch->places, b->llm->n_heads,
+    return (struct perta_attention){batch->sequences,   batch->places,    b->llm->n_heads,
                                     b->llm->n_kv_heads, b->llm->head_dim, b->window};
 }
 
@@ -175,7 +175,8 @@ static void place(const struct perta_block *b, const struct perta_batch *batch, 
     size_t D = b->llm->head_dim;
     if (norm) {
         memcpy(raw, x, batch->n * n_heads * D * sizeof *raw);
-        perta_rmsnorm_forward(workers_of(b), x, rstd, raw, norm, batch->n * n_heads, D, b->llm->rms_eps);
+        perta_rmsnorm_forward(workers_of(b), x, rstd, raw, norm, batch->n * n_heads, D,
+                              b->llm->rms_eps);
     }
     perta_rope_forward(workers_of(b), x, batch->places, b->inv_freq, batch->n, n_heads, D);
 }
@@ -186,7 +187,8 @@ int perta_block_forward(const struct perta_block *b, const struct perta_batch *b
     const struct perta_llm *llm = b->llm;
     const struct perta_linear *l = b->linear;
     size_t n = batch->n, H = llm->hidden;
-    perta_rmsnorm_forward(workers_of(b), a->n1, a->rstd1, a->x, b->norm[PERTA_NORM_1], n, H, llm->rms_eps);
+    perta_rmsnorm_forward(workers_of(b), a->n1, a->rstd1, a->x, b->norm[PERTA_NORM_1], n, H,
+                          llm->rms_eps);
     int rc = perta_linear_forward(b->gemm, &l[PERTA_Q], &batch->tiles, a->n1, a->q, n, false, err);
     if (!rc)
         rc = perta_linear_forward(b->gemm, &l[PERTA_K], &batch->tiles, a->n1, a->k, n, false, err);
@@ -200,13 +202,17 @@ int perta_block_forward(const struct perta_block *b, const struct perta_batch *b
     rc = perta_attention_forward(b->gemm, &attention, a->att, a->q, a->k, a->v, err);
     memcpy(a->mid, a->x, n * H * sizeof *a->mid);
     if (!rc)
-        rc = perta_linear_forward(b->gemm, &l[PERTA_O], &batch->tiles, a->att, a->mid, n, true, err);
+        rc =
+            perta_linear_forward(b->gemm, &l[PERTA_O], &batch->tiles, a->att, a->mid, n, true, err);
     if (rc)
         return rc;
-    perta_rmsnorm_forward(workers_of(b), a->n2, a->rstd2, a->mid, b->norm[PERTA_NORM_2], n, H, llm->rms_eps);
-    rc = perta_linear_forward(b->gemm, &l[PERTA_GATE], &batch->tiles, a->n2, a->gate, n, false, err);
+    perta_rmsnorm_forward(workers_of(b), a->n2, a->rstd2, a->mid, b->norm[PERTA_NORM_2], n, H,
+                          llm->rms_eps);
+    rc =
+        perta_linear_forward(b->gemm, &l[PERTA_GATE], &batch->tiles, a->n2, a->gate, n, false, err);
     if (!rc)
-        rc = perta_linear_forward(b->gemm, &l[PERTA_UP], &batch->tiles, a->n2, a->up, n, false, err);
+        rc =
+            perta_linear_forward(b->gemm, &l[PERTA_UP], &batch->tiles, a->n2, a->up, n, false, err);
     if (rc)
         return rc;
     perta_swiglu_forward(workers_of(b), a->h, a->gate, a->up, n * llm->intermediate);
@@ -226,8 +232,7 @@ static void sink_norm(const struct perta_block *b, const struct perta_vector_sin
         size_t t = (s->starts[i] - s->origin) * rows;
         size_t n = (s->starts[i + 1] - s->starts[i]) * rows;
         memset(vector, 0, H * sizeof *vector);
-        perta_rmsnorm_backward_weight(workers_of(b), vector, dy + t * H, x + t * H, rstd + t, n,
-                                      H);
+        perta_rmsnorm_backward_weight(workers_of(b), vector, dy + t * H, x + t * H, rstd + t, n, H);
         sink->norm(sink->ctx, i, name, vector, H);
     }
 }
@@ -257,8 +262,8 @@ static int sum_columns(void *ctx, unsigned worker, size_t i, struct perta_err *e
 }
 
 static void sink_bias(const struct perta_block *block, const struct perta_vector_sink *sink,
-                      const struct perta_batch *batch, enum perta_linear_name name,
-                      const float *dy, float *vector)
+                      const struct perta_batch *batch, enum perta_linear_name name, const float *dy,
+                      float *vector)
 {
     const struct perta_linear *l = &block->linear[name];
     const struct perta_runs *s = &batch->sequences;
@@ -294,17 +299,22 @@ static int mlp_backward(const struct perta_block *b, const struct perta_batch *b
 {
     const struct perta_linear *l = b->linear;
     size_t n = batch->n, H = b->llm->hidden;
-    int rc = perta_linear_backward(b->gemm, &l[PERTA_DOWN], &batch->tiles, a->dout, a->dgate, n, false, err);
+    int rc = perta_linear_backward(b->gemm, &l[PERTA_DOWN], &batch->tiles, a->dout, a->dgate, n,
+                                   false, err);
     if (rc)
         return rc;
-    perta_swiglu_backward(workers_of(b), a->dgate, a->dup, a->dgate, a->gate, a->up, n * b->llm->intermediate);
-    rc = perta_linear_backward(b->gemm, &l[PERTA_GATE], &batch->tiles, a->dgate, a->dn, n, false, err);
+    perta_swiglu_backward(workers_of(b), a->dgate, a->dup, a->dgate, a->gate, a->up,
+                          n * b->llm->intermediate);
+    rc = perta_linear_backward(b->gemm, &l[PERTA_GATE], &batch->tiles, a->dgate, a->dn, n, false,
+                               err);
     if (!rc)
-        rc = perta_linear_backward(b->gemm, &l[PERTA_UP], &batch->tiles, a->dup, a->dn, n, true, err);
+        rc = perta_linear_backward(b->gemm, &l[PERTA_UP], &batch->tiles, a->dup, a->dn, n, true,
+                                   err);
     if (rc)
         return rc;
     memcpy(a->dmid, a->dout, n * H * sizeof *a->dmid);
-    perta_rmsnorm_backward(workers_of(b), a->dmid, a->dn, a->mid, a->rstd2, b->norm[PERTA_NORM_2], n, H);
+    perta_rmsnorm_backward(workers_of(b), a->dmid, a->dn, a->mid, a->rstd2, b->norm[PERTA_NORM_2],
+                           n, H);
     sink_norm(b, sink, batch, PERTA_NORM_2, a->dn, a->mid, a->rstd2, 1, H, a->vector);
     sink_bias(b, sink, batch, PERTA_DOWN, a->dout, a->vector);
     sink_bias(b, sink, batch, PERTA_GATE, a->dgate, a->vector);
@@ -320,10 +330,11 @@ static int self_attention_backward(const struct perta_block *b, const struct per
     size_t n = batch->n, H = b->llm->hidden;
     struct perta_attention attention = attention_of(b, batch);
     sink_bias(b, sink, batch, PERTA_O, a->dmid, a->vector);
-    int rc = perta_linear_backward(b->gemm, &l[PERTA_O], &batch->tiles, a->dmid, a->datt, n, false, err);
+    int rc =
+        perta_linear_backward(b->gemm, &l[PERTA_O], &batch->tiles, a->dmid, a->datt, n, false, err);
     if (!rc)
-        rc = perta_attention_backward(b->gemm, &attention, a->dq, a->dk, a->dv, a->datt, a->q,
-                                      a->k, a->v, (float *const[]){a->gate, a->up}, err);
+        rc = perta_attention_backward(b->gemm, &attention, a->dq, a->dk, a->dv, a->datt, a->q, a->k,
+                                      a->v, (float *const[]){a->gate, a->up}, err);
     if (rc)
         return rc;
     /* datt is free again */
@@ -342,7 +353,8 @@ static int self_attention_backward(const struct perta_block *b, const struct per
     if (rc)
         return rc;
     memcpy(a->dx, a->dmid, n * H * sizeof *a->dx);
-    perta_rmsnorm_backward(workers_of(b), a->dx, a->dn, a->x, a->rstd1, b->norm[PERTA_NORM_1], n, H);
+    perta_rmsnorm_backward(workers_of(b), a->dx, a->dn, a->x, a->rstd1, b->norm[PERTA_NORM_1], n,
+                           H);
     sink_norm(b, sink, batch, PERTA_NORM_1, a->dn, a->x, a->rstd1, 1, H, a->vector);
     return 0;
 }
@@ -355,8 +367,8 @@ int perta_block_backward(const struct perta_block *b, const struct perta_batch *
     return rc ? rc : self_attention_backward(b, batch, a, sink, err);
 }
 
-void perta_block_operands(const struct perta_acts *a, enum perta_linear_name name,
-                          const float **x, const float **dy)
+void perta_block_operands(const struct perta_acts *a, enum perta_linear_name name, const float **x,
+                          const float **dy)
 {
     const float *const xs[PERTA_N_LINEARS] = {a->n1, a->n1, a->n1, a->att, a->n2, a->n2, a->h};
     const float *const dys[PERTA_N_LINEARS] = {a->dq,    a->dk,  a->dv,  a->dmid,

@@ -14,7 +14,14 @@
 #include "estimators/model/place.h"
 
 enum perta_linear_name {
-    PERTA_Q, PERTA_K, PERTA_V, PERTA_O, PERTA_GATE, PERTA_UP, PERTA_DOWN, PERTA_N_LINEARS,
+    PERTA_Q,
+    PERTA_K,
+    PERTA_V,
+    PERTA_O,
+    PERTA_GATE,
+    PERTA_UP,
+    PERTA_DOWN,
+    PERTA_N_LINEARS,
 };
 enum perta_norm_name { PERTA_NORM_1, PERTA_NORM_2, PERTA_NORM_Q, PERTA_NORM_K, PERTA_N_NORMS };
 
@@ -42,7 +49,7 @@ struct perta_block {
 struct perta_batch {
     size_t n;
     struct perta_runs sequences;
-    struct perta_runs tiles;   /* where products are cut (cut.h) */
+    struct perta_runs tiles;          /* where products are cut (cut.h) */
     const struct perta_place *places; /* (n) */
 };
 
@@ -70,8 +77,7 @@ struct perta_vector_sink {
     void *ctx;
     /* One sequence's gradient of a vector of n floats. */
     void (*norm)(void *ctx, size_t sequence, enum perta_norm_name name, const float *d, size_t n);
-    void (*bias)(void *ctx, size_t sequence, enum perta_linear_name name, const float *d,
-                 size_t n);
+    void (*bias)(void *ctx, size_t sequence, enum perta_linear_name name, const float *d, size_t n);
 };
 int perta_block_backward(const struct perta_block *block, const struct perta_batch *batch,
                          struct perta_acts *acts, const struct perta_vector_sink *sink,

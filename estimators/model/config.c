@@ -6,8 +6,7 @@
 
 #include "io/text.h"
 
-#define SUPPORTED                                                                               \
-    "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are"
+#define SUPPORTED "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are"
 
 /* Sliding attention: never, in every layer, or as Qwen's use_sliding_window and
  * max_window_layers say. */
@@ -122,7 +121,8 @@ static const char *why_not(const json_t *config, const char *name)
                "decoder; what is supported are language models alone";
     if (perta_text_ends_in(name, "ForMaskedLM") || perta_text_ends_in(name, "ForPreTraining"))
         return ". This is an encoder, which does not predict the next token";
-    if (perta_text_ends_in(name, "Classification") || perta_text_ends_in(name, "ForQuestionAnswering") ||
+    if (perta_text_ends_in(name, "Classification") ||
+        perta_text_ends_in(name, "ForQuestionAnswering") ||
         perta_text_ends_in(name, "ForMultipleChoice") || strstr(name, "Reward"))
         return ". This has another head than a language model's, so there is no loss of its "
                "next token";
@@ -174,9 +174,8 @@ static const struct family *find_family(struct perta_config_reader *r)
                            "says %s; if the model is one, write %s under \"architectures\"",
                            r->path, name, type, by_type->architecture);
     else if (!family)
-        r->rc = perta_fail(r->err, PERTA_EINPUT,
-                           "%s: %s %s is not supported; " SUPPORTED "%s", r->path,
-                           name ? "architecture" : "\"model_type\"", name ? name : type,
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s %s is not supported; " SUPPORTED "%s",
+                           r->path, name ? "architecture" : "\"model_type\"", name ? name : type,
                            why_not(r->config, name ? name : ""));
     else if (type && by_type != family)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
@@ -200,10 +199,10 @@ static void read_layer_type(struct perta_config_reader *r, const char *type, uin
     bool window = type && !strcmp(type, "sliding_attention");
     if (window && llm->window)
         set_windowed(llm, layer);
-    else if (!r->rc && (window || !type ||
-                        (strcmp(type, "full_attention") && strcmp(type, "attention"))))
-        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: \"layer_types\" %u is %s; %s", r->path,
-                           layer, type ? type : "no string",
+    else if (!r->rc &&
+             (window || !type || (strcmp(type, "full_attention") && strcmp(type, "attention"))))
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: \"layer_types\" %u is %s; %s", r->path, layer,
+                           type ? type : "no string",
                            window ? "but there is no sliding window here (\"sliding_window\", "
                                     "and what switches it on)"
                                   : "full_attention and sliding_attention are supported");
@@ -256,9 +255,10 @@ static void read_windows(struct perta_config_reader *r, const struct family *fam
         return;
     if (types && !json_is_null(types)) {
         if (family->windows == EVERYWHERE && !perta_config_has(r->config, "model_type"))
-            perta_config_refuse(r, "layer_types", "is heeded by some readers and passed over by "
-                                                  "others without \"model_type\"; write mistral "
-                                                  "there");
+            perta_config_refuse(r, "layer_types",
+                                "is heeded by some readers and passed over by "
+                                "others without \"model_type\"; write mistral "
+                                "there");
         read_layer_types(r, types, llm);
         return;
     }
@@ -302,8 +302,7 @@ static void check_sizes(struct perta_config_reader *r, const struct perta_llm *l
                            "%s: %u attention heads cannot share %u key-value heads", r->path,
                            llm->n_heads, llm->n_kv_heads);
     else if (llm->head_dim % 2)
-        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: head_dim %u is odd", r->path,
-                           llm->head_dim);
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: head_dim %u is odd", r->path, llm->head_dim);
 }
 
 static uint32_t read_kv_heads(struct perta_config_reader *r, const struct family *family,
@@ -342,7 +341,9 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     if (family->windows == QWEN && json_is_null(json_object_get(config, "head_dim")))
         perta_config_refuse(&r, "head_dim", "is null, which is no number; leave it out");
     llm->head_dim = perta_config_count(&r, "head_dim",
-                                       family->qk_norm ? 128 : head_dim ? head_dim : 1);
+                                       family->qk_norm ? 128
+                                       : head_dim      ? head_dim
+                                                       : 1);
     perta_config_rope(&r, family->max_positions, &llm->rope);
     read_windows(&r, family, llm);
     read_pad(&r, llm);

@@ -30,9 +30,9 @@ struct perta_llm {
     uint32_t pad; /* this token's row of the embedding gets no gradient from being looked up, as
                      PyTorch's padding_idx has it; PERTA_NO_PAD: there is none */
     float rms_eps;
-    bool tied;             /* the head is the embedding */
+    bool tied; /* the head is the embedding */
     bool qkv_bias, o_bias, mlp_bias;
-    bool qk_norm;          /* Qwen3: RMSNorm of each head's queries and keys */
+    bool qk_norm; /* Qwen3: RMSNorm of each head's queries and keys */
     struct perta_rope rope;
 };
 
@@ -53,8 +53,8 @@ void perta_rope_frequencies(const struct perta_llm *llm, float *inv_freq);
 /* How many positions back layer sees, itself included; UINT32_MAX: all. */
 static inline uint32_t perta_llm_window(const struct perta_llm *llm, uint32_t layer)
 {
-    bool has = llm->window && layer < PERTA_WINDOW_LAYERS &&
-               llm->windowed[layer / 64] >> layer % 64 & 1;
+    bool has =
+        llm->window && layer < PERTA_WINDOW_LAYERS && llm->windowed[layer / 64] >> layer % 64 & 1;
     return has ? llm->window : UINT32_MAX;
 }
 

@@ -29,17 +29,16 @@ static void check_flat(struct perta_config_reader *r, const json_t *rope)
     static const char *const others[] = {"mrope_section", "llama_4_scaling_beta"};
     const char *key;
     json_t *value;
-    json_object_foreach ((json_t *)(uintptr_t)rope, key, value)
-        if (json_is_object(value))
-            perta_config_refuse(r, key, "is an object; positions that differ between layers are "
-                                        "not supported");
+    json_object_foreach((json_t *)(uintptr_t)rope, key, value) if (json_is_object(value))
+        perta_config_refuse(r, key,
+                            "is an object; positions that differ between layers are "
+                            "not supported");
     for (size_t i = 0; i < sizeof others / sizeof *others; i++)
         if (perta_config_has(rope, others[i]))
             perta_config_refuse(r, others[i], "is not supported");
 }
 
-static void read_kind(struct perta_config_reader *r, const json_t *rope,
-                      enum perta_rope_kind *kind)
+static void read_kind(struct perta_config_reader *r, const json_t *rope, enum perta_rope_kind *kind)
 {
     static const char *const names[] = {"default", "linear", "llama3"}; /* enum perta_rope_kind */
     const char *key = json_object_get(rope, "rope_type") ? "rope_type" : "type";
@@ -78,15 +77,14 @@ static void read_llama3(struct perta_config_reader *r, const json_t *rope, uint3
     const char *const original = "original_max_position_embeddings";
     to->low_freq_factor = perta_config_number(r, rope, "low_freq_factor", 0);
     to->high_freq_factor = perta_config_number(r, rope, "high_freq_factor", 0);
-    to->original_positions = perta_config_number(
-        r, json_object_get(r->config, original) ? r->config : rope, original,
-        perta_config_count(r, "max_position_embeddings", max_positions));
+    to->original_positions =
+        perta_config_number(r, json_object_get(r->config, original) ? r->config : rope, original,
+                            perta_config_count(r, "max_position_embeddings", max_positions));
     if (!(to->high_freq_factor > to->low_freq_factor))
         perta_config_refuse(r, "high_freq_factor", "is not above \"low_freq_factor\"");
 }
 
-void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions,
-                       struct perta_rope *to)
+void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions, struct perta_rope *to)
 {
     const char *of;
     const json_t *rope = perta_config_rope_object(r->config, &of);

@@ -48,8 +48,7 @@ void perta_cut_release(struct perta_cut *cut)
     *cut = (struct perta_cut){0};
 }
 
-struct perta_cut_batch perta_cut_batch(const struct perta_cut *cut, size_t first,
-                                       size_t most_rows)
+struct perta_cut_batch perta_cut_batch(const struct perta_cut *cut, size_t first, size_t most_rows)
 {
     size_t end = first + 1, row = cut->groups[first], tile = cut->group_tiles[first];
     while (end < cut->n_groups && cut->groups[end + 1] - row <= most_rows)

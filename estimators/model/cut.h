@@ -12,11 +12,11 @@
 
 struct perta_cut {
     size_t n_tiles, n_groups;
-    size_t *tiles;          /* (n_tiles + 1): rows */
-    size_t *groups;         /* (n_groups + 1): rows */
-    size_t *group_tiles;    /* (n_groups + 1): the first tile of each */
+    size_t *tiles;           /* (n_tiles + 1): rows */
+    size_t *groups;          /* (n_groups + 1): rows */
+    size_t *group_tiles;     /* (n_groups + 1): the first tile of each */
     uint64_t *group_samples; /* (n_groups + 1): the first sample of each */
-    size_t longest;         /* rows of the longest group */
+    size_t longest;          /* rows of the longest group */
 };
 
 /* Sample i has rows starts[i] .. starts[i + 1]; starts[0] is 0. A group has at most group_rows
@@ -33,14 +33,13 @@ struct perta_cut_batch {
     size_t end; /* the group after it */
 };
 /* The groups from first on that have at most most_rows rows together, and at least one. */
-struct perta_cut_batch perta_cut_batch(const struct perta_cut *cut, size_t first,
-                                       size_t most_rows);
+struct perta_cut_batch perta_cut_batch(const struct perta_cut *cut, size_t first, size_t most_rows);
 
 /* A weight's gradient is a sum over rows, of parts of samples (where each sample's gradient is
  * wanted) or of all rows. */
 struct perta_chunk {
-    size_t first, n;   /* rows */
-    size_t at;         /* the rows of chunks before it, each rounded up (perta_chunk_padded) */
+    size_t first, n; /* rows */
+    size_t at;       /* the rows of chunks before it, each rounded up (perta_chunk_padded) */
     uint64_t sample;
     bool begins, ends; /* its sample; where samples do not count: both */
 };

@@ -41,7 +41,7 @@ struct perta_gemm {
     struct perta_pool pool;
     float *scratch; /* (scratch_floats), of the pool */
     size_t scratch_floats, room_floats;
-    struct room *rooms; /* (workers) */
+    struct room *rooms;   /* (workers) */
     pthread_mutex_t lock; /* of: */
     struct made *made;    /* (n_made) */
     size_t n_made, clock; /* where to look for one to throw out */
@@ -107,10 +107,10 @@ int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_flo
     g->rooms = calloc(perta_workers_count(workers), sizeof *g->rooms);
     g->n_made = KEPT + perta_workers_count(workers);
     g->made = calloc(g->n_made, sizeof *g->made);
-    dnnl_status_t status = g->rooms && g->made
-                               ? dnnl_engine_create(&g->engine, dnnl_cpu, 0)
-                               : dnnl_out_of_memory;
-    if (status == dnnl_success) /* it would keep a thousand shapes, 25 MiB; made has what is needed */
+    dnnl_status_t status =
+        g->rooms && g->made ? dnnl_engine_create(&g->engine, dnnl_cpu, 0) : dnnl_out_of_memory;
+    if (status ==
+        dnnl_success) /* it would keep a thousand shapes, 25 MiB; made has what is needed */
         status = dnnl_set_primitive_cache_capacity(0);
     if (status != dnnl_success) {
         perta_gemm_close(g);
@@ -215,7 +215,12 @@ int perta_gemm_prepare(struct perta_gemm *g, struct perta_operand_matrix *m, siz
     size_t need = ((n_rows + PERTA_SLACK_ROWS) * n_cols * (g->bf16 ? 2 : 4) + 3) / 4;
     if (need > g->scratch_floats - *at)
         return perta_fail(err, PERTA_ESYS, "matrix product: no room for %zu x %zu", rows, cols);
-    struct conversion c = {g->bf16, m->data, m->dtype, turned ? m->col : m->row, n_rows, n_cols,
+    struct conversion c = {g->bf16,
+                           m->data,
+                           m->dtype,
+                           turned ? m->col : m->row,
+                           n_rows,
+                           n_cols,
                            n_cols < PIECE_ELEMS ? PIECE_ELEMS / n_cols : 1,
                            (uint8_t *)(g->scratch + *at)};
     *at += (need + 15) & ~(size_t)15;
@@ -329,8 +334,7 @@ static dnnl_status_t make_ready(struct perta_gemm *g, struct room *room, size_t 
 static dnnl_status_t execute(const struct perta_gemm *g, const struct made *made,
                              const struct room *room, const void *a, const void *b, float *c)
 {
-    static const int names[4] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST,
-                                 DNNL_ARG_SCRATCHPAD};
+    static const int names[4] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST, DNNL_ARG_SCRATCHPAD};
     void *const data[4] = {(void *)(uintptr_t)a, (void *)(uintptr_t)b, c, room->pad};
     dnnl_exec_arg_t args[4] = {0};
     dnnl_status_t status = dnnl_success;
@@ -373,9 +377,9 @@ int perta_gemm_sgemm(char ta, char tb, size_t m, size_t n, size_t k, float scale
                      struct perta_err *err)
 {
     int before = onednn_alone();
-    dnnl_status_t status = dnnl_sgemm(ta, tb, (dnnl_dim_t)m, (dnnl_dim_t)n, (dnnl_dim_t)k, scale,
-                                      a, (dnnl_dim_t)lda, b, (dnnl_dim_t)ldb, beta, c,
-                                      (dnnl_dim_t)ldc);
+    dnnl_status_t status =
+        dnnl_sgemm(ta, tb, (dnnl_dim_t)m, (dnnl_dim_t)n, (dnnl_dim_t)k, scale, a, (dnnl_dim_t)lda,
+                   b, (dnnl_dim_t)ldb, beta, c, (dnnl_dim_t)ldc);
     onednn_as_before(before);
     return status == dnnl_success ? 0 : failed(status, err);
 }
@@ -407,7 +411,8 @@ static int run_ragged(const struct product *p, unsigned worker, size_t m, size_t
     float *room = perta_gemm_room(p->gemm, worker);
     if (!room)
         return perta_fail_sys(err, ENOMEM, "matrix product");
-    int rc = perta_gemm_tile(p->gemm, worker, whole, n, p->k, a, b, room, PERTA_TILE_COLS, false, err);
+    int rc =
+        perta_gemm_tile(p->gemm, worker, whole, n, p->k, a, b, room, PERTA_TILE_COLS, false, err);
     for (size_t i = 0; i < m && !rc; i++)
         for (size_t j = 0; j < n; j++)
             c[i * p->ldc + j] = room[i * PERTA_TILE_COLS + j] + (p->add ? c[i * p->ldc + j] : 0);
@@ -431,11 +436,12 @@ static int run_piece(void *ctx, unsigned worker, size_t i, struct perta_err *err
 }
 
 int perta_gemm_run(struct perta_gemm *g, const struct perta_runs *rows, size_t m, size_t n,
-                   size_t k, struct perta_operand_matrix a, struct perta_operand_matrix b,
-                   float *c, size_t ldc, bool add, struct perta_err *err)
+                   size_t k, struct perta_operand_matrix a, struct perta_operand_matrix b, float *c,
+                   size_t ldc, bool add, struct perta_err *err)
 {
-    struct product p = {g, rows, m, n, k, rows ? rows->n : (m + PERTA_TILE_ROWS - 1) / PERTA_TILE_ROWS,
-                        a, b, c, ldc, add};
+    struct product p = {
+        g, rows, m, n,   k,  rows ? rows->n : (m + PERTA_TILE_ROWS - 1) / PERTA_TILE_ROWS,
+        a, b,    c, ldc, add};
     size_t at = 0;
     if (!m || !n)
         return 0;
@@ -443,6 +449,7 @@ int perta_gemm_run(struct perta_gemm *g, const struct perta_runs *rows, size_t m
     if (!rc)
         rc = perta_gemm_prepare(g, &p.b, k, n, &at, err);
     return rc ? rc
-              : perta_workers_run(g->workers, p.n_row_tiles * ((n + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS),
+              : perta_workers_run(g->workers,
+                                  p.n_row_tiles * ((n + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS),
                                   run_piece, &p, err);
 }

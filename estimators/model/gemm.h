@@ -15,8 +15,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "io/format/dtype.h"
 #include "io/err.h"
+#include "io/format/dtype.h"
 #include "stream/workers.h"
 
 #define PERTA_TILE_ROWS 256
@@ -60,8 +60,7 @@ PERTA_API float perta_operand_element(const struct perta_operand_matrix *m);
  * of its own, at least a tile (perta_gemm_room). The process's cache of oneDNN is turned off: what
  * is compiled is kept here, and counted. */
 PERTA_API int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_floats,
-                              size_t room_floats, struct perta_gemm **out,
-                              struct perta_err *err);
+                              size_t room_floats, struct perta_gemm **out, struct perta_err *err);
 PERTA_API void perta_gemm_close(struct perta_gemm *gemm);
 struct perta_workers *perta_gemm_workers(const struct perta_gemm *gemm);
 /* Memory that a worker takes besides room_floats: its stack, oneDNN's. */

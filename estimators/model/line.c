@@ -33,9 +33,9 @@ static int unexpected(struct reader *r, const char *wanted)
 {
     size_t left = (size_t)(r->end - r->at);
     if (!left)
-        return perta_line_fail(&r->line, r->err,
-                               "the line ends where %s should be; each line is one whole JSON object",
-                               wanted);
+        return perta_line_fail(
+            &r->line, r->err,
+            "the line ends where %s should be; each line is one whole JSON object", wanted);
     return perta_line_fail(&r->line, r->err, "byte %zu: %s expected near '%.*s'",
                            (size_t)(r->at - r->text) + 1, wanted,
                            (int)(left < NEAR_BYTES ? left : NEAR_BYTES), r->at);
@@ -233,9 +233,10 @@ int perta_line_parse(const struct perta_line *line, const char *text, size_t len
     char first = next(&r);
     int rc = 0;
     if (first == '[')
-        rc = perta_line_fail(line, err,
-                             "a JSON array, where each line is to be one object with \"input_ids\"; "
-                             "`jq -c .[]' puts an array's objects on lines of their own, " PERTA_TOKENIZE);
+        rc = perta_line_fail(
+            line, err,
+            "a JSON array, where each line is to be one object with \"input_ids\"; "
+            "`jq -c .[]' puts an array's objects on lines of their own, " PERTA_TOKENIZE);
     else if (first != '{')
         rc = perta_line_fail(line, err, "no JSON object near '%.*s'; " PERTA_TOKENIZE,
                              (int)(r.end - r.at < NEAR_BYTES ? r.end - r.at : NEAR_BYTES), r.at);

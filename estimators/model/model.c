@@ -67,8 +67,8 @@ static void block_matrix(const struct perta_model *m, uint32_t layer, int i,
         if (!strcmp(m->parameters[p].name, name))
             *linear = (struct perta_linear){m->weights + m->parameters[p].at, PERTA_F32,
                                             m->parameters[p].out, m->parameters[p].in, NULL};
-    linear->bias = perta_model_find(
-        m, m->weights, perta_weights_name(name, layer, perta_linear_names[i], "bias"));
+    linear->bias = perta_model_find(m, m->weights,
+                                    perta_weights_name(name, layer, perta_linear_names[i], "bias"));
 }
 
 void perta_model_block(const struct perta_model *m, uint32_t layer, struct perta_block *block)
@@ -171,8 +171,10 @@ static int encode(struct perta_model *m, uint8_t **bytes, uint64_t *len_bytes,
         uint64_t *shape = shapes + 2 * p;
         shape[0] = of->vector ? of->in : of->out;
         shape[1] = of->in;
-        tensors[p] = (struct perta_tensor){.name = of->name, .dtype = PERTA_BF16,
-                                           .n_dims = of->vector ? 1 : 2, .shape = shape,
+        tensors[p] = (struct perta_tensor){.name = of->name,
+                                           .dtype = PERTA_BF16,
+                                           .n_dims = of->vector ? 1 : 2,
+                                           .shape = shape,
                                            .n_elems = of->out * of->in};
     }
     if (!rc)

@@ -92,8 +92,7 @@ void perta_rmsnorm_backward(struct perta_workers *workers, float *dx, const floa
                             const float *x, const float *rstd, const float *weight, size_t T,
                             size_t H)
 {
-    const struct rmsnorm n = {
-        .dx = dx, .dy = dy, .x = x, .rstd = rstd, .weight = weight, .H = H};
+    const struct rmsnorm n = {.dx = dx, .dy = dy, .x = x, .rstd = rstd, .weight = weight, .H = H};
     share_out(workers, T, H, rmsnorm_backward_rows, &n);
 }
 
@@ -192,8 +191,8 @@ static void swiglu_backward_elems(const void *args, size_t from, size_t to)
                                          s->gate + from, s->up + from, to - from);
 }
 
-void perta_swiglu_backward(struct perta_workers *workers, float *dgate, float *dup,
-                           const float *dh, const float *gate, const float *up, size_t n)
+void perta_swiglu_backward(struct perta_workers *workers, float *dgate, float *dup, const float *dh,
+                           const float *gate, const float *up, size_t n)
 {
     share_out(workers, n, 1, swiglu_backward_elems,
               &(struct swiglu){.dgate = dgate, .dup = dup, .dh = dh, .gate = gate, .up = up});
@@ -232,8 +231,13 @@ void perta_cross_entropy_forward(struct perta_workers *workers, const float *log
                                  size_t n_rows, size_t n, const int32_t *target, float *most,
                                  double *sums, float *of_target)
 {
-    const struct entropy e = {.logits = logits, .row = row, .n_rows = n_rows, .target = target,
-                              .most = most, .sums = sums, .of_target = of_target};
+    const struct entropy e = {.logits = logits,
+                              .row = row,
+                              .n_rows = n_rows,
+                              .target = target,
+                              .most = most,
+                              .sums = sums,
+                              .of_target = of_target};
     share_out(workers, n, n_rows, entropy_rows, &e);
 }
 
@@ -272,13 +276,16 @@ static void entropy_backward_rows(const void *args, size_t from, size_t to)
 }
 
 void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, size_t row,
-                                  size_t n_rows, size_t n, const int32_t *target,
-                                  const float *most, const double *sums,
-                                  const float *share)
+                                  size_t n_rows, size_t n, const int32_t *target, const float *most,
+                                  const double *sums, const float *share)
 {
-    const struct entropy e = {.dlogits = logits, .row = row, .n_rows = n_rows, .target = target,
+    const struct entropy e = {.dlogits = logits,
+                              .row = row,
+                              .n_rows = n_rows,
+                              .target = target,
                               .most = (float *)(uintptr_t)most,
-                              .sums = (double *)(uintptr_t)sums, .share = share};
+                              .sums = (double *)(uintptr_t)sums,
+                              .share = share};
     share_out(workers, n, n_rows, entropy_backward_rows, &e);
 }
 
@@ -496,8 +503,7 @@ static int run_head(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 }
 
 int perta_attention_forward(struct perta_gemm *gemm, const struct perta_attention *a, float *out,
-                            const float *q, const float *k, const float *v,
-                            struct perta_err *err)
+                            const float *q, const float *k, const float *v, struct perta_err *err)
 {
     struct heads all = {.gemm = gemm, .of = a, .out = out, .q = q, .k = k, .v = v};
     return perta_workers_run(perta_gemm_workers(gemm), a->sequences.n * a->n_heads, run_head, &all,
@@ -526,11 +532,18 @@ static void group_sum_rows(const void *args, size_t from, size_t to)
 
 int perta_attention_backward(struct perta_gemm *gemm, const struct perta_attention *a, float *dq,
                              float *dk, float *dv, const float *dout, const float *q,
-                             const float *k, const float *v, float *const of_heads[2], struct perta_err *err)
+                             const float *k, const float *v, float *const of_heads[2],
+                             struct perta_err *err)
 {
     size_t group = a->n_heads / a->n_kv_heads;
     size_t n = a->sequences.starts[a->sequences.n] - a->sequences.origin;
-    struct heads all = {.gemm = gemm, .of = a, .dout = dout, .q = q, .k = k, .v = v, .dq = dq,
+    struct heads all = {.gemm = gemm,
+                        .of = a,
+                        .dout = dout,
+                        .q = q,
+                        .k = k,
+                        .v = v,
+                        .dq = dq,
                         .dk = group > 1 ? of_heads[0] : dk,
                         .dv = group > 1 ? of_heads[1] : dv};
     struct perta_workers *workers = perta_gemm_workers(gemm);

@@ -5,9 +5,10 @@
 #include <stdint.h>
 
 struct perta_place {
-    uint32_t position;   /* by which queries and keys are turned */
-    uint32_t at;         /* among all tokens of its line, those left out too: windows count it */
-    uint32_t first, end; /* it sees the tokens first .. end of its sample; none where they are equal */
+    uint32_t position; /* by which queries and keys are turned */
+    uint32_t at;       /* among all tokens of its line, those left out too: windows count it */
+    uint32_t first,
+        end; /* it sees the tokens first .. end of its sample; none where they are equal */
 };
 
 #endif

@@ -11,8 +11,8 @@ struct perta_reader;
 int perta_reader_open(struct perta_reader **out, struct perta_err *err);
 void perta_reader_close(struct perta_reader *reader);
 /* Call job(ctx) on the thread. What was begun before must have been waited for. */
-void perta_reader_begin(struct perta_reader *reader,
-                        int (*job)(void *ctx, struct perta_err *err), void *ctx);
+void perta_reader_begin(struct perta_reader *reader, int (*job)(void *ctx, struct perta_err *err),
+                        void *ctx);
 /* Wait until it is done; what it returned. */
 int perta_reader_wait(struct perta_reader *reader, struct perta_err *err);
 

@@ -56,15 +56,16 @@ static void free_draft(struct perta_draft *d)
 }
 
 /* key's element t is not what it should be. */
-static int bad_element(const struct perta_line *line, const char *key, const json_t *value, size_t t,
-                       const char *wanted, struct perta_err *err)
+static int bad_element(const struct perta_line *line, const char *key, const json_t *value,
+                       size_t t, const char *wanted, struct perta_err *err)
 {
     const json_t *of = json_array_get(value, t);
     if (json_is_array(of))
-        return perta_line_fail(line, err,
-                               "\"%s\" holds arrays, as batches do; each line is one sample: [1, 2, 3], "
-                               "not [[1, 2, 3]]",
-                               key);
+        return perta_line_fail(
+            line, err,
+            "\"%s\" holds arrays, as batches do; each line is one sample: [1, 2, 3], "
+            "not [[1, 2, 3]]",
+            key);
     char *text = perta_json_text(of, JSON_ENCODE_ANY | JSON_COMPACT);
     int rc = perta_line_fail(line, err, "\"%s\", element %zu: %.*s is %s", key, t, VALUE_CHARS,
                              text ? text : "?", wanted);
@@ -91,7 +92,8 @@ static int read_ids(const struct perta_line *line, const json_t *ids, uint32_t v
         const json_t *id = json_array_get(ids, t);
         json_int_t value = json_integer_value(id);
         if (!json_is_integer(id) || value < 0)
-            return bad_element(line, "input_ids", ids, t, "no token id, a whole number from 0", err);
+            return bad_element(line, "input_ids", ids, t, "no token id, a whole number from 0",
+                               err);
         if (value >= vocab)
             return perta_line_fail(line, err, "token id %lld, but the vocabulary has %u",
                                    (long long)value, vocab);
@@ -108,8 +110,8 @@ static int read_labels(const struct perta_line *line, const json_t *object, uint
     for (size_t t = 0; t < d->n && !rc; t++) {
         const json_t *label = json_array_get(labels, t);
         json_int_t value = labels ? json_integer_value(label) : d->ids[t];
-        if (labels && (!json_is_integer(label) ||
-                       (value != PERTA_IGNORED && (value < 0 || value >= vocab))))
+        if (labels &&
+            (!json_is_integer(label) || (value != PERTA_IGNORED && (value < 0 || value >= vocab))))
             rc = bad_element(line, "labels", labels, t,
                              "neither a token id of the vocabulary nor -100", err);
         d->labels[t] = (int32_t)value;
@@ -137,9 +139,10 @@ static int read_mask(const struct perta_line *line, const json_t *object, struct
         rc = perta_line_fail(line, err, "\"attention_mask\" leaves no token");
     const json_t *labels = json_object_get(object, "labels");
     if (!rc && hides && (!labels || json_is_null(labels)))
-        rc = perta_line_fail(line, err,
-                             "\"attention_mask\" has zeros, and no \"labels\" say what is learned; give "
-                             "them, -100 for padding");
+        rc = perta_line_fail(
+            line, err,
+            "\"attention_mask\" has zeros, and no \"labels\" say what is learned; give "
+            "them, -100 for padding");
     return rc;
 }
 
@@ -261,10 +264,10 @@ static void note_unknown(struct reading *r, json_t *object)
     const char *key;
     json_t *value, *known;
     size_t i;
-    json_object_foreach (object, key, value) {
+    json_object_foreach(object, key, value)
+    {
         bool new = perta_key_rule(key) == PERTA_KEY_UNKNOWN && *key;
-        json_array_foreach (r->unknown, i, known)
-            new = new && strcmp(json_string_value(known), key);
+        json_array_foreach(r->unknown, i, known) new = new && strcmp(json_string_value(known), key);
         if (new && json_array_size(r->unknown) < UNKNOWN_MAX)
             perta_json_append(&r->unknown, json_string(key));
         else
@@ -281,7 +284,8 @@ static int add_sample(struct reading *r, const struct perta_line *line, json_t *
     bool masked, again;
     d->n = json_array_size(ids);
     if (!d->n)
-        return perta_line_fail(line, err, "no array \"input_ids\" with tokens in it; " PERTA_TOKENIZE);
+        return perta_line_fail(line, err,
+                               "no array \"input_ids\" with tokens in it; " PERTA_TOKENIZE);
     int rc = grow_draft(d, d->n, err);
     if (!rc)
         rc = read_ids(line, ids, vocab, d, err);
@@ -422,13 +426,15 @@ static int settle_file(struct reading *r, const char *path, FILE *file, const st
                                 memcmp(&st.st_mtim, &was->st_mtim, sizeof st.st_mtim) ||
                                 memcmp(&st.st_ctim, &was->st_ctim, sizeof st.st_ctim)))
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: changed while it was read; run again when nothing writes to it", path);
+                          "%s: changed while it was read; run again when nothing writes to it",
+                          path);
     perta_digest_xxh128(r->digest, f->xxh128);
     if (before && strcmp(before, f->xxh128))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: is not what it was when the run began; run again when nothing writes "
-                          "to it",
-                          path);
+        return perta_fail(
+            err, PERTA_EINPUT,
+            "%s: is not what it was when the run began; run again when nothing writes "
+            "to it",
+            path);
     return r->hmac ? perta_hmac_finish(r->hmac, f->hmac, err) : 0;
 }
 
@@ -447,10 +453,11 @@ static void add_note(struct reading *r, const char *path, const char *fmt, ...)
 static void add_notes(struct reading *r, const char *path)
 {
     if (r->blocks)
-        add_note(r, path,
-                 "line %llu: \"position_ids\" start again, so each token sees its own block alone, as "
-                 "where transformers trains (use_cache=False)",
-                 (unsigned long long)r->blocks);
+        add_note(
+            r, path,
+            "line %llu: \"position_ids\" start again, so each token sees its own block alone, as "
+            "where transformers trains (use_cache=False)",
+            (unsigned long long)r->blocks);
     if (r->blocks_under_mask)
         add_note(r, path,
                  "line %llu: with \"attention_mask\", \"position_ids\" that start again make no "
@@ -509,8 +516,8 @@ int perta_samples_read(const char *path, const struct perta_samples_wanted *want
 uint64_t perta_samples_bytes(const struct perta_samples *s)
 {
     return s->room * (sizeof *s->ids + sizeof *s->targets + sizeof *s->places) +
-           (s->n + 1) * (sizeof *s->starts + sizeof *s->n_labels + sizeof *s->lines +
-                         sizeof *s->kinds);
+           (s->n + 1) *
+               (sizeof *s->starts + sizeof *s->n_labels + sizeof *s->lines + sizeof *s->kinds);
 }
 
 void perta_samples_release(struct perta_samples *samples)

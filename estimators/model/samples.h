@@ -31,28 +31,29 @@ struct perta_samples_file {
 };
 
 struct perta_samples {
-    uint64_t n;         /* samples; other answers count, and follow the line's own */
-    uint64_t n_tokens;  /* of all; a token that nothing sees and that predicts nothing is left out */
-    uint64_t longest;   /* tokens of the longest */
-    uint64_t *starts;   /* (n + 1): sample i is tokens starts[i] .. starts[i + 1] */
-    int32_t *ids;       /* (n_tokens) */
-    int32_t *targets;   /* (n_tokens): what position t predicts, or PERTA_IGNORED */
+    uint64_t n;        /* samples; other answers count, and follow the line's own */
+    uint64_t n_tokens; /* of all; a token that nothing sees and that predicts nothing is left out */
+    uint64_t longest;  /* tokens of the longest */
+    uint64_t *starts;  /* (n + 1): sample i is tokens starts[i] .. starts[i + 1] */
+    int32_t *ids;      /* (n_tokens) */
+    int32_t *targets;  /* (n_tokens): what position t predicts, or PERTA_IGNORED */
     struct perta_place *places; /* (n_tokens): those that attention_mask hides come last */
-    uint32_t *n_labels; /* (n): targets that are not ignored; at least 1 */
-    uint64_t *lines;    /* (n): of the file, from 1 */
-    uint8_t *kinds;     /* (n): enum perta_sample_kind */
-    uint64_t room;      /* of ids, targets and places */
+    uint32_t *n_labels;         /* (n): targets that are not ignored; at least 1 */
+    uint64_t *lines;            /* (n): of the file, from 1 */
+    uint8_t *kinds;             /* (n): enum perta_sample_kind */
+    uint64_t room;              /* of ids, targets and places */
     struct perta_samples_file file;
-    json_t *notes;      /* strings: what a user ought to know of the file */
+    json_t *notes; /* strings: what a user ought to know of the file */
 };
 
 /* What to read of a file. */
 struct perta_samples_wanted {
-    uint32_t vocab;      /* ids must be below it */
-    uint64_t max_tokens; /* longer samples are an error; 0: no bound */
-    bool answers;        /* the other answers too; else they are passed over */
+    uint32_t vocab;       /* ids must be below it */
+    uint64_t max_tokens;  /* longer samples are an error; 0: no bound */
+    bool answers;         /* the other answers too; else they are passed over */
     const char *key_path; /* file of a key: the HMAC of what was read; NULL: none */
-    const char *xxh128;  /* of what was read before: PERTA_EINPUT if the file is another; NULL: any */
+    const char
+        *xxh128; /* of what was read before: PERTA_EINPUT if the file is another; NULL: any */
 };
 
 /* Read the whole file, once. Errors name path and line. *out is the caller's. */

@@ -4,8 +4,8 @@
 #ifndef PERTA_ESTIMATORS_MODEL_SOURCE_H
 #define PERTA_ESTIMATORS_MODEL_SOURCE_H
 
-#include "io/format/checkpoint.h"
 #include "io/err.h"
+#include "io/format/checkpoint.h"
 
 struct perta_weights;
 struct perta_source;

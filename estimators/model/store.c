@@ -20,9 +20,9 @@ static int make_folder(const struct perta_scratch *scratch, struct perta_err *er
         return 0;
     if (errno != EEXIST || lstat(scratch->dir, &st))
         return perta_fail_sys(err, errno, "%s", scratch->dir);
-    return S_ISDIR(st.st_mode) ? 0
-                               : perta_fail(err, PERTA_EINPUT, "%s: not a folder; remove it",
-                                            scratch->dir);
+    return S_ISDIR(st.st_mode)
+               ? 0
+               : perta_fail(err, PERTA_EINPUT, "%s: not a folder; remove it", scratch->dir);
 }
 
 static int open_nameless(const struct perta_scratch *scratch, struct perta_err *err)
@@ -97,8 +97,8 @@ int perta_store_open(struct perta_store *store, struct perta_scratch *scratch, c
     return rc || store->memory ? rc : make_file(store, scratch, err);
 }
 
-int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch,
-                        const char *name, size_t n_rows, size_t width, struct perta_err *err)
+int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch, const char *name,
+                        size_t n_rows, size_t width, struct perta_err *err)
 {
     struct stat st;
     int rc = prepare(store, scratch, name, n_rows, width, err);
@@ -112,8 +112,7 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
         return rc;
     if ((uint64_t)st.st_size != bytes_of(store))
         return perta_fail(err, PERTA_EINPUT, "%s: %lld bytes, not %llu; --force starts over",
-                          store->path, (long long)st.st_size,
-                          (unsigned long long)bytes_of(store));
+                          store->path, (long long)st.st_size, (unsigned long long)bytes_of(store));
     scratch->file_bytes += bytes_of(store);
     store->saved = true;
     if (!store->memory)

@@ -19,11 +19,11 @@ struct perta_scratch {
 
 struct perta_store {
     size_t n_rows, width;
-    float *memory; /* (n_rows, width), or NULL: */
+    float *memory;          /* (n_rows, width), or NULL: */
     struct perta_pool pool; /* that memory is */
-    int fd;        /* -1: no file */
-    char *path;    /* of the file that has, or would have, the rows; NULL: it has no name */
-    bool saved;    /* the file holds what memory does */
+    int fd;                 /* -1: no file */
+    char *path; /* of the file that has, or would have, the rows; NULL: it has no name */
+    bool saved; /* the file holds what memory does */
 };
 
 /* Zeros. In memory if scratch->free_bytes allows. name: under which perta_store_save keeps it in
@@ -31,8 +31,8 @@ struct perta_store {
 int perta_store_open(struct perta_store *store, struct perta_scratch *scratch, const char *name,
                      size_t n_rows, size_t width, struct perta_err *err);
 /* One that was saved. */
-int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch,
-                        const char *name, size_t n_rows, size_t width, struct perta_err *err);
+int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch, const char *name,
+                        size_t n_rows, size_t width, struct perta_err *err);
 void perta_store_close(struct perta_store *store, struct perta_scratch *scratch);
 /* Put the rows into the file, unless they are there, and sync it. */
 int perta_store_save(struct perta_store *store, struct perta_scratch *scratch,

@@ -83,8 +83,8 @@ int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
     if (!rc)
         rc = perta_workers_open(n_threads, &t->workers, err);
     if (!rc)
-        rc = perta_gemm_open(false, t->workers, GEMM_FLOATS,
-                             perta_attention_room(samples->longest), &t->gemm, err);
+        rc = perta_gemm_open(false, t->workers, GEMM_FLOATS, perta_attention_room(samples->longest),
+                             &t->gemm, err);
     if (rc) {
         perta_trainer_close(t);
         return rc;
@@ -178,13 +178,13 @@ static int forward(struct perta_trainer *t, const struct perta_batch *batch, siz
                           m->llm.rms_eps);
     struct perta_linear head = head_of(t);
     struct perta_runs tiles = cut(t->label_tiles, n_labels);
-    return rc ? rc : perta_linear_forward(t->gemm, &head, &tiles, t->normed, t->logits, n_labels,
-                                          false, err);
+    return rc ? rc
+              : perta_linear_forward(t->gemm, &head, &tiles, t->normed, t->logits, n_labels, false,
+                                     err);
 }
 
 int perta_trainer_forward(struct perta_trainer *t, const struct perta_samples *samples,
-                          const uint32_t *which, size_t n, size_t *n_labels,
-                          struct perta_err *err)
+                          const uint32_t *which, size_t n, size_t *n_labels, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
     struct perta_batch batch = pack(t, samples, which, n, n_labels);
@@ -208,8 +208,7 @@ static void add_vector(const struct sink *sink, const char *part, const char *ki
         to[i] += d[i];
 }
 
-static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d,
-                    size_t n)
+static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d, size_t n)
 {
     (void)sequence;
     add_vector(ctx, perta_norm_names[name], "weight", d, n);
@@ -227,8 +226,8 @@ static int add_matrix(struct perta_trainer *t, const char *name, const float *dy
                       size_t n, size_t out, size_t in, struct perta_err *err)
 {
     return perta_gemm_run(t->gemm, NULL, out, in, n, perta_transposed(perta_matrix(dy, out)),
-                          perta_matrix(x, in),
-                          perta_model_find(t->model, t->gradients, name), in, true, err);
+                          perta_matrix(x, in), perta_model_find(t->model, t->gradients, name), in,
+                          true, err);
 }
 
 /* From the loss to the gradient of what the last block gives. */
@@ -242,19 +241,21 @@ static int head_backward(struct perta_trainer *t, size_t n, float *dout, size_t 
         t->most[i] = -INFINITY;
         t->sums[i] = 0;
     }
-    perta_cross_entropy_forward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums, t->of_label);
+    perta_cross_entropy_forward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums,
+                                t->of_label);
     *loss = 0;
     for (size_t i = 0; i < n; i++)
-        *loss += (double)t->share[i] *
-                 ((double)t->most[i] - (double)t->of_label[i] + log(t->sums[i]));
-    perta_cross_entropy_backward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums, t->share);
+        *loss +=
+            (double)t->share[i] * ((double)t->most[i] - (double)t->of_label[i] + log(t->sums[i]));
+    perta_cross_entropy_backward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums,
+                                 t->share);
     struct perta_runs tiles = cut(t->label_tiles, n);
     int rc = perta_linear_backward(t->gemm, &head, &tiles, t->logits, t->dnormed, n, false, err);
     if (!rc)
         rc = add_matrix(t, m->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD, t->logits, t->normed, n, V,
                         H, err);
-    perta_rmsnorm_backward_weight(t->workers, perta_model_find(m, t->gradients, PERTA_FINAL_NORM), t->dnormed,
-                                  t->last, t->rstd, n, H);
+    perta_rmsnorm_backward_weight(t->workers, perta_model_find(m, t->gradients, PERTA_FINAL_NORM),
+                                  t->dnormed, t->last, t->rstd, n, H);
     memset(t->dlast, 0, n * H * sizeof(float));
     perta_rmsnorm_backward(t->workers, t->dlast, t->dnormed, t->last, t->rstd,
                            perta_model_find(m, m->weights, PERTA_FINAL_NORM), n, H);
@@ -334,8 +335,14 @@ void perta_trainer_step(struct perta_trainer *t, float learning_rate, float weig
     PERTA_FP_SCOPE;
     struct perta_err never = {0};
     t->n_steps++;
-    struct adamw a = {t->model->weights, t->first, t->second, t->gradients, t->model->n_floats,
-                      learning_rate, weight_decay, (float)(1 - pow(0.9, (double)t->n_steps)),
+    struct adamw a = {t->model->weights,
+                      t->first,
+                      t->second,
+                      t->gradients,
+                      t->model->n_floats,
+                      learning_rate,
+                      weight_decay,
+                      (float)(1 - pow(0.9, (double)t->n_steps)),
                       (float)(1 - pow(0.999, (double)t->n_steps))};
     perta_workers_run(t->workers, (a.n + PIECE_ELEMS - 1) / PIECE_ELEMS, adamw_elems, &a, &never);
 }

@@ -10,13 +10,13 @@ struct perta_trainer {
     struct perta_model *model; /* borrowed */
     struct perta_workers *workers;
     struct perta_gemm *gemm;
-    size_t max_tokens, max_labels; /* of a batch */
+    size_t max_tokens, max_labels;          /* of a batch */
     float *inv_freq;                        /* (head_dim / 2) */
     float *memory;                          /* of everything below */
     float *gradients, *first, *second;      /* (n_floats); moments of AdamW */
     struct perta_acts *acts;                /* (n_layers): out of one is x of the next */
     float *last, *normed, *dnormed, *dlast; /* (max_labels, H) */
-    float *rstd, *most, *share, *of_label;   /* (max_labels) */
+    float *rstd, *most, *share, *of_label;  /* (max_labels) */
     double *sums;                           /* (max_labels) */
     float *logits;                          /* (max_labels, vocabulary) */
     uint32_t *token, *ids;                  /* (max_labels); (max_tokens) */

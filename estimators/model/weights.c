@@ -5,12 +5,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/checked.h"
 #include "io/format/convert.h"
+#include "io/format/naming.h"
 #include "io/format/quantised.h"
 #include "io/format/tied.h"
-#include "io/checked.h"
 #include "io/format/which.h"
-#include "io/format/naming.h"
 
 #define PIECE_BYTES (4ull << 20)
 #define PIECES 16
@@ -56,8 +56,8 @@ static int each_of_layer(const struct perta_llm *llm, uint32_t layer, perta_tens
         rc = tensor(ctx, perta_weights_name(name, layer, perta_linear_names[i], "weight"), out, in,
                     err);
         if (!rc && has_bias(llm, (enum perta_linear_name)i))
-            rc = tensor(ctx, perta_weights_name(name, layer, perta_linear_names[i], "bias"), 0,
-                        out, err);
+            rc = tensor(ctx, perta_weights_name(name, layer, perta_linear_names[i], "bias"), 0, out,
+                        err);
     }
     for (int i = 0; i < PERTA_N_NORMS && !rc; i++) {
         size_t n = norm_size(llm, (enum perta_norm_name)i);
@@ -285,8 +285,7 @@ static void on_read(struct perta_request *request)
 
 /* In pieces that touch in room. */
 int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
-                       uint64_t len_bytes, uint8_t *room, const void **data,
-                       struct perta_err *err)
+                       uint64_t len_bytes, uint8_t *room, const void **data, struct perta_err *err)
 {
     struct perta_request requests[PIECES];
     bool done[PIECES];
@@ -296,8 +295,11 @@ int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_
         unsigned n = 0;
         for (; n < PIECES && at < end; n++) {
             uint64_t len = end - at < PIECE_BYTES ? end - at : PIECE_BYTES;
-            requests[n] = (struct perta_request){.file = file, .off_bytes = at, .len_bytes = len,
-                                                 .buf = room + (at - start), .done = on_read,
+            requests[n] = (struct perta_request){.file = file,
+                                                 .off_bytes = at,
+                                                 .len_bytes = len,
+                                                 .buf = room + (at - start),
+                                                 .done = on_read,
                                                  .user = &done[n]};
             done[n] = false;
             perta_engine_submit(w->engine, &requests[n]);
@@ -320,8 +322,7 @@ int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_
 }
 
 static int read_tensor(struct perta_weights *w, const struct perta_ref *ref, uint64_t off_bytes,
-                       uint64_t len_bytes, uint8_t *room, const void **data,
-                       struct perta_err *err)
+                       uint64_t len_bytes, uint8_t *room, const void **data, struct perta_err *err)
 {
     if (!w->source)
         return perta_weights_read(w, &w->files[ref->shard], ref->tensor->off_bytes + off_bytes,
@@ -398,8 +399,7 @@ uint64_t perta_weights_block_room(const struct perta_weights *w)
             longest = out > longest ? out : longest;
         }
         for (int i = 0; i < PERTA_N_NORMS; i++)
-            room += vector_room(w->llm.hidden > w->llm.head_dim ? w->llm.hidden
-                                                               : w->llm.head_dim);
+            room += vector_room(w->llm.hidden > w->llm.head_dim ? w->llm.hidden : w->llm.head_dim);
         most = room > most ? room : most;
     }
     return most + perta_weights_room(longest * sizeof(float));
@@ -425,8 +425,8 @@ static int read_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
         size_t n = norm_size(&w->llm, (enum perta_norm_name)i);
         block->norm[i] = NULL;
         if (n)
-            rc = take_vector(w, perta_weights_name(name, layer, perta_norm_names[i], "weight"),
-                             n, &at, &block->norm[i], err);
+            rc = take_vector(w, perta_weights_name(name, layer, perta_norm_names[i], "weight"), n,
+                             &at, &block->norm[i], err);
     }
     for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
         struct perta_linear *linear = &block->linear[i];
@@ -434,12 +434,11 @@ static int read_block(struct perta_weights *w, uint32_t layer, uint8_t *room,
         const float *bias = NULL;
         linear_shape(&w->llm, (enum perta_linear_name)i, &out, &in);
         if (has_bias(&w->llm, (enum perta_linear_name)i))
-            rc = take_vector(w, perta_weights_name(name, layer, perta_linear_names[i], "bias"),
-                             out, &at, &bias, err);
+            rc = take_vector(w, perta_weights_name(name, layer, perta_linear_names[i], "bias"), out,
+                             &at, &bias, err);
         if (!rc)
-            rc = read_rows(
-                w, perta_weights_name(name, layer, perta_linear_names[i], "weight"), 0, out, at,
-                linear, err);
+            rc = read_rows(w, perta_weights_name(name, layer, perta_linear_names[i], "weight"), 0,
+                           out, at, linear, err);
         at += matrix_room(w, layer, (enum perta_linear_name)i);
         linear->bias = bias;
     }
@@ -486,9 +485,9 @@ int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, ui
 static int load(struct perta_weights *w, unsigned i, struct perta_err *err)
 {
     struct perta_loaded *l = &w->loaded[i];
-    return l->part.name ? read_rows(w, l->part.name, l->part.first, l->part.n, w->rooms[i],
-                                    &l->linear, err)
-                        : read_block(w, l->part.layer, w->rooms[i], &l->block, err);
+    return l->part.name
+               ? read_rows(w, l->part.name, l->part.first, l->part.n, w->rooms[i], &l->linear, err)
+               : read_block(w, l->part.layer, w->rooms[i], &l->block, err);
 }
 
 static int load_current(void *of, struct perta_err *err)

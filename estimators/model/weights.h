@@ -7,8 +7,8 @@
 #include "estimators/model/config.h"
 #include "estimators/model/reader.h"
 #include "estimators/model/source.h"
-#include "io/format/checkpoint.h"
 #include "io/engine.h"
+#include "io/format/checkpoint.h"
 
 /* What is read at once: a block, or rows of a matrix. */
 struct perta_part {
@@ -98,8 +98,7 @@ int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, ui
 /* For sources, which are asked on the thread that reads: len_bytes of a file from off_bytes on, as
  * they stand there; *data is where they are in room. */
 int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
-                       uint64_t len_bytes, uint8_t *room, const void **data,
-                       struct perta_err *err);
+                       uint64_t len_bytes, uint8_t *room, const void **data, struct perta_err *err);
 
 /* "model.layers.LAYER.PART.weight" (or bias), in buf (128). */
 const char *perta_weights_name(char *buf, uint32_t layer, const char *part, const char *kind);

@@ -5,16 +5,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/passes/importance.h"
 #include "estimators/edit/running.h"
+#include "estimators/passes/importance.h"
 #include "io/checked.h"
+#include "io/format/naming.h"
 #include "io/fpenv.h"
 #include "io/text.h"
 #include "stream/arguments.h"
 #include "stream/input.h"
 #include "stream/memory.h"
 #include "stream/patch/model_out.h"
-#include "io/format/naming.h"
 #include "stream/patch/resume.h"
 #include "stream/walk.h"
 
@@ -79,8 +79,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 static int not_finite(const struct job *job, const struct perta_piece *piece, uint32_t sample,
                       uint64_t elem, struct perta_err *err)
 {
-    const struct place *place =
-        &job->places[piece->tag * job->accumulate->n_gradients + sample];
+    const struct place *place = &job->places[piece->tag * job->accumulate->n_gradients + sample];
     uint64_t at = piece->first_elem + elem;
     return perta_fail(
         err, PERTA_EINPUT, "%s: tensor %s, element %llu (byte %llu): not a finite float32",
@@ -104,8 +103,7 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     };
     perta_running_zero(&running);
     for (uint32_t i = 0; i < n; i++) {
-        const struct perta_view view = {job->places[piece->tag * n + i].dtype,
-                                        piece->in[i].data};
+        const struct perta_view view = {job->places[piece->tag * n + i].dtype, piece->in[i].data};
         uint64_t bad = perta_running_add(&running, &view);
         if (bad != UINT64_MAX)
             return not_finite(job, piece, i, bad, err);
@@ -118,11 +116,10 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
         if (job->wanted[MEAN])
             memcpy(&mean, piece->out + bad * sizeof mean, sizeof mean);
         bool squares = job->wanted[MEANSQ] && (!job->wanted[MEAN] || isfinite(mean));
-        return perta_fail(err, PERTA_EINPUT,
-                          "tensor %s, element %llu: the mean %s all gradients is not finite",
-                          job->first->shards[piece->shard].header->tensors[piece->tensor].name,
-                          (unsigned long long)(piece->first_elem + bad),
-                          squares ? "square over" : "over");
+        return perta_fail(
+            err, PERTA_EINPUT, "tensor %s, element %llu: the mean %s all gradients is not finite",
+            job->first->shards[piece->shard].header->tensors[piece->tensor].name,
+            (unsigned long long)(piece->first_elem + bad), squares ? "square over" : "over");
     }
     return 0;
 }
@@ -155,8 +152,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
         if (job->wanted[stat])
             rc = perta_model_out_append(
                 &job->outs[stat],
-                piece->out + (stat == MEAN ? 0 : perta_align_up(len_bytes, OUT_ALIGN)),
-                len_bytes, err);
+                piece->out + (stat == MEAN ? 0 : perta_align_up(len_bytes, OUT_ALIGN)), len_bytes,
+                err);
     return rc ? rc : perta_resume_point(&job->resume, piece, job->stream, err);
 }
 
@@ -167,20 +164,23 @@ static int add_file(struct job *job, const struct perta_shard *shard, struct per
         return perta_fail_sys(err, ENOMEM, "%s", shard->path);
     job->files = grown;
     struct perta_file *file = &grown[job->n_files++];
-    *file = (struct perta_file){.fd = -1, .path = strdup(shard->path),
-                                .len_bytes = shard->size_bytes, .dev = shard->dev,
-                                .ino = shard->ino, .mtime = shard->mtime};
+    *file = (struct perta_file){.fd = -1,
+                                .path = strdup(shard->path),
+                                .len_bytes = shard->size_bytes,
+                                .dev = shard->dev,
+                                .ino = shard->ino,
+                                .mtime = shard->mtime};
     return file->path ? 0 : perta_fail_sys(err, ENOMEM, "%s", shard->path);
 }
 
 static int place_tensor(struct job *job, const struct perta_checkpoint *ck,
-                        const struct perta_tensor *want, struct place *place,
-                        uint32_t first_file, struct perta_err *err)
+                        const struct perta_tensor *want, struct place *place, uint32_t first_file,
+                        struct perta_err *err)
 {
     const struct perta_ref *ref = perta_checkpoint_find(ck, want->name);
     if (!ref)
-        return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which %s has", ck->path,
-                          want->name, job->first->path);
+        return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which %s has", ck->path, want->name,
+                          job->first->path);
     if (!perta_dtype_is_editable(ref->tensor->dtype))
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
                           ck->path, want->name, perta_dtype_name(ref->tensor->dtype));
@@ -293,8 +293,7 @@ static int choose_elems(struct job *job, const struct perta_run *run, struct per
         if (needed <= run->memory_bytes)
             return 0;
     }
-    return perta_memory_refuse(run->memory_bytes, needed, err,
-                               "to read %u gradients side by side",
+    return perta_memory_refuse(run->memory_bytes, needed, err, "to read %u gradients side by side",
                                job->accumulate->n_gradients);
 }
 
@@ -374,9 +373,9 @@ static int begin_outputs(struct job *job, const struct perta_run *run, struct pe
         if (!rc)
             rc = perta_importance_plan(
                 &job->plans[stat], job->first,
-                &(struct perta_importance_about){
-                    .stat = stat == MEAN ? PERTA_STAT_MEAN : PERTA_STAT_MEANSQ,
-                    .n_samples = job->accumulate->n_gradients},
+                &(struct perta_importance_about){.stat = stat == MEAN ? PERTA_STAT_MEAN
+                                                                      : PERTA_STAT_MEANSQ,
+                                                 .n_samples = job->accumulate->n_gradients},
                 NULL, NULL, err);
     }
     return rc;
@@ -406,8 +405,8 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
         return perta_fail_sys(err, ENOMEM, "paths");
     for (uint32_t i = 0; i < job->n_files; i++)
         paths[i] = job->files[i].path;
-    int rc = perta_stream_open(run, &sizes, paths, job->n_files, count_writers(job), &job->stream,
-                               err);
+    int rc =
+        perta_stream_open(run, &sizes, paths, job->n_files, count_writers(job), &job->stream, err);
     free(paths);
     if (!rc)
         rc = make_scratch(job, err);
@@ -482,8 +481,7 @@ static int restore(struct job *job, struct perta_err *err)
     for (int stat = 0; stat < N_STATS && !rc; stat++) {
         if (!job->wanted[stat])
             continue;
-        const struct perta_importance_shard *shard =
-            &job->plans[stat].shards[job->resume.shard];
+        const struct perta_importance_shard *shard = &job->plans[stat].shards[job->resume.shard];
         uint64_t off = shard->tensors[job->resume.tensor].off_bytes;
         rc = perta_model_out_reopen(&job->outs[stat], job->resume.shard, shard->name,
                                     off + job->resume.unit * sizeof(float), err);

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/passes/pass_arguments.h"
 #include "estimators/passes/estimate_job.h"
+#include "estimators/passes/pass_arguments.h"
 #include "io/fpenv.h"
 #include "io/text.h"
 
@@ -47,8 +47,7 @@ static void add_vector(struct perta_estimate_job *job, size_t at, const float *d
     }
 }
 
-static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d,
-                    size_t n)
+static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d, size_t n)
 {
     struct perta_estimate_job *job = ctx;
     (void)sequence;
@@ -74,29 +73,28 @@ static int write_vector(struct perta_estimate_job *job, const char *name, size_t
     return perta_statistic_end(s, name, 0, n, err);
 }
 
-static int write_vectors(struct perta_estimate_job *job, uint32_t layer, const struct perta_block *block,
-                         struct perta_err *err)
+static int write_vectors(struct perta_estimate_job *job, uint32_t layer,
+                         const struct perta_block *block, struct perta_err *err)
 {
     const struct perta_llm *llm = &job->weights.llm;
     char name[128];
     int rc = 0;
     for (int i = 0; i < PERTA_N_NORMS && !rc; i++)
         if (block->norm[i])
-            rc = write_vector(job,
-                              perta_weights_name(name, layer, perta_norm_names[i], "weight"),
+            rc = write_vector(job, perta_weights_name(name, layer, perta_norm_names[i], "weight"),
                               perta_estimate_norm_at(llm, (enum perta_norm_name)i),
                               i <= PERTA_NORM_2 ? llm->hidden : llm->head_dim, err);
     for (int i = 0; i < PERTA_N_LINEARS && !rc; i++)
         if (block->linear[i].bias)
-            rc = write_vector(job,
-                              perta_weights_name(name, layer, perta_linear_names[i], "bias"),
+            rc = write_vector(job, perta_weights_name(name, layer, perta_linear_names[i], "bias"),
                               perta_estimate_bias_at(llm, i), block->linear[i].out, err);
     return rc;
 }
 
 /* What weight gradients are made of: in place for a single batch, else kept for all batches. */
-static int keep_operands(struct perta_estimate_job *job, const struct perta_block *block, size_t first, size_t n,
-                         const struct perta_acts *acts, struct perta_err *err)
+static int keep_operands(struct perta_estimate_job *job, const struct perta_block *block,
+                         size_t first, size_t n, const struct perta_acts *acts,
+                         struct perta_err *err)
 {
     bool single = job->n_batches == 1;
     int rc = 0;
@@ -107,8 +105,8 @@ static int keep_operands(struct perta_estimate_job *job, const struct perta_bloc
         for (int side = 0; side < 2 && !rc; side++) {
             struct perta_store *store = &job->operands[2 * i + side];
             if (single) {
-                *store = (struct perta_store){.n_rows = n, .width = widths[side],
-                                              .memory = (float *)rows[side], .fd = -1};
+                *store = (struct perta_store){
+                    .n_rows = n, .width = widths[side], .memory = (float *)rows[side], .fd = -1};
                 continue;
             }
             if (!store->width)
@@ -332,8 +330,7 @@ static json_t *pieces_of(const struct perta_estimate_job *job)
 {
     json_t *pieces = json_array();
     for (unsigned i = 0; job->workers && i < perta_workers_count(job->workers); i++)
-        perta_json_append(&pieces,
-                          json_integer((json_int_t)perta_workers_taken(job->workers, i)));
+        perta_json_append(&pieces, json_integer((json_int_t)perta_workers_taken(job->workers, i)));
     return pieces;
 }
 

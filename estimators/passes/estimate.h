@@ -17,12 +17,12 @@ struct perta_scaled_paths {
 };
 
 struct perta_estimate {
-    const char *model; /* checkpoint with config.json */
+    const char *model;                   /* checkpoint with config.json */
     const struct perta_scaled_paths *at; /* at theta - s * tau instead; NULL: at the model */
-    const char *data;  /* JSON lines: input_ids, labels */
+    const char *data;                    /* JSON lines: input_ids, labels */
     const char *data_xxh128; /* of what data is to hold, perta_samples_wanted; NULL: anything */
     const char *data_key; /* file with a key: importance says the HMAC of data; NULL: no digest */
-    const char *out;   /* OUT/mean, OUT/meansq are written */
+    const char *out;      /* OUT/mean, OUT/meansq are written */
     bool mean, meansq;
     bool by_probability; /* gradients of samples weighed as steps have them (docs/steps.md) */
     uint64_t max_tokens; /* of a sample; 0: no bound */

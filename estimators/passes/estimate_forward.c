@@ -48,8 +48,8 @@ static int on_rows(void *ctx, struct perta_err *err)
     return perta_estimate_advance(ctx, err);
 }
 
-int perta_estimate_open_head(struct perta_estimate_job *job,
-                             struct perta_statistic *statistic, struct perta_err *err)
+int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statistic *statistic,
+                             struct perta_err *err)
 {
     job->head = (struct perta_head){
         .weights = &job->weights,
@@ -117,9 +117,9 @@ int perta_estimate_load(struct perta_estimate_job *job, uint32_t layer, uint32_t
                         struct perta_block *block, struct perta_err *err)
 {
     const struct perta_part part = {.layer = layer};
-    const struct perta_part following =
-        next < job->weights.llm.n_layers ? (struct perta_part){.layer = next}
-                                         : perta_head_first(&job->head);
+    const struct perta_part following = next < job->weights.llm.n_layers
+                                            ? (struct perta_part){.layer = next}
+                                            : perta_head_first(&job->head);
     const struct perta_loaded *loaded;
     int rc = perta_weights_load(&job->weights, &part, next == UINT32_MAX ? NULL : &following,
                                 &loaded, err);

@@ -4,8 +4,8 @@
 #ifndef PERTA_ESTIMATORS_PASSES_ESTIMATE_JOB_H
 #define PERTA_ESTIMATORS_PASSES_ESTIMATE_JOB_H
 
-#include "estimators/passes/head.h"
 #include "estimators/passes/estimate.h"
+#include "estimators/passes/head.h"
 #include "estimators/passes/scaled.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
@@ -28,9 +28,9 @@ struct perta_estimate_job {
     struct perta_journal journal;
 
     struct perta_pool pool;
-    float *work;         /* for a batch: its activations, or the head's */
+    float *work; /* for a batch: its activations, or the head's */
     struct perta_packed packed;
-    float *inv_freq;     /* (head_dim / 2) */
+    float *inv_freq; /* (head_dim / 2) */
 
     size_t *starts;             /* (samples.n + 1): tokens of each */
     struct perta_cut cut;       /* tokens */
@@ -40,7 +40,7 @@ struct perta_estimate_job {
     struct perta_store *x; /* (n_layers + 1): what each block gets; the last block's result */
     struct perta_store dx; /* the gradient of what dx_layer gets */
     uint32_t dx_layer;
-    int64_t dx_saved;       /* the layer whose dx is in a file that a record counts on; -1: none */
+    int64_t dx_saved;        /* the layer whose dx is in a file that a record counts on; -1: none */
     uint64_t reserved_bytes; /* of memory, for dx */
     struct perta_store operands[2 * PERTA_N_LINEARS]; /* of the block under way */
     double *vectors[2]; /* (vector_floats): a block's norms and biases, sum and square */
@@ -107,8 +107,7 @@ int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage
                           struct perta_err *err);
 /* All is done: give the outputs their names. *summary is replaced where an earlier run had got
  * so far. */
-int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary,
-                           struct perta_err *err);
+int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary, struct perta_err *err);
 /* After an error: keep what a run with --resume can go on with. */
 void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err);
 

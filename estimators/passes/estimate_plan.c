@@ -130,10 +130,9 @@ static size_t scratch_floats(const struct perta_estimate_job *job, size_t tokens
 static uint64_t statistic_floats(const struct perta_estimate_job *job)
 {
     const struct perta_estimate *e = job->estimate;
-    return e->mean || e->meansq
-               ? perta_statistic_floats(block_floats(&job->weights.llm), e->meansq,
-                                        job->chunks.parts)
-               : 0;
+    return e->mean || e->meansq ? perta_statistic_floats(block_floats(&job->weights.llm), e->meansq,
+                                                         job->chunks.parts)
+                                : 0;
 }
 
 static uint64_t fixed_bytes(const struct perta_estimate_job *job)
@@ -187,10 +186,11 @@ struct plan {
  * depend on none of it. */
 static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct perta_err *err)
 {
-    uint64_t budget = job->run->memory_bytes, group = batch_bytes(job, job->cut.longest, plan->bf16);
+    uint64_t budget = job->run->memory_bytes,
+             group = batch_bytes(job, job->cut.longest, plan->bf16);
     /* Of an earlier job's memory the margin is used again; samples are this one's. */
-    uint64_t before = job->run->before_bytes ? job->run->before_bytes + perta_samples_bytes(&job->samples)
-                                             : 0;
+    uint64_t before =
+        job->run->before_bytes ? job->run->before_bytes + perta_samples_bytes(&job->samples) : 0;
     uint64_t used = perta_memory_before(before, MARGIN_BYTES) + MARGIN_BYTES + fixed_bytes(job);
     uint64_t enough = used + group + worker_bytes(job);
     if (budget < enough)
@@ -221,8 +221,8 @@ static void lay_out(struct perta_estimate_job *job, const struct plan *plan, uin
     at += source_room(job);
     job->work = (float *)(void *)at;
     if (statistic_floats(job))
-        perta_statistic_lay_out(&job->statistic, block_floats(&job->weights.llm),
-                                job->chunks.parts, (float *)(void *)(at + work));
+        perta_statistic_lay_out(&job->statistic, block_floats(&job->weights.llm), job->chunks.parts,
+                                (float *)(void *)(at + work));
 }
 
 static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
@@ -230,8 +230,8 @@ static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
 {
     const struct perta_llm *llm = &job->weights.llm;
     size_t scratch = scratch_floats(job, job->batch_tokens, plan->bf16);
-    uint64_t work = perta_align_up(work_floats(job, job->batch_tokens) * sizeof(float),
-                                   PERTA_BLOCK_BYTES);
+    uint64_t work =
+        perta_align_up(work_floats(job, job->batch_tokens) * sizeof(float), PERTA_BLOCK_BYTES);
     uint64_t rooms = part_room(job) * (plan->ahead ? 2 : 1) + source_room(job);
     int rc = perta_pool_take(&job->pool, rooms + work + statistic_floats(job) * sizeof(float), err);
     if (rc)

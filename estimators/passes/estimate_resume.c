@@ -77,8 +77,8 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:s}, s:I, s:s, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
         (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32",
-        "data key gives", job->samples.file.hmac, "cpu", (json_int_t)perta_gemm_isa(),
-        "products", perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
+        "data key gives", job->samples.file.hmac, "cpu", (json_int_t)perta_gemm_isa(), "products",
+        perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", perta_journal_config(job->weights.ck), "data", data_file(job));
     if (e->at)
         perta_json_set(&identity, "at", perta_scaled_json(&job->scaled));
@@ -163,8 +163,8 @@ int perta_estimate_restore(struct perta_estimate_job *job, enum perta_stage stag
                            struct perta_err *err)
 {
     uint32_t n_layers = job->weights.llm.n_layers;
-    uint32_t end = stage == PERTA_FORWARD    ? layer + 2
-                   : stage == PERTA_BACKWARD ? layer
+    uint32_t end = stage == PERTA_FORWARD     ? layer + 2
+                   : stage == PERTA_BACKWARD  ? layer
                    : stage == PERTA_HEAD_DONE ? n_layers
                                               : 0;
     char name[16];
@@ -224,9 +224,9 @@ int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage
     for (int stat = 0; stat < 2 && !rc; stat++)
         if (wanted(job, stat))
             rc = perta_publish_sync(&job->outs[stat].folder, err);
-    json_t *record = json_pack("{s:s, s:I, s:f, s:f}", "stage", stage_names[stage], "layer",
-                               (json_int_t)layer, "loss", job->means.loss, "probability",
-                               job->means.probability);
+    json_t *record =
+        json_pack("{s:s, s:I, s:f, s:f}", "stage", stage_names[stage], "layer", (json_int_t)layer,
+                  "loss", job->means.loss, "probability", job->means.probability);
     if (!rc)
         rc = record ? perta_journal_commit(&job->journal, record, written(job), err)
                     : perta_fail_sys(err, ENOMEM, "journal");
@@ -234,8 +234,7 @@ int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage
     if (rc || stage == PERTA_FORWARD)
         return rc;
     if (job->dx_saved >= 0 && job->dx_saved != job->dx_layer)
-        perta_store_forget(&job->scratch,
-                           perta_estimate_dx_name(name, (uint32_t)job->dx_saved));
+        perta_store_forget(&job->scratch, perta_estimate_dx_name(name, (uint32_t)job->dx_saved));
     job->dx_saved = job->dx_layer;
     return 0;
 }
@@ -267,8 +266,7 @@ static int remove_scratch(const struct perta_estimate_job *job, struct perta_err
     return perta_fail_sys(err, errno, "%s: remove", job->scratch.dir);
 }
 
-int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary,
-                           struct perta_err *err)
+int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary, struct perta_err *err)
 {
     struct perta_publish *folders[2] = {0};
     size_t n = folders_of(job, folders);

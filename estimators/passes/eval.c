@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/passes/pass_arguments.h"
 #include "estimators/passes/estimate_job.h"
+#include "estimators/passes/pass_arguments.h"
 #include "estimators/passes/patched.h"
 #include "io/fpenv.h"
 #include "io/text.h"
@@ -19,8 +19,8 @@ struct score {
     uint64_t n_labels, n_right;
 };
 
-static int score_of(const struct perta_estimate_job *job, uint64_t sample,
-                    struct score *score, struct perta_err *err)
+static int score_of(const struct perta_estimate_job *job, uint64_t sample, struct score *score,
+                    struct perta_err *err)
 {
     const struct perta_head *h = &job->head;
     *score = (struct score){.n_labels = h->starts[sample + 1] - h->starts[sample]};
@@ -176,8 +176,8 @@ static json_t *summary_of(const struct perta_samples *s)
     uint64_t n = 0;
     for (uint64_t i = 0; i < s->n; i++)
         n += s->kinds[i] == PERTA_SAMPLE;
-    return json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)n, "tokens",
-                     (json_int_t)s->n_tokens, "notes", s->notes);
+    return json_pack("{s:I, s:I, s:O}", "samples", (json_int_t)n, "tokens", (json_int_t)s->n_tokens,
+                     "notes", s->notes);
 }
 
 static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,

@@ -50,9 +50,9 @@ static struct work work_of(const struct perta_head *h)
 {
     size_t n = h->batch_rows * h->weights->llm.hidden;
     float *logits = h->work + 5 * n;
-    return (struct work){(double *)(void *)h->work, h->work + 2 * n, h->work + 3 * n,
-                         h->work + 4 * n, logits,
-                         logits + h->batch_rows * PERTA_VOCABULARY_ROWS};
+    return (struct work){
+        (double *)(void *)h->work, h->work + 2 * n, h->work + 3 * n,
+        h->work + 4 * n,           logits,          logits + h->batch_rows * PERTA_VOCABULARY_ROWS};
 }
 
 static struct perta_workers *workers_of(const struct perta_head *h)
@@ -168,7 +168,8 @@ int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *e
         struct perta_linear row;
         uint64_t id = tokens[i] >> 32;
         if (!i || id != tokens[i - 1] >> 32) {
-            rc = perta_weights_rows(h->weights, perta_weights_embedding(h->weights), id, 1, h->room, &row, err);
+            rc = perta_weights_rows(h->weights, perta_weights_embedding(h->weights), id, 1, h->room,
+                                    &row, err);
             for (size_t k = 0; k < H && !rc; k++)
                 h->work[k] = element(&row, k);
         }
@@ -216,7 +217,8 @@ static int normalise(struct perta_head *h, const struct perta_store *x, struct p
 static struct perta_part part_at(const struct perta_head *h, size_t row)
 {
     size_t left = h->weights->llm.vocab - row;
-    return (struct perta_part){.name = perta_weights_head(h->weights), .first = row,
+    return (struct perta_part){.name = perta_weights_head(h->weights),
+                               .first = row,
                                .n = left < PERTA_VOCABULARY_ROWS ? left : PERTA_VOCABULARY_ROWS};
 }
 
@@ -243,15 +245,16 @@ static int load(struct perta_head *h, size_t row, const struct perta_part *next,
 
 /* logits (n, rows of block) of a batch's labels; *x their rows of normed. */
 static int logits_of(struct perta_head *h, const struct perta_linear *block,
-                     const struct perta_cut_batch *batch, const struct work *w,
-                     const float **x, struct perta_err *err)
+                     const struct perta_cut_batch *batch, const struct work *w, const float **x,
+                     struct perta_err *err)
 {
     struct perta_rows rows;
-    int rc = perta_store_get(&h->normed, batch->first_row, batch->n, 0, block->in, w->a, &rows,
-                             err);
+    int rc =
+        perta_store_get(&h->normed, batch->first_row, batch->n, 0, block->in, w->a, &rows, err);
     *x = rows.data;
-    return rc ? rc : perta_linear_forward(h->gemm, block, &batch->tiles, rows.data, w->logits,
-                                          batch->n, false, err);
+    return rc ? rc
+              : perta_linear_forward(h->gemm, block, &batch->tiles, rows.data, w->logits, batch->n,
+                                     false, err);
 }
 
 /* share, anew. */
@@ -400,8 +403,13 @@ static int add_to_rows(struct perta_head *h, const struct perta_linear *block, s
     struct perta_store xs = rows_in(x, batch->n, block->in);
     struct perta_store dys = rows_in(dlogits, batch->n, block->out);
     const struct perta_operands operands = {&xs, &dys, batch->first_row, 0};
-    struct perta_terms terms = {.rows = block->out, .in = block->in, .chunks = &h->chunks,
-                                .first = *chunk, .samples = h->samples, .dx = dx, .row = row,
+    struct perta_terms terms = {.rows = block->out,
+                                .in = block->in,
+                                .chunks = &h->chunks,
+                                .first = *chunk,
+                                .samples = h->samples,
+                                .dx = dx,
+                                .row = row,
                                 .pad = h->weights->llm.pad};
     while (*chunk < h->chunks.n && h->chunks.of[*chunk].first < batch->first_row + batch->n)
         ++*chunk;
@@ -430,9 +438,9 @@ static int backward_block(struct perta_head *h, size_t row, const struct perta_l
             rc = add_to_rows(h, block, row, &batch, x, w.logits, NULL, &chunk, err);
         g = batch.end;
     }
-    return rc || !own ? rc
-                      : perta_statistic_end(h->statistic, PERTA_HEAD, row * block->in, n_floats,
-                                            err);
+    return rc || !own
+               ? rc
+               : perta_statistic_end(h->statistic, PERTA_HEAD, row * block->in, n_floats, err);
 }
 
 /* d (n, H) = dnormed of labels first .. first + n. */
@@ -448,8 +456,8 @@ static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size
 }
 
 /* Through the final norm, and to the tokens that the labels were predicted from. */
-static int norm_backward(struct perta_head *h, const struct perta_store *x,
-                         struct perta_store *dx, struct perta_err *err)
+static int norm_backward(struct perta_head *h, const struct perta_store *x, struct perta_store *dx,
+                         struct perta_err *err)
 {
     struct work w = work_of(h);
     struct perta_workers *workers = workers_of(h);
@@ -528,9 +536,14 @@ static int embed_block_backward(struct perta_head *h, const struct perta_store *
 {
     size_t H = dx->width;
     const struct perta_linear *block;
-    const struct perta_terms tokens = {.rows = n_rows, .in = H, .chunks = &h->chunks,
-                                       .end = h->chunks.n, .samples = h->samples, .dx = dx,
-                                       .row = row, .pad = h->weights->llm.pad};
+    const struct perta_terms tokens = {.rows = n_rows,
+                                       .in = H,
+                                       .chunks = &h->chunks,
+                                       .end = h->chunks.n,
+                                       .samples = h->samples,
+                                       .dx = dx,
+                                       .row = row,
+                                       .pad = h->weights->llm.pad};
     int rc = h->weights->llm.tied ? load(h, row, NULL, &block, err) : 0;
     perta_statistic_begin(h->statistic, n_rows * H);
     if (!rc)

@@ -7,8 +7,8 @@
 #define PERTA_ESTIMATORS_PASSES_HEAD_H
 
 #include "estimators/model/samples.h"
-#include "estimators/passes/statistic.h"
 #include "estimators/model/weights.h"
+#include "estimators/passes/statistic.h"
 
 #define PERTA_VOCABULARY_ROWS 1024 /* of the head at a time */
 
@@ -16,28 +16,28 @@ struct perta_head {
     struct perta_weights *weights;
     struct perta_gemm *gemm;
     const struct perta_samples *samples;
-    struct perta_statistic *statistic; /* NULL: the way forward only */
+    struct perta_statistic *statistic;                /* NULL: the way forward only */
     int (*advance)(void *ctx, struct perta_err *err); /* after each block of rows; not 0: stop */
     void *ctx;
     bool by_probability; /* weigh a sample's gradient by its probability, exp(-loss), in shares of
                             the largest: by a factor, the gradient of -probability */
-    size_t batch_rows; /* labels at a time, more where a group of them (cut) has more */
-    uint8_t *room;     /* for single tensors, borrowed */
-    float *work;       /* perta_head_work floats, borrowed */
+    size_t batch_rows;   /* labels at a time, more where a group of them (cut) has more */
+    uint8_t *room;       /* for single tensors, borrowed */
+    float *work;         /* perta_head_work floats, borrowed */
     struct perta_packed packed; /* borrowed */
 
     size_t n_labels;
-    uint32_t *token;  /* (n_labels): which token predicts it */
-    int32_t *target;  /* (n_labels) */
-    float *share;     /* (n_labels): 1 / labels of its sample, and its weight if it has one */
-    float *most;      /* (n_labels): the largest logit */
-    double *sums;     /* (n_labels): of exponentials of logit - most */
-    float *logit;     /* (n_labels): of the target; its loss is most - logit + log(sum) */
-    int32_t *best;    /* (n_labels): the token of the largest logit; NULL with a statistic */
-    size_t *starts;   /* (samples->n + 1): labels of each sample */
+    uint32_t *token;      /* (n_labels): which token predicts it */
+    int32_t *target;      /* (n_labels) */
+    float *share;         /* (n_labels): 1 / labels of its sample, and its weight if it has one */
+    float *most;          /* (n_labels): the largest logit */
+    double *sums;         /* (n_labels): of exponentials of logit - most */
+    float *logit;         /* (n_labels): of the target; its loss is most - logit + log(sum) */
+    int32_t *best;        /* (n_labels): the token of the largest logit; NULL with a statistic */
+    size_t *starts;       /* (samples->n + 1): labels of each sample */
     struct perta_cut cut; /* labels */
     struct perta_chunks chunks;
-    float *norm;      /* (H): weight of the final norm */
+    float *norm;                /* (H): weight of the final norm */
     struct perta_store normed;  /* (n_labels, H): what the head sees */
     struct perta_store dnormed; /* (n_labels, H) of float64: its gradient */
 };
@@ -50,8 +50,7 @@ size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows);
 uint64_t perta_head_bytes(const struct perta_samples *samples, const struct perta_llm *llm);
 
 /* The fields above the first blank line are set. */
-int perta_head_open(struct perta_head *head, struct perta_scratch *scratch,
-                    struct perta_err *err);
+int perta_head_open(struct perta_head *head, struct perta_scratch *scratch, struct perta_err *err);
 void perta_head_close(struct perta_head *head, struct perta_scratch *scratch);
 
 /* x (tokens, H) = embeddings of all tokens. */

@@ -13,8 +13,8 @@
 /* ---- the plan ---- */
 
 static int plan_shard(struct perta_importance_shard *to, const struct perta_shard *from,
-                      enum perta_dtype dtype, const json_t *metadata, bool (*wanted)(void *ctx, const char *name),
-                      void *ctx, struct perta_err *err)
+                      enum perta_dtype dtype, const json_t *metadata,
+                      bool (*wanted)(void *ctx, const char *name), void *ctx, struct perta_err *err)
 {
     to->tensors = calloc(from->header->n_tensors + 1, sizeof *to->tensors);
     if (!to->tensors)
@@ -47,8 +47,8 @@ static int write_index(struct perta_importance *plan, struct perta_err *err)
             perta_json_set(&map, tensor->name, json_string(plan->shards[s].name));
             total += tensor->len_bytes;
         }
-    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total,
-                              "weight_map", map);
+    json_t *index =
+        json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
     plan->index = index ? perta_json_text(index, JSON_INDENT(1) | JSON_SORT_KEYS) : NULL;
     json_decref(index);
     return plan->index ? 0 : perta_fail_sys(err, ENOMEM, PERTA_INDEX_NAME);
@@ -56,9 +56,9 @@ static int write_index(struct perta_importance *plan, struct perta_err *err)
 
 static json_t *metadata_of(const struct perta_importance_about *about)
 {
-    json_t *metadata = json_pack("{s:s, s:s, s:o}", "format", "pt", "perta.stat",
-                                 perta_stat_name(about->stat), "perta.samples",
-                                 json_sprintf("%llu", (unsigned long long)about->n_samples));
+    json_t *metadata =
+        json_pack("{s:s, s:s, s:o}", "format", "pt", "perta.stat", perta_stat_name(about->stat),
+                  "perta.samples", json_sprintf("%llu", (unsigned long long)about->n_samples));
     if (about->n_tokens)
         perta_json_set(&metadata, "perta.tokens",
                        json_sprintf("%llu", (unsigned long long)about->n_tokens));
@@ -154,8 +154,7 @@ static int open_file(struct perta_importance_out *out, uint32_t s, struct perta_
         ;
     else if ((uint64_t)st.st_size != out->plan.shards[s].file_bytes)
         rc = perta_fail(err, PERTA_EINPUT, "%s: %lld bytes, not %llu; --force starts over", path,
-                        (long long)st.st_size,
-                        (unsigned long long)out->plan.shards[s].file_bytes);
+                        (long long)st.st_size, (unsigned long long)out->plan.shards[s].file_bytes);
     free(path);
     return rc;
 }
@@ -188,8 +187,7 @@ static int take_over(struct perta_importance_out *out, struct perta_importance *
     for (uint32_t s = 0; s < out->plan.n_shards; s++) {
         out->fds[s] = out->direct_fds[s] = -1;
         for (uint64_t i = 0; i < out->plan.shards[s].n_tensors; i++)
-            out->by_name[out->n_tensors++] =
-                (struct by_name){&out->plan.shards[s].tensors[i], s};
+            out->by_name[out->n_tensors++] = (struct by_name){&out->plan.shards[s].tensors[i], s};
     }
     qsort(out->by_name, out->n_tensors, sizeof *out->by_name, by_name);
     return 0;
@@ -223,10 +221,9 @@ int perta_importance_write(struct perta_importance_out *out, const char *name, u
         return perta_fail(err, PERTA_EINPUT, "tensor %s is not in the checkpoint", name);
     uint64_t width = perta_dtype_unit_bytes(found->tensor->dtype);
     out->written_bytes += n * width;
-    return perta_behind_write(out->behind, out->fds[found->shard],
-                              out->direct_fds[found->shard], data, n * width,
-                              found->tensor->off_bytes + first * width, found->tensor->name,
-                              err);
+    return perta_behind_write(out->behind, out->fds[found->shard], out->direct_fds[found->shard],
+                              data, n * width, found->tensor->off_bytes + first * width,
+                              found->tensor->name, err);
 }
 
 int perta_importance_sync(const struct perta_importance_out *out, struct perta_err *err)

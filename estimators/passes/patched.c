@@ -36,8 +36,8 @@ static int move(struct perta_patched *p, struct perta_weights *w,
 }
 
 /* Chunk number k of a tensor, after the patch, to p->after. */
-static int take_chunk(struct perta_patched *p, struct perta_weights *w,
-                      const struct perta_ref *ref, uint64_t k, struct perta_err *err)
+static int take_chunk(struct perta_patched *p, struct perta_weights *w, const struct perta_ref *ref,
+                      uint64_t k, struct perta_err *err)
 {
     struct perta_patch_in_shard *shard = &p->patch.shards[ref->shard];
     const struct perta_header *header = w->ck->shards[ref->shard].header;
@@ -56,9 +56,9 @@ static int take_chunk(struct perta_patched *p, struct perta_weights *w,
         return rc;
     const char *path = w->files[ref->shard].path;
     p->after = before;
-    rc = entry->encoding == PERTA_ENC_ZERO
-             ? perta_patch_in_lead(shard, entry, true, p->codec, NULL, path, unit, before, NULL, err)
-             : move(p, w, shard, entry, path, unit, before, err);
+    rc = entry->encoding == PERTA_ENC_ZERO ? perta_patch_in_lead(shard, entry, true, p->codec, NULL,
+                                                                 path, unit, before, NULL, err)
+                                           : move(p, w, shard, entry, path, unit, before, err);
     p->entry = rc ? NULL : entry;
     return rc;
 }
@@ -68,8 +68,7 @@ static int read_patched(struct perta_source *source, struct perta_weights *w,
                         uint8_t *to, struct perta_err *err)
 {
     struct perta_patched *p = (struct perta_patched *)source;
-    uint64_t whole =
-        PERTA_CHUNK_ELEMS * (uint64_t)perta_dtype_unit_bytes(ref->tensor->dtype);
+    uint64_t whole = PERTA_CHUNK_ELEMS * (uint64_t)perta_dtype_unit_bytes(ref->tensor->dtype);
     uint64_t end = off_bytes + len_bytes;
     for (uint64_t at = off_bytes; at < end;) {
         uint64_t k = at / whole, within = at - k * whole;
@@ -88,8 +87,7 @@ static int read_patched(struct perta_source *source, struct perta_weights *w,
 static int paths(const struct perta_source *source, const char ***list, size_t *n,
                  struct perta_err *err)
 {
-    return perta_patch_in_paths(&((const struct perta_patched *)source)->patch, list, n,
-                                err);
+    return perta_patch_in_paths(&((const struct perta_patched *)source)->patch, list, n, err);
 }
 
 static int open_files(struct perta_source *source, bool direct, struct perta_err *err)
@@ -116,8 +114,7 @@ static void measure(struct perta_patched *p, const struct perta_checkpoint *ck)
             if (patch->entries[e].frame_bytes > p->frame_bytes)
                 p->frame_bytes = patch->entries[e].frame_bytes;
     }
-    p->source.room_bytes = perta_weights_room(p->chunk_bytes) +
-                           perta_weights_room(p->frame_bytes) +
+    p->source.room_bytes = perta_weights_room(p->chunk_bytes) + perta_weights_room(p->frame_bytes) +
                            perta_align_up(p->chunk_bytes, PERTA_BLOCK_BYTES);
     p->source.heap_bytes = perta_codec_bytes(p->chunk_bytes);
 }
@@ -132,15 +129,14 @@ static int find_starts(struct perta_patched *p, const struct perta_checkpoint *c
     for (uint32_t s = 0; s < ck->n_shards && !rc; s++) {
         const struct perta_header *header = ck->shards[s].header;
         p->starts[s] = calloc(header->n_tensors + 1, sizeof **p->starts);
-        rc = p->starts[s]
-                 ? perta_patch_in_starts(&p->patch.shards[s], header, p->starts[s], err)
-                 : perta_fail_sys(err, ENOMEM, "%s", p->patch.path);
+        rc = p->starts[s] ? perta_patch_in_starts(&p->patch.shards[s], header, p->starts[s], err)
+                          : perta_fail_sys(err, ENOMEM, "%s", p->patch.path);
     }
     return rc;
 }
 
-int perta_patched_open(struct perta_patched *p, const char *path,
-                       const struct perta_checkpoint *ck, struct perta_err *err)
+int perta_patched_open(struct perta_patched *p, const char *path, const struct perta_checkpoint *ck,
+                       struct perta_err *err)
 {
     *p = (struct perta_patched){.source = {.ops = &ops}};
     int rc = perta_patch_in_open(&p->patch, path, err);

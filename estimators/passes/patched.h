@@ -11,8 +11,7 @@ struct perta_patched {
     struct perta_source source; /* first: it is this */
     struct perta_patch_in patch;
     struct perta_codec *codec;
-    uint64_t *
-        *starts; /* (n_shards), each (n_tensors): first entries in the patch's table */
+    uint64_t **starts; /* (n_shards), each (n_tensors): first entries in the patch's table */
     uint64_t chunk_bytes, frame_bytes; /* of the largest */
 
     const struct perta_patch_entry *entry; /* the chunk that was read last; NULL: none */

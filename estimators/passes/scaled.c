@@ -2,10 +2,10 @@
 
 #include <string.h>
 
-#include "estimators/model/weights.h"
 #include "estimators/edit/edit.h"
-#include "stream/journal.h"
+#include "estimators/model/weights.h"
 #include "io/format/naming.h"
+#include "stream/journal.h"
 
 static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"};
 
@@ -14,8 +14,7 @@ static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"}
 
 /* ---- a piece ---- */
 
-static const struct perta_ref *find(const struct perta_scaled *s, int role,
-                                    const char *name)
+static const struct perta_ref *find(const struct perta_scaled *s, int role, const char *name)
 {
     return perta_tied_find(s->in[role].ck, name, s->tied);
 }
@@ -25,8 +24,8 @@ static uint8_t *room_of(const struct perta_scaled *s, int i)
     return s->source.room + (uint64_t)i * s->source.room_bytes / (PERTA_SCALED_N + 1);
 }
 
-static int bad_number(const struct perta_scaled *s, const struct perta_ref *model,
-                      uint64_t elem, enum perta_operand operand, struct perta_err *err)
+static int bad_number(const struct perta_scaled *s, const struct perta_ref *model, uint64_t elem,
+                      enum perta_operand operand, struct perta_err *err)
 {
     static const char *const what[PERTA_N_OPERANDS] = {
         [PERTA_IN_MODEL] = "in --model",
@@ -35,9 +34,8 @@ static int bad_number(const struct perta_scaled *s, const struct perta_ref *mode
         [PERTA_IN_SCALE] = "in the scales",
         [PERTA_IN_RESULT] = "once it is scaled and subtracted",
     };
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s, element %llu: not a finite number %s", s->model->path,
-                      model->tensor->name, (unsigned long long)elem, what[operand]);
+    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s, element %llu: not a finite number %s",
+                      s->model->path, model->tensor->name, (unsigned long long)elem, what[operand]);
 }
 
 /* to (n) = elements first.. of the model's tensor, edited. in: views of all operands. */
@@ -55,16 +53,15 @@ static int edit(const struct perta_scaled *s, const struct perta_ref *model, uin
 }
 
 static int read_piece(struct perta_scaled *s, struct perta_weights *w,
-                      const struct perta_ref *model, uint64_t first, uint64_t n,
-                      uint8_t *to, struct perta_err *err)
+                      const struct perta_ref *model, uint64_t first, uint64_t n, uint8_t *to,
+                      struct perta_err *err)
 {
     struct perta_view views[PERTA_SCALED_N + 1];
     bool edited = find(s, PERTA_SCALED_SCALE, model->tensor->name);
     int rc = 0;
     for (int i = 0; i <= (edited ? PERTA_SCALED_N : 0) && !rc; i++) {
         const struct perta_ref *ref = i ? find(s, i - 1, model->tensor->name) : model;
-        struct perta_file *file =
-            i ? &s->in[i - 1].files[ref->shard] : &w->files[ref->shard];
+        struct perta_file *file = i ? &s->in[i - 1].files[ref->shard] : &w->files[ref->shard];
         uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
         views[i].dtype = ref->tensor->dtype;
         rc = perta_weights_read(w, file, ref->tensor->off_bytes + first * width, n * width,
@@ -88,8 +85,8 @@ static int read_scaled(struct perta_source *source, struct perta_weights *w,
     uint64_t first = off_bytes / width, n = len_bytes / width;
     int rc = 0;
     for (uint64_t at = 0; at < n && !rc; at += PIECE)
-        rc = read_piece(s, w, ref, first + at, n - at < PIECE ? n - at : PIECE,
-                        to + at * width, err);
+        rc = read_piece(s, w, ref, first + at, n - at < PIECE ? n - at : PIECE, to + at * width,
+                        err);
     return rc;
 }
 
@@ -135,15 +132,14 @@ static int check_tensor(const struct perta_scaled *s, const struct perta_tensor 
     for (int i = 0; i < PERTA_SCALED_N; i++) {
         const struct perta_ref *ref = find(s, i, scale->name);
         if (!ref)
-            return perta_fail(
-                err, PERTA_EINPUT,
-                "%s: no tensor %s, which --model has; is it another architecture, "
-                "or an adapter? --exclude leaves tensors out",
-                s->in[i].ck->path, scale->name);
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: no tensor %s, which --model has; is it another architecture, "
+                              "or an adapter? --exclude leaves tensors out",
+                              s->in[i].ck->path, scale->name);
         if (!perta_dtype_is_editable(ref->tensor->dtype))
-            return perta_fail(
-                err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
-                s->in[i].ck->path, scale->name, perta_dtype_name(ref->tensor->dtype));
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
+                              s->in[i].ck->path, scale->name, perta_dtype_name(ref->tensor->dtype));
         int rc = perta_shapes_agree("--model", model->tensor, roles[i], ref->tensor, err);
         if (rc)
             return rc;

@@ -71,9 +71,10 @@ static int not_finite(const struct division *d, const char *of, const char *name
     size_t i = 0;
     while (isfinite((float)(d->sums[i] / d->of)))
         i++;
-    return perta_fail(err, PERTA_EINPUT,
-                      "tensor %s, element %llu: the mean %s over all samples is not a finite float32",
-                      name, (unsigned long long)(first + i), of);
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "tensor %s, element %llu: the mean %s over all samples is not a finite float32", name,
+        (unsigned long long)(first + i), of);
 }
 
 /* sums (n), of samples, of what stands at first.. of a tensor: their means. */
@@ -201,8 +202,10 @@ static int add_tile(void *ctx, unsigned worker, size_t i, struct perta_err *err)
     const struct perta_terms *terms = a->terms;
     size_t row = i % a->n_row_tiles * PERTA_TILE_ROWS;
     size_t col = i / a->n_row_tiles * PERTA_TILE_COLS;
-    struct tile t = {row, terms->rows - row < PERTA_TILE_ROWS ? terms->rows - row : PERTA_TILE_ROWS,
-                     col, terms->in - col < PERTA_TILE_COLS ? terms->in - col : PERTA_TILE_COLS,
+    struct tile t = {row,
+                     terms->rows - row < PERTA_TILE_ROWS ? terms->rows - row : PERTA_TILE_ROWS,
+                     col,
+                     terms->in - col < PERTA_TILE_COLS ? terms->in - col : PERTA_TILE_COLS,
                      a->s->one ? a->s->one + row * terms->in + col
                                : perta_gemm_room(a->s->gemm, worker),
                      a->s->one ? terms->in : PERTA_TILE_COLS};
@@ -211,8 +214,8 @@ static int add_tile(void *ctx, unsigned worker, size_t i, struct perta_err *err)
         rc = add_chunk(a, worker, &t, &terms->chunks->of[c], err);
     bool any = false;
     if (!rc && terms->dx && !terms->chunks->by_sample && terms->end == terms->chunks->n)
-        rc = add_tokens(terms, &t, 0, terms->samples->n,
-                        a->s->sum + row * terms->in + col, terms->in, &any, err);
+        rc = add_tokens(terms, &t, 0, terms->samples->n, a->s->sum + row * terms->in + col,
+                        terms->in, &any, err);
     return rc;
 }
 
@@ -227,8 +230,8 @@ int perta_statistic_add(struct perta_statistic *s, const struct perta_terms *ter
 
 /* ---- operands ---- */
 
-#define PACK_ROWS 64   /* of a piece */
-#define GROUP_ROWS 16  /* that lie in one chunk, padding included */
+#define PACK_ROWS 64    /* of a piece */
+#define GROUP_ROWS 16   /* that lie in one chunk, padding included */
 #define SLICE_COLS 1024 /* that are read at a time */
 
 struct packing {
@@ -371,8 +374,8 @@ int perta_statistic_products(struct perta_statistic *s, const struct perta_terms
         uint8_t *xs = (uint8_t *)packed->floats;
         uint8_t *dys = xs + packed_rows(terms->chunks, some.first, some.end) * in * width;
         if (!x_packed || !*x_packed)
-            rc = pack(s->gemm, of->x, of->origin, 0, in, terms->chunks, some.first, some.end,
-                      false, xs, err);
+            rc = pack(s->gemm, of->x, of->origin, 0, in, terms->chunks, some.first, some.end, false,
+                      xs, err);
         if (x_packed)
             *x_packed = some.first == terms->first && some.end == terms->end;
         if (!rc)
@@ -386,10 +389,9 @@ int perta_statistic_products(struct perta_statistic *s, const struct perta_terms
     return rc;
 }
 
-int perta_statistic_linear(struct perta_statistic *s, const char *name,
-                           const struct perta_store *x, const struct perta_store *dy,
-                           const struct perta_chunks *chunks, const struct perta_packed *packed,
-                           struct perta_err *err)
+int perta_statistic_linear(struct perta_statistic *s, const char *name, const struct perta_store *x,
+                           const struct perta_store *dy, const struct perta_chunks *chunks,
+                           const struct perta_packed *packed, struct perta_err *err)
 {
     size_t out = dy->width, in = x->width, block = perta_statistic_rows(s->block_floats, out, in);
     bool x_packed = false;

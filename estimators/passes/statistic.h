@@ -18,8 +18,8 @@ struct perta_statistic {
     uint64_t n_samples;
     size_t block_floats;  /* elements of a block, at most; of each of: */
     double *sum, *square; /* square: NULL where no squares are wanted */
-    float *one;           /* gradient of a sample that is more than one chunk; NULL: there are none */
-    float *means;         /* (PERTA_MEANS): to be written */
+    float *one;   /* gradient of a sample that is more than one chunk; NULL: there are none */
+    float *means; /* (PERTA_MEANS): to be written */
 };
 
 #define PERTA_MEANS (1u << 20)
@@ -80,9 +80,8 @@ int perta_statistic_products(struct perta_statistic *s, const struct perta_terms
 
 /* The gradient of a weight (out, in), whole: over chunks, of dy^T x. dy (tokens, out) and x
  * (tokens, in) hold all tokens. */
-int perta_statistic_linear(struct perta_statistic *s, const char *name,
-                           const struct perta_store *x, const struct perta_store *dy,
-                           const struct perta_chunks *chunks, const struct perta_packed *packed,
-                           struct perta_err *err);
+int perta_statistic_linear(struct perta_statistic *s, const char *name, const struct perta_store *x,
+                           const struct perta_store *dy, const struct perta_chunks *chunks,
+                           const struct perta_packed *packed, struct perta_err *err);
 
 #endif

@@ -8,6 +8,7 @@
 #include "estimators/model/samples.h"
 #include "estimators/passes/eval.h"
 #include "estimators/steps/steps_job.h"
+#include "io/format/naming.h"
 #include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/publish/publish.h"
@@ -15,7 +16,6 @@
 #include "stream/arguments.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
-#include "io/format/naming.h"
 
 const char *const perta_sets[2] = {"forget", "retain"};
 
@@ -78,8 +78,7 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                      s->rule.back_off, "max_scale", s->rule.max_scale, "stop_forget",
                      perta_real_json(s->stop_forget), "stop_probability",
                      perta_real_json(s->stop_probability), "max_retain_rise",
-                     perta_real_json(s->max_retain_rise),
-                     "compute", bf16 ? "bf16" : "f32");
+                     perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
 }
 
 /* Null where there is one patch. */
@@ -109,13 +108,12 @@ static json_t *identity_of(const struct perta_steps_job *job)
         perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
         globs_json(s->globs.include, s->globs.n_include), "exclude",
         globs_json(s->globs.exclude, s->globs.n_exclude), "out",
-        s->out ? perta_text_json("%s", s->out) : json_null(), "one way",
-        (int)s->one_way, "max tokens", (json_int_t)s->max_tokens, "data key gives",
-        job->data[PERTA_FORGET].hmac, job->data[PERTA_RETAIN].hmac, "forget",
-        file_json(&job->data[PERTA_FORGET]), "retain", file_json(&job->data[PERTA_RETAIN]), "model",
-        perta_journal_checkpoint(job->weights.ck), "config.json",
-        perta_journal_config(job->weights.ck), "tuned", perta_journal_checkpoint(job->others[0]),
-        "base", perta_journal_checkpoint(job->others[1]));
+        s->out ? perta_text_json("%s", s->out) : json_null(), "one way", (int)s->one_way,
+        "max tokens", (json_int_t)s->max_tokens, "data key gives", job->data[PERTA_FORGET].hmac,
+        job->data[PERTA_RETAIN].hmac, "forget", file_json(&job->data[PERTA_FORGET]), "retain",
+        file_json(&job->data[PERTA_RETAIN]), "model", perta_journal_checkpoint(job->weights.ck),
+        "config.json", perta_journal_config(job->weights.ck), "tuned",
+        perta_journal_checkpoint(job->others[0]), "base", perta_journal_checkpoint(job->others[1]));
 }
 
 /* ---- records ---- */
@@ -151,8 +149,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
         if (loss) {
             p->loss[i] = json_real_value(loss);
             p->probability[i] = json_real_value(json_object_get(record, "probability"));
-            p->samples[i] =
-                (uint64_t)json_integer_value(json_object_get(record, "samples"));
+            p->samples[i] = (uint64_t)json_integer_value(json_object_get(record, "samples"));
             p->tokens[i] = (uint64_t)json_integer_value(json_object_get(record, "tokens"));
         }
     }
@@ -223,8 +220,7 @@ static int measure(struct perta_steps_job *job, unsigned k, int which, struct pe
     p->probability[which] = json_real_value(json_object_get(summary, "probability"));
     if (!rc && !isfinite(loss))
         rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
-                        which == PERTA_FORGET ? job->steps->data_forget
-                                              : job->steps->data_retain,
+                        which == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain,
                         k);
     p->samples[which] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
     p->tokens[which] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
@@ -291,8 +287,8 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     p->mean_scale = counts.n ? counts.sum / (double)counts.n : 0;
     if (!rc)
         rc = perta_steps_commit(job,
-                                json_pack("{s:I, s:f, s:f}", "step", (json_int_t)(k + 1),
-                                          "moved", p->moved, "mean_scale", p->mean_scale),
+                                json_pack("{s:I, s:f, s:f}", "step", (json_int_t)(k + 1), "moved",
+                                          p->moved, "mean_scale", p->mean_scale),
                                 err);
     p->reached = !rc;
     free(forget);
@@ -348,7 +344,8 @@ static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
             break;
         *chosen = end_of(job, k);
         *last = k;
-        if (k == s->n_steps || rises_too_much(job, k) || (!s->hold && perta_steps_forgets_enough(job, k)))
+        if (k == s->n_steps || rises_too_much(job, k) ||
+            (!s->hold && perta_steps_forgets_enough(job, k)))
             break;
         if (s->listed[k])
             rc = perta_steps_patch(job, k, k, k, err);
@@ -379,9 +376,8 @@ static int read_data(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     const char *const data[] = {s->data_forget, s->data_retain};
-    const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
-                                                .max_tokens = s->max_tokens,
-                                                .key_path = s->data_key};
+    const struct perta_samples_wanted wanted = {
+        .vocab = job->weights.llm.vocab, .max_tokens = s->max_tokens, .key_path = s->data_key};
     int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
     for (int i = 0; i < 2 && !rc; i++)
         rc = check_data(data[i], err);
@@ -404,7 +400,8 @@ static int check(const struct perta_steps_job *job, struct perta_err *err)
 {
     if ((job->run.resume || !job->steps->force) && perta_journal_found(job->home))
         return 0;
-    int rc = perta_publish_check((const char *const *)&job->home, 1, NULL, 0, job->steps->force, err);
+    int rc =
+        perta_publish_check((const char *const *)&job->home, 1, NULL, 0, job->steps->force, err);
     return rc ? rc : perta_steps_patch_check(job, err);
 }
 
@@ -413,11 +410,10 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     const struct perta_steps *s = job->steps;
     size_t len = strlen(s->patch);
     if (perta_checkpoint_is_adapter(s->tuned))
-        return perta_fail(
-            err, PERTA_EUSAGE,
-            "%s: is a LoRA adapter; steps need the tuned model itself: merge the "
-            "adapter into its base first",
-            s->tuned);
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: is a LoRA adapter; steps need the tuned model itself: merge the "
+                          "adapter into its base first",
+                          s->tuned);
     while (len > 1 && s->patch[len - 1] == '/')
         len--;
     job->points = calloc(s->n_steps + 1, sizeof *job->points);
@@ -444,10 +440,9 @@ static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
     if (!rc)
         rc = perta_publish_sync(&job->work, err);
     return rc ? rc
-              : perta_steps_commit(job,
-                                   json_pack("{s:i, s:f, s:f}", "step", 0, "moved", 0.0,
-                                             "mean_scale", 0.0),
-                                   err);
+              : perta_steps_commit(
+                    job, json_pack("{s:i, s:f, s:f}", "step", 0, "moved", 0.0, "mean_scale", 0.0),
+                    err);
 }
 
 static int begin(struct perta_steps_job *job, struct perta_err *err)
@@ -502,8 +497,8 @@ static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_e
     return rc ? rc : clean(job, *summary, err);
 }
 
-int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
-                json_t **summary, struct perta_err *err)
+int perta_steps(const struct perta_steps *steps, const struct perta_run *run, json_t **summary,
+                struct perta_err *err)
 {
     PERTA_FP_SCOPE;
     int rc = perta_arguments_begin(steps, run, summary, err);

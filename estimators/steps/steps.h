@@ -11,8 +11,8 @@
 #ifndef PERTA_ESTIMATORS_STEPS_STEPS_H
 #define PERTA_ESTIMATORS_STEPS_STEPS_H
 
-#include "estimators/passes/estimate.h"
 #include "estimators/edit/unlearn.h"
+#include "estimators/passes/estimate.h"
 
 #define PERTA_STEPS_MAX 1000
 
@@ -26,9 +26,8 @@ struct perta_step_rule {
 struct perta_steps {
     const char *model, *tuned, *base;      /* checkpoints */
     const char *data_forget, *data_retain; /* JSON lines, as of perta_estimate */
-    const char
-        *data_key;    /* file of a key: digests of both go into the record; NULL: none */
-    unsigned n_steps; /* at most */
+    const char *data_key; /* file of a key: digests of both go into the record; NULL: none */
+    unsigned n_steps;     /* at most */
     /* Several patches: of each step that is listed, and of the one that the way ends at, in
      * patch/step-K and out/step-K. One that is listed is that of a run with n_steps = K. */
     bool several, listed[PERTA_STEPS_MAX + 1];
@@ -65,7 +64,6 @@ struct perta_step_in {
     uint64_t n;
 };
 PERTA_API uint64_t perta_step_update(const struct perta_step_rule *rule,
-                                     const struct perta_step_in *in, uint16_t *to,
-                                     double *sum);
+                                     const struct perta_step_in *in, uint16_t *to, double *sum);
 
 #endif

@@ -1,8 +1,8 @@
 #include <math.h>
 
+#include "estimators/edit/unlearn_arguments.h"
 #include "estimators/passes/pass_arguments.h"
 #include "estimators/steps/steps_job.h"
-#include "estimators/edit/unlearn_arguments.h"
 
 static int in_range(const char *name, double value, struct perta_err *err)
 {
@@ -33,9 +33,10 @@ static int check_stops(const struct perta_steps *s, struct perta_err *err)
     if (s->hold && s->several)
         return perta_fail(err, PERTA_EUSAGE, "--method signed-hold has one end: --steps K");
     return s->hold && !isfinite(s->stop_forget) && !isfinite(p)
-               ? perta_fail(err, PERTA_EUSAGE,
-                            "--method signed-hold needs --stop-probability P or --stop-forget L, to "
-                            "be held")
+               ? perta_fail(
+                     err, PERTA_EUSAGE,
+                     "--method signed-hold needs --stop-probability P or --stop-forget L, to "
+                     "be held")
                : 0;
 }
 

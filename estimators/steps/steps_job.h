@@ -29,12 +29,12 @@ struct perta_steps_job {
     struct perta_weights weights;
     struct perta_checkpoint *others[2]; /* tuned, base */
     struct perta_journal journal;
-    struct perta_publish work;           /* never published: what is kept between steps */
-    char *home;                          /* the work folder's name */
-    struct perta_steps_point *points;    /* (n_steps + 1) */
+    struct perta_publish work;        /* never published: what is kept between steps */
+    char *home;                       /* the work folder's name */
+    struct perta_steps_point *points; /* (n_steps + 1) */
     struct perta_samples_file data[2];
     json_t *notes; /* of the data; strings */
-    int patching; /* step whose patch an earlier run was at; -1: none */
+    int patching;  /* step whose patch an earlier run was at; -1: none */
 };
 
 /* ---- steps.c ---- */
@@ -77,8 +77,7 @@ struct perta_step_counts {
     uint64_t n, n_moved; /* scales, and those that changed */
     double sum;          /* of the new ones */
 };
-int perta_steps_update(const struct perta_step_rule *rule,
-                       const struct perta_step_folders *folders,
+int perta_steps_update(const struct perta_step_rule *rule, const struct perta_step_folders *folders,
                        const struct perta_run *run, struct perta_step_counts *counts,
                        struct perta_err *err);
 

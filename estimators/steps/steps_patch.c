@@ -14,12 +14,11 @@ static json_t *path_json(const struct perta_steps_job *job, unsigned last)
     json_t *path = json_array();
     for (unsigned k = 0; k <= last; k++) {
         const struct perta_steps_point *p = &job->points[k];
-        perta_json_append(
-            &path, json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "step", (json_int_t)k, "forget_loss",
-                            p->loss[PERTA_FORGET], "forget_probability",
-                            p->probability[PERTA_FORGET], "retain_loss",
-                            p->loss[PERTA_RETAIN], "moved", p->moved, "mean_scale",
-                            p->mean_scale));
+        perta_json_append(&path, json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "step", (json_int_t)k,
+                                           "forget_loss", p->loss[PERTA_FORGET],
+                                           "forget_probability", p->probability[PERTA_FORGET],
+                                           "retain_loss", p->loss[PERTA_RETAIN], "moved", p->moved,
+                                           "mean_scale", p->mean_scale));
     }
     return path;
 }
@@ -83,9 +82,8 @@ static char *output_of(const struct perta_steps *s, const char *dir, unsigned k)
 }
 
 /* To the names of step k. */
-static int run_unlearn(const struct perta_steps_job *job, unsigned k,
-                       struct perta_unlearn *unlearn, const struct perta_run *run,
-                       json_t **summary, struct perta_err *err)
+static int run_unlearn(const struct perta_steps_job *job, unsigned k, struct perta_unlearn *unlearn,
+                       const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     char *patch = output_of(s, s->patch, k), *out = output_of(s, s->out, k);
@@ -113,14 +111,14 @@ static int write_patch(const struct perta_steps_job *job, unsigned k, const json
     return rc;
 }
 
-int perta_steps_patch(struct perta_steps_job *job, unsigned n_steps, unsigned k,
-                      unsigned last, struct perta_err *err)
+int perta_steps_patch(struct perta_steps_job *job, unsigned n_steps, unsigned k, unsigned last,
+                      struct perta_err *err)
 {
     json_t **summary = &job->points[k].patch;
     if (*summary)
         return 0;
-    int rc = perta_steps_commit(
-        job, json_pack("{s:I, s:b}", "step", (json_int_t)k, "patch", 1), err);
+    int rc =
+        perta_steps_commit(job, json_pack("{s:I, s:b}", "step", (json_int_t)k, "patch", 1), err);
     json_t *recipe = recipe_of(job, n_steps, k, last);
     if (!rc && !recipe)
         rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
@@ -130,8 +128,9 @@ int perta_steps_patch(struct perta_steps_job *job, unsigned n_steps, unsigned k,
     if (!rc && json_object_set_new(json_array_get(json_object_get(*summary, "results"), 0), "step",
                                    json_integer(k)))
         rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
-    return rc ? rc : perta_steps_commit(
-        job, json_pack("{s:I, s:O}", "step", (json_int_t)k, "patch", *summary), err);
+    return rc ? rc
+              : perta_steps_commit(
+                    job, json_pack("{s:I, s:O}", "step", (json_int_t)k, "patch", *summary), err);
 }
 
 int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned last,
@@ -166,8 +165,8 @@ static int check_outputs(const struct perta_steps_job *job, struct perta_err *er
     const struct perta_steps *s = job->steps;
     const char *const inputs[] = {s->model,       s->tuned,       s->base,
                                   s->data_forget, s->data_retain, s->data_key};
-    bool rules = isfinite(s->stop_forget) || isfinite(s->stop_probability) ||
-                 isfinite(s->max_retain_rise);
+    bool rules =
+        isfinite(s->stop_forget) || isfinite(s->stop_probability) || isfinite(s->max_retain_rise);
     int rc = 0;
     for (unsigned k = 0; k <= s->n_steps && !rc; k++) {
         if (k < s->n_steps && !s->listed[k] && !(s->several && rules))

@@ -5,8 +5,8 @@
 #include <string.h>
 
 #include "estimators/model/weights.h"
-#include "io/format/convert.h"
 #include "estimators/passes/importance.h"
+#include "io/format/convert.h"
 #include "io/fpenv.h"
 #include "stream/input.h"
 #include "stream/walk.h"
@@ -20,8 +20,7 @@ typedef float __attribute__((aligned(1), may_alias)) f32_any;
 typedef double __attribute__((aligned(1), may_alias)) f64_any;
 
 /* to (n) = elements first.. of view. */
-static void load(const struct perta_view *view, uint64_t first, size_t n,
-                 double *restrict to)
+static void load(const struct perta_view *view, uint64_t first, size_t n, double *restrict to)
 {
     const u16_any *u16 = (const u16_any *)view->data + first;
     const f32_any *f32 = (const f32_any *)view->data + first;
@@ -42,8 +41,8 @@ static bool raises(double g, double tau)
     return (g < 0 && tau > 0) || (g > 0 && tau < 0);
 }
 
-static float moved(const struct perta_step_rule *rule, double tau, double forget,
-                   double retain, float s)
+static float moved(const struct perta_step_rule *rule, double tau, double forget, double retain,
+                   float s)
 {
     if (raises(retain, tau))
         s -= (float)rule->back_off;
@@ -53,8 +52,8 @@ static float moved(const struct perta_step_rule *rule, double tau, double forget
     return s < 0 ? 0 : s > most ? most : s;
 }
 
-uint64_t perta_step_update(const struct perta_step_rule *rule,
-                           const struct perta_step_in *in, uint16_t *to, double *sum)
+uint64_t perta_step_update(const struct perta_step_rule *rule, const struct perta_step_in *in,
+                           uint16_t *to, double *sum)
 {
     PERTA_FP_SCOPE;
     double tuned[TILE], base[TILE], forget[TILE], retain[TILE], scale[TILE];
@@ -68,8 +67,7 @@ uint64_t perta_step_update(const struct perta_step_rule *rule,
         load(&in->retain, first, n, retain);
         load(&in->scale, first, n, scale);
         for (size_t i = 0; i < n; i++) {
-            float s =
-                moved(rule, tuned[i] - base[i], forget[i], retain[i], (float)scale[i]);
+            float s = moved(rule, tuned[i] - base[i], forget[i], retain[i], (float)scale[i]);
             to[first + i] = perta_bf16_from_f32(s);
             s = perta_f32_from_bf16(to[first + i]);
             n_moved += s != (float)scale[i];
@@ -94,17 +92,16 @@ static bool is_chosen(void *ctx, const char *name)
 }
 
 /* One that has the tensors of like; it replaces what is at path. */
-static int begin_scales(struct perta_importance_out *out,
-                        const struct perta_checkpoint *like,
-                        bool (*wanted)(void *ctx, const char *name), void *ctx,
-                        const char *path, struct perta_err *err)
+static int begin_scales(struct perta_importance_out *out, const struct perta_checkpoint *like,
+                        bool (*wanted)(void *ctx, const char *name), void *ctx, const char *path,
+                        struct perta_err *err)
 {
     const struct perta_journal anew = {.fd = -1, .resume = true};
     struct perta_behind *behind = NULL;
     struct perta_importance plan;
     int rc = perta_importance_plan_as(
-        &plan, like, PERTA_BF16,
-        json_pack("{s:s, s:s}", "format", "pt", "perta.stat", "scale"), wanted, ctx, err);
+        &plan, like, PERTA_BF16, json_pack("{s:s, s:s}", "format", "pt", "perta.stat", "scale"),
+        wanted, ctx, err);
     if (!rc)
         rc = perta_behind_open(&behind, err);
     if (!rc)
@@ -133,8 +130,7 @@ int perta_steps_zero(const struct perta_weights *model, const struct perta_globs
     struct chosen chosen = {model, globs};
     int rc = begin_scales(&out, model->ck, is_chosen, &chosen, to, err);
     if (!rc && !out.n_tensors)
-        rc = perta_fail(err, PERTA_EUSAGE,
-                        "%s: --include and --exclude leave no tensor to edit",
+        rc = perta_fail(err, PERTA_EUSAGE, "%s: --include and --exclude leave no tensor to edit",
                         model->ck->path);
     if (!rc)
         rc = end_scales(&out, err);
@@ -145,8 +141,8 @@ int perta_steps_zero(const struct perta_weights *model, const struct perta_globs
 /* ---- a step over all parameters ---- */
 
 enum { IN_TUNED, IN_BASE, IN_FORGET, IN_RETAIN, IN_SCALE, N_IN };
-static const char *const roles[N_IN] = {"--tuned", "--base", "forget gradients",
-                                        "retain gradients", "scales"};
+static const char *const roles[N_IN] = {"--tuned", "--base", "forget gradients", "retain gradients",
+                                        "scales"};
 
 struct job {
     struct perta_step_rule rule;
@@ -188,14 +184,12 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 1;
 }
 
-static const struct perta_tensor *tensor_of(const struct job *job,
-                                            const struct perta_piece *piece)
+static const struct perta_tensor *tensor_of(const struct job *job, const struct perta_piece *piece)
 {
     return &job->in[IN_SCALE].ck->shards[piece->shard].header->tensors[piece->tensor];
 }
 
-static int work(void *ctx, unsigned worker, struct perta_piece *piece,
-                struct perta_err *err)
+static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     (void)worker;
     (void)err;
@@ -227,8 +221,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
                                   result->to, piece->n_elems, err);
 }
 
-static int open_inputs(struct job *job, const struct perta_step_folders *f,
-                       struct perta_err *err)
+static int open_inputs(struct job *job, const struct perta_step_folders *f, struct perta_err *err)
 {
     const char *const folders[N_IN] = {f->tuned, f->base, f->forget, f->retain, f->from};
     int rc = 0;
@@ -250,8 +243,7 @@ static void measure(const struct job *job, struct perta_job *sizes)
             in_bytes += ref ? perta_walk_chunk_bytes(ref->tensor) : 0;
             sizes->total_bytes += ref ? ref->tensor->len_bytes : 0;
         }
-        sizes->in_bytes_max =
-            in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
+        sizes->in_bytes_max = in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
         sizes->out_bytes_max = out > sizes->out_bytes_max ? out : sizes->out_bytes_max;
     }
 }
@@ -273,8 +265,7 @@ static int run_stream(struct job *job, const struct perta_run *run, struct perta
         rc = perta_stream_open(&less, &sizes, paths, n_paths, 0, &stream, err);
     free(paths);
     for (int i = 0; i < N_IN && !rc; i++)
-        rc = perta_input_open_files(&job->in[i], perta_stream_engine(stream)->wants_direct,
-                                    err);
+        rc = perta_input_open_files(&job->in[i], perta_stream_engine(stream)->wants_direct, err);
     if (!rc)
         rc = perta_stream_run(stream, err);
     for (int i = 0; i < N_IN && !rc; i++)
@@ -285,8 +276,7 @@ static int run_stream(struct job *job, const struct perta_run *run, struct perta
     return rc;
 }
 
-int perta_steps_update(const struct perta_step_rule *rule,
-                       const struct perta_step_folders *folders,
+int perta_steps_update(const struct perta_step_rule *rule, const struct perta_step_folders *folders,
                        const struct perta_run *run, struct perta_step_counts *counts,
                        struct perta_err *err)
 {

@@ -118,8 +118,7 @@ static bool write_object(FILE *out, const json_t *object, int depth,
     json_t *value;
     if (!keys)
         return false;
-    json_object_foreach((json_t *)(uintptr_t)object, key, value)
-        keys[i++] = key;
+    json_object_foreach((json_t *)(uintptr_t)object, key, value) keys[i++] = key;
     qsort(keys, n, sizeof *keys, by_bytes);
     bool ok = true;
     write_char(out, '{');
@@ -183,8 +182,7 @@ static bool write_value(FILE *out, const json_t *value, int depth)
     return true;
 }
 
-bool perta_canonical_print(FILE *out, const json_t *object,
-                           const struct perta_canonical_rows *rows)
+bool perta_canonical_print(FILE *out, const json_t *object, const struct perta_canonical_rows *rows)
 {
     PERTA_FP_SCOPE;
     /* Whoever links the library may have set a locale with a decimal comma. */

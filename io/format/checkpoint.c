@@ -12,8 +12,8 @@
 #include "io/file.h"
 #include "io/format/index.h"
 #include "io/format/python_json.h"
-#include "io/text.h"
 #include "io/format/which.h"
+#include "io/text.h"
 
 #define SUFFIX ".safetensors"
 #define SINGLE_NAME "model.safetensors"
@@ -111,10 +111,11 @@ static int add_shard(struct perta_checkpoint *ck, const char *folder, const char
                      struct perta_err *err)
 {
     if (!perta_name_is_plain(name))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: shard \"%s\": a name with a control character or a dot in front, not "
-                          "in UTF-8, or longer than %u bytes; rename it",
-                          ck->path, name, PERTA_NAME_MAX_BYTES);
+        return perta_fail(
+            err, PERTA_EINPUT,
+            "%s: shard \"%s\": a name with a control character or a dot in front, not "
+            "in UTF-8, or longer than %u bytes; rename it",
+            ck->path, name, PERTA_NAME_MAX_BYTES);
     struct perta_shard *shard = &ck->shards[ck->n_shards++];
     shard->name = strdup(name);
     shard->path = folder ? join(folder, name) : strdup(ck->path);
@@ -171,15 +172,16 @@ static int check_shard_name(const char *name, const char *path, const char *tens
                           path, tensor, name);
     if (!perta_text_ends_in(name, SUFFIX))
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s: shard \"%.200s\" is not a " SUFFIX " file", path,
-                          tensor, name);
+                          "%s: tensor %s: shard \"%.200s\" is not a " SUFFIX " file", path, tensor,
+                          name);
     return 0;
 }
 
 static int check_entry(const struct perta_index_entry *e, const char *path, struct perta_err *err)
 {
-    return e->shard ? check_shard_name(e->shard, path, e->tensor, err)
-                    : perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no shard name", path, e->tensor);
+    return e->shard
+               ? check_shard_name(e->shard, path, e->tensor, err)
+               : perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no shard name", path, e->tensor);
 }
 
 static int open_indexed(struct perta_checkpoint *ck, const char *path, struct perta_err *err)
@@ -382,8 +384,8 @@ static int open_single(struct perta_checkpoint *ck, struct perta_err *err)
     int rc = add_shard(ck, NULL, name, err);
     if (rc || strcmp(name, SINGLE_NAME))
         return rc;
-    char *folder = slash ? strndup(ck->path, slash == ck->path ? 1 : (size_t)(slash - ck->path))
-                         : strdup(".");
+    char *folder =
+        slash ? strndup(ck->path, slash == ck->path ? 1 : (size_t)(slash - ck->path)) : strdup(".");
     rc = folder ? open_config(ck, folder, err) : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     free(folder);
     return rc;
@@ -425,8 +427,7 @@ static int open_as(const char *path, int (*open_it)(struct perta_checkpoint *, s
     return 0;
 }
 
-int perta_checkpoint_open(const char *path, struct perta_checkpoint **out,
-                          struct perta_err *err)
+int perta_checkpoint_open(const char *path, struct perta_checkpoint **out, struct perta_err *err)
 {
     *out = NULL;
     int rc = perta_ahead_refuse(path, err);
@@ -445,8 +446,7 @@ int perta_checkpoint_open_adapter(const char *path, struct perta_checkpoint **ou
     return open_as(path, open_adapter, out, err);
 }
 
-const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
-                                              const char *name)
+const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck, const char *name)
 {
     struct perta_tensor wanted = {.name = (char *)name};
     struct perta_ref key = {.tensor = &wanted};
@@ -508,8 +508,9 @@ int perta_checkpoint_drop(struct perta_checkpoint *ck, const char *const *parts,
     qsort(ck->by_name, ck->n_tensors, sizeof *ck->by_name, compare_refs);
     for (uint64_t i = 1; i < ck->n_tensors; i++)
         if (!compare_refs(&ck->by_name[i - 1], &ck->by_name[i]))
-            return perta_fail(err, PERTA_EINPUT, "%s: two tensors are %s, but for parts of a wrapper "
-                                                 "in their names (%s...)",
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: two tensors are %s, but for parts of a wrapper "
+                              "in their names (%s...)",
                               ck->path, ck->by_name[i].tensor->name, parts[0]);
     return 0;
 }

@@ -29,14 +29,14 @@ struct perta_checkpoint {
     struct perta_shard *shards; /* (n_shards), sorted by name */
     uint32_t n_shards;
     struct perta_index *index; /* while it is opened; NULL without one */
-    json_t *config;        /* what config.json holds, NULL without one or where it is not JSON: */
-    char *config_path;     /* of that file, beside the shards, whether or not it is there; NULL: of a
+    json_t *config;     /* what config.json holds, NULL without one or where it is not JSON: */
+    char *config_path;  /* of that file, beside the shards, whether or not it is there; NULL: of a
                               file of another name than model.safetensors */
-    char *config_flaw;     /* why not, a message; else NULL */
-    bool is_adapter;       /* opened as one: config is adapter_config.json's */
-    uint64_t n_tensors;    /* over all shards */
+    char *config_flaw;  /* why not, a message; else NULL */
+    bool is_adapter;    /* opened as one: config is adapter_config.json's */
+    uint64_t n_tensors; /* over all shards */
     struct perta_ref *by_name; /* (n_tensors), sorted by name */
-    char *names;           /* what perta_checkpoint_rename gave them; NULL: nothing */
+    char *names;               /* what perta_checkpoint_rename gave them; NULL: nothing */
 };
 
 /* Where a tensor lies. */

@@ -52,8 +52,7 @@ static bool set_up(ZSTD_CCtx *pack)
         {ZSTD_c_checksumFlag, 1},       {ZSTD_c_contentSizeFlag, 1},
     };
     for (size_t i = 0; i < sizeof parameters / sizeof *parameters; i++)
-        if (ZSTD_isError(
-                ZSTD_CCtx_setParameter(pack, parameters[i].name, parameters[i].value)))
+        if (ZSTD_isError(ZSTD_CCtx_setParameter(pack, parameters[i].name, parameters[i].value)))
             return false;
     return true;
 }
@@ -110,7 +109,7 @@ static size_t lay_out(struct perta_codec_scratch *s, uint8_t *arena)
     s->keys = carve(arena, &at, n / 2);
     s->spare = carve(arena, &at, n);
     s->payload = carve(arena, &at, perta_codec_payload_max(n));
-    s->counts = (uint32_t(*)[PERTA_WINDOW][256])(void *)carve(arena, &at, 2 * sizeof *s->counts);
+    s->counts = (uint32_t (*)[PERTA_WINDOW][256])(void *)carve(arena, &at, 2 * sizeof *s->counts);
     return at + PERTA_TILE + 64; /* readers may go past an end by a tile */
 }
 
@@ -164,44 +163,40 @@ bool perta_codec_groups(enum perta_dtype dtype)
 
 /* A frame of the sections, where any unit changes (coded->n_changed). */
 static int frame_of(struct perta_codec *codec, const struct perta_sections *sections,
-                    enum perta_encoding encoding, size_t n_bytes, uint8_t *dst,
-                    size_t dst_capacity, struct perta_coded *coded, struct perta_err *err)
+                    enum perta_encoding encoding, size_t n_bytes, uint8_t *dst, size_t dst_capacity,
+                    struct perta_coded *coded, struct perta_err *err)
 {
     if (!coded->n_changed)
         return 0;
     size_t len_bytes = pack(codec->pack, sections, dst, dst_capacity);
     if (!len_bytes)
-        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu",
-                              n_bytes, dst_capacity);
+        return perta_fail_sys(err, ENOBUFS, "encoding a chunk of %zu bytes into %zu", n_bytes,
+                              dst_capacity);
     coded->encoding = encoding;
     coded->frame_bytes = (uint32_t)len_bytes;
     coded->payload_bytes = (uint32_t)sections->len_bytes;
     return 0;
 }
 
-int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype,
-                       const void *before, const void *after, size_t n_bytes, uint8_t *dst,
-                       size_t dst_capacity, struct perta_coded *coded,
-                       struct perta_err *err)
+int perta_codec_encode(struct perta_codec *codec, enum perta_dtype dtype, const void *before,
+                       const void *after, size_t n_bytes, uint8_t *dst, size_t dst_capacity,
+                       struct perta_coded *coded, struct perta_err *err)
 {
     struct perta_sections sections;
     size_t n = n_bytes / perta_dtype_unit_bytes(dtype);
     *coded = (struct perta_coded){.encoding = PERTA_ENC_ZERO};
-    coded->n_changed =
-        perta_payload_write(&codec->scratch, dtype, before, after, n, &sections);
+    coded->n_changed = perta_payload_write(&codec->scratch, dtype, before, after, n, &sections);
     return frame_of(codec, &sections, PERTA_ENC_DELTA, n_bytes, dst, dst_capacity, coded, err);
 }
 
-int perta_codec_encode_values(struct perta_codec *codec, enum perta_dtype dtype,
-                              const void *before, const void *after, size_t n_bytes,
-                              uint8_t *dst, size_t dst_capacity, struct perta_coded *coded,
-                              uint64_t *hash_kept, struct perta_err *err)
+int perta_codec_encode_values(struct perta_codec *codec, enum perta_dtype dtype, const void *before,
+                              const void *after, size_t n_bytes, uint8_t *dst, size_t dst_capacity,
+                              struct perta_coded *coded, uint64_t *hash_kept, struct perta_err *err)
 {
     struct perta_sections sections;
     size_t n = n_bytes / perta_dtype_unit_bytes(dtype);
     *coded = (struct perta_coded){.encoding = PERTA_ENC_ZERO};
-    coded->n_changed =
-        perta_values_write(&codec->scratch, dtype, before, after, n, &sections);
+    coded->n_changed = perta_values_write(&codec->scratch, dtype, before, after, n, &sections);
     *hash_kept = perta_hash64(codec->scratch.planes, n_bytes);
     return frame_of(codec, &sections, PERTA_ENC_VALUES, n_bytes, dst, dst_capacity, coded, err);
 }
@@ -231,8 +226,7 @@ static int unpack(struct perta_codec *codec, const uint8_t *frame, size_t frame_
         return damaged(err, "it is too large");
     if (!perta_codec_is_frame(frame, frame_bytes, payload_bytes))
         return damaged(err, "it is not one frame of the payload's length");
-    size_t n =
-        ZSTD_decompressDCtx(codec->unpack, s->payload, payload_bytes, frame, frame_bytes);
+    size_t n = ZSTD_decompressDCtx(codec->unpack, s->payload, payload_bytes, frame, frame_bytes);
     if (ZSTD_isError(n))
         return damaged(err, ZSTD_getErrorName(n));
     if (n != payload_bytes)
@@ -240,9 +234,9 @@ static int unpack(struct perta_codec *codec, const uint8_t *frame, size_t frame_
     return 0;
 }
 
-static int read_payload(struct perta_codec *codec, enum perta_dtype dtype,
-                        const uint8_t *frame, size_t frame_bytes, size_t payload_bytes,
-                        size_t n_bytes, struct perta_layout *layout, struct perta_err *err)
+static int read_payload(struct perta_codec *codec, enum perta_dtype dtype, const uint8_t *frame,
+                        size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
+                        struct perta_layout *layout, struct perta_err *err)
 {
     int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
     if (rc)
@@ -252,18 +246,16 @@ static int read_payload(struct perta_codec *codec, enum perta_dtype dtype,
     return wrong ? damaged(err, wrong) : 0;
 }
 
-static int move(struct perta_codec *codec, enum perta_dtype dtype,
-                enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
-                size_t payload_bytes, const void *from, bool minus, void *to,
-                size_t n_bytes, struct perta_err *err)
+static int move(struct perta_codec *codec, enum perta_dtype dtype, enum perta_encoding encoding,
+                const uint8_t *frame, size_t frame_bytes, size_t payload_bytes, const void *from,
+                bool minus, void *to, size_t n_bytes, struct perta_err *err)
 {
     if (encoding == PERTA_ENC_ZERO) {
         memcpy(to, from, n_bytes);
         return 0;
     }
     struct perta_layout layout;
-    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout,
-                          err);
+    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout, err);
     if (rc)
         return rc;
     const char *wrong = perta_payload_move(&codec->scratch, dtype, &layout, from, minus, to,
@@ -273,46 +265,45 @@ static int move(struct perta_codec *codec, enum perta_dtype dtype,
 
 int perta_codec_apply_values(struct perta_codec *codec, enum perta_dtype dtype,
                              const uint8_t *frame, size_t frame_bytes, size_t payload_bytes,
-                             const void *before, void *after, size_t n_bytes,
-                             uint64_t *hash_kept, struct perta_err *err)
+                             const void *before, void *after, size_t n_bytes, uint64_t *hash_kept,
+                             struct perta_err *err)
 {
     int rc = unpack(codec, frame, frame_bytes, payload_bytes, n_bytes, err);
     if (rc)
         return rc;
-    const char *wrong =
-        perta_values_read(&codec->scratch, dtype, payload_bytes, before, after,
-                          n_bytes / perta_dtype_unit_bytes(dtype), hash_kept);
+    const char *wrong = perta_values_read(&codec->scratch, dtype, payload_bytes, before, after,
+                                          n_bytes / perta_dtype_unit_bytes(dtype), hash_kept);
     return wrong ? damaged(err, wrong) : 0;
 }
 
 int perta_codec_apply(struct perta_codec *codec, enum perta_dtype dtype,
-                      enum perta_encoding encoding, const uint8_t *frame,
-                      size_t frame_bytes, size_t payload_bytes, const void *before,
-                      void *after, size_t n_bytes, struct perta_err *err)
+                      enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
+                      size_t payload_bytes, const void *before, void *after, size_t n_bytes,
+                      struct perta_err *err)
 {
     uint64_t ignored;
     if (encoding == PERTA_ENC_VALUES)
-        return perta_codec_apply_values(codec, dtype, frame, frame_bytes, payload_bytes,
-                                        before, after, n_bytes, &ignored, err);
-    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, before, false,
-                after, n_bytes, err);
+        return perta_codec_apply_values(codec, dtype, frame, frame_bytes, payload_bytes, before,
+                                        after, n_bytes, &ignored, err);
+    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, before, false, after,
+                n_bytes, err);
 }
 
 int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dtype,
-                       enum perta_encoding encoding, const uint8_t *frame,
-                       size_t frame_bytes, size_t payload_bytes, const void *after,
-                       void *before, size_t n_bytes, struct perta_err *err)
+                       enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
+                       size_t payload_bytes, const void *after, void *before, size_t n_bytes,
+                       struct perta_err *err)
 {
     if (encoding == PERTA_ENC_VALUES)
         return perta_fail(err, PERTA_EUSAGE, "one-way: it does not hold what was before");
-    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, after, true,
-                before, n_bytes, err);
+    return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, after, true, before,
+                n_bytes, err);
 }
 
 int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
-                      enum perta_encoding encoding, const uint8_t *frame,
-                      size_t frame_bytes, size_t payload_bytes, size_t n_bytes,
-                      uint64_t *n_changed, struct perta_err *err)
+                      enum perta_encoding encoding, const uint8_t *frame, size_t frame_bytes,
+                      size_t payload_bytes, size_t n_bytes, uint64_t *n_changed,
+                      struct perta_err *err)
 {
     struct perta_layout layout;
     *n_changed = 0;
@@ -326,8 +317,7 @@ int perta_codec_count(struct perta_codec *codec, enum perta_dtype dtype,
                                     n_bytes / perta_dtype_unit_bytes(dtype), n_changed);
         return wrong ? damaged(err, wrong) : rc;
     }
-    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout,
-                          err);
+    int rc = read_payload(codec, dtype, frame, frame_bytes, payload_bytes, n_bytes, &layout, err);
     if (!rc)
         *n_changed = layout.n_changed;
     return rc;

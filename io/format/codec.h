@@ -11,15 +11,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "io/format/dtype.h"
 #include "io/err.h"
+#include "io/format/dtype.h"
 
 #define PERTA_CHUNK_ELEMS (1u << 20)
 
 enum perta_encoding {
-    PERTA_ENC_ZERO = 0,    /* nothing changed: no frame at all */
-    PERTA_ENC_DELTA = 1,   /* zigzagged deltas, grouped by exponent where that saves (see the spec) */
-    PERTA_ENC_VALUES = 2,  /* which units changed, and their new values: leads forward only */
+    PERTA_ENC_ZERO = 0,  /* nothing changed: no frame at all */
+    PERTA_ENC_DELTA = 1, /* zigzagged deltas, grouped by exponent where that saves (see the spec) */
+    PERTA_ENC_VALUES = 2, /* which units changed, and their new values: leads forward only */
     PERTA_N_ENCODINGS,
 };
 
@@ -70,8 +70,7 @@ PERTA_API int perta_codec_encode_values(struct perta_codec *codec, enum perta_dt
 PERTA_API int perta_codec_apply_values(struct perta_codec *codec, enum perta_dtype dtype,
                                        const uint8_t *frame, size_t frame_bytes,
                                        size_t payload_bytes, const void *before, void *after,
-                                       size_t n_bytes, uint64_t *hash_kept,
-                                       struct perta_err *err);
+                                       size_t n_bytes, uint64_t *hash_kept, struct perta_err *err);
 
 /* From the bytes before and the frame (frame_bytes at frame) to the bytes after, n_bytes at
  * after. payload_bytes is the table's. A damaged frame is PERTA_ECHECK; never reads or writes

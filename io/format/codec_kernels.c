@@ -14,123 +14,121 @@
 
 /* The functions for units of type u<bits>. On little-endian machines byte b of a unit is
  * its bits 8b to 8b + 7. */
-#define DEFINE(bits)                                                                     \
-    typedef uint##bits##_t __attribute__((aligned(1), may_alias)) u##bits;               \
-                                                                                         \
-    static inline uint##bits##_t map_##bits(uint##bits##_t u, bool ordered)              \
-    {                                                                                    \
-        uint##bits##_t sign = (uint##bits##_t)((uint##bits##_t)1 << (bits - 1));         \
-        uint##bits##_t order = (uint##bits##_t)(u & sign ? ~u : u | sign);               \
-        return ordered ? order : u;                                                      \
-    }                                                                                    \
-                                                                                         \
-    static inline uint##bits##_t unmap_##bits(uint##bits##_t m, bool ordered)            \
-    {                                                                                    \
-        uint##bits##_t sign = (uint##bits##_t)((uint##bits##_t)1 << (bits - 1));         \
-        uint##bits##_t order = (uint##bits##_t)(m & sign ? m ^ sign : ~m);               \
-        return ordered ? order : m;                                                      \
-    }                                                                                    \
-                                                                                         \
-    static inline uint##bits##_t zigzag_##bits(uint##bits##_t before,                    \
-                                               uint##bits##_t after, bool ordered)       \
-    {                                                                                    \
-        uint##bits##_t d =                                                               \
-            (uint##bits##_t)(map_##bits(after, ordered) - map_##bits(before, ordered));  \
-        uint##bits##_t negative = (uint##bits##_t) - (d >> (bits - 1));                  \
-        return (uint##bits##_t)((uint##bits##_t)(d << 1) ^ negative);                    \
-    }                                                                                    \
-                                                                                         \
-    static inline uint##bits##_t moved_##bits(uint##bits##_t from, uint##bits##_t z,     \
-                                              bool ordered, bool minus)                  \
-    {                                                                                    \
-        uint##bits##_t d = (uint##bits##_t)((z >> 1) ^ (uint##bits##_t) - (z & 1));      \
-        uint##bits##_t m = map_##bits(from, ordered);                                    \
-        return unmap_##bits((uint##bits##_t)(minus ? m - d : m + d), ordered);           \
-    }                                                                                    \
-                                                                                         \
-    static uint64_t zigzags_##bits(bool ordered, const u##bits *before,                  \
-                                   const u##bits *after, u##bits *z, size_t n)           \
-    {                                                                                    \
-        uint64_t n_changed = 0;                                                          \
-        for (size_t at = 0; at < n; at += TILE(bits)) {                                  \
-            size_t end = n - at < TILE(bits) ? n : at + TILE(bits);                      \
-            uint##bits##_t changed = 0;                                                  \
-            for (size_t i = at; i < end; i++) {                                          \
-                uint##bits##_t one = zigzag_##bits(before[i], after[i], ordered);        \
-                z[i] = one;                                                              \
-                changed = (uint##bits##_t)(changed + (one != 0));                        \
-            }                                                                            \
-            n_changed += changed;                                                        \
-        }                                                                                \
-        return n_changed;                                                                \
-    }                                                                                    \
-                                                                                         \
-    static void add_##bits(bool ordered, const u##bits *from, const u##bits *z,          \
-                           bool minus, u##bits *to, size_t n)                            \
-    {                                                                                    \
-        for (size_t i = 0; i < n; i++)                                                   \
-            to[i] = moved_##bits(from[i], z[i], ordered, minus);                         \
-    }                                                                                    \
-                                                                                         \
-    static inline __attribute__((always_inline)) void split_##bits(                      \
-        unsigned low, const u##bits *z, size_t n, uint8_t *const *lows, uint8_t *values) \
-    {                                                                                    \
-        for (unsigned at = 0; lows && at < low; at += 8, lows++) {                       \
-            uint8_t *to = *lows,                                                         \
-                    mask = (uint8_t)(low - at < 8 ? (1u << (low - at)) - 1 : 255);       \
-            for (size_t i = 0; i < n; i++)                                               \
-                to[i] = (uint8_t)(z[i] >> at) & mask;                                    \
-        }                                                                                \
-        for (size_t i = 0; i < n; i++) {                                                 \
-            uint##bits##_t value = (uint##bits##_t)(low < bits ? z[i] >> low : 0);       \
-            values[i] = (uint8_t)(value < 255 ? value : 255);                            \
-        }                                                                                \
-    }                                                                                    \
-                                                                                         \
-    /* n_lows: bytes of low bits. */                                                     \
-    static inline __attribute__((always_inline))                                         \
-    uint64_t join_##bits(unsigned low, unsigned n_lows, const uint8_t *values,           \
-                         const uint8_t *const *lows, u##bits *z, size_t n)               \
-    {                                                                                    \
-        const uint8_t *from[8];                                                          \
-        uint64_t n_changed = 0;                                                          \
-        for (unsigned b = 0; b < n_lows; b++)                                            \
-            from[b] = lows[b];                                                           \
-        for (size_t at = 0; at < n; at += TILE(bits)) {                                  \
-            size_t end = n - at < TILE(bits) ? n : at + TILE(bits);                      \
-            uint##bits##_t changed = 0;                                                  \
-            for (size_t i = at; i < end; i++) {                                          \
-                uint##bits##_t one =                                                     \
-                    (uint##bits##_t)(low < bits ? (uint##bits##_t)values[i] << low : 0); \
-                for (unsigned b = 0; b < n_lows; b++)                                    \
-                    one = (uint##bits##_t)(one | (uint##bits##_t)from[b][i] << 8 * b);   \
-                z[i] = one;                                                              \
-                changed = (uint##bits##_t)(changed + (one != 0));                        \
-            }                                                                            \
-            n_changed += changed;                                                        \
-        }                                                                                \
-        return n_changed;                                                                \
-    }                                                                                    \
-                                                                                         \
-    static inline uint8_t key_##bits(uint##bits##_t u, unsigned shift, unsigned e_bits,  \
-                                     uint##bits##_t first, uint##bits##_t last)          \
-    {                                                                                    \
-        uint##bits##_t e = (uint##bits##_t)(u >> shift);                                 \
-        e = (uint##bits##_t)(e & (((uint##bits##_t)1 << e_bits) - 1));                   \
-        e = (uint##bits##_t)((e > first ? e : first) - first);                           \
-        return (uint8_t)(e < last ? e : last);                                           \
-    }                                                                                    \
-                                                                                         \
+#define DEFINE(bits)                                                                               \
+    typedef uint##bits##_t __attribute__((aligned(1), may_alias)) u##bits;                         \
+                                                                                                   \
+    static inline uint##bits##_t map_##bits(uint##bits##_t u, bool ordered)                        \
+    {                                                                                              \
+        uint##bits##_t sign = (uint##bits##_t)((uint##bits##_t)1 << (bits - 1));                   \
+        uint##bits##_t order = (uint##bits##_t)(u & sign ? ~u : u | sign);                         \
+        return ordered ? order : u;                                                                \
+    }                                                                                              \
+                                                                                                   \
+    static inline uint##bits##_t unmap_##bits(uint##bits##_t m, bool ordered)                      \
+    {                                                                                              \
+        uint##bits##_t sign = (uint##bits##_t)((uint##bits##_t)1 << (bits - 1));                   \
+        uint##bits##_t order = (uint##bits##_t)(m & sign ? m ^ sign : ~m);                         \
+        return ordered ? order : m;                                                                \
+    }                                                                                              \
+                                                                                                   \
+    static inline uint##bits##_t zigzag_##bits(uint##bits##_t before, uint##bits##_t after,        \
+                                               bool ordered)                                       \
+    {                                                                                              \
+        uint##bits##_t d =                                                                         \
+            (uint##bits##_t)(map_##bits(after, ordered) - map_##bits(before, ordered));            \
+        uint##bits##_t negative = (uint##bits##_t) - (d >> (bits - 1));                            \
+        return (uint##bits##_t)((uint##bits##_t)(d << 1) ^ negative);                              \
+    }                                                                                              \
+                                                                                                   \
+    static inline uint##bits##_t moved_##bits(uint##bits##_t from, uint##bits##_t z, bool ordered, \
+                                              bool minus)                                          \
+    {                                                                                              \
+        uint##bits##_t d = (uint##bits##_t)((z >> 1) ^ (uint##bits##_t) - (z & 1));                \
+        uint##bits##_t m = map_##bits(from, ordered);                                              \
+        return unmap_##bits((uint##bits##_t)(minus ? m - d : m + d), ordered);                     \
+    }                                                                                              \
+                                                                                                   \
+    static uint64_t zigzags_##bits(bool ordered, const u##bits *before, const u##bits *after,      \
+                                   u##bits *z, size_t n)                                           \
+    {                                                                                              \
+        uint64_t n_changed = 0;                                                                    \
+        for (size_t at = 0; at < n; at += TILE(bits)) {                                            \
+            size_t end = n - at < TILE(bits) ? n : at + TILE(bits);                                \
+            uint##bits##_t changed = 0;                                                            \
+            for (size_t i = at; i < end; i++) {                                                    \
+                uint##bits##_t one = zigzag_##bits(before[i], after[i], ordered);                  \
+                z[i] = one;                                                                        \
+                changed = (uint##bits##_t)(changed + (one != 0));                                  \
+            }                                                                                      \
+            n_changed += changed;                                                                  \
+        }                                                                                          \
+        return n_changed;                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    static void add_##bits(bool ordered, const u##bits *from, const u##bits *z, bool minus,        \
+                           u##bits *to, size_t n)                                                  \
+    {                                                                                              \
+        for (size_t i = 0; i < n; i++)                                                             \
+            to[i] = moved_##bits(from[i], z[i], ordered, minus);                                   \
+    }                                                                                              \
+                                                                                                   \
+    static inline __attribute__((always_inline)) void split_##bits(                                \
+        unsigned low, const u##bits *z, size_t n, uint8_t *const *lows, uint8_t *values)           \
+    {                                                                                              \
+        for (unsigned at = 0; lows && at < low; at += 8, lows++) {                                 \
+            uint8_t *to = *lows, mask = (uint8_t)(low - at < 8 ? (1u << (low - at)) - 1 : 255);    \
+            for (size_t i = 0; i < n; i++)                                                         \
+                to[i] = (uint8_t)(z[i] >> at) & mask;                                              \
+        }                                                                                          \
+        for (size_t i = 0; i < n; i++) {                                                           \
+            uint##bits##_t value = (uint##bits##_t)(low < bits ? z[i] >> low : 0);                 \
+            values[i] = (uint8_t)(value < 255 ? value : 255);                                      \
+        }                                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    /* n_lows: bytes of low bits. */                                                               \
+    static inline __attribute__((always_inline)) uint64_t join_##bits(                             \
+        unsigned low, unsigned n_lows, const uint8_t *values, const uint8_t *const *lows,          \
+        u##bits *z, size_t n)                                                                      \
+    {                                                                                              \
+        const uint8_t *from[8];                                                                    \
+        uint64_t n_changed = 0;                                                                    \
+        for (unsigned b = 0; b < n_lows; b++)                                                      \
+            from[b] = lows[b];                                                                     \
+        for (size_t at = 0; at < n; at += TILE(bits)) {                                            \
+            size_t end = n - at < TILE(bits) ? n : at + TILE(bits);                                \
+            uint##bits##_t changed = 0;                                                            \
+            for (size_t i = at; i < end; i++) {                                                    \
+                uint##bits##_t one =                                                               \
+                    (uint##bits##_t)(low < bits ? (uint##bits##_t)values[i] << low : 0);           \
+                for (unsigned b = 0; b < n_lows; b++)                                              \
+                    one = (uint##bits##_t)(one | (uint##bits##_t)from[b][i] << 8 * b);             \
+                z[i] = one;                                                                        \
+                changed = (uint##bits##_t)(changed + (one != 0));                                  \
+            }                                                                                      \
+            n_changed += changed;                                                                  \
+        }                                                                                          \
+        return n_changed;                                                                          \
+    }                                                                                              \
+                                                                                                   \
+    static inline uint8_t key_##bits(uint##bits##_t u, unsigned shift, unsigned e_bits,            \
+                                     uint##bits##_t first, uint##bits##_t last)                    \
+    {                                                                                              \
+        uint##bits##_t e = (uint##bits##_t)(u >> shift);                                           \
+        e = (uint##bits##_t)(e & (((uint##bits##_t)1 << e_bits) - 1));                             \
+        e = (uint##bits##_t)((e > first ? e : first) - first);                                     \
+        return (uint8_t)(e < last ? e : last);                                                     \
+    }                                                                                              \
+                                                                                                   \
     /* shift and e_bits are constants, or the compiler would work in wider lanes. No dtype \
-     * of 8 bits has keys. */                                                            \
-    static inline __attribute__((always_inline, unused)) void keys_##bits(               \
-        unsigned shift, unsigned e_bits, uint32_t first_key, uint32_t n_keys,            \
-        const u##bits *units, uint8_t *keys, size_t n)                                   \
-    {                                                                                    \
-        uint##bits##_t first = (uint##bits##_t)first_key,                                \
-                       last = (uint##bits##_t)(n_keys - 1);                              \
-        for (size_t i = 0; i < n; i++)                                                   \
-            keys[i] = key_##bits(units[i], shift, e_bits, first, last);                  \
+     * of 8 bits has keys. */       \
+    static inline __attribute__((always_inline, unused)) void keys_##bits(                         \
+        unsigned shift, unsigned e_bits, uint32_t first_key, uint32_t n_keys,                      \
+        const u##bits *units, uint8_t *keys, size_t n)                                             \
+    {                                                                                              \
+        uint##bits##_t first = (uint##bits##_t)first_key, last = (uint##bits##_t)(n_keys - 1);     \
+        for (size_t i = 0; i < n; i++)                                                             \
+            keys[i] = key_##bits(units[i], shift, e_bits, first, last);                            \
     }
 
 DEFINE(8)
@@ -152,8 +150,8 @@ static uint64_t zigzags(unsigned width, bool ordered, const void *before, const 
                    : BY_WIDTH(width, zigzags, false, before, after, z, n);
 }
 
-static void add(unsigned width, bool ordered, const void *from, const void *z, bool minus,
-                void *to, size_t n)
+static void add(unsigned width, bool ordered, const void *from, const void *z, bool minus, void *to,
+                size_t n)
 {
     if (ordered)
         BY_WIDTH(width, add, true, from, z, minus, to, n);
@@ -173,8 +171,8 @@ static void add(unsigned width, bool ordered, const void *from, const void *z, b
      : (low) == 12 ? name(12, __VA_ARGS__) \
                    : name(16, __VA_ARGS__))
 
-static void split(unsigned width, unsigned low, const void *z, size_t n,
-                  uint8_t *const *lows, uint8_t *values)
+static void split(unsigned width, unsigned low, const void *z, size_t n, uint8_t *const *lows,
+                  uint8_t *values)
 {
     if (width == 2)
         BY_LOW(low, split_16, z, n, lows, values);
@@ -206,8 +204,8 @@ static uint64_t join(unsigned width, unsigned low, const uint8_t *values,
     }
 }
 
-static void keys(unsigned width, const struct perta_grouping *g, const void *units,
-                 uint8_t *to, size_t n)
+static void keys(unsigned width, const struct perta_grouping *g, const void *units, uint8_t *to,
+                 size_t n)
 {
     if (width == 2 && g->shift == 7) /* BF16 */
         keys_16(7, 8, g->first, g->n, units, to, n);
@@ -320,8 +318,8 @@ static size_t at_least(const uint8_t *x, uint8_t least, size_t n)
     size_t found = 0, at = 0;
     for (; at + 64 <= n; at += 64)
         found += ones(_mm512_cmpge_epu8_mask(load(x + at), splat(least)));
-    return found + ones(_mm512_mask_cmpge_epu8_mask(
-                       first(n - at), load_first(x + at, n - at), splat(least)));
+    return found + ones(_mm512_mask_cmpge_epu8_mask(first(n - at), load_first(x + at, n - at),
+                                                    splat(least)));
 }
 
 static void count(const uint8_t *x, size_t n, unsigned n_keys, uint32_t *counts)
@@ -336,8 +334,7 @@ static void count(const uint8_t *x, size_t n, unsigned n_keys, uint32_t *counts)
     }
 }
 
-static inline void scatter_64(__mmask64 valid, __m512i v, __m512i k, unsigned n_keys,
-                              uint8_t **to)
+static inline void scatter_64(__mmask64 valid, __m512i v, __m512i k, unsigned n_keys, uint8_t **to)
 {
     for (unsigned g = 0; g < n_keys; g++) {
         __mmask64 mask = _mm512_mask_cmpeq_epi8_mask(valid, k, splat((uint8_t)g));
@@ -346,19 +343,17 @@ static inline void scatter_64(__mmask64 valid, __m512i v, __m512i k, unsigned n_
     }
 }
 
-static void scatter(const uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys,
-                    uint8_t **to)
+static void scatter(const uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys, uint8_t **to)
 {
     size_t at = 0;
     for (; at + 64 <= n; at += 64)
         scatter_64(~0ull, load(x + at), load(of + at), n_keys, to);
     if (at < n)
-        scatter_64(first(n - at), load_first(x + at, n - at), load_first(of + at, n - at),
-                   n_keys, to);
+        scatter_64(first(n - at), load_first(x + at, n - at), load_first(of + at, n - at), n_keys,
+                   to);
 }
 
-static inline __m512i gather_64(__mmask64 valid, __m512i k, unsigned n_keys,
-                                const uint8_t **from)
+static inline __m512i gather_64(__mmask64 valid, __m512i k, unsigned n_keys, const uint8_t **from)
 {
     __m512i v = _mm512_setzero_si512();
     for (unsigned g = 0; g < n_keys; g++) {
@@ -369,8 +364,7 @@ static inline __m512i gather_64(__mmask64 valid, __m512i k, unsigned n_keys,
     return v;
 }
 
-static void gather(uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys,
-                   const uint8_t **from)
+static void gather(uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys, const uint8_t **from)
 {
     size_t at = 0;
     for (; at + 64 <= n; at += 64)
@@ -413,11 +407,10 @@ static void put(uint8_t *x, uint8_t least, size_t n, const uint8_t *from)
 
 static inline size_t find_32(__mmask32 mask, size_t base, uint16_t *at)
 {
-    alignas(64) static const uint16_t numbers[32] = {
-        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
-        16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
-    __m512i all =
-        _mm512_add_epi16(_mm512_load_si512(numbers), _mm512_set1_epi16((short)base));
+    alignas(64) static const uint16_t numbers[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10,
+                                                     11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                     22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+    __m512i all = _mm512_add_epi16(_mm512_load_si512(numbers), _mm512_set1_epi16((short)base));
     _mm512_storeu_si512(at, _mm512_maskz_compress_epi16(mask, all));
     return ones(mask);
 }
@@ -427,8 +420,8 @@ static size_t find(const uint8_t *x, uint8_t value, size_t n, uint16_t *to)
     size_t found = 0;
     for (size_t at = 0; at < n; at += 64) {
         __mmask64 valid = n - at < 64 ? first(n - at) : ~0ull;
-        __mmask64 mask = _mm512_mask_cmpeq_epi8_mask(
-            valid, _mm512_maskz_loadu_epi8(valid, x + at), splat(value));
+        __mmask64 mask = _mm512_mask_cmpeq_epi8_mask(valid, _mm512_maskz_loadu_epi8(valid, x + at),
+                                                     splat(value));
         found += find_32((__mmask32)mask, at, to + found);
         found += find_32((__mmask32)(mask >> 32), at + 32, to + found);
     }
@@ -455,16 +448,14 @@ static size_t at_least(const uint8_t *x, uint8_t least, size_t n)
     return found;
 }
 
-static void scatter(const uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys,
-                    uint8_t **to)
+static void scatter(const uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys, uint8_t **to)
 {
     (void)n_keys;
     for (size_t i = 0; i < n; i++)
         *to[of[i]]++ = x[i];
 }
 
-static void gather(uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys,
-                   const uint8_t **from)
+static void gather(uint8_t *x, const uint8_t *of, size_t n, unsigned n_keys, const uint8_t **from)
 {
     (void)n_keys;
     for (size_t i = 0; i < n; i++)

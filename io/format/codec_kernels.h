@@ -25,13 +25,13 @@ struct perta_codec_kernels {
     uint64_t (*zigzags)(unsigned width, bool ordered, const void *before, const void *after,
                         void *z, size_t n);
     /* to (n) = unmap(map(from) +- unzigzag(z)). */
-    void (*add)(unsigned width, bool ordered, const void *from, const void *z, bool minus,
-                void *to, size_t n);
+    void (*add)(unsigned width, bool ordered, const void *from, const void *z, bool minus, void *to,
+                size_t n);
     /* The low bits of z, 8 or what is left of them to a byte: those of unit i at
      * lows[..][i]. values (n) = min(z >> low, 255); where all bits are low 0. lows may be
      * NULL. */
-    void (*split)(unsigned width, unsigned low, const void *z, size_t n,
-                  uint8_t *const *lows, uint8_t *values);
+    void (*split)(unsigned width, unsigned low, const void *z, size_t n, uint8_t *const *lows,
+                  uint8_t *values);
     /* And back, but for values of 255; returns how many z are not zero. */
     uint64_t (*join)(unsigned width, unsigned low, const uint8_t *values,
                      const uint8_t *const *lows, void *z, size_t n);
@@ -46,8 +46,7 @@ struct perta_codec_kernels {
     size_t (*at_least)(const uint8_t *x, uint8_t least, size_t n);
     /* x[i] goes to the end of to[keys[i]], which moves on; gather is the way back. Keys are
      * below n_keys. */
-    void (*scatter)(const uint8_t *x, const uint8_t *keys, size_t n, unsigned n_keys,
-                    uint8_t **to);
+    void (*scatter)(const uint8_t *x, const uint8_t *keys, size_t n, unsigned n_keys, uint8_t **to);
     void (*gather)(uint8_t *x, const uint8_t *keys, size_t n, unsigned n_keys,
                    const uint8_t **from);
     /* Those x that are not less than least, one after another; returns how many. put is the

@@ -11,8 +11,7 @@
 #define PERTA_HEAD_BYTES 16u
 #define PERTA_GROUP_BYTES 9u
 /* Sections: head and gaps, low bits, fields and rest of each group, what overflows. */
-#define PERTA_SECTIONS_MAX \
-    (1 + PERTA_UNIT_MAX + 2 * (PERTA_GROUPS_MAX + 1) + PERTA_UNIT_MAX)
+#define PERTA_SECTIONS_MAX (1 + PERTA_UNIT_MAX + 2 * (PERTA_GROUPS_MAX + 1) + PERTA_UNIT_MAX)
 
 /* Units worked on at a time: what is read and made of them stays in the first cache. */
 #define PERTA_TILE 4096u
@@ -100,8 +99,8 @@ struct perta_layout {
         const uint8_t *values;        /* (n) */
     } groups[PERTA_GROUPS_MAX + 1];   /* crossers last */
     const uint8_t *gaps, *overflow;   /* overflow (n_overflow) a plane */
-    const uint8_t *
-        lows[PERTA_UNIT_MAX]; /* (n) the low bits, as perta_codec_kernels.join takes them */
+    const uint8_t
+        *lows[PERTA_UNIT_MAX]; /* (n) the low bits, as perta_codec_kernels.join takes them */
     size_t gaps_bytes, n_overflow;
     uint64_t n_changed;
 };
@@ -111,8 +110,8 @@ const char *perta_payload_read(struct perta_codec_scratch *s, enum perta_dtype d
                                size_t payload_bytes, size_t n, struct perta_layout *layout);
 /* to (n) = from (n) moved. from may turn out not to be what the payload was made of. */
 const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype dtype,
-                               const struct perta_layout *layout, const uint8_t *from,
-                               bool minus, uint8_t *to, size_t n);
+                               const struct perta_layout *layout, const uint8_t *from, bool minus,
+                               uint8_t *to, size_t n);
 /* ---- values, io/format/codec_values.c: a bit for each unit, set where it changes, then the new
  * values of those, in planes ---- */
 
@@ -127,7 +126,7 @@ const char *perta_values_count(const struct perta_codec_scratch *s, enum perta_d
 /* after (n) = before (n), with the values of the payload in s. *hash_kept: as the codec's.
  */
 const char *perta_values_read(const struct perta_codec_scratch *s, enum perta_dtype dtype,
-                              size_t payload_bytes, const uint8_t *before, uint8_t *after,
-                              size_t n, uint64_t *hash_kept);
+                              size_t payload_bytes, const uint8_t *before, uint8_t *after, size_t n,
+                              uint64_t *hash_kept);
 
 #endif

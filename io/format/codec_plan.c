@@ -6,7 +6,7 @@
 #define BLOCK 64
 
 /* Costs are in bits / 256 for all units of the sample. */
-#define BITS(n) ((uint64_t)(n)*256)
+#define BITS(n) ((uint64_t)(n) * 256)
 
 /* ---- dtypes ---- */
 
@@ -48,8 +48,7 @@ struct perta_grouping perta_codec_exponent(enum perta_dtype dtype)
 static uint32_t log2_256(uint32_t x)
 {
     uint32_t whole = 31u - (uint32_t)__builtin_clz(x);
-    uint32_t f =
-        (uint32_t)(((uint64_t)x << 16 >> whole) & 0xffff); /* x = 2^whole (1 + f) */
+    uint32_t f = (uint32_t)(((uint64_t)x << 16 >> whole) & 0xffff); /* x = 2^whole (1 + f) */
     uint32_t bump = (uint32_t)((uint64_t)f * (0x10000 - f) >> 16);
     return whole * 256 + ((f + bump * 88 / 256) >> 8);
 }
@@ -212,8 +211,7 @@ static uint64_t gaps_cost(uint32_t n_crossers, size_t n)
 }
 
 /* Groups from one floor up to the window's end; units below it join the lowest. */
-static void choose_floor(struct perta_codec_sample *s, size_t n,
-                         struct perta_codec_plan *plan)
+static void choose_floor(struct perta_codec_sample *s, size_t n, struct perta_codec_plan *plan)
 {
     struct perta_grouping *g = &plan->grouping;
     uint64_t low[PERTA_WINDOW], above = 0, best = UINT64_MAX;
@@ -256,9 +254,8 @@ static void choose_floor(struct perta_codec_sample *s, size_t n,
 }
 
 /* Values of the sample, by exponent; those of units that cross by the larger of the two. */
-static void count_values(const struct perta_codec_kernels *kernels,
-                         const struct perta_grouping *g, unsigned width,
-                         struct perta_codec_sample *s, size_t n)
+static void count_values(const struct perta_codec_kernels *kernels, const struct perta_grouping *g,
+                         unsigned width, struct perta_codec_sample *s, size_t n)
 {
     memset(s->n_counted, 0, sizeof s->n_counted);
     memset(s->counts[0], 0, g->n * sizeof *s->counts[0]);

@@ -11,8 +11,7 @@ static uint32_t get_le(const uint8_t *from, unsigned bytes)
 }
 
 /* The gaps must be n_crossers numbers that lead to positions below n. */
-static bool gaps_are_sound(const uint8_t *gaps, size_t len_bytes, size_t n_crossers,
-                           size_t n)
+static bool gaps_are_sound(const uint8_t *gaps, size_t len_bytes, size_t n_crossers, size_t n)
 {
     size_t at = 0, found = 0;
     for (size_t i = 0; i < len_bytes; i++) {
@@ -172,8 +171,8 @@ static void mark_crossers(struct reader *r, size_t at, size_t end, uint8_t *keys
 
 /* Values of the n units from number at on. False where the groups do not have as many: then
  * some were read that are not theirs, but no more than a tile. */
-static bool gather_tile(struct reader *r, const uint8_t *from, size_t at, size_t n,
-                        uint8_t *keys, uint8_t *values)
+static bool gather_tile(struct reader *r, const uint8_t *from, size_t at, size_t n, uint8_t *keys,
+                        uint8_t *values)
 {
     const struct perta_layout *l = r->l;
     r->kernels->keys(l->width, &l->grouping, from, keys, n);
@@ -229,8 +228,8 @@ static uint64_t join_tile(struct reader *r, const uint8_t *values, size_t at, si
 }
 
 const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype dtype,
-                               const struct perta_layout *l, const uint8_t *from,
-                               bool minus, uint8_t *to, size_t n)
+                               const struct perta_layout *l, const uint8_t *from, bool minus,
+                               uint8_t *to, size_t n)
 {
     struct reader r;
     bool ordered = perta_codec_is_ordered(dtype);
@@ -247,8 +246,8 @@ const char *perta_payload_move(struct perta_codec_scratch *s, enum perta_dtype d
             values = s->planes;
         }
         n_changed += join_tile(&r, values, at, len);
-        s->kernels->add(l->width, ordered, from + at * l->width, r.z, minus,
-                        to + at * l->width, len);
+        s->kernels->add(l->width, ordered, from + at * l->width, r.z, minus, to + at * l->width,
+                        len);
     }
     if (r.overflow != l->n_overflow || r.too_low)
         return "what overflows makes no sense";

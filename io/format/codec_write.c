@@ -38,8 +38,7 @@ static void add_section(struct chunk *c, const uint8_t *bytes, size_t len_bytes)
 /* ---- values and groups ---- */
 
 /* What is left of those z whose values overflow, as units, in s->spare. */
-static void take_overflow(struct chunk *c, const uint8_t *z, const uint8_t *values,
-                          size_t n)
+static void take_overflow(struct chunk *c, const uint8_t *z, const uint8_t *values, size_t n)
 {
     uint16_t at[PERTA_TILE_FOUND];
     size_t found = c->s->kernels->find(values, 255, n, at);
@@ -114,8 +113,7 @@ static void write_gaps(struct chunk *c)
     size_t from = 0; /* the unit after the last crosser */
     for (size_t tile = 0; c->plan.grouping.n > 1 && tile < c->n; tile += PERTA_TILE) {
         size_t len = c->n - tile < PERTA_TILE ? c->n - tile : PERTA_TILE;
-        size_t found =
-            c->s->kernels->find(keys + tile, (uint8_t)c->plan.grouping.n, len, at);
+        size_t found = c->s->kernels->find(keys + tile, (uint8_t)c->plan.grouping.n, len, at);
         for (size_t i = 0; i < found; i++) {
             size_t gap = tile + at[i] - from;
             for (; gap >= 255; gap -= 255)
@@ -149,8 +147,7 @@ static void write_overflow(struct chunk *c)
     for (unsigned b = 0; b < c->width; b++)
         lows[b] = c->end + b * c->n_overflow;
     c->overflow = c->end;
-    c->end +=
-        n_planes * c->n_overflow; /* where the next thing goes, after that of no use */
+    c->end += n_planes * c->n_overflow; /* where the next thing goes, after that of no use */
     c->s->kernels->split(c->width, 8 * n_planes, c->s->spare, c->n_overflow, lows, c->end);
 }
 
@@ -159,8 +156,7 @@ static uint32_t write_group(struct chunk *c, const uint8_t *values, size_t n, ui
 {
     const struct perta_codec_kernels *k = c->s->kernels;
     uint8_t full = (uint8_t)((1u << *bits) - 1);
-    size_t fields_bytes = perta_fields_bytes(n, *bits),
-           n_rest = k->at_least(values, full, n);
+    size_t fields_bytes = perta_fields_bytes(n, *bits), n_rest = k->at_least(values, full, n);
     if (fields_bytes + n_rest >= n) {
         *bits = 0;
         add_section(c, values, n);

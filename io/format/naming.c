@@ -94,12 +94,12 @@ bool perta_tied_pair(const struct perta_checkpoint *ck, const struct perta_ref *
 static bool is_tied_by_default(const char *type)
 {
     static const char *const types[] = {
-        "biogpt",     "bloom",        "cohere",     "cohere2",         "cohere2_moe",  "ctrl",
-        "ernie4_5",   "ernie4_5_moe", "falcon",     "falcon_mamba",    "gemma",        "gemma2",
-        "gemma3",     "gemma3_text",  "gemma3n",    "gemma3n_text",    "gemma4",       "gemma4_text",
-        "gpt2",       "gpt_bigcode",  "gpt_neo",    "jetmoe",          "lfm2",         "lfm2_moe",
-        "mamba",      "minicpm3",     "mpt",        "openai-gpt",      "opt",          "recurrent_gemma",
-        "smollm3",    "starcoder2",   "vaultgemma", "xglm",            "youtu",        "zamba",
+        "biogpt",   "bloom",        "cohere",     "cohere2",      "cohere2_moe", "ctrl",
+        "ernie4_5", "ernie4_5_moe", "falcon",     "falcon_mamba", "gemma",       "gemma2",
+        "gemma3",   "gemma3_text",  "gemma3n",    "gemma3n_text", "gemma4",      "gemma4_text",
+        "gpt2",     "gpt_bigcode",  "gpt_neo",    "jetmoe",       "lfm2",        "lfm2_moe",
+        "mamba",    "minicpm3",     "mpt",        "openai-gpt",   "opt",         "recurrent_gemma",
+        "smollm3",  "starcoder2",   "vaultgemma", "xglm",         "youtu",       "zamba",
         "zamba2",
     };
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
@@ -129,8 +129,8 @@ bool perta_is_tied(const struct perta_checkpoint *ck)
 
 bool perta_is_buffer_name(const char *name)
 {
-    static const char *const parts[] = {"inv_freq",    "original_inv_freq", "masked_bias",
-                                        "cos_cached",  "sin_cached",        "position_ids"};
+    static const char *const parts[] = {"inv_freq",   "original_inv_freq", "masked_bias",
+                                        "cos_cached", "sin_cached",        "position_ids"};
     const char *dot = strrchr(name, '.'), *last = dot ? dot + 1 : name;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         if (!strcmp(last, parts[i]))
@@ -141,10 +141,11 @@ bool perta_is_buffer_name(const char *name)
 bool perta_is_buffer(const struct perta_tensor *t)
 {
     /* GPT-2's mask, which is not a bias. */
-    bool is_mask = t->n_dims == 4 && t->shape[0] == 1 && t->shape[1] == 1 &&
-                   t->shape[2] == t->shape[3];
+    bool is_mask =
+        t->n_dims == 4 && t->shape[0] == 1 && t->shape[1] == 1 && t->shape[2] == t->shape[3];
     return perta_is_buffer_name(t->name) ||
-           (is_mask && (perta_text_ends_in(t->name, "attn.bias") || perta_text_ends_in(t->name, "attention.bias")));
+           (is_mask && (perta_text_ends_in(t->name, "attn.bias") ||
+                        perta_text_ends_in(t->name, "attention.bias")));
 }
 
 /* ---- prefixes ---- */
@@ -279,6 +280,6 @@ int perta_shapes_agree(const char *a_role, const struct perta_tensor *a, const c
                           "resize one of them so that both have the same tokens",
                           a->name, (unsigned long long)a->shape[0], a_role,
                           (unsigned long long)b->shape[0], b_role);
-    return perta_fail(err, PERTA_EINPUT, "tensor %s: shape %s in %s, %s in %s", a->name,
-                      a_shape, a_role, b_shape, b_role);
+    return perta_fail(err, PERTA_EINPUT, "tensor %s: shape %s in %s, %s in %s", a->name, a_shape,
+                      a_role, b_shape, b_role);
 }

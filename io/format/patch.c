@@ -32,7 +32,7 @@ static uint64_t get(const uint8_t **from, unsigned bytes)
 {
     uint64_t value = 0;
     for (unsigned b = 0; b < bytes; b++)
-        value |= (uint64_t) * (*from)++ << (8 * b);
+        value |= (uint64_t)*(*from)++ << (8 * b);
     return value;
 }
 
@@ -117,8 +117,7 @@ struct source {
     struct perta_err *damage; /* NULL: a digest that differs is an error */
 };
 
-static int damaged(const struct source *src, uint64_t at, const char *what,
-                   struct perta_err *err)
+static int damaged(const struct source *src, uint64_t at, const char *what, struct perta_err *err)
 {
     return perta_fail(err, PERTA_ECHECK, "%s: byte %llu: the patch is damaged: %s", src->path,
                       (ull)at, what);
@@ -131,8 +130,8 @@ static int wrong_digest(const struct source *src, uint64_t at, const char *what,
         return damaged(src, at, what, err);
     size_t len = strlen(src->damage->msg);
     if (len)
-        snprintf(src->damage->msg + len, sizeof src->damage->msg - len, "; byte %llu: %s",
-                 (ull)at, what);
+        snprintf(src->damage->msg + len, sizeof src->damage->msg - len, "; byte %llu: %s", (ull)at,
+                 what);
     damaged(src, at, what, src->damage); /* does nothing where it is filled */
     return 0;
 }
@@ -197,8 +196,7 @@ static int read_fixed_head(const struct source *src, struct head *head, struct p
     return 0;
 }
 
-static int read_headers(const struct source *src, struct perta_patch *patch,
-                        struct perta_err *err)
+static int read_headers(const struct source *src, struct perta_patch *patch, struct perta_err *err)
 {
     struct head head = {0};
     uint8_t *content = NULL;
@@ -279,8 +277,7 @@ static int read_footer(const struct source *src, struct perta_patch *patch, uint
     return rc;
 }
 
-static int read_entries(const struct source *src, struct perta_patch *patch,
-                        struct perta_err *err)
+static int read_entries(const struct source *src, struct perta_patch *patch, struct perta_err *err)
 {
     uint64_t digest = 0;
     uint8_t *table = NULL;
@@ -381,16 +378,15 @@ static int parse(const struct source *src, struct perta_patch **out, struct pert
 int perta_patch_parse(const uint8_t *bytes, uint64_t len_bytes, const char *path,
                       struct perta_patch **out, struct perta_err *err)
 {
-    return parse(&(struct source){.bytes = bytes, .len_bytes = len_bytes, .path = path}, out,
-                 err);
+    return parse(&(struct source){.bytes = bytes, .len_bytes = len_bytes, .path = path}, out, err);
 }
 
 int perta_patch_read(int fd, uint64_t file_bytes, const char *path, struct perta_err *damage,
                      struct perta_patch **out, struct perta_err *err)
 {
-    return parse(&(struct source){.fd = fd, .len_bytes = file_bytes, .path = path,
-                                  .damage = damage},
-                 out, err);
+    return parse(
+        &(struct source){.fd = fd, .len_bytes = file_bytes, .path = path, .damage = damage}, out,
+        err);
 }
 
 void perta_patch_free(struct perta_patch *patch)

@@ -11,8 +11,8 @@
 
 #include <stdint.h>
 
-#include "io/format/codec.h"
 #include "io/err.h"
+#include "io/format/codec.h"
 #include "io/format/safetensors.h"
 
 #define PERTA_PATCH_SUFFIX ".perta"
@@ -32,11 +32,11 @@ struct perta_patch_entry {
 
 struct perta_patch {
     struct perta_header *before;
-    struct perta_header *after; /* same pointer as before where the headers are the same */
+    struct perta_header *after;        /* same pointer as before where the headers are the same */
     struct perta_patch_entry *entries; /* (n_entries): tensors of after in order, chunks in order */
     uint64_t n_entries;
-    uint64_t head_bytes;  /* length of the head frame, where the first chunk frame starts */
-    uint64_t table_off;   /* where the table frame starts */
+    uint64_t head_bytes; /* length of the head frame, where the first chunk frame starts */
+    uint64_t table_off;  /* where the table frame starts */
     uint64_t file_bytes;
 };
 
@@ -50,8 +50,7 @@ PERTA_API int perta_patch_head_build(const struct perta_header *before,
 
 /* The table frame, to stand at the end of the file. *bytes is the caller's (free). */
 PERTA_API int perta_patch_table_build(const struct perta_patch_entry *entries, uint64_t n,
-                                      uint8_t **bytes, uint64_t *len_bytes,
-                                      struct perta_err *err);
+                                      uint8_t **bytes, uint64_t *len_bytes, struct perta_err *err);
 
 /* Parse a patch shard held in memory, or mapped, whole. Checks everything but the chunk frames:
  * magic, version, both headers (tensors of both agree in name, dtype and shape), that entries

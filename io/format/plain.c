@@ -5,8 +5,7 @@
 
 static void pass_space(struct perta_plain *p)
 {
-    while (p->at < p->end &&
-           (*p->at == ' ' || *p->at == '\n' || *p->at == '\t' || *p->at == '\r'))
+    while (p->at < p->end && (*p->at == ' ' || *p->at == '\n' || *p->at == '\t' || *p->at == '\r'))
         p->at++;
 }
 
@@ -69,8 +68,7 @@ bool perta_plain_raw(struct perta_plain *p, const char **text, size_t *len)
 static bool pass_bare(struct perta_plain *p)
 {
     const char *first = p->at;
-    while (p->at < p->end && *p->at &&
-           (isalnum((unsigned char)*p->at) || strchr("+-.", *p->at)))
+    while (p->at < p->end && *p->at && (isalnum((unsigned char)*p->at) || strchr("+-.", *p->at)))
         p->at++;
     return p->at > first;
 }

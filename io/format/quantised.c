@@ -30,7 +30,8 @@ static const char *find_key(const json_t *config, const json_t **value)
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (says_something(*value = json_object_get(config, keys[i])))
             return keys[i];
-    json_object_foreach ((json_t *)config, key, part) {
+    json_object_foreach((json_t *)config, key, part)
+    {
         const char *found = json_is_object(part) ? find_key(part, value) : NULL;
         if (found)
             return found;
@@ -131,8 +132,9 @@ static bool is_named_as_buffer(const char *name)
 /* Is it what turns codes into weights? */
 static bool is_named_as_scale(const char *name)
 {
-    static const char *const words[] = {"scale",    "scaling",   "absmax",   "scb",  "quant_map",
-                                        "codebook", "centroid", "zero_point", "quant_state", NULL};
+    static const char *const words[] = {"scale",       "scaling",  "absmax",   "scb",
+                                        "quant_map",   "codebook", "centroid", "zero_point",
+                                        "quant_state", NULL};
     for (size_t i = 0; words[i]; i++)
         if (strcasestr(last_part(name), words[i]))
             return true;
@@ -166,7 +168,8 @@ static int by_module(const void *a, const void *b)
     return compare_module(x->name, y->name, (size_t)(last_part(y->name) - y->name));
 }
 
-static int list_scales(struct scales *scales, const struct perta_checkpoint *ck, struct perta_err *err)
+static int list_scales(struct scales *scales, const struct perta_checkpoint *ck,
+                       struct perta_err *err)
 {
     scales->of = calloc(ck->n_tensors + 1, sizeof *scales->of);
     if (!scales->of)
@@ -192,7 +195,7 @@ static const struct perta_tensor *find_in_module(const struct scales *scales, co
     }
     low += low < scales->n && scales->of[low] == codes;
     return low < scales->n && !compare_module(scales->of[low]->name, module, len) ? scales->of[low]
-                                                                                   : NULL;
+                                                                                  : NULL;
 }
 
 /* The scales of codes: in the same module (mlp.weight, mlp.scale), or in one of the codes' own name
@@ -221,9 +224,10 @@ static int check_tensor(const struct perta_checkpoint *ck, const struct scales *
     if (rc)
         return rc;
     if (scale)
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s is %s, with %s beside it: the weights are quantised; " WHAT_TO_DO,
-                          path, t->name, perta_dtype_name(t->dtype), scale->name);
+        return perta_fail(
+            err, PERTA_EINPUT,
+            "%s: tensor %s is %s, with %s beside it: the weights are quantised; " WHAT_TO_DO, path,
+            t->name, perta_dtype_name(t->dtype), scale->name);
     if (is_integer(t->dtype) && t->n_dims && (is_named_as_codes(t->name) || is_matrix_of_codes(t)))
         return perta_fail(err, PERTA_EINPUT,
                           "%s: tensor %s is %s: the weights are quantised; " WHAT_TO_DO, path,

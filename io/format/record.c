@@ -79,8 +79,8 @@ static int parse_text(const char *path, const char *text, size_t len_bytes, bool
                : perta_fail(err, PERTA_EINPUT, "%s: %s", path, why.text);
 }
 
-int perta_record_load(const char *dir, bool whole, json_t **manifest,
-                      struct perta_digest_hex *hex, struct perta_err *err)
+int perta_record_load(const char *dir, bool whole, json_t **manifest, struct perta_digest_hex *hex,
+                      struct perta_err *err)
 {
     size_t len_bytes = 0;
     char *path = perta_path_join(dir, PERTA_RECORD_NAME), *text = NULL;
@@ -134,9 +134,10 @@ static bool scan_outputs(struct perta_plain *p, struct perta_record_files *files
     size_t len;
     int more = perta_plain_word(p, "{") ? 1 : -1;
     for (size_t i = 0; more > 0 && (more = next_key(p, i, &key, &len)) > 0; i++) {
-        bool good = perta_plain_is(key, len, "patch") ? perta_plain_word(p, "[")
-                                                       : perta_plain_pass(p);
-        for (size_t f = 0; good && perta_plain_is(key, len, "patch") && !perta_plain_word(p, "]"); f++)
+        bool good =
+            perta_plain_is(key, len, "patch") ? perta_plain_word(p, "[") : perta_plain_pass(p);
+        for (size_t f = 0; good && perta_plain_is(key, len, "patch") && !perta_plain_word(p, "]");
+             f++)
             good = (!f || perta_plain_word(p, ",")) && scan_file(p, files);
         if (!good)
             return false;
@@ -155,8 +156,8 @@ static bool scan(struct perta_plain *p, struct perta_record_files *files)
             good = perta_plain_raw(p, &format, &format_len);
             files->is_patch = good && perta_plain_is(format, format_len, "perta-patch");
         } else {
-            good = perta_plain_is(key, len, "outputs") ? scan_outputs(p, files)
-                                                       : perta_plain_pass(p);
+            good =
+                perta_plain_is(key, len, "outputs") ? scan_outputs(p, files) : perta_plain_pass(p);
         }
         if (!good)
             return false;

@@ -179,8 +179,8 @@ static int parse_tensor(struct perta_header *h, struct perta_tensor *t, const ch
     if (!dtype)
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no string \"dtype\"", path, name);
     if (!perta_dtype_parse(dtype, &t->dtype))
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: unknown dtype \"%.40s\"", path,
-                          name, dtype);
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: unknown dtype \"%.40s\"", path, name,
+                          dtype);
     int rc = parse_shape(h, t, json_object_get(info, "shape"), path, err);
     if (!rc)
         rc = parse_range(h, t, json_object_get(info, "data_offsets"), path, err);
@@ -198,11 +198,12 @@ static int parse_metadata(struct perta_header *h, json_t *metadata, const char *
         return perta_fail(err, PERTA_EINPUT, "%s: \"__metadata__\" is not an object", path);
     const char *key;
     json_t *value;
-    json_object_foreach(metadata, key, value) {
+    json_object_foreach(metadata, key, value)
+    {
         if (!json_is_string(value))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s: \"__metadata__\": the value of \"%.200s\" is not a string",
-                              path, key);
+                              "%s: \"__metadata__\": the value of \"%.200s\" is not a string", path,
+                              key);
     }
     h->metadata = json_incref(metadata);
     return 0;
@@ -216,7 +217,8 @@ static int parse_tensors(struct perta_header *h, json_t *root, const char *path,
         return perta_fail_sys(err, ENOMEM, "%s: header", path);
     const char *name;
     json_t *info;
-    json_object_foreach(root, name, info) {
+    json_object_foreach(root, name, info)
+    {
         int rc = !strcmp(name, "__metadata__")
                      ? parse_metadata(h, info, path, err)
                      : parse_tensor(h, &h->tensors[h->n_tensors++], name, info, path, err);
@@ -274,8 +276,8 @@ static int check_layout(const struct perta_header *h, const char *path, struct p
         const struct perta_tensor *t = &h->tensors[i];
         if (t->off_bytes > at)
             return perta_fail(err, PERTA_EINPUT,
-                              "%s: byte %llu: a hole of %llu bytes before tensor %s", path,
-                              (ull)at, (ull)(t->off_bytes - at), t->name);
+                              "%s: byte %llu: a hole of %llu bytes before tensor %s", path, (ull)at,
+                              (ull)(t->off_bytes - at), t->name);
         if (t->off_bytes < at)
             return perta_fail(err, PERTA_EINPUT, "%s: byte %llu: tensor %s overlaps tensor %s",
                               path, (ull)t->off_bytes, t->name, h->tensors[i - 1].name);
@@ -387,8 +389,8 @@ static int parse_member(struct perta_header *h, struct plain *plain, const char 
 
 static int parse_plain(struct perta_header *h, const char *path, struct perta_err *err)
 {
-    struct plain plain = {.text = {(const char *)h->bytes + PREFIX_BYTES,
-                                   (const char *)h->bytes + h->len_bytes}};
+    struct plain plain = {
+        .text = {(const char *)h->bytes + PREFIX_BYTES, (const char *)h->bytes + h->len_bytes}};
     struct perta_plain *p = &plain.text;
     if (!perta_plain_word(p, "{"))
         return 1;
@@ -439,8 +441,8 @@ static int parse_tree(struct perta_header *h, const char *path, struct perta_err
                           where.text);
     int rc = json_is_object(root)
                  ? parse_tensors(h, root, path, err)
-                 : perta_fail(err, PERTA_EINPUT,
-                              "%s: byte %d: the header is not a JSON object", path, PREFIX_BYTES);
+                 : perta_fail(err, PERTA_EINPUT, "%s: byte %d: the header is not a JSON object",
+                              path, PREFIX_BYTES);
     json_decref(root);
     return rc;
 }
@@ -490,9 +492,8 @@ int perta_safetensors_parse(const uint8_t *bytes, uint64_t len_bytes, uint64_t f
     if (rc)
         return rc;
     if (header_bytes > len_bytes)
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: the header takes %llu bytes, only %llu are there", path,
-                          (ull)header_bytes, (ull)len_bytes);
+        return perta_fail(err, PERTA_EINPUT, "%s: the header takes %llu bytes, only %llu are there",
+                          path, (ull)header_bytes, (ull)len_bytes);
     uint8_t *copy = malloc(header_bytes);
     if (!copy)
         return perta_fail_sys(err, ENOMEM, "%s: header", path);

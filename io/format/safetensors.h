@@ -9,8 +9,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "io/format/dtype.h"
 #include "io/err.h"
+#include "io/format/dtype.h"
 
 #define PERTA_HEADER_MAX_BYTES 100000000u
 
@@ -30,9 +30,9 @@ struct perta_header {
     struct perta_tensor *tensors; /* (n_tensors), in order of off_bytes, then as in the JSON */
     uint64_t n_tensors;
     struct perta_words *words; /* what names and shapes lie in */
-    json_t *metadata;   /* "__metadata__", string to string; NULL where there is none */
-    uint8_t *bytes;     /* the header as it stands in the file, length prefix included */
-    uint64_t len_bytes; /* of bytes: where the data starts */
+    json_t *metadata;          /* "__metadata__", string to string; NULL where there is none */
+    uint8_t *bytes;            /* the header as it stands in the file, length prefix included */
+    uint64_t len_bytes;        /* of bytes: where the data starts */
     uint64_t file_len_bytes;
 };
 
@@ -51,8 +51,8 @@ PERTA_API int perta_safetensors_read(int fd, uint64_t file_len_bytes, const char
  * off_bytes and len_bytes of each are set. metadata may be NULL. The data starts at a multiple
  * of 8 bytes (the JSON is padded with spaces). *bytes is the caller's, freed with free(). */
 PERTA_API int perta_safetensors_build(struct perta_tensor *tensors, uint64_t n,
-                                      const json_t *metadata, uint8_t **bytes,
-                                      uint64_t *len_bytes, struct perta_err *err);
+                                      const json_t *metadata, uint8_t **bytes, uint64_t *len_bytes,
+                                      struct perta_err *err);
 
 /* The same tensors (n) in order of their names; the caller's (free). NULL without memory. */
 const struct perta_tensor **perta_tensors_by_name(const struct perta_tensor *tensors, uint64_t n);

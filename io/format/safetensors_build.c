@@ -20,8 +20,7 @@ static int lay_out(struct perta_tensor *tensors, uint64_t n, struct perta_err *e
         struct perta_tensor *t = &tensors[i];
         if (perta_mul_overflows(t->n_elems, perta_dtype_bits(t->dtype), &bits) || bits % 8 ||
             at + bits / 8 > INT64_MAX)
-            return perta_fail(err, PERTA_EINPUT, "tensor %s: its size cannot be written",
-                              t->name);
+            return perta_fail(err, PERTA_EINPUT, "tensor %s: its size cannot be written", t->name);
         t->off_bytes = at;
         t->len_bytes = bits / 8;
         at += t->len_bytes;

@@ -136,8 +136,8 @@ const char *perta_which_kind(const char *path)
 
 static bool is_pickle(const char *folder, const char *name)
 {
-    static const char *const suffixes[] = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
-                                           ".pkl", ".nemo"};
+    static const char *const suffixes[] = {".bin", ".pt",      ".pth", ".ckpt",
+                                           ".h5",  ".msgpack", ".pkl", ".nemo"};
     (void)folder;
     for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++)
         if (perta_text_ends_in(name, suffixes[i]))
@@ -175,10 +175,10 @@ static bool is_any(const char *folder, const char *name)
     return *name != '.';
 }
 
-#define CONVERT_PICKLE                                                                            \
+#define CONVERT_PICKLE \
     "load it with transformers and save it again (save_pretrained writes safetensors)"
-#define CONVERT_GGUF                                                                              \
-    "GGUF is made from a model: give that one, or load it with transformers "                      \
+#define CONVERT_GGUF                                                          \
+    "GGUF is made from a model: give that one, or load it with transformers " \
     "(from_pretrained, gguf_file) and save it again (save_pretrained writes safetensors)"
 
 static int say_pickle(const char *folder, const char *name, const char *how, struct perta_err *err)
@@ -194,11 +194,12 @@ static int say_cache(const char *folder, struct perta_err *err)
         return perta_fail_sys(err, ENOMEM, "%s", folder);
     char *revision = find(snapshots, is_any);
     free(snapshots);
-    int rc = perta_fail(err, PERTA_EINPUT,
-                        "%s: a folder of the Hugging Face cache; give the folder below snapshots/%s%s"
-                        "%s%s",
-                        folder, revision ? ": " : "", revision ? folder : "",
-                        revision ? "/snapshots/" : "", revision ? revision : "");
+    int rc =
+        perta_fail(err, PERTA_EINPUT,
+                   "%s: a folder of the Hugging Face cache; give the folder below snapshots/%s%s"
+                   "%s%s",
+                   folder, revision ? ": " : "", revision ? folder : "",
+                   revision ? "/snapshots/" : "", revision ? revision : "");
     free(revision);
     return rc;
 }
@@ -209,8 +210,9 @@ static int say_inner(const char *folder, const char *inner, struct perta_err *er
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", folder);
     const char *kind = perta_which_kind(path);
-    int rc = perta_fail(err, PERTA_EINPUT, "%s: no " SUFFIX " file in this folder; is %s meant?%s%s",
-                        folder, path, kind ? " It is " : "", kind ? kind : "");
+    int rc =
+        perta_fail(err, PERTA_EINPUT, "%s: no " SUFFIX " file in this folder; is %s meant?%s%s",
+                   folder, path, kind ? " It is " : "", kind ? kind : "");
     free(path);
     return rc;
 }
@@ -307,7 +309,8 @@ static int check_families(const struct perta_checkpoint *ck, struct perta_err *e
     for (uint32_t i = 1; i < ck->n_shards && !ck->index; i++)
         if (family_of(ck->shards[i].name) != family_of(ck->shards[0].name))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s: no " PERTA_INDEX_NAME " says which files are the model's, and %s "
+                              "%s: no " PERTA_INDEX_NAME
+                              " says which files are the model's, and %s "
                               "and %s are not of one; move one of them away, or give one itself",
                               ck->path, ck->shards[0].name, ck->shards[i].name);
     return 0;
@@ -346,8 +349,9 @@ int perta_which_model(const struct perta_checkpoint *ck, struct perta_err *err)
     if (ck->is_adapter || !is_of_adapter(ck))
         return 0;
     const char *slash = strrchr(ck->path, '/');
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: the weights of a PEFT adapter, where a model is wanted; as --tuned, give "
-                      "the folder that holds them and " PERTA_ADAPTER_CONFIG ": %.*s",
-                      ck->path, slash ? (int)(slash - ck->path) : 1, slash ? ck->path : ".");
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: the weights of a PEFT adapter, where a model is wanted; as --tuned, give "
+        "the folder that holds them and " PERTA_ADAPTER_CONFIG ": %.*s",
+        ck->path, slash ? (int)(slash - ck->path) : 1, slash ? ck->path : ".");
 }

@@ -22,15 +22,43 @@
 #define SHOWN_MAX 5 /* names in a message */
 
 /* What writers of checkpoints put beside weights. Anything else may be somebody's only copy. */
-static const char *const beside[] = {
-    "config.json", INDEX, "adapter_config.json", "generation_config.json", "tokenizer*.json",
-    "tokenizer.model*", "tekken.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "spiece.model", "spm.model",
-    "sentencepiece.bpe.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "image_processor_config.json", "configuration.json", "params.json", "trainer_state.json",
-    "modules.json", "README.md", "MODEL_CARD.md", "USE_POLICY.md", "LICENSE", "LICENSE.*",
-    "LICENCE", "NOTICE", "NOTICE.*", "Notice", ".gitattributes"};
+static const char *const beside[] = {"config.json",
+                                     INDEX,
+                                     "adapter_config.json",
+                                     "generation_config.json",
+                                     "tokenizer*.json",
+                                     "tokenizer.model*",
+                                     "tekken.json",
+                                     "special_tokens_map.json",
+                                     "added_tokens.json",
+                                     "vocab.json",
+                                     "vocab.txt",
+                                     "vocab.bpe",
+                                     "merges.txt",
+                                     "spiece.model",
+                                     "spm.model",
+                                     "sentencepiece.bpe.model",
+                                     "*.tiktoken",
+                                     "chat_template.jinja",
+                                     "chat_template.json",
+                                     "preprocessor_config.json",
+                                     "processor_config.json",
+                                     "video_preprocessor_config.json",
+                                     "image_processor_config.json",
+                                     "configuration.json",
+                                     "params.json",
+                                     "trainer_state.json",
+                                     "modules.json",
+                                     "README.md",
+                                     "MODEL_CARD.md",
+                                     "USE_POLICY.md",
+                                     "LICENSE",
+                                     "LICENSE.*",
+                                     "LICENCE",
+                                     "NOTICE",
+                                     "NOTICE.*",
+                                     "Notice",
+                                     ".gitattributes"};
 
 struct look {
     const char *path, *like;
@@ -39,10 +67,10 @@ struct look {
     size_t n;
     struct perta_record_files record;
     struct perta_index *index; /* NULL: none */
-    size_t n_shards; /* of the names */
-    bool has_config; /* of a model */
+    size_t n_shards;           /* of the names */
+    bool has_config;           /* of a model */
     bool has_adapter;
-    bool whole; /* weights were found */
+    bool whole;        /* weights were found */
     char foreign[512]; /* what is not of it, for the message */
     unsigned n_foreign;
 };
@@ -120,8 +148,8 @@ static int is_object(const struct look *look, const char *name, bool *ours, stru
     int rc = path ? perta_file_text(path, &text, &len_bytes, err)
                   : perta_fail_sys(err, ENOMEM, "%s", name);
     struct perta_plain all = {text, text + len_bytes}, at = all;
-    *ours = !rc && perta_plain_word(&at, "{") && perta_plain_pass(&all) &&
-            perta_plain_word(&all, "");
+    *ours =
+        !rc && perta_plain_word(&at, "{") && perta_plain_pass(&all) && perta_plain_word(&all, "");
     free(text);
     free(path);
     return rc;
@@ -153,7 +181,8 @@ static int find_config(struct look *look, struct perta_err *err)
     int rc = path ? 0 : perta_fail_sys(err, ENOMEM, "%s", look->path);
     if (!rc && !lstat(path, &st) && S_ISREG(st.st_mode))
         rc = perta_file_text(path, &text, &len_bytes, err);
-    look->has_config = !rc && text && has_key_of_model((struct perta_plain){text, text + len_bytes});
+    look->has_config =
+        !rc && text && has_key_of_model((struct perta_plain){text, text + len_bytes});
     free(text);
     free(path);
     return rc;
@@ -209,8 +238,7 @@ static int compare_files(const char *a, const char *b, bool beginning, struct pe
 }
 
 /* Where like, a folder or a file, has what is called name; the caller's. NULL: nowhere. */
-static int find_like(const struct look *look, const char *name, char **other,
-                     struct perta_err *err)
+static int find_like(const struct look *look, const char *name, char **other, struct perta_err *err)
 {
     struct stat st;
     *other = NULL;
@@ -278,9 +306,9 @@ static bool is_weights(const struct look *look, const char *name)
     return !strcmp(name, SINGLE) || is_indexed(look, name) ||
            !fnmatch("model-[0-9]*-of-[0-9]*.safetensors", name, 0) ||
            (look->has_adapter && !strcmp(name, ADAPTER)) ||
-           (look->has_config && (!fnmatch("model.*.safetensors", name, 0) ||
-                                 !fnmatch("consolidated*.safetensors", name, 0) ||
-                                 look->n_shards == 1));
+           (look->has_config &&
+            (!fnmatch("model.*.safetensors", name, 0) ||
+             !fnmatch("consolidated*.safetensors", name, 0) || look->n_shards == 1));
 }
 
 static bool is_beside(const char *name)
@@ -339,8 +367,8 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
         return is_shard_part(path, ours, err);
     if (!strcmp(name, PERTA_RECORD_NAME)) { /* one that was torn is no JSON */
         int rc = read_start(path, &first, 1, &len_bytes, err);
-        *ours = !rc && (look->record.is_patch ||
-                        (!look->record.is_whole && (first == '{' || !first)));
+        *ours =
+            !rc && (look->record.is_patch || (!look->record.is_whole && (first == '{' || !first)));
         return rc;
     }
     *ours = is_beside(name) || perta_text_ends_in(name, ".perta-journal") || is_scratch(look, name);
@@ -350,8 +378,8 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
 /* Work of estimate and of steps. */
 static bool is_work_folder(const char *name)
 {
-    static const char *const work[] = {SCRATCH, "scales-[0-9]*", "gradients-[0-9]*",
-                                       "mean", "meansq", "*.perta-partial", "*.perta-replaced"};
+    static const char *const work[] = {SCRATCH,  "scales-[0-9]*",   "gradients-[0-9]*", "mean",
+                                       "meansq", "*.perta-partial", "*.perta-replaced"};
     for (size_t i = 0; i < sizeof work / sizeof *work; i++)
         if (!fnmatch(work[i], name, FNM_PERIOD))
             return true;
@@ -455,22 +483,24 @@ static int say(const struct look *look, struct perta_err *err)
     return perta_fail(err, PERTA_EUSAGE,
                       "%s: exists and holds what is not of a %s: %s%s; --force does not replace "
                       "it; move that away, or choose another name",
-                      look->path, look->record.is_patch ? "patch" : "checkpoint", look->foreign, more);
+                      look->path, look->record.is_patch ? "patch" : "checkpoint", look->foreign,
+                      more);
 }
 
 static int check(struct look *look, struct perta_err *err)
 {
-    int rc = perta_is_mount_point(look->path)
-                 ? perta_fail(err, PERTA_EUSAGE, "%s: exists and is a mount point; it stays",
-                              look->path)
-                 : 0;
+    int rc =
+        perta_is_mount_point(look->path)
+            ? perta_fail(err, PERTA_EUSAGE, "%s: exists and is a mount point; it stays", look->path)
+            : 0;
     for (size_t i = 0; i < look->n && !rc; i++) {
         char *path = perta_path_join(look->path, look->names[i]);
         rc = path ? judge(look, path, look->names[i], err)
                   : perta_fail_sys(err, ENOMEM, "%s", look->path);
         free(path);
     }
-    bool whole = look->record.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
+    bool whole =
+        look->record.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
     return rc || (whole && !look->n_foreign) ? rc : say(look, err);
 }
 

@@ -76,21 +76,29 @@ static int check_target(const char *path, const char *like, bool force, bool *re
     struct stat st;
     *replace = false;
     if (ends_in_dots(path))
-        return perta_fail(err, PERTA_EUSAGE, "%s: ends in . or .., which names no new folder; write "
-                          "the folder's own name", path);
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: ends in . or .., which names no new folder; write "
+                          "the folder's own name",
+                          path);
     if (lstat(path, &st))
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
     if (S_ISDIR(st.st_mode) && perta_is_mount_point(path))
-        return perta_fail(err, PERTA_EUSAGE, "%s: exists and is a mount point, which cannot be "
-                          "replaced; give a folder in it", path);
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: exists and is a mount point, which cannot be "
+                          "replaced; give a folder in it",
+                          path);
     if (S_ISDIR(st.st_mode) && is_empty_dir(path)) /* a link cannot be renamed over */
         return 0;
     if (!force)
-        return perta_fail(err, PERTA_EUSAGE, "%s: exists; choose another name, or --force to "
-                          "replace it", path);
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: exists; choose another name, or --force to "
+                          "replace it",
+                          path);
     if (!S_ISDIR(st.st_mode))
-        return perta_fail(err, PERTA_EUSAGE, "%s: exists and is %s, no folder; --force does not "
-                          "replace it", path, S_ISLNK(st.st_mode) ? "a link" : "a file");
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: exists and is %s, no folder; --force does not "
+                          "replace it",
+                          path, S_ISLNK(st.st_mode) ? "a link" : "a file");
     *replace = true;
     return perta_owned_check(path, PERTA_OWNED_OUTPUT, like, err);
 }
@@ -154,8 +162,7 @@ static int check_apart(const char *output, const char *other, const char *what,
 }
 
 /* What both beginnings have in common. */
-static int aim(struct perta_publish *out, const char *path, const char *like,
-               struct perta_err *err)
+static int aim(struct perta_publish *out, const char *path, const char *like, struct perta_err *err)
 {
     *out = (struct perta_publish){.like = like};
     size_t len = strlen(path);
@@ -175,8 +182,10 @@ static int check_partial(const struct perta_publish *out, struct perta_err *err)
 {
     struct stat st;
     if (!lstat(out->partial, &st) && !S_ISDIR(st.st_mode))
-        return perta_fail(err, PERTA_EUSAGE, "%s: exists and is no folder that a run of perta "
-                          "left; move it away, or choose another output", out->partial);
+        return perta_fail(err, PERTA_EUSAGE,
+                          "%s: exists and is no folder that a run of perta "
+                          "left; move it away, or choose another output",
+                          out->partial);
     return perta_owned_check(out->partial, PERTA_OWNED_LEFTOVER, out->like, err);
 }
 
@@ -443,8 +452,10 @@ static int check_mark(const char *path, const char *mark, struct perta_err *err)
     int rc = perta_pread_all(fd, start, n, 0, path, err);
     close(fd);
     if (!rc && !strstr(start, mark) && !is_torn(start, n))
-        rc = perta_fail(err, PERTA_EUSAGE, "%s: exists, and perta did not write it; --force does "
-                        "not replace it; choose another name", path);
+        rc = perta_fail(err, PERTA_EUSAGE,
+                        "%s: exists, and perta did not write it; --force does "
+                        "not replace it; choose another name",
+                        path);
     return rc;
 }
 

@@ -12,12 +12,12 @@
 #include "io/file.h"
 
 struct perta_publish {
-    char *path;    /* the folder's own name */
-    char *partial; /* where it is filled: path + ".perta-partial" */
+    char *path;       /* the folder's own name */
+    char *partial;    /* where it is filled: path + ".perta-partial" */
     const char *like; /* borrowed: a folder, copies of whose files may be replaced; or NULL */
-    bool adopted; /* partial was left by another run: files in it may be replaced */
-    bool made;    /* partial is ours to rename or remove */
-    bool keep;    /* do not remove it: a run with --resume goes on with it */
+    bool adopted;     /* partial was left by another run: files in it may be replaced */
+    bool made;        /* partial is ours to rename or remove */
+    bool keep;        /* do not remove it: a run with --resume goes on with it */
     bool replace;
 };
 

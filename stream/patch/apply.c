@@ -6,8 +6,8 @@
 
 #include "io/fpenv.h"
 #include "stream/arguments.h"
-#include "stream/patch/in_place.h"
 #include "stream/input.h"
+#include "stream/patch/in_place.h"
 #include "stream/patch/model_out.h"
 #include "stream/patch/patch_in.h"
 #include "stream/patch/resume.h"
@@ -27,10 +27,10 @@ struct job {
 
     /* where next() stands: chunks in order of the output's header */
     uint32_t shard;
-    uint64_t tensor, entry;    /* entry: next chunk of that tensor, in the table */
-    uint64_t unit;             /* first of that chunk, in the tensor */
-    uint64_t *starts;          /* of this shard: each tensor's first entry */
-    uint32_t shards_begun;     /* the owner's, for commit() */
+    uint64_t tensor, entry; /* entry: next chunk of that tensor, in the table */
+    uint64_t unit;          /* first of that chunk, in the tensor */
+    uint64_t *starts;       /* of this shard: each tensor's first entry */
+    uint32_t shards_begun;  /* the owner's, for commit() */
 };
 
 static const struct perta_header *out_header(const struct job *job, uint32_t shard)
@@ -45,9 +45,9 @@ static int index_shard(struct job *job, struct perta_err *err)
     const struct perta_header *header = out_header(job, job->shard);
     free(job->starts);
     job->starts = calloc(header->n_tensors + 1, sizeof *job->starts);
-    return job->starts ? perta_patch_in_starts(&job->patch.shards[job->shard], header,
-                                               job->starts, err)
-                       : perta_fail_sys(err, ENOMEM, "table");
+    return job->starts
+               ? perta_patch_in_starts(&job->patch.shards[job->shard], header, job->starts, err)
+               : perta_fail_sys(err, ENOMEM, "table");
 }
 
 /* Go to the next tensor that has chunks. 1: there is one. */
@@ -133,8 +133,8 @@ static int reach_shard(struct job *job, uint32_t shard, struct perta_err *err)
     int rc = 0;
     while (!rc && job->shards_begun <= shard) {
         if (job->shards_begun)
-            rc = perta_model_out_shard_end(&job->out,
-                                           job->patch.shards[job->shards_begun - 1].name, err);
+            rc = perta_model_out_shard_end(&job->out, job->patch.shards[job->shards_begun - 1].name,
+                                           err);
         if (!rc && job->shards_begun < job->patch.n_shards) {
             const struct perta_header *header = out_header(job, job->shards_begun);
             rc = perta_model_out_shard(&job->out, job->patch.shards[job->shards_begun].name,
@@ -156,8 +156,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     int rc = reach_shard(job, piece->shard, err);
     if (rc)
         return rc;
-    const void *after =
-        entry->encoding == PERTA_ENC_ZERO ? model->data : piece->out;
+    const void *after = entry->encoding == PERTA_ENC_ZERO ? model->data : piece->out;
     rc = perta_model_out_append(&job->out, after, model->len_bytes, err);
     return rc ? rc : perta_resume_point(&job->resume, piece, job->stream, err);
 }
@@ -175,8 +174,8 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
             sizes->total_bytes += p->after->tensors[t].len_bytes;
         }
         for (uint64_t e = 0; e < p->n_entries; e++) {
-            frame_max = p->entries[e].frame_bytes > frame_max ? p->entries[e].frame_bytes
-                                                              : frame_max;
+            frame_max =
+                p->entries[e].frame_bytes > frame_max ? p->entries[e].frame_bytes : frame_max;
             sizes->total_bytes += p->entries[e].frame_bytes;
         }
     }
@@ -237,8 +236,7 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     job->out.engine = perta_stream_engine(job->stream);
     job->out.writer_bufs = perta_stream_writer_bufs(job->stream, 0);
     rc = perta_input_open_files(&job->model, job->out.engine->wants_direct, err);
-    return rc ? rc
-              : perta_patch_in_open_files(&job->patch, job->out.engine->wants_direct, err);
+    return rc ? rc : perta_patch_in_open_files(&job->patch, job->out.engine->wants_direct, err);
 }
 
 /* Take up what was left, and find the place again. */
@@ -275,8 +273,8 @@ static int check_promise(const struct job *job, struct perta_err *err)
     for (size_t i = 0; job->forward && i < json_array_size(promised); i++) {
         const char *want =
             json_string_value(json_object_get(json_array_get(promised, i), "sha256"));
-        const char *have = json_string_value(
-            json_object_get(json_array_get(job->out.shards, i), "sha256"));
+        const char *have =
+            json_string_value(json_object_get(json_array_get(job->out.shards, i), "sha256"));
         if (!want || !have || strcmp(want, have))
             return perta_fail(err, PERTA_ECHECK,
                               "%s: SHA-256 %s, %s/manifest.json says %s: the patch is damaged",
@@ -312,11 +310,11 @@ static int run_all(struct job *job, const struct perta_run *run, json_t **summar
     if (!rc)
         rc = finish(job, &left_behind, err);
     if (!rc)
-        *summary = json_pack("{s:I, s:I, s:I, s:O?, s:O}", "chunks",
-                             (json_int_t)job->resume.counts[0], "read_bytes",
-                             (json_int_t)perta_stream_read_bytes(job->stream), "written_bytes",
-                             (json_int_t)job->out.written_bytes, "shards", job->out.shards,
-                             "left_behind", left_behind);
+        *summary =
+            json_pack("{s:I, s:I, s:I, s:O?, s:O}", "chunks", (json_int_t)job->resume.counts[0],
+                      "read_bytes", (json_int_t)perta_stream_read_bytes(job->stream),
+                      "written_bytes", (json_int_t)job->out.written_bytes, "shards",
+                      job->out.shards, "left_behind", left_behind);
     json_decref(left_behind);
     return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", job->apply->out);
 }

@@ -6,9 +6,9 @@
 
 typedef unsigned long long ull;
 
-const struct perta_patch_entry *perta_chain_entry(const struct perta_chain *chain,
-                                                  uint32_t k, uint32_t shard,
-                                                  uint64_t tensor, uint64_t first_unit)
+const struct perta_patch_entry *perta_chain_entry(const struct perta_chain *chain, uint32_t k,
+                                                  uint32_t shard, uint64_t tensor,
+                                                  uint64_t first_unit)
 {
     const struct perta_patch *patch = chain->patches[k].shards[shard].patch;
     uint64_t first = chain->starts[k * chain->after.n_tensors + tensor];
@@ -41,17 +41,15 @@ static int check_shard(const struct perta_patch_in_shard *from,
     if (!tensor)
         tensor = unmatched(b, a);
     if (tensor)
-        return perta_fail(
-            err, PERTA_ECHECK,
-            "%s does not follow %s: tensor %s is in one of them only, or differs "
-            "in dtype or shape",
-            to->path, from->path, tensor->name);
-    return perta_fail(
-        err, PERTA_ECHECK,
-        "%s does not follow %s: the same tensors, but headers that differ in order "
-        "or metadata: digest %016llx, the one before leads to %016llx",
-        to->path, from->path, (ull)perta_hash64(b->bytes, b->len_bytes),
-        (ull)perta_hash64(a->bytes, a->len_bytes));
+        return perta_fail(err, PERTA_ECHECK,
+                          "%s does not follow %s: tensor %s is in one of them only, or differs "
+                          "in dtype or shape",
+                          to->path, from->path, tensor->name);
+    return perta_fail(err, PERTA_ECHECK,
+                      "%s does not follow %s: the same tensors, but headers that differ in order "
+                      "or metadata: digest %016llx, the one before leads to %016llx",
+                      to->path, from->path, (ull)perta_hash64(b->bytes, b->len_bytes),
+                      (ull)perta_hash64(a->bytes, a->len_bytes));
 }
 
 static int check_shards(const struct perta_patch_in *from, const struct perta_patch_in *to,
@@ -72,8 +70,8 @@ static int check_shards(const struct perta_patch_in *from, const struct perta_pa
     return 0;
 }
 
-static int check_chunk(const struct perta_chain *chain, uint32_t k,
-                       const struct perta_chunk_at *at, struct perta_err *err)
+static int check_chunk(const struct perta_chain *chain, uint32_t k, const struct perta_chunk_at *at,
+                       struct perta_err *err)
 {
     uint64_t made =
         perta_chain_entry(chain, k - 1, at->shard, at->index, at->first_unit)->hash_after;
@@ -81,13 +79,13 @@ static int check_chunk(const struct perta_chain *chain, uint32_t k,
         perta_chain_entry(chain, k, at->shard, at->index, at->first_unit)->hash_before;
     if (made == wanted)
         return 0;
-    return perta_fail(
-        err, PERTA_ECHECK,
-        "%s does not follow %s: tensor %s, elements %llu to %llu: it goes out from "
-        "digest %016llx, the one before leads to %016llx; is the order right?",
-        chain->patches[k].shards[at->shard].path,
-        chain->patches[k - 1].shards[at->shard].path, at->info->name, (ull)at->first_unit,
-        (ull)(at->first_unit + at->n_units - 1), (ull)wanted, (ull)made);
+    return perta_fail(err, PERTA_ECHECK,
+                      "%s does not follow %s: tensor %s, elements %llu to %llu: it goes out from "
+                      "digest %016llx, the one before leads to %016llx; is the order right?",
+                      chain->patches[k].shards[at->shard].path,
+                      chain->patches[k - 1].shards[at->shard].path, at->info->name,
+                      (ull)at->first_unit, (ull)(at->first_unit + at->n_units - 1), (ull)wanted,
+                      (ull)made);
 }
 
 static int check_chunks(const struct perta_chain *chain, struct perta_err *err)
@@ -105,8 +103,8 @@ static int check_chunks(const struct perta_chain *chain, struct perta_err *err)
 
 /* ---- opening ---- */
 
-static int view_model(const struct perta_patch_in *patch, bool after,
-                      struct perta_checkpoint *ck, struct perta_err *err)
+static int view_model(const struct perta_patch_in *patch, bool after, struct perta_checkpoint *ck,
+                      struct perta_err *err)
 {
     *ck = (struct perta_checkpoint){.path = patch->path, .n_shards = patch->n_shards};
     ck->shards = calloc(patch->n_shards + 1, sizeof *ck->shards);

@@ -26,8 +26,8 @@ void perta_chain_close(struct perta_chain *chain);
 
 /* The entry that patch k has for a chunk of after: tensor counts over all shards,
  * first_unit within the tensor. */
-const struct perta_patch_entry *perta_chain_entry(const struct perta_chain *chain,
-                                                  uint32_t k, uint32_t shard,
-                                                  uint64_t tensor, uint64_t first_unit);
+const struct perta_patch_entry *perta_chain_entry(const struct perta_chain *chain, uint32_t k,
+                                                  uint32_t shard, uint64_t tensor,
+                                                  uint64_t first_unit);
 
 #endif

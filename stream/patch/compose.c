@@ -7,8 +7,8 @@
 #include "io/fpenv.h"
 #include "io/text.h"
 #include "stream/arguments.h"
-#include "stream/patch/chain.h"
 #include "stream/input.h"
+#include "stream/patch/chain.h"
 #include "stream/patch/patch_out.h"
 #include "stream/patch/resume.h"
 
@@ -108,18 +108,18 @@ static int keep(struct job *job, unsigned worker, const struct perta_piece *piec
         .frame_bytes = entry->frame_bytes,
         .payload_bytes = entry->payload_bytes,
     };
-    int rc = perta_codec_count(
-        job->codecs[worker], tensor->dtype, entry->encoding,
-        piece->in[IN_FRAMES + result->last].data, entry->frame_bytes, entry->payload_bytes,
-        perta_patch_in_chunk_bytes(shard, entry), &result->coded.n_changed, err);
-    return rc ? perta_err_context(err, "%s: tensor %s, byte %llu", shard->path,
-                                  tensor->name, (ull)entry->frame_off)
+    int rc = perta_codec_count(job->codecs[worker], tensor->dtype, entry->encoding,
+                               piece->in[IN_FRAMES + result->last].data, entry->frame_bytes,
+                               entry->payload_bytes, perta_patch_in_chunk_bytes(shard, entry),
+                               &result->coded.n_changed, err);
+    return rc ? perta_err_context(err, "%s: tensor %s, byte %llu", shard->path, tensor->name,
+                                  (ull)entry->frame_off)
               : 0;
 }
 
 /* The chunk before the first patch: from the model, or bytes that will do. */
-static int start(const struct job *job, const struct perta_piece *piece,
-                 const uint8_t **from, struct perta_err *err)
+static int start(const struct job *job, const struct perta_piece *piece, const uint8_t **from,
+                 struct perta_err *err)
 {
     const struct perta_range *model = &piece->in[IN_MODEL];
     *from = model->file ? model->data : job->zeros;
@@ -129,9 +129,8 @@ static int start(const struct job *job, const struct perta_piece *piece,
     uint64_t found = perta_hash64(model->data, model->len_bytes);
     return found == entry->hash_before
                ? 0
-               : perta_patch_in_wrong_chunk(&job->chain.patches[0].shards[piece->shard],
-                                            entry, true, model->file->path,
-                                            piece->first_elem, found, err);
+               : perta_patch_in_wrong_chunk(&job->chain.patches[0].shards[piece->shard], entry,
+                                            true, model->file->path, piece->first_elem, found, err);
 }
 
 /* Several do: go the whole way, and encode it as one. */
@@ -153,20 +152,18 @@ static int sum(struct job *job, unsigned worker, const struct perta_piece *piece
         to += at == to ? job->sum_bytes : 0;
         shard = &job->chain.patches[k].shards[piece->shard];
         entry = entry_of(job, k, piece);
-        rc = perta_patch_in_move(shard, entry, true, codec, piece->in[IN_FRAMES + k].data,
-                                 at, to, err);
+        rc = perta_patch_in_move(shard, entry, true, codec, piece->in[IN_FRAMES + k].data, at, to,
+                                 err);
         if (!rc && piece->in[IN_MODEL].file)
             rc = perta_patch_in_check_made(shard, entry, true, to, err);
         at = to;
     }
     return rc ? rc
-              : perta_codec_encode(codec, dtype, before, at, n_bytes,
-                                   piece->out + OUT_ALIGN, piece->out_bytes - OUT_ALIGN,
-                                   &result->coded, err);
+              : perta_codec_encode(codec, dtype, before, at, n_bytes, piece->out + OUT_ALIGN,
+                                   piece->out_bytes - OUT_ALIGN, &result->coded, err);
 }
 
-static int work(void *ctx, unsigned worker, struct perta_piece *piece,
-                struct perta_err *err)
+static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
     struct result *result = (struct result *)(void *)piece->out;
@@ -207,13 +204,12 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 static int model_is_needed(const struct job *job, const struct perta_chunk_at *at,
                            struct perta_err *err)
 {
-    return perta_fail(
-        err, PERTA_EUSAGE,
-        "tensor %s, elements %llu to %llu: several of the patches change them, and "
-        "to add up changes of %s values takes the values: give --model DIR, what "
-        "%s was made from",
-        at->info->name, (ull)at->first_unit, (ull)(at->first_unit + at->n_units - 1),
-        perta_dtype_name(at->info->dtype), job->compose->patches[0]);
+    return perta_fail(err, PERTA_EUSAGE,
+                      "tensor %s, elements %llu to %llu: several of the patches change them, and "
+                      "to add up changes of %s values takes the values: give --model DIR, what "
+                      "%s was made from",
+                      at->info->name, (ull)at->first_unit, (ull)(at->first_unit + at->n_units - 1),
+                      perta_dtype_name(at->info->dtype), job->compose->patches[0]);
 }
 
 static uint64_t larger(uint64_t a, uint64_t b)
@@ -261,11 +257,10 @@ static int known_model(const struct job *job, json_t **shards, struct perta_err 
                (uint64_t)len_bytes == last->shards[i].patch->after->file_len_bytes;
     }
     return fits ? 0
-                : perta_fail(
-                      err, PERTA_ECHECK,
-                      "%s/manifest.json: outputs.model does not fit its .perta files: the "
-                      "patch is damaged",
-                      last->path);
+                : perta_fail(err, PERTA_ECHECK,
+                             "%s/manifest.json: outputs.model does not fit its .perta files: the "
+                             "patch is damaged",
+                             last->path);
 }
 
 static int check_outputs(const struct perta_compose *compose, struct perta_err *err)
@@ -275,8 +270,8 @@ static int check_outputs(const struct perta_compose *compose, struct perta_err *
         return perta_fail_sys(err, ENOMEM, "compose");
     memcpy(inputs, compose->patches, compose->n_patches * sizeof *inputs);
     inputs[compose->n_patches] = compose->model;
-    int rc = perta_publish_check(&compose->patch, 1, inputs, compose->n_patches + 1,
-                                 compose->force, err);
+    int rc = perta_publish_check(&compose->patch, 1, inputs, compose->n_patches + 1, compose->force,
+                                 err);
     free(inputs);
     return rc;
 }
@@ -313,8 +308,8 @@ static int begin_output(struct job *job, const struct perta_run *run, json_t *sh
     job->resume.patches = &job->out;
     job->resume.n_patches = 1;
     job->resume.walk = &job->walk;
-    int rc = perta_resume_begin(&job->resume, run, compose->patch, identity_of(job),
-                                compose->force, err);
+    int rc = perta_resume_begin(&job->resume, run, compose->patch, identity_of(job), compose->force,
+                                err);
     if (!rc)
         rc = perta_patch_out_begin(&job->out, compose->patch, NULL, NULL, &job->resume.journal,
                                    compose->force, err);
@@ -362,8 +357,8 @@ static int open_files(struct job *job, bool direct, struct perta_err *err)
     return rc;
 }
 
-static int open_stream(struct job *job, const struct perta_run *run,
-                       struct perta_job *sizes, uint64_t chunk_bytes, struct perta_err *err)
+static int open_stream(struct job *job, const struct perta_run *run, struct perta_job *sizes,
+                       uint64_t chunk_bytes, struct perta_err *err)
 {
     const char **paths = NULL;
     size_t n_paths = 0;
@@ -396,11 +391,10 @@ static json_t *recipe_json(const struct job *job)
     for (uint32_t k = 0; k < job->chain.n; k++) {
         const struct perta_patch_in *patch = &job->chain.patches[k];
         const struct perta_digest_hex *hex = &patch->manifest_digest;
-        perta_json_append(&patches,
-                          json_pack("{s:{s:I, s:s, s:s}, s:O*}", "manifest", "bytes",
-                                    (json_int_t)hex->len_bytes, "xxh3_128", hex->xxh128,
-                                    "sha256", hex->sha256, "recipe",
-                                    json_object_get(patch->manifest, "recipe")));
+        perta_json_append(&patches, json_pack("{s:{s:I, s:s, s:s}, s:O*}", "manifest", "bytes",
+                                              (json_int_t)hex->len_bytes, "xxh3_128", hex->xxh128,
+                                              "sha256", hex->sha256, "recipe",
+                                              json_object_get(patch->manifest, "recipe")));
     }
     return json_pack("{s:s, s:o}", "command", "compose", "patches", patches);
 }
@@ -410,8 +404,7 @@ static json_t *inputs_json(const struct job *job)
 {
     const json_t *inputs = json_object_get(job->chain.patches[0].manifest, "inputs");
     json_t *before = json_object_get(inputs, "before");
-    return json_pack("{s:O*}", "before",
-                     before ? before : json_object_get(inputs, "model"));
+    return json_pack("{s:O*}", "before", before ? before : json_object_get(inputs, "model"));
 }
 
 static int finish(struct job *job, json_t **summary, struct perta_err *err)
@@ -450,8 +443,7 @@ static void release(struct job *job)
 
 /* Once the inputs are open and fit. shards: what they lead to. */
 static int run_all(struct job *job, const struct perta_run *run, struct perta_job *sizes,
-                   uint64_t chunk_bytes, json_t *shards, json_t **summary,
-                   struct perta_err *err)
+                   uint64_t chunk_bytes, json_t *shards, json_t **summary, struct perta_err *err)
 {
     int rc = begin_output(job, run, shards, err);
     if (rc || perta_resume_is_publishing(&job->resume, summary))

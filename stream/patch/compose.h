@@ -8,11 +8,10 @@
 #include "stream/stream.h"
 
 struct perta_compose {
-    const char *const
-        *patches;       /* (n_patches), each made from what the one before leads to */
-    uint32_t n_patches; /* two at least */
-    const char *model;  /* what the first was made from; NULL: not at hand */
-    const char *patch;  /* folder to write */
+    const char *const *patches; /* (n_patches), each made from what the one before leads to */
+    uint32_t n_patches;         /* two at least */
+    const char *model;          /* what the first was made from; NULL: not at hand */
+    const char *patch;          /* folder to write */
     bool force;
 };
 
@@ -27,8 +26,7 @@ struct perta_compose {
  *
  * A patch that does not go out from where the one before it ends, or a model that is not
  * the first one's, is PERTA_ECHECK. *summary is the caller's. */
-PERTA_API int perta_compose(const struct perta_compose *compose,
-                            const struct perta_run *run, json_t **summary,
-                            struct perta_err *err);
+PERTA_API int perta_compose(const struct perta_compose *compose, const struct perta_run *run,
+                            json_t **summary, struct perta_err *err);
 
 #endif

@@ -5,11 +5,11 @@
 #include <string.h>
 
 #include "io/format/codec.h"
+#include "io/format/naming.h"
 #include "io/fpenv.h"
 #include "io/text.h"
 #include "stream/arguments.h"
 #include "stream/input.h"
-#include "io/format/naming.h"
 #include "stream/patch/patch_out.h"
 #include "stream/patch/resume.h"
 #include "stream/walk.h"
@@ -96,8 +96,7 @@ static int check_tensor(const struct perta_checkpoint *before, uint32_t shard,
         return perta_fail(err, PERTA_EINPUT,
                           "tensor %s: in shard %s of the old checkpoint, %s of the new; both "
                           "need the same shards",
-                          to->name, before->shards[from->shard].name,
-                          before->shards[shard].name);
+                          to->name, before->shards[from->shard].name, before->shards[shard].name);
     if (from->tensor->dtype != to->dtype)
         return perta_fail(err, PERTA_EINPUT, "tensor %s: %s in the old checkpoint, %s in the new",
                           to->name, perta_dtype_name(from->tensor->dtype),
@@ -105,8 +104,8 @@ static int check_tensor(const struct perta_checkpoint *before, uint32_t shard,
     return perta_shapes_agree("the old checkpoint", from->tensor, "the new", to, err);
 }
 
-static int check_pair(const struct perta_checkpoint *before,
-                      const struct perta_checkpoint *after, struct perta_err *err)
+static int check_pair(const struct perta_checkpoint *before, const struct perta_checkpoint *after,
+                      struct perta_err *err)
 {
     for (uint32_t i = 0; i < before->n_shards || i < after->n_shards; i++) {
         const char *old = i < before->n_shards ? before->shards[i].name : "none";
@@ -144,8 +143,8 @@ static void measure(const struct perta_checkpoint *ck, struct perta_job *sizes)
     sizes->out_bytes_max = OUT_ALIGN + perta_codec_bound(most);
 }
 
-static int open_inputs(struct job *job, const struct perta_diff *diff,
-                       const struct perta_run *run, struct perta_err *err)
+static int open_inputs(struct job *job, const struct perta_diff *diff, const struct perta_run *run,
+                       struct perta_err *err)
 {
     int rc = perta_input_open(&job->in[BEFORE], "old checkpoint", diff->before, err);
     if (!rc)
@@ -158,8 +157,8 @@ static int open_inputs(struct job *job, const struct perta_diff *diff,
                                      N_IN, diff->force, err);
 }
 
-static int begin_output(struct job *job, const struct perta_diff *diff,
-                        const struct perta_run *run, struct perta_err *err)
+static int begin_output(struct job *job, const struct perta_diff *diff, const struct perta_run *run,
+                        struct perta_err *err)
 {
     json_t *inputs = json_pack("{s:o, s:o}", "before", perta_journal_checkpoint(job->in[BEFORE].ck),
                                "after", perta_journal_checkpoint(job->in[AFTER].ck));
@@ -168,10 +167,10 @@ static int begin_output(struct job *job, const struct perta_diff *diff,
     job->resume.patches = &job->out;
     job->resume.n_patches = 1;
     job->resume.walk = &job->walk;
-    int rc = perta_resume_begin(&job->resume, run, diff->patch,
-                                perta_resume_identity(
-                                    "diff", json_pack("{s:b}", "one_way", (int)job->one_way), inputs),
-                                diff->force, err);
+    int rc = perta_resume_begin(
+        &job->resume, run, diff->patch,
+        perta_resume_identity("diff", json_pack("{s:b}", "one_way", (int)job->one_way), inputs),
+        diff->force, err);
     if (!rc)
         rc = perta_patch_out_begin(&job->out, diff->patch, NULL, NULL, &job->resume.journal,
                                    diff->force, err);
@@ -190,9 +189,13 @@ static int plan(struct job *job, struct perta_err *err)
 
 static int open_stream(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
-    struct perta_job sizes = {
-        .ctx = job, .n_in = N_IN, .next = next, .work = work, .commit = commit,
-        .later_bytes = perta_patch_out_memory(job->in[BEFORE].ck, job->in[AFTER].ck)};
+    struct perta_job sizes = {.ctx = job,
+                              .n_in = N_IN,
+                              .next = next,
+                              .work = work,
+                              .commit = commit,
+                              .later_bytes =
+                                  perta_patch_out_memory(job->in[BEFORE].ck, job->in[AFTER].ck)};
     const char **paths = NULL;
     size_t n_paths = 0;
     measure(job->in[AFTER].ck, &sizes);
@@ -232,8 +235,8 @@ static int finish(struct job *job, json_t **summary, struct perta_err *err)
     json_t *recipe = json_pack("{s:s}", "command", "diff");
     if (job->one_way)
         perta_json_set(&recipe, "one_way", json_true());
-    json_t *inputs = json_pack("{s:o, s:o}", "before", perta_input_json(&job->in[BEFORE]),
-                               "after", perta_input_json(&job->in[AFTER]));
+    json_t *inputs = json_pack("{s:o, s:o}", "before", perta_input_json(&job->in[BEFORE]), "after",
+                               perta_input_json(&job->in[AFTER]));
     rc = perta_patch_out_finish(&job->out, recipe, inputs, job->in[BEFORE].ck, summary, err);
     json_decref(recipe);
     json_decref(inputs);

@@ -125,8 +125,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     struct job *job = ctx;
     const struct perta_range *model = &piece->in[IN_MODEL];
     if (job->pass == PASS_WRITE)
-        return perta_ahead_put(&job->ahead, piece->shard, model->off_bytes,
-                               piece->out + OUT_ALIGN, model->len_bytes, err);
+        return perta_ahead_put(&job->ahead, piece->shard, model->off_bytes, piece->out + OUT_ALIGN,
+                               model->len_bytes, err);
     bool todo = *(const bool *)piece->out;
     job->todo[piece->shard][piece->tag] = todo;
     job->n_todo += todo;
@@ -142,10 +142,10 @@ static int lock_folder(struct job *job, struct perta_err *err)
     const char *path = job->apply->model;
     job->lock = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (job->lock < 0)
-        return errno == ENOTDIR ? perta_fail(err, PERTA_EUSAGE,
-                                             "%s: --in-place is for folders; --out DIR takes files",
-                                             path)
-                                : perta_fail_sys(err, errno, "%s", path);
+        return errno == ENOTDIR
+                   ? perta_fail(err, PERTA_EUSAGE,
+                                "%s: --in-place is for folders; --out DIR takes files", path)
+                   : perta_fail_sys(err, errno, "%s", path);
     if (flock(job->lock, LOCK_EX | LOCK_NB))
         return errno == EWOULDBLOCK
                    ? perta_fail(err, PERTA_EUSAGE, "%s: another process edits it in place", path)
@@ -198,7 +198,8 @@ static int open_all(struct job *job, struct perta_err *err)
     int rc = perta_patch_in_open(&job->patch, apply->patch, err);
     if (!rc)
         rc = perta_patch_in_refuse_one_way(
-            &job->patch, "in place it could not be taken back when interrupted; use --out DIR", err);
+            &job->patch, "in place it could not be taken back when interrupted; use --out DIR",
+            err);
     if (!rc)
         rc = lock_folder(job, err);
     job->model.role = "model";
@@ -248,8 +249,8 @@ static uint64_t bytes_to_read(const struct job *job)
 static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *err)
 {
     uint64_t share = job->run.memory_bytes / BATCH_SHARE;
-    uint64_t room = larger(share < BATCH_BYTES ? share : BATCH_BYTES,
-                           chunk_bytes + 4 * PERTA_BLOCK_BYTES);
+    uint64_t room =
+        larger(share < BATCH_BYTES ? share : BATCH_BYTES, chunk_bytes + 4 * PERTA_BLOCK_BYTES);
     job->files = calloc(job->patch.n_shards + 1, sizeof *job->files);
     job->todo = calloc(job->patch.n_shards + 1, sizeof *job->todo);
     if (!job->files || !job->todo)
@@ -349,8 +350,9 @@ static int write_all(struct job *job, uint64_t *read_bytes, struct perta_err *er
     rc = run_pass(job, PASS_WRITE, read_bytes, err);
     if (!rc)
         rc = perta_ahead_finish(&job->ahead, err);
-    return rc ? perta_err_context(err, "%s: edited in part; the same command completes it, %s "
-                                       "takes it back",
+    return rc ? perta_err_context(err,
+                                  "%s: edited in part; the same command completes it, %s "
+                                  "takes it back",
                                   job->model.ck->path, job->forward ? "revert" : "apply")
               : 0;
 }
@@ -373,9 +375,9 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
     if (!rc && !unedited)
         rc = perta_fail_sys(err, ENOMEM, "%s", job->model.ck->path);
     if (!rc)
-        *summary = json_pack("{s:O, s:I, s:I, s:I, s:I, s:b}", "unedited", unedited, "chunks", (json_int_t)job->n_chunks,
-                             "written_chunks", (json_int_t)job->n_todo, "read_bytes",
-                             (json_int_t)read_bytes, "written_bytes",
+        *summary = json_pack("{s:O, s:I, s:I, s:I, s:I, s:b}", "unedited", unedited, "chunks",
+                             (json_int_t)job->n_chunks, "written_chunks", (json_int_t)job->n_todo,
+                             "read_bytes", (json_int_t)read_bytes, "written_bytes",
                              (json_int_t)job->ahead.written_bytes, "went_on", (int)went_on);
     json_decref(unedited);
     return rc;
@@ -401,8 +403,11 @@ static void release(struct job *job)
 int perta_in_place(const struct perta_apply *apply, const struct perta_run *run, json_t **summary,
                    struct perta_err *err)
 {
-    struct job job = {.apply = apply, .forward = apply->mode == PERTA_APPLY, .lock = -1,
-                      .ahead.log.fd = -1, .run = *run};
+    struct job job = {.apply = apply,
+                      .forward = apply->mode == PERTA_APPLY,
+                      .lock = -1,
+                      .ahead.log.fd = -1,
+                      .run = *run};
     int rc = open_all(&job, err);
     if (!rc && run->dry_run)
         *summary = json_pack("{s:b}", "interrupted", (int)perta_ahead_found(apply->model));

@@ -26,7 +26,7 @@ struct entry {
     struct perta_file file;
     struct perta_header *header; /* NULL: not a safetensors file, or its header is damaged */
     json_t *tensors;
-    uint64_t off_bytes, tensor; /* where next() stands in it */
+    uint64_t off_bytes, tensor;        /* where next() stands in it */
     struct perta_digest *whole, *part; /* the owner's, for commit(): under way */
 };
 
@@ -141,10 +141,11 @@ static int add_entry(struct job *job, const char *dir, const char *name, struct 
         return perta_fail_sys(err, ENOMEM, "%s", name);
     return perta_text_is_plain(name)
                ? 0
-               : perta_fail(err, PERTA_EINPUT,
-                            "%s: has a line break, another control character, or what is not UTF-8 in "
-                            "its name; a manifest cannot name it; rename it",
-                            e->path);
+               : perta_fail(
+                     err, PERTA_EINPUT,
+                     "%s: has a line break, another control character, or what is not UTF-8 in "
+                     "its name; a manifest cannot name it; rename it",
+                     e->path);
 }
 
 /* A folder's files but skip, which need not be there (st_ino 0). */
@@ -206,12 +207,16 @@ static int try_header(struct entry *e, struct perta_err *err)
     return err->code;
 }
 
-static int open_stream(struct job *job, const struct perta_run *run,
-                       struct perta_stream **stream, struct perta_err *err)
+static int open_stream(struct job *job, const struct perta_run *run, struct perta_stream **stream,
+                       struct perta_err *err)
 {
-    struct perta_job sizes = {
-        .ctx = job, .n_in = 1, .in_bytes_max = PIECE_BYTES, .next = next, .work = work,
-        .commit = commit, .later_bytes = job->later_bytes};
+    struct perta_job sizes = {.ctx = job,
+                              .n_in = 1,
+                              .in_bytes_max = PIECE_BYTES,
+                              .next = next,
+                              .work = work,
+                              .commit = commit,
+                              .later_bytes = job->later_bytes};
     const char **paths = calloc(job->n, sizeof *paths);
     if (!paths)
         return perta_fail_sys(err, ENOMEM, "manifest");
@@ -298,7 +303,8 @@ static json_t *find_named(const json_t *array, const char *name)
 {
     size_t i;
     json_t *item;
-    json_array_foreach (array, i, item) {
+    json_array_foreach(array, i, item)
+    {
         const char *other = json_string_value(json_object_get(item, "name"));
         if (other && !strcmp(name, other))
             return item;
@@ -309,8 +315,8 @@ static json_t *find_named(const json_t *array, const char *name)
 static void add_difference(json_t **differences, const char *file, const char *tensor,
                            const char *what)
 {
-    perta_json_append(differences, json_pack("{s:s, s:s?, s:s}", "file", file, "tensor", tensor,
-                                             "what", what));
+    perta_json_append(differences,
+                      json_pack("{s:s, s:s?, s:s}", "file", file, "tensor", tensor, "what", what));
 }
 
 static void compare_tensors(const char *file, const json_t *want, const json_t *have,
@@ -319,14 +325,14 @@ static void compare_tensors(const char *file, const json_t *want, const json_t *
     size_t i;
     json_t *item;
     json_t *by_names = json_object(); /* 100,000 tensors are nothing unusual */
-    json_array_foreach (have, i, item)
-        perta_json_set(&by_names, json_string_value(json_object_get(item, "name")),
-                       json_incref(item));
+    json_array_foreach(have, i, item) perta_json_set(
+        &by_names, json_string_value(json_object_get(item, "name")), json_incref(item));
     if (!by_names) {
         json_decref(*differences);
         *differences = NULL;
     }
-    json_array_foreach (want, i, item) {
+    json_array_foreach(want, i, item)
+    {
         const char *name = json_string_value(json_object_get(item, "name"));
         const json_t *other = name ? json_object_get(by_names, name) : NULL;
         if (!other)
@@ -375,7 +381,8 @@ static struct job job_for(const json_t *manifest)
     struct job job = {0};
     size_t i;
     json_t *file;
-    json_array_foreach (json_object_get(manifest, "files"), i, file) {
+    json_array_foreach(json_object_get(manifest, "files"), i, file)
+    {
         job.with_sha256 |= json_object_get(file, "sha256") != NULL;
         job.later_bytes +=
             DIFFERENCE_BYTES * (1 + json_array_size(json_object_get(file, "tensors")));
@@ -402,14 +409,15 @@ static int load(const char *path, json_t **manifest, struct perta_err *err)
         return perta_fail(err, PERTA_EINPUT, "%s: not a manifest that perta wrote", path);
     size_t i;
     json_t *file;
-    json_array_foreach (json_object_get(*manifest, "files"), i, file)
-        if (!json_is_string(json_object_get(file, "name")))
-            return perta_fail(err, PERTA_EINPUT, "%s: files[%zu] has no name", path, i);
+    json_array_foreach(json_object_get(*manifest, "files"), i, file) if (
+        !json_is_string(json_object_get(
+            file, "name"))) return perta_fail(err, PERTA_EINPUT, "%s: files[%zu] has no name", path,
+                                              i);
     return 0;
 }
 
-int perta_manifest_verify(const char *path, const char *manifest_path,
-                          const struct perta_run *run, json_t **summary, struct perta_err *err)
+int perta_manifest_verify(const char *path, const char *manifest_path, const struct perta_run *run,
+                          json_t **summary, struct perta_err *err)
 {
     PERTA_FP_SCOPE;
     const struct perta_argument needed[] = {{"PATH", path}, {"--manifest FILE", manifest_path}};
@@ -430,11 +438,13 @@ int perta_manifest_verify(const char *path, const char *manifest_path,
     const json_t *have_files = json_object_get(have, "files");
     size_t i;
     json_t *item;
-    json_array_foreach (want_files, i, item) {
+    json_array_foreach(want_files, i, item)
+    {
         const char *name = json_string_value(json_object_get(item, "name"));
         compare_file(item, find_named(have_files, name), &differences);
     }
-    json_array_foreach (have_files, i, item) {
+    json_array_foreach(have_files, i, item)
+    {
         const char *name = json_string_value(json_object_get(item, "name"));
         if (!find_named(want_files, name))
             perta_json_append(&unlisted, json_string(name));

@@ -14,8 +14,7 @@
  * header is sound. with_sha256 false leaves SHA-256 out: faster. skip (may be NULL) is a path
  * that is left out. */
 PERTA_API int perta_manifest(const char *path, bool with_sha256, const char *skip,
-                             const struct perta_run *run, json_t **manifest,
-                             struct perta_err *err);
+                             const struct perta_run *run, json_t **manifest, struct perta_err *err);
 
 /* Compare what is there with a manifest, by all digests that it has. *summary (the caller's, also
  * with PERTA_ECHECK) lists under "differences" each file that is missing or differs and, where
@@ -28,8 +27,8 @@ PERTA_API int perta_manifest_verify(const char *path, const char *manifest_path,
 /* Check a patch folder: heads, tables, that frames are frames, SHA-256 against its manifest, and
  * where that differs what the frames hold (docs/manifest.md). As above, *summary lists all
  * differences; those of a frame with "first" and "elements" of the tensor beside. */
-PERTA_API int perta_patch_verify(const char *path, const struct perta_run *run,
-                                 json_t **summary, struct perta_err *err);
+PERTA_API int perta_patch_verify(const char *path, const struct perta_run *run, json_t **summary,
+                                 struct perta_err *err);
 
 /* Is the model what the patch leads to (applied), or what it was made from? Chunks are found by
  * the patch's own record of the layout, so also where the model's headers are damaged. *summary

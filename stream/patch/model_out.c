@@ -24,9 +24,8 @@ void perta_model_out_known(struct perta_model_out *out, json_t *shards)
     out->shards = json_incref(shards);
 }
 
-int perta_model_out_shard(struct perta_model_out *out, const char *name,
-                          const uint8_t *header, uint64_t header_bytes, uint64_t file_bytes,
-                          struct perta_err *err)
+int perta_model_out_shard(struct perta_model_out *out, const char *name, const uint8_t *header,
+                          uint64_t header_bytes, uint64_t file_bytes, struct perta_err *err)
 {
     if (out->is_known)
         return 0;
@@ -60,8 +59,7 @@ int perta_model_out_append(struct perta_model_out *out, const void *data, uint64
     return 0;
 }
 
-int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
-                              struct perta_err *err)
+int perta_model_out_shard_end(struct perta_model_out *out, const char *name, struct perta_err *err)
 {
     struct perta_digest_hex hex;
     if (out->is_known)
@@ -105,8 +103,8 @@ static bool is_weights_inside(const char *path)
     static const struct {
         const char *bytes;
         size_t n;
-    } starts[] = {{"GGUF", 4},    {"PK\x03\x04", 4},      {"\x80\x02", 2},         {"\x80\x04", 2},
-                  {"\x89HDF", 4}, {"\x1f\x8b", 2},        {"\x28\xb5\x2f\xfd", 4}};
+    } starts[] = {{"GGUF", 4},    {"PK\x03\x04", 4}, {"\x80\x02", 2},        {"\x80\x04", 2},
+                  {"\x89HDF", 4}, {"\x1f\x8b", 2},   {"\x28\xb5\x2f\xfd", 4}};
     char start[16] = "";
     int fd = perta_open_any(path, O_RDONLY);
     ssize_t n = fd < 0 ? 0 : pread(fd, start, sizeof start, 0);
@@ -186,8 +184,7 @@ static int add_other(void *ctx, const char *name, struct perta_err *err)
     return 0;
 }
 
-int perta_model_out_others(const struct perta_checkpoint *ck, json_t **names,
-                           struct perta_err *err)
+int perta_model_out_others(const struct perta_checkpoint *ck, json_t **names, struct perta_err *err)
 {
     struct stat st;
     if (stat(ck->path, &st) || !S_ISDIR(st.st_mode))
@@ -208,15 +205,14 @@ json_t *perta_model_out_save(struct perta_model_out *out)
     const struct perta_digest *digest = out->writer.open ? out->writer.digest : out->digest;
     for (; out->n_saved < json_array_size(out->shards) && !out->is_known; out->n_saved++)
         perta_json_append(&finished, json_incref(json_array_get(out->shards, out->n_saved)));
-    json_t *state = json_pack("{s:o, s:I}", "finished", finished, "written",
-                              (json_int_t)out->written_bytes);
+    json_t *state =
+        json_pack("{s:o, s:I}", "finished", finished, "written", (json_int_t)out->written_bytes);
     if (digest)
         perta_json_set(&state, "digest", perta_blob_of_digest(digest));
     return state;
 }
 
-int perta_model_out_restore(struct perta_model_out *out, const json_t *state,
-                            struct perta_err *err)
+int perta_model_out_restore(struct perta_model_out *out, const json_t *state, struct perta_err *err)
 {
     const json_t *digest = json_object_get(state, "digest");
     const json_t *finished = json_object_get(state, "finished");
@@ -242,8 +238,10 @@ int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const ch
         return 0;
     if (!out->digest || perta_digest_bytes(out->digest) != at_bytes ||
         json_array_size(out->shards) != shard)
-        return perta_fail(err, PERTA_EINPUT, "%s: its records do not lead to byte %llu; --force "
-                          "starts over", name, (unsigned long long)at_bytes);
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: its records do not lead to byte %llu; --force "
+                          "starts over",
+                          name, (unsigned long long)at_bytes);
     perta_digest_behind(out->digest, out->engine->hasher);
     if (!out->has_folder)
         return 0;

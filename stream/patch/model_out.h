@@ -13,12 +13,12 @@
 struct perta_model_out {
     bool has_folder, is_known;
     struct perta_publish folder;
-    struct perta_writer writer;   /* of the shard under way, with a folder */
+    struct perta_writer writer; /* of the shard under way, with a folder */
     struct perta_writer_bufs writer_bufs;
-    struct perta_digest *digest;  /* of the shard under way, without one */
+    struct perta_digest *digest; /* of the shard under way, without one */
     struct perta_engine *engine;
-    json_t *shards;               /* [{name, bytes, xxh3_128, sha256}] of those finished */
-    size_t n_saved;               /* of shards, in a journal's record */
+    json_t *shards; /* [{name, bytes, xxh3_128, sha256}] of those finished */
+    size_t n_saved; /* of shards, in a journal's record */
     uint64_t written_bytes;
 };
 
@@ -30,13 +30,11 @@ int perta_model_out_begin(struct perta_model_out *out, const char *path, const c
 /* After beginning without a folder: what the shards will be is known (a manifest's
  * outputs.model), so what is appended does not matter. */
 void perta_model_out_known(struct perta_model_out *out, json_t *shards);
-int perta_model_out_shard(struct perta_model_out *out, const char *name,
-                          const uint8_t *header, uint64_t header_bytes, uint64_t file_bytes,
-                          struct perta_err *err);
+int perta_model_out_shard(struct perta_model_out *out, const char *name, const uint8_t *header,
+                          uint64_t header_bytes, uint64_t file_bytes, struct perta_err *err);
 int perta_model_out_append(struct perta_model_out *out, const void *data, uint64_t len_bytes,
                            struct perta_err *err);
-int perta_model_out_shard_end(struct perta_model_out *out, const char *name,
-                              struct perta_err *err);
+int perta_model_out_shard_end(struct perta_model_out *out, const char *name, struct perta_err *err);
 /* Copy what stands beside the shards of from: index, config, tokenizer. Other weight formats
  * stay behind (they would carry what was erased), and so do folders and links that lead out of the
  * folder (to a file that was not meant for others, say); their names go to *skipped, an array

@@ -34,7 +34,7 @@ struct job {
     uint64_t n_chunks;
     /* where next() stands: chunks in order of the table */
     uint32_t shard;
-    uint64_t entry, unit; /* unit: first of that chunk, in its tensor */
+    uint64_t entry, unit;               /* unit: first of that chunk, in its tensor */
     const struct perta_tensor **places; /* of this shard: where tensors of the header after lie;
                                            NULL: where that says */
 };
@@ -79,8 +79,7 @@ static const char *which_side(const struct job *job, bool is_other)
                           : "here the patch is applied already";
 }
 
-static void note_chunk(struct job *job, const struct perta_piece *piece,
-                       const struct result *found)
+static void note_chunk(struct job *job, const struct perta_piece *piece, const struct result *found)
 {
     const struct perta_patch_in_shard *shard = &job->patch.shards[piece->shard];
     const struct perta_patch_entry *e = &shard->patch->entries[piece->tag];
@@ -92,11 +91,11 @@ static void note_chunk(struct job *job, const struct perta_piece *piece,
     note(job, piece->shard, piece,
          found->missing
              ? perta_text_json("%s: tensor %s, elements %llu to %llu: beyond the end of the file",
-                            path, tensor, first, last)
+                               path, tensor, first, last)
              : perta_text_json("%s: tensor %s, elements %llu to %llu: digest %016llx, the patch %s "
-                            "wants %016llx: %s",
-                            path, tensor, first, last, (ull)found->digest, shard->path,
-                            (ull)wanted, which_side(job, found->digest == other)));
+                               "wants %016llx: %s",
+                               path, tensor, first, last, (ull)found->digest, shard->path,
+                               (ull)wanted, which_side(job, found->digest == other)));
 }
 
 /* ---- opening ---- */
@@ -124,15 +123,14 @@ static int compare_header(struct job *job, uint32_t i, int fd, uint64_t file_byt
     shard->readable = !rc && (equal || file_bytes == want->file_len_bytes);
     if (!rc && !equal)
         note(job, i, NULL,
-             perta_text_json("%s: header digest %016llx, the patch %s wants %016llx: %s",
-                          shard->path,
-                          (ull)perta_hash64(bytes, have < want->len_bytes ? have : want->len_bytes),
-                          patch, (ull)perta_hash64(want->bytes, want->len_bytes),
-                          which_side(job, is_other)));
+             perta_text_json(
+                 "%s: header digest %016llx, the patch %s wants %016llx: %s", shard->path,
+                 (ull)perta_hash64(bytes, have < want->len_bytes ? have : want->len_bytes), patch,
+                 (ull)perta_hash64(want->bytes, want->len_bytes), which_side(job, is_other)));
     if (!rc && file_bytes != want->file_len_bytes)
         note(job, i, NULL,
-             perta_text_json("%s: %llu bytes, the patch %s wants %llu", shard->path, (ull)file_bytes,
-                          patch, (ull)want->file_len_bytes));
+             perta_text_json("%s: %llu bytes, the patch %s wants %llu", shard->path,
+                             (ull)file_bytes, patch, (ull)want->file_len_bytes));
     free(bytes);
     return rc;
 }
@@ -145,8 +143,8 @@ static int look_at(struct job *job, uint32_t i, struct perta_err *err)
     if (fd < 0 && shard->path && errno != ENOENT && errno != ENOTDIR)
         return perta_fail_sys(err, errno, "%s", shard->path);
     if (fd < 0) {
-        note(job, i, NULL, perta_text_json("%s: missing in %s", job->patch.shards[i].name,
-                                        job->model));
+        note(job, i, NULL,
+             perta_text_json("%s: missing in %s", job->patch.shards[i].name, job->model));
         return 0;
     }
     int rc = 0;
@@ -208,7 +206,7 @@ static int check_others(struct job *job, struct perta_err *err)
                 &job->damaged,
                 json_pack("{s:s, s:o}", "shard", ck->shards[i].name, "message",
                           perta_text_json("%s: not in the patch %s: it is for another model",
-                                       ck->shards[i].path, job->patch.path)));
+                                          ck->shards[i].path, job->patch.path)));
     }
     perta_checkpoint_close(ck);
     return rc;
@@ -256,8 +254,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     piece->n_elems = e->n_units;
     piece->out_bytes = sizeof(struct result);
     if (at + e->n_units * width <= file->len_bytes)
-        piece->in[0] = (struct perta_range){
-            .file = file, .off_bytes = at, .len_bytes = e->n_units * width};
+        piece->in[0] =
+            (struct perta_range){.file = file, .off_bytes = at, .len_bytes = e->n_units * width};
     job->unit += e->n_units;
     job->entry++;
     if (job->entry == p->n_entries || p->entries[job->entry].tensor != e->tensor)
@@ -283,8 +281,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     (void)err;
     struct job *job = ctx;
     const struct result *found = (const struct result *)(const void *)piece->out;
-    const struct perta_patch_entry *e =
-        &job->patch.shards[piece->shard].patch->entries[piece->tag];
+    const struct perta_patch_entry *e = &job->patch.shards[piece->shard].patch->entries[piece->tag];
     job->n_chunks++;
     if (found->missing || found->digest != (job->applied ? e->hash_after : e->hash_before))
         note_chunk(job, piece, found);
@@ -316,8 +313,8 @@ static void measure(const struct job *job, struct perta_job *sizes)
     sizes->later_bytes += places;
 }
 
-static int open_stream(struct job *job, const struct perta_run *run,
-                       struct perta_stream **stream, struct perta_err *err)
+static int open_stream(struct job *job, const struct perta_run *run, struct perta_stream **stream,
+                       struct perta_err *err)
 {
     struct perta_job sizes = {.ctx = job,
                               .n_in = 1,
@@ -367,8 +364,8 @@ static int conclude(const struct job *job, const struct perta_err *others, json_
                          (json_int_t)perta_stream_read_bytes(stream), "damaged", job->damaged);
     if (!*summary)
         return perta_fail_sys(err, ENOMEM, "%s", job->model);
-    return n ? perta_fail(err, PERTA_ECHECK, "%s: %zu differences from the patch %s", job->model,
-                          n, job->patch.path)
+    return n ? perta_fail(err, PERTA_ECHECK, "%s: %zu differences from the patch %s", job->model, n,
+                          job->patch.path)
              : 0;
 }
 
@@ -399,8 +396,8 @@ int perta_model_verify(const char *model, const char *patch, bool applied,
     struct perta_err others = {0};
     rc = perta_patch_in_open(&job.patch, patch, err);
     if (!rc && !applied)
-        rc = perta_patch_in_refuse_one_way(&job.patch, "--applied can be verified, --original cannot",
-                                           err);
+        rc = perta_patch_in_refuse_one_way(&job.patch,
+                                           "--applied can be verified, --original cannot", err);
     if (!rc)
         rc = find_shards(&job, err);
     if (!rc && check_others(&job, &others) == PERTA_ESYS) {

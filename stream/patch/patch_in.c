@@ -9,10 +9,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/publish/publish.h"
 #include "io/format/record.h"
-#include "io/text.h"
 #include "io/format/which.h"
+#include "io/publish/publish.h"
+#include "io/text.h"
 
 typedef unsigned long long ull;
 
@@ -37,8 +37,8 @@ static int name_shard(struct perta_patch_in_shard *shard, const char *dir, const
 {
     size_t len = strlen(name), suffix = sizeof PERTA_PATCH_SUFFIX - 1;
     if (len <= suffix || strcmp(name + len - suffix, PERTA_PATCH_SUFFIX))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s is no name of a patch file",
-                          dir, name);
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s is no name of a patch file", dir,
+                          name);
     shard->file_name = strdup(name);
     shard->name = strndup(name, len - suffix);
     if (shard->name && !perta_name_is_plain(shard->name))
@@ -50,8 +50,8 @@ static int name_shard(struct perta_patch_in_shard *shard, const char *dir, const
     return 0;
 }
 
-static int read_shard(struct perta_patch_in_shard *shard, const char *dir,
-                      struct perta_err *damage, struct perta_err *err)
+static int read_shard(struct perta_patch_in_shard *shard, const char *dir, struct perta_err *damage,
+                      struct perta_err *err)
 {
     struct stat st;
     if (lstat(shard->path, &st) && errno == ENOENT)
@@ -88,24 +88,22 @@ static int read_or_tell(struct perta_patch_in *in, uint32_t i, const struct on_d
     return 0;
 }
 
-static int read_shards(struct perta_patch_in *in, const struct on_damage *on,
-                       struct perta_err *err)
+static int read_shards(struct perta_patch_in *in, const struct on_damage *on, struct perta_err *err)
 {
     const json_t *list = json_object_get(json_object_get(in->manifest, "outputs"), "patch");
     if (!json_array_size(list))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: outputs.patch names no file", in->path);
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: outputs.patch names no file",
+                          in->path);
     in->shards = calloc(json_array_size(list) + 1, sizeof *in->shards);
     if (!in->shards)
         return perta_fail_sys(err, ENOMEM, "%s", in->path);
     for (size_t i = 0; i < json_array_size(list); i++) {
-        const char *name =
-            json_string_value(json_object_get(json_array_get(list, i), "name"));
+        const char *name = json_string_value(json_object_get(json_array_get(list, i), "name"));
         in->shards[i].file.fd = -1;
         in->n_shards++;
         int rc = name ? name_shard(&in->shards[i], in->path, name, err)
                       : perta_fail(err, PERTA_EINPUT,
-                                   "%s/manifest.json: outputs.patch[%zu] has no name", in->path,
-                                   i);
+                                   "%s/manifest.json: outputs.patch[%zu] has no name", in->path, i);
         if (rc)
             return rc;
         if (i && strcmp(in->shards[i - 1].name, in->shards[i].name) >= 0)
@@ -317,8 +315,8 @@ int perta_patch_in_wrong_chunk(const struct perta_patch_in_shard *shard,
 
 int perta_patch_in_move(const struct perta_patch_in_shard *shard,
                         const struct perta_patch_entry *entry, bool forward,
-                        struct perta_codec *codec, const uint8_t *frame, const void *from,
-                        void *to, struct perta_err *err)
+                        struct perta_codec *codec, const uint8_t *frame, const void *from, void *to,
+                        struct perta_err *err)
 {
     const struct perta_tensor *tensor = perta_patch_in_tensor(shard, entry);
     int rc = (forward ? perta_codec_apply : perta_codec_revert)(
@@ -330,8 +328,8 @@ int perta_patch_in_move(const struct perta_patch_in_shard *shard,
 }
 
 int perta_patch_in_check_made(const struct perta_patch_in_shard *shard,
-                              const struct perta_patch_entry *entry, bool forward,
-                              const void *made, struct perta_err *err)
+                              const struct perta_patch_entry *entry, bool forward, const void *made,
+                              struct perta_err *err)
 {
     uint64_t found = perta_hash64(made, perta_patch_in_chunk_bytes(shard, entry));
     uint64_t wanted = forward ? entry->hash_after : entry->hash_before;
@@ -340,8 +338,8 @@ int perta_patch_in_check_made(const struct perta_patch_in_shard *shard,
     return perta_fail(err, PERTA_ECHECK,
                       "%s: tensor %s, byte %llu: the chunk leads to digest %016llx, its table "
                       "says %016llx: the patch is damaged",
-                      shard->path, perta_patch_in_tensor(shard, entry)->name,
-                      (ull)entry->frame_off, (ull)found, (ull)wanted);
+                      shard->path, perta_patch_in_tensor(shard, entry)->name, (ull)entry->frame_off,
+                      (ull)found, (ull)wanted);
 }
 
 /* ---- one way ---- */

@@ -4,10 +4,10 @@
 
 #include <jansson.h>
 
-#include "io/format/checkpoint.h"
 #include "io/file.h"
-#include "io/hash.h"
+#include "io/format/checkpoint.h"
 #include "io/format/patch.h"
+#include "io/hash.h"
 
 struct perta_patch_in_shard {
     char *name; /* of the model's shard */
@@ -20,7 +20,7 @@ struct perta_patch_in {
     char *path;
     json_t *manifest; /* but for what it says of tensors, unless that is written oddly */
     struct perta_digest_hex manifest_digest; /* of manifest.json, as it was read */
-    struct perta_patch_in_shard *shards; /* (n_shards), in order of the manifest: by name */
+    struct perta_patch_in_shard *shards;     /* (n_shards), in order of the manifest: by name */
     uint32_t n_shards;
 };
 
@@ -80,12 +80,12 @@ int perta_patch_in_lead(const struct perta_patch_in_shard *shard,
 /* From a chunk's bytes on one side and its frame to those on the other. */
 int perta_patch_in_move(const struct perta_patch_in_shard *shard,
                         const struct perta_patch_entry *entry, bool forward,
-                        struct perta_codec *codec, const uint8_t *frame, const void *from,
-                        void *to, struct perta_err *err);
+                        struct perta_codec *codec, const uint8_t *frame, const void *from, void *to,
+                        struct perta_err *err);
 /* The bytes that it led to must have the table's digest. */
 int perta_patch_in_check_made(const struct perta_patch_in_shard *shard,
-                              const struct perta_patch_entry *entry, bool forward,
-                              const void *made, struct perta_err *err);
+                              const struct perta_patch_entry *entry, bool forward, const void *made,
+                              struct perta_err *err);
 /* Bytes of an entry's chunk, and its tensor. */
 uint64_t perta_patch_in_chunk_bytes(const struct perta_patch_in_shard *shard,
                                     const struct perta_patch_entry *entry);

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "io/text.h"
 #include "io/format/canonical.h"
+#include "io/text.h"
 #include "stream/walk.h"
 
 static const char *const encoding_names[PERTA_N_ENCODINGS] = {"zero", "delta", "values"};
@@ -40,8 +40,9 @@ uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
     uint64_t most = 0, n = after->n_tensors < RECORD_TENSORS ? after->n_tensors : RECORD_TENSORS;
     for (uint32_t s = 0; s < after->n_shards; s++) {
         /* Entries, and what is built of them, or before them, for the file. */
-        uint64_t bytes = 2 * count_chunks(after->shards[s].header) * sizeof(struct perta_patch_entry) +
-                         perta_patch_head_bytes(before->shards[s].header, after->shards[s].header);
+        uint64_t bytes =
+            2 * count_chunks(after->shards[s].header) * sizeof(struct perta_patch_entry) +
+            perta_patch_head_bytes(before->shards[s].header, after->shards[s].header);
         most = bytes > most ? bytes : most;
     }
     return after->n_tensors * sizeof(struct perta_tensor_counts) + most + n * RECORD_BYTES;
@@ -92,9 +93,8 @@ static int open_patch_file(struct perta_patch_out *p, const char *shard, struct 
 /* Room for the entries of the shard under way, and for least; those that are there stay. */
 static bool make_room(struct perta_patch_out *p, uint64_t least)
 {
-    uint64_t n = p->shard < p->after->n_shards
-                     ? count_chunks(p->after->shards[p->shard].header)
-                     : 0;
+    uint64_t n =
+        p->shard < p->after->n_shards ? count_chunks(p->after->shards[p->shard].header) : 0;
     n = n > least ? n : least ? least : 1;
     if (n <= p->entries_max)
         return true;
@@ -283,10 +283,10 @@ static struct perta_tensor_counts total_of(const struct perta_patch_out *p)
 
 static json_t *total_json(const struct perta_patch_out *p, const struct perta_tensor_counts *total)
 {
-    json_t *json = json_pack("{s:I, s:I, s:I, s:I, s:f}", "parameters", (json_int_t)total->n_params,
-                     "changed", (json_int_t)total->n_changed, "rounded_away",
-                     (json_int_t)total->n_rounded_away, "nonfinite",
-                     (json_int_t)total->n_nonfinite, "mean_weight", total->sum_weight);
+    json_t *json =
+        json_pack("{s:I, s:I, s:I, s:I, s:f}", "parameters", (json_int_t)total->n_params, "changed",
+                  (json_int_t)total->n_changed, "rounded_away", (json_int_t)total->n_rounded_away,
+                  "nonfinite", (json_int_t)total->n_nonfinite, "mean_weight", total->sum_weight);
     json_t *weights = json_array();
     uint64_t n = 0;
     for (int i = 0; i < PERTA_COUNT_BINS; i++) {
@@ -328,8 +328,8 @@ static json_t *without_digests(const json_t *inputs)
     json_t *copy = json_deep_copy(inputs), *input, *shard;
     const char *role;
     size_t i;
-    json_object_foreach (copy, role, input)
-        json_array_foreach (json_object_get(input, "shards"), i, shard)
+    json_object_foreach(copy, role, input)
+        json_array_foreach(json_object_get(input, "shards"), i, shard)
             json_object_set_new(shard, "xxh3_128", json_null()); /* is there: takes no memory */
     return copy;
 }
@@ -354,18 +354,18 @@ static bool print_manifest(FILE *to, void *ctx)
     return perta_canonical_print(to, m->json, &rows);
 }
 
-static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
-                          json_t *counts, struct perta_err *err)
+static int write_manifest(struct perta_patch_out *p, json_t *recipe, json_t *inputs, json_t *counts,
+                          struct perta_err *err)
 {
     struct manifest m = {.p = p};
-    m.json = json_pack(
-        "{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:o, s:n, s:o, s:{s:s, s:s}}", "format",
-        "perta-patch", "version", PERTA_PATCH_VERSION, "tool", "perta " PERTA_VERSION, "recipe",
-        recipe, "inputs", p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs",
-        "patch", p->shards, "model", p->model.shards, "counts",
-        p->one_way ? public_counts(counts) : json_incref(counts), "tensors", "encodings",
-        encodings_json(p), "digests", "sha256", "proves that a file is this one", "xxh3_128",
-        "finds damage, not forgery");
+    m.json = json_pack("{s:s, s:i, s:s, s:O, s:o, s:{s:O, s:O}, s:o, s:n, s:o, s:{s:s, s:s}}",
+                       "format", "perta-patch", "version", PERTA_PATCH_VERSION, "tool",
+                       "perta " PERTA_VERSION, "recipe", recipe, "inputs",
+                       p->one_way ? without_digests(inputs) : json_incref(inputs), "outputs",
+                       "patch", p->shards, "model", p->model.shards, "counts",
+                       p->one_way ? public_counts(counts) : json_incref(counts), "tensors",
+                       "encodings", encodings_json(p), "digests", "sha256",
+                       "proves that a file is this one", "xxh3_128", "finds damage, not forgery");
     int rc = m.json ? perta_publish_print(&p->folder, "manifest.json", print_manifest, &m, err)
                     : perta_fail_sys(err, ENOMEM, "manifest.json");
     json_decref(m.json);
@@ -386,10 +386,11 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
     if (!rc)
         rc = perta_model_out_copy_rest(&p->model, from, &skipped, err);
     if (!rc)
-        *summary = json_pack("{s:o, s:O, s:o, s:I, s:I, s:O}", "patch",
-                             perta_text_json("%s", p->folder.path), "counts", counts, "encodings", encodings_json(p), "patch_bytes",
-                             (json_int_t)p->written_bytes, "model_bytes",
-                             (json_int_t)p->model.written_bytes, "left_behind", skipped);
+        *summary =
+            json_pack("{s:o, s:O, s:o, s:I, s:I, s:O}", "patch",
+                      perta_text_json("%s", p->folder.path), "counts", counts, "encodings",
+                      encodings_json(p), "patch_bytes", (json_int_t)p->written_bytes, "model_bytes",
+                      (json_int_t)p->model.written_bytes, "left_behind", skipped);
     json_decref(counts);
     json_decref(skipped);
     return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", p->folder.path);
@@ -422,9 +423,8 @@ static json_t *save_tensors(struct perta_patch_out *p)
     struct counted *counted = calloc(n + 1, sizeof *counted);
     for (uint64_t i = 0; counted && i < n; i++) {
         const struct perta_tensor_counts *c = &p->tensors[first + i];
-        counted[i] = (struct counted){c->n_changed, c->n_rounded_away, c->n_nonfinite,
-                                      c->n_zero_forget, c->n_zero_retain,
-                                      c->sum_weight};
+        counted[i] = (struct counted){c->n_changed,     c->n_rounded_away, c->n_nonfinite,
+                                      c->n_zero_forget, c->n_zero_retain,  c->sum_weight};
     }
     json_t *json = counted ? json_pack("{s:I, s:o}", "first", (json_int_t)first, "counts",
                                        perta_blob_json(counted, n * sizeof *counted))
@@ -438,9 +438,9 @@ static json_t *save_entries(struct perta_patch_out *p)
 {
     uint64_t first = p->saved_entries;
     p->saved_entries = p->n_entries;
-    return json_pack("{s:I, s:o}", "first", (json_int_t)first, "entries",
-                     perta_blob_json(p->entries + first,
-                                     (p->n_entries - first) * sizeof *p->entries));
+    return json_pack(
+        "{s:I, s:o}", "first", (json_int_t)first, "entries",
+        perta_blob_json(p->entries + first, (p->n_entries - first) * sizeof *p->entries));
 }
 
 json_t *perta_patch_out_save(struct perta_patch_out *p)
@@ -453,12 +453,12 @@ json_t *perta_patch_out_save(struct perta_patch_out *p)
     json_t *finished = json_array();
     for (; p->saved_shards < json_array_size(p->shards); p->saved_shards++)
         perta_json_append(&finished, json_incref(json_array_get(p->shards, p->saved_shards)));
-    json_t *state = json_pack(
-        "{s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o}", "shard", (json_int_t)p->shard, "begun",
-        (json_int_t)p->n_begun, "frames_at", (json_int_t)p->frames_at, "written",
-        (json_int_t)p->written_bytes, "finished", finished, "tensors", save_tensors(p), "entries",
-        save_entries(p), "encoded", perta_blob_json(&encoded, sizeof encoded), "model",
-        perta_model_out_save(&p->model));
+    json_t *state =
+        json_pack("{s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o}", "shard", (json_int_t)p->shard,
+                  "begun", (json_int_t)p->n_begun, "frames_at", (json_int_t)p->frames_at, "written",
+                  (json_int_t)p->written_bytes, "finished", finished, "tensors", save_tensors(p),
+                  "entries", save_entries(p), "encoded", perta_blob_json(&encoded, sizeof encoded),
+                  "model", perta_model_out_save(&p->model));
     if (p->shard_open)
         perta_json_set(&state, "digest", perta_blob_of_digest(p->writer.digest));
     return state;
@@ -535,9 +535,8 @@ static int restore(struct perta_patch_out *p, const json_t *state)
     const json_t *finished = json_object_get(state, "finished");
     struct encoded encoded;
     bool open = digest != NULL;
-    uint64_t most = open && shard < p->after->n_shards
-                        ? p->after->shards[shard].header->n_tensors
-                        : 0;
+    uint64_t most =
+        open && shard < p->after->n_shards ? p->after->shards[shard].header->n_tensors : 0;
     begun = open ? begun : 0;
     if (shard >= p->after->n_shards + !open || begun > most || !json_is_array(finished) ||
         !perta_blob_get(json_object_get(state, "encoded"), &encoded, sizeof encoded))
@@ -568,14 +567,12 @@ static int restore(struct perta_patch_out *p, const json_t *state)
     return rc ? rc : restore_entries(p, json_object_get(state, "entries"));
 }
 
-int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
-                            struct perta_err *err)
+int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state, struct perta_err *err)
 {
     int rc = restore(p, state);
     if (rc)
-        return rc == PERTA_ESYS
-                   ? perta_fail_sys(err, ENOMEM, "journal")
-                   : perta_fail(err, PERTA_EINPUT, "no state of a patch in a record");
+        return rc == PERTA_ESYS ? perta_fail_sys(err, ENOMEM, "journal")
+                                : perta_fail(err, PERTA_EINPUT, "no state of a patch in a record");
     return perta_model_out_restore(&p->model, json_object_get(state, "model"), err);
 }
 
@@ -607,8 +604,10 @@ int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t t
     name_tensors(p);
     if (!p->shard_open || p->shard != shard || p->n_begun != tensor + 1 ||
         json_array_size(p->shards) != shard || !covers(p, tensor, unit))
-        return perta_fail(err, PERTA_EINPUT, "%s: its records do not lead to one place; --force "
-                          "starts over", p->folder.partial);
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: its records do not lead to one place; --force "
+                          "starts over",
+                          p->folder.partial);
     const struct perta_shard *to = &p->after->shards[shard];
     const struct perta_tensor *t = &to->header->tensors[tensor];
     char *name = patch_name(to->name);

@@ -31,8 +31,8 @@ struct perta_patch_out {
 
     const struct perta_checkpoint *before, *after; /* borrowed */
     const char *const *actions;                    /* borrowed; one for each tensor of after */
-    bool one_way; /* the record says nothing of files that went in but names and sizes */
-    uint32_t shard;                                /* under way, or the next */
+    bool one_way;   /* the record says nothing of files that went in but names and sizes */
+    uint32_t shard; /* under way, or the next */
     bool shard_open;
     uint64_t n_begun; /* tensors of it */
 
@@ -40,9 +40,9 @@ struct perta_patch_out {
     uint64_t n_entries, entries_max;
     uint64_t frames_at; /* where the next frame goes */
 
-    struct perta_tensor_counts *tensors; /* (after->n_tensors), shard by shard */
-    uint64_t n_tensors;                  /* begun of all */
-    json_t *shards; /* finished .perta files */
+    struct perta_tensor_counts *tensors;                 /* (after->n_tensors), shard by shard */
+    uint64_t n_tensors;                                  /* begun of all */
+    json_t *shards;                                      /* finished .perta files */
     uint64_t saved_shards, saved_tensors, saved_entries; /* in a journal's record */
     uint64_t n_encoded[PERTA_N_ENCODINGS], encoded_bytes[PERTA_N_ENCODINGS];
     uint64_t encoded_units[PERTA_N_ENCODINGS];
@@ -107,8 +107,7 @@ json_t *perta_patch_out_save(struct perta_patch_out *p);
 /* After perta_patch_out_attach: take up such states, in order; then the files under way,
  * which should be at that unit of that tensor. PERTA_EINPUT if a state is none, or is of another
  * place; PERTA_ECHECK if a file is not as it was synced. */
-int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state,
-                            struct perta_err *err);
+int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state, struct perta_err *err);
 int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
                            uint64_t unit, struct perta_err *err);
 void perta_patch_out_release(struct perta_patch_out *p);

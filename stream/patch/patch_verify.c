@@ -23,7 +23,7 @@ struct job {
         /* where next() stands in it: its head, then frames, then its table */
         bool head_done, done;
         uint64_t entry;
-    } *files; /* (n_shards) */
+    } *files;                 /* (n_shards) */
     struct perta_lanes lanes; /* of files */
     struct {
         ZSTD_DCtx *zstd;
@@ -150,8 +150,8 @@ static void note_damage(void *ctx, uint32_t shard, const char *message)
     struct job *job = ctx;
     /* Messages start with the path, which the item has. */
     size_t path = strlen(job->patch.shards[shard].path);
-    bool has_path = !strncmp(message, job->patch.shards[shard].path, path) &&
-                    !strncmp(message + path, ": ", 2);
+    bool has_path =
+        !strncmp(message, job->patch.shards[shard].path, path) && !strncmp(message + path, ": ", 2);
     perta_json_append(
         &job->differences,
         differ(job, shard, NULL, perta_text_json("%s", has_path ? message + path + 2 : message)));
@@ -170,10 +170,10 @@ static void note_frame(struct job *job, const struct perta_piece *piece)
     const struct perta_patch_in_shard *shard = &job->patch.shards[piece->shard];
     const struct perta_patch_entry *e = &shard->patch->entries[piece->tag];
     unsigned long long first = first_unit(shard->patch, piece->tag);
-    json_t *item = differ(job, piece->shard, shard->patch->after->tensors[e->tensor].name,
-                          json_sprintf("frame at byte %llu (elements %llu to %llu) is damaged",
-                                       (unsigned long long)e->frame_off, first,
-                                       first + e->n_units - 1));
+    json_t *item =
+        differ(job, piece->shard, shard->patch->after->tensors[e->tensor].name,
+               json_sprintf("frame at byte %llu (elements %llu to %llu) is damaged",
+                            (unsigned long long)e->frame_off, first, first + e->n_units - 1));
     perta_json_set(&item, "first", json_integer((json_int_t)first));
     perta_json_set(&item, "elements", json_integer((json_int_t)e->n_units));
     perta_json_append(&job->differences, item);
@@ -349,8 +349,8 @@ int perta_patch_verify(const char *path, const struct perta_run *run, json_t **s
     if (!rc)
         rc = run_all(&job, run, err);
     if (!rc) {
-        *summary = json_pack("{s:I, s:I, s:O}", "files", (json_int_t)job.patch.n_shards,
-                             "frames", (json_int_t)job.n_frames, "differences", job.differences);
+        *summary = json_pack("{s:I, s:I, s:O}", "files", (json_int_t)job.patch.n_shards, "frames",
+                             (json_int_t)job.n_frames, "differences", job.differences);
         if (!*summary)
             rc = perta_fail_sys(err, ENOMEM, "%s", path);
         else if (json_array_size(job.differences))

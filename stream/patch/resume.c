@@ -51,11 +51,10 @@ static json_t *save_inputs(const struct perta_resume *r)
             if (in->read_bytes[s] == in->saved_bytes[s])
                 continue;
             in->saved_bytes[s] = in->read_bytes[s];
-            perta_json_append(
-                &all, json_pack("{s:i, s:I, s:I, s:I, s:o}", "input", (int)i, "shard",
-                                (json_int_t)s, "seen", (json_int_t)in->seen_bytes[s], "read",
-                                (json_int_t)in->read_bytes[s], "digest",
-                                perta_blob_of_digest(in->digests[s])));
+            perta_json_append(&all, json_pack("{s:i, s:I, s:I, s:I, s:o}", "input", (int)i, "shard",
+                                              (json_int_t)s, "seen", (json_int_t)in->seen_bytes[s],
+                                              "read", (json_int_t)in->read_bytes[s], "digest",
+                                              perta_blob_of_digest(in->digests[s])));
         }
     }
     return all;
@@ -188,17 +187,16 @@ static int take_record(void *ctx, json_t *record, struct perta_err *err)
     r->done_bytes = (uint64_t)json_integer_value(json_object_get(record, "read"));
     for (i = 0; i < PERTA_RESUME_COUNTS; i++)
         r->counts[i] = uint_at(counts, i);
-    bool good = json_array_size(place) == 3 && uint_at(place, 0) < UINT32_MAX &&
-                r->done_bytes <= INT64_MAX;
-    json_array_foreach (json_object_get(record, "inputs"), i, input)
-        good = good && restore_input(r, input);
+    bool good =
+        json_array_size(place) == 3 && uint_at(place, 0) < UINT32_MAX && r->done_bytes <= INT64_MAX;
+    json_array_foreach(json_object_get(record, "inputs"), i, input) good =
+        good && restore_input(r, input);
     if (!good)
         return perta_fail(err, PERTA_EINPUT, "no place in a record");
     return restore_outputs(r, json_object_get(record, "outputs"), err);
 }
 
-int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream,
-                         struct perta_err *err)
+int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream, struct perta_err *err)
 {
     if (!r->journal.going_on)
         return 0;

@@ -57,7 +57,6 @@ int perta_resume_point(struct perta_resume *resume, const struct perta_piece *pi
 /* After a run that ended with rc and *err. 0: the outputs are complete, give them their names;
  * *summary is on record in case it is killed meanwhile. Else keep what the next run can go on
  * with, say so in *err, and let go of *summary. Closes the journal. */
-int perta_resume_end(struct perta_resume *resume, int rc, json_t **summary,
-                     struct perta_err *err);
+int perta_resume_end(struct perta_resume *resume, int rc, json_t **summary, struct perta_err *err);
 
 #endif

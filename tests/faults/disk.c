@@ -20,9 +20,9 @@
 #endif
 #define SHUTDOWN_NO_LOG_FLUSH 2
 
-#define WRAP(type, name, ...)                                                                   \
-    type __real_##name(__VA_ARGS__);                                                            \
-    type __wrap_##name(__VA_ARGS__);                                                            \
+#define WRAP(type, name, ...)        \
+    type __real_##name(__VA_ARGS__); \
+    type __wrap_##name(__VA_ARGS__); \
     type __wrap_##name(__VA_ARGS__)
 
 int __real_rename(const char *from, const char *to);

@@ -11,10 +11,10 @@
 
 bool __real_perta_request_advance(struct perta_request *request, int64_t got);
 bool __wrap_perta_request_advance(struct perta_request *request, int64_t got);
-int __real_perta_engine_open(enum perta_io_mode mode, unsigned depth,
-                             struct perta_engine **out, struct perta_err *err);
-int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth,
-                             struct perta_engine **out, struct perta_err *err);
+int __real_perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engine **out,
+                             struct perta_err *err);
+int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engine **out,
+                             struct perta_err *err);
 
 /* Of got bytes so many, but more than there were before; what was not read is not there. */
 static int64_t cut_short(const struct perta_request *r, int64_t got)
@@ -43,12 +43,12 @@ bool __wrap_perta_request_advance(struct perta_request *r, int64_t got)
     return __real_perta_request_advance(r, got);
 }
 
-int __real_perta_journal_commit(struct perta_journal *journal, const json_t *record,
-                                uint64_t bytes, struct perta_err *err);
-int __wrap_perta_journal_commit(struct perta_journal *journal, const json_t *record,
-                                uint64_t bytes, struct perta_err *err);
-int __wrap_perta_journal_commit(struct perta_journal *journal, const json_t *record,
-                                uint64_t bytes, struct perta_err *err)
+int __real_perta_journal_commit(struct perta_journal *journal, const json_t *record, uint64_t bytes,
+                                struct perta_err *err);
+int __wrap_perta_journal_commit(struct perta_journal *journal, const json_t *record, uint64_t bytes,
+                                struct perta_err *err);
+int __wrap_perta_journal_commit(struct perta_journal *journal, const json_t *record, uint64_t bytes,
+                                struct perta_err *err)
 {
     int rc = __real_perta_journal_commit(journal, record, bytes, err);
     if (!rc)
@@ -152,8 +152,8 @@ static void late_close(struct perta_engine *engine)
     free(engine);
 }
 
-int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth,
-                             struct perta_engine **out, struct perta_err *err)
+int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engine **out,
+                             struct perta_err *err)
 {
     struct late *late = __real_calloc(1, sizeof *late);
     if (!late)
@@ -172,8 +172,8 @@ int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth,
         .check = late_check,
         .close = late_close,
     };
-    late->base = (struct perta_engine){.ops = &late->ops,
-                                       .wants_direct = late->inner->wants_direct};
+    late->base =
+        (struct perta_engine){.ops = &late->ops, .wants_direct = late->inner->wants_direct};
     *out = &late->base;
     return 0;
 }

@@ -19,12 +19,12 @@ static bool strikes(void)
     return failed;
 }
 
-#define WRAP(type, name, parameters, arguments, failure)        \
-    type __real_##name parameters;                              \
-    type __wrap_##name parameters;                              \
-    type __wrap_##name parameters                               \
-    {                                                           \
-        return strikes() ? failure : __real_##name arguments;   \
+#define WRAP(type, name, parameters, arguments, failure)      \
+    type __real_##name parameters;                            \
+    type __wrap_##name parameters;                            \
+    type __wrap_##name parameters                             \
+    {                                                         \
+        return strikes() ? failure : __real_##name arguments; \
     }
 
 WRAP(void *, malloc, (size_t n), (n), NULL)
@@ -51,17 +51,17 @@ static json_t *out_of_memory(json_error_t *error)
     return NULL;
 }
 
-#define WRAP_PARSER(name, parameters, arguments)          \
-    json_t *__real_##name parameters;                     \
-    json_t *__wrap_##name parameters;                     \
-    json_t *__wrap_##name parameters                      \
-    {                                                     \
-        if (strikes())                                    \
-            return out_of_memory(error);                  \
-        in_parser = true;                                 \
-        json_t *json = __real_##name arguments;           \
-        in_parser = false;                                \
-        return json;                                      \
+#define WRAP_PARSER(name, parameters, arguments) \
+    json_t *__real_##name parameters;            \
+    json_t *__wrap_##name parameters;            \
+    json_t *__wrap_##name parameters             \
+    {                                            \
+        if (strikes())                           \
+            return out_of_memory(error);         \
+        in_parser = true;                        \
+        json_t *json = __real_##name arguments;  \
+        in_parser = false;                       \
+        return json;                             \
     }
 
 WRAP_PARSER(json_loadb, (const char *text, size_t n, size_t flags, json_error_t *error),

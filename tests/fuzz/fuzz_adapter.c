@@ -129,8 +129,7 @@ static void use(struct perta_adapter *adapter, const struct perta_checkpoint *ck
         const float *tau;
         if (!change || change->whole)
             continue;
-        if (perta_adapter_tau(adapter, &file, 0, change, 1, tensor->n_elems - 1, &tau,
-                              &err) ||
+        if (perta_adapter_tau(adapter, &file, 0, change, 1, tensor->n_elems - 1, &tau, &err) ||
             tau[0] != 0 || tau[tensor->n_elems - 2] != 0)
             __builtin_trap();
     }

@@ -7,8 +7,8 @@
 #include <unistd.h>
 #include <zstd.h>
 
-#include "io/hash.h"
 #include "io/format/patch.h"
+#include "io/hash.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -54,11 +54,11 @@ static void apply_entry(const uint8_t *file, const struct perta_patch *patch,
         from = frame;
     }
     uint64_t n_changed;
-    int rc = perta_codec_apply(codec, dtype, e->encoding, from, frame_bytes, payload, model, made, n,
-                               &err);
+    int rc = perta_codec_apply(codec, dtype, e->encoding, from, frame_bytes, payload, model, made,
+                               n, &err);
     struct perta_err ignored = {0};
-    int rc2 = perta_codec_count(codec, dtype, e->encoding, from, frame_bytes, payload, n, &n_changed,
-                                &ignored);
+    int rc2 = perta_codec_count(codec, dtype, e->encoding, from, frame_bytes, payload, n,
+                                &n_changed, &ignored);
     if ((rc && (rc != PERTA_ECHECK || !err.msg[0])) || (!rc && (rc2 || n_changed > e->n_units)))
         __builtin_trap();
     struct perta_err way_back = {0};

@@ -29,19 +29,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     size_t n = size - 4;
     struct perta_err err = {0};
     size_t frame_bytes = ZSTD_compress(frame, sizeof frame, payload, n, 1);
-    int rc = perta_codec_apply(codec, dtype, encoding, frame, frame_bytes, n, before, after,
-                               len, &err);
+    int rc =
+        perta_codec_apply(codec, dtype, encoding, frame, frame_bytes, n, before, after, len, &err);
     err.code = 0;
-    int rc2 = perta_codec_revert(codec, dtype, encoding, payload, n, len + data[3], before,
-                                 after, len, &err);
+    int rc2 = perta_codec_revert(codec, dtype, encoding, payload, n, len + data[3], before, after,
+                                 len, &err);
     uint64_t n_changed;
     err.code = 0;
-    int rc3 = perta_codec_count(codec, dtype, encoding, frame, frame_bytes, n, len,
-                                &n_changed, &err);
+    int rc3 =
+        perta_codec_count(codec, dtype, encoding, frame, frame_bytes, n, len, &n_changed, &err);
     if (rc3 && rc3 != rc) /* what fits no values may count well */
         __builtin_trap();
-    int wrong =
-        encoding == PERTA_ENC_VALUES ? PERTA_EUSAGE : PERTA_ECHECK; /* no way back */
+    int wrong = encoding == PERTA_ENC_VALUES ? PERTA_EUSAGE : PERTA_ECHECK; /* no way back */
     if ((rc && rc != PERTA_ECHECK) || (rc2 && rc2 != wrong))
         __builtin_trap();
     return 0;

@@ -30,8 +30,9 @@ static void put(const char *name, const void *data, size_t size)
 
 static void enter(void)
 {
-    static const char shard[] = "\x38\0\0\0\0\0\0\0"
-                                "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}   x";
+    static const char shard[] =
+        "\x38\0\0\0\0\0\0\0"
+        "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}   x";
     snprintf(dir, sizeof dir, "/dev/shm/perta-fuzz-XXXXXX");
     if (!mkdtemp(dir))
         abort();

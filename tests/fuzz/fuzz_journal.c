@@ -74,8 +74,11 @@ static void on_progress(void *user, uint64_t done, uint64_t total)
 /* Stopped after its chunks, before its table; or gone on with. */
 static int diff(bool resume, struct perta_err *err)
 {
-    struct perta_run run = {.memory_bytes = perta_memory_now() + (64 << 20), .n_threads = 1,
-                            .io = PERTA_IO_PREAD, .cancel = &stop, .resume = resume,
+    struct perta_run run = {.memory_bytes = perta_memory_now() + (64 << 20),
+                            .n_threads = 1,
+                            .io = PERTA_IO_PREAD,
+                            .cancel = &stop,
+                            .resume = resume,
                             .progress = resume ? NULL : on_progress};
     struct perta_diff job = {.before = "a", .after = "b", .patch = "p"};
     json_t *summary = NULL;
@@ -88,8 +91,9 @@ static int diff(bool resume, struct perta_err *err)
 
 static void remove_output(void)
 {
-    static const char *const paths[] = {PARTIAL, "p.perta-partial/manifest.json", "p.perta-partial",
-                                        "p/model.safetensors.perta", "p/manifest.json", "p",
+    static const char *const paths[] = {PARTIAL,           "p.perta-partial/manifest.json",
+                                        "p.perta-partial", "p/model.safetensors.perta",
+                                        "p/manifest.json", "p",
                                         "p.perta-journal"};
     for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
         remove(paths[i]);

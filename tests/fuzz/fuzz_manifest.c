@@ -5,8 +5,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "io/hash.h"
 #include "io/format/patch.h"
+#include "io/hash.h"
 #include "stream/patch/manifest.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -51,8 +51,10 @@ static void put_patch(const uint8_t *shard, size_t header_bytes)
         perta_patch_head_build(header, header, &head, &head_bytes, &err) ||
         perta_codec_encode(codec, PERTA_U8, "x", "y", 1, frame, sizeof frame, &coded, &err))
         abort();
-    struct perta_patch_entry entry = {.frame_off = head_bytes, .frame_bytes = coded.frame_bytes,
-                                      .payload_bytes = coded.payload_bytes, .n_units = 1,
+    struct perta_patch_entry entry = {.frame_off = head_bytes,
+                                      .frame_bytes = coded.frame_bytes,
+                                      .payload_bytes = coded.payload_bytes,
+                                      .n_units = 1,
                                       .encoding = coded.encoding,
                                       .hash_before = perta_hash64("x", 1),
                                       .hash_after = perta_hash64("y", 1)};
@@ -92,8 +94,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     FILE *file = create("manifest.json");
     put(file, data, size);
     fclose(file);
-    struct perta_run run = {.memory_bytes = perta_memory_now() + (64 << 20), .n_threads = 1,
-                            .io = PERTA_IO_PREAD};
+    struct perta_run run = {
+        .memory_bytes = perta_memory_now() + (64 << 20), .n_threads = 1, .io = PERTA_IO_PREAD};
     for (int patch = 0; patch < 2; patch++) {
         struct perta_err err = {0};
         json_t *summary = NULL;

@@ -14,10 +14,9 @@ static void need(bool holds)
 /* However it was read, it is what a JSON library reads. */
 static void compare(const struct perta_header *h)
 {
-    json_t *root = json_loadb((const char *)h->bytes + 8, h->len_bytes - 8, JSON_REJECT_DUPLICATES,
-                              NULL);
-    need(json_object_size(root) ==
-         h->n_tensors + (json_object_get(root, "__metadata__") ? 1 : 0));
+    json_t *root =
+        json_loadb((const char *)h->bytes + 8, h->len_bytes - 8, JSON_REJECT_DUPLICATES, NULL);
+    need(json_object_size(root) == h->n_tensors + (json_object_get(root, "__metadata__") ? 1 : 0));
     for (uint64_t i = 0; i < h->n_tensors; i++) {
         const struct perta_tensor *t = &h->tensors[i];
         const json_t *info = json_object_get(root, t->name);
@@ -25,8 +24,8 @@ static void compare(const struct perta_header *h)
         const json_t *range = json_object_get(info, "data_offsets");
         uint64_t begin = (uint64_t)json_integer_value(json_array_get(range, 0));
         uint64_t end = (uint64_t)json_integer_value(json_array_get(range, 1));
-        need(!strcmp(json_string_value(json_object_get(info, "dtype")),
-                     perta_dtype_name(t->dtype)));
+        need(
+            !strcmp(json_string_value(json_object_get(info, "dtype")), perta_dtype_name(t->dtype)));
         need(json_array_size(shape) == t->n_dims);
         for (uint32_t d = 0; d < t->n_dims; d++)
             need((uint64_t)json_integer_value(json_array_get(shape, d)) == t->shape[d]);

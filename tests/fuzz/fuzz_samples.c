@@ -17,7 +17,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     struct perta_samples samples;
     struct perta_err err = {0};
-    if (!perta_samples_read(path, &(struct perta_samples_wanted){.vocab = 1000, .answers = true}, &samples, &err))
+    if (!perta_samples_read(path, &(struct perta_samples_wanted){.vocab = 1000, .answers = true},
+                            &samples, &err))
         perta_samples_release(&samples);
     else if (!err.msg[0])
         __builtin_trap();
