@@ -4,10 +4,10 @@
  * samples alone, never by memory or threads: samples are put into groups in order, whole ones, as
  * many as have so many rows together, and a group's rows are cut into tiles. A batch is as many
  * whole groups as memory allows. */
-#ifndef PERTA_ESTIMATORS_MODEL_CUT_H
-#define PERTA_ESTIMATORS_MODEL_CUT_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_CUT_H
+#define PERTA_ESTIMATORS_COMPUTE_CUT_H
 
-#include "estimators/model/gemm.h"
+#include "estimators/compute/gemm.h"
 #include "io/err.h"
 
 struct perta_cut {

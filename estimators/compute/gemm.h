@@ -8,8 +8,8 @@
  * is cut depends on shapes and on the samples (cut.h), so that its bits are the same for every
  * number of workers, every budget and every batch. Another instruction set may give other last
  * bits. */
-#ifndef PERTA_ESTIMATORS_MODEL_GEMM_H
-#define PERTA_ESTIMATORS_MODEL_GEMM_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_GEMM_H
+#define PERTA_ESTIMATORS_COMPUTE_GEMM_H
 
 #include <stdbool.h>
 #include <stddef.h>
