@@ -52,17 +52,6 @@ struct perta_linear {
     struct perta_array bias; /* (out), or none */
 };
 
-/* Attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads, D);
- * every n_heads / n_kv_heads query heads share one of k and v. A token sees what its place says, but
- * those that stand window or more before it; where that is nothing, out is 0, as PyTorch's
- * scaled_dot_product_attention has it. Tokens that are seen stand in the order of at. */
-struct perta_attention {
-    struct perta_runs sequences;
-    const struct perta_place *places; /* (n) */
-    size_t n_heads, n_kv_heads, D;
-    uint32_t window; /* UINT32_MAX: all */
-};
-
 /* A row of an embedding gets a token's gradient. */
 struct perta_token_row {
     uint64_t sample;

@@ -34,12 +34,11 @@ static int run_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err)
     return 0;
 }
 
-/* some() goes through rows from .. to of n; a row has so many elements. */
-static void share_out(struct perta_workers *workers, size_t n, size_t elems,
-                      void (*some)(const void *args, size_t from, size_t to), const void *args)
+void perta_share_out(struct perta_workers *workers, size_t n, size_t elems,
+                     void (*some)(const void *args, size_t from, size_t to), const void *args)
 {
     struct perta_err never = {0};
-    struct rows r = {some, args, n, elems < PIECE_ELEMS ? PIECE_ELEMS / elems : 1};
+    struct rows r = {some, args, n, elems && elems < PIECE_ELEMS ? PIECE_ELEMS / elems : 1};
     perta_workers_run(workers, (n + r.of_piece - 1) / r.of_piece, run_rows, &r, &never);
 }
 
@@ -71,7 +70,7 @@ void perta_rmsnorm_forward(struct perta_workers *workers, float *y, float *rstd,
 {
     const struct rmsnorm n = {
         .y = y, .rstd_out = rstd, .x = x, .weight = weight, .H = H, .eps = eps};
-    share_out(workers, T, H, rmsnorm_rows, &n);
+    perta_share_out(workers, T, H, rmsnorm_rows, &n);
 }
 
 static void rmsnorm_backward_rows(const void *args, size_t from, size_t to)
@@ -93,7 +92,7 @@ void perta_rmsnorm_backward(struct perta_workers *workers, float *dx, const floa
                             size_t H)
 {
     const struct rmsnorm n = {.dx = dx, .dy = dy, .x = x, .rstd = rstd, .weight = weight, .H = H};
-    share_out(workers, T, H, rmsnorm_backward_rows, &n);
+    perta_share_out(workers, T, H, rmsnorm_backward_rows, &n);
 }
 
 #define COLUMNS 128 /* that are summed over tokens together */
@@ -118,7 +117,8 @@ void perta_rmsnorm_backward_weight(struct perta_workers *workers, float *dweight
                                    const float *x, const float *rstd, size_t T, size_t H)
 {
     const struct rmsnorm n = {.dweight = dweight, .dy = dy, .x = x, .rstd = rstd, .T = T, .H = H};
-    share_out(workers, (H + COLUMNS - 1) / COLUMNS, T * COLUMNS, rmsnorm_backward_columns, &n);
+    perta_share_out(workers, (H + COLUMNS - 1) / COLUMNS, T * COLUMNS, rmsnorm_backward_columns,
+                    &n);
 }
 
 /* ---- rotary positions (Su et al. 2021) ---- */
@@ -150,7 +150,7 @@ static void rotate_rows(const void *args, size_t from, size_t to)
 
 static void rotate(struct perta_workers *workers, const struct rope *r, size_t T)
 {
-    share_out(workers, T, r->n_heads * r->D, rotate_rows, r);
+    perta_share_out(workers, T, r->n_heads * r->D, rotate_rows, r);
 }
 
 void perta_rope_forward(struct perta_workers *workers, float *x, const struct perta_place *places,
@@ -181,7 +181,7 @@ static void swiglu_elems(const void *args, size_t from, size_t to)
 void perta_swiglu_forward(struct perta_workers *workers, float *h, const float *gate,
                           const float *up, size_t n)
 {
-    share_out(workers, n, 1, swiglu_elems, &(struct swiglu){.h = h, .gate = gate, .up = up});
+    perta_share_out(workers, n, 1, swiglu_elems, &(struct swiglu){.h = h, .gate = gate, .up = up});
 }
 
 static void swiglu_backward_elems(const void *args, size_t from, size_t to)
@@ -194,8 +194,8 @@ static void swiglu_backward_elems(const void *args, size_t from, size_t to)
 void perta_swiglu_backward(struct perta_workers *workers, float *dgate, float *dup, const float *dh,
                            const float *gate, const float *up, size_t n)
 {
-    share_out(workers, n, 1, swiglu_backward_elems,
-              &(struct swiglu){.dgate = dgate, .dup = dup, .dh = dh, .gate = gate, .up = up});
+    perta_share_out(workers, n, 1, swiglu_backward_elems,
+                    &(struct swiglu){.dgate = dgate, .dup = dup, .dh = dh, .gate = gate, .up = up});
 }
 
 /* ---- cross-entropy ---- */
@@ -238,7 +238,7 @@ void perta_cross_entropy_forward(struct perta_workers *workers, const float *log
                               .most = most,
                               .sums = sums,
                               .of_target = of_target};
-    share_out(workers, n, n_rows, entropy_rows, &e);
+    perta_share_out(workers, n, n_rows, entropy_rows, &e);
 }
 
 static void best_rows(const void *args, size_t from, size_t to)
@@ -259,7 +259,7 @@ void perta_best_forward(struct perta_workers *workers, const float *logits, size
 {
     const struct entropy e = {
         .logits = logits, .row = row, .n_rows = n_rows, .most = most, .best = best};
-    share_out(workers, n, n_rows, best_rows, &e);
+    perta_share_out(workers, n, n_rows, best_rows, &e);
 }
 
 static void entropy_backward_rows(const void *args, size_t from, size_t to)
@@ -286,7 +286,7 @@ void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, 
                               .most = (float *)(uintptr_t)most,
                               .sums = (double *)(uintptr_t)sums,
                               .share = share};
-    share_out(workers, n, n_rows, entropy_backward_rows, &e);
+    perta_share_out(workers, n, n_rows, entropy_backward_rows, &e);
 }
 
 /* ---- attention: a head of a sequence at a time, within it a block of query rows, so that scores
@@ -552,7 +552,7 @@ int perta_attention_backward(struct perta_gemm *gemm, const struct perta_attenti
         return rc;
     struct group_sum k_sum = {dk, all.dk, a->n_kv_heads, group, a->D};
     struct group_sum v_sum = {dv, all.dv, a->n_kv_heads, group, a->D};
-    share_out(workers, n, a->n_heads * a->D, group_sum_rows, &k_sum);
-    share_out(workers, n, a->n_heads * a->D, group_sum_rows, &v_sum);
+    perta_share_out(workers, n, a->n_heads * a->D, group_sum_rows, &k_sum);
+    perta_share_out(workers, n, a->n_heads * a->D, group_sum_rows, &v_sum);
     return 0;
 }

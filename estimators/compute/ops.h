@@ -11,6 +11,11 @@
 #include "estimators/compute/gemm.h"
 #include "estimators/compute/place.h"
 
+/* some() goes through rows from .. to of n, shared out among workers in any order; a row has so many
+ * elements. */
+void perta_share_out(struct perta_workers *workers, size_t n, size_t elems,
+                     void (*some)(const void *args, size_t from, size_t to), const void *args);
+
 /* y (T, H) = x (T, H) * rstd * weight (H); rstd (T) = 1 / sqrt(mean(x^2) + eps). */
 void perta_rmsnorm_forward(struct perta_workers *workers, float *y, float *rstd, const float *x,
                            const float *weight, size_t T, size_t H, float eps);
@@ -53,16 +58,6 @@ void perta_cross_entropy_backward(struct perta_workers *workers, float *logits, 
                                   size_t n_rows, size_t n, const int32_t *target, const float *most,
                                   const double *sums, const float *share);
 
-/* Attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads,
- * D); every n_heads / n_kv_heads query heads share one of k and v. A token sees what its place says,
- * but those that stand window or more before it; where that is nothing, out is 0, as PyTorch's
- * scaled_dot_product_attention has it. Tokens that are seen stand in the order of at. */
-struct perta_attention {
-    struct perta_runs sequences;
-    const struct perta_place *places; /* (n) */
-    size_t n_heads, n_kv_heads, D;
-    uint32_t window; /* UINT32_MAX: all */
-};
 /* Floats that a worker needs (perta_gemm_room). */
 size_t perta_attention_room(size_t longest);
 int perta_attention_forward(struct perta_gemm *gemm, const struct perta_attention *attention,
