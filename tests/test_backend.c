@@ -166,8 +166,9 @@ static const struct {
     size_t n, out, in;
     bool add, bias;
 } linear_shapes[] = {
-    {1, 1, 1, false, false},   {1, 33, 31, true, false},    {31, 7, 33, false, true},
-    {33, 64, 257, true, true}, {257, 513, 40, false, true}, {257, 1030, 17, true, false},
+    {1, 1, 1, false, false},    {1, 33, 31, true, false},    {31, 7, 33, false, true},
+    {33, 64, 257, true, true},  {257, 513, 40, false, true}, {257, 1030, 17, true, false},
+    {2, 1030, 9, false, false},
 };
 
 /* _i: a shape, of a type. */
@@ -221,12 +222,13 @@ struct gradient {
     struct perta_token_row tokens[G_TOKENS];
 };
 
-/* In order of samples, the last of which has none; some rows twice. */
+/* In order of samples, the last of which has none; rows again and again, at the ends of both tiles. */
 static void place_gradient_tokens(struct gradient *c, bool tokens)
 {
+    static const uint32_t rows[] = {0, PERTA_TILE_ROWS - 1, PERTA_TILE_ROWS, G_SPLIT - 1, 100};
     for (size_t k = 0; tokens && k < G_TOKENS; k++)
-        c->tokens[k] =
-            (struct perta_token_row){k * (G_SAMPLES - 1) / G_TOKENS, (uint32_t)(k * k % 250)};
+        c->tokens[k] = (struct perta_token_row){k * (G_SAMPLES - 1) / G_TOKENS,
+                                                k % 3 ? rows[k % 5] : (uint32_t)k * 6};
     c->d = pair(tokens ? G_TOKENS * G_IN : 0, 7);
 }
 
