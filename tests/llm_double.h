@@ -1,10 +1,11 @@
 /* llm_double.h - the forward passes of docs/estimate.md in double, as plainly as they can be
- * written: what finite differences are taken of. Shapes as in ops.h and block.h. */
+ * written: what finite differences are taken of. Shapes as in backend.h and part.h. */
 #ifndef PERTA_TESTS_LLM_DOUBLE_H
 #define PERTA_TESTS_LLM_DOUBLE_H
 
 #include <math.h>
 
+#include "estimators/model/family.h"
 #include "estimators/model/model.h"
 #include "estimators/model/samples.h"
 #include "tests/unit.h"
@@ -95,22 +96,19 @@ struct model_double {
     double *weights; /* (n_floats) */
 };
 
-static inline double *part_double(const struct model_double *m, uint32_t layer, const char *part,
-                                  const char *kind)
+static inline double *part_double(const struct model_double *m, uint32_t layer,
+                                  enum perta_param param)
 {
-    char name[128];
-    snprintf(name, sizeof name, "model.layers.%u.%s.%s", layer, part, kind);
-    const float *at = perta_model_find(m->model, m->model->weights, name);
-    return at ? m->weights + (at - m->model->weights) : NULL;
+    const struct perta_param_row *row = perta_llm_param(&m->model->llm, param);
+    return row ? m->weights + perta_model_param(m->model, layer, row)->at : NULL;
 }
 
 static inline void project_double(const struct model_double *m, uint32_t layer,
-                                  enum perta_linear_name name, double *y, const double *x, size_t n,
+                                  enum perta_param weight, double *y, const double *x, size_t n,
                                   size_t out, size_t in)
 {
-    const char *part = perta_linear_names[name];
-    linear_double(y, x, part_double(m, layer, part, "weight"), part_double(m, layer, part, "bias"),
-                  n, out, in);
+    linear_double(y, x, part_double(m, layer, weight), part_double(m, layer, weight + 1), n, out,
+                  in);
 }
 
 /* x (T, H) of one sequence becomes what the block makes of it. */
@@ -120,26 +118,24 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
     const struct perta_llm *llm = &m->model->llm;
     size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
-    double eps = (double)llm->rms_eps;
+    double eps = (double)llm->norm_eps;
     double *memory = alloc(T * (H + 2 * Q + 2 * K + 3 * I) * sizeof *memory);
     double *norm = memory, *q = norm + T * H, *k = q + T * Q, *v = k + T * K, *att = v + T * K;
     double *gate = att + T * Q, *up = gate + T * I, *h = up + T * I;
-    rmsnorm_double(norm, x, part_double(m, layer, "input_layernorm", "weight"), T, H, eps);
+    rmsnorm_double(norm, x, part_double(m, layer, PERTA_NORM_1), T, H, eps);
     project_double(m, layer, PERTA_Q, q, norm, T, Q, H);
     project_double(m, layer, PERTA_K, k, norm, T, K, H);
     project_double(m, layer, PERTA_V, v, norm, T, K, H);
     if (llm->qk_norm) {
-        rmsnorm_double(q, q, part_double(m, layer, "self_attn.q_norm", "weight"), T * llm->n_heads,
-                       D, eps);
-        rmsnorm_double(k, k, part_double(m, layer, "self_attn.k_norm", "weight"),
-                       T * llm->n_kv_heads, D, eps);
+        rmsnorm_double(q, q, part_double(m, layer, PERTA_NORM_Q), T * llm->n_heads, D, eps);
+        rmsnorm_double(k, k, part_double(m, layer, PERTA_NORM_K), T * llm->n_kv_heads, D, eps);
     }
     rope_double(q, places, m->inv_freq, T, llm->n_heads, D);
     rope_double(k, places, m->inv_freq, T, llm->n_kv_heads, D);
     attention_double(att, q, k, v, places, T, llm->n_heads, llm->n_kv_heads, D,
                      perta_llm_window(llm, layer));
     project_double(m, layer, PERTA_O, x, att, T, H, Q);
-    rmsnorm_double(norm, x, part_double(m, layer, "post_attention_layernorm", "weight"), T, H, eps);
+    rmsnorm_double(norm, x, part_double(m, layer, PERTA_NORM_2), T, H, eps);
     project_double(m, layer, PERTA_GATE, gate, norm, T, I, H);
     project_double(m, layer, PERTA_UP, up, norm, T, I, H);
     swiglu_double(h, gate, up, T * I);
@@ -175,7 +171,7 @@ static inline double loss_double(const struct model_double *m, const struct pert
     for (size_t t = 0; t < T; t++) {
         if (s->targets[first + t] == PERTA_IGNORED)
             continue;
-        rmsnorm_double(row, x + t * H, norm, 1, H, (double)model->llm.rms_eps);
+        rmsnorm_double(row, x + t * H, norm, 1, H, (double)model->llm.norm_eps);
         memset(logits, 0, V * sizeof *logits);
         linear_double(logits, row, head, NULL, 1, V, H);
         loss += cross_entropy_double(logits, V, (size_t)s->targets[first + t]);

@@ -30,7 +30,7 @@ START_TEST(a_number_that_float32_does_not_hold_is_refused)
     parse(",\"rope_theta\":1e300", "rope_theta", &llm);
     parse(",\"rope_theta\":-1", "rope_theta", &llm);
     parse(",\"rms_norm_eps\":1e-30,\"rope_theta\":1e30", NULL, &llm);
-    ck_assert(llm.rms_eps > 0);
+    ck_assert(llm.norm_eps > 0);
 }
 END_TEST
 

@@ -91,8 +91,10 @@ struct perta_backend_ops {
 
     /* ---- memory ---- */
 
+    /* What alloc takes for a buffer of len_bytes. */
+    uint64_t (*buffer_bytes)(const struct perta_backend *be, uint64_t len_bytes);
     /* A buffer, zeros. Where rows of a product are read past the end of an array (cpu.h) there is
-     * memory after the buffer's end. Returns 0, or PERTA_ESYS with *err filled. */
+     * memory after the buffer's end. Returns 0, or PERTA_ESYS with *err filled and *buffer 0. */
     int (*alloc)(struct perta_backend *be, uint64_t len_bytes, uint32_t *buffer,
                  struct perta_err *err);
     /* A buffer of memory that the host keeps and fills (weights as they are read): what it writes
@@ -235,6 +237,15 @@ struct perta_backend {
     int rc;
     struct perta_err err;
 };
+
+/* A failure of what feeds it: weights, a sink. rc 0: none. The first is kept. */
+static inline void perta_backend_fail(struct perta_backend *be, int rc, const struct perta_err *err)
+{
+    if (!rc || be->rc)
+        return;
+    be->rc = rc;
+    be->err = *err;
+}
 
 static inline int perta_backend_wait(struct perta_backend *be, struct perta_err *err)
 {

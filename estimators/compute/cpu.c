@@ -71,7 +71,7 @@ void *perta_cpu_at(struct perta_cpu *cpu, struct perta_array a)
     return buffer.base + a.at_bytes;
 }
 
-/* Put a buffer into the table. *handle: where. */
+/* Put a buffer into the table. *handle: where; 0 on error. */
 static int keep(struct perta_cpu *cpu, const struct perta_cpu_buffer *buffer, uint32_t *handle,
                 struct perta_err *err)
 {
@@ -89,8 +89,13 @@ static int keep(struct perta_cpu *cpu, const struct perta_cpu_buffer *buffer, ui
     if (!rc)
         cpu->buffers[i] = *buffer;
     pthread_mutex_unlock(&cpu->lock);
-    *handle = i + 1;
+    *handle = rc ? 0 : i + 1;
     return rc;
+}
+
+static uint64_t cpu_buffer_bytes(const struct perta_backend *be, uint64_t len_bytes)
+{
+    return perta_cpu_buffer_bytes(&((const struct perta_cpu *)be)->needs, len_bytes);
 }
 
 static int cpu_alloc(struct perta_backend *be, uint64_t len_bytes, uint32_t *handle,
@@ -138,12 +143,16 @@ static void cpu_free(struct perta_backend *be, uint32_t handle)
 static void cpu_put(struct perta_backend *be, struct perta_array to, const void *from,
                     uint64_t len_bytes)
 {
-    memcpy(perta_cpu_at((struct perta_cpu *)be, to), from, len_bytes);
+    void *at = perta_cpu_at((struct perta_cpu *)be, to);
+    if (at != from) /* what the host shares */
+        memcpy(at, from, len_bytes);
 }
 
 static void cpu_get(struct perta_backend *be, struct perta_array from, void *to, uint64_t len_bytes)
 {
-    memcpy(to, perta_cpu_at((struct perta_cpu *)be, from), len_bytes);
+    const void *at = perta_cpu_at((struct perta_cpu *)be, from);
+    if (at != to) /* what the host shares */
+        memcpy(to, at, len_bytes);
 }
 
 static int cpu_wait(struct perta_backend *be, struct perta_err *err)
@@ -426,6 +435,7 @@ static void cpu_close(struct perta_backend *be)
 
 static const struct perta_backend_ops cpu_ops = {
     .name = "cpu",
+    .buffer_bytes = cpu_buffer_bytes,
     .alloc = cpu_alloc,
     .share = cpu_share,
     .uploaded = cpu_uploaded,

@@ -58,7 +58,7 @@ double *perta_scalar_doubles(struct perta_backend *be, struct perta_array a, uin
     return perta_scalar_bytes(be, a, n * sizeof(double));
 }
 
-/* A new buffer. *handle: where in the table. */
+/* A new buffer. *handle: where in the table; 0 on error. */
 static int add_buffer(struct perta_backend *be, const uint8_t *host, uint64_t len_bytes,
                       uint32_t *handle, struct perta_err *err)
 {
@@ -70,12 +70,18 @@ static int add_buffer(struct perta_backend *be, const uint8_t *host, uint64_t le
         more[s->n_buffers++] = (struct buffer){bytes, len_bytes, host};
         s->buffers = more;
     }
-    *handle = s->n_buffers;
+    *handle = more ? s->n_buffers : 0;
     pthread_mutex_unlock(&s->lock);
     if (more)
         return 0;
     free(bytes);
     return perta_fail_sys(err, ENOMEM, "%llu MiB of buffers", (unsigned long long)len_bytes >> 20);
+}
+
+static uint64_t scalar_buffer_bytes(const struct perta_backend *be, uint64_t len_bytes)
+{
+    (void)be;
+    return len_bytes;
 }
 
 static int scalar_alloc(struct perta_backend *be, uint64_t len_bytes, uint32_t *handle,
@@ -199,6 +205,7 @@ static void scalar_close(struct perta_backend *be)
 
 static const struct perta_backend_ops scalar_ops = {
     .name = "scalar",
+    .buffer_bytes = scalar_buffer_bytes,
     .alloc = scalar_alloc,
     .share = scalar_share,
     .uploaded = scalar_uploaded,

@@ -208,7 +208,7 @@ static int save_stores(struct perta_estimate_job *job, enum perta_stage stage,
 static bool is_due(const struct perta_estimate_job *job, enum perta_stage stage)
 {
     return perta_journal_due(&job->journal, written(job)) ||
-           (stage != PERTA_FORWARD && !job->dx.memory);
+           (stage != PERTA_FORWARD && !job->dx.buffer);
 }
 
 int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "estimators/compute/gemm.h"
 #include "estimators/model/samples.h"
 #include "estimators/passes/eval.h"
 #include "estimators/steps/steps_job.h"
