@@ -240,4 +240,36 @@ static inline void within(const struct outputs o[N_BACKENDS], const char *name, 
     }
 }
 
+/* ---- both backends against double ---- */
+
+static inline const float *floats(const struct outputs *o, const char *name)
+{
+    return (const float *)(const void *)named(o, name)->bytes;
+}
+
+static inline void both_are(const struct outputs o[N_BACKENDS], const char *name,
+                            const double *want)
+{
+    are_close(name, floats(&o[REFERENCE], name), want, named(&o[ONE], name)->n);
+    are_close(name, floats(&o[ONE], name), want, named(&o[ONE], name)->n);
+}
+
+/* What name has become, less what stood there: the gradient of f by x. So many elements are looked at,
+ * about. */
+#define LOOKED_AT 100
+
+static inline void both_gradients(const struct outputs o[N_BACKENDS], const char *name, bool adds,
+                                  double *x, function *f, void *ctx)
+{
+    for (int b = REFERENCE; b <= ONE; b++) {
+        const struct output *d = named(&o[b], name);
+        const float *after = floats(&o[b], name), *before = (const float *)(const void *)d->before;
+        float *difference = alloc(d->n * sizeof *difference);
+        for (size_t i = 0; i < d->n; i++)
+            difference[i] = after[i] - (adds ? before[i] : 0);
+        is_gradient(name, difference, x, d->n, d->n / LOOKED_AT + 1, f, ctx);
+        free(difference);
+    }
+}
+
 #endif
