@@ -7,7 +7,6 @@
 #include <string.h>
 
 #include "estimators/compute/cpu_own.h"
-#include "estimators/compute/ops.h"
 #include "io/checked.h"
 
 /* ---- what it takes ---- */
@@ -34,7 +33,7 @@ static uint64_t scratch_floats(const struct perta_cpu_needs *needs)
 static uint64_t room_floats(const struct perta_cpu_needs *needs)
 {
     return larger(larger((uint64_t)PERTA_TILE_ROWS * PERTA_TILE_COLS, needs->widest),
-                  perta_attention_room(needs->longest));
+                  perta_cpu_attention_room(needs->longest));
 }
 
 uint64_t perta_cpu_bytes(const struct perta_cpu_needs *needs)
@@ -165,6 +164,35 @@ static int cpu_wait(struct perta_backend *be, struct perta_err *err)
     return rc;
 }
 
+/* ---- work, shared out ---- */
+
+/* Elements of a piece, about: some ten microseconds' worth. */
+#define PIECE_ELEMS (1u << 16)
+
+struct shares {
+    void (*some)(const void *args, size_t from, size_t to);
+    const void *args;
+    size_t n, of_piece;
+};
+
+static int run_share(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct shares *r = ctx;
+    size_t from = i * r->of_piece, to = from + r->of_piece;
+    (void)worker;
+    (void)err;
+    r->some(r->args, from, to < r->n ? to : r->n);
+    return 0;
+}
+
+void perta_cpu_share_out(const struct perta_cpu *cpu, size_t n, size_t elems,
+                         void (*some)(const void *args, size_t from, size_t to), const void *args)
+{
+    struct perta_err never = {0};
+    struct shares r = {some, args, n, elems && elems < PIECE_ELEMS ? PIECE_ELEMS / elems : 1};
+    perta_workers_run(cpu->workers, (n + r.of_piece - 1) / r.of_piece, run_share, &r, &never);
+}
+
 /* ---- rows ---- */
 
 static void zero(struct perta_backend *be, struct perta_array to, uint64_t n)
@@ -204,7 +232,7 @@ static void add(struct perta_backend *be, struct perta_array to, struct perta_ar
     if (!cpu)
         return;
     const struct rows r = {perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), NULL, 1};
-    perta_share_out(cpu->workers, n, 1, add_elems, &r);
+    perta_cpu_share_out(cpu, n, 1, add_elems, &r);
 }
 
 static void gather_rows(const void *args, size_t first, size_t end)
@@ -221,7 +249,7 @@ static void gather(struct perta_backend *be, struct perta_array to, struct perta
     if (!cpu)
         return;
     const struct rows r = {perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), index, H};
-    perta_share_out(cpu->workers, n, H, gather_rows, &r);
+    perta_cpu_share_out(cpu, n, H, gather_rows, &r);
 }
 
 static void scatter(struct perta_backend *be, struct perta_array to, struct perta_array from,
@@ -247,139 +275,6 @@ static void scatter_add(struct perta_backend *be, struct perta_array to, struct 
     for (size_t i = 0; i < n; i++)
         for (size_t k = 0; index[i] != UINT32_MAX && k < H; k++)
             rows[index[i] * H + k] += of[i * H + k];
-}
-
-/* ---- the parts of a block ---- */
-
-static void rmsnorm_forward(struct perta_backend *be, struct perta_array y, struct perta_array rstd,
-                            struct perta_array x, struct perta_array weight, size_t T, size_t H,
-                            float eps)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_rmsnorm_forward(cpu->workers, perta_cpu_at(cpu, y), perta_cpu_at(cpu, rstd),
-                              perta_cpu_at(cpu, x), perta_cpu_at(cpu, weight), T, H, eps);
-}
-
-static void rmsnorm_backward(struct perta_backend *be, struct perta_array dx, struct perta_array dy,
-                             struct perta_array x, struct perta_array rstd,
-                             struct perta_array weight, size_t T, size_t H)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_rmsnorm_backward(cpu->workers, perta_cpu_at(cpu, dx), perta_cpu_at(cpu, dy),
-                               perta_cpu_at(cpu, x), perta_cpu_at(cpu, rstd),
-                               perta_cpu_at(cpu, weight), T, H);
-}
-
-static void rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
-                                    struct perta_array dy, struct perta_array x,
-                                    struct perta_array rstd, size_t T, size_t H)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_rmsnorm_backward_weight(cpu->workers, perta_cpu_at(cpu, dweight),
-                                      perta_cpu_at(cpu, dy), perta_cpu_at(cpu, x),
-                                      perta_cpu_at(cpu, rstd), T, H);
-}
-
-static void rope_forward(struct perta_backend *be, struct perta_array x,
-                         const struct perta_place *places, const float *inv_freq, size_t T,
-                         size_t n_heads, size_t D)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_rope_forward(cpu->workers, perta_cpu_at(cpu, x), places, inv_freq, T, n_heads, D);
-}
-
-static void rope_backward(struct perta_backend *be, struct perta_array dx,
-                          const struct perta_place *places, const float *inv_freq, size_t T,
-                          size_t n_heads, size_t D)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_rope_backward(cpu->workers, perta_cpu_at(cpu, dx), places, inv_freq, T, n_heads, D);
-}
-
-static void attention_forward(struct perta_backend *be, const struct perta_attention *attention,
-                              struct perta_array out, struct perta_array q, struct perta_array k,
-                              struct perta_array v)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        be->rc = perta_attention_forward(cpu->gemm, attention, perta_cpu_at(cpu, out),
-                                         perta_cpu_at(cpu, q), perta_cpu_at(cpu, k),
-                                         perta_cpu_at(cpu, v), &be->err);
-}
-
-static void attention_backward(struct perta_backend *be, const struct perta_attention *attention,
-                               struct perta_array dq, struct perta_array dk, struct perta_array dv,
-                               struct perta_array dout, struct perta_array q, struct perta_array k,
-                               struct perta_array v, const struct perta_array of_heads[2])
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (!cpu)
-        return;
-    float *const heads[2] = {perta_cpu_at(cpu, of_heads[0]), perta_cpu_at(cpu, of_heads[1])};
-    be->rc = perta_attention_backward(cpu->gemm, attention, perta_cpu_at(cpu, dq),
-                                      perta_cpu_at(cpu, dk), perta_cpu_at(cpu, dv),
-                                      perta_cpu_at(cpu, dout), perta_cpu_at(cpu, q),
-                                      perta_cpu_at(cpu, k), perta_cpu_at(cpu, v), heads, &be->err);
-}
-
-static void swiglu_forward(struct perta_backend *be, struct perta_array h, struct perta_array gate,
-                           struct perta_array up, size_t n)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_swiglu_forward(cpu->workers, perta_cpu_at(cpu, h), perta_cpu_at(cpu, gate),
-                             perta_cpu_at(cpu, up), n);
-}
-
-static void swiglu_backward(struct perta_backend *be, struct perta_array dgate,
-                            struct perta_array dup, struct perta_array dh, struct perta_array gate,
-                            struct perta_array up, size_t n)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_swiglu_backward(cpu->workers, perta_cpu_at(cpu, dgate), perta_cpu_at(cpu, dup),
-                              perta_cpu_at(cpu, dh), perta_cpu_at(cpu, gate), perta_cpu_at(cpu, up),
-                              n);
-}
-
-/* ---- cross-entropy ---- */
-
-static void cross_entropy_forward(struct perta_backend *be, struct perta_array logits, size_t row,
-                                  size_t n_rows, size_t n, const int32_t *target,
-                                  struct perta_array most, struct perta_array sums,
-                                  struct perta_array of_target)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_cross_entropy_forward(cpu->workers, perta_cpu_at(cpu, logits), row, n_rows, n, target,
-                                    perta_cpu_at(cpu, most), perta_cpu_at(cpu, sums),
-                                    perta_cpu_at(cpu, of_target));
-}
-
-static void cross_entropy_backward(struct perta_backend *be, struct perta_array logits, size_t row,
-                                   size_t n_rows, size_t n, const int32_t *target,
-                                   struct perta_array most, struct perta_array sums,
-                                   struct perta_array share)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_cross_entropy_backward(cpu->workers, perta_cpu_at(cpu, logits), row, n_rows, n,
-                                     target, perta_cpu_at(cpu, most), perta_cpu_at(cpu, sums),
-                                     perta_cpu_at(cpu, share));
-}
-
-static void best_forward(struct perta_backend *be, struct perta_array logits, size_t row,
-                         size_t n_rows, size_t n, struct perta_array most, struct perta_array best)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        perta_best_forward(cpu->workers, perta_cpu_at(cpu, logits), row, n_rows, n,
-                           perta_cpu_at(cpu, most), perta_cpu_at(cpu, best));
 }
 
 /* ---- training ---- */
@@ -417,7 +312,7 @@ static void adamw(struct perta_backend *be, struct perta_array weight, struct pe
                             weight_decay,
                             (float)(1 - pow(0.9, (double)step)),
                             (float)(1 - pow(0.999, (double)step))};
-    perta_share_out(cpu->workers, n, 1, adamw_elems, &a);
+    perta_cpu_share_out(cpu, n, 1, adamw_elems, &a);
 }
 
 /* ---- open, close ---- */
@@ -453,18 +348,18 @@ static const struct perta_backend_ops cpu_ops = {
     .linear_backward = perta_cpu_linear_backward,
     .linear_backward_weight = perta_cpu_linear_backward_weight,
     .linear_backward_bias = perta_cpu_linear_backward_bias,
-    .rmsnorm_forward = rmsnorm_forward,
-    .rmsnorm_backward = rmsnorm_backward,
-    .rmsnorm_backward_weight = rmsnorm_backward_weight,
-    .rope_forward = rope_forward,
-    .rope_backward = rope_backward,
-    .attention_forward = attention_forward,
-    .attention_backward = attention_backward,
-    .swiglu_forward = swiglu_forward,
-    .swiglu_backward = swiglu_backward,
-    .cross_entropy_forward = cross_entropy_forward,
-    .cross_entropy_backward = cross_entropy_backward,
-    .best_forward = best_forward,
+    .rmsnorm_forward = perta_cpu_rmsnorm_forward,
+    .rmsnorm_backward = perta_cpu_rmsnorm_backward,
+    .rmsnorm_backward_weight = perta_cpu_rmsnorm_backward_weight,
+    .rope_forward = perta_cpu_rope_forward,
+    .rope_backward = perta_cpu_rope_backward,
+    .attention_forward = perta_cpu_attention_forward,
+    .attention_backward = perta_cpu_attention_backward,
+    .swiglu_forward = perta_cpu_swiglu_forward,
+    .swiglu_backward = perta_cpu_swiglu_backward,
+    .cross_entropy_forward = perta_cpu_cross_entropy_forward,
+    .cross_entropy_backward = perta_cpu_cross_entropy_backward,
+    .best_forward = perta_cpu_best_forward,
     .gradient = perta_cpu_gradient,
     .accumulate = perta_cpu_accumulate,
     .mean = perta_cpu_mean,

@@ -4,7 +4,6 @@
 
 #include "estimators/compute/cpu_own.h"
 #include "estimators/compute/kernels.h"
-#include "estimators/compute/ops.h"
 
 /* A gradient operation, where its arrays lie, and the window of its chunks that is worked on. */
 struct gradient {
@@ -328,7 +327,7 @@ void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *o
                          .end = of->end};
     be->rc = g.x ? add_windows(cpu, &g, &be->err) : add_window(&g, &be->err);
     if (!be->rc && !of->chunks->by_sample && of->n_tokens)
-        perta_share_out(cpu->workers, of->in, of->n_tokens, add_tokens, &g);
+        perta_cpu_share_out(cpu, of->in, of->n_tokens, add_tokens, &g);
 }
 
 /* ---- of vectors ---- */
@@ -354,7 +353,7 @@ void perta_cpu_accumulate(struct perta_backend *be, struct perta_array sums,
         return;
     const struct addition a = {perta_cpu_at(cpu, sums), perta_cpu_at(cpu, squares),
                                perta_cpu_at(cpu, d)};
-    perta_share_out(cpu->workers, n, 1, accumulate, &a);
+    perta_cpu_share_out(cpu, n, 1, accumulate, &a);
 }
 
 struct division {
@@ -379,6 +378,6 @@ void perta_cpu_mean(struct perta_backend *be, struct perta_array to, struct pert
         return;
     atomic_uint bad = 0;
     const struct division d = {perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), of, &bad};
-    perta_share_out(cpu->workers, n, 1, divide, &d);
+    perta_cpu_share_out(cpu, n, 1, divide, &d);
     *finite = !atomic_load(&bad);
 }

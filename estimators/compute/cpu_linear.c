@@ -1,5 +1,4 @@
 #include "estimators/compute/cpu_own.h"
-#include "estimators/compute/ops.h"
 
 /* ---- products with a weight ---- */
 
@@ -49,7 +48,7 @@ void perta_cpu_linear_forward(struct perta_backend *be, const struct perta_linea
                            perta_transposed(rows_of(l, weight, r)), b.y + r, l->out, add, &be->err);
     }
     if (!be->rc && b.bias)
-        perta_share_out(cpu->workers, n, l->out, add_bias_rows, &b);
+        perta_cpu_share_out(cpu, n, l->out, add_bias_rows, &b);
 }
 
 void perta_cpu_linear_backward(struct perta_backend *be, const struct perta_linear *l,
@@ -120,6 +119,6 @@ void perta_cpu_linear_backward_bias(struct perta_backend *be, struct perta_array
     if (!cpu)
         return;
     const struct bias_sum b = {perta_cpu_at(cpu, dy), first, end, out, perta_cpu_at(cpu, dbias)};
-    perta_share_out(cpu->workers, (out + BIAS_COLUMNS - 1) / BIAS_COLUMNS,
-                    (end - first) * BIAS_COLUMNS, sum_columns, &b);
+    perta_cpu_share_out(cpu, (out + BIAS_COLUMNS - 1) / BIAS_COLUMNS, (end - first) * BIAS_COLUMNS,
+                        sum_columns, &b);
 }

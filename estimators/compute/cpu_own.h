@@ -37,7 +37,15 @@ static inline struct perta_cpu *perta_cpu_ready(struct perta_backend *be)
 /* Where an array lies; NULL: none. */
 void *perta_cpu_at(struct perta_cpu *cpu, struct perta_array a);
 
-/* ---- operations (backend.h) ---- */
+/* some() goes through rows from .. to of n, shared out among workers in any order; a row has so many
+ * elements. */
+void perta_cpu_share_out(const struct perta_cpu *cpu, size_t n, size_t elems,
+                         void (*some)(const void *args, size_t from, size_t to), const void *args);
+
+/* Floats of a worker's room (perta_gemm_room) that attention needs: two blocks of scores. */
+size_t perta_cpu_attention_room(size_t longest);
+
+/* ---- operations (backend.h): linear layers, gradients ---- */
 
 void perta_cpu_linear_forward(struct perta_backend *be, const struct perta_linear *linear,
                               const struct perta_runs *tiles, struct perta_array x,
@@ -56,5 +64,48 @@ void perta_cpu_accumulate(struct perta_backend *be, struct perta_array sums,
                           struct perta_array squares, struct perta_array d, size_t n);
 void perta_cpu_mean(struct perta_backend *be, struct perta_array to, struct perta_array from,
                     double of, size_t n, bool *finite);
+
+/* ---- the parts of a block, cross-entropy ---- */
+
+void perta_cpu_rmsnorm_forward(struct perta_backend *be, struct perta_array y,
+                               struct perta_array rstd, struct perta_array x,
+                               struct perta_array weight, size_t T, size_t H, float eps);
+void perta_cpu_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
+                                struct perta_array dy, struct perta_array x,
+                                struct perta_array rstd, struct perta_array weight, size_t T,
+                                size_t H);
+void perta_cpu_rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
+                                       struct perta_array dy, struct perta_array x,
+                                       struct perta_array rstd, size_t T, size_t H);
+void perta_cpu_rope_forward(struct perta_backend *be, struct perta_array x,
+                            const struct perta_place *places, const float *inv_freq, size_t T,
+                            size_t n_heads, size_t D);
+void perta_cpu_rope_backward(struct perta_backend *be, struct perta_array dx,
+                             const struct perta_place *places, const float *inv_freq, size_t T,
+                             size_t n_heads, size_t D);
+void perta_cpu_attention_forward(struct perta_backend *be, const struct perta_attention *attention,
+                                 struct perta_array out, struct perta_array q, struct perta_array k,
+                                 struct perta_array v);
+void perta_cpu_attention_backward(struct perta_backend *be, const struct perta_attention *attention,
+                                  struct perta_array dq, struct perta_array dk,
+                                  struct perta_array dv, struct perta_array dout,
+                                  struct perta_array q, struct perta_array k, struct perta_array v,
+                                  const struct perta_array of_heads[2]);
+void perta_cpu_swiglu_forward(struct perta_backend *be, struct perta_array h,
+                              struct perta_array gate, struct perta_array up, size_t n);
+void perta_cpu_swiglu_backward(struct perta_backend *be, struct perta_array dgate,
+                               struct perta_array dup, struct perta_array dh,
+                               struct perta_array gate, struct perta_array up, size_t n);
+void perta_cpu_cross_entropy_forward(struct perta_backend *be, struct perta_array logits,
+                                     size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                     struct perta_array most, struct perta_array sums,
+                                     struct perta_array of_target);
+void perta_cpu_cross_entropy_backward(struct perta_backend *be, struct perta_array logits,
+                                      size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                      struct perta_array most, struct perta_array sums,
+                                      struct perta_array share);
+void perta_cpu_best_forward(struct perta_backend *be, struct perta_array logits, size_t row,
+                            size_t n_rows, size_t n, struct perta_array most,
+                            struct perta_array best);
 
 #endif
