@@ -247,7 +247,7 @@ START_TEST(estimate)
     BAD(estimate, job.data_key = "", "--data-key: a name is needed");
     BAD(estimate, job.scratch = "", "--scratch: a name is needed");
     BAD(estimate, job.mean = false, "--stat: mean, meansq or both");
-    BAD(estimate, job.compute = (enum perta_compute)3, "--compute: 3");
+    BAD(estimate, job.compute = (enum perta_compute)4, "--compute: 4");
     BAD(estimate, job.at = &nowhere, "base (of at) is needed");
 }
 END_TEST

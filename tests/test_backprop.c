@@ -61,8 +61,9 @@ static void open_lab(struct lab *lab, const char *config)
     const struct perta_model_file file = {"config.json", config};
     ck_assert_ok(perta_model_save(&lab->model, "model", &file, 1, false, &err)); /* rounds */
     perta_rope_frequencies(&llm, lab->inv_freq);
-    lab->twin = (struct model_double){&lab->model, lab->inv_freq,
-                                      alloc(lab->model.n_floats * sizeof(double))};
+    lab->twin = (struct model_double){.model = &lab->model,
+                                      .inv_freq = lab->inv_freq,
+                                      .weights = alloc(lab->model.n_floats * sizeof(double))};
     for (size_t i = 0; i < lab->model.n_floats; i++)
         lab->twin.weights[i] = (double)lab->model.weights[i];
 }
@@ -367,6 +368,94 @@ START_TEST(embedding_and_head_out_of_core)
 }
 END_TEST
 
+/* ---- the same estimate by the reference, in memory of its own ---- */
+
+/* Samples of many groups of tokens, of which one is longer than a chunk. */
+static void put_long_data(void)
+{
+    static const int lengths[] = {250, 3, 200, 70};
+    FILE *file = fopen("data.jsonl", "w");
+    uint64_t seed = 5;
+    for (size_t s = 0; s < 40; s++) {
+        int length = s == 1 ? 1100 : lengths[s % 4];
+        fprintf(file, "{\"input_ids\":[%d", 1);
+        for (int i = 1; i < length; i++)
+            fprintf(file, ",%d", (int)uniform(&seed, 0, 22.9f));
+        fprintf(file, "]}\n");
+    }
+    fclose(file);
+}
+
+/* The least memory that it names. */
+static uint64_t least_memory(struct perta_estimate estimate)
+{
+    const struct perta_run run = {.memory_bytes = 1 << 20, .n_threads = 2};
+    json_t *summary;
+    ck_assert_int_eq(perta_estimate(&estimate, &run, &summary, &err), PERTA_EUSAGE);
+    uint64_t mib = strtoull(strstr(err.msg, "needs ") + 6, NULL, 10);
+    err = (struct perta_err){0};
+    return mib << 20;
+}
+
+static void estimate_to(const char *out, enum perta_compute compute, bool meansq,
+                        uint64_t memory_bytes, json_t **summary)
+{
+    const struct perta_estimate estimate = {.model = "model",
+                                            .data = "data.jsonl",
+                                            .out = out,
+                                            .mean = true,
+                                            .meansq = meansq,
+                                            .compute = compute};
+    const struct perta_run run = {
+        .memory_bytes = memory_bytes ? memory_bytes : least_memory(estimate), .n_threads = 2};
+    ck_assert_ok(perta_estimate(&estimate, &run, summary, &err));
+}
+
+static void are_close_files(const struct lab *lab, const char *a, const char *b)
+{
+    for (size_t p = 0; p < lab->model.n_parameters; p++) {
+        const struct perta_parameter *of = &lab->model.parameters[p];
+        size_t n = of->out * of->in;
+        float *have = alloc(n * sizeof *have), *reference = alloc(n * sizeof *reference);
+        double *want = alloc(n * sizeof *want);
+        read_floats(a, of->name, 0, n, have);
+        read_floats(b, of->name, 0, n, reference);
+        for (size_t i = 0; i < n; i++)
+            want[i] = (double)reference[i];
+        are_close(of->name, have, want, n);
+        free(have);
+        free(reference);
+        free(want);
+    }
+}
+
+/* In one batch, and in several whose rows are kept in files: 0 .. 3. */
+START_TEST(an_estimate_by_the_reference)
+{
+    struct lab lab;
+    json_t *fast, *slow;
+    uint64_t memory_bytes = _i & 1 ? 0 : 2ull << 30;
+    open_lab(&lab, configs[_i & 2 ? 4 : 0]);
+    put_long_data();
+    estimate_to("fast", PERTA_COMPUTE_F32, _i & 2, memory_bytes, &fast);
+    estimate_to("slow", PERTA_COMPUTE_REFERENCE, _i & 2, memory_bytes, &slow);
+    json_int_t n_batches = json_integer_value(json_object_get(slow, "batches"));
+    ck_assert(_i & 1 ? n_batches > 1 : n_batches == 1);
+    if (_i & 1)
+        ck_assert_int_gt(json_integer_value(json_object_get(slow, "scratch_bytes")), 0);
+    ck_assert_double_lt(fabs(json_real_value(json_object_get(fast, "loss")) /
+                                 json_real_value(json_object_get(slow, "loss")) -
+                             1),
+                        TOLERANCE);
+    are_close_files(&lab, "fast/mean", "slow/mean");
+    if (_i & 2)
+        are_close_files(&lab, "fast/meansq", "slow/meansq");
+    json_decref(fast);
+    json_decref(slow);
+    close_lab(&lab);
+}
+END_TEST
+
 /* Tell of progress, and stop at call number stop_at. */
 struct watch {
     int n_calls, stop_at;
@@ -428,5 +517,6 @@ int main(void)
     tcase_add_loop_test(tests, embedding_and_head_out_of_core, 0, sizeof wide / sizeof *wide);
     tcase_add_loop_test(tests, every_block_of_the_vocabulary_may_be_the_last, 0,
                         sizeof wide / sizeof *wide);
+    tcase_add_loop_test(tests, an_estimate_by_the_reference, 0, 4);
     return run_suite("backprop", tests);
 }

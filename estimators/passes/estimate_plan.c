@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "estimators/compute/cpu.h"
+#include "estimators/compute/scalar.h"
 #include "io/checked.h"
 
 /* What oneDNN, compiled products, the thread that writes (16 MiB) and the heap take besides what is
@@ -270,7 +271,9 @@ static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
     if (!rc)
         rc = perta_workers_open(plan->n_workers, &job->workers, err);
     if (!rc)
-        rc = perta_cpu_open(&needs, job->workers, &job->be, err);
+        rc = job->estimate->compute == PERTA_COMPUTE_REFERENCE
+                 ? perta_scalar_open(&job->be, err)
+                 : perta_cpu_open(&needs, job->workers, &job->be, err);
     job->scratch.be = job->be;
     if (!rc)
         rc = job->be->ops->alloc(job->be, n_work * sizeof(float) + gradient_bytes(job),
