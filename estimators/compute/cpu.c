@@ -102,6 +102,7 @@ static int cpu_alloc(struct perta_backend *be, uint64_t len_bytes, uint32_t *han
 {
     struct perta_cpu *cpu = (struct perta_cpu *)be;
     struct perta_cpu_buffer buffer = {.len_bytes = len_bytes};
+    *handle = 0;
     int rc = perta_pool_take(&buffer.pool, with_slack(&cpu->needs, len_bytes), err);
     if (rc)
         return rc;
