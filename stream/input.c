@@ -136,16 +136,21 @@ json_t *perta_input_json(struct perta_input *input)
     return json_pack("{s:o}", "shards", shards);
 }
 
+int perta_paths_add(const char ***paths, size_t *n_paths, const char *path, struct perta_err *err)
+{
+    const char **grown = realloc(*paths, (*n_paths + 1) * sizeof *grown);
+    if (!grown)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    *paths = grown;
+    grown[(*n_paths)++] = path;
+    return 0;
+}
+
 int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
                       struct perta_err *err)
 {
-    size_t n = *n_paths + input->ck->n_shards;
-    const char **grown = realloc(*paths, (n ? n : 1) * sizeof *grown);
-    if (!grown)
-        return perta_fail_sys(err, ENOMEM, "%s", input->ck->path);
-    for (uint32_t i = 0; i < input->ck->n_shards; i++)
-        grown[*n_paths + i] = input->ck->shards[i].path;
-    *paths = grown;
-    *n_paths = n;
-    return 0;
+    int rc = 0;
+    for (uint32_t i = 0; i < input->ck->n_shards && !rc; i++)
+        rc = perta_paths_add(paths, n_paths, input->ck->shards[i].path, err);
+    return rc;
 }

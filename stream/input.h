@@ -49,7 +49,9 @@ int perta_input_unchanged(const struct perta_input *input, struct perta_err *err
  * null where not all of it was used. Ends the digests. NULL without memory. */
 json_t *perta_input_json(struct perta_input *input);
 
-/* Append the paths of all shards to *paths (n of *n_paths); the strings stay the input's. */
+/* Append a path, borrowed, to *paths (n of *n_paths), which the caller frees. */
+int perta_paths_add(const char ***paths, size_t *n_paths, const char *path, struct perta_err *err);
+/* Append the paths of all shards in the same way. */
 int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
                       struct perta_err *err);
 

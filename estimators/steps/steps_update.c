@@ -25,14 +25,24 @@ static void load(const struct perta_view *view, uint64_t first, size_t n, double
     const u16_any *u16 = (const u16_any *)view->data + first;
     const f32_any *f32 = (const f32_any *)view->data + first;
     const f64_any *f64 = (const f64_any *)view->data + first;
-    for (size_t i = 0; i < n && view->dtype == PERTA_BF16; i++)
-        to[i] = (double)perta_f32_from_bf16(u16[i]);
-    for (size_t i = 0; i < n && view->dtype == PERTA_F16; i++)
-        to[i] = (double)perta_f32_from_f16(u16[i]);
-    for (size_t i = 0; i < n && view->dtype == PERTA_F32; i++)
-        to[i] = (double)f32[i];
-    for (size_t i = 0; i < n && view->dtype == PERTA_F64; i++)
-        to[i] = f64[i];
+    switch (view->dtype) {
+    case PERTA_BF16:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)perta_f32_from_bf16(u16[i]);
+        break;
+    case PERTA_F16:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)perta_f32_from_f16(u16[i]);
+        break;
+    case PERTA_F32:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)f32[i];
+        break;
+    default:
+        for (size_t i = 0; i < n; i++)
+            to[i] = f64[i];
+        break;
+    }
 }
 
 /* Does -g * tau raise the loss? By signs, so that no product is lost. */
