@@ -62,13 +62,14 @@ void perta_input_close(struct perta_input *input)
     *input = (struct perta_input){0};
 }
 
-void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t off_bytes,
-                       uint64_t len_bytes, struct perta_range *range)
+void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t first_unit,
+                       uint64_t n_units, struct perta_range *range)
 {
+    uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
     *range = (struct perta_range){
         .file = &input->files[ref->shard],
-        .off_bytes = ref->tensor->off_bytes + off_bytes,
-        .len_bytes = len_bytes,
+        .off_bytes = ref->tensor->off_bytes + first_unit * width,
+        .len_bytes = n_units * width,
     };
 }
 

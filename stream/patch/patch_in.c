@@ -217,6 +217,15 @@ void perta_patch_in_close(struct perta_patch_in *in)
     *in = (struct perta_patch_in){0};
 }
 
+void perta_patch_in_frame(struct perta_patch_in_shard *shard, const struct perta_patch_entry *entry,
+                          struct perta_range *range)
+{
+    *range = (struct perta_range){0};
+    if (entry->encoding != PERTA_ENC_ZERO)
+        *range = (struct perta_range){
+            .file = &shard->file, .off_bytes = entry->frame_off, .len_bytes = entry->frame_bytes};
+}
+
 int perta_patch_in_paths(const struct perta_patch_in *in, const char ***paths, size_t *n_paths,
                          struct perta_err *err)
 {
