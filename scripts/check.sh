@@ -12,8 +12,6 @@ build() { # folder, options
 }
 build build-dev --native-file build-dev.ini
 build build-tsan --native-file build-tsan.ini
-scripts/layers.sh
-scripts/records.sh
 scripts/venv.sh tests/python/requirements.txt examples/requirements.txt
 pytest() { # build, tests
     PERTA=$1/perta && export PERTA && shift

@@ -21,7 +21,7 @@ static json_t *summary;
 static void make_a_mess(void)
 {
     memset(&err, 0xa5, sizeof err);
-    memset(&summary, 0xa5, sizeof summary);
+    summary = (json_t *)(uintptr_t)0xa5a5a5a5a5a5a5a5;
 }
 
 static void check(int rc, int code, const char *says, const char *what)
