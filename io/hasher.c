@@ -19,7 +19,7 @@ struct given {
 struct perta_hasher {
     pthread_t threads[PERTA_HASHER_THREADS_MAX];
 
-    /* the owner's; held: given, and not in the queue yet */
+    /* Used by the owner alone. held: given, but not queued yet. */
     unsigned n_started;
     struct given held[HELD_MAX];
     unsigned n_held;
@@ -27,11 +27,12 @@ struct perta_hasher {
     /* under lock */
     pthread_mutex_t lock;
     pthread_cond_t more, moved;
-    struct given queue[QUEUE_MAX];                             /* used round and round */
-    uint64_t n_given, n_passed;                                /* passed: done, and all before it */
-    const struct perta_digest *busy[PERTA_HASHER_THREADS_MAX]; /* (n_threads) NULL: none */
+    struct given queue[QUEUE_MAX];                             /* a ring */
+    uint64_t n_given, n_passed;                                /* passed: done, and so are all
+                                                                  before it */
+    const struct perta_digest *busy[PERTA_HASHER_THREADS_MAX]; /* (n_threads); NULL: idle */
     unsigned n_threads;
-    uint64_t asked; /* passed() is to be called there; 0: nowhere */
+    uint64_t asked; /* the ticket to report with passed(); 0: none */
     bool stopping;
     void (*passed)(void *user);
     void *user;
@@ -45,7 +46,8 @@ static bool is_busy(const struct perta_hasher *h, const struct perta_digest *dig
     return false;
 }
 
-/* The oldest that no thread is at the digest of: of one digest, bytes are taken in order. */
+/* The oldest waiting bytes whose digest no thread is working on: a digest takes its bytes in
+ * order. */
 static struct given *find(struct perta_hasher *h)
 {
     for (uint64_t i = h->n_passed; i < h->n_given; i++) {
@@ -56,7 +58,8 @@ static struct given *find(struct perta_hasher *h)
     return NULL;
 }
 
-/* All that is done at the front of the queue has passed. True: it is as far as was asked for. */
+/* Advance over everything that is done at the front of the queue. True: the ticket that was asked
+ * about has passed. */
 static bool pass(struct perta_hasher *h)
 {
     while (h->n_passed < h->n_given && h->queue[h->n_passed % QUEUE_MAX].state == DONE)
@@ -111,7 +114,7 @@ int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*pass
     int rc = 0;
     for (; h->n_started < n_threads && !rc; h->n_started += !rc)
         rc = perta_thread_start(&h->threads[h->n_started], hash, h);
-    if (!h->n_started) { /* fewer than asked for will do */
+    if (!h->n_started) { /* fewer than asked for are enough */
         perta_hasher_close(h);
         return perta_fail_sys(err, rc, "threads for digests");
     }
@@ -119,7 +122,7 @@ int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*pass
     return 0;
 }
 
-/* What is held goes into the queue. Where that is full, those before must be taken first. */
+/* Move what is held into the queue, waiting while it is full. */
 static void put(struct perta_hasher *h)
 {
     if (!h->n_held)
@@ -174,7 +177,7 @@ uint64_t perta_hasher_given(struct perta_hasher *h)
     if (!h)
         return 0;
     put(h);
-    return h->n_given; /* the owner alone changes it */
+    return h->n_given; /* only the owner changes it */
 }
 
 bool perta_hasher_passed(struct perta_hasher *h, uint64_t ticket)

@@ -10,10 +10,11 @@
 
 #include "io/file.h"
 
-/* Length of the character at text; 0: a control character, or not UTF-8. */
+/* Length of the character at text; 0 for a control character or invalid UTF-8. */
 static unsigned character_bytes(const char *text)
 {
-    static const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000}; /* below 0xa0: controls */
+    static const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000}; /* below 0xa0: control
+                                                                     characters */
     const uint8_t *c = (const uint8_t *)text;
     if (c[0] < 0x80)
         return c[0] >= 0x20 && c[0] != 0x7f;
@@ -48,8 +49,8 @@ void perta_text_make_plain(char *text)
     }
 }
 
-/* Stands for a line break of the format's own meanwhile. UTF-8 has no such byte, so that no name
- * which comes from JSON has it. */
+/* Stands in for the format's own line breaks. UTF-8 has no such byte, so no name from JSON has
+ * it. */
 #define BREAK '\xff'
 
 static void replace(char *text, char from, char to)
@@ -197,36 +198,36 @@ char *perta_json_text(const json_t *json, size_t flags)
     return text;
 }
 
-/* Notes that lack one hold null, and that alone: null is never a note. */
-static bool lack_one(const json_t *notes)
+/* Notes that have lost one hold a single null; null is never a note. */
+static bool lost_one(const json_t *notes)
 {
     return json_is_null(json_array_get(notes, 0));
 }
 
 void perta_note(json_t *notes, const char *fmt, ...)
 {
-    if (lack_one(notes))
+    if (lost_one(notes))
         return;
     va_list ap;
     va_start(ap, fmt);
     if (json_array_append_new(notes, plain_json(fmt, ap))) {
         json_array_clear(notes);
-        json_array_append_new(notes, json_null()); /* takes no memory: an emptied array has room */
+        json_array_append_new(notes, json_null()); /* needs no memory: an emptied array has room */
     }
     va_end(ap);
 }
 
 json_t *perta_notes_whole(json_t *notes)
 {
-    if (!lack_one(notes))
+    if (!lost_one(notes))
         return notes;
     json_decref(notes);
     return NULL;
 }
 
-/* To jansson a file that cannot be read ends there. */
+/* jansson takes a read error for the end of the file, so it is noted here. */
 struct source {
-    int fd, failed; /* 0, or an errno */
+    int fd, failed; /* 0, or the errno of a failed read */
 };
 
 static size_t read_some(void *to, size_t len_bytes, void *source)

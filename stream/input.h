@@ -26,7 +26,7 @@ int perta_input_open(struct perta_input *input, const char *role, const char *pa
 int perta_input_open_files(struct perta_input *input, bool direct, struct perta_err *err);
 /* Have the digests done behind the caller's back (io/hasher.h): ranges given to perta_input_digest
  * then stay as they are until they have passed there. */
-void perta_input_digest_behind(struct perta_input *input, struct perta_hasher *hasher);
+void perta_input_digest_offload(struct perta_input *input, struct perta_hasher *hasher);
 /* Zeroed is fine. */
 void perta_input_close(struct perta_input *input);
 

@@ -412,7 +412,7 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     struct first_and_last ends = {0};
     size_t good = 0;
     int rc = open_locked(journal, path, 0, err);
-    journal->going_on = journal->committed = true; /* what is there stays if this run fails, too */
+    journal->resuming = journal->committed = true; /* what is there stays if this run fails, too */
     if (!rc)
         rc = read_records(journal->fd, journal->path, keep_ends, &ends, &good, err);
     journal->last = ends.last;
@@ -460,12 +460,12 @@ int perta_journal_folder(const struct perta_journal *journal, struct perta_publi
                          const char *path, const char *like, bool force, struct perta_err *err)
 {
     bool found;
-    if (!journal->going_on) {
+    if (!journal->resuming) {
         int rc =
             journal->resume ? perta_publish_sweep(path, like, err) : 0; /* nothing to go on with */
         return rc ? rc : perta_publish_begin(folder, path, like, force, err);
     }
-    int rc = perta_publish_go_on(folder, path, like, force, &found, err);
+    int rc = perta_publish_resume(folder, path, like, force, &found, err);
     if (!rc && !found && !perta_journal_is_publishing(journal))
         rc = perta_fail(err, PERTA_EINPUT, "%s: is gone; --force starts over", folder->partial);
     return rc;
@@ -490,10 +490,10 @@ int perta_journal_replay(const struct perta_journal *journal, perta_journal_use 
 {
     struct replay replay = {use, ctx, false};
     size_t good;
-    int rc = journal->going_on
+    int rc = journal->resuming
                  ? read_records(journal->fd, journal->path, replay_one, &replay, &good, err)
                  : 0;
-    if (!rc && journal->going_on && lseek(journal->fd, 0, SEEK_END) < 0)
+    if (!rc && journal->resuming && lseek(journal->fd, 0, SEEK_END) < 0)
         rc = perta_fail_sys(err, errno, "%s", journal->path);
     return rc;
 }
@@ -617,7 +617,7 @@ void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *
     bool keep = journal->committed;
     if (!journal->path || journal->fd < 0 || !rc)
         return;
-    if (rc != PERTA_EINTR && rc != PERTA_ESYS && !journal->going_on)
+    if (rc != PERTA_EINTR && rc != PERTA_ESYS && !journal->resuming)
         keep = false;
     for (size_t i = 0; i < n; i++)
         folders[i]->keep = keep;

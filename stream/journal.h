@@ -29,7 +29,7 @@ struct perta_journal {
     char *path;
     int fd;           /* locked while open */
     bool resume;      /* the run may go on with what another left */
-    bool going_on;    /* and it does */
+    bool resuming;    /* and it does */
     bool committed;   /* there is something to go on with */
     double last_time; /* of a commit, in seconds */
     int64_t started;  /* when the run began, its first part if it goes on; Unix time */
@@ -47,7 +47,7 @@ bool perta_journal_found(const char *path);
  * it. Closed with perta_journal_close, on error too. */
 int perta_journal_open(struct perta_journal *journal, const char *path, const json_t *identity,
                        bool resume, bool force, struct perta_err *err);
-/* Then each output: perta_publish_begin, or perta_publish_go_on with what is left of it. It may
+/* Then each output: perta_publish_begin, or perta_publish_resume with what is left of it. It may
  * be gone only where it may have its name already. */
 int perta_journal_folder(const struct perta_journal *journal, struct perta_publish *folder,
                          const char *path, const char *like, bool force, struct perta_err *err);

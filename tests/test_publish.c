@@ -269,7 +269,7 @@ START_TEST(a_leftover_with_anything_else_in_it_is_not_removed)
     begin_is_refused("out", true, PERTA_EUSAGE, "holds what no run of perta left there");
     ck_assert_int_eq(perta_publish_sweep("out", NULL, &e), PERTA_EUSAGE);
     e = (struct perta_err){0};
-    ck_assert_int_eq(perta_publish_go_on(&out, "out", NULL, true, &found, &e), PERTA_EINPUT);
+    ck_assert_int_eq(perta_publish_resume(&out, "out", NULL, true, &found, &e), PERTA_EINPUT);
     perta_publish_release(&out);
     ck_assert_uint_eq(count_entries("out.perta-partial"), 2);
     ck_assert_uint_eq(count_entries("."), 1);

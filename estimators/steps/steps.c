@@ -475,7 +475,7 @@ static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)
     struct perta_err ignored = {0};
     bool said = strstr(err->msg, "--resume goes on"); /* by what was run within */
     /* Steps are dear: once there is one point, they are kept whatever goes wrong. */
-    job->journal.going_on |= !isnan(job->points[0].loss[PERTA_RETAIN]);
+    job->journal.resuming |= !isnan(job->points[0].loss[PERTA_RETAIN]);
     perta_journal_abandon(&job->journal, &work, 1, rc, said ? &ignored : err);
 }
 

@@ -8,12 +8,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/ahead.h"
 #include "io/file.h"
 #include "io/format/index.h"
 #include "io/format/python_json.h"
 #include "io/format/which.h"
 #include "io/text.h"
+#include "io/wal.h"
 
 #define SUFFIX ".safetensors"
 #define SINGLE_NAME "model.safetensors"
@@ -430,7 +430,7 @@ static int open_as(const char *path, int (*open_it)(struct perta_checkpoint *, s
 int perta_checkpoint_open(const char *path, struct perta_checkpoint **out, struct perta_err *err)
 {
     *out = NULL;
-    int rc = perta_ahead_refuse(path, err);
+    int rc = perta_wal_refuse(path, err);
     return rc ? rc : open_as(path, open_any, out, err);
 }
 

@@ -278,8 +278,8 @@ int perta_publish_begin(struct perta_publish *out, const char *path, const char 
     return rc ? rc : make_partial(out, force, err);
 }
 
-int perta_publish_go_on(struct perta_publish *out, const char *path, const char *like, bool force,
-                        bool *found, struct perta_err *err)
+int perta_publish_resume(struct perta_publish *out, const char *path, const char *like, bool force,
+                         bool *found, struct perta_err *err)
 {
     struct stat st;
     int rc = aim(out, path, like, err);

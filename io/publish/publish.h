@@ -34,8 +34,8 @@ PERTA_API int perta_publish_begin(struct perta_publish *out, const char *path, c
                                   bool force, struct perta_err *err);
 /* Go on with the partial folder that an interrupted run left for path. *found: it was there;
  * else nothing is made, and a commit does nothing. */
-PERTA_API int perta_publish_go_on(struct perta_publish *out, const char *path, const char *like,
-                                  bool force, bool *found, struct perta_err *err);
+PERTA_API int perta_publish_resume(struct perta_publish *out, const char *path, const char *like,
+                                   bool force, bool *found, struct perta_err *err);
 /* Remove what an interrupted run left for path, if anything. PERTA_EUSAGE if anything else is in
  * it. */
 PERTA_API int perta_publish_sweep(const char *path, const char *like, struct perta_err *err);

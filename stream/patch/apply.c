@@ -244,7 +244,7 @@ static int restore(struct job *job, struct perta_err *err)
 {
     const struct perta_resume *r = &job->resume;
     int rc = perta_resume_restore(&job->resume, job->stream, err);
-    if (rc || !r->journal.going_on)
+    if (rc || !r->journal.resuming)
         return rc;
     if (r->shard >= job->patch.n_shards ||
         !perta_walk_is_place(out_header(job, r->shard), r->tensor, r->unit, 0))

@@ -25,7 +25,7 @@ struct perta_apply {
  *
  * In place nothing is touched before every chunk of the model was found to be what the patch goes
  * out from. Then chunks that change are written over, ahead of it into a journal in the folder
- * (io/ahead.h). Killed at any instant, the same call completes it, and the other mode takes it
+ * (io/wal.h). Killed at any instant, the same call completes it, and the other mode takes it
  * back. PERTA_EUSAGE for shards that are links, have several names or may not be written, for a
  * patch that changes headers, and while another process edits the folder. */
 PERTA_API int perta_apply(const struct perta_apply *apply, const struct perta_run *run,

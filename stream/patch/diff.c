@@ -215,7 +215,7 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
         rc = perta_input_open_files(&job->in[i], perta_stream_engine(job->stream)->wants_direct,
                                     err);
     for (int i = 0; i < N_IN && !rc; i++)
-        perta_input_digest_behind(&job->in[i], perta_stream_engine(job->stream)->hasher);
+        perta_input_digest_offload(&job->in[i], perta_stream_engine(job->stream)->hasher);
     return rc ? rc
               : perta_patch_out_attach(&job->out, job->in[BEFORE].ck, job->in[AFTER].ck,
                                        job->actions, perta_stream_engine(job->stream),

@@ -8,8 +8,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/ahead.h"
 #include "io/publish/publish.h"
+#include "io/wal.h"
 #include "stream/input.h"
 #include "stream/patch/model_out.h"
 #include "stream/patch/patch_in.h"
@@ -33,7 +33,7 @@ struct job {
     struct perta_input model;
     struct perta_file *files; /* (n_shards), to write */
     int lock;                 /* the folder, locked; -1 */
-    struct perta_ahead ahead;
+    struct perta_wal wal;
     struct perta_run run; /* the way of reading that the first pass chose, for both */
     struct perta_stream *stream;
     struct perta_codec **codecs;
@@ -108,7 +108,7 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     bool is_from = found == (job->forward ? e->hash_before : e->hash_after);
     bool is_to = found == (job->forward ? e->hash_after : e->hash_before);
     /* Part of it may be done only where an interrupted edit did it. */
-    if (!is_from && !(is_to && job->pass == PASS_CHECK && job->ahead.going_on))
+    if (!is_from && !(is_to && job->pass == PASS_CHECK && job->wal.resuming))
         return perta_patch_in_wrong_chunk(shard, e, job->forward, model->file->path,
                                           piece->first_elem, found, err);
     *(bool *)piece->out = !is_to;
@@ -125,8 +125,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     struct job *job = ctx;
     const struct perta_range *model = &piece->in[IN_MODEL];
     if (job->pass == PASS_WRITE)
-        return perta_ahead_put(&job->ahead, piece->shard, model->off_bytes, piece->out + OUT_ALIGN,
-                               model->len_bytes, err);
+        return perta_wal_put(&job->wal, piece->shard, model->off_bytes, piece->out + OUT_ALIGN,
+                             model->len_bytes, err);
     bool todo = *(const bool *)piece->out;
     job->todo[piece->shard][piece->tag] = todo;
     job->n_todo += todo;
@@ -266,9 +266,9 @@ static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *
     for (uint32_t s = 0; s < job->patch.n_shards && !rc; s++)
         rc = perta_file_reopen(&job->files[s], job->model.ck->shards[s].path, true, err);
     if (!rc)
-        rc = perta_ahead_open(&job->ahead, job->model.ck->path, job->patch.manifest_digest.sha256,
-                              job->files, job->patch.n_shards, room, err);
-    if (rc || !job->ahead.going_on)
+        rc = perta_wal_open(&job->wal, job->model.ck->path, job->patch.manifest_digest.sha256,
+                            job->files, job->patch.n_shards, room, err);
+    if (rc || !job->wal.resuming)
         return rc;
     /* The journal's last batch was written again: shards are younger now. */
     perta_checkpoint_close(job->model.ck);
@@ -334,22 +334,22 @@ static int run_pass(struct job *job, enum pass pass, uint64_t *read_bytes, struc
 static int begin_journal(struct job *job, struct perta_err *err)
 {
     char *whole = realpath(job->patch.path, NULL);
-    int rc = perta_ahead_begin(&job->ahead, job->patch.manifest_digest.sha256,
-                               whole ? whole : job->patch.path, err);
+    int rc = perta_wal_begin(&job->wal, job->patch.manifest_digest.sha256,
+                             whole ? whole : job->patch.path, err);
     free(whole);
     return rc;
 }
 
 static int write_all(struct job *job, uint64_t *read_bytes, struct perta_err *err)
 {
-    if (!job->n_todo && !job->ahead.going_on)
+    if (!job->n_todo && !job->wal.resuming)
         return 0;
-    int rc = job->ahead.going_on ? 0 : begin_journal(job, err);
+    int rc = job->wal.resuming ? 0 : begin_journal(job, err);
     if (rc)
         return rc;
     rc = run_pass(job, PASS_WRITE, read_bytes, err);
     if (!rc)
-        rc = perta_ahead_finish(&job->ahead, err);
+        rc = perta_wal_finish(&job->wal, err);
     return rc ? perta_err_context(err,
                                   "%s: edited in part; the same command completes it, %s "
                                   "takes it back",
@@ -366,7 +366,7 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
         rc = run_pass(job, PASS_CHECK, &read_bytes, err);
     if (!rc)
         rc = perta_input_unchanged(&job->model, err);
-    bool went_on = job->ahead.going_on;
+    bool went_on = job->wal.resuming;
     if (!rc)
         rc = write_all(job, &read_bytes, err);
     json_t *unedited = json_array();
@@ -378,14 +378,14 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
         *summary = json_pack("{s:O, s:I, s:I, s:I, s:I, s:b}", "unedited", unedited, "chunks",
                              (json_int_t)job->n_chunks, "written_chunks", (json_int_t)job->n_todo,
                              "read_bytes", (json_int_t)read_bytes, "written_bytes",
-                             (json_int_t)job->ahead.written_bytes, "went_on", (int)went_on);
+                             (json_int_t)job->wal.written_bytes, "went_on", (int)went_on);
     json_decref(unedited);
     return rc;
 }
 
 static void release(struct job *job)
 {
-    perta_ahead_close(&job->ahead);
+    perta_wal_close(&job->wal);
     for (uint32_t s = 0; s < job->patch.n_shards; s++) {
         if (job->todo)
             free(job->todo[s]);
@@ -406,11 +406,11 @@ int perta_in_place(const struct perta_apply *apply, const struct perta_run *run,
     struct job job = {.apply = apply,
                       .forward = apply->mode == PERTA_APPLY,
                       .lock = -1,
-                      .ahead.log.fd = -1,
+                      .wal.log.fd = -1,
                       .run = *run};
     int rc = open_all(&job, err);
     if (!rc && run->dry_run)
-        *summary = json_pack("{s:b}", "interrupted", (int)perta_ahead_found(apply->model));
+        *summary = json_pack("{s:b}", "interrupted", (int)perta_wal_found(apply->model));
     else if (!rc)
         rc = run_all(&job, summary, err);
     release(&job);

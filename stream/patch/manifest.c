@@ -241,7 +241,7 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
         if (!rc && !(e->whole = perta_digest_new(job->with_sha256)))
             rc = perta_fail_sys(err, ENOMEM, "%s", e->path);
         if (!rc)
-            perta_digest_behind(e->whole, perta_stream_engine(*stream)->hasher);
+            perta_digest_offload(e->whole, perta_stream_engine(*stream)->hasher);
     }
     perta_lanes_begin(&job->lanes, job->n, perta_run_threads(run));
     return rc;

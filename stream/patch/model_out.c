@@ -7,8 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/ahead.h"
 #include "io/text.h"
+#include "io/wal.h"
 
 int perta_model_out_begin(struct perta_model_out *out, const char *path, const char *like,
                           const struct perta_journal *journal, bool force, struct perta_err *err)
@@ -43,7 +43,7 @@ int perta_model_out_shard(struct perta_model_out *out, const char *name, const u
     } else if (!(out->digest = perta_digest_new(true))) {
         return perta_fail_sys(err, ENOMEM, "%s", name);
     } else {
-        perta_digest_behind(out->digest, out->engine->hasher);
+        perta_digest_offload(out->digest, out->engine->hasher);
     }
     return perta_model_out_append(out, header, header_bytes, err);
 }
@@ -178,7 +178,7 @@ static int add_other(void *ctx, const char *name, struct perta_err *err)
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     if (!is_shard(others->ck, name) && !stat(path, &st) && S_ISREG(st.st_mode) &&
-        strcmp(name, PERTA_AHEAD_NAME) && (is_named_weights(name) || is_weights_inside(path)))
+        strcmp(name, PERTA_WAL_NAME) && (is_named_weights(name) || is_weights_inside(path)))
         perta_json_append(others->names, perta_text_json("%s", name));
     free(path);
     return 0;
@@ -242,7 +242,7 @@ int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const ch
                           "%s: its records do not lead to byte %llu; --force "
                           "starts over",
                           name, (unsigned long long)at_bytes);
-    perta_digest_behind(out->digest, out->engine->hasher);
+    perta_digest_offload(out->digest, out->engine->hasher);
     if (!out->has_folder)
         return 0;
     char *path = perta_publish_path(&out->folder, name);

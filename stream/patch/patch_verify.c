@@ -125,7 +125,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     if (!*digest) {
         if (!(*digest = perta_digest_new(true)))
             return perta_fail_sys(err, ENOMEM, "digest");
-        perta_digest_behind(*digest, job->hasher);
+        perta_digest_offload(*digest, job->hasher);
     }
     perta_digest_update(*digest, piece->in[0].data, piece->in[0].len_bytes);
     if (piece->tensor == FRAME) {

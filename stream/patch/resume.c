@@ -198,7 +198,7 @@ static int take_record(void *ctx, json_t *record, struct perta_err *err)
 
 int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream, struct perta_err *err)
 {
-    if (!r->journal.going_on)
+    if (!r->journal.resuming)
         return 0;
     int rc = perta_journal_replay(&r->journal, take_record, r, err);
     if (!rc && r->walk && !perta_walk_to(r->walk, r->shard, r->tensor, r->unit))
