@@ -7,8 +7,8 @@
 #include "io/file.h"
 #include "io/format/plain.h"
 
-/* 1: the next member's key, after i others; 0: the object ends; -1: it is written in another way, or
- * wrong. */
+/* Take the key of member i. 1: there is one; 0: the object ends; -1: unusual layout, or not
+ * JSON. */
 static int next_key(struct perta_plain *p, size_t i, const char **key, size_t *len)
 {
     if (perta_plain_word(p, "}"))
@@ -19,7 +19,7 @@ static int next_key(struct perta_plain *p, size_t i, const char **key, size_t *l
                : -1;
 }
 
-/* Read, and dropped, one value at a time. */
+/* Skip an array, parsing one item at a time. */
 static bool pass_array(struct perta_plain *p)
 {
     if (!perta_plain_word(p, "["))
@@ -43,8 +43,8 @@ static bool add_member(json_t *json, const char *key, size_t len, struct perta_p
     return good;
 }
 
-/* What is said of the tensors is for people, and of 100,000 of them takes 100 MB as a tree. NULL:
- * it is written in another way, or wrong. */
+/* Parse the manifest without "tensors", which is for people and takes 100 MB as a tree for 100,000
+ * tensors. NULL: unusual layout, or not JSON. */
 static json_t *without_tensors(const char *text, size_t len_bytes)
 {
     struct perta_plain p = {text, text + len_bytes};

@@ -1,4 +1,4 @@
-/* record.h - manifest.json of a patch folder. Spec: docs/patch-format.md */
+/* record.h - read the manifest.json of a patch folder. Spec: docs/manifest.md */
 #ifndef PERTA_IO_FORMAT_RECORD_H
 #define PERTA_IO_FORMAT_RECORD_H
 
@@ -10,30 +10,30 @@
 
 #define PERTA_RECORD_NAME "manifest.json"
 
-/* Read the manifest.json of the folder dir, and digest it. whole: with what it says of the tensors,
- * which of 100,000 of them takes 100 MB; else without, unless it is written oddly. *manifest is the
- * caller's. PERTA_EINPUT for what is not JSON. */
+/* Read the manifest.json of the folder dir, and digest it. whole: with its member "tensors", which
+ * takes 100 MB for 100,000 tensors. Else that is left out, unless the file is laid out unusually.
+ * *manifest is the caller's. PERTA_EINPUT if it is not JSON. */
 int perta_record_load(const char *dir, bool whole, json_t **manifest, struct perta_digest_hex *hex,
                       struct perta_err *err);
-/* Does it say that it is a patch's? NULL is none. */
+/* Does the manifest say that it belongs to a patch? NULL does not. */
 bool perta_record_is_patch(const json_t *manifest);
 
 struct perta_record_file {
-    const char *name; /* (len), as it stands in the text */
+    const char *name; /* (len), as in the text, with escapes */
     size_t len;
 };
 
 struct perta_record_files {
     char *text;
-    bool is_whole; /* all of it is one JSON object */
+    bool is_whole; /* the whole text is one JSON object */
     bool is_patch;
     bool short_of_memory;
-    struct perta_record_file *all; /* (n), of outputs.patch */
+    struct perta_record_file *all; /* (n), from outputs.patch */
     size_t n;
 };
 
-/* The same without a tree, for what one has no reason to trust: is the manifest.json of dir a patch's,
- * and which files does it list? Not JSON is no error. Release it on error, too. */
+/* For a folder that may hold anything: is its manifest.json that of a patch, and which files does
+ * it list? Parsed without a tree. Invalid JSON is not an error. Release files on error too. */
 int perta_record_scan(const char *dir, struct perta_record_files *files, struct perta_err *err);
 void perta_record_files_release(struct perta_record_files *files);
 

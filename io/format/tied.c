@@ -15,8 +15,8 @@ static int differ(const struct perta_checkpoint *ck, const struct perta_tensor *
     bool is_said = json_is_true(json_object_get(ck->config, "tie_word_embeddings"));
     return perta_fail(err, PERTA_EINPUT,
                       "%s: tensors %s and %s differ, though \"tie_word_embeddings\" in its "
-                      "config.json says that they are one%s; set that to false if each of them is "
-                      "meant, or remove the one that is not",
+                      "config.json says that they are one%s; set it to false if both are meant, or "
+                      "remove the one that is not",
                       ck->path, a->name, b->name,
                       is_said ? "" : " (it is left out, and true by default for this model_type)");
 }
@@ -29,7 +29,7 @@ static bool look_the_same(const struct perta_tensor *a, const struct perta_tenso
     return same;
 }
 
-/* room: two pieces. */
+/* room: 2 * READ_BYTES. */
 static int compare(const struct perta_file *files, const struct perta_tensor *const *of,
                    uint8_t *room, bool *same, struct perta_err *err)
 {

@@ -118,10 +118,10 @@ static int read_shards(struct perta_patch_in *in, const struct on_damage *on, st
 
 static int not_a_patch(const char *path, const struct perta_err *why, struct perta_err *err)
 {
-    const char *kind = perta_which_kind(path);
-    return kind && strcmp(kind, "a patch")
+    enum perta_kind kind = perta_which_kind(path);
+    return kind != PERTA_KIND_UNKNOWN && kind != PERTA_KIND_PATCH
                ? perta_fail(err, why->code, "%s; is it a patch folder? It looks like %s", why->msg,
-                            kind)
+                            perta_which_name(kind))
                : perta_fail(err, why->code, "%s; is it a patch folder?", why->msg);
 }
 
