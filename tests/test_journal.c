@@ -129,7 +129,7 @@ START_TEST(another_identity_is_refused_and_nothing_is_lost)
     go_on(&j, 5, PERTA_EUSAGE, "flags: memory was 1, is now 5");
     perta_journal_abandon(&j, NULL, 0, PERTA_EUSAGE, &err);
     perta_journal_close(&j);
-    begin(&j, 1, false, PERTA_EUSAGE, "--resume goes on with it, --force starts over");
+    begin(&j, 1, false, PERTA_EUSAGE, "--resume continues it, --force starts over");
     perta_journal_abandon(&j, NULL, 0, PERTA_EUSAGE, &err);
     perta_journal_close(&j);
     go_on(&j, 1, 0, "");

@@ -246,7 +246,7 @@ def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag)
 def test_a_file_of_the_journals_name_is_not_written_over(perta, inputs, flags):
     (inputs / "p.perta-journal").write_text("mine")
     refusal = perta(*UNLEARN, "--patch", "p", *flags, check=2).stderr
-    assert "p.perta-journal: exists and is no journal of perta" in refusal
+    assert "p.perta-journal: exists and is not a journal of perta" in refusal
     assert (inputs / "p.perta-journal").read_text() == "mine" and not (inputs / "p").exists()
     (inputs / "p.perta-journal").write_text("0123456789ab")  # torn
     perta(*UNLEARN, "--patch", "p", *flags)
@@ -292,7 +292,7 @@ def test_a_file_beside_the_model_is_no_journal_of_an_edit_in_place(perta, done):
     mine.write_text("mine, all of it")
     before = tree(done)
     refusal = perta("apply", "model", "p", "--in-place", check=2).stderr
-    assert f"{mine.name}: exists and is no journal of perta" in refusal
+    assert f"{mine.name}: exists and is not a journal of perta" in refusal
     assert tree(done) == before
     mine.write_bytes(bytes(9000))  # as a run leaves it that is killed while it makes it
     perta("apply", "model", "p", "--in-place")
