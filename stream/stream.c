@@ -15,10 +15,10 @@
 #include "stream/slot.h"
 
 #define SLOTS_MAX 64
-/* More than this much ahead of the disk gains nothing, and touching memory costs. */
+/* Reading further ahead than this gains nothing, and touching memory costs time. */
 #define AHEAD_BYTES (64ull << 20)
 #define DEPTH 32
-/* Thread stacks, the heap's own, what the kernel charges us for. */
+/* For thread stacks, malloc's own memory, and what the kernel charges to the process. */
 #define MARGIN_BYTES (12ull << 20)
 
 struct perta_stream {
@@ -29,25 +29,26 @@ struct perta_stream {
     struct perta_hasher *hasher;
     struct perta_pool pool;
     struct perta_slot_shape shape;
-    struct perta_slot slots[SLOTS_MAX]; /* used round and round, in order of the pieces */
+    struct perta_slot slots[SLOTS_MAX]; /* a ring, in order of the pieces */
     unsigned n_slots, n_workers;
-    struct perta_writer_bufs writer_bufs; /* of the first writer; the others' follow */
+    struct perta_writer_bufs writer_bufs; /* of the first writer; the others' buffers follow */
 
-    /* the owner's */
-    /* Batches so far; a batch's slot is its number mod n_slots. */
+    /* used by the owner alone */
+    /* How many batches were filled, committed and freed so far. Batch i is in slot i mod
+     * n_slots. */
     uint64_t n_filled, n_committed, n_freed;
-    bool ended;                 /* next() had no more, or failed */
-    struct perta_err next_err;  /* its failure: reported after all pieces before it */
-    struct perta_piece pending; /* taken from next(), not in a slot yet */
+    bool ended;                 /* next() returned 0, or failed */
+    struct perta_err next_err;  /* its error, reported after all pieces before it */
+    struct perta_piece pending; /* from next(), not in a slot yet */
     bool has_pending;
     uint64_t read_bytes;
 
-    /* the owner's and the workers', under lock */
+    /* shared with the workers, under lock */
     pthread_mutex_t lock;
     pthread_cond_t ready;
     bool stopping;
     pthread_t threads[SLOTS_MAX];
-    unsigned n_threads; /* of n_workers, that run */
+    unsigned n_threads; /* how many of n_workers are running */
     unsigned next_worker;
 };
 
@@ -57,7 +58,7 @@ unsigned perta_run_threads(const struct perta_run *run)
     return n < PERTA_THREADS_MAX ? n : PERTA_THREADS_MAX;
 }
 
-/* A worker needs a slot. */
+/* Each worker needs a slot. */
 static unsigned workers_wanted(const struct perta_run *run)
 {
     unsigned n = perta_run_threads(run);
@@ -82,7 +83,7 @@ static uint64_t fixed_bytes(const struct perta_job *job, unsigned n_writers)
            n_writers * PERTA_WRITER_BUFS_MIN * (uint64_t)PERTA_WRITER_BUF_BYTES;
 }
 
-/* A worker's scratch and stack. */
+/* Scratch and stacks of n workers. False on overflow. */
 static bool worker_bytes(const struct perta_job *job, unsigned n, uint64_t *bytes)
 {
     return !perta_add_overflows(job->worker_bytes, PERTA_STACK_BYTES, bytes) &&
@@ -101,7 +102,8 @@ uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, un
     return known && sum < INT64_MAX ? sum : INT64_MAX;
 }
 
-/* Buffers beyond the least: up to a quarter of what is left. */
+/* Give the writers more than their minimum of buffers: up to a quarter of what is left. Returns the
+ * bytes that takes. */
 static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_t left_bytes)
 {
     uint64_t each = n_writers * (uint64_t)PERTA_WRITER_BUF_BYTES, most = PERTA_WRITER_BUFS_MAX;
@@ -112,8 +114,8 @@ static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_
     return more * each;
 }
 
-/* As many workers as the budget allows, each with a slot to work on; then more slots, as many as
- * are of use. One of each at least. */
+/* Choose how many workers and slots fit the budget: first as many workers as possible, each with a
+ * slot to work on; then as many more slots as are useful. At least one of each. */
 static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
     uint64_t slot = slot_bytes(&s->shape), worker, budget = s->run.memory_bytes;
@@ -250,7 +252,7 @@ static enum perta_slot_state get_state(struct perta_stream *s, const struct pert
     return state;
 }
 
-/* Reads end in any order; the failure to report is that of the first piece. */
+/* Reads end in any order. Report the failure of the first piece. */
 static void find_failed(struct perta_slot *slot)
 {
     const struct perta_slot_read *first = NULL;
@@ -274,7 +276,7 @@ static void on_read(struct perta_request *request)
     set_state(slot->stream, slot, SLOT_READY);
 }
 
-/* Put pieces into a slot until one does not fit. True: the slot has some. */
+/* Add pieces to a slot until one does not fit. True if the slot has any. */
 static bool pack(struct perta_stream *s, struct perta_slot *slot)
 {
     perta_slot_clear(slot);
@@ -288,14 +290,14 @@ static bool pack(struct perta_stream *s, struct perta_slot *slot)
             s->ended = rc <= 0;
         }
         if (!s->has_pending || !perta_slot_add(slot, &s->shape, &s->pending)) {
-            assert(!s->has_pending || slot->n_pieces); /* the job's *_max must be true */
+            assert(!s->has_pending || slot->n_pieces); /* else the job's *_max are too small */
             return slot->n_pieces > 0;
         }
         s->has_pending = false;
     }
 }
 
-/* FREE -> READING: fill every free slot in turn. */
+/* FREE -> READING: fill every free slot, in order. */
 static void read_ahead(struct perta_stream *s)
 {
     while (s->n_filled - s->n_freed < s->n_slots && (!s->ended || s->has_pending)) {
@@ -343,7 +345,7 @@ static int commit(struct perta_stream *s, struct perta_slot *slot, struct perta_
     return rc;
 }
 
-/* COMMITTED -> FREE: in turn, when the digests of what lies in a slot are taken. */
+/* COMMITTED -> FREE: in order, once the bytes in a slot are digested. */
 static int set_free(struct perta_stream *s, struct perta_err *err)
 {
     while (s->n_freed < s->n_committed) {
@@ -361,7 +363,7 @@ static int set_free(struct perta_stream *s, struct perta_err *err)
     return 0;
 }
 
-/* All is read and committed. */
+/* Everything is read and committed. */
 static int finish(struct perta_stream *s, struct perta_err *err)
 {
     perta_hasher_wait(s->hasher, perta_hasher_given(s->hasher));
@@ -398,7 +400,7 @@ static int turn(struct perta_stream *s, struct perta_err *err)
     }
 }
 
-/* READY -> WORKING: workers take slots in order as they become ready. */
+/* READY -> WORKING: workers take ready slots in order. */
 static struct perta_slot *take_slot(struct perta_stream *s)
 {
     pthread_mutex_lock(&s->lock);
@@ -434,7 +436,7 @@ static void *worker(void *arg)
     return NULL;
 }
 
-/* Fewer will do where the system has no more threads. */
+/* Start the workers. Fewer are enough if the system has no more threads. */
 static int start_workers(struct perta_stream *s, struct perta_err *err)
 {
     int rc = 0;
