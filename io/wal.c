@@ -479,8 +479,8 @@ int perta_wal_refuse(const char *folder, struct perta_err *err)
         if (!rc)
             rc = perta_fail(err, PERTA_EINPUT,
                             "%s: an edit in place is under way here, or was interrupted: `perta "
-                            "apply %s %s --in-place' completes it, revert instead of apply takes "
-                            "it back",
+                            "apply %s %s --in-place' completes it, revert instead of apply "
+                            "reverts it",
                             folder, folder, word_of(&head));
         close(fd);
     }

@@ -116,7 +116,7 @@ static struct perta_compose good_compose(void)
 START_TEST(compose)
 {
     COMMON(compose);
-    BAD(compose, job.n_patches = 1, "two patches at least");
+    BAD(compose, job.n_patches = 1, "at least two patches");
     BAD(compose, job.patches = NULL, "patches: the list of 2 is NULL");
     BAD(compose, job.patches = with_none, "patches: number 2 of 2 is empty");
     BAD(compose, job.patch = NULL, "--patch DIR is needed");

@@ -15,15 +15,15 @@
 #include "stream/patch/patch_in.h"
 #include "stream/walk.h"
 
-/* Bytes written between two syncs, at most; less under a small budget. */
+/* Upper bound of bytes written between two syncs; less with a small budget. */
 #define BATCH_BYTES (64ull << 20)
-#define BATCH_SHARE 16 /* of the budget */
+#define BATCH_SHARE 16 /* this fraction of the budget */
 #define OUT_ALIGN 64
 
 enum { IN_MODEL, IN_FRAME, N_IN };
 
-/* The first pass does all but writing, so that neither a wrong model nor a damaged patch is found in
- * the middle. */
+/* The first pass does everything except writing, so that a wrong model or a damaged patch is found
+ * before anything is changed. */
 enum pass { PASS_CHECK, PASS_WRITE };
 
 struct job {
@@ -31,19 +31,19 @@ struct job {
     bool forward;
     struct perta_patch_in patch;
     struct perta_input model;
-    struct perta_file *files; /* (n_shards), to write */
-    int lock;                 /* the folder, locked; -1 */
+    struct perta_file *files; /* (n_shards), open for writing */
+    int lock;                 /* the folder's descriptor, which is locked; or -1 */
     struct perta_wal wal;
-    struct perta_run run; /* the way of reading that the first pass chose, for both */
+    struct perta_run run; /* with the engine that the first pass chose, for both passes */
     struct perta_stream *stream;
     struct perta_codec **codecs;
     enum pass pass;
-    uint8_t **todo; /* (n_shards, n_entries): chunks that are not what they are to be */
+    uint8_t **todo; /* (n_shards, n_entries): chunks that must be written */
     uint64_t n_todo, n_chunks;
 
-    /* where next() stands: chunks in order of the table */
+    /* position of next(): chunks in order of the table */
     uint32_t shard;
-    uint64_t entry, unit; /* unit: first of that chunk, in its tensor */
+    uint64_t entry, unit; /* unit: that chunk's first unit in its tensor */
 };
 
 static const struct perta_patch_entry *entry_of(const struct job *job,
@@ -54,7 +54,7 @@ static const struct perta_patch_entry *entry_of(const struct job *job,
 
 /* ---- reading ---- */
 
-/* Go past the entry where next() stands; its tensor's next unit, or the next tensor's first. */
+/* Advance next() by one entry: to the tensor's next unit, or to the next tensor's first. */
 static void step(struct job *job, const struct perta_patch *patch)
 {
     const struct perta_patch_entry *e = &patch->entries[job->entry];
@@ -97,7 +97,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 
 /* ---- the two passes ---- */
 
-/* A piece's room: whether the chunk is to be written, then its bytes. */
+/* piece->out gets a flag, whether the chunk must be written, and then its new bytes. */
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
@@ -107,7 +107,7 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     uint64_t found = perta_hash64(model->data, model->len_bytes);
     bool is_from = found == (job->forward ? e->hash_before : e->hash_after);
     bool is_to = found == (job->forward ? e->hash_after : e->hash_before);
-    /* Part of it may be done only where an interrupted edit did it. */
+    /* Only an interrupted edit may have changed some of the chunks already. */
     if (!is_from && !(is_to && job->pass == PASS_CHECK && job->wal.resuming))
         return perta_patch_in_wrong_chunk(shard, e, job->forward, model->file->path,
                                           piece->first_elem, found, err);
@@ -134,9 +134,9 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 0;
 }
 
-/* ---- may it be done? ---- */
+/* ---- checks ---- */
 
-/* Only one process edits a folder at a time. */
+/* Lock the folder: only one process may edit it at a time. */
 static int lock_folder(struct job *job, struct perta_err *err)
 {
     const char *path = job->apply->model;
@@ -153,7 +153,7 @@ static int lock_folder(struct job *job, struct perta_err *err)
     return 0;
 }
 
-/* The shard must be this folder's alone, for other names of it would change, too. */
+/* The shard must have no other name: the file would change under that name, too. */
 static int check_shard(const struct perta_shard *shard, struct perta_err *err)
 {
     struct stat st;
@@ -198,8 +198,7 @@ static int open_all(struct job *job, struct perta_err *err)
     int rc = perta_patch_in_open(&job->patch, apply->patch, err);
     if (!rc)
         rc = perta_patch_in_refuse_one_way(
-            &job->patch, "in place it could not be taken back when interrupted; use --out DIR",
-            err);
+            &job->patch, "an interrupted edit in place could not be reverted; use --out DIR", err);
     if (!rc)
         rc = lock_folder(job, err);
     job->model.role = "model";
@@ -230,7 +229,7 @@ static void measure(const struct job *job, uint64_t *chunk_bytes, uint64_t *fram
     }
 }
 
-/* What is read in the pass to come. */
+/* Bytes that this pass reads. */
 static uint64_t bytes_to_read(const struct job *job)
 {
     uint64_t total = 0;
@@ -245,7 +244,8 @@ static uint64_t bytes_to_read(const struct job *job)
     return total;
 }
 
-/* Everything that is as large as the model's table, or fixed; resident before slots are counted. */
+/* Allocate everything whose size is fixed or grows with the table, so that it is resident before
+ * slots are counted. */
 static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *err)
 {
     uint64_t share = job->run.memory_bytes / BATCH_SHARE;
@@ -270,7 +270,8 @@ static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *
                             job->files, job->patch.n_shards, room, err);
     if (rc || !job->wal.resuming)
         return rc;
-    /* The journal's last batch was written again: shards are younger now. */
+    /* The log's last batch was replayed, so the shards' times have changed: open the model
+     * again. */
     perta_checkpoint_close(job->model.ck);
     rc = perta_checkpoint_open_unfinished(job->apply->model, &job->model.ck, err);
     return rc ? rc : perta_patch_in_check_model(&job->patch, job->model.ck, job->forward, err);
@@ -324,13 +325,13 @@ static int run_pass(struct job *job, enum pass pass, uint64_t *read_bytes, struc
     if (!rc)
         *read_bytes += perta_stream_read_bytes(job->stream);
     perta_stream_close(job->stream);
-    perta_codecs_free(job->codecs); /* resident, so they would count twice in the next pass */
+    perta_codecs_free(job->codecs); /* they are resident, and would count twice in the next pass */
     job->stream = NULL;
     job->codecs = NULL;
     return rc;
 }
 
-/* It names the patch from the root on, for whoever finds the journal elsewhere. */
+/* Create the log. It has the patch's absolute path, for whoever finds it from another folder. */
 static int begin_journal(struct job *job, struct perta_err *err)
 {
     char *whole = realpath(job->patch.path, NULL);
@@ -351,8 +352,8 @@ static int write_all(struct job *job, uint64_t *read_bytes, struct perta_err *er
     if (!rc)
         rc = perta_wal_finish(&job->wal, err);
     return rc ? perta_err_context(err,
-                                  "%s: edited in part; the same command completes it, %s "
-                                  "takes it back",
+                                  "%s: partly edited; the same command completes the edit, %s "
+                                  "reverts it",
                                   job->model.ck->path, job->forward ? "revert" : "apply")
               : 0;
 }

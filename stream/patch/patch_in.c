@@ -25,7 +25,7 @@ bool perta_patch_in_is_patch(const char *path)
     int n = snprintf(record, sizeof record, "%s/manifest.json", path);
     if (n < 0 || n >= PATH_MAX || access(record, F_OK))
         return false;
-    /* What cannot be read may be one: whoever opens it is told. */
+    /* If it cannot be read, assume that it is: opening it reports the error. */
     bool is = perta_record_load(path, false, &manifest, &hex, &why) == PERTA_ESYS;
     is = is || perta_record_is_patch(manifest);
     json_decref(manifest);
@@ -37,13 +37,13 @@ static int name_shard(struct perta_patch_in_shard *shard, const char *dir, const
 {
     size_t len = strlen(name), suffix = sizeof PERTA_PATCH_SUFFIX - 1;
     if (len <= suffix || strcmp(name + len - suffix, PERTA_PATCH_SUFFIX))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s is no name of a patch file", dir,
-                          name);
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s is not the name of a patch file",
+                          dir, name);
     shard->file_name = strdup(name);
     shard->name = strndup(name, len - suffix);
     if (shard->name && !perta_name_is_plain(shard->name))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %.300s is no plain file name", dir,
-                          name);
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %.300s is not a plain file name",
+                          dir, name);
     shard->path = perta_path_join(dir, name);
     if (!shard->file_name || !shard->name || !shard->path)
         return perta_fail_sys(err, ENOMEM, "%s", dir);
@@ -66,7 +66,7 @@ static int read_shard(struct perta_patch_in_shard *shard, const char *dir, struc
 }
 
 struct on_damage {
-    void (*tell)(void *ctx, uint32_t shard, const char *message); /* NULL: it is an error */
+    void (*tell)(void *ctx, uint32_t shard, const char *message); /* NULL: damage is an error */
     void *ctx;
 };
 
@@ -140,7 +140,8 @@ static int open_patch(struct perta_patch_in *in, const char *path, const struct 
         return rc;
     }
     if (!perta_record_is_patch(in->manifest))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: not of a perta patch", path);
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: not the manifest of a perta patch",
+                          path);
     json_int_t version = json_integer_value(json_object_get(in->manifest, "version"));
     if (version != PERTA_PATCH_VERSION)
         return perta_fail(err, PERTA_EINPUT,
@@ -283,7 +284,7 @@ int perta_patch_in_check_model(const struct perta_patch_in *in,
     for (uint32_t i = 0; i < model->n_shards || i < in->n_shards; i++) {
         const char *have = i < model->n_shards ? model->shards[i].name : "none";
         const char *want = i < in->n_shards ? in->shards[i].name : "none";
-        /* A patch's shard may be called "none". */
+        /* A shard may really be called "none". */
         if (i >= model->n_shards || i >= in->n_shards || strcmp(have, want))
             return perta_fail(err, PERTA_ECHECK,
                               "%s: shard %u is %s, the patch %s wants %s: it is for another "
@@ -358,12 +359,13 @@ int perta_patch_in_refuse_one_way(const struct perta_patch_in *in, const char *w
 {
     return is_one_way(in)
                ? perta_fail(err, PERTA_EUSAGE,
-                            "%s: a one-way patch, which holds nothing of the model before: %s",
-                            in->path, what)
+                            "%s: a one-way patch, which does not hold the old values: %s", in->path,
+                            what)
                : 0;
 }
 
-/* Values only: that the rest of the chunk is right shows once it is known what changes. */
+/* With new values only, the rest of the chunk can be checked once it is known which units
+ * change. */
 static int lead_one_way(const struct perta_patch_in_shard *shard,
                         const struct perta_patch_entry *entry, struct perta_codec *codec,
                         const uint8_t *frame, const char *path, uint64_t first_unit,
