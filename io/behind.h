@@ -1,7 +1,7 @@
-/* behind.h - write-behind: one thread writes to files at any offset while the caller goes on. Whole
- * blocks are written with O_DIRECT, so they are not copied to the page cache and nobody waits for
- * them at the end; partial blocks at both ends go through the page cache. Only one thread may call
- * these functions. Ranges that are being written at the same time must not overlap. */
+/* behind.h - write-behind: one thread writes to files at any offset while its caller continues.
+ * Whole blocks are written with O_DIRECT, so they are not copied to the page cache and nobody waits
+ * for them at the end; partial blocks at both ends go through the page cache. Only one thread may
+ * call these functions. Ranges that are being written at the same time must not overlap. */
 #ifndef PERTA_IO_BEHIND_H
 #define PERTA_IO_BEHIND_H
 

@@ -1,4 +1,4 @@
-/* hasher.h - threads that compute digests while their owner goes on. The bytes of one digest are
+/* hasher.h - threads that compute digests while their owner continues. The bytes of one digest are
  * taken in order, different digests in parallel. SHA-256 runs at 1 to 2 GB/s: on the thread that
  * owns the engine it would delay reads and writes. perta_digest_offload (io/hash.h) attaches a
  * digest to a hasher. */

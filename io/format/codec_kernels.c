@@ -120,8 +120,7 @@
         return (uint8_t)(e < last ? e : last);                                                     \
     }                                                                                              \
                                                                                                    \
-    /* shift and e_bits are constants, or the compiler would work in wider lanes. No dtype \
-     * of 8 bits has keys. */       \
+    /* Constant shift and e_bits keep the lanes narrow. No dtype of 8 bits has keys. */            \
     static inline __attribute__((always_inline, unused)) void keys_##bits(                         \
         unsigned shift, unsigned e_bits, uint32_t first_key, uint32_t n_keys,                      \
         const u##bits *units, uint8_t *keys, size_t n)                                             \

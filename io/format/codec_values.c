@@ -53,7 +53,7 @@ const char *perta_values_count(const struct perta_codec_scratch *s, enum perta_d
         *n_changed += (unsigned)__builtin_popcount(s->payload[i]);
     for (size_t i = n; i < 8 * mask_bytes(n); i++)
         if (is_set(s->payload, i))
-            return "its mask goes on after the last unit";
+            return "its mask has bits after the last unit";
     return payload_bytes == mask_bytes(n) + *n_changed * width ? NULL
                                                                : "its values do not fit its mask";
 }

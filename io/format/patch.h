@@ -1,11 +1,11 @@
 /* patch.h - the container of one shard's patch, NAME.perta: a legal multi-frame Zstandard file.
  * Spec: docs/patch-format.md.
  *
- *   skippable frame: head (the shard's safetensors header before; and after, where it differs)
+ *   skippable frame: head (the shard's safetensors header before; and after, if it differs)
  *   zstd frames, one for each chunk that changed, in order of the table
  *   skippable frame: table (one entry for each chunk) and its digest
  *
- * These functions work on memory and parse what may be hostile; files are the caller's. */
+ * These functions work on memory, and parse input that may be hostile. Files are the caller's. */
 #ifndef PERTA_IO_FORMAT_PATCH_H
 #define PERTA_IO_FORMAT_PATCH_H
 

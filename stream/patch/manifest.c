@@ -401,8 +401,9 @@ static int load(const char *path, json_t **manifest, struct perta_err *err)
     int rc = perta_json_load(fd, path, manifest, err);
     close(fd);
     if (rc == PERTA_EINPUT)
-        return perta_err_context(err, "verify reads manifests of the format perta, xxhsum --check "
-                                      "and sha256sum --check the others");
+        return perta_err_context(
+            err, "verify reads manifests in perta's format; for the others use xxhsum --check "
+                 "or sha256sum --check");
     if (rc)
         return rc;
     const char *format = json_string_value(json_object_get(*manifest, "format"));

@@ -36,8 +36,8 @@ struct job {
     /* position of next(): chunks in order of the table */
     uint32_t shard;
     uint64_t entry, unit;               /* unit: that chunk's first unit in its tensor */
-    const struct perta_tensor **places; /* of this shard: where tensors of the header after lie;
-                                           NULL: where that says */
+    const struct perta_tensor **places; /* this shard's tensors, by index in the header after;
+                                           NULL: as in that header */
 };
 
 /* The result that work() leaves for commit(). */
