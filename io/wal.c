@@ -300,7 +300,7 @@ int perta_wal_begin(struct perta_wal *w, const char *id, const char *subject, st
     /* Reserve room for a batch now: if the disk is full, the files are still unchanged. */
     int full = posix_fallocate(w->log.fd, 0, (off_t)(BYTES_AT + w->room_bytes));
     if (full && full != EINVAL && full != EOPNOTSUPP) /* not supported by some file systems */
-        rc = perta_fail_sys(err, full, "%s: no disk space for its %llu MiB", w->path,
+        rc = perta_fail_sys(err, full, "%s: no room for its %llu MiB", w->path,
                             (ull)((BYTES_AT + w->room_bytes) >> 20) + 1);
     if (!rc)
         rc = perta_pwrite_all(w->log.fd, w->buf, PERTA_BLOCK_BYTES, 0, w->path, err);

@@ -508,8 +508,8 @@ int perta_checkpoint_drop(struct perta_checkpoint *ck, const char *const *parts,
     for (uint64_t i = 1; i < ck->n_tensors; i++)
         if (!compare_refs(&ck->by_name[i - 1], &ck->by_name[i]))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s: two tensors are %s, but for parts of a wrapper "
-                              "in their names (%s...)",
+                              "%s: two tensors are %s once the parts of wrappers (%s...) "
+                              "are removed from their names",
                               ck->path, ck->by_name[i].tensor->name, parts[0]);
     return 0;
 }
