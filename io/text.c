@@ -212,7 +212,7 @@ void perta_note(json_t *notes, const char *fmt, ...)
     va_start(ap, fmt);
     if (json_array_append_new(notes, plain_json(fmt, ap))) {
         json_array_clear(notes);
-        json_array_append_new(notes, json_null()); /* needs no memory: an emptied array has room */
+        json_array_append_new(notes, json_null()); /* takes no memory: an emptied array has room */
     }
     va_end(ap);
 }

@@ -9,7 +9,7 @@
 
 #include "io/file.h"
 #include "io/format/index.h"
-#include "io/format/record.h"
+#include "io/format/patch_manifest.h"
 #include "io/text.h"
 
 #define SUFFIX ".safetensors"
@@ -66,10 +66,10 @@ static bool is_shard(const char *folder, const char *name)
 static bool is_patch(const char *path)
 {
     struct perta_err ignored = {0};
-    struct perta_record_files files;
-    perta_record_scan(path, &files, &ignored);
+    struct perta_patch_manifest_files files;
+    perta_patch_manifest_scan(path, &files, &ignored);
     bool is = files.is_patch;
-    perta_record_files_release(&files);
+    perta_patch_manifest_release(&files);
     return is;
 }
 
@@ -237,7 +237,7 @@ int perta_which_no_folder(const char *folder, struct perta_err *err)
 {
     if (exists(folder, "snapshots") && (exists(folder, "blobs") || exists(folder, "refs")))
         return say_cache(folder, err);
-    if (exists(folder, PERTA_RECORD_NAME))
+    if (exists(folder, PERTA_PATCH_MANIFEST))
         return perta_fail(err, PERTA_EINPUT, "%s: a patch, not a checkpoint", folder);
     char *pickle = find(folder, is_pickled_model), *gguf = find(folder, is_gguf);
     pickle = pickle || gguf ? pickle : find(folder, is_pickle);

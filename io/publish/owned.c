@@ -11,8 +11,8 @@
 
 #include "io/file.h"
 #include "io/format/index.h"
+#include "io/format/patch_manifest.h"
 #include "io/format/plain.h"
-#include "io/format/record.h"
 #include "io/format/safetensors.h"
 #include "io/text.h"
 
@@ -65,7 +65,7 @@ struct look {
     enum perta_owned as;
     char **names; /* (n), sorted */
     size_t n;
-    struct perta_record_files record;
+    struct perta_patch_manifest_files manifest;
     struct perta_index *index; /* NULL: no index */
     size_t n_shards;           /* how many of the names are *.safetensors */
     bool has_config;           /* config.json is that of a model */
@@ -290,10 +290,10 @@ static int is_made_from(const struct look *look, const char *path, const char *n
 
 static bool is_of_patch(const struct look *look, const char *name)
 {
-    for (size_t i = 0; i < look->record.n; i++)
-        if (perta_plain_is(look->record.all[i].name, look->record.all[i].len, name))
+    for (size_t i = 0; i < look->manifest.n; i++)
+        if (perta_plain_is(look->manifest.all[i].name, look->manifest.all[i].len, name))
             return true;
-    return !strcmp(name, PERTA_RECORD_NAME);
+    return !strcmp(name, PERTA_PATCH_MANIFEST);
 }
 
 static bool is_indexed(const struct look *look, const char *name)
@@ -327,7 +327,7 @@ static bool is_beside(const char *name)
 static int judge_output(struct look *look, const char *path, const char *name, bool *ours,
                         const char **why, struct perta_err *err)
 {
-    if (look->record.is_patch) {
+    if (look->manifest.is_patch) {
         *ours = is_of_patch(look, name);
         return 0;
     }
@@ -370,10 +370,10 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
     }
     if (perta_text_ends_in(name, ".safetensors") || perta_text_ends_in(name, ".perta"))
         return is_shard_part(path, ours, err);
-    if (!strcmp(name, PERTA_RECORD_NAME)) { /* one that is incomplete is not JSON */
+    if (!strcmp(name, PERTA_PATCH_MANIFEST)) { /* one that is incomplete is not JSON */
         int rc = read_start(path, &first, 1, &len_bytes, err);
-        *ours =
-            !rc && (look->record.is_patch || (!look->record.is_whole && (first == '{' || !first)));
+        *ours = !rc &&
+                (look->manifest.is_patch || (!look->manifest.is_whole && (first == '{' || !first)));
         return rc;
     }
     *ours = is_beside(name) || perta_text_ends_in(name, ".perta-journal") || is_scratch(look, name);
@@ -456,8 +456,8 @@ static int look_open(struct look *look, const char *path, enum perta_owned as, c
     look->has_adapter = has(look, "adapter_config.json");
     if (!rc && as == PERTA_OWNED_OUTPUT)
         rc = find_config(look, err);
-    if (!rc && has(look, PERTA_RECORD_NAME))
-        rc = perta_record_scan(path, &look->record, err);
+    if (!rc && has(look, PERTA_PATCH_MANIFEST))
+        rc = perta_patch_manifest_scan(path, &look->manifest, err);
     return rc || !has(look, INDEX) || as != PERTA_OWNED_OUTPUT ? rc : open_index(look, err);
 }
 
@@ -466,7 +466,7 @@ static void look_close(struct look *look)
     for (size_t i = 0; i < look->n; i++)
         free(look->names[i]);
     free(look->names);
-    perta_record_files_release(&look->record);
+    perta_patch_manifest_release(&look->manifest);
     perta_index_free(look->index);
 }
 
@@ -481,7 +481,7 @@ static int say(const struct look *look, struct perta_err *err)
             "%s: holds files that no run of perta left there: %s%s; nothing is removed; "
             "move them away, or choose another output",
             look->path, look->foreign, more);
-    if (!look->record.is_patch && !look->whole)
+    if (!look->manifest.is_patch && !look->whole)
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: exists and is neither a checkpoint nor a patch (it holds %s%s); "
                           "--force does not replace it",
@@ -490,7 +490,7 @@ static int say(const struct look *look, struct perta_err *err)
         err, PERTA_EUSAGE,
         "%s: exists and holds files that are not part of a %s: %s%s; --force does not replace "
         "it; move them away, or choose another name",
-        look->path, look->record.is_patch ? "patch" : "checkpoint", look->foreign, more);
+        look->path, look->manifest.is_patch ? "patch" : "checkpoint", look->foreign, more);
 }
 
 static int check(struct look *look, struct perta_err *err)
@@ -506,7 +506,7 @@ static int check(struct look *look, struct perta_err *err)
         free(path);
     }
     bool whole =
-        look->record.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
+        look->manifest.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
     return rc || (whole && !look->n_foreign) ? rc : say(look, err);
 }
 

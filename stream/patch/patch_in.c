@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/format/record.h"
+#include "io/format/patch_manifest.h"
 #include "io/format/which.h"
 #include "io/publish/publish.h"
 #include "io/text.h"
@@ -21,13 +21,13 @@ bool perta_patch_in_is_patch(const char *path)
     struct perta_err why = {0};
     struct perta_digest_hex hex;
     json_t *manifest;
-    char record[PATH_MAX];
-    int n = snprintf(record, sizeof record, "%s/manifest.json", path);
-    if (n < 0 || n >= PATH_MAX || access(record, F_OK))
+    char file[PATH_MAX];
+    int n = snprintf(file, sizeof file, "%s/manifest.json", path);
+    if (n < 0 || n >= PATH_MAX || access(file, F_OK))
         return false;
     /* If it cannot be read, assume that it is: opening it reports the error. */
-    bool is = perta_record_load(path, false, &manifest, &hex, &why) == PERTA_ESYS;
-    is = is || perta_record_is_patch(manifest);
+    bool is = perta_patch_manifest_load(path, false, &manifest, &hex, &why) == PERTA_ESYS;
+    is = is || perta_patch_manifest_is(manifest);
     json_decref(manifest);
     return is;
 }
@@ -132,14 +132,14 @@ static int open_patch(struct perta_patch_in *in, const char *path, const struct 
     *in = (struct perta_patch_in){.path = strdup(path)};
     if (!in->path)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    int rc = perta_record_load(path, false, &in->manifest, &in->manifest_digest, &why);
+    int rc = perta_patch_manifest_load(path, false, &in->manifest, &in->manifest_digest, &why);
     if (rc == PERTA_EINPUT)
         return not_a_patch(path, &why, err);
     if (rc) {
         *err = why;
         return rc;
     }
-    if (!perta_record_is_patch(in->manifest))
+    if (!perta_patch_manifest_is(in->manifest))
         return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: not the manifest of a perta patch",
                           path);
     json_int_t version = json_integer_value(json_object_get(in->manifest, "version"));
@@ -162,16 +162,17 @@ int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
     return open_patch(in, path, &(struct on_damage){damaged, ctx}, err);
 }
 
-int perta_patch_in_record(const struct perta_patch_in *in, json_t **record, struct perta_err *err)
+int perta_patch_in_manifest(const struct perta_patch_in *in, json_t **manifest,
+                            struct perta_err *err)
 {
     struct perta_digest_hex hex;
-    int rc = perta_record_load(in->path, true, record, &hex, err);
+    int rc = perta_patch_manifest_load(in->path, true, manifest, &hex, err);
     if (rc)
         return rc;
     if (!strcmp(hex.sha256, in->manifest_digest.sha256))
         return 0;
-    json_decref(*record);
-    *record = NULL;
+    json_decref(*manifest);
+    *manifest = NULL;
     return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: changed while it was read", in->path);
 }
 

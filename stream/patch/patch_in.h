@@ -36,9 +36,10 @@ int perta_patch_in_open(struct perta_patch_in *in, const char *path, struct pert
 int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
                                 void (*damaged)(void *ctx, uint32_t shard, const char *message),
                                 void *ctx, struct perta_err *err);
-/* Read all of manifest.json; *record is the caller's. PERTA_EINPUT if it changed since it was
+/* Read all of manifest.json; *manifest is the caller's. PERTA_EINPUT if it changed since it was
  * opened. */
-int perta_patch_in_record(const struct perta_patch_in *in, json_t **record, struct perta_err *err);
+int perta_patch_in_manifest(const struct perta_patch_in *in, json_t **manifest,
+                            struct perta_err *err);
 /* Open the files whose patch was read, reopening those that are open. */
 int perta_patch_in_open_files(struct perta_patch_in *in, bool direct, struct perta_err *err);
 /* PERTA_EINPUT if a file changed while it was read. */
