@@ -66,8 +66,8 @@ struct perta_engine {
     const struct perta_engine_ops *ops;
     bool wants_direct; /* files should be opened with O_DIRECT */
     uint64_t n_in_flight;
-    struct perta_hasher *hasher; /* Borrowed. If set, digests run on its threads; if NULL, on the
-                                    owner's thread. */
+    /* Borrowed. If set, digests run on its threads; if NULL, on the owner's thread. */
+    struct perta_hasher *hasher;
 };
 
 /* The engine that was chosen, and why. */

@@ -20,8 +20,7 @@ struct uring {
     int wake_fd;
     uint64_t wake_count; /* the read of wake_fd goes here */
     struct perta_retry retry;
-    int broken; /* 0, or the errno of a ring that failed: no new requests, those in the kernel
-                   complete */
+    int broken; /* 0, or the errno of a ring that failed (see below) */
 };
 
 static void prepare(struct uring *u, struct perta_request *r)

@@ -16,8 +16,7 @@
 struct perta_file {
     char *path;
     int fd;      /* -1 while closed */
-    bool direct; /* opened with O_DIRECT: transfers are whole blocks, even after O_DIRECT was
-                    switched off */
+    bool direct; /* transfers are whole blocks, even if O_DIRECT was switched off */
     uint64_t len_bytes;
     uint64_t dev, ino;
     struct timespec mtime;

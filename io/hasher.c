@@ -28,8 +28,7 @@ struct perta_hasher {
     pthread_mutex_t lock;
     pthread_cond_t more, moved;
     struct given queue[QUEUE_MAX];                             /* a ring */
-    uint64_t n_given, n_passed;                                /* passed: done, and so are all
-                                                                  before it */
+    uint64_t n_given, n_passed;                                /* passed: all up to it are done */
     const struct perta_digest *busy[PERTA_HASHER_THREADS_MAX]; /* (n_threads); NULL: idle */
     unsigned n_threads;
     uint64_t asked; /* the ticket to report with passed(); 0: none */

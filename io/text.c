@@ -13,8 +13,7 @@
 /* Length of the character at text; 0 for a control character or invalid UTF-8. */
 static unsigned character_bytes(const char *text)
 {
-    static const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000}; /* below 0xa0: control
-                                                                     characters */
+    static const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000}; /* below 0xa0: controls */
     const uint8_t *c = (const uint8_t *)text;
     if (c[0] < 0x80)
         return c[0] >= 0x20 && c[0] != 0x7f;

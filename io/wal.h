@@ -32,8 +32,7 @@ struct perta_wal {
     struct perta_file log;    /* .path NULL: there is no log yet */
     bool resuming;            /* an earlier run left the log */
     struct perta_file *files; /* (n_files), borrowed; open for writing, O_DIRECT where possible */
-    int *plain;               /* (n_files): the same files through the page cache, for partial
-                                 blocks */
+    int *plain;               /* (n_files): the same without O_DIRECT, for partial blocks */
     uint32_t n_files;
     uint8_t *buf;                    /* the batch: header and table, then its bytes */
     uint64_t room_bytes, used_bytes; /* of the batch's bytes */

@@ -228,11 +228,7 @@ unsigned perta_cpus_of_cgroups(const char *root)
 
 unsigned perta_cpus_of_affinity(void)
 {
-    enum {
-        FIRST = 1024,
-        MOST = 1 << 20
-    }; /* the kernel refuses a set that is smaller than its
-                                              own */
+    enum { FIRST = 1024, MOST = 1 << 20 }; /* the kernel refuses a smaller set than its own */
     for (size_t most = FIRST; most <= MOST; most *= 2) {
         cpu_set_t *set = CPU_ALLOC(most);
         size_t size = CPU_ALLOC_SIZE(most);

@@ -36,7 +36,7 @@ struct perta_journal {
     double last_time; /* time of the last commit point, in seconds */
     int64_t started;  /* when the run started; if resumed, when its first part did. Unix time */
     uint64_t bytes;   /* bytes written up to that commit point */
-    json_t *last;     /* last record when it was opened; NULL: a new journal */
+    json_t *last;     /* last record when it was opened, or publish since; or NULL */
 };
 
 /* Is there a journal to resume from, beside the output at path? */
@@ -60,7 +60,8 @@ int perta_journal_folder(const struct perta_journal *journal, struct perta_publi
 typedef int (*perta_journal_use)(void *ctx, json_t *record, struct perta_err *err);
 int perta_journal_replay(const struct perta_journal *journal, perta_journal_use use, void *ctx,
                          struct perta_err *err);
-/* The last record when the journal was opened; NULL for a new journal. Borrowed. */
+/* The last record when the journal was opened, or the publish record that was appended since; NULL
+ * for a new journal. Borrowed. */
 const json_t *perta_journal_last(const struct perta_journal *journal);
 /* Is a commit point due? bytes: written so far, by the caller's count. */
 bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes);
@@ -77,13 +78,14 @@ int perta_journal_complete(struct perta_journal *journal, struct perta_publish *
  * If the journal ends with the publish record of an earlier run, finish what that run began. */
 int perta_journal_publish(struct perta_journal *journal, struct perta_publish *const *folders,
                           size_t n, json_t *summary, struct perta_err *err);
-/* Does the journal end with the publish record of an earlier run? */
+/* Does the journal end with the publish record? */
 bool perta_journal_is_publishing(const struct perta_journal *journal);
 /* The summary in that record; the caller's. */
 json_t *perta_journal_summary(const struct perta_journal *journal);
 /* After an error with code rc. If there is a commit point, and the error is PERTA_EINTR or
- * PERTA_ESYS or keep is set, the folders (n) and the journal stay for --resume, and *err says so
- * unless it does already (err->resumable). Else the journal is removed. */
+ * PERTA_ESYS, the folders (n) and the journal stay for --resume, and *err says so unless it does
+ * already (err->resumable). They stay after other errors too if keep is set. Otherwise the journal
+ * is removed. */
 void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,
                            size_t n, int rc, struct perta_err *err);
 /* Close; the file stays. A zeroed struct is allowed. */

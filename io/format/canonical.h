@@ -19,8 +19,7 @@ PERTA_API char *perta_canonical_json(const json_t *value);
 struct perta_canonical_rows {
     const char *key; /* the object has this member too: its place counts, its value does not */
     uint64_t n;
-    json_t *(*row)(const void *ctx, uint64_t i); /* item i, owned by the caller; NULL when out of
-                                                    memory */
+    json_t *(*row)(const void *ctx, uint64_t i); /* item i, the caller's; or NULL */
     const void *ctx;
 };
 /* Write the canonical text of an object to out. False when out of memory. Write errors show in out

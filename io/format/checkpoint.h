@@ -30,11 +30,11 @@ struct perta_checkpoint {
     uint32_t n_shards;
     struct perta_index *index; /* only while it is being opened; NULL without an index */
     json_t *config;            /* content of config.json; NULL if there is none or it is not JSON */
-    char *config_path;  /* beside the shards, whether it exists or not; NULL for a single file
-                           not named model.safetensors */
-    char *config_flaw;  /* a message saying why it is not JSON; else NULL */
-    bool is_adapter;    /* opened as an adapter: config holds adapter_config.json */
-    uint64_t n_tensors; /* over all shards */
+    /* Beside the shards, whether it exists or not; NULL for a file not named model.safetensors. */
+    char *config_path;
+    char *config_flaw;         /* a message saying why it is not JSON; else NULL */
+    bool is_adapter;           /* opened as an adapter: config holds adapter_config.json */
+    uint64_t n_tensors;        /* over all shards */
     struct perta_ref *by_name; /* (n_tensors), sorted by name */
     char *names;               /* names given by perta_checkpoint_rename; NULL: none */
 };

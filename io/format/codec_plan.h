@@ -22,8 +22,7 @@ struct perta_codec_plan {
 struct perta_codec_sample {
     uint8_t *before, *after, *z;           /* units */
     uint8_t *values, *keys;                /* bytes */
-    uint32_t (*counts)[PERTA_WINDOW][256]; /* (2) how often each value occurs: [0] not crossing,
-                                              [1] crossers */
+    uint32_t (*counts)[PERTA_WINDOW][256]; /* (2) counts of values: others, crossers */
     uint32_t n_counted[2][PERTA_WINDOW];   /* sums of counts */
 };
 

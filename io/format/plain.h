@@ -15,8 +15,7 @@ struct perta_plain {
 };
 
 /* Skip white space, then take one of these. False if something else follows. */
-bool perta_plain_word(struct perta_plain *plain, const char *word); /* "": is this the end of the
-                                                                       text? */
+bool perta_plain_word(struct perta_plain *plain, const char *word); /* "": end of text? */
 bool perta_plain_string(struct perta_plain *plain, const char **text, size_t *len);
 bool perta_plain_uint(struct perta_plain *plain, uint64_t *n); /* below 10^18 */
 /* Take any value as a tree, which the caller owns. Also false when out of memory. */

@@ -36,8 +36,7 @@ static int lay_out(struct perta_tensor *tensors, uint64_t n, struct perta_err *e
 static int print_name(FILE *out, const char *name, struct perta_err *err)
 {
     json_t *string = json_string(name);
-    bool written = string || perta_text_is_plain(name); /* false only for an invalid name, not
-                                                           when out of memory */
+    bool written = string || perta_text_is_plain(name); /* or out of memory */
     bool printed = string && !json_dumpf(string, out, JSON_COMPACT | JSON_ENCODE_ANY);
     json_decref(string);
     return !written || !strcmp(name, "__metadata__")

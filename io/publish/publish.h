@@ -31,8 +31,8 @@ PERTA_API int perta_publish_check(const char *const *outputs, size_t n_outputs,
 /* Create the partial folder, and missing parents. path must not exist, or be an empty folder. With
  * force, an output that exists there is replaced once the new one is complete (io/publish/owned.h
  * says what counts as an output, and explains like, which is borrowed and must outlive out), and a
- * partial folder that an interrupted run left is removed. Without force that is an error, and it is
- * resumable (err). */
+ * partial folder that an interrupted run left is removed. Without force, both are errors, the
+ * second with err->resumable set. */
 PERTA_API int perta_publish_begin(struct perta_publish *out, const char *path, const char *like,
                                   bool force, struct perta_err *err);
 /* Resume with the partial folder that an interrupted run left for path. *found: there is one. Else

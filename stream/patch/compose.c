@@ -27,8 +27,7 @@ struct job {
     struct perta_stream *stream;
     struct perta_codec **codecs; /* (n_workers) */
     uint8_t **scratch;           /* (n_workers, 2 * sum_bytes) */
-    uint8_t *zeros;              /* (sum_bytes), stands in for bytes before where any bytes will
-                                    do */
+    uint8_t *zeros;              /* (sum_bytes), where any bytes before will do */
     uint64_t sum_bytes;          /* the largest chunk that several patches change */
     unsigned n_workers;
     const char **actions;

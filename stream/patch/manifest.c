@@ -27,8 +27,7 @@ struct entry {
     struct perta_header *header; /* NULL: not a safetensors file, or its header is damaged */
     json_t *tensors;
     uint64_t off_bytes, tensor;        /* position of next() */
-    struct perta_digest *whole, *part; /* used by commit(): of the file, and of the current
-                                          tensor */
+    struct perta_digest *whole, *part; /* used by commit(): file, current tensor */
 };
 
 struct job {

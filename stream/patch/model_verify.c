@@ -36,8 +36,7 @@ struct job {
     /* position of next(): chunks in order of the table */
     uint32_t shard;
     uint64_t entry, unit;               /* unit: that chunk's first unit in its tensor */
-    const struct perta_tensor **places; /* this shard's tensors, by index in the header after;
-                                           NULL: as in that header */
+    const struct perta_tensor **places; /* this shard's tensors, in order of after; or NULL */
 };
 
 /* The result that work() leaves for commit(). */

@@ -46,8 +46,7 @@ struct perta_patch_out {
     uint64_t saved_shards, saved_tensors, saved_entries; /* recorded in the journal */
     uint64_t n_encoded[PERTA_N_ENCODINGS], encoded_bytes[PERTA_N_ENCODINGS];
     uint64_t encoded_units[PERTA_N_ENCODINGS];
-    uint64_t weights[PERTA_COUNT_BINS]; /* added to by the caller; left out of the manifest if
-                                           all 0 */
+    uint64_t weights[PERTA_COUNT_BINS]; /* filled by the caller; all 0: left out */
     uint64_t written_bytes;
 };
 

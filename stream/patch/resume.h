@@ -19,13 +19,13 @@ struct perta_resume {
     unsigned n_inputs;
     struct perta_patch_out *patches; /* (n_patches), with their models */
     unsigned n_patches;
-    struct perta_model_out *models; /* (n_models), for jobs without patches; those without a
-                                       folder are ignored */
+    /* (n_models), of jobs without patches; those without a folder are ignored. */
+    struct perta_model_out *models;
     unsigned n_models;
     uint64_t counts[PERTA_RESUME_COUNTS]; /* the job's own, for its summary */
     struct perta_walk *walk;              /* the job's position; NULL: the job restores it itself */
-    /* set by perta_resume_restore in a resumed run: the unit after the last piece that was
-     * committed, which may be the end of its tensor; and the bytes that were read until then */
+    /* Set by perta_resume_restore in a resumed run: the unit after the last piece that was
+     * committed, which may be the end of its tensor; and the bytes that were read until then. */
     uint32_t shard;
     uint64_t tensor, unit, done_bytes;
 };
