@@ -47,7 +47,7 @@ static bool is_busy(const struct perta_hasher *h, const struct perta_digest *dig
 
 /* The oldest waiting bytes whose digest no thread is working on: a digest takes its bytes in
  * order. */
-static struct given *find(struct perta_hasher *h)
+static struct given *find_waiting(struct perta_hasher *h)
 {
     for (uint64_t i = h->n_passed; i < h->n_given; i++) {
         struct given *given = &h->queue[i % QUEUE_MAX];
@@ -59,7 +59,7 @@ static struct given *find(struct perta_hasher *h)
 
 /* Advance over everything that is done at the front of the queue. True: the ticket that was asked
  * about has passed. */
-static bool pass(struct perta_hasher *h)
+static bool advance(struct perta_hasher *h)
 {
     while (h->n_passed < h->n_given && h->queue[h->n_passed % QUEUE_MAX].state == DONE)
         h->n_passed++;
@@ -70,14 +70,14 @@ static bool pass(struct perta_hasher *h)
     return reached;
 }
 
-static void *hash(void *arg)
+static void *run_thread(void *arg)
 {
     struct perta_hasher *h = arg;
     struct given *next;
     pthread_mutex_lock(&h->lock);
     unsigned self = h->n_threads++;
     for (;;) {
-        while (!(next = find(h)) && !h->stopping)
+        while (!(next = find_waiting(h)) && !h->stopping)
             pthread_cond_wait(&h->more, &h->lock);
         if (!next)
             break;
@@ -88,7 +88,7 @@ static void *hash(void *arg)
         pthread_mutex_lock(&h->lock);
         next->state = DONE;
         h->busy[self] = NULL;
-        if (pass(h)) {
+        if (advance(h)) {
             pthread_mutex_unlock(&h->lock);
             h->passed(h->user);
             pthread_mutex_lock(&h->lock);
@@ -112,7 +112,7 @@ int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*pass
     n_threads = n_threads < PERTA_HASHER_THREADS_MAX ? n_threads : PERTA_HASHER_THREADS_MAX;
     int rc = 0;
     for (; h->n_started < n_threads && !rc; h->n_started += !rc)
-        rc = perta_thread_start(&h->threads[h->n_started], hash, h);
+        rc = perta_thread_start(&h->threads[h->n_started], run_thread, h);
     if (!h->n_started) { /* fewer than asked for are enough */
         perta_hasher_close(h);
         return perta_fail_sys(err, rc, "threads for digests");
@@ -122,7 +122,7 @@ int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*pass
 }
 
 /* Move what is held into the queue, waiting while it is full. */
-static void put(struct perta_hasher *h)
+static void queue_held(struct perta_hasher *h)
 {
     if (!h->n_held)
         return;
@@ -141,7 +141,7 @@ void perta_hasher_close(struct perta_hasher *h)
 {
     if (!h)
         return;
-    put(h);
+    queue_held(h);
     pthread_mutex_lock(&h->lock);
     h->stopping = true;
     pthread_cond_broadcast(&h->more);
@@ -167,7 +167,7 @@ void perta_hasher_give(struct perta_hasher *h, struct perta_digest *digest, cons
         return;
     }
     if (h->n_held == HELD_MAX)
-        put(h);
+        queue_held(h);
     h->held[h->n_held++] = (struct given){digest, data, len_bytes, WAITING};
 }
 
@@ -175,7 +175,7 @@ uint64_t perta_hasher_given(struct perta_hasher *h)
 {
     if (!h)
         return 0;
-    put(h);
+    queue_held(h);
     return h->n_given; /* only the owner changes it */
 }
 

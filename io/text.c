@@ -157,7 +157,7 @@ json_t *perta_real_json(double value)
     return isfinite(value) ? json_real(value) : json_null();
 }
 
-static void keep_if(bool added, json_t **json)
+static void null_unless(bool added, json_t **json)
 {
     if (added)
         return;
@@ -167,22 +167,22 @@ static void keep_if(bool added, json_t **json)
 
 void perta_json_append(json_t **array, json_t *value)
 {
-    keep_if(!json_array_append_new(*array, value), array);
+    null_unless(!json_array_append_new(*array, value), array);
 }
 
 void perta_json_set(json_t **object, const char *key, json_t *value)
 {
-    keep_if(!json_object_set_new(*object, key, value), object);
+    null_unless(!json_object_set_new(*object, key, value), object);
 }
 
 void perta_json_update(json_t **object, const json_t *from)
 {
-    keep_if(!json_object_update(*object, (json_t *)(uintptr_t)from), object);
+    null_unless(!json_object_update(*object, (json_t *)(uintptr_t)from), object);
 }
 
 void perta_json_extend(json_t **array, const json_t *from)
 {
-    keep_if(!json_array_extend(*array, (json_t *)(uintptr_t)from), array);
+    null_unless(!json_array_extend(*array, (json_t *)(uintptr_t)from), array);
 }
 
 char *perta_json_text(const json_t *json, size_t flags)

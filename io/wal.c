@@ -87,7 +87,7 @@ static bool head_is_sound(const struct head *head)
 
 /* The subject as a word of a shell command that people paste; PATCH if it has characters that the
  * shell would interpret. */
-static const char *word_of(const struct head *head)
+static const char *shell_word(const struct head *head)
 {
     static const char special[] = " \t\r\n'\"\\`$&|;<>()*?[]{}!#~^=%";
     const char *s = head->subject;
@@ -241,7 +241,7 @@ static int resume(struct perta_wal *w, const char *id, struct perta_err *err)
         rc = perta_fail(err, PERTA_EUSAGE,
                         "%s: an edit by the patch %s was interrupted here; apply or revert that "
                         "one with --in-place first",
-                        w->path, word_of(&head));
+                        w->path, shell_word(&head));
     if (!rc)
         rc = write_again(w, fd, err);
     close(fd);
@@ -481,7 +481,7 @@ int perta_wal_refuse(const char *folder, struct perta_err *err)
                             "%s: an edit in place is under way here, or was interrupted: `perta "
                             "apply %s %s --in-place' completes it, revert instead of apply "
                             "reverts it",
-                            folder, folder, word_of(&head));
+                            folder, folder, shell_word(&head));
         close(fd);
     }
     free(path);

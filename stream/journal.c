@@ -173,8 +173,8 @@ static const char *text_of(const json_t *value, char **text)
 }
 
 /* Describe the first difference between two values: "flags: alpha was 1, is now 2". */
-static void say_difference(const json_t *was, const json_t *is, const char *at, char *buf,
-                           size_t len)
+static void describe_difference(const json_t *was, const json_t *is, const char *at, char *buf,
+                                size_t len)
 {
     const char *key;
     json_t *value;
@@ -184,13 +184,13 @@ static void say_difference(const json_t *was, const json_t *is, const char *at, 
                             value) if (!json_equal(value, json_object_get(is, key)))
         {
             snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-            say_difference(value, json_object_get(is, key), inner, buf, len);
+            describe_difference(value, json_object_get(is, key), inner, buf, len);
             return;
         }
         json_object_foreach((json_t *)(uintptr_t)is, key, value) if (!json_object_get(was, key))
         {
             snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-            say_difference(NULL, value, inner, buf, len);
+            describe_difference(NULL, value, inner, buf, len);
             return;
         }
     }
@@ -325,7 +325,7 @@ static int keep_ends(void *ctx, json_t *record, struct perta_err *err)
 
 /* Is there a journal to resume from? 1, 0, or PERTA_ESYS if that cannot be told. Before its first
  * commit point, a run has left nothing to resume from. */
-static int find(const char *path, struct perta_err *err)
+static int find_journal(const char *path, struct perta_err *err)
 {
     struct perta_err why = {0};
     struct first_and_last ends = {0};
@@ -371,7 +371,7 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
                  bool replace, struct perta_err *err)
 {
     *journal = (struct perta_journal){.fd = -1};
-    int found = replace ? 0 : find(path, err);
+    int found = replace ? 0 : find_journal(path, err);
     if (found < 0)
         return found;
     if (found) {
@@ -401,7 +401,7 @@ static int check_identity(const char *path, const json_t *was, const json_t *is,
     char difference[600];
     if (json_equal(was, is))
         return 0;
-    say_difference(was, is, "", difference, sizeof difference);
+    describe_difference(was, is, "", difference, sizeof difference);
     return perta_fail(
         err, PERTA_EUSAGE,
         "%s: --resume cannot continue: %s; resume with what the run was started with, or "
@@ -446,7 +446,7 @@ static int resume_run(struct perta_journal *journal, const char *path, const jso
 bool perta_journal_found(const char *path)
 {
     struct perta_err ignored = {0};
-    return find(path, &ignored) != 0;
+    return find_journal(path, &ignored) != 0;
 }
 
 int perta_journal_open(struct perta_journal *journal, const char *path, const json_t *identity,

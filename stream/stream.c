@@ -104,7 +104,7 @@ uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, un
 
 /* Give the writers more than their minimum of buffers: up to a quarter of what is left. Returns the
  * bytes that takes. */
-static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_t left_bytes)
+static uint64_t add_writer_bufs(struct perta_stream *s, unsigned n_writers, uint64_t left_bytes)
 {
     uint64_t each = n_writers * (uint64_t)PERTA_WRITER_BUF_BYTES, most = PERTA_WRITER_BUFS_MAX;
     uint64_t more = n_writers ? left_bytes / 4 / each : 0;
@@ -116,7 +116,7 @@ static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_
 
 /* Choose how many workers and slots fit the budget: first as many workers as possible, each with a
  * slot to work on; then as many more slots as are useful. At least one of each. */
-static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
+static int choose_counts(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
     uint64_t slot = slot_bytes(&s->shape), worker, budget = s->run.memory_bytes;
     uint64_t least = perta_stream_memory(&s->job, n_writers, 1, 1);
@@ -126,7 +126,7 @@ static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *e
     unsigned wanted = workers_wanted(&s->run);
     s->n_workers = fit < wanted ? (unsigned)fit : wanted;
     left -= (s->n_workers - 1) * (worker + slot);
-    left -= give_writers(s, n_writers, left);
+    left -= add_writer_bufs(s, n_writers, left);
     fit = s->n_workers + left / slot;
     uint64_t ahead = s->job.total_bytes < AHEAD_BYTES ? s->job.total_bytes : AHEAD_BYTES;
     uint64_t useful = ahead / slot + 2 * s->n_workers + 2;
@@ -137,7 +137,7 @@ static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *e
 
 static int take_memory(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
-    int rc = count(s, n_writers, err);
+    int rc = choose_counts(s, n_writers, err);
     if (rc)
         return rc;
     uint64_t stride = perta_slot_pool_bytes(&s->shape), slots_bytes = stride * s->n_slots;
@@ -378,8 +378,8 @@ static bool cancelled(const struct perta_stream *s)
     return s->run.cancel && *s->run.cancel;
 }
 
-/* The loop. */
-static int turn(struct perta_stream *s, struct perta_err *err)
+/* The loop: free slots, read ahead, and commit or wait, until the job ends. */
+static int loop(struct perta_stream *s, struct perta_err *err)
 {
     for (;;) {
         if (cancelled(s))
@@ -460,7 +460,7 @@ int perta_stream_run(struct perta_stream *s, struct perta_err *err)
     PERTA_FP_SCOPE;
     int rc = start_workers(s, err);
     if (!rc)
-        rc = turn(s, err);
+        rc = loop(s, err);
     stop_workers(s);
     struct perta_err ignored = {0};
     perta_engine_drain(s->engine, &ignored);

@@ -197,13 +197,14 @@ static bool is_any(const char *folder, const char *name)
     "GGUF is made from a model: give that one, or load it with transformers " \
     "(from_pretrained, gguf_file) and save it again (save_pretrained writes safetensors)"
 
-static int say_pickle(const char *folder, const char *name, const char *how, struct perta_err *err)
+static int refuse_pickle(const char *folder, const char *name, const char *how,
+                         struct perta_err *err)
 {
     return perta_fail(err, PERTA_EINPUT, "%s: holds %s, but no " SUFFIX " file; %s", folder, name,
                       how);
 }
 
-static int say_cache(const char *folder, struct perta_err *err)
+static int refuse_cache(const char *folder, struct perta_err *err)
 {
     char *snapshots = perta_path_join(folder, "snapshots");
     if (!snapshots)
@@ -220,7 +221,7 @@ static int say_cache(const char *folder, struct perta_err *err)
     return rc;
 }
 
-static int say_inner(const char *folder, const char *inner, struct perta_err *err)
+static int refuse_inner(const char *folder, const char *inner, struct perta_err *err)
 {
     char *path = perta_path_join(folder, inner);
     if (!path)
@@ -236,15 +237,15 @@ static int say_inner(const char *folder, const char *inner, struct perta_err *er
 int perta_which_no_folder(const char *folder, struct perta_err *err)
 {
     if (exists(folder, "snapshots") && (exists(folder, "blobs") || exists(folder, "refs")))
-        return say_cache(folder, err);
+        return refuse_cache(folder, err);
     if (exists(folder, PERTA_PATCH_MANIFEST))
         return perta_fail(err, PERTA_EINPUT, "%s: a patch, not a checkpoint", folder);
     char *pickle = find(folder, is_pickled_model), *gguf = find(folder, is_gguf);
     pickle = pickle || gguf ? pickle : find(folder, is_pickle);
     char *inner = pickle || gguf ? NULL : find(folder, is_worth_a_look);
-    int rc = pickle  ? say_pickle(folder, pickle, CONVERT_PICKLE, err)
-             : gguf  ? say_pickle(folder, gguf, CONVERT_GGUF, err)
-             : inner ? say_inner(folder, inner, err)
+    int rc = pickle  ? refuse_pickle(folder, pickle, CONVERT_PICKLE, err)
+             : gguf  ? refuse_pickle(folder, gguf, CONVERT_GGUF, err)
+             : inner ? refuse_inner(folder, inner, err)
                      : perta_fail(err, PERTA_EINPUT,
                                   "%s: no " SUFFIX " file in this folder; other formats (.bin, "
                                   ".gguf) must be converted first",

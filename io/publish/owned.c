@@ -470,7 +470,7 @@ static void look_close(struct look *look)
     perta_index_free(look->index);
 }
 
-static int say(const struct look *look, struct perta_err *err)
+static int refuse(const struct look *look, struct perta_err *err)
 {
     char more[32] = "";
     if (look->n_foreign > SHOWN_MAX)
@@ -507,7 +507,7 @@ static int check(struct look *look, struct perta_err *err)
     }
     bool whole =
         look->manifest.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
-    return rc || (whole && !look->n_foreign) ? rc : say(look, err);
+    return rc || (whole && !look->n_foreign) ? rc : refuse(look, err);
 }
 
 int perta_owned_check(const char *path, enum perta_owned as, const char *like,

@@ -532,7 +532,7 @@ static int exchange(const struct perta_publish *out, struct perta_err *err)
 
 /* Something came into the way while the run worked. Its work is complete, so it is kept for
  * --resume: the error is the system's, not the user's. */
-static int in_the_way(struct perta_err *err)
+static int as_system_error(struct perta_err *err)
 {
     if (err->code == PERTA_EUSAGE)
         err->code = PERTA_ESYS;
@@ -544,7 +544,7 @@ static int in_the_way(struct perta_err *err)
 static int replace(struct perta_publish *out, struct perta_err *err)
 {
     if (exchange(out, err))
-        return in_the_way(err);
+        return as_system_error(err);
     if (perta_owned_check(out->partial, PERTA_OWNED_OUTPUT, out->path, err)) {
         struct perta_err ignored = {0};
         if (exchange(out, &ignored)) {
@@ -556,7 +556,7 @@ static int replace(struct perta_publish *out, struct perta_err *err)
             *err = ignored;
             perta_err_context(err, "%s: changed, so it is left as it is", out->path);
         }
-        return in_the_way(err);
+        return as_system_error(err);
     }
     out->made = false;
     int rc = perta_name_sync(out->path, err);

@@ -55,7 +55,7 @@ static const struct perta_patch_entry *entry_of(const struct job *job,
 /* ---- reading ---- */
 
 /* Advance next() by one entry: to the tensor's next unit, or to the next tensor's first. */
-static void step(struct job *job, const struct perta_patch *patch)
+static void advance(struct job *job, const struct perta_patch *patch)
 {
     const struct perta_patch_entry *e = &patch->entries[job->entry];
     job->entry++;
@@ -70,7 +70,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     for (; job->shard < job->patch.n_shards; job->shard++, job->entry = job->unit = 0) {
         struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
         const struct perta_patch *patch = shard->patch;
-        for (; job->entry < patch->n_entries; step(job, patch)) {
+        for (; job->entry < patch->n_entries; advance(job, patch)) {
             if (job->pass == PASS_WRITE && !job->todo[job->shard][job->entry])
                 continue;
             const struct perta_patch_entry *e = &patch->entries[job->entry];
@@ -88,7 +88,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
                 piece->in[IN_FRAME] = (struct perta_range){
                     .file = &shard->file, .off_bytes = e->frame_off, .len_bytes = e->frame_bytes};
             piece->out_bytes = OUT_ALIGN + e->n_units * width;
-            step(job, patch);
+            advance(job, patch);
             return 1;
         }
     }
