@@ -116,8 +116,8 @@ static struct perta_compose good_compose(void)
 START_TEST(compose)
 {
     COMMON(compose);
-    BAD(compose, job.n_patches = 1, "two patches at least");
-    BAD(compose, job.patches = NULL, "patches: 2 are said");
+    BAD(compose, job.n_patches = 1, "at least two patches");
+    BAD(compose, job.patches = NULL, "patches: the list of 2 is NULL");
     BAD(compose, job.patches = with_none, "patches: number 2 of 2 is empty");
     BAD(compose, job.patch = NULL, "--patch DIR is needed");
     BAD(compose, job.model = "", "--model: a name is needed");
@@ -133,7 +133,7 @@ START_TEST(accumulate)
 {
     COMMON(accumulate);
     BAD(accumulate, job.n_gradients = 0, "which gradients?");
-    BAD(accumulate, job.gradients = NULL, "gradients: 2 are said");
+    BAD(accumulate, job.gradients = NULL, "gradients: the list of 2 is NULL");
     BAD(accumulate, job.gradients = with_none, "gradients: number 2 of 2 is empty");
     BAD(accumulate, job.out = NULL, "--out DIR is needed");
     BAD(accumulate, job.mean = false, "--stat: mean, meansq or both");
@@ -222,7 +222,7 @@ START_TEST(unlearn)
         "--weight: 0 to 1");
     BAD(unlearn, job.rule.seed = 1, "--seed goes with --method random");
     BAD(unlearn, job.missing = (enum perta_missing)3, "--missing: 3");
-    BAD(unlearn, job.globs.n_include = 1, "--include: 1 are said");
+    BAD(unlearn, job.globs.n_include = 1, "--include: the list of 1 is NULL");
     BAD(unlearn, (job.globs.n_exclude = 2, job.globs.exclude = with_none),
         "--exclude: number 2 of 2");
 }

@@ -188,10 +188,10 @@ START_TEST(what_is_no_regular_file_in_the_folder_is_refused_at_once)
     ck_assert_int_eq(symlink("../2.safetensors", "m/2.safetensors"), 0);
     is_refused("m", "outside its folder");
     unlink("2.safetensors");
-    is_refused("m", "m/2.safetensors: a link that leads nowhere");
+    is_refused("m", "m/2.safetensors: a broken symbolic link");
     unlink("m/2.safetensors");
     ck_assert_int_eq(symlink("2.safetensors", "m/2.safetensors"), 0);
-    is_refused("m", "m/2.safetensors: a link that leads nowhere");
+    is_refused("m", "m/2.safetensors: a broken symbolic link");
     unlink("m/2.safetensors");
     put_shard("m/2.safetensors", "ca");
     ck_assert_int_eq(mkfifo("m/config.json", 0600), 0);
@@ -343,9 +343,9 @@ START_TEST(shards_without_an_index_are_of_one_model)
 {
     ck_assert_int_eq(unlink(INDEX), 0);
     put_shard("m/consolidated.safetensors", "e");
-    is_refused("m", "1.safetensors and consolidated.safetensors are not of one");
+    is_refused("m", "1.safetensors and consolidated.safetensors do not belong together");
     ck_assert_int_eq(rename("m/consolidated.safetensors", "m/adapter_model.safetensors"), 0);
-    is_refused("m", "1.safetensors and adapter_model.safetensors are not of one");
+    is_refused("m", "1.safetensors and adapter_model.safetensors do not belong together");
     struct perta_checkpoint *ck;
     ck_assert_int_eq(rename("m/1.safetensors", "m/model.safetensors"), 0);
     ck_assert_ok(
@@ -383,12 +383,12 @@ START_TEST(a_folder_of_something_else_says_what_it_is)
                "is models--x--y/snapshots/8a3f meant? It is a checkpoint");
 
     put_text("empty.json", "{}");
-    ck_assert_str_eq(perta_which_kind("empty.json"), "a file");
-    ck_assert_str_eq(perta_which_kind("m"), "a checkpoint");
-    ck_assert_str_eq(perta_which_kind("m/1.safetensors"), "a file of weights");
-    ck_assert_str_eq(perta_which_kind("models--x--y"), "a folder of the Hugging Face cache");
-    ck_assert_ptr_null(perta_which_kind("nowhere"));
-    ck_assert_ptr_null(perta_which_kind("."));
+    ck_assert_int_eq(perta_which_kind("empty.json"), PERTA_KIND_FILE);
+    ck_assert_int_eq(perta_which_kind("m"), PERTA_KIND_CHECKPOINT);
+    ck_assert_int_eq(perta_which_kind("m/1.safetensors"), PERTA_KIND_WEIGHTS);
+    ck_assert_int_eq(perta_which_kind("models--x--y"), PERTA_KIND_CACHE);
+    ck_assert_int_eq(perta_which_kind("nowhere"), PERTA_KIND_UNKNOWN);
+    ck_assert_int_eq(perta_which_kind("."), PERTA_KIND_UNKNOWN);
 }
 END_TEST
 

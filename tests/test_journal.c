@@ -129,7 +129,7 @@ START_TEST(another_identity_is_refused_and_nothing_is_lost)
     go_on(&j, 5, PERTA_EUSAGE, "flags: memory was 1, is now 5");
     perta_journal_abandon(&j, NULL, 0, PERTA_EUSAGE, &err);
     perta_journal_close(&j);
-    begin(&j, 1, false, PERTA_EUSAGE, "--resume goes on with it, --force starts over");
+    begin(&j, 1, false, PERTA_EUSAGE, "--resume continues it, --force starts over");
     perta_journal_abandon(&j, NULL, 0, PERTA_EUSAGE, &err);
     perta_journal_close(&j);
     go_on(&j, 1, 0, "");
@@ -185,7 +185,7 @@ START_TEST(no_whole_record_is_no_journal)
     begin(&j, 1, false, 0, ""); /* nothing is lost by replacing it */
     perta_journal_close(&j);
     go_on(&j, 1, 0, ""); /* nor before the first commit */
-    ck_assert(!j.going_on);
+    ck_assert(!j.resuming);
     perta_journal_close(&j);
 }
 END_TEST
@@ -286,8 +286,8 @@ static void publish_from(int step, bool replace)
 
     go_on(&j, 1, 0, "");
     ck_assert(perta_journal_is_publishing(&j));
-    ck_assert_ok(perta_publish_go_on(&a, "deep/a", NULL, replace, &found, &err));
-    ck_assert_ok(perta_publish_go_on(&b, "deep/out", NULL, replace, &found, &err));
+    ck_assert_ok(perta_publish_resume(&a, "deep/a", NULL, replace, &found, &err));
+    ck_assert_ok(perta_publish_resume(&b, "deep/out", NULL, replace, &found, &err));
     json_t *summary = perta_journal_summary(&j);
     ck_assert_ok(perta_journal_publish(&j, folders, 2, summary, &err));
     json_decref(summary);
@@ -319,7 +319,7 @@ START_TEST(a_folder_that_is_gone_is_not_called_published)
     json_decref(record);
     perta_journal_close(&j);
     go_on(&j, 1, 0, "");
-    ck_assert_ok(perta_publish_go_on(&a, "deep/out", NULL, false, &found, &err));
+    ck_assert_ok(perta_publish_resume(&a, "deep/out", NULL, false, &found, &err));
     ck_assert(!found);
     struct perta_err e = {0};
     ck_assert_int_eq(perta_journal_publish(&j, folders, 1, NULL, &e), PERTA_ESYS);

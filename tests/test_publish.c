@@ -132,7 +132,7 @@ static const struct {
     {"data.jsonl", "data.jsonl"},
     {"perta-in-place.journal", "perta-in-place.journal"},
     {"model.safetensors.index.json", "index.json (damaged)"},
-    {"adapter_config.json", "adapter_config.json (no JSON object)"},
+    {"adapter_config.json", "adapter_config.json (not a JSON object)"},
 };
 
 static void put_in(const char *folder, const char *name)
@@ -151,7 +151,7 @@ START_TEST(a_folder_with_anything_else_in_it_is_not_replaced)
     put_in("out", foreign[_i].put);
     begin_is_refused("out", true, PERTA_EUSAGE, foreign[_i].says);
     begin_is_refused("out", true, PERTA_EUSAGE,
-                     "out: exists and holds what is not of a checkpoint");
+                     "out: exists and holds files that are not part of a checkpoint");
     struct perta_err e = {0};
     const char *out = "out";
     ck_assert_int_eq(perta_publish_check(&out, 1, NULL, 0, true, &e), PERTA_EUSAGE);
@@ -171,7 +171,7 @@ START_TEST(a_link_and_a_damaged_shard_are_not_of_a_checkpoint)
     begin_is_refused("out", true, PERTA_EUSAGE, "model.safetensors (damaged)");
     put_file("out/model.safetensors", TINY_SHARD, TINY_SHARD_BYTES);
     put_text("out/config.json", "mine");
-    begin_is_refused("out", true, PERTA_EUSAGE, "config.json (no JSON object)");
+    begin_is_refused("out", true, PERTA_EUSAGE, "config.json (not a JSON object)");
 }
 END_TEST
 
@@ -205,7 +205,8 @@ START_TEST(a_patch_is_known_by_its_manifest)
     put_text("out/manifest.json", "{\"format\": \"perta-patch\", "
                                   "\"outputs\": {\"patch\": [{\"name\": \"a.perta\"}]}}");
     put_text("out/b.perta", "x");
-    begin_is_refused("out", true, PERTA_EUSAGE, "holds what is not of a patch: b.perta");
+    begin_is_refused("out", true, PERTA_EUSAGE,
+                     "holds files that are not part of a patch: b.perta");
     ck_assert_int_eq(unlink("out/b.perta"), 0);
     begin(&out, "out", true);
     ck_assert_ok(perta_publish_commit(&out, &err));
@@ -244,8 +245,7 @@ START_TEST(what_comes_between_check_and_removal_is_put_back)
     ck_assert_ok(perta_publish_file(&out, "new", "n", 1, &err));
     put_in("out", "diary");
     ck_assert_int_eq(perta_publish_commit(&out, &e), PERTA_ESYS);
-    ck_assert_msg(strstr(e.msg, "out: changed, so that it is left as it is") &&
-                      strstr(e.msg, "diary"),
+    ck_assert_msg(strstr(e.msg, "out: changed, so it is left as it is") && strstr(e.msg, "diary"),
                   "%s", e.msg);
     ck_assert(holds("out/diary", "mine", 4) && holds("out.perta-partial/new", "n", 1));
     ck_assert_uint_eq(count_entries("out"), 3);
@@ -266,10 +266,10 @@ START_TEST(a_leftover_with_anything_else_in_it_is_not_removed)
     if (_i == 2)
         put_text("out.perta-partial/manifest.json", "{\"manifest_version\": 3}");
     begin_is_refused("out", true, PERTA_EUSAGE, more[_i]);
-    begin_is_refused("out", true, PERTA_EUSAGE, "holds what no run of perta left there");
+    begin_is_refused("out", true, PERTA_EUSAGE, "holds files that no run of perta left there");
     ck_assert_int_eq(perta_publish_sweep("out", NULL, &e), PERTA_EUSAGE);
     e = (struct perta_err){0};
-    ck_assert_int_eq(perta_publish_go_on(&out, "out", NULL, true, &found, &e), PERTA_EINPUT);
+    ck_assert_int_eq(perta_publish_resume(&out, "out", NULL, true, &found, &e), PERTA_EINPUT);
     perta_publish_release(&out);
     ck_assert_uint_eq(count_entries("out.perta-partial"), 2);
     ck_assert_uint_eq(count_entries("."), 1);

@@ -153,7 +153,7 @@ static int inspect_patch(const struct args *args, json_t **result, struct perta_
     struct perta_patch_in patch = {0};
     int rc = perta_patch_in_open(&patch, args->path, err);
     if (!rc)
-        rc = perta_patch_in_record(&patch, result, err);
+        rc = perta_patch_in_manifest(&patch, result, err);
     if (!rc) {
         perta_json_set(result, "kind", json_string("patch"));
         const char **paths = calloc(patch.n_shards + 1, sizeof *paths);

@@ -100,7 +100,7 @@ static int report(const struct args *args, struct perta_err *err)
     json_t *record = NULL;
     int rc = perta_patch_in_open(&patch, args->patch, err);
     if (!rc)
-        rc = perta_patch_in_record(&patch, &record, err);
+        rc = perta_patch_in_manifest(&patch, &record, err);
     char *page = rc ? NULL : page_of(record);
     json_decref(record);
     if (!rc && !page)

@@ -310,7 +310,7 @@ static int attach(struct perta_unlearn_job *job, struct perta_err *err)
                                         err);
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
         if (job->in[i].ck)
-            perta_input_digest_behind(&job->in[i], engine->hasher);
+            perta_input_digest_offload(&job->in[i], engine->hasher);
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         struct perta_writer_bufs patch_bufs = perta_stream_writer_bufs(job->stream, a);
         struct perta_writer_bufs model_bufs = {0};

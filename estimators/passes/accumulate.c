@@ -475,7 +475,7 @@ static void release(struct job *job)
 static int restore(struct job *job, struct perta_err *err)
 {
     int rc = perta_resume_restore(&job->resume, job->stream, err);
-    if (rc || !job->resume.journal.going_on)
+    if (rc || !job->resume.journal.resuming)
         return rc;
     job->shards_begun = job->resume.shard + 1;
     for (int stat = 0; stat < N_STATS && !rc; stat++) {

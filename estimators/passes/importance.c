@@ -204,7 +204,7 @@ int perta_importance_begin(struct perta_importance_out *out, struct perta_import
     if (!out->folder.made) /* it has its name already */
         return rc;
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
-        rc = journal->going_on ? open_file(out, s, err) : make_file(out, s, err);
+        rc = journal->resuming ? open_file(out, s, err) : make_file(out, s, err);
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
         rc = open_direct(out, s, err);
     return rc;

@@ -473,11 +473,9 @@ static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err 
 static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)
 {
     struct perta_publish *work = &job->work;
-    struct perta_err ignored = {0};
-    bool said = strstr(err->msg, "--resume goes on"); /* by what was run within */
-    /* Steps are dear: once there is one point, they are kept whatever goes wrong. */
-    job->journal.going_on |= !isnan(job->points[0].loss[PERTA_RETAIN]);
-    perta_journal_abandon(&job->journal, &work, 1, rc, said ? &ignored : err);
+    /* Steps are expensive: once the first losses are measured, they are kept after any error. */
+    job->journal.keep |= !isnan(job->points[0].loss[PERTA_RETAIN]);
+    perta_journal_abandon(&job->journal, &work, 1, rc, err);
 }
 
 static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_err *err)

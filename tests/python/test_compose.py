@@ -300,7 +300,7 @@ def test_a_damaged_patch_is_refused(perta, apart, where):
 @pytest.mark.parametrize(
     "command, status, said",
     [
-        ("p1 --patch all", 2, "two patches at least"),
+        ("p1 --patch all", 2, "at least two patches"),
         ("p1 p2", 2, "--patch DIR is needed"),
         ("p1 a --patch all", 3, "is it a patch folder?"),
         ("p1 p2 --patch p2 --force", 2, "the input p2"),

@@ -107,10 +107,10 @@ def stop_between(folder, command, log, number=signal.SIGKILL):
 def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job, tmp_path):
     folder, command, want = job
     status, said = stop_between(folder, command, tmp_path / "count", signal.SIGINT)
-    assert "--resume goes on with it" in said
+    assert "--resume continues it" in said
     assert status == 130
     refused = run(folder, *command, status=2)
-    assert "--resume goes on with it, --force starts over" in refused.stderr
+    assert "--resume continues it, --force starts over" in refused.stderr
     for text in (said, refused.stderr):
         how = text.splitlines()[-1].partition(": to go on: ")[2]
         assert shlex.split(how)[1:] == [*command, "--progress", "none", "--resume"]
@@ -153,6 +153,6 @@ def test_changed_inputs_and_flags_are_refused(job, tmp_path):
     flags = [] if change == ["touch"] else change
     refused = run(folder, *command, *flags, "--resume", status=2)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert "--resume cannot go on: " in refused.stderr and says in refused.stderr
+    assert "--resume cannot continue: " in refused.stderr and says in refused.stderr
     run(folder, *command, "--resume")
     assert folder_bytes(folder / "out") == want and not leftovers(folder)

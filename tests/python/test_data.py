@@ -495,7 +495,7 @@ def test_a_run_does_not_go_on_with_another_config(perta, tmp_path):
     assert stop_at(tmp_path, [*STEPS, "2"], "commit", 6)[0] == -signal.SIGKILL
     was = (tmp_path / "full/config.json").read_text()
     change_config(tmp_path)
-    assert "cannot go on: config.json was" in perta(*STEPS, "2", "--resume", check=2).stderr
+    assert "cannot continue: config.json was" in perta(*STEPS, "2", "--resume", check=2).stderr
     (tmp_path / "full/config.json").write_text(was)
     perta(*STEPS, "2", "--resume")
 

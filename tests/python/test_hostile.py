@@ -297,13 +297,13 @@ def test_a_patch_cut_short_is_refused(perta, patched):
 @pytest.mark.parametrize(
     "change, status, message",
     [
-        (lambda m: m.update(format="zip"), 3, "not of a perta patch"),
+        (lambda m: m.update(format="zip"), 3, "not the manifest of a perta patch"),
         (lambda m: m.update(version=2), 3, "patch format 2"),
         (lambda m: m["outputs"]["patch"][0].update(name="../x.perta"), 3, "../x.perta"),
         (lambda m: m["outputs"]["patch"][0].update(name="/x.perta"), 3, "/x.perta"),
         (lambda m: m["outputs"]["patch"][0].update(name="model.zip"), 3, "model.zip"),
-        (lambda m: m["outputs"]["patch"][0].update(name=""), 3, "no name of a patch file"),
-        (lambda m: m["outputs"]["patch"][0].update(name="."), 3, "no name of a patch file"),
+        (lambda m: m["outputs"]["patch"][0].update(name=""), 3, "not the name of a patch file"),
+        (lambda m: m["outputs"]["patch"][0].update(name="."), 3, "not the name of a patch file"),
         (lambda m: m["outputs"]["patch"][0].update(name="..perta"), 3, "plain file name"),
         (lambda m: m["outputs"]["patch"][0].update(name="...perta"), 3, "plain file name"),
         (lambda m: m["outputs"]["patch"][0].update(name="a\nb.perta"), 3, "a?b.perta"),

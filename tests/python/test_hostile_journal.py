@@ -150,7 +150,7 @@ def test_a_folder_that_is_not_the_one_on_record_gets_no_name(perta, here):
     assert not (here / "p").exists()
     for summary in {}, {"summary": "none"}:
         write_records(here / "p.perta-journal", records + [{"publish": [1]} | summary])
-        assert "damaged; --force starts over: no summary" in perta(*RUNS["p"].split(), check=3).stderr
+        assert "damaged; --force starts over: there is no summary" in perta(*RUNS["p"].split(), check=3).stderr
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "hard link", "symbolic link"])

@@ -175,7 +175,7 @@ def test_interrupted_it_says_what_to_do(work, kind, begun):
     status, said = stop_at(work, command, kind, 1, signal.SIGINT)
     assert status == 130 and "interrupted" in said
     assert begun == (work / "m" / JOURNAL).exists()
-    assert begun == ("the same command completes it, revert takes it back" in said)
+    assert begun == ("the same command completes the edit, revert reverts it" in said)
     assert begun or folder_bytes(work / "m") == folder_bytes(work / "old")
     run(work, *command)
     assert folder_bytes(work / "m") == folder_bytes(work / "new")
@@ -306,7 +306,7 @@ def test_half_edited_it_is_refused_by_others_who_say_what_to_do(perta, work, tra
     assert JOURNAL in half
     for command in (["inspect", "m"], ["diff", "m", "new", "--patch", "q"], ["apply", "m", "p", "--out", "o"]):
         said = perta(*command, check=3).stderr
-        assert f"`perta apply m {work}/p --in-place' completes it, revert instead of apply takes it back" in said
+        assert f"`perta apply m {work}/p --in-place' completes it, revert instead of apply reverts it" in said
     perta("diff", "old", "old", "--patch", "q")
     said = perta("apply", "m", "q", "--in-place", check=2).stderr
     assert f"an edit by the patch {work}/p was interrupted here" in said

@@ -846,7 +846,7 @@ def test_a_killed_run_goes_on_unless_the_adapter_changed(perta, tmp_path):
     config = path.read_text()
     path.write_text(config.replace("0.17.1", "0.18"))
     refusal = perta(*flags(Rule("tv")), "--resume", check=2).stderr
-    assert "--resume cannot go on: inputs: adapter_config.json" in refusal
+    assert "--resume cannot continue: inputs: adapter_config.json" in refusal
     path.write_text(config)
     perta(*flags(Rule("tv")), "--resume", "--force")
     assert (folder_bytes(tmp_path / "p"), folder_bytes(tmp_path / "m")) == want

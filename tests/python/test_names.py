@@ -92,7 +92,7 @@ def test_wrappers_that_make_one_name_of_two_are_refused(perta, tmp_path):
     roles = make()
     roles["forget"][f"_orig_mod.{Q}"] = roles["forget"][Q]
     write(tmp_path, roles)
-    assert f"forget: two tensors are {Q}, but for parts of a wrapper" in perta(*flags(RULE, ["1"]), check=3).stderr
+    assert f"forget: two tensors are {Q} once the parts of wrappers" in perta(*flags(RULE, ["1"]), check=3).stderr
 
 
 def test_each_importance_has_its_own_prefix(perta, tmp_path):

@@ -91,9 +91,9 @@ def test_another_model_is_refused_untouched(perta, sides):
 def test_what_it_cannot_do_is_said(perta, sides):
     unlearn(perta, "--one-way", "--out", "forgotten")
     before = folder_bytes(sides / "model")
-    nothing = "p: a one-way patch, which holds nothing of the model before: "
+    nothing = "p: a one-way patch, which does not hold the old values: "
     assert nothing + "it cannot be reverted" in perta("revert", "forgotten", "p", "--out", "m", check=2).stderr
-    assert nothing + "in place" in perta("apply", "model", "p", "--in-place", check=2).stderr
+    assert nothing + "an interrupted edit in place" in perta("apply", "model", "p", "--in-place", check=2).stderr
     assert nothing + "it cannot be composed" in perta("compose", "p", "p", "--patch", "pp", check=2).stderr
     assert nothing + "--applied can" in perta("verify", "model", "--patch", "p", "--original", check=2).stderr
     assert folder_bytes(sides / "model") == before

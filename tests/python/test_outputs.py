@@ -201,7 +201,7 @@ def test_an_output_with_anything_else_in_it_is_not_replaced(perta, done, out, pu
     put(done / out)
     before = tree(done)
     refusal = perta(*KINDS[out], "--force", check=2).stderr
-    assert f"{out}: exists and holds what is not of a " in refusal and named in refusal
+    assert f"{out}: exists and holds files that are not part of a " in refusal and named in refusal
     assert tree(done) == before
 
 
@@ -230,7 +230,7 @@ def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag)
     (partial / "diary").write_text("mine")
     before = tree(done)
     refusal = perta(*KINDS[out], flag, check=2).stderr
-    assert f"{out}.perta-partial: holds what no run of perta left there: diary" in refusal
+    assert f"{out}.perta-partial: holds files that no run of perta left there: diary" in refusal
     assert tree(done) == before
     (partial / "diary").unlink()
     (partial / "model.safetensors").write_bytes(b"")
@@ -246,7 +246,7 @@ def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag)
 def test_a_file_of_the_journals_name_is_not_written_over(perta, inputs, flags):
     (inputs / "p.perta-journal").write_text("mine")
     refusal = perta(*UNLEARN, "--patch", "p", *flags, check=2).stderr
-    assert "p.perta-journal: exists and is no journal of perta" in refusal
+    assert "p.perta-journal: exists and is not a journal of perta" in refusal
     assert (inputs / "p.perta-journal").read_text() == "mine" and not (inputs / "p").exists()
     (inputs / "p.perta-journal").write_text("0123456789ab")  # torn
     perta(*UNLEARN, "--patch", "p", *flags)
@@ -264,7 +264,7 @@ def test_work_of_steps_with_anything_else_in_it_stays(tmp_path):
     before = tree(tmp_path)
     for flag, code in (("--force", 2), ("--resume", 3)):
         said = run(tmp_path, *VERBS["steps"], flag, status=code).stderr
-        assert f"{work.name}: holds what no run of perta left there: diary" in said
+        assert f"{work.name}: holds files that no run of perta left there: diary" in said
         assert tree(tmp_path) == before
     (work / "diary").unlink()
     run(tmp_path, *VERBS["steps"], "--resume")
@@ -292,7 +292,7 @@ def test_a_file_beside_the_model_is_no_journal_of_an_edit_in_place(perta, done):
     mine.write_text("mine, all of it")
     before = tree(done)
     refusal = perta("apply", "model", "p", "--in-place", check=2).stderr
-    assert f"{mine.name}: exists and is no journal of perta" in refusal
+    assert f"{mine.name}: exists and is not a journal of perta" in refusal
     assert tree(done) == before
     mine.write_bytes(bytes(9000))  # as a run leaves it that is killed while it makes it
     perta("apply", "model", "p", "--in-place")

@@ -50,7 +50,7 @@ def test_a_file_that_is_there_stays(perta, patch, tmp_path):
     perta("report", "patch", "--html", "other.html", "--force")
     assert (tmp_path / "other.html").stat().st_ino != before
     assert (tmp_path / "other.html").read_text().startswith("<!doctype html>")
-    assert "no regular file" in perta("report", "patch", "--html", "model", "--force", check=2).stderr
+    assert "not a regular file" in perta("report", "patch", "--html", "model", "--force", check=2).stderr
     assert "nowhere" in perta("report", "patch", "--html", "nowhere/page.html", check=4).stderr
 
 

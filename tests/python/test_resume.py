@@ -93,9 +93,9 @@ def test_an_estimate_that_is_killed_goes_on(perta, folder, budget):
 def test_an_interrupted_estimate_says_how_to_go_on(perta, folder, whole):
     want = whole(folder, "1G")
     status, message = stop_at(folder, [*ESTIMATE, "1G"], "commit", 3, signal.SIGINT)
-    assert status == 130 and "--resume goes on with it: interrupted" in message
+    assert status == 130 and "--resume continues it: interrupted" in message
     refusal = perta(*ESTIMATE, "1G", check=2).stderr
-    assert "--resume goes on with it, --force starts over" in refusal
+    assert "--resume continues it, --force starts over" in refusal
     perta(*ESTIMATE, "1G", "--resume")
     assert contents(folder / "imp") == want
 
@@ -124,7 +124,7 @@ def test_a_changed_input_or_flag_is_refused(perta, folder, change, message):
     else:
         flags = change
     refusal = perta(*ESTIMATE, "1G", "--resume", *flags, check=2).stderr
-    assert "--resume cannot go on: " in refusal and message in refusal
+    assert "--resume cannot continue: " in refusal and message in refusal
     assert contents(folder / "imp") == before
     if change == "data":
         perta(*ESTIMATE, "1G", "--force")  # starts over

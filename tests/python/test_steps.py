@@ -267,9 +267,9 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path):
     while found != journals:  # three commit points further each time
         assert stop_at(tmp_path, [*command, "--resume"], "commit", 3) == (-signal.SIGKILL, "")
         found |= {name for name in journals if (tmp_path / name).exists()}
-    assert "--resume goes on with it" in perta(*command, check=2).stderr
+    assert "--resume continues it" in perta(*command, check=2).stderr
     refusal = perta(*command, "--resume", "--step", "0.3", check=2).stderr
-    assert "--resume cannot go on: flags: step was 0.4" in refusal
+    assert "--resume cannot continue: flags: step was 0.4" in refusal
     perta(*command, "--resume")
     assert contents(tmp_path / "patch") | contents(tmp_path / "out") == want
     assert not list(tmp_path.glob("*perta*"))
