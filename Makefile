@@ -17,7 +17,7 @@ demo: all
 demo-pytorch: all
 	@examples/demo.sh $(BUILD)/perta demo-pytorch
 
-# Minutes: layout, spelling and what linters find; scripts/lint.sh names them.
+# clang-format, clang-tidy, shellcheck, ruff, codespell: about two minutes.
 lint: all
 	@scripts/lint.sh
 
