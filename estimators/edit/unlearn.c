@@ -13,16 +13,17 @@
 
 #define OUT_ALIGN 64
 
-_Static_assert(PERTA_COUNT_BINS == PERTA_WEIGHT_BINS, "a patch counts weights");
+_Static_assert(PERTA_COUNT_BINS == PERTA_WEIGHT_BINS, "patches record the histogram of weights");
 
-/* What work() leaves for commit(), for each alpha, in front of the bytes themselves. */
+/* What work() passes to commit() for each alpha; precedes the bytes in the piece's output. */
 struct result {
     struct perta_edit_counts counts;
     struct perta_coded coded;
     uint64_t hash_before, hash_after;
 };
 
-/* A piece's room: results (n_alphas), then for each alpha the bytes after and the frame. */
+/* Layout of a piece's output: results (n_alphas), then for each alpha the edited bytes and the
+ * patch frame. */
 struct layout {
     uint64_t after_at, frame_at, stride, frame_room, whole;
 };
@@ -70,13 +71,13 @@ static int bad_number(const struct perta_unlearn_job *job, unsigned worker,
     uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
     return perta_fail(
         err, PERTA_EINPUT,
-        "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep "
-        "leaves such parameters as they are",
+        "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep leaves "
+        "such parameters unchanged",
         job->in[role].ck->shards[ref->shard].path, ref->tensor->name, (unsigned long long)elem,
         (unsigned long long)(ref->tensor->off_bytes + elem * width),
         result->counts.bad_operand == PERTA_IN_RESULT ? "the edited value is not finite"
         : role >= PERTA_ROLE_FORGET && job->rule.stat == PERTA_STAT_MEANSQ
-            ? "not a finite mean square"
+            ? "not a finite mean square of at least 0"
             : "not a finite number");
 }
 
@@ -119,7 +120,8 @@ static int edit(const struct perta_unlearn_job *job, unsigned worker,
     return 0;
 }
 
-/* A and B are read as they are needed, through the page cache; the digest is taken in the end. */
+/* An adapter's factors are read when needed, through the page cache; its digest is taken at the
+ * end. */
 static bool is_adapter(const struct perta_unlearn_job *job, int role)
 {
     return job->in[role].ck && job->in[role].ck->is_adapter;
@@ -374,7 +376,7 @@ static void release(struct perta_unlearn_job *job)
     free(job->actions);
 }
 
-/* Once it is planned. */
+/* After planning: write the outputs. */
 static int run_all(struct perta_unlearn_job *job, const struct perta_run *run, json_t **summary,
                    json_t *notes, struct perta_err *err)
 {

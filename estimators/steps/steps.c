@@ -21,7 +21,7 @@ const char *const perta_sets[2] = {"forget", "retain"};
 
 /* ---- names in the work folder ---- */
 
-/* The caller's; NULL without memory. */
+/* The caller frees it. NULL when out of memory. */
 static char *name_of(const char *fmt, unsigned step, const char *which)
 {
     char *name = NULL;
@@ -46,7 +46,7 @@ char *perta_steps_scales(const struct perta_steps_job *job, unsigned k)
     return path_in_work(job, SCALES, k, "");
 }
 
-static void forget_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
+static void remove_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
                           const char *which)
 {
     struct perta_err ignored = {0};
@@ -56,9 +56,9 @@ static void forget_folder(const struct perta_steps_job *job, const char *fmt, un
     free(name);
 }
 
-/* ---- what the run is ---- */
+/* ---- identity of the run ---- */
 
-/* A file, for the run's identity; no digest of it, which could be guessed
+/* Identifies a data file in the journal. Not by a digest: its content could be guessed from one
  * (docs/provenance.md). */
 static json_t *file_json(const struct perta_samples_file *file)
 {
@@ -81,7 +81,7 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                      perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
 }
 
-/* Null where there is one patch. */
+/* Null if there is only one patch. */
 static json_t *listed_json(const struct perta_steps *s)
 {
     json_t *list = s->several ? json_array() : json_null();
@@ -135,7 +135,8 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
     if (!step)
         return 0;
     if (k < 0 || k > (json_int_t)job->steps->n_steps)
-        return perta_fail(err, PERTA_EINPUT, "%s: no such step; --force starts over",
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: it names a step that this run does not have; --force starts over",
                           job->journal.path);
     struct perta_steps_point *p = &job->points[k];
     if (patch)
@@ -163,7 +164,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
 
 /* ---- a point ---- */
 
-/* Gradients and loss, or at the end of the way the loss alone. */
+/* Measure the gradients and the loss; at the last step the loss alone. */
 static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_t **summary,
                        struct perta_err *err)
 {
@@ -198,7 +199,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_
     return rc;
 }
 
-/* Every step reads the models anew: they are those that the way began with. */
+/* Every step reads the models again; they must be those that the path began with. */
 static int check_models(const struct perta_steps_job *job, struct perta_err *err)
 {
     int rc = perta_checkpoint_unchanged(job->weights.ck, err);
@@ -251,11 +252,11 @@ static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
     return k && p[k].loss[PERTA_RETAIN] - p[0].loss[PERTA_RETAIN] > job->steps->max_retain_rise;
 }
 
-/* Of the step from k to k + 1. */
+/* The rule for the step from k to k + 1. */
 static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
 {
     struct perta_step_rule rule = job->steps->rule;
-    unsigned first = 0; /* that forgets enough; k: none so far */
+    unsigned first = 0; /* the first point that forgets enough; k if there is none yet */
     if (!job->steps->hold)
         return rule;
     while (first < k && !perta_steps_forgets_enough(job, first))
@@ -266,7 +267,7 @@ static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigne
     return rule;
 }
 
-/* From the scales of step k to those of k + 1. */
+/* Compute the scales of step k + 1 from those of step k. */
 static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
@@ -298,7 +299,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     return rc;
 }
 
-/* The step that a way measured up to last ends at. */
+/* The step where a path that is measured up to last ends. */
 static unsigned end_of(const struct perta_steps_job *job, unsigned last)
 {
     const struct perta_steps_point *p = job->points;
@@ -313,26 +314,26 @@ static unsigned end_of(const struct perta_steps_job *job, unsigned last)
     return end;
 }
 
-/* What no later step needs. One back is kept, for the bound on the retain loss, and where the way
- * would end. */
+/* Remove what no later step needs. Two folders of scales are kept: of the step before, for the
+ * limit on the retain loss, and of the step where the path would end. */
 static void tidy(const struct perta_steps_job *job, unsigned k)
 {
     for (int which = 0; which < 2; which++)
-        forget_folder(job, GRADIENTS, k, perta_sets[which]);
+        remove_folder(job, GRADIENTS, k, perta_sets[which]);
     if (!k)
         return;
     const unsigned old[] = {k - 1, end_of(job, k - 1)};
     for (int i = 0; i < 2; i++)
         if (old[i] != end_of(job, k))
-            forget_folder(job, SCALES, old[i], "");
+            remove_folder(job, SCALES, old[i], "");
 }
 
-/* ---- the way ---- */
+/* ---- the path ---- */
 
-/* Until a rule or the number of steps ends it; *chosen is the step that the last patch leads
- * to, *last the last that was measured. */
-static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
-                struct perta_err *err)
+/* Take steps until a rule or the number of steps ends the path. *chosen is the step that the last
+ * patch leads to, *last the last step that was measured. */
+static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
+                      struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     int rc = 0;
@@ -359,19 +360,20 @@ static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
 
 /* ---- begin ---- */
 
-/* What can be read once only would be waited for, or empty, at the next step. */
+/* A pipe or device can be read only once: at the next step, reading it would block or find
+ * nothing. */
 static int check_data(const char *path, struct perta_err *err)
 {
     struct stat st;
     if (stat(path, &st) || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode))
-        return 0; /* reading it says what is wrong */
+        return 0; /* the error comes when it is read */
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: is no regular file, and steps read it again at each step; write it to "
+                      "%s: not a regular file, but every step reads it again; write the data to "
                       "a file first",
                       path);
 }
 
-/* Every step reads both files anew, and refuses others than these. */
+/* Every step reads both data files again, and refuses them if they have changed since. */
 static int read_data(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
@@ -394,8 +396,8 @@ static int read_data(struct perta_steps_job *job, struct perta_err *err)
     return rc;
 }
 
-/* What a run left was checked when it began, and may have its name by now: it is gone on with, or
- * refused for its journal. */
+/* Skipped if an interrupted run left a journal: its checks were made when it began, and its outputs
+ * may be published by now. That run is resumed, or refused because of its journal. */
 static int check(const struct perta_steps_job *job, struct perta_err *err)
 {
     if ((job->run.resume || !job->steps->force) && perta_journal_found(job->home))
@@ -410,10 +412,11 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     const struct perta_steps *s = job->steps;
     size_t len = strlen(s->patch);
     if (perta_checkpoint_is_adapter(s->tuned))
-        return perta_fail(err, PERTA_EUSAGE,
-                          "%s: is a LoRA adapter; steps need the tuned model itself: merge the "
-                          "adapter into its base first",
-                          s->tuned);
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "%s: this is a LoRA adapter, but --steps needs the tuned model itself; merge the "
+            "adapter into its base first",
+            s->tuned);
     while (len > 1 && s->patch[len - 1] == '/')
         len--;
     job->points = calloc(s->n_steps + 1, sizeof *job->points);
@@ -459,7 +462,7 @@ static int begin(struct perta_steps_job *job, struct perta_err *err)
     return rc;
 }
 
-/* All is done: what was kept on the way goes, and then the journal. */
+/* Everything is published; remove the work folder, and then the journal. */
 static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err *err)
 {
     int rc = perta_journal_complete(&job->journal, NULL, 0, summary, err);
@@ -474,7 +477,7 @@ static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)
     struct perta_publish *work = &job->work;
     struct perta_err ignored = {0};
     bool said = strstr(err->msg, "--resume goes on"); /* by what was run within */
-    /* Steps are dear: once there is one point, they are kept whatever goes wrong. */
+    /* Steps are expensive: once one point is measured, they are kept whatever the error. */
     job->journal.going_on |= !isnan(job->points[0].loss[PERTA_RETAIN]);
     perta_journal_abandon(&job->journal, &work, 1, rc, said ? &ignored : err);
 }
@@ -491,7 +494,7 @@ static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_e
     if (!rc && !job->points[0].reached)
         rc = begin_scales(job, err);
     if (!rc)
-        rc = walk(job, &chosen, &last, err);
+        rc = take_steps(job, &chosen, &last, err);
     if (!rc)
         rc = perta_steps_finish(job, chosen, last, summary, err);
     return rc ? rc : clean(job, *summary, err);

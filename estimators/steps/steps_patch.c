@@ -1,4 +1,4 @@
-/* The patches that steps lead to, by the same edit as on the way. */
+/* Writes the patches that steps lead to, with the same edit that formed the models on the path. */
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -38,7 +38,7 @@ static struct perta_unlearn unlearn_from(const struct perta_steps *s, const char
                                   .force = s->force};
 }
 
-/* As perta_recipe_json has it of importances. */
+/* Under the same keys as perta_recipe_json() uses for importances. */
 static void add_data(const struct perta_steps_job *job, int which, json_t **recipe)
 {
     const struct perta_steps_point *p = &job->points[0];
@@ -61,7 +61,7 @@ static void add_data(const struct perta_steps_job *job, int which, json_t **reci
     }
 }
 
-/* What the patch of step k says of a way that was to have n_steps, measured up to last. */
+/* The recipe of the patch of step k, on a path of n_steps that is measured up to last. */
 static json_t *recipe_of(const struct perta_steps_job *job, unsigned n_steps, unsigned k,
                          unsigned last)
 {
@@ -73,7 +73,8 @@ static json_t *recipe_of(const struct perta_steps_job *job, unsigned n_steps, un
     return recipe;
 }
 
-/* dir, or dir/step-k; the caller's. NULL without memory, and for NULL. */
+/* dir, or dir/step-k if there are several. The caller frees it. NULL if dir is NULL or when out of
+ * memory. */
 static char *output_of(const struct perta_steps *s, const char *dir, unsigned k)
 {
     char name[32];
@@ -81,7 +82,7 @@ static char *output_of(const struct perta_steps *s, const char *dir, unsigned k)
     return !dir ? NULL : s->several ? perta_path_join(dir, name) : strdup(dir);
 }
 
-/* To the names of step k. */
+/* Run unlearn with the output names of step k. */
 static int run_unlearn(const struct perta_steps_job *job, unsigned k, struct perta_unlearn *unlearn,
                        const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
@@ -102,7 +103,7 @@ static int write_patch(const struct perta_steps_job *job, unsigned k, const json
     char *scales = perta_steps_scales(job, k);
     struct perta_unlearn unlearn = unlearn_from(job->steps, scales);
     struct perta_run run = job->run;
-    run.resume = job->patching == (int)k; /* else what may be there is another's */
+    run.resume = job->patching == (int)k; /* otherwise a leftover there is from another run */
     unlearn.force |= run.resume;
     unlearn.steps = recipe;
     int rc = scales ? run_unlearn(job, k, &unlearn, &run, summary, err)
@@ -159,7 +160,7 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
 
 /* ---- before the first step ---- */
 
-/* Of every step that the way may end at. */
+/* Check the outputs of every step that the path may end at. */
 static int check_outputs(const struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
@@ -182,7 +183,7 @@ static int check_outputs(const struct perta_steps_job *job, struct perta_err *er
     return rc;
 }
 
-/* That the folders fit together: what plain task arithmetic asks of them. */
+/* Check that the folders match: the same checks as for plain task arithmetic. */
 static int check_folders(const struct perta_steps_job *job, struct perta_err *err)
 {
     struct perta_unlearn unlearn = unlearn_from(job->steps, NULL);

@@ -506,7 +506,7 @@ def test_steps_refuse_what_can_be_read_once(perta, tmp_path):
     text = (tmp_path / "retain.jsonl").read_text()
     (tmp_path / "retain.jsonl").unlink()
     os.mkfifo(tmp_path / "retain.jsonl")
-    said = "is no regular file, and steps read it again at each step"
+    said = "not a regular file, but every step reads it again"
     assert f"retain.jsonl: {said}" in perta(*STEPS, "1", check=3).stderr
     words = ["/dev/stdin" if word == "retain.jsonl" else word for word in STEPS]
     assert f"/dev/stdin: {said}" in perta(*words, "1", input=text, check=3).stderr

@@ -397,7 +397,7 @@ def test_tensors_that_the_adapter_holds_whole_need_the_base(perta, tmp_path):
     write_roles(tmp_path, roles | {"base": base})
     write_adapter(tmp_path / "adapter", adapter, bias="all", modules_to_save=["embed_tokens"])
     message = perta(*flags(), check=2).stderr
-    assert "--base DIR is needed" in message and f"holds {PREFIX}" in message
+    assert "--base DIR is needed" in message and f"stores {PREFIX}" in message
     perta(*flags(), "--base", "base")
     check_folder(tmp_path, None, want)
 
@@ -513,7 +513,7 @@ def test_a_product_beyond_float32_is_named_as_one(perta, tmp_path):
     }
     write_adapter(tmp_path / "adapter", adapter)
     message = perta(*flags(), check=3).stderr
-    assert "lora_A.weight and " in message and f"element 0 of {Q}.weight is beyond" in message
+    assert "lora_A.weight and " in message and f"element 0 of {Q}.weight overflows" in message
 
 
 # --- what is refused
@@ -532,36 +532,36 @@ CONFIGS = {
     "another kind": (good(peft_type="ADALORA"), "peft_type"),
     "no kind": (good(peft_type=None), "peft_type"),
     "kind is a number": (good(peft_type=1), "peft_type"),
-    "r is 0": (good(r=0), "r: a whole number from 1"),
-    "r is negative": (good(r=-4), "r: a whole number from 1"),
-    "r is a string": (good(r="4"), "r: a whole number from 1"),
-    "r is a fraction": (good(r=4.5), "r: a whole number from 1"),
-    "r is true": (good(r=True), "r: a whole number from 1"),
-    "r is huge": (good(r=2**62), "its rank 4611686018427387904 in adapter_config.json"),
-    "r is another": (good(r=8), "shape [4, 48], where [8, 48] is needed"),
+    "r is 0": (good(r=0), "r: a whole number of at least 1"),
+    "r is negative": (good(r=-4), "r: a whole number of at least 1"),
+    "r is a string": (good(r="4"), "r: a whole number of at least 1"),
+    "r is a fraction": (good(r=4.5), "r: a whole number of at least 1"),
+    "r is true": (good(r=True), "r: a whole number of at least 1"),
+    "r is huge": (good(r=2**62), "its rank is 4611686018427387904 in adapter_config.json"),
+    "r is another": (good(r=8), "shape [4, 48], but [8, 48] is needed"),
     "alpha is a string": (good(lora_alpha="16"), "lora_alpha: a number"),
     "alpha is missing": (good(lora_alpha=None), "lora_alpha: a number"),
-    "alpha is huge": (good(lora_alpha=1e300), "lora_alpha: the scaling is beyond float32"),
+    "alpha is huge": (good(lora_alpha=1e300), "lora_alpha: the scaling overflows float32"),
     "rslora is a string": (good(use_rslora="no"), "use_rslora: true or false"),
-    "dora": (good(use_dora=True), "use_dora: set, which perta does not do"),
-    "dora is a string": (good(use_dora="false"), "use_dora: set"),
-    "transposed": (good(fan_in_fan_out=True), "fan_in_fan_out: set"),
-    "layers twice": (good(layer_replication=[[0, 4], [2, 5]]), "layer_replication: set"),
-    "bias of lora": (good(lora_bias=True), "lora_bias: set"),
-    "parameters": (good(target_parameters=["experts.w"]), "target_parameters: set"),
-    "tokens": (good(trainable_token_indices=[1]), "trainable_token_indices: set"),
+    "dora": (good(use_dora=True), "use_dora: is set, which perta does not support"),
+    "dora is a string": (good(use_dora="false"), "use_dora: is set"),
+    "transposed": (good(fan_in_fan_out=True), "fan_in_fan_out: is set"),
+    "layers twice": (good(layer_replication=[[0, 4], [2, 5]]), "layer_replication: is set"),
+    "bias of lora": (good(lora_bias=True), "lora_bias: is set"),
+    "parameters": (good(target_parameters=["experts.w"]), "target_parameters: is set"),
+    "tokens": (good(trainable_token_indices=[1]), "trainable_token_indices: is set"),
     "pissa": (good(init_lora_weights="pissa_niter_16"), "init_lora_weights: an init"),
     "init is a number": (good(init_lora_weights=3), "init_lora_weights: an init"),
     "bias": (good(bias="some"), "bias: none, all or lora_only"),
     "bias is a number": (good(bias=1), "bias: none, all or lora_only"),
     "patterns are a list": (good(rank_pattern=["q_proj"]), "rank_pattern: not an object"),
-    "a pattern of rank 0": (good(rank_pattern={"q_proj": 0}), '"q_proj": a whole number from 1'),
+    "a pattern of rank 0": (good(rank_pattern={"q_proj": 0}), '"q_proj": a whole number of at least 1'),
     "a pattern without alpha": (good(alpha_pattern={"q": None}), '"q": a number is needed'),
-    "a real pattern": (good(alpha_pattern={"(a|b)+c": 1}), '"(a|b)+c": names of modules'),
-    "an empty pattern": (good(rank_pattern={"": 1}), '"": names of modules'),
-    "a pattern of anchors": (good(rank_pattern={"^$": 1}), '"^$": names of modules'),
-    "a pattern that ends in a backslash": (good(rank_pattern={"a\\": 1}), "names of modules"),
-    "a pattern of another rank": (good(rank_pattern={"q_proj": 3}), "where [3, 48] is needed"),
+    "a real pattern": (good(alpha_pattern={"(a|b)+c": 1}), '"(a|b)+c": module names are supported'),
+    "an empty pattern": (good(rank_pattern={"": 1}), '"": module names are supported'),
+    "a pattern of anchors": (good(rank_pattern={"^$": 1}), '"^$": module names are supported'),
+    "a pattern that ends in a backslash": (good(rank_pattern={"a\\": 1}), "module names are supported"),
+    "a pattern of another rank": (good(rank_pattern={"q_proj": 3}), "but [3, 48] is needed"),
 }
 
 
@@ -583,7 +583,7 @@ def test_keys_that_are_not_known_are_noted(perta, tmp_path):
         tmp_path / "adapter", pair(rng, Q, (64, 48), 4), use_news=True, other=None, more={}
     )
     notes = json.loads(perta(*flags(), "--json").stdout)["notes"]
-    assert len(notes) == 1 and "use_news is not a key that perta knows" in notes[0]
+    assert len(notes) == 1 and "unknown key use_news" in notes[0]
 
 
 def zeros(*shape):
@@ -592,14 +592,14 @@ def zeros(*shape):
 
 A, B = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
 TENSORS = {
-    "no B": ({B: None}, f"{A}: no lora_B to it"),
-    "no A": ({A: None}, f"{B}: no lora_A to it"),
-    "A too narrow": ({A: zeros(4, 47)}, f"{A}: shape [4, 47], where [4, 48] is needed"),
-    "A transposed": ({A: zeros(48, 4)}, f"{A}: shape [48, 4], where [4, 48] is needed"),
-    "A of another rank": ({A: zeros(5, 48)}, f"{A}: shape [5, 48], where [4, 48] is needed"),
-    "B too short": ({B: zeros(63, 4)}, f"{B}: shape [63, 4], where [64, 4] is needed"),
-    "A of a convolution": ({A: zeros(4, 48, 1, 1)}, f"{A}: shape [4, 48, 1, 1], where"),
-    "A is empty": ({A: zeros(0, 48), B: zeros(64, 0)}, f"{A}: shape [0, 48], where"),
+    "no B": ({B: None}, f"{A}: no matching lora_B"),
+    "no A": ({A: None}, f"{B}: no matching lora_A"),
+    "A too narrow": ({A: zeros(4, 47)}, f"{A}: shape [4, 47], but [4, 48] is needed"),
+    "A transposed": ({A: zeros(48, 4)}, f"{A}: shape [48, 4], but [4, 48] is needed"),
+    "A of another rank": ({A: zeros(5, 48)}, f"{A}: shape [5, 48], but [4, 48] is needed"),
+    "B too short": ({B: zeros(63, 4)}, f"{B}: shape [63, 4], but [64, 4] is needed"),
+    "A of a convolution": ({A: zeros(4, 48, 1, 1)}, f"{A}: shape [4, 48, 1, 1], but"),
+    "A is empty": ({A: zeros(0, 48), B: zeros(64, 0)}, f"{A}: shape [0, 48], but"),
     "integers": ({A: np.zeros((4, 48), np.int32)}, f"{A} is I32; BF16, F16 or F32 needed"),
     "doubles": ({B: np.zeros((64, 4))}, f"{B} is F64; BF16, F16 or F32 needed"),
     "of another model": (
@@ -607,21 +607,21 @@ TENSORS = {
             f"{PREFIX}h.0.attn.lora_A.weight": zeros(4, 4),
             f"{PREFIX}h.0.attn.lora_B.weight": zeros(4, 4),
         },
-        f"tensor {PREFIX}h.0.attn.lora_A.weight: there is no h.0.attn.weight in --model",
+        f"tensor {PREFIX}h.0.attn.lora_A.weight: h.0.attn.weight is not in --model",
     ),
     "a path": (
         {
             "../../etc/passwd.lora_A.weight": zeros(4, 4),
             "../../etc/passwd.lora_B.weight": zeros(4, 4),
         },
-        "there is no ../../etc/passwd.weight in --model",
+        "../../etc/passwd.weight is not in --model",
     ),
     "of a vector": (
         {
             f"{PREFIX}model.norm.lora_A.weight": zeros(4, 48),
             f"{PREFIX}model.norm.lora_B.weight": zeros(1, 4),
         },
-        "model.norm.weight is no matrix",
+        "model.norm.weight is not a matrix",
     ),
     "of integers": (
         {f"{PREFIX}ids": zeros(7)},
@@ -629,34 +629,34 @@ TENSORS = {
     ),
     "DoRA's": (
         {f"{PREFIX}{Q}.lora_magnitude_vector": zeros(64)},
-        f"{PREFIX}{Q}.lora_magnitude_vector: a kind that perta does not know",
+        f"{PREFIX}{Q}.lora_magnitude_vector: an unknown kind of adapter tensor",
     ),
-    "bias of B": ({f"{PREFIX}{Q}.lora_B.bias": zeros(64)}, "a kind that perta does not know"),
+    "bias of B": ({f"{PREFIX}{Q}.lora_B.bias": zeros(64)}, "an unknown kind of adapter tensor"),
     "the same twice": (
         {f"{PREFIX}{Q}.lora_A.default.weight": zeros(4, 48)},
-        "say the same",
+        "are duplicates",
     ),
-    "the same with and without prefix": ({f"{Q}.lora_A.weight": zeros(4, 48)}, "say the same"),
+    "the same with and without prefix": ({f"{Q}.lora_A.weight": zeros(4, 48)}, "are duplicates"),
     "embedding and matrix": (
         {f"{PREFIX}{Q}.lora_embedding_A": zeros(4, 48)},
-        f"{PREFIX}{Q}.lora_embedding_A changes the same one in another way",
+        f"{PREFIX}{Q}.lora_embedding_A changes the same weight in another way",
     ),
     "whole and LoRA": (
         {f"{PREFIX}{Q}.weight": zeros(64, 48)},
-        f"{PREFIX}{Q}.weight changes the same one in another way",
+        f"{PREFIX}{Q}.weight changes the same weight in another way",
     ),
     "a copy of what has no LoRA": (
         {f"{PREFIX}model.layers.0.mlp.down_proj.base_layer.weight": zeros(37, 1027)},
-        "no lora_A and lora_B to it",
+        "no matching lora_A and lora_B",
     ),
     "a copy of another shape": (
         {f"{PREFIX}{Q}.base_layer.weight": zeros(65, 48)},
         "shape [64, 48] in --model, [65, 48] in --tuned",
     ),
-    "only a prefix": ({PREFIX: zeros(1)}, f"tensor {PREFIX}: there is no  in --model"),
+    "only a prefix": ({PREFIX: zeros(1)}, f"tensor {PREFIX}:  is not in --model"),
     "only an ending": (
         {".lora_A.weight": zeros(4, 4), ".lora_B.weight": zeros(4, 4)},
-        "there is no .weight",
+        ".weight is not in --model",
     ),
 }
 

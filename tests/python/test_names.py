@@ -56,7 +56,7 @@ def test_a_prefix_of_a_wrapper_is_understood(perta, tmp_path, prefix):
     write(tmp_path, roles, lambda name: prefix + name)
     notes = notes_of(perta, *flags(RULE, ["1"]))
     for role in ("forget", "retain"):
-        assert f"--{role}: its names are --model's but for a prefix {prefix}" in notes
+        assert f"--{role}: its names are those of --model except for a prefix {prefix}" in notes
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
@@ -84,7 +84,7 @@ def test_wrappers_of_single_layers_are_understood(perta, tmp_path, wrapper):
     write(tmp_path, roles, WITHIN[wrapper])
     notes = notes_of(perta, *flags(RULE, ["1"]))
     for role in ("forget", "retain"):
-        assert f"--{role}: its names are --model's but for parts of wrappers within them ({wrapper})" in notes
+        assert f"--{role}: its names are those of --model with parts added by training wrappers ({wrapper})" in notes
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
@@ -122,7 +122,7 @@ def test_what_the_model_lacks_is_an_error(perta, tmp_path, rename, missing):
     before = folder_bytes(tmp_path)
     message = perta(*flags(RULE, ["1"]), "--missing", missing, check=3).stderr
     first = next(name for name in sorted(map(rename, SHAPES)) if name not in SHAPES)
-    assert f"--forget forget: has tensor {first}, which --model model lacks" in message
+    assert f"--forget forget: has tensor {first}, which is not in --model model" in message
     assert folder_bytes(tmp_path) == before
 
 
@@ -162,13 +162,13 @@ def test_a_shape_that_differs_names_both(perta, tmp_path):
     assert f"tensor {Q}: shape [8, 8] in --model, [4, 8] in --retain" in message
 
 
-@pytest.mark.parametrize("role, words", [("tuned", "a LoRA without PEFT's adapter_config.json?"), ("retain", "of a LoRA's own parameters")])
+@pytest.mark.parametrize("role, words", [("tuned", "is it a LoRA without PEFT's adapter_config.json?"), ("retain", "this is the importance of a LoRA's own parameters")])
 def test_a_lora_in_the_wrong_place_is_called_so(perta, tmp_path, role, words):
     """As Mistral's finetuning writes it; and gradients of an adapter."""
     roles = make()
     roles[role]["layers.0.attention.wq.lora_A.weight"] = roles[role][Q]
     write(tmp_path, roles)
-    assert f"lacks; {words}" in " ".join(perta(*flags(RULE, ["1"]), check=3).stderr.split()).replace("lacks; it is ", "lacks; ")
+    assert f"which is not in --model model; {words}" in " ".join(perta(*flags(RULE, ["1"]), check=3).stderr.split())
 
 
 # --- tied embeddings
@@ -213,7 +213,7 @@ def test_globs_choose_both_of_tied_tensors(perta, tmp_path, glob):
     write(tmp_path, roles)
     (tmp_path / "model/config.json").write_text(TIED)
     message = perta(*flags(RULE, ["1"]), glob, check=2).stderr
-    assert f"choose {EMBED} and not {HEAD}, which config.json ties to it" in message
+    assert f"select {EMBED} but not {HEAD}, which config.json ties to it" in message
 
 
 def test_a_model_with_a_head_of_its_own_needs_one_in_all(perta, tmp_path):
@@ -222,7 +222,7 @@ def test_a_model_with_a_head_of_its_own_needs_one_in_all(perta, tmp_path):
     write(tmp_path, roles)
     (tmp_path / "tuned/config.json").write_text(TIED)
     message = perta(*flags(RULE, ["1"]), check=3).stderr
-    assert f"--tuned tuned: no tensor {HEAD}, which --model has beside {EMBED}" in message
+    assert f"--tuned tuned: no tensor {HEAD}, but --model has it as well as {EMBED}" in message
 
 
 # Embedding, head, config.json without and with the key.
@@ -263,7 +263,7 @@ def test_ties_of_other_architectures_are_kept(perta, tmp_path, embedding, head, 
     perta(*flags(rule, ["1"]), "--missing", "keep")
     have = load_file(tmp_path / "m/model.safetensors")
     assert have[embedding].tobytes() == have[head].tobytes() == want[embedding].out.tobytes()
-    assert f"choose {embedding} and not {head}" in perta(*flags(rule, ["1"]), "--exclude", head, check=2).stderr
+    assert f"select {embedding} but not {head}" in perta(*flags(rule, ["1"]), "--exclude", head, check=2).stderr
 
 
 @pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
@@ -373,9 +373,9 @@ def test_a_weight_of_zero_changes_nothing(perta, tmp_path):
     roles = make()
     roles["forget"] = {name: np.zeros_like(x) for name, x in roles["forget"].items()}
     write(tmp_path, roles)
-    assert "nothing changes: the weight of all that is edited is 0" in notes_of(perta, *flags(RULE, ["1"]))
+    assert "nothing changes: the weight of every edited parameter is 0" in notes_of(perta, *flags(RULE, ["1"]))
     rule = Rule("constant", weight=0)
-    assert "nothing changes: the weight of all" in notes_of(perta, *flags(rule, ["1"]), "--force")
+    assert "nothing changes: the weight of every" in notes_of(perta, *flags(rule, ["1"]), "--force")
 
 
 def test_a_run_that_changes_something_says_nothing(perta, tmp_path):

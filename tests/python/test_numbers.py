@@ -31,8 +31,8 @@ def test_all_zero_importance_is_counted_and_said(perta, tmp_path):
     sides = {role: pair(ONES * k, ONES * k) for role, k in (("model", 4), ("tuned", 3), ("base", 1))}
     write(tmp_path, **sides, forget=pair(ONES * 0, ONES), retain=pair(ONES, ONES * -0.0))
     said = unlearn(perta).stdout
-    assert "note: --forget: 1 tensors are all zero, a the first: they stay as they are (w = 0)" in said
-    assert "note: --retain: 1 tensors are all zero, b the first: they are edited in full" in said
+    assert "note: --forget: 1 tensors hold only zeros, the first of them a: they stay unchanged (w = 0)" in said
+    assert "note: --retain: 1 tensors hold only zeros, the first of them b: they are edited in full" in said
     assert tensor(tmp_path, "a")["zero_forget"] == 8 and tensor(tmp_path, "a")["changed"] == 0
     assert tensor(tmp_path, "b")["zero_retain"] == 8 and tensor(tmp_path, "b")["mean_weight"] == 1
     out = read_folder(tmp_path / "m")

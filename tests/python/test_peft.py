@@ -393,7 +393,7 @@ def test_a_copy_of_another_base_is_refused(perta, tmp_path, bases):
     tensors[name][3, 4] += 1
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")
     message = perta(*words(bases / "llama", "a"), check=3).stderr
-    assert f"tensor {name}, the copy of what the LoRA is added to, differs from" in message
+    assert f"tensor {name}, the copy of the weight that the LoRA is added to, differs from" in message
     tensors[name] = tensors[name].bfloat16()  # loaded in another dtype: a copy that was rounded
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")
     perta(*words(bases / "llama", "a"))
@@ -453,19 +453,19 @@ def test_names_that_peft_would_pass_over_are_noted(perta, tmp_path, bases, plain
     saved_as(plain, tmp_path / "a", lambda name: name.removeprefix("base_model.model."))
     notes = json.loads(perta(*words(bases / "llama", "a")).stdout)["notes"]
     first = "model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert any(f"the names of 8 tensors, {first} the first, do not begin with base_model.model." in note for note in notes)
+    assert any(f"the names of 8 tensors, the first of them {first}, do not begin with base_model.model." in note for note in notes)
 
 
 def test_an_alpha_of_zero_is_named(perta, tmp_path, bases, plain):
     saved_as(plain, tmp_path / "a", lora_alpha=0)
-    assert "(lora_A, lora_B or lora_alpha is)" in perta(*words(bases / "llama", "a")).stdout
+    assert "(lora_A, lora_B or lora_alpha is zero)" in perta(*words(bases / "llama", "a")).stdout
 
 
 @pytest.mark.parametrize("inside", ["model.language_model.", "language_model.model."])
 def test_names_of_a_vision_language_model_are_called_so(perta, tmp_path, bases, plain, inside):
     saved_as(plain, tmp_path / "a", lambda name: name.replace("model.model.", f"model.{inside}"))
     message = perta(*words(bases / "llama", "a"), check=3).stderr
-    assert "goes by the names of a vision-language model" in message and "merge the adapter" in message
+    assert "uses the names of a vision-language model" in message and "merge the adapter" in message
 
 
 def test_a_classifier_of_gpt2_is_not_transposed(perta, tmp_path):

@@ -413,7 +413,7 @@ def test_importances_that_do_not_say_are_means_and_a_note_says_so(perta, tmp_pat
     for role, tensors in roles.items():
         write_folder(tmp_path / role, tensors)
     result = perta(*flags(Rule("fisher"), ["1"]), "--json")
-    assert "taken as mean gradients" in " ".join(json.loads(result.stdout)["notes"])
+    assert "perta takes it as mean gradients" in " ".join(json.loads(result.stdout)["notes"])
     check_folder(tmp_path, None, unlearn(Rule("fisher"), 1, **roles))
 
 
@@ -425,7 +425,7 @@ def test_importances_that_the_method_does_not_take_are_noted(perta, tmp_path):
     for given, named in (["forget", "retain"], "--forget and --retain are"), (["retain"], "--retain is"):
         words = [word for role in given for word in (f"--{role}", role)]
         notes = json.loads(perta(*command, *words, "--force").stdout)["notes"]
-        assert notes == [f"--method tv takes no importance: {named} not read"]
+        assert notes == [f"--method tv uses no importance: {named} not read"]
     assert not json.loads(perta(*command, "--force").stdout)["notes"]
 
 

@@ -177,9 +177,9 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
                 ("--model model --tuned tuned --base imp/mean --method tv --patch p",
                  "--base: imp/mean: an importance"),
                 ("--model llama --tuned llama --base llama --forget llama --retain retain --patch p",
-                 "--forget: llama: a model (it has a config.json"),
+                 "--forget: llama: this is a model (it has a config.json"),
                 ("--model model --tuned tuned --base base --forget tuned/model.safetensors --retain "
-                 "retain --patch p", "--forget: tuned/model.safetensors: is --tuned, too"),
+                 "retain --patch p", "--forget: tuned/model.safetensors: this file is also part of --tuned"),
                 ("--model patch --tuned tuned --base base --method tv --patch p",
                  "--model: patch: a patch, not a checkpoint"),
                 ("--model model --tuned patch --method tv --patch p",
@@ -217,14 +217,14 @@ def test_a_mistake_is_explained(perta, folders, words, status, says):
 @pytest.mark.parametrize(
     "same, says",
     [
-        ("--tuned model --base model --method tv", "--tuned and --base hold the same: the task"),
-        ("--tuned tuned --base base --forget retain --retain retain", "--forget and --retain hold"),
+        ("--tuned model --base model --method tv", "--tuned and --base are byte-identical: the task"),
+        ("--tuned tuned --base base --forget retain --retain retain", "--forget and --retain are byte-identical"),
         ("--tuned tuned --base base --method tv", ""),
     ],
 )
 def test_inputs_that_are_to_differ_and_do_not_are_noted(perta, folders, same, says):
     said = perta("unlearn", "--model", "model", *same.split(), "--patch", "p").stdout
-    assert f"note: {says}" in said if says else " hold the same" not in said
+    assert f"note: {says}" in said if says else " byte-identical" not in said
 
 
 def test_what_was_found_stands_before_what_it_comes_to(folders, perta):
