@@ -187,7 +187,7 @@ def test_a_model_that_is_not_supported_is_called_what_it_is(perta, model, said, 
     for words in (ESTIMATE, EVAL):
         message = perta(*words, check=3).stderr
         assert says in message and "model/config.json" in message
-    assert "estimate and eval do not take it: model/config.json" in perta("inspect", "model").stdout
+    assert "estimate and eval refuse it: model/config.json" in perta("inspect", "model").stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,7 +256,7 @@ def test_keys_that_are_not_known_are_named_once(perta, model):
     for words in (ESTIMATE, EVAL, [*ESTIMATE, "--dry-run", "--force"], ["inspect", "model", "--json"]):
         run = perta(*words)
         assert json.loads(run.stdout)["unknown_config_keys"] == ["my_key", "their?key", "rope_scaling.odd"]
-        note = "note: config.json has keys that perta does not know and passes over: my_key, their?key, rope_scaling.odd\n"
+        note = "note: config.json has keys that perta does not know and ignores: my_key, their?key, rope_scaling.odd\n"
         assert run.stderr.count(note) == 1
     assert "my_key" not in perta(*EVAL, "--quiet").stderr
     model({f"key_{i}": 1 for i in range(25)})

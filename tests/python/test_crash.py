@@ -112,7 +112,7 @@ def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job, tmp_path)
     refused = run(folder, *command, status=2)
     assert "--resume goes on with it, --force starts over" in refused.stderr
     for text in (said, refused.stderr):
-        how = text.splitlines()[-1].partition(": to go on: ")[2]
+        how = text.splitlines()[-1].partition(": to resume: ")[2]
         assert shlex.split(how)[1:] == [*command, "--progress", "none", "--resume"]
     named = {n: b for n, b in folder_bytes(folder / "out").items() if ".perta-" not in n}
     assert named.items() <= want.items()

@@ -94,6 +94,6 @@ def test_a_file_that_no_demo_wrote_is_not_written_over(perta, tmp_path):
     (tmp_path / "d/data").mkdir(parents=True)
     mine = tmp_path / "d/data/general.jsonl"
     mine.write_text('{"input_ids": [1, 2]}\n')
-    assert "general.jsonl: exists, and no demo" in perta("demo", "d", "--force", check=2).stderr
+    assert "general.jsonl: exists, but was not written by a demo" in perta("demo", "d", "--force", check=2).stderr
     assert mine.read_text() == '{"input_ids": [1, 2]}\n'
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "d", mine.parent, mine]

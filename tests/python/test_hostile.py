@@ -400,7 +400,7 @@ def test_a_foreign_file_named_perta_is_refused(perta, patched):
     "words, message",
     [
         ("", "Usage"),
-        ("forget", "no verb forget"),
+        ("forget", "unknown verb forget"),
         ("unlearn", "--model DIR, --tuned DIR and --patch DIR are needed"),
         ("unlearn --steps 2 --model m --tuned . --patch p", "--base DIR, "),
         ("unlearn --model a --tuned a --base a --forget a --retain a", "--patch DIR is needed"),
@@ -426,7 +426,7 @@ def test_a_foreign_file_named_perta_is_refused(perta, patched):
         ("accumulate --out x", "gradients"),
         ("accumulate a", "--out"),
         ("estimate", "needed"),
-        ("verify", "verify what"),
+        ("verify", "PATH is missing: what should be verified?"),
         ("verify a --applied", "--patch"),
         ("manifest", ""),
         ("manifest a --format md5", "--format"),

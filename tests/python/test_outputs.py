@@ -323,7 +323,7 @@ def test_other_weights_of_the_model_are_left_behind_and_named(perta, done):
     named = ["consolidated.safetensors", "model.fp16.safetensors", "model.safetensors.bak", "weights"]
     named.append("pytorch_model.bin.index.json")
     for name in named:
-        assert re.search(rf"left behind \(weights that are none of the model's shards.*: {name}\n", said)
+        assert re.search(rf"left behind \(weights that are not among the model's shards.*: {name}\n", said)
         assert not (done / "out" / name).exists()
     summary = json.loads(perta("apply", "model", "p", "--in-place", "--json").stdout)
     assert sorted(summary["unedited"]) == sorted(named)

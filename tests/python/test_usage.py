@@ -142,8 +142,8 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
 @pytest.mark.parametrize(
     "words, status, says",
     [
-        (EDIT.split() + ["--memory", "1 "], 2, "1  is no size"),
-        (EDIT.split() + ["--memory", "2 iB"], 2, "2 iB is no size"),
+        (EDIT.split() + ["--memory", "1 "], 2, "1  is not a size"),
+        (EDIT.split() + ["--memory", "2 iB"], 2, "2 iB is not a size"),
         (EDIT.split() + ["--exclude", "*"], 2, "leave no tensor to edit"),
         (EDIT.replace("imp/mean", "imp").split(), 3, "--forget: imp: no .safetensors file in this "
          "folder; is imp/mean meant?"),
@@ -160,12 +160,12 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
         ("estimate --model llama --data model --out p".split(), 3, "model: a folder, where JSON"),
         ("estimate --model stranger --data data.jsonl --out p".split(), 3,
          "has tensor model.layers.0.self_attn.q_proj.bias, which its config.json does not"),
-        (EDIT.split() + ["--method", "magic"], 2, "magic is none of grad, fisher, power, tv, "),
-        (EDIT.split() + ["--io", "fast"], 2, "--io: fast is none of auto, direct, mmap, pread"),
-        ("accumulate base --out a --stat max".split(), 2, "max is none of mean, meansq"),
-        ("manifest model --format md5".split(), 2, "md5 is none of perta, xxhsum, sha256sum"),
+        (EDIT.split() + ["--method", "magic"], 2, "magic is not one of grad, fisher, power, tv, "),
+        (EDIT.split() + ["--io", "fast"], 2, "--io: fast is not one of auto, direct, mmap, pread"),
+        ("accumulate base --out a --stat max".split(), 2, "max is not one of mean, meansq"),
+        ("manifest model --format md5".split(), 2, "md5 is not one of perta, xxhsum, sha256sum"),
         ("manifest model tuned".split(), 2, "Too many arguments"),
-        ("report --html page".split(), 2, "which patch?"),
+        ("report --html page".split(), 2, "PATCH is missing: which patch?"),
         ("verify nothing".split(), 3, "nothing: no such file or folder"),
         *[
             (["unlearn", *words.split()], 3, says)
@@ -203,10 +203,10 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
         ("apply model imp/mean --out p".split(), 3, "patch folder? It looks like an importance"),
         ("apply model models--a--b --out p".split(), 3, "It looks like a folder of the Hugging Face"),
         ("report adapters/one --html p".split(), 3, "patch folder? It looks like a PEFT adapter"),
-        (EDIT.split()[:-1] + [""], 2, "perta unlearn: --patch: empty, where a name"),
-        (EDIT.split()[:-2] + ["--patch="], 2, "perta unlearn: --patch: empty, where a name"),
-        (["manifest", ""], 2, "perta manifest: an argument: empty, where a name"),
-        ("verify model".split(), 2, "no patch; to check other folders give --manifest"),
+        (EDIT.split()[:-1] + [""], 2, "perta unlearn: --patch: empty, but a name"),
+        (EDIT.split()[:-2] + ["--patch="], 2, "perta unlearn: --patch: empty, but a name"),
+        (["manifest", ""], 2, "perta manifest: an argument: empty, but a name"),
+        ("verify model".split(), 2, "not a patch; to check another folder give --manifest"),
     ],
 )
 def test_a_mistake_is_explained(perta, folders, words, status, says):
