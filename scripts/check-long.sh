@@ -1,7 +1,7 @@
 #!/bin/sh
-# The long tier: what `make check` does a little of, by the hundred. About an hour, and more
-# where the chroots of scripts/matrix.sh are not there yet.
-# Arguments go to pytest.
+# The long tier: hundreds of the cases of which `make check` runs a few. Takes about an hour, and
+# longer if the chroots of scripts/matrix.sh do not exist yet.
+# Arguments are passed to pytest.
 set -eu
 cd "$(dirname "$0")/.."
 scripts/venv.sh tests/python/requirements.txt examples/requirements.txt
