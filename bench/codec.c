@@ -4,10 +4,10 @@
  *     bench_codec DTYPE BEFORE AFTER [ROUNDS [CODERS]]
  *
  * (CODERS: only the first so many coders.) Prints a JSON object: the share of units that are
- * unchanged; the order-0 entropy of the integer difference, and what remains of it once the exponent
- * of the old value is known; then for each coder bits per unit, and GB/s of the original bytes for
- * encoding and decoding, as median, minimum and maximum of all rounds (the coders take turns). The
- * result of every coder is decoded and compared. */
+ * unchanged; the order-0 entropy of the integer difference, and what remains of it once the
+ * exponent of the old value is known; then for each coder bits per unit, and GB/s of the original
+ * bytes for encoding and decoding, as median, minimum and maximum of all rounds (the coders take
+ * turns). The result of every coder is decoded and compared. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
