@@ -1,5 +1,5 @@
-/* What verbs are asked that makes no sense: PERTA_EUSAGE, and a message that names the field as the
- * command does, whatever err and summary held before; nothing is read, nothing written. */
+/* Arguments that make no sense: every verb returns PERTA_EUSAGE and a message that names the field
+ * as the command spells it, whatever err and summary held before. It reads and writes nothing. */
 #include <math.h>
 
 #include "estimators/edit/unlearn.h"
@@ -17,7 +17,7 @@ static struct perta_err err;
 static struct perta_run run;
 static json_t *summary;
 
-/* What was on the stack. */
+/* Like uninitialised variables on the stack. */
 static void make_a_mess(void)
 {
     memset(&err, 0xa5, sizeof err);
@@ -32,7 +32,7 @@ static void check(int rc, int code, const char *says, const char *what)
     ck_assert_uint_eq(count_entries("."), 0);
 }
 
-/* Of a good one, with one thing changed. */
+/* The good arguments, with one thing changed. */
 #define BAD(verb, change, says)                                                                  \
     do {                                                                                         \
         struct perta_##verb job = good_##verb();                                                 \
@@ -41,7 +41,7 @@ static void check(int rc, int code, const char *says, const char *what)
         check(perta_##verb(&job, &run, &summary, &err), PERTA_EUSAGE, says, #verb ": " #change); \
     } while (0)
 
-/* What all verbs have in common; that a good one gets as far as its files. */
+/* What all verbs check; and good arguments get as far as the files. */
 #define COMMON(verb)                                                                           \
     do {                                                                                       \
         struct perta_##verb good = good_##verb();                                              \
