@@ -1,5 +1,5 @@
-"""config.json: how it is read, which models it is refused for, the token that pads, and a tied pair
-under either name."""
+"""config.json: how it is read, which models are refused for it, the padding token, and tied
+embeddings under either name."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ EVAL = "eval --model model --data data.jsonl --compute f32 --json --per-sample".
 
 @pytest.fixture
 def model(tmp_path):
-    """make(said, family, stored=..., text=...): model and data.jsonl in the test's folder."""
+    """make(said, family, stored=..., text=...) writes model and data.jsonl in the test's folder."""
 
     def make(said=None, family="Llama", stored="embedding", text=None):
         config = base_of(family) | (said or {})
@@ -34,7 +34,7 @@ def model(tmp_path):
 
 
 def statistics(model):
-    """Mean and mean square of the samples' gradients."""
+    """Mean, and mean square, of the samples' gradients."""
     mean, meansq = {}, {}
     for ids in SAMPLES:
         model.zero_grad()
@@ -77,7 +77,7 @@ def test_names_that_tools_gave_architectures(perta, model, family, said):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pad", [PAD, 0, PAD - VOCABULARY, None, "eos"])
 def test_looking_up_the_padding_has_no_gradient(perta, model, pad, tied):
-    """PyTorch's padding_idx, which transformers sets; what a tied head adds stays."""
+    """PyTorch's padding_idx, which transformers sets; the part that a tied head adds stays."""
     token = PAD if pad == "eos" else pad
     said = {"pad_token_id": token, "tie_word_embeddings": tied} | ({"eos_token_id": PAD} if pad == "eos" else {})
     family = "Qwen3" if tied else "Mistral"
@@ -106,7 +106,8 @@ def test_either_name_of_a_tied_pair_will_do(perta, model, stored):
 
 
 def test_an_importance_of_either_name_is_the_other_models(perta, model, tmp_path):
-    """The edit of a tied model is the same, whichever name it, its importance and --tuned have."""
+    """The edit of a tied model is the same, whichever name the model, its importance and --tuned
+    use."""
     names, edited = ("embedding", "head"), []
     for stored in names:
         folder = model({"tie_word_embeddings": True}, "Llama", stored)
@@ -203,7 +204,7 @@ def test_model_type_says_which_of_them_it_is(perta, model, family, said):
 
 
 def with_keys(keys):
-    """The config's text with more at its end."""
+    """The text of config.json with more keys at its end."""
     return json.dumps(base_of("Llama"))[:-1] + f", {keys}}}"
 
 

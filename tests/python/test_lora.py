@@ -1,6 +1,6 @@
-"""`perta unlearn --tuned` takes a PEFT LoRA adapter: tau = scaling * (B A), to the bit.
+"""`perta unlearn --tuned` accepts a PEFT LoRA adapter: tau = scaling * (B A), to the bit.
 
-Adapters are written here by hand, as PEFT's save_pretrained lays them out."""
+Adapters are written here by hand, in the layout of PEFT's save_pretrained."""
 
 import json
 import math
@@ -64,7 +64,7 @@ CONFIG = {
     "use_qalora": False,
     "use_rslora": False,
 }
-# Grouped query attention, an odd shape, one row, one column, more columns than a tile.
+# Grouped-query attention, an odd shape, one row, one column, more columns than a tile.
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (64, 48),
     "model.layers.0.self_attn.k_proj": (16, 48),
@@ -100,7 +100,7 @@ def factors(adapter, module):
 
 
 def make_model(rng, dtype, shapes=SHAPES):
-    """Model and importances, with a tensor that no adapter changes and one of integers."""
+    """A model and importances, with a tensor that no adapter changes and one of integers."""
     model = {f"{m}.weight": cast(rng.standard_normal(s), dtype) for m, s in shapes.items()}
     model |= {NORM: cast(rng.standard_normal(48), dtype), "ids": np.arange(7)}
     roles = {"model": model}
@@ -129,7 +129,7 @@ def flags(rule=Rule("grad"), alphas=("1",)):
 
 
 def want_of(rule, alpha, roles, taus):
-    """Every tensor: those that taus names are edited, all others kept."""
+    """Every tensor as it must come out: those that taus names are edited, all others unchanged."""
     out = {}
     for name, theta in roles["model"].items():
         if name not in taus:
@@ -203,7 +203,8 @@ def test_a_float32_model_ends_where_a_merge_by_pytorch_leads(perta, tmp_path):
 
 
 def test_what_merging_would_round_away_is_kept(perta, tmp_path):
-    """Changes below half a step of bfloat16: a merged checkpoint has none of them."""
+    """Changes of less than half a unit in the last place of bfloat16: a merged checkpoint loses
+    all of them."""
     module, shape = "model.layers.0.self_attn.q_proj", (64, 48)
     theta = cast(np.ones(shape), "BF16")
     rng = np.random.default_rng(5)
@@ -224,7 +225,7 @@ def test_what_merging_would_round_away_is_kept(perta, tmp_path):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_ranks_alphas_and_rslora(perta, tmp_path, use_rslora):
-    """Patterns are names, whole or their end; the first that fits counts."""
+    """Patterns are module names, whole or their end; the first match counts."""
     rng = np.random.default_rng(6)
     roles = make_model(rng, "F32")
     rank = {"^model.layers.0.self_attn.q_proj": 2, r"layers\.1\.self_attn\.q_proj": 7, "proj": 1}
@@ -282,7 +283,7 @@ EMBED, HEAD = "model.embed_tokens", "lm_head"
 
 
 def test_the_lora_of_an_embedding_is_transposed(perta, tmp_path):
-    """More rows than a chunk has, and PEFT's copy of the embedding beside it."""
+    """More rows than a chunk, and PEFT's copy of the embedding beside it."""
     rng = np.random.default_rng(8)
     shape = (9001, 123)
     roles = make_model(rng, "BF16", {EMBED: shape})
@@ -301,10 +302,10 @@ TIED = json.dumps({"tie_word_embeddings": True})
 
 @pytest.mark.parametrize("stored", [[EMBED], [HEAD], [EMBED, HEAD]])
 def test_tied_embeddings_held_whole_and_the_same_are_one(perta, tmp_path, stored):
-    """What ensure_weight_tying writes: both names, the same bytes."""
+    """What ensure_weight_tying writes: both names, with the same bytes."""
     rng = np.random.default_rng(9)
     roles = make_model(rng, "F32", dict.fromkeys(stored, (100, 12)))
-    for role in ("model", "forget", "retain"):  # as a tied model has them
+    for role in ("model", "forget", "retain"):  # as a tied model stores them
         roles[role] |= {f"{name}.weight": roles[role][f"{stored[0]}.weight"] for name in stored}
     base, tuned = (cast(rng.standard_normal((100, 12)), "F32") for _ in range(2))
     write_roles(tmp_path, roles | {"base": roles["model"] | {f"{name}.weight": base for name in stored}})
@@ -322,7 +323,7 @@ def test_tied_embeddings_held_whole_and_the_same_are_one(perta, tmp_path, stored
 
 @pytest.mark.parametrize("shape", [(101, 12), (99, 12), (1200,)])
 def test_tied_embeddings_of_different_shapes_are_refused(perta, tmp_path, shape):
-    """The one that the adapter does not name would be read beyond its end."""
+    """Otherwise the one that the adapter does not name would be read beyond its end."""
     rng = np.random.default_rng(9)
     write_roles(tmp_path, make_model(rng, "F32", {EMBED: shape, HEAD: (100, 12)}))
     write_adapter(tmp_path / "adapter", pair(rng, HEAD, (100, 12), 4))
@@ -332,7 +333,7 @@ def test_tied_embeddings_of_different_shapes_are_refused(perta, tmp_path, shape)
 
 
 def changes(rng, kinds):
-    """An adapter of a LoRA ("lora") or whole tensors for embedding and head."""
+    """An adapter with a LoRA ("lora") or whole tensors for embedding and head."""
     adapter = {}
     for name, kind in zip((EMBED, HEAD), kinds):
         if kind == "lora":
@@ -347,7 +348,8 @@ KINDS = [(e, h) for e in ("lora", "whole", None) for h in ("lora", "whole", None
 
 @pytest.mark.parametrize("kinds", KINDS, ids=str)
 def test_what_would_untie_embeddings_is_refused(perta, tmp_path, kinds):
-    """PEFT's live adapter changes one of the two, or both in other ways; one matrix cannot."""
+    """PEFT's live adapter changes one of the two, or both in different ways; one matrix cannot
+    represent that."""
     rng = np.random.default_rng(9)
     roles = make_model(rng, "F32", {EMBED: (100, 12)})
     write_roles(tmp_path, roles | {"base": roles["model"]})
@@ -361,7 +363,7 @@ def test_what_would_untie_embeddings_is_refused(perta, tmp_path, kinds):
 
 @pytest.mark.parametrize("kind", ["lora", "whole"])
 def test_an_architecture_may_tie_what_config_does_not_say(perta, tmp_path, kind):
-    """Gemma and GPT-2 leave tie_word_embeddings out, and store no head."""
+    """Gemma and GPT-2 leave tie_word_embeddings out and store no head."""
     rng = np.random.default_rng(9)
     roles = make_model(rng, "F32", {EMBED: (100, 12)})
     write_roles(tmp_path, roles | {"base": roles["model"]})
@@ -462,7 +464,7 @@ def test_globs_and_missing_importance_hold_for_adapters(perta, tmp_path):
 # --- numbers that are none
 
 Q = "model.layers.0.self_attn.q_proj"
-PLACES = {  # element of A or B: the parameters that it reaches
+PLACES = {  # an element of A or B, and the parameters that depend on it
     "lora_A": (2 * 48 + 5, np.s_[:, 5]),
     "lora_B": (7 * 4 + 1, np.s_[7, :]),
 }
@@ -731,7 +733,7 @@ def test_the_record_says_what_the_adapter_was(perta, tmp_path):
 
 
 def test_the_bytes_are_the_same_whatever_runs(perta, tmp_path):
-    """Chunks that begin and end within a row, many small tensors, some held whole, every
+    """Chunks that begin and end within a row, many small tensors, some stored whole, every
     instruction set."""
     rng = np.random.default_rng(21)
     shapes = SHAPES | {EMBED: (2100, 1003), "wide": (3, CHUNK // 2 + 99)}
@@ -775,7 +777,7 @@ def test_the_bytes_are_the_same_whatever_runs(perta, tmp_path):
 
 
 def make_big(path, n_rows):
-    """A head with a LoRA of rank 64; B takes 256 bytes a row as float32."""
+    """A head with a LoRA of rank 64; B takes 256 bytes per row in float32."""
     rng = np.random.default_rng(22)
     shape, r = (n_rows, 128), 64
     head = rng.standard_normal(shape, np.float32).astype(BF16)
@@ -789,7 +791,7 @@ def make_big(path, n_rows):
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """32 Mi parameters; B takes 64 MiB as float32."""
+    """32 Mi parameters; B takes 64 MiB in float32."""
     path = tmp_path_factory.mktemp("big")
     make_big(path, 1 << 18)
     return path
@@ -807,7 +809,7 @@ def test_memory_bounds_the_whole_process(big, tmp_path, io):
 @sanitized
 @pytest.mark.parametrize("r, message", [(1 << 16, "it needs 26"), (1 << 21, "it needs 879609")])
 def test_a_rank_that_no_budget_has_room_for_is_said(perta, tmp_path, r, message):
-    """Files with holes, so that A takes no room on the disk."""
+    """Sparse files, so that A takes no space on the disk."""
     shape = (1, 1 << 20)
     write_folder(tmp_path / "model", {f"{HEAD}.weight": np.zeros(shape, np.uint16).view(BF16)})
     (tmp_path / "adapter").mkdir()

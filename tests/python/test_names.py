@@ -1,5 +1,6 @@
-"""Which tensors of the inputs stand for which of the model's: importance under the names of a wrapper
-of training, tensors without importance, tied embeddings, buffers; and what a run says of them."""
+"""Which tensors of the inputs correspond to which of the model: importance under the names of a
+training wrapper, tensors without importance, tied embeddings, buffers; and the notes about
+them."""
 
 import json
 
@@ -28,7 +29,7 @@ def make(shapes=SHAPES, dtype="BF16"):
 
 
 def write(tmp_path, roles, rename=lambda name: name):
-    """rename is for the importances."""
+    """rename applies to the importances."""
     stored = {
         role: {rename(name) if role in ROLES[3:] else name: x for name, x in tensors.items()}
         for role, tensors in roles.items()
@@ -164,7 +165,7 @@ def test_a_shape_that_differs_names_both(perta, tmp_path):
 
 @pytest.mark.parametrize("role, words", [("tuned", "is it a LoRA without PEFT's adapter_config.json?"), ("retain", "this is the importance of a LoRA's own parameters")])
 def test_a_lora_in_the_wrong_place_is_called_so(perta, tmp_path, role, words):
-    """As Mistral's finetuning writes it; and gradients of an adapter."""
+    """As Mistral's finetuning writes it; and the gradients of an adapter."""
     roles = make()
     roles[role]["layers.0.attention.wq.lora_A.weight"] = roles[role][Q]
     write(tmp_path, roles)
@@ -189,7 +190,7 @@ def test_two_names_of_a_tied_matrix_that_differ_are_refused(perta, tmp_path, rol
 @pytest.mark.parametrize("stored", [{"model"}, {"tuned"}, {"tuned", "base", "forget"}, set(ROLES)], ids=str)
 @pytest.mark.parametrize("rule", [RULE, Rule("random", seed=3)], ids=lambda rule: rule.method)
 def test_two_names_with_the_same_bytes_are_one(perta, tmp_path, rule, stored):
-    """And so they are afterwards."""
+    """They stay equal after the edit."""
     roles = make({name: shape for name, shape in SHAPES.items() if name != HEAD})
     want = unlearn(rule, 1, **roles)
     for role in stored:
@@ -245,7 +246,8 @@ TIES = {
 
 
 def tied_roles(tmp_path, embedding, head, config, stored=("model", "tuned", "base"), other=None):
-    """One matrix under both names in what is stored, but for one other; importance under the embedding's."""
+    """One matrix, stored under both names in all inputs except one; importance under the
+    embedding's name."""
     roles = make({embedding: (10, 8), Q: (8, 8)})
     for role in stored:
         roles[role][head] = roles[role][embedding] * (2 if role == other else 1)
@@ -295,7 +297,7 @@ def test_what_is_not_tied_may_differ(perta, tmp_path, config):
 @pytest.mark.parametrize("embedding", [embedding for embedding, head, _ in TIES.values() if head == HEAD] + ["model.tok_embeddings.weight"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "lora"])
 def test_an_adapter_of_an_embedding_without_a_head_is_refused(perta, tmp_path, embedding, whole):
-    """The live adapter leaves the head, for which the model has the same matrix."""
+    """A live adapter leaves the head unchanged, but the model uses the same matrix for it."""
     write_folder(tmp_path / "model", {embedding: np.zeros((10, 8), np.float32)}, 1, None)
     (tmp_path / "model/config.json").write_text(json.dumps({"architectures": ["AnyForCausalLM"], "vocab_size": 10}))
     module = f"base_model.model.{embedding.removesuffix('.weight')}"
@@ -336,7 +338,7 @@ def test_buffers_are_passed_over_wherever_they_are(perta, tmp_path, having):
 
 
 def test_buffers_of_an_adapter_are_passed_over(perta, tmp_path):
-    """Of a module that it holds whole."""
+    """The buffers of a module that it stores whole."""
     roles = make()
     write(tmp_path, roles)
     whole = {f"base_model.model.{name}": x for name, x in ({Q: roles["tuned"][Q]} | BUFFERS).items()}
@@ -349,7 +351,7 @@ def test_buffers_of_an_adapter_are_passed_over(perta, tmp_path):
 
 
 def test_a_bias_is_no_mask(perta, tmp_path):
-    """Of attention: a vector, where GPT-2's mask is a square."""
+    """Attention biases: vectors, while GPT-2's mask is a square."""
     roles = make(SHAPES | {"h.0.attn.bias": (8,)})
     write(tmp_path, roles)
     perta(*flags(RULE, ["1"]))
@@ -361,7 +363,7 @@ def test_a_bias_is_no_mask(perta, tmp_path):
 
 def test_a_run_that_changes_nothing_says_why(perta, tmp_path):
     roles = make()
-    roles["tuned"] = {**roles["base"], "model.rotary_emb.inv_freq": np.ones(4, np.float32)}  # another file
+    roles["tuned"] = {**roles["base"], "model.rotary_emb.inv_freq": np.ones(4, np.float32)}  # files differ
     write(tmp_path, roles)
     for rule in (RULE, Rule("tv")):
         notes = notes_of(perta, *flags(rule, ["1"]), "--force")

@@ -1,4 +1,5 @@
-"""Numbers that go wrong: each is defined (docs/method.md, "Numbers"), and reported for each tensor."""
+"""Numbers that go wrong: each case is defined (docs/method.md, "Numbers") and reported for each
+tensor."""
 
 import json
 
@@ -68,7 +69,7 @@ def test_alphas_that_are_no_number(perta, tmp_path, alpha):
 
 
 def test_subnormal_numbers_are_numbers(perta, tmp_path):
-    tiny = np.float32(1e-45)  # the smallest
+    tiny = np.float32(1e-45)  # the smallest positive number
     write(tmp_path, model=ONES * 0, tuned=tiny * 3 * ONES, base=tiny * ONES, forget=tiny * 3 * ONES, retain=tiny * ONES)
     unlearn(perta)
     # w = 1 / (1 + 1/3) = 0.75; the step is 0.75 * 2 units, rounded to even
@@ -77,7 +78,7 @@ def test_subnormal_numbers_are_numbers(perta, tmp_path):
 
 
 def test_weights_at_their_limits(perta, tmp_path):
-    """r^p beyond float32 on both sides."""
+    """r^p overflows and underflows float32."""
     write(tmp_path, forget=np.array([1e-30, 1e30, 1e-38, 1e38] * 2, "f4"), retain=np.array([1e30, 1e-30, 1e38, 1e-38] * 2, "f4"))
     for method in (["fisher"], ["power", "--power", "8"], ["grad"]):
         unlearn(perta, "--force", "--method", *method)

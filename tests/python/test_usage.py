@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def helps():
-    """What --help says, by verb."""
+    """The output of --help, by verb."""
     if not MODEL:
         pytest.skip("this build has not every verb")
     return {
@@ -68,7 +68,7 @@ def options_of(text):
 
 
 def commands_of(text):
-    """Lines of code that call the command, continued lines joined, by their words."""
+    """Command lines in code blocks, with continued lines joined, split into words."""
     text = text.replace("\\\n", " ")
     for line in re.findall(r"^(?: *(?:\$ )?| +.*&& | {8})(perta [a-z].*)$", text, re.MULTILINE):
         words = shlex.split(line.replace("(`", "").replace("`", ""), comments=True)
@@ -83,7 +83,7 @@ def test_the_man_page_has_every_option(helps):
 
 
 def test_every_option_stands_in_its_column(helps):
-    """argp misplaces what stands where its buffer is flushed."""
+    """argp puts padding in the wrong place where its buffer is flushed."""
     for verb, text in helps.items():
         for line in text.split("\v")[0].splitlines():
             assert len(line) < 80 and len(re.match(" *", line)[0]) <= 29, (verb, line)
@@ -269,7 +269,7 @@ def test_what_differs_is_said_even_if_it_cannot_be_printed(folders):
 
 
 def test_a_closed_stream_is_no_output_file(folders):
-    """The first file that is opened would get its number."""
+    """Otherwise the first file that is opened would get its number."""
     command = f'"{PERTA}" diff model tuned --patch new <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", command], cwd=folders).returncode == 4
     one, other = (json.loads((folders / p / "manifest.json").read_text()) for p in ("new", "patch"))
