@@ -276,7 +276,7 @@ def test_text_becomes_data_with_questions_masked(perta, tmp_path):
 def test_a_line_that_is_text_and_a_question_is_refused(tmp_path):
     line = {"text": "some", "question": "who ?", "answer": "me"}
     said = tokenize(tmp_path, [line], check=False)
-    assert "line 1: " in said and "both are there" in said
+    assert "line 1: " in said and "are both present" in said
 
 
 def test_text_is_not_overwritten_by_data_made_of_it(tmp_path):
@@ -285,7 +285,7 @@ def test_text_is_not_overwritten_by_data_made_of_it(tmp_path):
     for text in ('{"text": "the only copy"}\n', "x"):
         mine.write_text(text)
         said = tokenize(tmp_path, [{"text": "some"}], check=False)
-        assert "data.jsonl: exists, and perta.tokenize did not write it" in said
+        assert "data.jsonl: exists, but was not written by perta.tokenize" in said
         assert mine.read_text() == text
     mine.unlink()
     for words, ids in (("some", [8]), ("text some", [9, 8])):
