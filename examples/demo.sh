@@ -30,7 +30,7 @@ for set in forget retain; do
     run accumulate --stat mean,meansq --out "importance/$set" "grads/$set/*.safetensors"
 done
 
-say "unlearn: plain task arithmetic (tv), and weighed by gradients (grad) and Fisher (fisher)"
+say "unlearn: plain task arithmetic (tv), and weighted by gradients (grad) and Fisher (fisher)"
 inputs="--model full --tuned tuned --base base"
 alphas=0.25,0.5,0.75,1,1.25,1.5
 mean="--forget importance/forget/mean --retain importance/retain/mean"

@@ -27,7 +27,7 @@ extern char __executable_start;
 static struct perta_err err;
 static struct perta_run run;
 
-/* ---- inputs: a model of two shards that computes, and what goes with it ---- */
+/* ---- inputs: a model of two shards that can be computed with, and the other folders ---- */
 
 static const char config[] =
     "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"vocab_size\":23,"
@@ -406,7 +406,7 @@ static const struct verb {
 #endif
 };
 
-/* ---- what is there ---- */
+/* ---- the content of folders ---- */
 
 static uint64_t tree;
 
@@ -506,7 +506,7 @@ static void check_error(const struct verb *verb, const struct wanted *wanted, ui
     char *record = text_of(again);
     bool was_done = verb->way == IN_PLACE && rc == PERTA_ECHECK;
     if ((rc && !was_done) || tree_of("out") != wanted->out)
-        fail_case("it cannot be gone on with");
+        fail_case("it cannot be resumed");
     free(record);
     tally.resumed++;
 }
@@ -603,7 +603,7 @@ static void try_all(const struct verb *verb, enum short_of what)
     for (uint64_t n = 1; n <= all || stride == 1; n += stride)
         if (!try_one(verb, what, &wanted, n) && stride == 1)
             break;
-    fprintf(stderr, "%s: %s: %llu of %llu failed: %llu errors (%llu gone on with), %llu whole\n",
+    fprintf(stderr, "%s: %s: %llu of %llu failed: %llu errors (%llu resumed), %llu whole\n",
             verb->name, what == MEMORY ? "memory" : "files", (unsigned long long)tally.n,
             (unsigned long long)all, (unsigned long long)tally.errors,
             (unsigned long long)tally.resumed, (unsigned long long)tally.whole);

@@ -175,7 +175,7 @@ START_TEST(what_python_takes_beyond_json_is_taken)
 }
 END_TEST
 
-/* ---- without memory ---- */
+/* ---- out of memory ---- */
 
 static uint64_t n_taken, fails_at; /* counted from 1 */
 

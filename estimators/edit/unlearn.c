@@ -238,16 +238,16 @@ static json_t *identity_of(const struct perta_unlearn_job *job)
 static int begin_journal(struct perta_unlearn_job *job, const struct perta_run *run,
                          struct perta_err *err)
 {
-    char *home = perta_unlearn_home(job);
+    char *last_folder = perta_unlearn_last_folder(job);
     job->walk.ck = job->in[PERTA_ROLE_MODEL].ck;
     job->resume.inputs = job->in;
     job->resume.n_inputs = PERTA_N_ROLES;
     job->resume.patches = job->outs;
     job->resume.walk = &job->walk;
-    int rc = home ? perta_resume_begin(&job->resume, run, home, identity_of(job),
-                                       job->unlearn->force, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
-    free(home);
+    int rc = last_folder ? perta_resume_begin(&job->resume, run, last_folder, identity_of(job),
+                                              job->unlearn->force, err)
+                         : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
+    free(last_folder);
     return rc;
 }
 

@@ -76,6 +76,6 @@ void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes
  * if dir is NULL or when out of memory. */
 char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir, unsigned a);
 /* The folder that is published last; the journal is kept beside it. The caller frees it. */
-char *perta_unlearn_home(const struct perta_unlearn_job *job);
+char *perta_unlearn_last_folder(const struct perta_unlearn_job *job);
 
 #endif

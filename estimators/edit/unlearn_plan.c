@@ -458,7 +458,7 @@ static int check_outputs(const struct perta_unlearn_job *job, struct perta_err *
     return rc;
 }
 
-char *perta_unlearn_home(const struct perta_unlearn_job *job)
+char *perta_unlearn_last_folder(const struct perta_unlearn_job *job)
 {
     const struct perta_unlearn *u = job->unlearn;
     return perta_unlearn_folder(job, u->out ? u->out : u->patch, u->n_alphas - 1);
@@ -474,9 +474,9 @@ int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *ru
         rc = check_extra(job, err);
     if (!rc)
         rc = fill_rows(job, err);
-    char *home = perta_unlearn_home(job);
-    if (!rc && !(home && perta_resume_found(run, home)))
+    char *last_folder = perta_unlearn_last_folder(job);
+    if (!rc && !(last_folder && perta_resume_found(run, last_folder)))
         rc = check_outputs(job, err);
-    free(home);
+    free(last_folder);
     return rc;
 }

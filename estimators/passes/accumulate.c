@@ -329,7 +329,7 @@ static int check_outputs(const struct job *job, struct perta_err *err)
 }
 
 /* The folder that is published last; the journal is kept beside it. The caller frees it. */
-static char *home_of(const struct job *job)
+static char *last_folder_of(const struct job *job)
 {
     return perta_path_join(job->accumulate->out, stat_names[job->wanted[MEANSQ] ? MEANSQ : MEAN]);
 }
@@ -354,15 +354,15 @@ static json_t *identity_of(const struct job *job)
 
 static int begin_outputs(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
-    char *home = home_of(job);
+    char *last_folder = last_folder_of(job);
     job->resume.models = job->outs;
     job->resume.n_models = N_STATS;
     job->resume.walk = &job->walk;
     job->walk = (struct perta_walk){.ck = job->first, .chunk_units = job->elems};
-    int rc = home ? perta_resume_begin(&job->resume, run, home, identity_of(job),
-                                       job->accumulate->force, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
-    free(home);
+    int rc = last_folder ? perta_resume_begin(&job->resume, run, last_folder, identity_of(job),
+                                              job->accumulate->force, err)
+                         : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
+    free(last_folder);
     for (int stat = 0; stat < N_STATS && !rc; stat++) {
         if (!job->wanted[stat])
             continue;
@@ -391,10 +391,10 @@ static int prepare(struct job *job, const struct perta_run *run, struct perta_er
         rc = add_sample(job, i, err);
     if (!rc)
         rc = choose_elems(job, run, err);
-    char *home = home_of(job);
-    if (!rc && !(home && perta_resume_found(run, home)))
+    char *last_folder = last_folder_of(job);
+    if (!rc && !(last_folder && perta_resume_found(run, last_folder)))
         rc = check_outputs(job, err);
-    free(home);
+    free(last_folder);
     return rc;
 }
 

@@ -111,7 +111,7 @@ void perta_importance_release(struct perta_importance *plan)
     *plan = (struct perta_importance){0};
 }
 
-/* ---- written in any order ---- */
+/* ---- writing, in any order ---- */
 
 static int by_name(const void *a, const void *b)
 {

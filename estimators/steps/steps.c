@@ -22,16 +22,16 @@ const char *const perta_sets[2] = {"forget", "retain"};
 /* ---- names in the work folder ---- */
 
 /* The caller frees it. NULL when out of memory. */
-static char *name_of(const char *fmt, unsigned step, const char *which)
+static char *name_of(const char *fmt, unsigned step, const char *set)
 {
     char *name = NULL;
-    return asprintf(&name, fmt, step, which) < 0 ? NULL : name;
+    return asprintf(&name, fmt, step, set) < 0 ? NULL : name;
 }
 
 static char *path_in_work(const struct perta_steps_job *job, const char *fmt, unsigned step,
-                          const char *which)
+                          const char *set)
 {
-    char *name = name_of(fmt, step, which);
+    char *name = name_of(fmt, step, set);
     char *path = name ? perta_publish_path(&job->work, name) : NULL;
     free(name);
     return path;
@@ -47,10 +47,10 @@ char *perta_steps_scales(const struct perta_steps_job *job, unsigned k)
 }
 
 static void remove_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
-                          const char *which)
+                          const char *set)
 {
     struct perta_err ignored = {0};
-    char *name = name_of(fmt, step, which);
+    char *name = name_of(fmt, step, set);
     if (name)
         perta_publish_remove(&job->work, name, &ignored);
     free(name);
@@ -121,7 +121,7 @@ static json_t *identity_of(const struct perta_steps_job *job)
 int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err)
 {
     int rc = record ? perta_journal_commit(&job->journal, record, 0, err)
-                    : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                    : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     json_decref(record);
     return rc;
 }
@@ -165,33 +165,33 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
 /* ---- a point ---- */
 
 /* Measure the gradients and the loss; at the last step the loss alone. */
-static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_t **summary,
+static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t **summary,
                        struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
-    const char *data = which == PERTA_FORGET ? s->data_forget : s->data_retain;
+    const char *data = set == PERTA_FORGET ? s->data_forget : s->data_retain;
     char *scales = perta_steps_scales(job, k);
-    char *out = path_in_work(job, GRADIENTS, k, perta_sets[which]);
+    char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
     const struct perta_scaled_paths at = {s->tuned, s->base, scales};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = &at,
                                             .data = data,
-                                            .data_xxh128 = job->data[which].xxh128,
+                                            .data_xxh128 = job->data[set].xxh128,
                                             .out = out,
                                             .mean = true,
-                                            .by_probability = which == PERTA_FORGET,
+                                            .by_probability = set == PERTA_FORGET,
                                             .max_tokens = s->max_tokens,
                                             .compute = s->compute,
                                             .force = true};
     const struct perta_eval eval = {.model = s->model,
                                     .at = &at,
                                     .data = data,
-                                    .data_xxh128 = job->data[which].xxh128,
+                                    .data_xxh128 = job->data[set].xxh128,
                                     .max_tokens = s->max_tokens,
                                     .compute = s->compute,
                                     .scratch = job->work.partial,
                                     .as_estimate = true};
-    int rc = !scales || !out  ? perta_fail_sys(err, ENOMEM, "%s", job->home)
+    int rc = !scales || !out  ? perta_fail_sys(err, ENOMEM, "%s", job->work_path)
              : k < s->n_steps ? perta_estimate(&estimate, &job->run, summary, err)
                               : perta_eval(&eval, &job->run, summary, err);
     free(scales);
@@ -208,32 +208,31 @@ static int check_models(const struct perta_steps_job *job, struct perta_err *err
     return rc;
 }
 
-static int measure(struct perta_steps_job *job, unsigned k, int which, struct perta_err *err)
+static int measure(struct perta_steps_job *job, unsigned k, int set, struct perta_err *err)
 {
     struct perta_steps_point *p = &job->points[k];
     json_t *summary = NULL;
-    if (!isnan(p->loss[which]))
+    if (!isnan(p->loss[set]))
         return 0;
-    int rc = run_measure(job, k, which, &summary, err);
+    int rc = run_measure(job, k, set, &summary, err);
     if (!rc)
         rc = check_models(job, err);
     double loss = json_real_value(json_object_get(summary, "loss"));
-    p->probability[which] = json_real_value(json_object_get(summary, "probability"));
+    p->probability[set] = json_real_value(json_object_get(summary, "probability"));
     if (!rc && !isfinite(loss))
         rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
-                        which == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain,
-                        k);
-    p->samples[which] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
-    p->tokens[which] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
+                        set == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain, k);
+    p->samples[set] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
+    p->tokens[set] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
     json_decref(summary);
     if (!rc)
-        rc = perta_steps_commit(
-            job,
-            json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[which], loss,
-                      "probability", p->probability[which], "samples",
-                      (json_int_t)p->samples[which], "tokens", (json_int_t)p->tokens[which]),
-            err);
-    p->loss[which] = rc ? NAN : loss;
+        rc = perta_steps_commit(job,
+                                json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k,
+                                          perta_sets[set], loss, "probability", p->probability[set],
+                                          "samples", (json_int_t)p->samples[set], "tokens",
+                                          (json_int_t)p->tokens[set]),
+                                err);
+    p->loss[set] = rc ? NAN : loss;
     return rc;
 }
 
@@ -281,7 +280,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
         s->tuned, s->base, forget, retain, from, to, perta_is_tied(job->weights.ck)};
     int rc = forget && retain && from && to
                  ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
-                 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     if (!rc)
         rc = check_models(job, err);
     p->moved = counts.n ? (double)counts.n_moved / (double)counts.n : 0;
@@ -318,8 +317,8 @@ static unsigned end_of(const struct perta_steps_job *job, unsigned last)
  * limit on the retain loss, and of the step where the path would end. */
 static void tidy(const struct perta_steps_job *job, unsigned k)
 {
-    for (int which = 0; which < 2; which++)
-        remove_folder(job, GRADIENTS, k, perta_sets[which]);
+    for (int set = 0; set < 2; set++)
+        remove_folder(job, GRADIENTS, k, perta_sets[set]);
     if (!k)
         return;
     const unsigned old[] = {k - 1, end_of(job, k - 1)};
@@ -380,7 +379,7 @@ static int read_data(struct perta_steps_job *job, struct perta_err *err)
     const char *const data[] = {s->data_forget, s->data_retain};
     const struct perta_samples_wanted wanted = {
         .vocab = job->weights.llm.vocab, .max_tokens = s->max_tokens, .key_path = s->data_key};
-    int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     for (int i = 0; i < 2 && !rc; i++)
         rc = check_data(data[i], err);
     for (int i = 0; i < 2 && !rc; i++) {
@@ -390,7 +389,7 @@ static int read_data(struct perta_steps_job *job, struct perta_err *err)
             break;
         job->data[i] = samples.file;
         if (json_array_extend(job->notes, samples.notes))
-            rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+            rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
         perta_samples_release(&samples);
     }
     return rc;
@@ -400,10 +399,10 @@ static int read_data(struct perta_steps_job *job, struct perta_err *err)
  * may be published by now. That run is resumed, or refused because of its journal. */
 static int check(const struct perta_steps_job *job, struct perta_err *err)
 {
-    if ((job->run.resume || !job->steps->force) && perta_journal_found(job->home))
+    if ((job->run.resume || !job->steps->force) && perta_journal_found(job->work_path))
         return 0;
-    int rc =
-        perta_publish_check((const char *const *)&job->home, 1, NULL, 0, job->steps->force, err);
+    int rc = perta_publish_check((const char *const *)&job->work_path, 1, NULL, 0,
+                                 job->steps->force, err);
     return rc ? rc : perta_steps_patch_check(job, err);
 }
 
@@ -420,7 +419,7 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     while (len > 1 && s->patch[len - 1] == '/')
         len--;
     job->points = calloc(s->n_steps + 1, sizeof *job->points);
-    if (!job->points || asprintf(&job->home, "%.*s.steps", (int)len, s->patch) < 0)
+    if (!job->points || asprintf(&job->work_path, "%.*s.steps", (int)len, s->patch) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", s->patch);
     for (unsigned k = 0; k <= s->n_steps; k++)
         job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
@@ -438,7 +437,7 @@ static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 {
     char *zero = perta_steps_scales(job, 0);
     int rc = zero ? perta_steps_zero(&job->weights, &job->steps->globs, zero, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                  : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(zero);
     if (!rc)
         rc = perta_publish_sync(&job->work, err);
@@ -451,12 +450,12 @@ static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 static int begin(struct perta_steps_job *job, struct perta_err *err)
 {
     json_t *identity = identity_of(job);
-    int rc = perta_journal_open(&job->journal, job->home, identity, job->run.resume,
+    int rc = perta_journal_open(&job->journal, job->work_path, identity, job->run.resume,
                                 job->steps->force, err);
     json_decref(identity);
     if (!rc)
-        rc = perta_journal_folder(&job->journal, &job->work, job->home, NULL, job->steps->force,
-                                  err);
+        rc = perta_journal_folder(&job->journal, &job->work, job->work_path, NULL,
+                                  job->steps->force, err);
     if (!rc)
         rc = perta_journal_replay(&job->journal, replay, job, err);
     return rc;
@@ -534,6 +533,6 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run, js
     for (unsigned k = 0; job.points && k <= steps->n_steps; k++)
         json_decref(job.points[k].patch);
     free(job.points);
-    free(job.home);
+    free(job.work_path);
     return rc;
 }

@@ -1,6 +1,5 @@
 /* steps.h - unlearning in steps. The model at scales s is theta(s) = theta - s * tau, with one
- * scale s
- * in [0, max_scale] for each parameter. Every step recomputes the gradients of the forget
+ * scale s in [0, max_scale] for each parameter. Every step recomputes the gradients of the forget
  * probability and of the retain loss, and moves the scales by their signs. Spec: docs/method.md,
  * docs/steps.md
  *

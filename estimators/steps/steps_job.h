@@ -31,7 +31,7 @@ struct perta_steps_job {
     struct perta_journal journal;
     struct perta_publish work;        /* the work folder, with what is kept between steps; never
                                        * published */
-    char *home;                       /* name of the work folder */
+    char *work_path;                  /* name of the work folder */
     struct perta_steps_point *points; /* (n_steps + 1) */
     struct perta_samples_file data[2];
     json_t *notes; /* about the data; an array of strings */

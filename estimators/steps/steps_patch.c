@@ -39,22 +39,22 @@ static struct perta_unlearn unlearn_from(const struct perta_steps *s, const char
 }
 
 /* Under the same keys as perta_recipe_json() uses for importances. */
-static void add_data(const struct perta_steps_job *job, int which, json_t **recipe)
+static void add_data(const struct perta_steps_job *job, int set, json_t **recipe)
 {
     const struct perta_steps_point *p = &job->points[0];
     const struct {
         const char *what;
         json_t *is;
     } facts[] = {
-        {"samples", json_sprintf("%llu", (unsigned long long)p->samples[which])},
-        {"tokens", json_sprintf("%llu", (unsigned long long)p->tokens[which])},
-        {"data_hmac_sha256", json_string(job->data[which].hmac)},
+        {"samples", json_sprintf("%llu", (unsigned long long)p->samples[set])},
+        {"tokens", json_sprintf("%llu", (unsigned long long)p->tokens[set])},
+        {"data_hmac_sha256", json_string(job->data[set].hmac)},
     };
     size_t n = sizeof facts / sizeof *facts;
     for (size_t i = 0; i < n; i++) {
         char key[64];
-        snprintf(key, sizeof key, "%s_%s", perta_sets[which], facts[i].what);
-        if (i < n - 1 || *job->data[which].hmac)
+        snprintf(key, sizeof key, "%s_%s", perta_sets[set], facts[i].what);
+        if (i < n - 1 || *job->data[set].hmac)
             perta_json_set(recipe, key, facts[i].is);
         else
             json_decref(facts[i].is);
@@ -91,7 +91,7 @@ static int run_unlearn(const struct perta_steps_job *job, unsigned k, struct per
     unlearn->patch = patch;
     unlearn->out = out;
     int rc = patch && (out || !s->out) ? perta_unlearn(unlearn, run, summary, err)
-                                       : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                                       : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(patch);
     free(out);
     return rc;
@@ -107,7 +107,7 @@ static int write_patch(const struct perta_steps_job *job, unsigned k, const json
     unlearn.force |= run.resume;
     unlearn.steps = recipe;
     int rc = scales ? run_unlearn(job, k, &unlearn, &run, summary, err)
-                    : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                    : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(scales);
     return rc;
 }
@@ -122,13 +122,13 @@ int perta_steps_patch(struct perta_steps_job *job, unsigned n_steps, unsigned k,
         perta_steps_commit(job, json_pack("{s:I, s:b}", "step", (json_int_t)k, "patch", 1), err);
     json_t *recipe = recipe_of(job, n_steps, k, last);
     if (!rc && !recipe)
-        rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     if (!rc)
         rc = write_patch(job, k, recipe, summary, err);
     json_decref(recipe);
     if (!rc && json_object_set_new(json_array_get(json_object_get(*summary, "results"), 0), "step",
                                    json_integer(k)))
-        rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     return rc ? rc
               : perta_steps_commit(
                     job, json_pack("{s:I, s:O}", "step", (json_int_t)k, "patch", *summary), err);
@@ -155,7 +155,7 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
     json_t *notes = json_incref(json_object_get(*summary, "notes"));
     perta_json_extend(&notes, job->notes);
     perta_json_set(summary, "notes", notes);
-    return *summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    return *summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
 }
 
 /* ---- before the first step ---- */

@@ -97,7 +97,7 @@ static int begin_scales(struct perta_importance_out *out, const struct perta_che
                         bool (*wanted)(void *ctx, const char *name), void *ctx, const char *path,
                         struct perta_err *err)
 {
-    const struct perta_journal anew = {.fd = -1, .resume = true};
+    const struct perta_journal no_journal = {.fd = -1, .resume = true};
     struct perta_behind *behind = NULL;
     struct perta_importance plan;
     int rc = perta_importance_plan_as(
@@ -106,7 +106,7 @@ static int begin_scales(struct perta_importance_out *out, const struct perta_che
     if (!rc)
         rc = perta_behind_open(&behind, err);
     if (!rc)
-        rc = perta_importance_begin(out, &plan, path, &anew, true, behind, err);
+        rc = perta_importance_begin(out, &plan, path, &no_journal, true, behind, err);
     out->behind = behind;
     perta_importance_release(&plan);
     return rc;

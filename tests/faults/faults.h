@@ -1,6 +1,5 @@
 /* faults.h - the command on an unreliable disk. build/tests/perta_faulty is `perta`, linked so that
- * its calls
- * of the system (ld --wrap) and of its engine go through this code first.
+ * its calls of the system (ld --wrap) and of its engine go through this code first.
  *
  * PERTA_FAULTS in the environment says what happens, as NAME=VALUE separated by commas:
  *   seed=N         seed of everything random

@@ -93,7 +93,7 @@ def test_a_padding_that_is_no_token_is_refused(perta, model, pad):
     assert '"pad_token_id" is no token of the vocabulary' in perta(*ESTIMATE, check=3).stderr
 
 
-# --- tied
+# --- tied embeddings
 
 
 @pytest.mark.parametrize("stored", ["embedding", "head", "both"])
@@ -156,7 +156,7 @@ def test_a_tied_pair_that_differs_is_refused(perta, model, tmp_path):
     assert_statistics(perta, folder)
 
 
-# --- which model
+# --- which models are supported
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_model_type_says_which_of_them_it_is(perta, model, family, said):
     assert abs(json.loads(perta(*EVAL).stdout)["per_sample"][0]["loss"] - loss) < 1e-5
 
 
-# --- JSON as Python has it
+# --- JSON as Python reads it
 
 
 def with_keys(keys):
@@ -249,7 +249,7 @@ def test_what_is_not_json_is_refused_with_its_byte(perta, model, text, says):
         assert says in message and "model/config.json" in message
 
 
-# --- keys that are not known
+# --- unknown keys
 
 
 def test_keys_that_are_not_known_are_named_once(perta, model):

@@ -195,7 +195,7 @@ WINDOWS = [
     {},
     {"sliding_window": None},
     {"sliding_window": 5},
-    {"sliding_window": 1, "use_sliding_window": True, "max_window_layers": 0},  # no window
+    {"sliding_window": 1, "use_sliding_window": True, "max_window_layers": 0},  # q and k get no gradient
     {"sliding_window": 0},
     {"sliding_window": "5"},
     {"sliding_window": 5, "use_sliding_window": False},

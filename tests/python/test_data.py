@@ -392,7 +392,7 @@ def test_files_that_are_no_json_lines_are_named(perta, tmp_path, model, raw, mes
     assert not list(tmp_path.glob("imp*/*"))
 
 
-# --- what is read is what is on record
+# --- the record is of the data that were read
 
 
 def fifo(path, text):
@@ -513,7 +513,7 @@ def test_steps_refuse_what_can_be_read_once(perta, tmp_path):
     assert not list(tmp_path.glob("patch*"))
 
 
-# --- where a rule is not reached
+# --- stop rules that are not reached
 
 
 def test_a_rule_that_is_not_reached_is_said(perta, tmp_path):

@@ -183,7 +183,7 @@ def test_a_disk_that_is_thinner_than_it_looks(large, tmp_path):
             assert folder_bytes(disk / "out") == want
 
 
-# --- less than was asked for
+# --- short reads
 
 
 @contextmanager

@@ -291,7 +291,7 @@ def test_a_limit_on_file_size_is_an_error_not_a_death(perta, small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- what containers and ordinary users may not do
+# --- permissions that containers and ordinary users lack
 
 IO_URING_SETUP, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, EPERM = 425, 38, 22, 1
 
@@ -359,7 +359,7 @@ def test_an_ordinary_user_with_little_lockable_memory_gets_the_same(perta, small
     assert folder_bytes(tmp_path / "p") == folder_bytes(tmp_path / "q")
 
 
-# --- results and silence
+# --- --json and --quiet
 
 
 @pytest.mark.parametrize(

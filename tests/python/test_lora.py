@@ -461,7 +461,7 @@ def test_globs_and_missing_importance_hold_for_adapters(perta, tmp_path):
     check_folder(tmp_path, None, want)
 
 
-# --- numbers that are none
+# --- numbers that are not finite
 
 Q = "model.layers.0.self_attn.q_proj"
 PLACES = {  # an element of A or B, and the parameters that depend on it
@@ -833,7 +833,7 @@ def test_a_rank_that_no_budget_has_room_for_is_said(perta, tmp_path, r, message)
     assert f"--memory 1024M is too small for this job: {message}" in refusal
 
 
-# --- going on
+# --- resuming
 
 
 def test_a_killed_run_goes_on_unless_the_adapter_changed(perta, tmp_path):

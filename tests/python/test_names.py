@@ -358,7 +358,7 @@ def test_a_bias_is_no_mask(perta, tmp_path):
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
-# --- what is said of a run that changes nothing
+# --- notes about a run that changes nothing
 
 
 def test_a_run_that_changes_nothing_says_why(perta, tmp_path):

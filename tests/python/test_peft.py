@@ -400,7 +400,7 @@ def test_a_copy_of_another_base_is_refused(perta, tmp_path, bases):
     perta(*words(bases / "llama", "a"))
 
 
-# --- dtypes, and nothing
+# --- dtypes, and adapters that change nothing
 
 
 @pytest.mark.parametrize("dtype", part([torch.bfloat16, torch.float16, torch.float64], plain=1), ids=str)

@@ -336,7 +336,7 @@ def test_ten_thousand_tiny_tensors(perta, tmp_path):
     assert np.array_equal(np.stack([have[name] for name in names]), whole)
 
 
-# --- numbers that are none
+# --- numbers that are not finite
 
 
 def spoil(roles, role, at, value):
