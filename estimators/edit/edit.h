@@ -37,9 +37,9 @@ enum perta_stat {
 struct perta_rule {
     enum perta_method method;
     enum perta_stat stat; /* what both importances hold */
-    double power;         /* P of PERTA_POWER, > 0 */
-    double weight;        /* of PERTA_CONSTANT */
-    uint64_t seed;        /* of PERTA_RANDOM */
+    double power;         /* P for PERTA_POWER, > 0 */
+    double weight;        /* for PERTA_CONSTANT */
+    uint64_t seed;        /* for PERTA_RANDOM */
     bool keep_nonfinite; /* keep parameters with a NaN or Inf unchanged; if false they are errors */
 };
 
@@ -106,9 +106,9 @@ PERTA_API void perta_edit_reference(const struct perta_rule *rule, const struct 
                                     const float *alphas, uint32_t n_alphas, void *const *outs,
                                     struct perta_edit_counts *counts);
 
-/* Consecutive rows of a LoRA's task vector. An element is scaling times the sum over k of rows[k] *
- * columns[k]; the sum starts at 0 and runs from k = 0 upwards, in float32, with every operation
- * rounded. */
+/* Consecutive rows of a LoRA's task vector. An element is scaling * sum over k of
+ * rows[k] * columns[k]. The sum starts at 0 and runs from k = 0 upwards, in float32, with every
+ * operation rounded. */
 struct perta_lora {
     const float *rows;    /* (n_rows, r): rows of B, from first_row of the tensor on */
     const float *columns; /* (r, width): A */
