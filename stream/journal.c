@@ -178,19 +178,18 @@ static void say_difference(const json_t *was, const json_t *is, const char *at, 
     json_t *value;
     if (json_is_object(was) && json_is_object(is)) {
         char inner[256];
-        json_object_foreach((json_t *)(uintptr_t)was, key,
-                            value) if (!json_equal(value, json_object_get(is, key)))
-        {
-            snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-            say_difference(value, json_object_get(is, key), inner, buf, len);
-            return;
-        }
-        json_object_foreach((json_t *)(uintptr_t)is, key, value) if (!json_object_get(was, key))
-        {
-            snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-            say_difference(NULL, value, inner, buf, len);
-            return;
-        }
+        json_object_foreach ((json_t *)(uintptr_t)was, key, value)
+            if (!json_equal(value, json_object_get(is, key))) {
+                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+                say_difference(value, json_object_get(is, key), inner, buf, len);
+                return;
+            }
+        json_object_foreach ((json_t *)(uintptr_t)is, key, value)
+            if (!json_object_get(was, key)) {
+                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+                say_difference(NULL, value, inner, buf, len);
+                return;
+            }
     }
     char *a, *b;
     const char *from = text_of(was, &a), *to = text_of(is, &b);

@@ -1,10 +1,10 @@
 /* Matrix products: close to products in double, and the same bits for every number of workers and
  * every address. Also where rows are cut. */
-#include "estimators/model/gemm.h"
+#include "estimators/compute/gemm.h"
 
 #include <math.h>
 
-#include "estimators/model/cut.h"
+#include "estimators/compute/cut.h"
 #include "tests/gradient.h"
 
 static struct perta_err err;

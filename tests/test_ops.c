@@ -1,9 +1,9 @@
 /* Every operation's backward pass, and attention's, against finite differences of a forward pass
  * in double (llm_double.h). */
-#include "estimators/model/ops.h"
+#include "estimators/compute/ops.h"
 
+#include "estimators/compute/kernels.h"
 #include "estimators/model/config.h"
-#include "estimators/model/kernels.h"
 #include "io/isa.h"
 #include "tests/gradient.h"
 #include "tests/llm_double.h"

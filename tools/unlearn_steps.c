@@ -160,8 +160,9 @@ static bool has_patch(const json_t *summary, size_t step)
 {
     size_t i;
     json_t *result;
-    json_array_foreach(json_object_get(summary, "results"), i,
-                       result) if (real(result, "step") == (double)step) return true;
+    json_array_foreach (json_object_get(summary, "results"), i, result)
+        if (real(result, "step") == (double)step)
+            return true;
     return false;
 }
 
@@ -172,10 +173,11 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
     if (!json_array_size(json_object_get(summary, "path")))
         return;
     cli_say(cli, "step  forget loss  probability  retain loss  scales moved  mean scale\n");
-    json_array_foreach(json_object_get(summary, "path"), i, point) cli_say(
-        cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i, real(point, "forget_loss"),
-        real(point, "forget_probability"), real(point, "retain_loss"), 100 * real(point, "moved"),
-        real(point, "mean_scale"), has_patch(summary, i) ? "  <- a patch" : "");
+    json_array_foreach (json_object_get(summary, "path"), i, point)
+        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i,
+                real(point, "forget_loss"), real(point, "forget_probability"),
+                real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
+                has_patch(summary, i) ? "  <- a patch" : "");
 }
 
 static void say_limit(const char *option, double limit, const char *what, double is)

@@ -399,22 +399,21 @@ static int check_saved(const struct perta_adapter *adapter, const struct perta_c
 {
     size_t k;
     json_t *module;
-    json_array_foreach(json_object_get(adapter->ck->config, "modules_to_save"), k,
-                       module) for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors;
-                                    i++)
-    {
-        const struct perta_tensor *t = model->by_name[i].tensor;
-        if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
-            continue;
-        if (!holds_module(adapter, json_string_value(module)))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
-                              "although --model has %s; is the adapter complete? Save it again, or "
-                              "remove that name",
-                              adapter->ck->path, json_string_value(module),
-                              adapter->ck->shards[0].name, t->name);
-        break;
-    }
+    json_array_foreach (json_object_get(adapter->ck->config, "modules_to_save"), k, module)
+        for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors; i++) {
+            const struct perta_tensor *t = model->by_name[i].tensor;
+            if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
+                continue;
+            if (!holds_module(adapter, json_string_value(module)))
+                return perta_fail(
+                    err, PERTA_EINPUT,
+                    "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
+                    "although --model has %s; is the adapter complete? Save it again, or "
+                    "remove that name",
+                    adapter->ck->path, json_string_value(module), adapter->ck->shards[0].name,
+                    t->name);
+            break;
+        }
     return 0;
 }
 

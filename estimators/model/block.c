@@ -2,7 +2,7 @@
 
 #include <string.h>
 
-#include "estimators/model/ops.h"
+#include "estimators/compute/ops.h"
 
 const char *const perta_linear_names[PERTA_N_LINEARS] = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -9,9 +9,9 @@
 #ifndef PERTA_ESTIMATORS_MODEL_BLOCK_H
 #define PERTA_ESTIMATORS_MODEL_BLOCK_H
 
+#include "estimators/compute/gemm.h"
+#include "estimators/compute/place.h"
 #include "estimators/model/config.h"
-#include "estimators/model/gemm.h"
-#include "estimators/model/place.h"
 
 enum perta_linear_name {
     PERTA_Q,

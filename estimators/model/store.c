@@ -8,7 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "estimators/model/gemm.h"
+#include "estimators/compute/gemm.h"
 #include "io/file.h"
 
 /* ---- files ---- */

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/model/ops.h"
+#include "estimators/compute/ops.h"
 #include "estimators/model/weights.h"
 #include "io/fpenv.h"
 

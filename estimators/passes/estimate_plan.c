@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/model/ops.h"
+#include "estimators/compute/ops.h"
 #include "io/checked.h"
 
 /* What oneDNN, compiled products, the thread that writes (16 MiB) and the heap take besides what is

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/model/kernels.h"
-#include "estimators/model/ops.h"
+#include "estimators/compute/kernels.h"
+#include "estimators/compute/ops.h"
 
 /* Labels of a group. */
 #define GROUP_ROWS 1024

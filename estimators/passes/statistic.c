@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "estimators/model/kernels.h"
+#include "estimators/compute/kernels.h"
 
 /* ---- memory ---- */
 

@@ -6,8 +6,8 @@
 #ifndef PERTA_ESTIMATORS_PASSES_STATISTIC_H
 #define PERTA_ESTIMATORS_PASSES_STATISTIC_H
 
-#include "estimators/model/cut.h"
-#include "estimators/model/gemm.h"
+#include "estimators/compute/cut.h"
+#include "estimators/compute/gemm.h"
 #include "estimators/model/samples.h"
 #include "estimators/model/store.h"
 #include "estimators/passes/importance.h"

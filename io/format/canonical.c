@@ -118,7 +118,8 @@ static bool write_object(FILE *out, const json_t *object, int depth,
     json_t *value;
     if (!keys)
         return false;
-    json_object_foreach((json_t *)(uintptr_t)object, key, value) keys[i++] = key;
+    json_object_foreach ((json_t *)(uintptr_t)object, key, value)
+        keys[i++] = key;
     qsort(keys, n, sizeof *keys, by_bytes);
     bool ok = true;
     write_char(out, '{');

@@ -328,8 +328,8 @@ static json_t *without_digests(const json_t *inputs)
     json_t *copy = json_deep_copy(inputs), *input, *shard;
     const char *role;
     size_t i;
-    json_object_foreach(copy, role, input)
-        json_array_foreach(json_object_get(input, "shards"), i, shard)
+    json_object_foreach (copy, role, input)
+        json_array_foreach (json_object_get(input, "shards"), i, shard)
             json_object_set_new(shard, "xxh3_128", json_null()); /* is there: takes no memory */
     return copy;
 }

@@ -189,8 +189,8 @@ static int take_record(void *ctx, json_t *record, struct perta_err *err)
         r->counts[i] = uint_at(counts, i);
     bool good =
         json_array_size(place) == 3 && uint_at(place, 0) < UINT32_MAX && r->done_bytes <= INT64_MAX;
-    json_array_foreach(json_object_get(record, "inputs"), i, input) good =
-        good && restore_input(r, input);
+    json_array_foreach (json_object_get(record, "inputs"), i, input)
+        good = good && restore_input(r, input);
     if (!good)
         return perta_fail(err, PERTA_EINPUT, "no place in a record");
     return restore_outputs(r, json_object_get(record, "outputs"), err);

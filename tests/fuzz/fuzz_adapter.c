@@ -88,8 +88,7 @@ static size_t data_bytes(const char *header, size_t size)
     json_int_t end = 0;
     const char *name;
     json_t *root = json_loadb(header, size, 0, NULL), *tensor;
-    json_object_foreach(root, name, tensor)
-    {
+    json_object_foreach (root, name, tensor) {
         json_t *offsets = json_object_get(tensor, "data_offsets");
         json_int_t at = json_integer_value(json_array_get(offsets, 1));
         end = at > end ? at : end;

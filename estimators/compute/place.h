@@ -1,6 +1,6 @@
 /* place.h - where a token stands, and what it sees. Decided by the data alone (samples.h). */
-#ifndef PERTA_ESTIMATORS_MODEL_PLACE_H
-#define PERTA_ESTIMATORS_MODEL_PLACE_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_PLACE_H
+#define PERTA_ESTIMATORS_COMPUTE_PLACE_H
 
 #include <stdint.h>
 

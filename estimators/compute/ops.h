@@ -2,14 +2,14 @@
  * one _forward and one _backward each. Formulas: docs/estimate.md. Arrays are row-major; T
  * tokens, H hidden, I intermediate, D head_dim. Rows are shared out among workers; results do not
  * depend on their number. */
-#ifndef PERTA_ESTIMATORS_MODEL_OPS_H
-#define PERTA_ESTIMATORS_MODEL_OPS_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_OPS_H
+#define PERTA_ESTIMATORS_COMPUTE_OPS_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "estimators/model/gemm.h"
-#include "estimators/model/place.h"
+#include "estimators/compute/gemm.h"
+#include "estimators/compute/place.h"
 
 /* y (T, H) = x (T, H) * rstd * weight (H); rstd (T) = 1 / sqrt(mean(x^2) + eps). */
 void perta_rmsnorm_forward(struct perta_workers *workers, float *y, float *rstd, const float *x,

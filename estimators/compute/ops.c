@@ -1,9 +1,9 @@
-#include "estimators/model/ops.h"
+#include "estimators/compute/ops.h"
 
 #include <math.h>
 #include <string.h>
 
-#include "estimators/model/kernels.h"
+#include "estimators/compute/kernels.h"
 #include "io/isa.h"
 
 const struct perta_row_kernels *perta_row_kernels(void)
