@@ -1,5 +1,6 @@
 #include "io/ahead.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stddef.h>
@@ -398,6 +399,7 @@ static int begin_extent(struct perta_ahead *a, uint32_t file, uint64_t off_bytes
     int rc = end_extent(a, err);
     if (rc)
         return rc;
+    assert(a->extents && a->n_extents < EXTENTS_MAX);
     a->extents[a->n_extents++] = (struct perta_ahead_extent){
         .file = file, .off_bytes = perta_align_down(off_bytes, PERTA_BLOCK_BYTES)};
     return fill_to(a, last_of(a), off_bytes, err);

@@ -10,7 +10,7 @@
 #include "io/err.h"
 
 /* Direct I/O is done in multiples of this; memory is aligned to it too. */
-#define PERTA_BLOCK_BYTES 4096u
+#define PERTA_BLOCK_BYTES UINT64_C(4096)
 
 struct perta_file {
     char *path;

@@ -10,7 +10,7 @@
 
 #define PERTA_WRITER_BUFS_MIN 2
 #define PERTA_WRITER_BUFS_MAX 16
-#define PERTA_WRITER_BUF_BYTES (2u << 20)
+#define PERTA_WRITER_BUF_BYTES (2ull << 20)
 
 /* Memory to write from, borrowed: n (MIN to MAX) buffers, block-aligned, one after another. */
 struct perta_writer_bufs {

@@ -30,9 +30,9 @@ void perta_input_digest_behind(struct perta_input *input, struct perta_hasher *h
 /* Zeroed is fine. */
 void perta_input_close(struct perta_input *input);
 
-/* Point range at elements of a tensor: len_bytes from off_bytes within it. */
-void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t off_bytes,
-                       uint64_t len_bytes, struct perta_range *range);
+/* Point range at n_units units of a tensor (perta_dtype_unit_bytes), from first_unit on. */
+void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t first_unit,
+                       uint64_t n_units, struct perta_range *range);
 
 /* In order of commit: add a range that was read to its shard's digest. */
 void perta_input_digest(struct perta_input *input, const struct perta_range *range);
@@ -49,7 +49,9 @@ int perta_input_unchanged(const struct perta_input *input, struct perta_err *err
  * null where not all of it was used. Ends the digests. NULL without memory. */
 json_t *perta_input_json(struct perta_input *input);
 
-/* Append the paths of all shards to *paths (n of *n_paths); the strings stay the input's. */
+/* Append a path, borrowed, to *paths (n of *n_paths), which the caller frees. */
+int perta_paths_add(const char ***paths, size_t *n_paths, const char *path, struct perta_err *err);
+/* Append the paths of all shards in the same way. */
 int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
                       struct perta_err *err);
 

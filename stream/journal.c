@@ -1,5 +1,6 @@
 #include "stream/journal.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -350,6 +351,7 @@ static int check_own(const struct perta_journal *journal, struct perta_err *err)
 {
     char start[PREFIX_BYTES + 2] = "";
     struct stat st;
+    assert(journal->fd >= 0);
     if (fstat(journal->fd, &st))
         return perta_fail_sys(err, errno, "%s", journal->path);
     size_t n = st.st_size < PREFIX_BYTES + 1 ? (size_t)st.st_size : PREFIX_BYTES + 1;
@@ -516,7 +518,7 @@ void perta_journal_close(struct perta_journal *journal)
 bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes)
 {
     const char *seconds = getenv("PERTA_COMMIT_SECONDS"), *most = getenv("PERTA_COMMIT_BYTES");
-    return now() - journal->last_time >= (seconds ? atof(seconds) : PERTA_COMMIT_SECONDS) ||
+    return now() - journal->last_time >= (seconds ? strtod(seconds, NULL) : PERTA_COMMIT_SECONDS) ||
            bytes - journal->bytes >= (most ? strtoull(most, NULL, 10) : PERTA_COMMIT_BYTES);
 }
 

@@ -83,8 +83,9 @@ static char *cpu_name(void)
     while (file && !name && fgets(line, sizeof line, file)) {
         char *colon = strchr(line, ':');
         if (colon && !strncmp(line, "model name", 10)) {
-            line[strcspn(line, "\n")] = 0;
-            name = colon + 2;
+            char *rest = colon + 1;
+            name = strsep(&rest, "\n");
+            name += strspn(name, " ");
         }
     }
     if (file)

@@ -63,9 +63,10 @@ static void parse_steps(struct argp_state *state, struct perta_steps *s, const c
         uint64_t k = cli_count(state, "--steps", text);
         if (!k || k > PERTA_STEPS_MAX)
             argp_error(state, "--steps: must be from 1 to %d", PERTA_STEPS_MAX);
-        if (s->listed[k])
+        else if (s->listed[k])
             argp_error(state, "--steps: %s is given twice", text);
-        s->listed[k] = true;
+        else
+            s->listed[k] = true;
         s->n_steps = k > s->n_steps ? (unsigned)k : s->n_steps;
     }
     free(texts);

@@ -1,6 +1,7 @@
 """The points of a curve, measured by `perta eval`, and the figures derived from it."""
 
 import contextlib
+import itertools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ def best_at(points: list[dict], level: float, key: str) -> float | None:
     """The largest value of key on the curve, which is straight between its points, at forget <=
     level."""
     reached = [p[key] for p in points if p["forget"] <= level]
-    for a, b in zip(points, points[1:]):
+    for a, b in itertools.pairwise(points):
         if (a["forget"] - level) * (b["forget"] - level) < 0:
             share = (a["forget"] - level) / (a["forget"] - b["forget"])
             reached.append(a[key] + share * (b[key] - a[key]))

@@ -52,17 +52,6 @@ struct perta_linear {
     struct perta_array bias; /* (out), or none */
 };
 
-/* Attention within each of a batch's sequences: q, out (n, n_heads, D), k, v (n, n_kv_heads, D);
- * every n_heads / n_kv_heads query heads share one of k and v. A token sees what its place says, but
- * those that stand window or more before it; where that is nothing, out is 0, as PyTorch's
- * scaled_dot_product_attention has it. Tokens that are seen stand in the order of at. */
-struct perta_attention {
-    struct perta_runs sequences;
-    const struct perta_place *places; /* (n) */
-    size_t n_heads, n_kv_heads, D;
-    uint32_t window; /* UINT32_MAX: all */
-};
-
 /* A row of an embedding gets a token's gradient. */
 struct perta_token_row {
     uint64_t sample;
@@ -102,8 +91,10 @@ struct perta_backend_ops {
 
     /* ---- memory ---- */
 
+    /* What alloc takes for a buffer of len_bytes. */
+    uint64_t (*buffer_bytes)(const struct perta_backend *be, uint64_t len_bytes);
     /* A buffer, zeros. Where rows of a product are read past the end of an array (cpu.h) there is
-     * memory after the buffer's end. Returns 0, or PERTA_ESYS with *err filled. */
+     * memory after the buffer's end. Returns 0, or PERTA_ESYS with *err filled and *buffer 0. */
     int (*alloc)(struct perta_backend *be, uint64_t len_bytes, uint32_t *buffer,
                  struct perta_err *err);
     /* A buffer of memory that the host keeps and fills (weights as they are read): what it writes
@@ -246,6 +237,15 @@ struct perta_backend {
     int rc;
     struct perta_err err;
 };
+
+/* A failure of what feeds it: weights, a sink. rc 0: none. The first is kept. */
+static inline void perta_backend_fail(struct perta_backend *be, int rc, const struct perta_err *err)
+{
+    if (!rc || be->rc)
+        return;
+    be->rc = rc;
+    be->err = *err;
+}
 
 static inline int perta_backend_wait(struct perta_backend *be, struct perta_err *err)
 {

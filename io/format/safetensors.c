@@ -309,6 +309,7 @@ static bool plain_shape(struct perta_header *h, struct perta_plain *p, struct pe
     uint64_t dims[PLAIN_DIMS_MAX];
     if (!perta_plain_word(p, "["))
         return false;
+    t->n_dims = 0;
     while (!perta_plain_word(p, "]")) {
         if (t->n_dims == PLAIN_DIMS_MAX || (t->n_dims && !perta_plain_word(p, ",")) ||
             !perta_plain_uint(p, &dims[t->n_dims]))

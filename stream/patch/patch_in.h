@@ -8,6 +8,7 @@
 #include "io/format/checkpoint.h"
 #include "io/format/patch.h"
 #include "io/hash.h"
+#include "stream/stream.h"
 
 struct perta_patch_in_shard {
     char *name; /* of the model's shard */
@@ -52,6 +53,10 @@ int perta_patch_in_paths(const struct perta_patch_in *in, const char ***paths, s
 int perta_patch_in_starts(const struct perta_patch_in_shard *shard,
                           const struct perta_header *header, uint64_t *starts,
                           struct perta_err *err);
+
+/* Point range at the chunk's frame; at nothing where the chunk does not change. */
+void perta_patch_in_frame(struct perta_patch_in_shard *shard, const struct perta_patch_entry *entry,
+                          struct perta_range *range);
 
 /* Forward: from the model before the patch to the one after. Else the way back. */
 

@@ -6,7 +6,6 @@ bytes, old or new, and each folder the first few of its new, removed and changed
 independently of everything else. That is less than ext4 or XFS promise.
 """
 
-import random
 import shutil
 from pathlib import Path
 

@@ -44,12 +44,12 @@ EVERY = pytest.mark.parametrize("job", VERBS, indirect=True)
 
 
 def leftovers(folder):
-    return [p for p in folder.rglob("*.perta-*")]
+    return list(folder.rglob("*.perta-*"))
 
 
 @EVERY
 def test_killed_at_any_operation_it_ends_with_the_same_bytes(job, tmp_path):
-    folder, command, want = job
+    folder, command, _want = job
     n = operations(folder, command, tmp_path / "count")["any"]
     shutil.rmtree(folder / "out")
     rng = random.Random(str(command))
@@ -60,7 +60,7 @@ def test_killed_at_any_operation_it_ends_with_the_same_bytes(job, tmp_path):
 @EVERY
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(job):
     """At any instant, also within an operation."""
-    folder, command, want = job
+    folder, command, _want = job
     start = time.monotonic()
     run(folder, *command)
     whole = time.monotonic() - start
