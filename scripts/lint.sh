@@ -11,6 +11,7 @@ files >/dev/null # else an error of git would pass as an empty list
 
 layers() { scripts/layers.sh; }
 records() { scripts/records.sh; }
+paths() { scripts/paths.sh; }
 format() { files '*.[ch]' | xargs -0 clang-format --dry-run -Werror; }
 shell() { files '*.sh' .ci/run | xargs -0 shellcheck; }
 python() { files '*.py' | xargs -0 ruff check --quiet --no-cache; }
@@ -24,7 +25,7 @@ tidy() {
         { grep -i '^error' build/clang-tidy.log; return 1; }
 }
 
-[ $# -gt 0 ] || set -- layers records format shell python spelling tidy
+[ $# -gt 0 ] || set -- layers records paths format shell python spelling tidy
 failed=
 for linter; do
     "$linter" || { echo "lint: $linter"; failed=1; }
