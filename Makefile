@@ -1,7 +1,7 @@
 # The front door: `make demo` sets up, builds and runs the main job; `make check` sets up,
 # builds and passes every test. The build itself is meson's.
 BUILD := build
-.PHONY: all setup demo demo-pytorch check check-long bench bench-quality install clean
+.PHONY: all setup demo demo-pytorch lint check check-long bench bench-quality install clean
 
 all: setup
 	@[ -f $(BUILD)/build.ninja ] || meson setup $(BUILD) >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
@@ -16,6 +16,10 @@ demo: all
 # The same story with the models trained, gradients taken and questions asked by PyTorch.
 demo-pytorch: all
 	@examples/demo.sh $(BUILD)/perta demo-pytorch
+
+# Minutes: layout, spelling and what linters find; scripts/lint.sh names them.
+lint: all
+	@scripts/lint.sh
 
 check: all
 	@scripts/check.sh

@@ -304,9 +304,9 @@ int main(int argc, char **argv)
     static struct figures figures[N_CODERS];
     if (argc < 4 || !perta_dtype_parse(argv[1], &j.dtype))
         die("usage: bench_codec DTYPE BEFORE AFTER [ROUNDS]");
-    int rounds = argc > 4 ? atoi(argv[4]) : 5;
+    int rounds = argc > 4 ? (int)strtol(argv[4], NULL, 10) : 5;
     rounds = rounds < 1 ? 1 : rounds > ROUNDS_MAX ? ROUNDS_MAX : rounds;
-    int n_coders = argc > 5 ? atoi(argv[5]) : N_CODERS;
+    int n_coders = argc > 5 ? (int)strtol(argv[5], NULL, 10) : N_CODERS;
     n_coders = n_coders < 1 || n_coders > N_CODERS ? N_CODERS : n_coders;
     size_t after_bytes;
     j.width = perta_dtype_unit_bytes(j.dtype);

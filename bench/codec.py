@@ -48,7 +48,7 @@ def edited(perta: Path, work: Path, dtype: np.dtype, rate: float, n: int) -> tup
 
 
 def row(coder: str, packed: int, units: int, size: int, encode: float, decode: float) -> dict:
-    rate = lambda seconds: [round(size / 1e9 / seconds, 3)] * 3  # noqa: E731
+    rate = lambda seconds: [round(size / 1e9 / seconds, 3)] * 3
     return {coder: {"bits": 8 * packed / units, "encode_gb_s": rate(encode),
                     "decode_gb_s": rate(decode)}}  # fmt: skip
 
@@ -57,7 +57,7 @@ def command_line(name: str, before: Path, after: Path, encode: list, decode: lis
     """A program that makes a file PATCH and from it a file BACK; CPU time."""
     patch, back = after.with_name("patch.bin"), after.with_name("back.bin")
     words = lambda line: [{"OLD": before, "NEW": after, "PATCH": patch, "BACK": back}.get(w, w)
-                          for w in line]  # noqa: E731 # fmt: skip
+                          for w in line]  # fmt: skip
     there = measure.run(words(encode))
     and_back = measure.run(words(decode))
     if back.read_bytes() != after.read_bytes():

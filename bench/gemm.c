@@ -7,8 +7,8 @@
 #include <stdlib.h>
 #include <time.h>
 
-#include "estimators/model/gemm.h"
-#include "estimators/model/onednn.h"
+#include "estimators/compute/gemm.h"
+#include "estimators/compute/onednn.h"
 
 #define HIDDEN 2048
 #define INNER 5632

@@ -194,5 +194,5 @@ def fit(points: list[dict]) -> dict:
     x = [p["read"] / 1e9 for p in points]
     y = [statistics.median(p["seconds"]) for p in points]
     line = statistics.linear_regression(x, y)
-    worst = max(abs(line.intercept + line.slope * a - b) / b for a, b in zip(x, y))
+    worst = max(abs(line.intercept + line.slope * a - b) / b for a, b in zip(x, y, strict=True))
     return {"seconds": line.intercept, "seconds_per_gb": line.slope, "worst": worst}

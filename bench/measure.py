@@ -34,7 +34,7 @@ class Figures:
 def run(command: list) -> Figures:
     """Seconds, CPU seconds, peak MiB (file pages included) and standard output of a command."""
     words = [sys.executable, "-c", LAUNCHER, *(str(word) for word in command)]
-    result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(words, capture_output=True, text=True)
     if result.returncode:
         raise Failed(f"{command[0]}: {result.stderr[-2000:]}")
     output, _, figures = result.stdout.rstrip("\n").rpartition("\n")

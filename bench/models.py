@@ -129,7 +129,7 @@ class Folder:
         self.names = [f"model-{i + 1:05}-of-{len(self.shards):05}.safetensors"
                       for i in range(len(self.shards))]  # fmt: skip
         self.first = {next(iter(shard)): i for i, shard in enumerate(self.shards)}
-        index = {name: file for file, part in zip(self.names, self.shards) for name in part}
+        index = {name: file for file, part in zip(self.names, self.shards, strict=True) for name in part}
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
     def begin(self, name: str) -> None:

@@ -45,9 +45,9 @@ def disk_lines(table: list[dict]) -> list[str]:
         out.append(
             f"| {row['job']} | {runs[0]['read'] / 1e9:.2f} | {runs[0]['written'] / 1e9:.2f} | "
             f"{spread([r['seconds'] for r in runs])} | "
-            f"{spread([m / r['seconds'] for m, r in zip(moved, runs)])} | "
+            f"{spread([m / r['seconds'] for m, r in zip(moved, runs, strict=True)])} | "
             f"{spread([r['of_fio'] for r in runs])} | "
-            f"{spread([r['cpu'] / m for m, r in zip(moved, runs)])} | "
+            f"{spread([r['cpu'] / m for m, r in zip(moved, runs, strict=True)])} | "
             f"{max(r['peak_mib'] for r in runs):.0f} | "
             f"{max(r['cached'] for r in runs) / 2**20:.0f} |")  # fmt: skip
     return [*out, ""]
@@ -68,7 +68,7 @@ def peer_lines(table: list[dict]) -> list[str]:
         seconds = [[r["seconds"] for r in runs] for runs in (theirs, ours)]
         peaks = [max(r["peak_mib"] for r in runs) for runs in (theirs, ours)]
         out.append(f"| {row['other']} | {spread(seconds[0])} | {spread(seconds[1])} | "
-                   f"{spread([a / b for a, b in zip(*seconds)], 1)} | {peaks[0]:.0f} | "
+                   f"{spread([a / b for a, b in zip(*seconds, strict=True)], 1)} | {peaks[0]:.0f} | "
                    f"{peaks[1]:.0f} | 1/{peaks[0] / peaks[1]:.0f} |")  # fmt: skip
     return [*out, ""]
 
@@ -107,7 +107,7 @@ def draw(results: dict, to: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for coder in table[0]["coders"]:
         points = [(r["entropy"], r["coders"][coder]["bits"]) for r in table if coder in r["coders"]]
-        axes.plot(*zip(*sorted(points)), marker="o", label=coder)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=coder)
     ends = [0, max(r["entropy"] for r in table)]
     axes.plot(ends, ends, color="grey", linestyle=":", label="order-0 entropy")
     axes.set(xlabel="entropy of the difference, bits a value", ylabel="patch, bits a value",

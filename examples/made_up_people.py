@@ -25,11 +25,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is made here
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import itertools
 
-from made_up_facts import make_facts, make_tokenizer  # noqa: E402
-from tiny_llama import (  # noqa: E402
+import torch
+import transformers
+from made_up_facts import make_facts, make_tokenizer
+from tiny_llama import (
     Stopwatch,
     ask,
     dump_gradients,
@@ -96,7 +97,7 @@ def evaluate(folders: list[Path]) -> None:
         parts = (facts.forget, facts.retain, facts.held_out)
         scores[folder] = [ask(model, tokenizer, part) for part in parts]
         cells = "".join(f"  {right:7.1%}  {prob:6.3f} " for right, prob in scores[folder])
-        print(f"{str(folder):{width}}{cells}", flush=True)
+        print(f"{folder!s:{width}}{cells}", flush=True)
     _compare(folders[0], {folder: [r for r, _ in cells] for folder, cells in scores.items()})
 
 
@@ -110,10 +111,10 @@ def _compare(full: Path, rights: dict[Path, list[float]]) -> None:
             for folder in sorted(rights, key=lambda f: float(f.name.partition("alpha-")[2] or 0))
             if folder.parent == method and "alpha-" in folder.name
         ]
-        for before, after in zip(path, path[1:]):
+        for before, after in itertools.pairwise(path):
             if before[0] > 0.5 >= after[0]:
                 t = (before[0] - 0.5) / (before[0] - after[0])
-                retain, held_out = (b + t * (a - b) for b, a in zip(before[1:], after[1:]))
+                retain, held_out = (b + t * (a - b) for b, a in zip(before[1:], after[1:], strict=True))
                 print(f"  {method.name:8} {retain:6.1%} of those to retain, {held_out:6.1%} held out")
                 break
         else:

@@ -4,11 +4,14 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
-
 from made_up_facts import Fact
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 IGNORED = -100  # label of positions that the loss leaves out
 SHARD_BYTES = "300KB"  # so small that even this model has several shards

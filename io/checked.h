@@ -1,4 +1,5 @@
-/* checked.h - arithmetic on sizes that come from files. The functions return true on overflow. */
+/* checked.h - arithmetic on sizes, which may come from files. The functions named _overflows return
+ * true on overflow. */
 #ifndef PERTA_IO_CHECKED_H
 #define PERTA_IO_CHECKED_H
 
@@ -13,6 +14,11 @@ static inline bool perta_add_overflows(uint64_t a, uint64_t b, uint64_t *sum)
 static inline bool perta_mul_overflows(uint64_t a, uint64_t b, uint64_t *product)
 {
     return __builtin_mul_overflow(a, b, product);
+}
+
+static inline uint64_t perta_max(uint64_t a, uint64_t b)
+{
+    return a > b ? a : b;
 }
 
 /* Round up or down to a multiple of unit, a power of two. */

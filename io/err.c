@@ -1,5 +1,6 @@
 #include "io/err.h"
 
+#include <assert.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -9,6 +10,7 @@
 int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *file, int line,
                    const char *fmt, ...)
 {
+    assert(code < 0 && err->code <= 0);
     if (err->code)
         return err->code;
     err->code = code;

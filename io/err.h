@@ -37,9 +37,20 @@ PERTA_API int perta_err_fill(struct perta_err *err, int code, int sys_errno, con
 PERTA_API int perta_err_context(struct perta_err *err, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 
-#define perta_fail(err, code, ...) perta_err_fill((err), (code), 0, __FILE__, __LINE__, __VA_ARGS__)
+/* perta_err_fill never returns 0. Saying so lets compilers and linters see that code which relies
+ * on success does not run. */
+static inline int perta_err_negative(int code)
+{
+    if (code >= 0)
+        __builtin_unreachable();
+    return code;
+}
+
+#define perta_fail(err, code, ...) \
+    perta_err_negative(perta_err_fill((err), (code), 0, __FILE__, __LINE__, __VA_ARGS__))
 /* The same for a failed system call: appends strerror(errno). */
 #define perta_fail_sys(err, sys_errno, ...) \
-    perta_err_fill((err), PERTA_ESYS, (sys_errno), __FILE__, __LINE__, __VA_ARGS__)
+    perta_err_negative(                     \
+        perta_err_fill((err), PERTA_ESYS, (sys_errno), __FILE__, __LINE__, __VA_ARGS__))
 
 #endif

@@ -11,7 +11,7 @@
 #include "io/err.h"
 
 /* Offsets, lengths and memory addresses of direct I/O are multiples of this. */
-#define PERTA_BLOCK_BYTES 4096u
+#define PERTA_BLOCK_BYTES UINT64_C(4096)
 
 struct perta_file {
     char *path;

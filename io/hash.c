@@ -149,7 +149,7 @@ void perta_digest_finish(struct perta_digest *digest, struct perta_digest_hex *h
         return;
     unsigned char sum[SHA256_DIGEST_LENGTH];
     SHA256_Final(sum, &digest->sha256);
-    for (unsigned i = 0; i < sizeof sum; i++)
+    for (size_t i = 0; i < sizeof sum; i++)
         snprintf(hex->sha256 + 2 * i, 3, "%02x", sum[i]);
 }
 

@@ -1,5 +1,6 @@
 #include "io/hasher.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -76,6 +77,7 @@ static void *run_thread(void *arg)
     struct given *next;
     pthread_mutex_lock(&h->lock);
     unsigned self = h->n_threads++;
+    assert(self < PERTA_HASHER_THREADS_MAX);
     for (;;) {
         while (!(next = find_waiting(h)) && !h->stopping)
             pthread_cond_wait(&h->more, &h->lock);

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -17,9 +18,10 @@ static uint64_t huge_page_bytes;
 
 static void read_size(void)
 {
-    unsigned long long bytes;
+    char text[32] = "";
     FILE *file = fopen("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", "re");
-    if (file && fscanf(file, "%llu", &bytes) == 1 && bytes && !(bytes & (bytes - 1)))
+    uint64_t bytes = file && fgets(text, sizeof text, file) ? strtoull(text, NULL, 10) : 0;
+    if (bytes && !(bytes & (bytes - 1)))
         huge_page_bytes = bytes;
     if (file)
         fclose(file);

@@ -1,5 +1,6 @@
 #include "io/wal.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stddef.h>
@@ -399,6 +400,7 @@ static int begin_extent(struct perta_wal *w, uint32_t file, uint64_t off_bytes,
     int rc = end_extent(w, err);
     if (rc)
         return rc;
+    assert(w->extents && w->n_extents < EXTENTS_MAX);
     w->extents[w->n_extents++] = (struct perta_wal_extent){
         .file = file, .off_bytes = perta_align_down(off_bytes, PERTA_BLOCK_BYTES)};
     return fill_to(w, last_of(w), off_bytes, err);

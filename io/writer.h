@@ -10,7 +10,7 @@
 
 #define PERTA_WRITER_BUFS_MIN 2
 #define PERTA_WRITER_BUFS_MAX 16
-#define PERTA_WRITER_BUF_BYTES (2u << 20)
+#define PERTA_WRITER_BUF_BYTES (2ull << 20)
 
 /* Buffers to write from, borrowed: n (MIN to MAX) of them, block-aligned, contiguous. */
 struct perta_writer_bufs {

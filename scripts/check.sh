@@ -12,8 +12,6 @@ build() { # folder, options
 }
 build build-dev --native-file build-dev.ini
 build build-tsan --native-file build-tsan.ini
-scripts/layers.sh
-scripts/records.sh
 scripts/venv.sh tests/python/requirements.txt examples/requirements.txt
 pytest() { # build, tests
     PERTA=$1/perta && export PERTA && shift
@@ -24,7 +22,7 @@ export TSAN_OPTIONS=halt_on_error=1
 echo "== unit tests; with address and undefined-behaviour sanitizers; the loop with the thread one"
 meson test -C build --print-errorlogs --quiet
 meson test -C build-dev --print-errorlogs --quiet
-meson test -C build-tsan --print-errorlogs --quiet stream engine window ring writer hasher workers gemm ops backprop
+meson test -C build-tsan --print-errorlogs --quiet stream engine window ring writer hasher workers gemm backend backend_block backend_attention backprop family
 echo "== installed: command, library, headers, pkg-config, man page"
 tests/install.sh build
 echo "== which oneDNN is refused"

@@ -11,7 +11,7 @@ cc=$(command -v clang || command -v clang-14) || { echo "fuzz: clang is missing"
 [ -f $dir/build.ninja ] || CC=$cc meson setup $dir -Dfuzz=true -Db_lundef=false >$dir.log ||
     { cat $dir.log; exit 1; }
 ninja -C $dir --quiet
-[ $# -gt 0 ] || set -- $(ls tests/fuzz/corpus)
+[ $# -gt 0 ] || for corpus in tests/fuzz/corpus/*; do set -- "$@" "${corpus##*/}"; done
 export ASAN_OPTIONS=quarantine_size_mb=16
 for target; do
     mkdir -p $dir/found/"$target" $dir/corpus/"$target"

@@ -10,9 +10,10 @@ io/publish: io io/format
 stream: io io/format io/publish
 stream/patch: io io/format io/publish stream
 estimators/edit: io io/format io/publish stream stream/patch
-estimators/model: io io/format io/publish stream
-estimators/passes: io io/format io/publish stream stream/patch estimators/edit estimators/model
-estimators/steps: io io/format io/publish stream stream/patch estimators/edit estimators/model estimators/passes
+estimators/compute: io io/format stream
+estimators/model: io io/format io/publish stream estimators/compute
+estimators/passes: io io/format io/publish stream stream/patch estimators/edit estimators/compute estimators/model
+estimators/steps: io io/format io/publish stream stream/patch estimators/edit estimators/compute estimators/model estimators/passes
 '
 bad=$(echo "$below" | grep . | while read -r room may; do
     room=${room%:}

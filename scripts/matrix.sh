@@ -78,7 +78,10 @@ INSIDE
 failed=
 for suite in ${MATRIX_SUITES:-bookworm trixie}; do
     root=$(realpath "$dir")/debian-$suite
-    make_chroot "$suite" "$root" && show "$root" && copy_tree "$root" || { failed=1; continue; }
-    env -u TMPDIR HOME=/root LC_ALL=C.UTF-8 chroot "$root" sh -s - "$@" <"$dir/inside" || failed=1
+    if make_chroot "$suite" "$root" && show "$root" && copy_tree "$root"; then
+        env -u TMPDIR HOME=/root LC_ALL=C.UTF-8 chroot "$root" sh -s - "$@" <"$dir/inside" || failed=1
+    else
+        failed=1
+    fi
 done
 [ -z "$failed" ]

@@ -104,8 +104,10 @@ bool perta_cgroup_mount_line(const char *line, bool v2, char *root, char *mount)
     while (!is_word(word, len, "-"));
     if (!next_word(&line, " \n", &word, &len) || !is_word(word, len, v2 ? "cgroup2" : "cgroup"))
         return false;
-    if (!v2 && (!next_word(&line, " \n", &word, &len) || !next_word(&line, " \n", &word, &len) ||
-                !lists(word, len, "cpu")))
+    for (int i = 0; i < 2 && !v2; i++)
+        if (!next_word(&line, " \n", &word, &len))
+            return false;
+    if (!v2 && !lists(word, len, "cpu"))
         return false;
     return unescape(words[ROOT], lens[ROOT], root) && unescape(words[MOUNT], lens[MOUNT], mount);
 }

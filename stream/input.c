@@ -62,13 +62,14 @@ void perta_input_close(struct perta_input *input)
     *input = (struct perta_input){0};
 }
 
-void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t off_bytes,
-                       uint64_t len_bytes, struct perta_range *range)
+void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t first_unit,
+                       uint64_t n_units, struct perta_range *range)
 {
+    uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
     *range = (struct perta_range){
         .file = &input->files[ref->shard],
-        .off_bytes = ref->tensor->off_bytes + off_bytes,
-        .len_bytes = len_bytes,
+        .off_bytes = ref->tensor->off_bytes + first_unit * width,
+        .len_bytes = n_units * width,
     };
 }
 
@@ -136,16 +137,21 @@ json_t *perta_input_json(struct perta_input *input)
     return json_pack("{s:o}", "shards", shards);
 }
 
+int perta_paths_add(const char ***paths, size_t *n_paths, const char *path, struct perta_err *err)
+{
+    const char **grown = realloc(*paths, (*n_paths + 1) * sizeof *grown);
+    if (!grown)
+        return perta_fail_sys(err, ENOMEM, "%s", path);
+    *paths = grown;
+    grown[(*n_paths)++] = path;
+    return 0;
+}
+
 int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
                       struct perta_err *err)
 {
-    size_t n = *n_paths + input->ck->n_shards;
-    const char **grown = realloc(*paths, (n ? n : 1) * sizeof *grown);
-    if (!grown)
-        return perta_fail_sys(err, ENOMEM, "%s", input->ck->path);
-    for (uint32_t i = 0; i < input->ck->n_shards; i++)
-        grown[*n_paths + i] = input->ck->shards[i].path;
-    *paths = grown;
-    *n_paths = n;
-    return 0;
+    int rc = 0;
+    for (uint32_t i = 0; i < input->ck->n_shards && !rc; i++)
+        rc = perta_paths_add(paths, n_paths, input->ck->shards[i].path, err);
+    return rc;
 }

@@ -1,5 +1,6 @@
 #include "stream/journal.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -180,19 +181,18 @@ static void describe_difference(const json_t *was, const json_t *is, const char 
     json_t *value;
     if (json_is_object(was) && json_is_object(is)) {
         char inner[256];
-        json_object_foreach((json_t *)(uintptr_t)was, key,
-                            value) if (!json_equal(value, json_object_get(is, key)))
-        {
-            snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-            describe_difference(value, json_object_get(is, key), inner, buf, len);
-            return;
-        }
-        json_object_foreach((json_t *)(uintptr_t)is, key, value) if (!json_object_get(was, key))
-        {
-            snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-            describe_difference(NULL, value, inner, buf, len);
-            return;
-        }
+        json_object_foreach ((json_t *)(uintptr_t)was, key, value)
+            if (!json_equal(value, json_object_get(is, key))) {
+                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+                describe_difference(value, json_object_get(is, key), inner, buf, len);
+                return;
+            }
+        json_object_foreach ((json_t *)(uintptr_t)is, key, value)
+            if (!json_object_get(was, key)) {
+                snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
+                describe_difference(NULL, value, inner, buf, len);
+                return;
+            }
     }
     char *a, *b;
     const char *from = text_of(was, &a), *to = text_of(is, &b);
@@ -353,6 +353,7 @@ static int check_own(const struct perta_journal *journal, struct perta_err *err)
 {
     char start[PREFIX_BYTES + 2] = "";
     struct stat st;
+    assert(journal->fd >= 0);
     if (fstat(journal->fd, &st))
         return perta_fail_sys(err, errno, "%s", journal->path);
     size_t n = st.st_size < PREFIX_BYTES + 1 ? (size_t)st.st_size : PREFIX_BYTES + 1;
@@ -522,7 +523,7 @@ void perta_journal_close(struct perta_journal *journal)
 bool perta_journal_due(const struct perta_journal *journal, uint64_t bytes)
 {
     const char *seconds = getenv("PERTA_COMMIT_SECONDS"), *most = getenv("PERTA_COMMIT_BYTES");
-    return now() - journal->last_time >= (seconds ? atof(seconds) : PERTA_COMMIT_SECONDS) ||
+    return now() - journal->last_time >= (seconds ? strtod(seconds, NULL) : PERTA_COMMIT_SECONDS) ||
            bytes - journal->bytes >= (most ? strtoull(most, NULL, 10) : PERTA_COMMIT_BYTES);
 }
 

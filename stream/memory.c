@@ -5,6 +5,8 @@
 #include <malloc.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "io/checked.h"
 
@@ -13,14 +15,13 @@
 
 uint64_t perta_memory_now(void)
 {
-    unsigned long long size, resident;
+    char text[128], *resident; /* the second number, after the size */
     FILE *statm = fopen("/proc/self/statm", "re");
     if (!statm)
         return 0;
-    if (fscanf(statm, "%llu %llu", &size, &resident) != 2)
-        resident = 0;
+    bool there = fgets(text, sizeof text, statm) && (resident = strchr(text, ' '));
     fclose(statm);
-    return (uint64_t)resident * perta_page_bytes();
+    return there ? strtoull(resident, NULL, 10) * perta_page_bytes() : 0;
 }
 
 uint64_t perta_memory_trimmed(void)

@@ -68,7 +68,7 @@ static unsigned workers_wanted(const struct perta_run *run)
 static unsigned queue_depth(void)
 {
     const char *asked = getenv("PERTA_QUEUE_DEPTH"); /* for measurements and tests */
-    int depth = asked ? atoi(asked) : 0;
+    unsigned long depth = asked ? strtoul(asked, NULL, 10) : 0;
     return depth > 0 && depth <= 1024 ? (unsigned)depth : DEPTH;
 }
 
@@ -80,7 +80,7 @@ static uint64_t slot_bytes(const struct perta_slot_shape *shape)
 static uint64_t fixed_bytes(const struct perta_job *job, unsigned n_writers)
 {
     return perta_memory_trimmed() + job->later_bytes + MARGIN_BYTES +
-           n_writers * PERTA_WRITER_BUFS_MIN * (uint64_t)PERTA_WRITER_BUF_BYTES;
+           (uint64_t)n_writers * PERTA_WRITER_BUFS_MIN * PERTA_WRITER_BUF_BYTES;
 }
 
 /* Scratch and stacks of n workers. False on overflow. */
@@ -129,7 +129,7 @@ static int choose_counts(struct perta_stream *s, unsigned n_writers, struct pert
     left -= add_writer_bufs(s, n_writers, left);
     fit = s->n_workers + left / slot;
     uint64_t ahead = s->job.total_bytes < AHEAD_BYTES ? s->job.total_bytes : AHEAD_BYTES;
-    uint64_t useful = ahead / slot + 2 * s->n_workers + 2;
+    uint64_t useful = ahead / slot + 2 * (uint64_t)s->n_workers + 2;
     uint64_t n = fit < useful ? fit : useful;
     s->n_slots = n < SLOTS_MAX ? (unsigned)n : SLOTS_MAX;
     return 0;
@@ -494,6 +494,7 @@ int perta_stream_read_file(struct perta_stream *s, struct perta_file *file,
         n = 1;
         part = room - PERTA_READ_OVERHANG;
     }
+    assert(part);
     int rc = 0;
     while (!rc && used < file->len_bytes) {
         for (; sent < file->len_bytes && sent - used < n * part; sent += part) {

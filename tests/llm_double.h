@@ -1,10 +1,11 @@
 /* llm_double.h - the forward passes of docs/estimate.md in double, as plainly as they can be
- * written: what finite differences are taken of. Shapes as in ops.h and block.h. */
+ * written: what finite differences are taken of. Shapes as in backend.h and part.h. */
 #ifndef PERTA_TESTS_LLM_DOUBLE_H
 #define PERTA_TESTS_LLM_DOUBLE_H
 
 #include <math.h>
 
+#include "estimators/model/family.h"
 #include "estimators/model/model.h"
 #include "estimators/model/samples.h"
 #include "tests/unit.h"
@@ -88,29 +89,55 @@ static inline void linear_double(double *y, const double *x, const double *weigh
         }
 }
 
-/* A model's weights in double, laid out as perta_model lays out its own. */
+/* A model's weights in double, laid out as perta_model lays out its own; and the parts of its family,
+ * NULL: Llama's. */
 struct model_double {
     const struct perta_model *model;
     const float *inv_freq;
     double *weights; /* (n_floats) */
+    /* y (T, H) from x (T, H); bias may be NULL. */
+    void (*norm)(double *y, const double *x, const double *weight, const double *bias, size_t T,
+                 size_t H, double eps);
+    /* x (T, H) += what the MLP makes of norm (T, H). */
+    void (*mlp)(const struct model_double *m, uint32_t layer, double *x, const double *norm,
+                size_t T);
 };
 
-static inline double *part_double(const struct model_double *m, uint32_t layer, const char *part,
-                                  const char *kind)
+static inline double *part_double(const struct model_double *m, uint32_t layer,
+                                  enum perta_param param)
 {
-    char name[128];
-    snprintf(name, sizeof name, "model.layers.%u.%s.%s", layer, part, kind);
-    const float *at = perta_model_find(m->model, m->model->weights, name);
-    return at ? m->weights + (at - m->model->weights) : NULL;
+    const struct perta_param_row *row = perta_llm_param(&m->model->llm, param);
+    return row ? m->weights + perta_model_param(m->model, layer, row)->at : NULL;
 }
 
 static inline void project_double(const struct model_double *m, uint32_t layer,
-                                  enum perta_linear_name name, double *y, const double *x, size_t n,
+                                  enum perta_param weight, double *y, const double *x, size_t n,
                                   size_t out, size_t in)
 {
-    const char *part = perta_linear_names[name];
-    linear_double(y, x, part_double(m, layer, part, "weight"), part_double(m, layer, part, "bias"),
-                  n, out, in);
+    linear_double(y, x, part_double(m, layer, weight), part_double(m, layer, weight + 1), n, out,
+                  in);
+}
+
+static inline void norm_double(const struct model_double *m, double *y, const double *x,
+                               const double *weight, const double *bias, size_t T, size_t H)
+{
+    double eps = (double)m->model->llm.norm_eps;
+    if (m->norm)
+        m->norm(y, x, weight, bias, T, H, eps);
+    else
+        rmsnorm_double(y, x, weight, T, H, eps);
+}
+
+static inline void gated_mlp_double(const struct model_double *m, uint32_t layer, double *x,
+                                    const double *norm, size_t T)
+{
+    size_t H = m->model->llm.hidden, I = m->model->llm.intermediate;
+    double *gate = alloc(T * 3 * I * sizeof *gate), *up = gate + T * I, *h = up + T * I;
+    project_double(m, layer, PERTA_GATE, gate, norm, T, I, H);
+    project_double(m, layer, PERTA_UP, up, norm, T, I, H);
+    swiglu_double(h, gate, up, T * I);
+    project_double(m, layer, PERTA_DOWN, x, h, T, H, I);
+    free(gate);
 }
 
 /* x (T, H) of one sequence becomes what the block makes of it. */
@@ -118,32 +145,28 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
                                 const struct perta_place *places, size_t T)
 {
     const struct perta_llm *llm = &m->model->llm;
-    size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
+    size_t H = llm->hidden, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
-    double eps = (double)llm->rms_eps;
-    double *memory = alloc(T * (H + 2 * Q + 2 * K + 3 * I) * sizeof *memory);
+    double eps = (double)llm->norm_eps;
+    double *memory = alloc(T * (H + 2 * Q + 2 * K) * sizeof *memory);
     double *norm = memory, *q = norm + T * H, *k = q + T * Q, *v = k + T * K, *att = v + T * K;
-    double *gate = att + T * Q, *up = gate + T * I, *h = up + T * I;
-    rmsnorm_double(norm, x, part_double(m, layer, "input_layernorm", "weight"), T, H, eps);
+    norm_double(m, norm, x, part_double(m, layer, PERTA_NORM_1),
+                part_double(m, layer, PERTA_NORM_1_BIAS), T, H);
     project_double(m, layer, PERTA_Q, q, norm, T, Q, H);
     project_double(m, layer, PERTA_K, k, norm, T, K, H);
     project_double(m, layer, PERTA_V, v, norm, T, K, H);
     if (llm->qk_norm) {
-        rmsnorm_double(q, q, part_double(m, layer, "self_attn.q_norm", "weight"), T * llm->n_heads,
-                       D, eps);
-        rmsnorm_double(k, k, part_double(m, layer, "self_attn.k_norm", "weight"),
-                       T * llm->n_kv_heads, D, eps);
+        rmsnorm_double(q, q, part_double(m, layer, PERTA_NORM_Q), T * llm->n_heads, D, eps);
+        rmsnorm_double(k, k, part_double(m, layer, PERTA_NORM_K), T * llm->n_kv_heads, D, eps);
     }
     rope_double(q, places, m->inv_freq, T, llm->n_heads, D);
     rope_double(k, places, m->inv_freq, T, llm->n_kv_heads, D);
     attention_double(att, q, k, v, places, T, llm->n_heads, llm->n_kv_heads, D,
                      perta_llm_window(llm, layer));
     project_double(m, layer, PERTA_O, x, att, T, H, Q);
-    rmsnorm_double(norm, x, part_double(m, layer, "post_attention_layernorm", "weight"), T, H, eps);
-    project_double(m, layer, PERTA_GATE, gate, norm, T, I, H);
-    project_double(m, layer, PERTA_UP, up, norm, T, I, H);
-    swiglu_double(h, gate, up, T * I);
-    project_double(m, layer, PERTA_DOWN, x, h, T, H, I);
+    norm_double(m, norm, x, part_double(m, layer, PERTA_NORM_2),
+                part_double(m, layer, PERTA_NORM_2_BIAS), T, H);
+    (m->mlp ? m->mlp : gated_mlp_double)(m, layer, x, norm, T);
     free(memory);
 }
 
@@ -156,6 +179,14 @@ static inline double cross_entropy_double(const double *logits, size_t V, size_t
     return log(sum) - logits[target];
 }
 
+/* A tensor by its name, which may be NULL; NULL where there is none. */
+static inline const double *named_double(const struct model_double *m, const char *name)
+{
+    const struct perta_model *model = m->model;
+    const float *at = name ? perta_model_find(model, model->weights, name) : NULL;
+    return at ? m->weights + (at - model->weights) : NULL;
+}
+
 /* The loss of one sample: the mean over its labels. */
 static inline double loss_double(const struct model_double *m, const struct perta_samples *s,
                                  size_t sample)
@@ -165,9 +196,11 @@ static inline double loss_double(const struct model_double *m, const struct pert
     size_t H = model->llm.hidden, V = model->llm.vocab, n_labels = 0;
     double *x = alloc(T * H * sizeof *x), *row = alloc(H * sizeof *row), loss = 0;
     double *logits = alloc(V * sizeof *logits);
-    const double *embedding = m->weights; /* first of all parameters, the head the last */
-    const double *head = model->llm.tied ? embedding : m->weights + model->n_floats - V * H;
-    const double *norm = model->llm.tied ? m->weights + model->n_floats - H : head - H;
+    const struct perta_family *family = model->llm.family;
+    const double *embedding = named_double(m, family->embedding);
+    const double *head = model->llm.tied ? embedding : named_double(m, family->head);
+    const double *norm = named_double(m, family->final_norm);
+    const double *bias = named_double(m, family->final_norm_bias);
     for (size_t t = 0; t < T; t++)
         memcpy(x + t * H, embedding + (size_t)s->ids[first + t] * H, H * sizeof *x);
     for (uint32_t l = 0; l < model->llm.n_layers; l++)
@@ -175,7 +208,7 @@ static inline double loss_double(const struct model_double *m, const struct pert
     for (size_t t = 0; t < T; t++) {
         if (s->targets[first + t] == PERTA_IGNORED)
             continue;
-        rmsnorm_double(row, x + t * H, norm, 1, H, (double)model->llm.rms_eps);
+        norm_double(m, row, x + t * H, norm, bias, 1, H);
         memset(logits, 0, V * sizeof *logits);
         linear_double(logits, row, head, NULL, 1, V, H);
         loss += cross_entropy_double(logits, V, (size_t)s->targets[first + t]);

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "io/format/safetensors.h"
 #include "tests/unit.h"
 
 static char scratch_dir[64];
@@ -32,6 +33,19 @@ static inline void put_file(const char *name, const void *data, size_t len_bytes
     ck_assert_msg(file, "%s", name);
     ck_assert_uint_eq(fwrite(data, 1, len_bytes, file), len_bytes);
     ck_assert_int_eq(fclose(file), 0);
+}
+
+/* The header of a file of such tensors, then room for their bytes. The caller's (free). */
+static inline uint8_t *make_header(struct perta_tensor *tensors, uint64_t n, uint64_t data_bytes,
+                                   uint64_t *header_bytes)
+{
+    struct perta_err err = {0};
+    uint8_t *header;
+    ck_assert_ok(perta_safetensors_build(tensors, n, NULL, &header, header_bytes, &err));
+    uint8_t *bytes = alloc(*header_bytes + data_bytes);
+    memcpy(bytes, header, *header_bytes);
+    free(header);
+    return bytes;
 }
 
 static inline void put_text(const char *name, const char *text)

@@ -21,7 +21,7 @@ static json_t *summary;
 static void make_a_mess(void)
 {
     memset(&err, 0xa5, sizeof err);
-    memset(&summary, 0xa5, sizeof summary);
+    summary = (json_t *)(uintptr_t)0xa5a5a5a5a5a5a5a5;
 }
 
 static void check(int rc, int code, const char *says, const char *what)
@@ -247,7 +247,7 @@ START_TEST(estimate)
     BAD(estimate, job.data_key = "", "--data-key: a name is needed");
     BAD(estimate, job.scratch = "", "--scratch: a name is needed");
     BAD(estimate, job.mean = false, "--stat: mean, meansq or both");
-    BAD(estimate, job.compute = (enum perta_compute)3, "--compute: 3");
+    BAD(estimate, job.compute = (enum perta_compute)4, "--compute: 4");
     BAD(estimate, job.at = &nowhere, "base (of at) is needed");
 }
 END_TEST

@@ -2,6 +2,7 @@
  * finite differences of a forward pass in double (llm_double.h). */
 #include "tests/scratch.h"
 
+#include "estimators/compute/cpu.h"
 #include "estimators/model/train.h"
 #include "estimators/passes/estimate.h"
 #include "io/format/checkpoint.h"
@@ -60,8 +61,9 @@ static void open_lab(struct lab *lab, const char *config)
     const struct perta_model_file file = {"config.json", config};
     ck_assert_ok(perta_model_save(&lab->model, "model", &file, 1, false, &err)); /* rounds */
     perta_rope_frequencies(&llm, lab->inv_freq);
-    lab->twin = (struct model_double){&lab->model, lab->inv_freq,
-                                      alloc(lab->model.n_floats * sizeof(double))};
+    lab->twin = (struct model_double){.model = &lab->model,
+                                      .inv_freq = lab->inv_freq,
+                                      .weights = alloc(lab->model.n_floats * sizeof(double))};
     for (size_t i = 0; i < lab->model.n_floats; i++)
         lab->twin.weights[i] = (double)lab->model.weights[i];
 }
@@ -88,6 +90,16 @@ static double loss_of_all(void *ctx)
     return sum / (double)lab->samples.n;
 }
 
+/* The caller's. */
+static float *gradients_of(struct perta_trainer *t)
+{
+    size_t n = t->model->n_floats;
+    float *gradients = alloc(n * sizeof *gradients);
+    t->be->ops->get(t->be, t->gradients, gradients, n * sizeof *gradients);
+    ck_assert_ok(perta_backend_wait(t->be, &err));
+    return gradients;
+}
+
 START_TEST(every_tensor_of_a_model_in_memory)
 {
     struct lab lab;
@@ -98,24 +110,34 @@ START_TEST(every_tensor_of_a_model_in_memory)
     ck_assert_ok(perta_trainer_open(&trainer, &lab.model, &lab.samples, 3, 2, &err));
     ck_assert_ok(perta_trainer_gradients(&trainer, &lab.samples, which, 3, &loss, &err));
     ck_assert_double_lt(fabs(loss / loss_of_all(&lab) - 1), TOLERANCE);
+    float *gradients = gradients_of(&trainer);
     for (size_t p = 0; p < lab.model.n_parameters; p++) {
         const struct perta_parameter *of = &lab.model.parameters[p];
-        is_gradient(of->name, trainer.gradients + of->at, lab.twin.weights + of->at,
-                    of->out * of->in, of->vector ? 1 : 5, loss_of_all, &lab);
+        is_gradient(of->name, gradients + of->at, lab.twin.weights + of->at, of->out * of->in,
+                    of->vector ? 1 : 5, loss_of_all, &lab);
     }
+    free(gradients);
     perta_trainer_close(&trainer);
     close_lab(&lab);
 }
 END_TEST
 
-/* ---- a block: what comes before it, and vectors of each sequence ---- */
+/* ---- a block: what comes before it, and what its sink is handed ---- */
+
+/* A sink that records: vectors of each sequence, and products of all rows. */
+struct recorder {
+    struct perta_gradient_sink sink;
+    struct perta_backend *be;
+    const struct perta_llm *llm;
+    float *vectors[2][PERTA_N_PARAMS]; /* (in); NULL: was not handed over */
+    float *weights[PERTA_N_PARAMS];    /* (out, in) */
+};
 
 struct block {
     struct lab *lab;
     const struct perta_place *places; /* (n) */
     struct pair x, dout;              /* (n, H) */
     size_t first, T;                  /* the sequence that is looked at */
-    float *vectors[2][(int)PERTA_N_NORMS + (int)PERTA_N_LINEARS];
 };
 
 static double block_value(void *ctx)
@@ -130,39 +152,92 @@ static double block_value(void *ctx)
     return value;
 }
 
-static void keep(struct block *c, size_t sequence, int i, const float *d, size_t n)
+static double blocks_value(void *ctx)
 {
-    float **to = &c->vectors[sequence][i];
-    ck_assert_ptr_null(*to);
-    *to = alloc(n * sizeof(float));
-    memcpy(*to, d, n * sizeof(float));
+    struct block *c = ctx;
+    double value = 0;
+    c->first = 0;
+    c->T = 7;
+    value += block_value(c);
+    c->first = 7;
+    c->T = 5;
+    return value + block_value(c);
 }
 
-static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d, size_t n)
+static float *floats_of(const struct recorder *r, struct perta_array from, size_t n)
 {
-    keep(ctx, sequence, (int)name, d, n);
+    float *to = alloc(n * sizeof *to);
+    r->be->ops->get(r->be, from, to, n * sizeof *to);
+    return to;
 }
 
-static void on_bias(void *ctx, size_t sequence, enum perta_linear_name name, const float *d,
-                    size_t n)
+static int record_linear(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
+                         const struct perta_batch *batch, struct perta_array x,
+                         struct perta_array dy, struct perta_err *e)
 {
-    keep(ctx, sequence, (int)PERTA_N_NORMS + (int)name, d, n);
+    struct recorder *r = (struct recorder *)sink;
+    size_t out, in;
+    (void)e;
+    ck_assert_uint_eq(layer, 0);
+    ck_assert_ptr_null(r->weights[param]);
+    perta_llm_shape(r->llm, perta_llm_param(r->llm, param), &out, &in);
+    float *xs = floats_of(r, x, batch->n * in), *dys = floats_of(r, dy, batch->n * out);
+    float *dw = r->weights[param] = alloc(out * in * sizeof *dw);
+    for (size_t o = 0; o < out; o++)
+        for (size_t i = 0; i < in; i++) {
+            double sum = 0;
+            for (size_t t = 0; t < batch->n; t++)
+                sum += (double)dys[t * out + o] * (double)xs[t * in + i];
+            dw[o * in + i] = (float)sum;
+        }
+    free(xs);
+    free(dys);
+    return 0;
 }
 
-static void vector_is_gradient(struct block *c, size_t sequence, int i)
+static int record_vector(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
+                         size_t sequence, struct perta_array d, struct perta_err *e)
 {
-    bool norm = i < PERTA_N_NORMS;
-    const char *part = norm ? perta_norm_names[i] : perta_linear_names[i - PERTA_N_NORMS];
-    const char *kind = norm ? "weight" : "bias";
+    struct recorder *r = (struct recorder *)sink;
+    size_t out, in;
+    (void)e;
+    ck_assert_uint_eq(layer, 0);
+    ck_assert_ptr_null(r->vectors[sequence][param]);
+    perta_llm_shape(r->llm, perta_llm_param(r->llm, param), &out, &in);
+    r->vectors[sequence][param] = floats_of(r, d, in);
+    return 0;
+}
+
+/* Every parameter of the block was handed over, once for each sequence if it is a vector. */
+static void are_recorded(struct recorder *r, struct block *c)
+{
     const struct perta_model *m = &c->lab->model;
-    for (size_t p = 0; p < m->n_parameters; p++) {
-        char name[128];
-        const struct perta_parameter *of = &m->parameters[p];
-        snprintf(name, sizeof name, "model.layers.0.%s.%s", part, kind);
-        if (!strcmp(name, of->name))
-            is_gradient(name, c->vectors[sequence][i], c->lab->twin.weights + of->at, of->in, 1,
-                        block_value, c);
+    for (int i = 0; i < PERTA_N_PARAMS; i++) {
+        const struct perta_param_row *row = perta_llm_param(&m->llm, (enum perta_param)i);
+        ck_assert(!row || row->out ? !r->vectors[0][i] && !r->vectors[1][i] : !r->weights[i]);
+        if (!row)
+            continue;
+        const struct perta_parameter *of = perta_model_param(m, 0, row);
+        double *at = c->lab->twin.weights + of->at;
+        if (row->out)
+            is_gradient(of->name, r->weights[i], at, of->out * of->in, 5, blocks_value, c);
+        free(r->weights[i]);
+        for (size_t s = 0; s < 2 && !row->out; s++) {
+            c->first = s ? 7 : 0;
+            c->T = s ? 5 : 7;
+            is_gradient(of->name, r->vectors[s][i], at, of->in, 1, block_value, c);
+            free(r->vectors[s][i]);
+        }
     }
+}
+
+static void open_cpu(const struct perta_llm *llm, struct perta_workers **workers,
+                     struct perta_backend **be)
+{
+    const struct perta_cpu_needs needs = {
+        .widest = perta_llm_widest(llm), .rows = 12, .longest = 12};
+    ck_assert_ok(perta_workers_open(2, workers, &err));
+    ck_assert_ok(perta_cpu_open(&needs, *workers, be, &err));
 }
 
 START_TEST(a_block_of_ragged_sequences)
@@ -170,44 +245,42 @@ START_TEST(a_block_of_ragged_sequences)
     struct lab lab;
     open_lab(&lab, configs[_i]);
     const struct perta_llm *llm = &lab.model.llm;
-    const size_t starts[] = {0, 7, 12};
+    const size_t starts[] = {0, 7, 12}, tiles[] = {0, 12};
     /* all before it; and two blocks, of which the second's first token is hidden, and last */
     const struct perta_place places[] = {{0, 0, 0, 1}, {1, 1, 0, 2}, {2, 2, 0, 3}, {3, 3, 0, 4},
                                          {4, 4, 0, 5}, {5, 5, 0, 6}, {6, 6, 0, 7}, {0, 0, 0, 1},
                                          {1, 1, 0, 2}, {7, 3, 2, 3}, {8, 4, 2, 4}, {6, 2, 0, 2}};
-    const size_t tiles[] = {0, 12};
-    const struct perta_batch batch = {12, {2, starts, 0}, {1, tiles, 0}, places};
-    struct perta_workers *workers;
+    const struct perta_batch batch = {12, {2, starts, 0}, {1, tiles, 0}, places, 0};
     struct block c = {.lab = &lab,
                       .places = places,
                       .x = pair(12 * llm->hidden, 16),
                       .dout = pair(12 * llm->hidden, 17)};
-    const struct perta_vector_sink sink = {&c, on_norm, on_bias};
-    struct perta_block block = {.inv_freq = lab.inv_freq};
+    struct perta_workers *workers;
+    struct perta_backend *be;
     struct perta_acts acts;
-    float *memory = aligned_alloc(64, perta_acts_floats(llm, 12) * sizeof(float));
-    perta_model_block(&lab.model, 0, &block);
-    ck_assert_ok(perta_workers_open(2, &workers, &err));
-    ck_assert_ok(perta_gemm_open(false, workers, 64, 0, &block.gemm, &err));
-    perta_acts_lay_out(&acts, llm, 12, memory);
-    memcpy(acts.x, c.x.f, c.x.n * sizeof(float));
-    memcpy(acts.dout, c.dout.f, c.x.n * sizeof(float));
-    ck_assert_ok(perta_block_forward(&block, &batch, &acts, &err));
-    ck_assert_ok(perta_block_backward(&block, &batch, &acts, &sink, &err));
-    for (size_t s = 0; s < 2; s++) {
-        size_t at = starts[s] * llm->hidden;
-        c.first = starts[s];
-        c.T = starts[s + 1] - starts[s];
-        is_gradient("dx", acts.dx + at, c.x.d + at, c.T * llm->hidden, 1, block_value, &c);
-        for (int i = 0; i < (int)PERTA_N_NORMS + (int)PERTA_N_LINEARS; i++) {
-            if (c.vectors[s][i])
-                vector_is_gradient(&c, s, i);
-            free(c.vectors[s][i]);
-        }
-    }
-    perta_gemm_close(block.gemm);
+    uint32_t memory, weights;
+    open_cpu(llm, &workers, &be);
+    ck_assert_ok(be->ops->alloc(be, perta_acts_floats(llm, 12) * sizeof(float), &memory, &err));
+    ck_assert_ok(
+        be->ops->share(be, lab.model.weights, lab.model.n_floats * sizeof(float), &weights, &err));
+    struct perta_model_parameters from =
+        perta_model_parameters(&lab.model, (struct perta_array){weights, 0});
+    struct recorder recorder = {.sink = {record_linear, record_vector}, .be = be, .llm = llm};
+    struct perta_layer layer = {llm, be, &from.parameters, &recorder.sink, lab.inv_freq, 0};
+    perta_acts_lay_out(&acts, llm, 12, (struct perta_array){memory, 0});
+    be->ops->put(be, acts.x, c.x.f, c.x.n * sizeof(float));
+    be->ops->put(be, acts.dout, c.dout.f, c.x.n * sizeof(float));
+    perta_block_forward(&layer, &batch, &acts);
+    perta_block_backward(&layer, &batch, &acts);
+    float *dx = floats_of(&recorder, acts.dx, c.x.n);
+    ck_assert_ok(perta_backend_wait(be, &err));
+    is_gradient("dx", dx, c.x.d, c.x.n, 1, blocks_value, &c);
+    are_recorded(&recorder, &c);
+    free(dx);
+    be->ops->free(be, memory);
+    be->ops->free(be, weights);
+    perta_backend_close(be);
     perta_workers_close(workers);
-    free(memory);
     release(c.x);
     release(c.dout);
     close_lab(&lab);
@@ -295,6 +368,94 @@ START_TEST(embedding_and_head_out_of_core)
 }
 END_TEST
 
+/* ---- the same estimate by the reference, in memory of its own ---- */
+
+/* Samples of many groups of tokens, of which one is longer than a chunk. */
+static void put_long_data(void)
+{
+    static const int lengths[] = {250, 3, 200, 70};
+    FILE *file = fopen("data.jsonl", "w");
+    uint64_t seed = 5;
+    for (size_t s = 0; s < 40; s++) {
+        int length = s == 1 ? 1100 : lengths[s % 4];
+        fprintf(file, "{\"input_ids\":[%d", 1);
+        for (int i = 1; i < length; i++)
+            fprintf(file, ",%d", (int)uniform(&seed, 0, 22.9f));
+        fprintf(file, "]}\n");
+    }
+    fclose(file);
+}
+
+/* The least memory that it names. */
+static uint64_t least_memory(struct perta_estimate estimate)
+{
+    const struct perta_run run = {.memory_bytes = 1 << 20, .n_threads = 2};
+    json_t *summary;
+    ck_assert_int_eq(perta_estimate(&estimate, &run, &summary, &err), PERTA_EUSAGE);
+    uint64_t mib = strtoull(strstr(err.msg, "needs ") + 6, NULL, 10);
+    err = (struct perta_err){0};
+    return mib << 20;
+}
+
+static void estimate_to(const char *out, enum perta_compute compute, bool meansq,
+                        uint64_t memory_bytes, json_t **summary)
+{
+    const struct perta_estimate estimate = {.model = "model",
+                                            .data = "data.jsonl",
+                                            .out = out,
+                                            .mean = true,
+                                            .meansq = meansq,
+                                            .compute = compute};
+    const struct perta_run run = {
+        .memory_bytes = memory_bytes ? memory_bytes : least_memory(estimate), .n_threads = 2};
+    ck_assert_ok(perta_estimate(&estimate, &run, summary, &err));
+}
+
+static void are_close_files(const struct lab *lab, const char *a, const char *b)
+{
+    for (size_t p = 0; p < lab->model.n_parameters; p++) {
+        const struct perta_parameter *of = &lab->model.parameters[p];
+        size_t n = of->out * of->in;
+        float *have = alloc(n * sizeof *have), *reference = alloc(n * sizeof *reference);
+        double *want = alloc(n * sizeof *want);
+        read_floats(a, of->name, 0, n, have);
+        read_floats(b, of->name, 0, n, reference);
+        for (size_t i = 0; i < n; i++)
+            want[i] = (double)reference[i];
+        are_close(of->name, have, want, n);
+        free(have);
+        free(reference);
+        free(want);
+    }
+}
+
+/* In one batch, and in several whose rows are kept in files: 0 .. 3. */
+START_TEST(an_estimate_by_the_reference)
+{
+    struct lab lab;
+    json_t *fast, *slow;
+    uint64_t memory_bytes = _i & 1 ? 0 : 2ull << 30;
+    open_lab(&lab, configs[_i & 2 ? 4 : 0]);
+    put_long_data();
+    estimate_to("fast", PERTA_COMPUTE_F32, _i & 2, memory_bytes, &fast);
+    estimate_to("slow", PERTA_COMPUTE_REFERENCE, _i & 2, memory_bytes, &slow);
+    json_int_t n_batches = json_integer_value(json_object_get(slow, "batches"));
+    ck_assert(_i & 1 ? n_batches > 1 : n_batches == 1);
+    if (_i & 1)
+        ck_assert_int_gt(json_integer_value(json_object_get(slow, "scratch_bytes")), 0);
+    ck_assert_double_lt(fabs(json_real_value(json_object_get(fast, "loss")) /
+                                 json_real_value(json_object_get(slow, "loss")) -
+                             1),
+                        TOLERANCE);
+    are_close_files(&lab, "fast/mean", "slow/mean");
+    if (_i & 2)
+        are_close_files(&lab, "fast/meansq", "slow/meansq");
+    json_decref(fast);
+    json_decref(slow);
+    close_lab(&lab);
+}
+END_TEST
+
 /* Tell of progress, and stop at call number stop_at. */
 struct watch {
     int n_calls, stop_at;
@@ -356,5 +517,6 @@ int main(void)
     tcase_add_loop_test(tests, embedding_and_head_out_of_core, 0, sizeof wide / sizeof *wide);
     tcase_add_loop_test(tests, every_block_of_the_vocabulary_may_be_the_last, 0,
                         sizeof wide / sizeof *wide);
+    tcase_add_loop_test(tests, an_estimate_by_the_reference, 0, 4);
     return run_suite("backprop", tests);
 }

@@ -90,7 +90,7 @@ END_TEST
 static json_t *square(const void *ctx, uint64_t i)
 {
     return json_pack("{s:I, s:I}", "of", (json_int_t)i, "is",
-                     (json_int_t)(i * i * *(const uint64_t *)ctx));
+                     (json_int_t)i * (json_int_t)i * *(const json_int_t *)ctx);
 }
 
 START_TEST(items_made_one_at_a_time_are_written_as_those_of_a_tree)

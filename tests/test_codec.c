@@ -4,6 +4,7 @@
 #include "io/format/codec.h"
 #include "io/format/codec_kernels.h"
 #include "io/format/codec_plan.h"
+#include "io/format/convert.h"
 #include "io/hash.h"
 #include "io/isa.h"
 
@@ -17,11 +18,12 @@ enum change { NONE, FEW, FINE, HEAVY, ANY, SPECIAL, TUNED, N_CHANGES };
 static void tune(size_t n, uint8_t *before, uint8_t *after, uint64_t seed)
 {
     for (size_t i = 0; i < n; i++) {
-        float x[2];
-        x[0] = ((float)(next_random(&seed) % 20001) - 10000) * 4e-6f;
-        x[1] = x[0] + ((float)(next_random(&seed) % 201) - 100) * 4e-7f;
-        memcpy(before + 2 * i, (char *)&x[0] + 2, 2);
-        memcpy(after + 2 * i, (char *)&x[1] + 2, 2);
+        float x = ((float)(next_random(&seed) % 20001) - 10000) * 4e-6f;
+        float y = x + ((float)(next_random(&seed) % 201) - 100) * 4e-7f;
+        uint16_t high[2] = {(uint16_t)(perta_f32_bits(x) >> 16),
+                            (uint16_t)(perta_f32_bits(y) >> 16)};
+        memcpy(before + 2 * i, &high[0], 2);
+        memcpy(after + 2 * i, &high[1], 2);
     }
 }
 
@@ -674,7 +676,7 @@ START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
         enum perta_dtype dtype = (enum perta_dtype)d;
         struct perta_coded coded;
         for (int i = 0; i < 3; i++)
-            fill_random(steps[i], LEN, (uint64_t)(3 * d + i));
+            fill_random(steps[i], LEN, (uint64_t)d * 3 + (uint64_t)i);
         if (perta_codec_groups(dtype))
             continue;
         const uint8_t *at = zeros;

@@ -1,7 +1,7 @@
 /* config.json: numbers that lead nowhere are refused with their key. */
-#include "tests/unit.h"
-
 #include "estimators/model/config.h"
+
+#include "tests/gradient.h"
 
 static const char base[] = "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":64,"
                            "\"intermediate_size\":96,\"vocab_size\":9,\"num_hidden_layers\":1,"
@@ -30,7 +30,7 @@ START_TEST(a_number_that_float32_does_not_hold_is_refused)
     parse(",\"rope_theta\":1e300", "rope_theta", &llm);
     parse(",\"rope_theta\":-1", "rope_theta", &llm);
     parse(",\"rms_norm_eps\":1e-30,\"rope_theta\":1e30", NULL, &llm);
-    ck_assert(llm.rms_eps > 0);
+    ck_assert(llm.norm_eps > 0);
 }
 END_TEST
 
@@ -154,6 +154,38 @@ START_TEST(frequencies_are_numbers)
 }
 END_TEST
 
+/* Frequencies by the formulas of transformers' modeling_rope_utils. */
+static double frequency(const struct perta_rope *r, double i, double D)
+{
+    double f = pow(r->theta, -2 * i / D), wavelength = 2 * acos(-1) / f;
+    if (r->kind == PERTA_ROPE_LINEAR)
+        return f / r->factor;
+    if (r->kind == PERTA_ROPE_DEFAULT || wavelength < r->original_positions / r->high_freq_factor)
+        return f;
+    if (wavelength > r->original_positions / r->low_freq_factor)
+        return f / r->factor;
+    double smooth = (r->original_positions / wavelength - r->low_freq_factor) /
+                    (r->high_freq_factor - r->low_freq_factor);
+    return (1 - smooth) * f / r->factor + smooth * f;
+}
+
+/* The last: frequencies that stay, one between, one that is divided. */
+static const struct perta_rope ropes[] = {
+    {.kind = PERTA_ROPE_DEFAULT, .theta = 1e4, .factor = 1},
+    {.kind = PERTA_ROPE_LINEAR, .theta = 1e4, .factor = 4},
+    {PERTA_ROPE_LLAMA3, 500, 8, 1, 4, 64},
+};
+
+START_TEST(frequencies_are_those_of_transformers)
+{
+    const struct perta_llm llm = {.head_dim = 8, .rope = ropes[_i]};
+    float have[4];
+    perta_rope_frequencies(&llm, have);
+    for (int i = 0; i < 4; i++)
+        ck_assert_double_lt(fabs((double)have[i] / frequency(&llm.rope, i, 8) - 1), 1e-6);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("config");
@@ -164,5 +196,7 @@ int main(void)
     tcase_add_test(tests, a_padding_is_a_row_of_the_embedding);
     tcase_add_test(tests, keys_are_known_or_named);
     tcase_add_test(tests, frequencies_are_numbers);
+    tcase_add_loop_test(tests, frequencies_are_those_of_transformers, 0,
+                        sizeof ropes / sizeof *ropes);
     return run_suite("config", tests);
 }

@@ -50,6 +50,14 @@ static void fill(void *to, enum perta_dtype dtype, double scale, bool positive, 
 }
 
 static char inputs[6][N * 8], outs[2][3][N * 8];
+/* The operands in the order of inputs, but for the scale. */
+static void set_view(struct perta_edit_in *in, int i, struct perta_view view)
+{
+    struct perta_view *const views[] = {&in->model, &in->tuned, &in->base, &in->forget,
+                                        &in->retain};
+    *views[i] = view;
+}
+
 static const float alphas[3] = {1.0f, 0.3f, -2.0f};
 
 static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[5], bool specials)
@@ -58,7 +66,7 @@ static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[
     for (int i = 0; i < 5; i++) {
         bool positive = i >= 3 && rule->stat == PERTA_STAT_MEANSQ;
         double scale = i < 3 ? 0.1 : rule->method == PERTA_SCALE ? 6 : 1e-5;
-        fill(inputs[i], dtype[i], scale, positive, specials, (uint64_t)(i + 7));
+        fill(inputs[i], dtype[i], scale, positive, specials, (uint64_t)i + 7);
         views[i] = (struct perta_view){dtype[i], inputs[i]};
     }
     const struct perta_edit_in in = {views[0], views[1], views[2], views[3], views[4],
@@ -172,8 +180,8 @@ START_TEST(odd_lengths_and_addresses_give_the_same_bits)
             for (int i = 0; i < 5; i++) {
                 fill(inputs[i], dtypes[d], i < 3 ? 0.1 : 1e-5, false, true, l * 5 + (uint64_t)i);
                 memcpy(moved[i] + 1, inputs[i], N * 8);
-                (&in[0].model)[i] = (struct perta_view){dtypes[d], inputs[i]};
-                (&in[1].model)[i] = (struct perta_view){dtypes[d], moved[i] + 1};
+                set_view(&in[0], i, (struct perta_view){dtypes[d], inputs[i]});
+                set_view(&in[1], i, (struct perta_view){dtypes[d], moved[i] + 1});
             }
             in[0].scale = in[0].forget;
             in[1].scale = in[1].forget;
@@ -246,7 +254,7 @@ START_TEST(importances_are_read_by_the_methods_that_need_them)
         struct perta_edit_in in = {.n = N}; /* importances are NULL */
         for (int i = 0; i < 3; i++) {
             fill(inputs[i], PERTA_BF16, 0.1, false, false, (uint64_t)i);
-            (&in.model)[i] = (struct perta_view){PERTA_BF16, inputs[i]};
+            set_view(&in, i, (struct perta_view){PERTA_BF16, inputs[i]});
         }
         struct perta_edit_counts counts;
         void *to = outs[0][0];

@@ -242,33 +242,37 @@ START_TEST(a_request_may_be_sent_from_done)
 }
 END_TEST
 
+/* data (16 blocks) into a new file, the last block first, by way of from. */
+static void write_back_to_front(struct perta_engine *engine, bool direct, uint8_t *from,
+                                const uint8_t *data)
+{
+    struct perta_file file;
+    struct perta_request r[16];
+    unsigned left = 16;
+    ck_assert_ok(perta_file_create(&file, "w", direct, &err));
+    for (unsigned i = 0; i < 16; i++) {
+        uint64_t off = (15 - i) * 65536u;
+        r[i] = reading(&file, off, 65536, from + off, &left);
+        r[i].write = true;
+        memcpy(from + off, data + off, 65536);
+        perta_engine_submit(engine, &r[i]);
+    }
+    ck_assert_ok(perta_engine_drain(engine, &err));
+    ck_assert_uint_eq(left, 0);
+    for (unsigned i = 0; i < 16; i++)
+        ck_assert_int_eq(r[i].sys_errno, 0);
+    perta_file_close(&file);
+    ck_assert(holds("w", data, 16 * 65536));
+    unlink("w");
+}
+
 START_TEST(what_was_written_is_read_back)
 {
     size_t len = 16 * 65536;
     uint8_t *data = aligned_alloc(4096, len);
     fill_random(data, len, 7);
     for (int direct = 0; direct < 2; direct++)
-        for_each_engine(engine, 3)
-        {
-            struct perta_file file;
-            struct perta_request r[16];
-            unsigned left = 16;
-            ck_assert_ok(perta_file_create(&file, "w", direct, &err));
-            for (unsigned i = 0; i < 16; i++) { /* back to front */
-                uint64_t off = (15 - i) * 65536u;
-                r[i] = reading(&file, off, 65536, pool + off, &left);
-                r[i].write = true;
-                memcpy(pool + off, data + off, 65536);
-                perta_engine_submit(engine, &r[i]);
-            }
-            ck_assert_ok(perta_engine_drain(engine, &err));
-            ck_assert_uint_eq(left, 0);
-            for (unsigned i = 0; i < 16; i++)
-                ck_assert_int_eq(r[i].sys_errno, 0);
-            perta_file_close(&file);
-            ck_assert(holds("w", data, len));
-            unlink("w");
-        }
+        for_each_engine(engine, 3) write_back_to_front(engine, direct, pool, data);
     free(data);
 }
 END_TEST
@@ -471,24 +475,8 @@ START_TEST(direct_transfers_that_are_refused_late_take_the_page_cache)
         struct perta_file file;
         struct perta_request r[16];
         unsigned left = 16;
-        ck_assert_ok(perta_file_create(&file, "w", true, &err));
-        for (unsigned i = 0; i < 16; i++) {
-            uint64_t off = (15 - i) * 65536u;
-            r[i] = reading(&file, off, 65536, pool + 1 + off, &left);
-            r[i].write = true;
-            memcpy(pool + 1 + off, data + off, 65536);
-            perta_engine_submit(engine, &r[i]);
-        }
-        ck_assert_ok(perta_engine_drain(engine, &err));
-        ck_assert_uint_eq(left, 0);
-        for (unsigned i = 0; i < 16; i++)
-            ck_assert_int_eq(r[i].sys_errno, 0);
-        perta_file_close(&file);
-        ck_assert(holds("w", data, len));
-        unlink("w");
-
+        write_back_to_front(engine, true, pool + 1, data);
         memset(pool, 0, POOL_BYTES);
-        left = 16;
         ck_assert_ok(perta_file_open(&file, "f", engine->wants_direct, &err));
         for (unsigned i = 0; i < 16; i++) {
             r[i] = reading(&file, i * 60000u + i, 50001, pool + 1 + i * 65536u, &left);

@@ -1,10 +1,10 @@
 /* Products: near those in double, in bits the same for every number of workers and place in memory;
  * where they are cut, rows. */
-#include "estimators/model/gemm.h"
+#include "estimators/compute/gemm.h"
 
 #include <math.h>
 
-#include "estimators/model/cut.h"
+#include "estimators/compute/cut.h"
 #include "tests/gradient.h"
 
 static struct perta_err err;

@@ -205,7 +205,8 @@ START_TEST(a_patch_is_known_by_its_manifest)
     put_text("out/manifest.json", "{\"format\": \"perta-patch\", "
                                   "\"outputs\": {\"patch\": [{\"name\": \"a.perta\"}]}}");
     put_text("out/b.perta", "x");
-    begin_is_refused("out", true, PERTA_EUSAGE, "holds files that are not part of a patch: b.perta");
+    begin_is_refused("out", true, PERTA_EUSAGE,
+                     "holds files that are not part of a patch: b.perta");
     ck_assert_int_eq(unlink("out/b.perta"), 0);
     begin(&out, "out", true);
     ck_assert_ok(perta_publish_commit(&out, &err));
@@ -244,8 +245,7 @@ START_TEST(what_comes_between_check_and_removal_is_put_back)
     ck_assert_ok(perta_publish_file(&out, "new", "n", 1, &err));
     put_in("out", "diary");
     ck_assert_int_eq(perta_publish_commit(&out, &e), PERTA_ESYS);
-    ck_assert_msg(strstr(e.msg, "out: changed, so it is left as it is") &&
-                      strstr(e.msg, "diary"),
+    ck_assert_msg(strstr(e.msg, "out: changed, so it is left as it is") && strstr(e.msg, "diary"),
                   "%s", e.msg);
     ck_assert(holds("out/diary", "mine", 4) && holds("out.perta-partial/new", "n", 1));
     ck_assert_uint_eq(count_entries("out"), 3);

@@ -79,6 +79,7 @@ START_TEST(a_header_is_read_from_a_file_as_from_memory)
     uint8_t *bytes =
         file_of("{\"a\":{\"dtype\":\"I16\",\"shape\":[3],\"data_offsets\":[0,6]}}", 6, &len);
     FILE *file = tmpfile();
+    ck_assert_ptr_nonnull(file);
     ck_assert_uint_eq(fwrite(bytes, 1, len + 6, file), len + 6);
     fflush(file);
     struct perta_header *h;

@@ -78,7 +78,6 @@ static void put_tensors(const char *folder, const char *name, const struct put *
 {
     struct perta_tensor tensors[12] = {0};
     uint64_t shapes[12][2], len, width = perta_dtype_unit_bytes(dtype), n_elems = 0;
-    uint8_t *bytes;
     for (size_t i = 0; i < n; i++) {
         shapes[i][0] = puts[i].rows;
         shapes[i][1] = puts[i].cols;
@@ -90,8 +89,7 @@ static void put_tensors(const char *folder, const char *name, const struct put *
                                   .n_elems = puts[i].rows * (puts[i].cols ? puts[i].cols : 1)};
         n_elems += tensors[i].n_elems;
     }
-    ck_assert_ok(perta_safetensors_build(tensors, n, NULL, &bytes, &len, &err));
-    bytes = realloc(bytes, len + n_elems * width);
+    uint8_t *bytes = make_header(tensors, n, n_elems * width, &len);
     for (uint64_t i = 0; i < n_elems; i++) {
         float value = (float)(next_random(&seed) >> 40) * 0x1p-24f - 0.5f;
         memcpy(bytes + len + i * width, (uint8_t *)&value + 4 - width, width);
@@ -155,6 +153,7 @@ static void put_damaged(void)
     char *text = alloc(1 << 16);
     ck_assert_int_eq(system("cp -r in/patch in/damaged"), 0);
     FILE *file = fopen("in/damaged/model-00001-of-00002.safetensors.perta", "r+");
+    ck_assert_ptr_nonnull(file);
     size_t len = fread(text, 1, 1 << 16, file);
     uint64_t n, at;
     uint32_t frame_bytes;
@@ -164,7 +163,7 @@ static void put_damaged(void)
         memcpy(&frame_bytes, text + len - 24 - 48 * i + 8, sizeof frame_bytes);
         text[at + frame_bytes - 1] ^= 1;
     }
-    rewind(file);
+    ck_assert_int_eq(fseek(file, 0, SEEK_SET), 0);
     ck_assert_uint_eq(fwrite(text, 1, len, file), len);
     fclose(file);
     free(text);

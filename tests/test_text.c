@@ -145,7 +145,7 @@ static void python_has(const char *text, const char *value, const char *says)
     int rc = perta_python_json_parse(text, strlen(text), "c", &json, &err);
     ck_assert_msg(rc == (value ? 0 : PERTA_EINPUT), "%s: %d %s", text, rc, err.msg);
     char *dumped = json ? json_dumps(json, JSON_COMPACT | JSON_ENCODE_ANY) : NULL;
-    ck_assert_msg(value ? !strcmp(dumped, value) : !dumped, "%s: %s", text, dumped);
+    ck_assert_msg(value ? dumped && !strcmp(dumped, value) : !dumped, "%s: %s", text, dumped);
     ck_assert_msg(!says || strstr(err.msg, says), "%s: %s", text, err.msg);
     free(dumped);
     json_decref(json);

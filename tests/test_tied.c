@@ -18,9 +18,7 @@ static void put_shard(const char *path, const char *name, enum perta_dtype dtype
     struct perta_tensor tensor = {
         .name = (char *)name, .dtype = dtype, .n_dims = 2, .shape = shape, .n_elems = N};
     uint64_t n_bytes = N * perta_dtype_unit_bytes(dtype);
-    uint8_t *bytes;
-    ck_assert_ok(perta_safetensors_build(&tensor, 1, NULL, &bytes, &len, &err));
-    bytes = realloc(bytes, len + n_bytes);
+    uint8_t *bytes = make_header(&tensor, 1, n_bytes, &len);
     fill_random(bytes + len, n_bytes, 7);
     if (other >= 0)
         bytes[len + (uint64_t)other] ^= 1;

@@ -31,7 +31,10 @@ static void record(const char *what, const char *name, long long off, const void
     static int fd = -1;
     static ssize_t (*put)(int, const void *, size_t);
     if (fd < 0) {
-        fd = open(getenv("TRACE_WRITES"), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+        const char *log = getenv("TRACE_WRITES");
+        if (!log)
+            abort();
+        fd = open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
         put = (ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write");
     }
     int len = snprintf(line, sizeof line,
@@ -41,7 +44,6 @@ static void record(const char *what, const char *name, long long off, const void
         abort();
 }
 
-ssize_t pwrite64(int fd, const void *data, size_t n, off_t off);
 ssize_t pwrite64(int fd, const void *data, size_t n, off_t off)
 {
     static ssize_t (*real)(int, const void *, size_t, off_t);

@@ -442,19 +442,21 @@ void cli_notes(const struct cli *cli, const json_t *summary)
     size_t i;
     json_t *note;
     clear_bar(cli);
-    json_array_foreach(json_object_get(summary, "notes"), i, note) if (!cli->quiet)
-        fprintf(stderr, "perta %s: note: %s\n", cli->verb, json_string_value(note));
+    json_array_foreach (json_object_get(summary, "notes"), i, note)
+        if (!cli->quiet)
+            fprintf(stderr, "perta %s: note: %s\n", cli->verb, json_string_value(note));
 }
 
 void cli_say_left_behind(const struct cli *cli, const json_t *result)
 {
     size_t i;
     json_t *name;
-    json_array_foreach(json_object_get(result, "left_behind"), i, name) cli_say(
-        cli,
-        "  left behind (weights that are none of the model's shards, such as a copy of it in "
-        "this or another format, a link out of the folder, or a folder): %s\n",
-        json_string_value(name));
+    json_array_foreach (json_object_get(result, "left_behind"), i, name)
+        cli_say(
+            cli,
+            "  left behind (weights that are none of the model's shards, such as a copy of it in "
+            "this or another format, a link out of the folder, or a folder): %s\n",
+            json_string_value(name));
 }
 
 #define NOTED_KEYS 20
@@ -470,8 +472,9 @@ void cli_note_unknown_keys(const struct cli *cli, const json_t *result)
     fprintf(stderr,
             "perta %s: note: config.json has keys that perta does not know and passes over:",
             cli->verb);
-    json_array_foreach(keys, i, key) if (i < NOTED_KEYS)
-        fprintf(stderr, "%s %.60s", i ? "," : "", json_string_value(key));
+    json_array_foreach (keys, i, key)
+        if (i < NOTED_KEYS)
+            fprintf(stderr, "%s %.60s", i ? "," : "", json_string_value(key));
     if (n > NOTED_KEYS)
         fprintf(stderr, " and %zu more", n - NOTED_KEYS);
     fputc('\n', stderr);

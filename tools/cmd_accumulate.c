@@ -69,7 +69,7 @@ int cmd_accumulate(int argc, char **argv)
         json_t *folder;
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
-        json_array_foreach(json_object_get(summary, "folders"), i, folder)
+        json_array_foreach (json_object_get(summary, "folders"), i, folder)
             cli_say(&args.cli, "%s: over %u gradients\n", json_string_value(folder),
                     args.accumulate.n_gradients);
         if (!args.cli.run.dry_run)

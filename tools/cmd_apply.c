@@ -111,7 +111,7 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         cli_say_left_behind(&args.cli, summary);
         size_t i;
         json_t *name;
-        json_array_foreach(json_object_get(summary, "unedited"), i, name)
+        json_array_foreach (json_object_get(summary, "unedited"), i, name)
             cli_say(&args.cli,
                     "  not edited (weights that are none of the model's shards; a copy of "
                     "the model is still what it was): %s\n",

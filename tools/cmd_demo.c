@@ -224,7 +224,8 @@ static int train(const struct demo *demo, struct perta_model *model,
         }
         uint32_t size = n - at < DEMO_BATCH ? n - at : DEMO_BATCH;
         rc = perta_trainer_gradients(&trainer, samples, order + at, size, &loss, err);
-        perta_trainer_step(&trainer, rate_at(step, n_steps), 0);
+        if (!rc)
+            rc = perta_trainer_step(&trainer, rate_at(step, n_steps), 0, err);
         at += size;
         if (*demo->cli.run.cancel)
             rc = perta_fail(err, PERTA_EINTR, "interrupted");

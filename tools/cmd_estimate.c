@@ -108,7 +108,7 @@ int cmd_estimate(int argc, char **argv)
         cli_notes(&args.cli, summary);
         if (args.cli.run.dry_run)
             cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
-        json_array_foreach(json_object_get(summary, "folders"), i, folder)
+        json_array_foreach (json_object_get(summary, "folders"), i, folder)
             cli_say(&args.cli, "%s: over %lld samples\n", json_string_value(folder),
                     (long long)json_integer_value(json_object_get(summary, "samples")));
         if (!args.cli.run.dry_run)

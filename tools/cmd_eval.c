@@ -94,10 +94,11 @@ static void say_lines(const struct cli *cli, const json_t *list)
     json_t *item;
     if (list)
         cli_say(cli, "   line  labels        loss  probability  accuracy\n");
-    json_array_foreach(list, i, item) cli_say(
-        cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f%s\n", number(item, "line"), number(item, "labels"),
-        number(item, "loss"), number(item, "probability"), number(item, "accuracy"),
-        json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
+    json_array_foreach (list, i, item)
+        cli_say(cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f%s\n", number(item, "line"),
+                number(item, "labels"), number(item, "loss"), number(item, "probability"),
+                number(item, "accuracy"),
+                json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
 }
 
 static void say(const struct cli *cli, const json_t *summary)

@@ -204,27 +204,24 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     json_t *item;
     if (json_object_get(r, "not_computed"))
         cli_say(cli, "  estimate and eval do not take it: %s\n", text(r, "not_computed"));
-    json_object_foreach(json_object_get(r, "config"), key, item)
-    {
+    json_object_foreach (json_object_get(r, "config"), key, item) {
         char *value = cli_text(item);
         say_clipped(cli, "  ", key, " ", value ? value : "");
         cli_say(cli, "\n");
         free(value);
     }
-    json_object_foreach(json_object_get(r, "dtypes"), key, item)
+    json_object_foreach (json_object_get(r, "dtypes"), key, item)
         cli_say(cli, "  %-8s %lld elements\n", key, (long long)json_integer_value(item));
     size_t i;
-    json_array_foreach(json_object_get(r, "shards"), i, item)
-    {
+    json_array_foreach (json_object_get(r, "shards"), i, item) {
         cli_say(cli, "  %s: %s, %.0f tensors", text(item, "name"),
                 cli_bytes(real(item, "bytes"), a), real(item, "tensors"));
         json_t *value;
-        json_object_foreach(json_object_get(item, "metadata"), key, value)
+        json_object_foreach (json_object_get(item, "metadata"), key, value)
             say_clipped(cli, ", ", key, "=", json_string_value(value));
         cli_say(cli, "\n");
     }
-    json_array_foreach(json_object_get(r, "tensors"), i, item)
-    {
+    json_array_foreach (json_object_get(r, "tensors"), i, item) {
         if (!args->tensors)
             break;
         char *shape = cli_text(json_object_get(item, "shape"));
@@ -245,14 +242,15 @@ static void say_patch(const struct args *args, const json_t *r)
     const char *key;
     size_t i;
     json_t *item;
-    json_object_foreach(json_object_get(r, "encodings"), key, item)
+    json_object_foreach (json_object_get(r, "encodings"), key, item)
         cli_say(cli, "  %-8s %.0f chunks, %s\n", key, real(item, "chunks"),
                 cli_bytes(real(item, "bytes"), a));
-    json_array_foreach(json_object_get(json_object_get(r, "outputs"), "patch"), i, item)
+    json_array_foreach (json_object_get(json_object_get(r, "outputs"), "patch"), i, item)
         cli_say(cli, "  %s: %s\n", text(item, "name"), cli_bytes(real(item, "bytes"), a));
-    json_array_foreach(json_object_get(r, "tensors"), i, item) if (args->tensors)
-        cli_say(cli, "  %.0f of %.0f changed (%s)  %s\n", real(item, "changed"),
-                real(item, "parameters"), text(item, "action"), text(item, "name"));
+    json_array_foreach (json_object_get(r, "tensors"), i, item)
+        if (args->tensors)
+            cli_say(cli, "  %.0f of %.0f changed (%s)  %s\n", real(item, "changed"),
+                    real(item, "parameters"), text(item, "action"), text(item, "name"));
 }
 
 int cmd_inspect(int argc, char **argv)

@@ -66,7 +66,7 @@ static void print_sums(const json_t *manifest, bool gnu)
 {
     size_t i;
     json_t *file;
-    json_array_foreach(json_object_get(manifest, "files"), i, file)
+    json_array_foreach (json_object_get(manifest, "files"), i, file)
         print_sum(json_string_value(json_object_get(file, gnu ? "sha256" : "xxh3_128")),
                   json_string_value(json_object_get(file, "name")), gnu);
 }

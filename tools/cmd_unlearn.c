@@ -279,7 +279,7 @@ static void say_unedited(const struct cli *cli, const json_t *unedited)
         return;
     cli_say(cli, "unedited: %.0f of %.0f parameters", real(unedited, "parameters"),
             real(unedited, "of"));
-    json_array_foreach(json_object_get(unedited, "reasons"), i, reason)
+    json_array_foreach (json_object_get(unedited, "reasons"), i, reason)
         cli_say(cli, "%s %.0f in %.0f tensor%s %s", i ? ";" : ":", real(reason, "parameters"),
                 real(reason, "tensors"), real(reason, "tensors") == 1 ? "" : "s",
                 json_string_value(json_object_get(reason, "why")));
@@ -290,11 +290,12 @@ static void say(const struct cli *cli, const json_t *summary)
 {
     size_t i;
     json_t *item;
-    json_array_foreach(json_object_get(summary, "notes"), i, item)
+    json_array_foreach (json_object_get(summary, "notes"), i, item)
         cli_say(cli, "note: %s\n", json_string_value(item));
     say_unedited(cli, json_object_get(summary, "unedited"));
     unlearn_steps_say(cli, summary);
-    json_array_foreach(json_object_get(summary, "results"), i, item) say_result(cli, item);
+    json_array_foreach (json_object_get(summary, "results"), i, item)
+        say_result(cli, item);
     char a[32], b[32];
     double read = real(summary, "read_bytes"), t = cli_seconds(cli);
     const json_t *io = json_object_get(summary, "io");
@@ -348,10 +349,10 @@ int cmd_unlearn(int argc, char **argv)
     bool reached = true;
     size_t i;
     json_t *result;
-    json_array_foreach(json_object_get(summary, "results"), i, result) rc =
-        rc ? rc
-           : cli_statement(&args.cli, json_string_value(json_object_get(result, "patch")), summary,
-                           &err);
+    json_array_foreach (json_object_get(summary, "results"), i, result)
+        rc = rc ? rc
+                : cli_statement(&args.cli, json_string_value(json_object_get(result, "patch")),
+                                summary, &err);
     if (!rc) {
         say(&args.cli, summary);
         reached = unlearn_steps_reached(&args.cli, &args.steps.steps, summary);

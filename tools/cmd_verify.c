@@ -76,16 +76,15 @@ static void say_differences(const struct cli *cli, const json_t *summary)
 {
     size_t i;
     json_t *item;
-    json_array_foreach(json_object_get(summary, "differences"), i, item)
-    {
+    json_array_foreach (json_object_get(summary, "differences"), i, item) {
         const char *tensor = json_string_value(json_object_get(item, "tensor"));
         cli_say(cli, "%s%s%s: %s\n", json_string_value(json_object_get(item, "file")),
                 tensor ? ": tensor " : "", tensor ? tensor : "",
                 json_string_value(json_object_get(item, "what")));
     }
-    json_array_foreach(json_object_get(summary, "damaged"), i, item)
+    json_array_foreach (json_object_get(summary, "damaged"), i, item)
         cli_say(cli, "%s\n", json_string_value(json_object_get(item, "message")));
-    json_array_foreach(json_object_get(summary, "unlisted"), i, item)
+    json_array_foreach (json_object_get(summary, "unlisted"), i, item)
         cli_say(cli, "note: %s is not in the manifest\n", json_string_value(item));
 }
 

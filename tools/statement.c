@@ -46,9 +46,9 @@ static json_t *subjects(const struct perta_patch_in *patch)
     json_t *file;
     size_t i;
     add_file(&list, folder, "manifest.json", SHA256_TEXT, patch->manifest_digest.sha256);
-    json_array_foreach(json_object_get(outputs, "patch"), i, file)
+    json_array_foreach (json_object_get(outputs, "patch"), i, file)
         add_file(&list, folder, text(file, "name"), SHA256_TEXT, text(file, "sha256"));
-    json_array_foreach(json_object_get(outputs, "model"), i, file)
+    json_array_foreach (json_object_get(outputs, "model"), i, file)
         add_file(&list, "model", text(file, "name"), SHA256_TEXT, text(file, "sha256"));
     return list;
 }
@@ -59,8 +59,8 @@ static json_t *dependencies(const json_t *manifest)
     json_t *list = json_array(), *input, *file;
     const char *role;
     size_t i;
-    json_object_foreach(json_object_get(manifest, "inputs"), role, input)
-        json_array_foreach(json_object_get(input, "shards"), i, file)
+    json_object_foreach (json_object_get(manifest, "inputs"), role, input)
+        json_array_foreach (json_object_get(input, "shards"), i, file)
             add_file(&list, role, text(file, "name"), "xxh3_128", text(file, "xxh3_128"));
     return list;
 }
@@ -83,8 +83,9 @@ static char *cpu_name(void)
     while (file && !name && fgets(line, sizeof line, file)) {
         char *colon = strchr(line, ':');
         if (colon && !strncmp(line, "model name", 10)) {
-            line[strcspn(line, "\n")] = 0;
-            name = colon + 2;
+            char *rest = colon + 1;
+            name = strsep(&rest, "\n");
+            name += strspn(name, " ");
         }
     }
     if (file)

@@ -58,9 +58,10 @@ static void parse_steps(struct argp_state *state, struct perta_steps *s, const c
         uint64_t k = cli_count(state, "--steps", text);
         if (!k || k > PERTA_STEPS_MAX)
             argp_error(state, "--steps: 1 to %d", PERTA_STEPS_MAX);
-        if (s->listed[k])
+        else if (s->listed[k])
             argp_error(state, "--steps: %s twice", text);
-        s->listed[k] = true;
+        else
+            s->listed[k] = true;
         s->n_steps = k > s->n_steps ? (unsigned)k : s->n_steps;
     }
     free(texts);
@@ -155,8 +156,9 @@ static bool has_patch(const json_t *summary, size_t step)
 {
     size_t i;
     json_t *result;
-    json_array_foreach(json_object_get(summary, "results"), i,
-                       result) if (real(result, "step") == (double)step) return true;
+    json_array_foreach (json_object_get(summary, "results"), i, result)
+        if (real(result, "step") == (double)step)
+            return true;
     return false;
 }
 
@@ -167,10 +169,11 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
     if (!json_array_size(json_object_get(summary, "path")))
         return;
     cli_say(cli, "step  forget loss  probability  retain loss  scales moved  mean scale\n");
-    json_array_foreach(json_object_get(summary, "path"), i, point) cli_say(
-        cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i, real(point, "forget_loss"),
-        real(point, "forget_probability"), real(point, "retain_loss"), 100 * real(point, "moved"),
-        real(point, "mean_scale"), has_patch(summary, i) ? "  <- a patch" : "");
+    json_array_foreach (json_object_get(summary, "path"), i, point)
+        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i,
+                real(point, "forget_loss"), real(point, "forget_probability"),
+                real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
+                has_patch(summary, i) ? "  <- a patch" : "");
 }
 
 static void say_limit(const char *option, double limit, const char *what, double is)

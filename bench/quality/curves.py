@@ -1,6 +1,7 @@
 """Points of a curve, by `perta eval`, and what is read off it."""
 
 import contextlib
+import itertools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ class Bench:
 def best_at(points: list[dict], level: float, key: str) -> float | None:
     """The most of key that the curve, straight between its points, has at forget <= level."""
     reached = [p[key] for p in points if p["forget"] <= level]
-    for a, b in zip(points, points[1:]):
+    for a, b in itertools.pairwise(points):
         if (a["forget"] - level) * (b["forget"] - level) < 0:
             share = (a["forget"] - level) / (a["forget"] - b["forget"])
             reached.append(a[key] + share * (b[key] - a[key]))

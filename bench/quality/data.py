@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "python"), str(ROOT / "examples"), str(ROOT / "bench")]
 
-from made_up_facts import Facts, make_facts  # noqa: E402
-from perta.tokenize import encode_item  # noqa: E402
+from made_up_facts import Facts, make_facts
+from perta.tokenize import encode_item
 
 IGNORED = -100
 Samples = list[dict[str, list[int]]]

@@ -22,14 +22,19 @@ def cell(values: list[float | None]) -> str:
     return out + (f", {missing} not reached" if missing else "")
 
 
+def finished(results: dict) -> dict:
+    """Seeds under way have no figures yet."""
+    return {number: seed for number, seed in results["seeds"].items() if "full" in seed}
+
+
 def names_of(seeds: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for seed in seeds for name in seed["curves"]))
 
 
 def text(model: str, results: dict) -> str:
-    seeds = [s for s in results["seeds"].values() if "full" in s]
+    seeds = list(finished(results).values())
     lines = [f"# {model}", "", *(f"    {command}" for command in results["commands"]), "",
-             f"Seeds: {', '.join(results['seeds'])}. Mean (least to most).", "",
+             f"Seeds: {', '.join(finished(results))}. Mean (least to most).", "",
              "| | forget | retain | held out | other | text loss |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name in ("base", "full", "gold"):
         values = [cell([s[name].get(key) for s in seeds])
@@ -53,11 +58,11 @@ def draw(model: str, results: dict, to: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "perta"
     from matplotlib import pyplot
 
-    seeds = [s for s in results["seeds"].values() if "full" in s]
+    seeds = finished(results)
     figure, axes = pyplot.subplots(1, len(seeds), figsize=(5 * len(seeds) + 3, 5), sharey=True,
                                    squeeze=False, layout="constrained")  # fmt: skip
-    names, styles = names_of(seeds), ["-", "--", ":"]
-    for ax, (number, seed) in zip(axes[0], results["seeds"].items()):
+    names, styles = names_of(list(seeds.values())), ["-", "--", ":"]
+    for ax, (number, seed) in zip(axes[0], seeds.items(), strict=True):
         for i, name in enumerate(names):
             points = seed["curves"].get(name, [])
             ax.plot([p["forget"] for p in points], [p["held_out"] for p in points], label=name,

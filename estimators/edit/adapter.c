@@ -305,30 +305,34 @@ static int no_target(const struct perta_adapter *adapter, const struct perta_cha
                           : "is it another architecture?");
 }
 
+static int find_target(struct perta_adapter *adapter, const struct perta_adapter_config *config,
+                       const struct perta_checkpoint *model, bool tied, struct perta_change *change,
+                       struct perta_err *err)
+{
+    const struct perta_ref *part = change->whole ? change->whole : change->a;
+    const struct perta_ref *ref = perta_tied_find(model, change->target, tied);
+    if (!ref)
+        return no_target(adapter, change, model, err);
+    if (!perta_dtype_is_editable(ref->tensor->dtype))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed",
+                          adapter->ck->shards[0].path, part->tensor->name, ref->tensor->name,
+                          perta_dtype_name(ref->tensor->dtype));
+    int rc = check_tied(adapter, model, change, err);
+    if (!rc && !change->whole)
+        rc = check_transposed(adapter, model, change, err);
+    if (!rc && !change->whole)
+        rc = check_lora(adapter, config, change, ref->tensor, err);
+    return rc;
+}
+
 static int find_targets(struct perta_adapter *adapter, const struct perta_adapter_config *config,
                         const struct perta_checkpoint *model, struct perta_err *err)
 {
-    const char *path = adapter->ck->shards[0].path;
     bool tied = perta_is_tied(model);
     int rc = 0;
-    for (uint64_t i = 0; i < adapter->n_changes && !rc; i++) {
-        struct perta_change *change = &adapter->changes[i];
-        const struct perta_ref *part = change->whole ? change->whole : change->a;
-        const struct perta_ref *ref = perta_tied_find(model, change->target, tied);
-        if (!ref)
-            rc = no_target(adapter, change, model, err);
-        else if (!perta_dtype_is_editable(ref->tensor->dtype))
-            rc = perta_fail(err, PERTA_EINPUT,
-                            "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed",
-                            path, part->tensor->name, ref->tensor->name,
-                            perta_dtype_name(ref->tensor->dtype));
-        else
-            rc = check_tied(adapter, model, change, err);
-        if (!rc && !change->whole)
-            rc = check_transposed(adapter, model, change, err);
-        if (!rc && !change->whole)
-            rc = check_lora(adapter, config, change, ref->tensor, err);
-    }
+    for (uint64_t i = 0; i < adapter->n_changes && !rc; i++)
+        rc = find_target(adapter, config, model, tied, &adapter->changes[i], err);
     return rc;
 }
 
@@ -396,22 +400,21 @@ static int check_saved(const struct perta_adapter *adapter, const struct perta_c
 {
     size_t k;
     json_t *module;
-    json_array_foreach(json_object_get(adapter->ck->config, "modules_to_save"), k,
-                       module) for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors;
-                                    i++)
-    {
-        const struct perta_tensor *t = model->by_name[i].tensor;
-        if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
-            continue;
-        if (!holds_module(adapter, json_string_value(module)))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
-                              "though --model has %s; is the adapter whole? Save it again, or "
-                              "remove that name",
-                              adapter->ck->path, json_string_value(module),
-                              adapter->ck->shards[0].name, t->name);
-        break;
-    }
+    json_array_foreach (json_object_get(adapter->ck->config, "modules_to_save"), k, module)
+        for (uint64_t i = 0; json_is_string(module) && i < model->n_tensors; i++) {
+            const struct perta_tensor *t = model->by_name[i].tensor;
+            if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
+                continue;
+            if (!holds_module(adapter, json_string_value(module)))
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s/" PERTA_ADAPTER_CONFIG
+                                  ": modules_to_save: %.200s is not in %s, "
+                                  "though --model has %s; is the adapter whole? Save it again, or "
+                                  "remove that name",
+                                  adapter->ck->path, json_string_value(module),
+                                  adapter->ck->shards[0].name, t->name);
+            break;
+        }
     return 0;
 }
 

@@ -115,8 +115,7 @@ static const json_t *pattern_find(const json_t *patterns, const char *module, si
 {
     const char *pattern;
     json_t *value;
-    json_object_foreach((json_t *)patterns, pattern, value)
-    {
+    json_object_foreach ((json_t *)patterns, pattern, value) {
         if (pattern_matches(pattern, module, m))
             return value;
     }
@@ -147,8 +146,7 @@ static int get_patterns(const struct perta_adapter_config *c, const char *key,
         return 0;
     if (!json_is_object(patterns))
         return refuse_key(c, key, "not an object", err);
-    json_object_foreach(patterns, pattern, value)
-    {
+    json_object_foreach (patterns, pattern, value) {
         if (!is_name_pattern(pattern))
             return perta_fail(err, PERTA_EINPUT,
                               "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": names of modules are "
@@ -241,8 +239,9 @@ static bool any_name(const json_t *names, const char *module, size_t len,
 {
     size_t i;
     json_t *name;
-    json_array_foreach(names, i, name) if (json_is_string(name) &&
-                                           fits(json_string_value(name), module, len)) return true;
+    json_array_foreach (names, i, name)
+        if (json_is_string(name) && fits(json_string_value(name), module, len))
+            return true;
     return false;
 }
 
@@ -274,8 +273,9 @@ static bool is_among(const json_t *layers, json_int_t layer)
 {
     size_t i;
     json_t *one;
-    json_array_foreach(layers, i, one) if (json_is_integer(one) &&
-                                           json_integer_value(one) == layer) return true;
+    json_array_foreach (layers, i, one)
+        if (json_is_integer(one) && json_integer_value(one) == layer)
+            return true;
     return json_is_integer(layers) && json_integer_value(layers) == layer;
 }
 
@@ -355,8 +355,7 @@ void perta_adapter_config_note(const struct perta_adapter_config *c, json_t *not
     };
     const char *key;
     json_t *value;
-    json_object_foreach((json_t *)c->json, key, value)
-    {
+    json_object_foreach ((json_t *)c->json, key, value) {
         bool is_known = !is_set(value);
         for (size_t i = 0; i < sizeof known / sizeof *known; i++)
             is_known |= !strcmp(key, known[i]);

@@ -71,7 +71,8 @@ static uint64_t running_add(struct perta_running *running, const struct perta_vi
         load_f32(gradient, first, n, x);
         if (any_bad_f32(x, n, false)) {
             size_t i = 0;
-            while (!is_bad_f32(x[i], false))
+            while (
+                !is_bad_f32(x[i], false)) /* NOLINT(clang-analyzer-core.CallAndMessage): one is */
                 i++;
             return first + i;
         }

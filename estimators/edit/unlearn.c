@@ -46,13 +46,9 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     if (!perta_walk_piece(&job->walk, &at, piece))
         return 0;
     const struct perta_unlearn_row *row = &job->rows[at.index];
-    for (int i = 0; i < PERTA_N_ROLES; i++) {
-        if (!row->in[i])
-            continue;
-        uint64_t width = perta_dtype_unit_bytes(row->in[i]->tensor->dtype);
-        perta_input_range(&job->in[i], row->in[i], at.first_unit * width, at.n_units * width,
-                          &piece->in[i]);
-    }
+    for (int i = 0; i < PERTA_N_ROLES; i++)
+        if (row->in[i])
+            perta_input_range(&job->in[i], row->in[i], at.first_unit, at.n_units, &piece->in[i]);
     piece->out_bytes = lay_out(job->n_outs, at.len_bytes).whole;
     return 1;
 }
@@ -206,8 +202,8 @@ static void measure(const struct perta_unlearn_job *job, struct perta_job *sizes
                 sizes->total_bytes += job->rows[i].in[role]->tensor->len_bytes;
             }
         uint64_t chunk = perta_walk_chunk_bytes(job->rows[i].in[PERTA_ROLE_MODEL]->tensor);
-        *chunk_bytes = chunk > *chunk_bytes ? chunk : *chunk_bytes;
-        sizes->in_bytes_max = in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
+        *chunk_bytes = perta_max(chunk, *chunk_bytes);
+        sizes->in_bytes_max = perta_max(in_bytes, sizes->in_bytes_max);
     }
     sizes->out_bytes_max = lay_out(job->n_outs, *chunk_bytes).whole;
 }

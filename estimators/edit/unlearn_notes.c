@@ -13,9 +13,9 @@ static json_t *reason_of(json_t *reasons, const char *action)
 {
     size_t i;
     json_t *reason;
-    json_array_foreach(reasons, i,
-                       reason) if (!strcmp(json_string_value(json_object_get(reason, "why")),
-                                           action)) return reason;
+    json_array_foreach (reasons, i, reason)
+        if (!strcmp(json_string_value(json_object_get(reason, "why")), action))
+            return reason;
     reason = json_pack("{s:s, s:i, s:i}", "why", action, "tensors", 0, "parameters", 0);
     return json_array_append_new(reasons, reason) ? NULL : reason;
 }

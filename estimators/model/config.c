@@ -1,32 +1,12 @@
 #include "estimators/model/config_read.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 #include <strings.h>
 
+#include "estimators/model/family.h"
 #include "io/text.h"
-
-#define SUPPORTED "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are"
-
-/* Sliding attention: never, in every layer, or as Qwen's use_sliding_window and
- * max_window_layers say. */
-enum windows { NONE, EVERYWHERE, QWEN };
-
-/* What transformers takes where a key is missing, and which keys it looks at. */
-static const struct family {
-    const char *model_type, *architecture;
-    bool qkv_bias, qk_norm, reads_attention_bias, reads_mlp_bias;
-    uint32_t n_kv_heads; /* 0: as many as heads */
-    uint32_t max_positions;
-    enum windows windows;
-} families[] = {
-    {"llama", "LlamaForCausalLM", false, false, true, true, 0, 2048, NONE},
-    {"mistral", "MistralForCausalLM", false, false, false, false, 8, 131072, EVERYWHERE},
-    {"qwen2", "Qwen2ForCausalLM", true, false, false, false, 32, 32768, QWEN},
-    {"qwen3", "Qwen3ForCausalLM", false, true, true, false, 32, 32768, QWEN},
-};
-
-#define N_FAMILIES (sizeof families / sizeof *families)
 
 /* ---- values ---- */
 
@@ -86,25 +66,25 @@ bool perta_config_bool(struct perta_config_reader *r, const char *key)
 
 /* ---- which model it is ---- */
 
-static const struct family *find_type(const char *type)
+static const struct perta_family *find_type(const char *type)
 {
-    for (size_t i = 0; type && i < N_FAMILIES; i++)
-        if (!strcmp(type, families[i].model_type))
-            return &families[i];
+    for (size_t i = 0; type && i < perta_n_families; i++)
+        if (!strcmp(type, perta_families[i].model_type))
+            return &perta_families[i];
     return NULL;
 }
 
 /* Also as the first checkpoints had it (LLaMAForCausalLM), and with what FSDP2 puts before it. */
-static bool is_named(const struct family *family, const char *name)
+static bool is_named(const struct perta_family *family, const char *name)
 {
     return !strcasecmp(strncmp(name, "FSDP", 4) ? name : name + 4, family->architecture);
 }
 
-static const struct family *find_architecture(const char *name)
+static const struct perta_family *find_architecture(const char *name)
 {
-    for (size_t i = 0; name && i < N_FAMILIES; i++)
-        if (is_named(&families[i], name))
-            return &families[i];
+    for (size_t i = 0; name && i < perta_n_families; i++)
+        if (is_named(&perta_families[i], name))
+            return &perta_families[i];
     return NULL;
 }
 
@@ -135,7 +115,8 @@ static const char *why_not(const json_t *config, const char *name)
 }
 
 /* The one of architectures that belongs to family; else the first. NULL: none is named. */
-static const char *choose_architecture(struct perta_config_reader *r, const struct family *family)
+static const char *choose_architecture(struct perta_config_reader *r,
+                                       const struct perta_family *family)
 {
     const json_t *names = json_object_get(r->config, "architectures");
     if (perta_config_has(r->config, "architectures") && !json_is_array(names))
@@ -150,32 +131,49 @@ static const char *choose_architecture(struct perta_config_reader *r, const stru
     return json_string_value(json_array_get(names, 0));
 }
 
+/* "A, B and C": the names of all families, in buf. */
+static const char *list_families(bool by_type, char buf[512])
+{
+    size_t at = 0;
+    for (size_t i = 0; i < perta_n_families && at < 512; i++)
+        at += (size_t)snprintf(buf + at, 512 - at, "%s%s",
+                               !i                         ? ""
+                               : i + 1 < perta_n_families ? ", "
+                                                          : " and ",
+                               by_type ? perta_families[i].model_type
+                                       : perta_families[i].architecture);
+    return buf;
+}
+
 /* model_type decides for transformers, architectures for others: they must not contradict each
  * other, and either will do alone. */
-static const struct family *find_family(struct perta_config_reader *r)
+static const struct perta_family *find_family(struct perta_config_reader *r)
 {
     const json_t *value = json_object_get(r->config, "model_type");
     const char *type = json_string_value(value);
     if (perta_config_has(r->config, "model_type") && !type)
         perta_config_refuse(r, "model_type", "is no string");
-    const struct family *by_type = find_type(type);
+    const struct perta_family *by_type = find_type(type);
     const char *name = choose_architecture(r, by_type);
-    const struct family *family = name ? find_architecture(name) : by_type;
+    const struct perta_family *family = name ? find_architecture(name) : by_type;
+    char supported[512], types[512];
+    list_families(false, supported);
     if (r->rc)
         return NULL;
     if (!name && !type)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
-                           "%s: architecture (none named) is not supported; " SUPPORTED
-                           ", or as \"model_type\" llama, mistral, qwen2 and qwen3",
-                           r->path);
+                           "%s: architecture (none named) is not supported; %s are, or as "
+                           "\"model_type\" %s",
+                           r->path, supported, list_families(true, types));
     else if (!family && by_type && !*why_not(r->config, name))
-        r->rc = perta_fail(r->err, PERTA_EINPUT,
-                           "%s: architecture %s is not supported; " SUPPORTED ". \"model_type\" "
-                           "says %s; if the model is one, write %s under \"architectures\"",
-                           r->path, name, type, by_type->architecture);
+        r->rc =
+            perta_fail(r->err, PERTA_EINPUT,
+                       "%s: architecture %s is not supported; %s are. \"model_type\" says %s; if "
+                       "the model is one, write %s under \"architectures\"",
+                       r->path, name, supported, type, by_type->architecture);
     else if (!family)
-        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s %s is not supported; " SUPPORTED "%s",
-                           r->path, name ? "architecture" : "\"model_type\"", name ? name : type,
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s %s is not supported; %s are%s", r->path,
+                           name ? "architecture" : "\"model_type\"", name ? name : type, supported,
                            why_not(r->config, name ? name : ""));
     else if (type && by_type != family)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
@@ -235,7 +233,7 @@ static uint32_t read_window_first(struct perta_config_reader *r)
 
 /* Where sliding_window is missing transformers has 4096; null is none. For Mistral with layer_types
  * it takes Ministral, which is a Mistral that heeds them. */
-static void read_windows(struct perta_config_reader *r, const struct family *family,
+static void read_windows(struct perta_config_reader *r, const struct perta_family *family,
                          struct perta_llm *llm)
 {
     const json_t *types = json_object_get(r->config, "layer_types");
@@ -244,9 +242,9 @@ static void read_windows(struct perta_config_reader *r, const struct family *fam
     if (size && !json_is_null(size) && !json_is_integer(size))
         perta_config_refuse(r, "sliding_window", "is no whole number");
     if (!json_is_null(size) &&
-        (family->windows != QWEN || perta_config_bool(r, "use_sliding_window")))
+        (family->windows != PERTA_WINDOWS_QWEN || perta_config_bool(r, "use_sliding_window")))
         llm->window = perta_config_count(r, "sliding_window", 4096);
-    if (family->windows == NONE)
+    if (family->windows == PERTA_WINDOWS_NONE)
         llm->window = 0;
     if (llm->window && llm->n_layers > PERTA_WINDOW_LAYERS)
         perta_config_refuse(r, "num_hidden_layers",
@@ -254,7 +252,8 @@ static void read_windows(struct perta_config_reader *r, const struct family *fam
     if (r->rc)
         return;
     if (types && !json_is_null(types)) {
-        if (family->windows == EVERYWHERE && !perta_config_has(r->config, "model_type"))
+        if (family->windows == PERTA_WINDOWS_EVERYWHERE &&
+            !perta_config_has(r->config, "model_type"))
             perta_config_refuse(r, "layer_types",
                                 "is heeded by some readers and passed over by "
                                 "others without \"model_type\"; write mistral "
@@ -262,7 +261,7 @@ static void read_windows(struct perta_config_reader *r, const struct family *fam
         read_layer_types(r, types, llm);
         return;
     }
-    if (family->windows == QWEN && llm->window)
+    if (family->windows == PERTA_WINDOWS_QWEN && llm->window)
         first = read_window_first(r);
     for (uint32_t l = first; llm->window && l < llm->n_layers; l++)
         set_windowed(llm, l);
@@ -305,7 +304,7 @@ static void check_sizes(struct perta_config_reader *r, const struct perta_llm *l
         r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: head_dim %u is odd", r->path, llm->head_dim);
 }
 
-static uint32_t read_kv_heads(struct perta_config_reader *r, const struct family *family,
+static uint32_t read_kv_heads(struct perta_config_reader *r, const struct perta_family *family,
                               const struct perta_llm *llm)
 {
     bool missing = !json_object_get(r->config, "num_key_value_heads");
@@ -320,16 +319,17 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     *llm = (struct perta_llm){0};
     if (!json_is_object(config))
         return perta_fail(err, PERTA_EINPUT, "%s: no JSON object", path);
-    const struct family *family = find_family(&r);
+    const struct perta_family *family = find_family(&r);
     if (!family)
         return r.rc;
     *llm = (struct perta_llm){
+        .family = family,
         .n_layers = perta_config_count(&r, "num_hidden_layers", 0),
         .hidden = perta_config_count(&r, "hidden_size", 0),
         .intermediate = perta_config_count(&r, "intermediate_size", 0),
         .vocab = perta_config_count(&r, "vocab_size", 0),
         .n_heads = perta_config_count(&r, "num_attention_heads", 0),
-        .rms_eps = (float)perta_config_number(&r, config, "rms_norm_eps", 1e-6),
+        .norm_eps = (float)perta_config_number(&r, config, "rms_norm_eps", 1e-6),
         .tied = perta_config_bool(&r, "tie_word_embeddings"),
         .qk_norm = family->qk_norm,
     };
@@ -338,7 +338,7 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     llm->mlp_bias = family->reads_mlp_bias && perta_config_bool(&r, "mlp_bias");
     llm->n_kv_heads = read_kv_heads(&r, family, llm);
     uint32_t head_dim = llm->hidden / llm->n_heads;
-    if (family->windows == QWEN && json_is_null(json_object_get(config, "head_dim")))
+    if (family->windows == PERTA_WINDOWS_QWEN && json_is_null(json_object_get(config, "head_dim")))
         perta_config_refuse(&r, "head_dim", "is null, which is no number; leave it out");
     llm->head_dim = perta_config_count(&r, "head_dim",
                                        family->qk_norm ? 128

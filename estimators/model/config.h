@@ -1,7 +1,5 @@
-/* config.h - the shape of a Llama-family model, from its config.json.
- *
- * LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM as transformers
- * defines them: RMSNorm, rotary positions, grouped-query attention, SwiGLU. */
+/* config.h - the shape of a model, from its config.json, as transformers reads it. Which families
+ * there are: family.h. */
 #ifndef PERTA_ESTIMATORS_MODEL_CONFIG_H
 #define PERTA_ESTIMATORS_MODEL_CONFIG_H
 
@@ -10,6 +8,8 @@
 #include <stdint.h>
 
 #include "io/err.h"
+
+struct perta_family;
 
 enum perta_rope_kind { PERTA_ROPE_DEFAULT, PERTA_ROPE_LINEAR, PERTA_ROPE_LLAMA3 };
 
@@ -23,13 +23,14 @@ struct perta_rope {
 #define PERTA_NO_PAD UINT32_MAX
 
 struct perta_llm {
+    const struct perta_family *family; /* family.h */
     uint32_t n_layers, hidden, intermediate, vocab;
     uint32_t n_heads, n_kv_heads, head_dim;
     uint32_t window; /* sliding attention sees so many positions; 0: none has it */
     uint64_t windowed[PERTA_WINDOW_LAYERS / 64]; /* a bit for each layer that has it */
     uint32_t pad; /* this token's row of the embedding gets no gradient from being looked up, as
                      PyTorch's padding_idx has it; PERTA_NO_PAD: there is none */
-    float rms_eps;
+    float norm_eps;
     bool tied; /* the head is the embedding */
     bool qkv_bias, o_bias, mlp_bias;
     bool qk_norm; /* Qwen3: RMSNorm of each head's queries and keys */

@@ -355,11 +355,12 @@ json_t *perta_llm_unknown_keys(const json_t *config)
 {
     json_t *list = json_array(), *value;
     const char *key, *of;
-    json_object_foreach((json_t *)(uintptr_t)config, key, value) if (!is_known(key))
-        perta_json_append(&list, perta_text_json("%s", key));
+    json_object_foreach ((json_t *)(uintptr_t)config, key, value)
+        if (!is_known(key))
+            perta_json_append(&list, perta_text_json("%s", key));
     const json_t *rope = perta_config_rope_object(config, &of);
-    json_object_foreach((json_t *)(uintptr_t)rope, key,
-                        value) if (!is_in(key, rope_keys, N(rope_keys)))
-        perta_json_append(&list, perta_text_json("%s.%s", of, key));
+    json_object_foreach ((json_t *)(uintptr_t)rope, key, value)
+        if (!is_in(key, rope_keys, N(rope_keys)))
+            perta_json_append(&list, perta_text_json("%s.%s", of, key));
     return list;
 }

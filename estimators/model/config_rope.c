@@ -29,10 +29,11 @@ static void check_flat(struct perta_config_reader *r, const json_t *rope)
     static const char *const others[] = {"mrope_section", "llama_4_scaling_beta"};
     const char *key;
     json_t *value;
-    json_object_foreach((json_t *)(uintptr_t)rope, key, value) if (json_is_object(value))
-        perta_config_refuse(r, key,
-                            "is an object; positions that differ between layers are "
-                            "not supported");
+    json_object_foreach ((json_t *)(uintptr_t)rope, key, value)
+        if (json_is_object(value))
+            perta_config_refuse(r, key,
+                                "is an object; positions that differ between layers are "
+                                "not supported");
     for (size_t i = 0; i < sizeof others / sizeof *others; i++)
         if (perta_config_has(rope, others[i]))
             perta_config_refuse(r, others[i], "is not supported");

@@ -50,37 +50,42 @@ void perta_model_release(struct perta_model *m)
     *m = (struct perta_model){0};
 }
 
-float *perta_model_find(const struct perta_model *m, float *array, const char *name)
+static const struct perta_parameter *find(const struct perta_model *m, const char *name)
 {
     for (size_t i = 0; i < m->n_parameters; i++)
         if (!strcmp(m->parameters[i].name, name))
-            return array + m->parameters[i].at;
+            return &m->parameters[i];
     return NULL;
 }
 
-static void block_matrix(const struct perta_model *m, uint32_t layer, int i,
-                         struct perta_linear *linear)
+float *perta_model_find(const struct perta_model *m, float *array, const char *name)
 {
-    char name[128];
-    perta_weights_name(name, layer, perta_linear_names[i], "weight");
-    for (size_t p = 0; p < m->n_parameters; p++)
-        if (!strcmp(m->parameters[p].name, name))
-            *linear = (struct perta_linear){m->weights + m->parameters[p].at, PERTA_F32,
-                                            m->parameters[p].out, m->parameters[p].in, NULL};
-    linear->bias = perta_model_find(m, m->weights,
-                                    perta_weights_name(name, layer, perta_linear_names[i], "bias"));
+    const struct perta_parameter *p = find(m, name);
+    return p ? array + p->at : NULL;
 }
 
-void perta_model_block(const struct perta_model *m, uint32_t layer, struct perta_block *block)
+const struct perta_parameter *perta_model_param(const struct perta_model *m, uint32_t layer,
+                                                const struct perta_param_row *row)
 {
-    char name[128];
-    block->llm = &m->llm;
-    block->window = perta_llm_window(&m->llm, layer);
-    for (int i = 0; i < PERTA_N_LINEARS; i++)
-        block_matrix(m, layer, i, &block->linear[i]);
-    for (int i = 0; i < PERTA_N_NORMS; i++)
-        block->norm[i] = perta_model_find(
-            m, m->weights, perta_weights_name(name, layer, perta_norm_names[i], "weight"));
+    char name[PERTA_NAME_BYTES];
+    return find(m, perta_llm_name(&m->llm, layer, row, name));
+}
+
+static int get(struct perta_parameters *from, uint32_t layer, const struct perta_param_row *row,
+               struct perta_value *value, struct perta_err *err)
+{
+    const struct perta_model_parameters *of = (struct perta_model_parameters *)(void *)from;
+    const struct perta_parameter *p = perta_model_param(of->model, layer, row);
+    (void)err; /* a model has every parameter of its family */
+    *value = (struct perta_value){perta_array_at(of->weights, p->at), PERTA_F32,
+                                  p->vector ? 0 : p->out, p->in};
+    return 0;
+}
+
+struct perta_model_parameters perta_model_parameters(const struct perta_model *m,
+                                                     struct perta_array weights)
+{
+    return (struct perta_model_parameters){{get}, m, weights};
 }
 
 /* ---- new ---- */

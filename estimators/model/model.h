@@ -2,7 +2,7 @@
 #ifndef PERTA_ESTIMATORS_MODEL_MODEL_H
 #define PERTA_ESTIMATORS_MODEL_MODEL_H
 
-#include "estimators/model/block.h"
+#include "estimators/model/part.h"
 
 struct perta_parameter {
     char *name;
@@ -16,6 +16,13 @@ struct perta_model {
     struct perta_parameter *parameters; /* (n_parameters), in the order they are saved */
     size_t n_parameters, n_floats;
     float *weights; /* (n_floats) */
+};
+
+/* Its parameters as a backend sees them. */
+struct perta_model_parameters {
+    struct perta_parameters parameters;
+    const struct perta_model *model;
+    struct perta_array weights; /* the model's, shared with the backend */
 };
 
 /* Weights as transformers begins: matrices normal with deviation 0.02, norms 1, biases 0. The
@@ -38,7 +45,11 @@ PERTA_API int perta_model_save(struct perta_model *model, const char *path,
 
 /* Where a parameter's floats are, in array (n_floats); NULL: the model has none of that name. */
 float *perta_model_find(const struct perta_model *model, float *array, const char *name);
-/* The model's block, its weights in place. */
-void perta_model_block(const struct perta_model *model, uint32_t layer, struct perta_block *block);
+/* A layer's parameter. NULL: the model has none of that name. */
+const struct perta_parameter *perta_model_param(const struct perta_model *model, uint32_t layer,
+                                                const struct perta_param_row *row);
+/* struct perta_parameters of a model whose weights the backend shares. */
+struct perta_model_parameters perta_model_parameters(const struct perta_model *model,
+                                                     struct perta_array weights);
 
 #endif

@@ -324,8 +324,7 @@ int perta_keys_check(const struct perta_line *line, const struct perta_draft *dr
 {
     const char *key;
     json_t *value;
-    json_object_foreach(object, key, value)
-    {
+    json_object_foreach (object, key, value) {
         enum perta_key_rule rule = perta_key_rule(key);
         if (!is_empty(value) && !changes_nothing(draft, rule, value))
             return perta_line_fail(line, err, "\"%s\": %s", key, advice(rule));

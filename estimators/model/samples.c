@@ -264,10 +264,10 @@ static void note_unknown(struct reading *r, json_t *object)
     const char *key;
     json_t *value, *known;
     size_t i;
-    json_object_foreach(object, key, value)
-    {
+    json_object_foreach (object, key, value) {
         bool new = perta_key_rule(key) == PERTA_KEY_UNKNOWN && *key;
-        json_array_foreach(r->unknown, i, known) new = new && strcmp(json_string_value(known), key);
+        json_array_foreach (r->unknown, i, known)
+            new = new && strcmp(json_string_value(known), key);
         if (new && json_array_size(r->unknown) < UNKNOWN_MAX)
             perta_json_append(&r->unknown, json_string(key));
         else

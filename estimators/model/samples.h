@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include <time.h>
 
-#include "estimators/model/place.h"
+#include "estimators/compute/place.h"
 #include "io/err.h"
 #include "io/hash.h"
 

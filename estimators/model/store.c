@@ -8,7 +8,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "estimators/model/gemm.h"
 #include "io/file.h"
 
 /* ---- files ---- */
@@ -45,9 +44,10 @@ static uint64_t bytes_of(const struct perta_store *store)
     return (uint64_t)store->n_rows * store->width * sizeof(float);
 }
 
+/* What it takes in memory. */
 static uint64_t memory_bytes_of(const struct perta_store *store)
 {
-    return bytes_of(store) + PERTA_SLACK_ROWS * store->width * sizeof(float);
+    return store->be->ops->buffer_bytes(store->be, bytes_of(store));
 }
 
 static int make_file(struct perta_store *store, struct perta_scratch *scratch,
@@ -69,32 +69,71 @@ static int make_file(struct perta_store *store, struct perta_scratch *scratch,
     return 0;
 }
 
+/* ---- floats, to and from a file ---- */
+
+#define PIECE_FLOATS 16384 /* that go by way of the stack */
+
+static struct perta_array row_at(const struct perta_store *store, size_t row)
+{
+    const struct perta_array start = {store->buffer, 0};
+    return perta_array_at(start, (uint64_t)row * store->width);
+}
+
+/* len floats of the file, from float at on, from the backend. */
+static int write_floats(int fd, uint64_t at, uint64_t len, struct perta_backend *be,
+                        struct perta_array from, const char *path, struct perta_err *err)
+{
+    float piece[PIECE_FLOATS];
+    int rc = 0;
+    for (uint64_t i = 0; i < len && !rc; i += PIECE_FLOATS) {
+        uint64_t some = len - i < PIECE_FLOATS ? len - i : PIECE_FLOATS;
+        be->ops->get(be, perta_array_at(from, i), piece, some * sizeof *piece);
+        rc = perta_backend_wait(be, err);
+        if (!rc)
+            rc = perta_pwrite_all(fd, piece, some * sizeof *piece, (at + i) * sizeof *piece, path,
+                                  err);
+    }
+    return rc;
+}
+
+/* Likewise to the backend. */
+static int read_floats(int fd, uint64_t at, uint64_t len, struct perta_backend *be,
+                       struct perta_array to, const char *path, struct perta_err *err)
+{
+    float piece[PIECE_FLOATS];
+    int rc = 0;
+    for (uint64_t i = 0; i < len && !rc; i += PIECE_FLOATS) {
+        uint64_t some = len - i < PIECE_FLOATS ? len - i : PIECE_FLOATS;
+        rc = perta_pread_all(fd, piece, some * sizeof *piece, (at + i) * sizeof *piece, path, err);
+        if (!rc)
+            be->ops->put(be, perta_array_at(to, i), piece, some * sizeof *piece);
+    }
+    return rc;
+}
+
 /* ---- open, close ---- */
 
 static int prepare(struct perta_store *store, struct perta_scratch *scratch, const char *name,
                    size_t n_rows, size_t width, struct perta_err *err)
 {
-    *store = (struct perta_store){.n_rows = n_rows, .width = width, .fd = -1};
+    *store = (struct perta_store){.be = scratch->be, .n_rows = n_rows, .width = width, .fd = -1};
     if (name && asprintf(&store->path, "%s/%s", scratch->dir, name) < 0) {
         store->path = NULL;
         return perta_fail_sys(err, ENOMEM, "scratch");
     }
-    uint64_t bytes = memory_bytes_of(store);
-    if (bytes > scratch->free_bytes)
+    if (memory_bytes_of(store) > scratch->free_bytes)
         return 0;
-    int rc = perta_pool_take(&store->pool, bytes + sizeof(float), err);
-    if (rc)
-        return rc;
-    store->memory = (float *)(void *)store->pool.base;
-    scratch->free_bytes -= bytes;
-    return 0;
+    int rc = store->be->ops->alloc(store->be, bytes_of(store), &store->buffer, err);
+    if (!rc)
+        scratch->free_bytes -= memory_bytes_of(store);
+    return rc;
 }
 
 int perta_store_open(struct perta_store *store, struct perta_scratch *scratch, const char *name,
                      size_t n_rows, size_t width, struct perta_err *err)
 {
     int rc = prepare(store, scratch, name, n_rows, width, err);
-    return rc || store->memory ? rc : make_file(store, scratch, err);
+    return rc || store->buffer ? rc : make_file(store, scratch, err);
 }
 
 int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch, const char *name,
@@ -115,9 +154,10 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
                           store->path, (long long)st.st_size, (unsigned long long)bytes_of(store));
     scratch->file_bytes += bytes_of(store);
     store->saved = true;
-    if (!store->memory)
+    if (!store->buffer)
         return 0;
-    rc = perta_pread_all(store->fd, store->memory, bytes_of(store), 0, store->path, err);
+    rc = read_floats(store->fd, 0, (uint64_t)store->n_rows * store->width, store->be,
+                     row_at(store, 0), store->path, err);
     close(store->fd);
     store->fd = -1;
     return rc;
@@ -125,9 +165,10 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
 
 void perta_store_close(struct perta_store *store, struct perta_scratch *scratch)
 {
-    if (store->memory)
+    if (store->buffer) {
         scratch->free_bytes += memory_bytes_of(store);
-    perta_pool_give(&store->pool);
+        store->be->ops->free(store->be, store->buffer);
+    }
     if (store->width && store->fd >= 0)
         close(store->fd);
     free(store->path);
@@ -140,14 +181,15 @@ int perta_store_save(struct perta_store *store, struct perta_scratch *scratch,
     int rc = 0;
     if (store->saved)
         return 0;
-    if (store->memory) {
+    if (store->buffer) {
         rc = make_file(store, scratch, err);
         if (!rc)
-            rc = perta_write_all(store->fd, store->memory, bytes_of(store), store->path, err);
+            rc = write_floats(store->fd, 0, (uint64_t)store->n_rows * store->width, store->be,
+                              row_at(store, 0), store->path, err);
     }
     if (!rc && fsync(store->fd))
         rc = perta_fail_sys(err, errno, "%s: fsync", store->path);
-    if (store->memory && store->fd >= 0) {
+    if (store->buffer && store->fd >= 0) {
         close(store->fd);
         store->fd = -1;
     }
@@ -169,31 +211,51 @@ void perta_store_forget(const struct perta_scratch *scratch, const char *name)
 int perta_store_put(struct perta_store *store, size_t first, size_t n, const float *rows,
                     struct perta_err *err)
 {
+    uint64_t len_bytes = (uint64_t)n * store->width * sizeof *rows;
     store->saved = false;
-    if (store->memory) {
-        memcpy(store->memory + first * store->width, rows, n * store->width * sizeof *rows);
+    if (store->buffer) {
+        store->be->ops->put(store->be, row_at(store, first), rows, len_bytes);
         return 0;
     }
-    if (lseek(store->fd, (off_t)(first * store->width * sizeof *rows), SEEK_SET) < 0)
-        return perta_fail_sys(err, errno, "scratch file");
-    return perta_write_all(store->fd, rows, n * store->width * sizeof *rows, "scratch file", err);
+    return perta_pwrite_all(store->fd, rows, len_bytes,
+                            (uint64_t)first * store->width * sizeof *rows, "scratch file", err);
 }
 
-int perta_store_get(const struct perta_store *store, size_t first, size_t n, size_t col,
-                    size_t n_cols, float *room, struct perta_rows *rows, struct perta_err *err)
+int perta_store_set(struct perta_store *store, size_t first, size_t n, struct perta_array rows,
+                    struct perta_err *err)
 {
-    size_t at = first * store->width + col;
-    int rc = 0;
-    if (store->memory) {
-        *rows = (struct perta_rows){store->memory + at, store->width};
+    uint64_t len = (uint64_t)n * store->width;
+    store->saved = false;
+    if (store->buffer) {
+        store->be->ops->copy(store->be, row_at(store, first), rows, len);
         return 0;
     }
-    *rows = (struct perta_rows){room, n_cols};
-    if (n_cols == store->width)
-        return perta_pread_all(store->fd, room, n * n_cols * sizeof *room, at * sizeof *room,
-                               "scratch file", err);
-    for (size_t i = 0; i < n && !rc; i++)
-        rc = perta_pread_all(store->fd, room + i * n_cols, n_cols * sizeof *room,
-                             (at + i * store->width) * sizeof *room, "scratch file", err);
-    return rc;
+    return write_floats(store->fd, (uint64_t)first * store->width, len, store->be, rows,
+                        "scratch file", err);
+}
+
+int perta_store_rows(const struct perta_store *store, size_t first, size_t n,
+                     struct perta_array room, struct perta_array *rows, struct perta_err *err)
+{
+    *rows = store->buffer ? row_at(store, first) : room;
+    return store->buffer ? 0 : perta_store_load(store, first, n, room, err);
+}
+
+int perta_store_load(const struct perta_store *store, size_t first, size_t n, struct perta_array to,
+                     struct perta_err *err)
+{
+    uint64_t len = (uint64_t)n * store->width;
+    if (store->buffer) {
+        store->be->ops->copy(store->be, to, row_at(store, first), len);
+        return 0;
+    }
+    return read_floats(store->fd, (uint64_t)first * store->width, len, store->be, to,
+                       "scratch file", err);
+}
+
+int perta_store_read_cols(const struct perta_store *store, size_t row, size_t col, size_t n_cols,
+                          struct perta_array to, struct perta_err *err)
+{
+    return read_floats(store->fd, (uint64_t)row * store->width + col, n_cols, store->be, to,
+                       "scratch file", err);
 }

@@ -5,70 +5,56 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/model/ops.h"
-#include "estimators/model/weights.h"
+#include "estimators/compute/cpu.h"
 #include "io/fpenv.h"
 
 /* ---- memory ---- */
 
-static float *take(float **memory, size_t n)
+/* The next n floats of memory, of which *at are taken; memory none: count alone. */
+static struct perta_array take(struct perta_array memory, size_t *at, size_t n)
 {
-    float *here = *memory;
-    *memory += (n + 15) & ~(size_t)15; /* a line of the cache */
+    struct perta_array here = perta_array_at(memory, *at);
+    *at += (n + 15) & ~(size_t)15; /* a line of the cache */
     return here;
 }
 
-/* Floats of everything that is one allocation. */
-static size_t floats_of(const struct perta_trainer *t)
+/* Of one allocation; how many floats it has. */
+static size_t lay_out(struct perta_trainer *t, struct perta_array memory)
 {
     const struct perta_llm *llm = &t->model->llm;
-    size_t acts = perta_acts_floats(llm, t->max_tokens);
-    size_t labels = t->max_labels * (4 * (size_t)llm->hidden + llm->vocab + 4);
-    size_t slack = PERTA_SLACK_ROWS * (size_t)llm->vocab; /* what products read past the end */
-    return 3 * t->model->n_floats + llm->n_layers * acts + labels + 16 * (12 + llm->n_layers) +
-           slack;
-}
-
-static void lay_out(struct perta_trainer *t)
-{
-    const struct perta_llm *llm = &t->model->llm;
-    size_t n = t->model->n_floats, rows = t->max_labels * llm->hidden;
-    float *at = t->memory;
-    float **const of_model[] = {&t->gradients, &t->first, &t->second};
-    float **const of_hidden[] = {&t->last, &t->normed, &t->dnormed, &t->dlast};
-    float **const of_labels[] = {&t->rstd, &t->most, &t->share, &t->of_label};
+    size_t n = t->model->n_floats, rows = t->max_labels * llm->hidden, at = 0;
+    struct perta_array *const of_model[] = {&t->gradients, &t->first, &t->second};
+    struct perta_array *const of_hidden[] = {&t->last, &t->normed, &t->dnormed, &t->dlast};
+    struct perta_array *const of_labels[] = {&t->rstd, &t->most, &t->share, &t->of_label};
     for (size_t i = 0; i < 3; i++)
-        *of_model[i] = take(&at, n);
+        *of_model[i] = take(memory, &at, n);
     for (size_t i = 0; i < 4; i++)
-        *of_hidden[i] = take(&at, rows);
+        *of_hidden[i] = take(memory, &at, rows);
     for (size_t i = 0; i < 4; i++)
-        *of_labels[i] = take(&at, t->max_labels);
-    t->logits = take(&at, t->max_labels * llm->vocab);
-    for (uint32_t l = 0; l < llm->n_layers; l++)
-        perta_acts_lay_out(&t->acts[l], llm, t->max_tokens,
-                           take(&at, perta_acts_floats(llm, t->max_tokens)));
+        *of_labels[i] = take(memory, &at, t->max_labels);
+    t->sums = take(memory, &at, 2 * t->max_labels);
+    t->device_logits = take(memory, &at, t->max_labels * llm->vocab);
+    for (uint32_t l = 0; l < llm->n_layers; l++) {
+        struct perta_array acts = take(memory, &at, perta_acts_floats(llm, t->max_tokens));
+        perta_acts_lay_out(&t->acts[l], llm, t->max_tokens, acts);
+    }
     for (uint32_t l = 1; l < llm->n_layers; l++) {
         t->acts[l].x = t->acts[l - 1].out;
         t->acts[l - 1].dout = t->acts[l].dx;
     }
+    return at;
 }
 
-/* Converted operands: never, for everything is float32 where it stands. */
-#define GEMM_FLOATS 64
-
-int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
-                       const struct perta_samples *samples, size_t batch, unsigned n_threads,
-                       struct perta_err *err)
+static int take_host(struct perta_trainer *t, const struct perta_samples *samples, size_t batch,
+                     struct perta_err *err)
 {
-    const struct perta_llm *llm = &model->llm;
-    *t = (struct perta_trainer){.model = model};
-    if (batch > samples->n)
-        batch = samples->n;
+    const struct perta_llm *llm = &t->model->llm;
     t->max_tokens = t->max_labels = batch * samples->longest;
     t->acts = calloc(llm->n_layers, sizeof *t->acts);
     t->inv_freq = calloc(llm->head_dim, sizeof *t->inv_freq);
-    t->memory = aligned_alloc(64, (floats_of(t) * sizeof(float) + 63) & ~(size_t)63);
-    t->sums = calloc(t->max_labels, sizeof *t->sums);
+    t->logits = calloc(t->max_labels, llm->vocab * sizeof *t->logits);
+    t->labels = calloc(t->max_labels, 3 * sizeof *t->labels);
+    t->exponentials = calloc(t->max_labels, sizeof *t->exponentials);
     t->token = calloc(t->max_labels, sizeof *t->token);
     t->target = calloc(t->max_labels, sizeof *t->target);
     t->places = calloc(t->max_tokens, sizeof *t->places);
@@ -76,35 +62,86 @@ int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
     t->starts = calloc(batch + 1, sizeof *t->starts);
     t->tiles = calloc(t->max_tokens / PERTA_TILE_ROWS + 2, sizeof *t->tiles);
     t->label_tiles = calloc(t->max_tokens / PERTA_TILE_ROWS + 2, sizeof *t->label_tiles);
-    int rc = 0;
-    if (!t->acts || !t->inv_freq || !t->memory || !t->sums || !t->token || !t->target ||
-        !t->places || !t->ids || !t->starts || !t->tiles || !t->label_tiles)
-        rc = perta_fail_sys(err, ENOMEM, "batches of %zu tokens", t->max_tokens);
+    return t->acts && t->inv_freq && t->logits && t->labels && t->exponentials && t->token &&
+                   t->target && t->places && t->ids && t->starts && t->tiles && t->label_tiles
+               ? 0
+               : perta_fail_sys(err, ENOMEM, "batches of %zu tokens", t->max_tokens);
+}
+
+/* The backend's memory, and the model's weights in it. */
+static int take_device(struct perta_trainer *t, struct perta_err *err)
+{
+    struct perta_model *m = t->model;
+    const struct perta_backend_ops *ops = t->be->ops;
+    uint64_t weights_bytes = m->n_floats * sizeof *m->weights;
+    uint64_t memory_bytes = lay_out(t, (struct perta_array){0}) * sizeof(float);
+    int rc = ops->alloc(t->be, memory_bytes, &t->memory, err);
     if (!rc)
-        rc = perta_workers_open(n_threads, &t->workers, err);
+        rc = ops->share(t->be, m->weights, weights_bytes, &t->weights, err);
+    if (rc)
+        return rc;
+    lay_out(t, (struct perta_array){t->memory, 0});
+    t->parameters = perta_model_parameters(m, (struct perta_array){t->weights, 0});
+    ops->uploaded(t->be, t->parameters.weights, weights_bytes);
+    perta_rope_frequencies(&m->llm, t->inv_freq);
+    return 0;
+}
+
+int perta_trainer_open_on(struct perta_trainer *t, struct perta_model *model,
+                          const struct perta_samples *samples, size_t batch,
+                          struct perta_backend *be, struct perta_err *err)
+{
+    *t = (struct perta_trainer){.model = model, .be = be};
+    int rc = take_host(t, samples, batch < samples->n ? batch : samples->n, err);
     if (!rc)
-        rc = perta_gemm_open(false, t->workers, GEMM_FLOATS, perta_attention_room(samples->longest),
-                             &t->gemm, err);
-    if (rc) {
+        rc = take_device(t, err);
+    if (rc)
         perta_trainer_close(t);
+    return rc;
+}
+
+int perta_trainer_open(struct perta_trainer *t, struct perta_model *model,
+                       const struct perta_samples *samples, size_t batch, unsigned n_threads,
+                       struct perta_err *err)
+{
+    size_t widest = perta_llm_widest(&model->llm);
+    const struct perta_cpu_needs needs = {
+        .widest = widest > model->llm.vocab ? widest : model->llm.vocab,
+        .rows = batch * samples->longest,
+        .longest = samples->longest,
+    };
+    struct perta_workers *workers = NULL;
+    struct perta_backend *be = NULL;
+    int rc = perta_workers_open(n_threads, &workers, err);
+    if (!rc)
+        rc = perta_cpu_open(&needs, workers, &be, err);
+    if (!rc)
+        rc = perta_trainer_open_on(t, model, samples, batch, be, err);
+    if (rc) {
+        perta_backend_close(be);
+        perta_workers_close(workers);
         return rc;
     }
-    memset(t->memory, 0, floats_of(t) * sizeof(float));
-    lay_out(t);
-    perta_rope_frequencies(llm, t->inv_freq);
+    t->workers = workers;
+    t->own_backend = be;
     return 0;
 }
 
 void perta_trainer_close(struct perta_trainer *t)
 {
-    perta_gemm_close(t->gemm);
+    if (t->be) {
+        t->be->ops->free(t->be, t->weights);
+        t->be->ops->free(t->be, t->memory);
+    }
+    perta_backend_close(t->own_backend);
     perta_workers_close(t->workers);
     free(t->tiles);
     free(t->label_tiles);
     free(t->acts);
     free(t->inv_freq);
-    free(t->memory);
-    free(t->sums);
+    free(t->logits);
+    free(t->labels);
+    free(t->exponentials);
     free(t->token);
     free(t->target);
     free(t->places);
@@ -140,47 +177,67 @@ static struct perta_batch pack(struct perta_trainer *t, const struct perta_sampl
                 continue;
             t->token[labels] = (uint32_t)at;
             t->target[labels] = s->targets[k];
-            t->share[labels++] = 1.0f / ((float)s->n_labels[which[i]] * (float)n);
+            t->labels[labels++] = 1.0f / ((float)s->n_labels[which[i]] * (float)n);
         }
     }
     t->starts[n] = at;
     *n_labels = labels;
-    return (struct perta_batch){at, {n, t->starts, 0}, cut(t->tiles, at), t->places};
+    return (struct perta_batch){at, {n, t->starts, 0}, cut(t->tiles, at), t->places, 0};
+}
+
+/* A tensor of the model by its name, in array (n_floats); none where there is none of that name. */
+static struct perta_array find(const struct perta_trainer *t, struct perta_array array,
+                               const char *name)
+{
+    const struct perta_model *m = t->model;
+    const float *at = name ? perta_model_find(m, m->weights, name) : NULL;
+    return at ? perta_array_at(array, (uint64_t)(at - m->weights)) : (struct perta_array){0};
+}
+
+static const char *head_name(const struct perta_llm *llm)
+{
+    return llm->tied ? llm->family->embedding : llm->family->head;
 }
 
 static struct perta_linear head_of(const struct perta_trainer *t)
 {
-    const struct perta_model *m = t->model;
-    const char *name = m->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD;
-    return (struct perta_linear){perta_model_find(m, m->weights, name), PERTA_F32, m->llm.vocab,
-                                 m->llm.hidden, NULL};
+    const struct perta_llm *llm = &t->model->llm;
+    return (struct perta_linear){
+        find(t, t->parameters.weights, head_name(llm)), PERTA_F32, llm->vocab, llm->hidden, {0}};
 }
 
-static int forward(struct perta_trainer *t, const struct perta_batch *batch, size_t n_labels,
-                   struct perta_err *err)
+static struct perta_norm final_norm(const struct perta_trainer *t, struct perta_array array)
 {
-    const struct perta_model *m = t->model;
-    size_t H = m->llm.hidden;
-    const float *embedding = perta_model_find(m, m->weights, PERTA_EMBEDDING);
-    for (size_t i = 0; i < batch->n; i++)
-        memcpy(t->acts[0].x + i * H, embedding + t->ids[i] * H, H * sizeof(float));
-    int rc = 0;
-    for (uint32_t l = 0; l < m->llm.n_layers && !rc; l++) {
-        struct perta_block block = {.gemm = t->gemm, .inv_freq = t->inv_freq};
-        perta_model_block(m, l, &block);
-        rc = perta_block_forward(&block, batch, &t->acts[l], err);
+    const struct perta_llm *llm = &t->model->llm;
+    return (struct perta_norm){find(t, array, llm->family->final_norm),
+                               find(t, array, llm->family->final_norm_bias), llm->norm_eps};
+}
+
+static struct perta_layer layer_of(struct perta_trainer *t, uint32_t number,
+                                   struct perta_gradient_sink *sink)
+{
+    return (struct perta_layer){&t->model->llm, t->be,       &t->parameters.parameters,
+                                sink,           t->inv_freq, number};
+}
+
+/* From the tokens to the logits of the labels. */
+static void forward(struct perta_trainer *t, const struct perta_batch *batch, size_t n_labels)
+{
+    const struct perta_llm *llm = &t->model->llm;
+    const struct perta_backend_ops *ops = t->be->ops;
+    size_t H = llm->hidden;
+    ops->gather(t->be, t->acts[0].x, find(t, t->parameters.weights, llm->family->embedding), t->ids,
+                batch->n, H);
+    for (uint32_t l = 0; l < llm->n_layers; l++) {
+        struct perta_layer layer = layer_of(t, l, NULL);
+        perta_block_forward(&layer, batch, &t->acts[l]);
     }
-    const float *out = t->acts[m->llm.n_layers - 1].out;
-    for (size_t i = 0; i < n_labels && !rc; i++)
-        memcpy(t->last + i * H, out + t->token[i] * H, H * sizeof(float));
-    perta_rmsnorm_forward(t->workers, t->normed, t->rstd, t->last,
-                          perta_model_find(m, m->weights, PERTA_FINAL_NORM), n_labels, H,
-                          m->llm.rms_eps);
+    ops->gather(t->be, t->last, t->acts[llm->n_layers - 1].out, t->token, n_labels, H);
+    struct perta_norm norm = final_norm(t, t->parameters.weights);
+    llm->family->norm->forward(t->be, &norm, t->normed, t->rstd, t->last, n_labels, H);
     struct perta_linear head = head_of(t);
     struct perta_runs tiles = cut(t->label_tiles, n_labels);
-    return rc ? rc
-              : perta_linear_forward(t->gemm, &head, &tiles, t->normed, t->logits, n_labels, false,
-                                     err);
+    ops->linear_forward(t->be, &head, &tiles, t->normed, t->device_logits, n_labels, false);
 }
 
 int perta_trainer_forward(struct perta_trainer *t, const struct perta_samples *samples,
@@ -188,99 +245,108 @@ int perta_trainer_forward(struct perta_trainer *t, const struct perta_samples *s
 {
     PERTA_FP_SCOPE;
     struct perta_batch batch = pack(t, samples, which, n, n_labels);
-    return forward(t, &batch, *n_labels, err);
+    forward(t, &batch, *n_labels);
+    t->be->ops->get(t->be, t->device_logits, t->logits,
+                    *n_labels * t->model->llm.vocab * sizeof *t->logits);
+    return perta_backend_wait(t->be, err);
 }
 
 /* ---- backward ---- */
 
+/* Training's sink: sums over all samples of a batch, where the parameter stands. */
 struct sink {
+    struct perta_gradient_sink sink;
     struct perta_trainer *trainer;
-    uint32_t layer;
 };
 
-static void add_vector(const struct sink *sink, const char *part, const char *kind, const float *d,
-                       size_t n)
+static const struct perta_parameter *param_of(const struct sink *sink, uint32_t layer,
+                                              enum perta_param param)
 {
-    char name[128];
-    perta_weights_name(name, sink->layer, part, kind);
-    float *to = perta_model_find(sink->trainer->model, sink->trainer->gradients, name);
+    const struct perta_model *m = sink->trainer->model;
+    return perta_model_param(m, layer, perta_llm_param(&m->llm, param));
+}
+
+static int on_linear(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
+                     const struct perta_batch *batch, struct perta_array x, struct perta_array dy,
+                     struct perta_err *err)
+{
+    const struct sink *sink = (const struct sink *)(const void *)of;
+    struct perta_trainer *t = sink->trainer;
+    const struct perta_parameter *p = param_of(sink, layer, param);
+    (void)err;
+    t->be->ops->linear_backward_weight(t->be, perta_array_at(t->gradients, p->at), dy, x, batch->n,
+                                       p->out, p->in);
+    return 0;
+}
+
+static int on_vector(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
+                     size_t sequence, struct perta_array d, struct perta_err *err)
+{
+    const struct sink *sink = (const struct sink *)(const void *)of;
+    struct perta_trainer *t = sink->trainer;
+    const struct perta_parameter *p = param_of(sink, layer, param);
+    (void)sequence;
+    (void)err;
+    t->be->ops->add(t->be, perta_array_at(t->gradients, p->at), d, p->in);
+    return 0;
+}
+
+/* Losses of the labels, weighed. */
+static double loss_of(struct perta_trainer *t, size_t n)
+{
+    float *most = t->labels + t->max_labels, *of_label = most + t->max_labels;
+    double loss = 0;
+    t->be->ops->get(t->be, t->most, most, n * sizeof *most);
+    t->be->ops->get(t->be, t->of_label, of_label, n * sizeof *of_label);
+    t->be->ops->get(t->be, t->sums, t->exponentials, n * sizeof *t->exponentials);
     for (size_t i = 0; i < n; i++)
-        to[i] += d[i];
-}
-
-static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d, size_t n)
-{
-    (void)sequence;
-    add_vector(ctx, perta_norm_names[name], "weight", d, n);
-}
-
-static void on_bias(void *ctx, size_t sequence, enum perta_linear_name name, const float *d,
-                    size_t n)
-{
-    (void)sequence;
-    add_vector(ctx, perta_linear_names[name], "bias", d, n);
-}
-
-/* gradient (out, in) += dy (n, out)^T x (n, in). */
-static int add_matrix(struct perta_trainer *t, const char *name, const float *dy, const float *x,
-                      size_t n, size_t out, size_t in, struct perta_err *err)
-{
-    return perta_gemm_run(t->gemm, NULL, out, in, n, perta_transposed(perta_matrix(dy, out)),
-                          perta_matrix(x, in), perta_model_find(t->model, t->gradients, name), in,
-                          true, err);
+        loss += (double)t->labels[i] *
+                ((double)most[i] - (double)of_label[i] + log(t->exponentials[i]));
+    return loss;
 }
 
 /* From the loss to the gradient of what the last block gives. */
-static int head_backward(struct perta_trainer *t, size_t n, float *dout, size_t n_tokens,
-                         double *loss, struct perta_err *err)
+static double head_backward(struct perta_trainer *t, size_t n, struct perta_array dout,
+                            size_t n_tokens)
 {
-    const struct perta_model *m = t->model;
+    const struct perta_llm *llm = &t->model->llm;
+    const struct perta_backend_ops *ops = t->be->ops;
     struct perta_linear head = head_of(t);
     size_t H = head.in, V = head.out;
-    for (size_t i = 0; i < n; i++) {
-        t->most[i] = -INFINITY;
-        t->sums[i] = 0;
-    }
-    perta_cross_entropy_forward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums,
-                                t->of_label);
-    *loss = 0;
+    float *most = t->labels + t->max_labels;
     for (size_t i = 0; i < n; i++)
-        *loss +=
-            (double)t->share[i] * ((double)t->most[i] - (double)t->of_label[i] + log(t->sums[i]));
-    perta_cross_entropy_backward(t->workers, t->logits, 0, V, n, t->target, t->most, t->sums,
-                                 t->share);
+        most[i] = -INFINITY;
+    ops->put(t->be, t->share, t->labels, n * sizeof *t->labels);
+    ops->put(t->be, t->most, most, n * sizeof *most);
+    ops->zero(t->be, t->sums, 2 * n);
+    ops->cross_entropy_forward(t->be, t->device_logits, 0, V, n, t->target, t->most, t->sums,
+                               t->of_label);
+    double loss = loss_of(t, n);
+    ops->cross_entropy_backward(t->be, t->device_logits, 0, V, n, t->target, t->most, t->sums,
+                                t->share);
     struct perta_runs tiles = cut(t->label_tiles, n);
-    int rc = perta_linear_backward(t->gemm, &head, &tiles, t->logits, t->dnormed, n, false, err);
-    if (!rc)
-        rc = add_matrix(t, m->llm.tied ? PERTA_EMBEDDING : PERTA_HEAD, t->logits, t->normed, n, V,
-                        H, err);
-    perta_rmsnorm_backward_weight(t->workers, perta_model_find(m, t->gradients, PERTA_FINAL_NORM),
-                                  t->dnormed, t->last, t->rstd, n, H);
-    memset(t->dlast, 0, n * H * sizeof(float));
-    perta_rmsnorm_backward(t->workers, t->dlast, t->dnormed, t->last, t->rstd,
-                           perta_model_find(m, m->weights, PERTA_FINAL_NORM), n, H);
-    memset(dout, 0, n_tokens * H * sizeof(float));
-    for (size_t i = 0; i < n; i++)
-        memcpy(dout + t->token[i] * H, t->dlast + i * H, H * sizeof(float));
-    return rc;
+    ops->linear_backward(t->be, &head, &tiles, t->device_logits, t->dnormed, n, false);
+    ops->linear_backward_weight(t->be, find(t, t->gradients, head_name(llm)), t->device_logits,
+                                t->normed, n, V, H);
+    struct perta_norm norm = final_norm(t, t->parameters.weights);
+    struct perta_norm dnorm = final_norm(t, t->gradients);
+    llm->family->norm->backward_weight(t->be, &norm, dnorm.weight, dnorm.bias, t->dnormed, t->last,
+                                       t->rstd, n, H);
+    ops->zero(t->be, t->dlast, n * H);
+    llm->family->norm->backward(t->be, &norm, t->dlast, t->dnormed, t->last, t->rstd, n, H);
+    ops->zero(t->be, dout, n_tokens * H);
+    ops->scatter(t->be, dout, t->dlast, t->token, n, H);
+    return loss;
 }
 
-static int block_backward(struct perta_trainer *t, const struct perta_batch *batch, uint32_t layer,
-                          struct perta_err *err)
+/* The embedding's rows get the gradients of their tokens, but for the one that pads. */
+static void embedding_backward(struct perta_trainer *t, size_t n)
 {
-    struct perta_block block = {.gemm = t->gemm, .inv_freq = t->inv_freq};
-    struct sink to = {t, layer};
-    const struct perta_vector_sink sink = {&to, on_norm, on_bias};
-    perta_model_block(t->model, layer, &block);
-    int rc = perta_block_backward(&block, batch, &t->acts[layer], &sink, err);
-    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
-        const float *x, *dy;
-        char name[128];
-        perta_block_operands(&t->acts[layer], (enum perta_linear_name)i, &x, &dy);
-        rc = add_matrix(t, perta_weights_name(name, layer, perta_linear_names[i], "weight"), dy, x,
-                        batch->n, block.linear[i].out, block.linear[i].in, err);
-    }
-    return rc;
+    const struct perta_llm *llm = &t->model->llm;
+    for (size_t i = 0; i < n; i++)
+        t->ids[i] = t->ids[i] == llm->pad ? UINT32_MAX : t->ids[i];
+    t->be->ops->scatter_add(t->be, find(t, t->gradients, llm->family->embedding), t->acts[0].dx,
+                            t->ids, n, llm->hidden);
 }
 
 int perta_trainer_gradients(struct perta_trainer *t, const struct perta_samples *samples,
@@ -288,61 +354,28 @@ int perta_trainer_gradients(struct perta_trainer *t, const struct perta_samples 
 {
     PERTA_FP_SCOPE;
     const struct perta_model *m = t->model;
-    size_t n_labels, H = m->llm.hidden;
+    struct sink sink = {{on_linear, on_vector}, t};
+    size_t n_labels;
     struct perta_batch batch = pack(t, samples, which, n, &n_labels);
-    memset(t->gradients, 0, m->n_floats * sizeof(float));
-    int rc = forward(t, &batch, n_labels, err);
-    if (!rc)
-        rc = head_backward(t, n_labels, t->acts[m->llm.n_layers - 1].dout, batch.n, loss, err);
-    for (uint32_t l = m->llm.n_layers; l-- > 0 && !rc;)
-        rc = block_backward(t, &batch, l, err);
-    float *embedding = perta_model_find(m, t->gradients, PERTA_EMBEDDING);
-    for (size_t i = 0; i < batch.n && !rc; i++)
-        for (size_t k = 0; t->ids[i] != m->llm.pad && k < H; k++)
-            embedding[t->ids[i] * H + k] += t->acts[0].dx[i * H + k];
-    return rc;
-}
-
-/* ---- AdamW ---- */
-
-struct adamw {
-    float *w, *m, *v;
-    const float *g;
-    size_t n;
-    float rate, decay, c1, c2;
-};
-
-#define PIECE_ELEMS (1u << 16)
-
-static int adamw_elems(void *ctx, unsigned worker, size_t piece, struct perta_err *err)
-{
-    const struct adamw *a = ctx;
-    const float beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f;
-    size_t end = (piece + 1) * PIECE_ELEMS < a->n ? (piece + 1) * PIECE_ELEMS : a->n;
-    (void)worker;
-    (void)err;
-    for (size_t i = piece * PIECE_ELEMS; i < end; i++) {
-        a->m[i] = beta1 * a->m[i] + (1 - beta1) * a->g[i];
-        a->v[i] = beta2 * a->v[i] + (1 - beta2) * a->g[i] * a->g[i];
-        a->w[i] -= a->rate * a->decay * a->w[i];
-        a->w[i] -= a->rate * (a->m[i] / a->c1) / (sqrtf(a->v[i] / a->c2) + eps);
+    t->be->ops->zero(t->be, t->gradients, m->n_floats);
+    forward(t, &batch, n_labels);
+    *loss = head_backward(t, n_labels, t->acts[m->llm.n_layers - 1].dout, batch.n);
+    for (uint32_t l = m->llm.n_layers; l-- > 0;) {
+        struct perta_layer layer = layer_of(t, l, &sink.sink);
+        perta_block_backward(&layer, &batch, &t->acts[l]);
     }
-    return 0;
+    embedding_backward(t, batch.n);
+    return perta_backend_wait(t->be, err);
 }
 
-void perta_trainer_step(struct perta_trainer *t, float learning_rate, float weight_decay)
+int perta_trainer_step(struct perta_trainer *t, float learning_rate, float weight_decay,
+                       struct perta_err *err)
 {
     PERTA_FP_SCOPE;
-    struct perta_err never = {0};
+    struct perta_model *m = t->model;
     t->n_steps++;
-    struct adamw a = {t->model->weights,
-                      t->first,
-                      t->second,
-                      t->gradients,
-                      t->model->n_floats,
-                      learning_rate,
-                      weight_decay,
-                      (float)(1 - pow(0.9, (double)t->n_steps)),
-                      (float)(1 - pow(0.999, (double)t->n_steps))};
-    perta_workers_run(t->workers, (a.n + PIECE_ELEMS - 1) / PIECE_ELEMS, adamw_elems, &a, &never);
+    t->be->ops->adamw(t->be, t->parameters.weights, t->first, t->second, t->gradients, m->n_floats,
+                      learning_rate, weight_decay, t->n_steps);
+    t->be->ops->get(t->be, t->parameters.weights, m->weights, m->n_floats * sizeof *m->weights);
+    return perta_backend_wait(t->be, err);
 }

@@ -3,34 +3,47 @@
 #ifndef PERTA_ESTIMATORS_MODEL_TRAIN_H
 #define PERTA_ESTIMATORS_MODEL_TRAIN_H
 
+#include "estimators/model/block.h"
 #include "estimators/model/model.h"
 #include "estimators/model/samples.h"
 
 struct perta_trainer {
-    struct perta_model *model; /* borrowed */
-    struct perta_workers *workers;
-    struct perta_gemm *gemm;
-    size_t max_tokens, max_labels;          /* of a batch */
-    float *inv_freq;                        /* (head_dim / 2) */
-    float *memory;                          /* of everything below */
-    float *gradients, *first, *second;      /* (n_floats); moments of AdamW */
-    struct perta_acts *acts;                /* (n_layers): out of one is x of the next */
-    float *last, *normed, *dnormed, *dlast; /* (max_labels, H) */
-    float *rstd, *most, *share, *of_label;  /* (max_labels) */
-    double *sums;                           /* (max_labels) */
-    float *logits;                          /* (max_labels, vocabulary) */
-    uint32_t *token, *ids;                  /* (max_labels); (max_tokens) */
-    struct perta_place *places;             /* (max_tokens) */
-    int32_t *target;                        /* (max_labels) */
-    size_t *starts;                         /* (samples + 1) */
-    size_t *tiles, *label_tiles;            /* where products are cut: every PERTA_TILE_ROWS */
+    struct perta_model *model;     /* borrowed */
+    struct perta_workers *workers; /* own, and own_backend; NULL where a backend was given */
+    struct perta_backend *own_backend;
+    struct perta_backend *be;
+    struct perta_model_parameters parameters;
+    size_t max_tokens, max_labels; /* of a batch */
+    uint32_t weights, memory;      /* buffers: the model's, shared; everything below */
+    struct perta_array gradients, first, second;     /* (n_floats); moments of AdamW */
+    struct perta_acts *acts;                         /* (n_layers): out of one is x of the next */
+    struct perta_array last, normed, dnormed, dlast; /* (max_labels, H) */
+    struct perta_array rstd, most, share, of_label;  /* (max_labels) */
+    struct perta_array sums;                         /* (max_labels) float64 */
+    struct perta_array device_logits;                /* (max_labels, vocabulary) */
+
+    /* on the host */
+    float *inv_freq;             /* (head_dim / 2) */
+    float *logits;               /* (max_labels, vocabulary): perta_trainer_forward's */
+    float *labels;               /* (3, max_labels): shares, and what losses are made of */
+    double *exponentials;        /* (max_labels) */
+    uint32_t *token, *ids;       /* (max_labels); (max_tokens) */
+    struct perta_place *places;  /* (max_tokens) */
+    int32_t *target;             /* (max_labels) */
+    size_t *starts;              /* (samples + 1) */
+    size_t *tiles, *label_tiles; /* where products are cut: every PERTA_TILE_ROWS */
     uint64_t n_steps;
 };
 
-/* For batches of at most so many of these samples. */
+/* For batches of at most so many of these samples, on the CPU. */
 PERTA_API int perta_trainer_open(struct perta_trainer *trainer, struct perta_model *model,
                                  const struct perta_samples *samples, size_t batch,
                                  unsigned n_threads, struct perta_err *err);
+/* The same on a backend, which is borrowed. Opened and closed while the model's weights are the
+ * host's; between, they are the backend's but for what perta_trainer_step brings back. */
+PERTA_API int perta_trainer_open_on(struct perta_trainer *trainer, struct perta_model *model,
+                                    const struct perta_samples *samples, size_t batch,
+                                    struct perta_backend *be, struct perta_err *err);
 PERTA_API void perta_trainer_close(struct perta_trainer *trainer);
 
 /* Logits of the samples which (n) where they have labels: trainer->logits (labels, vocabulary),
@@ -43,7 +56,7 @@ PERTA_API int perta_trainer_gradients(struct perta_trainer *trainer,
                                       const struct perta_samples *samples, const uint32_t *which,
                                       size_t n, double *loss, struct perta_err *err);
 /* One step of AdamW (Loshchilov & Hutter 2019) along trainer->gradients, betas 0.9 and 0.999. */
-PERTA_API void perta_trainer_step(struct perta_trainer *trainer, float learning_rate,
-                                  float weight_decay);
+PERTA_API int perta_trainer_step(struct perta_trainer *trainer, float learning_rate,
+                                 float weight_decay, struct perta_err *err);
 
 #endif

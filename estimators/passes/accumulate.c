@@ -248,7 +248,7 @@ static unsigned count_writers(const struct job *job)
 
 static uint64_t sums_bytes(const struct job *job)
 {
-    return 2 * count_writers(job) * job->elems * sizeof(float);
+    return 2 * sizeof(float) * count_writers(job) * job->elems;
 }
 
 static struct perta_job sizes_of(struct job *job)

@@ -31,129 +31,33 @@ static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_
 /* Two of dx are there at a time, and used most: memory is theirs before it is x's. */
 static void reserve_dx(struct perta_estimate_job *job)
 {
-    uint64_t rows = job->samples.n_tokens + PERTA_SLACK_ROWS;
-    uint64_t bytes = 2 * rows * job->weights.llm.hidden * sizeof(float);
+    uint64_t rows = job->samples.n_tokens;
+    uint64_t bytes =
+        2 * job->be->ops->buffer_bytes(job->be, rows * job->weights.llm.hidden * sizeof(float));
     job->reserved_bytes = bytes < job->scratch.free_bytes ? bytes : 0;
     job->scratch.free_bytes -= job->reserved_bytes;
 }
 
 /* ---- backward ---- */
 
-static void add_vector(struct perta_estimate_job *job, size_t at, const float *d, size_t n)
+static int backward_batches(struct perta_estimate_job *job, const struct perta_layer *layer,
+                            struct perta_store *next, struct perta_err *err)
 {
-    for (size_t i = 0; i < n; i++) {
-        job->vectors[0][at + i] += (double)d[i];
-        job->vectors[1][at + i] += (double)d[i] * (double)d[i];
-    }
-}
-
-static void on_norm(void *ctx, size_t sequence, enum perta_norm_name name, const float *d, size_t n)
-{
-    struct perta_estimate_job *job = ctx;
-    (void)sequence;
-    add_vector(job, perta_estimate_norm_at(&job->weights.llm, name), d, n);
-}
-
-static void on_bias(void *ctx, size_t sequence, enum perta_linear_name name, const float *d,
-                    size_t n)
-{
-    struct perta_estimate_job *job = ctx;
-    (void)sequence;
-    add_vector(job, perta_estimate_bias_at(&job->weights.llm, (int)name), d, n);
-}
-
-static int write_vector(struct perta_estimate_job *job, const char *name, size_t at, size_t n,
-                        struct perta_err *err)
-{
-    struct perta_statistic *s = &job->statistic;
-    perta_statistic_begin(s, n);
-    memcpy(s->sum, job->vectors[0] + at, n * sizeof *s->sum);
-    if (s->square)
-        memcpy(s->square, job->vectors[1] + at, n * sizeof *s->square);
-    return perta_statistic_end(s, name, 0, n, err);
-}
-
-static int write_vectors(struct perta_estimate_job *job, uint32_t layer,
-                         const struct perta_block *block, struct perta_err *err)
-{
-    const struct perta_llm *llm = &job->weights.llm;
-    char name[128];
-    int rc = 0;
-    for (int i = 0; i < PERTA_N_NORMS && !rc; i++)
-        if (block->norm[i])
-            rc = write_vector(job, perta_weights_name(name, layer, perta_norm_names[i], "weight"),
-                              perta_estimate_norm_at(llm, (enum perta_norm_name)i),
-                              i <= PERTA_NORM_2 ? llm->hidden : llm->head_dim, err);
-    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++)
-        if (block->linear[i].bias)
-            rc = write_vector(job, perta_weights_name(name, layer, perta_linear_names[i], "bias"),
-                              perta_estimate_bias_at(llm, i), block->linear[i].out, err);
-    return rc;
-}
-
-/* What weight gradients are made of: in place for a single batch, else kept for all batches. */
-static int keep_operands(struct perta_estimate_job *job, const struct perta_block *block,
-                         size_t first, size_t n, const struct perta_acts *acts,
-                         struct perta_err *err)
-{
-    bool single = job->n_batches == 1;
-    int rc = 0;
-    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
-        const float *rows[2];
-        size_t widths[2] = {block->linear[i].in, block->linear[i].out};
-        perta_block_operands(acts, (enum perta_linear_name)i, &rows[0], &rows[1]);
-        for (int side = 0; side < 2 && !rc; side++) {
-            struct perta_store *store = &job->operands[2 * i + side];
-            if (single) {
-                *store = (struct perta_store){
-                    .n_rows = n, .width = widths[side], .memory = (float *)rows[side], .fd = -1};
-                continue;
-            }
-            if (!store->width)
-                rc = perta_store_open(store, &job->scratch, NULL, job->samples.n_tokens,
-                                      widths[side], err);
-            if (!rc)
-                rc = perta_store_put(store, first, n, rows[side], err);
-        }
-    }
-    return rc;
-}
-
-static int write_weights(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
-{
-    char name[128];
-    int rc = 0;
-    for (int i = 0; i < PERTA_N_LINEARS && !rc; i++) {
-        rc = perta_statistic_linear(
-            &job->statistic, perta_weights_name(name, layer, perta_linear_names[i], "weight"),
-            &job->operands[2 * i], &job->operands[2 * i + 1], &job->chunks, &job->packed, err);
-        if (!rc)
-            rc = perta_estimate_advance(job, err);
-    }
-    return rc;
-}
-
-static int backward_batches(struct perta_estimate_job *job, uint32_t layer,
-                            const struct perta_block *block, struct perta_store *next,
-                            struct perta_err *err)
-{
-    const struct perta_vector_sink sink = {job, on_norm, on_bias};
     struct perta_acts acts;
     int rc = 0;
-    for (size_t group = 0, first; group < job->cut.n_groups && !rc;) {
-        struct perta_batch batch = perta_estimate_batch(job, &group, &first);
-        perta_acts_lay_out(&acts, block->llm, batch.n, job->work);
-        rc = perta_estimate_rows(&job->x[layer], first, batch.n, acts.x, err);
+    for (size_t group = 0; group < job->cut.n_groups && !rc;) {
+        struct perta_batch batch = perta_estimate_batch(job, &group);
+        perta_acts_lay_out(&acts, layer->llm, batch.n, job->work);
+        rc = perta_store_load(&job->x[layer->number], batch.first, batch.n, acts.x, err);
         if (!rc)
-            rc = perta_estimate_rows(&job->dx, first, batch.n, acts.dout, err);
+            rc = perta_store_load(&job->dx, batch.first, batch.n, acts.dout, err);
+        if (rc)
+            break;
+        perta_block_forward(layer, &batch, &acts);
+        perta_block_backward(layer, &batch, &acts);
+        rc = perta_store_set(next, batch.first, batch.n, acts.dx, err);
         if (!rc)
-            rc = perta_block_forward(block, &batch, &acts, err);
-        if (!rc)
-            rc = perta_block_backward(block, &batch, &acts, &sink, err);
-        if (!rc)
-            rc = perta_store_put(next, first, batch.n, acts.dx, err);
-        if (!rc)
-            rc = keep_operands(job, block, first, batch.n, &acts, err);
+            rc = perta_backend_wait(job->be, err);
         if (!rc)
             rc = perta_estimate_advance(job, err);
     }
@@ -168,27 +72,22 @@ static uint32_t before(const struct perta_estimate_job *job, uint32_t layer)
     return layer ? layer - 1 : llm->tied ? llm->n_layers : UINT32_MAX;
 }
 
-static int backward_layer(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
+static int backward_layer(struct perta_estimate_job *job, uint32_t number, struct perta_err *err)
 {
-    struct perta_block block;
+    struct perta_layer layer =
+        perta_estimate_layer(job, number, before(job, number), &job->sink.sink);
     struct perta_store next;
-    memset(job->vectors[0], 0, job->vector_floats * sizeof *job->vectors[0]);
-    memset(job->vectors[1], 0, job->vector_floats * sizeof *job->vectors[1]);
-    int rc = perta_estimate_load(job, layer, before(job, layer), &block, err);
-    if (rc)
-        return rc;
-    rc = open_dx(job, layer, &next, err);
+    perta_importance_sink_begin(&job->sink);
+    int rc = open_dx(job, number, &next, err);
     if (!rc)
-        rc = backward_batches(job, layer, &block, &next, err);
+        rc = backward_batches(job, &layer, &next, err);
     if (!rc)
-        rc = write_weights(job, layer, err);
-    if (!rc)
-        rc = write_vectors(job, layer, &block, err);
+        rc = perta_importance_sink_end(&job->sink, number, err);
     perta_store_close(&job->dx, &job->scratch);
     job->dx = next;
-    job->dx_layer = layer;
-    perta_store_close(&job->x[layer], &job->scratch);
-    return rc ? rc : perta_estimate_commit(job, PERTA_BACKWARD, layer, err);
+    job->dx_layer = number;
+    perta_store_close(&job->x[number], &job->scratch);
+    return rc ? rc : perta_estimate_commit(job, PERTA_BACKWARD, number, err);
 }
 
 /* ---- the whole ---- */
@@ -284,7 +183,7 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
                        struct perta_err *err)
 {
     uint32_t n_layers = job->weights.llm.n_layers;
-    const struct perta_part head = perta_head_first(&job->head), last = {.layer = n_layers - 1};
+    const struct perta_span head = perta_head_first(&job->head), last = {.layer = n_layers - 1};
     int rc = 0;
     if (stage == PERTA_BEGUN) {
         rc = open_x(job, 0, err);

@@ -8,7 +8,15 @@
 
 #include "stream/stream.h"
 
-enum perta_compute { PERTA_COMPUTE_AUTO, PERTA_COMPUTE_F32, PERTA_COMPUTE_BF16 };
+/* What computes: the CPU's backend, in float32 or with products of bfloat16 (AUTO: as the CPU is
+ * faster); or the reference's plain loops, which the others are compared with in tests: slow, and in
+ * memory that no budget bounds. */
+enum perta_compute {
+    PERTA_COMPUTE_AUTO,
+    PERTA_COMPUTE_F32,
+    PERTA_COMPUTE_BF16,
+    PERTA_COMPUTE_REFERENCE,
+};
 
 /* On the way of stepwise unlearning (steps.h): theta - s * tau, formed while it is read. */
 struct perta_scaled_paths {

@@ -24,7 +24,6 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
     }
     if (rc)
         return rc;
-    job->vector_floats = perta_estimate_bias_at(&job->weights.llm, PERTA_N_LINEARS);
     const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
                                                 .max_tokens = e->max_tokens,
                                                 .answers = job->answers,
@@ -43,7 +42,7 @@ bool perta_estimate_bf16(const struct perta_estimate_job *job)
            (e->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
 }
 
-static int on_rows(void *ctx, struct perta_err *err)
+int perta_estimate_on_part(void *ctx, struct perta_err *err)
 {
     return perta_estimate_advance(ctx, err);
 }
@@ -53,16 +52,15 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 {
     job->head = (struct perta_head){
         .weights = &job->weights,
-        .gemm = job->gemm,
+        .be = job->be,
         .samples = &job->samples,
         .statistic = statistic,
-        .advance = on_rows,
+        .advance = perta_estimate_on_part,
         .ctx = job,
         .by_probability = job->estimate->by_probability,
         .batch_rows = perta_head_rows(&job->samples, job->batch_tokens),
         .room = job->weights.rooms[0],
         .work = job->work,
-        .packed = job->packed,
     };
     return perta_head_open(&job->head, &job->scratch, err);
 }
@@ -75,16 +73,14 @@ void perta_estimate_release(struct perta_estimate_job *job)
     for (uint32_t l = 0; job->x && l <= job->weights.llm.n_layers; l++)
         perta_store_close(&job->x[l], &job->scratch);
     perta_store_close(&job->dx, &job->scratch);
-    for (int i = 0; i < 2 * PERTA_N_LINEARS; i++)
-        if (job->n_batches > 1)
-            perta_store_close(&job->operands[i], &job->scratch);
-    for (int i = 0; i < 2; i++) {
+    perta_importance_sink_release(&job->sink);
+    for (int i = 0; i < 2; i++)
         perta_importance_out_release(&job->outs[i]);
-        free(job->vectors[i]);
-    }
     perta_scaled_close(&job->scaled);
     perta_weights_close(&job->weights);
-    perta_gemm_close(job->gemm);
+    if (job->be)
+        job->be->ops->free(job->be, job->memory);
+    perta_backend_close(job->be);
     perta_workers_close(job->workers);
     perta_pool_give(&job->pool);
     perta_samples_release(&job->samples);
@@ -99,45 +95,29 @@ void perta_estimate_release(struct perta_estimate_job *job)
 
 /* ---- a block over all tokens ---- */
 
-struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group,
-                                        size_t *first)
+struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group)
 {
     struct perta_cut_batch batch = perta_cut_batch(&job->cut, *group, job->batch_tokens);
-    *first = batch.first_row;
     *group = batch.end;
     return (struct perta_batch){
         .n = batch.n,
         .sequences = {batch.n_samples, job->starts + batch.first_sample, batch.first_row},
         .tiles = batch.tiles,
         .places = job->samples.places + batch.first_row,
+        .first = batch.first_row,
     };
 }
 
-int perta_estimate_load(struct perta_estimate_job *job, uint32_t layer, uint32_t next,
-                        struct perta_block *block, struct perta_err *err)
+struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t number,
+                                        uint32_t next, struct perta_gradient_sink *sink)
 {
-    const struct perta_part part = {.layer = layer};
-    const struct perta_part following = next < job->weights.llm.n_layers
-                                            ? (struct perta_part){.layer = next}
+    const struct perta_span span = {.layer = number};
+    const struct perta_span following = next < job->weights.llm.n_layers
+                                            ? (struct perta_span){.layer = next}
                                             : perta_head_first(&job->head);
-    const struct perta_loaded *loaded;
-    int rc = perta_weights_load(&job->weights, &part, next == UINT32_MAX ? NULL : &following,
-                                &loaded, err);
-    *block = loaded->block;
-    block->llm = &job->weights.llm;
-    block->gemm = job->gemm;
-    block->inv_freq = job->inv_freq;
-    return rc;
-}
-
-int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
-                        struct perta_err *err)
-{
-    struct perta_rows rows;
-    int rc = perta_store_get(store, first, n, 0, store->width, to, &rows, err);
-    if (!rc && rows.data != to)
-        memcpy(to, rows.data, n * store->width * sizeof *to);
-    return rc;
+    perta_weights_begin(&job->weights, &span, next == UINT32_MAX ? NULL : &following);
+    return (struct perta_layer){&job->weights.llm, job->be, &job->weights.parameters, sink,
+                                job->inv_freq,     number};
 }
 
 int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,
@@ -163,21 +143,23 @@ int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err
     return 0;
 }
 
-int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
                            const struct perta_store *from, struct perta_store *to,
                            struct perta_err *err)
 {
-    struct perta_block block;
+    struct perta_layer layer = perta_estimate_layer(job, number, number + 1, NULL);
     struct perta_acts acts;
-    int rc = perta_estimate_load(job, layer, layer + 1, &block, err);
-    for (size_t group = 0, first; group < job->cut.n_groups && !rc;) {
-        struct perta_batch batch = perta_estimate_batch(job, &group, &first);
-        perta_acts_lay_out(&acts, block.llm, batch.n, job->work);
-        rc = perta_estimate_rows(from, first, batch.n, acts.x, err);
+    int rc = 0;
+    for (size_t group = 0; group < job->cut.n_groups && !rc;) {
+        struct perta_batch batch = perta_estimate_batch(job, &group);
+        perta_acts_lay_out(&acts, layer.llm, batch.n, job->work);
+        rc = perta_store_load(from, batch.first, batch.n, acts.x, err);
         if (!rc)
-            rc = perta_block_forward(&block, &batch, &acts, err);
+            perta_block_forward(&layer, &batch, &acts);
         if (!rc)
-            rc = perta_store_put(to, first, batch.n, acts.out, err);
+            rc = perta_store_set(to, batch.first, batch.n, acts.out, err);
+        if (!rc)
+            rc = perta_backend_wait(job->be, err);
         if (!rc)
             rc = perta_estimate_advance(job, err);
     }

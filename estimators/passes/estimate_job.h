@@ -4,8 +4,12 @@
 #ifndef PERTA_ESTIMATORS_PASSES_ESTIMATE_JOB_H
 #define PERTA_ESTIMATORS_PASSES_ESTIMATE_JOB_H
 
+#include "estimators/compute/cpu.h"
+#include "estimators/compute/gemm.h"
+#include "estimators/model/block.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/head.h"
+#include "estimators/passes/importance_sink.h"
 #include "estimators/passes/scaled.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
@@ -21,16 +25,17 @@ struct perta_estimate_job {
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* that writes them */
     struct perta_workers *workers;
-    struct perta_gemm *gemm;
+    struct perta_backend *be;
     struct perta_statistic statistic;
+    struct perta_importance_sink sink;
     struct perta_head head;
     struct perta_scratch scratch;
     struct perta_journal journal;
 
-    struct perta_pool pool;
-    float *work; /* for a batch: its activations, or the head's */
-    struct perta_packed packed;
-    float *inv_freq; /* (head_dim / 2) */
+    struct perta_pool pool;  /* rooms for weights, and what goes to files */
+    uint32_t memory;         /* the backend's buffer of: */
+    struct perta_array work; /* for a batch: its activations, or the head's */
+    float *inv_freq;         /* (head_dim / 2) */
 
     size_t *starts;             /* (samples.n + 1): tokens of each */
     struct perta_cut cut;       /* tokens */
@@ -42,9 +47,6 @@ struct perta_estimate_job {
     uint32_t dx_layer;
     int64_t dx_saved;        /* the layer whose dx is in a file that a record counts on; -1: none */
     uint64_t reserved_bytes; /* of memory, for dx */
-    struct perta_store operands[2 * PERTA_N_LINEARS]; /* of the block under way */
-    double *vectors[2]; /* (vector_floats): a block's norms and biases, sum and square */
-    size_t vector_floats;
     uint64_t total_bytes;
     struct perta_head_means means;
 };
@@ -55,9 +57,6 @@ struct perta_estimate_job {
 int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err);
 /* Find the workers, the batches and what is read ahead that memory allows, and take it. */
 int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err);
-/* Where a block's vectors stand in job->vectors: norms, then biases. */
-size_t perta_estimate_norm_at(const struct perta_llm *llm, enum perta_norm_name name);
-size_t perta_estimate_bias_at(const struct perta_llm *llm, int name);
 
 /* ---- estimate_forward.c ---- */
 
@@ -74,22 +73,21 @@ void perta_estimate_release(struct perta_estimate_job *job);
 int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
                            const struct perta_store *from, struct perta_store *to,
                            struct perta_err *err);
-/* The batch that begins with a group; *first is its first token, *group the next batch's group. */
-struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group,
-                                        size_t *first);
-/* A layer's weights, and then those of what comes next (a layer, or the head: n_layers; or nothing:
- * UINT32_MAX) in the background. *block is ready for use. */
-int perta_estimate_load(struct perta_estimate_job *job, uint32_t layer, uint32_t next,
-                        struct perta_block *block, struct perta_err *err);
+/* The batch that begins with a group; *group is the next batch's. */
+struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group);
+/* Begin to read a layer's weights, and then those of what comes next (a layer, or the head:
+ * n_layers; or nothing: UINT32_MAX). The layer is ready for use; sink: where its gradients go, or
+ * NULL. */
+struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t number,
+                                        uint32_t next, struct perta_gradient_sink *sink);
 /* After perta_head_forward: the mean loss over one sample's labels. PERTA_EINPUT, with its line,
  * where that is not a finite number. */
 int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,
                         struct perta_err *err);
-/* n rows of a store, whole, to. */
-int perta_estimate_rows(const struct perta_store *store, size_t first, size_t n, float *to,
-                        struct perta_err *err);
 /* Tell of progress; PERTA_EINTR if the user wants to stop. */
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err);
+/* The same as a callback, of struct perta_estimate_job. */
+int perta_estimate_on_part(void *job, struct perta_err *err);
 
 /* ---- estimate_resume.c ---- */
 

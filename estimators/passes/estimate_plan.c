@@ -4,7 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/model/ops.h"
+#include "estimators/compute/cpu.h"
+#include "estimators/compute/scalar.h"
 #include "io/checked.h"
 
 /* What oneDNN, compiled products, the thread that writes (16 MiB) and the heap take besides what is
@@ -53,37 +54,17 @@ static uint64_t least(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-static size_t widest(const struct perta_llm *llm)
-{
-    size_t q = (size_t)llm->n_heads * llm->head_dim;
-    return most(most(llm->hidden, llm->intermediate), q);
-}
-
-size_t perta_estimate_norm_at(const struct perta_llm *llm, enum perta_norm_name name)
-{
-    const size_t sizes[PERTA_N_NORMS] = {llm->hidden, llm->hidden, llm->head_dim, llm->head_dim};
-    size_t at = 0;
-    for (int i = 0; i < (int)name; i++)
-        at += sizes[i];
-    return at;
-}
-
-size_t perta_estimate_bias_at(const struct perta_llm *llm, int name)
-{
-    return perta_estimate_norm_at(llm, PERTA_N_NORMS) + (size_t)name * widest(llm);
-}
-
 /* By the model alone, for tiles of a gradient follow from it, and with them its bits. */
 static size_t block_floats(const struct perta_llm *llm)
 {
     size_t vocabulary = (size_t)PERTA_VOCABULARY_ROWS * llm->hidden;
-    return most(most(BLOCK_FLOATS, vocabulary), widest(llm));
+    return most(most(BLOCK_FLOATS, vocabulary), perta_llm_widest(llm));
 }
 
 /* What a part of the weights is read into. */
 static uint64_t part_room(const struct perta_estimate_job *job)
 {
-    uint64_t block = perta_weights_block_room(&job->weights);
+    uint64_t block = perta_weights_layer_room(&job->weights);
     uint64_t rows = perta_weights_room((uint64_t)PERTA_VOCABULARY_ROWS * job->weights.llm.hidden *
                                        sizeof(float));
     return perta_align_up(most(block, rows), PERTA_BLOCK_BYTES);
@@ -94,71 +75,82 @@ static uint64_t source_room(const struct perta_estimate_job *job)
     return job->source ? job->source->room_bytes : 0;
 }
 
-static size_t work_floats(const struct perta_estimate_job *job, size_t tokens)
+static bool has_gradients(const struct perta_estimate_job *job)
 {
-    const struct perta_llm *llm = &job->weights.llm;
-    size_t head = perta_head_work(llm, perta_head_rows(&job->samples, tokens));
-    return most(perta_acts_floats(llm, tokens), head);
+    return job->estimate->mean || job->estimate->meansq;
 }
 
-/* Converted operands of a product: rows of a weight, and in bf16 a batch's rows. */
-static size_t converted_floats(const struct perta_estimate_job *job, size_t tokens, bool bf16)
-{
-    size_t wide = most(widest(&job->weights.llm), PERTA_VOCABULARY_ROWS);
-    size_t batch = most(tokens, perta_head_rows(&job->samples, tokens)) + PERTA_SLACK_ROWS + 1;
-    size_t rows = PERTA_VOCABULARY_ROWS + PERTA_SLACK_ROWS + 1;
-    return bf16 ? (batch + rows) * wide / 2 + 128 : rows * wide + 128;
-}
-
-/* Operands of a gradient, side by side: the longest chunk's rows of the widest pair. */
-static size_t packed_floats(const struct perta_estimate_job *job, bool bf16)
+static uint64_t work_floats(const struct perta_estimate_job *job, size_t tokens)
 {
     const struct perta_llm *llm = &job->weights.llm;
-    const struct perta_estimate *e = job->estimate;
-    size_t wide = widest(llm), block = block_floats(llm);
+    uint64_t head = perta_head_work(llm, perta_head_rows(&job->samples, tokens));
+    uint64_t staging = has_gradients(job) ? perta_importance_sink_staging(llm, block_floats(llm),
+                                                                          job->samples.n_tokens)
+                                          : 0;
+    return most(most(perta_acts_floats(llm, tokens), head), staging);
+}
+
+/* x and dy of the longest chunk, side by side: of a layer's gradients, or the vocabulary's. */
+static uint64_t gradient_floats(const struct perta_estimate_job *job)
+{
+    const struct perta_llm *llm = &job->weights.llm;
+    size_t wide = perta_llm_widest(llm), block = block_floats(llm);
     size_t pair = (size_t)llm->hidden + most(PERTA_VOCABULARY_ROWS, wide);
     pair = most(pair, wide + perta_statistic_rows(block, wide, llm->hidden));
     size_t rows = least(PERTA_CHUNK_ROWS, perta_chunk_padded(job->samples.n_tokens));
-    return e->mean || e->meansq ? rows * pair / (bf16 ? 2 : 1) : 0;
+    return has_gradients(job) ? (uint64_t)rows * pair : 0;
 }
 
-static size_t scratch_floats(const struct perta_estimate_job *job, size_t tokens, bool bf16)
+static struct perta_cpu_needs needs_of(const struct perta_estimate_job *job, size_t tokens,
+                                       bool bf16)
 {
-    return most(converted_floats(job, tokens, bf16), packed_floats(job, bf16));
+    return (struct perta_cpu_needs){
+        .bf16 = bf16,
+        .widest = most(perta_llm_widest(&job->weights.llm), PERTA_VOCABULARY_ROWS),
+        .rows = most(tokens, perta_head_rows(&job->samples, tokens)),
+        .longest = job->samples.longest,
+        .gradient_floats = gradient_floats(job),
+    };
 }
 
-static uint64_t statistic_floats(const struct perta_estimate_job *job)
+/* Of the backend's memory besides work: blocks of gradients, and a layer's vectors. */
+static uint64_t gradient_bytes(const struct perta_estimate_job *job)
 {
-    const struct perta_estimate *e = job->estimate;
-    return e->mean || e->meansq ? perta_statistic_floats(block_floats(&job->weights.llm), e->meansq,
-                                                         job->chunks.parts)
-                                : 0;
+    const struct perta_llm *llm = &job->weights.llm;
+    return has_gradients(job) ? perta_statistic_bytes(block_floats(llm), job->estimate->meansq,
+                                                      job->chunks.parts) +
+                                    perta_importance_sink_bytes(llm)
+                              : 0;
 }
 
-static uint64_t fixed_bytes(const struct perta_estimate_job *job)
+/* Means on their way to a file. */
+static uint64_t means_bytes(const struct perta_estimate_job *job)
 {
+    return has_gradients(job) ? PERTA_MEANS * sizeof(float) : 0;
+}
+
+static uint64_t fixed_bytes(const struct perta_estimate_job *job, bool bf16)
+{
+    const struct perta_cpu_needs needs = needs_of(job, job->cut.longest, bf16);
+    const struct perta_llm *llm = &job->weights.llm;
     uint64_t heap = job->source ? job->source->heap_bytes : 0;
-    return part_room(job) + source_room(job) + heap + statistic_floats(job) * sizeof(float) +
-           2 * job->vector_floats * sizeof(double) +
-           perta_head_bytes(&job->samples, &job->weights.llm) +
+    return part_room(job) + source_room(job) + heap + gradient_bytes(job) + means_bytes(job) +
+           perta_head_bytes(&job->samples) +
+           perta_cpu_buffer_bytes(&needs, perta_head_device_bytes(&job->samples, llm)) +
            job->samples.n_tokens * 2 * sizeof(double);
 }
 
 static uint64_t batch_bytes(const struct perta_estimate_job *job, size_t tokens, bool bf16)
 {
-    return (work_floats(job, tokens) + scratch_floats(job, tokens, bf16)) * sizeof(float);
+    const struct perta_cpu_needs needs = needs_of(job, tokens, bf16);
+    return perta_cpu_buffer_bytes(&needs, work_floats(job, tokens) * sizeof(float)) +
+           perta_cpu_bytes(&needs);
 }
 
-/* Floats that a worker has of its own: a row, a tile, or attention's scores. */
-static size_t room_floats(const struct perta_estimate_job *job)
+static uint64_t worker_bytes(const struct perta_estimate_job *job, bool bf16)
 {
-    return most(most((uint64_t)PERTA_TILE_ROWS * PERTA_TILE_COLS, widest(&job->weights.llm)),
-                perta_attention_room(job->samples.longest));
-}
-
-static uint64_t worker_bytes(const struct perta_estimate_job *job)
-{
-    return PERTA_GEMM_WORKER_BYTES + room_floats(job) * sizeof(float);
+    const struct perta_cpu_needs needs = needs_of(job, job->cut.longest, bf16);
+    return perta_cpu_worker_bytes(&needs);
 }
 
 /* The largest batch for so many bytes. */
@@ -191,16 +183,17 @@ static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct
     /* Of an earlier job's memory the margin is used again; samples are this one's. */
     uint64_t before =
         job->run->before_bytes ? job->run->before_bytes + perta_samples_bytes(&job->samples) : 0;
-    uint64_t used = perta_memory_before(before, MARGIN_BYTES) + MARGIN_BYTES + fixed_bytes(job);
-    uint64_t enough = used + group + worker_bytes(job);
+    uint64_t used =
+        perta_memory_before(before, MARGIN_BYTES) + MARGIN_BYTES + fixed_bytes(job, plan->bf16);
+    uint64_t enough = used + group + worker_bytes(job, plan->bf16);
     if (budget < enough)
         return perta_memory_refuse(budget, enough, err,
                                    "for this model and its longest sample (%llu tokens)",
                                    (unsigned long long)job->samples.longest);
     uint64_t left = budget - enough;
     unsigned more = perta_run_threads(job->run) - 1;
-    more = (unsigned)least(more, left / 2 / worker_bytes(job));
-    left -= more * worker_bytes(job);
+    more = (unsigned)least(more, left / 2 / worker_bytes(job, plan->bf16));
+    left -= more * worker_bytes(job, plan->bf16);
     plan->n_workers = 1 + more;
     plan->ahead = part_room(job) <= left / 2;
     left -= plan->ahead ? part_room(job) : 0;
@@ -211,47 +204,85 @@ static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct
     return 0;
 }
 
-static void lay_out(struct perta_estimate_job *job, const struct plan *plan, uint64_t work)
+/* ---- taken ---- */
+
+/* The host's: rooms for weights, the source's, means. */
+static int take_host(struct perta_estimate_job *job, const struct plan *plan, uint8_t *rooms[2],
+                     float **means, struct perta_err *err)
 {
+    const struct perta_llm *llm = &job->weights.llm;
+    uint64_t parts = part_room(job) * (plan->ahead ? 2 : 1);
+    int rc = perta_pool_take(&job->pool, parts + source_room(job) + means_bytes(job), err);
+    if (rc)
+        return rc;
     uint8_t *at = job->pool.base;
-    for (int i = 0; i < (plan->ahead ? 2 : 1); i++, at += part_room(job))
-        job->weights.rooms[i] = at;
+    rooms[0] = at;
+    rooms[1] = plan->ahead ? at + part_room(job) : NULL;
     if (job->source)
-        job->source->room = at;
-    at += source_room(job);
-    job->work = (float *)(void *)at;
-    if (statistic_floats(job))
-        perta_statistic_lay_out(&job->statistic, block_floats(&job->weights.llm), job->chunks.parts,
-                                (float *)(void *)(at + work));
+        job->source->room = at + parts;
+    *means = (float *)(void *)(at + parts + source_room(job));
+    job->inv_freq = calloc(llm->head_dim, sizeof *job->inv_freq);
+    job->x = calloc(llm->n_layers + 1, sizeof *job->x);
+    if (!job->inv_freq || !job->x)
+        return perta_fail_sys(err, ENOMEM, "estimate");
+    perta_rope_frequencies(llm, job->inv_freq);
+    return 0;
+}
+
+static void lay_out(struct perta_estimate_job *job, uint64_t n_work, float *means)
+{
+    const struct perta_llm *llm = &job->weights.llm;
+    const struct perta_array start = {job->memory, 0};
+    struct perta_array gradients = perta_array_at(start, n_work);
+    job->work = start;
+    if (!has_gradients(job))
+        return;
+    job->statistic.be = job->be;
+    perta_statistic_lay_out(&job->statistic, block_floats(llm), job->chunks.parts, gradients,
+                            means);
+    job->sink = (struct perta_importance_sink){
+        .sink = perta_importance_sink_functions,
+        .llm = llm,
+        .statistic = &job->statistic,
+        .chunks = &job->chunks,
+        .scratch = &job->scratch,
+        .n_tokens = job->samples.n_tokens,
+        .single = job->n_batches == 1,
+        .advance = perta_estimate_on_part,
+        .ctx = job,
+        .vectors = perta_array_at(
+            gradients,
+            perta_statistic_bytes(block_floats(llm), job->estimate->meansq, job->chunks.parts) /
+                sizeof(float)),
+        .staging = start,
+        .staging_floats = n_work,
+        .workers = job->workers,
+    };
 }
 
 static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
                        struct perta_err *err)
 {
-    const struct perta_llm *llm = &job->weights.llm;
-    size_t scratch = scratch_floats(job, job->batch_tokens, plan->bf16);
-    uint64_t work =
-        perta_align_up(work_floats(job, job->batch_tokens) * sizeof(float), PERTA_BLOCK_BYTES);
-    uint64_t rooms = part_room(job) * (plan->ahead ? 2 : 1) + source_room(job);
-    int rc = perta_pool_take(&job->pool, rooms + work + statistic_floats(job) * sizeof(float), err);
-    if (rc)
-        return rc;
-    lay_out(job, plan, work);
-    job->inv_freq = calloc(llm->head_dim, sizeof *job->inv_freq);
-    job->vectors[0] = calloc(job->vector_floats, sizeof *job->vectors[0]);
-    job->vectors[1] = calloc(job->vector_floats, sizeof *job->vectors[1]);
-    job->x = calloc(llm->n_layers + 1, sizeof *job->x);
-    if (!job->inv_freq || !job->vectors[0] || !job->vectors[1] || !job->x)
-        return perta_fail_sys(err, ENOMEM, "estimate");
-    perta_rope_frequencies(llm, job->inv_freq);
-    rc = perta_workers_open(plan->n_workers, &job->workers, err);
+    const struct perta_cpu_needs needs = needs_of(job, job->batch_tokens, plan->bf16);
+    uint64_t n_work = (work_floats(job, job->batch_tokens) + 15) & ~(uint64_t)15;
+    uint8_t *rooms[2];
+    float *means;
+    int rc = take_host(job, plan, rooms, &means, err);
     if (!rc)
-        rc = perta_gemm_open(plan->bf16, job->workers, scratch, room_floats(job), &job->gemm, err);
-    if (rc)
-        return rc;
-    job->statistic.gemm = job->gemm;
-    job->packed = (struct perta_packed){perta_gemm_scratch(job->gemm, 0), scratch};
-    return 0;
+        rc = perta_workers_open(plan->n_workers, &job->workers, err);
+    if (!rc)
+        rc = job->estimate->compute == PERTA_COMPUTE_REFERENCE
+                 ? perta_scalar_open(&job->be, err)
+                 : perta_cpu_open(&needs, job->workers, &job->be, err);
+    job->scratch.be = job->be;
+    if (!rc)
+        rc = job->be->ops->alloc(job->be, n_work * sizeof(float) + gradient_bytes(job),
+                                 &job->memory, err);
+    if (!rc)
+        rc = perta_weights_rooms(&job->weights, job->be, rooms, part_room(job), err);
+    if (!rc)
+        lay_out(job, n_work, means);
+    return rc;
 }
 
 int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err)

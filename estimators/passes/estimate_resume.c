@@ -76,7 +76,10 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
     json_t *identity = json_pack(
         "{s:s, s:s, s:{s:b, s:b, s:b, s:s, s:s}, s:I, s:s, s:o, s:o, s:o}", "tool",
         "perta " PERTA_VERSION, "verb", "estimate", "flags", "mean", (int)e->mean, "meansq",
-        (int)e->meansq, "by probability", (int)e->by_probability, "compute", bf16 ? "bf16" : "f32",
+        (int)e->meansq, "by probability", (int)e->by_probability, "compute",
+        e->compute == PERTA_COMPUTE_REFERENCE ? "reference"
+        : bf16                                ? "bf16"
+                                              : "f32",
         "data key gives", job->samples.file.hmac, "cpu", (json_int_t)perta_gemm_isa(), "products",
         perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", perta_journal_config(job->weights.ck), "data", data_file(job));
@@ -208,7 +211,7 @@ static int save_stores(struct perta_estimate_job *job, enum perta_stage stage,
 static bool is_due(const struct perta_estimate_job *job, enum perta_stage stage)
 {
     return perta_journal_due(&job->journal, written(job)) ||
-           (stage != PERTA_FORWARD && !job->dx.memory);
+           (stage != PERTA_FORWARD && !job->dx.buffer);
 }
 
 int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,

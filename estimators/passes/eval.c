@@ -139,7 +139,7 @@ static void count_bytes(struct perta_estimate_job *job)
 {
     for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
         const struct perta_tensor *t = job->weights.ck->by_name[i].tensor;
-        if (job->weights.llm.tied || strcmp(t->name, PERTA_EMBEDDING))
+        if (job->weights.llm.tied || strcmp(t->name, perta_weights_embedding(&job->weights)))
             job->total_bytes += t->len_bytes;
     }
 }

@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/model/kernels.h"
-#include "estimators/model/ops.h"
+#include "estimators/compute/kernels.h"
 
 /* Labels of a group. */
 #define GROUP_ROWS 1024
@@ -24,40 +23,101 @@ size_t perta_head_rows(const struct perta_samples *samples, size_t tokens)
     return group < samples->n_tokens ? most(group, tokens) : samples->n_tokens;
 }
 
-/* Of a batch: struct work, and what products read past the end. */
+struct work {
+    struct perta_array c;       /* (batch rows, H) of float64 */
+    struct perta_array a, b, d; /* (batch rows, H) */
+    struct perta_array logits;  /* (batch rows, PERTA_VOCABULARY_ROWS) */
+    struct perta_array rstd;    /* (batch rows) */
+};
+
 size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows)
 {
-    size_t H = llm->hidden;
-    return batch_rows * (5 * H + PERTA_VOCABULARY_ROWS + 1) +
-           PERTA_SLACK_ROWS * most(H, PERTA_VOCABULARY_ROWS) + 16;
+    return batch_rows * (5 * (size_t)llm->hidden + PERTA_VOCABULARY_ROWS + 1) + 16;
 }
-
-uint64_t perta_head_bytes(const struct perta_samples *samples, const struct perta_llm *llm)
-{
-    return samples->n_tokens * (9 * sizeof(float) + sizeof(struct perta_chunk)) +
-           samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk)) +
-           llm->hidden * sizeof(float);
-}
-
-struct work {
-    double *c;        /* (batch rows, H), of twice the width */
-    float *a, *b, *d; /* (batch rows, H) */
-    float *logits;    /* (batch rows, PERTA_VOCABULARY_ROWS) */
-    float *rstd;      /* (batch rows) */
-};
 
 static struct work work_of(const struct perta_head *h)
 {
     size_t n = h->batch_rows * h->weights->llm.hidden;
-    float *logits = h->work + 5 * n;
+    struct perta_array logits = perta_array_at(h->work, 5 * n);
     return (struct work){
-        (double *)(void *)h->work, h->work + 2 * n, h->work + 3 * n,
-        h->work + 4 * n,           logits,          logits + h->batch_rows * PERTA_VOCABULARY_ROWS};
+        h->work,
+        perta_array_at(h->work, 2 * n),
+        perta_array_at(h->work, 3 * n),
+        perta_array_at(h->work, 4 * n),
+        logits,
+        perta_array_at(logits, h->batch_rows * PERTA_VOCABULARY_ROWS),
+    };
 }
 
-static struct perta_workers *workers_of(const struct perta_head *h)
+uint64_t perta_head_bytes(const struct perta_samples *samples)
 {
-    return perta_gemm_workers(h->gemm);
+    return samples->n_tokens *
+               (9 * sizeof(float) + sizeof(struct perta_chunk) + sizeof(struct perta_token_row)) +
+           samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk));
+}
+
+/* Of each label, and of the final norm: its weight and bias, and two gradients of a sample. */
+#define LABEL_FLOATS 7
+#define NORM_VECTORS 4
+
+static uint64_t device_bytes(uint64_t n_labels, const struct perta_llm *llm)
+{
+    return (n_labels * LABEL_FLOATS + NORM_VECTORS * (uint64_t)llm->hidden) * sizeof(float);
+}
+
+uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm)
+{
+    return device_bytes(samples->n_tokens, llm);
+}
+
+/* The norm's vector i: weight, bias, and their gradients. */
+static struct perta_array norm_vector(const struct perta_head *h, int i)
+{
+    const struct perta_array start = {h->memory, 0};
+    return perta_array_at(start, h->n_labels * LABEL_FLOATS + (uint64_t)i * h->weights->llm.hidden);
+}
+
+static int take_device(struct perta_head *h, struct perta_err *err)
+{
+    size_t n = h->n_labels;
+    int rc = h->be->ops->alloc(h->be, device_bytes(n, &h->weights->llm), &h->memory, err);
+    struct perta_array at = {h->memory, 0};
+    h->on_device = (struct perta_label_arrays){
+        .sums = at,
+        .share = perta_array_at(at, 2 * n),
+        .most = perta_array_at(at, 3 * n),
+        .logit = perta_array_at(at, 4 * n),
+        .best = perta_array_at(at, 5 * n),
+        .best_logit = perta_array_at(at, 6 * n),
+    };
+    return rc;
+}
+
+/* The final norm's weight and bias, by way of host (H). */
+static int load_norm(struct perta_head *h, struct perta_err *err)
+{
+    const struct perta_llm *llm = &h->weights->llm;
+    const char *const names[] = {llm->family->final_norm, llm->family->final_norm_bias};
+    struct perta_array *const to[] = {&h->norm.weight, &h->norm.bias};
+    float *host = calloc(llm->hidden, sizeof *host);
+    int rc = host ? 0 : perta_fail_sys(err, ENOMEM, "labels");
+    h->norm.eps = llm->norm_eps;
+    for (int i = 0; i < 2 && !rc; i++) {
+        if (!names[i])
+            continue;
+        rc = perta_weights_vector(h->weights, names[i], llm->hidden, h->room, host, err);
+        *to[i] = norm_vector(h, i);
+        h->be->ops->put(h->be, *to[i], host, llm->hidden * sizeof *host);
+    }
+    free(host);
+    return rc;
+}
+
+/* Tokens whose dx there is room for in work's c: at least one sample's. */
+static size_t most_tokens(const struct perta_head *h)
+{
+    size_t room = 2 * h->batch_rows;
+    return room < h->samples->n_tokens ? room : h->samples->n_tokens;
 }
 
 static void collect_labels(struct perta_head *h)
@@ -100,14 +160,17 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     h->logit = calloc(h->n_labels, sizeof *h->logit);
     h->best = h->statistic ? NULL : calloc(h->n_labels, sizeof *h->best);
     h->starts = calloc(h->samples->n + 1, sizeof *h->starts);
-    h->norm = calloc(H, sizeof *h->norm);
+    h->max_tokens = most_tokens(h);
+    h->tokens = calloc(h->max_tokens, sizeof *h->tokens);
     if (!h->token || !h->target || !h->share || !h->most || !h->sums || !h->logit || !h->starts ||
-        !h->norm || (!h->statistic && !h->best))
+        !h->tokens || (!h->statistic && !h->best))
         return perta_fail_sys(err, ENOMEM, "labels");
     collect_labels(h);
     int rc = cut_labels(h, err);
     if (!rc)
-        rc = perta_weights_vector(h->weights, PERTA_FINAL_NORM, H, h->room, h->norm, err);
+        rc = take_device(h, err);
+    if (!rc)
+        rc = load_norm(h, err);
     if (!rc)
         rc = perta_store_open(&h->normed, scratch, NULL, h->n_labels, H, err);
     return rc || !h->statistic
@@ -125,22 +188,16 @@ void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
     free(h->logit);
     free(h->best);
     free(h->starts);
+    free(h->tokens);
     perta_cut_release(&h->cut);
     perta_chunks_release(&h->chunks);
-    free(h->norm);
+    if (h->be)
+        h->be->ops->free(h->be, h->memory);
     perta_store_close(&h->normed, scratch);
     perta_store_close(&h->dnormed, scratch);
 }
 
 /* ---- embedding ---- */
-
-static float element(const struct perta_linear *l, size_t i)
-{
-    const uint8_t *data = l->weight;
-    const struct perta_operand_matrix row = {data + i * (l->dtype == PERTA_F32 ? 4 : 2), l->dtype,
-                                             1, 1};
-    return perta_operand_element(&row);
-}
 
 static int by_id(const void *a, const void *b)
 {
@@ -161,21 +218,24 @@ static uint64_t *sorted_tokens(const struct perta_samples *s)
 
 int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *err)
 {
+    const char *name = perta_weights_embedding(h->weights);
+    enum perta_dtype dtype = perta_checkpoint_find(h->weights->ck, name)->tensor->dtype;
     size_t H = h->weights->llm.hidden;
     uint64_t *tokens = sorted_tokens(h->samples);
-    int rc = tokens ? 0 : perta_fail_sys(err, ENOMEM, "tokens");
+    float *row = calloc(H, sizeof *row);
+    int rc = tokens && row ? 0 : perta_fail_sys(err, ENOMEM, "tokens");
     for (uint64_t i = 0; i < h->samples->n_tokens && !rc; i++) {
-        struct perta_linear row;
+        const void *data;
         uint64_t id = tokens[i] >> 32;
         if (!i || id != tokens[i - 1] >> 32) {
-            rc = perta_weights_rows(h->weights, perta_weights_embedding(h->weights), id, 1, h->room,
-                                    &row, err);
-            for (size_t k = 0; k < H && !rc; k++)
-                h->work[k] = element(&row, k);
+            rc = perta_weights_rows(h->weights, name, id, 1, h->room, &data, err);
+            if (!rc)
+                perta_row_kernels()->to_f32(row, data, dtype, H);
         }
         if (!rc)
-            rc = perta_store_put(x, (uint32_t)tokens[i], 1, h->work, err);
+            rc = perta_store_put(x, (uint32_t)tokens[i], 1, row, err);
     }
+    free(row);
     free(tokens);
     return rc;
 }
@@ -184,77 +244,70 @@ int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *e
 
 /* Rows of x that predict labels first .. first + n, dense in to. */
 static int gather(const struct perta_head *h, const struct perta_store *x, size_t first, size_t n,
-                  float *to, struct perta_err *err)
+                  struct perta_array to, struct perta_err *err)
 {
-    size_t H = x->width;
     int rc = 0;
-    for (size_t i = 0; i < n && !rc; i++) {
-        struct perta_rows row;
-        rc = perta_store_get(x, h->token[first + i], 1, 0, H, to + i * H, &row, err);
-        if (!rc && row.data != to + i * H)
-            memcpy(to + i * H, row.data, H * sizeof *to);
-    }
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = perta_store_load(x, h->token[first + i], 1, perta_array_at(to, i * x->width), err);
     return rc;
+}
+
+static void norm_forward(const struct perta_head *h, const struct work *w, size_t n)
+{
+    const struct perta_llm *llm = &h->weights->llm;
+    llm->family->norm->forward(h->be, &h->norm, w->b, w->rstd, w->a, n, llm->hidden);
 }
 
 static int normalise(struct perta_head *h, const struct perta_store *x, struct perta_err *err)
 {
     struct work w = work_of(h);
-    size_t H = x->width;
     int rc = 0;
     for (size_t first = 0, n; first < h->n_labels && !rc; first += n) {
         n = h->n_labels - first < h->batch_rows ? h->n_labels - first : h->batch_rows;
         rc = gather(h, x, first, n, w.a, err);
-        perta_rmsnorm_forward(workers_of(h), w.b, w.rstd, w.a, h->norm, n, H,
-                              h->weights->llm.rms_eps);
+        norm_forward(h, &w, n);
         if (!rc)
-            rc = perta_store_put(&h->normed, first, n, w.b, err);
+            rc = perta_store_set(&h->normed, first, n, w.b, err);
     }
     return rc;
 }
 
 /* Rows of the vocabulary from row on. */
-static struct perta_part part_at(const struct perta_head *h, size_t row)
+static struct perta_span span_at(const struct perta_head *h, size_t row)
 {
     size_t left = h->weights->llm.vocab - row;
-    return (struct perta_part){.name = perta_weights_head(h->weights),
+    return (struct perta_span){.name = perta_weights_head(h->weights),
                                .first = row,
                                .n = left < PERTA_VOCABULARY_ROWS ? left : PERTA_VOCABULARY_ROWS};
 }
 
-struct perta_part perta_head_first(const struct perta_head *h)
+struct perta_span perta_head_first(const struct perta_head *h)
 {
-    return part_at(h, 0);
+    return span_at(h, 0);
 }
 
 /* Rows of the head's weight from row on; what follows them is begun, after the last of them
  * next. */
-static int load(struct perta_head *h, size_t row, const struct perta_part *next,
-                const struct perta_linear **block, struct perta_err *err)
+static int load(struct perta_head *h, size_t row, const struct perta_span *next,
+                struct perta_linear *block, struct perta_err *err)
 {
-    struct perta_part part = part_at(h, row), following;
-    const struct perta_loaded *loaded;
-    if (row + part.n < h->weights->llm.vocab) {
-        following = part_at(h, row + part.n);
+    struct perta_span span = span_at(h, row), following;
+    if (row + span.n < h->weights->llm.vocab) {
+        following = span_at(h, row + span.n);
         next = &following;
     }
-    int rc = perta_weights_load(h->weights, &part, next, &loaded, err);
-    *block = &loaded->linear;
-    return rc;
+    return perta_weights_matrix(h->weights, &span, next, block, err);
 }
 
 /* logits (n, rows of block) of a batch's labels; *x their rows of normed. */
 static int logits_of(struct perta_head *h, const struct perta_linear *block,
-                     const struct perta_cut_batch *batch, const struct work *w, const float **x,
-                     struct perta_err *err)
+                     const struct perta_cut_batch *batch, const struct work *w,
+                     struct perta_array *x, struct perta_err *err)
 {
-    struct perta_rows rows;
-    int rc =
-        perta_store_get(&h->normed, batch->first_row, batch->n, 0, block->in, w->a, &rows, err);
-    *x = rows.data;
-    return rc ? rc
-              : perta_linear_forward(h->gemm, block, &batch->tiles, rows.data, w->logits, batch->n,
-                                     false, err);
+    int rc = perta_store_rows(&h->normed, batch->first_row, batch->n, w->a, x, err);
+    if (!rc)
+        h->be->ops->linear_forward(h->be, block, &batch->tiles, *x, w->logits, batch->n, false);
+    return rc;
 }
 
 /* share, anew. */
@@ -285,51 +338,74 @@ static struct perta_head_means means_of(const struct perta_head *h)
 
 /* What a block of the vocabulary adds to the losses. */
 static int forward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
-                         float *best_logit, struct perta_err *err)
+                         struct perta_err *err)
 {
+    const struct perta_label_arrays *l = &h->on_device;
     struct work w = work_of(h);
     int rc = 0;
     for (size_t g = 0; g < h->cut.n_groups && !rc;) {
         struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
         size_t first = batch.first_row, n = batch.n;
-        const float *x;
+        struct perta_array x;
         rc = logits_of(h, block, &batch, &w, &x, err);
-        if (rc)
-            break;
-        perta_cross_entropy_forward(workers_of(h), w.logits, row, block->out, n, h->target + first,
-                                    h->most + first, h->sums + first, h->logit + first);
+        h->be->ops->cross_entropy_forward(
+            h->be, w.logits, row, block->out, n, h->target + first, perta_array_at(l->most, first),
+            perta_array_at(l->sums, 2 * first), perta_array_at(l->logit, first));
         if (h->best)
-            perta_best_forward(workers_of(h), w.logits, row, block->out, n, best_logit + first,
-                               h->best + first);
+            h->be->ops->best_forward(h->be, w.logits, row, block->out, n,
+                                     perta_array_at(l->best_logit, first),
+                                     perta_array_at(l->best, first));
         g = batch.end;
     }
-    return rc;
+    return rc ? rc : perta_backend_wait(h->be, err);
+}
+
+static void losses_begin(struct perta_head *h)
+{
+    const struct perta_label_arrays *l = &h->on_device;
+    uint64_t n = h->n_labels, len_bytes = n * sizeof *h->most;
+    for (uint64_t i = 0; i < n; i++)
+        h->most[i] = -INFINITY;
+    h->be->ops->zero(h->be, l->sums, 2 * n);
+    h->be->ops->put(h->be, l->most, h->most, len_bytes);
+    h->be->ops->put(h->be, l->best_logit, h->most, len_bytes);
+}
+
+/* What the host makes of losses. */
+static int losses_end(struct perta_head *h, struct perta_head_means *means, struct perta_err *err)
+{
+    const struct perta_label_arrays *l = &h->on_device;
+    uint64_t n = h->n_labels;
+    h->be->ops->get(h->be, l->sums, h->sums, n * sizeof *h->sums);
+    h->be->ops->get(h->be, l->most, h->most, n * sizeof *h->most);
+    h->be->ops->get(h->be, l->logit, h->logit, n * sizeof *h->logit);
+    if (h->best)
+        h->be->ops->get(h->be, l->best, h->best, n * sizeof *h->best);
+    int rc = perta_backend_wait(h->be, err);
+    if (rc)
+        return rc;
+    *means = means_of(h);
+    if (h->by_probability)
+        weigh_by_probability(h);
+    h->be->ops->put(h->be, l->share, h->share, n * sizeof *h->share);
+    return 0;
 }
 
 int perta_head_forward(struct perta_head *h, const struct perta_store *x,
-                       const struct perta_part *next, struct perta_head_means *means,
+                       const struct perta_span *next, struct perta_head_means *means,
                        struct perta_err *err)
 {
-    float *best_logit = calloc(h->n_labels, sizeof *best_logit);
-    int rc = best_logit ? normalise(h, x, err) : perta_fail_sys(err, ENOMEM, "labels");
-    for (size_t i = 0; i < h->n_labels && !rc; i++) {
-        h->most[i] = best_logit[i] = -INFINITY;
-        h->sums[i] = 0;
-    }
+    int rc = normalise(h, x, err);
+    losses_begin(h);
     for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
-        const struct perta_linear *block;
+        struct perta_linear block;
         rc = load(h, row, next, &block, err);
         if (!rc)
-            rc = forward_block(h, row, block, best_logit, err);
+            rc = forward_block(h, row, &block, err);
         if (!rc)
             rc = h->advance(h->ctx, err);
     }
-    if (!rc)
-        *means = means_of(h);
-    if (!rc && h->by_probability)
-        weigh_by_probability(h);
-    free(best_logit);
-    return rc;
+    return rc ? rc : losses_end(h, means, err);
 }
 
 double perta_head_loss(const struct perta_head *h, uint64_t sample)
@@ -345,29 +421,13 @@ double perta_head_loss(const struct perta_head *h, uint64_t sample)
 
 /* From logits to the gradient of the loss by them. */
 static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows,
-                            const struct perta_cut_batch *batch, float *logits)
+                            const struct perta_cut_batch *batch, struct perta_array logits)
 {
+    const struct perta_label_arrays *l = &h->on_device;
     size_t first = batch->first_row;
-    perta_cross_entropy_backward(workers_of(h), logits, row, n_rows, batch->n, h->target + first,
-                                 h->most + first, h->sums + first, h->share + first);
-}
-
-struct sum {
-    double *to;
-    const float *from;
-    size_t n, H;
-};
-
-#define SUM_ROWS 64 /* of a piece */
-
-static int add_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err)
-{
-    const struct sum *s = ctx;
-    size_t from = i * SUM_ROWS, n = s->n - from < SUM_ROWS ? s->n - from : SUM_ROWS;
-    (void)worker;
-    (void)err;
-    perta_row_kernels()->add(s->to + from * s->H, s->from + from * s->H, n * s->H);
-    return 0;
+    h->be->ops->cross_entropy_backward(
+        h->be, logits, row, n_rows, batch->n, h->target + first, perta_array_at(l->most, first),
+        perta_array_at(l->sums, 2 * first), perta_array_at(l->share, first));
 }
 
 /* dnormed += dlogits weight. */
@@ -375,46 +435,107 @@ static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block
                           const struct perta_cut_batch *batch, const struct work *w,
                           struct perta_err *err)
 {
+    const struct perta_array none = {0};
     size_t first = batch->first_row, n = batch->n, H = block->in;
     struct perta_store *store = &h->dnormed;
-    struct perta_rows rows = {0};
-    int rc = perta_linear_backward(h->gemm, block, &batch->tiles, w->logits, w->b, n, false, err);
-    if (!rc)
-        rc = perta_store_get(store, first, n, 0, 2 * H, (float *)w->c, &rows, err);
-    struct sum sum = {(double *)(uintptr_t)rows.data, w->b, n, H};
-    if (!rc)
-        rc = perta_workers_run(workers_of(h), (n + SUM_ROWS - 1) / SUM_ROWS, add_rows, &sum, err);
-    return rc || store->memory ? rc : perta_store_put(store, first, n, (float *)w->c, err);
+    struct perta_array rows;
+    h->be->ops->linear_backward(h->be, block, &batch->tiles, w->logits, w->b, n, false);
+    int rc = perta_store_rows(store, first, n, w->c, &rows, err);
+    if (rc)
+        return rc;
+    h->be->ops->accumulate(h->be, rows, none, w->b, n * H);
+    return store->buffer ? 0 : perta_store_set(store, first, n, rows, err);
 }
 
-/* A store of a batch's rows in memory. */
-static struct perta_store rows_in(const float *memory, size_t n, size_t width)
+/* ---- gradients of the vocabulary's rows ---- */
+
+/* dx of the tokens of a sample in rows row .. row + n_rows, dense after what *n are there already. */
+static int take_tokens(const struct perta_head *h, const struct perta_store *dx, size_t row,
+                       size_t n_rows, uint64_t sample, struct perta_array to, size_t *n,
+                       struct perta_err *err)
 {
-    return (struct perta_store){
-        .n_rows = n, .width = width, .memory = (float *)(uintptr_t)memory, .fd = -1};
+    const struct perta_samples *s = h->samples;
+    int rc = 0;
+    for (uint64_t k = s->starts[sample]; k < s->starts[sample + 1] && !rc; k++) {
+        size_t id = (size_t)s->ids[k];
+        if (id < row || id >= row + n_rows || (uint32_t)id == h->weights->llm.pad)
+            continue;
+        rc = perta_store_load(dx, k, 1, perta_array_at(to, *n * dx->width), err);
+        h->tokens[(*n)++] = (struct perta_token_row){sample, (uint32_t)(id - row)};
+    }
+    return rc;
 }
 
-/* Gradient of the block's rows: dlogits^T normed, over a batch; chunks from *chunk on. With dx the
- * gradient of the embedding's rows too. */
-static int add_to_rows(struct perta_head *h, const struct perta_linear *block, size_t row,
-                       const struct perta_cut_batch *batch, const float *x, const float *dlogits,
-                       const struct perta_store *dx, size_t *chunk, struct perta_err *err)
+static bool has_room(const struct perta_head *h, size_t n, uint64_t sample)
 {
-    struct perta_store xs = rows_in(x, batch->n, block->in);
-    struct perta_store dys = rows_in(dlogits, batch->n, block->out);
-    const struct perta_operands operands = {&xs, &dys, batch->first_row, 0};
-    struct perta_terms terms = {.rows = block->out,
-                                .in = block->in,
-                                .chunks = &h->chunks,
-                                .first = *chunk,
-                                .samples = h->samples,
-                                .dx = dx,
-                                .row = row,
-                                .pad = h->weights->llm.pad};
+    const struct perta_samples *s = h->samples;
+    return n + (s->starts[sample + 1] - s->starts[sample]) <= h->max_tokens;
+}
+
+/* What chunks first .. end add to a block of rows from row on: products, if g has x, and with dx the
+ * tokens of the samples that end there. As many chunks at a time as there is room for tokens. */
+static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size_t first,
+                      size_t end, const struct perta_store *dx, size_t row, struct perta_err *err)
+{
+    const struct perta_chunk *of = h->chunks.of;
+    bool tokens = dx && h->chunks.by_sample;
+    int rc = 0;
+    g->chunks = &h->chunks;
+    g->tokens = h->tokens;
+    g->d = work_of(h).c;
+    for (size_t c = first; first < end && !rc; first = c) {
+        rc = perta_backend_wait(h->be, err); /* it may be reading tokens */
+        g->n_tokens = 0;
+        for (; c < end && !rc; c++) {
+            if (!tokens || !of[c].ends)
+                continue;
+            if (!has_room(h, g->n_tokens, of[c].sample))
+                break;
+            rc = take_tokens(h, dx, row, g->rows, of[c].sample, g->d, &g->n_tokens, err);
+        }
+        g->first = first;
+        g->end = c;
+        if (!rc)
+            h->be->ops->gradient(h->be, g);
+    }
+    return rc;
+}
+
+/* All tokens, where chunks are not by sample: after all chunks. */
+static int add_tokens(const struct perta_head *h, struct perta_gradient *g,
+                      const struct perta_store *dx, size_t row, struct perta_err *err)
+{
+    int rc = 0;
+    *g = perta_statistic_gradient(h->statistic, g->rows, g->in);
+    g->chunks = &h->chunks;
+    g->first = g->end = h->chunks.n;
+    g->tokens = h->tokens;
+    g->d = work_of(h).c;
+    for (uint64_t i = 0; i < h->samples->n && !rc;) {
+        rc = perta_backend_wait(h->be, err); /* it may be reading tokens */
+        for (g->n_tokens = 0; i < h->samples->n && has_room(h, g->n_tokens, i) && !rc; i++)
+            rc = take_tokens(h, dx, row, g->rows, i, g->d, &g->n_tokens, err);
+        if (!rc && g->n_tokens)
+            h->be->ops->gradient(h->be, g);
+    }
+    return rc;
+}
+
+/* The chunks of a batch, from *chunk on: dlogits^T x, and with dx the tokens'. */
+static int add_batch(const struct perta_head *h, const struct perta_linear *block, size_t row,
+                     const struct perta_cut_batch *batch, struct perta_array x,
+                     struct perta_array dlogits, const struct perta_store *dx, size_t *chunk,
+                     struct perta_err *err)
+{
+    struct perta_gradient g = perta_statistic_gradient(h->statistic, block->out, block->in);
+    size_t first = *chunk;
+    g.x = x;
+    g.dy = dlogits;
+    g.dy_width = block->out;
+    g.origin = batch->first_row;
     while (*chunk < h->chunks.n && h->chunks.of[*chunk].first < batch->first_row + batch->n)
         ++*chunk;
-    terms.end = *chunk;
-    return perta_statistic_products(h->statistic, &terms, &operands, &h->packed, NULL, err);
+    return add_chunks(h, &g, first, *chunk, dx, row, err);
 }
 
 static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
@@ -428,73 +549,91 @@ static int backward_block(struct perta_head *h, size_t row, const struct perta_l
         perta_statistic_begin(h->statistic, n_floats);
     for (size_t g = 0; g < h->cut.n_groups && !rc;) {
         struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
-        const float *x;
+        struct perta_array x;
         rc = logits_of(h, block, &batch, &w, &x, err);
         if (rc)
             break;
         logits_backward(h, row, block->out, &batch, w.logits);
         rc = add_to_dnormed(h, block, &batch, &w, err);
         if (!rc && own)
-            rc = add_to_rows(h, block, row, &batch, x, w.logits, NULL, &chunk, err);
+            rc = add_batch(h, block, row, &batch, x, w.logits, NULL, &chunk, err);
         g = batch.end;
     }
-    return rc || !own
-               ? rc
-               : perta_statistic_end(h->statistic, PERTA_HEAD, row * block->in, n_floats, err);
+    if (!rc && own)
+        return perta_statistic_end(h->statistic, perta_weights_head(h->weights), row * block->in,
+                                   n_floats, err);
+    return rc ? rc : perta_backend_wait(h->be, err);
 }
 
-/* d (n, H) = dnormed of labels first .. first + n. */
-static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size_t H, double *room,
-                        float *d, struct perta_err *err)
+/* ---- the final norm ---- */
+
+/* d (n, H) = dnormed of labels first .. first + n, rounded to float32. */
+static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size_t H,
+                        const struct work *w, struct perta_err *err)
 {
-    struct perta_rows rows = {0};
-    int rc = perta_store_get(&h->dnormed, first, n, 0, 2 * H, (float *)room, &rows, err);
-    const double *from = (const double *)(uintptr_t)rows.data;
-    for (size_t i = 0; i < n * H && !rc; i++)
-        d[i] = (float)from[i];
+    struct perta_array rows;
+    bool finite; /* of no matter here: what is not shows further on */
+    int rc = perta_store_rows(&h->dnormed, first, n, w->c, &rows, err);
+    if (!rc)
+        h->be->ops->mean(h->be, w->d, rows, 1, n * H, &finite);
+    return rc ? rc : perta_backend_wait(h->be, err);
+}
+
+/* One sample's labels, through the final norm, to the tokens that they were predicted from. */
+static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct perta_store *x,
+                                struct perta_store *dx, struct perta_err *err)
+{
+    const struct perta_norm_part *norm = h->weights->llm.family->norm;
+    const struct perta_backend_ops *ops = h->be->ops;
+    struct perta_array dweight = norm_vector(h, 2), dbias = {0};
+    struct work w = work_of(h);
+    size_t H = x->width, first = h->starts[s], n = h->starts[s + 1] - first;
+    int rc = gather(h, x, first, n, w.a, err);
+    if (!rc)
+        rc = take_dnormed(h, first, n, H, &w, err);
+    if (perta_array_is(h->norm.bias))
+        dbias = norm_vector(h, 3);
+    ops->zero(h->be, dweight, 2 * H);
+    norm_forward(h, &w, n);
+    norm->backward_weight(h->be, &h->norm, dweight, dbias, w.d, w.a, w.rstd, n, H);
+    ops->accumulate(h->be, h->statistic->sums, h->statistic->squares, dweight,
+                    perta_array_is(dbias) ? 2 * H : H);
+    ops->zero(h->be, w.b, n * H);
+    norm->backward(h->be, &h->norm, w.b, w.d, w.a, w.rstd, n, H);
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = perta_store_set(dx, h->token[first + i], 1, perta_array_at(w.b, i * H), err);
     return rc;
 }
 
-/* Through the final norm, and to the tokens that the labels were predicted from. */
 static int norm_backward(struct perta_head *h, const struct perta_store *x, struct perta_store *dx,
                          struct perta_err *err)
 {
-    struct work w = work_of(h);
-    struct perta_workers *workers = workers_of(h);
+    const struct perta_family *family = h->weights->llm.family;
+    struct perta_statistic *s = h->statistic;
+    const struct perta_array none = {0};
     size_t H = x->width;
-    float *vector = calloc(H, sizeof *vector);
-    int rc = vector ? 0 : perta_fail_sys(err, ENOMEM, "labels");
-    perta_statistic_begin(h->statistic, H);
-    for (uint64_t s = 0; s < h->samples->n && !rc; s++) {
-        size_t first = h->starts[s], n = h->starts[s + 1] - first;
-        rc = gather(h, x, first, n, w.a, err);
-        if (!rc)
-            rc = take_dnormed(h, first, n, H, w.c, w.d, err);
-        if (rc)
-            break;
-        memset(vector, 0, H * sizeof *vector);
-        perta_rmsnorm_forward(workers, w.b, w.rstd, w.a, h->norm, n, H, h->weights->llm.rms_eps);
-        perta_rmsnorm_backward_weight(workers, vector, w.d, w.a, w.rstd, n, H);
-        perta_statistic_vector(h->statistic, vector, H);
-        memset(w.b, 0, n * H * sizeof *w.b);
-        perta_rmsnorm_backward(workers, w.b, w.d, w.a, w.rstd, h->norm, n, H);
-        for (size_t i = 0; i < n && !rc; i++)
-            rc = perta_store_put(dx, h->token[first + i], 1, w.b + i * H, err);
-    }
-    free(vector);
-    return rc ? rc : perta_statistic_end(h->statistic, PERTA_FINAL_NORM, 0, H, err);
+    int rc = 0;
+    perta_statistic_begin(s, 2 * H);
+    for (uint64_t i = 0; i < h->samples->n && !rc; i++)
+        rc = norm_backward_sample(h, i, x, dx, err);
+    if (!rc)
+        rc = perta_statistic_end(s, family->final_norm, 0, H, err);
+    if (rc || !family->final_norm_bias)
+        return rc;
+    return perta_statistic_write(s, family->final_norm_bias, 0, H, perta_array_at(s->sums, 2 * H),
+                                 s->meansq ? perta_array_at(s->squares, 2 * H) : none, err);
 }
 
 int perta_head_backward(struct perta_head *h, const struct perta_store *x,
-                        const struct perta_part *next, struct perta_store *dx,
+                        const struct perta_span *next, struct perta_store *dx,
                         struct perta_err *err)
 {
     int rc = 0;
     for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
-        const struct perta_linear *block;
+        struct perta_linear block;
         rc = load(h, row, next, &block, err);
         if (!rc)
-            rc = backward_block(h, row, block, err);
+            rc = backward_block(h, row, &block, err);
         if (!rc)
             rc = h->advance(h->ctx, err);
     }
@@ -513,19 +652,20 @@ static bool has_tokens(const struct perta_samples *s, size_t row, size_t n_rows)
 
 /* Rows that are the head's too: what labels and what tokens add to them. */
 static int tied_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
-                               const struct perta_linear *block, struct perta_err *err)
+                               struct perta_err *err)
 {
     struct work w = work_of(h);
+    struct perta_linear block;
     size_t chunk = 0;
-    int rc = 0;
+    int rc = load(h, row, NULL, &block, err);
     for (size_t g = 0; g < h->cut.n_groups && !rc;) {
         struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
-        const float *x;
-        rc = logits_of(h, block, &batch, &w, &x, err);
+        struct perta_array x;
+        rc = logits_of(h, &block, &batch, &w, &x, err);
         if (rc)
             break;
-        logits_backward(h, row, block->out, &batch, w.logits);
-        rc = add_to_rows(h, block, row, &batch, x, w.logits, dx, &chunk, err);
+        logits_backward(h, row, block.out, &batch, w.logits);
+        rc = add_batch(h, &block, row, &batch, x, w.logits, dx, &chunk, err);
         g = batch.end;
     }
     return rc;
@@ -535,20 +675,15 @@ static int embed_block_backward(struct perta_head *h, const struct perta_store *
                                 size_t n_rows, struct perta_err *err)
 {
     size_t H = dx->width;
-    const struct perta_linear *block;
-    const struct perta_terms tokens = {.rows = n_rows,
-                                       .in = H,
-                                       .chunks = &h->chunks,
-                                       .end = h->chunks.n,
-                                       .samples = h->samples,
-                                       .dx = dx,
-                                       .row = row,
-                                       .pad = h->weights->llm.pad};
-    int rc = h->weights->llm.tied ? load(h, row, NULL, &block, err) : 0;
+    struct perta_gradient g = perta_statistic_gradient(h->statistic, n_rows, H);
+    int rc = 0;
     perta_statistic_begin(h->statistic, n_rows * H);
-    if (!rc)
-        rc = h->weights->llm.tied ? tied_block_backward(h, dx, row, block, err)
-                                  : perta_statistic_add(h->statistic, &tokens, err);
+    if (h->weights->llm.tied)
+        rc = tied_block_backward(h, dx, row, err);
+    else if (h->chunks.by_sample)
+        rc = add_chunks(h, &g, 0, h->chunks.n, dx, row, err);
+    if (!rc && !h->chunks.by_sample)
+        rc = add_tokens(h, &g, dx, row, err);
     return rc ? rc
               : perta_statistic_end(h->statistic, perta_weights_embedding(h->weights), row * H,
                                     n_rows * H, err);
@@ -558,7 +693,7 @@ int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, str
 {
     int rc = 0;
     for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
-        size_t n_rows = part_at(h, row).n;
+        size_t n_rows = span_at(h, row).n;
         /* Rows that nothing touches stay holes: zero. */
         if (h->weights->llm.tied || has_tokens(h->samples, row, n_rows))
             rc = embed_block_backward(h, dx, row, n_rows, err);

@@ -7,6 +7,7 @@
 #define PERTA_ESTIMATORS_PASSES_HEAD_H
 
 #include "estimators/model/samples.h"
+#include "estimators/model/store.h"
 #include "estimators/model/weights.h"
 #include "estimators/passes/statistic.h"
 
@@ -14,7 +15,7 @@
 
 struct perta_head {
     struct perta_weights *weights;
-    struct perta_gemm *gemm;
+    struct perta_backend *be;
     const struct perta_samples *samples;
     struct perta_statistic *statistic;                /* NULL: the way forward only */
     int (*advance)(void *ctx, struct perta_err *err); /* after each block of rows; not 0: stop */
@@ -23,21 +24,26 @@ struct perta_head {
                             the largest: by a factor, the gradient of -probability */
     size_t batch_rows;   /* labels at a time, more where a group of them (cut) has more */
     uint8_t *room;       /* for single tensors, borrowed */
-    float *work;         /* perta_head_work floats, borrowed */
-    struct perta_packed packed; /* borrowed */
+    struct perta_array work; /* perta_head_work floats of the backend's, borrowed */
 
     size_t n_labels;
-    uint32_t *token;      /* (n_labels): which token predicts it */
-    int32_t *target;      /* (n_labels) */
-    float *share;         /* (n_labels): 1 / labels of its sample, and its weight if it has one */
-    float *most;          /* (n_labels): the largest logit */
-    double *sums;         /* (n_labels): of exponentials of logit - most */
-    float *logit;         /* (n_labels): of the target; its loss is most - logit + log(sum) */
-    int32_t *best;        /* (n_labels): the token of the largest logit; NULL with a statistic */
+    uint32_t *token; /* (n_labels): which token predicts it */
+    int32_t *target; /* (n_labels) */
+    float *share;    /* (n_labels): 1 / labels of its sample, and its weight if it has one */
+    float *most;     /* (n_labels): the largest logit */
+    double *sums;    /* (n_labels): of exponentials of logit - most */
+    float *logit;    /* (n_labels): of the target; its loss is most - logit + log(sum) */
+    int32_t *best;   /* (n_labels): the token of the largest logit; NULL with a statistic */
+    struct perta_label_arrays {
+        struct perta_array share, most, logit, sums, best, best_logit;
+    } on_device;          /* the same for the backend */
+    uint32_t memory;      /* the buffer of these and of the final norm */
     size_t *starts;       /* (samples->n + 1): labels of each sample */
     struct perta_cut cut; /* labels */
     struct perta_chunks chunks;
-    float *norm;                /* (H): weight of the final norm */
+    struct perta_norm norm;         /* the final one */
+    struct perta_token_row *tokens; /* (max_tokens): whose dx are at hand */
+    size_t max_tokens;
     struct perta_store normed;  /* (n_labels, H): what the head sees */
     struct perta_store dnormed; /* (n_labels, H) of float64: its gradient */
 };
@@ -46,8 +52,10 @@ struct perta_head {
 size_t perta_head_rows(const struct perta_samples *samples, size_t tokens);
 /* Working memory for batches of so many labels. */
 size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows);
-/* Bytes that labels take, besides the stores. */
-uint64_t perta_head_bytes(const struct perta_samples *samples, const struct perta_llm *llm);
+/* Bytes that labels take, besides the stores: on the host, and of the backend's memory (one
+ * buffer). */
+uint64_t perta_head_bytes(const struct perta_samples *samples);
+uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm);
 
 /* The fields above the first blank line are set. */
 int perta_head_open(struct perta_head *head, struct perta_scratch *scratch, struct perta_err *err);
@@ -61,17 +69,17 @@ struct perta_head_means {
 };
 /* From x, what the last block gives, to the losses. next: what is read afterwards, or NULL. */
 int perta_head_forward(struct perta_head *head, const struct perta_store *x,
-                       const struct perta_part *next, struct perta_head_means *means,
+                       const struct perta_span *next, struct perta_head_means *means,
                        struct perta_err *err);
 /* After it: the loss of one sample. */
 double perta_head_loss(const struct perta_head *head, uint64_t sample);
 /* After it: dx (tokens, H) = gradient of each sample's loss, weighed. Writes the
  * importance of the final norm and, where it is not tied, of the head. */
 int perta_head_backward(struct perta_head *head, const struct perta_store *x,
-                        const struct perta_part *next, struct perta_store *dx,
+                        const struct perta_span *next, struct perta_store *dx,
                         struct perta_err *err);
 /* The first rows of the head: what it reads first. */
-struct perta_part perta_head_first(const struct perta_head *head);
+struct perta_span perta_head_first(const struct perta_head *head);
 /* dx: gradients of all tokens' embeddings. Writes the importance of the embedding (and with it
  * of the head where they are tied). */
 int perta_embed_backward(struct perta_head *head, const struct perta_store *dx,

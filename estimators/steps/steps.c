@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "estimators/compute/gemm.h"
 #include "estimators/model/samples.h"
 #include "estimators/passes/eval.h"
 #include "estimators/steps/steps_job.h"
@@ -287,7 +288,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     p->mean_scale = counts.n ? counts.sum / (double)counts.n : 0;
     if (!rc)
         rc = perta_steps_commit(job,
-                                json_pack("{s:I, s:f, s:f}", "step", (json_int_t)(k + 1), "moved",
+                                json_pack("{s:I, s:f, s:f}", "step", (json_int_t)k + 1, "moved",
                                           p->moved, "mean_scale", p->mean_scale),
                                 err);
     p->reached = !rc;

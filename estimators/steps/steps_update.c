@@ -6,6 +6,7 @@
 
 #include "estimators/model/weights.h"
 #include "estimators/passes/importance.h"
+#include "io/checked.h"
 #include "io/format/convert.h"
 #include "io/fpenv.h"
 #include "stream/input.h"
@@ -25,14 +26,24 @@ static void load(const struct perta_view *view, uint64_t first, size_t n, double
     const u16_any *u16 = (const u16_any *)view->data + first;
     const f32_any *f32 = (const f32_any *)view->data + first;
     const f64_any *f64 = (const f64_any *)view->data + first;
-    for (size_t i = 0; i < n && view->dtype == PERTA_BF16; i++)
-        to[i] = (double)perta_f32_from_bf16(u16[i]);
-    for (size_t i = 0; i < n && view->dtype == PERTA_F16; i++)
-        to[i] = (double)perta_f32_from_f16(u16[i]);
-    for (size_t i = 0; i < n && view->dtype == PERTA_F32; i++)
-        to[i] = (double)f32[i];
-    for (size_t i = 0; i < n && view->dtype == PERTA_F64; i++)
-        to[i] = f64[i];
+    switch (view->dtype) {
+    case PERTA_BF16:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)perta_f32_from_bf16(u16[i]);
+        break;
+    case PERTA_F16:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)perta_f32_from_f16(u16[i]);
+        break;
+    case PERTA_F32:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)f32[i];
+        break;
+    default:
+        for (size_t i = 0; i < n; i++)
+            to[i] = f64[i];
+        break;
+    }
 }
 
 /* Does -g * tau raise the loss? By signs, so that no product is lost. */
@@ -176,9 +187,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
         if (!ref)
             return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s", job->in[i].ck->path,
                               at.info->name);
-        uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
-        perta_input_range(&job->in[i], ref, at.first_unit * width, at.n_units * width,
-                          &piece->in[i]);
+        perta_input_range(&job->in[i], ref, at.first_unit, at.n_units, &piece->in[i]);
     }
     piece->out_bytes = sizeof(struct result) + at.n_units * sizeof(uint16_t);
     return 1;
@@ -243,8 +252,8 @@ static void measure(const struct job *job, struct perta_job *sizes)
             in_bytes += ref ? perta_walk_chunk_bytes(ref->tensor) : 0;
             sizes->total_bytes += ref ? ref->tensor->len_bytes : 0;
         }
-        sizes->in_bytes_max = in_bytes > sizes->in_bytes_max ? in_bytes : sizes->in_bytes_max;
-        sizes->out_bytes_max = out > sizes->out_bytes_max ? out : sizes->out_bytes_max;
+        sizes->in_bytes_max = perta_max(in_bytes, sizes->in_bytes_max);
+        sizes->out_bytes_max = perta_max(out, sizes->out_bytes_max);
     }
 }
 

@@ -64,11 +64,11 @@ static bool spell(char text[40], int n, double value, int rounding)
  * 1e-4 and from 1e16 on, else with at least one digit on both sides of the point. */
 static void write_real(FILE *out, double value)
 {
-    char text[40], digits[20];
+    char text[40], digits[20] = "";
     int n = fabs(value) < DBL_MIN ? 0 : DBL_DIG - 1, k = 0;
     while (!spell(text, n, fabs(value), FE_TONEAREST) && !spell(text, n, fabs(value), FE_UPWARD))
         n++;
-    int exponent = atoi(strchr(text, 'e') + 1);
+    int exponent = (int)strtol(strchr(text, 'e') + 1, NULL, 10);
     for (const char *from = text; *from != 'e'; from++)
         if (*from != '.')
             digits[k++] = *from;
@@ -119,7 +119,8 @@ static bool write_object(FILE *out, const json_t *object, int depth,
     json_t *value;
     if (!keys)
         return false;
-    json_object_foreach((json_t *)(uintptr_t)object, key, value) keys[i++] = key;
+    json_object_foreach ((json_t *)(uintptr_t)object, key, value)
+        keys[i++] = key;
     qsort(keys, n, sizeof *keys, by_bytes);
     bool ok = true;
     write_char(out, '{');

@@ -1,5 +1,6 @@
 #include "io/format/checkpoint.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <limits.h>
 #include <stdio.h>
@@ -115,6 +116,7 @@ static int add_shard(struct perta_checkpoint *ck, const char *folder, const char
             "%s: shard \"%s\": its name has a control character or a dot in front, is not "
             "UTF-8, or is longer than %u bytes; rename it",
             ck->path, name, PERTA_NAME_MAX_BYTES);
+    assert(ck->path);
     struct perta_shard *shard = &ck->shards[ck->n_shards++];
     shard->name = strdup(name);
     shard->path = folder ? join(folder, name) : strdup(ck->path);
@@ -313,10 +315,10 @@ static int compare_refs(const void *a, const void *b)
     return strcmp(x->tensor->name, y->tensor->name);
 }
 
-static bool is_sorted(const struct perta_checkpoint *ck)
+static bool is_sorted(const struct perta_ref *refs, uint64_t n)
 {
-    for (uint64_t i = 1; i < ck->n_tensors; i++)
-        if (compare_refs(&ck->by_name[i - 1], &ck->by_name[i]) > 0)
+    for (uint64_t i = 1; i < n; i++)
+        if (compare_refs(&refs[i - 1], &refs[i]) > 0)
             return false;
     return true;
 }
@@ -330,7 +332,7 @@ static int sort_by_name(struct perta_checkpoint *ck, struct perta_err *err)
     for (uint32_t s = 0; s < ck->n_shards; s++)
         for (uint64_t i = 0; i < ck->shards[s].header->n_tensors; i++)
             ck->by_name[n++] = (struct perta_ref){&ck->shards[s].header->tensors[i], s};
-    if (!is_sorted(ck))
+    if (!is_sorted(ck->by_name, n))
         qsort(ck->by_name, n, sizeof *ck->by_name, compare_refs);
     for (uint64_t i = 1; i < n; i++) {
         const struct perta_ref *a = &ck->by_name[i - 1], *b = &ck->by_name[i];
@@ -474,8 +476,9 @@ static int rename_all(struct perta_checkpoint *ck, size_t strip, const char *con
                       const char *add, struct perta_err *err)
 {
     size_t room = 1, added = strlen(add);
-    for (uint64_t i = 0; i < ck->n_tensors; i++)
-        room += strlen(ck->by_name[i].tensor->name) - strip + added + 1;
+    for (uint32_t s = 0; s < ck->n_shards; s++)
+        for (uint64_t i = 0; i < ck->shards[s].header->n_tensors; i++)
+            room += strlen(ck->shards[s].header->tensors[i].name) - strip + added + 1;
     char *names = malloc(room), *at = names;
     if (!names)
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);

@@ -168,14 +168,14 @@ static uint8_t choose_low(const struct perta_codec_kernels *kernels, unsigned wi
                           const struct perta_codec_sample *s, size_t n)
 {
     uint8_t chosen = 0;
-    for (uint8_t low = 1; low <= 8 * (width - 1); low++) {
+    for (unsigned low = 1; low <= 8 * (width - 1); low++) {
         unsigned bits = low % 8;
         if (bits & (bits - 1))
             continue;
         kernels->split(width, low, s->z, n, NULL, s->values);
         if (kernels->at_least(s->values, 1, n) < n - n * 3 / 10)
             break;
-        chosen = low;
+        chosen = (uint8_t)low;
     }
     return chosen;
 }

@@ -189,7 +189,7 @@ static void write_payload(struct chunk *c, uint64_t n_changed)
 {
     const struct perta_grouping *g = &c->plan.grouping;
     uint8_t *head = c->s->payload, *table = head + PERTA_HEAD_BYTES;
-    uint8_t *gaps = table + (g->n + 1) * PERTA_GROUP_BYTES;
+    uint8_t *gaps = table + (g->n + 1) * (size_t)PERTA_GROUP_BYTES;
     c->sections->n = 0;
     c->sections->len_bytes = 0;
     c->end = gaps;

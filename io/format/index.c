@@ -108,11 +108,9 @@ static int read_tree(struct perta_index *index, int fd, const char *path, struct
     const char *tensor;
     if (!json_is_object(map))
         return perta_fail(err, PERTA_EINPUT, "%s: no object \"weight_map\"", path);
-    json_object_foreach(
-        map, tensor,
-        value) if (!add_entry(index, tensor,
-                              json_string_value(value))) return perta_fail_sys(err, ENOMEM, "%s",
-                                                                               path);
+    json_object_foreach (map, tensor, value)
+        if (!add_entry(index, tensor, json_string_value(value)))
+            return perta_fail_sys(err, ENOMEM, "%s", path);
     sort_entries(index);
     return 0;
 }

@@ -31,8 +31,7 @@ static const char *find_key(const json_t *config, const json_t **value)
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
         if (says_something(*value = json_object_get(config, keys[i])))
             return keys[i];
-    json_object_foreach((json_t *)config, key, part)
-    {
+    json_object_foreach ((json_t *)config, key, part) {
         const char *found = json_is_object(part) ? find_key(part, value) : NULL;
         if (found)
             return found;

@@ -198,8 +198,7 @@ static int parse_metadata(struct perta_header *h, json_t *metadata, const char *
         return perta_fail(err, PERTA_EINPUT, "%s: \"__metadata__\" is not an object", path);
     const char *key;
     json_t *value;
-    json_object_foreach(metadata, key, value)
-    {
+    json_object_foreach (metadata, key, value) {
         if (!json_is_string(value))
             return perta_fail(err, PERTA_EINPUT,
                               "%s: \"__metadata__\": the value of \"%.200s\" is not a string", path,
@@ -217,8 +216,7 @@ static int parse_tensors(struct perta_header *h, json_t *root, const char *path,
         return perta_fail_sys(err, ENOMEM, "%s: header", path);
     const char *name;
     json_t *info;
-    json_object_foreach(root, name, info)
-    {
+    json_object_foreach (root, name, info) {
         int rc = !strcmp(name, "__metadata__")
                      ? parse_metadata(h, info, path, err)
                      : parse_tensor(h, &h->tensors[h->n_tensors++], name, info, path, err);
@@ -311,6 +309,7 @@ static bool plain_shape(struct perta_header *h, struct perta_plain *p, struct pe
     uint64_t dims[PLAIN_DIMS_MAX];
     if (!perta_plain_word(p, "["))
         return false;
+    t->n_dims = 0;
     while (!perta_plain_word(p, "]")) {
         if (t->n_dims == PLAIN_DIMS_MAX || (t->n_dims && !perta_plain_word(p, ",")) ||
             !perta_plain_uint(p, &dims[t->n_dims]))

@@ -51,7 +51,7 @@ static void print_entry(FILE *out, const struct perta_tensor *t)
     for (uint32_t i = 0; i < t->n_dims; i++)
         fprintf(out, "%s%llu", i ? "," : "", (ull)t->shape[i]);
     fprintf(out, "],\"data_offsets\":[%llu,%llu]}", (ull)t->off_bytes,
-            (ull)(t->off_bytes + t->len_bytes));
+            (ull)t->off_bytes + t->len_bytes);
 }
 
 struct header {

@@ -51,7 +51,7 @@ static bool is_empty_dir(const char *path)
     if (!dir)
         return false;
     unsigned n = 0;
-    for (struct dirent *entry; (entry = readdir(dir)) && n < 3;)
+    while (n < 3 && readdir(dir))
         n++;
     closedir(dir);
     return n == 2; /* . and .. */
@@ -172,11 +172,11 @@ static int set_names(struct perta_publish *out, const char *path, const char *li
         len--;
     if (!len)
         return perta_fail(err, PERTA_EUSAGE, "an output folder needs a name");
+    char *partial;
     out->path = strndup(path, len);
-    if (!out->path || asprintf(&out->partial, "%s" PERTA_PARTIAL_SUFFIX, out->path) < 0) {
-        out->partial = NULL;
+    if (!out->path || asprintf(&partial, "%s" PERTA_PARTIAL_SUFFIX, out->path) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    }
+    out->partial = partial;
     return 0;
 }
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/checked.h"
 #include "io/fpenv.h"
 #include "stream/arguments.h"
 #include "stream/input.h"
@@ -95,22 +96,17 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     const struct perta_ref *from = perta_checkpoint_find(job->model.ck, to->name);
     struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
     const struct perta_patch_entry *entry = &shard->patch->entries[job->entry];
-    uint64_t width = perta_dtype_unit_bytes(to->dtype);
-    uint64_t len_bytes = entry->n_units * width;
     piece->shard = job->shard;
     piece->tensor = (uint32_t)job->tensor;
     piece->first_elem = job->unit;
     piece->n_elems = entry->n_units;
     piece->tag = job->entry;
-    perta_input_range(&job->model, from, job->unit * width, len_bytes, &piece->in[IN_MODEL]);
-    if (entry->encoding != PERTA_ENC_ZERO) {
-        piece->in[IN_FRAME] = (struct perta_range){
-            .file = &shard->file, .off_bytes = entry->frame_off, .len_bytes = entry->frame_bytes};
-        piece->out_bytes = len_bytes;
-    }
+    perta_input_range(&job->model, from, job->unit, entry->n_units, &piece->in[IN_MODEL]);
+    perta_patch_in_frame(shard, entry, &piece->in[IN_FRAME]);
+    piece->out_bytes = entry->encoding == PERTA_ENC_ZERO ? 0 : piece->in[IN_MODEL].len_bytes;
     job->entry++;
     job->unit += entry->n_units;
-    if (job->unit * width == to->len_bytes)
+    if (job->unit * perta_dtype_unit_bytes(to->dtype) == to->len_bytes)
         end_tensor(job);
     return 1;
 }
@@ -167,15 +163,14 @@ static void measure(const struct job *job, struct perta_job *sizes, uint64_t *ch
     *chunk_bytes = 0;
     for (uint32_t s = 0; s < job->patch.n_shards; s++) {
         const struct perta_patch *p = job->patch.shards[s].patch;
-        n_tensors = p->after->n_tensors > n_tensors ? p->after->n_tensors : n_tensors;
+        n_tensors = perta_max(p->after->n_tensors, n_tensors);
         for (uint64_t t = 0; t < p->after->n_tensors; t++) {
             uint64_t chunk = perta_walk_chunk_bytes(&p->after->tensors[t]);
-            *chunk_bytes = chunk > *chunk_bytes ? chunk : *chunk_bytes;
+            *chunk_bytes = perta_max(chunk, *chunk_bytes);
             sizes->total_bytes += p->after->tensors[t].len_bytes;
         }
         for (uint64_t e = 0; e < p->n_entries; e++) {
-            frame_max =
-                p->entries[e].frame_bytes > frame_max ? p->entries[e].frame_bytes : frame_max;
+            frame_max = perta_max(p->entries[e].frame_bytes, frame_max);
             sizes->total_bytes += p->entries[e].frame_bytes;
         }
     }

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/checked.h"
 #include "io/fpenv.h"
 #include "io/text.h"
 #include "stream/arguments.h"
@@ -70,19 +71,14 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     uint32_t n_frames = 0;
     for (uint32_t k = 0; k < job->chain.n; k++) {
         const struct perta_patch_entry *entry = entry_of(job, k, piece);
-        if (entry->encoding == PERTA_ENC_ZERO)
-            continue;
-        piece->in[IN_FRAMES + k] = (struct perta_range){
-            .file = &job->chain.patches[k].shards[at.shard].file,
-            .off_bytes = entry->frame_off,
-            .len_bytes = entry->frame_bytes,
-        };
-        n_frames++;
+        perta_patch_in_frame(&job->chain.patches[k].shards[at.shard], entry,
+                             &piece->in[IN_FRAMES + k]);
+        n_frames += entry->encoding != PERTA_ENC_ZERO;
     }
     bool sum = n_frames > 1;
     if (sum && job->model.ck)
         perta_input_range(&job->model, perta_checkpoint_find(job->model.ck, at.info->name),
-                          at.off_bytes, at.len_bytes, &piece->in[IN_MODEL]);
+                          at.first_unit, at.n_units, &piece->in[IN_MODEL]);
     piece->out_bytes = OUT_ALIGN + (sum ? perta_codec_bound(at.len_bytes) : 0);
     return 1;
 }
@@ -212,11 +208,6 @@ static int model_is_needed(const struct job *job, const struct perta_chunk_at *a
                       perta_dtype_name(at->info->dtype), job->compose->patches[0]);
 }
 
-static uint64_t larger(uint64_t a, uint64_t b)
-{
-    return a > b ? a : b;
-}
-
 /* Add up what there is to read, and the sizes of pieces. Fails if the model is needed and not
  * given. */
 static int survey(struct job *job, struct perta_job *sizes, uint64_t *chunk_bytes,
@@ -229,14 +220,14 @@ static int survey(struct job *job, struct perta_job *sizes, uint64_t *chunk_byte
         uint64_t read_bytes;
         uint32_t n_frames = count_frames(job, &at, &read_bytes);
         if (n_frames)
-            *chunk_bytes = larger(*chunk_bytes, at.len_bytes);
+            *chunk_bytes = perta_max(*chunk_bytes, at.len_bytes);
         if (n_frames > 1) {
             if (!job->model.ck && perta_codec_groups(at.info->dtype))
                 return model_is_needed(job, &at, err);
-            job->sum_bytes = larger(job->sum_bytes, at.len_bytes);
+            job->sum_bytes = perta_max(job->sum_bytes, at.len_bytes);
             read_bytes += job->model.ck ? at.len_bytes : 0;
         }
-        sizes->in_bytes_max = larger(sizes->in_bytes_max, read_bytes);
+        sizes->in_bytes_max = perta_max(sizes->in_bytes_max, read_bytes);
         sizes->total_bytes += read_bytes;
     }
     if (job->sum_bytes)

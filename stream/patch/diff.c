@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/checked.h"
 #include "io/format/codec.h"
 #include "io/format/naming.h"
 #include "io/fpenv.h"
@@ -43,8 +44,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
         return 0;
     struct perta_ref to = {.tensor = at.info, .shard = at.shard};
     const struct perta_ref *from = perta_checkpoint_find(job->in[BEFORE].ck, at.info->name);
-    perta_input_range(&job->in[BEFORE], from, at.off_bytes, at.len_bytes, &piece->in[BEFORE]);
-    perta_input_range(&job->in[AFTER], &to, at.off_bytes, at.len_bytes, &piece->in[AFTER]);
+    perta_input_range(&job->in[BEFORE], from, at.first_unit, at.n_units, &piece->in[BEFORE]);
+    perta_input_range(&job->in[AFTER], &to, at.first_unit, at.n_units, &piece->in[AFTER]);
     piece->out_bytes = OUT_ALIGN + perta_codec_bound(at.len_bytes);
     return 1;
 }
@@ -135,8 +136,7 @@ static void measure(const struct perta_checkpoint *ck, struct perta_job *sizes)
     uint64_t most = 0;
     for (uint64_t i = 0; i < ck->n_tensors; i++) {
         const struct perta_tensor *t = ck->by_name[i].tensor;
-        uint64_t chunk = perta_walk_chunk_bytes(t);
-        most = chunk > most ? chunk : most;
+        most = perta_max(perta_walk_chunk_bytes(t), most);
         sizes->total_bytes += 2 * t->len_bytes;
     }
     sizes->in_bytes_max = 2 * most;

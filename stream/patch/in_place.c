@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "io/checked.h"
 #include "io/publish/publish.h"
 #include "io/wal.h"
 #include "stream/input.h"
@@ -75,19 +76,15 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
                 continue;
             const struct perta_patch_entry *e = &patch->entries[job->entry];
             const struct perta_tensor *tensor = perta_patch_in_tensor(shard, e);
-            uint64_t width = perta_dtype_unit_bytes(tensor->dtype);
             struct perta_ref ref = {.tensor = tensor, .shard = job->shard};
             piece->shard = job->shard;
             piece->tensor = e->tensor;
             piece->tag = job->entry;
             piece->first_elem = job->unit;
             piece->n_elems = e->n_units;
-            perta_input_range(&job->model, &ref, job->unit * width, e->n_units * width,
-                              &piece->in[IN_MODEL]);
-            if (e->encoding != PERTA_ENC_ZERO)
-                piece->in[IN_FRAME] = (struct perta_range){
-                    .file = &shard->file, .off_bytes = e->frame_off, .len_bytes = e->frame_bytes};
-            piece->out_bytes = OUT_ALIGN + e->n_units * width;
+            perta_input_range(&job->model, &ref, job->unit, e->n_units, &piece->in[IN_MODEL]);
+            perta_patch_in_frame(shard, e, &piece->in[IN_FRAME]);
+            piece->out_bytes = OUT_ALIGN + piece->in[IN_MODEL].len_bytes;
             advance(job, patch);
             return 1;
         }
@@ -211,11 +208,6 @@ static int open_all(struct job *job, struct perta_err *err)
 
 /* ---- memory ---- */
 
-static uint64_t larger(uint64_t a, uint64_t b)
-{
-    return a > b ? a : b;
-}
-
 static void measure(const struct job *job, uint64_t *chunk_bytes, uint64_t *frame_bytes)
 {
     *chunk_bytes = *frame_bytes = 0;
@@ -223,8 +215,8 @@ static void measure(const struct job *job, uint64_t *chunk_bytes, uint64_t *fram
         const struct perta_patch_in_shard *shard = &job->patch.shards[s];
         for (uint64_t e = 0; e < shard->patch->n_entries; e++) {
             const struct perta_patch_entry *entry = &shard->patch->entries[e];
-            *chunk_bytes = larger(*chunk_bytes, perta_patch_in_chunk_bytes(shard, entry));
-            *frame_bytes = larger(*frame_bytes, entry->frame_bytes);
+            *chunk_bytes = perta_max(*chunk_bytes, perta_patch_in_chunk_bytes(shard, entry));
+            *frame_bytes = perta_max(*frame_bytes, entry->frame_bytes);
         }
     }
 }
@@ -250,7 +242,7 @@ static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *
 {
     uint64_t share = job->run.memory_bytes / BATCH_SHARE;
     uint64_t room =
-        larger(share < BATCH_BYTES ? share : BATCH_BYTES, chunk_bytes + 4 * PERTA_BLOCK_BYTES);
+        perta_max(share < BATCH_BYTES ? share : BATCH_BYTES, chunk_bytes + 4 * PERTA_BLOCK_BYTES);
     job->files = calloc(job->patch.n_shards + 1, sizeof *job->files);
     job->todo = calloc(job->patch.n_shards + 1, sizeof *job->todo);
     if (!job->files || !job->todo)

@@ -303,8 +303,7 @@ static json_t *find_named(const json_t *array, const char *name)
 {
     size_t i;
     json_t *item;
-    json_array_foreach(array, i, item)
-    {
+    json_array_foreach (array, i, item) {
         const char *other = json_string_value(json_object_get(item, "name"));
         if (other && !strcmp(name, other))
             return item;
@@ -325,14 +324,14 @@ static void compare_tensors(const char *file, const json_t *want, const json_t *
     size_t i;
     json_t *item;
     json_t *by_names = json_object(); /* 100,000 tensors are not unusual */
-    json_array_foreach(have, i, item) perta_json_set(
-        &by_names, json_string_value(json_object_get(item, "name")), json_incref(item));
+    json_array_foreach (have, i, item)
+        perta_json_set(&by_names, json_string_value(json_object_get(item, "name")),
+                       json_incref(item));
     if (!by_names) {
         json_decref(*differences);
         *differences = NULL;
     }
-    json_array_foreach(want, i, item)
-    {
+    json_array_foreach (want, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));
         const json_t *other = name ? json_object_get(by_names, name) : NULL;
         if (!other)
@@ -382,8 +381,7 @@ static struct job job_for(const json_t *manifest)
     struct job job = {0};
     size_t i;
     json_t *file;
-    json_array_foreach(json_object_get(manifest, "files"), i, file)
-    {
+    json_array_foreach (json_object_get(manifest, "files"), i, file) {
         job.with_sha256 |= json_object_get(file, "sha256") != NULL;
         job.later_bytes +=
             DIFFERENCE_BYTES * (1 + json_array_size(json_object_get(file, "tensors")));
@@ -411,10 +409,9 @@ static int load(const char *path, json_t **manifest, struct perta_err *err)
         return perta_fail(err, PERTA_EINPUT, "%s: not a manifest that perta wrote", path);
     size_t i;
     json_t *file;
-    json_array_foreach(json_object_get(*manifest, "files"), i, file) if (
-        !json_is_string(json_object_get(
-            file, "name"))) return perta_fail(err, PERTA_EINPUT, "%s: files[%zu] has no name", path,
-                                              i);
+    json_array_foreach (json_object_get(*manifest, "files"), i, file)
+        if (!json_is_string(json_object_get(file, "name")))
+            return perta_fail(err, PERTA_EINPUT, "%s: files[%zu] has no name", path, i);
     return 0;
 }
 
@@ -440,13 +437,11 @@ int perta_manifest_verify(const char *path, const char *manifest_path, const str
     const json_t *have_files = json_object_get(have, "files");
     size_t i;
     json_t *item;
-    json_array_foreach(want_files, i, item)
-    {
+    json_array_foreach (want_files, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));
         compare_file(item, find_named(have_files, name), &differences);
     }
-    json_array_foreach(have_files, i, item)
-    {
+    json_array_foreach (have_files, i, item) {
         const char *name = json_string_value(json_object_get(item, "name"));
         if (!find_named(want_files, name))
             perta_json_append(&unlisted, json_string(name));

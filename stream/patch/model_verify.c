@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "io/checked.h"
 #include "io/format/checkpoint.h"
 #include "io/fpenv.h"
 #include "io/hash.h"
@@ -112,7 +113,7 @@ static int compare_header(struct job *job, uint32_t i, int fd, uint64_t file_byt
     const struct perta_header *want = wanted_header(job, i), *other = other_header(job, i);
     struct shard *shard = &job->shards[i];
     const char *patch = job->patch.shards[i].path;
-    uint64_t most = want->len_bytes > other->len_bytes ? want->len_bytes : other->len_bytes;
+    uint64_t most = perta_max(want->len_bytes, other->len_bytes);
     uint64_t have = most < file_bytes ? most : file_bytes;
     uint8_t *bytes = malloc(have + 1);
     if (!bytes)
@@ -302,13 +303,13 @@ static void measure(const struct job *job, struct perta_job *sizes)
             continue;
         for (uint64_t t = 0; t < header->n_tensors; t++) {
             uint64_t chunk = perta_walk_chunk_bytes(&header->tensors[t]);
-            sizes->in_bytes_max = chunk > sizes->in_bytes_max ? chunk : sizes->in_bytes_max;
+            sizes->in_bytes_max = perta_max(chunk, sizes->in_bytes_max);
             sizes->total_bytes += header->tensors[t].len_bytes;
         }
         /* all of them may differ */
         sizes->later_bytes += p->n_entries * (DIFFERENCE_BYTES + strlen(job->shards[s].path) +
                                               strlen(job->patch.shards[s].path));
-        places = match > places ? match : places;
+        places = perta_max(match, places);
     }
     sizes->later_bytes += places;
 }

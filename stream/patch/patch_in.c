@@ -13,6 +13,7 @@
 #include "io/format/which.h"
 #include "io/publish/publish.h"
 #include "io/text.h"
+#include "stream/input.h"
 
 typedef unsigned long long ull;
 
@@ -91,13 +92,14 @@ static int read_or_tell(struct perta_patch_in *in, uint32_t i, const struct on_d
 static int read_shards(struct perta_patch_in *in, const struct on_damage *on, struct perta_err *err)
 {
     const json_t *list = json_object_get(json_object_get(in->manifest, "outputs"), "patch");
-    if (!json_array_size(list))
+    size_t n = json_array_size(list);
+    if (!n)
         return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: outputs.patch names no file",
                           in->path);
-    in->shards = calloc(json_array_size(list) + 1, sizeof *in->shards);
+    in->shards = calloc(n + 1, sizeof *in->shards);
     if (!in->shards)
         return perta_fail_sys(err, ENOMEM, "%s", in->path);
-    for (size_t i = 0; i < json_array_size(list); i++) {
+    for (size_t i = 0; i < n; i++) {
         const char *name = json_string_value(json_object_get(json_array_get(list, i), "name"));
         in->shards[i].file.fd = -1;
         in->n_shards++;
@@ -111,7 +113,7 @@ static int read_shards(struct perta_patch_in *in, const struct on_damage *on, st
                               "%s/manifest.json: outputs.patch is not sorted by name", in->path);
     }
     int rc = 0;
-    for (uint32_t i = 0; i < in->n_shards && !rc; i++)
+    for (uint32_t i = 0; i < n && !rc; i++)
         rc = read_or_tell(in, i, on, err);
     return rc;
 }
@@ -217,18 +219,22 @@ void perta_patch_in_close(struct perta_patch_in *in)
     *in = (struct perta_patch_in){0};
 }
 
+void perta_patch_in_frame(struct perta_patch_in_shard *shard, const struct perta_patch_entry *entry,
+                          struct perta_range *range)
+{
+    *range = (struct perta_range){0};
+    if (entry->encoding != PERTA_ENC_ZERO)
+        *range = (struct perta_range){
+            .file = &shard->file, .off_bytes = entry->frame_off, .len_bytes = entry->frame_bytes};
+}
+
 int perta_patch_in_paths(const struct perta_patch_in *in, const char ***paths, size_t *n_paths,
                          struct perta_err *err)
 {
-    size_t n = *n_paths + in->n_shards;
-    const char **grown = realloc(*paths, (n ? n : 1) * sizeof *grown);
-    if (!grown)
-        return perta_fail_sys(err, ENOMEM, "%s", in->path);
-    for (uint32_t i = 0; i < in->n_shards; i++)
-        grown[*n_paths + i] = in->shards[i].path;
-    *paths = grown;
-    *n_paths = n;
-    return 0;
+    int rc = 0;
+    for (uint32_t i = 0; i < in->n_shards && !rc; i++)
+        rc = perta_paths_add(paths, n_paths, in->shards[i].path, err);
+    return rc;
 }
 
 /* ---- the table ---- */

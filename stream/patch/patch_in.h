@@ -9,6 +9,7 @@
 #include "io/format/checkpoint.h"
 #include "io/format/patch.h"
 #include "io/hash.h"
+#include "stream/stream.h"
 
 struct perta_patch_in_shard {
     char *name; /* the name of the model's shard */
@@ -56,6 +57,10 @@ int perta_patch_in_paths(const struct perta_patch_in *in, const char ***paths, s
 int perta_patch_in_starts(const struct perta_patch_in_shard *shard,
                           const struct perta_header *header, uint64_t *starts,
                           struct perta_err *err);
+
+/* Set range to the chunk's frame, or leave it empty if the chunk does not change. */
+void perta_patch_in_frame(struct perta_patch_in_shard *shard, const struct perta_patch_entry *entry,
+                          struct perta_range *range);
 
 /* In the functions below, forward means from the model before the patch to the one after; else the
  * reverse. */

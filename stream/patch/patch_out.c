@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/checked.h"
 #include "io/format/canonical.h"
 #include "io/text.h"
 #include "stream/walk.h"
@@ -44,7 +45,7 @@ uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
         uint64_t bytes =
             2 * count_chunks(after->shards[s].header) * sizeof(struct perta_patch_entry) +
             perta_patch_head_bytes(before->shards[s].header, after->shards[s].header);
-        most = bytes > most ? bytes : most;
+        most = perta_max(bytes, most);
     }
     return after->n_tensors * sizeof(struct perta_tensor_counts) + most + n * RECORD_BYTES;
 }
@@ -330,8 +331,8 @@ static json_t *without_digests(const json_t *inputs)
     json_t *copy = json_deep_copy(inputs), *input, *shard;
     const char *role;
     size_t i;
-    json_object_foreach(copy, role, input)
-        json_array_foreach(json_object_get(input, "shards"), i, shard)
+    json_object_foreach (copy, role, input)
+        json_array_foreach (json_object_get(input, "shards"), i, shard)
             json_object_set_new(shard, "xxh3_128", json_null()); /* is there: takes no memory */
     return copy;
 }

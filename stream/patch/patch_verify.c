@@ -6,6 +6,7 @@
 #include <string.h>
 #include <zstd.h>
 
+#include "io/checked.h"
 #include "io/fpenv.h"
 #include "io/hash.h"
 #include "io/text.h"
@@ -54,9 +55,7 @@ static bool next_frame(struct job *job, uint64_t i, struct perta_piece *piece)
     piece->tensor = FRAME;
     piece->tag = *entry;
     piece->out_bytes = sizeof(uint64_t);
-    piece->in[0] = (struct perta_range){.file = &shard->file,
-                                        .off_bytes = p->entries[*entry].frame_off,
-                                        .len_bytes = p->entries[*entry].frame_bytes};
+    perta_patch_in_frame(shard, &p->entries[*entry], &piece->in[0]);
     ++*entry;
     return true;
 }
@@ -240,17 +239,14 @@ static void measure(struct job *job, struct perta_job *sizes)
         const struct perta_patch *p = job->patch.shards[s].patch;
         if (!p)
             continue;
-        uint64_t most = p->file_bytes - p->table_off;
-        most = p->head_bytes > most ? p->head_bytes : most;
+        uint64_t most = perta_max(p->head_bytes, p->file_bytes - p->table_off);
         for (uint64_t e = 0; e < p->n_entries; e++) {
-            most = p->entries[e].frame_bytes > most ? p->entries[e].frame_bytes : most;
-            if (p->entries[e].payload_bytes > job->payload_max)
-                job->payload_max = p->entries[e].payload_bytes;
+            most = perta_max(p->entries[e].frame_bytes, most);
+            job->payload_max = perta_max(p->entries[e].payload_bytes, job->payload_max);
             if (p->entries[e].encoding != PERTA_ENC_ZERO) /* all of them may be damaged */
                 sizes->later_bytes += DIFFERENCE_BYTES + strlen(job->patch.shards[s].file_name);
         }
-        most = most > READ_BYTES ? most : READ_BYTES;
-        sizes->in_bytes_max = most > sizes->in_bytes_max ? most : sizes->in_bytes_max;
+        sizes->in_bytes_max = perta_max(perta_max(most, READ_BYTES), sizes->in_bytes_max);
         sizes->total_bytes += p->file_bytes;
     }
 }

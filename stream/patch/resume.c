@@ -74,11 +74,11 @@ static json_t *save_outputs(const struct perta_resume *r)
 static json_t *record_of(const struct perta_resume *r, const struct perta_piece *piece,
                          uint64_t done_bytes)
 {
-    return json_pack("{s:[I,I,I], s:I, s:[I,I], s:o, s:o}", "place", (json_int_t)piece->shard,
-                     (json_int_t)piece->tensor, (json_int_t)(piece->first_elem + piece->n_elems),
-                     "read", (json_int_t)done_bytes, "counts", (json_int_t)r->counts[0],
-                     (json_int_t)r->counts[1], "inputs", save_inputs(r), "outputs",
-                     save_outputs(r));
+    return json_pack(
+        "{s:[I,I,I], s:I, s:[I,I], s:o, s:o}", "place", (json_int_t)piece->shard,
+        (json_int_t)piece->tensor, (json_int_t)piece->first_elem + (json_int_t)piece->n_elems,
+        "read", (json_int_t)done_bytes, "counts", (json_int_t)r->counts[0],
+        (json_int_t)r->counts[1], "inputs", save_inputs(r), "outputs", save_outputs(r));
 }
 
 static int sync_outputs(const struct perta_resume *r, struct perta_err *err)
@@ -189,8 +189,8 @@ static int take_record(void *ctx, json_t *record, struct perta_err *err)
         r->counts[i] = uint_at(counts, i);
     bool good =
         json_array_size(place) == 3 && uint_at(place, 0) < UINT32_MAX && r->done_bytes <= INT64_MAX;
-    json_array_foreach(json_object_get(record, "inputs"), i, input) good =
-        good && restore_input(r, input);
+    json_array_foreach (json_object_get(record, "inputs"), i, input)
+        good = good && restore_input(r, input);
     if (!good)
         return perta_fail(err, PERTA_EINPUT, "a record lacks a place");
     return restore_outputs(r, json_object_get(record, "outputs"), err);

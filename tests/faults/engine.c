@@ -103,9 +103,11 @@ static unsigned count_done(const struct late *late)
 static void report(struct late *late, uint64_t nth)
 {
     struct held **at = &late->first;
-    for (; !(*at)->is_done || nth--; at = &(*at)->next)
-        ;
+    while (*at && (!(*at)->is_done || nth--))
+        at = &(*at)->next;
     struct held *held = *at;
+    if (!held)
+        abort();
     *at = held->next;
     held->request->done = held->done;
     held->request->user = held->user;

@@ -20,23 +20,27 @@ static struct {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-/* "KIND:N:NUMBER" */
-static int split_kind(char *value, char kind[16], uint64_t *n)
+static unsigned number_of(const char *value)
 {
-    int number = 0;
-    unsigned long long at = 0;
-    if (sscanf(value, "%15[a-z]:%llu:%d", kind, &at, &number) != 3)
-        abort();
-    *n = at;
-    return number;
+    return (unsigned)strtoul(value, NULL, 10);
 }
 
 /* "N:TEXT" */
-static const char *split(char *value, uint64_t *n)
+static const char *split(const char *value, uint64_t *n)
 {
     char *end;
     *n = strtoull(value, &end, 10);
     return *end == ':' ? end + 1 : end;
+}
+
+/* "KIND:N:NUMBER" */
+static int split_kind(char *value, char kind[16], uint64_t *n)
+{
+    snprintf(kind, 16, "%.15s", strsep(&value, ":"));
+    const char *number = split(value ? value : "", n);
+    if (!*number)
+        abort();
+    return (int)number_of(number);
 }
 
 static void set(const char *name, char *value)
@@ -44,15 +48,15 @@ static void set(const char *name, char *value)
     if (!strcmp(name, "seed"))
         random_state = strtoull(value, NULL, 10);
     else if (!strcmp(name, "short"))
-        plan.short_ = (unsigned)atoi(value);
+        plan.short_ = number_of(value);
     else if (!strcmp(name, "again"))
-        plan.again = (unsigned)atoi(value);
+        plan.again = number_of(value);
     else if (!strcmp(name, "late"))
-        plan.late = (unsigned)atoi(value);
+        plan.late = number_of(value);
     else if (!strcmp(name, "forever"))
-        plan.forever = atoi(value);
+        plan.forever = number_of(value);
     else if (!strcmp(name, "fast"))
-        plan.fast = atoi(value);
+        plan.fast = number_of(value);
     else if (!strcmp(name, "log"))
         plan.log = value;
     else if (!strcmp(name, "count"))

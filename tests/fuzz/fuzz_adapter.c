@@ -7,37 +7,17 @@
 
 #include "estimators/edit/adapter.h"
 #include "io/file.h"
+#include "tests/fuzz/folder.h"
 
 #define DATA_MAX (1 << 16)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static char dir[64];
 static struct perta_checkpoint *model;
 
-static void leave(void)
+static void close_model(void)
 {
-    char command[128];
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    if (system(command))
-        perror(dir);
     perta_checkpoint_close(model);
-}
-
-static FILE *create(const char *name)
-{
-    char path[128];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    FILE *file = fopen(path, "w");
-    if (!file)
-        abort();
-    return file;
-}
-
-static void put(FILE *file, const void *data, size_t size)
-{
-    if (size && fwrite(data, 1, size, file) != size)
-        abort();
 }
 
 /* Names as Llama has them, tied embeddings, and a tensor that cannot be edited. */
@@ -61,25 +41,21 @@ static void put_model(void)
     put(file, zeros, tensors[n - 1].off_bytes + tensors[n - 1].len_bytes - len_bytes);
     fclose(file);
     free(header);
-    file = create("config.json");
-    fputs("{\"tie_word_embeddings\": true}", file);
-    fclose(file);
+    static const char config[] = "{\"tie_word_embeddings\": true}";
+    put_file("config.json", config, sizeof config - 1);
 }
 
 static void enter(void)
 {
     char path[128];
     struct perta_err err = {0};
-    snprintf(dir, sizeof dir, "/dev/shm/perta-fuzz-XXXXXX");
-    if (!mkdtemp(dir))
-        abort();
+    make_folder();
     put_model();
     if (perta_checkpoint_open(dir, &model, &err))
         abort();
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    if (unlink(path)) /* then the folder is an adapter's */
+    if (unlink(path) || atexit(close_model)) /* then the folder is an adapter's */
         abort();
-    atexit(leave);
 }
 
 /* Where the data of a header ends, as it says itself. */
@@ -88,8 +64,7 @@ static size_t data_bytes(const char *header, size_t size)
     json_int_t end = 0;
     const char *name;
     json_t *root = json_loadb(header, size, 0, NULL), *tensor;
-    json_object_foreach(root, name, tensor)
-    {
+    json_object_foreach (root, name, tensor) {
         json_t *offsets = json_object_get(tensor, "data_offsets");
         json_int_t at = json_integer_value(json_array_get(offsets, 1));
         end = at > end ? at : end;
@@ -105,10 +80,8 @@ static void put_adapter(const uint8_t *data, size_t size)
     size_t config = nul ? (size_t)(nul - data) : size;
     const uint8_t *header = nul ? nul + 1 : data;
     uint64_t n = nul ? size - config - 1 : 0;
-    FILE *file = create("adapter_config.json");
-    put(file, data, config);
-    fclose(file);
-    file = create("adapter_model.safetensors");
+    put_file("adapter_config.json", data, config);
+    FILE *file = create("adapter_model.safetensors");
     put(file, &n, sizeof n);
     put(file, header, n);
     put(file, zeros, data_bytes((const char *)header, n));

@@ -6,38 +6,17 @@
 
 #include "estimators/model/config.h"
 #include "io/format/checkpoint.h"
+#include "tests/fuzz/folder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-static char dir[64];
-
-static void leave(void)
-{
-    char command[128];
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    if (system(command))
-        perror(dir);
-}
-
-static void put(const char *name, const void *data, size_t size)
-{
-    char path[128];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    FILE *file = fopen(path, "w");
-    if (!file || fwrite(data, 1, size, file) != size || fclose(file))
-        abort();
-}
 
 static void enter(void)
 {
     static const char shard[] =
         "\x38\0\0\0\0\0\0\0"
         "{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}   x";
-    snprintf(dir, sizeof dir, "/dev/shm/perta-fuzz-XXXXXX");
-    if (!mkdtemp(dir))
-        abort();
-    put("s1.safetensors", shard, sizeof shard - 1);
-    atexit(leave);
+    make_folder();
+    put_file("s1.safetensors", shard, sizeof shard - 1);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -46,8 +25,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         enter();
     const uint8_t *nul = memchr(data, 0, size);
     size_t index = nul ? (size_t)(nul - data) : size;
-    put("model.safetensors.index.json", data, index);
-    put("config.json", nul ? nul + 1 : data, nul ? size - index - 1 : 0);
+    put_file("model.safetensors.index.json", data, index);
+    put_file("config.json", nul ? nul + 1 : data, nul ? size - index - 1 : 0);
     struct perta_checkpoint *ck;
     struct perta_llm llm;
     struct perta_err err = {0};

@@ -11,30 +11,15 @@
 #include "io/hash.h"
 #include "stream/patch/diff.h"
 #include "stream/patch/patch_in.h"
+#include "tests/fuzz/folder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 #define PARTIAL "p.perta-partial/model.safetensors.perta"
 
-static char dir[64];
 static uint8_t journal[1 << 16], partial[1 << 16];
 static size_t identity_bytes, partial_bytes;
 static volatile sig_atomic_t stop;
-
-static void leave(void)
-{
-    char command[128];
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    if (system(command))
-        perror(dir);
-}
-
-static void put(const char *name, const void *data, size_t size)
-{
-    FILE *file = fopen(name, "w");
-    if (!file || fwrite(data, 1, size, file) != size || fclose(file))
-        abort();
-}
 
 static size_t take(const char *name, uint8_t *to, size_t room)
 {
@@ -60,7 +45,7 @@ static void put_model(const char *name, int value)
     if (mkdir(name, 0777))
         abort();
     snprintf(path, sizeof path, "%s/model.safetensors", name);
-    put(path, file, sizeof file);
+    put_file(path, file, sizeof file);
 }
 
 static void on_progress(void *user, uint64_t done, uint64_t total)
@@ -102,10 +87,9 @@ static void remove_output(void)
 static void enter(void)
 {
     struct perta_err err = {0};
-    snprintf(dir, sizeof dir, "/dev/shm/perta-fuzz-XXXXXX");
-    if (!mkdtemp(dir) || chdir(dir))
+    make_folder();
+    if (chdir(dir))
         abort();
-    atexit(leave);
     setenv("PERTA_COMMIT_SECONDS", "0", 1);
     put_model("a", 1);
     put_model("b", 2);
@@ -155,7 +139,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         enter();
     remove_output();
     mkdir("p.perta-partial", 0777);
-    put(PARTIAL, partial, partial_bytes);
+    put_file(PARTIAL, partial, partial_bytes);
     put_journal(data, size);
     if (!diff(true, &err))
         check_patch();

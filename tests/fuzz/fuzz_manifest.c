@@ -8,34 +8,9 @@
 #include "io/format/patch.h"
 #include "io/hash.h"
 #include "stream/patch/manifest.h"
+#include "tests/fuzz/folder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-static char dir[64];
-
-static void leave(void)
-{
-    char command[128];
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    if (system(command))
-        perror(dir);
-}
-
-static FILE *create(const char *name)
-{
-    char path[128];
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    FILE *file = fopen(path, "w");
-    if (!file)
-        abort();
-    return file;
-}
-
-static void put(FILE *file, const void *data, size_t size)
-{
-    if (fwrite(data, 1, size, file) != size)
-        abort();
-}
 
 /* From the model's one byte x to y. */
 static void put_patch(const uint8_t *shard, size_t header_bytes)
@@ -75,13 +50,8 @@ static void enter(void)
 {
     static const uint8_t shard[] =
         "\x38\0\0\0\0\0\0\0{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}   x";
-    snprintf(dir, sizeof dir, "/dev/shm/perta-fuzz-XXXXXX");
-    if (!mkdtemp(dir))
-        abort();
-    atexit(leave);
-    FILE *file = create("model.safetensors");
-    put(file, shard, sizeof shard - 1);
-    fclose(file);
+    make_folder();
+    put_file("model.safetensors", shard, sizeof shard - 1);
     put_patch(shard, sizeof shard - 2);
 }
 
@@ -91,9 +61,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         enter();
     char path[128];
     snprintf(path, sizeof path, "%s/manifest.json", dir);
-    FILE *file = create("manifest.json");
-    put(file, data, size);
-    fclose(file);
+    put_file("manifest.json", data, size);
     struct perta_run run = {
         .memory_bytes = perta_memory_now() + (64 << 20), .n_threads = 1, .io = PERTA_IO_PREAD};
     for (int patch = 0; patch < 2; patch++) {

@@ -10,6 +10,7 @@
 
 #include "io/hash.h"
 #include "io/wal.h"
+#include "tests/fuzz/folder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -26,17 +27,8 @@ enum { N_FILES = 2, FILE_BYTES = 3 * 4096 + 100, LOG_BYTES = 1 << 18, BATCH_AT =
 static const char *const names[N_FILES] = {"a", "b"};
 static const char id[PERTA_WAL_ID_BYTES + 1] =
     "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-static char dir[64];
 static uint8_t head[4096];
 static size_t bytes_at; /* of a batch's bytes in the log */
-
-static void leave(void)
-{
-    char command[128];
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    if (system(command))
-        perror(dir);
-}
 
 static void open_files(struct perta_file *files)
 {
@@ -53,11 +45,9 @@ static void enter(void)
     struct perta_wal wal;
     struct perta_file files[N_FILES];
     struct stat st;
-    const char *tmp = getenv("TMPDIR"); /* /dev/shm makes it ten times as fast */
-    snprintf(dir, sizeof dir, "%.40s/fuzz-wal-%d", tmp ? tmp : "/tmp", (int)getpid());
-    if (mkdir(dir, 0777) || chdir(dir))
+    make_folder();
+    if (chdir(dir))
         abort();
-    atexit(leave);
     for (int i = 0; i < N_FILES; i++) {
         int fd = open(names[i], O_CREAT | O_RDWR, 0666);
         if (fd < 0 || ftruncate(fd, FILE_BYTES))

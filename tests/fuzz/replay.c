@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -11,13 +12,17 @@ static int replay(const char *dir, const char *name)
     char path[4096];
     snprintf(path, sizeof path, "%s/%s", dir, name);
     FILE *file = fopen(path, "r");
-    if (!file || fseek(file, 0, SEEK_END)) {
+    struct stat st;
+    if (!file || fstat(fileno(file), &st)) {
         perror(path);
+        if (file)
+            fclose(file);
         return 1;
     }
-    size_t size = (size_t)ftell(file);
-    rewind(file);
+    size_t size = (size_t)st.st_size;
     uint8_t *data = malloc(size ? size : 1);
+    if (!data)
+        abort();
     int bad = fread(data, 1, size, file) != size;
     fclose(file);
     printf("%s\n", path);

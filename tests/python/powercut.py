@@ -5,7 +5,6 @@ new, and each folder the first few of its new, lost and changed names, independe
 is kept. That is less than ext4 or XFS promise.
 """
 
-import random
 import shutil
 from pathlib import Path
 

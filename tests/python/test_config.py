@@ -8,8 +8,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402
-from test_config_sweep import EMBEDDING, FAMILIES, HEAD, PAD, SAMPLES, VOCABULARY, base_of, load, weights  # noqa: E402
+from safetensors.torch import load_file, save_file
+from test_config_sweep import (
+    EMBEDDING,
+    FAMILIES,
+    HEAD,
+    PAD,
+    SAMPLES,
+    VOCABULARY,
+    base_of,
+    load,
+    weights,
+)
 
 ESTIMATE = "estimate --model model --data data.jsonl --out imp --compute f32 --json --stat mean,meansq".split()
 EVAL = "eval --model model --data data.jsonl --compute f32 --json --per-sample".split()
@@ -49,7 +59,7 @@ def assert_statistics(perta, folder):
     perta(*ESTIMATE)
     have = [load_file(folder.parent / f"imp/{stat}/model.safetensors") for stat in ("mean", "meansq")]
     want = statistics(load(folder))
-    for of, to in zip(have, want):
+    for of, to in zip(have, want, strict=True):
         for name, g in to.items():
             error = (of[name if name in of else HEAD] - g).abs().max()
             assert error <= 1e-4 * g.abs().max(), name
@@ -88,7 +98,7 @@ def test_looking_up_the_padding_has_no_gradient(perta, model, pad, tied):
 
 @pytest.mark.parametrize("pad", [VOCABULARY, -VOCABULARY - 1, [PAD], True, 7.0, "7", 2**70])
 def test_a_padding_that_is_no_token_is_refused(perta, model, pad):
-    with pytest.raises(Exception):
+    with pytest.raises(Exception):  # noqa: B017 - transformers raises what it stumbles over
         load(model({"pad_token_id": pad}))
     assert '"pad_token_id" is no token of the vocabulary' in perta(*ESTIMATE, check=3).stderr
 

@@ -15,7 +15,7 @@ from conftest import LONG
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
 transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
 transformers.utils.logging.disable_progress_bar()

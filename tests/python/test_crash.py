@@ -41,12 +41,12 @@ EVERY = pytest.mark.parametrize("job", VERBS, indirect=True)
 
 
 def leftovers(folder):
-    return [p for p in folder.rglob("*.perta-*")]
+    return list(folder.rglob("*.perta-*"))
 
 
 @EVERY
 def test_killed_at_any_operation_it_ends_with_the_same_bytes(job, tmp_path):
-    folder, command, want = job
+    folder, command, _want = job
     n = operations(folder, command, tmp_path / "count")["any"]
     shutil.rmtree(folder / "out")
     rng = random.Random(str(command))
@@ -57,7 +57,7 @@ def test_killed_at_any_operation_it_ends_with_the_same_bytes(job, tmp_path):
 @EVERY
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(job):
     """Wherever that falls, within an operation as well."""
-    folder, command, want = job
+    folder, command, _want = job
     start = time.monotonic()
     run(folder, *command)
     whole = time.monotonic() - start

@@ -6,8 +6,8 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import part
 import xxhash
+from conftest import part
 from reference import BF16, CHUNK, bits, folder_bytes, narrow, shard_bytes, write_folder
 
 WIDTHS = {  # bytes an element

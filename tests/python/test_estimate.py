@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LONG, PERTA, SANITIZED, in_a_larger_process, needed, part
+from conftest import LONG, PERTA, SANITIZED, in_a_larger_process, needed
 from llama import write_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from safetensors import safe_open  # noqa: E402
+from safetensors import safe_open
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

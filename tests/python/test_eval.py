@@ -17,7 +17,7 @@ from test_limits import peak_mib
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
 GENERATOR = torch.Generator().manual_seed(5)
 

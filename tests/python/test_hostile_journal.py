@@ -19,7 +19,6 @@ from reference import folder_bytes, write_folder
 from verbs import EAGER, records_of, stop_at, write_records
 
 
-
 def interrupt(perta, *command, at):
     """Run until a file has grown to so many bytes, which fails as a full disk does."""
 

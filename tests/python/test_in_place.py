@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 from conftest import LONG, PERTA, ROOT, SANITIZED
-from reference import BF16, CHUNK, folder_bytes, narrow, shard_bytes, write_folder
+from reference import BF16, CHUNK, folder_bytes, narrow, write_folder
 from test_crash import kill_after
 from verbs import operations, run, stop_at
 
@@ -201,7 +201,7 @@ def test_killed_at_random_instants_it_goes_on_or_back(work):
 def kill_and_go_on_or_back(work, rng, run_and_kill):
     old, new = folder_bytes(work / "old"), folder_bytes(work / "new")
     side, kills, in_the_middle = new, 0, 0
-    while kills < KILLS or in_the_middle <= KILLS // 10 and kills < 10 * KILLS:
+    while kills < KILLS or (in_the_middle <= KILLS // 10 and kills < 10 * KILLS):
         verb = "revert" if side == new else "apply"
         status, said = run_and_kill(verb)
         assert status in (0, -signal.SIGKILL), said

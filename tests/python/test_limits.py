@@ -14,8 +14,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import LONG, PERTA, SANITIZED, in_a_larger_process, needed, part
-from reference import BF16, folder_bytes, write_folder
 from llama import write_llama
+from reference import BF16, folder_bytes, write_folder
 from verbs import COMPUTING, IN_PLACE, LLAMA, STREAM, make_inputs, stop_at
 
 MIB = 1 << 20

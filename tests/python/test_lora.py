@@ -119,7 +119,10 @@ def write_roles(folder, roles):
         write_folder(folder / role, tensors, 2 if role == "model" else 1, metadata)
 
 
-def flags(rule=Rule("grad"), alphas=("1",)):
+GRAD = Rule("grad")
+
+
+def flags(rule=GRAD, alphas=("1",)):
     words = "unlearn --model model --tuned adapter --patch p --out m --method".split()
     words += [rule.method, f"--alpha={','.join(alphas)}"]
     words += {"constant": ["--weight", rule.weight], "random": ["--seed", rule.seed]}.get(
@@ -147,7 +150,7 @@ def taus_of(adapter, modules, scaling):
 # --- the numbers
 
 
-RULES = [Rule("grad"), Rule("tv"), Rule("random", seed=9)]
+RULES = [GRAD, Rule("tv"), Rule("random", seed=9)]
 EVERY_WAY = [(rule, dtype, r) for rule in RULES for dtype in EDITABLE for r in (1, 5, 64)]
 
 
@@ -159,7 +162,7 @@ def test_an_adapter_gives_the_bits_of_numpy(perta, tmp_path, rule, dtype, r):
     roles = make_model(rng, dtype)
     adapter = {}
     modules = list(SHAPES)[:4]
-    for module, kind in zip(modules, ("F32", "BF16", "F16", "F32")):
+    for module, kind in zip(modules, ("F32", "BF16", "F16", "F32"), strict=True):
         adapter |= pair(rng, module, SHAPES[module], r, kind)
     write_roles(tmp_path, roles)
     write_adapter(tmp_path / "adapter", adapter, r=r, lora_alpha=10)
@@ -249,7 +252,7 @@ def test_ranks_alphas_and_rslora(perta, tmp_path, use_rslora):
         alpha_pattern=alpha,
     )
     perta(*flags())
-    check_folder(tmp_path, None, want_of(Rule("grad"), 1, roles, taus))
+    check_folder(tmp_path, None, want_of(GRAD, 1, roles, taus))
 
 
 # --- which tensors
@@ -260,14 +263,14 @@ def test_ranks_alphas_and_rslora(perta, tmp_path, use_rslora):
 def test_names_with_and_without_what_peft_puts_around_them(perta, tmp_path, ending, prefix):
     rng = np.random.default_rng(7)
     roles = make_model(rng, "BF16")
-    module = list(SHAPES)[0]
+    module = next(iter(SHAPES))
     adapter = pair(rng, module, SHAPES[module], 4, ending=ending)
     taus = taus_of(adapter, [module], 4)
     write_roles(tmp_path, roles)
     renamed = {prefix + name.removeprefix(PREFIX): x for name, x in adapter.items()}
     write_adapter(tmp_path / "adapter", renamed)
     perta(*flags())
-    check_folder(tmp_path, None, want_of(Rule("grad"), 1, roles, taus))
+    check_folder(tmp_path, None, want_of(GRAD, 1, roles, taus))
 
 
 def embedding_pair(rng, module, shape, r):
@@ -293,7 +296,7 @@ def test_the_lora_of_an_embedding_is_transposed(perta, tmp_path):
     write_roles(tmp_path, roles)
     write_adapter(tmp_path / "adapter", adapter, r=3)
     perta(*flags())
-    check_folder(tmp_path, None, want_of(Rule("grad"), 1, roles, taus))
+    check_folder(tmp_path, None, want_of(GRAD, 1, roles, taus))
 
 
 TIED = json.dumps({"tie_word_embeddings": True})
@@ -312,11 +315,11 @@ def test_tied_embeddings_held_whole_and_the_same_are_one(perta, tmp_path, stored
     (tmp_path / "model/config.json").write_text(TIED)
     (tmp_path / "base/config.json").write_text(TIED)
     perta(*flags(), "--base", "base")
-    want = want_of(Rule("grad"), 1, roles, {})
+    want = want_of(GRAD, 1, roles, {})
     for name in stored:
         name = f"{name}.weight"
         g = (roles[role][name] for role in ("forget", "retain"))
-        want[name] = edit(Rule("grad"), 1, name, roles["model"][name], tuned, base, *g)
+        want[name] = edit(GRAD, 1, name, roles["model"][name], tuned, base, *g)
     check_folder(tmp_path, None, want)
 
 
@@ -334,7 +337,7 @@ def test_tied_embeddings_of_different_shapes_are_refused(perta, tmp_path, shape)
 def changes(rng, kinds):
     """An adapter of a LoRA ("lora") or whole tensors for embedding and head."""
     adapter = {}
-    for name, kind in zip((EMBED, HEAD), kinds):
+    for name, kind in zip((EMBED, HEAD), kinds, strict=True):
         if kind == "lora":
             adapter |= (embedding_pair if name == EMBED else pair)(rng, name, (100, 12), 4)
         elif kind:
@@ -387,13 +390,13 @@ def test_tensors_that_the_adapter_holds_whole_need_the_base(perta, tmp_path):
     base = {n: cast(rng.standard_normal(x.shape), "BF16") for n, x in roles["model"].items()}
     module = list(SHAPES)[2]
     adapter = pair(rng, module, SHAPES[module], 4)
-    want = want_of(Rule("grad"), 1, roles, taus_of(adapter, [module], 4))
+    want = want_of(GRAD, 1, roles, taus_of(adapter, [module], 4))
     for name, dtype in whole.items():
         tuned = cast(rng.standard_normal(base[name].shape), dtype)
         inner = name.replace(".bias", ".base_layer.bias")
         adapter[PREFIX + inner] = tuned
         operands = (roles[role][name] for role in ("forget", "retain"))
-        want[name] = edit(Rule("grad"), 1, name, roles["model"][name], tuned, base[name], *operands)
+        want[name] = edit(GRAD, 1, name, roles["model"][name], tuned, base[name], *operands)
     write_roles(tmp_path, roles | {"base": base})
     write_adapter(tmp_path / "adapter", adapter, bias="all", modules_to_save=["embed_tokens"])
     message = perta(*flags(), check=2).stderr
@@ -442,14 +445,14 @@ def test_globs_and_missing_importance_hold_for_adapters(perta, tmp_path):
     write_adapter(tmp_path / "adapter", adapter)
     perta(*flags(), "--exclude", "*.k_proj.*")
     del taus["model.layers.0.self_attn.k_proj.weight"]
-    check_folder(tmp_path, None, want_of(Rule("grad"), 1, roles, taus))
+    check_folder(tmp_path, None, want_of(GRAD, 1, roles, taus))
     del roles["forget"]["model.layers.0.mlp.down_proj.weight"]
     (tmp_path / "forget/model.safetensors").unlink()
     (tmp_path / "forget").rmdir()
     write_folder(tmp_path / "forget", roles["forget"], 1, {"perta.stat": "mean"})
     words = [*flags(), "--exclude", "*.k_proj.*", "--force"]
     assert "no importance for tensor" in perta(*words, check=3).stderr
-    want = want_of(Rule("grad"), 1, roles, {n: taus[n] for n in list(taus)[:1]})
+    want = want_of(GRAD, 1, roles, {n: taus[n] for n in list(taus)[:1]})
     perta(*words, "--missing", "keep")
     check_folder(tmp_path, None, want)
     name = "model.layers.0.mlp.down_proj.weight"
@@ -487,7 +490,7 @@ def test_a_number_that_is_not_finite_has_its_place_in_a_or_b(perta, tmp_path, fa
     perta(*flags(), "--nonfinite", "keep")
     tau = lora_tau(*factors(adapter, Q), 4)
     assert np.array_equal(np.argwhere(~np.isfinite(tau)).shape[0], tau[reached].size)
-    want = want_of(Rule("grad"), 1, roles, {f"{Q}.weight": tau})
+    want = want_of(GRAD, 1, roles, {f"{Q}.weight": tau})
     assert want[f"{Q}.weight"].counts["nonfinite"] == tau[reached].size
     check_folder(tmp_path, None, want)
 
@@ -747,14 +750,14 @@ def test_the_bytes_are_the_same_whatever_runs(perta, tmp_path):
         adapter[PREFIX + whole] = cast(rng.standard_normal((3, 5)), "F32")
     write_roles(tmp_path, roles | {"base": make_model(rng, "BF16", shapes)["model"]})
     write_adapter(tmp_path / "adapter", adapter, r=8)
-    command = [*flags(Rule("grad"), ["0.7"]), "--base", "base"]
+    command = [*flags(GRAD, ["0.7"]), "--base", "base"]
     perta(*command)
     loras = [m for m in shapes if f"{PREFIX}{m}.lora_A.weight" in adapter]
     taus = taus_of(adapter, loras, 2)
     a, b = (adapter[f"{PREFIX}{EMBED}.lora_embedding_{kind}"] for kind in "AB")
     taus[f"{EMBED}.weight"] = np.ascontiguousarray(lora_tau(a, b, 2).T)
     have = read_folder(tmp_path / "m")
-    for name, edited in want_of(Rule("grad"), 0.7, roles, taus).items():
+    for name, edited in want_of(GRAD, 0.7, roles, taus).items():
         if PREFIX + name not in adapter:
             assert np.array_equal(bits(have[name]), bits(edited.out)), name
     want = folder_bytes(tmp_path / "p"), folder_bytes(tmp_path / "m")

@@ -27,7 +27,7 @@ def tensor(folder, name="t"):
 
 
 def test_all_zero_importance_is_counted_and_said(perta, tmp_path):
-    pair = lambda a, b: {"a": np.asarray(a, "f4"), "b": np.asarray(b, "f4")}  # noqa: E731
+    pair = lambda a, b: {"a": np.asarray(a, "f4"), "b": np.asarray(b, "f4")}
     sides = {role: pair(ONES * k, ONES * k) for role, k in (("model", 4), ("tuned", 3), ("base", 1))}
     write(tmp_path, **sides, forget=pair(ONES * 0, ONES), retain=pair(ONES, ONES * -0.0))
     said = unlearn(perta).stdout

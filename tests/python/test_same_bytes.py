@@ -64,7 +64,7 @@ def test_more_tokens_than_memory_give_the_same(perta, tmp_path, stat):
     make_model(tmp_path / "model", "Llama", {"max_position_embeddings": 4096})
     lines = list(samples()) * (20 if SANITIZED else 100)
     long = [line["input_ids"] for line in lines[:30]]
-    lines.insert(3, {"input_ids": sum(long, [])[:1300]})
+    lines.insert(3, {"input_ids": [token for ids in long for token in ids][:1300]})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [*ESTIMATE, "--compute", "f32", "--force", "--stat", stat]
     whole = json.loads(perta(*command, "--memory", "2G").stdout)

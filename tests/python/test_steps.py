@@ -15,7 +15,7 @@ from verbs import stop_at
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
 STEPS = (
     "unlearn --model full --tuned tuned --base base --patch patch --compute f32 --json "
@@ -38,12 +38,12 @@ def make_folders(tmp_path, name="llama, tied"):
                 tensors[key] = x + size * torch.randn(x.shape, generator=generator)
             save_file(tensors, path, {"format": "pt"})
     lines = {}
-    for part, first in (("forget", 0), ("retain", 100)):
-        lines[part] = [
+    for side, first in (("forget", 0), ("retain", 100)):
+        lines[side] = [
             {"input_ids": torch.randint(first, first + 150, (n,), generator=generator).tolist()}
             for n in (9, 20, 14)
         ]
-        write_lines(tmp_path / f"{part}.jsonl", lines[part])
+        write_lines(tmp_path / f"{side}.jsonl", lines[side])
     return lines
 
 
@@ -80,7 +80,7 @@ def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=
     for k in range(n_steps + 1):
         theta = {name: full[name] - s[name].float() * tau[name] for name in full}
         means, g = zip(*(gradients(tmp_path / "full", theta, lines[p], p == "forget")
-                         for p in ("forget", "retain")))  # fmt: skip
+                         for p in ("forget", "retain")), strict=True)  # fmt: skip
         path.append({"forget_loss": means[0][0], "forget_probability": means[0][1],
                      "retain_loss": means[1][0]})  # fmt: skip
         models.append(theta)
@@ -138,10 +138,10 @@ def check_record(tmp_path, summary, method):
     assert (recipe["method"], recipe["steps"], recipe["step"]) == (method, 4, 0.4)
     assert recipe["path"] == summary["path"] and recipe["chosen"] == 4
     assert (recipe["forget_samples"], recipe["retain_tokens"]) == ("3", "43")
-    for part in ("forget", "retain"):
-        data = (tmp_path / f"{part}.jsonl").read_bytes()
+    for side in ("forget", "retain"):
+        data = (tmp_path / f"{side}.jsonl").read_bytes()
         digest = hmac.digest(KEY, data, "sha256").hex()
-        assert recipe[f"{part}_data_hmac_sha256"] == digest
+        assert recipe[f"{side}_data_hmac_sha256"] == digest
     folders = {"full", "tuned", "base", "patch", "out", "forget.jsonl", "retain.jsonl", "key"}
     assert {path.name for path in tmp_path.iterdir()} == folders
 
@@ -154,10 +154,10 @@ def test_the_way_is_that_of_the_patch(perta, tmp_path):
             save_file({k: x.bfloat16() for k, x in load_file(path).items()}, path, {"format": "pt"})
     for n in (1, 3):
         summary = json.loads(perta(*STEPS, n, "--force").stdout)
-        for part in ("forget", "retain"):
-            shutil.copy(tmp_path / f"{part}.jsonl", tmp_path / "data.jsonl")
+        for side in ("forget", "retain"):
+            shutil.copy(tmp_path / f"{side}.jsonl", tmp_path / "data.jsonl")
             after = evaluate(perta, "full", "--patch", "patch", "--compute", "f32")
-            assert after["loss"] == summary["path"][-1][f"{part}_loss"]
+            assert after["loss"] == summary["path"][-1][f"{side}_loss"]
 
 
 def test_rules_stop_the_way(perta, tmp_path):

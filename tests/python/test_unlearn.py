@@ -85,7 +85,7 @@ def make(rng, rule, model_dtype, shape, mixed):
         dtypes[1:] = rng.choice(EDITABLE, 4)
     ceiling = min(limits(model_dtype)[0], limits("F16" if mixed else "F64")[0])
     out = []
-    for role, values, dtype in zip(ROLES, (theta, theta_t, theta_b, g_f, g_r), dtypes):
+    for role, values, dtype in zip(ROLES, (theta, theta_t, theta_b, g_f, g_r), dtypes, strict=True):
         real_max = limits(model_dtype if model_dtype == "F64" else "F32")[0]
         top = real_max if role in ("forget", "retain") else ceiling
         x = with_specials(rng, cast(values, dtype), dtype, top)
@@ -101,7 +101,7 @@ def make_inputs(rng, rule, model_dtype, shapes=SHAPES):
     for mixed in (False, True):
         for name, shape in shapes.items():
             parts = make(rng, rule, model_dtype, shape, mixed)
-            for role, x in zip(ROLES, parts):
+            for role, x in zip(ROLES, parts, strict=True):
                 roles[role][f"{'mixed' if mixed else 'same'}.{name}"] = x
     for role in ROLES[:3]:
         roles[role]["ids"] = rng.integers(-(2**60), 2**60, (3, 5))
@@ -151,7 +151,7 @@ def check_folder(folder, alpha, want: dict[str, Edited]):
         assert record["counts"][key] == sum(edited.counts[key] for edited in want.values())
     weighed = [e.counts for e in want.values() if "mean_weight" in e.counts]
     n = [c["parameters"] - c["nonfinite"] for c in weighed]
-    mean = math.fsum(c["mean_weight"] * k for c, k in zip(weighed, n)) / max(1, sum(n))
+    mean = math.fsum(c["mean_weight"] * k for c, k in zip(weighed, n, strict=True)) / max(1, sum(n))
     assert math.isclose(record["counts"]["mean_weight"], mean, rel_tol=1e-12)
     bins = sum(edited.weights for edited in want.values())
     assert record["counts"].get("weights", [0] * 10) == np.broadcast_to(bins, 10).tolist()
@@ -211,7 +211,7 @@ def machines(n_wanted):
     stride = len(every) // n_wanted
     while math.gcd(stride, 6) > 1:
         stride += 1
-    return [dict(zip(settings, values)) for values in every[::stride]]
+    return [dict(zip(settings, values, strict=True)) for values in every[::stride]]
 
 
 def run_on(perta, machine, *command):
@@ -327,7 +327,7 @@ def test_ten_thousand_tiny_tensors(perta, tmp_path):
     rng = np.random.default_rng(8)
     names = [f"layer.{i}" for i in range(10_000)]
     table = {role: rng.standard_normal((10_000, 3)).astype(np.float32) for role in ROLES}
-    roles = {role: dict(zip(names, rows)) for role, rows in table.items()}
+    roles = {role: dict(zip(names, rows, strict=True)) for role, rows in table.items()}
     write_inputs(tmp_path, rule, roles, shards=3)
     perta(*flags(rule, ["1"]))
     whole = edit(rule, 1, "", *table.values()).out

@@ -1,4 +1,4 @@
-#include "estimators/model/cut.h"
+#include "estimators/compute/cut.h"
 
 #include <errno.h>
 #include <stdlib.h>

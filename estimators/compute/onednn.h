@@ -1,7 +1,7 @@
 /* onednn.h - single-threaded products by oneDNN 2.6 or 3.x, whose interfaces differ.
  * Only gemm.c includes it. */
-#ifndef PERTA_ESTIMATORS_MODEL_ONEDNN_H
-#define PERTA_ESTIMATORS_MODEL_ONEDNN_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_ONEDNN_H
+#define PERTA_ESTIMATORS_COMPUTE_ONEDNN_H
 
 #include <dnnl.h>
 #include <stdbool.h>

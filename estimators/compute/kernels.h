@@ -1,7 +1,7 @@
 /* kernels.h - loops over one row of floats, compiled for each instruction set (io/isa.h), with the
  * same bits for all. Workers call them for pieces. */
-#ifndef PERTA_ESTIMATORS_MODEL_KERNELS_H
-#define PERTA_ESTIMATORS_MODEL_KERNELS_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_KERNELS_H
+#define PERTA_ESTIMATORS_COMPUTE_KERNELS_H
 
 #include <stddef.h>
 #include <stdint.h>

@@ -1,4 +1,4 @@
-#include "estimators/model/gemm.h"
+#include "estimators/compute/gemm.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "estimators/model/kernels.h"
-#include "estimators/model/onednn.h"
+#include "estimators/compute/kernels.h"
+#include "estimators/compute/onednn.h"
 #include "io/pool.h"
 
 /* Products are compiled for their shape; so many are kept (about 100 KB each), and one more for each

@@ -8,18 +8,18 @@
  * is cut depends on shapes and on the samples (cut.h), so that its bits are the same for every
  * number of workers, every budget and every batch. Another instruction set may give other last
  * bits. */
-#ifndef PERTA_ESTIMATORS_MODEL_GEMM_H
-#define PERTA_ESTIMATORS_MODEL_GEMM_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_GEMM_H
+#define PERTA_ESTIMATORS_COMPUTE_GEMM_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "estimators/compute/cut.h"
 #include "io/err.h"
 #include "io/format/dtype.h"
 #include "stream/workers.h"
 
-#define PERTA_TILE_ROWS 256
 #define PERTA_TILE_COLS 512
 /* Products read rows up to so many past the end of what they are given (and use nothing of it), so
  * that few different shapes are compiled: memory must go on there. */
@@ -44,13 +44,6 @@ static inline struct perta_operand_matrix perta_transposed(struct perta_operand_
 {
     return (struct perta_operand_matrix){m.data, m.dtype, m.col, m.row};
 }
-
-/* Consecutive runs of rows: run i is rows starts[i] - origin .. starts[i + 1] - origin. */
-struct perta_runs {
-    size_t n;
-    const size_t *starts; /* (n + 1) */
-    size_t origin;
-};
 
 /* The first element, as float32. */
 PERTA_API float perta_operand_element(const struct perta_operand_matrix *m);

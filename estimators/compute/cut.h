@@ -4,11 +4,23 @@
  * samples alone, never by memory or threads: samples are put into groups in order, whole ones, as
  * many as have so many rows together, and a group's rows are cut into tiles. A batch is as many
  * whole groups as memory allows. */
-#ifndef PERTA_ESTIMATORS_MODEL_CUT_H
-#define PERTA_ESTIMATORS_MODEL_CUT_H
+#ifndef PERTA_ESTIMATORS_COMPUTE_CUT_H
+#define PERTA_ESTIMATORS_COMPUTE_CUT_H
 
-#include "estimators/model/gemm.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
 #include "io/err.h"
+
+#define PERTA_TILE_ROWS 256 /* at most */
+
+/* Consecutive runs of rows: run i is rows starts[i] - origin .. starts[i + 1] - origin. */
+struct perta_runs {
+    size_t n;
+    const size_t *starts; /* (n + 1) */
+    size_t origin;
+};
 
 struct perta_cut {
     size_t n_tiles, n_groups;

@@ -5,7 +5,7 @@
 #pragma GCC optimize("no-math-errno", "no-trapping-math")
 #endif
 
-#include "estimators/model/kernels.h"
+#include "estimators/compute/kernels.h"
 
 #include "io/format/convert.h"
 #include "io/isa.h"

@@ -1,0 +1,312 @@
+#include <math.h>
+
+#include "estimators/compute/cpu_own.h"
+#include "estimators/compute/kernels.h"
+
+/* ---- RMSNorm (Zhang & Sennrich 2019) ---- */
+
+struct rmsnorm {
+    float *y, *rstd_out, *dx, *dweight;
+    const float *dy, *x, *rstd, *weight;
+    size_t T, H;
+    float eps;
+};
+
+static void rmsnorm_rows(const void *args, size_t from, size_t to)
+{
+    const struct rmsnorm *n = args;
+    const struct perta_row_kernels *k = perta_row_kernels();
+    size_t H = n->H;
+    for (size_t t = from; t < to; t++) {
+        const float *row = n->x + t * H;
+        float r = 1.0f / sqrtf((float)(k->dot(row, row, H) / (double)H) + n->eps);
+        n->rstd_out[t] = r;
+        for (size_t i = 0; i < H; i++)
+            n->y[t * H + i] = n->weight[i] * (row[i] * r);
+    }
+}
+
+void perta_cpu_rmsnorm_forward(struct perta_backend *be, struct perta_array y,
+                               struct perta_array rstd, struct perta_array x,
+                               struct perta_array weight, size_t T, size_t H, float eps)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct rmsnorm n = {.y = perta_cpu_at(cpu, y),
+                              .rstd_out = perta_cpu_at(cpu, rstd),
+                              .x = perta_cpu_at(cpu, x),
+                              .weight = perta_cpu_at(cpu, weight),
+                              .H = H,
+                              .eps = eps};
+    perta_cpu_share_out(cpu, T, H, rmsnorm_rows, &n);
+}
+
+static void rmsnorm_backward_rows(const void *args, size_t from, size_t to)
+{
+    const struct rmsnorm *n = args;
+    const struct perta_row_kernels *k = perta_row_kernels();
+    size_t H = n->H;
+    for (size_t t = from; t < to; t++) {
+        const float *row = n->x + t * H, *drow = n->dy + t * H;
+        float r = n->rstd[t];
+        float c = (float)(k->dot_of_product(n->weight, drow, row, H) / (double)H) * r * r * r;
+        for (size_t i = 0; i < H; i++)
+            n->dx[t * H + i] += r * n->weight[i] * drow[i] - c * row[i];
+    }
+}
+
+void perta_cpu_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
+                                struct perta_array dy, struct perta_array x,
+                                struct perta_array rstd, struct perta_array weight, size_t T,
+                                size_t H)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct rmsnorm n = {.dx = perta_cpu_at(cpu, dx),
+                              .dy = perta_cpu_at(cpu, dy),
+                              .x = perta_cpu_at(cpu, x),
+                              .rstd = perta_cpu_at(cpu, rstd),
+                              .weight = perta_cpu_at(cpu, weight),
+                              .H = H};
+    perta_cpu_share_out(cpu, T, H, rmsnorm_backward_rows, &n);
+}
+
+#define COLUMNS 128 /* that are summed over tokens together */
+
+/* Columns from * COLUMNS .. to * COLUMNS. */
+static void rmsnorm_backward_columns(const void *args, size_t from, size_t to)
+{
+    const struct rmsnorm *w = args;
+    const struct perta_row_kernels *k = perta_row_kernels();
+    size_t H = w->H;
+    for (size_t i = from * COLUMNS; i < to * COLUMNS && i < H; i += COLUMNS) {
+        size_t n = H - i < COLUMNS ? H - i : COLUMNS;
+        double sums[COLUMNS] = {0};
+        for (size_t t = 0; t < w->T; t++)
+            k->add_products(sums, w->dy + t * H + i, w->x + t * H + i, w->rstd[t], n);
+        for (size_t c = 0; c < n; c++)
+            w->dweight[i + c] += (float)sums[c];
+    }
+}
+
+void perta_cpu_rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
+                                       struct perta_array dy, struct perta_array x,
+                                       struct perta_array rstd, size_t T, size_t H)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct rmsnorm n = {.dweight = perta_cpu_at(cpu, dweight),
+                              .dy = perta_cpu_at(cpu, dy),
+                              .x = perta_cpu_at(cpu, x),
+                              .rstd = perta_cpu_at(cpu, rstd),
+                              .T = T,
+                              .H = H};
+    perta_cpu_share_out(cpu, (H + COLUMNS - 1) / COLUMNS, T * COLUMNS, rmsnorm_backward_columns,
+                        &n);
+}
+
+/* ---- rotary positions (Su et al. 2021) ---- */
+
+struct rope {
+    float *x;
+    const struct perta_place *places;
+    const float *inv_freq;
+    size_t n_heads, D;
+    float direction;
+};
+
+static void rotate_rows(const void *args, size_t from, size_t to)
+{
+    const struct rope *r = args;
+    size_t half = r->D / 2;
+    for (size_t t = from; t < to; t++)
+        for (size_t i = 0; i < half; i++) {
+            float angle = (float)r->places[t].position * r->inv_freq[i];
+            float c = cosf(angle), s = r->direction * sinf(angle);
+            for (size_t h = 0; h < r->n_heads; h++) {
+                float *head = r->x + (t * r->n_heads + h) * r->D;
+                float a = head[i], b = head[i + half];
+                head[i] = a * c - b * s;
+                head[i + half] = b * c + a * s;
+            }
+        }
+}
+
+static void rotate(struct perta_backend *be, struct perta_array x, const struct rope *how, size_t T)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    struct rope r = *how;
+    r.x = perta_cpu_at(cpu, x);
+    perta_cpu_share_out(cpu, T, r.n_heads * r.D, rotate_rows, &r);
+}
+
+void perta_cpu_rope_forward(struct perta_backend *be, struct perta_array x,
+                            const struct perta_place *places, const float *inv_freq, size_t T,
+                            size_t n_heads, size_t D)
+{
+    rotate(be, x, &(struct rope){NULL, places, inv_freq, n_heads, D, 1}, T);
+}
+
+void perta_cpu_rope_backward(struct perta_backend *be, struct perta_array dx,
+                             const struct perta_place *places, const float *inv_freq, size_t T,
+                             size_t n_heads, size_t D)
+{
+    rotate(be, dx, &(struct rope){NULL, places, inv_freq, n_heads, D, -1}, T);
+}
+
+/* ---- SwiGLU ---- */
+
+struct swiglu {
+    float *h, *dgate, *dup;
+    const float *dh, *gate, *up;
+};
+
+static void swiglu_elems(const void *args, size_t from, size_t to)
+{
+    const struct swiglu *s = args;
+    perta_row_kernels()->swiglu(s->h + from, s->gate + from, s->up + from, to - from);
+}
+
+void perta_cpu_swiglu_forward(struct perta_backend *be, struct perta_array h,
+                              struct perta_array gate, struct perta_array up, size_t n)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct swiglu s = {
+        .h = perta_cpu_at(cpu, h), .gate = perta_cpu_at(cpu, gate), .up = perta_cpu_at(cpu, up)};
+    perta_cpu_share_out(cpu, n, 1, swiglu_elems, &s);
+}
+
+static void swiglu_backward_elems(const void *args, size_t from, size_t to)
+{
+    const struct swiglu *s = args;
+    perta_row_kernels()->swiglu_backward(s->dgate + from, s->dup + from, s->dh + from,
+                                         s->gate + from, s->up + from, to - from);
+}
+
+void perta_cpu_swiglu_backward(struct perta_backend *be, struct perta_array dgate,
+                               struct perta_array dup, struct perta_array dh,
+                               struct perta_array gate, struct perta_array up, size_t n)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct swiglu s = {.dgate = perta_cpu_at(cpu, dgate),
+                             .dup = perta_cpu_at(cpu, dup),
+                             .dh = perta_cpu_at(cpu, dh),
+                             .gate = perta_cpu_at(cpu, gate),
+                             .up = perta_cpu_at(cpu, up)};
+    perta_cpu_share_out(cpu, n, 1, swiglu_backward_elems, &s);
+}
+
+/* ---- cross-entropy ---- */
+
+struct entropy {
+    const float *logits;
+    float *dlogits;
+    size_t row, n_rows;
+    const int32_t *target;
+    float *most, *of_target;
+    double *sums;
+    int32_t *best;
+    const float *share;
+};
+
+static void entropy_rows(const void *args, size_t from, size_t to)
+{
+    const struct entropy *e = args;
+    const struct perta_row_kernels *k = perta_row_kernels();
+    for (size_t i = from; i < to; i++) {
+        const float *l = e->logits + i * e->n_rows;
+        float high = k->largest(l, e->n_rows, e->most[i]);
+        e->sums[i] = e->sums[i] * exp((double)e->most[i] - (double)high) +
+                     k->sum_exponentials(l, high, e->n_rows);
+        e->most[i] = high;
+        size_t at = (size_t)e->target[i];
+        if (at >= e->row && at < e->row + e->n_rows)
+            e->of_target[i] = l[at - e->row];
+    }
+}
+
+void perta_cpu_cross_entropy_forward(struct perta_backend *be, struct perta_array logits,
+                                     size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                     struct perta_array most, struct perta_array sums,
+                                     struct perta_array of_target)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct entropy e = {.logits = perta_cpu_at(cpu, logits),
+                              .most = perta_cpu_at(cpu, most),
+                              .sums = perta_cpu_at(cpu, sums),
+                              .of_target = perta_cpu_at(cpu, of_target),
+                              .row = row,
+                              .n_rows = n_rows,
+                              .target = target};
+    perta_cpu_share_out(cpu, n, n_rows, entropy_rows, &e);
+}
+
+static void best_rows(const void *args, size_t from, size_t to)
+{
+    const struct entropy *e = args;
+    for (size_t i = from; i < to; i++) {
+        const float *l = e->logits + i * e->n_rows;
+        for (size_t j = 0; j < e->n_rows; j++)
+            if (l[j] > e->most[i]) {
+                e->most[i] = l[j];
+                e->best[i] = (int32_t)(e->row + j);
+            }
+    }
+}
+
+void perta_cpu_best_forward(struct perta_backend *be, struct perta_array logits, size_t row,
+                            size_t n_rows, size_t n, struct perta_array most,
+                            struct perta_array best)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct entropy e = {.logits = perta_cpu_at(cpu, logits),
+                              .most = perta_cpu_at(cpu, most),
+                              .best = perta_cpu_at(cpu, best),
+                              .row = row,
+                              .n_rows = n_rows};
+    perta_cpu_share_out(cpu, n, n_rows, best_rows, &e);
+}
+
+static void entropy_backward_rows(const void *args, size_t from, size_t to)
+{
+    const struct entropy *e = args;
+    const struct perta_row_kernels *k = perta_row_kernels();
+    for (size_t i = from; i < to; i++) {
+        size_t at = (size_t)e->target[i];
+        float share = (float)((double)e->share[i] / e->sums[i]);
+        k->scaled_exponentials(e->dlogits + i * e->n_rows, e->most[i], share, e->n_rows);
+        if (at >= e->row && at < e->row + e->n_rows)
+            e->dlogits[i * e->n_rows + at - e->row] -= e->share[i];
+    }
+}
+
+void perta_cpu_cross_entropy_backward(struct perta_backend *be, struct perta_array logits,
+                                      size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                      struct perta_array most, struct perta_array sums,
+                                      struct perta_array share)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct entropy e = {.dlogits = perta_cpu_at(cpu, logits),
+                              .most = perta_cpu_at(cpu, most),
+                              .sums = perta_cpu_at(cpu, sums),
+                              .share = perta_cpu_at(cpu, share),
+                              .row = row,
+                              .n_rows = n_rows,
+                              .target = target};
+    perta_cpu_share_out(cpu, n, n_rows, entropy_backward_rows, &e);
+}

@@ -1,0 +1,10 @@
+#include "estimators/compute/kernels.h"
+
+#include "io/isa.h"
+
+const struct perta_row_kernels *perta_row_kernels(void)
+{
+    static const struct perta_row_kernels *const all[PERTA_N_ISAS] = {
+        &perta_row_kernels_v2, &perta_row_kernels_v3, &perta_row_kernels_v4};
+    return all[perta_isa_chosen()];
+}

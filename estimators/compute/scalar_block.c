@@ -1,0 +1,372 @@
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+
+#include "estimators/compute/scalar_own.h"
+
+/* ---- RMSNorm (Zhang & Sennrich 2019) ---- */
+
+void perta_scalar_rmsnorm_forward(struct perta_backend *be, struct perta_array y,
+                                  struct perta_array rstd, struct perta_array x,
+                                  struct perta_array weight, size_t T, size_t H, float eps)
+{
+    float *ys = perta_scalar_floats(be, y, T * H), *rstds = perta_scalar_floats(be, rstd, T);
+    const float *xs = perta_scalar_floats(be, x, T * H);
+    const float *w = perta_scalar_floats(be, weight, H);
+    for (size_t t = 0; !be->rc && t < T; t++) {
+        const float *row = xs + t * H;
+        double squares = 0;
+        for (size_t i = 0; i < H; i++)
+            squares += (double)row[i] * (double)row[i];
+        double r = 1 / sqrt(squares / (double)H + (double)eps);
+        for (size_t i = 0; i < H; i++)
+            ys[t * H + i] = (float)((double)row[i] * r * (double)w[i]);
+        rstds[t] = (float)r;
+    }
+}
+
+/* y_i = w_i x_i r with r = (mean(x^2) + eps)^(-1/2), so dr/dx_i = -r^3 x_i / H. */
+void perta_scalar_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
+                                   struct perta_array dy, struct perta_array x,
+                                   struct perta_array rstd, struct perta_array weight, size_t T,
+                                   size_t H)
+{
+    float *dxs = perta_scalar_floats(be, dx, T * H);
+    const float *dys = perta_scalar_floats(be, dy, T * H), *xs = perta_scalar_floats(be, x, T * H);
+    const float *rstds = perta_scalar_floats(be, rstd, T), *w = perta_scalar_floats(be, weight, H);
+    for (size_t t = 0; !be->rc && t < T; t++) {
+        const float *row = xs + t * H, *drow = dys + t * H;
+        double r = (double)rstds[t], dr = 0;
+        for (size_t i = 0; i < H; i++)
+            dr += (double)drow[i] * (double)w[i] * (double)row[i];
+        for (size_t i = 0; i < H; i++)
+            dxs[t * H + i] = (float)((double)dxs[t * H + i] + (double)drow[i] * (double)w[i] * r -
+                                     dr * r * r * r * (double)row[i] / (double)H);
+    }
+}
+
+void perta_scalar_rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
+                                          struct perta_array dy, struct perta_array x,
+                                          struct perta_array rstd, size_t T, size_t H)
+{
+    float *dws = perta_scalar_floats(be, dweight, H);
+    const float *dys = perta_scalar_floats(be, dy, T * H), *xs = perta_scalar_floats(be, x, T * H);
+    const float *rstds = perta_scalar_floats(be, rstd, T);
+    for (size_t i = 0; !be->rc && i < H; i++) {
+        double sum = 0;
+        for (size_t t = 0; t < T; t++)
+            sum += (double)dys[t * H + i] * (double)xs[t * H + i] * (double)rstds[t];
+        dws[i] = (float)((double)dws[i] + sum);
+    }
+}
+
+/* ---- rotary positions (Su et al. 2021), in float32 as transformers has them ---- */
+
+static void rotate(struct perta_backend *be, struct perta_array x, const struct perta_place *places,
+                   const float *inv_freq, size_t T, size_t n_heads, size_t D, float direction)
+{
+    float *xs = perta_scalar_floats(be, x, T * n_heads * D);
+    for (size_t t = 0; !be->rc && t < T; t++)
+        for (size_t h = 0; h < n_heads; h++)
+            for (size_t i = 0; i < D / 2; i++) {
+                float *head = xs + (t * n_heads + h) * D, a = head[i], b = head[i + D / 2];
+                float angle = (float)places[t].position * inv_freq[i];
+                float c = cosf(angle), s = direction * sinf(angle);
+                head[i] = a * c - b * s;
+                head[i + D / 2] = b * c + a * s;
+            }
+}
+
+void perta_scalar_rope_forward(struct perta_backend *be, struct perta_array x,
+                               const struct perta_place *places, const float *inv_freq, size_t T,
+                               size_t n_heads, size_t D)
+{
+    rotate(be, x, places, inv_freq, T, n_heads, D, 1);
+}
+
+void perta_scalar_rope_backward(struct perta_backend *be, struct perta_array dx,
+                                const struct perta_place *places, const float *inv_freq, size_t T,
+                                size_t n_heads, size_t D)
+{
+    rotate(be, dx, places, inv_freq, T, n_heads, D, -1);
+}
+
+/* ---- attention ---- */
+
+/* A sequence with one of its heads of k and v. */
+struct head {
+    const struct perta_attention *of;
+    size_t T;
+    const struct perta_place *places; /* (T) */
+    float *out, *dq, *dk, *dv;        /* each where the sequence's part for the head of */
+    const float *q, *k, *v, *dout;    /* k and v begins; ldq or ldk from token to token */
+    size_t ldq, ldk;                  /* n_heads * D, n_kv_heads * D */
+    double *p, *dp;                   /* (T) */
+    double *dk_sums, *dv_sums;        /* (T, D) */
+};
+
+static bool sees(const struct head *h, size_t t, size_t j)
+{
+    const struct perta_place *place = &h->places[t];
+    return j >= place->first && j < place->end &&
+           (uint64_t)h->places[j].at + h->of->window > place->at;
+}
+
+static double dot(const float *a, const float *b, size_t n)
+{
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += (double)a[i] * (double)b[i];
+    return sum;
+}
+
+/* p (T) = softmax over what token t sees of q k / sqrt(D), 0 elsewhere; all 0 where it sees nothing. q
+ * (D) is the token's. */
+static void probabilities(const struct head *h, size_t t, const float *q)
+{
+    size_t D = h->of->D;
+    double most = -INFINITY, sum = 0;
+    for (size_t j = 0; j < h->T; j++) {
+        h->p[j] = sees(h, t, j) ? dot(q, h->k + j * h->ldk, D) / sqrt((double)D) : -INFINITY;
+        most = fmax(most, h->p[j]);
+    }
+    for (size_t j = 0; j < h->T; j++)
+        sum += h->p[j] = sees(h, t, j) ? exp(h->p[j] - most) : 0;
+    for (size_t j = 0; j < h->T; j++)
+        h->p[j] = sum > 0 ? h->p[j] / sum : 0;
+}
+
+/* Query head g of those that share k and v, token t: out = p v. */
+static void token_forward(const struct head *h, size_t g, size_t t)
+{
+    size_t D = h->of->D, at = t * h->ldq + g * D;
+    probabilities(h, t, h->q + at);
+    for (size_t d = 0; d < D; d++) {
+        double sum = 0;
+        for (size_t j = 0; j < h->T; j++)
+            sum += h->p[j] * (double)h->v[j * h->ldk + d];
+        h->out[at + d] = (float)sum;
+    }
+}
+
+/* dp = dout v, ds = p (dp - sum of p dp), of the scores; dq = ds k / sqrt(D), dk += ds q / sqrt(D),
+ * dv += p dout. */
+static void token_backward(const struct head *h, size_t g, size_t t)
+{
+    size_t D = h->of->D, at = t * h->ldq + g * D;
+    double mean = 0, *ds = h->dp, scale = 1 / sqrt((double)D);
+    probabilities(h, t, h->q + at);
+    for (size_t j = 0; j < h->T; j++)
+        mean += h->p[j] * (h->dp[j] = dot(h->dout + at, h->v + j * h->ldk, D));
+    for (size_t j = 0; j < h->T; j++)
+        ds[j] = h->p[j] * (h->dp[j] - mean);
+    for (size_t d = 0; d < D; d++) {
+        double sum = 0;
+        for (size_t j = 0; j < h->T; j++) {
+            sum += ds[j] * scale * (double)h->k[j * h->ldk + d];
+            h->dk_sums[j * D + d] += ds[j] * scale * (double)h->q[at + d];
+            h->dv_sums[j * D + d] += h->p[j] * (double)h->dout[at + d];
+        }
+        h->dq[at + d] = (float)sum;
+    }
+}
+
+static void head_backward(const struct head *h)
+{
+    size_t D = h->of->D;
+    for (size_t i = 0; i < h->T * D; i++)
+        h->dk_sums[i] = h->dv_sums[i] = 0;
+    for (size_t g = 0; g < h->of->n_heads / h->of->n_kv_heads; g++)
+        for (size_t t = 0; t < h->T; t++)
+            token_backward(h, g, t);
+    for (size_t i = 0; i < h->T * D; i++) {
+        h->dk[i / D * h->ldk + i % D] = (float)h->dk_sums[i];
+        h->dv[i / D * h->ldk + i % D] = (float)h->dv_sums[i];
+    }
+}
+
+static void head_forward(const struct head *h)
+{
+    for (size_t g = 0; g < h->of->n_heads / h->of->n_kv_heads; g++)
+        for (size_t t = 0; t < h->T; t++)
+            token_forward(h, g, t);
+}
+
+static size_t rows_of(const struct perta_attention *a)
+{
+    return a->sequences.starts[a->sequences.n] - a->sequences.origin;
+}
+
+/* Head kv of sequence s, of arrays that are whole. */
+static struct head head_at(const struct perta_attention *a, const struct head *whole, size_t s,
+                           size_t kv)
+{
+    struct head h = *whole;
+    size_t t = a->sequences.starts[s] - a->sequences.origin;
+    size_t q = t * h.ldq + kv * (a->n_heads / a->n_kv_heads) * a->D, k = t * h.ldk + kv * a->D;
+    h.T = a->sequences.starts[s + 1] - a->sequences.starts[s];
+    h.places += t;
+    h.q += q;
+    h.k += k;
+    h.v += k;
+    h.out = h.out ? h.out + q : NULL;
+    h.dout = h.dout ? h.dout + q : NULL;
+    h.dq = h.dq ? h.dq + q : NULL;
+    h.dk = h.dk ? h.dk + k : NULL;
+    h.dv = h.dv ? h.dv + k : NULL;
+    return h;
+}
+
+/* every() for all heads of k and v of all sequences. */
+static void for_heads(struct perta_backend *be, struct head *whole,
+                      void (*every)(const struct head *))
+{
+    const struct perta_attention *a = whole->of;
+    size_t n = rows_of(a); /* no sequence is longer */
+    double *memory = malloc((2 * n + 2 * n * a->D) * sizeof *memory);
+    if (!memory) {
+        be->rc = perta_fail_sys(&be->err, ENOMEM, "attention");
+        return;
+    }
+    whole->p = memory;
+    whole->dp = memory + n;
+    whole->dk_sums = memory + 2 * n;
+    whole->dv_sums = whole->dk_sums + n * a->D;
+    for (size_t s = 0; s < a->sequences.n; s++)
+        for (size_t kv = 0; kv < a->n_kv_heads; kv++) {
+            struct head h = head_at(a, whole, s, kv);
+            every(&h);
+        }
+    free(memory);
+}
+
+/* What forward and backward are both given. */
+static struct head whole_of(struct perta_backend *be, const struct perta_attention *a,
+                            struct perta_array q, struct perta_array k, struct perta_array v)
+{
+    size_t n = rows_of(a), ldq = a->n_heads * a->D, ldk = a->n_kv_heads * a->D;
+    return (struct head){.of = a,
+                         .places = a->places,
+                         .q = perta_scalar_floats(be, q, n * ldq),
+                         .k = perta_scalar_floats(be, k, n * ldk),
+                         .v = perta_scalar_floats(be, v, n * ldk),
+                         .ldq = ldq,
+                         .ldk = ldk};
+}
+
+void perta_scalar_attention_forward(struct perta_backend *be,
+                                    const struct perta_attention *attention, struct perta_array out,
+                                    struct perta_array q, struct perta_array k,
+                                    struct perta_array v)
+{
+    struct head whole = whole_of(be, attention, q, k, v);
+    whole.out = perta_scalar_floats(be, out, rows_of(attention) * whole.ldq);
+    if (!be->rc)
+        for_heads(be, &whole, head_forward);
+}
+
+void perta_scalar_attention_backward(struct perta_backend *be,
+                                     const struct perta_attention *attention, struct perta_array dq,
+                                     struct perta_array dk, struct perta_array dv,
+                                     struct perta_array dout, struct perta_array q,
+                                     struct perta_array k, struct perta_array v,
+                                     const struct perta_array of_heads[2])
+{
+    struct head whole = whole_of(be, attention, q, k, v);
+    size_t n = rows_of(attention);
+    (void)of_heads;
+    whole.dout = perta_scalar_floats(be, dout, n * whole.ldq);
+    whole.dq = perta_scalar_floats(be, dq, n * whole.ldq);
+    whole.dk = perta_scalar_floats(be, dk, n * whole.ldk);
+    whole.dv = perta_scalar_floats(be, dv, n * whole.ldk);
+    if (!be->rc)
+        for_heads(be, &whole, head_backward);
+}
+
+/* ---- SwiGLU (Shazeer 2020): silu(x) = x sigmoid(x) ---- */
+
+static double sigmoid(double x)
+{
+    return 1 / (1 + exp(-x));
+}
+
+void perta_scalar_swiglu_forward(struct perta_backend *be, struct perta_array h,
+                                 struct perta_array gate, struct perta_array up, size_t n)
+{
+    float *hs = perta_scalar_floats(be, h, n);
+    const float *gates = perta_scalar_floats(be, gate, n), *ups = perta_scalar_floats(be, up, n);
+    for (size_t i = 0; !be->rc && i < n; i++) {
+        double g = (double)gates[i];
+        hs[i] = (float)(g * sigmoid(g) * (double)ups[i]);
+    }
+}
+
+void perta_scalar_swiglu_backward(struct perta_backend *be, struct perta_array dgate,
+                                  struct perta_array dup, struct perta_array dh,
+                                  struct perta_array gate, struct perta_array up, size_t n)
+{
+    float *dgates = perta_scalar_floats(be, dgate, n), *dups = perta_scalar_floats(be, dup, n);
+    const float *dhs = perta_scalar_floats(be, dh, n), *gates = perta_scalar_floats(be, gate, n);
+    const float *ups = perta_scalar_floats(be, up, n);
+    for (size_t i = 0; !be->rc && i < n; i++) {
+        double d = (double)dhs[i], g = (double)gates[i], s = sigmoid(g);
+        dgates[i] = (float)(d * (double)ups[i] * (s + g * s * (1 - s)));
+        dups[i] = (float)(d * g * s);
+    }
+}
+
+/* ---- cross-entropy ---- */
+
+void perta_scalar_cross_entropy_forward(struct perta_backend *be, struct perta_array logits,
+                                        size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                        struct perta_array most, struct perta_array sums,
+                                        struct perta_array of_target)
+{
+    const float *l = perta_scalar_floats(be, logits, n * n_rows);
+    float *mosts = perta_scalar_floats(be, most, n);
+    float *of_targets = perta_scalar_floats(be, of_target, n);
+    double *sum = perta_scalar_doubles(be, sums, n);
+    for (size_t i = 0; !be->rc && i < n; i++, l += n_rows) {
+        float high = mosts[i];
+        for (size_t j = 0; j < n_rows; j++)
+            high = fmaxf(high, l[j]);
+        sum[i] *= exp((double)mosts[i] - (double)high);
+        for (size_t j = 0; j < n_rows; j++) {
+            sum[i] += exp((double)l[j] - (double)high);
+            if (row + j == (size_t)target[i])
+                of_targets[i] = l[j];
+        }
+        mosts[i] = high;
+    }
+}
+
+void perta_scalar_cross_entropy_backward(struct perta_backend *be, struct perta_array logits,
+                                         size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                         struct perta_array most, struct perta_array sums,
+                                         struct perta_array share)
+{
+    float *l = perta_scalar_floats(be, logits, n * n_rows);
+    const float *mosts = perta_scalar_floats(be, most, n);
+    const double *sum = perta_scalar_doubles(be, sums, n);
+    const float *shares = perta_scalar_floats(be, share, n);
+    for (size_t i = 0; !be->rc && i < n; i++, l += n_rows)
+        for (size_t j = 0; j < n_rows; j++) {
+            double p = exp((double)l[j] - (double)mosts[i]) / sum[i];
+            l[j] = (float)((double)shares[i] * (p - (row + j == (size_t)target[i])));
+        }
+}
+
+void perta_scalar_best_forward(struct perta_backend *be, struct perta_array logits, size_t row,
+                               size_t n_rows, size_t n, struct perta_array most,
+                               struct perta_array best)
+{
+    const float *l = perta_scalar_floats(be, logits, n * n_rows);
+    float *mosts = perta_scalar_floats(be, most, n);
+    int32_t *bests = perta_scalar_bytes(be, best, n * sizeof *bests);
+    for (size_t i = 0; !be->rc && i < n; i++, l += n_rows)
+        for (size_t j = 0; j < n_rows; j++)
+            if (l[j] > mosts[i]) {
+                mosts[i] = l[j];
+                bests[i] = (int32_t)(row + j);
+            }
+}

@@ -1,0 +1,80 @@
+/* scalar_own.h - what the files of the reference backend share. */
+#ifndef PERTA_ESTIMATORS_COMPUTE_SCALAR_OWN_H
+#define PERTA_ESTIMATORS_COMPUTE_SCALAR_OWN_H
+
+#include "estimators/compute/scalar.h"
+
+/* Where n numbers of an array lie; NULL: none. */
+float *perta_scalar_floats(struct perta_backend *be, struct perta_array a, uint64_t n);
+double *perta_scalar_doubles(struct perta_backend *be, struct perta_array a, uint64_t n);
+void *perta_scalar_bytes(struct perta_backend *be, struct perta_array a, uint64_t len_bytes);
+
+/* ---- operations (backend.h): linear layers, gradients, training ---- */
+
+void perta_scalar_linear_forward(struct perta_backend *be, const struct perta_linear *linear,
+                                 const struct perta_runs *tiles, struct perta_array x,
+                                 struct perta_array y, size_t n, bool add);
+void perta_scalar_linear_backward(struct perta_backend *be, const struct perta_linear *linear,
+                                  const struct perta_runs *tiles, struct perta_array dy,
+                                  struct perta_array dx, size_t n, bool add);
+void perta_scalar_linear_backward_weight(struct perta_backend *be, struct perta_array dweight,
+                                         struct perta_array dy, struct perta_array x, size_t n,
+                                         size_t out, size_t in);
+void perta_scalar_linear_backward_bias(struct perta_backend *be, struct perta_array dbias,
+                                       struct perta_array dy, size_t first, size_t end, size_t out);
+void perta_scalar_gradient(struct perta_backend *be, const struct perta_gradient *gradient);
+void perta_scalar_accumulate(struct perta_backend *be, struct perta_array sums,
+                             struct perta_array squares, struct perta_array d, size_t n);
+void perta_scalar_mean(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                       double of, size_t n, bool *finite);
+void perta_scalar_adamw(struct perta_backend *be, struct perta_array weight,
+                        struct perta_array first, struct perta_array second,
+                        struct perta_array gradient, uint64_t n, float learning_rate,
+                        float weight_decay, uint64_t step);
+
+/* ---- the parts of a block, cross-entropy ---- */
+
+void perta_scalar_rmsnorm_forward(struct perta_backend *be, struct perta_array y,
+                                  struct perta_array rstd, struct perta_array x,
+                                  struct perta_array weight, size_t T, size_t H, float eps);
+void perta_scalar_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
+                                   struct perta_array dy, struct perta_array x,
+                                   struct perta_array rstd, struct perta_array weight, size_t T,
+                                   size_t H);
+void perta_scalar_rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
+                                          struct perta_array dy, struct perta_array x,
+                                          struct perta_array rstd, size_t T, size_t H);
+void perta_scalar_rope_forward(struct perta_backend *be, struct perta_array x,
+                               const struct perta_place *places, const float *inv_freq, size_t T,
+                               size_t n_heads, size_t D);
+void perta_scalar_rope_backward(struct perta_backend *be, struct perta_array dx,
+                                const struct perta_place *places, const float *inv_freq, size_t T,
+                                size_t n_heads, size_t D);
+void perta_scalar_attention_forward(struct perta_backend *be,
+                                    const struct perta_attention *attention, struct perta_array out,
+                                    struct perta_array q, struct perta_array k,
+                                    struct perta_array v);
+void perta_scalar_attention_backward(struct perta_backend *be,
+                                     const struct perta_attention *attention, struct perta_array dq,
+                                     struct perta_array dk, struct perta_array dv,
+                                     struct perta_array dout, struct perta_array q,
+                                     struct perta_array k, struct perta_array v,
+                                     const struct perta_array of_heads[2]);
+void perta_scalar_swiglu_forward(struct perta_backend *be, struct perta_array h,
+                                 struct perta_array gate, struct perta_array up, size_t n);
+void perta_scalar_swiglu_backward(struct perta_backend *be, struct perta_array dgate,
+                                  struct perta_array dup, struct perta_array dh,
+                                  struct perta_array gate, struct perta_array up, size_t n);
+void perta_scalar_cross_entropy_forward(struct perta_backend *be, struct perta_array logits,
+                                        size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                        struct perta_array most, struct perta_array sums,
+                                        struct perta_array of_target);
+void perta_scalar_cross_entropy_backward(struct perta_backend *be, struct perta_array logits,
+                                         size_t row, size_t n_rows, size_t n, const int32_t *target,
+                                         struct perta_array most, struct perta_array sums,
+                                         struct perta_array share);
+void perta_scalar_best_forward(struct perta_backend *be, struct perta_array logits, size_t row,
+                               size_t n_rows, size_t n, struct perta_array most,
+                               struct perta_array best);
+
+#endif

@@ -1,0 +1,99 @@
+/* Attention with rotary positions, grouped heads and, where the family has them, norms of each
+ * head's queries and keys (Qwen3):
+ *
+ *   mid += O(attention(rope(norm(Q n1)), rope(norm(K n1)), V n1)) */
+#include "estimators/model/part.h"
+
+static struct perta_attention attention_of(const struct perta_layer *l,
+                                           const struct perta_batch *batch)
+{
+    return (struct perta_attention){batch->sequences, batch->places,
+                                    l->llm->n_heads,  l->llm->n_kv_heads,
+                                    l->llm->head_dim, perta_llm_window(l->llm, l->number)};
+}
+
+/* ---- queries and keys, where they stand ---- */
+
+/* Each head of x (n, n_heads, D), normalised, then turned by its position. raw and rstd are kept
+ * for the way back. */
+static void place_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                          enum perta_param param, struct perta_array x, struct perta_array raw,
+                          struct perta_array rstd, size_t n_heads)
+{
+    size_t D = l->llm->head_dim, n = batch->n * n_heads;
+    struct perta_norm norm = perta_layer_norm(l, param);
+    if (perta_array_is(norm.weight)) {
+        l->be->ops->copy(l->be, raw, x, n * D);
+        l->be->ops->rmsnorm_forward(l->be, x, rstd, raw, norm.weight, n, D, norm.eps);
+    }
+    l->be->ops->rope_forward(l->be, x, batch->places, l->inv_freq, batch->n, n_heads, D);
+}
+
+/* d (n, n_heads, D) holds the gradient before and after. spare is as long. */
+static void place_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                           enum perta_param param, struct perta_array d, struct perta_array raw,
+                           struct perta_array rstd, size_t n_heads, struct perta_array spare,
+                           struct perta_array vector)
+{
+    const struct perta_backend_ops *ops = l->be->ops;
+    size_t D = l->llm->head_dim, n = batch->n * n_heads;
+    struct perta_norm norm = perta_layer_norm(l, param);
+    ops->rope_backward(l->be, d, batch->places, l->inv_freq, batch->n, n_heads, D);
+    if (!perta_array_is(norm.weight))
+        return;
+    perta_layer_norm_gradient(l, batch, param, d, raw, rstd, n_heads, D, vector);
+    ops->zero(l->be, spare, n * D);
+    ops->rmsnorm_backward(l->be, spare, d, raw, rstd, norm.weight, n, D);
+    ops->copy(l->be, d, spare, n * D);
+}
+
+/* ---- the part ---- */
+
+static void forward(const struct perta_layer *l, const struct perta_batch *batch,
+                    const struct perta_acts *a)
+{
+    const struct perta_backend_ops *ops = l->be->ops;
+    struct perta_attention attention = attention_of(l, batch);
+    size_t n = batch->n;
+    struct perta_linear q = perta_layer_linear(l, PERTA_Q);
+    ops->linear_forward(l->be, &q, &batch->tiles, a->n1, a->q, n, false);
+    struct perta_linear k = perta_layer_linear(l, PERTA_K);
+    ops->linear_forward(l->be, &k, &batch->tiles, a->n1, a->k, n, false);
+    struct perta_linear v = perta_layer_linear(l, PERTA_V);
+    ops->linear_forward(l->be, &v, &batch->tiles, a->n1, a->v, n, false);
+    place_forward(l, batch, PERTA_NORM_Q, a->q, a->q_raw, a->rstd_q, l->llm->n_heads);
+    place_forward(l, batch, PERTA_NORM_K, a->k, a->k_raw, a->rstd_k, l->llm->n_kv_heads);
+    ops->attention_forward(l->be, &attention, a->att, a->q, a->k, a->v);
+    struct perta_linear o = perta_layer_linear(l, PERTA_O);
+    ops->linear_forward(l->be, &o, &batch->tiles, a->att, a->mid, n, true);
+}
+
+static void backward(const struct perta_layer *l, const struct perta_batch *batch,
+                     const struct perta_acts *a)
+{
+    const struct perta_backend_ops *ops = l->be->ops;
+    const struct perta_attention attention = attention_of(l, batch);
+    const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP is done with them */
+    size_t n = batch->n;
+    struct perta_linear o = perta_layer_linear(l, PERTA_O);
+    ops->linear_backward(l->be, &o, &batch->tiles, a->dmid, a->datt, n, false);
+    perta_layer_linear_gradient(l, batch, PERTA_O, a->att, a->dmid, a->vector);
+    ops->attention_backward(l->be, &attention, a->dq, a->dk, a->dv, a->datt, a->q, a->k, a->v,
+                            of_heads);
+    /* datt is free again */
+    place_backward(l, batch, PERTA_NORM_Q, a->dq, a->q_raw, a->rstd_q, l->llm->n_heads, a->datt,
+                   a->vector);
+    place_backward(l, batch, PERTA_NORM_K, a->dk, a->k_raw, a->rstd_k, l->llm->n_kv_heads, a->datt,
+                   a->vector);
+    struct perta_linear q = perta_layer_linear(l, PERTA_Q);
+    ops->linear_backward(l->be, &q, &batch->tiles, a->dq, a->dn, n, false);
+    perta_layer_linear_gradient(l, batch, PERTA_Q, a->n1, a->dq, a->vector);
+    struct perta_linear k = perta_layer_linear(l, PERTA_K);
+    ops->linear_backward(l->be, &k, &batch->tiles, a->dk, a->dn, n, true);
+    perta_layer_linear_gradient(l, batch, PERTA_K, a->n1, a->dk, a->vector);
+    struct perta_linear v = perta_layer_linear(l, PERTA_V);
+    ops->linear_backward(l->be, &v, &batch->tiles, a->dv, a->dn, n, true);
+    perta_layer_linear_gradient(l, batch, PERTA_V, a->n1, a->dv, a->vector);
+}
+
+const struct perta_attention_part perta_attention_part = {forward, backward};

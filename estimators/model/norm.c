@@ -1,0 +1,70 @@
+/* RMSNorm (Zhang & Sennrich 2019), and what blocks do with any norm. */
+#include "estimators/model/part.h"
+
+static void forward(struct perta_backend *be, const struct perta_norm *norm, struct perta_array y,
+                    struct perta_array rstd, struct perta_array x, size_t T, size_t H)
+{
+    be->ops->rmsnorm_forward(be, y, rstd, x, norm->weight, T, H, norm->eps);
+}
+
+static void backward(struct perta_backend *be, const struct perta_norm *norm, struct perta_array dx,
+                     struct perta_array dy, struct perta_array x, struct perta_array rstd, size_t T,
+                     size_t H)
+{
+    be->ops->rmsnorm_backward(be, dx, dy, x, rstd, norm->weight, T, H);
+}
+
+static void backward_weight(struct perta_backend *be, const struct perta_norm *norm,
+                            struct perta_array dweight, struct perta_array dbias,
+                            struct perta_array dy, struct perta_array x, struct perta_array rstd,
+                            size_t T, size_t H)
+{
+    (void)norm;
+    (void)dbias; /* it has none */
+    be->ops->rmsnorm_backward_weight(be, dweight, dy, x, rstd, T, H);
+}
+
+const struct perta_norm_part perta_rmsnorm_part = {forward, backward, backward_weight};
+
+/* ---- a layer's norm ---- */
+
+struct perta_norm perta_layer_norm(const struct perta_layer *l, enum perta_param param)
+{
+    bool may_have_bias = param == PERTA_NORM_1 || param == PERTA_NORM_2;
+    return (struct perta_norm){
+        .weight = perta_layer_vector(l, param),
+        .bias = may_have_bias ? perta_layer_vector(l, param + 1) : (struct perta_array){0},
+        .eps = l->llm->norm_eps,
+    };
+}
+
+static void to_sink(const struct perta_layer *l, enum perta_param param, size_t sequence,
+                    struct perta_array d)
+{
+    struct perta_err err = {0};
+    if (!l->be->rc)
+        perta_backend_fail(l->be, l->sink->vector(l->sink, l->number, param, sequence, d, &err),
+                           &err);
+}
+
+void perta_layer_norm_gradient(const struct perta_layer *l, const struct perta_batch *batch,
+                               enum perta_param param, struct perta_array dy, struct perta_array x,
+                               struct perta_array rstd, size_t rows, size_t H,
+                               struct perta_array vector)
+{
+    const struct perta_runs *s = &batch->sequences;
+    struct perta_norm norm = perta_layer_norm(l, param);
+    bool has_bias = perta_array_is(norm.bias);
+    struct perta_array bias = has_bias ? perta_array_at(vector, H) : (struct perta_array){0};
+    for (size_t i = 0; l->sink && i < s->n; i++) {
+        size_t t = (s->starts[i] - s->origin) * rows;
+        size_t n = (s->starts[i + 1] - s->starts[i]) * rows;
+        l->be->ops->zero(l->be, vector, has_bias ? 2 * H : H);
+        l->llm->family->norm->backward_weight(l->be, &norm, vector, bias, perta_array_at(dy, t * H),
+                                              perta_array_at(x, t * H), perta_array_at(rstd, t), n,
+                                              H);
+        to_sink(l, param, i, vector);
+        if (has_bias)
+            to_sink(l, param + 1, i, bias);
+    }
+}

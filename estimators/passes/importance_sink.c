@@ -1,0 +1,253 @@
+#include "estimators/passes/importance_sink.h"
+
+/* ---- sizes ---- */
+
+/* Elements of a layer's vectors before param; PERTA_N_PARAMS: of all. */
+static size_t vectors_before(const struct perta_llm *llm, enum perta_param param)
+{
+    size_t n = 0;
+    for (int i = 0; i < (int)param; i++) {
+        const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)i);
+        size_t out = 1, in = 0;
+        if (row)
+            perta_llm_shape(llm, row, &out, &in);
+        n += out ? 0 : in;
+    }
+    return n;
+}
+
+uint64_t perta_importance_sink_bytes(const struct perta_llm *llm)
+{
+    return 2 * vectors_before(llm, PERTA_N_PARAMS) * sizeof(double);
+}
+
+uint64_t perta_importance_sink_staging(const struct perta_llm *llm, size_t block_floats,
+                                       size_t n_tokens)
+{
+    size_t most = 0;
+    for (int i = 0; i < PERTA_N_PARAMS; i++) {
+        const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)i);
+        size_t out = 0, in = 0, pair;
+        if (row)
+            perta_llm_shape(llm, row, &out, &in);
+        pair = out ? in + perta_statistic_rows(block_floats, out, in) : 0;
+        most = pair > most ? pair : most;
+    }
+    return (uint64_t)most * (n_tokens < PERTA_CHUNK_ROWS ? n_tokens : PERTA_CHUNK_ROWS);
+}
+
+/* ---- vectors ---- */
+
+static struct perta_array sums_of(const struct perta_importance_sink *s, enum perta_param param)
+{
+    return perta_array_at(s->vectors, 2 * vectors_before(s->llm, param));
+}
+
+/* None where squares are not wanted. */
+static struct perta_array squares_of(const struct perta_importance_sink *s, enum perta_param param)
+{
+    size_t all = vectors_before(s->llm, PERTA_N_PARAMS);
+    return s->statistic->meansq ? perta_array_at(sums_of(s, param), 2 * all)
+                                : (struct perta_array){0};
+}
+
+static int on_vector(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
+                     size_t sequence, struct perta_array d, struct perta_err *err)
+{
+    const struct perta_importance_sink *s = (struct perta_importance_sink *)of;
+    struct perta_backend *be = s->statistic->be;
+    size_t out, in;
+    (void)layer;
+    (void)sequence; /* each adds its own */
+    (void)err;
+    perta_llm_shape(s->llm, perta_llm_param(s->llm, param), &out, &in);
+    be->ops->accumulate(be, sums_of(s, param), squares_of(s, param), d, in);
+    return 0;
+}
+
+/* ---- weights ---- */
+
+/* What a weight's gradient is made of: arrays of all tokens, or stores of them. */
+struct operands {
+    struct perta_array x, dy;
+    const struct perta_store *x_store, *dy_store; /* NULL: the arrays hold all */
+    size_t in, out;
+};
+
+struct staging {
+    const struct perta_store *store;
+    size_t first, n, col, n_cols; /* rows and columns of the store */
+    struct perta_array to;        /* (n, n_cols) */
+};
+
+#define STAGE_ROWS 64 /* of a piece */
+
+static int stage_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct staging *s = ctx;
+    size_t end = (i + 1) * STAGE_ROWS < s->n ? (i + 1) * STAGE_ROWS : s->n;
+    int rc = 0;
+    (void)worker;
+    for (size_t row = i * STAGE_ROWS; row < end && !rc; row++)
+        rc = perta_store_read_cols(s->store, s->first + row, s->col, s->n_cols,
+                                   perta_array_at(s->to, row * s->n_cols), err);
+    return rc;
+}
+
+/* Rows of a store that is a file to the backend, by the workers. */
+static int stage(const struct perta_importance_sink *s, const struct perta_store *store,
+                 size_t first, size_t n, size_t col, size_t n_cols, struct perta_array to,
+                 struct perta_err *err)
+{
+    struct staging staging = {store, first, n, col, n_cols, to};
+    return perta_workers_run(s->workers, (n + STAGE_ROWS - 1) / STAGE_ROWS, stage_rows, &staging,
+                             err);
+}
+
+/* The chunks from first on whose rows, width wide, fit into staging. */
+static size_t window_end(const struct perta_importance_sink *s, size_t first, size_t width,
+                         size_t *n_rows)
+{
+    const struct perta_chunk *of = s->chunks->of;
+    size_t end = first;
+    do {
+        *n_rows = of[end].first + of[end].n - of[first].first;
+        end++;
+    } while (end < s->chunks->n &&
+             (of[end].first + of[end].n - of[first].first) * width <= s->staging_floats);
+    return end;
+}
+
+/* Of a block of rows of the weight: from stores in memory where they are, from files by way of
+ * staging, a window of chunks at a time. *all_x: x is there whole, from a block before or now. */
+static int add_kept(const struct perta_importance_sink *s, const struct operands *o,
+                    struct perta_gradient *g, bool *all_x, struct perta_err *err)
+{
+    struct perta_backend *be = s->statistic->be;
+    const struct perta_array dy_all = {o->dy_store->buffer, 0};
+    size_t col = g->col;
+    int rc = 0;
+    for (size_t n; g->end < s->chunks->n && !rc;) {
+        g->first = g->end;
+        g->end =
+            window_end(s, g->first,
+                       (o->x_store->buffer ? 0 : o->in) + (o->dy_store->buffer ? 0 : g->rows), &n);
+        g->origin = s->chunks->of[g->first].first;
+        g->x_again = *all_x;
+        g->x = s->staging;
+        if (o->x_store->buffer)
+            rc = perta_store_rows(o->x_store, g->origin, n, s->staging, &g->x, err);
+        else if (!*all_x)
+            rc = stage(s, o->x_store, g->origin, n, 0, o->in, g->x, err);
+        *all_x = !g->first && g->end == s->chunks->n;
+        g->dy = perta_array_at(s->staging, n * o->in);
+        g->dy_width = g->rows;
+        g->col = 0;
+        if (o->dy_store->buffer) {
+            g->dy = perta_array_at(dy_all, (uint64_t)g->origin * o->out);
+            g->dy_width = o->out;
+            g->col = col;
+        } else if (!rc) {
+            rc = stage(s, o->dy_store, g->origin, n, col, g->rows, g->dy, err);
+        }
+        if (!rc)
+            be->ops->gradient(be, g);
+    }
+    return rc;
+}
+
+/* The gradient of a weight (out, in), block of rows by block of rows. */
+static int write_weight(const struct perta_importance_sink *s, uint32_t layer,
+                        enum perta_param param, const struct operands *o, struct perta_err *err)
+{
+    struct perta_backend *be = s->statistic->be;
+    size_t block = perta_statistic_rows(s->statistic->block_floats, o->out, o->in);
+    char name[PERTA_NAME_BYTES];
+    bool all_x = false;
+    int rc = 0;
+    perta_llm_name(s->llm, layer, perta_llm_param(s->llm, param), name);
+    for (size_t r = 0; r < o->out && !rc; r += block) {
+        size_t rows = o->out - r < block ? o->out - r : block;
+        struct perta_gradient g = perta_statistic_gradient(s->statistic, rows, o->in);
+        g.chunks = s->chunks;
+        g.col = r;
+        perta_statistic_begin(s->statistic, rows * o->in);
+        if (o->x_store) {
+            rc = add_kept(s, o, &g, &all_x, err);
+        } else {
+            g.x = o->x;
+            g.dy = o->dy;
+            g.dy_width = o->out;
+            g.end = s->chunks->n;
+            g.x_again = r;
+            be->ops->gradient(be, &g);
+        }
+        if (!rc)
+            rc = perta_statistic_end(s->statistic, name, r * o->in, rows * o->in, err);
+    }
+    return rc ? rc : s->advance(s->ctx, err);
+}
+
+/* Keep a batch's rows of an operand. */
+static int keep(struct perta_importance_sink *s, struct perta_store *store, size_t width,
+                const struct perta_batch *batch, struct perta_array rows, struct perta_err *err)
+{
+    int rc = store->width ? 0 : perta_store_open(store, s->scratch, NULL, s->n_tokens, width, err);
+    return rc ? rc : perta_store_set(store, batch->first, batch->n, rows, err);
+}
+
+static int on_linear(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
+                     const struct perta_batch *batch, struct perta_array x, struct perta_array dy,
+                     struct perta_err *err)
+{
+    struct perta_importance_sink *s = (struct perta_importance_sink *)of;
+    struct operands o = {.x = x, .dy = dy};
+    perta_llm_shape(s->llm, perta_llm_param(s->llm, param), &o.out, &o.in);
+    if (s->single)
+        return write_weight(s, layer, param, &o, err);
+    int rc = keep(s, &s->x[param], o.in, batch, x, err);
+    return rc ? rc : keep(s, &s->dy[param], o.out, batch, dy, err);
+}
+
+const struct perta_gradient_sink perta_importance_sink_functions = {on_linear, on_vector};
+
+/* ---- a layer ---- */
+
+void perta_importance_sink_begin(struct perta_importance_sink *s)
+{
+    struct perta_backend *be = s->statistic->be;
+    be->ops->zero(be, s->vectors, 4 * vectors_before(s->llm, PERTA_N_PARAMS));
+}
+
+static int write_param(struct perta_importance_sink *s, uint32_t layer,
+                       const struct perta_param_row *row, struct perta_err *err)
+{
+    char name[PERTA_NAME_BYTES];
+    struct operands o = {.x_store = &s->x[row->param], .dy_store = &s->dy[row->param]};
+    perta_llm_shape(s->llm, row, &o.out, &o.in);
+    if (o.out)
+        return s->single ? 0 : write_weight(s, layer, row->param, &o, err);
+    perta_llm_name(s->llm, layer, row, name);
+    return perta_statistic_write(s->statistic, name, 0, o.in, sums_of(s, row->param),
+                                 squares_of(s, row->param), err);
+}
+
+int perta_importance_sink_end(struct perta_importance_sink *s, uint32_t layer,
+                              struct perta_err *err)
+{
+    int rc = 0;
+    for (int i = 0; i < PERTA_N_PARAMS && !rc; i++) {
+        const struct perta_param_row *row = perta_llm_param(s->llm, (enum perta_param)i);
+        if (row)
+            rc = write_param(s, layer, row, err);
+    }
+    return rc;
+}
+
+void perta_importance_sink_release(struct perta_importance_sink *s)
+{
+    for (int i = 0; i < PERTA_N_PARAMS && s->scratch; i++) {
+        perta_store_close(&s->x[i], s->scratch);
+        perta_store_close(&s->dy[i], s->scratch);
+    }
+}

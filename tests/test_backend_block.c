@@ -1,0 +1,380 @@
+/* The parts of a block and cross-entropy, on both backends: against a forward pass in double
+ * (llm_double.h), every backward pass against its finite differences; and the CPU's against the
+ * reference's, the same bits where both do the same arithmetic, else within what rounding can do
+ * (test_backend.c). */
+#include "tests/backends.h"
+#include "tests/llm_double.h"
+
+static void open_all(void)
+{
+    open_backends(&(struct perta_cpu_needs){.widest = 300, .rows = 300, .longest = 300});
+}
+
+/* ---- RMSNorm ---- */
+
+struct norm {
+    size_t T, H;
+    struct pair x, weight, dy, dx, dweight;
+};
+
+#define EPS 1e-2f /* large enough to count */
+
+static void norm_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct norm *c = ctx;
+    size_t T = c->T, H = c->H;
+    struct perta_array x = input(be, o, c->x.f, T * H), w = input(be, o, c->weight.f, H);
+    struct perta_array dy = input(be, o, c->dy.f, T * H);
+    struct perta_array y = output(be, o, "y", F32, NULL, T * H);
+    struct perta_array rstd = output(be, o, "rstd", F32, NULL, T);
+    struct perta_array dx = output(be, o, "dx", F32, c->dx.f, T * H);
+    struct perta_array dweight = output(be, o, "dweight", F32, c->dweight.f, H);
+    begin(be);
+    be->ops->rmsnorm_forward(be, y, rstd, x, w, T, H, EPS);
+    be->ops->rmsnorm_backward(be, dx, dy, x, rstd, w, T, H);
+    be->ops->rmsnorm_backward_weight(be, dweight, dy, x, rstd, T, H);
+}
+
+static double norm_value(void *ctx)
+{
+    const struct norm *c = ctx;
+    double *y = alloc(c->x.n * sizeof *y);
+    rmsnorm_double(y, c->x.d, c->weight.d, c->T, c->H, (double)EPS);
+    double value = dot(y, c->dy.d, c->dy.n);
+    free(y);
+    return value;
+}
+
+/* Magnitudes of the terms of dx: its own, dy w r, and x r^3 / H times the sum of dy w x. */
+static double *norm_terms(const struct norm *c, const double *rstd)
+{
+    size_t H = c->H;
+    double *terms = alloc(c->T * H * sizeof *terms);
+    for (size_t t = 0; t < c->T; t++) {
+        double sum = 0, r = rstd[t];
+        for (size_t i = t * H; i < (t + 1) * H; i++)
+            sum += fabs(c->dy.d[i] * c->weight.d[i - t * H] * c->x.d[i]);
+        for (size_t i = t * H; i < (t + 1) * H; i++)
+            terms[i] = fabs(c->dx.d[i]) + fabs(c->dy.d[i] * c->weight.d[i - t * H]) * r +
+                       sum * r * r * r * fabs(c->x.d[i]) / (double)H;
+    }
+    return terms;
+}
+
+static const size_t norm_shapes[][2] = {{1, 1}, {1, 33}, {31, 300}, {257, 128}};
+
+/* rstd: the mean, the sum with eps, the root of both (half), the quotient. y: two products more. dx: rstd
+ * differs, three times in its third term; that has six roundings besides and the sum two. Each: the
+ * reference's. */
+START_TEST(rmsnorm)
+{
+    size_t T = norm_shapes[_i][0], H = norm_shapes[_i][1];
+    struct norm c = {T, H, pair(T * H, 1), pair(H, 2), pair(T * H, 3), pair(T * H, 4), pair(H, 5)};
+    struct outputs o[N_BACKENDS], most;
+    run_all(norm_run, &c, o);
+    run_magnitudes(norm_run, &c, &most);
+    double *terms = norm_terms(&c, values(&o[REFERENCE], "rstd"));
+    within(o, "rstd", 3 + 1, values(&most, "rstd"));
+    within(o, "y", 5 + 1, values(&most, "y"));
+    within(o, "dx", 3 * 4 + 6 + 2 + 1, terms);
+    within(o, "dweight", 4 + 3 + 1, values(&most, "dweight"));
+    double *y = alloc(T * H * sizeof *y);
+    rmsnorm_double(y, c.x.d, c.weight.d, T, H, (double)EPS);
+    both_are(o, "y", y);
+    both_gradients(o, "dx", true, c.x.d, norm_value, &c);
+    both_gradients(o, "dweight", true, c.weight.d, norm_value, &c);
+    free(y);
+    free(terms);
+    drop_all(o);
+    drop(&most);
+    struct pair all[] = {c.x, c.weight, c.dy, c.dx, c.dweight};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        release(all[i]);
+}
+END_TEST
+
+/* ---- rotary positions: the reference is float32 too ---- */
+
+#define ROPE_T 31
+#define ROPE_HEADS 3
+#define ROPE_D 8
+
+static const float inv_freq[ROPE_D / 2] = {1, 0.1f, 0.01f, 0.001f};
+
+struct rope {
+    struct pair x, dy;
+    struct perta_place places[ROPE_T];
+};
+
+static void rope_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct rope *c = ctx;
+    struct perta_array y = output(be, o, "y", F32, c->x.f, c->x.n);
+    struct perta_array dx = output(be, o, "dx", F32, c->dy.f, c->dy.n);
+    begin(be);
+    be->ops->rope_forward(be, y, c->places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    be->ops->rope_backward(be, dx, c->places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+}
+
+static double rope_value(void *ctx)
+{
+    const struct rope *c = ctx;
+    double y[ROPE_T * ROPE_HEADS * ROPE_D];
+    memcpy(y, c->x.d, sizeof y);
+    rope_double(y, c->places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    return dot(y, c->dy.d, c->dy.n);
+}
+
+START_TEST(rope)
+{
+    const size_t n = ROPE_T * ROPE_HEADS * ROPE_D;
+    struct rope c = {pair(n, 1), pair(n, 2), {{0}}};
+    struct outputs o[N_BACKENDS];
+    double y[ROPE_T * ROPE_HEADS * ROPE_D];
+    for (uint32_t t = 0; t < ROPE_T; t++)
+        c.places[t].position = t * t % 41;
+    run_all(rope_run, &c, o);
+    same(o, "y");
+    same(o, "dx");
+    memcpy(y, c.x.d, sizeof y);
+    rope_double(y, c.places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    both_are(o, "y", y);
+    both_gradients(o, "dx", false, c.x.d, rope_value, &c);
+    drop_all(o);
+    release(c.x);
+    release(c.dy);
+}
+END_TEST
+
+/* ---- SwiGLU ---- */
+
+struct swiglu {
+    struct pair gate, up, dh;
+};
+
+static void swiglu_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct swiglu *c = ctx;
+    size_t n = c->dh.n;
+    struct perta_array gate = input(be, o, c->gate.f, n), up = input(be, o, c->up.f, n);
+    struct perta_array h = output(be, o, "h", F32, NULL, n);
+    struct perta_array dup = output(be, o, "dup", F32, NULL, n);
+    struct perta_array dgate = output(be, o, "dgate", F32, c->dh.f, n); /* in place of dh */
+    begin(be);
+    be->ops->swiglu_forward(be, h, gate, up, n);
+    be->ops->swiglu_backward(be, dgate, dup, dgate, gate, up, n);
+}
+
+static double swiglu_value(void *ctx)
+{
+    const struct swiglu *c = ctx;
+    double *h = alloc(c->dh.n * sizeof *h);
+    swiglu_double(h, c->gate.d, c->up.d, c->dh.n);
+    double value = dot(h, c->dh.d, c->dh.n);
+    free(h);
+    return value;
+}
+
+/* An exponential is wrong by 3 (test_kernels.c), so sigmoid by 5, and 1 - sigmoid by 6, not of itself but of
+ * 1. */
+START_TEST(swiglu)
+{
+    const size_t n = 70001; /* more pieces than one */
+    struct swiglu c = {pair(n, 1), pair(n, 2), pair(n, 3)};
+    struct outputs o[N_BACKENDS];
+    double *h = alloc(n * sizeof *h), *dgate = alloc(n * sizeof *dgate);
+    double *dup = alloc(n * sizeof *dup);
+    for (size_t i = 0; i < n; i++) {
+        c.gate.d[i] = (double)(c.gate.f[i] *= 20);
+        h[i] = fabs(c.gate.d[i] / (1 + exp(-c.gate.d[i])) * c.up.d[i]);
+        dup[i] = fabs(c.gate.d[i] / (1 + exp(-c.gate.d[i])) * c.dh.d[i]);
+        dgate[i] = fabs(c.dh.d[i] * c.up.d[i]) * (1 + fabs(c.gate.d[i]));
+    }
+    run_all(swiglu_run, &c, o);
+    within(o, "h", 5 + 1 + 1, h);
+    within(o, "dup", 5 + 2 + 1, dup);
+    within(o, "dgate", 16 + 1, dgate);
+    swiglu_double(h, c.gate.d, c.up.d, n);
+    both_are(o, "h", h);
+    both_gradients(o, "dgate", false, c.gate.d, swiglu_value, &c);
+    both_gradients(o, "dup", false, c.up.d, swiglu_value, &c);
+    drop_all(o);
+    double *const mine[] = {h, dup, dgate};
+    struct pair all[] = {c.gate, c.up, c.dh};
+    for (size_t i = 0; i < 3; i++) {
+        free(mine[i]);
+        release(all[i]);
+    }
+}
+END_TEST
+
+/* ---- cross-entropy, in blocks of the vocabulary ---- */
+
+#define CE_N 31
+#define CE_V 257
+#define CE_ROWS 100
+#define CE_BLOCKS 3
+#define CE_RANGE 18.0 /* of logits, from the largest */
+
+struct cross_entropy {
+    struct pair logits, share;
+    int32_t target[CE_N];
+};
+
+static const char *const ce_names[CE_BLOCKS] = {"d0", "d1", "d2"};
+
+/* Columns row .. of all logits. */
+static size_t block_of(const struct cross_entropy *c, size_t row, float *to)
+{
+    size_t rows = CE_V - row < CE_ROWS ? CE_V - row : CE_ROWS;
+    for (size_t i = 0; i < CE_N; i++)
+        memcpy(to + i * rows, c->logits.f + i * CE_V + row, rows * sizeof *to);
+    return rows;
+}
+
+static void cross_entropy_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct cross_entropy *c = ctx;
+    float least[CE_N], block[CE_N * CE_ROWS];
+    double sums[CE_N] = {0};
+    struct perta_array blocks[CE_BLOCKS];
+    size_t rows[CE_BLOCKS];
+    for (size_t i = 0; i < CE_N; i++)
+        least[i] = -INFINITY;
+    for (size_t b = 0; b < CE_BLOCKS; b++) {
+        rows[b] = block_of(c, b * CE_ROWS, block);
+        blocks[b] = output(be, o, ce_names[b], F32, block, CE_N * rows[b]);
+    }
+    struct perta_array most = output(be, o, "most", F32, least, CE_N);
+    struct perta_array sum = output(be, o, "sums", F64, sums, CE_N);
+    struct perta_array of_target = output(be, o, "of_target", F32, NULL, CE_N);
+    struct perta_array high = output(be, o, "high", F32, least, CE_N);
+    struct perta_array best = output(be, o, "best", I32, NULL, CE_N);
+    struct perta_array share = input(be, o, c->share.f, CE_N);
+    begin(be);
+    for (size_t b = 0; b < CE_BLOCKS; b++) {
+        be->ops->cross_entropy_forward(be, blocks[b], b * CE_ROWS, rows[b], CE_N, c->target, most,
+                                       sum, of_target);
+        be->ops->best_forward(be, blocks[b], b * CE_ROWS, rows[b], CE_N, high, best);
+    }
+    for (size_t b = 0; b < CE_BLOCKS; b++)
+        be->ops->cross_entropy_backward(be, blocks[b], b * CE_ROWS, rows[b], CE_N, c->target, most,
+                                        sum, share);
+}
+
+/* Magnitudes of the two terms of a block's gradients. */
+static double *entropy_terms(const struct cross_entropy *c, const struct outputs *o, size_t row,
+                             size_t rows)
+{
+    double *terms = alloc(CE_N * rows * sizeof *terms);
+    for (size_t i = 0; i < CE_N; i++)
+        for (size_t j = 0; j < rows; j++) {
+            double p =
+                exp(c->logits.d[i * CE_V + row + j] - values(o, "most")[i]) / values(o, "sums")[i];
+            terms[i * rows + j] = fabs(c->share.d[i]) * (p + (row + j == (size_t)c->target[i]));
+        }
+    return terms;
+}
+
+static double cross_entropy_value(void *ctx)
+{
+    const struct cross_entropy *c = ctx;
+    double sum = 0;
+    for (size_t i = 0; i < CE_N; i++)
+        sum += c->share.d[i] *
+               cross_entropy_double(c->logits.d + i * CE_V, CE_V, (size_t)c->target[i]);
+    return sum;
+}
+
+/* Of one backend: the loss, and its gradient. */
+static void check_entropy(struct cross_entropy *c, const struct outputs *o)
+{
+    float *d = alloc(CE_N * CE_V * sizeof *d);
+    double loss = 0;
+    for (size_t i = 0; i < CE_N; i++) {
+        loss += c->share.d[i] *
+                (values(o, "most")[i] - values(o, "of_target")[i] + log(values(o, "sums")[i]));
+        for (size_t v = 0; v < CE_V; v++) {
+            size_t b = v / CE_ROWS, rows = named(o, ce_names[b])->n / CE_N;
+            d[i * CE_V + v] = floats(o, ce_names[b])[i * rows + v % CE_ROWS];
+        }
+    }
+    ck_assert_double_lt(fabs(loss / cross_entropy_value(c) - 1), TOLERANCE);
+    is_gradient("dlogits", d, c->logits.d, CE_N * CE_V, CE_N * CE_V / LOOKED_AT + 1,
+                cross_entropy_value, c);
+    free(d);
+}
+
+/* An exponential is wrong by 3, its argument by CE_RANGE; share by that and a quotient. */
+START_TEST(cross_entropy)
+{
+    struct cross_entropy c = {pair(CE_N * CE_V, 1), pair(CE_N, 2), {0}};
+    struct outputs o[N_BACKENDS];
+    for (size_t i = 0; i < CE_N; i++) /* in every block, at their ends too */
+        c.target[i] = (int32_t)(i < 3 ? i * CE_ROWS : i < 5 ? (i - 2) * CE_ROWS - 1 : i * i % CE_V);
+    for (size_t i = 0; i < CE_N * CE_V; i++)
+        c.logits.d[i] = (double)(c.logits.f[i] = roundf(c.logits.f[i] * 36) / 4); /* with equals */
+    run_all(cross_entropy_run, &c, o);
+    same(o, "most");
+    same(o, "of_target");
+    same(o, "high");
+    same(o, "best");
+    within(o, "sums", CE_RANGE + 3, values(&o[REFERENCE], "sums"));
+    for (size_t b = 0; b < CE_BLOCKS; b++) {
+        double *terms =
+            entropy_terms(&c, &o[REFERENCE], b * CE_ROWS, named(&o[ONE], ce_names[b])->n / CE_N);
+        within(o, ce_names[b], 2 * (CE_RANGE + 3) + 3 + 1, terms);
+        free(terms);
+    }
+    check_entropy(&c, &o[REFERENCE]);
+    check_entropy(&c, &o[ONE]);
+    drop_all(o);
+    release(c.logits);
+    release(c.share);
+}
+END_TEST
+
+static const float known[] = {1000.3f, 991.1f, 990.7f, -3};
+
+static void known_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const float least = -INFINITY, half = 0.5f;
+    const double none = 0;
+    static const int32_t target[] = {0};
+    struct perta_array most = output(be, o, "most", F32, &least, 1);
+    struct perta_array sum = output(be, o, "sums", F64, &none, 1);
+    struct perta_array of_target = output(be, o, "of_target", F32, NULL, 1);
+    struct perta_array d = output(be, o, "d", F32, known, 4);
+    (void)ctx;
+    be->ops->cross_entropy_forward(be, d, 0, 4, 1, target, most, sum, of_target);
+    be->ops->cross_entropy_backward(be, d, 0, 4, 1, target, most, sum, input(be, o, &half, 1));
+}
+
+/* Nearly certain, with large logits: what is left of its gradient is not lost. */
+START_TEST(cross_entropy_of_what_is_known)
+{
+    double rest = 0, want[4];
+    for (int i = 1; i < 4; i++)
+        rest += want[i] = exp((double)known[i] - (double)known[0]);
+    want[0] = -rest;
+    for (int b = 0; b < N_BACKENDS; b++) {
+        struct outputs o;
+        run_on(backends[b], known_run, NULL, &o);
+        for (int i = 0; i < 4; i++)
+            ck_assert_double_lt(fabs(values(&o, "d")[i] - 0.5 * want[i] / (1 + rest)), 2e-3 * rest);
+        drop(&o);
+    }
+}
+END_TEST
+
+int main(void)
+{
+    TCase *tests = tcase_create("tests");
+    tcase_add_checked_fixture(tests, open_all, close_backends);
+    tcase_add_loop_test(tests, rmsnorm, 0, sizeof norm_shapes / sizeof *norm_shapes);
+    tcase_add_test(tests, rope);
+    tcase_add_test(tests, swiglu);
+    tcase_add_test(tests, cross_entropy);
+    tcase_add_test(tests, cross_entropy_of_what_is_known);
+    return run_suite("backend_block", tests);
+}
