@@ -1,13 +1,13 @@
 #!/bin/sh
-# Every linter over every tracked file: layout, rooms, spelling, and what finds bugs by reading.
-# Usage: scripts/lint.sh [LINTER...]; all without names. clang-tidy takes a build for its flags.
+# Run every linter over every tracked file.
+# Usage: scripts/lint.sh [LINTER...]; all of them without names. tidy needs the flags in build/.
 set -eu
 cd "$(dirname "$0")/.."
 export VENV=.venv-lint
 scripts/venv.sh scripts/lint.txt
 PATH=$PWD/$VENV/bin:$PATH
 files() { git -c safe.directory='*' ls-files -z -- "$@"; }
-files >/dev/null # or linters would be content with none
+files >/dev/null # else an error of git would pass as an empty list
 
 layers() { scripts/layers.sh; }
 records() { scripts/records.sh; }

@@ -1,4 +1,5 @@
-/* Digests taken behind the owner's back are those taken in line; tickets say what has passed. */
+/* Digests computed in the background equal those computed in place; tickets say how far they have
+ * come. */
 #include "tests/scratch.h"
 
 #include <stdatomic.h>
@@ -48,9 +49,9 @@ START_TEST(digests_are_those_taken_in_line)
         perta_digest_offload(digests[i], hasher);
     }
     give_all(digests, data);
-    perta_digest_finish(digests[0], &have); /* waits by itself */
+    perta_digest_finish(digests[0], &have); /* it waits itself */
     ck_assert_str_eq(have.sha256, want.sha256);
-    perta_hasher_close(hasher); /* does what is left */
+    perta_hasher_close(hasher); /* hashes the rest */
     for (int i = 0; i < N_DIGESTS; i++) {
         if (i)
             perta_digest_finish(digests[i], &have);
@@ -63,7 +64,7 @@ START_TEST(digests_are_those_taken_in_line)
 }
 END_TEST
 
-/* What a commit point records holds all that was given, and goes on elsewhere. */
+/* What a commit point records covers all bytes given so far, and can be continued elsewhere. */
 START_TEST(a_state_is_that_of_all_that_was_given)
 {
     uint8_t *data = calloc(1, BYTES), state[PERTA_DIGEST_STATE_BYTES];

@@ -1,6 +1,6 @@
-/* The journal of an edit in place. The input says a batch's extents and bytes, whose digests are put
- * right here, or, where its first byte is odd, is all that follows the journal's head. Whatever it
- * says, files keep their sizes, and only bytes that a whole batch names are written. */
+/* The journal of an edit in place. The input describes a batch's extents and bytes, whose digests
+ * are corrected here; or, if its first byte is odd, it is everything after the head of the journal.
+ * Whatever it says, files keep their sizes, and only bytes that a whole batch names are written. */
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* As docs/resume.md says; the table's room ends at a block. */
+/* As in docs/resume.md; the room of the table ends at a block. */
 struct batch {
     char magic[8];
     uint32_t n_extents, zero;
@@ -28,7 +28,7 @@ static const char *const names[N_FILES] = {"a", "b"};
 static const char id[PERTA_WAL_ID_BYTES + 1] =
     "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 static uint8_t head[4096];
-static size_t bytes_at; /* of a batch's bytes in the log */
+static size_t bytes_at; /* offset of a batch's bytes in the log */
 
 static void open_files(struct perta_file *files)
 {
@@ -38,7 +38,7 @@ static void open_files(struct perta_file *files)
             abort();
 }
 
-/* Make a log as perta does, and keep its head; its size shows where bytes go. */
+/* Make a log as perta does, and keep its head; its size shows where the bytes begin. */
 static void enter(void)
 {
     struct perta_err err = {0};
@@ -68,7 +68,7 @@ static void enter(void)
         perta_file_close(&files[i]);
 }
 
-/* A batch from the input: number of extents, seven bytes for each, the rest its bytes. */
+/* Build a batch from the input: the number of extents, seven bytes for each, and then its bytes. */
 static size_t build(const uint8_t *data, size_t size, uint8_t *log)
 {
     struct batch batch = {.magic = "PERTAWAL"};
@@ -81,7 +81,7 @@ static size_t build(const uint8_t *data, size_t size, uint8_t *log)
         extents[i] = (struct perta_wal_extent){
             .file = e[0], .off_bytes = e[1] * 4096u + e[2], .len_bytes = e[3] + 256u * e[4]};
         batch.len_bytes += (extents[i].len_bytes + 4095) / 4096 * 4096;
-        if (e[5] & 1) /* sums that lie */
+        if (e[5] & 1) /* digests that are wrong */
             batch.len_bytes += e[6];
         if (e[5] & 2)
             extents[i].off_bytes -= 4096u * e[6];
