@@ -30,7 +30,7 @@ void perta_input_digest_offload(struct perta_input *input, struct perta_hasher *
 /* A zeroed struct is allowed. */
 void perta_input_close(struct perta_input *input);
 
-/* Point range at n_units units of a tensor (perta_dtype_unit_bytes), from first_unit on. */
+/* Set range to n_units units of a tensor (perta_dtype_unit_bytes), from first_unit on. */
 void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t first_unit,
                        uint64_t n_units, struct perta_range *range);
 
@@ -50,10 +50,9 @@ int perta_input_unchanged(const struct perta_input *input, struct perta_err *err
  * null if not all of it was used. Ends the digests. NULL only when out of memory. */
 json_t *perta_input_json(struct perta_input *input);
 
-/* Append a path, borrowed, to *paths (n of *n_paths), which the caller frees. */
+/* Append a path, borrowed, to *paths (*n_paths long), which the caller frees. */
 int perta_paths_add(const char ***paths, size_t *n_paths, const char *path, struct perta_err *err);
-/* Append the paths of all shards to *paths. The array is the caller's; the strings stay the
- * input's. */
+/* Append the paths of all shards in the same way; the strings stay the input's. */
 int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
                       struct perta_err *err);
 

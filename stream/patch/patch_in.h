@@ -58,7 +58,7 @@ int perta_patch_in_starts(const struct perta_patch_in_shard *shard,
                           const struct perta_header *header, uint64_t *starts,
                           struct perta_err *err);
 
-/* Point range at the chunk's frame; at nothing where the chunk does not change. */
+/* Set range to the chunk's frame, or leave it empty if the chunk does not change. */
 void perta_patch_in_frame(struct perta_patch_in_shard *shard, const struct perta_patch_entry *entry,
                           struct perta_range *range);
 

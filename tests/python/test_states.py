@@ -17,7 +17,8 @@ RUNS = {
     "diff": ("diff model tuned --patch p".split(), ["p"]),
     "unlearn": (["unlearn", *SIDES, "--patch", "p", "--out", "m"], ["p", "m"]),
 }
-# Exit status of the same command again, with --resume, and with --force.
+# Exit status of the same command again, in each state, with each of these flags.
+FLAGS = [[], ["--resume"], ["--force"]]
 NEXT = {
     "nothing": (0, 0, 0),
     "started": (2, 0, 0),
@@ -76,18 +77,20 @@ def test_killed_in_any_state_the_next_run_does_what_the_table_says(inputs, tmp_p
     clean(inputs, names)
     seen = set()
     for at in kills:
-        for flags, status in zip(([], ["--resume"], ["--force"]), range(3)):
+        for flags in FLAGS:
             stop_at(inputs, command, "any", at, signal.SIGKILL)
             found = state(inputs, names)
             seen.add(found)
-            run(inputs, *command, *flags, status=NEXT[found][status], **QUICK)
-            if NEXT[found][status] == 0 or found == "published":
+            status = NEXT[found][FLAGS.index(flags)]
+            run(inputs, *command, *flags, status=status, **QUICK)
+            if status == 0 or found == "published":
                 assert outputs(inputs, names) == want
                 assert not list(inputs.glob("*.perta-*"))
             clean(inputs, names)
     run(inputs, *command, **QUICK)
     assert state(inputs, names) == "published"
-    for flags, status in zip(([], ["--resume"], ["--force"]), NEXT["published"]):
+    for flags in FLAGS:
+        status = NEXT["published"][FLAGS.index(flags)]
         run(inputs, *command, *flags, status=status, **QUICK)
         assert outputs(inputs, names) == want
     assert seen >= NEXT.keys() - {"published", "renaming"}
