@@ -210,6 +210,9 @@ START_TEST(unlearn)
     BAD(unlearn, job.rule.method = (enum perta_method) - 1, "--method: -1");
     BAD(unlearn, job.rule.method = PERTA_SCALE, "scale");
     BAD(unlearn, job.scale = "s", "scale");
+    BAD(unlearn, job.box = "b", "box: only PERTA_SCALE takes it");
+    BAD(unlearn, (job.box = job.scale = "b", job.rule.method = PERTA_SCALE),
+        "box: only PERTA_SCALE takes it, and in place of --tuned and --base");
     BAD(unlearn, job.rule.power = 2, "--power P");
     BAD(unlearn, job.rule.power = (double)NAN, "--power P");
     BAD(unlearn, job.rule.method = PERTA_POWER, "--power P");
@@ -234,7 +237,8 @@ END_TEST
 /* ---- with a model ---- */
 
 #if HAS_MODEL
-static const struct perta_scaled_paths nowhere = {"t", NULL, "s"};
+static const struct perta_scaled_paths nowhere = {"t", NULL, "s", NULL},
+                                       both = {"t", "b", "s", "x"};
 
 static struct perta_estimate good_estimate(void)
 {
@@ -252,6 +256,7 @@ START_TEST(estimate)
     BAD(estimate, job.mean = false, "--stat: mean, meansq or both");
     BAD(estimate, job.compute = (enum perta_compute)4, "--compute: 4");
     BAD(estimate, job.at = &nowhere, "base (of at) is needed");
+    BAD(estimate, job.at = &both, "box (of at), or tuned and base, not both");
 }
 END_TEST
 

@@ -70,7 +70,7 @@ static void compare(const struct perta_rule *rule, const enum perta_dtype dtype[
         views[i] = (struct perta_view){dtype[i], inputs[i]};
     }
     const struct perta_edit_in in = {views[0], views[1], views[2], views[3], views[4],
-                                     N,        12345,    0xabcdef, views[4]};
+                                     N,        12345,    0xabcdef, views[4], 0};
     void *const to[2][3] = {{outs[0][0], outs[0][1], outs[0][2]},
                             {outs[1][0], outs[1][1], outs[1][2]}};
     struct perta_edit_counts want[3], have[3];
@@ -153,7 +153,8 @@ START_TEST(weights_are_what_the_formula_says)
                                    1,
                                    0,
                                    0,
-                                   {0}};
+                                   {0},
+                                   0};
         struct perta_edit_counts counts;
         float out;
         void *to = &out;
@@ -337,6 +338,43 @@ START_TEST(without_a_base_tuned_is_the_task_vector)
 }
 END_TEST
 
+/* A box edits like the task vector that its signs and its size make. */
+START_TEST(a_box_is_a_size_times_signs)
+{
+    static float tau[N];
+    static int8_t signs[N + 1];
+    struct perta_rule rule = {.method = PERTA_SCALE, .keep_nonfinite = true};
+    for (size_t i = 0; i < N; i++) {
+        signs[i + 1] = (int8_t)(i * 7 % 3 - 1);
+        tau[i] = 0.037f * (float)signs[i + 1];
+    }
+    for (int model = 0; model < 4; model++) {
+        size_t width = perta_dtype_unit_bytes(dtypes[model]);
+        fill(inputs[0], dtypes[model], 1, false, true, 1);
+        fill(inputs[5], PERTA_BF16, 3, true, false, 2);
+        struct perta_edit_in in = {.model = {dtypes[model], inputs[0]},
+                                   .tuned = {PERTA_F32, tau},
+                                   .n = N,
+                                   .scale = {PERTA_BF16, inputs[5]},
+                                   .box = 0.037f};
+        struct perta_edit_counts want, have;
+        void *to[] = {outs[0][0]};
+        perta_edit_reference(&rule, &in, alphas, 1, to, &want);
+        in.tuned = (struct perta_view){PERTA_I8, signs + 1};
+        for (int isa = -1; isa <= (int)perta_isa_best(); isa++) {
+            to[0] = outs[1][0];
+            memset(outs[1][0], 0x55, sizeof outs[1][0]);
+            if (isa < 0)
+                perta_edit_reference(&rule, &in, alphas, 1, to, &have);
+            else
+                perta_edit_isa((enum perta_isa)isa, &rule, &in, alphas, 1, to, &have);
+            ck_assert_mem_eq(outs[1][0], outs[0][0], N * width);
+            ck_assert_uint_eq(have.n_changed, want.n_changed);
+        }
+    }
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("edit");
@@ -347,5 +385,6 @@ int main(void)
     tcase_add_test(tests, importances_are_read_by_the_methods_that_need_them);
     tcase_add_test(tests, the_task_vector_of_a_lora_equals_the_reference);
     tcase_add_test(tests, without_a_base_tuned_is_the_task_vector);
+    tcase_add_test(tests, a_box_is_a_size_times_signs);
     return run_suite("edit", tests);
 }

@@ -2,6 +2,7 @@
  * Spec: docs/method.md. Every function here works on one run of elements of all inputs at once.
  *
  *   tau = tuned - base, or scaling * (B A)      task vector; the second form is a LoRA's
+ *   tau = box * sign                            that of a box (docs/steps.md)
  *   r   = |g_r| / |g_f|, w = 1 / (1 + r^p)      weight in [0, 1]; g_f = 0 gives w = 0
  *   out = round(model - (alpha * w) * tau)      one rounding to the model's dtype
  *
@@ -48,16 +49,18 @@ PERTA_API bool perta_rule_needs_importance(const struct perta_rule *rule);
 
 /* A run of elements of one dtype. */
 struct perta_view {
-    enum perta_dtype dtype; /* F16, BF16, F32 or F64 */
+    enum perta_dtype dtype; /* F16, BF16, F32 or F64; I8 for signs */
     const void *data;       /* NULL where the method does not need it; any alignment */
 };
 
 struct perta_edit_in {
-    struct perta_view model, tuned, base, forget, retain; /* no base.data: tuned is tau */
-    uint64_t n;                                           /* elements in each view */
+    /* No base.data: tuned is tau; or, if its dtype is I8, its sign, and tau = box * tuned. */
+    struct perta_view model, tuned, base, forget, retain;
+    uint64_t n;              /* elements in each view */
     uint64_t first_elem;     /* index of the first element in its tensor; used by PERTA_RANDOM */
     uint64_t name_hash;      /* XXH3-64 of the tensor's name, seed 0; used by PERTA_RANDOM */
     struct perta_view scale; /* read by PERTA_SCALE: the weights, each at least 0 */
+    float box;
 };
 
 enum perta_operand { /* which operand held a bad number */

@@ -34,6 +34,19 @@ static void REAL(load)(const struct perta_view *view, uint64_t first, size_t n, 
     }
 }
 
+/* dst (n) = elements first.. of tuned; of a box, its task vector. */
+static void REAL(load_tuned)(const struct perta_edit_in *in, uint64_t first, size_t n,
+                             real *restrict dst)
+{
+    if (in->tuned.dtype != PERTA_I8) {
+        REAL(load)(&in->tuned, first, n, dst);
+        return;
+    }
+    const int8_t *signs = (const int8_t *)in->tuned.data + first;
+    for (size_t i = 0; i < n; i++)
+        dst[i] = (real)in->box * (real)signs[i];
+}
+
 static bool REAL(is_bad)(real x, bool refuse_negative)
 {
     return (REAL_BITS(x) & REAL_EXPONENT) == REAL_EXPONENT || (refuse_negative && x < 0);
@@ -55,7 +68,7 @@ static bool REAL(load_tile)(const struct perta_rule *rule, const struct perta_ed
                             uint64_t first, size_t n, struct REAL(tile) * t)
 {
     REAL(load)(&in->model, first, n, t->model);
-    REAL(load)(&in->tuned, first, n, t->tuned);
+    REAL(load_tuned)(in, first, n, t->tuned);
     if (in->base.data)
         REAL(load)(&in->base, first, n, t->base);
     else

@@ -37,6 +37,14 @@ static double element(const struct perta_view *view, uint64_t i, bool wide)
     }
 }
 
+/* The same of tuned; of a box, its task vector. */
+static double tuned_element(const struct perta_edit_in *in, uint64_t i, bool wide)
+{
+    if (in->tuned.dtype != PERTA_I8)
+        return element(&in->tuned, i, wide);
+    return (double)in->box * ((const int8_t *)in->tuned.data)[i];
+}
+
 /* r^p, or its equivalent from mean squares; x is |g_r| / |g_f|, or s_r / s_f. */
 static double raised(const struct perta_rule *rule, bool wide, double x)
 {
@@ -119,7 +127,7 @@ static void edit_element(const struct perta_rule *rule, const struct perta_edit_
     char *is = (char *)out + i * width;
     double x[PERTA_IN_RESULT] = {
         element(&in->model, i, wide),
-        element(&in->tuned, i, wide),
+        tuned_element(in, i, wide),
         in->base.data ? element(&in->base, i, wide) : 0,
         importance ? element(&in->forget, i, wide) : 0,
         importance ? element(&in->retain, i, wide) : 0,

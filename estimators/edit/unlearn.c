@@ -107,6 +107,7 @@ static int edit(const struct perta_unlearn_job *job, unsigned worker,
         .n = piece->n_elems,
         .first_elem = piece->first_elem,
         .name_hash = row->name_hash,
+        .box = row->box,
     };
     for (unsigned a = 0; a < job->n_outs; a++)
         outs[a] = piece->out + l->after_at + a * l->stride;
@@ -210,15 +211,27 @@ static void measure(const struct perta_unlearn_job *job, struct perta_job *sizes
     sizes->out_bytes_max = lay_out(job->n_outs, *chunk_bytes).whole;
 }
 
+/* What the record calls the input of that role. */
+static const char *name_of(const struct perta_unlearn_job *job, int role)
+{
+    return role == PERTA_ROLE_TUNED && job->box_sizes ? "box" : perta_roles[role] + 2;
+}
+
+/* Did the run itself write it? */
+static bool is_own(const struct perta_unlearn_job *job, int role)
+{
+    return role == PERTA_ROLE_SCALE || (role == PERTA_ROLE_TUNED && job->box_sizes);
+}
+
 static json_t *identity_of(const struct perta_unlearn_job *job)
 {
     const struct perta_unlearn *u = job->unlearn;
     json_t *inputs = json_object(), *recipes = json_array();
     for (int i = 0; i < PERTA_N_ROLES; i++)
         if (job->in[i].ck)
-            perta_json_set(&inputs, perta_roles[i] + 2,
-                           i == PERTA_ROLE_SCALE ? perta_journal_own(job->in[i].ck)
-                                                 : perta_journal_checkpoint(job->in[i].ck));
+            perta_json_set(&inputs, name_of(job, i),
+                           is_own(job, i) ? perta_journal_own(job->in[i].ck)
+                                          : perta_journal_checkpoint(job->in[i].ck));
     for (unsigned a = 0; a < u->n_alphas; a++)
         perta_json_append(&recipes, perta_recipe_json(u, &job->rule, a, job->in));
     if (job->adapter)
@@ -337,7 +350,7 @@ static int finish(struct perta_unlearn_job *job, json_t **summary, json_t *notes
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
         if (job->in[i].ck && !(rc = perta_input_digest_rest(&job->in[i], job->stream, err)) &&
             !(rc = perta_input_unchanged(&job->in[i], err)))
-            perta_json_set(&inputs, perta_roles[i] + 2, perta_input_json(&job->in[i]));
+            perta_json_set(&inputs, name_of(job, i), perta_input_json(&job->in[i]));
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         json_t *recipe = perta_recipe_json(job->unlearn, &job->rule, a, job->in);
         json_t *result = NULL;
@@ -368,6 +381,7 @@ static void release(struct perta_unlearn_job *job)
         perta_input_close(&job->in[i]);
     perta_stream_close(job->stream);
     perta_codecs_free(job->codecs);
+    free(job->box_sizes);
     free(job->rows);
     free(job->actions);
 }

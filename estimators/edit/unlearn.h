@@ -24,6 +24,8 @@ struct perta_unlearn {
                                        * base only for tensors that it stores whole */
     const char *forget, *retain;      /* importances; NULL if the method needs none */
     const char *scale;                /* for PERTA_SCALE: a weight for each parameter */
+    const char *box;                  /* for PERTA_SCALE: tau, in place of tuned and base; a folder
+                                       * that steps wrote */
     const json_t *steps;              /* how the scales were found, for the recipe; or NULL */
     struct perta_rule rule;           /* the job sets rule.stat from the importances */
     struct perta_alpha alphas[PERTA_ALPHAS_MAX];

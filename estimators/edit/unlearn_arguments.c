@@ -81,16 +81,20 @@ static int check_importance(const struct perta_unlearn *u, struct perta_err *err
     if (needs && (!u->forget || !u->retain))
         return perta_fail(err, PERTA_EUSAGE, "--method %s needs --forget and --retain",
                           perta_method_name(u->rule.method));
-    return (u->rule.method == PERTA_SCALE) == (u->scale != NULL)
-               ? 0
-               : perta_fail(err, PERTA_EUSAGE,
-                            "scale: PERTA_SCALE needs it, and no other method takes it");
+    if ((u->rule.method == PERTA_SCALE) != (u->scale != NULL))
+        return perta_fail(err, PERTA_EUSAGE,
+                          "scale: PERTA_SCALE needs it, and no other method takes it");
+    return u->box && (!u->scale || u->tuned || u->base)
+               ? perta_fail(err, PERTA_EUSAGE,
+                            "box: only PERTA_SCALE takes it, and in place of --tuned and --base")
+               : 0;
 }
 
 int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err)
 {
-    const struct perta_argument needed[] = {
-        {"--model DIR", u->model}, {"--tuned DIR", u->tuned}, {"--patch DIR", u->patch}};
+    const struct perta_argument needed[] = {{"--model DIR", u->model},
+                                            {"--tuned DIR", u->box ? u->box : u->tuned},
+                                            {"--patch DIR", u->patch}};
     const struct perta_argument given[] = {
         {"--base", u->base}, {"--forget", u->forget}, {"--retain", u->retain}, {"--out", u->out}};
     int rc = check_alphas(u, err);

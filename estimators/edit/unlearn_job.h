@@ -22,6 +22,7 @@ struct perta_unlearn_row {
     const struct perta_change *lora;           /* the adapter's change that gives the task vector;
                                                 * NULL: tuned - base */
     enum perta_method method;
+    float box; /* its size, if in[PERTA_ROLE_TUNED] is a box's */
     uint64_t name_hash;
     bool edited;
 };
@@ -36,6 +37,8 @@ struct perta_unlearn_job {
     struct perta_rule rule;
     struct perta_input in[PERTA_N_ROLES];
     struct perta_adapter *adapter;  /* open if --tuned is an adapter, else NULL */
+    float *box_sizes;               /* if the task vector is a box's, which is then in the place of
+                                     * --tuned; else NULL */
     struct perta_unlearn_row *rows; /* (n_tensors) of the model, in the order of shards */
     const char **actions;           /* likewise; what is done to each, for the record */
     float alphas[PERTA_ALPHAS_MAX];

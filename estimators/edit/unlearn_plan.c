@@ -1,3 +1,4 @@
+#include "estimators/edit/box.h"
 #include "estimators/edit/unlearn_job.h"
 
 #include <errno.h>
@@ -16,6 +17,8 @@ static bool has_role(const struct perta_unlearn_job *job, int role)
 {
     if (role == PERTA_ROLE_SCALE)
         return job->rule.method == PERTA_SCALE;
+    if (role == PERTA_ROLE_TUNED || role == PERTA_ROLE_BASE)
+        return !job->unlearn->box;
     return role < PERTA_ROLE_FORGET || perta_rule_needs_importance(&job->rule);
 }
 
@@ -87,6 +90,16 @@ static int check_input(const struct perta_unlearn_job *job, int role, json_t *no
     return rc || role == PERTA_ROLE_SCALE ? rc : check_tied(job, role, err);
 }
 
+/* Open a box in place of a tuned checkpoint. */
+static int open_box(struct perta_unlearn_job *job, struct perta_err *err)
+{
+    struct perta_input *in = &job->in[PERTA_ROLE_TUNED];
+    if (!job->unlearn->box)
+        return 0;
+    int rc = perta_input_open(in, "box", job->unlearn->box, err);
+    return rc ? rc : perta_box_sizes(in->ck, &job->box_sizes, err);
+}
+
 static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
 {
     const struct perta_unlearn *u = job->unlearn;
@@ -107,7 +120,7 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         if (rc)
             return rc;
     }
-    return 0;
+    return open_box(job, err);
 }
 
 /* ---- one tensor ---- */
@@ -120,10 +133,11 @@ static int set_operand(const struct perta_unlearn_job *job, struct perta_unlearn
     row->in[role] = ref;
     if (!ref)
         return 0;
-    if (!perta_dtype_is_editable(ref->tensor->dtype))
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
-                          job->in[role].ck->path, model->name,
-                          perta_dtype_name(ref->tensor->dtype));
+    bool is_box = role == PERTA_ROLE_TUNED && job->box_sizes;
+    if (is_box ? ref->tensor->dtype != PERTA_I8 : !perta_dtype_is_editable(ref->tensor->dtype))
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; %s needed",
+                          job->in[role].ck->path, model->name, perta_dtype_name(ref->tensor->dtype),
+                          is_box ? "I8" : "BF16, F16, F32 or F64");
     return perta_shapes_agree(perta_roles[PERTA_ROLE_MODEL], model, perta_roles[role], ref->tensor,
                               err);
 }
@@ -208,6 +222,17 @@ static int fill_task_vector(const struct perta_unlearn_job *job, struct perta_un
     return rc ? rc : find_needed(job, row, PERTA_ROLE_BASE, tied, err);
 }
 
+/* A tensor that the box lacks stays unchanged. */
+static int fill_box(const struct perta_unlearn_job *job, struct perta_unlearn_row *row, bool tied,
+                    struct perta_err *err)
+{
+    int rc = find_operand(job, row, PERTA_ROLE_TUNED, tied, err);
+    const struct perta_ref *ref = row->in[PERTA_ROLE_TUNED];
+    if (ref)
+        row->box = job->box_sizes[ref - job->in[PERTA_ROLE_TUNED].ck->by_name];
+    return rc;
+}
+
 static void keep(struct perta_unlearn_row *row)
 {
     for (int role = PERTA_ROLE_TUNED; role < PERTA_N_ROLES; role++)
@@ -260,8 +285,13 @@ static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row
         *action = "kept: not in the adapter";
         return 0;
     }
-    int rc =
-        change ? fill_change(job, row, change, tied, err) : fill_task_vector(job, row, tied, err);
+    int rc = change           ? fill_change(job, row, change, tied, err)
+             : job->box_sizes ? fill_box(job, row, tied, err)
+                              : fill_task_vector(job, row, tied, err);
+    if (!rc && job->box_sizes && !row->in[PERTA_ROLE_TUNED]) {
+        *action = "kept: not in the box";
+        return 0;
+    }
     row->method = job->rule.method;
     if (!rc)
         rc = fill_importance(job, row, tied, &kept, err);
@@ -438,7 +468,8 @@ char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir,
 static int check_outputs(const struct perta_unlearn_job *job, struct perta_err *err)
 {
     const struct perta_unlearn *u = job->unlearn;
-    const char *const inputs[] = {u->model, u->tuned, u->base, u->forget, u->retain, u->scale};
+    const char *const inputs[] = {
+        u->model, u->box ? u->box : u->tuned, u->base, u->forget, u->retain, u->scale};
     char *outputs[2 * PERTA_ALPHAS_MAX] = {0};
     size_t n = 0;
     for (unsigned a = 0; a < u->n_alphas; a++) {

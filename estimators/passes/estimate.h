@@ -22,6 +22,7 @@ enum perta_compute {
 struct perta_scaled_paths {
     const char *tuned, *base; /* checkpoints; tau is their difference */
     const char *scale;        /* s, a folder that steps wrote; what it lacks stays as it is */
+    const char *box;          /* tau, in place of tuned and base; likewise */
 };
 
 struct perta_estimate {

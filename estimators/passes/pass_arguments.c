@@ -9,7 +9,10 @@ int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err
 {
     if (!at)
         return 0;
-    const struct perta_argument needed[] = {
-        {"tuned (of at)", at->tuned}, {"base (of at)", at->base}, {"scale (of at)", at->scale}};
+    if (at->box && (at->tuned || at->base))
+        return perta_fail(err, PERTA_EUSAGE, "box (of at), or tuned and base, not both");
+    const struct perta_argument needed[] = {{"tuned (of at)", at->box ? at->box : at->tuned},
+                                            {"base (of at)", at->box ? at->box : at->base},
+                                            {"scale (of at)", at->scale}};
     return perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
 }

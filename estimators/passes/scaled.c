@@ -1,7 +1,9 @@
 #include "estimators/passes/scaled.h"
 
+#include <stdlib.h>
 #include <string.h>
 
+#include "estimators/edit/box.h"
 #include "estimators/edit/edit.h"
 #include "estimators/model/weights.h"
 #include "io/format/naming.h"
@@ -52,14 +54,23 @@ static int edit(const struct perta_scaled *s, const struct perta_ref *model, uin
                : 0;
 }
 
+/* The size of the model's tensor in the box; 0 if there is no box. */
+static float box_of(const struct perta_scaled *s, const struct perta_ref *model)
+{
+    const struct perta_ref *ref = find(s, PERTA_SCALED_TUNED, model->tensor->name);
+    return s->box_sizes ? s->box_sizes[ref - s->in[PERTA_SCALED_TUNED].ck->by_name] : 0;
+}
+
 static int read_piece(struct perta_scaled *s, struct perta_weights *w,
                       const struct perta_ref *model, uint64_t first, uint64_t n, uint8_t *to,
                       struct perta_err *err)
 {
-    struct perta_view views[PERTA_SCALED_N + 1];
+    struct perta_view views[PERTA_SCALED_N + 1] = {0};
     bool edited = find(s, PERTA_SCALED_SCALE, model->tensor->name);
     int rc = 0;
     for (int i = 0; i <= (edited ? PERTA_SCALED_N : 0) && !rc; i++) {
+        if (i && !s->in[i - 1].ck)
+            continue;
         const struct perta_ref *ref = i ? find(s, i - 1, model->tensor->name) : model;
         struct perta_file *file = i ? &s->in[i - 1].files[ref->shard] : &w->files[ref->shard];
         uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
@@ -71,8 +82,12 @@ static int read_piece(struct perta_scaled *s, struct perta_weights *w,
         memcpy(to, views[0].data, n * perta_dtype_unit_bytes(views[0].dtype));
     if (rc || !edited)
         return rc;
-    const struct perta_edit_in in = {
-        .model = views[0], .tuned = views[1], .base = views[2], .scale = views[3], .n = n};
+    const struct perta_edit_in in = {.model = views[0],
+                                     .tuned = views[1],
+                                     .base = views[2],
+                                     .scale = views[3],
+                                     .n = n,
+                                     .box = box_of(s, model)};
     return edit(s, model, first, &in, to, err);
 }
 
@@ -98,7 +113,8 @@ static int paths(const struct perta_source *source, const char ***list, size_t *
     const struct perta_scaled *s = (const struct perta_scaled *)source;
     int rc = 0;
     for (int i = 0; i < PERTA_SCALED_N && !rc; i++)
-        rc = perta_input_paths(&s->in[i], list, n, err);
+        if (s->in[i].ck)
+            rc = perta_input_paths(&s->in[i], list, n, err);
     return rc;
 }
 
@@ -107,7 +123,8 @@ static int open_files(struct perta_source *source, bool direct, struct perta_err
     struct perta_scaled *s = (struct perta_scaled *)source;
     int rc = 0;
     for (int i = 0; i < PERTA_SCALED_N && !rc; i++)
-        rc = perta_input_open_files(&s->in[i], direct, err);
+        if (s->in[i].ck)
+            rc = perta_input_open_files(&s->in[i], direct, err);
     return rc;
 }
 
@@ -116,7 +133,8 @@ static int unchanged(const struct perta_source *source, struct perta_err *err)
     const struct perta_scaled *s = (const struct perta_scaled *)source;
     int rc = 0;
     for (int i = 0; i < PERTA_SCALED_N && !rc; i++)
-        rc = perta_input_unchanged(&s->in[i], err);
+        if (s->in[i].ck)
+            rc = perta_input_unchanged(&s->in[i], err);
     return rc;
 }
 
@@ -130,16 +148,19 @@ static int check_tensor(const struct perta_scaled *s, const struct perta_tensor 
         return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, for which there are scales",
                           s->model->path, scale->name);
     for (int i = 0; i < PERTA_SCALED_N; i++) {
+        if (!s->in[i].ck)
+            continue;
         const struct perta_ref *ref = find(s, i, scale->name);
         if (!ref)
             return perta_fail(err, PERTA_EINPUT,
                               "%s: no tensor %s, which --model has; is it another architecture, "
                               "or an adapter? --exclude leaves tensors out",
                               s->in[i].ck->path, scale->name);
-        if (!perta_dtype_is_editable(ref->tensor->dtype))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
-                              s->in[i].ck->path, scale->name, perta_dtype_name(ref->tensor->dtype));
+        bool is_box = i == PERTA_SCALED_TUNED && s->box_sizes;
+        if (is_box ? ref->tensor->dtype != PERTA_I8 : !perta_dtype_is_editable(ref->tensor->dtype))
+            return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; %s needed",
+                              s->in[i].ck->path, scale->name, perta_dtype_name(ref->tensor->dtype),
+                              is_box ? "I8" : "BF16, F16, F32 or F64");
         int rc = perta_shapes_agree("--model", model->tensor, roles[i], ref->tensor, err);
         if (rc)
             return rc;
@@ -160,7 +181,8 @@ static uint64_t widest(const struct perta_checkpoint *ck)
 int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *from,
                       const struct perta_checkpoint *model, struct perta_err *err)
 {
-    const char *const all[PERTA_SCALED_N] = {from->tuned, from->base, from->scale};
+    const char *const all[PERTA_SCALED_N] = {from->box ? from->box : from->tuned, from->base,
+                                             from->scale};
     *s = (struct perta_scaled){
         .source = {.ops = &ops},
         .model = model,
@@ -169,10 +191,14 @@ int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *f
     uint64_t width = widest(model);
     int rc = 0;
     for (int i = 0; i < PERTA_SCALED_N && !rc; i++) {
+        if (!all[i])
+            continue;
         rc = perta_input_open(&s->in[i], roles[i], all[i], err);
         uint64_t of_input = rc ? 0 : widest(s->in[i].ck);
         width = of_input > width ? of_input : width;
     }
+    if (!rc && from->box)
+        rc = perta_box_sizes(s->in[PERTA_SCALED_TUNED].ck, &s->box_sizes, err);
     s->source.room_bytes = (PERTA_SCALED_N + 1) * perta_weights_room(PIECE * width);
     for (uint64_t t = 0; !rc && t < s->in[PERTA_SCALED_SCALE].ck->n_tensors; t++)
         rc = check_tensor(s, s->in[PERTA_SCALED_SCALE].ck->by_name[t].tensor, err);
@@ -183,11 +209,15 @@ void perta_scaled_close(struct perta_scaled *s)
 {
     for (int i = 0; i < PERTA_SCALED_N; i++)
         perta_input_close(&s->in[i]);
+    free(s->box_sizes);
     *s = (struct perta_scaled){0};
 }
 
 json_t *perta_scaled_json(const struct perta_scaled *s)
 {
+    if (s->box_sizes)
+        return json_pack("{s:o, s:o}", "box", perta_journal_own(s->in[PERTA_SCALED_TUNED].ck),
+                         "scale", perta_journal_own(s->in[PERTA_SCALED_SCALE].ck));
     return json_pack("{s:o, s:o, s:o}", "tuned",
                      perta_journal_checkpoint(s->in[PERTA_SCALED_TUNED].ck), "base",
                      perta_journal_checkpoint(s->in[PERTA_SCALED_BASE].ck), "scale",

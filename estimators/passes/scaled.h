@@ -12,7 +12,8 @@ enum { PERTA_SCALED_TUNED, PERTA_SCALED_BASE, PERTA_SCALED_SCALE, PERTA_SCALED_N
 struct perta_scaled {
     struct perta_source source; /* first: it is this */
     const struct perta_checkpoint *model;
-    struct perta_input in[PERTA_SCALED_N];
+    struct perta_input in[PERTA_SCALED_N]; /* PERTA_SCALED_TUNED may be a box, without a base */
+    float *box_sizes;                      /* NULL: no box */
     bool tied;
 };
 

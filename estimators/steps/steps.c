@@ -173,7 +173,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
     const char *data = set == PERTA_FORGET ? s->data_forget : s->data_retain;
     char *scales = perta_steps_scales(job, k);
     char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
-    const struct perta_scaled_paths at = {s->tuned, s->base, scales};
+    const struct perta_scaled_paths at = {s->tuned, s->base, scales, NULL};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = &at,
                                             .data = data,
