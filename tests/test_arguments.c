@@ -323,6 +323,14 @@ START_TEST(steps)
     BAD(steps, (job.hold = true, job.stop_probability = infinite), "needs --stop-probability P");
     BAD(steps, job.compute = (enum perta_compute)9, "--compute: 9");
     BAD(steps, job.globs.n_include = 1, "--include");
+    BAD(steps, job.box = 0.1, "--box C forms the task vector from the model itself");
+    BAD(steps, (job.box = 0.1, job.tuned = NULL), "cannot be used with --tuned and --base");
+    BAD(steps, job.box = -0.1, "--box: -0.1; must be a finite number above 0");
+    BAD(steps, job.box = nan, "--box: nan");
+    BAD(steps, job.box = infinite, "--box: inf");
+    BAD(steps, job.box = 1e39, "--box: 1e+39");
+    BAD(steps, job.box = 1e-60, "--box: 1e-60");
+    BAD(steps, job.tuned = job.base = NULL, "--tuned DIR and --base DIR, or --box C");
 }
 END_TEST
 #endif

@@ -351,11 +351,9 @@ static int eval(json_t **record)
     return perta_eval(&e, &run, record, &err);
 }
 
-static int steps(json_t **record)
+static int steps_in(const char *tuned, const char *base, double box, json_t **record)
 {
     static struct perta_steps s = {.model = "in/model",
-                                   .tuned = "in/tuned",
-                                   .base = "in/base",
                                    .data_forget = "in/a.jsonl",
                                    .data_retain = "in/b.jsonl",
                                    .data_key = "in/key",
@@ -366,7 +364,20 @@ static int steps(json_t **record)
                                    .patch = "out/patch"};
     s.stop_forget = s.stop_probability = s.max_retain_rise = (double)INFINITY;
     s.listed[1] = s.listed[2] = true;
+    s.tuned = tuned;
+    s.base = base;
+    s.box = box;
     return perta_steps(&s, &run, record, &err);
+}
+
+static int steps(json_t **record)
+{
+    return steps_in("in/tuned", "in/base", 0, record);
+}
+
+static int steps_in_a_box(json_t **record)
+{
+    return steps_in(NULL, NULL, 0.1, record);
 }
 #endif
 
@@ -399,9 +410,11 @@ static const struct verb {
 #if HAS_MODEL
     {"estimate --resume", estimate, 29, GO_ON},
     {"unlearn --steps --resume", steps, 307, GO_ON},
+    {"unlearn --steps --box --resume", steps_in_a_box, 307, GO_ON},
     {"estimate", estimate, 23, ANEW},
     {"eval", eval, 7, ANEW},
     {"unlearn --steps", steps, 307, ANEW},
+    {"unlearn --steps --box", steps_in_a_box, 307, ANEW},
 #endif
 };
 

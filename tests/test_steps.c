@@ -85,10 +85,38 @@ START_TEST(dtypes_and_lengths_do_not_matter)
 }
 END_TEST
 
+/* All that matters of tau is its sign, which is what a box holds. */
+START_TEST(signs_of_a_box_move_scales_as_its_task_vector_does)
+{
+    static const int8_t signs[] = {1, -1, 0, 1, -1, 0, 1, -1, 1};
+    static const float forget[] = {-1, 1, 1, 1, -1, -1, -1, 1, 0}, zero[9],
+                       retain[] = {1, -1, 1, -1, 1, -1, -1, 1, 1};
+    static const float scale[9] = {0, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f, 0.5f};
+    float tau[9];
+    uint16_t want[9], have[9];
+    double sums[2];
+    for (int i = 0; i < 9; i++)
+        tau[i] = 0.03f * (float)signs[i];
+    struct perta_step_in in = {.tuned = {PERTA_F32, tau},
+                               .base = {PERTA_F32, zero},
+                               .forget = {PERTA_F32, forget},
+                               .retain = {PERTA_F32, retain},
+                               .scale = {PERTA_F32, scale},
+                               .n = 9};
+    uint64_t n_moved = perta_step_update(&rule, &in, want, &sums[0]);
+    in.tuned = (struct perta_view){PERTA_I8, signs};
+    in.base = (struct perta_view){0};
+    ck_assert_uint_eq(perta_step_update(&rule, &in, have, &sums[1]), n_moved);
+    ck_assert_mem_eq(have, want, sizeof have);
+    ck_assert_double_eq(sums[0], sums[1]);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("steps");
     tcase_add_test(tests, a_scale_moves_by_the_signs_of_both_gradients_along_the_task_vector);
     tcase_add_test(tests, dtypes_and_lengths_do_not_matter);
+    tcase_add_test(tests, signs_of_a_box_move_scales_as_its_task_vector_does);
     return run_suite("steps", tests);
 }

@@ -242,7 +242,10 @@ static const struct argp argp = {
     "    --data-forget forget.jsonl --data-retain retain.jsonl \\\n"
     "    --stop-forget 3 --patch forget.patch\n"
     "  perta unlearn --model full --tuned tuned --base base --steps 2,4,8 \\\n"
-    "    --data-forget forget.jsonl --data-retain retain.jsonl --patch patches",
+    "    --data-forget forget.jsonl --data-retain retain.jsonl --patch patches\n"
+    "  perta unlearn --model full --box 0.15 --method signed-hold --steps 16 \\\n"
+    "    --data-forget forget.jsonl --data-retain retain.jsonl \\\n"
+    "    --stop-probability 0.15 --patch forget.patch",
     children,
     NULL,
     NULL};

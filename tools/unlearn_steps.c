@@ -11,6 +11,7 @@ enum {
     KEY_DATA_FORGET,
     KEY_DATA_RETAIN,
     KEY_DATA_KEY,
+    KEY_BOX,
     KEY_STEP,
     KEY_BACK_OFF,
     KEY_MAX_SCALE,
@@ -29,6 +30,10 @@ static const struct argp_option options[] = {
     {"data-forget", KEY_DATA_FORGET, "FILE", 0, "The forget set: JSON lines, as for estimate", 1},
     {"data-retain", KEY_DATA_RETAIN, "FILE", 0, "The retain set: likewise", 1},
     {"data-key", KEY_DATA_KEY, "FILE", 0, "A key file: record keyed digests (HMAC-SHA-256) of both",
+     1},
+    {"box", KEY_BOX, "C", 0,
+     "Without --tuned and --base: form the task vector from the signs of the forget set's gradient "
+     "at the model, for each matrix C times its root mean square",
      1},
     {"step", KEY_STEP, "S", 0, "How much a parameter's scale can grow in a step (default 0.4)", 2},
     {"back-off", KEY_BACK_OFF, "B", 0,
@@ -90,6 +95,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_DATA_KEY:
         s->data_key = arg;
         return 0;
+    case KEY_BOX:
+        s->box = cli_number(state, "--box", arg);
+        if (!(s->box > 0)) /* 0 in the library means: no box */
+            argp_error(state, "--box: %s; must be a finite number above 0", arg);
+        return 0;
     case KEY_STEP:
         s->rule.step = cli_number(state, "--step", arg);
         return 0;
@@ -149,7 +159,7 @@ void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bo
     const struct perta_steps *s = &own->steps;
     if (!s->n_steps && (own->n_given || is_signed))
         argp_error(state, "--method signed, signed-backoff and signed-hold, --data-forget, "
-                          "--data-retain and the options for them need --steps K");
+                          "--data-retain, --box and the options for them need --steps K");
 }
 
 static double real(const json_t *object, const char *key)

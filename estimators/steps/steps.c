@@ -47,6 +47,11 @@ char *perta_steps_scales(const struct perta_steps_job *job, unsigned k)
     return path_in_work(job, SCALES, k, "");
 }
 
+char *perta_steps_box_folder(const struct perta_steps_job *job)
+{
+    return perta_publish_path(&job->work, "box");
+}
+
 static void remove_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
                           const char *set)
 {
@@ -71,15 +76,18 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
     const struct perta_steps *s = job->steps;
     bool bf16 = s->compute == PERTA_COMPUTE_BF16 ||
                 (s->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
-    return json_pack("{s:s, s:I, s:f, s:f, s:f, s:o, s:o, s:o, s:s}", "method",
-                     s->hold                ? "signed-hold"
-                     : s->rule.back_off > 0 ? "signed-backoff"
-                                            : "signed",
-                     "steps", (json_int_t)n_steps, "step", s->rule.step, "back_off",
-                     s->rule.back_off, "max_scale", s->rule.max_scale, "stop_forget",
-                     perta_real_json(s->stop_forget), "stop_probability",
-                     perta_real_json(s->stop_probability), "max_retain_rise",
-                     perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
+    json_t *flags =
+        json_pack("{s:s, s:I, s:f, s:f, s:f, s:o, s:o, s:o, s:s}", "method",
+                  s->hold                ? "signed-hold"
+                  : s->rule.back_off > 0 ? "signed-backoff"
+                                         : "signed",
+                  "steps", (json_int_t)n_steps, "step", s->rule.step, "back_off", s->rule.back_off,
+                  "max_scale", s->rule.max_scale, "stop_forget", perta_real_json(s->stop_forget),
+                  "stop_probability", perta_real_json(s->stop_probability), "max_retain_rise",
+                  perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
+    if (s->box > 0)
+        perta_json_set(&flags, "box", json_real(s->box));
+    return flags;
 }
 
 /* Null if there is only one patch. */
@@ -100,6 +108,12 @@ static json_t *globs_json(const char *const *globs, unsigned n)
     return list;
 }
 
+/* Null with a box of the model's own. */
+static json_t *other_json(const struct perta_checkpoint *ck)
+{
+    return ck ? perta_journal_checkpoint(ck) : json_null();
+}
+
 static json_t *identity_of(const struct perta_steps_job *job)
 {
     const struct perta_steps *s = job->steps;
@@ -113,8 +127,8 @@ static json_t *identity_of(const struct perta_steps_job *job)
         "max tokens", (json_int_t)s->max_tokens, "data key gives", job->data[PERTA_FORGET].hmac,
         job->data[PERTA_RETAIN].hmac, "forget", file_json(&job->data[PERTA_FORGET]), "retain",
         file_json(&job->data[PERTA_RETAIN]), "model", perta_journal_checkpoint(job->weights.ck),
-        "config.json", perta_journal_config(job->weights.ck), "tuned",
-        perta_journal_checkpoint(job->others[0]), "base", perta_journal_checkpoint(job->others[1]));
+        "config.json", perta_journal_config(job->weights.ck), "tuned", other_json(job->others[0]),
+        "base", other_json(job->others[1]));
 }
 
 /* ---- records ---- */
@@ -146,6 +160,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
         json_decref(p->patch);
         p->patch = json_incref(patch);
     }
+    job->has_box |= json_is_true(json_object_get(record, "box"));
     for (int i = 0; i < 2; i++) {
         const json_t *loss = json_object_get(record, perta_sets[i]);
         if (loss) {
@@ -171,11 +186,12 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
 {
     const struct perta_steps *s = job->steps;
     const char *data = set == PERTA_FORGET ? s->data_forget : s->data_retain;
-    char *scales = perta_steps_scales(job, k);
+    char *scales = perta_steps_scales(job, k), *box = perta_steps_box_folder(job);
     char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
-    const struct perta_scaled_paths at = {s->tuned, s->base, scales, NULL};
+    const struct perta_scaled_paths at = {s->tuned, s->base, scales, s->box > 0 ? box : NULL};
+    bool at_model = s->box > 0 && !k; /* the box is formed from the gradient there */
     const struct perta_estimate estimate = {.model = s->model,
-                                            .at = &at,
+                                            .at = at_model ? NULL : &at,
                                             .data = data,
                                             .data_xxh128 = job->data[set].xxh128,
                                             .out = out,
@@ -192,10 +208,11 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
                                     .compute = s->compute,
                                     .scratch = job->work.partial,
                                     .as_estimate = true};
-    int rc = !scales || !out  ? perta_fail_sys(err, ENOMEM, "%s", job->work_path)
-             : k < s->n_steps ? perta_estimate(&estimate, &job->run, summary, err)
-                              : perta_eval(&eval, &job->run, summary, err);
+    int rc = !scales || !box || !out ? perta_fail_sys(err, ENOMEM, "%s", job->work_path)
+             : k < s->n_steps        ? perta_estimate(&estimate, &job->run, summary, err)
+                                     : perta_eval(&eval, &job->run, summary, err);
     free(scales);
+    free(box);
     free(out);
     return rc;
 }
@@ -205,7 +222,8 @@ static int check_models(const struct perta_steps_job *job, struct perta_err *err
 {
     int rc = perta_checkpoint_unchanged(job->weights.ck, err);
     for (int i = 0; i < 2 && !rc; i++)
-        rc = perta_checkpoint_unchanged(job->others[i], err);
+        if (job->others[i])
+            rc = perta_checkpoint_unchanged(job->others[i], err);
     return rc;
 }
 
@@ -234,6 +252,29 @@ static int measure(struct perta_steps_job *job, unsigned k, int set, struct pert
                                           (json_int_t)p->tokens[set]),
                                 err);
     p->loss[set] = rc ? NAN : loss;
+    return rc;
+}
+
+/* Form the box, once, from the gradients at the model. */
+static int form_box(struct perta_steps_job *job, struct perta_err *err)
+{
+    const struct perta_steps *s = job->steps;
+    if (!(s->box > 0) || job->has_box)
+        return 0;
+    char *forget = path_in_work(job, MEAN, 0, perta_sets[PERTA_FORGET]);
+    char *scales = perta_steps_scales(job, 0), *to = perta_steps_box_folder(job);
+    const struct perta_box_folders folders = {s->model, forget, scales, to,
+                                              perta_is_tied(job->weights.ck)};
+    int rc = forget && scales && to ? perta_steps_box(s->box, &folders, &job->run, err)
+                                    : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
+    if (!rc)
+        rc = check_models(job, err);
+    if (!rc)
+        rc = perta_steps_commit(job, json_pack("{s:i, s:b}", "step", 0, "box", 1), err);
+    job->has_box = !rc;
+    free(forget);
+    free(scales);
+    free(to);
     return rc;
 }
 
@@ -277,9 +318,16 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     char *forget = path_in_work(job, MEAN, k, perta_sets[PERTA_FORGET]);
     char *retain = path_in_work(job, MEAN, k, perta_sets[PERTA_RETAIN]);
     char *from = perta_steps_scales(job, k), *to = perta_steps_scales(job, k + 1);
-    const struct perta_step_folders folders = {
-        s->tuned, s->base, forget, retain, from, to, perta_is_tied(job->weights.ck)};
-    int rc = forget && retain && from && to
+    char *box = perta_steps_box_folder(job);
+    const struct perta_step_folders folders = {.tuned = s->tuned,
+                                               .base = s->base,
+                                               .box = s->box > 0 ? box : NULL,
+                                               .forget = forget,
+                                               .retain = retain,
+                                               .from = from,
+                                               .to = to,
+                                               .tied = perta_is_tied(job->weights.ck)};
+    int rc = forget && retain && from && to && box
                  ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
                  : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     if (!rc)
@@ -296,6 +344,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     free(retain);
     free(from);
     free(to);
+    free(box);
     return rc;
 }
 
@@ -341,6 +390,8 @@ static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *l
         rc = measure(job, k, PERTA_FORGET, err);
         if (!rc)
             rc = measure(job, k, PERTA_RETAIN, err);
+        if (!rc && !k)
+            rc = form_box(job, err);
         if (rc)
             break;
         *chosen = end_of(job, k);
@@ -411,7 +462,7 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     size_t len = strlen(s->patch);
-    if (perta_checkpoint_is_adapter(s->tuned))
+    if (s->tuned && perta_checkpoint_is_adapter(s->tuned))
         return perta_fail(
             err, PERTA_EUSAGE,
             "%s: this is a LoRA adapter, but --steps needs the tuned model itself; merge the "
@@ -425,19 +476,21 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     for (unsigned k = 0; k <= s->n_steps; k++)
         job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
     int rc = perta_weights_open(&job->weights, s->model, err);
-    if (!rc)
+    if (!rc && s->tuned)
         rc = perta_checkpoint_open(s->tuned, &job->others[0], err);
-    if (!rc)
+    if (!rc && s->base)
         rc = perta_checkpoint_open(s->base, &job->others[1], err);
     if (!rc)
         rc = read_data(job, err);
+    if (!rc)
+        rc = perta_steps_any(&job->weights, s, err);
     return rc ? rc : check(job, err);
 }
 
 static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 {
     char *zero = perta_steps_scales(job, 0);
-    int rc = zero ? perta_steps_zero(&job->weights, &job->steps->globs, zero, err)
+    int rc = zero ? perta_steps_zero(&job->weights, job->steps, zero, err)
                   : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(zero);
     if (!rc)

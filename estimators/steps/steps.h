@@ -7,6 +7,8 @@
  *     not raise the retain loss
  *   s shrinks by back_off if moving along -tau raises the retain loss
  *
+ * tau is tuned - base; or, without these, it is formed from the model's own gradient.
+ *
  * Along -tau a loss changes by -g * tau for each parameter. The gradient g for forgetting is that
  * of minus the probability. */
 #ifndef PERTA_ESTIMATORS_STEPS_STEPS_H
@@ -25,7 +27,11 @@ struct perta_step_rule {
 };
 
 struct perta_steps {
-    const char *model, *tuned, *base;      /* checkpoints */
+    const char *model, *tuned, *base; /* checkpoints; without tuned and base there is a box */
+    /* Not 0: tau = (box * rms(W)) * sign(dp/dtheta) for each matrix W of the model, where p is the
+     * mean probability of the forget answers at the model; other parameters stay unchanged. The
+     * value is used as float32. */
+    double box;
     const char *data_forget, *data_retain; /* JSON lines, as for perta_estimate */
     const char *data_key; /* key file; with it the record holds keyed digests of both data files; or
                            * NULL */
@@ -63,7 +69,8 @@ PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_ru
 /* Compute new scales to (n, bf16) from the old ones, in.scale, and from signed mean gradients.
  * Returns how many scales changed; *sum is the sum of the new ones. */
 struct perta_step_in {
-    struct perta_view tuned, base, forget, retain, scale;
+    struct perta_view tuned, base; /* no base.data: tuned has the sign of tau */
+    struct perta_view forget, retain, scale;
     uint64_t n;
 };
 PERTA_API uint64_t perta_step_update(const struct perta_step_rule *rule,

@@ -41,6 +41,24 @@ static int check_stops(const struct perta_steps *s, struct perta_err *err)
                : 0;
 }
 
+/* The task vector is tuned - base, or formed from the model's own gradient. */
+static int check_box(const struct perta_steps *s, struct perta_err *err)
+{
+    float box = (float)s->box;
+    if (s->box != 0 && !(box > 0 && isfinite(box)))
+        return perta_fail(err, PERTA_EUSAGE, "--box: %g; must be a finite number above 0", s->box);
+    if (s->box > 0 && (s->tuned || s->base))
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--box C forms the task vector from the model itself; it cannot be used "
+                          "with --tuned and --base");
+    return s->box > 0 || s->tuned || s->base
+               ? 0
+               : perta_fail(
+                     err, PERTA_EUSAGE,
+                     "a task vector is needed: --tuned DIR and --base DIR, or --box C, which "
+                     "forms one from the model's own gradient");
+}
+
 static int check_count(const struct perta_steps *s, struct perta_err *err)
 {
     if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
@@ -58,8 +76,8 @@ static int check_count(const struct perta_steps *s, struct perta_err *err)
 int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
 {
     const struct perta_argument needed[] = {{"--model DIR", s->model},
-                                            {"--tuned DIR", s->tuned},
-                                            {"--base DIR", s->base},
+                                            {"--tuned DIR", s->box > 0 ? s->model : s->tuned},
+                                            {"--base DIR", s->box > 0 ? s->model : s->base},
                                             {"--data-forget FILE", s->data_forget},
                                             {"--data-retain FILE", s->data_retain},
                                             {"--patch DIR", s->patch}};
@@ -69,6 +87,8 @@ int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
         rc = check_step(&s->rule, err);
     if (!rc)
         rc = check_stops(s, err);
+    if (!rc)
+        rc = check_box(s, err);
     if (!rc)
         rc = perta_globs_arguments(&s->globs, err);
     if (!rc)

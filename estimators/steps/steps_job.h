@@ -1,14 +1,18 @@
-/* steps_job.h - what the parts of stepwise unlearning share: the path (steps.c), one step
- * (steps_update.c) and the patches (steps_patch.c). */
+/* steps_job.h - what the parts of stepwise unlearning share: the path (steps.c), the box from the
+ * model's own gradient (steps_box.c), one step (steps_update.c), the loop over parameters of these
+ * two (steps_pass.c), and the patches (steps_patch.c). */
 #ifndef PERTA_ESTIMATORS_STEPS_STEPS_JOB_H
 #define PERTA_ESTIMATORS_STEPS_STEPS_JOB_H
 
 #include "estimators/model/samples.h"
 #include "estimators/model/weights.h"
+#include "estimators/passes/importance.h"
 #include "estimators/steps/steps.h"
 #include "io/hash.h"
 #include "io/publish/publish.h"
+#include "stream/input.h"
 #include "stream/journal.h"
+#include "stream/walk.h"
 
 enum { PERTA_FORGET, PERTA_RETAIN };
 extern const char *const perta_sets[2]; /* "forget", "retain" */
@@ -27,7 +31,8 @@ struct perta_steps_job {
     const struct perta_steps *steps;
     struct perta_run run; /* for the jobs run inside this one; they always resume */
     struct perta_weights weights;
-    struct perta_checkpoint *others[2]; /* tuned, base */
+    struct perta_checkpoint *others[2]; /* tuned, base; NULL with a box of the model's own */
+    bool has_box;                       /* which is written */
     struct perta_journal journal;
     struct perta_publish work;        /* the work folder, with what is kept between steps; never
                                        * published */
@@ -42,6 +47,8 @@ struct perta_steps_job {
 
 /* Every flag that decides where a path of n_steps leads, for the record. */
 json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_steps);
+/* The folder of the box. The caller frees it. NULL when out of memory. */
+char *perta_steps_box_folder(const struct perta_steps_job *job);
 /* The folder of the scales at step k. The caller frees it. NULL when out of memory. */
 char *perta_steps_scales(const struct perta_steps_job *job, unsigned k);
 /* Does step k, which has been measured, forget enough? */
@@ -62,17 +69,89 @@ int perta_steps_patch(struct perta_steps_job *job, unsigned n_steps, unsigned k,
 int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned last,
                        json_t **summary, struct perta_err *err);
 
-/* ---- steps_update.c ---- */
+/* ---- steps_pass.c ---- */
 
-/* Write a folder of scales that are all zero to the folder to: one for each parameter of model
- * whose name the globs match. */
-int perta_steps_zero(const struct perta_weights *model, const struct perta_globs *globs,
+/* to (n) = elements first.. of view, as double. */
+void perta_steps_load(const struct perta_view *view, uint64_t first, size_t n, double *restrict to);
+
+/* Begin a folder with those tensors of like that wanted selects (NULL: all). It replaces what is at
+ * path. metadata: the reference is taken. */
+int perta_steps_out_begin(struct perta_importance_out *out, const struct perta_checkpoint *like,
+                          enum perta_dtype dtype, json_t *metadata,
+                          bool (*wanted)(void *ctx, const char *name), void *ctx, const char *path,
+                          struct perta_err *err);
+int perta_steps_out_finish(struct perta_importance_out *out, struct perta_err *err);
+void perta_steps_out_release(struct perta_importance_out *out);
+
+/* The metadata of a folder of scales; the caller's. NULL when out of memory. */
+json_t *perta_steps_scale_metadata(void);
+/* PERTA_EUSAGE if no parameter of model has a scale: the globs select none, or no matrix for a box
+ * of the model's own. */
+int perta_steps_any(const struct perta_weights *model, const struct perta_steps *steps,
+                    struct perta_err *err);
+/* Write a folder of scales that are all zero to the folder to: one for each such parameter. */
+int perta_steps_zero(const struct perta_weights *model, const struct perta_steps *steps,
                      const char *to, struct perta_err *err);
+
+#define PERTA_STEPS_INPUTS_MAX 5
+
+struct perta_steps_input {
+    const char *role, *path; /* path is NULL: there is no such input */
+};
+
+/* A chunk of a tensor that has scales: the same elements of all inputs. */
+struct perta_steps_piece {
+    const struct perta_tensor *scale; /* the tensor of scales */
+    uint64_t index;                   /* its place in the order of names */
+    uint64_t first, n;
+    struct perta_view in[PERTA_STEPS_INPUTS_MAX]; /* for work(); no data where there is no input */
+    void *out;                                    /* head_bytes + n * elem_bytes */
+};
+
+/* A pass over all parameters that have scales. */
+struct perta_steps_pass {
+    void *ctx;
+    size_t head_bytes, elem_bytes; /* what a piece gives */
+    /* Called on several threads, in any order. */
+    void (*work)(void *ctx, const struct perta_steps_piece *piece);
+    /* Called in order. */
+    int (*commit)(void *ctx, const struct perta_steps_piece *piece, struct perta_err *err);
+    /* The rest is set by open. */
+    struct perta_input in[PERTA_STEPS_INPUTS_MAX]; /* (n_in) */
+    unsigned n_in, n_read;
+    const struct perta_checkpoint *scales; /* the last input */
+    struct perta_walk walk;                /* position in it */
+    bool tied;
+};
+
+/* Open the inputs (n_in), of which the first n_read are read; the last one is the folder of scales.
+ * tied: the model's head and its embedding are one tensor. Closed with perta_steps_pass_close, on
+ * error too. */
+int perta_steps_pass_open(struct perta_steps_pass *pass, const struct perta_steps_input *inputs,
+                          unsigned n_in, unsigned n_read, bool tied, struct perta_err *err);
+int perta_steps_pass_run(struct perta_steps_pass *pass, const struct perta_run *run,
+                         struct perta_err *err);
+void perta_steps_pass_close(struct perta_steps_pass *pass);
+
+/* ---- steps_box.c ---- */
+
+/* Write the box of the model's own gradient to the folder to (estimators/edit/box.h), for the
+ * tensors that have scales: tau = (c * rms(W)) * sign(-forget), where forget is the mean gradient of
+ * minus the forget probability. An existing folder to is replaced. */
+struct perta_box_folders {
+    const char *model, *forget, *scales, *to;
+    bool tied; /* the model's head and its embedding are one tensor */
+};
+int perta_steps_box(double c, const struct perta_box_folders *folders, const struct perta_run *run,
+                    struct perta_err *err);
+
+/* ---- steps_update.c ---- */
 
 /* One step: from the scales in folder from and the mean gradients in forget and retain, compute the
  * scales in folder to. An existing folder to is replaced. */
 struct perta_step_folders {
-    const char *tuned, *base, *forget, *retain, *from, *to;
+    const char *tuned, *base, *box; /* the box is NULL, or tuned and base are */
+    const char *forget, *retain, *from, *to;
     bool tied; /* the model's head and its embedding are one tensor */
 };
 struct perta_step_counts {

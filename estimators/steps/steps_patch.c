@@ -23,12 +23,11 @@ static json_t *path_json(const struct perta_steps_job *job, unsigned last)
     return path;
 }
 
-static struct perta_unlearn unlearn_from(const struct perta_steps *s, const char *scales)
+static struct perta_unlearn unlearn_from(const struct perta_steps *s)
 {
     return (struct perta_unlearn){.model = s->model,
                                   .tuned = s->tuned,
                                   .base = s->base,
-                                  .scale = scales,
                                   .rule = {.method = PERTA_SCALE},
                                   .alphas = {{1, "1"}},
                                   .n_alphas = 1,
@@ -100,15 +99,18 @@ static int run_unlearn(const struct perta_steps_job *job, unsigned k, struct per
 static int write_patch(const struct perta_steps_job *job, unsigned k, const json_t *recipe,
                        json_t **summary, struct perta_err *err)
 {
-    char *scales = perta_steps_scales(job, k);
-    struct perta_unlearn unlearn = unlearn_from(job->steps, scales);
+    char *scales = perta_steps_scales(job, k), *box = perta_steps_box_folder(job);
+    struct perta_unlearn unlearn = unlearn_from(job->steps);
     struct perta_run run = job->run;
+    unlearn.scale = scales;
+    unlearn.box = job->steps->box > 0 ? box : NULL;
     run.resume = job->patching == (int)k; /* otherwise a leftover there is from another run */
     unlearn.force |= run.resume;
     unlearn.steps = recipe;
-    int rc = scales ? run_unlearn(job, k, &unlearn, &run, summary, err)
-                    : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
+    int rc = scales && box ? run_unlearn(job, k, &unlearn, &run, summary, err)
+                           : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(scales);
+    free(box);
     return rc;
 }
 
@@ -183,14 +185,17 @@ static int check_outputs(const struct perta_steps_job *job, struct perta_err *er
     return rc;
 }
 
-/* Check that the folders match: the same checks as for plain task arithmetic. */
+/* Check that the folders match: the same checks as for plain task arithmetic. With a box there is
+ * only the model, which then is in the place of the others too. */
 static int check_folders(const struct perta_steps_job *job, struct perta_err *err)
 {
-    struct perta_unlearn unlearn = unlearn_from(job->steps, NULL);
+    struct perta_unlearn unlearn = unlearn_from(job->steps);
     struct perta_run dry = job->run;
     json_t *summary = NULL;
     dry.dry_run = true;
     unlearn.rule.method = PERTA_TV;
+    if (job->steps->box > 0)
+        unlearn.tuned = unlearn.base = job->steps->model;
     int rc = run_unlearn(job, job->steps->n_steps, &unlearn, &dry, &summary, err);
     json_decref(summary);
     return rc;

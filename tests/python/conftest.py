@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_torch"]
+NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_torch"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
@@ -50,6 +50,9 @@ NUMBERS = [
     "test_estimate::test_bf16_products_stay_near",
     "test_estimate::test_every_run_gives_the_same_bytes",
     "test_eval::test_numbers_are_transformers",
+    "test_box::test_box_and_model_are_pytorchs",
+    "test_box::test_levels_are_held_in_the_box",
+    "test_box::test_several_patches_are_those_of_runs_of_their_own",
     "test_steps::test_scales_and_model_are_pytorchs",
     "test_steps::test_what_is_forgotten_is_held",
     "test_steps::test_rules_stop_the_way",

@@ -69,21 +69,37 @@ def gradients(folder, theta, lines, by_probability):
     return means.tolist(), {k: p.grad for k, p in model.named_parameters()}
 
 
-def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=None):
+def own_box(full, g, c):
+    """The task vector from the gradients of minus the forget probability."""
+    tau = {k: torch.zeros(x.shape) for k, x in full.items()}
+    for k, x in full.items():
+        if x.dim() == 2:
+            rms = x.double().square().mean().sqrt().float()
+            tau[k] = torch.tensor(c) * rms * -g[k].sign().float()
+    return tau
+
+
+def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=None, box=None):
     """docs/steps.md in PyTorch: the model at each point. If a gradient is too close to zero for
     its sign to be certain in float32, sure is False."""
-    full, tuned, base = (tensors_of(tmp_path / name) for name in ("full", "tuned", "base"))
-    tau = {k: tuned[k] - base[k] for k in full}
+    full = tensors_of(tmp_path / "full")
+    if box is None:
+        tuned, base = (tensors_of(tmp_path / name) for name in ("tuned", "base"))
+        tau = {k: tuned[k] - base[k] for k in full}
     s = {k: torch.zeros_like(x).bfloat16() for k, x in full.items()}
     sure = {k: torch.ones_like(x, dtype=torch.bool) for k, x in full.items()}
     path, models = [], []
     for k in range(n_steps + 1):
-        theta = {name: full[name] - s[name].float() * tau[name] for name in full}
+        theta = full
+        if k:
+            theta = {n: (full[n].float() - s[n].float() * tau[n]).to(full[n].dtype) for n in full}
         means, g = zip(*(gradients(tmp_path / "full", theta, lines[p], p == "forget")
                          for p in ("forget", "retain")), strict=True)  # fmt: skip
         path.append({"forget_loss": means[0][0], "forget_probability": means[0][1],
                      "retain_loss": means[1][0]})  # fmt: skip
         models.append(theta)
+        if box is not None and not k:
+            tau = own_box(full, g[0], box)
         if k == n_steps:
             return models, s, sure, path
         now, back = step, back_off

@@ -30,9 +30,14 @@ VERBS = {
         "unlearn --model llama --tuned llama-tuned --base llama-base --steps 1,2 --patch out "
         "--data-forget data.jsonl --data-retain other.jsonl"
     ).split(),
+    "steps-box": (
+        "unlearn --model llama --box 0.1 --steps 1 --patch out "
+        "--data-forget data.jsonl --data-retain other.jsonl"
+    ).split(),
 }
+WITH_MODEL = ("estimate", "steps", "steps-box")
 if not MODEL:
-    VERBS = {verb: command for verb, command in VERBS.items() if verb not in ("estimate", "steps")}
+    VERBS = {verb: command for verb, command in VERBS.items() if verb not in WITH_MODEL}
 # The verbs that use the stream, also those that write no folder, and those that edit the folder
 # "out", which is a copy of the folder that they work on.
 STREAM = {
@@ -46,7 +51,7 @@ STREAM = {
 }
 # The verbs that compute with a model.
 COMPUTING = {
-    name: VERBS[name] for name in ("estimate", "steps") if name in VERBS
+    name: VERBS[name] for name in WITH_MODEL if name in VERBS
 } | ({"eval": "eval --model llama --data data.jsonl".split()} if MODEL else {})
 IN_PLACE = {
     "apply-in-place": ("model", "apply out p1 --in-place".split()),

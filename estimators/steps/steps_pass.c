@@ -1,0 +1,248 @@
+/* What all passes over parameters share: the folders that they write, and the loop. */
+#include "estimators/steps/steps_job.h"
+
+#include <stdlib.h>
+
+#include "io/checked.h"
+#include "io/format/convert.h"
+
+/* ---- elements ---- */
+
+typedef uint16_t __attribute__((aligned(1), may_alias)) u16_any;
+typedef float __attribute__((aligned(1), may_alias)) f32_any;
+typedef double __attribute__((aligned(1), may_alias)) f64_any;
+
+void perta_steps_load(const struct perta_view *view, uint64_t first, size_t n, double *restrict to)
+{
+    const u16_any *u16 = (const u16_any *)view->data + first;
+    const f32_any *f32 = (const f32_any *)view->data + first;
+    const f64_any *f64 = (const f64_any *)view->data + first;
+    switch (view->dtype) {
+    case PERTA_BF16:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)perta_f32_from_bf16(u16[i]);
+        break;
+    case PERTA_F16:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)perta_f32_from_f16(u16[i]);
+        break;
+    case PERTA_F32:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)f32[i];
+        break;
+    case PERTA_I8:
+        for (size_t i = 0; i < n; i++)
+            to[i] = (double)((const int8_t *)view->data)[first + i];
+        break;
+    default:
+        for (size_t i = 0; i < n; i++)
+            to[i] = f64[i];
+        break;
+    }
+}
+
+/* ---- folders with the model's layout ---- */
+
+int perta_steps_out_begin(struct perta_importance_out *out, const struct perta_checkpoint *like,
+                          enum perta_dtype dtype, json_t *metadata,
+                          bool (*wanted)(void *ctx, const char *name), void *ctx, const char *path,
+                          struct perta_err *err)
+{
+    const struct perta_journal no_journal = {.fd = -1, .resume = true};
+    struct perta_behind *behind = NULL;
+    struct perta_importance plan;
+    int rc = perta_importance_plan_as(&plan, like, dtype, metadata, wanted, ctx, err);
+    if (!rc)
+        rc = perta_behind_open(&behind, err);
+    if (!rc)
+        rc = perta_importance_begin(out, &plan, path, &no_journal, true, behind, err);
+    out->behind = behind;
+    perta_importance_release(&plan);
+    return rc;
+}
+
+int perta_steps_out_finish(struct perta_importance_out *out, struct perta_err *err)
+{
+    int rc = perta_importance_finish(out, err);
+    return rc ? rc : perta_publish_commit(&out->folder, err);
+}
+
+void perta_steps_out_release(struct perta_importance_out *out)
+{
+    perta_behind_close(out->behind);
+    perta_importance_out_release(out);
+}
+
+/* ---- scales ---- */
+
+json_t *perta_steps_scale_metadata(void)
+{
+    return json_pack("{s:s, s:s}", "format", "pt", "perta.stat", "scale");
+}
+
+struct chosen {
+    const struct perta_weights *model;
+    const struct perta_steps *steps;
+};
+
+static bool is_chosen(void *ctx, const char *name)
+{
+    const struct chosen *chosen = ctx;
+    const struct perta_ref *ref = perta_checkpoint_find(chosen->model->ck, name);
+    return perta_weights_is_parameter(chosen->model, name) &&
+           perta_globs_match(&chosen->steps->globs, name) &&
+           !(chosen->steps->box > 0 && ref->tensor->n_dims != 2);
+}
+
+int perta_steps_any(const struct perta_weights *model, const struct perta_steps *steps,
+                    struct perta_err *err)
+{
+    struct chosen chosen = {model, steps};
+    for (uint64_t i = 0; i < model->ck->n_tensors; i++)
+        if (is_chosen(&chosen, model->ck->by_name[i].tensor->name))
+            return 0;
+    return perta_fail(err, PERTA_EUSAGE, "%s: --include and --exclude leave no %s to edit",
+                      model->ck->path, steps->box > 0 ? "matrix" : "tensor");
+}
+
+int perta_steps_zero(const struct perta_weights *model, const struct perta_steps *steps,
+                     const char *to, struct perta_err *err)
+{
+    struct perta_importance_out out = {0};
+    struct chosen chosen = {model, steps};
+    int rc = perta_steps_out_begin(&out, model->ck, PERTA_BF16, perta_steps_scale_metadata(),
+                                   is_chosen, &chosen, to, err);
+    if (!rc)
+        rc = perta_steps_out_finish(&out, err);
+    perta_steps_out_release(&out);
+    return rc;
+}
+
+/* ---- the loop ---- */
+
+static const struct perta_ref *operand(const struct perta_steps_pass *pass, unsigned i,
+                                       const char *name)
+{
+    return pass->in[i].ck ? perta_tied_find(pass->in[i].ck, name, pass->tied) : NULL;
+}
+
+static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    struct perta_steps_pass *pass = ctx;
+    struct perta_chunk_at at;
+    if (!perta_walk_piece(&pass->walk, &at, piece))
+        return 0;
+    for (unsigned i = 0; i < pass->n_read; i++) {
+        const struct perta_ref *ref = operand(pass, i, at.info->name);
+        if (ref)
+            perta_input_range(&pass->in[i], ref, at.first_unit, at.n_units, &piece->in[i]);
+        else if (pass->in[i].ck)
+            return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s", pass->in[i].ck->path,
+                              at.info->name);
+    }
+    piece->out_bytes = pass->head_bytes + at.n_units * pass->elem_bytes;
+    return 1;
+}
+
+static struct perta_steps_piece piece_of(const struct perta_steps_pass *pass,
+                                         const struct perta_piece *piece)
+{
+    const struct perta_checkpoint *scales = pass->scales;
+    const struct perta_tensor *scale = &scales->shards[piece->shard].header->tensors[piece->tensor];
+    return (struct perta_steps_piece){
+        .scale = scale,
+        .index = (uint64_t)(perta_checkpoint_find(scales, scale->name) - scales->by_name),
+        .first = piece->first_elem,
+        .n = piece->n_elems,
+        .out = piece->out};
+}
+
+static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
+{
+    (void)worker;
+    (void)err;
+    const struct perta_steps_pass *pass = ctx;
+    struct perta_steps_piece own = piece_of(pass, piece);
+    for (unsigned i = 0; i < pass->n_read; i++) {
+        const struct perta_ref *ref = operand(pass, i, own.scale->name);
+        if (ref)
+            own.in[i] = (struct perta_view){ref->tensor->dtype, piece->in[i].data};
+    }
+    pass->work(pass->ctx, &own);
+    return 0;
+}
+
+static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
+{
+    struct perta_steps_pass *pass = ctx;
+    const struct perta_steps_piece own = piece_of(pass, piece);
+    return pass->commit(pass->ctx, &own, err);
+}
+
+int perta_steps_pass_open(struct perta_steps_pass *pass, const struct perta_steps_input *inputs,
+                          unsigned n_in, unsigned n_read, bool tied, struct perta_err *err)
+{
+    int rc = 0;
+    pass->n_in = n_in;
+    pass->n_read = n_read;
+    pass->tied = tied;
+    for (unsigned i = 0; i < n_in && !rc; i++)
+        if (inputs[i].path)
+            rc = perta_input_open(&pass->in[i], inputs[i].role, inputs[i].path, err);
+    pass->scales = pass->walk.ck = pass->in[n_in - 1].ck;
+    return rc;
+}
+
+static void measure(const struct perta_steps_pass *pass, struct perta_job *sizes)
+{
+    for (uint64_t t = 0; t < pass->scales->n_tensors; t++) {
+        const struct perta_tensor *scale = pass->scales->by_name[t].tensor;
+        uint64_t n = perta_walk_chunk_bytes(scale) / perta_dtype_unit_bytes(scale->dtype);
+        uint64_t in_bytes = 0;
+        for (unsigned i = 0; i < pass->n_read; i++) {
+            const struct perta_ref *ref = operand(pass, i, scale->name);
+            in_bytes += ref ? perta_walk_chunk_bytes(ref->tensor) : 0;
+            sizes->total_bytes += ref ? ref->tensor->len_bytes : 0;
+        }
+        sizes->in_bytes_max = perta_max(in_bytes, sizes->in_bytes_max);
+        sizes->out_bytes_max =
+            perta_max(pass->head_bytes + n * pass->elem_bytes, sizes->out_bytes_max);
+    }
+}
+
+int perta_steps_pass_run(struct perta_steps_pass *pass, const struct perta_run *run,
+                         struct perta_err *err)
+{
+    struct perta_job sizes = {
+        .ctx = pass, .n_in = pass->n_read, .next = next, .work = work, .commit = commit};
+    struct perta_run less = *run; /* without the memory that the writer takes later */
+    struct perta_stream *stream = NULL;
+    const char **paths = NULL;
+    size_t n_paths = 0;
+    int rc = 0;
+    measure(pass, &sizes);
+    less.memory_bytes -= run->memory_bytes > PERTA_BEHIND_BYTES ? PERTA_BEHIND_BYTES : 0;
+    for (unsigned i = 0; i < pass->n_read && !rc; i++)
+        if (pass->in[i].ck)
+            rc = perta_input_paths(&pass->in[i], &paths, &n_paths, err);
+    if (!rc)
+        rc = perta_stream_open(&less, &sizes, paths, n_paths, 0, &stream, err);
+    free(paths);
+    for (unsigned i = 0; i < pass->n_read && !rc; i++)
+        if (pass->in[i].ck)
+            rc = perta_input_open_files(&pass->in[i], perta_stream_engine(stream)->wants_direct,
+                                        err);
+    if (!rc)
+        rc = perta_stream_run(stream, err);
+    for (unsigned i = 0; i < pass->n_read && !rc; i++)
+        if (pass->in[i].ck)
+            rc = perta_input_unchanged(&pass->in[i], err);
+    perta_stream_close(stream);
+    return rc;
+}
+
+void perta_steps_pass_close(struct perta_steps_pass *pass)
+{
+    for (unsigned i = 0; i < pass->n_in; i++)
+        perta_input_close(&pass->in[i]);
+}

@@ -1,0 +1,218 @@
+"""`perta unlearn --box` compared with the same procedure in PyTorch; bytes that do not depend on how
+it runs; resuming after a kill; arguments."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from conftest import SANITIZED, part
+from test_resume import contents
+from test_same_bytes import settings
+from test_steps import STEPS, check_path, make_folders, procedure, tensors_of
+from verbs import stop_at
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file, save_file
+
+BOX = ["unlearn", "--model", "full", *STEPS[7:-1], "--box", "0.15", "--steps"]
+HOLD = ["--method", "signed-hold", "--stop-probability"]
+
+
+def make_model(tmp_path, name="llama, tied", dtype=torch.float32):
+    lines = make_folders(tmp_path, name)
+    for other in ("tuned", "base"):
+        shutil.rmtree(tmp_path / other)
+    for path in (tmp_path / "full").glob("*.safetensors"):
+        save_file({k: x.to(dtype) for k, x in load_file(path).items()}, path, {"format": "pt"})
+    return lines
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama, tied", "qwen3"])
+def test_box_and_model_are_pytorchs(perta, tmp_path, name, dtype):
+    """Parameter by parameter, where the signs of all gradients are certain."""
+    lines = make_model(tmp_path, name, dtype)
+    summary = json.loads(perta(*BOX, "4", "--max-scale", "1", "--out", "out").stdout)
+    models, s, sure, path = procedure(tmp_path, lines, 4, 0.2, max_scale=1.0, box=0.15)
+    check_path(summary["path"], path)
+    out = tensors_of(tmp_path / "out")
+    differ = total = 0
+    for key, x in models[4].items():
+        same = out[key] == x
+        if x.dim() != 2:
+            assert torch.equal(out[key], tensors_of(tmp_path / "full")[key]), key
+            continue
+        assert same[sure[key]].all(), key
+        differ += (~same).sum().item()
+        total += same.numel()
+    assert differ < 0.003 * total
+    want = sum(x.double().sum().item() for x in s.values()) / total
+    assert summary["path"][-1]["mean_scale"] == pytest.approx(want, rel=1e-3)
+    before, after = (summary["path"][k]["forget_probability"] for k in (0, 1))
+    assert after < before
+
+
+def test_levels_are_held_in_the_box(perta, tmp_path):
+    lines = make_model(tmp_path)
+    level = json.loads(perta(*BOX, "2").stdout)["path"][2]["forget_probability"] * (1 + 1e-3)
+    summary = json.loads(perta(*BOX, "6", *HOLD, level, "--force").stdout)
+    models, _, sure, path = procedure(tmp_path, lines, 6, 0.2, hold=level, box=0.15)
+    check_path(summary["path"], path)
+    perta("apply", "full", "patch", "--out", "out")
+    out = tensors_of(tmp_path / "out")
+    for key, x in models[summary["chosen"]].items():
+        assert (out[key] == x)[sure[key]].all(), key
+
+
+def test_the_record_says_so_and_patches_are_like_others(perta, tmp_path):
+    make_model(tmp_path)
+    before = contents(tmp_path / "full")
+    perta(*BOX, "2", "--out", "out")
+    manifest = json.loads((tmp_path / "patch/manifest.json").read_text())
+    recipe = manifest["recipe"]
+    assert (recipe["box"], recipe["method"], recipe["steps"]) == (0.15, "signed-backoff", 2)
+    assert (recipe["forget_samples"], recipe["retain_samples"]) == ("3", "3")
+    assert set(manifest["inputs"]) == {"model", "box", "scale"}
+    actions = {tensor["name"]: tensor["action"] for tensor in manifest["tensors"]}
+    assert actions["model.norm.weight"] == "kept: not in the box"
+    assert actions["model.embed_tokens.weight"] == "edited"
+    assert json.loads(perta("inspect", "patch", "--json").stdout)["recipe"]["box"] == 0.15
+    perta("verify", "patch")
+    perta("verify", "out", "--patch", "patch", "--applied")
+    perta("report", "patch", "--html", "patch.html")
+    assert '"box"' in (tmp_path / "patch.html").read_text()
+    perta("revert", "out", "patch", "--out", "back")
+    assert contents(tmp_path / "full") == before
+    for key, x in tensors_of(tmp_path / "full").items():
+        assert torch.equal(tensors_of(tmp_path / "back")[key], x)
+    assert not list(tmp_path.glob("*.perta*"))
+
+
+def patch_bytes(tmp_path, perta, *flags):
+    perta(*BOX, "3", "--force", *flags)
+    return {path.name: path.read_bytes() for path in (tmp_path / "patch").glob("*.perta")}
+
+
+def test_every_run_gives_the_same_bytes(perta, tmp_path):
+    make_model(tmp_path)
+    runs = [patch_bytes(tmp_path, perta, *flags) for flags in settings(perta, [*BOX, "3"])]
+    assert len(runs) > 1 and all(run == runs[0] for run in runs)
+
+
+def test_several_patches_are_those_of_runs_of_their_own(perta, tmp_path):
+    make_model(tmp_path)
+    for k in (1, 3):
+        perta(*BOX, k, "--patch", f"alone/step-{k}")
+    perta(*BOX, "3,1")
+    assert contents(tmp_path / "patch") == contents(tmp_path / "alone")
+
+
+def test_a_model_that_has_forgotten_stays(perta, tmp_path):
+    """The path ends at its first point, before any step."""
+    make_model(tmp_path)
+    summary = json.loads(perta(*BOX, "2", "--stop-probability", "0.9", "--out", "out").stdout)
+    assert (summary["chosen"], summary["reached"], len(summary["path"])) == (0, True, 1)
+    for key, x in tensors_of(tmp_path / "full").items():
+        assert torch.equal(tensors_of(tmp_path / "out")[key], x)
+
+
+def test_globs_choose_what_moves(perta, tmp_path):
+    make_model(tmp_path)
+    perta(*BOX, "2", "--include", "*mlp*", "--exclude", "*up_proj*", "--out", "out")
+    full, out = tensors_of(tmp_path / "full"), tensors_of(tmp_path / "out")
+    changed = {name for name in full if not torch.equal(full[name], out[name])}
+    assert changed == {name for name in full if "mlp" in name and "up_proj" not in name}
+    for flags in ([], ["--dry-run"]):
+        words = [*BOX, "2", "--include", "*norm*", "--patch", "never", *flags]
+        assert "leave no matrix to edit" in perta(*words, check=2).stderr
+    assert not list(tmp_path.glob("never*"))
+
+
+@pytest.mark.parametrize("apart", part([3, 4, 7], plain=2, sanitized=1))
+def test_a_run_that_is_killed_goes_on(perta, tmp_path, apart):
+    """At any commit point, and each time that many later."""
+    make_model(tmp_path)
+    command = [*BOX, "2", "--out", "out"]
+    perta(*command)
+    want = contents(tmp_path / "patch") | contents(tmp_path / "out")
+    for name in ("patch", "out"):
+        (tmp_path / name).rename(tmp_path / f"first-{name}")
+    kills = 0
+    while not (tmp_path / "patch").exists():
+        status, _ = stop_at(tmp_path, [*command, "--resume"], "commit", apart)
+        kills += status == -signal.SIGKILL
+    perta(*command, "--resume", *(["--force"] if not list(tmp_path.glob("*.perta-journal")) else []))
+    assert kills > 3
+    assert contents(tmp_path / "patch") | contents(tmp_path / "out") == want
+    assert not list(tmp_path.glob("*perta-*"))
+
+
+def test_a_box_that_is_half_written_is_written_again(perta, tmp_path):
+    """Killed at operations of any kind; what is left is resumed, refused or replaced."""
+    make_model(tmp_path)
+    command = [*BOX, "1"]
+    perta(*command)
+    want = contents(tmp_path / "patch")
+    shutil.rmtree(tmp_path / "patch")
+    partial = tmp_path / "patch.steps.perta-partial"
+    seen = set()
+    n = 1
+    while stop_at(tmp_path, command, "any", n) == (-signal.SIGKILL, ""):
+        seen |= {path.name for path in partial.glob("*")}
+        perta(*command, "--resume")
+        assert contents(tmp_path / "patch") == want
+        shutil.rmtree(tmp_path / "patch")
+        n += 41 if SANITIZED else 11
+    assert n > 200
+    assert seen >= {"scales-0", "gradients-0-forget"}
+    assert SANITIZED or seen >= {"box", "box.perta-partial"}
+    shutil.rmtree(tmp_path / "patch")
+    assert stop_at(tmp_path, command, "commit", 6) == (-signal.SIGKILL, "")
+    refusal = perta(*command, "--box", "0.2", "--resume", check=2).stderr
+    assert "--resume cannot continue: flags: box was 0.1" in refusal
+    perta(*command, "--force")
+    assert contents(tmp_path / "patch") == want
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tuned", "full"], "cannot be used with --tuned and --base"),
+        (["--base", "full"], "cannot be used with --tuned and --base"),
+        (["--box", "0"], "--box: 0; must be a finite number above 0"),
+        (["--box", "-1"], "--box: -1; must be a finite number above 0"),
+        (["--box", "nan"], "--box: nan is not a number"),
+        (["--box", "inf"], "--box: inf is not a number"),
+        (["--box", "1e39"], "--box: 1e+39; must be a finite number above 0"),
+        (["--box", "1e-60"], "--box: 1e-60; must be a finite number above 0"),
+        (["--method", "fisher"], "--steps needs --method signed"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(perta, tmp_path, flags, message):
+    make_model(tmp_path)
+    assert message in perta(*BOX, "2", *flags, check=2).stderr
+    assert not list(tmp_path.glob("patch*"))
+
+
+def test_one_way_or_the_other_is_needed(perta, tmp_path):
+    make_model(tmp_path)
+    words = [word for word in BOX if word not in ("--box", "0.15")]
+    error = perta(*words, "2", check=2).stderr
+    assert "--tuned DIR and --base DIR" in error and "--box C" in error
+    plain = "unlearn --model full --patch patch --box 0.15".split()
+    for flags in ([], ["--method", "grad"]):
+        assert "--box" in perta(*plain, *flags, check=2).stderr
+        assert "need --steps K" in perta(*plain, *flags, check=2).stderr
+
+
+def test_numbers_that_are_not_finite_are_refused(perta, tmp_path):
+    make_model(tmp_path)
+    for path in (tmp_path / "full").glob("*.safetensors"):
+        tensors = load_file(path)
+        for key in tensors:
+            if "embed" in key:
+                tensors[key][199, 0] = float("inf")
+        save_file(tensors, path, {"format": "pt"})
+    assert "not finite" in perta(*BOX, "2", check=3).stderr.replace("not a finite", "not finite")
+    assert not (tmp_path / "patch").exists()
