@@ -213,8 +213,9 @@ bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
     say_limit("--stop-forget", s->stop_forget, "loss", real(end, "forget_loss"));
     fprintf(stderr,
             ", not reached at step %lld, to which the patch leads; more --steps, a larger "
-            "--step or --max-scale%s would go further\n",
-            (long long)json_integer_value(chosen),
+            "--step%s --max-scale%s%s would go further\n",
+            (long long)json_integer_value(chosen), s->box > 0 ? "," : " or",
+            s->box > 0 ? " or --box" : "",
             isfinite(s->max_retain_rise) ? " or --max-retain-rise" : "");
     return false;
 }

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from conftest import SANITIZED, part
+from test_estimate import make_model as write_model
 from test_resume import contents
 from test_same_bytes import settings
 from test_steps import STEPS, check_path, make_folders, procedure, tensors_of
@@ -87,6 +88,8 @@ def test_the_record_says_so_and_patches_are_like_others(perta, tmp_path):
     for key, x in tensors_of(tmp_path / "full").items():
         assert torch.equal(tensors_of(tmp_path / "back")[key], x)
     assert not list(tmp_path.glob("*.perta*"))
+    far = perta(*BOX, "1", "--stop-probability", "1e-9", "--patch", "far", check=1)
+    assert "a larger --step, --max-scale or --box would go further" in far.stderr
 
 
 def patch_bytes(tmp_path, perta, *flags):
@@ -98,6 +101,28 @@ def test_every_run_gives_the_same_bytes(perta, tmp_path):
     make_model(tmp_path)
     runs = [patch_bytes(tmp_path, perta, *flags) for flags in settings(perta, [*BOX, "3"])]
     assert len(runs) > 1 and all(run == runs[0] for run in runs)
+
+
+def test_tensors_of_several_chunks_have_one_size(perta, tmp_path):
+    """The embedding and the head have more than 2^20 elements. After a step of 1, each parameter
+    has moved by its tensor's size or not at all."""
+    make_folders(tmp_path)
+    shutil.rmtree(tmp_path / "full")
+    write_model(tmp_path / "full", "Llama", {"vocab_size": 40000, "hidden_size": 32})
+    command = [*BOX, "1", "--method", "signed", "--step", "1", "--out", "out", "--force"]
+    outs = []
+    for flags in settings(perta, command):
+        perta(*command, *flags)
+        outs.append(tensors_of(tmp_path / "out"))
+    moved = 0
+    for key, x in tensors_of(tmp_path / "full").items():
+        assert all(torch.equal(out[key], outs[0][key]) for out in outs)
+        size = torch.tensor(0.15) * x.double().square().mean().sqrt().float()
+        differ = outs[0][key] != x
+        assert x.dim() == 2 or not differ.any()
+        assert (~differ | (outs[0][key] == x - size) | (outs[0][key] == x + size)).all(), key
+        moved += differ[2**20 // 32 :].sum().item() if x.numel() > 2**20 else 0
+    assert moved > 1000
 
 
 def test_several_patches_are_those_of_runs_of_their_own(perta, tmp_path):
