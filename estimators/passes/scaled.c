@@ -191,7 +191,7 @@ int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *f
     uint64_t width = widest(model);
     int rc = 0;
     for (int i = 0; i < PERTA_SCALED_N && !rc; i++) {
-        if (!all[i])
+        if (i == PERTA_SCALED_BASE && from->box)
             continue;
         rc = perta_input_open(&s->in[i], roles[i], all[i], err);
         uint64_t of_input = rc ? 0 : widest(s->in[i].ck);

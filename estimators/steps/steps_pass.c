@@ -1,6 +1,7 @@
 /* What all passes over parameters share: the folders that they write, and the loop. */
 #include "estimators/steps/steps_job.h"
 
+#include <assert.h>
 #include <stdlib.h>
 
 #include "io/checked.h"
@@ -183,6 +184,7 @@ int perta_steps_pass_open(struct perta_steps_pass *pass, const struct perta_step
                           unsigned n_in, unsigned n_read, bool tied, struct perta_err *err)
 {
     int rc = 0;
+    assert(n_in && n_in <= PERTA_STEPS_INPUTS_MAX && n_read <= n_in);
     pass->n_in = n_in;
     pass->n_read = n_read;
     pass->tied = tied;
