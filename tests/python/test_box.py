@@ -133,6 +133,17 @@ def test_several_patches_are_those_of_runs_of_their_own(perta, tmp_path):
     assert contents(tmp_path / "patch") == contents(tmp_path / "alone")
 
 
+def test_ctrl_c_and_dry_run(perta, tmp_path):
+    make_model(tmp_path)
+    perta(*BOX, "2", "--dry-run")
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "forget.jsonl", "retain.jsonl"}
+    status, error = stop_at(tmp_path, [*BOX, "2"], "commit", 7, signal.SIGINT)
+    assert status == 130 and "--resume" in error
+    perta(*BOX, "2", "--resume")
+    perta(*BOX, "2", "--patch", "again")
+    assert contents(tmp_path / "patch") == contents(tmp_path / "again")
+
+
 def test_a_model_that_has_forgotten_stays(perta, tmp_path):
     """The path ends at its first point, before any step."""
     make_model(tmp_path)
