@@ -125,13 +125,12 @@ static int add_kept(const struct perta_importance_sink *s, const struct operands
 {
     struct perta_backend *be = s->statistic->be;
     const struct perta_array dy_all = {o->dy_store->buffer, 0};
+    size_t x_staged = o->x_store->buffer ? 0 : o->in, dy_staged = o->dy_store->buffer ? 0 : g->rows;
     size_t col = g->col;
     int rc = 0;
     for (size_t n; g->end < s->chunks->n && !rc;) {
         g->first = g->end;
-        g->end =
-            window_end(s, g->first,
-                       (o->x_store->buffer ? 0 : o->in) + (o->dy_store->buffer ? 0 : g->rows), &n);
+        g->end = window_end(s, g->first, x_staged + dy_staged, &n);
         g->origin = s->chunks->of[g->first].first;
         g->x_again = *all_x;
         g->x = s->staging;
@@ -140,7 +139,7 @@ static int add_kept(const struct perta_importance_sink *s, const struct operands
         else if (!*all_x)
             rc = stage(s, o->x_store, g->origin, n, 0, o->in, g->x, err);
         *all_x = !g->first && g->end == s->chunks->n;
-        g->dy = perta_array_at(s->staging, n * o->in);
+        g->dy = perta_array_at(s->staging, n * x_staged);
         g->dy_width = g->rows;
         g->col = 0;
         if (o->dy_store->buffer) {
