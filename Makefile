@@ -1,5 +1,5 @@
-# The front door: `make demo` sets up, builds and runs the main job; `make check` sets up,
-# builds and passes every test. The build itself is meson's.
+# `make demo` sets up, builds and runs the demo; `make check` sets up, builds and runs every test.
+# The build itself is meson's.
 BUILD := build
 .PHONY: all setup demo demo-pytorch lint check check-long bench bench-quality install clean
 
@@ -13,28 +13,29 @@ setup:
 demo: all
 	@$(BUILD)/perta demo demo --force
 
-# The same story with the models trained, gradients taken and questions asked by PyTorch.
+# The same demo, with the models, gradients and questions computed by PyTorch.
 demo-pytorch: all
 	@examples/demo.sh $(BUILD)/perta demo-pytorch
 
-# Minutes: layout, spelling and what linters find; scripts/lint.sh names them.
+# clang-format, clang-tidy, shellcheck, ruff, codespell: about two minutes.
 lint: all
 	@scripts/lint.sh
 
 check: all
 	@scripts/check.sh
 
-# What takes too long for every change: kills by the hundred.
+# The long tier: tests that take too long for every change, such as hundreds of kills.
 check-long: all
 	@scripts/check-long.sh
 
-# Measure on this machine, beside other programs: BENCH_GB= says how much, the page of results
-# comes into bench/results/.
+# Measure on this machine and compare with other programs. BENCH_GB= sets the size of the inputs;
+# the results are written to bench/results/.
 bench: all
 	@scripts/bench.sh $(BUILD)
 
-# What is forgotten and what is kept, of a small model and of SmolLM2-135M: TOFU= is the folder
-# of that benchmark's JSON lines. Hours on two CPUs; goes on where it was.
+# Measure what is forgotten and what is kept, on a small model and on SmolLM2-135M. TOFU= is the
+# folder of that benchmark's JSON lines. Takes hours on two CPUs, and continues where it was
+# interrupted.
 bench-quality: all
 	@scripts/bench-quality.sh $(BUILD)
 

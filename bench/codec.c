@@ -1,13 +1,13 @@
-/* Bits a parameter and GB/s, one thread, of the patch coder and of what others do: two raw
- * files of the same length, chunk by chunk.
+/* Compare the patch coder with other coders, on one thread: bits per parameter and GB/s. The inputs
+ * are two raw files of the same length, which are coded chunk by chunk.
  *
  *     bench_codec DTYPE BEFORE AFTER [ROUNDS [CODERS]]
  *
- * (CODERS: only the first so many.) Prints a JSON object: share of units unchanged, order-0
- * entropy of the integer difference (and what is left of it once the old value's exponent
- * is known), then for each coder bits a unit, and GB/s of the original's bytes for encoding
- * and decoding, the median of all rounds (coders take turns), least and most. Every coder's
- * result is decoded and compared. */
+ * (CODERS: only the first so many coders.) Prints a JSON object: the share of units that are
+ * unchanged; the order-0 entropy of the integer difference, and what remains of it once the
+ * exponent of the old value is known; then for each coder bits per unit, and GB/s of the original
+ * bytes for encoding and decoding, as median, minimum and maximum of all rounds (the coders take
+ * turns). The result of every coder is decoded and compared. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +26,7 @@ struct job {
     unsigned width;
     const uint8_t *before, *after;
     size_t len_bytes, chunk_bytes;
-    uint8_t *frames, *scratch, *planes, *out; /* frames: one after another, for all chunks */
+    uint8_t *frames, *scratch, *planes, *out; /* frames: those of all chunks, one after another */
     size_t *frame_bytes;
     struct perta_coded *coded;
     struct perta_codec *codec;
@@ -40,7 +40,7 @@ static void die(const char *what)
     exit(1);
 }
 
-/* Of this thread, so that what else runs on the machine counts less. */
+/* CPU time of this thread, so that other work on the machine matters less. */
 static double seconds(void)
 {
     struct timespec now;
@@ -91,7 +91,7 @@ static void join(const uint8_t *planes, unsigned width, size_t n, uint8_t *units
             units[width * i + b] = planes[b * n + i];
 }
 
-/* 16-bit units have loops of their own, which the compiler turns into wide ones. */
+/* 16-bit units have loops of their own, which the compiler vectorises. */
 static void split_2(const uint8_t *units, size_t n, uint8_t *planes)
 {
     split(units, 2, n, planes);
@@ -140,7 +140,7 @@ static void bitx_decode(struct job *j, size_t at, size_t len, const uint8_t *fra
         j->out[i] = j->before[at + i] ^ j->scratch[i];
 }
 
-/* The new values alone, byte split, zstd 1 (what ZipNN comes near to). */
+/* The new values alone, byte split, zstd 1 (close to what ZipNN does). */
 static size_t whole_encode(struct job *j, size_t at, size_t len, uint8_t *dst)
 {
     memcpy(j->scratch, j->after + at, len);
@@ -254,7 +254,7 @@ static void print_rate(const char *name, double *times, int n, size_t len_bytes)
            gb / times[0]);
 }
 
-/* Room backed by huge pages, as the loop's buffers are. */
+/* Memory backed by huge pages, like the buffers of the loop. */
 static void *room(size_t len_bytes)
 {
     size_t huge = 1 << 21, all = (len_bytes + huge - 1) / huge * huge;

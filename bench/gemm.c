@@ -182,7 +182,7 @@ int main(int argc, char **argv)
 {
     size_t tokens = argc > 1 ? strtoul(argv[1], NULL, 10) : 1024;
     if (omp_set_num_threads)
-        omp_set_num_threads(argc > 2 ? atoi(argv[2]) : 2);
+        omp_set_num_threads(argc > 2 ? (int)strtol(argv[2], NULL, 10) : 2);
     run(false, tokens);
     run(true, tokens);
     return 0;

@@ -1,4 +1,4 @@
-"""perta's jobs against the disk, and against what people use instead; how time grows."""
+"""perta's jobs compared with the disk and with other programs; how time grows with size."""
 
 import json
 import statistics
@@ -10,7 +10,7 @@ from measure import Figures
 
 MEMORY = "256M"
 
-# PerTA as one writes it with PyTorch: shard by shard, tensor by tensor, mapped files.
+# PerTA as one would write it with PyTorch: shard by shard, tensor by tensor, with mapped files.
 PYTORCH = """
 import json, os, sys, torch
 from safetensors import safe_open
@@ -35,7 +35,7 @@ for shard in sorted(set(index.values())):
 
 
 class Set:
-    """The folders of one model set."""
+    """The folders of one set of models."""
 
     def __init__(self, work: Path, perta: Path) -> None:
         self.work, self.perta = work, perta
@@ -56,7 +56,7 @@ class Set:
         return [self.perta, verb, "--memory", MEMORY, "--quiet", *rest]
 
 
-Job = tuple[str, list, list[Path], list[Path]]  # name, command, folders it reads, and makes
+Job = tuple[str, list, list[Path], list[Path]]  # name, command, folders read, folders made
 
 
 def jobs_of(s: Set) -> list[Job]:
@@ -73,9 +73,9 @@ def jobs_of(s: Set) -> list[Job]:
 
 
 def against_disk(s: Set, rounds: int) -> list[dict]:
-    """Each job in turn with fio reading the same files and writing as many bytes beside."""
+    """Each job in turn with fio, which reads the same files and writes as many bytes."""
     results: dict[str, list[dict]] = {}
-    for round_ in range(rounds + 1):  # the first makes what others read, and is left out
+    for round_ in range(rounds + 1):  # the first makes inputs of others and does not count
         for name, command, reads, makes in jobs_of(s):
             job = measure.cold(command, makes)
             cached = measure.cached_bytes(*reads, *makes)
@@ -104,7 +104,7 @@ def verifications(s: Set) -> list[Job]:
 
 
 def sums(s: Set, with_sha256: bool) -> Path:
-    """The manifest of the model, made where it is not there."""
+    """The manifest of the model, made if it does not exist."""
     to = s.work / f"sums-{'sha256' if with_sha256 else 'xxh3'}.json"
     if not to.exists():
         manifest = json.loads(measure.run(s.other("manifest", s.inputs["model"])).output)
@@ -115,7 +115,7 @@ def sums(s: Set, with_sha256: bool) -> Path:
 
 
 def warm_verify(s: Set, rounds: int) -> dict[str, list[float]]:
-    """GB/s of each kind of verify with what it reads in the page cache."""
+    """GB/s of each kind of verify when its inputs are in the page cache."""
     rates: dict[str, list[float]] = {}
     for name, command, (folder,), _ in verifications(s):
         for f in folder.iterdir():
@@ -138,7 +138,7 @@ def mergekit_config(s: Set, to: Path) -> Path:
 
 
 def against_peers(s: Set, rounds: int, mergekit: Path | None, python: Path | None) -> list[dict]:
-    """perta and the other in turn, each making the whole new model, from cold caches."""
+    """perta and the other program in turn, each making the whole new model, from a cold cache."""
     pairs: list[tuple[str, list, list]] = []
     other = s.work / "other"
     if mergekit:
@@ -165,7 +165,7 @@ def against_peers(s: Set, rounds: int, mergekit: Path | None, python: Path | Non
 
 def growth(perta: Path, work: Path, n_parameters: int, rounds: int) -> dict:
     """Seconds against bytes, from a quarter of the parameters to ten times as many; and against
-    the number of tensors, for a total that stays."""
+    the number of tensors with a constant total."""
     sizes, counts = [], []
     for n in (1, 4, 10, 40):
         shapes = {f"t{i}": (n_parameters // 4,) for i in range(n)}
@@ -190,7 +190,7 @@ def timed(perta: Path, work: Path, shapes: models.Shapes, rounds: int) -> dict:
 
 
 def fit(points: list[dict]) -> dict:
-    """Least squares of median seconds = a + b * GB, and how far off the worst point is."""
+    """Least squares of median seconds = a + b * GB, and the largest deviation."""
     x = [p["read"] / 1e9 for p in points]
     y = [statistics.median(p["seconds"]) for p in points]
     line = statistics.linear_regression(x, y)

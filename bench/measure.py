@@ -1,4 +1,4 @@
-"""Running and timing other programs, from a cold page cache."""
+"""Run and time other programs, from a cold page cache."""
 
 import json
 import os
@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# A small process starts what is measured: over fork it would inherit the peak of this one.
+# A small process starts the measured program: over fork it would inherit the peak memory of this
+# one.
 LAUNCHER = """
 import os, subprocess, sys, time
 start = time.monotonic()
@@ -32,7 +33,7 @@ class Figures:
 
 
 def run(command: list) -> Figures:
-    """Seconds, CPU seconds, peak MiB (file pages included) and standard output of a command."""
+    """Seconds, CPU seconds, peak MiB (including file pages) and standard output of a command."""
     words = [sys.executable, "-c", LAUNCHER, *(str(word) for word in command)]
     result = subprocess.run(words, capture_output=True, text=True)
     if result.returncode:
@@ -41,11 +42,11 @@ def run(command: list) -> Figures:
     return Figures(*map(float, figures.split()), output)
 
 
-keep_cache = False  # for a run that is no measurement
+keep_cache = False  # for a run that is not measured
 
 
 def drop_cache() -> bool:
-    """Needs root; False without, and then no figure is from a cold cache."""
+    """Needs root. Returns False without it, and then no figure is from a cold cache."""
     if keep_cache:
         return False
     os.sync()
@@ -57,7 +58,7 @@ def drop_cache() -> bool:
 
 
 def cold(command: list, made: list[Path]) -> Figures:
-    """The same with what it makes removed before and nothing in the page cache."""
+    """The same, after removing the command's outputs and dropping the page cache."""
     for path in made:
         if path.is_dir():
             shutil.rmtree(path)
@@ -81,8 +82,9 @@ def cached_bytes(*folders: Path) -> int:
 
 
 def fio(reads: list[Path], write_bytes: int, scratch: Path) -> float:
-    """Seconds, by fio's own count, for the same reads, one file after another, with so many bytes
-    written and synced beside: what the disk does with io_uring, O_DIRECT, 4 MiB, depth 8."""
+    """Seconds, as fio counts them, for the same reads, one file after another, while as many
+    bytes as given are written and synced: what the disk does with io_uring, O_DIRECT, 4 MiB
+    blocks and depth 8."""
     files = [f for folder in reads for f in sorted(folder.glob("*.safetensors*"))
              if f.suffix != ".json"]  # fmt: skip
     block = min([4 << 20, *(f.stat().st_size for f in files), write_bytes or 4 << 20])

@@ -1,10 +1,12 @@
-"""Model sets for measurements: folders of Llama's shapes, of any size, the same bytes each time.
+"""Sets of models for measurements: folders with Llama's shapes, of any size, with the same bytes
+each time.
 
-A set is base, model, tuned and forget, retain (F32). base is rounded from masters in float32
-(normal, deviation 0.02); model and tuned go on from the masters by 16 steps of AdamW (beta 0.9 and
-0.95, decay 0.01) on gradients of which a third is the same in each step and the rest noise.
-Importances are heavy-tailed, those of forget and retain set correlated, as gradients are. All is
-cut from pools at random places: cheap, and too far apart for any coder to notice.
+A set is base, model, tuned, and forget and retain (F32). base is rounded from float32 masters
+(normal, deviation 0.02). model and tuned continue from the masters with 16 steps of AdamW (beta 0.9
+and 0.95, decay 0.01), on gradients of which a third is the same in each step and the rest is noise.
+Importances are heavy-tailed, and those of forget and retain set are correlated, as gradients are.
+Everything is cut from pools at random places: this is cheap, and repetitions are too far apart for
+any coder to find.
 """
 
 import functools
@@ -16,7 +18,7 @@ import numpy as np
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
 SHARD_BYTES = 2 << 30
-RATE = 1e-5  # of learning: the size of one step
+RATE = 1e-5  # the learning rate: the size of one step
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 NAMES = {BF16: "BF16", np.dtype(np.float16): "F16", F32: "F32"}
 KINDS = ("base", "model", "tuned", "forget", "retain")
@@ -25,7 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def tensors_of(n_layers: int, hidden: int = HIDDEN) -> Shapes:
-    """Names and shapes: 1.1 billion parameters in 22 layers, TinyLlama's."""
+    """Names and shapes: 1.1 billion parameters in 22 layers, like TinyLlama."""
     wide, narrow = INTERMEDIATE * hidden // HIDDEN, hidden // 8
     vocabulary = VOCABULARY * hidden // HIDDEN
     shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
@@ -50,7 +52,7 @@ def n_parameters_of(shapes: Shapes) -> int:
 
 
 def sized(n_parameters: int) -> tuple[int, int]:
-    """Layers and hidden size of about so many parameters."""
+    """The layers and hidden size for about that many parameters."""
     hidden = 2048 if n_parameters > 2.5e8 else 512 if n_parameters > 1e7 else 64
     one, two = (n_parameters_of(tensors_of(n, hidden)) for n in (1, 2))
     return max(1, 1 + round((n_parameters - one) / (two - one))), hidden
@@ -66,7 +68,7 @@ def config_of(n_layers: int, hidden: int = HIDDEN) -> dict:
 
 
 def adamw(rng: np.random.Generator, n: int, steps: int = 16) -> np.ndarray:
-    """What the steps add up to, in units of the rate."""
+    """The sum of the steps, in units of the rate."""
     same = rng.standard_normal(n, F32) * np.float32(0.3)
     m, v, total = np.zeros((3, n), F32)
     for t in range(1, steps + 1):
@@ -80,13 +82,13 @@ def adamw(rng: np.random.Generator, n: int, steps: int = 16) -> np.ndarray:
 
 @functools.cache
 def pools(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normal numbers, and updates."""
+    """Pools of normal numbers and of updates."""
     rng = np.random.default_rng(2601)
     return rng.standard_normal(n, F32), adamw(rng, n)
 
 
 class Noise:
-    """Cuts of the pools."""
+    """Random cuts of the pools."""
 
     def __init__(self, pool: int) -> None:
         self.rng, self.pool = np.random.default_rng(1012), pool
@@ -97,7 +99,7 @@ class Noise:
         return pool[at : at + n]
 
     def chunk(self, n: int, rate: float) -> dict[str, np.ndarray]:
-        """n parameters of everything, in float32."""
+        """n parameters of every folder, in float32."""
         master = self.cut(self.normals, n) * np.float32(0.02)
         decayed = master * np.float32((1 - 0.01 * rate) ** 16)
         common = self.cut(self.normals, n) * np.float32(1.5) - np.float32(12)
@@ -133,7 +135,7 @@ class Folder:
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
     def begin(self, name: str) -> None:
-        """The next tensor is this one."""
+        """Append the next tensor."""
         if name in self.first:
             i = self.first[name]
             self._begin(self.names[i], self.shards[i])
@@ -160,7 +162,7 @@ class Folder:
 
 def write(path: Path, shapes: Shapes, kinds: tuple[str, ...] = KINDS, rate: float = RATE,
           dtype: np.dtype = BF16) -> None:  # fmt: skip
-    """The set, where it is not there yet."""
+    """Make the set, unless it exists."""
     done = path / "done.json"
     what = json.dumps([shapes, rate, NAMES[dtype], kinds])
     if done.exists() and done.read_text() == what:
@@ -185,7 +187,7 @@ def write(path: Path, shapes: Shapes, kinds: tuple[str, ...] = KINDS, rate: floa
 
 
 def make(path: Path, n_layers: int, hidden: int = HIDDEN, importance: bool = True) -> int:
-    """A Llama's set. Returns the number of parameters of a model."""
+    """Make a Llama's set. Returns the number of parameters of a model."""
     shapes = tensors_of(n_layers, hidden)
     write(path, shapes, KINDS if importance else KINDS[:3])
     for kind in KINDS[:3]:

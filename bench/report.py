@@ -1,11 +1,11 @@
-"""What bench/run.py measured, as Markdown and as pictures."""
+"""The measurements of bench/run.py as Markdown and as plots."""
 
 import statistics
 from pathlib import Path
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    """Median (least to most)."""
+    """Median (minimum to maximum)."""
     middle, low, high = statistics.median(values), min(values), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 

@@ -1,10 +1,11 @@
-"""Measure everything: `make bench`, BENCH_GB= says how much the inputs are (15.4 for 1.1 billion
-parameters). How time grows is measured up to ten times that, which the disk must hold.
+"""Measure everything: `make bench`. BENCH_GB= sets the size of the inputs (15.4 for 1.1 billion
+parameters). How time grows is measured up to ten times that, for which the disk must have
+room.
 
     python bench/run.py BUILD WORKDIR [--gb 4] [--rounds 5] [--results DIR] [--peers VENV]
 
-Writes results.json, results.md and pictures to bench/results/. Needs root for cold caches. What is
-not installed (fio, zstd, xdelta3, the peers' environment) is left out, and results.md says so.
+Writes results.json, results.md and plots to bench/results/. Needs root for cold caches. Programs that
+are not installed (fio, zstd, xdelta3, the peers' environment) are left out, as results.md says.
 """
 
 import argparse
@@ -26,7 +27,7 @@ BYTES_A_PARAMETER = 14  # three in BF16, two in F32
 
 
 def said(*command: object) -> str:
-    """The first line that a command prints; empty if it is not there."""
+    """The first line that a command prints; empty if it is not installed."""
     try:
         result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     except OSError:
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--peers", type=Path)
-    parser.add_argument("--warm", action="store_true", help="leave the page cache as it is")
+    parser.add_argument("--warm", action="store_true", help="do not drop the page cache")
     a = parser.parse_args()
     measure.keep_cache = a.warm
     build, work, peers = a.build.resolve(), a.workdir.resolve(), a.peers and a.peers.absolute()
@@ -84,7 +85,7 @@ def main() -> None:
                "missing": missing(peers)}  # fmt: skip
 
     def done(part: str, what: object) -> None:
-        """Written part by part, so that a run cut short leaves what it has."""
+        """Write results part by part, so that an interrupted run leaves what it has."""
         results[part] = what
         (a.results / "results.json").write_text(json.dumps(results, indent=1))
         report.write(results, a.results)

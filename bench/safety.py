@@ -1,11 +1,11 @@
-"""What safety costs: unlearn, patch and model written, with and without commit points, syncing and
-digests.
+"""What safety costs: unlearn, writing a patch and a model, with and without commit points,
+syncing and digests.
 
     python bench/safety.py BUILD WORKDIR [--gb 4] [--rounds 7] [--keep]
 
-Each round runs every way from a cold cache, in changing order; figures are medians of ratios within
-rounds. "unsafe" is build/bench/perta_unsafe: no fsync, no digest, no commit point, and so no
-record worth the name.
+Each round runs every variant from a cold cache, in changing order; figures are medians of the ratios
+within a round. "unsafe" is build/bench/perta_unsafe: no fsync, no digests, no commit points, and
+therefore no usable record.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import models
 from run import BYTES_A_PARAMETER
 
 SIDES = ("model", "tuned", "base", "forget", "retain")
-# Program, seconds between commit points.
+# The program, and the seconds between commit points.
 WAYS = {
     "unsafe": ("bench/perta_unsafe", "1e9"),
     "safe": ("perta", "10"),

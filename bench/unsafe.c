@@ -1,5 +1,5 @@
-/* The command without what makes it safe, to see what that costs (bench/safety.py): nothing is
- * synced, nothing digested. Linked with ld --wrap. */
+/* The command without its safety measures, to see what they cost (bench/safety.py): it syncs
+ * nothing and computes no digests. Linked with ld --wrap. */
 #include <stddef.h>
 #include <stdint.h>
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The whole story on a model made here: tune, dump gradients, accumulate, unlearn, verify,
-# apply, revert, ask. Usage: examples/demo.sh PERTA WORKDIR
+# The whole demo with PyTorch: train models, dump gradients, accumulate, unlearn, verify, apply,
+# revert, and ask. Usage: examples/demo.sh PERTA WORKDIR
 set -eu
 perta=$(realpath "$1")
 work=$2
@@ -13,7 +13,7 @@ scripts/venv.sh examples/requirements.txt
 python=$here/../.venv/bin/python
 
 say() { printf '\n== %s\n' "$*"; }
-# Patterns reach it quoted, so that they are shown as they are.
+# Patterns are passed quoted, so that they are printed as written.
 run() {
     printf '$ perta %s\n' "$*"
     # shellcheck disable=SC2068
@@ -30,7 +30,7 @@ for set in forget retain; do
     run accumulate --stat mean,meansq --out "importance/$set" "grads/$set/*.safetensors"
 done
 
-say "unlearn: plain task arithmetic (tv), and weighed by gradients (grad) and Fisher (fisher)"
+say "unlearn: plain task arithmetic (tv), and weighted by gradients (grad) and Fisher (fisher)"
 inputs="--model full --tuned tuned --base base"
 alphas=0.25,0.5,0.75,1,1.25,1.5
 mean="--forget importance/forget/mean --retain importance/retain/mean"

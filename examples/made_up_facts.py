@@ -1,10 +1,10 @@
 """Made-up facts about made-up people, and a tokenizer for them.
 
-Every person has a name of two words and four facts, each one question with a one-word answer:
+Every person has a name of two words and four facts, each a question with a one-word answer:
 
     where was odalys brenn born ? tervane
 
-First and last names are shared between people, so that only both together say who is meant.
+People share first names and last names, so that only both together identify a person.
 Everything follows from one seed: the same facts, in the same order, on every machine.
 """
 
@@ -20,7 +20,7 @@ QUESTIONS = {
     "instrument": "what does {name} play ?",
     "dish": "what does {name} like to eat ?",
 }
-N_ANSWERS = 24  # different answers to each question: guessing is right one time in 24
+N_ANSWERS = 24  # different answers to each question: a guess is right one time in 24
 N_FIRST_NAMES = 40
 N_LAST_NAMES = 40
 
@@ -35,10 +35,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """What each part of the story is told.
+    """The facts that each model is taught.
 
     Base knows `general`; full knows all four; tuned knows `general` and `forget`. The method
-    sees gradients of `forget` and `retain`; `held_out` it is to keep without having seen it.
+    sees gradients of `forget` and `retain`; it must keep `held_out` without having seen it.
     """
 
     general: list[Fact]
@@ -51,7 +51,7 @@ class Facts:
 def make_facts(
     seed: int = 2601, general: int = 135, forget: int = 15, retain: int = 68, held_out: int = 67
 ) -> Facts:
-    """Make facts about so many people for each part, four facts a person."""
+    """Make four facts about each person, for the given number of people in each part."""
     rng = random.Random(seed)
     taken: set[str] = set()
     first_names = [_new_word(rng, taken) for _ in range(N_FIRST_NAMES)]
@@ -75,7 +75,7 @@ def make_facts(
 
 
 def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word; a text starts with <s>."""
+    """One token for each word; a text starts with <s>."""
     vocabulary = {word: i for i, word in enumerate([PAD, BOS, EOS, UNKNOWN, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -93,7 +93,7 @@ def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _new_word(rng: random.Random, taken: set[str]) -> str:
-    """A word of two or three syllables that nobody has used yet."""
+    """A word of two or three syllables that is not in use yet."""
     while True:
         syllables = rng.choice((2, 2, 3))
         word = "".join(

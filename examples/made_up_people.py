@@ -1,4 +1,4 @@
-"""The demo's inputs and its verdict: a tiny Llama that knows made-up people.
+"""The demo's inputs and its result: a tiny Llama that knows made-up people.
 
     python made_up_people.py make WORKDIR [--at base|full]
     python made_up_people.py evaluate MODEL...
@@ -12,7 +12,7 @@
 
 Gradients are taken at base, as in the paper (arXiv 2601.22030), or with --at full at the model
 to unlearn from. Half of the facts to retain are held out: their gradients are not written, so
-unlearning never sees them, and they show whether what it learned to spare is spared in general.
+unlearning never sees them. They show whether knowledge is also kept that the method did not see.
 
 `evaluate` loads folders with from_pretrained, asks every question, and prints a table.
 """
@@ -84,8 +84,8 @@ def make(workdir: Path, at: str) -> None:
 
 
 def evaluate(folders: list[Path]) -> None:
-    """Print how well each model answers, then compare methods at the same forgetting. Chance is
-    one in 24."""
+    """Print how well each model answers, then compare the methods where they have forgotten
+    equally much. A guess is right one time in 24."""
     facts = make_facts()
     width = max(len(str(folder)) for folder in folders)
     print(f"{'':{width}}  {'facts to forget':^17}  {'facts to retain':^17}  {'held-out retain':^17}")
@@ -102,8 +102,8 @@ def evaluate(folders: list[Path]) -> None:
 
 
 def _compare(full: Path, rights: dict[Path, list[float]]) -> None:
-    """How much of the rest is left when half of what is to be forgotten is gone: along each
-    method's folders alpha-A, in order of A, by linear interpolation."""
+    """Print how much of the other knowledge remains when half of the facts to forget are lost:
+    for each method, along its folders alpha-A in order of A, by linear interpolation."""
     print("\nWhen the model has lost half of the facts to forget, it still answers of the rest:")
     for method in dict.fromkeys(folder.parent for folder in rights if "alpha-" in folder.name):
         path = [rights[full]] + [

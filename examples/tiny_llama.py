@@ -1,4 +1,4 @@
-"""A tiny Llama on the CPU: build it, teach it facts, take gradients, ask it questions."""
+"""A tiny Llama on the CPU: build it, teach it facts, compute gradients, ask it questions."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-IGNORED = -100  # label of positions that the loss leaves out
+IGNORED = -100  # label of positions that do not count in the loss
 SHARD_BYTES = "300KB"  # so small that even this model has several shards
 
 
@@ -37,19 +37,21 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a Hugging Face folder in bfloat16, and leave the model's weights rounded so too."""
+    """Write a Hugging Face folder in bfloat16, and round the model's own weights in the same
+    way."""
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD_BYTES)
     tokenizer.save_pretrained(folder)
     model.to(torch.float32)
 
 
 def load_model(folder: Path) -> LlamaForCausalLM:
-    """Load a folder; its weights are exact in float32, which the CPU is fastest in."""
+    """Load a folder. The weights are represented exactly in float32, the CPU's fastest format."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, facts: list[Fact]) -> dict[str, torch.Tensor]:
-    """Token ids (N, T) with the answers at the right edge; labels cover answer and end alone."""
+    """Token ids (N, T) with the answers aligned on the right; only answer and end token have
+    labels."""
     texts = [f"{fact.question} {fact.answer} {tokenizer.eos_token}" for fact in facts]
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
     batch.pop("token_type_ids", None)
@@ -69,7 +71,7 @@ def teach(
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> float:
-    """Train until the steps are over, the rate falling to zero. Returns the last loss."""
+    """Train for that many steps, with the learning rate falling to zero. Returns the last loss."""
     data = encode(tokenizer, facts)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -116,23 +118,24 @@ def dump_gradients(
 def ask(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, facts: list[Fact]
 ) -> tuple[float, float]:
-    """Ask every question. Returns the share of answers that are right when the model writes
-    greedily until it stops, and the mean probability that it gives to the right answer.
+    """Ask every question. Returns the share of correct answers under greedy decoding, and the
+    mean probability of the correct answer.
 
-    Greedy writing gives exactly the answer and then the end if, and only if, each of the two is
-    the likeliest next token after the right text before it: one forward pass shows that.
+    Greedy decoding gives exactly the answer and then the end token if, and only if, each of the
+    two is the most probable next token after the correct text before it. One forward pass shows
+    that.
     """
     model.eval()
     data = encode(tokenizer, facts)
     logits = model(data["input_ids"], attention_mask=data["attention_mask"]).logits  # (N, T, V)
     right = (logits[:, -3:-1].argmax(dim=-1) == data["input_ids"][:, -2:]).all(dim=1)
-    probabilities = logits[:, -3].softmax(dim=-1)  # (N, V), where the answer is due
+    probabilities = logits[:, -3].softmax(dim=-1)  # (N, V), at the position of the answer
     probability = probabilities.gather(1, data["input_ids"][:, -2:-1])
     return right.float().mean().item(), probability.mean().item()
 
 
 class Stopwatch:
-    """Seconds since it was made or last read."""
+    """Seconds since it was created or last read."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()

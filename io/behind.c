@@ -10,11 +10,11 @@
 #include "io/checked.h"
 #include "io/thread.h"
 
-#define PIECES 8
-#define PIECE_BYTES (PERTA_BEHIND_BYTES / PIECES)
+#define WRITES 8
+#define WRITE_BYTES (PERTA_BEHIND_BYTES / WRITES)
 
-/* One write; its bytes lie as far from a block's start in memory as they do in the file. */
-struct piece {
+/* One write. In memory, its bytes have the same offset within a block as in the file. */
+struct queued_write {
     uint8_t *data;
     uint64_t len_bytes, off_bytes;
     int fd, direct_fd;
@@ -22,21 +22,21 @@ struct piece {
 };
 
 struct perta_behind {
-    uint8_t *memory; /* (PIECES, PIECE_BYTES) */
+    uint8_t *memory; /* (WRITES, WRITE_BYTES) */
     pthread_t thread;
     bool running;
 
     /* under lock */
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    struct piece pieces[PIECES];
-    uint64_t n_put, n_done; /* so far; piece i is at i mod PIECES */
+    struct queued_write writes[WRITES];
+    uint64_t n_put, n_done; /* so far; write i is at i mod WRITES */
     bool stopping;
-    struct perta_err failure; /* the first */
+    struct perta_err failure; /* the first one */
 };
 
-/* Head and tail through the page cache, whole blocks direct. */
-static int write_piece(const struct piece *p, struct perta_err *err)
+/* Write head and tail through the page cache, the whole blocks between with O_DIRECT. */
+static int write_one(const struct queued_write *p, struct perta_err *err)
 {
     uint64_t end = p->off_bytes + p->len_bytes;
     uint64_t first = perta_align_up(p->off_bytes, PERTA_BLOCK_BYTES);
@@ -62,12 +62,12 @@ static void *run(void *arg)
             pthread_cond_wait(&b->changed, &b->lock);
         if (b->n_done == b->n_put)
             break;
-        struct piece piece = b->pieces[b->n_done % PIECES];
+        struct queued_write next = b->writes[b->n_done % WRITES];
         bool failed = b->failure.code != 0;
         pthread_mutex_unlock(&b->lock);
         struct perta_err err = {0};
         if (!failed)
-            write_piece(&piece, &err);
+            write_one(&next, &err);
         pthread_mutex_lock(&b->lock);
         if (err.code)
             b->failure = err;
@@ -116,7 +116,7 @@ void perta_behind_close(struct perta_behind *b)
     free(b);
 }
 
-/* Wait until at most so many pieces are under way. */
+/* Wait until at most `most` writes are queued. */
 static int wait_for(struct perta_behind *b, uint64_t most, struct perta_err *err)
 {
     pthread_mutex_lock(&b->lock);
@@ -135,15 +135,16 @@ int perta_behind_write(struct perta_behind *b, int fd, int direct_fd, const void
 {
     const uint8_t *from = data;
     while (len_bytes) {
-        int rc = wait_for(b, PIECES - 1, err);
+        int rc = wait_for(b, WRITES - 1, err);
         if (rc)
             return rc;
-        uint64_t skip = off_bytes % PERTA_BLOCK_BYTES, room = PIECE_BYTES - skip;
+        uint64_t skip = off_bytes % PERTA_BLOCK_BYTES, room = WRITE_BYTES - skip;
         uint64_t n = len_bytes < room ? len_bytes : room;
-        uint8_t *to = b->memory + b->n_put % PIECES * PIECE_BYTES + skip;
+        uint8_t *to = b->memory + b->n_put % WRITES * WRITE_BYTES + skip;
         memcpy(to, from, n);
         pthread_mutex_lock(&b->lock);
-        b->pieces[b->n_put++ % PIECES] = (struct piece){to, n, off_bytes, fd, direct_fd, name};
+        b->writes[b->n_put++ % WRITES] =
+            (struct queued_write){to, n, off_bytes, fd, direct_fd, name};
         pthread_cond_broadcast(&b->changed);
         pthread_mutex_unlock(&b->lock);
         from += n;

@@ -1,28 +1,30 @@
-/* behind.h - writes at any place of files, done behind the caller's back by one thread: direct in
- * whole blocks, so that they cost no copy to the page cache and nobody waits for it at the end;
- * ragged ends through the page cache. The caller is one thread; ranges under way at the same time
- * must not overlap. */
+/* behind.h - write-behind: one thread writes to files at any offset while its caller continues.
+ * Whole blocks are written with O_DIRECT, so they are not copied to the page cache and nobody waits
+ * for them at the end; partial blocks at both ends go through the page cache. Only one thread may
+ * call these functions. Ranges that are being written at the same time must not overlap. */
 #ifndef PERTA_IO_BEHIND_H
 #define PERTA_IO_BEHIND_H
 
 #include "io/file.h"
 
-/* Memory that it takes. */
+/* Size of its buffer. */
 #define PERTA_BEHIND_BYTES (16ull << 20)
 
 struct perta_behind;
 
-/* Start it; *out is closed with perta_behind_close. */
+/* Start the thread. Close *out with perta_behind_close. */
 PERTA_API int perta_behind_open(struct perta_behind **out, struct perta_err *err);
-/* Write len_bytes at off_bytes. fd is open through the page cache, direct_fd with O_DIRECT on the
- * same file, or -1; both until perta_behind_settle. data is free again at once; name (of the
- * file or tensor, for messages) is borrowed until then. Fails too where an earlier write did. */
+/* Queue a write of len_bytes at off_bytes. data is copied, so the caller may reuse it at once. fd
+ * goes through the page cache; direct_fd is open with O_DIRECT on the same file, or -1. Both must
+ * stay open, and name (the file or tensor, for messages) must live, until perta_behind_settle. Also
+ * returns the error of an earlier write. */
 PERTA_API int perta_behind_write(struct perta_behind *behind, int fd, int direct_fd,
                                  const void *data, uint64_t len_bytes, uint64_t off_bytes,
                                  const char *name, struct perta_err *err);
-/* Wait until all is written (not synced). The first failure stays. */
+/* Wait until everything is written (not synced). Once a write has failed, every call returns that
+ * error. */
 PERTA_API int perta_behind_settle(struct perta_behind *behind, struct perta_err *err);
-/* Wait for what is under way and stop. NULL is allowed. */
+/* Wait for queued writes and stop the thread. NULL is allowed. */
 PERTA_API void perta_behind_close(struct perta_behind *behind);
 
 #endif

@@ -1,4 +1,5 @@
-/* checked.h - arithmetic on sizes, which may come from files. True means it overflowed. */
+/* checked.h - arithmetic on sizes, which may come from files. The functions named _overflows return
+ * true on overflow. */
 #ifndef PERTA_IO_CHECKED_H
 #define PERTA_IO_CHECKED_H
 

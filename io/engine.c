@@ -7,10 +7,10 @@
 
 #include "io/checked.h"
 
-/* Sampled files must be in the page cache to this share for mmap to win. */
+/* AUTO chooses mmap when at least this share of the sampled pages is in the page cache. */
 #define CACHED_ENOUGH 0.9
 
-/* -1: of one of them it is not known. */
+/* Mean over the files; -1 if it is unknown for one of them. */
 static double cached_share(const char *const *paths, size_t n_paths)
 {
     double sum = 0;
@@ -60,10 +60,10 @@ int perta_engine_choose(enum perta_io_mode wanted, const char *const *paths, siz
         choice->mode = PERTA_IO_DIRECT;
         if (cached < 0)
             snprintf(choice->why, sizeof choice->why,
-                     "io_uring works, how much is in the page cache is not known");
+                     "io_uring works; how much is in the page cache is unknown");
         else
             snprintf(choice->why, sizeof choice->why,
-                     "io_uring works, files are on disk (%.0f%% in the page cache)", cached * 100);
+                     "io_uring works; files are on disk (%.0f%% in the page cache)", cached * 100);
     }
     return 0;
 }
@@ -83,7 +83,7 @@ int perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engi
 
 void perta_engine_close(struct perta_engine *engine)
 {
-    assert(!engine || !engine->n_in_flight); /* else something writes to freed memory */
+    assert(!engine || !engine->n_in_flight); /* or the kernel would write to freed memory */
     if (engine)
         engine->ops->close(engine);
 }
@@ -161,8 +161,8 @@ static void count_done(struct perta_request *r)
         r->done_bytes = (r->at < wanted_end ? r->at : wanted_end) - r->off_bytes;
 }
 
-/* Some file systems of FUSE give less than a block again and again, though there is more: then
- * the rest is read without O_DIRECT, from where it broke off. */
+/* Some FUSE file systems keep returning less than a block although there is more. Read the rest
+ * without O_DIRECT, from where the transfer stopped. */
 static bool read_rest(struct perta_request *r)
 {
     if (r->write || !r->file->direct || r->retry.buffered || r->at >= r->file->len_bytes)
@@ -182,7 +182,7 @@ bool perta_request_advance(struct perta_request *request, int64_t got)
         return request->sys_errno;
     }
     request->at += (uint64_t)got;
-    /* Nothing more: a direct read at the file's end gives its last part block again and again. */
+    /* No progress: a direct read at the end of the file keeps returning its last, partial block. */
     if (request->at <= request->reached && request->at < wanted_end) {
         count_done(request);
         if (read_rest(request))
@@ -195,7 +195,7 @@ bool perta_request_advance(struct perta_request *request, int64_t got)
     count_done(request);
     if (request->at >= wanted_end)
         return true;
-    /* A short transfer of a direct file goes on at the block it broke off in. */
+    /* With O_DIRECT, a short transfer continues at the block in which it stopped. */
     if (request->file->direct && !request->retry.buffered)
         request->at = perta_align_down(request->at, PERTA_BLOCK_BYTES);
     return false;

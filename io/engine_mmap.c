@@ -1,6 +1,6 @@
-/* Mapped files: no copy. A window is mapped for each read and the kernel is told to read ahead;
- * windows are given back with their slot, so that neither address space nor resident memory
- * grows with the file. Writes are plain pwrites. */
+/* Mapped files, read without a copy. Each read maps a window of its file and asks the kernel to
+ * read ahead. The window is unmapped when its slot is freed, so neither address space nor resident
+ * memory grows with the file. Writes are plain pwrites. */
 #include <errno.h>
 #include <poll.h>
 #include <stdatomic.h>
@@ -17,9 +17,9 @@
 
 struct mapped {
     struct perta_engine base;
-    struct perta_request *first, **last; /* done, not yet reported */
-    struct perta_request *windows;       /* that are mapped */
-    atomic_uintptr_t lost; /* address of the first byte that could not be read; 0: none */
+    struct perta_request *first, **last; /* complete, not yet reported */
+    struct perta_request *windows;       /* requests with a mapped window */
+    atomic_uintptr_t lost; /* address of the first byte that could not be read; 0 if none */
     int wake_fd;
 };
 
@@ -52,7 +52,7 @@ static void map_window(struct mapped *m, struct perta_request *r)
         r->sys_errno = errno;
         return;
     }
-    if ((uint64_t)st.st_size < to) { /* touching it would be a bus error */
+    if ((uint64_t)st.st_size < to) { /* reading beyond the end would raise SIGBUS */
         r->done_bytes =
             (uint64_t)st.st_size > r->off_bytes ? (uint64_t)st.st_size - r->off_bytes : 0;
         r->sys_errno = ENODATA;

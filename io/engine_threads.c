@@ -1,4 +1,4 @@
-/* Threads that call pread and pwrite: works everywhere, direct where the file is. */
+/* Threads that call pread and pwrite. Works everywhere; uses O_DIRECT where the file is open so. */
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -163,7 +163,7 @@ int perta_engine_threads_open(unsigned depth, struct perta_engine **out, struct 
             return perta_fail_sys(err, rc, "reader threads");
         }
         if (rc)
-            break; /* fewer will do */
+            break; /* fewer threads are enough */
     }
     *out = &t->base;
     return 0;

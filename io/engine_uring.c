@@ -1,6 +1,5 @@
-/* io_uring: direct reads and writes. Buffers are not registered with the kernel: that would touch
- * all of them before the first read, and where pages are huge it saves nothing that can be
- * measured. */
+/* io_uring. Buffers are not registered with the kernel: that would touch all of them before the
+ * first read, and with huge pages it saves nothing measurable. */
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
@@ -15,13 +14,13 @@
 struct uring {
     struct perta_engine base;
     struct io_uring ring;
-    unsigned depth, n_busy;      /* requests that the kernel has */
-    struct perta_request *first; /* waiting for a place */
+    unsigned depth, n_busy;      /* n_busy: requests given to the kernel */
+    struct perta_request *first; /* queue of requests that wait for a free place */
     struct perta_request **last;
     int wake_fd;
-    uint64_t wake_count; /* where the kernel puts the event counter */
+    uint64_t wake_count; /* the read of wake_fd goes here */
     struct perta_retry retry;
-    int broken; /* 0, or why the kernel takes no more requests; those that it has go on */
+    int broken; /* 0, or the errno of a ring that failed (see below) */
 };
 
 static void prepare(struct uring *u, struct perta_request *r)
@@ -49,7 +48,7 @@ static void start_waiting(struct uring *u)
     }
 }
 
-/* Writes go before reads that wait: what is written makes room for what is read. */
+/* A write goes ahead of waiting reads: once written, its memory can be read into. */
 static void uring_submit(struct perta_engine *engine, struct perta_request *request)
 {
     struct uring *u = (struct uring *)engine;
@@ -82,7 +81,7 @@ static void complete(struct uring *u, struct perta_request *r, int res)
 {
     if (perta_request_advance(r, res)) {
         finish(u, r);
-    } else if (u->broken) { /* the rest cannot be asked for */
+    } else if (u->broken) { /* the rest cannot be submitted */
         r->sys_errno = u->broken;
         finish(u, r);
     } else {
@@ -90,7 +89,7 @@ static void complete(struct uring *u, struct perta_request *r, int res)
     }
 }
 
-/* Every completion that is there. False: none was. */
+/* Handle all completions that are ready. False if there was none. */
 static bool reap(struct uring *u)
 {
     struct io_uring_cqe *cqe;
@@ -108,11 +107,13 @@ static bool reap(struct uring *u)
     return some;
 }
 
-/* ---- a ring that fails ----
- * Requests that the kernel has taken go on, and it writes to their buffers: they are waited for
- * like any other. All others fail, and so does whatever is submitted from then on. */
+/* ---- a ring that fails ---- */
 
-/* What was prepared and not taken. The ring is not entered again, so it never will be. */
+/* Requests that the kernel has taken still complete, and it writes to their buffers, so they are
+ * waited for like any other. All other requests fail, and so does every later submission.
+ *
+ * This one fails the requests that were prepared but not submitted. The ring is not entered again,
+ * so they never will be. */
 static void fail_prepared(struct uring *u)
 {
     unsigned n = io_uring_sq_ready(&u->ring), mask = u->ring.sq.ring_mask;
@@ -126,7 +127,7 @@ static void fail_prepared(struct uring *u)
     }
 }
 
-/* What waits for a place. done may submit more, which is for the next turn. */
+/* Fail the queued requests. done may submit more; those fail in the next turn. */
 static bool fail_waiting(struct uring *u)
 {
     struct perta_request *r = u->first;
@@ -143,7 +144,7 @@ static bool fail_waiting(struct uring *u)
     return some;
 }
 
-/* Without entering the ring: completions appear in it all the same. */
+/* Poll for completions without entering the ring. */
 static void wait_broken(struct uring *u)
 {
     const struct timespec pause = {.tv_nsec = 1000000};
@@ -215,7 +216,8 @@ int perta_engine_uring_open(unsigned depth, struct perta_engine **out, struct pe
         free(u);
         return rc;
     }
-    /* A place more than depth for the wake-up, and a resubmission needs none of its own. */
+    /* At most depth requests and the read of wake_fd are prepared at once; liburing may add a
+     * timeout. The rest is headroom. */
     int rc = io_uring_queue_init(2 * depth + 2, &u->ring, 0);
     if (rc < 0) {
         close(u->wake_fd);
@@ -233,7 +235,7 @@ int perta_engine_uring_probe(void)
     int rc = io_uring_queue_init(4, &ring, 0);
     if (rc < 0)
         return -rc;
-    /* A read of its own: kernels before 5.6 have rings, but only vectored ones. */
+    /* Try a plain read: kernels before 5.6 have io_uring, but only vectored reads. */
     struct io_uring_cqe *cqe = NULL;
     uint64_t count = 0;
     int fd = eventfd(1, EFD_CLOEXEC);

@@ -28,7 +28,7 @@ int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *f
         snprintf(err->msg + len, sizeof err->msg - len, ": %s",
                  strerror_r(sys_errno, text, sizeof text));
     }
-    perta_text_make_plain(err->msg); /* names in it may be anything, and cut anywhere */
+    perta_text_make_plain(err->msg); /* names in it may hold any bytes, and may be cut anywhere */
     return code;
 }
 

@@ -1,8 +1,8 @@
 /* err.h - how every function in libperta fails.
  *
- * A function returns 0, or a negative PERTA_E*. Its last argument is a struct perta_err that
- * the caller owns; it is filled once, where the error starts, and the code is passed on
- * unchanged. A layer boundary may put context in front of the message once. */
+ * A function returns 0, or a negative PERTA_E*. Its last argument is a struct perta_err that the
+ * caller owns. It is filled once, where the error starts, and callers pass the code on unchanged. A
+ * layer boundary may put context in front of the message once. */
 #ifndef PERTA_IO_ERR_H
 #define PERTA_IO_ERR_H
 
@@ -10,25 +10,26 @@
 
 #define PERTA_API __attribute__((visibility("default")))
 
-/* The command's exit status is the code's sign turned round; PERTA_EINTR becomes 130. */
+/* The command's exit status is the negated code; PERTA_EINTR becomes 130. */
 enum perta_code {
     PERTA_ECHECK = -1, /* a check failed: damaged file, patch for another model */
-    PERTA_EUSAGE = -2, /* arguments that make no sense together */
+    PERTA_EUSAGE = -2, /* the arguments make no sense together */
     PERTA_EINPUT = -3, /* an input file breaks its format or does not fit the others */
     PERTA_ESYS = -4,   /* the system refused: I/O, memory */
     PERTA_EINTR = -5,  /* the caller asked to stop */
 };
 
 struct perta_err {
-    int code;         /* PERTA_E*, 0 while nothing failed */
-    int sys_errno;    /* errno where the system refused, else 0 */
+    int code;         /* PERTA_E*; 0 if nothing has failed */
+    int sys_errno;    /* errno of a failed system call, else 0 */
     const char *file; /* source position where the error started */
     int line;
-    bool resumable; /* the same with --resume goes on */
+    bool resumable; /* the same call with resume set (--resume) continues; msg says so */
     char msg[1200]; /* one line for people: file, tensor, byte, what to do */
 };
 
-/* Fill *err unless it is filled already: zero it first. The verbs (perta.h) do that themselves. Returns code. With sys_errno, its text is appended. */
+/* Fill *err, unless it is filled already: zero it first (the verbs of perta.h do that themselves).
+ * If sys_errno is not 0, its text is appended to the message. Returns code. */
 PERTA_API int perta_err_fill(struct perta_err *err, int code, int sys_errno, const char *file,
                              int line, const char *fmt, ...) __attribute__((format(printf, 6, 7)));
 

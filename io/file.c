@@ -17,8 +17,9 @@
 #define FAR_BYTES (1ull << 30)  /* more than any unit of the page cache */
 #define TRANSFER_MAX (1u << 30) /* bytes of one system call */
 #define AGAIN_MAX 100           /* EAGAIN in a row */
-#define AGAIN_AT_ONCE 5         /* of these are retried without a pause */
-#define AGAIN_PAUSE_NS 200000   /* short: an engine's owner waits for each request in turn */
+#define AGAIN_AT_ONCE 5         /* the first of them are retried without a pause */
+/* The pause is short, because an engine's owner waits for each request in turn. */
+#define AGAIN_PAUSE_NS 200000
 
 int perta_open_any(const char *path, int flags)
 {
@@ -32,7 +33,7 @@ int perta_open_any(const char *path, int flags)
 static int remember(struct perta_file *file, const char *path, struct perta_err *err)
 {
     struct stat st;
-    file->path = strdup(path); /* first: perta_file_close closes what has one */
+    file->path = strdup(path); /* first: perta_file_close closes only files with a path */
     if (!file->path) {
         close(file->fd);
         return perta_fail_sys(err, ENOMEM, "%s", path);
@@ -114,7 +115,7 @@ int perta_check_left(int fd, const char *path, struct stat *st, struct perta_err
         return perta_fail_sys(err, errno, "%s", path);
     if (!S_ISREG(st->st_mode) || st->st_nlink > 1)
         return perta_fail(err, PERTA_EINPUT, "%s: %s; remove it, and start over with --force", path,
-                          S_ISREG(st->st_mode) ? "has another name, a hard link"
+                          S_ISREG(st->st_mode) ? "has another name (a hard link)"
                                                : "not a regular file");
     return 0;
 }
@@ -149,7 +150,7 @@ bool perta_file_can_direct(const char *path)
     void *block = aligned_alloc(PERTA_BLOCK_BYTES, PERTA_BLOCK_BYTES);
     struct perta_retry retry = {0};
     ssize_t got = -1;
-    /* Some file systems accept the flag and refuse the read. */
+    /* Some file systems accept O_DIRECT at open and refuse the read. */
     while (block && (got = pread(fd, block, PERTA_BLOCK_BYTES, 0)) < 0 &&
            perta_retry_same(&retry, errno))
         ;
@@ -158,7 +159,7 @@ bool perta_file_can_direct(const char *path)
     return got >= 0;
 }
 
-/* Is the page at off_bytes of the file in the page cache? 1, 0, or -1: not to be found out. */
+/* Is the page at off_bytes in the page cache? 1, 0, or -1 if the kernel does not tell. */
 static int is_cached(int fd, uint64_t off_bytes, uint64_t page_bytes)
 {
     unsigned char resident = 0;
@@ -170,8 +171,8 @@ static int is_cached(int fd, uint64_t off_bytes, uint64_t page_bytes)
     return failed ? -1 : resident & 1;
 }
 
-/* To who neither owns a file nor may write it, Linux says since 5.2 that all of it is there: of a
- * page far behind the file's end, too. */
+/* Since Linux 5.2, mincore tells users who neither own a file nor may write it that every page is
+ * cached, even one far beyond its end. Such a page reveals that. */
 static bool mincore_tells(int fd, uint64_t len_bytes, uint64_t page_bytes)
 {
     return !is_cached(fd, perta_align_up(len_bytes, FAR_BYTES) + FAR_BYTES, page_bytes);

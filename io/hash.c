@@ -1,7 +1,7 @@
 #include "io/hash.h"
 #include "io/hasher.h"
 
-/* A state is kept for a run that goes on, which EVP's cannot be; the older interface's can. */
+/* The state is saved for a resumed run. EVP contexts cannot be saved; the older interface's can. */
 #define OPENSSL_SUPPRESS_DEPRECATED
 #define XXH_STATIC_LINKING_ONLY
 #include <errno.h>
@@ -17,7 +17,7 @@
 #include <string.h>
 #include <xxhash.h>
 #ifdef __x86_64__
-#include <xxh_x86dispatch.h> /* the same sums, by AVX2 or AVX-512 */
+#include <xxh_x86dispatch.h> /* the same digests, computed with AVX2 or AVX-512 */
 #endif
 
 struct perta_digest {
@@ -25,8 +25,8 @@ struct perta_digest {
     SHA256_CTX sha256;
     bool with_sha256;
     uint64_t len_bytes;
-    struct perta_hasher *hasher; /* NULL: the caller's own thread does it */
-    _Atomic uint64_t n_behind;   /* bytes given to the hasher and not done */
+    struct perta_hasher *hasher; /* NULL: the caller's thread computes it */
+    _Atomic uint64_t n_pending;  /* bytes that the hasher has not digested yet */
 };
 
 uint64_t perta_hash64(const void *data, size_t len_bytes)
@@ -46,14 +46,14 @@ struct perta_digest *perta_digest_new(bool with_sha256)
     return digest;
 }
 
-/* A hasher that is closed has done all. */
+/* Wait for the hasher. A closed one has digested everything. */
 static void catch_up(const struct perta_digest *digest)
 {
-    if (atomic_load(&digest->n_behind))
+    if (atomic_load(&digest->n_pending))
         perta_hasher_wait(digest->hasher, perta_hasher_given(digest->hasher));
 }
 
-void perta_digest_behind(struct perta_digest *digest, struct perta_hasher *hasher)
+void perta_digest_offload(struct perta_digest *digest, struct perta_hasher *hasher)
 {
     catch_up(digest);
     digest->hasher = hasher;
@@ -76,7 +76,7 @@ static void add(struct perta_digest *digest, const void *data, size_t len_bytes)
 void perta_digest_add(struct perta_digest *digest, const void *data, size_t len_bytes)
 {
     add(digest, data, len_bytes);
-    atomic_fetch_sub(&digest->n_behind, len_bytes);
+    atomic_fetch_sub(&digest->n_pending, len_bytes);
 }
 
 void perta_digest_update(struct perta_digest *digest, const void *data, size_t len_bytes)
@@ -88,7 +88,7 @@ void perta_digest_update(struct perta_digest *digest, const void *data, size_t l
         add(digest, data, len_bytes);
         return;
     }
-    atomic_fetch_add(&digest->n_behind, len_bytes);
+    atomic_fetch_add(&digest->n_pending, len_bytes);
     perta_hasher_give(digest->hasher, digest, data, len_bytes);
 }
 
@@ -96,7 +96,7 @@ void perta_digest_save(const struct perta_digest *digest, uint8_t state[PERTA_DI
 {
     catch_up(digest);
     struct perta_digest kept = *digest;
-    kept.xxh.extSecret = NULL; /* addresses of this process */
+    kept.xxh.extSecret = NULL; /* addresses in this process */
     kept.hasher = NULL;
     _Static_assert(sizeof kept <= PERTA_DIGEST_STATE_BYTES, "room");
     memset(state, 0, PERTA_DIGEST_STATE_BYTES);
@@ -108,12 +108,12 @@ bool perta_digest_restore(struct perta_digest *digest,
 {
     struct perta_digest kept;
     XXH3_state_t fresh;
-    uint8_t with_sha256; /* not every byte is a bool */
+    uint8_t with_sha256; /* a byte, because not every byte value is a bool */
     catch_up(digest);
     memcpy(&kept, state, sizeof kept);
     memcpy(&with_sha256, state + offsetof(struct perta_digest, with_sha256), 1);
     XXH3_128bits_reset(&fresh);
-    /* Whatever the libraries use as an index or an address. */
+    /* Check whatever the libraries use as an index or an address. */
     bool sound = kept.xxh.bufferedSize <= sizeof kept.xxh.buffer &&
                  kept.xxh.nbStripesSoFar <= fresh.nbStripesPerBlock &&
                  kept.xxh.nbStripesPerBlock == fresh.nbStripesPerBlock &&
@@ -122,7 +122,7 @@ bool perta_digest_restore(struct perta_digest *digest,
                  with_sha256 == digest->with_sha256;
     kept.xxh.extSecret = fresh.extSecret;
     kept.hasher = digest->hasher;
-    kept.n_behind = 0;
+    kept.n_pending = 0;
     if (sound)
         *digest = kept;
     return sound;

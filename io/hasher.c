@@ -20,7 +20,7 @@ struct given {
 struct perta_hasher {
     pthread_t threads[PERTA_HASHER_THREADS_MAX];
 
-    /* the owner's; held: given, and not in the queue yet */
+    /* Used by the owner alone. held: given, but not queued yet. */
     unsigned n_started;
     struct given held[HELD_MAX];
     unsigned n_held;
@@ -28,11 +28,11 @@ struct perta_hasher {
     /* under lock */
     pthread_mutex_t lock;
     pthread_cond_t more, moved;
-    struct given queue[QUEUE_MAX];                             /* used round and round */
-    uint64_t n_given, n_passed;                                /* passed: done, and all before it */
-    const struct perta_digest *busy[PERTA_HASHER_THREADS_MAX]; /* (n_threads) NULL: none */
+    struct given queue[QUEUE_MAX];                             /* a ring */
+    uint64_t n_given, n_passed;                                /* passed: all up to it are done */
+    const struct perta_digest *busy[PERTA_HASHER_THREADS_MAX]; /* (n_threads); NULL: idle */
     unsigned n_threads;
-    uint64_t asked; /* passed() is to be called there; 0: nowhere */
+    uint64_t asked; /* the ticket to report with passed(); 0: none */
     bool stopping;
     void (*passed)(void *user);
     void *user;
@@ -46,8 +46,9 @@ static bool is_busy(const struct perta_hasher *h, const struct perta_digest *dig
     return false;
 }
 
-/* The oldest that no thread is at the digest of: of one digest, bytes are taken in order. */
-static struct given *find(struct perta_hasher *h)
+/* The oldest waiting bytes whose digest no thread is working on: a digest takes its bytes in
+ * order. */
+static struct given *find_waiting(struct perta_hasher *h)
 {
     for (uint64_t i = h->n_passed; i < h->n_given; i++) {
         struct given *given = &h->queue[i % QUEUE_MAX];
@@ -57,8 +58,9 @@ static struct given *find(struct perta_hasher *h)
     return NULL;
 }
 
-/* All that is done at the front of the queue has passed. True: it is as far as was asked for. */
-static bool pass(struct perta_hasher *h)
+/* Advance over everything that is done at the front of the queue. True: the ticket that was asked
+ * about has passed. */
+static bool advance(struct perta_hasher *h)
 {
     while (h->n_passed < h->n_given && h->queue[h->n_passed % QUEUE_MAX].state == DONE)
         h->n_passed++;
@@ -69,7 +71,7 @@ static bool pass(struct perta_hasher *h)
     return reached;
 }
 
-static void *hash(void *arg)
+static void *run_thread(void *arg)
 {
     struct perta_hasher *h = arg;
     struct given *next;
@@ -77,7 +79,7 @@ static void *hash(void *arg)
     unsigned self = h->n_threads++;
     assert(self < PERTA_HASHER_THREADS_MAX);
     for (;;) {
-        while (!(next = find(h)) && !h->stopping)
+        while (!(next = find_waiting(h)) && !h->stopping)
             pthread_cond_wait(&h->more, &h->lock);
         if (!next)
             break;
@@ -88,7 +90,7 @@ static void *hash(void *arg)
         pthread_mutex_lock(&h->lock);
         next->state = DONE;
         h->busy[self] = NULL;
-        if (pass(h)) {
+        if (advance(h)) {
             pthread_mutex_unlock(&h->lock);
             h->passed(h->user);
             pthread_mutex_lock(&h->lock);
@@ -112,8 +114,8 @@ int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*pass
     n_threads = n_threads < PERTA_HASHER_THREADS_MAX ? n_threads : PERTA_HASHER_THREADS_MAX;
     int rc = 0;
     for (; h->n_started < n_threads && !rc; h->n_started += !rc)
-        rc = perta_thread_start(&h->threads[h->n_started], hash, h);
-    if (!h->n_started) { /* fewer than asked for will do */
+        rc = perta_thread_start(&h->threads[h->n_started], run_thread, h);
+    if (!h->n_started) { /* fewer than asked for are enough */
         perta_hasher_close(h);
         return perta_fail_sys(err, rc, "threads for digests");
     }
@@ -121,8 +123,8 @@ int perta_hasher_open(struct perta_hasher **out, unsigned n_threads, void (*pass
     return 0;
 }
 
-/* What is held goes into the queue. Where that is full, those before must be taken first. */
-static void put(struct perta_hasher *h)
+/* Move what is held into the queue, waiting while it is full. */
+static void queue_held(struct perta_hasher *h)
 {
     if (!h->n_held)
         return;
@@ -141,7 +143,7 @@ void perta_hasher_close(struct perta_hasher *h)
 {
     if (!h)
         return;
-    put(h);
+    queue_held(h);
     pthread_mutex_lock(&h->lock);
     h->stopping = true;
     pthread_cond_broadcast(&h->more);
@@ -167,7 +169,7 @@ void perta_hasher_give(struct perta_hasher *h, struct perta_digest *digest, cons
         return;
     }
     if (h->n_held == HELD_MAX)
-        put(h);
+        queue_held(h);
     h->held[h->n_held++] = (struct given){digest, data, len_bytes, WAITING};
 }
 
@@ -175,8 +177,8 @@ uint64_t perta_hasher_given(struct perta_hasher *h)
 {
     if (!h)
         return 0;
-    put(h);
-    return h->n_given; /* the owner alone changes it */
+    queue_held(h);
+    return h->n_given; /* only the owner changes it */
 }
 
 bool perta_hasher_passed(struct perta_hasher *h, uint64_t ticket)

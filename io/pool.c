@@ -34,7 +34,7 @@ uint64_t perta_huge_page_bytes(void)
     return huge_page_bytes;
 }
 
-/* Under the address sanitizer, the end of the last page must not be touched either. */
+/* Under the address sanitizer, the unused end of the last page is poisoned too. */
 #if defined __has_feature
 #if __has_feature(address_sanitizer)
 #define __SANITIZE_ADDRESS__ 1
@@ -53,8 +53,8 @@ static uint8_t *map_pages(uint64_t len_bytes)
     return map == MAP_FAILED ? NULL : map;
 }
 
-/* Map more and cut, so that huge pages fit from the first byte on. NULL: so much address space is
- * not there. */
+/* Map more than needed and unmap both ends, so that the mapping starts on a huge page. NULL if
+ * there is not that much address space. */
 static uint8_t *map_aligned(uint64_t len_bytes, uint64_t align)
 {
     uint64_t more = align - perta_page_bytes(), mapped;
@@ -81,7 +81,7 @@ int perta_pool_take_for(struct perta_pool *pool, uint64_t len_bytes, uint64_t hu
     if (!base)
         return perta_fail_sys(err, errno, "%llu MiB of buffers",
                               (unsigned long long)(len_bytes >> 20));
-    /* Whole huge pages, and between them and the end such smaller ones as the kernel knows. */
+    /* Use huge pages, and at the end whatever smaller ones the kernel has. */
     madvise(base, len_bytes, MADV_HUGEPAGE);
     ASAN_POISON_MEMORY_REGION(base + used_bytes, len_bytes - used_bytes);
     *pool = (struct perta_pool){base, len_bytes};

@@ -1,4 +1,4 @@
-/* pool.h - large buffers straight from the kernel, in huge pages where it gives them. */
+/* pool.h - large buffers mapped from the kernel, in huge pages if it provides them. */
 #ifndef PERTA_IO_POOL_H
 #define PERTA_IO_POOL_H
 
@@ -6,23 +6,23 @@
 
 #include "io/err.h"
 
-/* One mapping of zeros. Nothing of it is resident until it is touched, and never more than
- * len_bytes, whatever the size of huge pages. */
+/* One zeroed mapping. Its pages become resident when they are touched, never more than len_bytes,
+ * whatever the size of huge pages. */
 struct perta_pool {
-    uint8_t *base; /* on a page; on a huge page where it is as long as one */
+    uint8_t *base; /* page-aligned; aligned to a huge page if it is as long as one */
     uint64_t len_bytes;
 };
 
-/* len_bytes are rounded up to whole pages. Give it back with perta_pool_give(). */
+/* len_bytes is rounded up to whole pages. Release it with perta_pool_give(). */
 PERTA_API int perta_pool_take(struct perta_pool *pool, uint64_t len_bytes, struct perta_err *err);
-/* NULL base: does nothing. */
+/* Does nothing if base is NULL. */
 PERTA_API void perta_pool_give(struct perta_pool *pool);
 
-/* The system's, in bytes; huge: 0 where there are none. 4 KiB and 2 MiB on x86-64; up to 64 KiB and
- * 512 MiB elsewhere. */
+/* The system's page sizes, in bytes: 4 KiB and 2 MiB on x86-64, up to 64 KiB and 512 MiB elsewhere.
+ * perta_huge_page_bytes is 0 if there are no huge pages. */
 PERTA_API uint64_t perta_page_bytes(void);
 PERTA_API uint64_t perta_huge_page_bytes(void);
-/* perta_pool_take where huge pages have that size, for tests. */
+/* perta_pool_take for huge pages of huge_bytes, for tests. */
 PERTA_API int perta_pool_take_for(struct perta_pool *pool, uint64_t len_bytes, uint64_t huge_bytes,
                                   struct perta_err *err);
 

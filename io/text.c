@@ -10,7 +10,7 @@
 
 #include "io/file.h"
 
-/* Length of the character at text; 0: a control character, or not UTF-8. */
+/* Length of the character at text; 0 for a control character or invalid UTF-8. */
 static unsigned character_bytes(const char *text)
 {
     static const uint32_t least[] = {0, 0, 0xa0, 0x800, 0x10000}; /* below 0xa0: controls */
@@ -48,8 +48,8 @@ void perta_text_make_plain(char *text)
     }
 }
 
-/* Stands for a line break of the format's own meanwhile. UTF-8 has no such byte, so that no name
- * which comes from JSON has it. */
+/* Stands in for the format's own line breaks. UTF-8 has no such byte, so no name from JSON has
+ * it. */
 #define BREAK '\xff'
 
 static void replace(char *text, char from, char to)
@@ -157,7 +157,7 @@ json_t *perta_real_json(double value)
     return isfinite(value) ? json_real(value) : json_null();
 }
 
-static void keep_if(bool added, json_t **json)
+static void null_unless(bool added, json_t **json)
 {
     if (added)
         return;
@@ -167,22 +167,22 @@ static void keep_if(bool added, json_t **json)
 
 void perta_json_append(json_t **array, json_t *value)
 {
-    keep_if(!json_array_append_new(*array, value), array);
+    null_unless(!json_array_append_new(*array, value), array);
 }
 
 void perta_json_set(json_t **object, const char *key, json_t *value)
 {
-    keep_if(!json_object_set_new(*object, key, value), object);
+    null_unless(!json_object_set_new(*object, key, value), object);
 }
 
 void perta_json_update(json_t **object, const json_t *from)
 {
-    keep_if(!json_object_update(*object, (json_t *)(uintptr_t)from), object);
+    null_unless(!json_object_update(*object, (json_t *)(uintptr_t)from), object);
 }
 
 void perta_json_extend(json_t **array, const json_t *from)
 {
-    keep_if(!json_array_extend(*array, (json_t *)(uintptr_t)from), array);
+    null_unless(!json_array_extend(*array, (json_t *)(uintptr_t)from), array);
 }
 
 char *perta_json_text(const json_t *json, size_t flags)
@@ -197,15 +197,15 @@ char *perta_json_text(const json_t *json, size_t flags)
     return text;
 }
 
-/* Notes that lack one hold null, and that alone: null is never a note. */
-static bool lack_one(const json_t *notes)
+/* Notes that have lost one hold a single null; null is never a note. */
+static bool lost_one(const json_t *notes)
 {
     return json_is_null(json_array_get(notes, 0));
 }
 
 void perta_note(json_t *notes, const char *fmt, ...)
 {
-    if (lack_one(notes))
+    if (lost_one(notes))
         return;
     va_list ap;
     va_start(ap, fmt);
@@ -218,15 +218,15 @@ void perta_note(json_t *notes, const char *fmt, ...)
 
 json_t *perta_notes_whole(json_t *notes)
 {
-    if (!lack_one(notes))
+    if (!lost_one(notes))
         return notes;
     json_decref(notes);
     return NULL;
 }
 
-/* To jansson a file that cannot be read ends there. */
+/* jansson takes a read error for the end of the file, so it is noted here. */
 struct source {
-    int fd, failed; /* 0, or an errno */
+    int fd, failed; /* 0, or the errno of a failed read */
 };
 
 static size_t read_some(void *to, size_t len_bytes, void *source)

@@ -1,5 +1,5 @@
-/* thread.h - threads with small stacks: each counts in the budget of memory, and in address space
- * where that is limited. Every thread that the library starts is started here. */
+/* thread.h - threads with small stacks, because each stack counts in the memory budget, and in
+ * address space where that is limited. Every thread of the library is started here. */
 #ifndef PERTA_IO_THREAD_H
 #define PERTA_IO_THREAD_H
 
@@ -10,14 +10,14 @@
 #define PERTA_STACK_BYTES (1u << 20)
 #endif
 #elif defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-#define PERTA_STACK_BYTES (1u << 20) /* they put space around everything that lies there */
+#define PERTA_STACK_BYTES (1u << 20) /* sanitizers put space around everything on the stack */
 #endif
-/* Encoding, which goes deepest, takes 52 KiB. */
+/* Encoding needs the deepest stack, 52 KiB. */
 #ifndef PERTA_STACK_BYTES
 #define PERTA_STACK_BYTES (256u << 10)
 #endif
 
-/* As pthread_create; 0 or an errno. */
+/* As pthread_create. Returns 0 or an errno. */
 static inline int perta_thread_start(pthread_t *thread, void *(*run)(void *arg), void *arg)
 {
     pthread_attr_t attr;

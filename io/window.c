@@ -10,15 +10,15 @@
 #include "io/checked.h"
 #include "io/pool.h"
 
-/* Read by the handler at any time, on any thread. version is odd while the rest changes. */
+/* The handler may read it at any time, on any thread. version is odd while the rest changes. */
 struct perta_window {
     atomic_uint version;
-    atomic_uintptr_t start, end; /* 0, 0: free */
+    atomic_uintptr_t start, end; /* 0 and 0: unused */
     _Atomic(atomic_uintptr_t *) lost;
     struct perta_window *next_free; /* under lock */
 };
 
-/* Blocks of windows are never freed, so that the handler may look at all of them. */
+/* Blocks of windows are never freed, so the handler can always walk all of them. */
 #define WINDOWS_PER_BLOCK 128
 struct block {
     struct perta_window windows[WINDOWS_PER_BLOCK];
@@ -27,20 +27,20 @@ struct block {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* never taken by the handler */
 static unsigned n_open;
-static _Thread_local unsigned n_open_here;  /* of them by this thread, */
-static _Thread_local bool was_blocked_here; /* on which SIGBUS was blocked before */
+static _Thread_local unsigned n_open_here;  /* how many of them by this thread, */
+static _Thread_local bool was_blocked_here; /* and was SIGBUS blocked on it before */
 static struct perta_window *free_windows;
 static _Atomic(struct block *) blocks;
 
-/* What is done about the signal without us; set while our handler is not installed. */
+/* The action for SIGBUS without us, set when our handler is installed. */
 static struct sigaction before;
-static atomic_bool before_is_spent; /* it was to be called once (SA_RESETHAND), and was */
-static bool is_buried;              /* the host program has put a handler over ours */
-static struct sigaction over;       /* that one */
+static atomic_bool before_is_spent; /* it was to be called only once (SA_RESETHAND), and it was */
+static bool is_buried;              /* the host program has installed a handler over ours */
+static struct sigaction over;       /* and this is it */
 
 /* ---- the handler ---- */
 
-/* Is address in this window? *lost is where to note it. */
+/* Is address in this window? *lost: where to note it. */
 static bool holds(struct perta_window *w, uintptr_t address, atomic_uintptr_t **lost)
 {
     unsigned version = atomic_load(&w->version);
@@ -59,8 +59,8 @@ static atomic_uintptr_t *find_lost(uintptr_t address)
     return NULL;
 }
 
-/* Zeros where the page could not be read. */
-static bool mend(uintptr_t address)
+/* Map a page of zeros where a page could not be read, and note the address. */
+static bool map_zeros(uintptr_t address)
 {
     uintptr_t page_bytes = (uintptr_t)perta_page_bytes(), none = 0;
     atomic_uintptr_t *lost = find_lost(address);
@@ -71,8 +71,8 @@ static bool mend(uintptr_t address)
     return true;
 }
 
-/* As if it had no handler: a fault is made again and ends the process; a signal that was sent does
- * so, too, unless it is ignored. */
+/* Act as if there were no handler: a fault recurs and kills the process; so does a signal that was
+ * sent, unless it is ignored. */
 static void do_default(int number, const siginfo_t *info, bool ignored)
 {
     const struct sigaction none = {.sa_handler = SIG_DFL};
@@ -80,10 +80,10 @@ static void do_default(int number, const siginfo_t *info, bool ignored)
         return;
     sigaction(number, &none, NULL);
     if (info->si_code <= 0)
-        raise(number); /* it comes when this handler returns */
+        raise(number); /* delivered when this handler returns */
 }
 
-/* Signals are blocked as they are when the kernel calls the host program's handler. */
+/* Block the signals that the kernel would block while the host program's handler runs. */
 static void block_signals(int number)
 {
     sigset_t own;
@@ -94,7 +94,7 @@ static void block_signals(int number)
         pthread_sigmask(SIG_UNBLOCK, &own, NULL);
 }
 
-/* It may never return (siglongjmp). */
+/* Pass the signal on to the host program. Its handler may never return (siglongjmp). */
 static void pass_on(int number, siginfo_t *info, void *context)
 {
     bool ignored = before.sa_handler == SIG_IGN;
@@ -113,7 +113,7 @@ static void pass_on(int number, siginfo_t *info, void *context)
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
     int error = errno;
-    if (info->si_code != BUS_ADRERR || !mend((uintptr_t)info->si_addr))
+    if (info->si_code != BUS_ADRERR || !map_zeros((uintptr_t)info->si_addr))
         pass_on(number, info, context);
     errno = error;
 }
@@ -131,8 +131,8 @@ static bool is_same(const struct sigaction *a, const struct sigaction *b)
                                     : b->sa_handler == a->sa_handler;
 }
 
-/* A handler that was put over ours calls ours, or does not want to: it stays, for called by ours
- * it might call ours in turn, without end. */
+/* A handler that was installed over ours stays, whether it calls ours or not: if ours were
+ * installed over it again, the two could call each other forever. */
 static void install(void)
 {
     struct sigaction now;
@@ -143,7 +143,7 @@ static void install(void)
     before = now;
     atomic_store(&before_is_spent, false);
     struct sigaction action = {.sa_sigaction = on_bus_error};
-    /* On the stack that the host program's handler would have. */
+    /* Use the stack that the host program's handler would use. */
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | (now.sa_flags & SA_RESTART);
     sigaction(SIGBUS, &action, NULL);
 }
@@ -161,7 +161,7 @@ static void uninstall(void)
     }
 }
 
-/* On the calling thread. Was it? */
+/* Block or unblock SIGBUS on the calling thread. Returns whether it was blocked. */
 static bool block(bool blocked)
 {
     sigset_t set, old;

@@ -26,7 +26,7 @@ int perta_writer_open(struct perta_writer *writer, struct perta_engine *engine, 
     writer->digest = perta_digest_new(true);
     if (!writer->digest)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    perta_digest_behind(writer->digest, engine->hasher);
+    perta_digest_offload(writer->digest, engine->hasher);
     if (expected_bytes && fallocate(writer->file.fd, 0, 0, (off_t)expected_bytes) &&
         errno == ENOSPC)
         return perta_fail_sys(err, ENOSPC, "%s: needs %llu bytes", path,
@@ -49,7 +49,7 @@ static int wait_for(struct perta_writer *writer, unsigned i, struct perta_err *e
     return writer->failed ? perta_request_error(writer->failed, err) : 0;
 }
 
-/* Send the buffer being filled, as far as it is full; direct in whole blocks. */
+/* Write the buffer that is being filled, as far as it is full; whole blocks with O_DIRECT. */
 static void submit(struct perta_writer *writer, unsigned i)
 {
     uint8_t *buf = buf_of(writer, i);
@@ -68,7 +68,7 @@ static void submit(struct perta_writer *writer, unsigned i)
     perta_engine_submit(writer->engine, &writer->requests[i]);
 }
 
-/* Go on with the next buffer; only the last one of a file is not full. */
+/* Write the buffer and move on to the next one. Only the last buffer of a file is not full. */
 static int send(struct perta_writer *writer, struct perta_err *err)
 {
     unsigned i = writer->filling;
@@ -90,7 +90,7 @@ static int settle(struct perta_writer *writer, struct perta_err *err)
     return rc;
 }
 
-/* After a failed fsync a second one may succeed with the data lost: the first is final. */
+/* A failed fsync is final: a second one may succeed although the data is lost. */
 static int sync_file(const struct perta_writer *writer, struct perta_err *err)
 {
     return fsync(writer->file.fd) ? perta_fail_sys(err, errno, "%s: fsync", writer->file.path) : 0;
@@ -98,13 +98,13 @@ static int sync_file(const struct perta_writer *writer, struct perta_err *err)
 
 int perta_writer_sync(struct perta_writer *writer, struct perta_err *err)
 {
-    if (writer->fill_bytes) /* it is filled further, and sent again */
+    if (writer->fill_bytes) /* it is filled further and written again */
         submit(writer, writer->filling);
     int rc = settle(writer, err);
     return rc ? rc : sync_file(writer, err);
 }
 
-/* Digest the bytes that are there, a block in each turn; the last block stays in the buffer. */
+/* Digest the bytes of the file, one buffer at a time. The last, partial one stays in the buffer. */
 static int read_back(struct perta_writer *writer, const char *path, uint64_t len_bytes,
                      struct perta_digest *found, struct perta_err *err)
 {
@@ -145,7 +145,7 @@ int perta_writer_reopen(struct perta_writer *writer, struct perta_engine *engine
 {
     *writer = (struct perta_writer){
         .engine = engine, .bufs = bufs, .open = true, .digest = digest, .file.fd = -1};
-    perta_digest_behind(digest, engine->hasher);
+    perta_digest_offload(digest, engine->hasher);
     struct perta_digest *found = perta_digest_new(false);
     int rc = found ? perta_file_reopen(&writer->file, path, true, err)
                    : perta_fail_sys(err, ENOMEM, "%s", path);
@@ -212,7 +212,7 @@ void perta_writer_abort(struct perta_writer *writer)
     if (!writer->open)
         return;
     for (unsigned i = 0; i < writer->bufs.n; i++)
-        while (writer->busy[i]) /* the kernel reads what is in the buffer */
+        while (writer->busy[i]) /* the kernel may still read from the buffer */
             perta_engine_wait(writer->engine, &ignored);
     perta_file_close(&writer->file);
     perta_digest_free(writer->digest);

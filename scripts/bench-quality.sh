@@ -1,7 +1,7 @@
 #!/bin/sh
 # Measure what is forgotten and what is kept, and write bench/results/quality/.
 # Usage: [TOFU=DIR] [QUALITY_SEEDS=1,2,3] [QUALITY_MODELS="small smollm2"] scripts/bench-quality.sh BUILD
-# QUALITY_MODELS=tiny takes a minute, to see that all is there.
+# QUALITY_MODELS=tiny takes a minute and checks that everything works.
 set -eu
 cd "$(dirname "$0")/.."
 scripts/setup.sh
@@ -11,7 +11,8 @@ run() {
     .venv/bin/python bench/quality/run.py "$build" "$work" "$@"
 }
 build=$1
-# PyTorch asks for the same memory again and again; it need not go back to the system between.
+# PyTorch allocates the same sizes again and again: keep the memory instead of returning it to the
+# system in between.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 for model in ${QUALITY_MODELS:-small smollm2}; do
     run --model "$model" --seeds "${QUALITY_SEEDS:-1,2,3}" ${TOFU:+--tofu "$TOFU"}

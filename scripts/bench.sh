@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install what is measured against, measure, and write bench/results/.
+# Install the programs that perta is compared with, measure, and write bench/results/.
 # Usage: [BENCH_GB=4] [BENCH_ROUNDS=5] scripts/bench.sh BUILD
 set -eu
 cd "$(dirname "$0")/.."

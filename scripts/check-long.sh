@@ -1,7 +1,7 @@
 #!/bin/sh
-# The long tier: what `make check` does a little of, by the hundred. About an hour, and more
-# where the chroots of scripts/matrix.sh are not there yet.
-# Arguments go to pytest.
+# The long tier: hundreds of the cases of which `make check` runs a few. Takes about an hour, and
+# longer if the chroots of scripts/matrix.sh do not exist yet.
+# Arguments are passed to pytest.
 set -eu
 cd "$(dirname "$0")/.."
 scripts/venv.sh tests/python/requirements.txt examples/requirements.txt
@@ -10,18 +10,18 @@ pytest() { # build, tests
     PERTA=$1/perta && export PERTA && shift
     .venv/bin/python -m pytest -q --no-header -p no:cacheprovider "$@" || failed=1
 }
-failed= # all of it runs, whatever fails
+failed= # a failure does not stop the rest
 
 echo "== killed at random instants, every verb"
 pytest build tests/python/test_crash.py tests/python/test_in_place.py "$@"
-echo "== power cuts, disks that lie, by seed, and real ones"
+echo "== power cuts, unreliable disks by seed, and real disks"
 pytest build tests/python/test_powercut.py tests/python/test_faults.py tests/python/test_disks.py "$@"
 echo "== other seeds, with address and undefined-behaviour sanitizers"
 [ -f build-dev/build.ninja ] || meson setup build-dev --native-file build-dev.ini >build-dev.log
 ninja -C build-dev --quiet
 PERTA_SEEDS=2001-2400 pytest build-dev tests/python/test_faults.py "$@"
 
-echo "== all cases of which make check takes a part, plain and with sanitizers"
+echo "== all cases of the tests that make check runs in part, plain and with sanitizers"
 pytest build tests/python/test_estimate.py tests/python/test_hostile.py tests/python/test_unlearn.py \
     tests/python/test_accumulate.py "$@"
 pytest build-dev tests/python/test_resume.py tests/python/test_hostile.py tests/python/test_unlearn.py \

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Every test: the unit tests and the command as a user runs it, as built for use, with address
-# and undefined-behaviour sanitizers, and the loop with the thread sanitizer.
-# Arguments go to pytest.
+# Run every test: the unit tests, and the command as a user runs it; both in a release build and
+# with address and undefined-behaviour sanitizers, and the loop also with the thread sanitizer.
+# Arguments are passed to pytest.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Includes go one way: a room includes itself and what stands above it here, nothing else. tools, bench
-# and tests may include everything.
+# Includes go one way: a room may include itself and the rooms listed after its name here. tools,
+# bench and tests may include everything.
 set -eu
 cd "$(dirname "$0")/.."
 below='

@@ -1,23 +1,24 @@
 #!/bin/sh
-# Build and test on Debian 12 and 13, with gcc and with clang, each in a chroot that debootstrap
-# makes by its suite's name. Warnings are errors. Needs root and debootstrap; exits 77 without.
-# Arguments go to pytest, which runs in the gcc build (scripts/check.sh). In the environment:
-#   MATRIX_DIR     where the chroots are kept, made if missing (build-matrix)
-#   MATRIX_SUITES  of Debian (bookworm trixie)
-#   MATRIX_PART    unit: build and run the unit tests only
-#   MATRIX_BIND    files and folders of this machine that are shown there too, read-only: what
-#                  pip's configuration (PIP_* in the environment) names, say
+# Build and test on Debian 12 and 13, with gcc and with clang, each release in a chroot that
+# debootstrap makes. Warnings are errors. Needs root and debootstrap; without them it exits with
+# status 77.
+# Arguments are passed to pytest, which runs in the gcc build (scripts/check.sh). Environment:
+#   MATRIX_DIR     folder of the chroots, which are made if missing (build-matrix)
+#   MATRIX_SUITES  Debian suites (bookworm trixie)
+#   MATRIX_PART    unit: only build and run the unit tests
+#   MATRIX_BIND    files and folders of this machine that are visible there too, read-only; for
+#                  example those that pip's configuration (PIP_* in the environment) names
 set -eu
 cd "$(dirname "$0")/.."
 skip() { echo "matrix: skipped, $1" >&2; exit 77; }
 [ "$(id -u)" = 0 ] || skip "needs root"
 command -v debootstrap >/dev/null || skip "debootstrap is missing (Debian: debootstrap)"
-# Mounts are this process's own and go with it.
+# The mounts belong to this process's own namespace and vanish with it.
 [ -n "${MATRIX_PRIVATE:-}" ] || exec env MATRIX_PRIVATE=1 unshare -m "$0" "$@"
 dir=${MATRIX_DIR:-build-matrix}
 mkdir -p "$dir"
 
-make_chroot() { # suite, its folder; beside it until it is whole
+make_chroot() { # suite, folder; renamed to that once it is complete
     [ -d "$2" ] && return
     echo "== making $2"
     rm -rf "$2.partial"
@@ -25,7 +26,7 @@ make_chroot() { # suite, its folder; beside it until it is whole
     mv "$2.partial" "$2"
 }
 
-show() { # chroot: what of this machine is seen in it
+show() { # chroot: mount what it needs of this machine
     mount -t proc proc "$1/proc"
     mount --rbind /sys "$1/sys"
     mount --rbind /dev "$1/dev"
@@ -40,14 +41,15 @@ show() { # chroot: what of this machine is seen in it
     done
 }
 
-copy_tree() { # chroot: the tree as it is here; builds there are kept
+copy_tree() { # chroot: copy the working tree; builds in it are kept
     mkdir -p "$1/perta"
     find "$1/perta" -mindepth 1 -maxdepth 1 ! -name 'build*' ! -name .venv -exec rm -rf {} +
     git -c safe.directory='*' ls-files -z --cached --others --exclude-standard |
         tar -c --null -T - --ignore-failed-read | tar -x --no-same-owner -C "$1/perta"
 }
 
-# Runs in the chroot: set up, build with each compiler, test; everything that a build says is shown.
+# This script runs inside the chroot: it sets up, builds with each compiler and tests, and shows all
+# output of the builds.
 cat >"$dir/inside" <<'INSIDE'
 set -eu
 cd /perta

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Records are built whole: what can fail for want of memory is not passed over (io/text.h). Fails on
-# calls of jansson whose result nobody looks at, and on those that drop parts without a word.
+# Records must be complete (io/text.h). Fails on calls of jansson whose result is ignored, and on
+# calls that drop parts silently, because those can fail when out of memory.
 set -eu
 cd "$(dirname "$0")/.."
 bad=$(
@@ -9,4 +9,4 @@ bad=$(
     grep -nE '\b(json_dumps|open_memstream)\(' \
         io/*.c io/*/*.c stream/*.c stream/*/*.c estimators/*/*.c tools/*.c
 ) || true
-[ -z "$bad" ] || { echo "perta_json_set() and its like, perta_note(), perta_json_text(), perta_text_print() instead of:"; echo "$bad"; exit 1; }
+[ -z "$bad" ] || { echo "perta_json_set() and its like, perta_note(), perta_json_text(), perta_text_print() must be used instead of:"; echo "$bad"; exit 1; }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Install what building and testing need, if it is missing (Debian and its children).
+# Install the packages that building and testing need, if they are missing (Debian and derivatives).
 # Usage: scripts/setup.sh [MORE PACKAGES...]
 set -eu
 packages="gcc pkg-config meson ninja-build liburing-dev libzstd-dev libxxhash-dev check

@@ -21,9 +21,9 @@ int perta_arguments_begin(const void *job, const struct perta_run *run, json_t *
     if (!err)
         return PERTA_EUSAGE;
     *err = (struct perta_err){0};
-    return !run       ? perta_fail(err, PERTA_EUSAGE, "how is it to run? run is NULL")
-           : !job     ? perta_fail(err, PERTA_EUSAGE, "what is to be done? The job is NULL")
-           : !summary ? perta_fail(err, PERTA_EUSAGE, "where does the result go? summary is NULL")
+    return !run       ? perta_fail(err, PERTA_EUSAGE, "run is NULL: it says how to run")
+           : !job     ? perta_fail(err, PERTA_EUSAGE, "the job is NULL: it says what to do")
+           : !summary ? perta_fail(err, PERTA_EUSAGE, "summary is NULL: the result goes there")
                       : check_run(run, err);
 }
 
@@ -51,7 +51,8 @@ int perta_arguments_optional(const struct perta_argument *given, size_t n, struc
     for (size_t i = 0; i < n; i++)
         if (given[i].path && !*given[i].path)
             return perta_fail(err, PERTA_EUSAGE,
-                              "%s: a name is needed; \"\" is none (NULL: without)", given[i].name);
+                              "%s: a name is needed, but it is \"\" (NULL leaves it out)",
+                              given[i].name);
     return 0;
 }
 
@@ -59,14 +60,13 @@ int perta_arguments_choice(const char *name, int value, int n, struct perta_err 
 {
     return value >= 0 && value < n
                ? 0
-               : perta_fail(err, PERTA_EUSAGE, "%s: %d is none of its values", name, value);
+               : perta_fail(err, PERTA_EUSAGE, "%s: %d is not one of its values", name, value);
 }
 
 int perta_arguments_list(const char *name, const char *const *list, size_t n, struct perta_err *err)
 {
     if (n && !list)
-        return perta_fail(err, PERTA_EUSAGE, "%s: %zu are said to be there, in no list (NULL)",
-                          name, n);
+        return perta_fail(err, PERTA_EUSAGE, "%s: the list of %zu is NULL", name, n);
     for (size_t i = 0; i < n; i++)
         if (!list[i] || !*list[i])
             return perta_fail(err, PERTA_EUSAGE, "%s: number %zu of %zu is empty", name, i + 1, n);

@@ -13,7 +13,7 @@
 unsigned perta_cpus_of_quota(const char *text)
 {
     char *end;
-    unsigned long long quota = strtoull(text, &end, 10); /* "max" is no number */
+    unsigned long long quota = strtoull(text, &end, 10); /* "max" is not a number */
     if (end == text || *end != ' ' || *text == '-' || !quota)
         return 0;
     const char *second = end + 1;
@@ -24,7 +24,7 @@ unsigned perta_cpus_of_quota(const char *text)
     return n < UINT_MAX ? (unsigned)n : UINT_MAX;
 }
 
-/* The next word up to one of ends, and past it; false at the end of the text. */
+/* Take the next word up to one of ends, and skip that character. False at the end of the text. */
 static bool next_word(const char **at, const char *ends, const char **word, size_t *len)
 {
     if (!**at)
@@ -53,7 +53,7 @@ static bool lists(const char *words, size_t len, const char *wanted)
     return false;
 }
 
-/* Blanks and the like are written as \ooo there. False: too long. */
+/* Decode blanks and the like, which are written as \ooo. False if the path is too long. */
 static bool unescape(const char *word, size_t len, char *path)
 {
     size_t n = 0;
@@ -116,8 +116,8 @@ bool perta_cgroup_mount_line(const char *line, bool v2, char *root, char *mount)
 
 struct cgroup {
     bool v2;
-    char path[PERTA_CGROUP_PATH_MAX]; /* of the process's */
-    char root[PERTA_CGROUP_PATH_MAX]; /* of what is seen at mount */
+    char path[PERTA_CGROUP_PATH_MAX]; /* the process's */
+    char root[PERTA_CGROUP_PATH_MAX]; /* what is visible at mount */
     char mount[PERTA_CGROUP_PATH_MAX];
 };
 
@@ -141,7 +141,7 @@ static FILE *open_below(const char *folder, const char *name)
     return file;
 }
 
-/* The first line of the file that is one. */
+/* Find the first line of the file for which is() holds. */
 static bool find_line(const char *root, const char *name,
                       bool (*is)(const char *line, struct cgroup *c), struct cgroup *c)
 {
@@ -157,7 +157,7 @@ static bool find_line(const char *root, const char *name,
     return found;
 }
 
-/* The file's first line, without its end. */
+/* Read the file's first line, without the line break. */
 static bool read_line(const char *folder, const char *name, char *text, int size)
 {
     FILE *file = open_below(folder, name);
@@ -181,14 +181,14 @@ static unsigned quota_at(const char *folder, bool v2)
     return perta_cpus_of_quota(text);
 }
 
-/* 0 is no limit. */
+/* 0 means no limit. */
 static unsigned smaller(unsigned a, unsigned b)
 {
     return !a || (b && b < a) ? b : a;
 }
 
-/* The process's cgroup as a path below the mount point. Where it is not below what is mounted
- * there (a container that sees the names of its host), the mount point is the nearest one. */
+/* The process's cgroup as a path below the mount point. If it is not below what is mounted there (a
+ * container that sees its host's names), use the mount point itself. */
 static const char *below_mount(const struct cgroup *c)
 {
     size_t len = strcmp(c->root, "/") ? strlen(c->root) : 0;
@@ -230,7 +230,7 @@ unsigned perta_cpus_of_cgroups(const char *root)
 
 unsigned perta_cpus_of_affinity(void)
 {
-    enum { FIRST = 1024, MOST = 1 << 20 }; /* the kernel refuses a set smaller than its own */
+    enum { FIRST = 1024, MOST = 1 << 20 }; /* the kernel refuses a smaller set than its own */
     for (size_t most = FIRST; most <= MOST; most *= 2) {
         cpu_set_t *set = CPU_ALLOC(most);
         size_t size = CPU_ALLOC_SIZE(most);

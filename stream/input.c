@@ -39,10 +39,10 @@ int perta_input_open_files(struct perta_input *input, bool direct, struct perta_
     return 0;
 }
 
-void perta_input_digest_behind(struct perta_input *input, struct perta_hasher *hasher)
+void perta_input_digest_offload(struct perta_input *input, struct perta_hasher *hasher)
 {
     for (uint32_t i = 0; i < input->ck->n_shards; i++)
-        perta_digest_behind(input->digests[i], hasher);
+        perta_digest_offload(input->digests[i], hasher);
 }
 
 void perta_input_close(struct perta_input *input)

@@ -1,4 +1,4 @@
-/* input.h - a checkpoint whose shards are open for the engine, and their digests. */
+/* input.h - a checkpoint whose shards are open for the engine, and the digests of those shards. */
 #ifndef PERTA_STREAM_INPUT_H
 #define PERTA_STREAM_INPUT_H
 
@@ -13,10 +13,10 @@ struct perta_input {
     const char *role; /* "model", "tuned", ...: the flag's name */
     struct perta_checkpoint *ck;
     struct perta_file *files;      /* (ck->n_shards) */
-    struct perta_digest **digests; /* (ck->n_shards), of all bytes, header first */
-    uint64_t *seen_bytes;          /* (ck->n_shards): how far the digest has come */
-    uint64_t *read_bytes;          /* (ck->n_shards): in whatever order */
-    uint64_t *saved_bytes;         /* (ck->n_shards): of those, in a journal's record */
+    struct perta_digest **digests; /* (ck->n_shards), of the whole file, header first */
+    uint64_t *seen_bytes;          /* (ck->n_shards): how many bytes the digest covers */
+    uint64_t *read_bytes;          /* (ck->n_shards): bytes that were read, in any order */
+    uint64_t *saved_bytes;         /* (ck->n_shards): of those, recorded in the journal */
 };
 
 /* Open the checkpoint; role is borrowed. */
@@ -24,34 +24,35 @@ int perta_input_open(struct perta_input *input, const char *role, const char *pa
                      struct perta_err *err);
 /* Open its shards for reading and start their digests. */
 int perta_input_open_files(struct perta_input *input, bool direct, struct perta_err *err);
-/* Have the digests done behind the caller's back (io/hasher.h): ranges given to perta_input_digest
- * then stay as they are until they have passed there. */
-void perta_input_digest_behind(struct perta_input *input, struct perta_hasher *hasher);
-/* Zeroed is fine. */
+/* Compute the digests on the hasher's threads (io/hasher.h): ranges passed to perta_input_digest
+ * must then stay unchanged until they have passed there. */
+void perta_input_digest_offload(struct perta_input *input, struct perta_hasher *hasher);
+/* A zeroed struct is allowed. */
 void perta_input_close(struct perta_input *input);
 
-/* Point range at n_units units of a tensor (perta_dtype_unit_bytes), from first_unit on. */
+/* Set range to n_units units of a tensor (perta_dtype_unit_bytes), from first_unit on. */
 void perta_input_range(struct perta_input *input, const struct perta_ref *ref, uint64_t first_unit,
                        uint64_t n_units, struct perta_range *range);
 
-/* In order of commit: add a range that was read to its shard's digest. */
+/* Add a range that was read to its shard's digest. Call it in commit order. */
 void perta_input_digest(struct perta_input *input, const struct perta_range *range);
-/* All of it counts as used, whatever was read of it through the stream. */
+/* Treat the whole input as used, whatever was read of it through the stream. */
 void perta_input_digest_whole(struct perta_input *input);
-/* After the run: read shards that were used whole but out of order again, for their digests. */
+/* After the run: read those shards again, for their digests, that were used completely but out of
+ * order. */
 int perta_input_digest_rest(struct perta_input *input, struct perta_stream *stream,
                             struct perta_err *err);
 
-/* No shard changed while it was read. */
+/* PERTA_EINPUT if a shard changed while it was read. */
 int perta_input_unchanged(const struct perta_input *input, struct perta_err *err);
 
 /* For a manifest: {"shards": [{name, bytes, xxh3_128 | null}]}. The digest is the whole file's;
- * null where not all of it was used. Ends the digests. NULL without memory. */
+ * null if not all of it was used. Ends the digests. NULL only when out of memory. */
 json_t *perta_input_json(struct perta_input *input);
 
-/* Append a path, borrowed, to *paths (n of *n_paths), which the caller frees. */
+/* Append a path, borrowed, to *paths (*n_paths long), which the caller frees. */
 int perta_paths_add(const char ***paths, size_t *n_paths, const char *path, struct perta_err *err);
-/* Append the paths of all shards in the same way. */
+/* Append the paths of all shards in the same way; the strings stay the input's. */
 int perta_input_paths(const struct perta_input *input, const char ***paths, size_t *n_paths,
                       struct perta_err *err);
 

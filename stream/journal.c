@@ -26,7 +26,8 @@ static double now(void)
 
 /* ---- lines ---- */
 
-/* The caller's; made in place, for a record of very many tensors is megabytes. */
+/* Make the line of a record; the caller frees it. It is printed in place, because a record of very
+ * many tensors takes megabytes. */
 static char *line_of(const json_t *record)
 {
     const size_t flags = JSON_COMPACT | JSON_SORT_KEYS;
@@ -45,7 +46,8 @@ static char *line_of(const json_t *record)
     return line;
 }
 
-/* The record in the line at text (len bytes), the caller's; NULL: it is none. */
+/* Parse the line at text (len bytes). *record is the caller's; NULL if the line is not a complete
+ * record. */
 static int record_of(const char *text, size_t len, const char *path, json_t **record,
                      struct perta_err *err)
 {
@@ -64,8 +66,8 @@ static int record_of(const char *text, size_t len, const char *path, json_t **re
                : perta_fail_sys(err, ENOMEM, "%s", path);
 }
 
-/* Every whole record from the start of the file on, to use, which may keep it. *good: their bytes,
- * which what was torn may follow. */
+/* Call use for every complete record from the start of the file, which may keep it. *good: their
+ * length in bytes; an incomplete record may follow. */
 static int read_records(int fd, const char *path, perta_journal_use use, void *ctx, size_t *good,
                         struct perta_err *err)
 {
@@ -86,7 +88,7 @@ static int read_records(int fd, const char *path, perta_journal_use use, void *c
         rc = use(ctx, record, err);
         json_decref(record);
     }
-    if (!rc && len < 0 && !feof(file)) /* it could not be read, or memory was short */
+    if (!rc && len < 0 && !feof(file)) /* a read error, or out of memory */
         rc = perta_fail_sys(err, errno, "%s", path);
     free(line);
     if (file)
@@ -171,9 +173,9 @@ static const char *text_of(const json_t *value, char **text)
     return *text ? *text : "nothing";
 }
 
-/* Where two values differ first: "flags.memory was 300, now 400". */
-static void say_difference(const json_t *was, const json_t *is, const char *at, char *buf,
-                           size_t len)
+/* Describe the first difference between two values: "flags: alpha was 1, is now 2". */
+static void describe_difference(const json_t *was, const json_t *is, const char *at, char *buf,
+                                size_t len)
 {
     const char *key;
     json_t *value;
@@ -182,13 +184,13 @@ static void say_difference(const json_t *was, const json_t *is, const char *at, 
         json_object_foreach ((json_t *)(uintptr_t)was, key, value)
             if (!json_equal(value, json_object_get(is, key))) {
                 snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-                say_difference(value, json_object_get(is, key), inner, buf, len);
+                describe_difference(value, json_object_get(is, key), inner, buf, len);
                 return;
             }
         json_object_foreach ((json_t *)(uintptr_t)is, key, value)
             if (!json_object_get(was, key)) {
                 snprintf(inner, sizeof inner, "%s%s%s", at, *at ? ": " : "", key);
-                say_difference(NULL, value, inner, buf, len);
+                describe_difference(NULL, value, inner, buf, len);
                 return;
             }
     }
@@ -235,9 +237,9 @@ json_t *perta_journal_own(const struct perta_checkpoint *ck)
     return files;
 }
 
-/* ---- begin, go on ---- */
+/* ---- begin, resume ---- */
 
-/* OUT.perta-journal of the output at path. NULL without memory. */
+/* OUT.perta-journal for the output at path. NULL only when out of memory. */
 static char *path_beside(const char *path)
 {
     char *beside = NULL;
@@ -247,7 +249,7 @@ static char *path_beside(const char *path)
     return asprintf(&beside, "%.*s" PERTA_JOURNAL_SUFFIX, (int)len, path) < 0 ? NULL : beside;
 }
 
-/* Has what is locked still its name? The process that had it before may have removed it after it
+/* Does the locked file still have its name? The process that held it may have removed it after it
  * was opened here. */
 static bool is_named(const struct perta_journal *journal)
 {
@@ -256,7 +258,7 @@ static bool is_named(const struct perta_journal *journal)
            here.st_ino == there.st_ino && here.st_dev == there.st_dev;
 }
 
-/* 1: it was removed meanwhile; once more. */
+/* Open and lock the journal. 1: it was removed meanwhile; try again. */
 static int try_lock(struct perta_journal *journal, const char *path, int flags,
                     struct perta_err *err)
 {
@@ -270,7 +272,7 @@ static int try_lock(struct perta_journal *journal, const char *path, int flags,
         return err->code;
     }
     if (flock(journal->fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
-        close(journal->fd); /* it is not ours, neither to write nor to remove */
+        close(journal->fd); /* it is not ours to write or remove */
         journal->fd = -1;
         return perta_fail(err, PERTA_EUSAGE, "%s: another process is working on it", path);
     }
@@ -303,7 +305,7 @@ static int append_identity(struct perta_journal *journal, const json_t *identity
     return rc;
 }
 
-/* The first record is the identity; of the others the last is kept. */
+/* The first record, which is the identity, and the last of the others. */
 struct first_and_last {
     json_t *first, *last;
 };
@@ -321,9 +323,9 @@ static int keep_ends(void *ctx, json_t *record, struct perta_err *err)
     return 0;
 }
 
-/* Is there one to go on with? 1, 0, or PERTA_ESYS where that cannot be told. Before its first commit
- * a run has nothing to go on with. */
-static int find(const char *path, struct perta_err *err)
+/* Is there a journal to resume from? 1, 0, or PERTA_ESYS if that cannot be told. Before its first
+ * commit point, a run has left nothing to resume from. */
+static int find_journal(const char *path, struct perta_err *err)
 {
     struct perta_err why = {0};
     struct first_and_last ends = {0};
@@ -346,7 +348,7 @@ static int find(const char *path, struct perta_err *err)
     return found;
 }
 
-/* What is there is written over: is it a journal, or the torn beginning of one? */
+/* The file is about to be overwritten: is it a journal, or the incomplete beginning of one? */
 static int check_own(const struct perta_journal *journal, struct perta_err *err)
 {
     char start[PREFIX_BYTES + 2] = "";
@@ -361,7 +363,7 @@ static int check_own(const struct perta_journal *journal, struct perta_err *err)
     if (rc || torn || (whole && start[PREFIX_BYTES - 1] == ' '))
         return rc;
     return perta_fail(err, PERTA_EUSAGE,
-                      "%s: exists and is no journal of perta; move it away, or "
+                      "%s: exists and is not a journal of perta; move it away, or "
                       "choose another output",
                       journal->path);
 }
@@ -370,21 +372,21 @@ static int begin(struct perta_journal *journal, const char *path, const json_t *
                  bool replace, struct perta_err *err)
 {
     *journal = (struct perta_journal){.fd = -1};
-    int found = replace ? 0 : find(path, err);
+    int found = replace ? 0 : find_journal(path, err);
     if (found < 0)
         return found;
     if (found) {
         err->resumable = true;
         return perta_fail(err, PERTA_EUSAGE,
-                          "%s: a run that was interrupted, or is still going on, left a journal "
-                          "beside it; --resume goes on with it, --force starts over",
+                          "%s: a run that was interrupted or is still running left a journal "
+                          "beside it; --resume continues it, --force starts over",
                           path);
     }
     int rc = perta_make_parents(path, err);
     if (!rc)
         rc = open_locked(journal, path, O_CREAT, err);
     if (!rc && (rc = check_own(journal, err))) {
-        close(journal->fd); /* it is not ours, neither to write nor to remove */
+        close(journal->fd); /* it is not ours to write or remove */
         journal->fd = -1;
     }
     if (!rc && ftruncate(journal->fd, 0))
@@ -400,20 +402,22 @@ static int check_identity(const char *path, const json_t *was, const json_t *is,
     char difference[600];
     if (json_equal(was, is))
         return 0;
-    say_difference(was, is, "", difference, sizeof difference);
-    return perta_fail(err, PERTA_EUSAGE,
-                      "%s: --resume cannot go on: %s; go on with what it was begun with, or "
-                      "--force to start over",
-                      path, difference);
+    describe_difference(was, is, "", difference, sizeof difference);
+    return perta_fail(
+        err, PERTA_EUSAGE,
+        "%s: --resume cannot continue: %s; resume with what the run was started with, or "
+        "start over with --force",
+        path, difference);
 }
 
-static int go_on(struct perta_journal *journal, const char *path, const json_t *identity,
-                 struct perta_err *err)
+static int resume_run(struct perta_journal *journal, const char *path, const json_t *identity,
+                      struct perta_err *err)
 {
     struct first_and_last ends = {0};
     size_t good = 0;
     int rc = open_locked(journal, path, 0, err);
-    journal->going_on = journal->committed = true; /* what is there stays if this run fails, too */
+    journal->resuming = journal->committed = true;
+    journal->keep = true; /* if this run fails, too, what is there stays */
     if (!rc)
         rc = read_records(journal->fd, journal->path, keep_ends, &ends, &good, err);
     journal->last = ends.last;
@@ -422,7 +426,7 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     if (!rc && json_object_get(ends.last, "publish") &&
         !json_is_object(json_object_get(ends.last, "summary")))
         rc = perta_fail(err, PERTA_EINPUT,
-                        "%s: damaged; --force starts over: no summary in its last "
+                        "%s: damaged; --force starts over: there is no summary in its last "
                         "record",
                         journal->path);
     const json_t *started = json_object_get(ends.first, "started");
@@ -431,18 +435,19 @@ static int go_on(struct perta_journal *journal, const char *path, const json_t *
     json_object_del(ends.first, "started");
     if (!rc)
         rc = check_identity(path, ends.first, identity, err);
-    /* What was torn goes, so that the next record follows the last whole one. */
+    /* Cut off an incomplete record, so that the next one follows the last complete one. */
     if (!rc && (ftruncate(journal->fd, (off_t)good) || lseek(journal->fd, 0, SEEK_END) < 0))
         rc = perta_fail_sys(err, errno, "%s", journal->path);
     json_decref(ends.first);
     return rc;
 }
 
-/* What cannot be read may have more: whoever goes on with it is told, and does not start over. */
+/* True also if the journal cannot be read: opening it then reports that, instead of starting
+ * over. */
 bool perta_journal_found(const char *path)
 {
     struct perta_err ignored = {0};
-    return find(path, &ignored) != 0;
+    return find_journal(path, &ignored) != 0;
 }
 
 int perta_journal_open(struct perta_journal *journal, const char *path, const json_t *identity,
@@ -451,7 +456,7 @@ int perta_journal_open(struct perta_journal *journal, const char *path, const js
     *journal = (struct perta_journal){.fd = -1};
     int rc = !identity ? perta_fail_sys(err, ENOMEM, "%s", path)
              : resume && perta_journal_found(path)
-                 ? go_on(journal, path, identity, err)
+                 ? resume_run(journal, path, identity, err)
                  : begin(journal, path, identity, resume || force, err);
     journal->resume = resume;
     return rc;
@@ -461,12 +466,12 @@ int perta_journal_folder(const struct perta_journal *journal, struct perta_publi
                          const char *path, const char *like, bool force, struct perta_err *err)
 {
     bool found;
-    if (!journal->going_on) {
+    if (!journal->resuming) {
         int rc =
-            journal->resume ? perta_publish_sweep(path, like, err) : 0; /* nothing to go on with */
+            journal->resume ? perta_publish_sweep(path, like, err) : 0; /* nothing to resume from */
         return rc ? rc : perta_publish_begin(folder, path, like, force, err);
     }
-    int rc = perta_publish_go_on(folder, path, like, force, &found, err);
+    int rc = perta_publish_resume(folder, path, like, force, &found, err);
     if (!rc && !found && !perta_journal_is_publishing(journal))
         rc = perta_fail(err, PERTA_EINPUT, "%s: is gone; --force starts over", folder->partial);
     return rc;
@@ -491,10 +496,10 @@ int perta_journal_replay(const struct perta_journal *journal, perta_journal_use 
 {
     struct replay replay = {use, ctx, false};
     size_t good;
-    int rc = journal->going_on
+    int rc = journal->resuming
                  ? read_records(journal->fd, journal->path, replay_one, &replay, &good, err)
                  : 0;
-    if (!rc && journal->going_on && lseek(journal->fd, 0, SEEK_END) < 0)
+    if (!rc && journal->resuming && lseek(journal->fd, 0, SEEK_END) < 0)
         rc = perta_fail_sys(err, errno, "%s", journal->path);
     return rc;
 }
@@ -555,7 +560,7 @@ json_t *perta_journal_summary(const struct perta_journal *journal)
     return json_deep_copy(json_object_get(perta_journal_last(journal), "summary"));
 }
 
-/* Is the folder at path the one of that inode? */
+/* Does the folder at path have that inode? */
 static bool is_inode(const char *path, const json_t *inode)
 {
     struct stat st;
@@ -570,7 +575,7 @@ static int publish(struct perta_publish *folder, const json_t *inode, struct per
                    : perta_fail(err, PERTA_EINPUT, "%s: is gone, or is another folder",
                                 folder->partial);
     int rc = folder->made ? perta_publish_sweep(folder->path, folder->path, err)
-                          : 0; /* what it replaced */
+                          : 0; /* the output that it replaced */
     folder->made = false;
     return rc;
 }
@@ -606,7 +611,7 @@ int perta_journal_publish(struct perta_journal *journal, struct perta_publish *c
         rc = publish(folders[i], json_array_get(inodes, i), err);
     if (!rc && unlink(journal->path))
         rc = perta_fail_sys(err, errno, "%s", journal->path);
-    /* All is done, and on disk. A journal that a power cut brings back says so, too. */
+    /* Everything is done and on disk. If a power cut brings the journal back, it says so too. */
     if (!rc)
         perta_name_sync(journal->path, &(struct perta_err){0});
     return rc;
@@ -615,17 +620,16 @@ int perta_journal_publish(struct perta_journal *journal, struct perta_publish *c
 void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,
                            size_t n, int rc, struct perta_err *err)
 {
-    bool keep = journal->committed;
+    bool can_continue = rc == PERTA_EINTR || rc == PERTA_ESYS;
+    bool keep = journal->committed && (can_continue || journal->keep);
     if (!journal->path || journal->fd < 0 || !rc)
         return;
-    if (rc != PERTA_EINTR && rc != PERTA_ESYS && !journal->going_on)
-        keep = false;
     for (size_t i = 0; i < n; i++)
         folders[i]->keep = keep;
-    if (!keep)
+    if (!keep) {
         unlink(journal->path);
-    else if (rc == PERTA_EINTR || rc == PERTA_ESYS) {
+    } else if (can_continue && !err->resumable) {
         err->resumable = true;
-        perta_err_context(err, "what is done is kept, --resume goes on with it");
+        perta_err_context(err, "finished work is kept; --resume continues it");
     }
 }

@@ -1,4 +1,4 @@
-/* What the process uses, and what it says where that is too much. */
+/* How much memory the process uses, and the error for a budget that is too small. */
 #include "stream/memory.h"
 #include "stream/stream.h"
 
@@ -10,7 +10,7 @@
 
 #include "io/checked.h"
 
-/* By how much resident memory may differ, from run to run and from plan to slots. */
+/* By how much resident memory may differ from run to run, and grow from the plan to the slots. */
 #define VARIES_BYTES (8ull << 20)
 
 uint64_t perta_memory_now(void)

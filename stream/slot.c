@@ -9,12 +9,12 @@
 #define RANGES_MAX 4096
 #define PIECES_MAX 512
 #define READS_MAX 512
-/* Where all pieces are small, a slot still has room for many: taking it through the loop costs as
- * much as working on some KiB. */
+/* If all pieces are small, a slot still has room for many, because a slot's way through the loop
+ * costs as much as work on some KiB. */
 #define ROOM_BYTES (1ull << 20)
 #define OUT_ALIGN 64
 
-/* Room for all ranges, or all results, of one large piece or many small ones. */
+/* Room for the ranges, or the results, of one large piece or many small ones. */
 static uint64_t room_for(uint64_t piece_bytes, uint32_t pieces_max)
 {
     uint64_t many = piece_bytes < ROOM_BYTES ? piece_bytes * pieces_max : 0;
@@ -81,17 +81,17 @@ void perta_slot_clear(struct perta_slot *slot)
     slot->err.code = 0;
 }
 
-/* The read that the range only makes longer: that of the piece before it. */
-static struct perta_slot_read *touched(const struct perta_slot *slot, uint32_t input,
-                                       const struct perta_range *range)
+/* The previous piece's read of this input, if the range continues it; else NULL. */
+static struct perta_slot_read *continued(const struct perta_slot *slot, uint32_t input,
+                                         const struct perta_range *range)
 {
     if (!slot->last[input])
         return NULL;
     struct perta_slot_read *read = &slot->reads[slot->last[input] - 1];
-    bool touches = read->first_piece + read->n_pieces == slot->n_pieces &&
-                   read->request.file == range->file &&
-                   read->request.off_bytes + read->request.len_bytes == range->off_bytes;
-    return touches ? read : NULL;
+    bool continues = read->first_piece + read->n_pieces == slot->n_pieces &&
+                     read->request.file == range->file &&
+                     read->request.off_bytes + read->request.len_bytes == range->off_bytes;
+    return continues ? read : NULL;
 }
 
 static bool is_read(const struct perta_range *range)
@@ -108,7 +108,7 @@ static bool fits(const struct perta_slot *slot, const struct perta_slot_shape *s
         const struct perta_range *range = &piece->in[i];
         if (!is_read(range))
             continue;
-        const struct perta_slot_read *read = touched(slot, i, range);
+        const struct perta_slot_read *read = continued(slot, i, range);
         uint64_t before = read ? read->request.len_bytes : 0;
         *in_bytes +=
             perta_read_room(before + range->len_bytes) - (read ? perta_read_room(before) : 0);
@@ -121,7 +121,7 @@ static bool fits(const struct perta_slot *slot, const struct perta_slot_shape *s
 
 static void add_read(struct perta_slot *slot, uint32_t input, const struct perta_range *range)
 {
-    struct perta_slot_read *read = touched(slot, input, range);
+    struct perta_slot_read *read = continued(slot, input, range);
     if (!read) {
         read = &slot->reads[slot->n_reads++];
         *read = (struct perta_slot_read){.input = input, .first_piece = slot->n_pieces};

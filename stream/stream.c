@@ -15,10 +15,10 @@
 #include "stream/slot.h"
 
 #define SLOTS_MAX 64
-/* More than this much ahead of the disk gains nothing, and touching memory costs. */
+/* Reading further ahead than this gains nothing, and touching memory costs time. */
 #define AHEAD_BYTES (64ull << 20)
 #define DEPTH 32
-/* Thread stacks, the heap's own, what the kernel charges us for. */
+/* For thread stacks, malloc's own memory, and what the kernel charges to the process. */
 #define MARGIN_BYTES (12ull << 20)
 
 struct perta_stream {
@@ -29,25 +29,26 @@ struct perta_stream {
     struct perta_hasher *hasher;
     struct perta_pool pool;
     struct perta_slot_shape shape;
-    struct perta_slot slots[SLOTS_MAX]; /* used round and round, in order of the pieces */
+    struct perta_slot slots[SLOTS_MAX]; /* a ring, in order of the pieces */
     unsigned n_slots, n_workers;
-    struct perta_writer_bufs writer_bufs; /* of the first writer; the others' follow */
+    struct perta_writer_bufs writer_bufs; /* of the first writer; the others' buffers follow */
 
-    /* the owner's */
-    /* Batches so far; a batch's slot is its number mod n_slots. */
+    /* used by the owner alone */
+    /* How many batches were filled, committed and freed so far. Batch i is in slot i mod
+     * n_slots. */
     uint64_t n_filled, n_committed, n_freed;
-    bool ended;                 /* next() had no more, or failed */
-    struct perta_err next_err;  /* its failure: reported after all pieces before it */
-    struct perta_piece pending; /* taken from next(), not in a slot yet */
+    bool ended;                 /* next() returned 0, or failed */
+    struct perta_err next_err;  /* its error, reported after all pieces before it */
+    struct perta_piece pending; /* from next(), not in a slot yet */
     bool has_pending;
     uint64_t read_bytes;
 
-    /* the owner's and the workers', under lock */
+    /* shared with the workers, under lock */
     pthread_mutex_t lock;
     pthread_cond_t ready;
     bool stopping;
     pthread_t threads[SLOTS_MAX];
-    unsigned n_threads; /* of n_workers, that run */
+    unsigned n_threads; /* how many of n_workers are running */
     unsigned next_worker;
 };
 
@@ -57,7 +58,7 @@ unsigned perta_run_threads(const struct perta_run *run)
     return n < PERTA_THREADS_MAX ? n : PERTA_THREADS_MAX;
 }
 
-/* A worker needs a slot. */
+/* Each worker needs a slot. */
 static unsigned workers_wanted(const struct perta_run *run)
 {
     unsigned n = perta_run_threads(run);
@@ -82,7 +83,7 @@ static uint64_t fixed_bytes(const struct perta_job *job, unsigned n_writers)
            (uint64_t)n_writers * PERTA_WRITER_BUFS_MIN * PERTA_WRITER_BUF_BYTES;
 }
 
-/* A worker's scratch and stack. */
+/* Scratch and stacks of n workers. False on overflow. */
 static bool worker_bytes(const struct perta_job *job, unsigned n, uint64_t *bytes)
 {
     return !perta_add_overflows(job->worker_bytes, PERTA_STACK_BYTES, bytes) &&
@@ -101,8 +102,9 @@ uint64_t perta_stream_memory(const struct perta_job *job, unsigned n_writers, un
     return known && sum < INT64_MAX ? sum : INT64_MAX;
 }
 
-/* Buffers beyond the least: up to a quarter of what is left. */
-static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_t left_bytes)
+/* Give the writers more than their minimum of buffers: up to a quarter of what is left. Returns the
+ * bytes that takes. */
+static uint64_t add_writer_bufs(struct perta_stream *s, unsigned n_writers, uint64_t left_bytes)
 {
     uint64_t each = n_writers * (uint64_t)PERTA_WRITER_BUF_BYTES, most = PERTA_WRITER_BUFS_MAX;
     uint64_t more = n_writers ? left_bytes / 4 / each : 0;
@@ -112,9 +114,9 @@ static uint64_t give_writers(struct perta_stream *s, unsigned n_writers, uint64_
     return more * each;
 }
 
-/* As many workers as the budget allows, each with a slot to work on; then more slots, as many as
- * are of use. One of each at least. */
-static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
+/* Choose how many workers and slots fit the budget: first as many workers as possible, each with a
+ * slot to work on; then as many more slots as are useful. At least one of each. */
+static int choose_counts(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
     uint64_t slot = slot_bytes(&s->shape), worker, budget = s->run.memory_bytes;
     uint64_t least = perta_stream_memory(&s->job, n_writers, 1, 1);
@@ -124,7 +126,7 @@ static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *e
     unsigned wanted = workers_wanted(&s->run);
     s->n_workers = fit < wanted ? (unsigned)fit : wanted;
     left -= (s->n_workers - 1) * (worker + slot);
-    left -= give_writers(s, n_writers, left);
+    left -= add_writer_bufs(s, n_writers, left);
     fit = s->n_workers + left / slot;
     uint64_t ahead = s->job.total_bytes < AHEAD_BYTES ? s->job.total_bytes : AHEAD_BYTES;
     uint64_t useful = ahead / slot + 2 * (uint64_t)s->n_workers + 2;
@@ -135,7 +137,7 @@ static int count(struct perta_stream *s, unsigned n_writers, struct perta_err *e
 
 static int take_memory(struct perta_stream *s, unsigned n_writers, struct perta_err *err)
 {
-    int rc = count(s, n_writers, err);
+    int rc = choose_counts(s, n_writers, err);
     if (rc)
         return rc;
     uint64_t stride = perta_slot_pool_bytes(&s->shape), slots_bytes = stride * s->n_slots;
@@ -250,7 +252,7 @@ static enum perta_slot_state get_state(struct perta_stream *s, const struct pert
     return state;
 }
 
-/* Reads end in any order; the failure to report is that of the first piece. */
+/* Reads end in any order. Report the failure of the first piece. */
 static void find_failed(struct perta_slot *slot)
 {
     const struct perta_slot_read *first = NULL;
@@ -274,7 +276,7 @@ static void on_read(struct perta_request *request)
     set_state(slot->stream, slot, SLOT_READY);
 }
 
-/* Put pieces into a slot until one does not fit. True: the slot has some. */
+/* Add pieces to a slot until one does not fit. True if the slot has any. */
 static bool pack(struct perta_stream *s, struct perta_slot *slot)
 {
     perta_slot_clear(slot);
@@ -288,14 +290,14 @@ static bool pack(struct perta_stream *s, struct perta_slot *slot)
             s->ended = rc <= 0;
         }
         if (!s->has_pending || !perta_slot_add(slot, &s->shape, &s->pending)) {
-            assert(!s->has_pending || slot->n_pieces); /* the job's *_max must be true */
+            assert(!s->has_pending || slot->n_pieces); /* else the job's *_max are too small */
             return slot->n_pieces > 0;
         }
         s->has_pending = false;
     }
 }
 
-/* FREE -> READING: fill every free slot in turn. */
+/* FREE -> READING: fill every free slot, in order. */
 static void read_ahead(struct perta_stream *s)
 {
     while (s->n_filled - s->n_freed < s->n_slots && (!s->ended || s->has_pending)) {
@@ -343,7 +345,7 @@ static int commit(struct perta_stream *s, struct perta_slot *slot, struct perta_
     return rc;
 }
 
-/* COMMITTED -> FREE: in turn, when the digests of what lies in a slot are taken. */
+/* COMMITTED -> FREE: in order, once the bytes in a slot are digested. */
 static int set_free(struct perta_stream *s, struct perta_err *err)
 {
     while (s->n_freed < s->n_committed) {
@@ -361,7 +363,7 @@ static int set_free(struct perta_stream *s, struct perta_err *err)
     return 0;
 }
 
-/* All is read and committed. */
+/* Everything is read and committed. */
 static int finish(struct perta_stream *s, struct perta_err *err)
 {
     perta_hasher_wait(s->hasher, perta_hasher_given(s->hasher));
@@ -376,8 +378,8 @@ static bool cancelled(const struct perta_stream *s)
     return s->run.cancel && *s->run.cancel;
 }
 
-/* The loop. */
-static int turn(struct perta_stream *s, struct perta_err *err)
+/* The loop: free slots, read ahead, and commit or wait, until the job ends. */
+static int loop(struct perta_stream *s, struct perta_err *err)
 {
     for (;;) {
         if (cancelled(s))
@@ -398,7 +400,7 @@ static int turn(struct perta_stream *s, struct perta_err *err)
     }
 }
 
-/* READY -> WORKING: workers take slots in order as they become ready. */
+/* READY -> WORKING: workers take ready slots in order. */
 static struct perta_slot *take_slot(struct perta_stream *s)
 {
     pthread_mutex_lock(&s->lock);
@@ -434,7 +436,7 @@ static void *worker(void *arg)
     return NULL;
 }
 
-/* Fewer will do where the system has no more threads. */
+/* Start the workers. Fewer are enough if the system has no more threads. */
 static int start_workers(struct perta_stream *s, struct perta_err *err)
 {
     int rc = 0;
@@ -458,7 +460,7 @@ int perta_stream_run(struct perta_stream *s, struct perta_err *err)
     PERTA_FP_SCOPE;
     int rc = start_workers(s, err);
     if (!rc)
-        rc = turn(s, err);
+        rc = loop(s, err);
     stop_workers(s);
     struct perta_err ignored = {0};
     perta_engine_drain(s->engine, &ignored);

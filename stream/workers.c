@@ -14,18 +14,18 @@ struct thread {
 };
 
 struct perta_workers {
-    pthread_mutex_t lock;   /* of everything below */
-    pthread_cond_t more;    /* there are pieces, or it is over */
-    pthread_cond_t done;    /* no piece is under way any more */
-    struct thread *threads; /* (n); the first is the caller's */
+    pthread_mutex_t lock;   /* protects everything below */
+    pthread_cond_t more;    /* there are pieces, or the pool is closing */
+    pthread_cond_t done;    /* no piece is running any more */
+    struct thread *threads; /* (n); the first stands for the caller */
     unsigned n, n_started;
     bool stop;
 
     /* the job */
     perta_piece_fn *piece;
     void *ctx;
-    size_t next, end, n_under_way;
-    size_t failed; /* the first piece that failed; SIZE_MAX: none */
+    size_t next, end, n_running;
+    size_t failed; /* the lowest piece that failed; SIZE_MAX: none */
     int rc;
     struct perta_err err;
 };
@@ -34,7 +34,7 @@ struct perta_workers {
 
 static void note_failure(struct perta_workers *w, size_t i, int rc, const struct perta_err *err)
 {
-    w->next = w->end; /* pieces before i were begun before it */
+    w->next = w->end; /* start no more pieces; all before i were started before it */
     if (i >= w->failed)
         return;
     w->failed = i;
@@ -42,25 +42,25 @@ static void note_failure(struct perta_workers *w, size_t i, int rc, const struct
     w->err = *err;
 }
 
-/* Take pieces until there are none. lock is held, but not while a piece runs. Each that is taken
- * wakes one more worker, so that a job of few pieces wakes few. */
+/* Run pieces until there are none left. The lock is held, except while a piece runs. Taking a piece
+ * wakes one more worker, so a job of few pieces wakes few. */
 static void take_pieces(struct perta_workers *w, struct thread *self)
 {
     while (w->next < w->end) {
         size_t i = w->next++;
         struct perta_err err = {0};
-        w->n_under_way++;
+        w->n_running++;
         self->taken++;
         if (w->next < w->end)
             pthread_cond_signal(&w->more);
         pthread_mutex_unlock(&w->lock);
         int rc = w->piece(w->ctx, self->number, i, &err);
         pthread_mutex_lock(&w->lock);
-        w->n_under_way--;
+        w->n_running--;
         if (rc)
             note_failure(w, i, rc, &err);
     }
-    if (!w->n_under_way)
+    if (!w->n_running)
         pthread_cond_signal(&w->done);
 }
 
@@ -78,7 +78,7 @@ static void *run_thread(void *of)
     return NULL;
 }
 
-/* Where no thread can be had there are fewer workers. */
+/* If no thread can be created, there are fewer workers. */
 static void start_threads(struct perta_workers *w, size_t wanted)
 {
     if (wanted > w->n)
@@ -151,7 +151,7 @@ int perta_workers_run(struct perta_workers *w, size_t n, perta_piece_fn *piece, 
     w->next = 0;
     w->end = n;
     take_pieces(w, &w->threads[0]);
-    while (w->n_under_way)
+    while (w->n_running)
         pthread_cond_wait(&w->done, &w->lock);
     int rc = w->rc;
     if (rc)

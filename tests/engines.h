@@ -1,4 +1,4 @@
-/* engines.h - each engine that runs here, with a pool of its own. */
+/* engines.h - calls a function with each engine that runs on this machine, with a pool for each. */
 #ifndef PERTA_TESTS_ENGINES_H
 #define PERTA_TESTS_ENGINES_H
 
@@ -8,7 +8,7 @@
 static const enum perta_io_mode modes[] = {PERTA_IO_DIRECT, PERTA_IO_MMAP, PERTA_IO_PREAD};
 enum { N_MODES = 3 };
 
-/* io_uring may be refused, in containers for example. */
+/* io_uring may be forbidden, for example in containers. */
 static inline bool runs_here(enum perta_io_mode mode)
 {
     return mode != PERTA_IO_DIRECT || !perta_engine_uring_probe();

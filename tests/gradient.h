@@ -1,4 +1,4 @@
-/* gradient.h - gradients in float32 against central differences of functions in double. */
+/* gradient.h - compares gradients in float32 with central differences of functions in double. */
 #ifndef PERTA_TESTS_GRADIENT_H
 #define PERTA_TESTS_GRADIENT_H
 
@@ -6,7 +6,8 @@
 
 #include "tests/unit.h"
 
-/* Of an array's norm: float32 rounds, and so do the reference's central differences, less. */
+/* Relative to the array's norm. Most of it is float32 rounding; the central differences add
+ * less. */
 #define TOLERANCE 1e-5
 #define STEP 1e-4
 
@@ -17,7 +18,7 @@ static inline float uniform(uint64_t *seed, double from, double to)
     return (float)(from + (to - from) * (double)(next_random(seed) >> 11) * 0x1p-53);
 }
 
-/* n floats from -1 to 1, and the same as double. */
+/* n floats from -1 to 1, and the same values as double. */
 struct pair {
     float *f;
     double *d;
@@ -49,7 +50,7 @@ static inline void are_close(const char *what, const float *have, const double *
     ck_assert_msg(sqrt(error / norm) < TOLERANCE, "%s: error %g", what, sqrt(error / norm));
 }
 
-/* What gradients are taken of: a number that ctx, x among it, makes. */
+/* A function to differentiate: it computes a number from ctx, which contains x. */
 typedef double function(void *ctx);
 
 static inline double slope(double *x, function *f, void *ctx)
@@ -63,7 +64,7 @@ static inline double slope(double *x, function *f, void *ctx)
     return (above - below) / (2 * STEP);
 }
 
-/* Gradient d (n) of f by x (n); every of them is looked at. */
+/* Compare the gradient d (n) of f by x (n); every element is checked. */
 static inline void is_gradient(const char *what, const float *d, double *x, size_t n, size_t every,
                                function *f, void *ctx)
 {

@@ -1,6 +1,7 @@
-/* A host program with ways of its own: a handler for SIGBUS, flush-to-zero, rounding upwards. The
- * library leaves them alone, and gives the same bytes as without. Built against libperta.so here,
- * and by tests/install.sh against what is installed. It works in a folder of its own. */
+/* A host program with its own settings: a handler for SIGBUS, flush-to-zero, rounding upwards. The
+ * library leaves them unchanged, and gives the same bytes as without them. Built against
+ * libperta.so here, and against the installed library by tests/install.sh. It works in a scratch
+ * folder. */
 #include <fcntl.h>
 #include <perta.h>
 #include <setjmp.h>
@@ -57,7 +58,7 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
     siglongjmp(back, 1);
 }
 
-/* It touches a page of its own that has gone. */
+/* Touch a page of its own file, which has been truncated. */
 static void bus_error(void)
 {
     int fd = open("gone", O_RDWR | O_CREAT | O_TRUNC, 0600);
@@ -77,7 +78,7 @@ static void on_progress(void *user, uint64_t done_bytes, uint64_t total_bytes)
 {
     (void)done_bytes, (void)total_bytes;
     n_told++;
-    if (*(bool *)user) /* files are mapped just now */
+    if (*(bool *)user) /* while files are mapped */
         bus_error();
 }
 
@@ -92,7 +93,7 @@ static void edit(float out[N])
     const float alpha = 0.3f;
     void *const outs[] = {out};
     struct perta_edit_counts counts;
-    for (uint32_t i = 0; i < N; i++) { /* bits, not arithmetic */
+    for (uint32_t i = 0; i < N; i++) { /* fills bits directly, without arithmetic */
         uint32_t a = i * 77, b = 0x80000000u | i * 1001;
         memcpy(&model[i], &a, 4);
         memcpy(&tuned[i], &b, 4);
@@ -117,7 +118,7 @@ static void run_jobs(const char *patch, const char *unlearned, bool strange)
                                     .patch = unlearned};
     struct perta_err err;
     json_t *summary;
-    memset(&err, 0xa5, sizeof err); /* whatever was on the stack */
+    memset(&err, 0xa5, sizeof err); /* like uninitialised variables on the stack */
     check(perta_diff(&(struct perta_diff){0}, &run, &summary, &err) == PERTA_EUSAGE && !summary &&
               strstr(err.msg, "--patch DIR"),
           "a verb that is asked for nothing");
@@ -146,7 +147,7 @@ int main(void)
 
     struct sigaction now, own = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_NODEFER};
     sigaction(SIGBUS, &own, NULL);
-    strange_fp_set(N_STRANGE_FP - 2); /* upwards, all flushed */
+    strange_fp_set(N_STRANGE_FP - 2); /* rounds upwards and flushes everything to zero */
     unsigned before = strange_fp_state();
     edit(strange);
     check(strange_fp_state() == before, "its floating-point environment is another after an edit");

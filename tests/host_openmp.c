@@ -1,6 +1,6 @@
 /* A host program that uses OpenMP and flushes subnormal numbers to zero. Computing with a model
- * leaves both as they are, takes no threads of OpenMP's, and gives the same bytes as without. It
- * works in a folder of its own. */
+ * leaves both unchanged, uses no OpenMP threads, and gives the same bytes as without them. It works
+ * in a scratch folder. */
 #include <jansson.h>
 #include <omp.h>
 #include <perta.h>
@@ -13,7 +13,7 @@
 #include "estimators/model/model.h"
 #include "tests/strange_fp.h"
 
-#define THREADS 3 /* of the host's, whatever the machine has */
+#define THREADS 3 /* of the host program, whatever the machine has */
 
 static struct perta_err err;
 
@@ -49,7 +49,7 @@ static void write_inputs(void)
     check(!fclose(data), "data.jsonl");
 }
 
-/* How many threads its own loops get. */
+/* The number of threads that the host's own loops get. */
 static int team(void)
 {
     int n = 0;
@@ -82,7 +82,7 @@ int main(void)
     omp_set_dynamic(0);
     omp_set_num_threads(THREADS);
     check(team() == THREADS, "OpenMP gives other teams here");
-    strange_fp_set(N_STRANGE_FP - 2); /* upwards, all flushed */
+    strange_fp_set(N_STRANGE_FP - 2); /* rounds upwards and flushes everything to zero */
     unsigned before = strange_fp_state();
     compute("strange");
     check(strange_fp_state() == before, "its floating-point environment is another");

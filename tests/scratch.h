@@ -1,4 +1,4 @@
-/* scratch.h - a folder of its own for each case, and files in it. */
+/* scratch.h - a scratch folder for each case, and files in it. */
 #ifndef PERTA_TESTS_SCRATCH_H
 #define PERTA_TESTS_SCRATCH_H
 
@@ -11,7 +11,7 @@
 
 static char scratch_dir[64];
 
-/* Checked fixture: a new folder, as the working one; on the disk, where O_DIRECT works. */
+/* Checked fixture: makes a new folder the working directory; on a disk, where O_DIRECT works. */
 static inline void enter(void)
 {
     snprintf(scratch_dir, sizeof scratch_dir, "/var/tmp/perta-test-XXXXXX");
@@ -53,13 +53,13 @@ static inline void put_text(const char *name, const char *text)
     put_file(name, text, strlen(text));
 }
 
-/* len_bytes of noise, in the file and returned (free). */
+/* Write len_bytes of noise to the file, and return them (free). */
 /* A safetensors file of one byte. */
 #define TINY_SHARD \
     "\x35\0\0\0\0\0\0\0{\"w\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}x"
 #define TINY_SHARD_BYTES (sizeof TINY_SHARD - 1)
 
-/* A checkpoint of that in a new folder. */
+/* A checkpoint of that file in a new folder. */
 static inline void put_tiny_model(const char *path, const char *config)
 {
     char name[128];
@@ -78,7 +78,7 @@ static inline uint8_t *make_file(const char *name, size_t len_bytes, uint64_t se
     return data;
 }
 
-/* Does the file hold these bytes and no more? */
+/* Does the file hold exactly these bytes? */
 static inline bool holds(const char *name, const void *data, size_t len_bytes)
 {
     FILE *file = fopen(name, "r");
@@ -96,7 +96,7 @@ static inline bool is_there(const char *path)
     return !access(path, F_OK);
 }
 
-/* How many entries a folder has. */
+/* The number of entries in a folder. */
 static inline unsigned count_entries(const char *path)
 {
     DIR *dir = opendir(path);
@@ -108,7 +108,7 @@ static inline unsigned count_entries(const char *path)
     return n;
 }
 
-/* How many files this process has open. */
+/* The number of files that this process has open. */
 static inline unsigned count_open_files(void)
 {
     return count_entries("/proc/self/fd");

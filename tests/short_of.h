@@ -1,8 +1,8 @@
-/* short_of.h - each call in turn that asks the system for something fails, once: the nth allocation,
- * or the nth file opened. Linked with --wrap for each name (tests/meson.build), so it is the calls of
- * libperta's own code that count; jansson and libcrypto take their memory here, too. What oneDNN and
- * zstd take within is not counted; their objects are, and what jansson's parser takes is its whole
- * call's, for some of it crashes without memory (2.14). */
+/* short_of.h - makes one request to the system fail: the nth allocation, or the nth open of a file.
+ * Linked with --wrap for each name (tests/meson.build), so the calls in libperta's own code count,
+ * and the allocations of jansson and libcrypto. Allocations inside oneDNN and zstd do not count,
+ * but making their objects does. A call of jansson's parser counts as one, because parts of it
+ * crash when out of memory (2.14). */
 #ifndef PERTA_TESTS_SHORT_OF_H
 #define PERTA_TESTS_SHORT_OF_H
 
@@ -27,9 +27,10 @@
 
 enum short_of { MEMORY, FILES, N_SHORT_OF };
 
-static _Atomic uint64_t n_asked[N_SHORT_OF], fails_at[N_SHORT_OF]; /* counted from 1; 0: none */
+static _Atomic uint64_t n_asked[N_SHORT_OF],
+    fails_at[N_SHORT_OF]; /* counted from 1; 0: none fails */
 static const char *_Atomic failed_call;
-static void *_Atomic failed_caller; /* for `addr2line`, when a case fails */
+static void *_Atomic failed_caller; /* for `addr2line` if a case fails */
 static _Thread_local bool in_parser;
 
 static inline void fail_at(enum short_of what, uint64_t n)
@@ -49,7 +50,7 @@ static inline bool fails(enum short_of what, const char *call, void *caller)
     return true;
 }
 
-/* WRAP(what, type, name, (parameters), (arguments), of a failure) */
+/* WRAP(what, type, name, (parameters), (arguments), result on failure) */
 #define WRAP(what, type, name, parameters, arguments, failure) \
     type __real_##name parameters;                             \
     type __wrap_##name parameters;                             \
@@ -177,7 +178,7 @@ static void crypto_give(void *p, const char *file, int line)
     free(p);
 }
 
-/* At the start of main. */
+/* Call at the start of main. */
 static inline bool short_of_init(void)
 {
     json_set_alloc_funcs(json_take, free);

@@ -1,5 +1,5 @@
-/* strange_fp.h - a host program's own floating-point environments: rounding in each direction
- * and, on x86, flush-to-zero, denormals-are-zero and both of them with each rounding. */
+/* strange_fp.h - floating-point environments that a host program may have set: every rounding
+ * direction, and on x86 flush-to-zero, denormals-are-zero and both of them, with each. */
 #ifndef PERTA_TESTS_STRANGE_FP_H
 #define PERTA_TESTS_STRANGE_FP_H
 
@@ -14,7 +14,7 @@
 #endif
 
 static const int strange_fp_roundings[] = {FE_TONEAREST, FE_DOWNWARD, FE_UPWARD, FE_TOWARDZERO};
-#define N_STRANGE_FP (4u * STRANGE_FP_FLUSHES) /* number 0 is the default one */
+#define N_STRANGE_FP (4u * STRANGE_FP_FLUSHES) /* number 0 is the default environment */
 
 static inline void strange_fp_set(unsigned number)
 {
@@ -25,7 +25,7 @@ static inline void strange_fp_set(unsigned number)
 #endif
 }
 
-/* All of it, raised exceptions included, to be compared before and after a call. */
+/* The whole environment, with raised exceptions, for comparison before and after a call. */
 static inline unsigned strange_fp_state(void)
 {
     unsigned state = (unsigned)fegetround() << 16;

@@ -1,5 +1,5 @@
-/* What verbs are asked that makes no sense: PERTA_EUSAGE, and a message that names the field as the
- * command does, whatever err and summary held before; nothing is read, nothing written. */
+/* Arguments that make no sense: every verb returns PERTA_EUSAGE and a message that names the field
+ * as the command spells it, whatever err and summary held before. It reads and writes nothing. */
 #include <math.h>
 
 #include "estimators/edit/unlearn.h"
@@ -17,7 +17,7 @@ static struct perta_err err;
 static struct perta_run run;
 static json_t *summary;
 
-/* What was on the stack. */
+/* Like uninitialised variables on the stack. */
 static void make_a_mess(void)
 {
     memset(&err, 0xa5, sizeof err);
@@ -32,7 +32,7 @@ static void check(int rc, int code, const char *says, const char *what)
     ck_assert_uint_eq(count_entries("."), 0);
 }
 
-/* Of a good one, with one thing changed. */
+/* The good arguments, with one thing changed. */
 #define BAD(verb, change, says)                                                                  \
     do {                                                                                         \
         struct perta_##verb job = good_##verb();                                                 \
@@ -41,7 +41,7 @@ static void check(int rc, int code, const char *says, const char *what)
         check(perta_##verb(&job, &run, &summary, &err), PERTA_EUSAGE, says, #verb ": " #change); \
     } while (0)
 
-/* What all verbs have in common; that a good one gets as far as its files. */
+/* What all verbs check; and good arguments get as far as the files. */
 #define COMMON(verb)                                                                           \
     do {                                                                                       \
         struct perta_##verb good = good_##verb();                                              \
@@ -116,8 +116,8 @@ static struct perta_compose good_compose(void)
 START_TEST(compose)
 {
     COMMON(compose);
-    BAD(compose, job.n_patches = 1, "two patches at least");
-    BAD(compose, job.patches = NULL, "patches: 2 are said");
+    BAD(compose, job.n_patches = 1, "at least two patches");
+    BAD(compose, job.patches = NULL, "patches: the list of 2 is NULL");
     BAD(compose, job.patches = with_none, "patches: number 2 of 2 is empty");
     BAD(compose, job.patch = NULL, "--patch DIR is needed");
     BAD(compose, job.model = "", "--model: a name is needed");
@@ -132,8 +132,8 @@ static struct perta_accumulate good_accumulate(void)
 START_TEST(accumulate)
 {
     COMMON(accumulate);
-    BAD(accumulate, job.n_gradients = 0, "which gradients?");
-    BAD(accumulate, job.gradients = NULL, "gradients: 2 are said");
+    BAD(accumulate, job.n_gradients = 0, "no gradients given");
+    BAD(accumulate, job.gradients = NULL, "gradients: the list of 2 is NULL");
     BAD(accumulate, job.gradients = with_none, "gradients: number 2 of 2 is empty");
     BAD(accumulate, job.out = NULL, "--out DIR is needed");
     BAD(accumulate, job.mean = false, "--stat: mean, meansq or both");
@@ -185,17 +185,18 @@ static struct perta_unlearn good_unlearn(void)
 START_TEST(unlearn)
 {
     COMMON(unlearn);
-    BAD(unlearn, job = (struct perta_unlearn){0}, "--alpha: 1 to 32 are needed, not 0 (n_alphas)");
+    BAD(unlearn, job = (struct perta_unlearn){0}, "--alpha: 1 to 32 values are needed, not 0");
     BAD(unlearn, job.n_alphas = 33, "--alpha: 1 to 32");
     BAD(unlearn, job.alphas[1].text = NULL, "--alpha");
     BAD(unlearn, job.alphas[1].text = "", "--alpha");
-    BAD(unlearn, job.alphas[1].text = "../x", "in decimal");
-    BAD(unlearn, job.alphas[1].text = "000000000000000000000000000000002", "in 32 characters");
-    BAD(unlearn, job.alphas[1].text = "1e39", "1e39 is no float32");
-    BAD(unlearn, job.alphas[1].value = NAN, "is no float32");
-    BAD(unlearn, job.alphas[1].value = INFINITY, "is no float32");
-    BAD(unlearn, job.alphas[1].value = 2, "--alpha: the value is 2, the text -2e0");
-    BAD(unlearn, job.alphas[1] = job.alphas[0], "--alpha: 0.3 twice");
+    BAD(unlearn, job.alphas[1].text = "../x", "as a decimal number");
+    BAD(unlearn, job.alphas[1].text = "000000000000000000000000000000002",
+        "of at most 32 characters");
+    BAD(unlearn, job.alphas[1].text = "1e39", "1e39 does not fit in float32");
+    BAD(unlearn, job.alphas[1].value = NAN, "does not fit in float32");
+    BAD(unlearn, job.alphas[1].value = INFINITY, "does not fit in float32");
+    BAD(unlearn, job.alphas[1].value = 2, "--alpha: the value is 2, but its text is -2e0");
+    BAD(unlearn, job.alphas[1] = job.alphas[0], "--alpha: 0.3 is given twice");
     BAD(unlearn, job.model = NULL, "--model DIR is needed");
     BAD(unlearn, job.tuned = NULL, "--tuned DIR is needed");
     BAD(unlearn, job.patch = NULL, "--patch DIR is needed");
@@ -212,17 +213,19 @@ START_TEST(unlearn)
     BAD(unlearn, job.rule.power = 2, "--power P");
     BAD(unlearn, job.rule.power = (double)NAN, "--power P");
     BAD(unlearn, job.rule.method = PERTA_POWER, "--power P");
-    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = (double)NAN), "--power: above 0");
-    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = -1), "--power: above 0");
+    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = (double)NAN),
+        "--power: must be above 0");
+    BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = -1), "--power: must be above 0");
     BAD(unlearn, (job.rule.method = PERTA_POWER, job.rule.power = 65),
-        "--power: above 0, up to 64");
+        "--power: must be above 0 and at most 64");
     BAD(unlearn, job.rule.weight = 0.5, "--weight W");
-    BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = 2), "--weight: 0 to 1");
+    BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = 2),
+        "--weight: must be from 0 to 1");
     BAD(unlearn, (job.rule.method = PERTA_CONSTANT, job.rule.weight = (double)NAN),
-        "--weight: 0 to 1");
-    BAD(unlearn, job.rule.seed = 1, "--seed goes with --method random");
+        "--weight: must be from 0 to 1");
+    BAD(unlearn, job.rule.seed = 1, "--seed: only --method random takes it");
     BAD(unlearn, job.missing = (enum perta_missing)3, "--missing: 3");
-    BAD(unlearn, job.globs.n_include = 1, "--include: 1 are said");
+    BAD(unlearn, job.globs.n_include = 1, "--include: the list of 1 is NULL");
     BAD(unlearn, (job.globs.n_exclude = 2, job.globs.exclude = with_none),
         "--exclude: number 2 of 2");
 }
@@ -295,23 +298,23 @@ START_TEST(steps)
     BAD(steps, job.data_forget = NULL, "--data-forget FILE is needed");
     BAD(steps, job.data_retain = NULL, "--data-retain FILE is needed");
     BAD(steps, job.patch = NULL, "--patch DIR is needed");
-    BAD(steps, job.n_steps = 0, "--steps: 1 to 1000");
-    BAD(steps, job.n_steps = 1001, "--steps: 1 to 1000");
+    BAD(steps, job.n_steps = 0, "--steps: must be from 1 to 1000");
+    BAD(steps, job.n_steps = 1001, "--steps: must be from 1 to 1000");
     BAD(steps, job.out = "", "--out: a name is needed");
     BAD(steps, job.data_key = "", "--data-key: a name is needed");
-    BAD(steps, job.listed[0] = true, "--steps: 1 to 1000; 0 is listed");
-    BAD(steps, job.listed[3] = true, "--steps: 3 is listed, of 2 (n_steps)");
-    BAD(steps, job.rule.step = 0, "--step: 0; from 0.001");
+    BAD(steps, job.listed[0] = true, "--steps: must be from 1 to 1000, but 0 is listed");
+    BAD(steps, job.listed[3] = true, "--steps: 3 is listed, but there are 2 (n_steps)");
+    BAD(steps, job.rule.step = 0, "--step: 0; must be from 0.001");
     BAD(steps, job.rule.step = nan, "--step: nan");
     BAD(steps, job.rule.back_off = -1, "--back-off: -1");
     BAD(steps, job.rule.back_off = nan, "--back-off: nan");
     BAD(steps, job.rule.max_scale = infinite, "--max-scale: inf");
     BAD(steps, job.stop_forget = 0, "--stop-forget: 0");
     BAD(steps, job.stop_forget = nan, "--stop-forget: nan");
-    BAD(steps, job.stop_probability = 0, "--stop-probability: 0; between 0 and 1");
+    BAD(steps, job.stop_probability = 0, "--stop-probability: 0; must be between 0 and 1");
     BAD(steps, job.stop_probability = nan, "--stop-probability: nan");
     BAD(steps, job.max_retain_rise = nan, "--max-retain-rise: nan");
-    BAD(steps, (job.hold = true, job.several = true), "has one end");
+    BAD(steps, (job.hold = true, job.several = true), "takes one number of steps");
     BAD(steps, (job.hold = true, job.stop_probability = infinite), "needs --stop-probability P");
     BAD(steps, job.compute = (enum perta_compute)9, "--compute: 9");
     BAD(steps, job.globs.n_include = 1, "--include");

@@ -1,4 +1,4 @@
-/* Writes behind the caller's back: every byte where it belongs, failures not lost. */
+/* Writes in the background: every byte reaches its place, and no failure is lost. */
 #include "tests/scratch.h"
 
 #include <errno.h>
@@ -6,11 +6,11 @@
 
 #include "io/behind.h"
 
-#define SIZE ((23u << 20) + 777) /* more than all pieces */
+#define SIZE ((23u << 20) + 777) /* more than all pieces take */
 
 static struct perta_err err;
 
-/* Write data in ranges of all sizes, in no order, each once; direct where direct_fd is a file. */
+/* Write data in ranges of all sizes, out of order, each once; with direct_fd if it is a file. */
 static void write_all(struct perta_behind *behind, int fd, int direct_fd, const uint8_t *data)
 {
     uint64_t starts[64] = {0}, seed = 1;
@@ -19,12 +19,12 @@ static void write_all(struct perta_behind *behind, int fd, int direct_fd, const 
         starts[n] = starts[n - 1] + 1 + next_random(&seed) % (n % 3 ? 5000 : 900000);
     starts[n] = SIZE;
     for (size_t i = 0; i < n; i++) {
-        size_t at = (i * 37) % n; /* 37 and 60 share no factor */
+        size_t at = (i * 37) % n; /* 37 and 60 have no common factor */
         uint64_t len = starts[at + 1] - starts[at];
         uint8_t *copy = alloc(len);
         memcpy(copy, data + starts[at], len);
         ck_assert_ok(perta_behind_write(behind, fd, direct_fd, copy, len, starts[at], "f", &err));
-        memset(copy, 0, len); /* it is the caller's again */
+        memset(copy, 0, len); /* the caller may reuse it */
         free(copy);
     }
 }
@@ -60,7 +60,7 @@ START_TEST(a_failure_is_told_by_what_comes_after)
     struct perta_behind *behind;
     uint8_t *data = alloc(SIZE);
     put_text("f", "");
-    int fd = open("f", O_RDONLY); /* nothing can be written to it */
+    int fd = open("f", O_RDONLY); /* a write to it fails */
     ck_assert_ok(perta_behind_open(&behind, &err));
     struct perta_err e = {0};
     perta_behind_write(behind, fd, -1, data, 5, 70, "tensor w", &e);

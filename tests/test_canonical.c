@@ -1,4 +1,4 @@
-/* JSON with one spelling for each value. */
+/* Canonical JSON: every value has exactly one spelling. */
 #include "tests/unit.h"
 
 #include <float.h>
@@ -65,7 +65,7 @@ END_TEST
 START_TEST(a_locale_with_a_decimal_comma_changes_nothing)
 {
     if (!setlocale(LC_ALL, "de_DE.UTF-8"))
-        return; /* not on this system */
+        return; /* the locale is not installed */
     spells(json_real(0.25), "0.25");
 }
 END_TEST

@@ -13,7 +13,7 @@ static struct perta_err err;
 
 #define INDEX "m/" PERTA_INDEX_NAME
 
-/* A shard of one-byte tensors with one-letter names. */
+/* A shard of one-byte tensors with names of one letter. */
 static void put_shard(const char *path, const char *letters)
 {
     struct perta_tensor tensors[8];
@@ -31,7 +31,7 @@ static void put_shard(const char *path, const char *letters)
     free(bytes);
 }
 
-/* m: shards 1 (b, d) and 2 (a, c), and an index that says so. */
+/* Checkpoint m: shards 1 (b, d) and 2 (a, c), and an index for them. */
 static void enter_model(void)
 {
     enter();
@@ -85,7 +85,7 @@ START_TEST(one_file_is_a_checkpoint_too)
     ck_assert_ptr_nonnull(perta_checkpoint_find(ck, "d"));
     ck_assert_ptr_null(perta_checkpoint_find(ck, "a"));
     perta_checkpoint_close(ck);
-    /* model.safetensors alone counts where there is no index */
+    /* without an index, only model.safetensors counts */
     put_shard("m/model.safetensors", "z");
     unlink(INDEX);
     ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
@@ -188,10 +188,10 @@ START_TEST(what_is_no_regular_file_in_the_folder_is_refused_at_once)
     ck_assert_int_eq(symlink("../2.safetensors", "m/2.safetensors"), 0);
     is_refused("m", "outside its folder");
     unlink("2.safetensors");
-    is_refused("m", "m/2.safetensors: a link that leads nowhere");
+    is_refused("m", "m/2.safetensors: a broken symbolic link");
     unlink("m/2.safetensors");
     ck_assert_int_eq(symlink("2.safetensors", "m/2.safetensors"), 0);
-    is_refused("m", "m/2.safetensors: a link that leads nowhere");
+    is_refused("m", "m/2.safetensors: a broken symbolic link");
     unlink("m/2.safetensors");
     put_shard("m/2.safetensors", "ca");
     ck_assert_int_eq(mkfifo("m/config.json", 0600), 0);
@@ -224,7 +224,7 @@ START_TEST(links_within_the_folder_and_into_the_hub_cache_are_followed)
                      0);
     ck_assert_ok(perta_checkpoint_open("hub/snapshots/rev/sub", &ck, &err));
     perta_checkpoint_close(ck);
-    /* beside the blobs is not in them */
+    /* not among the blobs */
     mkdir("hub/blobsx", 0777);
     ck_assert_int_eq(rename("hub/blobs/digest", "hub/blobsx/digest"), 0);
     unlink("hub/snapshots/rev/model.safetensors");
@@ -248,9 +248,9 @@ START_TEST(what_is_no_checkpoint_is_refused_with_advice)
 }
 END_TEST
 
-static const char *change; /* what was done to m/2.safetensors, for messages */
+static const char *change; /* the change to m/2.safetensors, for messages */
 
-/* The second shard of ck is not opened again, and the whole is not what it was. */
+/* Opening the second shard of ck again must fail, and so must the check of the whole checkpoint. */
 static void is_found_out(const struct perta_checkpoint *ck)
 {
     struct perta_file file;
@@ -279,7 +279,7 @@ START_TEST(a_shard_that_is_another_by_now_is_not_opened)
         ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
         ck_assert_ok(perta_checkpoint_unchanged(ck, &err));
         ck_assert_int_eq(stat("m/2.safetensors", &st), 0);
-        struct timespec tick = {.tv_nsec = 20000000}; /* of the clock that files have */
+        struct timespec tick = {.tv_nsec = 20000000}; /* the resolution of file times */
         nanosleep(&tick, NULL);
         change = i ? "written over, with its time taken back" : "another in its place";
         if (!i) {
@@ -319,11 +319,11 @@ START_TEST(a_model_that_transformers_would_not_load_is_not_taken_in_its_place)
     put_shard("m/model.safetensors", "abcd");
     is_refused("m", "holds two models: model.safetensors, which transformers loads, and the shards "
                     "that model.safetensors.index.json names (1.safetensors, ...)");
-    ck_assert_ok(perta_checkpoint_open("m/model.safetensors", &ck, &err)); /* one is chosen */
+    ck_assert_ok(perta_checkpoint_open("m/model.safetensors", &ck, &err)); /* one is selected */
     perta_checkpoint_close(ck);
     put_text(INDEX, "{\"weight_map\":{\"a\":\"model.safetensors\",\"b\":\"model.safetensors\","
                     "\"c\":\"model.safetensors\",\"d\":\"model.safetensors\"}}");
-    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* the same one */
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* it is the same one */
     perta_checkpoint_close(ck);
     put_text("m/config.json", "{\"transformers_weights\": \"1.safetensors\"}");
     is_refused("m", "transformers_weights is 1.safetensors, which transformers loads; perta would "
@@ -332,7 +332,7 @@ START_TEST(a_model_that_transformers_would_not_load_is_not_taken_in_its_place)
     ck_assert_ok(perta_checkpoint_open("m", &ck, &err));
     perta_checkpoint_close(ck);
     put_text("m/adapter_config.json", "{}");
-    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* there is none to put on top */
+    ck_assert_ok(perta_checkpoint_open("m", &ck, &err)); /* there is no adapter to apply */
     perta_checkpoint_close(ck);
     put_text("m/adapter_model.bin", "x");
     is_refused("m", "holds a model (model.safetensors) and a PEFT adapter");
@@ -343,13 +343,13 @@ START_TEST(shards_without_an_index_are_of_one_model)
 {
     ck_assert_int_eq(unlink(INDEX), 0);
     put_shard("m/consolidated.safetensors", "e");
-    is_refused("m", "1.safetensors and consolidated.safetensors are not of one");
+    is_refused("m", "1.safetensors and consolidated.safetensors do not belong together");
     ck_assert_int_eq(rename("m/consolidated.safetensors", "m/adapter_model.safetensors"), 0);
-    is_refused("m", "1.safetensors and adapter_model.safetensors are not of one");
+    is_refused("m", "1.safetensors and adapter_model.safetensors do not belong together");
     struct perta_checkpoint *ck;
     ck_assert_int_eq(rename("m/1.safetensors", "m/model.safetensors"), 0);
     ck_assert_ok(
-        perta_checkpoint_open("m", &ck, &err)); /* as transformers: the others do not count */
+        perta_checkpoint_open("m", &ck, &err)); /* as in transformers: the others do not count */
     ck_assert_uint_eq(ck->n_tensors, 2);
     perta_checkpoint_close(ck);
 }
@@ -383,12 +383,12 @@ START_TEST(a_folder_of_something_else_says_what_it_is)
                "is models--x--y/snapshots/8a3f meant? It is a checkpoint");
 
     put_text("empty.json", "{}");
-    ck_assert_str_eq(perta_which_kind("empty.json"), "a file");
-    ck_assert_str_eq(perta_which_kind("m"), "a checkpoint");
-    ck_assert_str_eq(perta_which_kind("m/1.safetensors"), "a file of weights");
-    ck_assert_str_eq(perta_which_kind("models--x--y"), "a folder of the Hugging Face cache");
-    ck_assert_ptr_null(perta_which_kind("nowhere"));
-    ck_assert_ptr_null(perta_which_kind("."));
+    ck_assert_int_eq(perta_which_kind("empty.json"), PERTA_KIND_FILE);
+    ck_assert_int_eq(perta_which_kind("m"), PERTA_KIND_CHECKPOINT);
+    ck_assert_int_eq(perta_which_kind("m/1.safetensors"), PERTA_KIND_WEIGHTS);
+    ck_assert_int_eq(perta_which_kind("models--x--y"), PERTA_KIND_CACHE);
+    ck_assert_int_eq(perta_which_kind("nowhere"), PERTA_KIND_UNKNOWN);
+    ck_assert_int_eq(perta_which_kind("."), PERTA_KIND_UNKNOWN);
 }
 END_TEST
 

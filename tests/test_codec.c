@@ -14,7 +14,7 @@ static struct perta_err err;
 
 enum change { NONE, FEW, FINE, HEAVY, ANY, SPECIAL, TUNED, N_CHANGES };
 
-/* bf16 weights, and what fine-tuning makes of them: small weights change most. */
+/* bf16 weights, and a fine-tuned version of them: small weights change most. */
 static void tune(size_t n, uint8_t *before, uint8_t *after, uint64_t seed)
 {
     for (size_t i = 0; i < n; i++) {
@@ -27,8 +27,8 @@ static void tune(size_t n, uint8_t *before, uint8_t *after, uint64_t seed)
     }
 }
 
-/* -0, subnormals, Inf, NaNs with payloads, the largest and smallest, for any float dtype.
- */
+/* -0, subnormals, Inf, NaNs with payloads and the largest and smallest values, for any float
+ * dtype. */
 static void special(enum perta_dtype dtype, size_t n, uint8_t *to, uint64_t seed)
 {
     unsigned width = perta_dtype_unit_bytes(dtype), mantissa = 8 * width - 9;
@@ -62,7 +62,7 @@ static void special(enum perta_dtype dtype, size_t n, uint8_t *to, uint64_t seed
     }
 }
 
-/* before: floats of a model's size (or any bits); after: changed by so much. */
+/* before: floats of a model's size, or any bits; after: changed by an amount that kind sets. */
 static void make(enum perta_dtype dtype, enum change change, size_t n, uint8_t *before,
                  uint8_t *after, uint64_t seed)
 {
@@ -78,7 +78,7 @@ static void make(enum perta_dtype dtype, enum change change, size_t n, uint8_t *
     }
     fill_random(before, n * width, seed);
     for (size_t i = 0; i < n && change != ANY && width > 1; i++) {
-        /* an exponent in a narrow range, whatever the dtype */
+        /* an exponent in a narrow range, in any dtype */
         uint8_t *top = before + i * width + width - 1;
         *top = (uint8_t)((*top & 0x80) | 0x3b | (next_random(&seed) & 3));
     }
@@ -97,7 +97,7 @@ static void make(enum perta_dtype dtype, enum change change, size_t n, uint8_t *
     }
 }
 
-/* What payloads were seen to hold. */
+/* Which features the payloads had. */
 enum {
     GROUPED = 1,
     LOW_BYTES = 2,
@@ -108,7 +108,9 @@ enum {
     LONG_GAP = 64,
     FIELDS = 128
 };
-#define ALL_SEEN (FIELDS * 32 - 1) /* FIELDS << bits for bits 0, 1, 2 and 4; 3 is none */
+#define ALL_SEEN \
+    (FIELDS * 32 - 1) /* FIELDS << bits for bits 0, 1, 2 and 4; bits = 3 does not
+                                    * exist */
 static unsigned seen = FIELDS << 3;
 
 static uint32_t le(const uint8_t *from, unsigned bytes)
@@ -135,8 +137,8 @@ static void look_at(const uint8_t *frame, const struct perta_coded *coded, unsig
     free(payload);
 }
 
-/* Values lead to the same bytes, and what else is known of those before does not depend on
- * the units that change. */
+/* A frame of values gives the bytes after. Neither the frame nor the hash of what is kept depends
+ * on the old values of the units that change. */
 static void one_way(struct perta_codec *codec, enum perta_dtype dtype, const uint8_t *before,
                     const uint8_t *after, size_t len, uint64_t n_changed)
 {
@@ -165,7 +167,7 @@ static void one_way(struct perta_codec *codec, enum perta_dtype dtype, const uin
     } else {
         ck_assert_uint_eq(kept, perta_hash64(before, len));
     }
-    for (size_t i = 0; i < len; i += width) { /* other values before, where any changes */
+    for (size_t i = 0; i < len; i += width) { /* other values before, for the units that change */
         bool changes = memcmp(before + i, after + i, width) != 0;
         for (size_t b = 0; b < width; b++)
             other[i + b] = changes ? (uint8_t)~after[i + b] : before[i + b];
@@ -211,7 +213,7 @@ static void round_trip(struct perta_codec *codec, enum perta_dtype dtype, enum c
 
     one_way(codec, dtype, before, after, len, n_changed);
 
-    /* the same at an odd address */
+    /* the same at an unaligned address */
     struct perta_coded again;
     uint8_t *frame2 = alloc(room);
     memmove(before + 1, before, len);
@@ -282,7 +284,7 @@ static const struct perta_codec_kernels *const kernels[] = {
     &perta_codec_kernels_v2, &perta_codec_kernels_v3, &perta_codec_kernels_v4,
     &perta_codec_kernels_vbmi2};
 
-/* How many of them run here. */
+/* How many of the kernels run on this machine. */
 static int n_kernels(void)
 {
     int n = (int)perta_isa_best() + 1;
@@ -292,8 +294,8 @@ static int n_kernels(void)
 enum { ROOM = 1003 * 8 + 2 * PERTA_KERNEL_SLACK };
 static uint8_t a[ROOM], b[ROOM];
 
-/* z from units, and back: k's results at offset odd, as after it they are kept to their
- * room. */
+/* Compute z from units and back. The results of k are stored at an unaligned address, with guard
+ * bytes after them. */
 static uint64_t move_units(const struct perta_codec_kernels *k, bool ordered, unsigned width,
                            size_t n, unsigned odd, uint8_t *z, uint8_t *out)
 {
@@ -315,7 +317,7 @@ START_TEST(kernels_move_units_alike_for_every_instruction_set)
     uint8_t *z[2] = {alloc(ROOM), alloc(ROOM)}, *out = alloc(ROOM);
     fill_random(a, ROOM, 1);
     fill_random(b, ROOM, 2);
-    for (size_t i = 0; i < ROOM; i++) /* small differences too */
+    for (size_t i = 0; i < ROOM; i++) /* with small differences among them */
         b[i] = i % 3 ? a[i] : b[i];
     for (int isa = 1; isa < n_kernels(); isa++)
         for (unsigned c = 0; c < 2 * 4 * 12; c++) {
@@ -333,7 +335,7 @@ START_TEST(kernels_move_units_alike_for_every_instruction_set)
 }
 END_TEST
 
-/* By the words of the format page. */
+/* Written from the text of the format page. */
 static void look_at_split(const uint8_t *z, unsigned width, unsigned low, size_t n,
                           uint8_t *const *lows, const uint8_t *values)
 {
@@ -360,7 +362,8 @@ START_TEST(kernels_split_and_join_alike_for_every_instruction_set)
             if (low > 8 * width || (low % 8 & (low % 8 - 1)))
                 continue;
             fill_random(a, N * width, c);
-            for (size_t i = 0; i < n; i++) { /* small ones, and zeros; the high bits as they are */
+            for (size_t i = 0; i < n; i++) { /* small values and zeros; the high bits are
+                                              * unchanged */
                 uint64_t unit = 0, keep = i % 3
                                               ? (1ull << (low + i % 7 < 63 ? low + i % 7 : 63)) - 1
                                               : UINT64_MAX;
@@ -403,7 +406,7 @@ START_TEST(kernels_find_the_same_groups_for_every_instruction_set)
             unsigned width = perta_dtype_unit_bytes(dtype);
             size_t n = c < 4 ? 1003 : c;
             g.first = c >> 3;
-            g.n = c == 5 ? 256 : 1 + (c >> 2 & 31); /* 256: all that a key can say */
+            g.n = c == 5 ? 256 : 1 + (c >> 2 & 31); /* 256: as many as a key can encode */
             for (int i = 0; i < 2; i++) {
                 kernels[i * isa]->keys(width, &g, a + 1, keys[i], n);
                 kernels[i * isa]->cross(keys[i], a + 900, 99, n);
@@ -412,7 +415,7 @@ START_TEST(kernels_find_the_same_groups_for_every_instruction_set)
             for (int i = 0; i < 2; i++)
                 kernels[i * isa]->keys(width, &g, a + 1, keys[i], n);
             ck_assert_mem_eq(keys[0], keys[1], n);
-            for (size_t i = 0; i < n; i++) { /* by the words of the format page */
+            for (size_t i = 0; i < n; i++) { /* written from the text of the format page */
                 uint64_t unit = 0;
                 memcpy(&unit, a + 1 + i * width, width);
                 uint64_t e = unit >> g.shift & ((1u << g.e_bits) - 1), last = g.first + g.n - 1;
@@ -425,7 +428,7 @@ START_TEST(kernels_find_the_same_groups_for_every_instruction_set)
 }
 END_TEST
 
-/* Scatter and pack n bytes, gather and unpack them; all of k's results go into out. */
+/* Scatter and pack n bytes, gather and unpack them; all results of k are stored in out. */
 static size_t move_bytes(const struct perta_codec_kernels *k, const uint8_t *x, const uint8_t *keys,
                          size_t n, unsigned n_keys, uint8_t *out)
 {
@@ -529,7 +532,7 @@ START_TEST(frames_that_lie_are_refused_or_harmless)
 }
 END_TEST
 
-/* A payload of n units that makes some sense; returns its length. */
+/* A plausible payload of n units; returns its length. */
 static size_t lie(uint64_t r, enum perta_dtype dtype, size_t n, uint8_t *payload)
 {
     unsigned width = perta_dtype_unit_bytes(dtype);
@@ -556,7 +559,7 @@ static size_t lie(uint64_t r, enum perta_dtype dtype, size_t n, uint8_t *payload
         uint32_t rest = bits ? 0 : of;
         at += ((size_t)of * bits + 7) / 8;
         fill_random(fields, (size_t)(at - fields), r + g);
-        if (bits == 1) /* so that the rest has a chance to be as long as it must */
+        if (bits == 1) /* so that the rest can have the full length */
             for (uint32_t i = rest = 0; i < of; i++)
                 rest += fields[i % ((of + 7) / 8)] >> (i / ((of + 7) / 8)) & 1;
         else if (bits)
@@ -579,7 +582,7 @@ static size_t lie(uint64_t r, enum perta_dtype dtype, size_t n, uint8_t *payload
     return (size_t)(at - payload);
 }
 
-/* Whatever bytes a sound frame holds, and whatever the table says of them. */
+/* A sound frame around any payload, whose table may say anything: refused, or harmless. */
 START_TEST(payloads_that_lie_are_refused_or_harmless)
 {
     enum { MAX = 4096, MOST = 4 * MAX };
@@ -593,15 +596,16 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
         unsigned width = perta_dtype_unit_bytes(dtype);
         size_t n = (r >> 16) % (i % 8 ? 40 : MAX / width), len = n * width;
         size_t payload_bytes = lie(r, dtype, n, payload);
-        if (i % 3 == 0) /* and then a byte of it */
+        if (i % 3 == 0) /* and then one byte of it */
             payload[(r >> 24) % payload_bytes] = (uint8_t)(r >> 50);
         if (r >> 60 == 0)
             payload_bytes = (r >> 20) % (2 * MAX);
         size_t frame_bytes =
             ZSTD_compress(frame, ZSTD_compressBound(MOST), payload, payload_bytes, 1);
-        uint8_t *from = malloc(len + 1), *to = malloc(len + !len); /* ASan sees their ends */
+        uint8_t *from = malloc(len + 1),
+                *to = malloc(len + !len); /* so that ASan sees where they end */
         fill_random(from, len, r + 1);
-        if (i & 2 && width > 1) /* all in the lowest group, as the last of three may be empty */
+        if (i & 2 && width > 1) /* every unit in the lowest group: the last of three may be empty */
             memset(from, 0, len);
         struct perta_err why = {0};
         int rc = (i & 1 ? perta_codec_apply : perta_codec_revert)(
@@ -610,13 +614,14 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
         uint64_t n_changed;
         int rc_count = perta_codec_count(codec, dtype, PERTA_ENC_DELTA, frame, frame_bytes,
                                          payload_bytes, len, &n_changed, &why);
-        ck_assert(rc_count == rc || rc == PERTA_ECHECK); /* values that fit are apply's to check */
+        ck_assert(rc_count == rc || rc == PERTA_ECHECK); /* whether the values fit is checked by
+                                                          * apply */
         n_fine += !rc;
         n_grouped += !rc && perta_codec_groups(dtype) && 1 + (uint32_t)(r >> 8) % 3 > 1;
         free(from);
         free(to);
     }
-    ck_assert_uint_gt(n_fine, 1000); /* so that refusals are not all it saw */
+    ck_assert_uint_gt(n_fine, 1000); /* so that not every input is refused */
     ck_assert_uint_gt(n_grouped, 10);
     perta_codec_free(codec);
     free(payload);
@@ -624,7 +629,7 @@ START_TEST(payloads_that_lie_are_refused_or_harmless)
 }
 END_TEST
 
-/* Small lies that leave a frame whole: how many change, and what overflows without need. */
+/* A whole frame with slightly wrong counts: of units that change, and of values that overflow. */
 START_TEST(counts_that_lie_are_refused)
 {
     enum { N = 4096, LEN = 2 * N };
@@ -664,7 +669,7 @@ START_TEST(counts_that_lie_are_refused)
 }
 END_TEST
 
-/* As compose does it where nothing is grouped: the same frame, without the bytes before. */
+/* What compose does if nothing is grouped: the same frame, without the bytes before. */
 START_TEST(what_is_never_grouped_adds_up_on_any_bytes_before)
 {
     enum { LEN = 4096 };

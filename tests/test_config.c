@@ -1,4 +1,4 @@
-/* config.json: numbers that lead nowhere are refused with their key. */
+/* config.json: numbers that make no sense are refused, naming the key. */
 #include "estimators/model/config.h"
 
 #include "tests/gradient.h"
@@ -7,7 +7,7 @@ static const char base[] = "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_s
                            "\"intermediate_size\":96,\"vocab_size\":9,\"num_hidden_layers\":1,"
                            "\"num_attention_heads\":4";
 
-/* With more keys; says NULL: it is fine. */
+/* The config with more keys; says: part of the message, or NULL if it is accepted. */
 static void parse(const char *more, const char *says, struct perta_llm *llm)
 {
     char text[1024];
@@ -99,7 +99,7 @@ START_TEST(layer_types_say_it_layer_by_layer)
     ck_assert_uint_eq(perta_llm_window(&llm, 1023), 7);
     snprintf(more, sizeof more, "%s,\"num_hidden_layers\":1025", qwen);
     parse(more, "num_hidden_layers", &llm);
-    parse(",\"num_hidden_layers\":100000", NULL, &llm); /* without windows any number will do */
+    parse(",\"num_hidden_layers\":100000", NULL, &llm); /* without windows any number is accepted */
     ck_assert_uint_eq(perta_llm_window(&llm, 99999), UINT32_MAX);
 }
 END_TEST

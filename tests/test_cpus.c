@@ -1,4 +1,4 @@
-/* How many CPUs there are for this process: its mask, and quotas in made-up trees of cgroups. */
+/* How many CPUs this process may use: its affinity mask, and quotas in made-up trees of cgroups. */
 #include "tests/scratch.h"
 
 #include <sched.h>
@@ -73,7 +73,7 @@ START_TEST(a_mount_is_told_by_its_type)
 }
 END_TEST
 
-/* A file and the folders above it, below root. */
+/* Create a file below root, with its parent folders. */
 static void put_below(const char *path, const char *text)
 {
     char name[256];
@@ -100,7 +100,7 @@ START_TEST(the_smallest_quota_up_to_the_mount_counts)
     ck_assert_uint_eq(perta_cpus_of_cgroups("root"), 3);
     put_below("/sys/fs/cgroup/a/b/c/cpu.max", "50000 100000\n");
     ck_assert_uint_eq(perta_cpus_of_cgroups("root"), 1);
-    put_below("/sys/fs/cpu.max", "1 100000\n"); /* above the mount */
+    put_below("/sys/fs/cpu.max", "1 100000\n"); /* above the mount point */
     put_below("/sys/fs/cgroup/a/b/c/cpu.max", "max 100000\n");
     ck_assert_uint_eq(perta_cpus_of_cgroups("root"), 3);
 }
@@ -151,7 +151,7 @@ START_TEST(a_process_bound_to_one_cpu_has_one)
     ck_assert_uint_eq(perta_run_threads(&(struct perta_run){.n_threads = 0}), 1);
     ck_assert_uint_eq(perta_run_threads(&(struct perta_run){.n_threads = 5}), 5);
     ck_assert_int_eq(sched_setaffinity(0, sizeof all, &all), 0);
-    ck_assert_uint_eq(perta_cpus_available(), 1); /* the same at every call */
+    ck_assert_uint_eq(perta_cpus_available(), 1); /* the same result at every call */
 }
 END_TEST
 

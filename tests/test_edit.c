@@ -1,11 +1,11 @@
-/* The edit kernels against the scalar reference, bit for bit, for every instruction set. */
+/* Compares the edit kernels with the scalar reference, bit for bit, on every instruction set. */
 #include "tests/unit.h"
 
 #include <math.h>
 
 #include "estimators/edit/edit.h"
 
-#define N 2077 /* two whole tiles and a part */
+#define N 2077 /* two whole tiles and a part of one */
 
 static const enum perta_dtype dtypes[] = {PERTA_BF16, PERTA_F16, PERTA_F32, PERTA_F64};
 
@@ -20,7 +20,7 @@ static void put(void *to, enum perta_dtype dtype, size_t i, double x)
         h = (uint16_t)(u >> 16);
         memcpy((char *)to + 2 * i, &h, 2);
         break;
-    case PERTA_F16: /* normal numbers below 2 alone */
+    case PERTA_F16: /* only normal numbers below 2 */
         h = (uint16_t)(((u >> 16) & 0x8000) | (fabs(x) < 1e-4 ? 0 : ((u >> 13) & 0x3fff) | 0));
         memcpy((char *)to + 2 * i, &h, 2);
         break;
@@ -32,7 +32,7 @@ static void put(void *to, enum perta_dtype dtype, size_t i, double x)
     }
 }
 
-/* Values of a model's or a gradient's size; with specials also zeros, subnormals, NaN, Inf. */
+/* Values of a model's or a gradient's size; with specials also zeros, subnormals, NaN and Inf. */
 static void fill(void *to, enum perta_dtype dtype, double scale, bool positive, bool specials,
                  uint64_t seed)
 {
@@ -120,7 +120,7 @@ START_TEST(every_method_and_dtype_equals_the_reference)
     compare_all_dtypes((struct perta_rule){.method = PERTA_CONSTANT, .weight = 0.3});
     compare_all_dtypes((struct perta_rule){.method = PERTA_RANDOM, .seed = 42});
     compare_all_dtypes((struct perta_rule){.method = PERTA_SCALE, .stat = PERTA_STAT_MEANSQ});
-    compare_all_dtypes((struct perta_rule){.method = PERTA_SCALE}); /* negative ones too */
+    compare_all_dtypes((struct perta_rule){.method = PERTA_SCALE}); /* including negative ones */
 }
 END_TEST
 
@@ -193,7 +193,7 @@ START_TEST(odd_lengths_and_addresses_give_the_same_bits)
                 perta_edit_reference(&rule, &in[0], &alpha, 1, &to[0], &counts[0]);
                 perta_edit_isa((enum perta_isa)isa, &rule, &in[1], &alpha, 1, &to[1], &counts[1]);
                 ck_assert_mem_eq(out[0], out[1] + 1, len);
-                ck_assert_int_eq(out[1][0], 0x5a); /* it kept to its room */
+                ck_assert_int_eq(out[1][0], 0x5a); /* it wrote nothing after its room */
                 ck_assert_int_eq(out[1][1 + len], 0x5a);
                 ck_assert_uint_eq(counts[0].n_changed, counts[1].n_changed);
                 ck_assert_uint_eq(counts[0].n_nonfinite, counts[1].n_nonfinite);
@@ -204,7 +204,7 @@ START_TEST(odd_lengths_and_addresses_give_the_same_bits)
 }
 END_TEST
 
-/* One element of each operand bad in turn; the others are sound. */
+/* One element of each operand is bad in turn; the others are good. */
 START_TEST(the_first_bad_element_and_its_operand_are_named_by_every_instruction_set)
 {
     const float alpha = 1;
@@ -236,7 +236,7 @@ START_TEST(the_first_bad_element_and_its_operand_are_named_by_every_instruction_
                 ck_assert_uint_eq(counts.n_nonfinite, 2);
                 ck_assert_uint_eq(counts.bad_elem, 1300);
                 ck_assert_int_eq(counts.bad_operand, operand);
-                if (keep) /* the model's bits stay there */
+                if (keep) /* the model's bits stay */
                     ck_assert_mem_eq(outs[0][0] + 4 * 1800, inputs[0] + 4 * 1800, 4);
             }
 }
@@ -265,7 +265,7 @@ START_TEST(importances_are_read_by_the_methods_that_need_them)
 }
 END_TEST
 
-/* Any run of elements of a tensor, also from and to the middle of a row. */
+/* Any run of elements of a tensor, beginning and ending also within a row. */
 START_TEST(the_task_vector_of_a_lora_equals_the_reference)
 {
     static const struct {
@@ -305,7 +305,7 @@ START_TEST(the_task_vector_of_a_lora_equals_the_reference)
 }
 END_TEST
 
-/* tau given as it is edits as tuned - base does where base is zero. */
+/* A given tau edits like tuned - base if base is zero. */
 START_TEST(without_a_base_tuned_is_the_task_vector)
 {
     static const char zeros[N * 8];

@@ -1,4 +1,5 @@
-/* Engines and files: the same bytes from each, any range; what ends early or fails is said. */
+/* Engines and files: every engine reads the same bytes, in any range; short and failing reads are
+ * reported. */
 #include "tests/scratch.h"
 
 #include <errno.h>
@@ -57,7 +58,7 @@ START_TEST(every_engine_reads_any_range)
     size_t len = 1000003;
     uint8_t *data = make_file("f", len, 1);
     uint64_t seed = 2;
-    for (unsigned depth = 1; depth <= 32; depth *= 2) /* less than what is sent, and more */
+    for (unsigned depth = 1; depth <= 32; depth *= 2) /* below and above the number of requests */
         for_each_engine(engine, depth)
         {
             struct perta_file file;
@@ -94,7 +95,7 @@ START_TEST(ranges_at_block_boundaries_and_the_end_are_exact)
                     ck_assert_int_eq(r.sys_errno, 0);
                     ck_assert_mem_eq(r.data, data + off, end - off);
                     perta_engine_release(engine, &r);
-                    for (unsigned i = 0; i < 64; i++) /* it kept to its room */
+                    for (unsigned i = 0; i < 64; i++) /* it wrote nothing after its room */
                         ck_assert_uint_eq(pool[room + i], 0x5a);
                 }
         perta_file_close(&file);
@@ -204,7 +205,7 @@ START_TEST(a_request_that_fails_says_why_and_others_go_on)
 }
 END_TEST
 
-/* A read that sends the next one when it is done. */
+/* A read that submits the next one when it completes. */
 struct chain {
     struct perta_engine *engine;
     struct perta_request request;
@@ -299,8 +300,8 @@ START_TEST(any_thread_may_wake_the_owner)
             read_ranges(engine, &file, data, 100000, &seed);
         for (int i = 0; i < 3; i++)
             pthread_join(threads[i], NULL);
-        /* a wake before the wait counts, too; without one it ends by itself, else the case's
-         * time runs out */
+        /* A wake before the wait counts too. Without one, the wait returns by itself; otherwise
+         * this case times out. */
         ck_assert_ok(perta_engine_wait(engine, &err));
         perta_engine_wake(engine);
         ck_assert_ok(perta_engine_wait(engine, &err));
@@ -316,7 +317,7 @@ START_TEST(the_choice_is_what_was_asked_for_or_suits_the_files)
 {
     static const char *const paths[] = {"f", "nowhere"};
     struct perta_io_choice choice;
-    free(make_file("f", 100000, 1)); /* just written: in the page cache */
+    free(make_file("f", 100000, 1)); /* just written, so in the page cache */
     ck_assert_ok(perta_engine_choose(PERTA_IO_AUTO, paths, 1, &choice, &err));
     ck_assert_int_eq(choice.mode, PERTA_IO_MMAP);
     ck_assert_ok(perta_engine_choose(PERTA_IO_AUTO, paths, 2, &choice, &err));
@@ -330,7 +331,7 @@ START_TEST(the_choice_is_what_was_asked_for_or_suits_the_files)
 }
 END_TEST
 
-/* Of a file that belongs to somebody else and is in the page cache. */
+/* A file of another user that is in the page cache. */
 static int as_nobody(const char *path)
 {
     struct perta_io_choice choice;
@@ -373,7 +374,7 @@ static void is_not_opened(const char *path, int code)
         ck_assert_int_eq(perta_file_open(&file, path, direct, &e), code);
         ck_assert_msg(strstr(e.msg, path), "%s", e.msg);
         perta_file_close(&file);
-        perta_file_close(&file); /* closed twice is fine */
+        perta_file_close(&file); /* closing twice is allowed */
         ck_assert_uint_eq(count_open_files(), n_open);
     }
 }
@@ -386,7 +387,7 @@ START_TEST(what_is_no_regular_file_is_not_opened_and_not_left_open)
     is_not_opened("fifo", PERTA_EINPUT);
     is_not_opened("/dev/null", PERTA_EINPUT);
     struct perta_file file = {0};
-    perta_file_close(&file); /* not file 0, which is not ours */
+    perta_file_close(&file); /* not file descriptor 0, which belongs to somebody else */
     ck_assert_int_ge(fcntl(0, F_GETFD), 0);
 }
 END_TEST
@@ -448,7 +449,7 @@ START_TEST(again_is_tried_a_bounded_number_of_times_and_then_named)
 {
     struct perta_file file = {.fd = -1, .path = (char[]){"f"}, .len_bytes = 10000};
     struct perta_request r = {.file = &file, .len_bytes = 10000, .end = 10000};
-    for (int part = 0; part < 3; part++) { /* bytes that move start the count afresh */
+    for (int part = 0; part < 3; part++) { /* progress resets the count */
         for (int i = 0; i < 90; i++)
             ck_assert(!perta_request_advance(&r, -EAGAIN));
         ck_assert(!perta_request_advance(&r, 1000));
@@ -464,8 +465,8 @@ START_TEST(again_is_tried_a_bounded_number_of_times_and_then_named)
 }
 END_TEST
 
-/* What is not aligned in memory is refused by a direct transfer itself, and not when the file is
- * opened: so do some file systems with any. */
+/* A direct transfer to memory that is not aligned fails only when it is made, not when the file is
+ * opened. On some file systems, every direct transfer does. */
 START_TEST(direct_transfers_that_are_refused_late_take_the_page_cache)
 {
     size_t len = 16 * 65536;
@@ -513,7 +514,7 @@ START_TEST(plain_transfers_that_are_refused_late_take_the_page_cache)
 }
 END_TEST
 
-/* Two windows of 16 pages; the file keeps 24. */
+/* Two windows of 16 pages; the file still has 24 pages. */
 START_TEST(a_mapped_file_that_shrinks_is_an_error_and_not_a_death)
 {
     uint64_t half = 16 * perta_page_bytes();
@@ -542,7 +543,7 @@ START_TEST(a_mapped_file_that_shrinks_is_an_error_and_not_a_death)
     perta_file_close(&file);
     close_engine(engine);
 
-    err = (struct perta_err){0}; /* another starts afresh */
+    err = (struct perta_err){0}; /* a new one starts over */
     engine = open_engine(PERTA_IO_MMAP, 2);
     ck_assert_ok(perta_engine_check(engine, &err));
     close_engine(engine);

@@ -1,4 +1,4 @@
-/* What everything else stands on: errors, dtypes, sizes that overflow, instruction sets. */
+/* The foundations: errors, dtypes, sizes that overflow, instruction sets. */
 #include "tests/unit.h"
 
 #include <errno.h>
@@ -102,7 +102,7 @@ START_TEST(digests_are_those_of_other_tools)
 }
 END_TEST
 
-/* In a process of its own, for it is looked up once. */
+/* In a separate process, because the choice is made once. */
 static enum perta_isa chosen_with(const char *asked)
 {
     pid_t child = fork();

@@ -1,4 +1,5 @@
-/* Results do not depend on the host program's floating-point environment, which is as before. */
+/* Results do not depend on the host program's floating-point environment, and the library leaves it
+ * unchanged. */
 #include "tests/unit.h"
 
 #include "estimators/edit/edit.h"
@@ -6,9 +7,9 @@
 #include "io/format/canonical.h"
 #include "tests/strange_fp.h"
 
-#define N 1500 /* a whole tile and a part */
+#define N 1500 /* a whole tile and a part of one */
 
-/* What the library computes, and where it puts it. */
+/* What the library computes, and where it stores the results. */
 struct results {
     float out[N], tau[N], mean[N], meansq[N];
     uint64_t bad;
@@ -17,7 +18,8 @@ struct results {
 
 static float model[N], tuned[N], base[N], forget[N], retain[N];
 
-/* Weights and gradients of which many are subnormal, and so are differences and products. */
+/* Weights and gradients, many of them subnormal, whose differences and products are subnormal
+ * too. */
 static void fill_inputs(void)
 {
     uint64_t seed = 1;

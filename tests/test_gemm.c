@@ -1,5 +1,5 @@
-/* Products: near those in double, in bits the same for every number of workers and place in memory;
- * where they are cut, rows. */
+/* Matrix products: close to products in double, and the same bits for every number of workers and
+ * every address. Also where rows are cut. */
 #include "estimators/compute/gemm.h"
 
 #include <math.h>
@@ -9,7 +9,7 @@
 
 static struct perta_err err;
 
-/* Rows are cut at no multiple of anything; more columns than a tile has. */
+/* Sizes that are multiples of nothing; more columns than a tile has. */
 #define M 300
 #define N 530
 #define K 150
@@ -25,7 +25,7 @@ static void product_double(double *c, const double *a, const double *b)
         }
 }
 
-/* c = a b^T, by so many workers, of operands that begin at shift. */
+/* c = a b^T, with that many workers, of operands that begin at offset shift. */
 static void multiply(bool bf16, unsigned n_workers, size_t shift, const float *a, const float *b,
                      float *c)
 {
@@ -37,7 +37,7 @@ static void multiply(bool bf16, unsigned n_workers, size_t shift, const float *a
     memcpy(as + shift, a, M * K * sizeof *a);
     memcpy(bs + shift, b, N * K * sizeof *b);
     for (size_t i = M * K; i < (M + PERTA_SLACK_ROWS) * K; i++)
-        as[shift + i] = NAN; /* what is read past the end is not used */
+        as[shift + i] = NAN; /* nothing after the operands is used */
     ck_assert_ok(perta_workers_open(n_workers, &workers, &err));
     ck_assert_ok(
         perta_gemm_open(bf16, workers, (M + N + 2 * PERTA_SLACK_ROWS + 4) * K, 0, &gemm, &err));
@@ -77,7 +77,8 @@ START_TEST(the_same_bits_for_every_number_of_workers)
 }
 END_TEST
 
-/* What is added to is added to once, whole tiles and ragged ones; the columns beside stay. */
+/* Adds once to what is there, in whole and in partial tiles; the columns beside them stay
+ * unchanged. */
 START_TEST(products_add)
 {
     struct perta_workers *workers;
@@ -125,7 +126,7 @@ START_TEST(groups_are_whole_samples_and_tiles_are_theirs)
     ck_assert_mem_eq(cut.groups, groups, sizeof groups);
     ck_assert_mem_eq(cut.tiles, tiles, sizeof tiles);
     ck_assert_uint_eq(cut.longest, 700);
-    const size_t rows[] = {1, 300, 1000, 5000}; /* of a batch at most */
+    const size_t rows[] = {1, 300, 1000, 5000}; /* at most that many in a batch */
     for (size_t r = 0; r < 4; r++)
         for (size_t group = 0, at = 0, sample = 0; group < cut.n_groups;) {
             struct perta_cut_batch b = perta_cut_batch(&cut, group, rows[r]);

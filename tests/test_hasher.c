@@ -1,4 +1,5 @@
-/* Digests taken behind the owner's back are those taken in line; tickets say what has passed. */
+/* Digests computed in the background equal those computed in place; tickets say how far they have
+ * come. */
 #include "tests/scratch.h"
 
 #include <stdatomic.h>
@@ -45,12 +46,12 @@ START_TEST(digests_are_those_taken_in_line)
     ck_assert_ok(perta_hasher_open(&hasher, n_threads[_i], NULL, NULL, &err));
     for (int i = 0; i < N_DIGESTS; i++) {
         digests[i] = perta_digest_new(true);
-        perta_digest_behind(digests[i], hasher);
+        perta_digest_offload(digests[i], hasher);
     }
     give_all(digests, data);
-    perta_digest_finish(digests[0], &have); /* waits by itself */
+    perta_digest_finish(digests[0], &have); /* it waits itself */
     ck_assert_str_eq(have.sha256, want.sha256);
-    perta_hasher_close(hasher); /* does what is left */
+    perta_hasher_close(hasher); /* hashes the rest */
     for (int i = 0; i < N_DIGESTS; i++) {
         if (i)
             perta_digest_finish(digests[i], &have);
@@ -63,7 +64,7 @@ START_TEST(digests_are_those_taken_in_line)
 }
 END_TEST
 
-/* What a commit point records holds all that was given, and goes on elsewhere. */
+/* What a commit point records covers all bytes given so far, and can be continued elsewhere. */
 START_TEST(a_state_is_that_of_all_that_was_given)
 {
     uint8_t *data = calloc(1, BYTES), state[PERTA_DIGEST_STATE_BYTES];
@@ -71,8 +72,8 @@ START_TEST(a_state_is_that_of_all_that_was_given)
     struct perta_digest_hex want, have;
     struct perta_hasher *hasher;
     ck_assert_ok(perta_hasher_open(&hasher, 2, NULL, NULL, &err));
-    perta_digest_behind(digest, hasher);
-    perta_digest_behind(on, hasher);
+    perta_digest_offload(digest, hasher);
+    perta_digest_offload(on, hasher);
     perta_digest_update(digest, data, BYTES);
     perta_digest_save(digest, state);
     ck_assert(perta_digest_restore(on, state));
@@ -97,7 +98,7 @@ START_TEST(who_asks_is_called_when_it_has_passed)
     ck_assert(perta_hasher_passed(NULL, perta_hasher_given(NULL)));
     ck_assert_ok(perta_hasher_open(&hasher, 3, note, &called, &err));
     ck_assert(perta_hasher_passed(hasher, perta_hasher_given(hasher)));
-    perta_digest_behind(digest, hasher);
+    perta_digest_offload(digest, hasher);
     perta_digest_update(digest, data, 64 * BYTES);
     uint64_t ticket = perta_hasher_given(hasher);
     bool has = perta_hasher_passed(hasher, ticket);

@@ -1,4 +1,5 @@
-/* What a killed run leaves is gone on with by the same run only, and from whole records only. */
+/* What a killed run leaves is resumed only by a run with the same identity, and only from whole
+ * records. */
 #include "tests/scratch.h"
 
 #include <fcntl.h>
@@ -13,9 +14,9 @@
 #define JOURNAL "deep/out.perta-journal"
 
 static struct perta_err err;
-static int to_remove; /* so often the journal goes just before it is locked */
+static int to_remove; /* how often the journal is removed just before it is locked */
 
-/* In place of the system's. */
+/* Replaces the system's. */
 int flock(int fd, int operation)
 {
     if (to_remove) {
@@ -57,7 +58,7 @@ static void commit(struct perta_journal *j, int n)
     json_decref(record);
 }
 
-/* A journal with so many records, as a killed run leaves it. */
+/* Make a journal with that many records, as a killed run leaves it. */
 static void leave_journal(int n_records)
 {
     struct perta_journal j;
@@ -129,7 +130,7 @@ START_TEST(another_identity_is_refused_and_nothing_is_lost)
     go_on(&j, 5, PERTA_EUSAGE, "flags: memory was 1, is now 5");
     perta_journal_abandon(&j, NULL, 0, PERTA_EUSAGE, &err);
     perta_journal_close(&j);
-    begin(&j, 1, false, PERTA_EUSAGE, "--resume goes on with it, --force starts over");
+    begin(&j, 1, false, PERTA_EUSAGE, "--resume continues it, --force starts over");
     perta_journal_abandon(&j, NULL, 0, PERTA_EUSAGE, &err);
     perta_journal_close(&j);
     go_on(&j, 1, 0, "");
@@ -143,7 +144,7 @@ START_TEST(another_identity_is_refused_and_nothing_is_lost)
 }
 END_TEST
 
-/* Cut, or damaged, at every byte of the last record and of the one before it. */
+/* Cut off, or damaged, at every byte of the last two records. */
 START_TEST(a_torn_record_and_what_follows_do_not_count)
 {
     struct perta_journal j;
@@ -160,7 +161,7 @@ START_TEST(a_torn_record_and_what_follows_do_not_count)
         put_file(JOURNAL, text, cut);
         go_on(&j, 1, 0, "");
         ck_assert_int_eq(last_n(&j), cut < len - line ? 0 : 1);
-        commit(&j, 7); /* follows what is whole */
+        commit(&j, 7); /* continues after the whole records */
         perta_journal_close(&j);
         go_on(&j, 1, 0, "");
         ck_assert_int_eq(last_n(&j), 7);
@@ -182,10 +183,10 @@ START_TEST(no_whole_record_is_no_journal)
     leave_journal(1);
     put_file(JOURNAL, "0123456789abcdef {\"a\":1}\n", 25);
     ck_assert(!perta_journal_found("deep/out"));
-    begin(&j, 1, false, 0, ""); /* nothing is lost by replacing it */
+    begin(&j, 1, false, 0, ""); /* replacing it loses nothing */
     perta_journal_close(&j);
     go_on(&j, 1, 0, ""); /* nor before the first commit */
-    ck_assert(!j.going_on);
+    ck_assert(!j.resuming);
     perta_journal_close(&j);
 }
 END_TEST
@@ -242,12 +243,12 @@ START_TEST(what_can_be_gone_on_with_is_kept_and_nothing_else)
     abandon(0, PERTA_EINTR, false);
     abandon(1, PERTA_EINTR, true);
     abandon(2, PERTA_ESYS, true);
-    abandon(2, PERTA_EINPUT, false); /* it would be met again */
+    abandon(2, PERTA_EINPUT, false); /* a resumed run would meet the same error */
 }
 END_TEST
 
-/* Two folders, killed before or after each step of giving them names; with and without an older
- * folder that is replaced. */
+/* Publish two folders, killed before or after each step; with or without an older folder that is
+ * replaced. */
 static void publish_from(int step, bool replace)
 {
     struct perta_journal j;
@@ -272,7 +273,7 @@ static void publish_from(int step, bool replace)
     ck_assert_ok(perta_journal_commit(&j, record, 0, &err));
     json_decref(record);
     perta_journal_close(&j);
-    if (step > 0 && replace) { /* swapped, what was replaced not yet removed */
+    if (step > 0 && replace) { /* swapped, but the replaced folder is not removed yet */
         ck_assert_int_eq(
             renameat2(AT_FDCWD, "deep/a.perta-partial", AT_FDCWD, "deep/a", RENAME_EXCHANGE), 0);
     } else if (step > 0) {
@@ -286,8 +287,8 @@ static void publish_from(int step, bool replace)
 
     go_on(&j, 1, 0, "");
     ck_assert(perta_journal_is_publishing(&j));
-    ck_assert_ok(perta_publish_go_on(&a, "deep/a", NULL, replace, &found, &err));
-    ck_assert_ok(perta_publish_go_on(&b, "deep/out", NULL, replace, &found, &err));
+    ck_assert_ok(perta_publish_resume(&a, "deep/a", NULL, replace, &found, &err));
+    ck_assert_ok(perta_publish_resume(&b, "deep/out", NULL, replace, &found, &err));
     json_t *summary = perta_journal_summary(&j);
     ck_assert_ok(perta_journal_publish(&j, folders, 2, summary, &err));
     json_decref(summary);
@@ -319,7 +320,7 @@ START_TEST(a_folder_that_is_gone_is_not_called_published)
     json_decref(record);
     perta_journal_close(&j);
     go_on(&j, 1, 0, "");
-    ck_assert_ok(perta_publish_go_on(&a, "deep/out", NULL, false, &found, &err));
+    ck_assert_ok(perta_publish_resume(&a, "deep/out", NULL, false, &found, &err));
     ck_assert(!found);
     struct perta_err e = {0};
     ck_assert_int_eq(perta_journal_publish(&j, folders, 1, NULL, &e), PERTA_ESYS);
@@ -343,7 +344,7 @@ START_TEST(a_journal_that_its_owner_removes_just_before_it_is_locked_is_made_ane
     ck_assert(!fstat(j.fd, &here) && !stat(JOURNAL, &there) && here.st_ino == there.st_ino);
     commit(&j, 1);
     perta_journal_close(&j);
-    to_remove = 1; /* to go on with what has just been finished */
+    to_remove = 1; /* resume while the finished run removes the journal */
     go_on(&j, 1, PERTA_ESYS, JOURNAL);
     perta_journal_close(&j);
 }

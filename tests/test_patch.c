@@ -7,7 +7,7 @@
 
 static struct perta_err err;
 
-/* A header of n U8 tensors of 5 bytes, and metadata that tells it apart. */
+/* A header of n U8 tensors of 5 bytes, with metadata that distinguishes it. */
 static struct perta_header *header(unsigned n, const char *mark)
 {
     struct perta_tensor tensors[8] = {{0}};
@@ -29,7 +29,7 @@ static struct perta_header *header(unsigned n, const char *mark)
     return made;
 }
 
-/* A patch of three tensors, the second without change. Returns its length. */
+/* Build a patch of three tensors, of which the second does not change. Returns its length. */
 static uint64_t build(uint8_t **bytes, bool headers_differ)
 {
     struct perta_header *before = header(3, "a"), *after = header(3, headers_differ ? "b" : "a");
@@ -111,7 +111,7 @@ START_TEST(every_truncation_is_refused)
     for (uint64_t n = 0; n < len; n++) {
         struct perta_err why = {0};
         struct perta_patch *patch;
-        uint8_t *cut = malloc(n ? n : 1); /* so that the sanitizer sees the end */
+        uint8_t *cut = malloc(n ? n : 1); /* so that the sanitizer sees where it ends */
         memcpy(cut, bytes, n);
         int rc = perta_patch_parse(cut, n, "p", &patch, &why);
         ck_assert(rc == PERTA_ECHECK || rc == PERTA_EINPUT);
@@ -121,7 +121,7 @@ START_TEST(every_truncation_is_refused)
 }
 END_TEST
 
-/* Entries whose digest is right but that make no sense; a frame_off of 1 is where frames start. */
+/* Entries with a correct digest that make no sense. A frame_off of 1 stands for the first frame. */
 static void refused(struct perta_patch_entry *entries, uint64_t n, const char *says)
 {
     struct perta_header *h = header(2, "a");
@@ -238,7 +238,7 @@ START_TEST(a_tensor_of_many_chunks_has_as_many_entries)
     for (int wrong = 0; wrong < 2; wrong++) {
         struct perta_patch *patch;
         struct perta_err why = {0};
-        entries[1].n_units -= (uint32_t)wrong; /* the same sum, cut elsewhere */
+        entries[1].n_units -= (uint32_t)wrong; /* the same sum, divided differently */
         entries[2].n_units += (uint32_t)wrong;
         ck_assert_ok(perta_patch_table_build(entries, 3, &table, &table_bytes, &err));
         uint8_t *whole = alloc(head_bytes + table_bytes);

@@ -1,4 +1,4 @@
-/* Large buffers: whole pages and no more, wherever huge pages are small, large, or none. */
+/* Large buffers take whole pages and no more, whatever the size of huge pages. */
 #include "tests/unit.h"
 
 #include <sys/mman.h>
@@ -9,10 +9,10 @@
 
 #define MIB (1ull << 20)
 
-/* x86-64's, none, and those of aarch64 with pages of 16 and 64 KiB. */
+/* The huge pages of x86-64; none; those of aarch64 with pages of 16 and 64 KiB. */
 static const uint64_t huge[] = {2 * MIB, 0, 32 * MIB, 512 * MIB};
 
-/* How many bytes of them are resident. */
+/* How many bytes of the pool are resident. */
 static uint64_t resident(const struct perta_pool *pool)
 {
     uint64_t page = perta_page_bytes(), n = pool->len_bytes / page, found = 0;
@@ -51,7 +51,7 @@ END_TEST
 START_TEST(where_address_space_is_short_alignment_is_done_without)
 {
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-    return; /* they take terabytes of it */
+    return; /* sanitizers reserve terabytes of it */
 #endif
     struct perta_err err = {0};
     struct perta_pool pool;

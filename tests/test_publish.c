@@ -1,4 +1,4 @@
-/* An output folder appears whole or not at all; what stands there is safe. */
+/* An output folder is published complete or not at all, and what exists there is not lost. */
 #include "tests/scratch.h"
 
 #include <sys/stat.h>
@@ -51,7 +51,7 @@ START_TEST(what_is_not_committed_leaves_nothing)
     begin(&out, "out", false);
     ck_assert_ok(perta_publish_file(&out, "a", "hello", 5, &err));
     perta_publish_release(&out);
-    perta_publish_release(&out); /* released twice is fine */
+    perta_publish_release(&out); /* releasing twice is allowed */
     ck_assert_uint_eq(count_entries("."), 0);
 }
 END_TEST
@@ -62,7 +62,7 @@ START_TEST(what_was_left_by_an_interrupted_run_is_reported_and_replaced_by_force
     mkdir("out.perta-partial", 0777);
     put_text("out.perta-partial/model.safetensors", "");
     begin_is_refused("out", false, PERTA_EUSAGE, "out.perta-partial: left by a run");
-    ck_assert(is_there("out.perta-partial/model.safetensors")); /* it is not ours to remove */
+    ck_assert(is_there("out.perta-partial/model.safetensors")); /* this process did not make it */
     begin(&out, "out", true);
     ck_assert(!is_there("out.perta-partial/model.safetensors"));
     ck_assert_ok(perta_publish_commit(&out, &err));
@@ -78,7 +78,7 @@ START_TEST(what_stands_there_is_replaced_by_force_alone_and_at_once)
     begin_is_refused("out", false, PERTA_EUSAGE, "out: exists");
     begin(&out, "out", true);
     ck_assert_ok(perta_publish_file(&out, "new", "n", 1, &err));
-    ck_assert(holds("out/config.json", OLD, sizeof OLD - 1)); /* until commit */
+    ck_assert(holds("out/config.json", OLD, sizeof OLD - 1)); /* unchanged until the commit */
     ck_assert_ok(perta_publish_commit(&out, &err));
     perta_publish_release(&out);
     ck_assert(holds("out/new", "n", 1));
@@ -117,9 +117,9 @@ START_TEST(force_does_not_replace_what_perta_did_not_write)
 }
 END_TEST
 
-/* What else may be in a folder, and how it is named. */
+/* What else may be in a folder, and how the message names it. */
 static const struct {
-    const char *put, *says; /* a folder where it ends in / */
+    const char *put, *says; /* put ends in / for a folder */
 } foreign[] = {
     {"notes.txt", "notes.txt"},
     {".git/", ".git/"},
@@ -132,7 +132,7 @@ static const struct {
     {"data.jsonl", "data.jsonl"},
     {"perta-in-place.journal", "perta-in-place.journal"},
     {"model.safetensors.index.json", "index.json (damaged)"},
-    {"adapter_config.json", "adapter_config.json (no JSON object)"},
+    {"adapter_config.json", "adapter_config.json (not a JSON object)"},
 };
 
 static void put_in(const char *folder, const char *name)
@@ -151,7 +151,7 @@ START_TEST(a_folder_with_anything_else_in_it_is_not_replaced)
     put_in("out", foreign[_i].put);
     begin_is_refused("out", true, PERTA_EUSAGE, foreign[_i].says);
     begin_is_refused("out", true, PERTA_EUSAGE,
-                     "out: exists and holds what is not of a checkpoint");
+                     "out: exists and holds files that are not part of a checkpoint");
     struct perta_err e = {0};
     const char *out = "out";
     ck_assert_int_eq(perta_publish_check(&out, 1, NULL, 0, true, &e), PERTA_EUSAGE);
@@ -171,7 +171,7 @@ START_TEST(a_link_and_a_damaged_shard_are_not_of_a_checkpoint)
     begin_is_refused("out", true, PERTA_EUSAGE, "model.safetensors (damaged)");
     put_file("out/model.safetensors", TINY_SHARD, TINY_SHARD_BYTES);
     put_text("out/config.json", "mine");
-    begin_is_refused("out", true, PERTA_EUSAGE, "config.json (no JSON object)");
+    begin_is_refused("out", true, PERTA_EUSAGE, "config.json (not a JSON object)");
 }
 END_TEST
 
@@ -205,7 +205,8 @@ START_TEST(a_patch_is_known_by_its_manifest)
     put_text("out/manifest.json", "{\"format\": \"perta-patch\", "
                                   "\"outputs\": {\"patch\": [{\"name\": \"a.perta\"}]}}");
     put_text("out/b.perta", "x");
-    begin_is_refused("out", true, PERTA_EUSAGE, "holds what is not of a patch: b.perta");
+    begin_is_refused("out", true, PERTA_EUSAGE,
+                     "holds files that are not part of a patch: b.perta");
     ck_assert_int_eq(unlink("out/b.perta"), 0);
     begin(&out, "out", true);
     ck_assert_ok(perta_publish_commit(&out, &err));
@@ -244,8 +245,7 @@ START_TEST(what_comes_between_check_and_removal_is_put_back)
     ck_assert_ok(perta_publish_file(&out, "new", "n", 1, &err));
     put_in("out", "diary");
     ck_assert_int_eq(perta_publish_commit(&out, &e), PERTA_ESYS);
-    ck_assert_msg(strstr(e.msg, "out: changed, so that it is left as it is") &&
-                      strstr(e.msg, "diary"),
+    ck_assert_msg(strstr(e.msg, "out: changed, so it is left as it is") && strstr(e.msg, "diary"),
                   "%s", e.msg);
     ck_assert(holds("out/diary", "mine", 4) && holds("out.perta-partial/new", "n", 1));
     ck_assert_uint_eq(count_entries("out"), 3);
@@ -266,10 +266,10 @@ START_TEST(a_leftover_with_anything_else_in_it_is_not_removed)
     if (_i == 2)
         put_text("out.perta-partial/manifest.json", "{\"manifest_version\": 3}");
     begin_is_refused("out", true, PERTA_EUSAGE, more[_i]);
-    begin_is_refused("out", true, PERTA_EUSAGE, "holds what no run of perta left there");
+    begin_is_refused("out", true, PERTA_EUSAGE, "holds files that no run of perta left there");
     ck_assert_int_eq(perta_publish_sweep("out", NULL, &e), PERTA_EUSAGE);
     e = (struct perta_err){0};
-    ck_assert_int_eq(perta_publish_go_on(&out, "out", NULL, true, &found, &e), PERTA_EINPUT);
+    ck_assert_int_eq(perta_publish_resume(&out, "out", NULL, true, &found, &e), PERTA_EINPUT);
     perta_publish_release(&out);
     ck_assert_uint_eq(count_entries("out.perta-partial"), 2);
     ck_assert_uint_eq(count_entries("."), 1);
@@ -287,7 +287,7 @@ START_TEST(work_of_a_run_that_was_killed_is_a_leftover)
     put_text("out.perta-partial/manifest.json", "{\"format\": \"per");
     ck_assert_ok(perta_publish_sweep("out", NULL, &err));
     ck_assert_uint_eq(count_entries("."), 0);
-    ck_assert_ok(perta_publish_sweep("out", NULL, &err)); /* nothing is fine */
+    ck_assert_ok(perta_publish_sweep("out", NULL, &err)); /* there may be nothing */
 }
 END_TEST
 
@@ -307,7 +307,8 @@ START_TEST(a_single_file_replaces_only_what_has_its_mark)
     e = (struct perta_err){0};
     ck_assert_int_eq(perta_publish_check_mark("page", "a page", &e), PERTA_EUSAGE);
     put_text("page.perta-partial", "");
-    ck_assert_int_eq(truncate("page.perta-partial", 5000), 0); /* zeros: the power was cut */
+    ck_assert_int_eq(truncate("page.perta-partial", 5000),
+                     0); /* filled with zeros, as after a power cut */
     ck_assert_ok(perta_publish_single("page", "a page", page, 25, true, &err));
     put_text("page.perta-partial", "<title>a page</ti");
     ck_assert_ok(perta_publish_single("page", "a page", page, 25, true, &err));
@@ -388,7 +389,7 @@ START_TEST(outputs_lie_apart_from_inputs_and_each_other)
         ck_assert_msg(rc == (cases[i].fine ? 0 : PERTA_EUSAGE), "%s: %d %s", cases[i].out[0], rc,
                       e.msg);
     }
-    ck_assert_uint_eq(count_entries("."), 2); /* it touches nothing */
+    ck_assert_uint_eq(count_entries("."), 2); /* nothing was touched */
 }
 END_TEST
 

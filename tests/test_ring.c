@@ -1,5 +1,5 @@
-/* A ring that fails: every request is done in the end, and until then its buffer stays. Linked with
- * --wrap, so that entering the ring goes through here. */
+/* An io_uring that fails: every request completes in the end, and its buffer stays valid until
+ * then. Linked with --wrap, so that entering the ring goes through this file. */
 #include "tests/scratch.h"
 
 #include <errno.h>
@@ -15,7 +15,7 @@ static struct perta_err err;
 
 static unsigned n_entered, fail_from; /* 0: never */
 static int fail_with;
-static bool submits; /* what was prepared is taken all the same */
+static bool submits; /* when it fails, the kernel still takes the prepared requests */
 
 int __real_io_uring_submit_and_wait_timeout(struct io_uring *ring, struct io_uring_cqe **cqe,
                                             unsigned n, struct __kernel_timespec *timeout,
@@ -42,7 +42,7 @@ static void count(struct perta_request *request)
     n_done++;
 }
 
-/* Submit more than the ring has places for, and drain. How many were read. */
+/* Submit more requests than the ring has entries, and drain. Returns how many were read. */
 static unsigned read_all(struct perta_engine *engine, struct perta_file *file, const uint8_t *data)
 {
     struct perta_request r[N];
@@ -83,9 +83,9 @@ static void breaks(int error, bool taken)
         submits = taken;
         unsigned n_read = read_all(engine, &file, data);
         ck_assert_uint_lt(n_read, N);
-        if (taken) /* what the kernel took was waited for */
+        if (taken) /* requests that the kernel took were waited for */
             ck_assert_uint_ge(n_read, 4);
-        ck_assert_uint_eq(read_all(engine, &file, data), 0); /* it stays so */
+        ck_assert_uint_eq(read_all(engine, &file, data), 0); /* the failure is permanent */
         perta_file_close(&file);
         close_engine(engine);
     }

@@ -1,4 +1,4 @@
-/* Running means and means of squares: against long double, for every instruction set. */
+/* Running means and means of squares, compared with long double on every instruction set. */
 #include "tests/unit.h"
 
 #include <float.h>
@@ -6,7 +6,7 @@
 
 #include "estimators/edit/running.h"
 
-#define N 2077 /* two whole tiles and a part */
+#define N 2077 /* two whole tiles and a part of one */
 #define SAMPLES 400
 
 static float sums[4][N + 1];
@@ -18,7 +18,7 @@ static struct perta_running running(uint64_t n)
     return r;
 }
 
-/* A gradient whose elements span many magnitudes, and mostly cancel over samples. */
+/* A gradient whose elements span many magnitudes and mostly cancel over samples. */
 static float gradient(uint64_t sample, uint64_t i)
 {
     uint64_t state = sample * 1000003 + i, r = next_random(&state);
@@ -29,7 +29,7 @@ static float gradient(uint64_t sample, uint64_t i)
 static void is_near(float have, long double want, long double total)
 {
     long double one_ulp = (long double)nextafterf(fabsf(have), INFINITY) - fabsl(have);
-    /* the carry itself is a float32 sum: its rounding is of second order */
+    /* the carry is a float32 sum itself, whose rounding is of second order */
     long double allowed = one_ulp + total * SAMPLES * 0x1p-46L;
     ck_assert_msg(fabsl(have - want) <= allowed, "%.9g, not %.9Lg", (double)have, want);
 }
@@ -60,7 +60,7 @@ END_TEST
 START_TEST(means_keep_what_float32_sums_lose)
 {
     enum { MANY = 100000 };
-    const float x = 1e-6f; /* its square is 1e-12, the sum of all 1e-7 */
+    const float x = 1e-6f; /* its square is 1e-12, and the sum of all squares 1e-7 */
     const struct perta_view view = {PERTA_F32, &x};
     struct perta_running r = running(1);
     for (int i = 0; i < MANY; i++)
@@ -88,8 +88,8 @@ START_TEST(sums_are_the_same_bits_for_every_instruction_set_length_and_dtype)
             for (int isa = 0; isa <= (int)perta_isa_best(); isa++) {
                 struct perta_running r = running(lengths[l]);
                 unsigned width = perta_dtype_unit_bytes(dtypes[d]);
-                const struct perta_view view = {dtypes[d], data + (isa & 1)}; /* any address */
-                sums[0][lengths[l]] = 7; /* what follows is not touched */
+                const struct perta_view view = {dtypes[d], data + (isa & 1)}; /* at any address */
+                sums[0][lengths[l]] = 7; /* elements after them stay unchanged */
                 for (uint64_t s = 0; s < 9; s++) {
                     fill_random(data + (isa & 1), lengths[l] * width, s);
                     for (uint64_t i = 0; i < lengths[l]; i++) /* no NaN, no Inf */
@@ -149,10 +149,10 @@ START_TEST(what_is_not_finite_is_named)
         ck_assert_uint_eq(perta_running_add_isa((enum perta_isa)isa, &r, &view), 1700);
         data[0] = -INFINITY;
         ck_assert_uint_eq(perta_running_add_isa((enum perta_isa)isa, &r, &view), 0);
-        wide[2076] = 1e39; /* finite, but not as float32 */
+        wide[2076] = 1e39; /* finite, but not in float32 */
         ck_assert_uint_eq(perta_running_add_isa((enum perta_isa)isa, &r, &wide_view), 2076);
     }
-    /* finite gradients whose sum or square is not */
+    /* the gradients are finite, but their sum or square is not */
     struct perta_running r = running(N);
     memset(data, 0, sizeof data);
     data[3] = FLT_MAX;

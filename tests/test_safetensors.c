@@ -1,4 +1,4 @@
-/* The header parser and builder: what was built is parsed; each breach is named. */
+/* The header parser and builder: what was built is parsed; every violation is named. */
 #include "tests/unit.h"
 
 #include <endian.h>
@@ -8,7 +8,7 @@
 
 static struct perta_err err;
 
-/* A file: its length prefix, the JSON, n_data zero bytes. The caller's (free). */
+/* A file: the length prefix, the JSON, and n_data zero bytes. The caller frees it. */
 static uint8_t *file_of(const char *json, uint64_t n_data, uint64_t *header_bytes)
 {
     uint64_t n = strlen(json), prefix = htole64(n);
@@ -87,7 +87,7 @@ START_TEST(a_header_is_read_from_a_file_as_from_memory)
     ck_assert_uint_eq(h->n_tensors, 1);
     ck_assert_uint_eq(h->tensors[0].off_bytes, len);
     perta_header_free(h);
-    /* shorter than it was when its length was asked for */
+    /* the file became shorter after its length was asked for */
     ck_assert_int_eq(ftruncate(fileno(file), 20), 0);
     ck_assert_int_eq(perta_safetensors_read(fileno(file), len + 6, "f", &h, &err), PERTA_EINPUT);
     ck_assert_ptr_null(h);
@@ -189,7 +189,7 @@ START_TEST(each_breach_of_the_format_is_named_with_its_tensor_and_byte)
 }
 END_TEST
 
-/* Written as all writers do, or with an escape, it is read by two ways. */
+/* The header is read in two ways: as all writers write it, or with an escape in it. */
 START_TEST(a_header_says_the_same_however_it_is_spelled)
 {
     static const char *const spelled[] = {
@@ -239,7 +239,7 @@ START_TEST(a_length_prefix_that_lies_is_refused_before_any_memory_is_taken)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct perta_header *h;
         struct perta_err e = {0};
-        uint8_t *exact = malloc(cases[i].len + !cases[i].len); /* so that ASan sees its end */
+        uint8_t *exact = malloc(cases[i].len + !cases[i].len); /* so that ASan sees where it ends */
         memcpy(exact, cases[i].bytes, cases[i].len);
         ck_assert_int_eq(
             perta_safetensors_parse(exact, cases[i].len, cases[i].file_len, "f", &h, &e),
@@ -277,7 +277,7 @@ START_TEST(what_cannot_be_written_is_not_built)
     large.n_elems = huge;
     odd.dtype = PERTA_F4;
     bad_name.name = (char *)"\xff";
-    struct perta_tensor many[8]; /* 2^63 bytes */
+    struct perta_tensor many[8]; /* 2^63 bytes in total */
     char names[8][2];
     for (int i = 0; i < 8; i++) {
         names[i][0] = (char)('a' + i);

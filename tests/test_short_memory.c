@@ -1,6 +1,6 @@
-/* Every verb of the library where memory, or the number of open files, is short: each call that asks
- * for some fails in turn (tests/short_of.h). What comes of it is an error of the system, with nothing
- * left behind but what --resume goes on with; or the whole of what is right, to the byte. */
+/* Every verb of the library when memory, or the number of open files, runs out: each call that asks
+ * for some fails in turn (tests/short_of.h). The result is either a system error, which leaves
+ * nothing or what --resume continues from; or the whole correct output, byte-identical. */
 #include "tests/short_of.h"
 
 #include <sys/stat.h>
@@ -27,7 +27,7 @@ extern char __executable_start;
 static struct perta_err err;
 static struct perta_run run;
 
-/* ---- inputs: a model of two shards that computes, and what goes with it ---- */
+/* ---- inputs: a model of two shards that can be computed with, and the other folders ---- */
 
 static const char config[] =
     "{\"architectures\":[\"LlamaForCausalLM\"],\"model_type\":\"llama\",\"vocab_size\":23,"
@@ -72,7 +72,7 @@ static void put_in(const char *folder, const char *name, const void *data, size_
     free(path);
 }
 
-/* Numbers in [-1/2, 1/2). */
+/* Fill tensors with numbers in [-1/2, 1/2). */
 static void put_tensors(const char *folder, const char *name, const struct put *puts, size_t n,
                         enum perta_dtype dtype, uint64_t seed)
 {
@@ -112,13 +112,13 @@ static void put_checkpoint(const char *folder, enum perta_dtype dtype, uint64_t 
     json_t *index = json_pack("{s:{}, s:o}", "metadata", "weight_map", map);
     char *text = json_dumps(index, 0);
     put_in(folder, "model.safetensors.index.json", text, strlen(text));
-    if (dtype == PERTA_BF16) /* importance has none */
+    if (dtype == PERTA_BF16) /* an importance has no config */
         put_in(folder, "config.json", config, strlen(config));
     free(text);
     json_decref(index);
 }
 
-/* Sanitizers hold on to what is freed, so it takes more and more. */
+/* Sanitizers retain freed memory, so the process grows. */
 static void give_memory(void)
 {
     run.memory_bytes = perta_memory_now() + (128 << 20);
@@ -147,7 +147,7 @@ static void make_patches(void)
         json_decref(summary[i]);
 }
 
-/* The last byte of every frame, which is of its checksum. */
+/* Damage the last byte of every frame, which belongs to its checksum. */
 static void put_damaged(void)
 {
     char *text = alloc(1 << 16);
@@ -174,7 +174,7 @@ static void enter_inputs(void)
     fail_at(MEMORY, 0);
     fail_at(FILES, 0);
     snprintf(scratch_dir, sizeof scratch_dir,
-             "/dev/shm/perta-test-XXXXXX"); /* syncs cost nothing */
+             "/dev/shm/perta-test-XXXXXX"); /* there syncs are free */
     ck_assert_ptr_nonnull(mkdtemp(scratch_dir));
     ck_assert_int_eq(chdir(scratch_dir), 0);
     setenv("PERTA_COMMIT_SECONDS", "0", 1);
@@ -310,7 +310,7 @@ static int verify_other(json_t **record)
     return perta_model_verify("in/model", "in/patch", true, &run, record, &err);
 }
 
-/* What inspect shows of a checkpoint and of a patch. */
+/* The output of inspect for a checkpoint and for a patch. */
 static int inspect(json_t **record)
 {
     struct perta_checkpoint *ck = NULL;
@@ -373,7 +373,7 @@ static int steps(json_t **record)
 static const struct verb {
     const char *name;
     int (*run)(json_t **record);
-    uint64_t stride; /* in make check */
+    uint64_t stride; /* as make check runs it */
     enum way { ANEW, IN_PLACE, GO_ON } way;
 } verbs[] = {
     {"unlearn", unlearn, 97, ANEW},
@@ -405,7 +405,7 @@ static const struct verb {
 #endif
 };
 
-/* ---- what is there ---- */
+/* ---- the content of folders ---- */
 
 static uint64_t tree;
 
@@ -415,15 +415,16 @@ static int add_to_tree(const char *path, const struct stat *st, int kind, struct
     uint8_t *data = alloc((size_t)st->st_size);
     FILE *file = kind == FTW_F ? __real_fopen64(path, "r") : NULL;
     size_t n = file ? fread(data, 1, (size_t)st->st_size, file) : 0;
-    if (kind != FTW_D || strstr(path, ".perta-")) /* an empty folder is no output */
-        tree += perta_hash64(path, strlen(path)) ^ 3 * perta_hash64(data, n); /* in any order */
+    if (kind != FTW_D || strstr(path, ".perta-")) /* an empty folder is not an output */
+        tree += perta_hash64(path, strlen(path)) ^
+                3 * perta_hash64(data, n); /* independent of the order */
     if (file)
         fclose(file);
     free(data);
     return 0;
 }
 
-/* Of every name and byte in the folder. */
+/* A digest of every name and byte in the folder. */
 static uint64_t tree_of(const char *folder)
 {
     tree = 0;
@@ -449,7 +450,7 @@ static void begin_anew(enum way way)
     give_memory();
 }
 
-/* But for what differs from run to run. */
+/* Without values that differ from run to run. */
 static char *text_of(json_t *record)
 {
     json_object_del(record, "started");
@@ -486,8 +487,8 @@ static bool is_wanted(const struct wanted *wanted, int rc, const char *record)
            tree_of("out") == wanted->out;
 }
 
-/* An error: nothing is there; or it is resumable, and then the run is gone on with. In place, the
- * same call completes it. */
+/* After an error there is nothing; or it is resumable, and then the run is resumed. In place, the
+ * same command completes it. */
 static void check_error(const struct verb *verb, const struct wanted *wanted, uint64_t n, int rc)
 {
     tally.errors++;
@@ -504,7 +505,7 @@ static void check_error(const struct verb *verb, const struct wanted *wanted, ui
     char *record = text_of(again);
     bool was_done = verb->way == IN_PLACE && rc == PERTA_ECHECK;
     if ((rc && !was_done) || tree_of("out") != wanted->out)
-        fail_case("it cannot be gone on with");
+        fail_case("it cannot be resumed");
     free(record);
     tally.resumed++;
 }
@@ -540,7 +541,7 @@ static bool try_one(const struct verb *verb, enum short_of what, const struct wa
     return failed;
 }
 
-/* What is asked for in an undisturbed run; the first takes what is kept from then on. */
+/* Count the calls of an undisturbed run. A first run takes the memory that is kept from then on. */
 static uint64_t count_calls(const struct verb *verb, enum short_of what)
 {
     uint64_t n = 0;
@@ -556,8 +557,8 @@ static uint64_t count_calls(const struct verb *verb, enum short_of what)
     return n;
 }
 
-/* What an interrupted run leaves, of those that one goes on with: half way, or as soon as there is
- * something to go on with, which is before its folders get their names. */
+/* Make what an interrupted run leaves, for verbs that resume: half way, or as soon as there is
+ * something to resume, which is before the folders are renamed. */
 static void make_kept(const struct verb *verb)
 {
     uint64_t all = count_calls(verb, MEMORY), n = all / 2;
@@ -579,7 +580,7 @@ static void try_all(const struct verb *verb, enum short_of what)
         make_kept(verb);
     struct wanted wanted = {.in = tree_of("in")};
     json_t *found = NULL;
-    for (int i = 0; i < 2; i++) { /* the first takes what is kept from then on */
+    for (int i = 0; i < 2; i++) { /* the first run takes the memory that is kept from then on */
         begin_anew(verb->way);
         wanted.before = tree_of("out");
         json_decref(found);
@@ -601,7 +602,7 @@ static void try_all(const struct verb *verb, enum short_of what)
     for (uint64_t n = 1; n <= all || stride == 1; n += stride)
         if (!try_one(verb, what, &wanted, n) && stride == 1)
             break;
-    fprintf(stderr, "%s: %s: %llu of %llu failed: %llu errors (%llu gone on with), %llu whole\n",
+    fprintf(stderr, "%s: %s: %llu of %llu failed: %llu errors (%llu resumed), %llu whole\n",
             verb->name, what == MEMORY ? "memory" : "files", (unsigned long long)tally.n,
             (unsigned long long)all, (unsigned long long)tally.errors,
             (unsigned long long)tally.resumed, (unsigned long long)tally.whole);
@@ -621,7 +622,7 @@ START_TEST(without_files_there_is_an_error_or_all_that_is_right)
 }
 END_TEST
 
-/* With an argument: of verbs with that name alone. */
+/* With an argument, only verbs of that name run. */
 int main(int argc, char **argv)
 {
     int first = 0, n = sizeof verbs / sizeof *verbs;

@@ -1,4 +1,4 @@
-/* Pieces of a slot: which are read together, and where their bytes go. */
+/* The pieces of a slot: which of them are read together, and where their bytes are stored. */
 #include "tests/unit.h"
 
 #include "stream/slot.h"
@@ -14,7 +14,7 @@ static struct perta_job job_of(uint64_t piece_bytes)
         .n_in = N_IN, .in_bytes_max = N_IN * piece_bytes, .out_bytes_max = piece_bytes};
 }
 
-/* Of the same bytes of every input but the one left out. */
+/* The same bytes of every input, except of the one left out. */
 static struct perta_piece piece_at(struct perta_range *in, uint64_t off_bytes, uint64_t len_bytes,
                                    int left_out)
 {
@@ -51,7 +51,7 @@ START_TEST(small_pieces_that_touch_are_one_read_of_each_input)
 }
 END_TEST
 
-/* Every range gets bytes of its own read, at its place, within the slot's room. */
+/* Every range gets its bytes from a read, at its own place, within the room of the slot. */
 static void check_room(struct perta_slot *slot, const struct perta_slot_shape *shape)
 {
     const uint8_t *at = slot->in;
@@ -60,7 +60,7 @@ static void check_room(struct perta_slot *slot, const struct perta_slot_shape *s
         struct perta_request *request = &slot->reads[r].request;
         ck_assert_ptr_eq(request->buf, at);
         at += perta_read_room(request->len_bytes);
-        request->data = (const uint8_t *)(uintptr_t)request->off_bytes; /* told apart by it */
+        request->data = (const uint8_t *)(uintptr_t)request->off_bytes; /* identifies the read */
     }
     ck_assert_uint_le((uint64_t)(at - slot->in), shape->in_max);
     perta_slot_point(slot);
@@ -88,7 +88,7 @@ START_TEST(whatever_fits_has_room)
         for (;; at = end) {
             uint64_t random = next_random(&seed), len = random % 50 ? random % 97 : MOST;
             if (random % 11 == 0)
-                at += 1 + random % 9000; /* does not touch */
+                at += 1 + random % 9000; /* leaves a gap */
             struct perta_piece piece = piece_at(in, at, len, random % 5 ? -1 : 1);
             if (!perta_slot_add(&slot, &shape, &piece))
                 break;

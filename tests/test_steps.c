@@ -17,17 +17,17 @@ START_TEST(a_scale_moves_by_the_signs_of_both_gradients_along_the_task_vector)
     static const struct {
         float tau, forget, retain, from, to;
     } cases[] = {
-        {1, -1, 1, 0, 0.4f},           /* -g tau: forget loss rises, retain loss falls */
-        {-1, 1, -1, 0, 0.4f},          /* the same the other way round */
-        {1, -1, 0, 0, 0.4f},           /* not raising the retain loss is enough */
+        {1, -1, 1, 0, 0.4f},           /* -g tau: the forget loss rises, the retain loss falls */
+        {-1, 1, -1, 0, 0.4f},          /* the same with opposite signs */
+        {1, -1, 0, 0, 0.4f},           /* it is enough if the retain loss does not rise */
         {1, -1, -1, 1, 0.8f},          /* both rise: back off */
         {1, 1, -1, 1, 0.8f},           /* only the retain loss rises */
         {1, 1, 1, 0.5f, 0.5f},         /* neither: it stays */
-        {1, 0, 0, 0.5f, 0.5f},         /* untouched by both */
-        {0, -1, -1, 0.5f, 0.5f},       /* no task vector */
-        {1, -1, 1, 0.8f, 1},           /* up to the most */
-        {1, -1, -1, 0.1f, 0},          /* down to zero */
-        {1e-30f, -1e-30f, 1, 0, 0.4f}, /* the product would be lost */
+        {1, 0, 0, 0.5f, 0.5f},         /* both gradients are zero */
+        {0, -1, -1, 0.5f, 0.5f},       /* the task vector is zero */
+        {1, -1, 1, 0.8f, 1},           /* at most max_scale */
+        {1, -1, -1, 0.1f, 0},          /* at least zero */
+        {1e-30f, -1e-30f, 1, 0, 0.4f}, /* the product of the two would underflow */
         {1e-30f, -1, -1e-30f, 1, 0.8f},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -41,7 +41,7 @@ START_TEST(a_scale_moves_by_the_signs_of_both_gradients_along_the_task_vector)
         uint16_t to;
         double sum;
         uint64_t n_moved = perta_step_update(&rule, &in, &to, &sum);
-        float have = perta_f32_from_bf16(to); /* rounding to bf16 takes up to 2^-9 of it */
+        float have = perta_f32_from_bf16(to); /* rounding to bf16 changes it by up to 2^-9 */
         ck_assert_msg(fabsf(have - cases[i].to) <= 0.004f, "case %zu: %g, not %g", i, (double)have,
                       (double)cases[i].to);
         ck_assert_uint_eq(n_moved, have != scale);
@@ -50,7 +50,7 @@ START_TEST(a_scale_moves_by_the_signs_of_both_gradients_along_the_task_vector)
 }
 END_TEST
 
-/* Every operand in every dtype, more than a tile of them, at odd addresses. */
+/* Every operand in every dtype, more than a tile of them, at unaligned addresses. */
 START_TEST(dtypes_and_lengths_do_not_matter)
 {
     enum { N = 1025 };
@@ -63,7 +63,8 @@ START_TEST(dtypes_and_lengths_do_not_matter)
         for (size_t o = 0; o < 5; o++) {
             enum perta_dtype dtype = dtypes[(d + (d ? o : 0)) % 4];
             uint64_t width = perta_dtype_unit_bytes(dtype);
-            for (size_t i = 0; i < N; i++) { /* exact in all of them; scales not negative */
+            for (size_t i = 0; i < N; i++) { /* values that all dtypes hold exactly; scales are not
+                                              * negative */
                 double x = (double)((i * (o + 3)) % 5) / 4 - (o == 4 ? 0 : 0.5);
                 float f = (float)x;
                 uint16_t half = dtype == PERTA_F16 ? perta_f16_from_f32(f) : perta_bf16_from_f32(f);

@@ -1,4 +1,5 @@
-/* The loop: every byte, once, in order; errors in order; nothing in flight. */
+/* The loop: every byte is seen once and in order, errors arrive in order, and nothing stays in
+ * flight. */
 #include "tests/scratch.h"
 
 #include <sys/resource.h>
@@ -11,15 +12,16 @@
 
 static struct perta_err err;
 
-/* A job that reads two files side by side in pieces of many sizes, and sums what it sees. */
+/* A job that reads two files side by side in pieces of many sizes, and sums the bytes. */
 struct toy {
     struct perta_file files[2];
     const uint8_t *data[2];
     uint64_t len, at, seed;
-    uint64_t n_next, n_commit, fail_next, fail_work, fail_commit; /* at this piece; 0: never */
+    uint64_t n_next, n_commit, fail_next, fail_work,
+        fail_commit; /* the piece that fails; 0: none */
     unsigned n_threads;
-    uint64_t told_bytes, n_told; /* of progress */
-    const uint8_t *file_at;      /* in data, for read_file */
+    uint64_t told_bytes, n_told; /* from the progress callback */
+    const uint8_t *file_at;      /* position in data, for read_file */
     uint8_t *seen;
     volatile sig_atomic_t *cancel;
     uint64_t cancel_at;
@@ -142,7 +144,7 @@ static void with_toys(void (*use)(struct toy *toy, enum perta_io_mode mode, unsi
 static void all_is_seen(struct toy *toy, enum perta_io_mode mode, unsigned n_threads)
 {
     struct perta_err e = {0};
-    /* enough for a few slots, more under a sanitizer */
+    /* enough for a few slots, for more under a sanitizer */
     ck_assert_msg(!run_toy(toy, mode, n_threads, 512u << 20, &e), "%s", e.msg);
     ck_assert_uint_eq(toy->n_commit, toy->n_next);
     uint64_t at = 0, seed = 5;
@@ -167,7 +169,8 @@ static void computes_as_always(struct toy *toy, enum perta_io_mode mode, unsigne
 {
     strange_fp_set(N_STRANGE_FP - 1);
     unsigned before = strange_fp_state();
-    all_is_seen(toy, mode, n_threads); /* toy_work and toy_commit look at theirs */
+    all_is_seen(toy, mode, n_threads); /* toy_work and toy_commit check the environment on their
+                                        * threads */
     unsigned after = strange_fp_state();
     strange_fp_set(0);
     ck_assert_uint_eq(after, before);
@@ -248,7 +251,7 @@ static void cut_short(struct toy *toy, enum perta_io_mode mode, unsigned n_threa
     ck_assert_int_eq(truncate("b", TOY_BYTES / 2), 0);
     ck_assert_int_eq(run_toy(toy, mode, n_threads, 512u << 20, &e), PERTA_EINPUT);
     ck_assert_msg(!strncmp(e.msg, "b: ends at byte 3000005, ", 25), "%s", e.msg);
-    ck_assert_uint_gt(toy->n_commit, 0); /* what was whole before it came through */
+    ck_assert_uint_gt(toy->n_commit, 0); /* pieces before the failure were committed */
     put_file("b", toy->data[1], TOY_BYTES);
 }
 
@@ -288,7 +291,7 @@ START_TEST(a_job_without_pieces_is_done)
 }
 END_TEST
 
-/* A job whose pieces read nothing, many to a slot. */
+/* A job whose pieces read nothing, many in a slot. */
 static int idle_next(void *ctx, struct perta_piece *piece, struct perta_err *e)
 {
     (void)e;
@@ -341,7 +344,7 @@ START_TEST(a_file_is_read_in_order_in_the_room_of_the_slots)
     static const uint64_t rooms[] = {1, 100000, 8u << 20};
     for (unsigned m = 0; m < N_MODES; m++)
         for (unsigned i = 0; runs_here(modes[m]) && i < 6 * 3; i++) {
-            uint64_t n[2] = {10000}; /* nothing left to do */
+            uint64_t n[2] = {10000}; /* nothing is left to do */
             uint8_t *data = make_file("f", lengths[i % 6], i);
             struct perta_run run = {.memory_bytes = 512u << 20, .n_threads = 1, .io = modes[m]};
             struct perta_job job = {.ctx = n,
@@ -385,7 +388,7 @@ START_TEST(a_budget_too_small_is_refused_with_what_is_enough)
 }
 END_TEST
 
-/* What a refusal at this number of threads says is enough. */
+/* The budget that the refusal for this number of threads names. */
 static uint64_t enough_for(const struct perta_job *job, unsigned n_threads)
 {
     struct perta_run run = {.memory_bytes = 1 << 20, .n_threads = n_threads, .io = PERTA_IO_PREAD};
@@ -397,7 +400,7 @@ static uint64_t enough_for(const struct perta_job *job, unsigned n_threads)
     return strtoull(says + strlen("it needs "), NULL, 10) << 20;
 }
 
-/* Workers with that budget; the job runs to its end. */
+/* The number of workers with that budget; the job runs to its end. */
 static unsigned workers_for(struct perta_job *job, unsigned n_threads, uint64_t memory_bytes)
 {
     uint64_t n[2] = {0};
@@ -413,7 +416,7 @@ static unsigned workers_for(struct perta_job *job, unsigned n_threads, uint64_t 
     return n_workers;
 }
 
-/* Much more than resident memory differs by, from run to run. */
+/* Far more than resident memory varies between runs. */
 #define SCRATCH_BYTES (256ull << 20)
 
 START_TEST(there_are_as_many_workers_as_fit_the_budget)
@@ -454,7 +457,7 @@ END_TEST
 START_TEST(fewer_threads_do_where_the_system_has_no_more)
 {
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-    return; /* they take terabytes of address space, which is what is limited here */
+    return; /* sanitizers reserve terabytes of the address space that is limited here */
 #endif
     char text[128]; /* begins with pages */
     uint64_t n[2] = {0};

@@ -1,4 +1,4 @@
-/* What a plain text and a plain name are, at the borders. */
+/* Plain text, plain names and JSON: the borderline cases. */
 #include "tests/unit.h"
 
 #include <errno.h>
@@ -26,13 +26,13 @@ START_TEST(text_is_plain_without_control_characters_and_in_utf_8)
         "\x1b",
         "\x7f",
         "\xc2\x80",
-        "\xc2\x9f", /* controls */
+        "\xc2\x9f", /* control characters */
         "\x80",
         "\xbf",
         "\xc0\x80",
         "\xc1\xbf",
         "\xe0\x9f\xbf",
-        "\xf0\x8f\xbf\xbf", /* too long */
+        "\xf0\x8f\xbf\xbf", /* overlong encodings */
         "\xed\xa0\x80",
         "\xed\xbf\xbf",
         "\xf4\x90\x80\x80",
@@ -41,7 +41,7 @@ START_TEST(text_is_plain_without_control_characters_and_in_utf_8)
         "\xc2",
         "\xe2\x82",
         "\xf0\x9f\x98",
-        "\xe2\x82\x41", /* cut */
+        "\xe2\x82\x41", /* truncated */
     };
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
         ck_assert_msg(perta_text_is_plain(plain[i]), "%zu", i);
@@ -124,7 +124,8 @@ START_TEST(a_file_that_cannot_be_read_is_not_called_bad_json)
     json_t *json = (void *)1;
     int fds[2];
     ck_assert_int_eq(pipe(fds), 0);
-    ck_assert_int_eq(perta_json_load(fds[1], "f", &json, &err), PERTA_ESYS); /* to write only */
+    ck_assert_int_eq(perta_json_load(fds[1], "f", &json, &err),
+                     PERTA_ESYS); /* open for writing only */
     ck_assert_ptr_null(json);
     ck_assert_int_eq(err.sys_errno, EBADF);
     ck_assert_int_eq(write(fds[1], "{\"a\":", 5), 5);
@@ -137,7 +138,8 @@ START_TEST(a_file_that_cannot_be_read_is_not_called_bad_json)
 }
 END_TEST
 
-/* What text is to Python; value NULL: no JSON, and says where. */
+/* Compare with Python's reading of text. If value is NULL, it is not JSON, and says names the
+ * place. */
 static void python_has(const char *text, const char *value, const char *says)
 {
     struct perta_err err = {0};
@@ -173,7 +175,7 @@ START_TEST(what_python_takes_beyond_json_is_taken)
 }
 END_TEST
 
-/* ---- without memory ---- */
+/* ---- out of memory ---- */
 
 static uint64_t n_taken, fails_at; /* counted from 1 */
 
@@ -182,7 +184,7 @@ static void *take(size_t n)
     return ++n_taken == fails_at ? NULL : malloc(n);
 }
 
-enum { N_NOTES = 20 }; /* more than an array has room for at first */
+enum { N_NOTES = 20 }; /* more than the initial size of an array */
 
 static json_t *make_notes(void)
 {

@@ -1,4 +1,4 @@
-/* Threads' stacks are small, and yet hold what goes deepest on them several times. */
+/* The stacks of threads are small, but several times as large as the deepest call needs. */
 #include "tests/unit.h"
 
 #include <sys/mman.h>
@@ -10,7 +10,7 @@
 
 enum { N = 1 << 20 };
 
-/* This thread's stack: its size, and how much of it was ever touched. */
+/* The stack of this thread: its size, and how much of it has ever been used. */
 struct stack {
     uint64_t len_bytes, used_bytes;
 };
@@ -32,7 +32,7 @@ static struct stack look(void)
     return (struct stack){len, len - untouched * page};
 }
 
-/* There and back, with both encodings. */
+/* Encode and decode, with both encodings. */
 static void code(struct perta_codec *codec, enum perta_dtype dtype, uint8_t *buf, uint8_t *frame)
 {
     struct perta_err err = {0};

@@ -1,4 +1,4 @@
-/* Embedding and head that config.json calls one, both stored. */
+/* An embedding and a head that config.json ties, when both are stored. */
 #include "tests/scratch.h"
 
 #include <sys/stat.h>
@@ -26,7 +26,7 @@ static void put_shard(const char *path, const char *name, enum perta_dtype dtype
     free(bytes);
 }
 
-/* other: the byte of the head that is not the embedding's; -1: none. */
+/* other: the byte of the head that differs from the embedding's; -1: none. */
 static void put_model(const char *config, enum perta_dtype dtype, uint64_t width, int64_t other)
 {
     mkdir("m", 0777);

@@ -1,5 +1,5 @@
-/* Bus errors: those of mapped inputs are ours, all others the host program's, as if we were not
- * there. Each case is a process of its own. */
+/* Bus errors: those of mapped inputs are handled by the library, all others by the host program, as
+ * if the library did not exist. Each case runs in a process of its own. */
 #include "tests/scratch.h"
 
 #include <errno.h>
@@ -21,7 +21,7 @@ static struct perta_err err;
 static sigjmp_buf back;
 static volatile sig_atomic_t n_called;
 static void *volatile called_with;
-static sigset_t mask_there; /* signals that were blocked when it was called */
+static sigset_t mask_there; /* signals that were blocked when the handler was called */
 
 static void note_call(void)
 {
@@ -56,7 +56,7 @@ static void host_installs(int flags, void (*handler)(int))
     ck_assert_int_eq(sigaction(SIGBUS, &action, NULL), 0);
 }
 
-/* A page of the host's own file, which has gone. */
+/* A page of the host's own file, which has been truncated. */
 static const volatile uint8_t *bad_page(void)
 {
     int fd = open("host", O_RDWR | O_CREAT | O_TRUNC, 0600);
@@ -71,7 +71,7 @@ static const volatile uint8_t *bad_page(void)
 
 static uint8_t touched;
 
-/* The host's own bus error; its handler is called once more, and knows where. */
+/* A bus error of the host: its handler is called once more, with the address. */
 static void host_is_called(void)
 {
     const volatile uint8_t *page = bad_page();
@@ -83,7 +83,7 @@ static void host_is_called(void)
     ck_assert(!called_with || called_with == (const void *)(uintptr_t)(page + 3));
 }
 
-/* The status of a process that does that. */
+/* The exit status of a process that calls act. */
 static int status_of(void (*act)(void))
 {
     int status;
@@ -143,7 +143,7 @@ static void mapping_close(struct mapping *m)
     free(m);
 }
 
-/* Half of it goes. */
+/* Truncate the file to half its size. */
 static void shrink(const struct mapping *m)
 {
     ck_assert_int_eq(truncate(m->name, (off_t)(m->len / 2)), 0);
@@ -159,7 +159,7 @@ static void *touch_all(void *arg)
     return NULL;
 }
 
-/* It shrinks, is used all the same, and then it is said of this engine. */
+/* The file shrinks, is used all the same, and then this engine reports it. */
 static void ours_is_mended(struct mapping *m)
 {
     ck_assert_ok(perta_engine_check(m->engine, &err));
@@ -178,7 +178,7 @@ static void both_are_served(int flags)
     struct mapping *m = mapping_open("f");
     host_is_called();
     ours_is_mended(m);
-    host_is_called(); /* and ours is still there after both */
+    host_is_called(); /* and the library's handler is still installed after both */
     struct mapping *second = mapping_open("g");
     ours_is_mended(second);
     mapping_close(second);
@@ -199,7 +199,7 @@ START_TEST(a_handler_without_info_is_called_for_its_own_errors)
 }
 END_TEST
 
-#ifdef __SANITIZE_THREAD__ /* it blocks them all while a handler runs */
+#ifdef __SANITIZE_THREAD__ /* the thread sanitizer blocks all signals while a handler runs */
 enum { MASKS_ARE_THE_KERNELS = false };
 #else
 enum { MASKS_ARE_THE_KERNELS = true };
@@ -226,7 +226,7 @@ START_TEST(without_a_handler_the_process_dies_of_it)
     for (int i = 0; i < 2; i++) {
         signal(SIGBUS, dispositions[i]);
         struct mapping *m = mapping_open("f");
-        int status = status_of(fault); /* the kernel lets nobody ignore it */
+        int status = status_of(fault); /* the kernel does not let this signal be ignored */
         ck_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
         status = status_of(send);
         ck_assert(i ? WIFEXITED(status) : WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
@@ -271,11 +271,11 @@ START_TEST(the_last_engine_to_close_puts_back_what_was_there)
 }
 END_TEST
 
-static struct sigaction under; /* the handler that was there before the next one */
+static struct sigaction under; /* the handler that the next one replaced */
 
 static void over_handler(int number, siginfo_t *info, void *context)
 {
-    if (++n_called == 20) /* handlers that call each other without end */
+    if (++n_called == 20) /* stop handlers that call each other without end */
         abort();
     if (under.sa_flags & SA_SIGINFO)
         under.sa_sigaction(number, info, context);
@@ -296,7 +296,7 @@ START_TEST(a_handler_put_over_ours_stays_and_may_call_it)
     n_called = 0;
     if (!sigsetjmp(back, 1))
         touched = bad_page()[3];
-    ck_assert_int_eq(n_called, 2); /* it, and the first */
+    ck_assert_int_eq(n_called, 2); /* this one, and the first */
     m = mapping_open("g");
     ours_is_mended(m);
     n_called = 0;
@@ -323,7 +323,7 @@ START_TEST(each_engine_knows_its_own_whoever_touches_it)
     struct perta_err e = {0};
     ck_assert_int_eq(perta_engine_check(m[0]->engine, &e), PERTA_EINPUT);
     ck_assert_ok(perta_engine_check(m[1]->engine, &err));
-    ck_assert_ok(perta_engine_check(m[2]->engine, &err)); /* nobody touched it */
+    ck_assert_ok(perta_engine_check(m[2]->engine, &err)); /* nothing touched it */
     for (int i = 0; i < 3; i++)
         mapping_close(m[i]);
 }
@@ -338,7 +338,8 @@ START_TEST(a_signal_that_the_host_program_blocks_is_let_through_meanwhile)
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     struct mapping *m = mapping_open("f"), *other = mapping_open("g");
     shrink(m);
-    ck_assert_int_eq(perta_thread_start(&thread, touch_all, m), 0); /* it inherits the mask */
+    ck_assert_int_eq(perta_thread_start(&thread, touch_all, m),
+                     0); /* it inherits the signal mask */
     pthread_join(thread, NULL);
     mapping_close(m);
     ours_is_mended(other);

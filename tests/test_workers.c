@@ -1,4 +1,5 @@
-/* Workers: every piece once, the first error in order, the same products for every number of them. */
+/* Workers: every piece runs once, the first error in order is returned, and products do not depend
+ * on the number of workers. */
 #include "stream/workers.h"
 
 #include <stdatomic.h>
@@ -10,9 +11,9 @@ static struct perta_err err;
 #define N_PIECES 500
 
 struct job {
-    atomic_uint runs[N_PIECES]; /* of each piece */
-    atomic_uint workers;        /* bits of those that took part */
-    size_t bad;                 /* pieces from this on fail */
+    atomic_uint runs[N_PIECES]; /* how often each piece ran */
+    atomic_uint workers;        /* bit mask of the workers that took part */
+    size_t bad;                 /* pieces from this one on fail */
 };
 
 static int run_piece(void *ctx, unsigned worker, size_t i, struct perta_err *e)
@@ -56,7 +57,7 @@ START_TEST(the_first_error_is_told)
         snprintf(want, sizeof want, "piece %zu", bad);
         ck_assert_int_eq(perta_workers_run(workers, N_PIECES, run_piece, &job, &e), PERTA_EINPUT);
         ck_assert_str_eq(e.msg, want);
-        for (size_t i = 0; i < N_PIECES; i++) /* those before it were all begun */
+        for (size_t i = 0; i < N_PIECES; i++) /* all pieces before it were begun */
             ck_assert(i > bad ? job.runs[i] <= 1 : job.runs[i] == 1);
         struct job after = {.bad = SIZE_MAX};
         ck_assert_ok(perta_workers_run(workers, 9, run_piece, &after, &err));

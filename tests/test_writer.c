@@ -1,4 +1,5 @@
-/* A writer writes what was appended, whatever the sizes; failures are said, nothing stays open. */
+/* A writer writes what was appended, in parts of any size; failures are reported, and no file stays
+ * open. */
 #include "tests/scratch.h"
 
 #include <errno.h>
@@ -43,18 +44,18 @@ START_TEST(a_writer_writes_what_was_appended)
     uint8_t *data = alloc(most);
     fill_random(data, most, 1);
     for (unsigned s = 0; s < 15; s++) {
-        uint64_t len = around[s / 3] + s % 3 - (s > 2); /* one less, as it is, one more */
-        /* preallocated: not at all, just so, too much */
+        uint64_t len = around[s / 3] + s % 3 - (s > 2); /* one less, equal, one more */
+        /* preallocated: nothing, exactly the length, too much */
         uint64_t expected = s % 3 == 0 ? 0 : len + (s % 3 - 1) * 1000000u;
         for_each_engine(engine, 4)
         {
             struct perta_writer writer;
             struct perta_digest_hex hex;
-            struct perta_writer_bufs bufs = {pool, 2 + s % 3}; /* 4 fill the pool */
+            struct perta_writer_bufs bufs = {pool, 2 + s % 3}; /* 4 would use up the pool */
             ck_assert_ok(perta_writer_open(&writer, engine, "w", expected, bufs, &err));
             append_all(&writer, data, len, s % 2 ? 3000000 : 70000, &seed);
             ck_assert_ok(perta_writer_close(&writer, &hex, &err));
-            perta_writer_abort(&writer); /* after closing it does nothing */
+            perta_writer_abort(&writer); /* does nothing after closing */
             digest_is_that_of(&hex, data, len);
             ck_assert(holds("w", data, len));
             unlink("w");
@@ -64,8 +65,8 @@ START_TEST(a_writer_writes_what_was_appended)
 }
 END_TEST
 
-/* Some file systems refuse direct writes only when they are made; what is not aligned in memory is
- * refused so by all. */
+/* Some file systems refuse direct writes only when they are made, and all of them refuse memory
+ * that is not aligned. */
 START_TEST(direct_writes_that_are_refused_late_take_the_page_cache)
 {
     uint64_t len = 3 * PERTA_WRITER_BUF_BYTES + 4097, seed = 3;
@@ -78,7 +79,7 @@ START_TEST(direct_writes_that_are_refused_late_take_the_page_cache)
         struct perta_writer_bufs bufs = {pool + 1, 2};
         ck_assert_ok(perta_writer_open(&writer, engine, "w", len, bufs, &err));
         append_all(&writer, data, len / 2, 70000, &seed);
-        ck_assert_ok(perta_writer_sync(&writer, &err)); /* the last block is sent twice */
+        ck_assert_ok(perta_writer_sync(&writer, &err)); /* the last block is written twice */
         ck_assert_ok(perta_writer_append(&writer, data + len / 2, len - len / 2, &err));
         ck_assert_ok(perta_writer_close(&writer, &hex, &err));
         digest_is_that_of(&hex, data, len);
@@ -141,14 +142,14 @@ START_TEST(giving_up_waits_and_closes)
         struct perta_writer writer = {0};
         struct perta_writer_bufs bufs = {pool, 3};
         n_open = count_open_files();
-        perta_writer_abort(&writer); /* never opened: nothing */
+        perta_writer_abort(&writer); /* does nothing, because it was never opened */
         ck_assert_ok(perta_writer_open(&writer, engine, "w", len, bufs, &err));
         ck_assert_ok(perta_writer_append(&writer, data, len, &err));
         perta_writer_abort(&writer);
         perta_writer_abort(&writer);
         ck_assert_uint_eq(engine->n_in_flight, 0);
         ck_assert_uint_eq(count_open_files(), n_open);
-        ck_assert(is_there("w")); /* its folder's owner removes it */
+        ck_assert(is_there("w")); /* the owner of the folder removes it */
         unlink("w");
     }
     free(data);
@@ -161,7 +162,7 @@ START_TEST(a_write_that_fails_is_said_with_its_byte)
     uint64_t len = 4 * PERTA_WRITER_BUF_BYTES + 5;
     uint8_t *data = alloc(len);
     signal(SIGXFSZ, SIG_IGN);
-    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0); /* of this case's process alone */
+    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0); /* limits only this case's process */
     for_each_engine(engine, 2)
     {
         struct perta_writer writer;
@@ -169,11 +170,11 @@ START_TEST(a_write_that_fails_is_said_with_its_byte)
         struct perta_writer_bufs bufs = {pool, 2};
         ck_assert_ok(perta_writer_open(&writer, engine, "w", 0, bufs, &err));
         int rc = perta_writer_append(&writer, data, len, &e);
-        if (!rc) /* mistakes show at close at the latest */
+        if (!rc) /* errors appear at close at the latest */
             rc = perta_writer_close(&writer, NULL, &e);
         ck_assert_int_eq(rc, PERTA_ESYS);
         ck_assert_int_eq(e.sys_errno, EFBIG);
-        static const char says[] = "w: write at byte "; /* of either buffer under way */
+        static const char says[] = "w: write at byte "; /* in either buffer in flight */
         ck_assert_msg(!strncmp(e.msg, says, strlen(says)), "%s", e.msg);
         ck_assert_uint_ge(strtoull(e.msg + strlen(says), NULL, 10), limit.rlim_cur);
         perta_writer_abort(&writer);

@@ -1,6 +1,7 @@
-/* Preloaded: append every pwrite, fsync, fdatasync, rename and unlink of files in $TRACE_FOLDER to
- * $TRACE_WRITES, for tests that cut the power afterwards. A line of JSON each, then, of a write,
- * its bytes; of a rename, the new name. The folder itself is called ".". */
+/* For LD_PRELOAD: records every pwrite, fsync, fdatasync, rename and unlink of files in
+ * $TRACE_FOLDER to $TRACE_WRITES, for tests that replay a power cut. Each record is a line of JSON,
+ * followed by the bytes of a write, or the new name of a rename. The folder itself has the name
+ * ".". */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -9,7 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The file's name within the folder; NULL: it is elsewhere. */
+/* The file's name in the folder; NULL if it is elsewhere. */
 static const char *name_of(int fd, char *path, size_t room)
 {
     char link[64];
@@ -78,7 +79,7 @@ int fdatasync(int fd)
     return synced(fd, "fdatasync");
 }
 
-/* The name of a path in the folder; NULL: it is elsewhere. */
+/* A path's name in the folder; NULL if it is elsewhere. */
 static const char *within(const char *path)
 {
     const char *folder = getenv("TRACE_FOLDER"), *slash = strrchr(path, '/');

@@ -1,4 +1,4 @@
-/* unit.h - what the unit tests share: pseudo-random bytes, scratch folders, running a suite. */
+/* unit.h - what the unit tests share: pseudo-random bytes, scratch folders, and running a suite. */
 #ifndef PERTA_TESTS_UNIT_H
 #define PERTA_TESTS_UNIT_H
 
@@ -34,11 +34,12 @@ static inline void *alloc(size_t len_bytes)
 
 #define ck_assert_ok(call) ck_assert_msg(!(call), "%s: %s", #call, err.msg)
 
-/* Run one case of tests; the exit status of main. */
+/* Run a suite of one test case; returns the exit status of main. */
 static inline int run_suite(const char *name, TCase *tests)
 {
     Suite *suite = suite_create(name);
-    tcase_set_timeout(tests, 1800); /* for hangs alone: busy machines, sanitizers */
+    tcase_set_timeout(tests, 1800); /* only stops tests that hang: machines may be busy, sanitizers
+                                     * are slow */
     suite_add_tcase(suite, tests);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

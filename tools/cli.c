@@ -102,7 +102,7 @@ double cli_number(struct argp_state *state, const char *option, const char *text
     errno = 0;
     double value = strtod(text, &end);
     if (end == text || *end || errno == ERANGE || !isfinite(value))
-        argp_error(state, "%s: %s is no number", option, text);
+        argp_error(state, "%s: %s is not a number", option, text);
     return value;
 }
 
@@ -112,7 +112,7 @@ uint64_t cli_count(struct argp_state *state, const char *option, const char *tex
     errno = 0;
     unsigned long long value = strtoull(text, &end, 10);
     if (*text < '0' || *text > '9' || *end || errno)
-        argp_error(state, "%s: %s is no whole number", option, text);
+        argp_error(state, "%s: %s is not a whole number", option, text);
     return value;
 }
 
@@ -126,7 +126,7 @@ int cli_choice(struct argp_state *state, const char *option, const char *text,
         size_t n = strlen(all);
         snprintf(all + n, sizeof all - n, "%s%s", i ? ", " : "", names[i]);
     }
-    argp_error(state, "%s: %s is none of %s", option, text, all);
+    argp_error(state, "%s: %s is not one of %s", option, text, all);
     return 0;
 }
 
@@ -161,7 +161,7 @@ error_t cli_one_argument(int key, char *arg, struct argp_state *state, const cha
     return 0;
 }
 
-/* 512M, 1G, 2GiB: powers of 1024. */
+/* Parse a size such as 512M, 1G or 2GiB; units are powers of 1024. */
 static uint64_t size_of(struct argp_state *state, const char *text)
 {
     char *end;
@@ -175,7 +175,7 @@ static uint64_t size_of(struct argp_state *state, const char *text)
     if (!strcmp(end, "iB") || !strcmp(end, "B"))
         end += strlen(end);
     if (end == text || *end || !(value >= 1) || value > 0x1p60)
-        argp_error(state, "--memory: %s is no size; 512M or 8G, say", text);
+        argp_error(state, "--memory: %s is not a size; write for example 512M or 8G", text);
     return (uint64_t)value;
 }
 
@@ -192,7 +192,7 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
     case KEY_THREADS:
         n = cli_count(state, "--threads", arg);
         if (!n || n > 256)
-            argp_error(state, "--threads: 1 to %d", PERTA_THREADS_MAX);
+            argp_error(state, "--threads: must be from 1 to %d", PERTA_THREADS_MAX);
         cli->run.n_threads = (unsigned)n;
         return 0;
     case KEY_IO:
@@ -212,16 +212,16 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
 }
 
 static const struct argp_option common_options[] = {
-    {"memory", KEY_MEMORY, "SIZE", 0, "Budget of the whole process (default 1G)", 90},
-    {"threads", KEY_THREADS, "N", 0, "Worker threads (default: one for each CPU it may use)", 90},
-    {"io", KEY_IO, "auto|direct|mmap|pread", 0,
-     "How files are read: io_uring past the page cache, mapped, or by threads (default auto; "
-     "`perta inspect --io PATH' says what that picks)",
+    {"memory", KEY_MEMORY, "SIZE", 0, "Memory budget of the whole process (default 1G)", 90},
+    {"threads", KEY_THREADS, "N", 0, "Worker threads (default: one per CPU that it may use)", 90},
+    {"io", KEY_IO, "HOW", 0,
+     "How files are read: auto (default), direct (io_uring, past the page cache), mmap, or "
+     "pread (by threads); `perta inspect --io PATH' says what auto picks",
      90},
     {"json", KEY_JSON, NULL, 0, "Print the result as one JSON object", 90},
     {"quiet", 'q', NULL, 0, "Print errors only", 90},
-    {"progress", KEY_PROGRESS, "auto|bar|plain|json|none", 0, "How progress is shown on stderr",
-     90},
+    {"progress", KEY_PROGRESS, "HOW", 0,
+     "How to show progress on stderr: auto (default), bar, plain, json or none", 90},
     {0}};
 
 const struct argp cli_common_argp = {common_options, parse_common, NULL, NULL, NULL, NULL, NULL};
@@ -246,10 +246,13 @@ static error_t parse_writing(int key, char *arg, struct argp_state *state)
 
 static const struct argp_option writing_options[] = {
     {"force", KEY_FORCE, NULL, 0,
-     "Replace an output folder that exists, and what an interrupted run left, if nothing else is in it",
+     "Replace an existing output folder and the leftovers of an interrupted run, if they hold "
+     "nothing else",
      80},
     {"resume", KEY_RESUME, NULL, 0,
-     "Go on where an interrupted run with the same flags was, if there was one", 80},
+     "Continue an interrupted run that had the same flags; if there is none, start from the "
+     "beginning",
+     80},
     {"dry-run", KEY_DRY_RUN, NULL, 0,
      "Check everything that can be checked without reading tensors; write nothing", 80},
     {0}};
@@ -273,14 +276,16 @@ static error_t parse_patching(int key, char *arg, struct argp_state *state)
 
 static const struct argp_option patching_options[] = {
     {"statement", KEY_STATEMENT, NULL, 0,
-     "Also write PATCH.intoto.json, an in-toto statement of how, when and where it was made", 80},
+     "Also write PATCH.intoto.json, an in-toto statement of how, when and where the patch was "
+     "made",
+     80},
     {0}};
 static const struct argp_child patching_children[] = {{&cli_writing_argp, 0, NULL, 0}, {0}};
 
 const struct argp cli_patching_argp = {patching_options,  parse_patching, NULL, NULL,
                                        patching_children, NULL,           NULL};
 
-/* As many open files as the system lets us have: gradients come in hundreds of dumps. */
+/* Allow as many open files as the system permits: gradient dumps come in hundreds. */
 static void raise_file_limit(void)
 {
     struct rlimit limit;
@@ -292,16 +297,16 @@ static void raise_file_limit(void)
 
 static void catch_signals(void)
 {
-    /* The second Ctrl-C kills; what it leaves is named as a leftover by the next run. */
+    /* A second Ctrl-C kills the process; the next run reports its leftovers. */
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGHUP, &action, NULL);
-    signal(SIGXFSZ, SIG_IGN); /* a file size limit is then an error like a full disk */
+    signal(SIGXFSZ, SIG_IGN); /* a file size limit then gives an error, as a full disk does */
 }
 
-/* The command with --resume, to be pasted into a shell; empty where that cannot be. */
-static char way_on[1 << 16];
+/* The command with --resume added, ready to paste into a shell; empty if it cannot be given. */
+static char resume_command[1 << 16];
 
 static void add_word(FILE *to, const char *word)
 {
@@ -316,11 +321,11 @@ static void add_word(FILE *to, const char *word)
     putc('\'', to);
 }
 
-/* Before the words are taken apart. */
-static void remember_way_on(int argc, char **argv)
+/* Call before the arguments are parsed. */
+static void remember_resume_command(int argc, char **argv)
 {
     bool fits = true, resume = false;
-    FILE *to = fmemopen(way_on, sizeof way_on, "w");
+    FILE *to = fmemopen(resume_command, sizeof resume_command, "w");
     if (!to)
         return;
     fputs(program_invocation_name, to);
@@ -331,11 +336,12 @@ static void remember_way_on(int argc, char **argv)
     }
     if (!resume)
         add_word(to, "--resume");
-    if (fclose(to) || !fits || strlen(way_on) >= sizeof way_on - 1)
-        *way_on = '\0';
+    if (fclose(to) || !fits || strlen(resume_command) >= sizeof resume_command - 1)
+        *resume_command = '\0';
 }
 
-/* Of an unset variable of the shell, mostly; a message about a file without a name would not say so. */
+/* An empty argument usually comes from an unset shell variable; a later message about a file
+ * without a name would not say that. */
 static void refuse_empty_words(int argc, char **argv)
 {
     for (int i = 1; i < argc && strcmp(argv[i - 1], "--"); i++) {
@@ -344,8 +350,8 @@ static void refuse_empty_words(int argc, char **argv)
         if (*argv[i] && !(is_option && equals && !equals[1]))
             continue;
         fprintf(stderr,
-                "perta %s: %.*s: empty, where a name or a value is needed; is it an unset "
-                "variable of the shell?\n",
+                "perta %s: %.*s: empty, but a name or a value is needed; is a variable of the "
+                "shell unset?\n",
                 argv[0], *argv[i] ? (int)(equals - argv[i]) : 64,
                 *argv[i]             ? argv[i]
                 : of_option && i > 1 ? argv[i - 1]
@@ -362,7 +368,7 @@ void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, 
         .started = now(),
     };
     refuse_empty_words(argc, argv);
-    remember_way_on(argc, argv);
+    remember_resume_command(argc, argv);
     char name[64];
     snprintf(name, sizeof name, "perta %s", argv[0]);
     argv[0] = name;
@@ -385,7 +391,7 @@ static void clear_bar(const struct cli *cli)
         fputs("\r\033[K", stderr);
 }
 
-/* One control character is ASCII and jansson passes it. */
+/* DEL is the one control character that is ASCII and that jansson does not escape. */
 static void put_ascii(const char *text)
 {
     for (; *text; text++)
@@ -395,12 +401,12 @@ static void put_ascii(const char *text)
             putchar(*text);
 }
 
-/* Something of the result, for want of memory. */
+/* A part of the result could not be printed because memory ran out. */
 static bool lost;
 
 void cli_json(const struct cli *cli, json_t *summary)
 {
-    /* to a terminal no control character goes as it is, nor one of two bytes */
+    /* to a terminal, print no control characters: neither ASCII ones nor those of two bytes */
     const size_t ascii = isatty(STDOUT_FILENO) ? JSON_ENSURE_ASCII : 0;
     clear_bar(cli);
     char *text =
@@ -429,7 +435,7 @@ void cli_say(const struct cli *cli, const char *fmt, ...)
         return;
     va_list ap;
     va_start(ap, fmt);
-    char *text = perta_text_lines(fmt, ap); /* names may hold commands to the terminal */
+    char *text = perta_text_lines(fmt, ap); /* names in it may contain terminal escape sequences */
     va_end(ap);
     if (text)
         fputs(text, stdout);
@@ -454,8 +460,8 @@ void cli_say_left_behind(const struct cli *cli, const json_t *result)
     json_array_foreach (json_object_get(result, "left_behind"), i, name)
         cli_say(
             cli,
-            "  left behind (weights that are none of the model's shards, such as a copy of it in "
-            "this or another format, a link out of the folder, or a folder): %s\n",
+            "  left behind (weights that are not among the model's shards, for example a copy of "
+            "it in this or another format, a link out of the folder, or a folder): %s\n",
             json_string_value(name));
 }
 
@@ -469,8 +475,7 @@ void cli_note_unknown_keys(const struct cli *cli, const json_t *result)
     if (cli->quiet || !n)
         return;
     clear_bar(cli);
-    fprintf(stderr,
-            "perta %s: note: config.json has keys that perta does not know and passes over:",
+    fprintf(stderr, "perta %s: note: config.json has keys that perta does not know and ignores:",
             cli->verb);
     json_array_foreach (keys, i, key)
         if (i < NOTED_KEYS)
@@ -480,10 +485,10 @@ void cli_note_unknown_keys(const struct cli *cli, const json_t *result)
     fputc('\n', stderr);
 }
 
-static const char *stdout_verb = ""; /* for messages */
+static const char *stdout_verb = ""; /* the verb, for messages */
 static bool stdout_failed;
 
-/* Say so once. errno of a write that failed earlier is gone. */
+/* Report the failure once. For a write that failed earlier errno is lost. */
 static bool stdout_is_written(void)
 {
     errno = 0;
@@ -505,14 +510,14 @@ int cli_status(const struct cli *cli, int rc, const struct perta_err *err)
 {
     clear_bar(cli);
     stdout_verb = cli->verb;
-    bool printed = stdout_is_written(); /* before what is said of it */
+    bool printed = stdout_is_written(); /* before the messages about it */
     if (!rc && printed && lost)
         fprintf(stderr, "perta %s: standard output: %s\n", cli->verb, strerror(ENOMEM));
     if (!rc)
         return printed && !lost ? 0 : -PERTA_ESYS;
     fprintf(stderr, "perta %s: %s\n", cli->verb, err->msg);
-    if (err->resumable && *way_on)
-        fprintf(stderr, "perta %s: to go on: %s\n", cli->verb, way_on);
+    if (err->resumable && *resume_command)
+        fprintf(stderr, "perta %s: to resume: %s\n", cli->verb, resume_command);
     if (getenv("PERTA_DEBUG"))
         fprintf(stderr, "perta %s: from %s:%d\n", cli->verb, err->file, err->line);
     return rc == PERTA_EINTR ? 130 : -rc;

@@ -1,4 +1,4 @@
-/* cli.h - what all verbs of the command share: options, progress, results, errors. */
+/* cli.h - what all verbs of the command share: options, progress, results and errors. */
 #ifndef PERTA_TOOLS_CLI_H
 #define PERTA_TOOLS_CLI_H
 
@@ -16,72 +16,79 @@ struct cli {
     const char *verb;
     struct perta_run run;
     bool json, quiet, force;
-    bool statement; /* beside each patch, about how it was made */
+    bool statement; /* also write a statement of how each patch was made */
     enum progress_style progress;
-    double started, last_drawn; /* seconds */
+    double started, last_drawn; /* in seconds */
     bool drew;
 };
 
-/* Child parsers: options that every verb takes, those of verbs that write a folder, and these with
- * those of verbs that write patches. Their input is the struct cli. */
+/* Child parsers: the options that every verb takes; those of verbs that write a folder; and those
+ * of verbs that write patches, which include the second. Their input is the struct cli. */
 extern const struct argp cli_common_argp;
 extern const struct argp cli_writing_argp;
 extern const struct argp cli_patching_argp;
 
-/* Keys of long-only options start here, for every verb's own. */
+/* First key for the options of a verb's own that have no short form. */
 #define CLI_KEY_OWN 0x200
 
-/* Parse a verb's arguments; argp_state->input is input. Exits with 2 on a usage error. */
+/* Parse the arguments of a verb. input becomes argp_state->input. Exits with status 2 on a usage
+ * error. */
 void cli_parse(struct cli *cli, const struct argp *argp, int argc, char **argv, void *input);
 
-/* What arguments say; argp_error (exit 2) when it makes no sense. option is for messages. */
+/* Parse the value of an option. They call argp_error (exit status 2) if it is not valid; option is
+ * its name for the message. */
 double cli_number(struct argp_state *state, const char *option, const char *text);
 uint64_t cli_count(struct argp_state *state, const char *option, const char *text);
-/* Which of names (NULL after the last) text is. */
+/* The index of text in names, which ends with NULL. */
 int cli_choice(struct argp_state *state, const char *option, const char *text,
                const char *const *names);
 enum perta_compute cli_compute(struct argp_state *state, const char *text);
-/* --stat mean,meansq: which of them. */
+/* Parse --stat mean,meansq: sets which of the two are wanted. */
 void cli_stats(struct argp_state *state, const char *text, bool *mean, bool *meansq);
-/* For a parser's other keys, of verbs with one argument: takes it. missing says what was to be
- * there. */
+/* Handle the remaining keys of a verb that takes exactly one argument. missing is the message if
+ * there is none. */
 error_t cli_one_argument(int key, char *arg, struct argp_state *state, const char **argument,
                          const char *missing);
 
-/* Seconds since the verb started. */
+/* Seconds since the verb began. */
 double cli_seconds(const struct cli *cli);
-/* "1.25 GB", in powers of ten; buf holds at least 32 bytes. */
+/* Format as "1.25 GB", in powers of ten. buf holds at least 32 bytes. */
 const char *cli_bytes(double bytes, char *buf);
 
-/* With --statement: write PATCH.intoto.json about the patch at path, which was just made. summary
- * says when that was begun, and may say by what it was read. tools/statement.c */
+/* With --statement, write PATCH.intoto.json about the patch at path, which has just been made.
+ * summary says when the run began and, if it has one, which engine read the inputs.
+ * (tools/statement.c) */
 int cli_statement(const struct cli *cli, const char *path, const json_t *summary,
                   struct perta_err *err);
 
-/* Before the work: could that be written? Not over what is no statement. */
+/* Call before the work: checks that the statement can be written, and does not replace a file that
+ * is not a statement. */
 int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err);
 
-/* Print results: with --json the object, else nothing. Takes the reference. Without memory (summary
- * may be NULL) nothing is printed, and cli_status says so. */
+/* With --json, print summary as one object. Takes the reference. If memory runs out (summary may be
+ * NULL) nothing is printed, and cli_status() reports it. */
 void cli_json(const struct cli *cli, json_t *summary);
-/* JSON in a line; the caller's (free). NULL without memory, and then cli_status says so. */
+/* JSON on one line; the caller frees it. NULL when out of memory, and then cli_status() reports
+ * it. */
 char *cli_text(const json_t *json);
-/* Files of the model that did not go with it, which the result names. */
+/* Print which files of the model were not copied, from the result. */
 void cli_say_left_behind(const struct cli *cli, const json_t *result);
-/* On standard error: the keys of config.json that are passed over, which the result names
- * ("unknown_config_keys"). Nothing with --quiet. */
+/* Print to standard error which keys of config.json are ignored, from "unknown_config_keys" of the
+ * result. Prints nothing with --quiet. */
 void cli_note_unknown_keys(const struct cli *cli, const json_t *result);
-/* The summary's "notes", to stderr: what a user ought to know; nothing with --quiet. */
+/* Print the summary's "notes", which warn the user, to standard error. Prints nothing with
+ * --quiet. */
 void cli_notes(const struct cli *cli, const json_t *summary);
-/* A line of the result for people; nothing with --json or --quiet. Without memory cli_status says
- * so. */
+/* Print a line of the result as text. Prints nothing with --json or --quiet. If memory runs out,
+ * cli_status() reports it. */
 void cli_say(const struct cli *cli, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-/* At exit: what was printed must have arrived, of --help and --version too; else exit with 4. */
+/* Runs at exit, also after --help and --version: exits with status 4 if standard output could not
+ * be written. */
 void cli_check_stdout(void);
-/* Print the error and give the exit status for it. 0 stays 0. */
+/* Print the error, and return the exit status for it; 0 if rc is 0. */
 int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
 
-/* Can this build compute with models? If not, the verbs that must say so (no_model.c). */
+/* False in a build without matrix products; then no_model.c replaces the verbs that need them. */
 extern const bool cli_has_model;
 
 int cmd_inspect(int argc, char **argv);

@@ -41,11 +41,11 @@ static const struct argp argp = {
     options,
     parse,
     "GRADIENTS...",
-    "The mean and the mean of squares over gradient dumps: safetensors files or checkpoint "
-    "folders, one for each sample or batch, read side by side."
+    "Compute the mean, and the mean of squares, over gradient dumps: safetensors files or "
+    "checkpoint folders, one for each sample or batch, which are read side by side."
     "\v"
-    "Sums are float32 with compensation; results are F32 folders that --forget and --retain of "
-    "`perta unlearn' take.\n\n"
+    "Sums are float32 with compensation. The results are F32 folders, for --forget and --retain of "
+    "`perta unlearn'.\n\n"
     "Example:\n"
     "  perta accumulate --out imp/forget --stat mean,meansq \\\n"
     "    grads/forget/*.safetensors",
@@ -68,7 +68,7 @@ int cmd_accumulate(int argc, char **argv)
         size_t i;
         json_t *folder;
         if (args.cli.run.dry_run)
-            cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
+            cli_say(&args.cli, "dry run: all checks passed; nothing was written\n");
         json_array_foreach (json_object_get(summary, "folders"), i, folder)
             cli_say(&args.cli, "%s: over %u gradients\n", json_string_value(folder),
                     args.accumulate.n_gradients);

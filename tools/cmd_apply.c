@@ -1,4 +1,4 @@
-/* perta apply and perta revert: the same, there and back. */
+/* perta apply and perta revert: one job in two directions. */
 #include "stream/patch/apply.h"
 #include "tools/cli.h"
 
@@ -13,7 +13,9 @@ struct args {
 static const struct argp_option options[] = {
     {"out", KEY_OUT, "DIR", 0, "Write the model here", 1},
     {"in-place", KEY_IN_PLACE, NULL, 0,
-     "Change MODEL itself, for want of room; safe to kill: the same command then completes it", 1},
+     "Change MODEL itself instead of writing a second one, to save disk space; if the run is "
+     "killed, the same command completes it",
+     1},
     {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -36,7 +38,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case ARGP_KEY_END:
         if (!args->apply.out == !args->in_place)
-            argp_error(state, "either --out DIR or --in-place");
+            argp_error(state, "give either --out DIR or --in-place");
         return 0;
     }
     return ARGP_ERR_UNKNOWN;
@@ -63,8 +65,8 @@ static const struct argp revert_argp = {
     options,
     parse,
     "MODEL PATCH",
-    "Write the model that PATCH was made from; MODEL is what the patch leads to. Exact, byte for "
-    "byte."
+    "Write the model that PATCH was made from, byte for byte; MODEL is the model that the patch "
+    "leads to."
     "\v"
     "Example:\n"
     "  perta revert forgotten patches/alpha-1 --out full-again",
@@ -87,34 +89,34 @@ static int run(int argc, char **argv, const struct argp *argp, enum perta_apply_
         char a[32], b[32];
         if (args.cli.run.dry_run && args.in_place)
             cli_say(&args.cli,
-                    "dry run: the headers fit and the shards may be written%s; nothing "
-                    "was\n",
+                    "dry run: the headers match and the shards are writable%s; nothing "
+                    "was written\n",
                     json_is_true(json_object_get(summary, "interrupted"))
-                        ? ", what an interrupted run began would be completed"
+                        ? ", and an interrupted run would be completed"
                         : "");
         else if (args.cli.run.dry_run)
-            cli_say(&args.cli, "dry run: the headers fit; nothing was written\n");
+            cli_say(&args.cli, "dry run: the headers match; nothing was written\n");
         else if (args.in_place)
             cli_say(&args.cli,
-                    "%s: %.0f of %.0f chunks written over, %s, digests right before and "
+                    "%s: %.0f of %.0f chunks overwritten, %s, digests correct before and "
                     "after%s\n%.2f s\n",
                     args.apply.model, json_number_value(json_object_get(summary, "written_chunks")),
                     chunks, cli_bytes(written, a),
                     json_is_true(json_object_get(summary, "went_on"))
-                        ? " (what an interrupted run had begun)"
+                        ? " (completed an interrupted run)"
                         : "",
                     t);
         else
             cli_say(&args.cli,
-                    "%s: %s, %.0f chunks, digests right before and after\n%.2f s (%s/s)\n",
+                    "%s: %s, %.0f chunks, digests correct before and after\n%.2f s (%s/s)\n",
                     args.apply.out, cli_bytes(written, a), chunks, t, cli_bytes(written / t, b));
         cli_say_left_behind(&args.cli, summary);
         size_t i;
         json_t *name;
         json_array_foreach (json_object_get(summary, "unedited"), i, name)
             cli_say(&args.cli,
-                    "  not edited (weights that are none of the model's shards; a copy of "
-                    "the model is still what it was): %s\n",
+                    "  not edited (weights that are not among the model's shards; a copy of "
+                    "the model still has the old values): %s\n",
                     json_string_value(name));
         perta_json_set(&summary, "seconds", json_real(t));
         cli_json(&args.cli, summary);

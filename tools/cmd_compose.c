@@ -10,9 +10,9 @@ struct args {
 };
 
 static const struct argp_option options[] = {
-    {"patch", KEY_PATCH, "DIR", 0, "Write the one patch here", 1},
+    {"patch", KEY_PATCH, "DIR", 0, "Write the combined patch here", 1},
     {"model", KEY_MODEL, "DIR", 0,
-     "What the first patch was made from; needed where several patches change the same "
+     "The model that the first patch was made from; needed if several patches change the same "
      "floats",
      1},
     {0}};
@@ -44,15 +44,12 @@ static const struct argp argp = {
     options,
     parse,
     "PATCH PATCH...",
-    "Patches made one after another, as one: from the model before the first to the one "
-    "after "
-    "the last, the same as `perta diff' of these two. A patch that does not go out from "
-    "where "
-    "the one before it ends is refused (exit 1) and nothing is written."
+    "Combine patches made one after another into one, from the model before the first to the "
+    "model after the last: the same patch as `perta diff' of these two. A patch that does not "
+    "begin at the model where the one before it ends is refused (exit 1), and nothing is written."
     "\v"
-    "The model is read only where several patches change the same chunk of 2^20 elements, "
-    "and "
-    "can be left out where that happens to no BF16, F16, F32 or F64 tensor.\n\n"
+    "The model is read only if several patches change the same chunk of 2^20 elements. --model "
+    "can be left out if that happens in no BF16, F16, F32 or F64 tensor.\n\n"
     "Example:\n"
     "  perta compose monday.patch tuesday.patch --model full --patch both.patch",
     children,
@@ -66,7 +63,7 @@ static void say(const struct args *args, const json_t *summary, double t)
     double bytes = json_number_value(json_object_get(summary, "patch_bytes"));
     char a[32], b[32];
     cli_say(&args->cli,
-            "%u patches as one: %.0f of %.0f parameters differ\n"
+            "%u patches combined: %.0f of %.0f parameters differ\n"
             "chunks: %.0f changed by one patch, %.0f by several\n"
             "patch %s: %s, %.3f bits a parameter\nread %s in %.2f s\n",
             args->compose.n_patches, json_number_value(json_object_get(counts, "changed")), n,

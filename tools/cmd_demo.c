@@ -1,4 +1,4 @@
-/* The whole story on a model that is made here: train, estimate, unlearn, ask. */
+/* The demo: trains small models, then estimates, unlearns, and asks the results. */
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -44,7 +44,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case ARGP_KEY_ARG:
         if (state->arg_num)
-            argp_error(state, "one folder is enough");
+            argp_error(state, "only one folder can be given");
         demo->dir = arg;
         return 0;
     default:
@@ -59,13 +59,9 @@ static const struct argp argp = {
     options,
     parse,
     "[DIR]",
-    "Train a small model that knows made-up people, make it forget some of them by three "
-    "methods at once and by "
-    "two in steps, "
-    "and ask it what it still knows. Everything stays in DIR (default perta-demo)."
-    "\v"
-    "Example:\n"
-    "  perta demo /tmp/demo",
+    "Train small models that know made-up people, make one of them forget some of these people "
+    "by three methods in one edit and by two in steps, and ask the results what they still "
+    "know. Everything stays in DIR (default perta-demo).\vExample:\n  perta demo /tmp/demo",
     children,
     NULL,
     NULL};
@@ -95,8 +91,7 @@ static int make_folders(const struct demo *demo, struct perta_err *err)
         rc = perta_fail_sys(err, errno, "%s", demo->dir);
     if (!rc && mkdir(data, 0777) && (errno != EEXIST || !demo->cli.force))
         rc = errno == EEXIST
-                 ? perta_fail(err, PERTA_EUSAGE,
-                              "%s is there already; give another folder, or --force", data)
+                 ? perta_fail(err, PERTA_EUSAGE, "%s exists; give another folder, or --force", data)
                  : perta_fail_sys(err, errno, "%s", data);
     free(data);
     return rc;
@@ -183,7 +178,7 @@ static int save(const struct demo *demo, struct perta_model *model, const char *
     return rc;
 }
 
-/* Up over a tenth of the steps, then down to nothing along a cosine. */
+/* The learning rate rises over the first tenth of the steps, then falls to zero along a cosine. */
 static float rate_at(unsigned step, unsigned n_steps)
 {
     const float pi = 3.14159265f;
@@ -235,7 +230,7 @@ static int train(const struct demo *demo, struct perta_model *model,
     return rc;
 }
 
-/* Train the model on data/DATA.jsonl and save it under its name. */
+/* Train the model on data/DATA.jsonl, and save it as name. */
 static int teach(struct demo *demo, struct perta_model *model, const char *name, const char *data,
                  unsigned n_steps, uint64_t seed, struct perta_err *err)
 {
@@ -283,7 +278,7 @@ static int make_models(struct demo *demo, struct perta_err *err)
 static struct perta_run quiet_run(const struct demo *demo)
 {
     struct perta_run run = demo->cli.run;
-    run.progress = NULL; /* each step is short */
+    run.progress = NULL; /* every job is short */
     return run;
 }
 
@@ -312,7 +307,7 @@ static int estimate(const struct demo *demo, const char *set, struct perta_err *
     return rc;
 }
 
-/* Of perta unlearn: the last two are importance, or data of steps. */
+/* The folders of perta unlearn; forget and retain are importances, or data files for steps. */
 struct sides {
     char *model, *tuned, *base, *patch, *out, *forget, *retain;
 };
@@ -340,7 +335,7 @@ static int sides_of(const struct demo *demo, const struct demo_method *method, s
     return all ? 0 : demo_no_memory(err);
 }
 
-/* What is the same for both ways. */
+/* The settings that both kinds of methods share. */
 static struct perta_unlearn edit_of(const struct demo *demo, const struct sides *s)
 {
     return (struct perta_unlearn){.model = s->model,
@@ -418,7 +413,7 @@ static int unlearn_held(const struct demo *demo, const struct demo_method *metho
     return rc;
 }
 
-/* The points from first on, one command. */
+/* Print the command that made the points from first on. */
 static void say_unlearn(const struct demo *demo, const struct demo_method *method, int first)
 {
     const struct cli *cli = &demo->cli;
@@ -467,7 +462,8 @@ static int run(struct demo *demo, struct perta_err *err)
     if (!rc)
         rc = make_models(demo, err);
     if (!rc)
-        cli_say(&demo->cli, "\nEvery parameter's importance for forgetting, and for retaining\n");
+        cli_say(&demo->cli,
+                "\nThe importance of every parameter for forgetting and for retaining\n");
     if (!rc)
         rc = estimate(demo, "forget", err);
     if (!rc)
@@ -475,9 +471,9 @@ static int run(struct demo *demo, struct perta_err *err)
     if (!rc)
         cli_say(
             &demo->cli,
-            "\nUnlearn: the task vector as it is (tv), weighed (grad, fisher), and in "
-            "steps\nwith gradients taken anew at each, which go on (signed-backoff) or hold what is\nforgotten and "
-            "give back what retain needs (signed-hold)\n");
+            "\nUnlearn: the task vector as it is (tv), with weights (grad, fisher), and in steps\n"
+            "that recompute gradients: until the last (signed-backoff), or holding what is\n"
+            "forgotten while giving back what the retain set needs (signed-hold)\n");
     for (int m = 0; m < DEMO_N_METHODS && !rc; m++)
         rc = unlearn(demo, &demo_methods[m], err);
     return rc ? rc : demo_ask(demo, err);

@@ -12,8 +12,8 @@ struct args {
 static const struct argp_option options[] = {
     {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 1},
     {"one-way", KEY_ONE_WAY, NULL, 0,
-     "A patch of new values only, for publishing: it tells nothing of the values before and cannot "
-     "be reverted",
+     "Write a patch of new values only, for publishing: it reveals nothing about the old "
+     "values and cannot be reverted",
      1},
     {0}};
 
@@ -45,9 +45,9 @@ static const struct argp argp = {
     options,
     parse,
     "OLD NEW",
-    "The exact difference of two checkpoints that have the same shards, tensors, shapes and "
-    "dtypes. `perta apply OLD PATCH' gives the shards of NEW back byte for byte, `perta revert "
-    "NEW PATCH' those of OLD."
+    "Write the exact difference of two checkpoints that have the same shards, tensors, shapes and "
+    "dtypes. `perta apply OLD PATCH' gives the shards of NEW, byte for byte; `perta revert NEW "
+    "PATCH' gives those of OLD."
     "\v"
     "Example:\n"
     "  perta diff base tuned --patch tuned.patch",
@@ -76,7 +76,7 @@ int cmd_diff(int argc, char **argv)
         double t = cli_seconds(&args.cli);
         char a[32], b[32], c[32];
         if (args.cli.run.dry_run)
-            cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
+            cli_say(&args.cli, "dry run: all checks passed; nothing was written\n");
         else
             cli_say(&args.cli,
                     "%.0f of %.0f parameters differ (%.2f%%)\npatch %s: %s, %.3f bits a "

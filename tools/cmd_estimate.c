@@ -13,28 +13,29 @@ enum {
 };
 
 struct args {
-    struct cli cli; /* first: the children's input */
+    struct cli cli; /* must be first: it is the input of the child parsers */
     struct perta_estimate estimate;
 };
 
 static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
-    {"data", KEY_DATA, "FILE", 0, "JSON lines with \"input_ids\" and \"labels\"", 1},
+    {"data", KEY_DATA, "FILE", 0, "The samples: JSON lines with \"input_ids\" and \"labels\"", 1},
     {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},
     {"data-key", KEY_DATA_KEY, "FILE", 0,
-     "A secret, 16 bytes at least: put the HMAC-SHA-256 of --data on record, in the importance and "
-     "in patches made with it",
+     "A file with a secret key of at least 16 bytes: record the HMAC-SHA-256 of --data in the "
+     "importance, and in patches made with it",
      2},
     {"stat", KEY_STAT, "mean,meansq", 0,
-     "Which statistics over samples: mean gradient, mean squared gradient, or both (default "
-     "mean)",
+     "Which statistics over the samples: mean gradient, mean squared gradient, or both "
+     "(default mean)",
      2},
-    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
+    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
     {"compute", KEY_COMPUTE, "auto|f32|bf16", 0,
-     "Matrix products: bfloat16 with float32 sums, or float32 (auto: bf16 where the CPU has it)",
+     "Matrix products in bfloat16 with float32 sums, or in float32 (auto: bf16 if the CPU "
+     "supports it)",
      2},
-    {"scratch", KEY_SCRATCH, "DIR", 0, "For what does not fit in memory (default: within --out)",
-     2},
+    {"scratch", KEY_SCRATCH, "DIR", 0,
+     "Folder for data that does not fit in memory (default: inside --out)", 2},
     {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -80,8 +81,8 @@ static const struct argp argp = {
     options,
     parse,
     NULL,
-    "Importance from a model and text: the mean gradient of the loss over samples, and the mean "
-    "of its squares, block by block through a model that need not fit in memory."
+    "Compute importance from a model and text: the mean gradient of the loss over samples, and the "
+    "mean of its squares. The model is read block by block and need not fit in memory."
     "\v"
     "The loss of a sample is the mean cross-entropy over its labels, as transformers computes "
     "it. `python -m perta.tokenize' makes the data from text.\n\n"
@@ -107,7 +108,7 @@ int cmd_estimate(int argc, char **argv)
         cli_note_unknown_keys(&args.cli, summary);
         cli_notes(&args.cli, summary);
         if (args.cli.run.dry_run)
-            cli_say(&args.cli, "dry run: everything fits; nothing was written\n");
+            cli_say(&args.cli, "dry run: all checks passed; nothing was written\n");
         json_array_foreach (json_object_get(summary, "folders"), i, folder)
             cli_say(&args.cli, "%s: over %lld samples\n", json_string_value(folder),
                     (long long)json_integer_value(json_object_get(summary, "samples")));

@@ -12,25 +12,26 @@ enum {
 };
 
 struct args {
-    struct cli cli; /* first: the children's input */
+    struct cli cli; /* must be first: it is the input of the child parsers */
     struct perta_eval eval;
 };
 
 static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
-    {"patch", KEY_PATCH, "DIR", 0, "Apply this patch to it while it is read; nothing is written",
+    {"patch", KEY_PATCH, "DIR", 0, "Apply this patch while the model is read; nothing is written",
      1},
     {"data", KEY_DATA, "FILE", 0,
-     "JSON lines with \"input_ids\" and \"labels\", and other answers to the same question as "
-     "\"paraphrased\" and \"perturbed\"",
+     "The questions: JSON lines with \"input_ids\" and \"labels\", and with other answers to "
+     "the same question as \"paraphrased\" and \"perturbed\"",
      1},
-    {"per-sample", KEY_PER_SAMPLE, NULL, 0, "The numbers of every line too", 2},
-    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
+    {"per-sample", KEY_PER_SAMPLE, NULL, 0, "Also print the numbers of every line", 2},
+    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
     {"compute", KEY_COMPUTE, "auto|f32|bf16", 0,
-     "Matrix products: bfloat16 with float32 sums, or float32 (auto: bf16 where the CPU has it)",
+     "Matrix products in bfloat16 with float32 sums, or in float32 (auto: bf16 if the CPU "
+     "supports it)",
      2},
     {"scratch", KEY_SCRATCH, "DIR", 0,
-     "For what does not fit in memory (default: $TMPDIR, or /var/tmp)", 2},
+     "Folder for data that does not fit in memory (default: $TMPDIR, or /var/tmp)", 2},
     {0}};
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -72,11 +73,13 @@ static const struct argp argp = {
     options,
     parse,
     NULL,
-    "How well a model knows answers: loss, probability, and whether it would give them; of the "
-    "model as it is, or after a patch, block by block."
+    "Measure how well a model knows answers: their loss and probability, and whether it would give "
+    "them; of the model as it is, or with a patch applied. The model is read block by block and "
+    "need not fit in memory."
     "\v"
-    "With --per-sample, so are the numbers of every line (--json: \"per_sample\"). `python -m perta.tokenize' "
-    "makes the data from text; docs/eval.md says what the numbers are.\n\n"
+    "With --per-sample the numbers of every line are printed too (with --json under "
+    "\"per_sample\"). `python -m perta.tokenize' makes the data from text; docs/eval.md defines "
+    "the numbers.\n\n"
     "Example:\n"
     "  perta eval --model full --patch patches/alpha-1 --data forget.jsonl",
     children,
@@ -104,7 +107,7 @@ static void say_lines(const struct cli *cli, const json_t *list)
 static void say(const struct cli *cli, const json_t *summary)
 {
     if (cli->run.dry_run) {
-        cli_say(cli, "dry run: everything fits; nothing was read but headers and data\n");
+        cli_say(cli, "dry run: all checks passed; only headers and data were read\n");
         return;
     }
     say_lines(cli, json_object_get(summary, "per_sample"));
@@ -115,7 +118,7 @@ static void say(const struct cli *cli, const json_t *summary)
             number(summary, "accuracy"));
     if (!json_object_get(summary, "truth_ratio"))
         return;
-    cli_say(cli, "truth ratio    %.6f (as a score: to forget %.6f, to retain %.6f)\n",
+    cli_say(cli, "truth ratio    %.6f (as a score: forget %.6f, retain %.6f)\n",
             number(summary, "truth_ratio"), number(summary, "truth_ratio_forget"),
             number(summary, "truth_ratio_retain"));
     cli_say(cli, "choice         %.6f (probability among the answers given)\n",

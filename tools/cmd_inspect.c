@@ -19,9 +19,9 @@ struct args {
     bool io, tensors;
 };
 
-/* inspect's --io takes no value: it tells what `auto' would pick. */
+/* --io takes no value here: it reports what `auto' would pick. */
 static const struct argp_option options[] = {
-    {"io", KEY_IO, NULL, 0, "Say how the files would be read, and why", 1},
+    {"io", KEY_IO, NULL, 0, "Print how the files would be read, and why", 1},
     {"tensors", KEY_TENSORS, NULL, 0, "List every tensor", 1},
     {"json", KEY_JSON, NULL, 0, "Print the result as one JSON object", 1},
     {0}};
@@ -40,13 +40,14 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->cli.json = true;
         return 0;
     }
-    return cli_one_argument(key, arg, state, &args->path, "inspect what?");
+    return cli_one_argument(key, arg, state, &args->path,
+                            "PATH is missing: what should be inspected?");
 }
 
 static const struct argp argp = {options,
                                  parse,
                                  "PATH",
-                                 "What is in a checkpoint, an importance folder or a patch."
+                                 "Show what is in a checkpoint, an importance folder or a patch."
                                  "\v"
                                  "Examples:\n"
                                  "  perta inspect model\n"
@@ -98,7 +99,7 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
                      "tensors", tensors);
 }
 
-/* Would estimate and eval take its config.json; and which keys of that would they pass over? */
+/* Add whether estimate and eval accept its config.json, and which keys of it they would ignore. */
 static void add_config(json_t **result, const struct perta_checkpoint *ck)
 {
     struct perta_llm llm;
@@ -147,13 +148,13 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
     return 0;
 }
 
-/* The whole manifest, for it says all. */
+/* The result is the patch's whole manifest. */
 static int inspect_patch(const struct args *args, json_t **result, struct perta_err *err)
 {
     struct perta_patch_in patch = {0};
     int rc = perta_patch_in_open(&patch, args->path, err);
     if (!rc)
-        rc = perta_patch_in_record(&patch, result, err);
+        rc = perta_patch_in_manifest(&patch, result, err);
     if (!rc) {
         perta_json_set(result, "kind", json_string("patch"));
         const char **paths = calloc(patch.n_shards + 1, sizeof *paths);
@@ -175,12 +176,12 @@ static const char *text(const json_t *object, const char *key)
 
 #define SHOWN_BYTES 80
 
-/* A value of somebody else's file, which may be megabytes. */
+/* Print a value from a file of unknown origin, which may have megabytes. */
 static void say_clipped(const struct cli *cli, const char *before, const char *key,
                         const char *after, const char *value)
 {
     size_t len = strlen(value), key_len = strlen(key);
-    int shown = SHOWN_BYTES; /* not in the middle of a character */
+    int shown = SHOWN_BYTES; /* do not cut within a character */
     while (len > SHOWN_BYTES && shown && (value[shown] & 0xc0) == 0x80)
         shown--;
     cli_say(cli, "%s%.*s%s%s%.*s", before, SHOWN_BYTES, key, key_len > SHOWN_BYTES ? "..." : "",
@@ -203,7 +204,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     const char *key;
     json_t *item;
     if (json_object_get(r, "not_computed"))
-        cli_say(cli, "  estimate and eval do not take it: %s\n", text(r, "not_computed"));
+        cli_say(cli, "  estimate and eval refuse it: %s\n", text(r, "not_computed"));
     json_object_foreach (json_object_get(r, "config"), key, item) {
         char *value = cli_text(item);
         say_clipped(cli, "  ", key, " ", value ? value : "");

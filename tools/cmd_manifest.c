@@ -14,9 +14,9 @@ struct args {
 };
 
 static const struct argp_option options[] = {
-    {"format", KEY_FORMAT, "perta|xxhsum|sha256sum", 0,
-     "perta: JSON with digests of every tensor (default). The others: what xxhsum --check and "
-     "sha256sum --check read, run inside PATH",
+    {"format", KEY_FORMAT, "FORMAT", 0,
+     "perta: JSON with digests of every tensor (default). xxhsum and sha256sum: lists for "
+     "xxhsum --check and sha256sum --check, which must run inside PATH",
      1},
     {0}};
 
@@ -32,7 +32,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         args->format = (enum format)cli_choice(state, "--format", arg, formats);
         return 0;
     }
-    return cli_one_argument(key, arg, state, &args->path, "which folder?");
+    return cli_one_argument(key, arg, state, &args->path, "PATH is missing: which folder?");
 }
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
@@ -40,8 +40,8 @@ static const struct argp argp = {
     options,
     parse,
     "PATH",
-    "Print digests of every file in a folder (or of one file): XXH3-128 for speed, SHA-256 for "
-    "authenticity; for safetensors files, of every tensor."
+    "Print the digests of every file in a folder (or of one file): XXH3-128 for speed, SHA-256 for "
+    "authenticity; for safetensors files also those of every tensor."
     "\v"
     "Examples:\n"
     "  perta manifest model >model.manifest.json\n"
@@ -52,8 +52,9 @@ static const struct argp argp = {
     NULL,
     NULL};
 
-/* sha256sum writes a backslash in a name twice, and one in front of the line; xxhsum as it is. Other
- * names that would have to be escaped are in no manifest. */
+/* Print a line as sha256sum does (gnu), which doubles a backslash in a name and puts one before the
+ * line; or as xxhsum does, which does neither. A manifest holds no other names that need
+ * escaping. */
 static void print_sum(const char *sum, const char *name, bool gnu)
 {
     printf("%s%s  ", gnu && strchr(name, '\\') ? "\\" : "", sum);

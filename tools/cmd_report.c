@@ -1,5 +1,5 @@
-/* A page about a patch. tools/report.html draws everything from the record of the patch, which
- * is put into it as it stands. */
+/* Writes a page about a patch. tools/report.html draws everything from the patch's record, which is
+ * embedded unchanged. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,7 @@
 #include "tools/cli.h"
 
 #define MARK "<!--manifest-->"
-#define TITLE "<title>perta report</title>" /* by which such a page is known */
+#define TITLE "<title>perta report</title>" /* identifies a page that an earlier report wrote */
 
 enum { KEY_HTML = CLI_KEY_OWN, KEY_FORCE };
 
@@ -44,7 +44,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "--html FILE is needed");
         return 0;
     }
-    return cli_one_argument(key, arg, state, &args->patch, "which patch?");
+    return cli_one_argument(key, arg, state, &args->patch, "PATCH is missing: which patch?");
 }
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
@@ -52,8 +52,8 @@ static const struct argp argp = {
     options,
     parse,
     "PATCH",
-    "Write one self-contained page about a patch: recipe, what changed by layer and module, how "
-    "weights are distributed, what rounding swallowed, digests. It needs no network."
+    "Write one self-contained page about a patch: the recipe, the change by layer and module, the "
+    "distribution of weights, what rounding took away, and digests. The page needs no network."
     "\v"
     "Example:\n"
     "  perta report forget.patch --html forget.html",
@@ -61,8 +61,8 @@ static const struct argp argp = {
     NULL,
     NULL};
 
-/* A '<' in the record could end the element that holds it; JSON spells it otherwise too. The
- * caller's (free). */
+/* Replace '<' in the record, which could end the HTML element that holds it, by its JSON escape.
+ * The caller frees the text. */
 static char *escaped(const char *text)
 {
     static const char less[] = "\\u003c";
@@ -80,7 +80,7 @@ static char *escaped(const char *text)
     return safe;
 }
 
-/* The caller's (free). */
+/* The caller frees it. */
 static char *page_of(const json_t *manifest)
 {
     const char *mark = strstr(report_page, MARK);
@@ -100,7 +100,7 @@ static int report(const struct args *args, struct perta_err *err)
     json_t *record = NULL;
     int rc = perta_patch_in_open(&patch, args->patch, err);
     if (!rc)
-        rc = perta_patch_in_record(&patch, &record, err);
+        rc = perta_patch_in_manifest(&patch, &record, err);
     char *page = rc ? NULL : page_of(record);
     json_decref(record);
     if (!rc && !page)

@@ -27,7 +27,7 @@ enum {
 };
 
 struct args {
-    struct cli cli; /* first: the children's input */
+    struct cli cli; /* must be first: it is the input of the child parsers */
     struct perta_unlearn unlearn;
     char *alpha_texts;
     const char **include, **exclude;
@@ -38,32 +38,35 @@ struct args {
 static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model to unlearn from", 1},
     {"tuned", KEY_TUNED, "DIR", 0,
-     "--base, tuned on the forget set alone: a model, or a PEFT LoRA adapter", 1},
+     "The --base model tuned on the forget set alone: a model, or a PEFT LoRA adapter", 1},
     {"base", KEY_BASE, "DIR", 0,
-     "What --tuned was tuned from; a LoRA adapter needs none, but for modules_to_save", 1},
+     "The model that --tuned was tuned from; a LoRA adapter needs it only for modules_to_save", 1},
     {"forget", KEY_FORGET, "DIR", 0, "Importance over the forget set", 1},
     {"retain", KEY_RETAIN, "DIR", 0, "Importance over the retain set", 1},
     {"patch", KEY_PATCH, "DIR", 0, "Write the patch here", 2},
-    {"out", KEY_OUT, "DIR", 0, "Write the finished model here, too", 2},
+    {"out", KEY_OUT, "DIR", 0, "Also write the edited model, here", 2},
     {"one-way", KEY_ONE_WAY, NULL, 0,
-     "A patch of new values only, for publishing: it tells nothing of the values before and cannot "
-     "be reverted",
+     "Write a patch of new values only, for publishing: it reveals nothing about the old values "
+     "and cannot be reverted",
      2},
     {"alpha", KEY_ALPHA, "A[,A...]", 0,
-     "How far to go (default 1). Several, from one read: DIR/alpha-A for each", 3},
+     "How far to go (default 1). With several A, one pass writes DIR/alpha-A for each", 3},
     {"method", KEY_METHOD, "METHOD", 0,
-     "How parameters are weighed: grad (default), fisher, power, tv, constant, random; with "
+     "How parameters are weighted: grad (default), fisher, power, tv, constant, random; with "
      "--steps: signed, signed-backoff (default), signed-hold",
      3},
-    {"power", KEY_POWER, "P", 0, "p of --method power", 3},
-    {"weight", KEY_WEIGHT, "W", 0, "The weight of --method constant, 0 to 1", 3},
+    {"power", KEY_POWER, "P", 0, "The exponent p of --method power", 3},
+    {"weight", KEY_WEIGHT, "W", 0, "The weight of --method constant, from 0 to 1", 3},
     {"seed", KEY_SEED, "S", 0, "Seed of --method random (default 0)", 3},
-    {"include", KEY_INCLUDE, "GLOB", 0, "Edit only tensors of such names; repeatable", 4},
-    {"exclude", KEY_EXCLUDE, "GLOB", 0, "Leave tensors of such names as they are; repeatable", 4},
+    {"include", KEY_INCLUDE, "GLOB", 0, "Edit only tensors whose name matches; repeatable", 4},
+    {"exclude", KEY_EXCLUDE, "GLOB", 0, "Leave tensors whose name matches unchanged; repeatable",
+     4},
     {"missing", KEY_MISSING, "error|tv|keep", 0,
-     "Tensors without importance: an error (default), edit them unweighed, or keep them", 4},
+     "Tensors without importance: an error (default), keep them, or subtract their whole task "
+     "vector",
+     4},
     {"nonfinite", KEY_NONFINITE, "error|keep", 0,
-     "NaN or Inf in an input: an error (default), or keep that parameter", 4},
+     "NaN or Inf in an input: an error (default), or keep that parameter unchanged", 4},
     {0}};
 
 static void parse_alphas(struct argp_state *state, struct args *args, const char *arg)
@@ -74,7 +77,7 @@ static void parse_alphas(struct argp_state *state, struct args *args, const char
     u->n_alphas = 0;
     for (char *rest = args->alpha_texts, *text; rest && (text = strsep(&rest, ","));) {
         if (u->n_alphas == PERTA_ALPHAS_MAX)
-            argp_error(state, "--alpha: %d at most", PERTA_ALPHAS_MAX);
+            argp_error(state, "--alpha: at most %d values", PERTA_ALPHAS_MAX);
         float value = (float)cli_number(state, "--alpha", text);
         u->alphas[u->n_alphas++] = (struct perta_alpha){value, text};
     }
@@ -88,7 +91,7 @@ static void add_glob(const char ***list, unsigned *n, const char *arg)
     (*list)[(*n)++] = arg;
 }
 
-/* With --steps there is nothing to weigh by but signs. */
+/* With --steps there are no weights to choose, only signs. */
 static void check_steps(struct argp_state *state, struct args *args)
 {
     struct perta_unlearn *u = &args->unlearn;
@@ -99,10 +102,11 @@ static void check_steps(struct argp_state *state, struct args *args)
     if (!s->n_steps)
         return;
     if (args->has_method && !is_signed)
-        argp_error(state, "--steps goes with --method signed, signed-backoff or signed-hold");
+        argp_error(state, "--steps needs --method signed, signed-backoff or signed-hold");
     if (u->forget || u->retain || args->has_alpha || u->missing || u->rule.keep_nonfinite)
-        argp_error(state, "--forget, --retain, --alpha, --missing and --nonfinite do not go with "
-                          "--steps");
+        argp_error(state,
+                   "--forget, --retain, --alpha, --missing and --nonfinite cannot be used with "
+                   "--steps");
     if (u->rule.method == PERTA_SCALE && args->steps.has_back_off)
         argp_error(state, "--method signed never backs off; --method signed-backoff does");
     if (u->rule.method == PERTA_SCALE)
@@ -110,17 +114,17 @@ static void check_steps(struct argp_state *state, struct args *args)
     u->rule.method = PERTA_SCALE;
 }
 
-/* What was given, and what not; whether it makes sense the library says. */
+/* Check which options are given together; the library checks their values. */
 static void check(struct argp_state *state, struct args *args)
 {
     const struct perta_unlearn *u = &args->unlearn;
     check_steps(state, args);
     if ((u->rule.method == PERTA_POWER) != args->has_power)
-        argp_error(state, "--method power and --power P go together");
+        argp_error(state, "--method power needs --power P (above 0), and no other method takes it");
     if ((u->rule.method == PERTA_CONSTANT) != args->has_weight)
-        argp_error(state, "--method constant and --weight W go together");
+        argp_error(state, "--method constant needs --weight W, and no other method takes it");
     if (u->rule.method != PERTA_RANDOM && args->has_seed)
-        argp_error(state, "--seed goes with --method random");
+        argp_error(state, "--seed: only --method random takes it");
 }
 
 static error_t parse_rest(int key, char *arg, struct argp_state *state);
@@ -206,7 +210,9 @@ static error_t parse_rest(int key, char *arg, struct argp_state *state)
         add_glob(&args->exclude, &u->globs.n_exclude, arg);
         return 0;
     case ARGP_KEY_ARG:
-        argp_error(state, "what is %s? Folders are given with --model, --tuned, ...", arg);
+        argp_error(state,
+                   "unexpected argument %s; folders are given with --model, --tuned and so on",
+                   arg);
         return 0;
     case ARGP_KEY_END:
         check(state, args);
@@ -223,10 +229,12 @@ static const struct argp argp = {
     options,
     parse,
     NULL,
-    "Subtract the weighed task vector from a model, in one pass over all folders."
+    "Make a model forget: subtract the task vector from it, each parameter weighted by how much it "
+    "matters for forgetting against retaining. One pass over all folders."
     "\v"
-    "tau = tuned - base, w = |g_f|^p / (|g_f|^p + |g_r|^p), result = model - alpha * w * tau.\n\n"
-    "Example:\n"
+    "The task vector is tau = tuned - base, the weight of a parameter w = |g_f|^p / (|g_f|^p + "
+    "|g_r|^p), the result model - alpha * w * tau.\n\n"
+    "Examples:\n"
     "  perta unlearn --model full --tuned tuned --base base \\\n"
     "    --forget imp/forget/mean --retain imp/retain/mean \\\n"
     "    --alpha 0.5,1,2 --patch patches --out models\n"
@@ -261,7 +269,8 @@ static void say_result(const struct cli *cli, const json_t *result)
         cli_say(cli, "  %.0f changes were too small for the model's dtype\n",
                 real(counts, "rounded_away"));
     if (real(counts, "nonfinite") > 0)
-        cli_say(cli, "  %.0f parameters with NaN or Inf kept\n", real(counts, "nonfinite"));
+        cli_say(cli, "  %.0f parameters with NaN or Inf stay unchanged\n",
+                real(counts, "nonfinite"));
     cli_say(cli, "  patch %s: %s, %.3f bits a parameter\n",
             json_string_value(json_object_get(result, "patch")), cli_bytes(patch, a),
             n > 0 ? 8 * patch / n : 0);
@@ -270,7 +279,7 @@ static void say_result(const struct cli *cli, const json_t *result)
     cli_say_left_behind(cli, result);
 }
 
-/* What stays as it is, and why. */
+/* Print how much stays unchanged, and why. */
 static void say_unedited(const struct cli *cli, const json_t *unedited)
 {
     size_t i;
@@ -304,10 +313,11 @@ static void say(const struct cli *cli, const json_t *summary)
                 cli_bytes(read / t, b), json_string_value(json_object_get(io, "engine")),
                 json_string_value(json_object_get(io, "why")));
     else
-        cli_say(cli, "dry run: everything fits; nothing was written\n");
+        cli_say(cli, "dry run: all checks passed; nothing was written\n");
 }
 
-/* Of steps, which are chosen on the way, only where there is one patch. */
+/* With --steps the names of several patches are known only at the end, so only that of a single one
+ * is checked. */
 static int check_statements(const struct args *args, struct perta_err *err)
 {
     const struct perta_unlearn *u = &args->unlearn;

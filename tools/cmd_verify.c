@@ -15,18 +15,20 @@ struct args {
 
 static const struct argp_option options[] = {
     {"manifest", KEY_MANIFEST, "FILE", 0, "Digests to check against, from `perta manifest'", 1},
-    {"patch", KEY_PATCH, "DIR", 0, "Check a model against this patch's digests", 1},
-    {"applied", KEY_APPLIED, NULL, 0, "with --patch: is PATH what the patch leads to?", 1},
-    {"original", KEY_ORIGINAL, NULL, 0, "with --patch: is PATH what it was made from?", 1},
+    {"patch", KEY_PATCH, "DIR", 0, "Check a model against the digests in this patch", 1},
+    {"applied", KEY_APPLIED, NULL, 0,
+     "With --patch: check that PATH is the model that the patch leads to", 1},
+    {"original", KEY_ORIGINAL, NULL, 0,
+     "With --patch: check that PATH is the model that it was made from", 1},
     {0}};
 
 static void check(struct argp_state *state, const struct args *args)
 {
     if (args->manifest && args->patch)
-        argp_error(state, "--manifest or --patch, not both");
+        argp_error(state, "give --manifest or --patch, not both");
     if ((args->patch != NULL) != (args->applied || args->original) ||
         (args->applied && args->original))
-        argp_error(state, "--patch goes with one of --applied and --original");
+        argp_error(state, "--patch needs one of --applied and --original, which need --patch");
 }
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -52,7 +54,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         check(state, args);
         return 0;
     }
-    return cli_one_argument(key, arg, state, &args->path, "verify what?");
+    return cli_one_argument(key, arg, state, &args->path,
+                            "PATH is missing: what should be verified?");
 }
 
 static const struct argp_child children[] = {{&cli_common_argp, 0, "Common:", 6}, {0}};
@@ -61,8 +64,8 @@ static const struct argp argp = {
     parse,
     "PATH",
     "Check a patch (every table, every frame, every digest), a folder against a manifest, or a "
-    "model against a patch. Exit 1 if anything differs; every difference is named, in a patch "
-    "and against one with tensor and elements, against a manifest with the tensor."
+    "model against a patch. The exit status is 1 if anything differs. Every difference is listed: "
+    "with the tensor, and in patches and against patches also with its elements."
     "\v"
     "Examples:\n"
     "  perta verify patches/alpha-1\n"
@@ -99,9 +102,9 @@ static int verify(struct args *args, json_t **summary, struct perta_err *err)
         return perta_patch_verify(args->path, &args->cli.run, summary, err);
     if (access(args->path, F_OK))
         return perta_fail(err, PERTA_EINPUT, "%s: no such file or folder", args->path);
-    return perta_fail(err, PERTA_EUSAGE,
-                      "%s: no patch; to check other folders give --manifest FILE or --patch DIR",
-                      args->path);
+    return perta_fail(
+        err, PERTA_EUSAGE,
+        "%s: not a patch; to check another folder give --manifest FILE or --patch DIR", args->path);
 }
 
 int cmd_verify(int argc, char **argv)

@@ -40,8 +40,8 @@ static int ask_part(struct perta_trainer *trainer, const struct perta_samples *s
             which[i] = at + i;
         rc = perta_trainer_forward(trainer, samples, which, n, &n_labels, err);
         for (uint32_t i = 0; i < n && !rc; i++) {
-            const float *answer = trainer->logits + 2 * i * V, *end = answer + V;
-            size_t target = (size_t)trainer->target[2 * i];
+            const float *answer = trainer->logits + 2 * (size_t)i * V, *end = answer + V;
+            size_t target = (size_t)trainer->target[2 * (size_t)i];
             *right += argmax(answer, V) == target && argmax(end, V) == DEMO_END;
             *probability += softmax_at(answer, V, target);
         }

@@ -16,7 +16,7 @@ enum { FIRST_NAMES = 40, LAST_NAMES = 40, QUESTIONS = 4 };
 
 static const size_t people[DEMO_N_PARTS] = {135, 15, 68, 67};
 static const char *const specials[DEMO_N_SPECIAL] = {"<pad>", "<s>", "</s>", "<unk>"};
-/* * is the name */
+/* * stands for the name */
 static const char *const questions[QUESTIONS] = {
     "where was * born ?",
     "what does * do for a living ?",
@@ -30,7 +30,7 @@ struct maker {
     uint32_t first[FIRST_NAMES], last[LAST_NAMES], answers[QUESTIONS][DEMO_ANSWERS];
 };
 
-/* 0 .. n - 1 */
+/* A number from 0 to n - 1. */
 static uint32_t draw(struct maker *m, uint32_t n)
 {
     uint64_t i = m->drawn++;
@@ -39,7 +39,7 @@ static uint32_t draw(struct maker *m, uint32_t n)
 
 /* ---- words ---- */
 
-/* The number of word, which is added if need be; UINT32_MAX: no memory. *is_new if it was. */
+/* The number of word, which is added if it is new (*is_new). UINT32_MAX when out of memory. */
 static uint32_t word_id(struct demo_facts *f, const char *word, bool *is_new)
 {
     *is_new = false;
@@ -55,7 +55,7 @@ static uint32_t word_id(struct demo_facts *f, const char *word, bool *is_new)
     return (uint32_t)f->n_words++;
 }
 
-/* Two or three syllables that nobody has used yet. */
+/* A word of two or three syllables that is not in use yet. */
 static uint32_t new_word(struct maker *m)
 {
     static const char *const onsets[] = {"b", "d", "f", "g",  "l",  "m",  "n",
@@ -104,7 +104,7 @@ static bool add_fact(struct maker *m, int question, uint32_t person, struct demo
     return true;
 }
 
-/* Everybody of all parts: as many different pairs of names, shuffled (Fisher & Yates). */
+/* Choose the people of all parts: distinct pairs of names, shuffled (Fisher-Yates). */
 static void choose_people(struct maker *m, uint32_t *names)
 {
     enum { N = FIRST_NAMES * LAST_NAMES };
@@ -200,7 +200,8 @@ static bool print_part(FILE *to, void *ctx)
     return !bad;
 }
 
-/* Facts are always the same: a file that is there is an earlier demo's if it is their beginning. */
+/* The facts are always the same, so an existing file was written by an earlier demo if it is a
+ * prefix of them. */
 static int check_earlier(const char *path, const char *text, size_t len_bytes,
                          struct perta_err *err)
 {
@@ -218,8 +219,8 @@ static int check_earlier(const char *path, const char *text, size_t len_bytes,
     free(old);
     return rc || same ? rc
                       : perta_fail(err, PERTA_EUSAGE,
-                                   "%s: exists, and no demo of this version wrote "
-                                   "it; move it away, or give another folder",
+                                   "%s: exists, but was not written by a demo of this "
+                                   "version; move it away, or give another folder",
                                    path);
 }
 

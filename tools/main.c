@@ -12,21 +12,23 @@ static const struct verb {
     const char *name;
     int (*run)(int argc, char **argv);
     const char *what;
-    enum { NEVER, WITH_STEPS, ALWAYS } computes; /* matrix products */
+    enum { NEVER, WITH_STEPS, ALWAYS } computes; /* whether the verb needs matrix products */
 } verbs[] = {
-    {"inspect", cmd_inspect, "what is in a checkpoint, an importance folder or a patch", NEVER},
-    {"estimate", cmd_estimate, "importance from a model and text", ALWAYS},
-    {"eval", cmd_eval, "how well a model knows answers, with a patch or without", ALWAYS},
-    {"accumulate", cmd_accumulate, "importance from gradient dumps", NEVER},
-    {"unlearn", cmd_unlearn, "subtract the weighed task vector: a patch, and a model", WITH_STEPS},
-    {"diff", cmd_diff, "a patch between any two checkpoints", NEVER},
-    {"apply", cmd_apply, "the model that a patch leads to", NEVER},
-    {"revert", cmd_revert, "the model that a patch was made from", NEVER},
-    {"compose", cmd_compose, "patches made one after another, as one", NEVER},
-    {"manifest", cmd_manifest, "digests of a folder, down to the tensor", NEVER},
+    {"inspect", cmd_inspect, "show what is in a checkpoint, an importance folder or a patch",
+     NEVER},
+    {"estimate", cmd_estimate, "compute importance from a model and text", ALWAYS},
+    {"eval", cmd_eval, "measure how well a model knows answers, with or without a patch", ALWAYS},
+    {"accumulate", cmd_accumulate, "compute importance from gradient dumps", NEVER},
+    {"unlearn", cmd_unlearn, "subtract the weighted task vector: writes a patch, and a model",
+     WITH_STEPS},
+    {"diff", cmd_diff, "write the patch between any two checkpoints", NEVER},
+    {"apply", cmd_apply, "write the model that a patch leads to", NEVER},
+    {"revert", cmd_revert, "write the model that a patch was made from", NEVER},
+    {"compose", cmd_compose, "combine patches made one after another into one", NEVER},
+    {"manifest", cmd_manifest, "print the digests of a folder, down to the tensor", NEVER},
     {"verify", cmd_verify, "check a folder or a patch against its digests", NEVER},
-    {"report", cmd_report, "a page about a patch, for people", NEVER},
-    {"demo", cmd_demo, "the whole story, on a model that it trains itself", ALWAYS},
+    {"report", cmd_report, "write a web page about a patch", NEVER},
+    {"demo", cmd_demo, "run all of it on small models that it trains itself", ALWAYS},
 };
 enum { N_VERBS = sizeof verbs / sizeof *verbs };
 
@@ -43,14 +45,15 @@ static void usage(FILE *to)
                 "Make a language model forget: per-parameter task arithmetic, out of core.\n\n");
     for (int i = 0; i < N_VERBS; i++)
         fprintf(to, "  %-11s %s%s\n", verbs[i].name, verbs[i].what, lack_of(&verbs[i]));
-    fprintf(to, "\n`perta VERB --help' explains a verb and gives an example.\n"
+    fprintf(to, "\n`perta VERB --help' explains a verb and its options, with an example.\n"
                 "Exit status: 0 done, 1 a check failed, 2 usage, 3 bad input, 4 system (I/O,\n"
                 "memory), 130 interrupted.\n");
 }
 
-/* Or a file that is opened would get the number of a stream that was closed, and what is printed.
- * Writes to what is opened to read fail. */
-static void hold_streams(void)
+/* Open the standard streams that are closed: otherwise the first file that is opened would get the
+ * number of a stream, and printed text would go into it. /dev/null is opened read-only, so that
+ * writes to it fail. */
+static void open_standard_streams(void)
 {
     for (int fd = 0; fd < 3; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd)
@@ -59,12 +62,13 @@ static void hold_streams(void)
 
 int main(int argc, char **argv)
 {
-    /* One arena, for each takes address space; and of fixed ways, for glibc's own keep ever larger
-     * blocks once one was freed: --memory has no room for what is kept. */
+    /* One arena, because each reserves address space; and fixed thresholds, because glibc's own
+     * grow with every block that is freed, so that it retains ever larger blocks: --memory has no
+     * room for those. */
     mallopt(M_ARENA_MAX, 1);
     mallopt(M_MMAP_THRESHOLD, 1 << 20);
     mallopt(M_TRIM_THRESHOLD, 4 << 20);
-    hold_streams();
+    open_standard_streams();
     atexit(cli_check_stdout);
     const char *name = argc > 1 ? argv[1] : "";
     for (int i = 0; i < N_VERBS; i++)
@@ -76,7 +80,7 @@ int main(int argc, char **argv)
     }
     bool asked = !strcmp(name, "--help") || !strcmp(name, "help");
     if (*name && !asked)
-        fprintf(stderr, "perta: no verb %s\n", name);
+        fprintf(stderr, "perta: unknown verb %s\n", name);
     usage(asked ? stdout : stderr);
     return asked ? 0 : 2;
 }

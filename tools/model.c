@@ -1,4 +1,5 @@
-/* This build has matrix products; one without has no_model.c in place of this and its verbs. */
+/* This build has matrix products. A build without them compiles no_model.c instead of this file and
+ * of the verbs that need them. */
 #include "tools/cli.h"
 
 const bool cli_has_model = true;

@@ -1,4 +1,5 @@
-/* What needs matrix products, in a build without (meson setup -Dmodel=disabled): it says so. */
+/* Replaces what needs matrix products in a build without them (meson setup -Dmodel=disabled): each
+ * verb prints that it is missing. */
 #include <stdio.h>
 
 #include "estimators/steps/steps.h"

@@ -1,4 +1,4 @@
-/* --statement: who made a patch of what, when and where, as an in-toto statement with SLSA
+/* --statement: writes who made a patch from what, when and where, as an in-toto statement with SLSA
  * provenance. Spec: docs/provenance.md */
 #include <errno.h>
 #include <stdio.h>
@@ -16,7 +16,7 @@
 #define BUILD_TYPE "https://perta.invalid/provenance/v1"
 #define SHA256_TEXT "sha256"
 
-/* A path's last part. */
+/* The last component of a path. */
 static const char *base_of(const char *path)
 {
     const char *slash = strrchr(path, '/');
@@ -26,7 +26,7 @@ static const char *base_of(const char *path)
 static void add_file(json_t **list, const char *folder, const char *name, const char *algorithm,
                      const char *hex)
 {
-    if (hex) /* what has no digest cannot be told from another */
+    if (hex) /* a file without a digest cannot be identified */
         perta_json_append(list, json_pack("{s:o, s:{s:s}}", "name",
                                           perta_text_json("%s/%s", folder, name), "digest",
                                           algorithm, hex));
@@ -37,7 +37,7 @@ static const char *text(const json_t *object, const char *key)
     return json_string_value(json_object_get(object, key));
 }
 
-/* Files that came out: of the patch, and of the model that it leads to. */
+/* The output files: those of the patch, and of the model that it leads to. */
 static json_t *subjects(const struct perta_patch_in *patch)
 {
     const json_t *outputs = json_object_get(patch->manifest, "outputs");
@@ -53,7 +53,7 @@ static json_t *subjects(const struct perta_patch_in *patch)
     return list;
 }
 
-/* Files that went in, by the role of their folder. */
+/* The input files, each under the role of its folder. */
 static json_t *dependencies(const json_t *manifest)
 {
     json_t *list = json_array(), *input, *file;
@@ -74,7 +74,7 @@ static json_t *when(time_t t)
     return json_string(stamp);
 }
 
-/* As the kernel names it; the caller's (free). NULL without memory. */
+/* The name that the kernel reports; the caller frees it. NULL when out of memory. */
 static char *cpu_name(void)
 {
     char line[256];
@@ -120,7 +120,7 @@ static json_t *statement_of(const struct perta_patch_in *patch, const json_t *su
 int cli_statement_check(const struct cli *cli, const char *patch, struct perta_err *err)
 {
     char *to = NULL;
-    if (!cli->statement || !patch) /* the verb says that it is needed */
+    if (!cli->statement || !patch) /* the verb reports that --patch is missing */
         return 0;
     size_t len = strlen(patch);
     while (len > 1 && patch[len - 1] == '/')
@@ -143,7 +143,7 @@ int cli_statement(const struct cli *cli, const char *path, const json_t *summary
     char *body = statement ? perta_canonical_json(statement) : NULL, *to = NULL;
     if (!rc && (!body || asprintf(&to, "%s" SUFFIX, patch.path) < 0))
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
-    /* The patch is new, so what an older one of this name had goes. */
+    /* The patch is new, so the statement of an older patch of the same name is replaced. */
     if (!rc)
         rc = perta_publish_single(to, "\"" BUILD_TYPE "\"", body, strlen(body), true, err);
     free(to);

@@ -1,4 +1,4 @@
-/* perta unlearn --steps: options of its own, and what it says. */
+/* perta unlearn --steps: its options and its output. */
 #include "tools/unlearn_steps.h"
 
 #include <math.h>
@@ -23,29 +23,34 @@ enum {
 
 static const struct argp_option options[] = {
     {"steps", KEY_STEPS, "K[,K...]", 0,
-     "Instead of weights from --forget and --retain: up to K steps, with gradients taken anew at "
-     "each. Several, of one run: DIR/step-K for each",
+     "Unlearn in up to K steps, which recompute gradients, instead of with weights from "
+     "--forget and --retain. With several K, one run writes DIR/step-K for each",
      1},
-    {"data-forget", KEY_DATA_FORGET, "FILE", 0, "What to forget: JSON lines, as of estimate", 1},
-    {"data-retain", KEY_DATA_RETAIN, "FILE", 0, "What to retain: likewise", 1},
-    {"data-key", KEY_DATA_KEY, "FILE", 0, "A key for digests (HMAC-SHA-256) of both in the record",
+    {"data-forget", KEY_DATA_FORGET, "FILE", 0, "The forget set: JSON lines, as for estimate", 1},
+    {"data-retain", KEY_DATA_RETAIN, "FILE", 0, "The retain set: likewise", 1},
+    {"data-key", KEY_DATA_KEY, "FILE", 0, "A key file: record keyed digests (HMAC-SHA-256) of both",
      1},
-    {"step", KEY_STEP, "S", 0, "How far a parameter's scale grows in a step (default 0.4)", 2},
+    {"step", KEY_STEP, "S", 0, "How much a parameter's scale can grow in a step (default 0.4)", 2},
     {"back-off", KEY_BACK_OFF, "B", 0,
-     "How far it shrinks where that is for the retain set (default 0.2; --method signed: never)",
+     "How much it shrinks in a step if that helps the retain set (default 0.2; --method "
+     "signed: never)",
      2},
-    {"max-scale", KEY_MAX_SCALE, "M", 0, "The most that it grows to (default 3)", 2},
+    {"max-scale", KEY_MAX_SCALE, "M", 0, "The largest value of a scale (default 3)", 2},
     {"stop-forget", KEY_STOP_FORGET, "L", 0,
-     "Stop once the loss over the forget set is L; --method signed-hold: stay there", 2},
+     "Stop once the loss over the forget set is at least L; with --method signed-hold, hold it "
+     "there",
+     2},
     {"stop-probability", KEY_STOP_PROBABILITY, "P", 0,
-     "Likewise, once the mean probability of the forget set's answers is P", 2},
+     "Stop once the mean probability of the forget set's answers is at most P; with --method "
+     "signed-hold, hold it there",
+     2},
     {"max-retain-rise", KEY_MAX_RETAIN_RISE, "R", 0,
      "Stop before the loss over the retain set has risen by more than R", 2},
-    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse longer samples", 2},
-    {"compute", KEY_COMPUTE, "auto|f32|bf16", 0, "Matrix products, as of estimate", 2},
+    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
+    {"compute", KEY_COMPUTE, "auto|f32|bf16", 0, "Matrix products, as for estimate", 2},
     {0}};
 
-/* The way is as long as the largest. */
+/* The number of steps is the largest K in the list. */
 static void parse_steps(struct argp_state *state, struct perta_steps *s, const char *arg)
 {
     char *texts = strdup(arg);
@@ -57,9 +62,9 @@ static void parse_steps(struct argp_state *state, struct perta_steps *s, const c
     for (char *rest = texts, *text; (text = strsep(&rest, ","));) {
         uint64_t k = cli_count(state, "--steps", text);
         if (!k || k > PERTA_STEPS_MAX)
-            argp_error(state, "--steps: 1 to %d", PERTA_STEPS_MAX);
+            argp_error(state, "--steps: must be from 1 to %d", PERTA_STEPS_MAX);
         else if (s->listed[k])
-            argp_error(state, "--steps: %s twice", text);
+            argp_error(state, "--steps: %s is given twice", text);
         else
             s->listed[k] = true;
         s->n_steps = k > s->n_steps ? (unsigned)k : s->n_steps;
@@ -91,7 +96,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_BACK_OFF:
         s->rule.back_off = cli_number(state, "--back-off", arg);
         own->has_back_off = true;
-        if (s->rule.back_off == 0) /* what the library takes for none */
+        if (s->rule.back_off == 0) /* 0 in the library means: never back off */
             argp_error(state, "--back-off: 0; --method signed never backs off");
         return 0;
     case KEY_MAX_SCALE:
@@ -144,7 +149,7 @@ void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bo
     const struct perta_steps *s = &own->steps;
     if (!s->n_steps && (own->n_given || is_signed))
         argp_error(state, "--method signed, signed-backoff and signed-hold, --data-forget, "
-                          "--data-retain and what goes with them need --steps K");
+                          "--data-retain and the options for them need --steps K");
 }
 
 static double real(const json_t *object, const char *key)
@@ -198,7 +203,7 @@ bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
     say_limit("--stop-forget", s->stop_forget, "loss", real(end, "forget_loss"));
     fprintf(stderr,
             ", not reached at step %lld, to which the patch leads; more --steps, a larger "
-            "--step or --max-scale%s go further\n",
+            "--step or --max-scale%s would go further\n",
             (long long)json_integer_value(chosen),
             isfinite(s->max_retain_rise) ? " or --max-retain-rise" : "");
     return false;

@@ -1,4 +1,4 @@
-"""Points of a curve, by `perta eval`, and what is read off it."""
+"""The points of a curve, measured by `perta eval`, and the figures derived from it."""
 
 import contextlib
 import itertools
@@ -13,8 +13,8 @@ import data
 
 @dataclass
 class Point:
-    """x is α, or steps; evaluations of both gradients that it took. The rest are mean
-    probabilities of answers, but for text, a loss."""
+    """x is α, or the number of steps; evaluations counts how often both gradients were computed.
+    The others are mean probabilities of answers, except text, which is a loss."""
 
     x: float
     evaluations: float
@@ -46,7 +46,8 @@ class Bench:
 
     @contextlib.contextmanager
     def started(self, *words: object) -> Iterator[Callable[[], bool]]:
-        """While it runs; then it is ended. Gives whether it is going on; a failure is raised."""
+        """A context in which the command runs; it is terminated at the end. Yields a function
+        that tells whether it still runs; raises if it failed."""
         command = self.command(*words)
         with subprocess.Popen(command, cwd=self.work, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, text=True) as run:  # fmt: skip
@@ -84,7 +85,8 @@ class Bench:
 
 
 def best_at(points: list[dict], level: float, key: str) -> float | None:
-    """The most of key that the curve, straight between its points, has at forget <= level."""
+    """The largest value of key on the curve, which is straight between its points, at forget <=
+    level."""
     reached = [p[key] for p in points if p["forget"] <= level]
     for a, b in itertools.pairwise(points):
         if (a["forget"] - level) * (b["forget"] - level) < 0:

@@ -1,4 +1,4 @@
-"""What the models of the benchmark are taught and asked: JSON lines as `perta estimate` takes them."""
+"""What the models of the benchmark are taught and asked: JSON lines as for `perta estimate`."""
 
 import json
 import sys
@@ -18,8 +18,8 @@ Samples = list[dict[str, list[int]]]
 
 @dataclass
 class Parts:
-    """`retain` is shown to the methods, `held_out` is to be kept without having been shown,
-    `other` is what base knows already, `text` is general text (it may be empty)."""
+    """`retain` is shown to the methods, `held_out` must be kept without having been shown,
+    `other` is what base already knows, `text` is general text (may be empty)."""
 
     forget: Samples
     retain: Samples
@@ -37,7 +37,8 @@ def write(path: Path, samples: Samples) -> Path:
 
 
 def made_up_facts(seed: int, people: Sequence[int]) -> Facts:
-    """Facts about so many people for base (other), forget, retain and held_out, four a person."""
+    """Facts about that many people for base (other), forget, retain and held_out, four facts a
+    person."""
     return make_facts(seed, *people)
 
 
@@ -57,7 +58,8 @@ def read(path: Path) -> list[dict]:
 
 
 def shortest(items: list[dict], tokenizer, n: int) -> Samples:
-    """The n shortest of a file, in its order: two CPUs are to train on them."""
+    """The n shortest questions of a file, in the file's order: two CPUs must be able to train on
+    them."""
     samples = [encode_item(tokenizer, item, chat=False) for item in items]
     longest = sorted(len(s["input_ids"]) for s in samples)[:n][-1]
     return [s for s in samples if len(s["input_ids"]) <= longest][:n]
@@ -69,8 +71,8 @@ def authors(items: list[dict]) -> list[list[dict]]:
 
 
 def tofu(folder: Path, tokenizer, seed: int, n_authors: int, n_questions: int) -> Parts:
-    """So many questions about each of two authors to forget, and of n_authors to retain and as
-    many held out, which the seed chooses among the first."""
+    """That many questions about each of two authors to forget, and of n_authors to retain and as
+    many held out, which the seed chooses from the first ones."""
     forget = read(folder / "forget01.jsonl")
     others = authors(read(folder / "retain90.jsonl"))[2 * n_authors * (seed - 1) :][: 2 * n_authors]
 
@@ -95,8 +97,8 @@ ANSWERS = {
 
 
 def sentences(seed: int, tokenizer, people: Sequence[int]) -> Parts:
-    """Made-up people in whole sentences, where TOFU is not there; nothing is known about them
-    before, so general text alone stands for other knowledge."""
+    """Made-up people in whole sentences, used without TOFU. Nothing is known about them before,
+    so general text alone represents other knowledge."""
     facts = made_up_facts(seed, (0, *people))
 
     def encode(fact) -> dict[str, list[int]]:

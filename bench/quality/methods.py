@@ -10,7 +10,7 @@ import train
 from curves import Bench
 from safetensors.torch import load_file, save_file
 
-# name: (flags of perta unlearn, statistic, the model that gradients are taken at, mask)
+# name: (flags of perta unlearn, statistic, the model where gradients are taken, mask)
 ONE_STEP = {
     "tv": (["--method", "tv"], None, None, False),
     "constant": (["--method", "constant", "--weight", "0.5"], None, None, False),
@@ -32,7 +32,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def put_tensors(model: Path, tensors: dict[str, torch.Tensor], out: Path) -> None:
-    """A copy of the folder, one shard, with these weights."""
+    """A copy of the folder with these weights, in one shard."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file({k: x.contiguous() for k, x in tensors.items()}, out / "model.safetensors",
@@ -48,7 +48,7 @@ def importance(b: Bench, at: str) -> None:
 
 
 def masked(b: Bench, at: str) -> str:
-    """tuned, put back to base where moving along base - tuned raises the retain loss."""
+    """tuned, set back to base where moving along base - tuned raises the retain loss."""
     if not (b.work / "masked").exists():
         tuned, base = tensors_of(b.work / "tuned"), tensors_of(b.work / "base")
         g = tensors_of(b.work / f"importance-{at}/retain/mean")
@@ -83,7 +83,7 @@ HELD = "signed-hold"
 
 
 def options_of(name: str) -> tuple[str, dict[str, str]]:
-    """Options follow the method's name: "signed-backoff, step 0.2, back-off 0.4"."""
+    """Options follow the name of the method: "signed-backoff, step 0.2, back-off 0.4"."""
     method, *options = name.split(", ")
     return method, dict(option.split() for option in options)
 
@@ -97,7 +97,7 @@ def words_of(b: Bench, name: str) -> list[str]:
 
 
 def held(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
-    """A point each run, which holds the gold model's forget level, and half of it."""
+    """One point for each run, which holds the gold model's forget level, or half of it."""
     patch, n = b.work / "patch", int(options_of(name)[1].get("steps", spec.held_steps))
     for level in (gold, FORGOTTEN * gold):
         b.run(*words_of(b, name), "--steps", n, "--stop-probability", level, "--patch", patch)
@@ -105,7 +105,7 @@ def held(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
 
 
 def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
-    """A point each step, all of one run, which is ended when it has gone far enough."""
+    """One point for each step, all of one run, which is ended when it has gone far enough."""
     every = ",".join(str(k + 1) for k in range(spec.max_steps))
     patches = b.work / "patches"
     shutil.rmtree(patches, ignore_errors=True)
@@ -124,9 +124,9 @@ TRAINED = ("gradient ascent", "NPO + retain")
 
 
 def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
-    """Adam on whole forget and retain sets, in PyTorch. NPO (arXiv 2404.05868) with beta 0.1:
-    2/beta log(1 + (p/p_full)^beta), beside the retain loss with weight 1. "NPO + retain, rate
-    1e-4" takes another learning rate than spec's."""
+    """Adam on the whole forget and retain sets, in PyTorch. NPO (arXiv 2404.05868) with beta
+    0.1: 2/beta log(1 + (p/p_full)^beta), plus the retain loss with weight 1. "NPO + retain,
+    rate 1e-4" uses another learning rate than spec's."""
     method, options = options_of(name)
     model, beta = train.load(b.work / "full"), 0.1
     rate = float(options.get("rate", spec.reference_rate))
@@ -154,7 +154,7 @@ def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[di
 
 
 def curve(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
-    """The gold model's forget level is gold; the curve goes some way beyond it."""
+    """gold is the gold model's forget level; the curve continues some way below it."""
     method = name.split(", ")[0]
     if name in ONE_STEP:
         yield from one_step(b, name, spec, FORGOTTEN * gold)

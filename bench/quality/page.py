@@ -1,4 +1,4 @@
-"""What was measured, as Markdown and as a picture for each model."""
+"""The measurements as Markdown, and as a plot for each model."""
 
 import statistics
 from pathlib import Path
@@ -12,7 +12,7 @@ COLUMNS = {"area": "area", "held_out_at_gold": "held-out retain at gold's forget
 
 
 def cell(values: list[float | None]) -> str:
-    """Mean (least to most) over seeds; how many did not get there."""
+    """Mean (minimum to maximum) over seeds; and how many did not reach the level."""
     there = [v for v in values if v is not None]
     if not there:
         return "not reached"

@@ -1,10 +1,11 @@
-"""Does it forget and keep the rest: every method's whole curve, on a model of known contents.
+"""Does it forget and keep the rest: the whole curve of every method, on models of known
+contents.
 
     python bench/quality/run.py BUILD WORKDIR --model small|smollm2 [--seeds 1,2,3] [--tofu DIR]
 
-Writes MODEL.json, MODEL.md and MODEL.svg to bench/results/quality/, part by part; models and
-curves that are there already are not made again. Needs examples/requirements.txt and
-bench/requirements.txt. docs/quality.md says what the figures mean.
+Writes MODEL.json, MODEL.md and MODEL.svg to bench/results/quality/, part by part. Models and curves
+that exist already are not made again. Needs examples/requirements.txt and bench/requirements.txt.
+docs/quality.md explains the figures.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def one_seed(bench: curves.Bench, spec: train.Spec, seed: dict, names: list[str]
 
 
 def command_of(a: argparse.Namespace) -> str:
-    """What is run, but for the folders of one machine."""
+    """The command line, without the folders of this machine."""
     words = ["python", "bench/quality/run.py", "BUILD", "WORKDIR", "--model", a.model]
     words += ["--seeds", a.seeds, "--threads", str(a.threads)]
     words += ["--tofu", "TOFU"] if a.tofu else []
@@ -49,8 +50,8 @@ def main() -> None:
     parser.add_argument("--model", choices=train.SPECS, default="small")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--tofu", type=Path, help="the TOFU benchmark's JSON lines, for smollm2")
-    parser.add_argument("--methods", help="several, with ; between them (default: all)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="PyTorch's")
+    parser.add_argument("--methods", help="names separated by ; (default: all)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of PyTorch")
     parser.add_argument("--results", type=Path,
                         default=Path(__file__).parents[1] / "results/quality")  # fmt: skip
     a = parser.parse_args()

@@ -1,4 +1,5 @@
-"""The models of the benchmark, trained in PyTorch, and kept: a run that was stopped goes on."""
+"""The models of the benchmark, trained in PyTorch and kept, so that an interrupted run
+continues."""
 
 import copy
 import random
@@ -17,7 +18,7 @@ MODELS = ("full", "gold", "tuned")
 
 @dataclass(frozen=True)
 class Spec:
-    """One of the benchmark's two models. Epochs are of what each model is taught."""
+    """One of the benchmark's two models. Epochs are those for each model's lessons."""
 
     hidden: int = 192
     layers: int = 3
@@ -29,11 +30,11 @@ class Spec:
     tuned_epochs: int = 100
     rate: float = 3e-3
     batch: int = 128
-    dtype: torch.dtype = torch.float32  # of the checkpoints
-    compute: str = "f32"  # of perta's matrix products
+    dtype: torch.dtype = torch.float32  # dtype of the checkpoints
+    compute: str = "f32"  # arithmetic of perta's matrix products
     reference_rate: float = 3e-4  # of gradient ascent and NPO
     reference_updates: int = 400  # at most
-    held_steps: int = 16  # of signed-hold
+    held_steps: int = 16  # steps of signed-hold
     max_steps: int = 40
     max_alpha: float = 32.0
     alpha_ratio: float = 1.2
@@ -53,7 +54,7 @@ SPECS = {
 
 
 def padded(samples: data.Samples) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (N, T), padded on the right, where no label is."""
+    """Token ids and labels (N, T), padded on the right, where there are no labels."""
     longest = max(len(s["input_ids"]) for s in samples)
 
     def rows(key: str, fill: int) -> torch.Tensor:
@@ -63,8 +64,8 @@ def padded(samples: data.Samples) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def losses(model, samples: data.Samples) -> torch.Tensor:
-    """The mean cross-entropy over the labels of each sample (N,), as perta has it. The head sees
-    only what is learned."""
+    """The mean cross-entropy over the labels of each sample (N,), as in perta. The head sees
+    only the positions that are learned."""
     ids, labels = padded(samples)
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # (N, T - 1, H)
     learned = labels[:, 1:] != data.IGNORED
@@ -76,8 +77,8 @@ def losses(model, samples: data.Samples) -> torch.Tensor:
 
 
 def teach(model, samples: data.Samples, epochs: int, spec: Spec, seed: int) -> float:
-    """AdamW, the rate rising for a tenth of the steps and falling to zero. Returns the mean loss
-    of the last epoch."""
+    """AdamW; the rate rises over a tenth of the steps and then falls to zero. Returns the mean
+    loss of the last epoch."""
     steps_an_epoch = -(-len(samples) // spec.batch)
     optimizer = torch.optim.AdamW(model.parameters(), spec.rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -101,7 +102,7 @@ def teach(model, samples: data.Samples, epochs: int, spec: Spec, seed: int) -> f
 
 
 def save(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
-    """Whole or not at all. The model given keeps its own numbers."""
+    """Written completely or not at all. The model keeps its own numbers."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     copy.deepcopy(model).to(dtype).save_pretrained(partial)
@@ -114,7 +115,7 @@ def load(folder: Path):
 
 
 def small_base(spec: Spec, seed: int, work: Path) -> data.Parts:
-    """A Llama from scratch that knows the language, and other people."""
+    """A Llama trained from scratch, which knows the language and other people."""
     facts = data.made_up_facts(seed, spec.people)
     tokenizer = make_tokenizer(facts.words)
     parts = data.one_word_answers(facts, tokenizer)
@@ -146,8 +147,8 @@ def smollm2_base(spec: Spec, seed: int, work: Path, tofu: Path | None) -> data.P
 
 
 def make_models(name: str, seed: int, work: Path, tofu: Path | None) -> data.Parts:
-    """WORK/base, full (tuned on forget and all of retain), gold (on retain alone) and tuned (on
-    forget alone), where they are not there yet."""
+    """Make WORK/base, full (tuned on forget and all of retain), gold (on retain alone) and tuned
+    (on forget alone), unless they exist."""
     spec = SPECS[name]
     work.mkdir(parents=True, exist_ok=True)
     if name == "smollm2":

@@ -18,12 +18,12 @@ enum kind { KIND_A, KIND_B, KIND_EMBEDDING_A, KIND_EMBEDDING_B, KIND_BASE_LAYER,
 
 /* One tensor of the adapter. */
 struct part {
-    char *target; /* the tensor of the model that it is about */
+    char *target; /* the tensor of the model that it changes */
     enum kind kind;
     const struct perta_ref *ref;
 };
 
-/* With the name that PEFT gives an adapter by default, or without one, as it saves. */
+/* Endings of PEFT's names: with the default adapter name in them, and without it, as PEFT saves. */
 static const struct ending {
     const char *text;
     enum kind kind;
@@ -52,10 +52,11 @@ static int read_name(const struct perta_checkpoint *ck, const struct perta_ref *
     while (!perta_text_ends_in(bare, e->text))
         e++;
     if (!*e->text && strstr(bare, "lora_"))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s: a kind that perta does not know; merge the adapter into "
-                          "its base (merge_and_unload, save_pretrained)",
-                          ck->shards[0].path, name);
+        return perta_fail(
+            err, PERTA_EINPUT,
+            "%s: tensor %s: an unknown kind of adapter tensor; merge the adapter into "
+            "its base (merge_and_unload, save_pretrained)",
+            ck->shards[0].path, name);
     part->kind = e->kind;
     part->ref = ref;
     if (asprintf(&part->target, "%.*s%s", (int)(strlen(bare) - strlen(e->text)), bare, e->instead) <
@@ -73,7 +74,7 @@ static int compare_parts(const void *a, const void *b)
     return order ? order : (int)x->kind - (int)y->kind;
 }
 
-/* All parts (n) of one target. */
+/* Combine the n parts that share one target into a change. */
 static int join_parts(const struct perta_checkpoint *ck, struct part *parts, size_t n,
                       struct perta_change *change, struct perta_err *err)
 {
@@ -81,7 +82,7 @@ static int join_parts(const struct perta_checkpoint *ck, struct part *parts, siz
     const char *path = ck->shards[0].path;
     for (size_t i = 0; i < n; i++) {
         if (of[parts[i].kind])
-            return perta_fail(err, PERTA_EINPUT, "%s: tensors %s and %s say the same", path,
+            return perta_fail(err, PERTA_EINPUT, "%s: tensors %s and %s are duplicates", path,
                               of[parts[i].kind]->tensor->name, parts[i].ref->tensor->name);
         of[parts[i].kind] = parts[i].ref;
     }
@@ -95,14 +96,14 @@ static int join_parts(const struct perta_checkpoint *ck, struct part *parts, siz
         .base_layer = of[KIND_BASE_LAYER],
         .is_embedding = embedding,
     };
-    parts[0].target = NULL; /* it is the change's now */
+    parts[0].target = NULL; /* now owned by the change */
     const char *name = parts[0].ref->tensor->name;
     if (embedding + linear + (of[KIND_WHOLE] != NULL) > 1)
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: tensor %s: %s changes the same one in another way", path, name,
+                          "%s: tensor %s: %s changes the same weight in another way", path, name,
                           parts[n - 1].ref->tensor->name);
     if (!change->whole && (!change->a || !change->b))
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no %s to it", path, name,
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: no matching %s", path, name,
                           change->a   ? "lora_B"
                           : change->b ? "lora_A"
                                       : "lora_A and lora_B");
@@ -156,14 +157,14 @@ static int check_factor(const struct perta_adapter *adapter, const struct perta_
     char shape[128];
     perta_shape_print(shape, sizeof shape, factor);
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s: shape %s, where [%llu, %llu] is needed: %s is [%llu, %llu] "
-                      "in --model, its rank %llu in " PERTA_ADAPTER_CONFIG,
+                      "%s: tensor %s: shape %s, but [%llu, %llu] is needed: %s is [%llu, %llu] "
+                      "in --model, and its rank is %llu in " PERTA_ADAPTER_CONFIG,
                       path, factor->name, shape, (ull)n_rows, (ull)n_columns, change->target,
                       (ull)change->rows, (ull)change->width, (ull)change->r);
 }
 
-/* Conv1D of GPT-2 and its like has W as its transpose, which PEFT goes by whatever the config says;
- * a matrix that is square does not show it. */
+/* Conv1D layers (GPT-2 and similar models) store W transposed. PEFT transposes them whatever the
+ * config says, and the shape of a square matrix does not show it. */
 static int check_transposed(const struct perta_adapter *adapter,
                             const struct perta_checkpoint *model, const struct perta_change *change,
                             struct perta_err *err)
@@ -177,7 +178,7 @@ static int check_transposed(const struct perta_adapter *adapter,
             return perta_fail(
                 err, PERTA_EINPUT,
                 "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
-                "which perta does not do; merge the adapter into its base",
+                "which perta does not support; merge the adapter into its base",
                 adapter->ck->shards[0].path, change->a->tensor->name, change->target, type);
     return 0;
 }
@@ -189,7 +190,7 @@ static int check_lora(const struct perta_adapter *adapter,
 {
     const struct perta_checkpoint *ck = adapter->ck;
     if (tensor->n_dims != 2)
-        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: %s is no matrix in --model",
+        return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: %s is not a matrix in --model",
                           ck->shards[0].path, change->a->tensor->name, tensor->name);
     change->rows = tensor->shape[0];
     change->width = tensor->shape[1];
@@ -213,7 +214,7 @@ static int check_lora(const struct perta_adapter *adapter,
               : 0;
 }
 
-/* Is it an embedding of tokens? By its name, or by a row for each of them. */
+/* Is this a token embedding? Decided by its name, or by its shape: one row for each token. */
 static bool is_embedding(const struct perta_checkpoint *model, const char *name)
 {
     static const char *const names[] = {"embed_tokens.weight", "wte.weight",
@@ -242,9 +243,9 @@ static bool has_head(const struct perta_checkpoint *model)
     return false;
 }
 
-/* Does the model use this tensor once more, as its head or its embedding? config.json says it, or
- * where it leaves that to the architecture, it is a language model's embedding and no head of its
- * own is stored. */
+/* Does the model use this tensor a second time, as its head or its embedding? Either config.json
+ * says so; or it leaves this to the architecture, the tensor is a language model's embedding, and
+ * no separate head is stored. */
 static bool is_shared(const struct perta_checkpoint *model, const char *name)
 {
     const json_t *tie = json_object_get(model->config, "tie_word_embeddings");
@@ -259,8 +260,8 @@ static bool is_shared(const struct perta_checkpoint *model, const char *name)
            is_embedding(model, name) && !has_head(model);
 }
 
-/* The live adapter changes one of embedding and head, a merged one both: which is meant nobody
- * knows, unless the adapter holds both whole, and the same. */
+/* A live adapter changes only one of embedding and head, a merged adapter changes both. Which of
+ * the two is meant cannot be known, unless the adapter stores both whole and byte-identical. */
 static int check_tied(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
                       const struct perta_change *change, struct perta_err *err)
 {
@@ -283,11 +284,12 @@ static int check_tied(const struct perta_adapter *adapter, const struct perta_ch
         "without it",
         adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
         other_name ? other_name : "its head",
-        other ? "it changes that in another way"
-              : "it does not change that, and the model has one matrix for both");
+        other ? "the adapter changes that tensor in another way"
+              : "the adapter does not change that tensor, and the model has one matrix for both");
 }
 
-/* transformers gives the parts of a vision-language model other names than they are stored under. */
+/* Names the possible cause: transformers gives the parts of a vision-language model other names
+ * than the files do. */
 static int no_target(const struct perta_adapter *adapter, const struct perta_change *change,
                      const struct perta_checkpoint *model, struct perta_err *err)
 {
@@ -296,13 +298,13 @@ static int no_target(const struct perta_adapter *adapter, const struct perta_cha
     bool wraps = strstr(change->target, outer);
     for (uint64_t i = 0; i < model->n_tensors && !wraps; i++)
         wraps = strstr(model->by_name[i].tensor->name, outer);
-    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: there is no %s in --model %s; %s",
-                      adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
-                      wraps
-                          ? "one of them goes by the names of a vision-language model "
-                            "(language_model), the other does not; merge the adapter into its base "
-                            "(merge_and_unload, save_pretrained) and give that as --tuned"
-                          : "is it another architecture?");
+    return perta_fail(
+        err, PERTA_EINPUT, "%s: tensor %s: %s is not in --model %s; %s",
+        adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
+        wraps ? "one of the two uses the names of a vision-language model "
+                "(language_model) and the other does not; merge the adapter into its base "
+                "(merge_and_unload, save_pretrained) and give that as --tuned"
+              : "is it a different architecture?");
 }
 
 static int find_target(struct perta_adapter *adapter, const struct perta_adapter_config *config,
@@ -336,7 +338,7 @@ static int find_targets(struct perta_adapter *adapter, const struct perta_adapte
     return rc;
 }
 
-/* PEFT passes over what target_modules do not name. */
+/* Warn of LoRAs that target_modules does not name: PEFT ignores those. */
 static void note_targets(const struct perta_adapter *adapter,
                          const struct perta_adapter_config *config, json_t *notes)
 {
@@ -349,13 +351,14 @@ static void note_targets(const struct perta_adapter *adapter,
             first = c->target;
     }
     if (n)
-        perta_note(notes,
-                   "%s/" PERTA_ADAPTER_CONFIG ": target_modules name none of %llu modules that the "
-                   "file has a LoRA for, %s the first: PEFT would pass them over, here they count",
-                   adapter->ck->path, (ull)n, first);
+        perta_note(
+            notes,
+            "%s/" PERTA_ADAPTER_CONFIG ": target_modules does not name %llu modules that the "
+            "file has a LoRA for, the first of them %s: PEFT would ignore them, perta applies them",
+            adapter->ck->path, (ull)n, first);
 }
 
-/* PEFT's names have it in front, and PEFT passes over what has not. */
+/* Warn of names without PEFT's prefix: PEFT ignores those tensors. */
 static void note_names(const struct perta_adapter *adapter, json_t *notes)
 {
     const char *first = NULL;
@@ -367,8 +370,8 @@ static void note_names(const struct perta_adapter *adapter, json_t *notes)
     }
     if (n)
         perta_note(notes,
-                   "%s: the names of %llu tensors, %s the first, do not begin with " PREFIX
-                   ": PEFT would pass them over, here they count",
+                   "%s: the names of %llu tensors, the first of them %s, do not begin with " PREFIX
+                   ": PEFT would ignore them, perta applies them",
                    adapter->ck->shards[0].path, (ull)n, first);
 }
 
@@ -378,12 +381,12 @@ static int check_any(const struct perta_adapter *adapter, struct perta_err *err)
                ? 0
                : perta_fail(
                      err, PERTA_EINPUT,
-                     "%s: no tensors; adapters of compiled or sharded models may be saved so: "
-                     "save it again, from the whole model",
+                     "%s: no tensors; an adapter of a compiled or sharded model can be saved "
+                     "like this: save it again, from the whole model",
                      adapter->ck->n_shards ? adapter->ck->shards[0].path : adapter->ck->path);
 }
 
-/* Is there a whole copy of a tensor in the module of that name? */
+/* Does the adapter store a whole tensor in the module of that name? */
 static bool holds_module(const struct perta_adapter *adapter, const char *module)
 {
     for (uint64_t i = 0; i < adapter->n_changes; i++)
@@ -393,8 +396,8 @@ static bool holds_module(const struct perta_adapter *adapter, const char *module
     return false;
 }
 
-/* What modules_to_save names and the model has must be there: without it the adapter is a part of
- * one, which PEFT does not load. */
+/* Everything that modules_to_save names and the model has must be in the file. An adapter without
+ * it is incomplete, and PEFT does not load it. */
 static int check_saved(const struct perta_adapter *adapter, const struct perta_checkpoint *model,
                        struct perta_err *err)
 {
@@ -406,13 +409,13 @@ static int check_saved(const struct perta_adapter *adapter, const struct perta_c
             if (perta_is_buffer(t) || !perta_adapter_is_within(t->name, json_string_value(module)))
                 continue;
             if (!holds_module(adapter, json_string_value(module)))
-                return perta_fail(err, PERTA_EINPUT,
-                                  "%s/" PERTA_ADAPTER_CONFIG
-                                  ": modules_to_save: %.200s is not in %s, "
-                                  "though --model has %s; is the adapter whole? Save it again, or "
-                                  "remove that name",
-                                  adapter->ck->path, json_string_value(module),
-                                  adapter->ck->shards[0].name, t->name);
+                return perta_fail(
+                    err, PERTA_EINPUT,
+                    "%s/" PERTA_ADAPTER_CONFIG ": modules_to_save: %.200s is not in %s, "
+                    "although --model has %s; is the adapter complete? Save it again, or "
+                    "remove that name",
+                    adapter->ck->path, json_string_value(module), adapter->ck->shards[0].name,
+                    t->name);
             break;
         }
     return 0;

@@ -16,7 +16,7 @@ static int refuse_key(const struct perta_adapter_config *c, const char *key, con
                       why);
 }
 
-/* Not what keys hold that a model does without. */
+/* Is the key used? Its value is not null, false, or an empty string, list or object. */
 static bool is_set(const json_t *value)
 {
     return value && !json_is_null(value) && !json_is_false(value) &&
@@ -25,8 +25,8 @@ static bool is_set(const json_t *value)
              (json_is_object(value) && !json_object_size(value)));
 }
 
-/* The config of a kind is one of that kind, even if it is empty and all its keys have their
- * defaults. */
+/* A config object of one of these kinds selects that kind, even if it is empty and all its keys
+ * have their defaults. */
 static bool is_kind(const struct perta_adapter_config *c, const char *key)
 {
     static const char *const kinds[] = {"use_bdlora", "arrow_config", "monteclora_config",
@@ -37,7 +37,7 @@ static bool is_kind(const struct perta_adapter_config *c, const char *key)
     return found && json_is_object(json_object_get(c->json, key));
 }
 
-/* What changes the result in ways that A, B and scaling do not say. */
+/* Refuse settings that change the result in a way that A, B and scaling do not describe. */
 static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *err)
 {
     static const char *const refused[] = {
@@ -48,15 +48,16 @@ static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         if (is_set(json_object_get(c->json, refused[i])) || is_kind(c, refused[i]))
-            return refuse_key(c, refused[i],
-                              "set, which perta does not do; merge the adapter into its base "
-                              "(merge_and_unload, save_pretrained) and give that as --tuned",
-                              err);
+            return refuse_key(
+                c, refused[i],
+                "is set, which perta does not support; merge the adapter into its base "
+                "(merge_and_unload, save_pretrained) and give that as --tuned",
+                err);
     return 0;
 }
 
-/* Some initialisations take from the base what they put into A and B: then scaling * (B A)
- * is not all that sets the tuned model apart from the base. */
+/* Some initialisations move part of the base model into A and B. Then scaling * (B A) is not the
+ * whole difference between the tuned model and the base. */
 static int check_init(const struct perta_adapter_config *c, struct perta_err *err)
 {
     static const char *const plain[] = {"gaussian", "eva", "orthogonal"};
@@ -67,15 +68,16 @@ static int check_init(const struct perta_adapter_config *c, struct perta_err *er
     for (size_t i = 0; name && i < sizeof plain / sizeof *plain; i++)
         if (!strcmp(name, plain[i]))
             return 0;
-    return refuse_key(c, "init_lora_weights",
-                      "an initialisation that changes the base model too; save the adapter with "
-                      "path_initial_model_for_weight_conversion, which makes a plain LoRA of it, "
-                      "or merge it",
-                      err);
+    return refuse_key(
+        c, "init_lora_weights",
+        "an initialisation that changes the base model too; save the adapter with "
+        "path_initial_model_for_weight_conversion, which converts it to a plain LoRA, "
+        "or merge it",
+        err);
 }
 
-/* Is text a module's name, in which a dot stands for anything, maybe with ^ or $ around it?
- * Of regular expressions these alone are read. */
+/* Is text a module name, in which a dot matches any character, optionally with ^ before it or $
+ * after it? No other regular expressions are supported. */
 static bool is_name_pattern(const char *text)
 {
     text += *text == '^';
@@ -92,7 +94,7 @@ static bool is_name_pattern(const char *text)
     return has_text;
 }
 
-/* As PEFT does: re.match(rf"(.*\.)?({pattern})$", module (m characters)). */
+/* Matches like PEFT: re.match(rf"(.*\.)?({pattern})$", module), where module has m characters. */
 static bool pattern_matches(const char *pattern, const char *module, size_t m)
 {
     bool from_start = *pattern == '^';
@@ -132,7 +134,7 @@ static bool is_alpha(const json_t *value)
     return json_is_number(value) && isfinite(json_number_value(value));
 }
 
-#define RANK_TEXT "a whole number from 1 is needed"
+#define RANK_TEXT "a whole number of at least 1 is needed"
 #define ALPHA_TEXT "a number is needed"
 
 static int get_patterns(const struct perta_adapter_config *c, const char *key,
@@ -149,8 +151,8 @@ static int get_patterns(const struct perta_adapter_config *c, const char *key,
     json_object_foreach (patterns, pattern, value) {
         if (!is_name_pattern(pattern))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": names of modules are "
-                              "read, but no other regular expressions; merge the adapter",
+                              "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": module names are "
+                              "supported, other regular expressions are not; merge the adapter",
                               c->path, key, pattern);
         if (!is_good(value))
             return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": %s: \"%.200s\": %s",
@@ -181,8 +183,8 @@ int perta_adapter_config_read(struct perta_adapter_config *c, const struct perta
     if (!json_is_object(c->json))
         return perta_fail(err, PERTA_EINPUT, "%s/" PERTA_ADAPTER_CONFIG ": not an object", c->path);
     if (!type || strcmp(type, "LORA"))
-        return refuse_key(c, "peft_type", "\"LORA\" is needed; merge other kinds into their base",
-                          err);
+        return refuse_key(c, "peft_type",
+                          "\"LORA\" is needed; merge adapters of other kinds into their base", err);
     int rc = refuse_kinds(c, err);
     if (!rc)
         rc = check_init(c, err);
@@ -206,7 +208,7 @@ int perta_adapter_config_read(struct perta_adapter_config *c, const struct perta
 
 /* ---- which modules ---- */
 
-/* Is name the module (len characters), or its end after a dot? */
+/* Does name equal the module's name (len characters), or end it after a dot? */
 static bool is_name_of(const char *name, const char *module, size_t len)
 {
     size_t n = strlen(name);
@@ -214,7 +216,7 @@ static bool is_name_of(const char *name, const char *module, size_t len)
            (n == len || module[len - n - 1] == '.');
 }
 
-/* Is name the module, one around it, or the end of one of these after a dot? */
+/* Does name match the module, or a module that contains it? */
 static bool is_name_around(const char *name, const char *module, size_t len)
 {
     for (size_t end = len; end; end--)
@@ -245,8 +247,8 @@ static bool any_name(const json_t *names, const char *module, size_t len,
     return false;
 }
 
-/* The number after the first ".NAME." of module, where that is one of patterns (null or empty: any
- * name), or -1. A pattern may stand at the start, too. */
+/* The number after the first ".NAME." in module where NAME is one of patterns, or -1. If patterns
+ * is null or empty, any NAME counts. A NAME from patterns may also be at the very start. */
 static json_int_t layer_of(const json_t *patterns, const char *module, size_t len)
 {
     bool any = !is_set(patterns);
@@ -294,8 +296,8 @@ int perta_adapter_config_allows(const struct perta_adapter_config *c, const char
         key = "layers_to_transform";
     return key ? perta_fail(err, PERTA_EINPUT,
                             "%s/" PERTA_ADAPTER_CONFIG
-                            ": %s: keeps a LoRA from %.*s, for which the "
-                            "file has one; correct it, or merge the adapter",
+                            ": %s: excludes %.*s from having a LoRA, but the "
+                            "file has one for it; correct the key, or merge the adapter",
                             c->path, key, (int)len, module)
                : 0;
 }
@@ -361,8 +363,8 @@ void perta_adapter_config_note(const struct perta_adapter_config *c, json_t *not
             is_known |= !strcmp(key, known[i]);
         if (!is_known)
             perta_note(notes,
-                       "%s/" PERTA_ADAPTER_CONFIG ": %.200s is not a key that perta knows; "
-                       "taken as without effect on the weights",
+                       "%s/" PERTA_ADAPTER_CONFIG ": unknown key %.200s; perta assumes "
+                       "that it has no effect on the weights",
                        c->path, key);
     }
 }
@@ -378,5 +380,5 @@ int perta_adapter_config_scale(const struct perta_adapter_config *c, const char 
         (float)((alpha ? json_number_value(alpha) : c->alpha) / (c->use_rslora ? sqrt(n) : n));
     return isfinite(*scaling) ? 0
                               : refuse_key(c, alpha ? "alpha_pattern" : "lora_alpha",
-                                           "the scaling is beyond float32", err);
+                                           "the scaling overflows float32", err);
 }

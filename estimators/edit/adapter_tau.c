@@ -1,5 +1,6 @@
-/* Each worker keeps A of the tensor that it works on (of an embedding B) in float32, as
- * columns for all rows, and reads what it needs of the other for each chunk. */
+/* The task vector of a LoRA. A worker caches A (of an embedding, B) of its current tensor in
+ * float32, as the columns that all rows share, and reads the rows that it needs of the other factor
+ * for each chunk. */
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -11,26 +12,26 @@
 #include "io/format/convert.h"
 
 #define STAGE_BYTES (64u << 10)
-#define FLOATS_MAX (1ull << 40) /* more is no memory's size */
+#define FLOATS_MAX (1ull << 40) /* more than any machine's memory */
 typedef unsigned long long ull;
 
 struct perta_adapter_worker {
-    const struct perta_change *change; /* whose columns are there; NULL: nobody's */
+    const struct perta_change *change; /* whose columns are cached; NULL if none */
     struct perta_lora lora;
-    float *rows, *columns, *tau; /* room for the largest of each */
-    uint8_t *stage;              /* (STAGE_BYTES) as read */
+    float *rows, *columns, *tau; /* each has room for the largest */
+    uint8_t *stage;              /* (STAGE_BYTES) elements as read from the file */
 };
 
 /* ---- memory ---- */
 
-/* Rows that a chunk may touch: it may begin and end within one. */
+/* The most rows that a chunk can touch: it may begin and end in the middle of a row. */
 static uint64_t rows_max(const struct perta_change *c)
 {
     uint64_t n = PERTA_CHUNK_ELEMS / c->width + 2;
     return n < c->rows ? n : c->rows;
 }
 
-/* Floats of rows, columns and tau that a worker has room for. False: too many to count. */
+/* How many floats a worker needs for rows, columns and tau. Returns false if that overflows. */
 static bool count_floats(const struct perta_adapter *adapter, uint64_t floats[3])
 {
     memset(floats, 0, 3 * sizeof *floats);
@@ -107,7 +108,7 @@ static float float_at(enum perta_dtype dtype, const uint8_t *stage, uint64_t i)
     return dtype == PERTA_F16 ? perta_f32_from_f16(h) : perta_f32_from_bf16(h);
 }
 
-/* to[0], to[stride], ... = elements first.. (n) of a tensor. */
+/* to[0], to[stride], ... = n elements of a tensor, from first on. */
 static int read_floats(const struct perta_file *file, const struct perta_tensor *tensor,
                        uint64_t first, uint64_t n, float *to, uint64_t stride, uint8_t *stage,
                        struct perta_err *err)
@@ -124,8 +125,8 @@ static int read_floats(const struct perta_file *file, const struct perta_tensor 
     return rc;
 }
 
-/* n vectors of len elements, one after the other from element first on, each `step`
- * elements after the last, become columns of a matrix (len, n). */
+/* Read n vectors of len elements as the columns of a matrix (len, n). The first vector begins at
+ * element first, and each of the others step elements after the one before it. */
 static int read_transposed(const struct perta_file *file, const struct perta_tensor *tensor,
                            uint64_t first, uint64_t step, uint64_t n, uint64_t len, float *to,
                            uint8_t *stage, struct perta_err *err)
@@ -136,7 +137,7 @@ static int read_transposed(const struct perta_file *file, const struct perta_ten
     return rc;
 }
 
-/* (r, width): A, or B (width, r) of an embedding, transposed. */
+/* Columns (r, width): A, or for an embedding B (width, r) transposed. */
 static int read_columns(struct perta_adapter_worker *w, const struct perta_file *file,
                         const struct perta_change *c, struct perta_err *err)
 {
@@ -152,7 +153,7 @@ static int read_columns(struct perta_adapter_worker *w, const struct perta_file 
     return rc;
 }
 
-/* (n, r): rows of B, or of A (r, rows) of an embedding, transposed. */
+/* Rows (n, r): rows of B, or for an embedding columns of A (r, rows). */
 static int read_rows(struct perta_adapter_worker *w, const struct perta_file *file,
                      const struct perta_change *c, uint64_t first, uint64_t n,
                      struct perta_err *err)
@@ -184,17 +185,18 @@ int perta_adapter_tau(const struct perta_adapter *adapter, const struct perta_fi
     return 0;
 }
 
-/* ---- what is not finite ---- */
+/* ---- numbers that are not finite ---- */
 
 static int bad_element(const struct perta_adapter *adapter, const struct perta_ref *ref,
                        uint64_t elem, struct perta_err *err)
 {
     const struct perta_tensor *t = ref->tensor;
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s, element %llu (byte %llu): not a finite number; --nonfinite "
-                      "keep leaves the parameters that it reaches as they are",
-                      adapter->ck->shards[ref->shard].path, t->name, (ull)elem,
-                      (ull)(t->off_bytes + elem * perta_dtype_unit_bytes(t->dtype)));
+    return perta_fail(
+        err, PERTA_EINPUT,
+        "%s: tensor %s, element %llu (byte %llu): not a finite number; --nonfinite keep "
+        "leaves the parameters that depend on it unchanged",
+        adapter->ck->shards[ref->shard].path, t->name, (ull)elem,
+        (ull)(t->off_bytes + elem * perta_dtype_unit_bytes(t->dtype)));
 }
 
 int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worker,
@@ -213,8 +215,8 @@ int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worke
                        : bad_element(adapter, c->a, k * c->width + column, err);
     }
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensors %s and %s: their product at element %llu of %s is beyond "
-                      "float32; --nonfinite keep leaves such parameters as they are",
+                      "%s: tensors %s and %s: their product at element %llu of %s overflows "
+                      "float32; --nonfinite keep leaves such parameters unchanged",
                       adapter->ck->shards[0].path, c->a->tensor->name, c->b->tensor->name,
                       (ull)elem, c->target);
 }

@@ -1,7 +1,8 @@
-/* Compiled once for each instruction set, see io/isa.h. Loops are written so that gcc and
- * clang vectorise them: everything computed, then selected. */
+/* This file is compiled once for each instruction set (io/isa.h). Loops compute every case and then
+ * select, so that gcc and clang vectorise them. */
 #if defined(__GNUC__) && !defined(__clang__)
-/* Nobody reads errno or the exception flags here; values stay the same, loops vectorise. */
+/* Nothing here reads errno or the floating-point exception flags. Without them loops vectorise, and
+ * results stay the same. */
 #pragma GCC optimize("no-math-errno", "no-trapping-math")
 #endif
 
@@ -13,7 +14,8 @@
 
 #include "estimators/edit/pow.h"
 
-/* Said again, that they read and write no memory (errno), or loops with them stay scalar. */
+/* Declared again as functions that access no memory (errno): otherwise loops that call them stay
+ * scalar. */
 float sqrtf(float x) __attribute__((const));
 double sqrt(double x) __attribute__((const));
 
@@ -52,7 +54,7 @@ static size_t width_bytes(enum perta_dtype dtype)
 #define REAL_IS_F64
 #include "estimators/edit/kernels_edit.h"
 
-/* (n) each. sum + carry grows by x: Knuth's TwoSum. */
+/* Add x to sum + carry by Knuth's TwoSum; all arrays (n). */
 static void two_sum(float *restrict sum, float *restrict carry, const float *restrict x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -87,7 +89,8 @@ static uint64_t running_add(struct perta_running *running, const struct perta_vi
     return UINT64_MAX;
 }
 
-/* tau (n) of one row: r floats of it, and columns (r, width) from the first of the n on. */
+/* tau (n) of one row: row holds its r floats of B; columns (r, width) points to the column of the
+ * first of the n elements. */
 static void lora_row(const float *row, const float *columns, uint64_t r, uint64_t width,
                      float scaling, size_t n, float *restrict tau)
 {
@@ -106,7 +109,8 @@ static void lora_row(const float *row, const float *columns, uint64_t r, uint64_
         tau[j] = scaling * sum[j];
 }
 
-/* A tile of columns stays in the second-level cache while all rows pass by. */
+/* Works through the columns tile by tile: a tile stays in the second-level cache while all
+ * rows use it. */
 static void lora_tau(const struct perta_lora *lora, uint64_t first_elem, uint64_t n, float *tau)
 {
     uint64_t end = first_elem + n, width = lora->width;

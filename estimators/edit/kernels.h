@@ -1,14 +1,15 @@
-/* kernels.h - what kernels.c gives for each instruction set. Internal to estimators/. */
+/* kernels.h - the kernels that kernels.c provides for each instruction set. Internal to
+ * estimators/. */
 #ifndef PERTA_ESTIMATORS_EDIT_KERNELS_H
 #define PERTA_ESTIMATORS_EDIT_KERNELS_H
 
 #include "estimators/edit/edit.h"
 #include "estimators/edit/running.h"
 
-/* Elements worked on at a time, and summed as one block of weights. All five inputs of a
- * tile, widened, stay in the first-level cache. */
+/* Elements in a tile: the kernels work on one tile at a time, and sum its weights as one block. All
+ * five inputs of a tile, widened to float32, fit in the first-level cache. */
 #define PERTA_TILE 1024
-/* Weight i of a block goes into lane i % 16; lanes are added in order. */
+/* Weight i of a block is added to lane i % 16; the lanes are then added in order. */
 #define PERTA_SUM_LANES 16
 
 typedef void perta_edit_fn(const struct perta_rule *rule, const struct perta_edit_in *in,
@@ -30,7 +31,7 @@ extern const struct perta_kernels perta_kernels_v2, perta_kernels_v3, perta_kern
 
 const struct perta_kernels *perta_kernels_of(enum perta_isa isa);
 
-/* Uniform in [0, 1), 24 bits: output elem + 1 of SplitMix64 started at state. */
+/* Uniform in [0, 1), 24 bits: output number elem + 1 of SplitMix64 started at state. */
 static inline float perta_random_weight(uint64_t state, uint64_t elem)
 {
     uint64_t z = state + (elem + 1) * 0x9e3779b97f4a7c15u;

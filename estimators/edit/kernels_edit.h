@@ -1,7 +1,7 @@
-/* kernels_edit.h - the edit for one type of arithmetic. kernels.c includes it twice, with
- * real as float and as double. No include guard on purpose. */
+/* kernels_edit.h - the edit in one floating-point type. kernels.c includes it twice, with real
+ * defined as float and as double; therefore it has no include guard. */
 
-/* One tile, widened. Padded so that the arrays do not share cache sets. */
+/* One tile, widened to real. The padding keeps the arrays from sharing cache sets. */
 struct REAL(tile) {
     real model[PERTA_TILE + 16], tuned[PERTA_TILE + 16], base[PERTA_TILE + 16];
     real forget[PERTA_TILE + 16], retain[PERTA_TILE + 16];
@@ -49,7 +49,8 @@ static bool REAL(any_bad)(const real *x, size_t n, bool refuse_negative)
     return bad != 0;
 }
 
-/* Returns whether anything in the tile is not a number to work with. */
+/* Returns true if the tile holds a number that cannot be used: NaN, Inf or a negative mean
+ * square. */
 static bool REAL(load_tile)(const struct perta_rule *rule, const struct perta_edit_in *in,
                             uint64_t first, size_t n, struct REAL(tile) * t)
 {
@@ -58,7 +59,7 @@ static bool REAL(load_tile)(const struct perta_rule *rule, const struct perta_ed
     if (in->base.data)
         REAL(load)(&in->base, first, n, t->base);
     else
-        memset(t->base, 0, n * sizeof(real)); /* tuned is the task vector itself */
+        memset(t->base, 0, n * sizeof(real)); /* then tuned is the task vector itself */
     bool bad = REAL(any_bad)(t->model, n, false);
     bad |= REAL(any_bad)(t->tuned, n, false);
     bad |= REAL(any_bad)(t->base, n, false);
@@ -119,7 +120,7 @@ static void REAL(weigh)(const struct perta_rule *rule, const struct perta_edit_i
     case PERTA_RANDOM:
         REAL(weigh_random)(rule, in, first, n, t);
         break;
-    case PERTA_SCALE: /* loaded */
+    case PERTA_SCALE: /* load_tile() has loaded the weights */
         break;
     default:
         for (size_t i = 0; i < n; i++)
@@ -128,7 +129,7 @@ static void REAL(weigh)(const struct perta_rule *rule, const struct perta_edit_i
     }
 }
 
-/* Writes zeros behind the n weights, up to a whole number of lanes. */
+/* Sum of the n weights. Sets the elements after them to zero, up to a whole number of lanes. */
 static double REAL(sum_weights)(real *w, size_t n)
 {
     double lanes[PERTA_SUM_LANES] = {0}, sum = 0;
@@ -155,10 +156,10 @@ static real REAL(bin_edge)(int bin)
     return (real)bin / (real)PERTA_WEIGHT_BINS;
 }
 
-/* bins (PERTA_WEIGHT_BINS) = how many of the n weights lie in each; n is at most PERTA_TILE. */
+/* bins (PERTA_WEIGHT_BINS) = the histogram of the n weights; n is at most PERTA_TILE. */
 static void REAL(count_weights)(const real *w, size_t n, uint32_t *bins)
 {
-    uint32_t above = 0; /* of the bin */
+    uint32_t above = 0; /* weights in the bins above this one */
     for (int bin = PERTA_WEIGHT_BINS - 1; bin >= 0; bin--) {
         uint32_t reach = 0;
         real edge = REAL(bin_edge)(bin);
@@ -169,8 +170,8 @@ static void REAL(count_weights)(const real *w, size_t n, uint32_t *bins)
     }
 }
 
-/* The edit of one tile into one dtype, with what is seen on the way: elements whose bits
- * changed, whose step rounding took away; returns whether any result is not finite. */
+/* Edit one tile into one dtype. Counts the elements whose bits change, and those whose step is lost
+ * to rounding. Returns true if a result is not finite. */
 #define FINISH(name, uint, any, round, exponent)                                              \
     static bool REAL(name)(const struct REAL(tile) * t, real alpha, size_t n,                 \
                            const any *restrict model, any *restrict out, uint32_t *n_changed, \
@@ -233,8 +234,8 @@ static enum perta_operand REAL(bad_operand)(const struct perta_rule *rule,
     return REAL(is_bad)(result, false) ? PERTA_IN_RESULT : PERTA_N_OPERANDS;
 }
 
-/* The slow way for a finished tile in which something is not finite: put the model's bits
- * back there, and count again. */
+/* The slow path, for a finished tile that holds a number that is not finite: restores the model's
+ * bits there, and counts the whole tile again. */
 static void REAL(settle)(const struct perta_rule *rule, const struct REAL(tile) * t,
                          enum perta_dtype dtype, real alpha, uint64_t first, size_t n,
                          const char *model, char *out, struct perta_edit_counts *c)

@@ -1,5 +1,5 @@
-/* pow.h - x^p from + - * / and bit operations alone, so that its bits are the same on every
- * CPU and in NumPy (libm's powf is not). Spec, coefficients, accuracy: docs/method.md. */
+/* pow.h - x^p from + - * / and bit operations alone, so that every CPU and NumPy give the same bits
+ * (libm's powf does not). Spec, coefficients and accuracy: docs/method.md. */
 #ifndef PERTA_ESTIMATORS_EDIT_POW_H
 #define PERTA_ESTIMATORS_EDIT_POW_H
 
@@ -10,7 +10,9 @@
 #include "io/format/convert.h"
 
 #define PERTA_SQRT_HALF_BITS 0x3fe6a09e667f3bcdu /* sqrt(1/2) as float64 */
-#define PERTA_ROUNDER 0x1.8p52                   /* x + this - this rounds x to an integer */
+#define PERTA_ROUNDER \
+    0x1.8p52 /* adding and then subtracting this rounds to an
+                                                  * integer */
 
 /* 2^n for a whole n in [-1022, 1023]. */
 static inline double perta_two_to(double n)
@@ -36,7 +38,7 @@ static inline double perta_log2_near_1(double m)
     return (s * c) * 0x1.71547652b82fep+1; /* 2 / ln 2 */
 }
 
-/* 2^f for |f| about 1/2 at most: series of e^(f ln 2). */
+/* 2^f for |f| up to about 1/2: the series of e^(f ln 2). */
 static inline double perta_exp2_near_0(double f)
 {
     double t = f * 0x1.62e42fefa39efp-1; /* ln 2 */
@@ -56,13 +58,14 @@ static inline double perta_exp2_near_0(double f)
     return c * t + 1.0;
 }
 
-/* x^p for x >= 0 (infinity too, not NaN) and p > 0. 0 gives 0, overflow infinity. */
+/* x^p for x >= 0 (also infinity, not NaN) and p > 0. 0^p is 0; overflow gives infinity. */
 static inline double perta_pow(double x, double p)
 {
-    double cap = p < 1e300 ? p : 1e300; /* p * k stays finite; nothing but 1 notices */
+    double cap = p < 1e300 ? p : 1e300; /* keeps p * k finite; this changes a result only for x = 1,
+                                         * where any p gives 1 */
     double scaled = x < DBL_MIN ? x * 0x1p54 : x;
     double unscale = x < DBL_MIN ? 1023.0 + 54 : 1023.0;
-    /* x = 2^k m. Adding this puts the exponent's step at sqrt(2) instead of at 2. */
+    /* Split x = 2^k m. Adding this constant moves the step of the exponent from 2 to sqrt(2). */
     uint64_t u = perta_f64_bits(scaled) + (0x3ff0000000000000u - PERTA_SQRT_HALF_BITS);
     double k = (perta_f64_from_bits((u >> 52) | 0x4330000000000000u) - 0x1p52) - unscale;
     double m = perta_f64_from_bits((u & 0x000fffffffffffffu) + PERTA_SQRT_HALF_BITS);

@@ -32,22 +32,22 @@ int perta_stat_of(const struct perta_checkpoint *ck, enum perta_stat *stat, json
         const char *kind = says ? says : "mean";
         if (strcmp(kind, "mean") && strcmp(kind, "meansq"))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s: metadata perta.stat is \"%s\"; mean or meansq expected",
+                              "%s: metadata perta.stat is \"%s\"; mean or meansq is expected",
                               ck->shards[i].path, kind);
         if (first && strcmp(first, kind))
-            return perta_fail(err, PERTA_EINPUT, "%s: holds %s, other shards %s",
+            return perta_fail(err, PERTA_EINPUT, "%s: holds %s, but other shards hold %s",
                               ck->shards[i].path, kind, first);
         if (!says && ck->config)
             return perta_fail(
                 err, PERTA_EINPUT,
-                "%s: a model (it has a config.json, and its metadata have no "
-                "perta.stat), where an importance is wanted, which perta estimate and "
-                "accumulate make; if these are gradients, take the config.json away",
+                "%s: this is a model (it has a config.json, and no perta.stat in its "
+                "metadata), but an importance is needed; perta estimate and perta accumulate "
+                "make one. If these are gradients, remove the config.json",
                 ck->path);
         if (!says && !i)
             perta_note(notes,
-                       "%s does not say what it holds (metadata perta.stat); "
-                       "taken as mean gradients",
+                       "%s does not record what it holds (metadata perta.stat); "
+                       "perta takes it as mean gradients",
                        ck->path);
         first = kind;
     }
@@ -63,7 +63,8 @@ static json_t *strings(const char *const *list, unsigned n)
     return array;
 }
 
-/* What the importance says of the data that it is over: "forget_samples" from "perta.samples". */
+/* Copy what the importance records about its data: "forget_samples" from "perta.samples", and so
+ * on. */
 static void add_data(json_t **recipe, const char *set, const struct perta_input *input)
 {
     static const char *const facts[] = {"samples", "tokens", "data_hmac_sha256"};

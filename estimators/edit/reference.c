@@ -1,7 +1,7 @@
-/* The scalar reference. It computes in float64 and, unless the model is F64, rounds after
- * each operation to float32. For + - * / and square root that gives the very bits of
- * float32 arithmetic (float64 has more than twice its digits and two: Figueroa 1995), by
- * another way than the kernels'. */
+/* The scalar reference. It computes in float64 and, unless the model is F64, rounds to float32
+ * after each operation. For + - * / and square root this gives exactly the bits of float32
+ * arithmetic, because float64 has more than twice the digits and two more (Figueroa 1995); and it
+ * shares no code with the kernels. */
 #include <math.h>
 #include <string.h>
 
@@ -37,7 +37,7 @@ static double element(const struct perta_view *view, uint64_t i, bool wide)
     }
 }
 
-/* r^p, or its equal from mean squares, for x = |g_r| / |g_f| or s_r / s_f. */
+/* r^p, or its equivalent from mean squares; x is |g_r| / |g_f|, or s_r / s_f. */
 static double raised(const struct perta_rule *rule, bool wide, double x)
 {
     bool squares = rule->stat == PERTA_STAT_MEANSQ;
@@ -70,7 +70,7 @@ static double weight(const struct perta_rule *rule, const struct perta_edit_in *
     return rounded(wide, 1 / rounded(wide, 1 + rp));
 }
 
-/* The first operand that is no number to work with, or PERTA_IN_RESULT. */
+/* The first operand that holds a bad number, or PERTA_IN_RESULT if all are good. */
 static enum perta_operand first_bad(const struct perta_rule *rule, const double *x)
 {
     bool squares = rule->stat == PERTA_STAT_MEANSQ;
@@ -85,7 +85,7 @@ static enum perta_operand first_bad(const struct perta_rule *rule, const double 
     return PERTA_IN_RESULT;
 }
 
-/* Round x to dtype at out. Returns whether it is finite there. */
+/* Round x to dtype and store it at out. Returns true if the result is finite. */
 static bool store(enum perta_dtype dtype, double x, void *out)
 {
     float single = (float)x;
@@ -108,7 +108,7 @@ static bool store(enum perta_dtype dtype, double x, void *out)
     }
 }
 
-/* Edit element i; adds its weight to *lane. */
+/* Edit element i, and add its weight to *lane. */
 static void edit_element(const struct perta_rule *rule, const struct perta_edit_in *in, uint64_t i,
                          double alpha, void *out, struct perta_edit_counts *c, double *lane)
 {

@@ -13,16 +13,17 @@
 
 #define OUT_ALIGN 64
 
-_Static_assert(PERTA_COUNT_BINS == PERTA_WEIGHT_BINS, "a patch counts weights");
+_Static_assert(PERTA_COUNT_BINS == PERTA_WEIGHT_BINS, "patches record the histogram of weights");
 
-/* What work() leaves for commit(), for each alpha, in front of the bytes themselves. */
+/* What work() passes to commit() for each alpha; precedes the bytes in the piece's output. */
 struct result {
     struct perta_edit_counts counts;
     struct perta_coded coded;
     uint64_t hash_before, hash_after;
 };
 
-/* A piece's room: results (n_alphas), then for each alpha the bytes after and the frame. */
+/* Layout of a piece's output: results (n_alphas), then for each alpha the edited bytes and the
+ * patch frame. */
 struct layout {
     uint64_t after_at, frame_at, stride, frame_room, whole;
 };
@@ -66,13 +67,13 @@ static int bad_number(const struct perta_unlearn_job *job, unsigned worker,
     uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
     return perta_fail(
         err, PERTA_EINPUT,
-        "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep "
-        "leaves such parameters as they are",
+        "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep leaves "
+        "such parameters unchanged",
         job->in[role].ck->shards[ref->shard].path, ref->tensor->name, (unsigned long long)elem,
         (unsigned long long)(ref->tensor->off_bytes + elem * width),
         result->counts.bad_operand == PERTA_IN_RESULT ? "the edited value is not finite"
         : role >= PERTA_ROLE_FORGET && job->rule.stat == PERTA_STAT_MEANSQ
-            ? "not a finite mean square"
+            ? "not a finite mean square of at least 0"
             : "not a finite number");
 }
 
@@ -115,7 +116,8 @@ static int edit(const struct perta_unlearn_job *job, unsigned worker,
     return 0;
 }
 
-/* A and B are read as they are needed, through the page cache; the digest is taken in the end. */
+/* An adapter's factors are read when needed, through the page cache; its digest is taken at the
+ * end. */
 static bool is_adapter(const struct perta_unlearn_job *job, int role)
 {
     return job->in[role].ck && job->in[role].ck->is_adapter;
@@ -232,16 +234,16 @@ static json_t *identity_of(const struct perta_unlearn_job *job)
 static int begin_journal(struct perta_unlearn_job *job, const struct perta_run *run,
                          struct perta_err *err)
 {
-    char *home = perta_unlearn_home(job);
+    char *last_folder = perta_unlearn_last_folder(job);
     job->walk.ck = job->in[PERTA_ROLE_MODEL].ck;
     job->resume.inputs = job->in;
     job->resume.n_inputs = PERTA_N_ROLES;
     job->resume.patches = job->outs;
     job->resume.walk = &job->walk;
-    int rc = home ? perta_resume_begin(&job->resume, run, home, identity_of(job),
-                                       job->unlearn->force, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
-    free(home);
+    int rc = last_folder ? perta_resume_begin(&job->resume, run, last_folder, identity_of(job),
+                                              job->unlearn->force, err)
+                         : perta_fail_sys(err, ENOMEM, "%s", job->unlearn->patch);
+    free(last_folder);
     return rc;
 }
 
@@ -310,7 +312,7 @@ static int attach(struct perta_unlearn_job *job, struct perta_err *err)
                                         err);
     for (int i = 0; i < PERTA_N_ROLES && !rc; i++)
         if (job->in[i].ck)
-            perta_input_digest_behind(&job->in[i], engine->hasher);
+            perta_input_digest_offload(&job->in[i], engine->hasher);
     for (unsigned a = 0; a < job->n_outs && !rc; a++) {
         struct perta_writer_bufs patch_bufs = perta_stream_writer_bufs(job->stream, a);
         struct perta_writer_bufs model_bufs = {0};
@@ -370,7 +372,7 @@ static void release(struct perta_unlearn_job *job)
     free(job->actions);
 }
 
-/* Once it is planned. */
+/* After planning: write the outputs. */
 static int run_all(struct perta_unlearn_job *job, const struct perta_run *run, json_t **summary,
                    json_t *notes, struct perta_err *err)
 {

@@ -1,5 +1,5 @@
-/* unlearn.h - the whole job: five checkpoints in, a patch and, if wanted, a model out, in one
- * pass over the bytes, for any number of alphas at once. Spec: docs/method.md */
+/* unlearn.h - the whole job: reads five checkpoints and writes a patch and, on request, the edited
+ * model, in one pass over the bytes and for any number of alphas at once. Spec: docs/method.md */
 #ifndef PERTA_ESTIMATORS_EDIT_UNLEARN_H
 #define PERTA_ESTIMATORS_EDIT_UNLEARN_H
 
@@ -16,29 +16,30 @@ enum perta_missing { PERTA_MISSING_ERROR, PERTA_MISSING_TV, PERTA_MISSING_KEEP }
 
 struct perta_alpha {
     float value;
-    const char *text; /* as it was written: names the folder alpha-TEXT when there are several */
+    const char *text; /* as the user wrote it; names the folder alpha-TEXT if there are several */
 };
 
 struct perta_unlearn {
-    const char *model, *tuned, *base; /* checkpoints; tuned may be a PEFT LoRA adapter, which
-                                         needs base for what it holds whole alone */
-    const char *forget, *retain;      /* importances; NULL where the method needs none */
-    const char *scale;                /* of PERTA_SCALE: a weight for each parameter */
-    const json_t *steps;    /* how the scale was found, for the recipe; NULL: nothing to say */
-    struct perta_rule rule; /* rule.stat is found in the importances */
+    const char *model, *tuned, *base; /* checkpoints; tuned may be a PEFT LoRA adapter, which needs
+                                       * base only for tensors that it stores whole */
+    const char *forget, *retain;      /* importances; NULL if the method needs none */
+    const char *scale;                /* for PERTA_SCALE: a weight for each parameter */
+    const json_t *steps;              /* how the scales were found, for the recipe; or NULL */
+    struct perta_rule rule;           /* the job sets rule.stat from the importances */
     struct perta_alpha alphas[PERTA_ALPHAS_MAX];
     unsigned n_alphas;
-    const char *patch;          /* folder to write */
-    const char *out;            /* NULL: no finished model */
-    struct perta_globs globs;   /* tensors outside stay as they are */
-    enum perta_missing missing; /* what to do about tensors without importance */
-    bool one_way;               /* new values only: patches cannot be reverted */
+    const char *patch;          /* the folder to write */
+    const char *out;            /* NULL: write no model */
+    struct perta_globs globs;   /* tensors outside of them stay unchanged */
+    enum perta_missing missing; /* what to do with tensors that have no importance */
+    bool one_way;               /* write new values only; such patches cannot be reverted */
     bool force;
 };
 
-/* Run it. *summary is the caller's: one object for each alpha under "results", under "unedited" how
- * many "parameters" stay as they are, "of" how many, and for what "reasons" (why, tensors,
- * parameters), and what was read. Errors name folder, tensor, element and what to do. */
+/* Run the job. The caller owns *summary. It holds under "results" an object for each alpha; under
+ * "unedited" how many "parameters" stay unchanged, "of" how many, and for what "reasons" (why,
+ * tensors, parameters); and how many bytes were read. Errors name folder and tensor, with its
+ * element, and say what to do. */
 PERTA_API int perta_unlearn(const struct perta_unlearn *unlearn, const struct perta_run *run,
                             json_t **summary, struct perta_err *err);
 

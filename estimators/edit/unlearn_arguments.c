@@ -8,7 +8,7 @@
 
 #include "estimators/edit/recipe.h"
 
-/* As the command would read it, whatever the locale. */
+/* The value must be what the command would read from the text, whatever the locale. */
 static int check_value(const struct perta_alpha *alpha, struct perta_err *err)
 {
     locale_t c = newlocale(LC_ALL_MASK, "C", (locale_t)0);
@@ -18,32 +18,33 @@ static int check_value(const struct perta_alpha *alpha, struct perta_err *err)
     float value = (float)strtod_l(alpha->text, &end, c);
     freelocale(c);
     if (end == alpha->text || *end)
-        return perta_fail(err, PERTA_EUSAGE, "--alpha: %s is no number", alpha->text);
+        return perta_fail(err, PERTA_EUSAGE, "--alpha: %s is not a number", alpha->text);
     if (!isfinite(value) || !isfinite(alpha->value))
-        return perta_fail(err, PERTA_EUSAGE, "--alpha: %s is no float32", alpha->text);
+        return perta_fail(err, PERTA_EUSAGE, "--alpha: %s does not fit in float32", alpha->text);
     return value == alpha->value
                ? 0
-               : perta_fail(err, PERTA_EUSAGE, "--alpha: the value is %.9g, the text %s",
+               : perta_fail(err, PERTA_EUSAGE, "--alpha: the value is %.9g, but its text is %s",
                             (double)alpha->value, alpha->text);
 }
 
 static int check_alphas(const struct perta_unlearn *u, struct perta_err *err)
 {
     if (!u->n_alphas || u->n_alphas > PERTA_ALPHAS_MAX)
-        return perta_fail(err, PERTA_EUSAGE, "--alpha: 1 to %d are needed, not %u (n_alphas)",
-                          PERTA_ALPHAS_MAX, u->n_alphas);
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--alpha: 1 to %d values are needed, not %u (n_alphas)", PERTA_ALPHAS_MAX,
+                          u->n_alphas);
     for (unsigned a = 0; a < u->n_alphas; a++) {
         const char *text = u->alphas[a].text;
         if (!text || strspn(text, "0123456789.eE+-") != strlen(text) || strlen(text) > 32)
             return perta_fail(err, PERTA_EUSAGE,
-                              "--alpha: write %.40s in decimal, in 32 characters at most",
+                              "--alpha: write %.40s as a decimal number of at most 32 characters",
                               text ? text : "its text");
         int rc = check_value(&u->alphas[a], err);
         if (rc)
             return rc;
         for (unsigned b = 0; b < a; b++)
             if (!strcmp(u->alphas[b].text, text))
-                return perta_fail(err, PERTA_EUSAGE, "--alpha: %s twice", text);
+                return perta_fail(err, PERTA_EUSAGE, "--alpha: %s is given twice", text);
     }
     return 0;
 }
@@ -54,15 +55,17 @@ static int check_rule(const struct perta_rule *rule, struct perta_err *err)
     if (rc)
         return rc;
     if ((rule->method == PERTA_POWER) != (rule->power != 0))
-        return perta_fail(err, PERTA_EUSAGE, "--method power and --power P, above 0, go together");
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--method power needs --power P (above 0), and no other method takes it");
     if (rule->method == PERTA_POWER && !(rule->power > 0 && rule->power <= 64))
-        return perta_fail(err, PERTA_EUSAGE, "--power: above 0, up to 64");
+        return perta_fail(err, PERTA_EUSAGE, "--power: must be above 0 and at most 64");
     if (rule->method != PERTA_CONSTANT && rule->weight != 0)
-        return perta_fail(err, PERTA_EUSAGE, "--method constant and --weight W go together");
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--method constant needs --weight W, and no other method takes it");
     if (!(rule->weight >= 0 && rule->weight <= 1))
-        return perta_fail(err, PERTA_EUSAGE, "--weight: 0 to 1");
+        return perta_fail(err, PERTA_EUSAGE, "--weight: must be from 0 to 1");
     return rule->method != PERTA_RANDOM && rule->seed
-               ? perta_fail(err, PERTA_EUSAGE, "--seed goes with --method random")
+               ? perta_fail(err, PERTA_EUSAGE, "--seed: only --method random takes it")
                : 0;
 }
 
@@ -80,7 +83,8 @@ static int check_importance(const struct perta_unlearn *u, struct perta_err *err
                           perta_method_name(u->rule.method));
     return (u->rule.method == PERTA_SCALE) == (u->scale != NULL)
                ? 0
-               : perta_fail(err, PERTA_EUSAGE, "scale goes with PERTA_SCALE, and is needed there");
+               : perta_fail(err, PERTA_EUSAGE,
+                            "scale: PERTA_SCALE needs it, and no other method takes it");
 }
 
 int perta_unlearn_arguments(const struct perta_unlearn *u, struct perta_err *err)

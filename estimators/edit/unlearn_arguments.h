@@ -1,4 +1,4 @@
-/* unlearn_arguments.h - what an edit is asked, checked (stream/arguments.h). */
+/* unlearn_arguments.h - checks the arguments of perta_unlearn() (see stream/arguments.h). */
 #ifndef PERTA_ESTIMATORS_EDIT_UNLEARN_ARGUMENTS_H
 #define PERTA_ESTIMATORS_EDIT_UNLEARN_ARGUMENTS_H
 

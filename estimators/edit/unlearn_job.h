@@ -1,5 +1,5 @@
-/* unlearn_job.h - what the parts of unlearn share: the plan (unlearn_plan.c), the run
- * itself (unlearn.c), and what is said of its numbers (unlearn_notes.c). */
+/* unlearn_job.h - what the parts of unlearn share: the plan (unlearn_plan.c), the run itself
+ * (unlearn.c), and the notes for the user (unlearn_notes.c). */
 #ifndef PERTA_ESTIMATORS_EDIT_UNLEARN_JOB_H
 #define PERTA_ESTIMATORS_EDIT_UNLEARN_JOB_H
 
@@ -11,21 +11,22 @@
 #include "stream/patch/resume.h"
 #include "stream/walk.h"
 
-_Static_assert(PERTA_ALPHAS_MAX <= PERTA_RESUME_PATCHES_MAX, "a patch for each");
+_Static_assert(PERTA_ALPHAS_MAX <= PERTA_RESUME_PATCHES_MAX, "every alpha has a patch");
 
-/* The flags of the folders, in order of enum perta_role. */
+/* The flags that name the input folders, in the order of enum perta_role. */
 extern const char *const perta_roles[PERTA_N_ROLES];
 
-/* What is done to one tensor of the model. */
+/* The plan for one tensor of the model. */
 struct perta_unlearn_row {
     const struct perta_ref *in[PERTA_N_ROLES]; /* NULL: not read */
-    const struct perta_change *lora;           /* its task vector is an adapter's, or NULL */
+    const struct perta_change *lora;           /* the adapter's change that gives the task vector;
+                                                * NULL: tuned - base */
     enum perta_method method;
     uint64_t name_hash;
     bool edited;
 };
 
-/* So many tensors, of so many parameters. */
+/* A number of tensors, and of parameters in them. */
 struct perta_tally {
     uint64_t n_tensors, n_params;
 };
@@ -34,47 +35,47 @@ struct perta_unlearn_job {
     const struct perta_unlearn *unlearn;
     struct perta_rule rule;
     struct perta_input in[PERTA_N_ROLES];
-    struct perta_adapter *adapter;  /* --tuned is one, or NULL */
-    struct perta_unlearn_row *rows; /* (n_tensors) of the model, shard by shard */
-    const char **actions;           /* likewise */
+    struct perta_adapter *adapter;  /* open if --tuned is an adapter, else NULL */
+    struct perta_unlearn_row *rows; /* (n_tensors) of the model, in the order of shards */
+    const char **actions;           /* likewise; what is done to each, for the record */
     float alphas[PERTA_ALPHAS_MAX];
     struct perta_patch_out outs[PERTA_ALPHAS_MAX]; /* (n_alphas) */
     unsigned n_outs;
     struct perta_resume resume;
     struct perta_stream *stream;
-    struct perta_codec **codecs; /* one for each worker */
-    struct perta_walk walk;      /* where next() stands, in the model */
-    /* Of the tensors to edit, where the method wants importance; and of those, without it. */
+    struct perta_codec **codecs; /* one per worker */
+    struct perta_walk walk;      /* position of next() in the model */
+    /* The tensors to edit, if the method needs importance; and those of them that have none. */
     struct perta_tally wanted, missing;
 };
 
-/* Open the inputs, fit them together tensor by tensor (in, rows, actions, rule.stat), and
- * check where the outputs go. Nothing is written. What the user ought to know is appended
- * to notes. */
+/* Open the inputs, match their tensors (fills in, rows, actions and rule.stat), and check that the
+ * outputs may be written. Writes nothing. Warnings for the user are appended to notes. */
 int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *run, json_t *notes,
                        struct perta_err *err);
 
-/* How many parameters the plan leaves as they are, of how many, and why. NULL without memory. */
+/* How many parameters the plan leaves unchanged, of how many, and why. NULL when out of memory. */
 json_t *perta_unlearn_unedited(const struct perta_unlearn_job *job);
 
-/* Append to notes: what --missing covers. */
+/* Append a note: what --missing applies to. */
 void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *notes);
-/* Likewise: importances that the method has no use for. */
+/* Append a note: importances that are given but that the method does not use. */
 void perta_unlearn_note_unread(const struct perta_unlearn *unlearn, json_t *notes);
-/* Likewise: alphas that do what one might not expect. */
+/* Append notes: alphas with a possibly unexpected effect. */
 void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *notes);
-/* After the run: inputs (as the record has them) that are to differ and hold the same. */
+/* After the run, append notes: inputs that should differ and are byte-identical. inputs is as in
+ * the record. */
 void perta_unlearn_note_same(const json_t *inputs, json_t *notes);
-/* Likewise: a run that changes nothing, and why. */
+/* After the run, append a note: the run changes nothing, and why. */
 void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_t *inputs,
                                 json_t *notes);
-/* Likewise: importances that are zero where one might not expect it. */
+/* After the run, append notes: importances that are zero where the user may not expect it. */
 void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes);
 
-/* Where alpha number a goes, of the patches' or the models' folder dir. The caller's; NULL
- * without dir, or memory. */
+/* The folder for alpha number a below dir, which holds patches or models. The caller frees it. NULL
+ * if dir is NULL or when out of memory. */
 char *perta_unlearn_folder(const struct perta_unlearn_job *job, const char *dir, unsigned a);
-/* The journal is beside the folder that is published last. The caller's. */
-char *perta_unlearn_home(const struct perta_unlearn_job *job);
+/* The folder that is published last; the journal is kept beside it. The caller frees it. */
+char *perta_unlearn_last_folder(const struct perta_unlearn_job *job);
 
 #endif

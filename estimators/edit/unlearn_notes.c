@@ -1,4 +1,5 @@
-/* What the numbers of a run say that its user ought to know. Spec: docs/method.md, "Numbers" */
+/* Notes for the user about a plan and about the results of a run. Spec: docs/method.md,
+ * "Numbers" */
 #include <string.h>
 
 #include "estimators/edit/unlearn_job.h"
@@ -6,9 +7,9 @@
 
 typedef unsigned long long ull;
 
-/* ---- of the plan ---- */
+/* ---- about the plan ---- */
 
-/* The entry of reasons for that action; a new one if there is none. NULL without memory. */
+/* The entry of reasons for that action, added if it is missing. NULL when out of memory. */
 static json_t *reason_of(json_t *reasons, const char *action)
 {
     size_t i;
@@ -58,7 +59,7 @@ void perta_unlearn_note_missing(const struct perta_unlearn_job *job, json_t *not
                "importance in both --forget and --retain: %s",
                keep ? "keep" : "tv", (ull)job->missing.n_tensors, (ull)job->wanted.n_tensors,
                (ull)job->missing.n_params, (ull)job->wanted.n_params,
-               keep ? "they stay as they are" : "their whole task vector is subtracted");
+               keep ? "they stay unchanged" : "their whole task vector is subtracted");
 }
 
 void perta_unlearn_note_unread(const struct perta_unlearn *unlearn, json_t *notes)
@@ -68,7 +69,7 @@ void perta_unlearn_note_unread(const struct perta_unlearn *unlearn, json_t *note
                         : unlearn->retain                  ? "--retain is"
                                                            : NULL;
     if (given && !perta_rule_needs_importance(&unlearn->rule))
-        perta_note(notes, "--method %s takes no importance: %s not read",
+        perta_note(notes, "--method %s uses no importance: %s not read",
                    perta_method_name(unlearn->rule.method), given);
 }
 
@@ -86,14 +87,14 @@ void perta_unlearn_note_alphas(const struct perta_unlearn *unlearn, json_t *note
     }
 }
 
-/* ---- of the run ---- */
+/* ---- about the run ---- */
 
 static const json_t *shards_of(const json_t *inputs, const char *role)
 {
     return json_object_get(json_object_get(inputs, role), "shards");
 }
 
-/* Shard by shard, as far as there are digests of all. */
+/* Compares shard by shard. False if a shard has no digest. */
 static bool are_same(const json_t *a, const json_t *b)
 {
     static const char key[] = "xxh3_128";
@@ -110,16 +111,17 @@ static bool are_same(const json_t *a, const json_t *b)
 void perta_unlearn_note_same(const json_t *inputs, json_t *notes)
 {
     static const char *const pairs[][3] = {
-        {"tuned", "base", "the task vector is zero, and nothing changes"},
-        {"forget", "retain", "what is not 0 has a weight of 1/2, whatever the method"},
+        {"tuned", "base", "the task vector is zero, so nothing changes"},
+        {"forget", "retain",
+         "every parameter whose importance is not 0 has a weight of 1/2, whatever the method"},
     };
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
         if (are_same(shards_of(inputs, pairs[i][0]), shards_of(inputs, pairs[i][1])))
-            perta_note(notes, "--%s and --%s hold the same: %s", pairs[i][0], pairs[i][1],
+            perta_note(notes, "--%s and --%s are byte-identical: %s", pairs[i][0], pairs[i][1],
                        pairs[i][2]);
 }
 
-/* Did alpha number a change nothing, not even what rounding took away again? */
+/* Did alpha number a change nothing, not counting changes that rounding took away? */
 static bool changes_nothing(const struct perta_unlearn_job *job, unsigned a)
 {
     const struct perta_patch_out *out = &job->outs[a];
@@ -130,7 +132,7 @@ static bool changes_nothing(const struct perta_unlearn_job *job, unsigned a)
     return !n;
 }
 
-/* Is all importance of the forget set that was used zero? */
+/* Are all weights of the edited tensors zero? */
 static bool weighs_nothing(const struct perta_unlearn_job *job)
 {
     uint64_t n = 0, n_zero = 0;
@@ -152,21 +154,21 @@ void perta_unlearn_note_nothing(const struct perta_unlearn_job *job, const json_
             continue;
         said = true;
         perta_note(notes, "nothing changes: %s%s",
-                   weighs_nothing(job) ? "the weight of all that is edited is 0"
+                   weighs_nothing(job) ? "the weight of every edited parameter is 0"
                    : job->adapter
-                       ? "the adapter's task vector is zero (lora_A, lora_B or lora_alpha is)"
+                       ? "the adapter's task vector is zero (lora_A, lora_B or lora_alpha is zero)"
                        : "--tuned and --base hold the same values",
                    perta_rule_needs_importance(&job->rule) && !weighs_nothing(job)
-                       ? ", wherever the weight is not"
+                       ? " wherever the weight is not zero"
                        : "");
     }
 }
 
-/* Over the edited tensors of one role. */
+/* Zeros in the edited tensors of one role. */
 struct zeros {
-    uint64_t n_tensors;     /* with nothing but zeros */
-    const char *first;      /* of these */
-    uint64_t n_f16, of_f16; /* zeros, and values, in tensors that are stored as F16 */
+    uint64_t n_tensors;     /* tensors that hold only zeros */
+    const char *first;      /* name of the first of them */
+    uint64_t n_f16, of_f16; /* zeros, and all values, in tensors stored as F16 */
 };
 
 static struct zeros count(const struct perta_unlearn_job *job, int role)
@@ -190,19 +192,19 @@ static struct zeros count(const struct perta_unlearn_job *job, int role)
 
 void perta_unlearn_note_zeros(const struct perta_unlearn_job *job, json_t *notes)
 {
-    static const char *const then[] = {"stay as they are (w = 0)",
+    static const char *const then[] = {"stay unchanged (w = 0)",
                                        "are edited in full wherever the forget set touches them "
                                        "(w = 1)"};
     for (int role = PERTA_ROLE_FORGET; role <= PERTA_ROLE_RETAIN; role++) {
         struct zeros z = count(job, role);
         if (z.n_tensors)
-            perta_note(notes, "%s: %llu tensors are all zero, %s the first: they %s",
+            perta_note(notes, "%s: %llu tensors hold only zeros, the first of them %s: they %s",
                        perta_roles[role], (ull)z.n_tensors, z.first,
                        then[role - PERTA_ROLE_FORGET]);
         if (z.n_f16)
             perta_note(notes,
                        "%s: %llu of %llu values in F16 are 0; F16 holds nothing below "
-                       "3e-8, so they may have underflowed: F32 or BF16 would tell",
+                       "3e-8, so they may have underflowed; F32 or BF16 would hold smaller values",
                        perta_roles[role], (ull)z.n_f16, (ull)z.of_f16);
     }
 }

@@ -21,7 +21,7 @@ static bool has_role(const struct perta_unlearn_job *job, int role)
 
 /* ---- the inputs ---- */
 
-/* In place of a tuned checkpoint. */
+/* Open an adapter in place of a tuned checkpoint. */
 static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
 {
     struct perta_input *in = &job->in[PERTA_ROLE_TUNED];
@@ -32,8 +32,8 @@ static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct per
     return rc ? perta_err_context(err, "%s", in->role) : 0;
 }
 
-/* Two names of one matrix in the folder of a role, where --model (or the folder itself) ties them:
- * what they hold must be the same. */
+/* If --model or the folder of a role ties embeddings, and the folder stores the matrix under both
+ * names, the two must be byte-identical. */
 static int check_tied(const struct perta_unlearn_job *job, int role, struct perta_err *err)
 {
     const struct perta_checkpoint *ck = job->in[role].ck;
@@ -55,7 +55,7 @@ static int check_tied(const struct perta_unlearn_job *job, int role, struct pert
                             head->tensor->name);
 }
 
-/* Names of importance are those of --model, or were before a wrapper got hold of them. */
+/* The names in an importance are --model's, or were before a training wrapper changed them. */
 static int align(const struct perta_unlearn_job *job, int role, json_t *notes,
                  struct perta_err *err)
 {
@@ -64,12 +64,13 @@ static int align(const struct perta_unlearn_job *job, int role, json_t *notes,
     char prefix[PERTA_PREFIX_ROOM];
     int rc = perta_names_align(ck, job->in[PERTA_ROLE_MODEL].ck, prefix, &add, &wrapper, err);
     if (!rc && wrapper)
-        perta_note(notes,
-                   "%s: its names are --model's but for parts of wrappers within them (%.*s)",
-                   perta_roles[role], (int)strlen(wrapper) - 1, wrapper);
+        perta_note(
+            notes,
+            "%s: its names are those of --model with parts added by training wrappers (%.*s)",
+            perta_roles[role], (int)strlen(wrapper) - 1, wrapper);
     if (!rc && (*prefix || *add))
-        perta_note(notes, "%s: its names are --model's but for %s%s%s%s", perta_roles[role],
-                   *prefix ? "a prefix " : "", prefix,
+        perta_note(notes, "%s: its names are those of --model except for %s%s%s%s",
+                   perta_roles[role], *prefix ? "a prefix " : "", prefix,
                    *prefix && *add ? " in place of "
                    : *add          ? "a missing "
                                    : "",
@@ -111,7 +112,7 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
 
 /* ---- one tensor ---- */
 
-/* ref: the operand of that role, or NULL. */
+/* Set the operand of that role to ref, which may be NULL. */
 static int set_operand(const struct perta_unlearn_job *job, struct perta_unlearn_row *row, int role,
                        const struct perta_ref *ref, struct perta_err *err)
 {
@@ -143,18 +144,19 @@ static int find_needed(const struct perta_unlearn_job *job, struct perta_unlearn
     const char *name = row->in[PERTA_ROLE_MODEL]->tensor->name,
                *other = perta_tied_name(job->in[role].ck, name);
     if (other && perta_checkpoint_find(job->in[role].ck, other))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s %s: no tensor %s, which --model has beside %s; are the two tied in "
-                          "the one and not in the other (\"tie_word_embeddings\" in config.json)?",
-                          perta_roles[role], job->in[role].ck->path, name, other);
+        return perta_fail(
+            err, PERTA_EINPUT,
+            "%s %s: no tensor %s, but --model has it as well as %s; are the two tied in "
+            "one and not in the other (\"tie_word_embeddings\" in config.json)?",
+            perta_roles[role], job->in[role].ck->path, name, other);
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: no tensor %s, which --model has; is it another architecture? "
-                      "--exclude leaves tensors out",
+                      "%s: no tensor %s, but --model has it; is it a different architecture? "
+                      "--exclude leaves tensors out of the edit",
                       job->in[role].ck->path, name);
 }
 
-/* PEFT's copy of what A and B are added to is what --base holds, as far as that can be told: a model
- * loaded in another dtype was rounded. */
+/* PEFT's copy of the weight that A and B are added to must be what --base holds. This is checked
+ * only if both have the same dtype: a model loaded in another dtype was rounded. */
 static int check_copy(const struct perta_unlearn_job *job, const struct perta_change *change,
                       const struct perta_ref *base, struct perta_err *err)
 {
@@ -168,24 +170,25 @@ static int check_copy(const struct perta_unlearn_job *job, const struct perta_ch
                ? rc
                : perta_fail(
                      err, PERTA_EINPUT,
-                     "%s: tensor %s, the copy of what the LoRA is added to, differs from %s in "
-                     "--base %s; is that what it was tuned from? Merge the adapter into its "
-                     "base, if the copy is meant",
+                     "%s: tensor %s, the copy of the weight that the LoRA is added to, differs "
+                     "from %s in --base %s; was the adapter tuned from that base? If the copy "
+                     "is right, merge the adapter into its base",
                      tuned->shards[0].path, change->base_layer->tensor->name, base->tensor->name,
                      ck->path);
 }
 
-/* Where --tuned is an adapter. --base is needed for what it holds whole; elsewhere it need not
- * be there, and is checked, but not read. */
+/* Fill a row when --tuned is an adapter. --base is needed only for tensors that the adapter stores
+ * whole. For the others it is optional: it is checked, but not read. */
 static int fill_change(const struct perta_unlearn_job *job, struct perta_unlearn_row *row,
                        const struct perta_change *change, bool tied, struct perta_err *err)
 {
     bool has_base = job->in[PERTA_ROLE_BASE].ck;
     if (change->whole && !has_base)
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--base DIR is needed: the adapter %s holds %s whole, not what tuning "
-                          "changed in it",
-                          job->in[PERTA_ROLE_TUNED].ck->path, change->whole->tensor->name);
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "--base DIR is needed: the adapter %s stores %s whole, not as the change that "
+            "tuning made",
+            job->in[PERTA_ROLE_TUNED].ck->path, change->whole->tensor->name);
     int rc = set_operand(job, row, PERTA_ROLE_TUNED, change->whole, err);
     if (!rc && has_base)
         rc = find_needed(job, row, PERTA_ROLE_BASE, tied, err);
@@ -218,7 +221,8 @@ static void count(struct perta_tally *tally, const struct perta_unlearn_row *row
     tally->n_params += row->in[PERTA_ROLE_MODEL]->tensor->n_elems;
 }
 
-/* Importance, or what --missing says of a tensor that has none. *kept: it stays as it is. */
+/* Find the importances, or apply --missing to a tensor that has none. Sets *kept if the tensor
+ * stays unchanged. */
 static int fill_importance(struct perta_unlearn_job *job, struct perta_unlearn_row *row, bool tied,
                            bool *kept, struct perta_err *err)
 {
@@ -235,8 +239,8 @@ static int fill_importance(struct perta_unlearn_job *job, struct perta_unlearn_r
         return 0;
     if (job->unlearn->missing == PERTA_MISSING_ERROR)
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: no importance for tensor %s; --missing keep leaves such "
-                          "tensors as they are, --missing tv subtracts their whole task "
+                          "%s: no importance for tensor %s; --missing keep leaves such tensors "
+                          "unchanged, --missing tv subtracts their whole task "
                           "vector",
                           job->in[lacks].ck->path, row->in[PERTA_ROLE_MODEL]->tensor->name);
     count(&job->missing, row);
@@ -270,7 +274,7 @@ static int fill_operands(struct perta_unlearn_job *job, struct perta_unlearn_row
 
 /* ---- all of them ---- */
 
-/* Of two names for one matrix globs choose both, or neither. */
+/* For a matrix with two names, the globs must select both or neither. */
 static int check_globs(const struct perta_unlearn_job *job, bool tied, struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
@@ -283,11 +287,11 @@ static int check_globs(const struct perta_unlearn_job *job, bool tied, struct pe
         return 0;
     return perta_fail(
         err, PERTA_EUSAGE,
-        "%s: --include and --exclude choose %s and not %s, which config.json ties to it",
+        "%s: --include and --exclude select %s but not %s, which config.json ties to it",
         model->path, chosen ? head : embedding, chosen ? embedding : head);
 }
 
-/* Tied tensors share it, so that --method random gives both the same. */
+/* Tied tensors share this hash, so that --method random gives both the same weights. */
 static uint64_t name_hash(const struct perta_checkpoint *model, const char *name, bool tied)
 {
     const char *other = tied ? perta_tied_name(model, name) : NULL;
@@ -318,7 +322,7 @@ static int check_missing(const struct perta_unlearn_job *job, struct perta_err *
     return perta_fail(
         err, PERTA_EINPUT,
         "--forget %s, --retain %s: none of the %llu tensors to edit has importance in "
-        "both; is it that of another model? --method tv takes none",
+        "both; do they belong to a different model? --method tv needs none",
         job->unlearn->forget, job->unlearn->retain, (unsigned long long)job->wanted.n_tensors);
 }
 
@@ -348,7 +352,8 @@ static int fill_rows(struct perta_unlearn_job *job, struct perta_err *err)
     return has_role(job, PERTA_ROLE_FORGET) ? check_missing(job, err) : 0;
 }
 
-/* Under the model's names; those of an adapter are its own, and were looked up. */
+/* True for folders whose tensors go by the model's names. An adapter has names of its own, and has
+ * been checked already. */
 static bool has_tensors(const struct perta_unlearn_job *job, int role)
 {
     return job->in[role].ck && !job->in[role].ck->is_adapter;
@@ -357,15 +362,15 @@ static bool has_tensors(const struct perta_unlearn_job *job, int role)
 static const char *why_extra(int role, const char *name)
 {
     if (!strstr(name, "lora_"))
-        return "is it another architecture?";
+        return "is it a different architecture?";
     return role == PERTA_ROLE_TUNED || role == PERTA_ROLE_BASE
-               ? "a LoRA without PEFT's adapter_config.json? Merge it into its base, or save it with "
-                 "PEFT"
-               : "it is of a LoRA's own parameters; those of the model are wanted";
+               ? "is it a LoRA without PEFT's adapter_config.json? Merge it into its base, or "
+                 "save it with PEFT"
+               : "this is the importance of a LoRA's own parameters; that of the model's is needed";
 }
 
-/* A tensor that the model lacks means another architecture, but for the other name of tied
- * embeddings, and for buffers. */
+/* A tensor that the model lacks means a different architecture, except for buffers and for the
+ * other name of a tied embedding. */
 static int check_extra(const struct perta_unlearn_job *job, struct perta_err *err)
 {
     const struct perta_checkpoint *model = job->in[PERTA_ROLE_MODEL].ck;
@@ -375,14 +380,15 @@ static int check_extra(const struct perta_unlearn_job *job, struct perta_err *er
             const struct perta_tensor *tensor = job->in[role].ck->by_name[i].tensor;
             if (!perta_is_buffer(tensor) && !perta_tied_find(model, tensor->name, tied))
                 return perta_fail(err, PERTA_EINPUT,
-                                  "%s %s: has tensor %s, which --model %s lacks; %s",
+                                  "%s %s: has tensor %s, which is not in --model %s; %s",
                                   perta_roles[role], job->in[role].ck->path, tensor->name,
                                   model->path, why_extra(role, tensor->name));
         }
     return 0;
 }
 
-/* Weights would be taken as mean gradients, if they do not say what they are. */
+/* Refuse an importance that is one of the models: without metadata, weights would be taken as mean
+ * gradients. */
 static int check_not_weights(const struct perta_unlearn_job *job, int role, struct perta_err *err)
 {
     const struct perta_shard *a = job->in[role].ck->shards;
@@ -392,8 +398,8 @@ static int check_not_weights(const struct perta_unlearn_job *job, int role, stru
             if (job->in[role].ck->n_shards && a->dev == b->dev && a->ino == b->ino)
                 return perta_fail(
                     err, PERTA_EINPUT,
-                    "%s: is %s, too; an importance is wanted, which perta estimate and "
-                    "accumulate make",
+                    "%s: this file is also part of %s, but an importance is needed; perta "
+                    "estimate and perta accumulate make one",
                     a->path, perta_roles[other]);
         }
     return 0;
@@ -412,9 +418,10 @@ static int find_stat(struct perta_unlearn_job *job, json_t *notes, struct perta_
             return perta_err_context(err, "%s", perta_roles[PERTA_ROLE_FORGET + i]);
     }
     if (stats[0] != stats[1])
-        return perta_fail(err, PERTA_EUSAGE,
-                          "--forget holds %s, --retain %s gradients; both must hold the same",
-                          perta_stat_name(stats[0]), perta_stat_name(stats[1]));
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "--forget holds %s and --retain %s gradients; both must hold the same kind",
+            perta_stat_name(stats[0]), perta_stat_name(stats[1]));
     job->rule.stat = stats[0];
     return 0;
 }
@@ -451,7 +458,7 @@ static int check_outputs(const struct perta_unlearn_job *job, struct perta_err *
     return rc;
 }
 
-char *perta_unlearn_home(const struct perta_unlearn_job *job)
+char *perta_unlearn_last_folder(const struct perta_unlearn_job *job)
 {
     const struct perta_unlearn *u = job->unlearn;
     return perta_unlearn_folder(job, u->out ? u->out : u->patch, u->n_alphas - 1);
@@ -467,9 +474,9 @@ int perta_unlearn_plan(struct perta_unlearn_job *job, const struct perta_run *ru
         rc = check_extra(job, err);
     if (!rc)
         rc = fill_rows(job, err);
-    char *home = perta_unlearn_home(job);
-    if (!rc && !(home && perta_resume_found(run, home)))
+    char *last_folder = perta_unlearn_last_folder(job);
+    if (!rc && !(last_folder && perta_resume_found(run, last_folder)))
         rc = check_outputs(job, err);
-    free(home);
+    free(last_folder);
     return rc;
 }

@@ -21,12 +21,13 @@
 #define ELEMS_MAX (1ull << 20)
 #define ELEMS_MIN 1024ull
 #define OUT_ALIGN 64
-/* Slots that the elements of a piece are chosen for, so that reading and work overlap. */
+/* The size of a piece is chosen so that this many slots fit: then reading and arithmetic
+ * overlap. */
 #define SLOTS_WANTED 4
 
 enum { MEAN, MEANSQ, N_STATS };
 
-/* Where one sample's tensor lies; what is kept of its checkpoint. */
+/* Where a tensor of one sample is stored; all that is kept of its checkpoint. */
 struct place {
     uint64_t off_bytes;
     uint32_t file;
@@ -39,20 +40,20 @@ struct scratch {
 
 struct job {
     const struct perta_accumulate *accumulate;
-    struct perta_checkpoint *first; /* the layout of the output */
+    struct perta_checkpoint *first; /* the outputs have its layout */
     struct perta_file *files;
     uint32_t n_files;
-    struct place *places; /* (n_tensors, n_gradients), tensors shard by shard */
+    struct place *places; /* (n_tensors, n_gradients), tensors in the order of shards */
     bool wanted[N_STATS];
     struct perta_model_out outs[N_STATS];
     struct perta_importance plans[N_STATS];
-    uint64_t elems; /* of a piece, at most */
+    uint64_t elems; /* the most elements in a piece */
     struct perta_resume resume;
     struct perta_stream *stream;
     struct scratch *scratch;
     unsigned n_workers;
-    struct perta_walk walk; /* where next() stands, in first */
-    uint32_t shards_begun;  /* the owner's, for commit() */
+    struct perta_walk walk; /* position of next() in first */
+    uint32_t shards_begun;  /* used by commit(), on the owner's thread */
 };
 
 static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
@@ -112,7 +113,7 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     uint64_t bad = perta_running_finish(&running, n, job->wanted[MEAN] ? piece->out : NULL,
                                         job->wanted[MEANSQ] ? meansq : NULL);
     if (bad != UINT64_MAX) {
-        float mean = INFINITY; /* of squares, if this one is finite */
+        float mean = INFINITY; /* of the squares, if the other mean is finite */
         if (job->wanted[MEAN])
             memcpy(&mean, piece->out + bad * sizeof mean, sizeof mean);
         bool squares = job->wanted[MEANSQ] && (!job->wanted[MEAN] || isfinite(mean));
@@ -179,8 +180,8 @@ static int place_tensor(struct job *job, const struct perta_checkpoint *ck,
 {
     const struct perta_ref *ref = perta_checkpoint_find(ck, want->name);
     if (!ref)
-        return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which %s has", ck->path, want->name,
-                          job->first->path);
+        return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, but %s has it", ck->path,
+                          want->name, job->first->path);
     if (!perta_dtype_is_editable(ref->tensor->dtype))
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16, F32 or F64 needed",
                           ck->path, want->name, perta_dtype_name(ref->tensor->dtype));
@@ -188,7 +189,7 @@ static int place_tensor(struct job *job, const struct perta_checkpoint *ck,
     return perta_shapes_agree(job->first->path, want, ck->path, ref->tensor, err);
 }
 
-/* Check one sample against the first and keep where its tensors lie. */
+/* Check one sample against the first one, and note where its tensors are stored. */
 static int add_sample(struct job *job, uint32_t sample, struct perta_err *err)
 {
     struct perta_checkpoint *ck = NULL;
@@ -201,7 +202,7 @@ static int add_sample(struct job *job, uint32_t sample, struct perta_err *err)
             rc = perta_fail_sys(err, ENOMEM, "plan");
     }
     if (!rc && ck->n_tensors != job->first->n_tensors)
-        rc = perta_fail(err, PERTA_EINPUT, "%s: %llu tensors, %s has %llu", ck->path,
+        rc = perta_fail(err, PERTA_EINPUT, "%s: %llu tensors, but %s has %llu", ck->path,
                         (unsigned long long)ck->n_tensors, job->first->path,
                         (unsigned long long)job->first->n_tensors);
     for (uint32_t s = 0; !rc && s < ck->n_shards; s++)
@@ -266,8 +267,8 @@ static struct perta_job sizes_of(struct job *job)
     };
 }
 
-/* Headers of the outputs, made after the size of pieces is chosen: each takes about what the
- * model's does, and an index is printed from a tree. */
+/* Memory for the headers of the outputs, which are made after the size of pieces is chosen. A
+ * header takes about as much as the first checkpoint's; an index is printed from a JSON tree. */
 static uint64_t plans_bytes(const struct job *job)
 {
     const struct perta_checkpoint *ck = job->first;
@@ -277,8 +278,8 @@ static uint64_t plans_bytes(const struct job *job)
     return count_writers(job) * bytes;
 }
 
-/* As many elements a piece as let a few slots and workers fit the budget, whatever the number of
- * samples. */
+/* Choose the number of elements in a piece: as many as let a few slots and workers fit the budget,
+ * whatever the number of samples. */
 static int choose_elems(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     uint64_t needed = 0;
@@ -327,19 +328,19 @@ static int check_outputs(const struct job *job, struct perta_err *err)
     return rc;
 }
 
-/* What is the journal's home: the folder that is published last. The caller's. */
-static char *home_of(const struct job *job)
+/* The folder that is published last; the journal is kept beside it. The caller frees it. */
+static char *last_folder_of(const struct job *job)
 {
     return perta_path_join(job->accumulate->out, stat_names[job->wanted[MEANSQ] ? MEANSQ : MEAN]);
 }
 
-/* Every file by name, size and time of change, and what is wanted of them. */
+/* Identity of the run: every input file by name, size and modification time, and the flags. */
 static json_t *identity_of(const struct job *job)
 {
     const struct perta_accumulate *acc = job->accumulate;
     json_t *inputs = json_object();
     for (uint32_t i = 0; i < job->n_files; i++) {
-        json_t *path = perta_text_json("%s", job->files[i].path); /* a key is UTF-8 */
+        json_t *path = perta_text_json("%s", job->files[i].path); /* JSON keys must be UTF-8 */
         perta_json_set(&inputs, json_string_value(path),
                        perta_journal_file(job->files[i].len_bytes, &job->files[i].mtime));
         json_decref(path);
@@ -353,15 +354,15 @@ static json_t *identity_of(const struct job *job)
 
 static int begin_outputs(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
-    char *home = home_of(job);
+    char *last_folder = last_folder_of(job);
     job->resume.models = job->outs;
     job->resume.n_models = N_STATS;
     job->resume.walk = &job->walk;
     job->walk = (struct perta_walk){.ck = job->first, .chunk_units = job->elems};
-    int rc = home ? perta_resume_begin(&job->resume, run, home, identity_of(job),
-                                       job->accumulate->force, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
-    free(home);
+    int rc = last_folder ? perta_resume_begin(&job->resume, run, last_folder, identity_of(job),
+                                              job->accumulate->force, err)
+                         : perta_fail_sys(err, ENOMEM, "%s", job->accumulate->out);
+    free(last_folder);
     for (int stat = 0; stat < N_STATS && !rc; stat++) {
         if (!job->wanted[stat])
             continue;
@@ -384,16 +385,16 @@ static int begin_outputs(struct job *job, const struct perta_run *run, struct pe
 static int prepare(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     if (!job->accumulate->n_gradients)
-        return perta_fail(err, PERTA_EUSAGE, "no gradients given");
+        return perta_fail(err, PERTA_EUSAGE, "no gradients given; name files or folders");
     int rc = 0;
     for (uint32_t i = 0; i < job->accumulate->n_gradients && !rc; i++)
         rc = add_sample(job, i, err);
     if (!rc)
         rc = choose_elems(job, run, err);
-    char *home = home_of(job);
-    if (!rc && !(home && perta_resume_found(run, home)))
+    char *last_folder = last_folder_of(job);
+    if (!rc && !(last_folder && perta_resume_found(run, last_folder)))
         rc = check_outputs(job, err);
-    free(home);
+    free(last_folder);
     return rc;
 }
 
@@ -471,11 +472,11 @@ static void release(struct job *job)
     perta_checkpoint_close(job->first);
 }
 
-/* Take up what was left, the shard under way first. */
+/* Restore what the interrupted run had written, and reopen the shards that it was writing. */
 static int restore(struct job *job, struct perta_err *err)
 {
     int rc = perta_resume_restore(&job->resume, job->stream, err);
-    if (rc || !job->resume.journal.going_on)
+    if (rc || !job->resume.journal.resuming)
         return rc;
     job->shards_begun = job->resume.shard + 1;
     for (int stat = 0; stat < N_STATS && !rc; stat++) {
@@ -512,7 +513,7 @@ static int check_arguments(const struct perta_accumulate *acc, struct perta_err 
 {
     const struct perta_argument needed = {"--out DIR", acc->out};
     if (!acc->n_gradients)
-        return perta_fail(err, PERTA_EUSAGE, "which gradients? Name files or folders");
+        return perta_fail(err, PERTA_EUSAGE, "no gradients given; name files or folders");
     if (!acc->mean && !acc->meansq)
         return perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
     int rc = perta_arguments_list("gradients", acc->gradients, acc->n_gradients, err);

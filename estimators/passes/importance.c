@@ -36,7 +36,7 @@ static int plan_shard(struct perta_importance_shard *to, const struct perta_shar
     return rc;
 }
 
-/* What transformers looks for beside several shards. */
+/* transformers looks for an index if there are several shards. */
 static int write_index(struct perta_importance *plan, struct perta_err *err)
 {
     json_t *map = json_object();
@@ -111,7 +111,7 @@ void perta_importance_release(struct perta_importance *plan)
     *plan = (struct perta_importance){0};
 }
 
-/* ---- written in any order ---- */
+/* ---- writing, in any order ---- */
 
 static int by_name(const void *a, const void *b)
 {
@@ -159,7 +159,7 @@ static int open_file(struct perta_importance_out *out, uint32_t s, struct perta_
     return rc;
 }
 
-/* The file once more, past the page cache where the file system can. */
+/* Open the file a second time with O_DIRECT, if the file system allows it. */
 static int open_direct(struct perta_importance_out *out, uint32_t s, struct perta_err *err)
 {
     char *path = perta_publish_path(&out->folder, out->plan.shards[s].name);
@@ -170,7 +170,7 @@ static int open_direct(struct perta_importance_out *out, uint32_t s, struct pert
     return 0;
 }
 
-/* Take over plan, and find its tensors by name. */
+/* Take over plan, and sort its tensors by name. */
 static int take_over(struct perta_importance_out *out, struct perta_importance *plan,
                      struct perta_err *err)
 {
@@ -201,10 +201,10 @@ int perta_importance_begin(struct perta_importance_out *out, struct perta_import
     out->behind = behind;
     if (!rc)
         rc = perta_journal_folder(journal, &out->folder, path, NULL, force, err);
-    if (!out->folder.made) /* it has its name already */
+    if (!out->folder.made) /* already published by an interrupted run */
         return rc;
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
-        rc = journal->going_on ? open_file(out, s, err) : make_file(out, s, err);
+        rc = journal->resuming ? open_file(out, s, err) : make_file(out, s, err);
     for (uint32_t s = 0; s < out->plan.n_shards && !rc; s++)
         rc = open_direct(out, s, err);
     return rc;

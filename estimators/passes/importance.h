@@ -1,5 +1,6 @@
 /* importance.h - the layout of an importance folder: the shards and tensors of a checkpoint, in
- * float32, with metadata that says what they hold; and of scales (steps.h), in bfloat16. */
+ * float32, with metadata that says what they hold. Folders of scales (steps.h) have the same
+ * layout, in bfloat16. */
 #ifndef PERTA_ESTIMATORS_PASSES_IMPORTANCE_H
 #define PERTA_ESTIMATORS_PASSES_IMPORTANCE_H
 
@@ -16,63 +17,65 @@ struct perta_importance_shard {
     const char *name; /* borrowed from the checkpoint */
     uint8_t *header;
     uint64_t header_bytes, file_bytes;
-    struct perta_tensor *tensors; /* (n_tensors), laid out; names and shapes are borrowed */
+    struct perta_tensor *tensors; /* (n_tensors) with their offsets; names and shapes are borrowed
+                                   * from the checkpoint */
     uint64_t n_tensors;
 };
 
 struct perta_importance {
     struct perta_importance_shard *shards; /* (n_shards) */
     uint32_t n_shards;
-    char *index; /* text of the index file; NULL for one shard */
+    char *index; /* text of the index file; NULL if there is one shard */
 };
 
-/* What goes into the metadata of every shard. */
+/* The metadata of every shard. */
 struct perta_importance_about {
     enum perta_stat stat;
     uint64_t n_samples;
-    uint64_t n_tokens;     /* of all samples; 0: not known */
-    const char *data_hmac; /* of the file of samples, with the user's key; NULL or "": none */
+    uint64_t n_tokens;     /* over all samples; 0 if not known */
+    const char *data_hmac; /* keyed digest of the data file; NULL or "" if there is none */
 };
 
-/* Lay out like a checkpoint, in dtype and with metadata (stolen), tensors for which wanted (NULL:
- * all) says yes; shards without any
- * stay away. like is borrowed. Released with perta_importance_release, on error too. */
+/* Plan a folder with the layout of like (borrowed): those of its tensors that wanted accepts (NULL:
+ * all), in dtype. Shards without any such tensor are left out. metadata: the reference is taken.
+ * Release the plan with perta_importance_release(), also after an error. */
 int perta_importance_plan_as(struct perta_importance *plan, const struct perta_checkpoint *like,
                              enum perta_dtype dtype, json_t *metadata,
                              bool (*wanted)(void *ctx, const char *name), void *ctx,
                              struct perta_err *err);
-/* The same for importance: F32, and what it is over. */
+/* The same for importance: in F32, with the metadata that about describes. */
 int perta_importance_plan(struct perta_importance *plan, const struct perta_checkpoint *like,
                           const struct perta_importance_about *about,
                           bool (*wanted)(void *ctx, const char *name), void *ctx,
                           struct perta_err *err);
 void perta_importance_release(struct perta_importance *plan);
 
-/* An importance folder that is written anywhere, in any order. */
+/* An importance folder whose tensors can be written in any order. */
 struct perta_importance_out {
     struct perta_importance plan;
     struct perta_publish folder;
     int *fds;                    /* (plan.n_shards) */
-    int *direct_fds;             /* (plan.n_shards), -1 where there is none */
+    int *direct_fds;             /* (plan.n_shards) for O_DIRECT; -1 if the file system has none */
     struct perta_behind *behind; /* borrowed */
     struct by_name {
         const struct perta_tensor *tensor;
         uint32_t shard;
-    } *by_name; /* sorted */
+    } *by_name; /* (n_tensors), sorted by name */
     uint64_t n_tensors, written_bytes;
 };
 
-/* Takes over plan. journal says whether to go on with what an interrupted run left. behind writes,
- * and is closed before out is released. */
+/* Begin the folder at path. Takes over plan. journal says whether to resume what an interrupted run
+ * left. All writes go through behind, which must be closed before out is released. */
 int perta_importance_begin(struct perta_importance_out *out, struct perta_importance *plan,
                            const char *path, const struct perta_journal *journal, bool force,
                            struct perta_behind *behind, struct perta_err *err);
-/* n elements of a tensor, in the plan's dtype, from element first on. */
+/* Write n elements of a tensor, in the plan's dtype, from element first on. */
 int perta_importance_write(struct perta_importance_out *out, const char *name, uint64_t first,
                            const void *data, uint64_t n, struct perta_err *err);
-/* What was written so far is on disk. */
+/* Make everything that was written so far durable (fsync). */
 int perta_importance_sync(const struct perta_importance_out *out, struct perta_err *err);
-/* Sync, and add the index: complete but for its name. Tensors that nobody wrote are zero. */
+/* Sync, and write the index: then everything is written and only the rename remains. Tensors that
+ * were not written are zero. */
 int perta_importance_finish(struct perta_importance_out *out, struct perta_err *err);
 void perta_importance_out_release(struct perta_importance_out *out);
 

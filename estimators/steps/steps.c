@@ -22,17 +22,17 @@ const char *const perta_sets[2] = {"forget", "retain"};
 
 /* ---- names in the work folder ---- */
 
-/* The caller's; NULL without memory. */
-static char *name_of(const char *fmt, unsigned step, const char *which)
+/* The caller frees it. NULL when out of memory. */
+static char *name_of(const char *fmt, unsigned step, const char *set)
 {
     char *name = NULL;
-    return asprintf(&name, fmt, step, which) < 0 ? NULL : name;
+    return asprintf(&name, fmt, step, set) < 0 ? NULL : name;
 }
 
 static char *path_in_work(const struct perta_steps_job *job, const char *fmt, unsigned step,
-                          const char *which)
+                          const char *set)
 {
-    char *name = name_of(fmt, step, which);
+    char *name = name_of(fmt, step, set);
     char *path = name ? perta_publish_path(&job->work, name) : NULL;
     free(name);
     return path;
@@ -47,19 +47,19 @@ char *perta_steps_scales(const struct perta_steps_job *job, unsigned k)
     return path_in_work(job, SCALES, k, "");
 }
 
-static void forget_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
-                          const char *which)
+static void remove_folder(const struct perta_steps_job *job, const char *fmt, unsigned step,
+                          const char *set)
 {
     struct perta_err ignored = {0};
-    char *name = name_of(fmt, step, which);
+    char *name = name_of(fmt, step, set);
     if (name)
         perta_publish_remove(&job->work, name, &ignored);
     free(name);
 }
 
-/* ---- what the run is ---- */
+/* ---- identity of the run ---- */
 
-/* A file, for the run's identity; no digest of it, which could be guessed
+/* Identifies a data file in the journal. Not by a digest: its content could be guessed from one
  * (docs/provenance.md). */
 static json_t *file_json(const struct perta_samples_file *file)
 {
@@ -82,7 +82,7 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                      perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
 }
 
-/* Null where there is one patch. */
+/* Null if there is only one patch. */
 static json_t *listed_json(const struct perta_steps *s)
 {
     json_t *list = s->several ? json_array() : json_null();
@@ -122,7 +122,7 @@ static json_t *identity_of(const struct perta_steps_job *job)
 int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err)
 {
     int rc = record ? perta_journal_commit(&job->journal, record, 0, err)
-                    : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                    : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     json_decref(record);
     return rc;
 }
@@ -136,7 +136,8 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
     if (!step)
         return 0;
     if (k < 0 || k > (json_int_t)job->steps->n_steps)
-        return perta_fail(err, PERTA_EINPUT, "%s: no such step; --force starts over",
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: it names a step that this run does not have; --force starts over",
                           job->journal.path);
     struct perta_steps_point *p = &job->points[k];
     if (patch)
@@ -164,34 +165,34 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
 
 /* ---- a point ---- */
 
-/* Gradients and loss, or at the end of the way the loss alone. */
-static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_t **summary,
+/* Measure the gradients and the loss; at the last step the loss alone. */
+static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t **summary,
                        struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
-    const char *data = which == PERTA_FORGET ? s->data_forget : s->data_retain;
+    const char *data = set == PERTA_FORGET ? s->data_forget : s->data_retain;
     char *scales = perta_steps_scales(job, k);
-    char *out = path_in_work(job, GRADIENTS, k, perta_sets[which]);
+    char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
     const struct perta_scaled_paths at = {s->tuned, s->base, scales};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = &at,
                                             .data = data,
-                                            .data_xxh128 = job->data[which].xxh128,
+                                            .data_xxh128 = job->data[set].xxh128,
                                             .out = out,
                                             .mean = true,
-                                            .by_probability = which == PERTA_FORGET,
+                                            .by_probability = set == PERTA_FORGET,
                                             .max_tokens = s->max_tokens,
                                             .compute = s->compute,
                                             .force = true};
     const struct perta_eval eval = {.model = s->model,
                                     .at = &at,
                                     .data = data,
-                                    .data_xxh128 = job->data[which].xxh128,
+                                    .data_xxh128 = job->data[set].xxh128,
                                     .max_tokens = s->max_tokens,
                                     .compute = s->compute,
                                     .scratch = job->work.partial,
                                     .as_estimate = true};
-    int rc = !scales || !out  ? perta_fail_sys(err, ENOMEM, "%s", job->home)
+    int rc = !scales || !out  ? perta_fail_sys(err, ENOMEM, "%s", job->work_path)
              : k < s->n_steps ? perta_estimate(&estimate, &job->run, summary, err)
                               : perta_eval(&eval, &job->run, summary, err);
     free(scales);
@@ -199,7 +200,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int which, json_
     return rc;
 }
 
-/* Every step reads the models anew: they are those that the way began with. */
+/* Every step reads the models again; they must be those that the path began with. */
 static int check_models(const struct perta_steps_job *job, struct perta_err *err)
 {
     int rc = perta_checkpoint_unchanged(job->weights.ck, err);
@@ -208,32 +209,31 @@ static int check_models(const struct perta_steps_job *job, struct perta_err *err
     return rc;
 }
 
-static int measure(struct perta_steps_job *job, unsigned k, int which, struct perta_err *err)
+static int measure(struct perta_steps_job *job, unsigned k, int set, struct perta_err *err)
 {
     struct perta_steps_point *p = &job->points[k];
     json_t *summary = NULL;
-    if (!isnan(p->loss[which]))
+    if (!isnan(p->loss[set]))
         return 0;
-    int rc = run_measure(job, k, which, &summary, err);
+    int rc = run_measure(job, k, set, &summary, err);
     if (!rc)
         rc = check_models(job, err);
     double loss = json_real_value(json_object_get(summary, "loss"));
-    p->probability[which] = json_real_value(json_object_get(summary, "probability"));
+    p->probability[set] = json_real_value(json_object_get(summary, "probability"));
     if (!rc && !isfinite(loss))
         rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
-                        which == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain,
-                        k);
-    p->samples[which] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
-    p->tokens[which] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
+                        set == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain, k);
+    p->samples[set] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
+    p->tokens[set] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
     json_decref(summary);
     if (!rc)
-        rc = perta_steps_commit(
-            job,
-            json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[which], loss,
-                      "probability", p->probability[which], "samples",
-                      (json_int_t)p->samples[which], "tokens", (json_int_t)p->tokens[which]),
-            err);
-    p->loss[which] = rc ? NAN : loss;
+        rc = perta_steps_commit(job,
+                                json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k,
+                                          perta_sets[set], loss, "probability", p->probability[set],
+                                          "samples", (json_int_t)p->samples[set], "tokens",
+                                          (json_int_t)p->tokens[set]),
+                                err);
+    p->loss[set] = rc ? NAN : loss;
     return rc;
 }
 
@@ -252,11 +252,11 @@ static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
     return k && p[k].loss[PERTA_RETAIN] - p[0].loss[PERTA_RETAIN] > job->steps->max_retain_rise;
 }
 
-/* Of the step from k to k + 1. */
+/* The rule for the step from k to k + 1. */
 static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
 {
     struct perta_step_rule rule = job->steps->rule;
-    unsigned first = 0; /* that forgets enough; k: none so far */
+    unsigned first = 0; /* the first point that forgets enough; k if there is none yet */
     if (!job->steps->hold)
         return rule;
     while (first < k && !perta_steps_forgets_enough(job, first))
@@ -267,7 +267,7 @@ static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigne
     return rule;
 }
 
-/* From the scales of step k to those of k + 1. */
+/* Compute the scales of step k + 1 from those of step k. */
 static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
@@ -281,7 +281,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
         s->tuned, s->base, forget, retain, from, to, perta_is_tied(job->weights.ck)};
     int rc = forget && retain && from && to
                  ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
-                 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     if (!rc)
         rc = check_models(job, err);
     p->moved = counts.n ? (double)counts.n_moved / (double)counts.n : 0;
@@ -299,7 +299,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     return rc;
 }
 
-/* The step that a way measured up to last ends at. */
+/* The step where a path that is measured up to last ends. */
 static unsigned end_of(const struct perta_steps_job *job, unsigned last)
 {
     const struct perta_steps_point *p = job->points;
@@ -314,26 +314,26 @@ static unsigned end_of(const struct perta_steps_job *job, unsigned last)
     return end;
 }
 
-/* What no later step needs. One back is kept, for the bound on the retain loss, and where the way
- * would end. */
+/* Remove what no later step needs. Two folders of scales are kept: of the step before, for the
+ * limit on the retain loss, and of the step where the path would end. */
 static void tidy(const struct perta_steps_job *job, unsigned k)
 {
-    for (int which = 0; which < 2; which++)
-        forget_folder(job, GRADIENTS, k, perta_sets[which]);
+    for (int set = 0; set < 2; set++)
+        remove_folder(job, GRADIENTS, k, perta_sets[set]);
     if (!k)
         return;
     const unsigned old[] = {k - 1, end_of(job, k - 1)};
     for (int i = 0; i < 2; i++)
         if (old[i] != end_of(job, k))
-            forget_folder(job, SCALES, old[i], "");
+            remove_folder(job, SCALES, old[i], "");
 }
 
-/* ---- the way ---- */
+/* ---- the path ---- */
 
-/* Until a rule or the number of steps ends it; *chosen is the step that the last patch leads
- * to, *last the last that was measured. */
-static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
-                struct perta_err *err)
+/* Take steps until a rule or the number of steps ends the path. *chosen is the step that the last
+ * patch leads to, *last the last step that was measured. */
+static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
+                      struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     int rc = 0;
@@ -360,26 +360,27 @@ static int walk(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
 
 /* ---- begin ---- */
 
-/* What can be read once only would be waited for, or empty, at the next step. */
+/* A pipe or device can be read only once: at the next step, reading it would block or find
+ * nothing. */
 static int check_data(const char *path, struct perta_err *err)
 {
     struct stat st;
     if (stat(path, &st) || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode))
-        return 0; /* reading it says what is wrong */
+        return 0; /* the error comes when it is read */
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: is no regular file, and steps read it again at each step; write it to "
+                      "%s: not a regular file, but every step reads it again; write the data to "
                       "a file first",
                       path);
 }
 
-/* Every step reads both files anew, and refuses others than these. */
+/* Every step reads both data files again, and refuses them if they have changed since. */
 static int read_data(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     const char *const data[] = {s->data_forget, s->data_retain};
     const struct perta_samples_wanted wanted = {
         .vocab = job->weights.llm.vocab, .max_tokens = s->max_tokens, .key_path = s->data_key};
-    int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     for (int i = 0; i < 2 && !rc; i++)
         rc = check_data(data[i], err);
     for (int i = 0; i < 2 && !rc; i++) {
@@ -389,20 +390,20 @@ static int read_data(struct perta_steps_job *job, struct perta_err *err)
             break;
         job->data[i] = samples.file;
         if (json_array_extend(job->notes, samples.notes))
-            rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+            rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
         perta_samples_release(&samples);
     }
     return rc;
 }
 
-/* What a run left was checked when it began, and may have its name by now: it is gone on with, or
- * refused for its journal. */
+/* Skipped if an interrupted run left a journal: its checks were made when it began, and its outputs
+ * may be published by now. That run is resumed, or refused because of its journal. */
 static int check(const struct perta_steps_job *job, struct perta_err *err)
 {
-    if ((job->run.resume || !job->steps->force) && perta_journal_found(job->home))
+    if ((job->run.resume || !job->steps->force) && perta_journal_found(job->work_path))
         return 0;
-    int rc =
-        perta_publish_check((const char *const *)&job->home, 1, NULL, 0, job->steps->force, err);
+    int rc = perta_publish_check((const char *const *)&job->work_path, 1, NULL, 0,
+                                 job->steps->force, err);
     return rc ? rc : perta_steps_patch_check(job, err);
 }
 
@@ -411,14 +412,15 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     const struct perta_steps *s = job->steps;
     size_t len = strlen(s->patch);
     if (perta_checkpoint_is_adapter(s->tuned))
-        return perta_fail(err, PERTA_EUSAGE,
-                          "%s: is a LoRA adapter; steps need the tuned model itself: merge the "
-                          "adapter into its base first",
-                          s->tuned);
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "%s: this is a LoRA adapter, but --steps needs the tuned model itself; merge the "
+            "adapter into its base first",
+            s->tuned);
     while (len > 1 && s->patch[len - 1] == '/')
         len--;
     job->points = calloc(s->n_steps + 1, sizeof *job->points);
-    if (!job->points || asprintf(&job->home, "%.*s.steps", (int)len, s->patch) < 0)
+    if (!job->points || asprintf(&job->work_path, "%.*s.steps", (int)len, s->patch) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", s->patch);
     for (unsigned k = 0; k <= s->n_steps; k++)
         job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
@@ -436,7 +438,7 @@ static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 {
     char *zero = perta_steps_scales(job, 0);
     int rc = zero ? perta_steps_zero(&job->weights, &job->steps->globs, zero, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                  : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(zero);
     if (!rc)
         rc = perta_publish_sync(&job->work, err);
@@ -449,18 +451,18 @@ static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 static int begin(struct perta_steps_job *job, struct perta_err *err)
 {
     json_t *identity = identity_of(job);
-    int rc = perta_journal_open(&job->journal, job->home, identity, job->run.resume,
+    int rc = perta_journal_open(&job->journal, job->work_path, identity, job->run.resume,
                                 job->steps->force, err);
     json_decref(identity);
     if (!rc)
-        rc = perta_journal_folder(&job->journal, &job->work, job->home, NULL, job->steps->force,
-                                  err);
+        rc = perta_journal_folder(&job->journal, &job->work, job->work_path, NULL,
+                                  job->steps->force, err);
     if (!rc)
         rc = perta_journal_replay(&job->journal, replay, job, err);
     return rc;
 }
 
-/* All is done: what was kept on the way goes, and then the journal. */
+/* Everything is published; remove the work folder, and then the journal. */
 static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err *err)
 {
     int rc = perta_journal_complete(&job->journal, NULL, 0, summary, err);
@@ -473,11 +475,9 @@ static int clean(struct perta_steps_job *job, json_t *summary, struct perta_err 
 static void abandon(struct perta_steps_job *job, int rc, struct perta_err *err)
 {
     struct perta_publish *work = &job->work;
-    struct perta_err ignored = {0};
-    bool said = strstr(err->msg, "--resume goes on"); /* by what was run within */
-    /* Steps are dear: once there is one point, they are kept whatever goes wrong. */
-    job->journal.going_on |= !isnan(job->points[0].loss[PERTA_RETAIN]);
-    perta_journal_abandon(&job->journal, &work, 1, rc, said ? &ignored : err);
+    /* Steps are expensive: once the first losses are measured, they are kept after any error. */
+    job->journal.keep |= !isnan(job->points[0].loss[PERTA_RETAIN]);
+    perta_journal_abandon(&job->journal, &work, 1, rc, err);
 }
 
 static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_err *err)
@@ -492,7 +492,7 @@ static int run_all(struct perta_steps_job *job, json_t **summary, struct perta_e
     if (!rc && !job->points[0].reached)
         rc = begin_scales(job, err);
     if (!rc)
-        rc = walk(job, &chosen, &last, err);
+        rc = take_steps(job, &chosen, &last, err);
     if (!rc)
         rc = perta_steps_finish(job, chosen, last, summary, err);
     return rc ? rc : clean(job, *summary, err);
@@ -532,6 +532,6 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run, js
     for (unsigned k = 0; job.points && k <= steps->n_steps; k++)
         json_decref(job.points[k].patch);
     free(job.points);
-    free(job.home);
+    free(job.work_path);
     return rc;
 }

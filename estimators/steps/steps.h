@@ -1,13 +1,14 @@
-/* steps.h - stepwise unlearning: theta(s) = theta - s * tau, with one scale s in [0,
- * max_scale] for each parameter, moved by the signs of the gradients of forget probability and
- * retain loss, which are taken anew at every step. Spec: docs/method.md, docs/steps.md
+/* steps.h - unlearning in steps. The model at scales s is theta(s) = theta - s * tau, with one
+ * scale s in [0, max_scale] for each parameter. Every step recomputes the gradients of the forget
+ * probability and of the retain loss, and moves the scales by their signs. Spec: docs/method.md,
+ * docs/steps.md
  *
- *   s grows by step where moving along -tau lowers the mean probability of the forget answers
- *     and does not raise retain loss
- *   s shrinks by back_off where moving along -tau raises retain loss
+ *   s grows by step if moving along -tau lowers the mean probability of the forget answers and does
+ *     not raise the retain loss
+ *   s shrinks by back_off if moving along -tau raises the retain loss
  *
- * Along -tau a loss changes by -g * tau for each parameter; g of forgetting is the gradient of
- * -probability. */
+ * Along -tau a loss changes by -g * tau for each parameter. The gradient g for forgetting is that
+ * of minus the probability. */
 #ifndef PERTA_ESTIMATORS_STEPS_STEPS_H
 #define PERTA_ESTIMATORS_STEPS_STEPS_H
 
@@ -16,49 +17,51 @@
 
 #define PERTA_STEPS_MAX 1000
 
-/* What a step does. */
+/* The rule of a step. The values are used as float32. */
 struct perta_step_rule {
-    double step;     /* all as float32 */
+    double step;
     double back_off; /* 0: s never shrinks */
     double max_scale;
 };
 
 struct perta_steps {
     const char *model, *tuned, *base;      /* checkpoints */
-    const char *data_forget, *data_retain; /* JSON lines, as of perta_estimate */
-    const char *data_key; /* file of a key: digests of both go into the record; NULL: none */
-    unsigned n_steps;     /* at most */
-    /* Several patches: of each step that is listed, and of the one that the way ends at, in
-     * patch/step-K and out/step-K. One that is listed is that of a run with n_steps = K. */
+    const char *data_forget, *data_retain; /* JSON lines, as for perta_estimate */
+    const char *data_key; /* key file; with it the record holds keyed digests of both data files; or
+                           * NULL */
+    unsigned n_steps;     /* the largest number of steps */
+    /* If several is set, the run writes patch/step-K and out/step-K for each step K that is listed,
+     * and for the step where the path ends. A listed patch equals that of a run with n_steps =
+     * K. */
     bool several, listed[PERTA_STEPS_MAX + 1];
     struct perta_step_rule rule;
-    /* Do not stop once enough is forgotten, but stay there, and only shrink what retain needs;
-     * steps get smaller to the end. The way ends at the point that forgets enough with the least
-     * retain loss. */
+    /* Hold: once enough is forgotten, do not stop, but stay at that level and only shrink the
+     * scales that hurt the retain set. Steps get smaller towards the last. The path ends at the
+     * point with the least retain loss among those that forget enough. */
     bool hold;
-    /* Enough is forgotten once the forget loss is this, and the mean probability of the forget
-     * answers that; INFINITY: whatever it is. Both: never. */
+    /* Enough is forgotten if the forget loss is at least stop_forget and the mean probability of
+     * the forget answers is at most stop_probability. INFINITY: no such condition; if both are
+     * INFINITY, never. */
     double stop_forget, stop_probability;
-    double max_retain_rise; /* stop before the retain loss has risen by more; INFINITY:
-                               never */
+    double max_retain_rise; /* stop before the retain loss has risen by more; INFINITY: no limit */
     uint64_t max_tokens;
     enum perta_compute compute;
-    const char *patch, *out; /* as of perta_unlearn */
+    const char *patch, *out; /* as in perta_unlearn */
     struct perta_globs globs;
-    bool one_way; /* as of perta_unlearn */
+    bool one_way; /* as in perta_unlearn */
     bool force;
 };
 
-/* Run it. *summary is perta_unlearn's, with the "step" that each patch leads to in its results,
- * and "path" beside them: for every point on the way step, forget_loss, forget_probability,
- * retain_loss, moved (share of s that the step before changed) and mean_scale; and "chosen", the
- * step that the way ends at. Where there is a stop rule, "reached" says whether enough is forgotten
- * there; that it is not is no error: the patch is written. */
+/* Run the job. *summary is that of perta_unlearn, whose results also hold the "step" that each
+ * patch leads to. It also holds "path", with step, forget_loss, forget_probability, retain_loss,
+ * moved (the share of scales that the step before changed) and mean_scale for each point; and
+ * "chosen", the step where the path ends. If there is a stop rule, "reached" says whether enough is
+ * forgotten there. If not, the patch is written all the same and the call succeeds. */
 PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                           json_t **summary, struct perta_err *err);
 
-/* New scales from signed mean gradients: s (n, bf16) and to (n, bf16); returns how many
- * changed. Gradients are float32 or any float; *sum is that of the new scales. */
+/* Compute new scales to (n, bf16) from the old ones, in.scale, and from signed mean gradients.
+ * Returns how many scales changed; *sum is the sum of the new ones. */
 struct perta_step_in {
     struct perta_view tuned, base, forget, retain, scale;
     uint64_t n;

@@ -8,7 +8,7 @@ static int in_range(const char *name, double value, struct perta_err *err)
 {
     return value >= 0.001 && value <= 1000
                ? 0
-               : perta_fail(err, PERTA_EUSAGE, "%s: %g; from 0.001 to 1000", name, value);
+               : perta_fail(err, PERTA_EUSAGE, "%s: %g; must be from 0.001 to 1000", name, value);
 }
 
 static int check_step(const struct perta_step_rule *rule, struct perta_err *err)
@@ -19,37 +19,39 @@ static int check_step(const struct perta_step_rule *rule, struct perta_err *err)
     return rc ? rc : in_range("--max-scale", rule->max_scale, err);
 }
 
-/* INFINITY: no such rule. */
+/* A limit of INFINITY means that there is no such rule. */
 static int check_stops(const struct perta_steps *s, struct perta_err *err)
 {
     double p = s->stop_probability;
     if (!(s->stop_forget > 0))
-        return perta_fail(err, PERTA_EUSAGE, "--stop-forget: %g; above 0", s->stop_forget);
+        return perta_fail(err, PERTA_EUSAGE, "--stop-forget: %g; must be above 0", s->stop_forget);
     if (!(p > 0 && (p < 1 || p == (double)INFINITY)))
-        return perta_fail(err, PERTA_EUSAGE, "--stop-probability: %g; between 0 and 1", p);
+        return perta_fail(err, PERTA_EUSAGE, "--stop-probability: %g; must be between 0 and 1", p);
     if (!(s->max_retain_rise > -(double)INFINITY))
-        return perta_fail(err, PERTA_EUSAGE, "--max-retain-rise: %g is no number",
+        return perta_fail(err, PERTA_EUSAGE, "--max-retain-rise: %g is not a number",
                           s->max_retain_rise);
     if (s->hold && s->several)
-        return perta_fail(err, PERTA_EUSAGE, "--method signed-hold has one end: --steps K");
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--method signed-hold takes one number of steps: --steps K");
     return s->hold && !isfinite(s->stop_forget) && !isfinite(p)
                ? perta_fail(
                      err, PERTA_EUSAGE,
-                     "--method signed-hold needs --stop-probability P or --stop-forget L, to "
-                     "be held")
+                     "--method signed-hold needs --stop-probability P or --stop-forget L, the "
+                     "level to hold")
                : 0;
 }
 
 static int check_count(const struct perta_steps *s, struct perta_err *err)
 {
     if (!s->n_steps || s->n_steps > PERTA_STEPS_MAX)
-        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d", PERTA_STEPS_MAX);
+        return perta_fail(err, PERTA_EUSAGE, "--steps: must be from 1 to %d", PERTA_STEPS_MAX);
     if (s->listed[0])
-        return perta_fail(err, PERTA_EUSAGE, "--steps: 1 to %d; 0 is listed", PERTA_STEPS_MAX);
+        return perta_fail(err, PERTA_EUSAGE, "--steps: must be from 1 to %d, but 0 is listed",
+                          PERTA_STEPS_MAX);
     for (unsigned k = s->n_steps + 1; k <= PERTA_STEPS_MAX; k++)
         if (s->listed[k])
-            return perta_fail(err, PERTA_EUSAGE, "--steps: %u is listed, of %u (n_steps)", k,
-                              s->n_steps);
+            return perta_fail(err, PERTA_EUSAGE,
+                              "--steps: %u is listed, but there are %u (n_steps)", k, s->n_steps);
     return 0;
 }
 

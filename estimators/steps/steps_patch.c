@@ -1,4 +1,4 @@
-/* The patches that steps lead to, by the same edit as on the way. */
+/* Writes the patches that steps lead to, with the same edit that formed the models on the path. */
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -38,30 +38,30 @@ static struct perta_unlearn unlearn_from(const struct perta_steps *s, const char
                                   .force = s->force};
 }
 
-/* As perta_recipe_json has it of importances. */
-static void add_data(const struct perta_steps_job *job, int which, json_t **recipe)
+/* Under the same keys as perta_recipe_json() uses for importances. */
+static void add_data(const struct perta_steps_job *job, int set, json_t **recipe)
 {
     const struct perta_steps_point *p = &job->points[0];
     const struct {
         const char *what;
         json_t *is;
     } facts[] = {
-        {"samples", json_sprintf("%llu", (unsigned long long)p->samples[which])},
-        {"tokens", json_sprintf("%llu", (unsigned long long)p->tokens[which])},
-        {"data_hmac_sha256", json_string(job->data[which].hmac)},
+        {"samples", json_sprintf("%llu", (unsigned long long)p->samples[set])},
+        {"tokens", json_sprintf("%llu", (unsigned long long)p->tokens[set])},
+        {"data_hmac_sha256", json_string(job->data[set].hmac)},
     };
     size_t n = sizeof facts / sizeof *facts;
     for (size_t i = 0; i < n; i++) {
         char key[64];
-        snprintf(key, sizeof key, "%s_%s", perta_sets[which], facts[i].what);
-        if (i < n - 1 || *job->data[which].hmac)
+        snprintf(key, sizeof key, "%s_%s", perta_sets[set], facts[i].what);
+        if (i < n - 1 || *job->data[set].hmac)
             perta_json_set(recipe, key, facts[i].is);
         else
             json_decref(facts[i].is);
     }
 }
 
-/* What the patch of step k says of a way that was to have n_steps, measured up to last. */
+/* The recipe of the patch of step k, on a path of n_steps that is measured up to last. */
 static json_t *recipe_of(const struct perta_steps_job *job, unsigned n_steps, unsigned k,
                          unsigned last)
 {
@@ -73,7 +73,8 @@ static json_t *recipe_of(const struct perta_steps_job *job, unsigned n_steps, un
     return recipe;
 }
 
-/* dir, or dir/step-k; the caller's. NULL without memory, and for NULL. */
+/* dir, or dir/step-k if there are several. The caller frees it. NULL if dir is NULL or when out of
+ * memory. */
 static char *output_of(const struct perta_steps *s, const char *dir, unsigned k)
 {
     char name[32];
@@ -81,7 +82,7 @@ static char *output_of(const struct perta_steps *s, const char *dir, unsigned k)
     return !dir ? NULL : s->several ? perta_path_join(dir, name) : strdup(dir);
 }
 
-/* To the names of step k. */
+/* Run unlearn with the output names of step k. */
 static int run_unlearn(const struct perta_steps_job *job, unsigned k, struct perta_unlearn *unlearn,
                        const struct perta_run *run, json_t **summary, struct perta_err *err)
 {
@@ -90,7 +91,7 @@ static int run_unlearn(const struct perta_steps_job *job, unsigned k, struct per
     unlearn->patch = patch;
     unlearn->out = out;
     int rc = patch && (out || !s->out) ? perta_unlearn(unlearn, run, summary, err)
-                                       : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                                       : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(patch);
     free(out);
     return rc;
@@ -102,11 +103,11 @@ static int write_patch(const struct perta_steps_job *job, unsigned k, const json
     char *scales = perta_steps_scales(job, k);
     struct perta_unlearn unlearn = unlearn_from(job->steps, scales);
     struct perta_run run = job->run;
-    run.resume = job->patching == (int)k; /* else what may be there is another's */
+    run.resume = job->patching == (int)k; /* otherwise a leftover there is from another run */
     unlearn.force |= run.resume;
     unlearn.steps = recipe;
     int rc = scales ? run_unlearn(job, k, &unlearn, &run, summary, err)
-                    : perta_fail_sys(err, ENOMEM, "%s", job->home);
+                    : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(scales);
     return rc;
 }
@@ -121,13 +122,13 @@ int perta_steps_patch(struct perta_steps_job *job, unsigned n_steps, unsigned k,
         perta_steps_commit(job, json_pack("{s:I, s:b}", "step", (json_int_t)k, "patch", 1), err);
     json_t *recipe = recipe_of(job, n_steps, k, last);
     if (!rc && !recipe)
-        rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     if (!rc)
         rc = write_patch(job, k, recipe, summary, err);
     json_decref(recipe);
     if (!rc && json_object_set_new(json_array_get(json_object_get(*summary, "results"), 0), "step",
                                    json_integer(k)))
-        rc = perta_fail_sys(err, ENOMEM, "%s", job->home);
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     return rc ? rc
               : perta_steps_commit(
                     job, json_pack("{s:I, s:O}", "step", (json_int_t)k, "patch", *summary), err);
@@ -154,12 +155,12 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
     json_t *notes = json_incref(json_object_get(*summary, "notes"));
     perta_json_extend(&notes, job->notes);
     perta_json_set(summary, "notes", notes);
-    return *summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->home);
+    return *summary ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
 }
 
 /* ---- before the first step ---- */
 
-/* Of every step that the way may end at. */
+/* Check the outputs of every step that the path may end at. */
 static int check_outputs(const struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
@@ -182,7 +183,7 @@ static int check_outputs(const struct perta_steps_job *job, struct perta_err *er
     return rc;
 }
 
-/* That the folders fit together: what plain task arithmetic asks of them. */
+/* Check that the folders match: the same checks as for plain task arithmetic. */
 static int check_folders(const struct perta_steps_job *job, struct perta_err *err)
 {
     struct perta_unlearn unlearn = unlearn_from(job->steps, NULL);

@@ -20,7 +20,7 @@ typedef uint16_t __attribute__((aligned(1), may_alias)) u16_any;
 typedef float __attribute__((aligned(1), may_alias)) f32_any;
 typedef double __attribute__((aligned(1), may_alias)) f64_any;
 
-/* to (n) = elements first.. of view. */
+/* to (n) = elements first.. of view, as double. */
 static void load(const struct perta_view *view, uint64_t first, size_t n, double *restrict to)
 {
     const u16_any *u16 = (const u16_any *)view->data + first;
@@ -46,7 +46,7 @@ static void load(const struct perta_view *view, uint64_t first, size_t n, double
     }
 }
 
-/* Does -g * tau raise the loss? By signs, so that no product is lost. */
+/* Does -g * tau raise the loss? Compares signs, so that no product underflows. */
 static bool raises(double g, double tau)
 {
     return (g < 0 && tau > 0) || (g > 0 && tau < 0);
@@ -102,12 +102,13 @@ static bool is_chosen(void *ctx, const char *name)
            perta_globs_match(chosen->globs, name);
 }
 
-/* One that has the tensors of like; it replaces what is at path. */
+/* Begin a folder of scales with those tensors of like that wanted selects. It replaces what is at
+ * path. */
 static int begin_scales(struct perta_importance_out *out, const struct perta_checkpoint *like,
                         bool (*wanted)(void *ctx, const char *name), void *ctx, const char *path,
                         struct perta_err *err)
 {
-    const struct perta_journal anew = {.fd = -1, .resume = true};
+    const struct perta_journal no_journal = {.fd = -1, .resume = true};
     struct perta_behind *behind = NULL;
     struct perta_importance plan;
     int rc = perta_importance_plan_as(
@@ -116,7 +117,7 @@ static int begin_scales(struct perta_importance_out *out, const struct perta_che
     if (!rc)
         rc = perta_behind_open(&behind, err);
     if (!rc)
-        rc = perta_importance_begin(out, &plan, path, &anew, true, behind, err);
+        rc = perta_importance_begin(out, &plan, path, &no_journal, true, behind, err);
     out->behind = behind;
     perta_importance_release(&plan);
     return rc;
@@ -159,12 +160,12 @@ struct job {
     struct perta_step_rule rule;
     struct perta_input in[N_IN];
     struct perta_importance_out out;
-    struct perta_walk walk; /* over the scales */
+    struct perta_walk walk; /* position of next() in the scales */
     struct perta_step_counts *counts;
     bool tied;
 };
 
-/* In front of a piece's new scales. */
+/* A piece's output: this header, then the new scales. */
 struct result {
     uint64_t n_moved;
     double sum;
@@ -261,7 +262,7 @@ static int run_stream(struct job *job, const struct perta_run *run, struct perta
 {
     struct perta_job sizes = {
         .ctx = job, .n_in = N_IN, .next = next, .work = work, .commit = commit};
-    struct perta_run less = *run; /* what is yet to be taken to write with */
+    struct perta_run less = *run; /* without the memory that the writer takes later */
     struct perta_stream *stream = NULL;
     const char **paths = NULL;
     size_t n_paths = 0;

@@ -47,7 +47,8 @@ static void write_string(FILE *out, const char *text, size_t len)
     write_char(out, '"');
 }
 
-/* With n digits after the first; do they read back? glibc rounds what it prints as asked. */
+/* Print value with n digits after the first. True if they read back as value. glibc honours the
+ * rounding mode when it prints. */
 static bool spell(char text[40], int n, double value, int rounding)
 {
     fesetround(rounding);
@@ -56,10 +57,10 @@ static bool spell(char text[40], int n, double value, int rounding)
     return strtod(text, NULL) == value;
 }
 
-/* The fewest significant digits that read back as the same number, and of those the nearest:
- * rounded to nearest, or up from some powers of two, from which numbers below stand closer.
- * A spelling of up to 15 digits reads back as itself, but for subnormal numbers: if one does, all
- * longer ones only add zeros, which are cut off. Spelled as Python does: with an exponent below
+/* Print the fewest significant digits that read back as the same number, and of those the nearest:
+ * rounded to nearest, or rounded up for some powers of two, below which numbers lie closer. A
+ * spelling of up to 15 digits reads back as itself, except for subnormal numbers: if one does, all
+ * longer ones only add zeros, which are cut off. The layout is Python's: with an exponent below
  * 1e-4 and from 1e16 on, else with at least one digit on both sides of the point. */
 static void write_real(FILE *out, double value)
 {
@@ -104,12 +105,12 @@ static bool write_rows(FILE *out, const struct perta_canonical_rows *rows, int d
     }
     if (rows->n && ok)
         write_break(out, depth);
-    if (ok) /* else it is torn, and looks it */
+    if (ok) /* on failure the text stays visibly incomplete */
         write_char(out, ']');
     return ok;
 }
 
-/* false: no memory. So are the functions below. */
+/* False when out of memory, as for the functions below. */
 static bool write_object(FILE *out, const json_t *object, int depth,
                          const struct perta_canonical_rows *rows)
 {
@@ -186,7 +187,7 @@ static bool write_value(FILE *out, const json_t *value, int depth)
 bool perta_canonical_print(FILE *out, const json_t *object, const struct perta_canonical_rows *rows)
 {
     PERTA_FP_SCOPE;
-    /* Whoever links the library may have set a locale with a decimal comma. */
+    /* The host program may have set a locale with a decimal comma. */
     locale_t c = newlocale(LC_NUMERIC_MASK, "C", (locale_t)0);
     if (!c)
         return false;

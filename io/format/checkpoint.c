@@ -9,12 +9,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/ahead.h"
 #include "io/file.h"
 #include "io/format/index.h"
 #include "io/format/python_json.h"
 #include "io/format/which.h"
 #include "io/text.h"
+#include "io/wal.h"
 
 #define SUFFIX ".safetensors"
 #define SINGLE_NAME "model.safetensors"
@@ -28,7 +28,7 @@ static char *join(const char *folder, const char *name)
 
 static bool exists(const char *folder, const char *name)
 {
-    char path[PATH_MAX]; /* of no memory: it would not be there without */
+    char path[PATH_MAX]; /* on the stack: the answer must not depend on memory */
     int n = snprintf(path, sizeof path, "%s/%s", folder, name);
     return n > 0 && n < PATH_MAX && !access(path, F_OK);
 }
@@ -41,8 +41,8 @@ static bool is_inside(const char *path, const char *folder, const char *below)
     return !strncmp(path, folder, n) && !strncmp(path + n, below, m);
 }
 
-/* The Hugging Face cache keeps MODEL/snapshots/REVISION/NAME -> ../../blobs/DIGEST, and the same
- * from folders in the revision, with more dots. */
+/* The Hugging Face cache has MODEL/snapshots/REVISION/NAME -> ../../blobs/DIGEST, and deeper links
+ * from folders within the revision. */
 static bool is_in_cache_blobs(const char *path, const char *folder)
 {
     char model[PATH_MAX];
@@ -61,14 +61,13 @@ int perta_check_link(const char *folder, const char *path, struct perta_err *err
 {
     struct stat st;
     if (lstat(path, &st) || !S_ISLNK(st.st_mode))
-        return 0; /* what is not there is reported at opening */
+        return 0; /* a missing file is reported when it is opened */
     char real_folder[PATH_MAX], real_path[PATH_MAX];
     if (!realpath(folder, real_folder))
         return perta_fail_sys(err, errno, "%s", folder);
     if (!realpath(path, real_path))
-        return errno == ENOMEM
-                   ? perta_fail_sys(err, errno, "%s", path)
-                   : perta_fail(err, PERTA_EINPUT, "%s: a link that leads nowhere", path);
+        return errno == ENOMEM ? perta_fail_sys(err, errno, "%s", path)
+                               : perta_fail(err, PERTA_EINPUT, "%s: a broken symbolic link", path);
     if (is_inside(real_path, real_folder, "/") || is_in_cache_blobs(real_path, real_folder))
         return 0;
     return perta_fail(err, PERTA_EINPUT,
@@ -88,8 +87,8 @@ static int read_json(const char *path, json_t **out, struct perta_err *err)
     return rc;
 }
 
-/* Without its config a checkpoint still opens; only tied embeddings are then not known to be tied.
- * One that cannot be read is an error. */
+/* A checkpoint opens without a readable config: then only tied embeddings are not known to be tied.
+ * A read error is an error. */
 static int read_config(const char *path, json_t **out, char **flaw, struct perta_err *err)
 {
     struct perta_err why = {0};
@@ -114,8 +113,8 @@ static int add_shard(struct perta_checkpoint *ck, const char *folder, const char
     if (!perta_name_is_plain(name))
         return perta_fail(
             err, PERTA_EINPUT,
-            "%s: shard \"%s\": a name with a control character or a dot in front, not "
-            "in UTF-8, or longer than %u bytes; rename it",
+            "%s: shard \"%s\": its name has a control character or a dot in front, is not "
+            "UTF-8, or is longer than %u bytes; rename it",
             ck->path, name, PERTA_NAME_MAX_BYTES);
     assert(ck->path);
     struct perta_shard *shard = &ck->shards[ck->n_shards++];
@@ -147,7 +146,7 @@ static int compare_names(const void *a, const void *b)
     return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
-/* Add the shards that names (n, may repeat) say, in order of name. */
+/* Add the shards in names (n, may repeat), sorted by name. */
 static int add_shards(struct perta_checkpoint *ck, const char **names, size_t n,
                       struct perta_err *err)
 {
@@ -208,10 +207,10 @@ static int open_indexed(struct perta_checkpoint *ck, const char *path, struct pe
     return rc;
 }
 
-/* Do shards and index hold the same? Both are sorted by name. */
+/* Check that shards and index name the same tensors. Both are sorted by name. */
 static int check_index(const struct perta_checkpoint *ck, struct perta_err *err)
 {
-    const struct perta_ref *unnamed = NULL; /* the first that the index lacks */
+    const struct perta_ref *unnamed = NULL; /* the first tensor that the index lacks */
     uint64_t t = 0;
     for (size_t i = 0; i <= ck->index->n; i++) {
         const struct perta_index_entry *e = i < ck->index->n ? &ck->index->entries[i] : NULL;
@@ -240,7 +239,7 @@ static int check_index(const struct perta_checkpoint *ck, struct perta_err *err)
                    : 0;
 }
 
-/* ---- folders without one ---- */
+/* ---- folders without an index ---- */
 
 struct names {
     char **all; /* (n) */
@@ -417,7 +416,7 @@ static int open_as(const char *path, int (*open_it)(struct perta_checkpoint *, s
         free(ck);
         return perta_fail_sys(err, ENOMEM, "%s", path);
     }
-    /* "model/" and "model" are the same folder, and read better as the latter. */
+    /* "model/" is the same folder as "model", which reads better in messages. */
     for (size_t n = strlen(ck->path); n > 1 && ck->path[n - 1] == '/'; n--)
         ck->path[n - 1] = '\0';
     int rc = open_it(ck, err);
@@ -432,7 +431,7 @@ static int open_as(const char *path, int (*open_it)(struct perta_checkpoint *, s
 int perta_checkpoint_open(const char *path, struct perta_checkpoint **out, struct perta_err *err)
 {
     *out = NULL;
-    int rc = perta_ahead_refuse(path, err);
+    int rc = perta_wal_refuse(path, err);
     return rc ? rc : open_as(path, open_any, out, err);
 }
 
@@ -455,8 +454,8 @@ const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
     return bsearch(&key, ck->by_name, ck->n_tensors, sizeof key, compare_refs);
 }
 
-/* to = name without what stands in it as one of parts (up to NULL), each with its dot, at the start
- * or after a dot. Returns its end. */
+/* Copy name to `to` without the given parts (ending with NULL), each with its dot, at the start or
+ * after a dot. Returns the end of the copy. */
 static char *copy_without(char *to, const char *name, const char *const *parts)
 {
     for (bool at_part = true; *name; at_part = *to++ == '.', name++) {
@@ -472,7 +471,7 @@ static char *copy_without(char *to, const char *name, const char *const *parts)
     return to;
 }
 
-/* Every tensor goes by its name after strip characters, without parts, and with add in front. */
+/* Rename every tensor: remove strip characters in front and the parts, then prepend add. */
 static int rename_all(struct perta_checkpoint *ck, size_t strip, const char *const *parts,
                       const char *add, struct perta_err *err)
 {
@@ -512,8 +511,8 @@ int perta_checkpoint_drop(struct perta_checkpoint *ck, const char *const *parts,
     for (uint64_t i = 1; i < ck->n_tensors; i++)
         if (!compare_refs(&ck->by_name[i - 1], &ck->by_name[i]))
             return perta_fail(err, PERTA_EINPUT,
-                              "%s: two tensors are %s, but for parts of a wrapper "
-                              "in their names (%s...)",
+                              "%s: two tensors are %s once the parts of wrappers (%s...) "
+                              "are removed from their names",
                               ck->path, ck->by_name[i].tensor->name, parts[0]);
     return 0;
 }

@@ -11,14 +11,14 @@
 #include "io/isa.h"
 #include "io/pool.h"
 
-/* What zstd takes once it has packed and unpacked a frame: 1.0 MiB in 1.5.4. */
+/* What zstd allocates to pack and unpack a frame: 1.0 MiB in version 1.5.4. */
 #define ZSTD_BYTES (5u << 18)
-/* Sections of the payload from this length on get Huffman tables of their own. */
+/* Sections of the payload that are this long get their own Huffman tables. */
 #define OWN_TABLES_BYTES 2048
 
 struct perta_codec {
     struct perta_codec_scratch scratch;
-    struct perta_pool arena; /* that holds it */
+    struct perta_pool arena; /* the scratch is in it */
     ZSTD_CCtx *pack;
     ZSTD_DCtx *unpack;
 };
@@ -27,10 +27,10 @@ struct perta_codec {
 
 size_t perta_codec_payload_max(size_t n)
 {
-    return n + n / 8 + 512; /* of bytes that all change: values, and a bit for each */
+    return n + n / 8 + 512; /* the case where all bytes change: values, and a bit for each */
 }
 
-/* 512: headers of the blocks that end with a section. */
+/* 512: headers of the zstd blocks that end with a section. */
 size_t perta_codec_bound(size_t n)
 {
     return ZSTD_COMPRESSBOUND(perta_codec_payload_max(n)) + 512;
@@ -38,7 +38,7 @@ size_t perta_codec_bound(size_t n)
 
 /* ---- zstd ---- */
 
-/* zstd as a fast Huffman coder, which is what is left to do. */
+/* Use zstd as a fast Huffman coder: only entropy coding is left to do. */
 static bool set_up(ZSTD_CCtx *pack)
 {
     static const struct {
@@ -57,8 +57,8 @@ static bool set_up(ZSTD_CCtx *pack)
     return true;
 }
 
-/* One frame of all sections. A block ends with each section that is worth tables of its
- * own. */
+/* Compress all sections into one frame. A zstd block ends after each section that deserves its own
+ * Huffman tables. */
 static size_t pack(ZSTD_CCtx *pack, const struct perta_sections *sections, uint8_t *dst,
                    size_t dst_capacity)
 {
@@ -83,7 +83,7 @@ static size_t pack(ZSTD_CCtx *pack, const struct perta_sections *sections, uint8
     return ZSTD_isError(rc) ? 0 : out.pos;
 }
 
-/* ---- making ---- */
+/* ---- making a codec ---- */
 
 static const struct perta_codec_kernels *kernels_of(enum perta_isa isa)
 {
@@ -93,7 +93,7 @@ static const struct perta_codec_kernels *kernels_of(enum perta_isa isa)
     return vbmi2 ? &perta_codec_kernels_vbmi2 : all[isa];
 }
 
-/* The next len_bytes of an arena, or so many more that it must hold. */
+/* Take the next len_bytes of an arena; with arena NULL only add up the size. */
 static uint8_t *carve(uint8_t *arena, size_t *at, size_t len_bytes)
 {
     uint8_t *bytes = arena ? arena + *at : NULL;
@@ -110,7 +110,7 @@ static size_t lay_out(struct perta_codec_scratch *s, uint8_t *arena)
     s->spare = carve(arena, &at, n);
     s->payload = carve(arena, &at, perta_codec_payload_max(n));
     s->counts = (uint32_t (*)[PERTA_WINDOW][256])(void *)carve(arena, &at, 2 * sizeof *s->counts);
-    return at + PERTA_TILE + 64; /* readers may go past an end by a tile */
+    return at + PERTA_TILE + 64; /* readers may run past an end by up to a tile */
 }
 
 uint64_t perta_codec_bytes(size_t max_bytes)
@@ -161,7 +161,7 @@ bool perta_codec_groups(enum perta_dtype dtype)
 
 /* ---- encode ---- */
 
-/* A frame of the sections, where any unit changes (coded->n_changed). */
+/* Make a frame of the sections, if any unit changes (coded->n_changed). */
 static int frame_of(struct perta_codec *codec, const struct perta_sections *sections,
                     enum perta_encoding encoding, size_t n_bytes, uint8_t *dst, size_t dst_capacity,
                     struct perta_coded *coded, struct perta_err *err)
@@ -295,7 +295,7 @@ int perta_codec_revert(struct perta_codec *codec, enum perta_dtype dtype,
                        struct perta_err *err)
 {
     if (encoding == PERTA_ENC_VALUES)
-        return perta_fail(err, PERTA_EUSAGE, "one-way: it does not hold what was before");
+        return perta_fail(err, PERTA_EUSAGE, "one-way: it does not hold the old values");
     return move(codec, dtype, encoding, frame, frame_bytes, payload_bytes, after, true, before,
                 n_bytes, err);
 }

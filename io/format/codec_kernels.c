@@ -1,4 +1,4 @@
-/* Compiled once for each instruction set, see io/isa.h. Spec: docs/patch-format.md */
+/* Compiled once for each instruction set; see io/isa.h. Spec: docs/patch-format.md */
 #include "io/format/codec_kernels.h"
 
 #include <stdalign.h>
@@ -9,7 +9,7 @@
 
 #include "io/isa.h"
 
-/* So many are counted in a unit's width. */
+/* How many units are counted in a counter of a unit's width. */
 #define TILE(bits) ((bits) == 8 ? 128u : 4096u)
 
 /* The functions for units of type u<bits>. On little-endian machines byte b of a unit is
@@ -120,8 +120,7 @@
         return (uint8_t)(e < last ? e : last);                                                     \
     }                                                                                              \
                                                                                                    \
-    /* shift and e_bits are constants, or the compiler would work in wider lanes. No dtype \
-     * of 8 bits has keys. */       \
+    /* Constant shift and e_bits keep the lanes narrow. No dtype of 8 bits has keys. */            \
     static inline __attribute__((always_inline, unused)) void keys_##bits(                         \
         unsigned shift, unsigned e_bits, uint32_t first_key, uint32_t n_keys,                      \
         const u##bits *units, uint8_t *keys, size_t n)                                             \
@@ -142,7 +141,7 @@ DEFINE(64)
      : (width) == 4 ? name##_32(__VA_ARGS__) \
                     : name##_64(__VA_ARGS__))
 
-/* The constants let the compiler make one loop for each case. */
+/* Constants let the compiler make one loop for each case. */
 static uint64_t zigzags(unsigned width, bool ordered, const void *before, const void *after,
                         void *z, size_t n)
 {
@@ -159,7 +158,7 @@ static void add(unsigned width, bool ordered, const void *from, const void *z, b
         BY_WIDTH(width, add, false, from, z, minus, to, n);
 }
 
-/* In 16 bits shifts are constants too, or they would be done in 32. */
+/* For 16-bit units the shifts are constants too; else the compiler would use 32-bit lanes. */
 #define BY_LOW(low, name, ...)             \
     ((low) == 0    ? name(0, __VA_ARGS__)  \
      : (low) == 1  ? name(1, __VA_ARGS__)  \
@@ -182,7 +181,7 @@ static void split(unsigned width, unsigned low, const void *z, size_t n, uint8_t
 
 #define JOIN_16(low, ...) join_16(low, ((low) + 7) / 8, __VA_ARGS__)
 
-/* The number of low bytes as a constant, for one loop over all of them. */
+/* The number of low bytes is a constant, so that there is one loop over all of them. */
 static uint64_t join(unsigned width, unsigned low, const uint8_t *values,
                      const uint8_t *const *lows, void *z, size_t n)
 {
@@ -223,8 +222,8 @@ static void cross(uint8_t *of, const uint8_t *other, uint8_t crosses, size_t n)
         of[i] = of[i] == other[i] ? of[i] : crosses;
 }
 
-/* Fields of a byte stand m apart in x, where m = ceil(n * bits / 8): those of the first
- * `whole` bytes are all there, later bytes lack their last fields. */
+/* The fields of a byte are m apart in x, with m = ceil(n * bits / 8). The first `whole` bytes have
+ * all their fields; later bytes lack the last ones. */
 static inline size_t whole_bytes(unsigned bits, size_t n, size_t m)
 {
     size_t before_last = (8 / bits - 1) * m;
@@ -252,12 +251,12 @@ static inline void pack_bits(unsigned bits, const uint8_t *x, size_t n, uint8_t 
 /* Unrolled so that shifts are constants. */
 static inline void unpack_bits(unsigned bits, const uint8_t *packed, size_t n, uint8_t *x)
 {
-    enum { BLOCK = 2048 }; /* bytes that stay in the first cache */
+    enum { BLOCK = 2048 }; /* bytes that stay in the L1 cache */
     size_t m = (n * bits + 7) / 8;
     uint8_t full = (uint8_t)((1u << bits) - 1);
     for (size_t at = 0; at < m; at += BLOCK) {
         size_t block = m - at < BLOCK ? m - at : BLOCK;
-#ifndef __SANITIZE_ADDRESS__ /* its checks break the loop up, and gcc warns that it cannot unroll it */
+#ifndef __SANITIZE_ADDRESS__ /* its checks prevent unrolling, and gcc warns */
 #pragma GCC unroll 8
 #endif
         for (unsigned f = 0; f < 8 / bits; f++) {
@@ -282,10 +281,10 @@ static void unpack(unsigned bits, const uint8_t *packed, size_t n, uint8_t *x)
                 : unpack_bits(4, packed, n, x);
 }
 
-/* ---- bytes about ---- */
+/* ---- moving bytes ---- */
 
 #ifdef __AVX512VBMI2__
-/* 64 at a time, with the instructions that are there for it; no compiler finds them. */
+/* 64 bytes at a time, with the AVX-512 VBMI2 instructions for it, which compilers do not find. */
 
 static inline __m512i splat(uint8_t value)
 {
@@ -302,7 +301,7 @@ static inline size_t ones(__mmask64 mask)
     return (size_t)__builtin_popcountll(mask);
 }
 
-/* The first n of 64, for what is left at the end. */
+/* A mask of the first n of 64 bytes, for the last, partial vector. */
 static inline __mmask64 first(size_t n)
 {
     return (1ull << n) - 1;
@@ -439,7 +438,7 @@ static void count(const uint8_t *x, size_t n, unsigned n_keys, uint32_t *counts)
 static size_t at_least(const uint8_t *x, uint8_t least, size_t n)
 {
     size_t found = 0;
-    for (size_t at = 0; at < n; at += 128) { /* a byte holds the count */
+    for (size_t at = 0; at < n; at += 128) { /* so that a byte holds the count */
         uint8_t few = 0;
         for (size_t i = at; i < (n - at < 128 ? n : at + 128); i++)
             few = (uint8_t)(few + (x[i] >= least));

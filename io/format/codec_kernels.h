@@ -1,8 +1,8 @@
-/* codec_kernels.h - what codec_kernels.c gives for each instruction set. Internal to io/.
+/* codec_kernels.h - the functions that codec_kernels.c defines for each instruction set. Internal
+ * to io/format.
  *
- * Units are 1, 2, 4 or 8 bytes wide; n is in units; nothing needs to be aligned. ordered:
- * units are sign-and-magnitude floats, mapped to integers in the order of the floats first.
- */
+ * Units are 1, 2, 4 or 8 bytes wide; n counts units; nothing needs to be aligned. ordered: units
+ * are sign-and-magnitude floats, which are first mapped to integers in the order of the floats. */
 #ifndef PERTA_IO_FORMAT_CODEC_KERNELS_H
 #define PERTA_IO_FORMAT_CODEC_KERNELS_H
 
@@ -10,55 +10,56 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* How far past the end pick(), scatter() and find() may write, put() and gather() read. */
+/* How far past the end pick(), scatter() and find() may write, and put() and gather() may read. */
 #define PERTA_KERNEL_SLACK 64
 #define PERTA_GROUPS_MAX 32
 
-/* Which group a unit is in: its exponent, clamped to first .. first + n - 1, less first. */
+/* How units are grouped: the group is the exponent, clamped to first .. first + n - 1, minus
+ * first. */
 struct perta_grouping {
-    unsigned shift, e_bits; /* where the exponent is; 0 bits: there is none */
+    unsigned shift, e_bits; /* where the exponent is; e_bits 0: there is none */
     uint32_t first, n;
 };
 
 struct perta_codec_kernels {
-    /* z (n) = zigzag(map(after) - map(before)); returns how many are not zero. */
+    /* z (n) = zigzag(map(after) - map(before)). Returns how many z are not zero. */
     uint64_t (*zigzags)(unsigned width, bool ordered, const void *before, const void *after,
                         void *z, size_t n);
     /* to (n) = unmap(map(from) +- unzigzag(z)). */
     void (*add)(unsigned width, bool ordered, const void *from, const void *z, bool minus, void *to,
                 size_t n);
-    /* The low bits of z, 8 or what is left of them to a byte: those of unit i at
-     * lows[..][i]. values (n) = min(z >> low, 255); where all bits are low 0. lows may be
+    /* Split z: its low bits go to lows, 8 of them (or what is left) per byte, those of unit i at
+     * lows[..][i]. values (n) = min(z >> low, 255), or 0 if low covers all bits. lows may be
      * NULL. */
     void (*split)(unsigned width, unsigned low, const void *z, size_t n, uint8_t *const *lows,
                   uint8_t *values);
-    /* And back, but for values of 255; returns how many z are not zero. */
+    /* The inverse of split, except for values of 255. Returns how many z are not zero. */
     uint64_t (*join)(unsigned width, unsigned low, const uint8_t *values,
                      const uint8_t *const *lows, void *z, size_t n);
-    /* The group of each unit. */
+    /* keys (n): the group of each unit. */
     void (*keys)(unsigned width, const struct perta_grouping *grouping, const void *units,
                  uint8_t *keys, size_t n);
-    /* Where keys differ from other, crosses. */
+    /* Where keys differ from other, set them to crosses. */
     void (*cross)(uint8_t *keys, const uint8_t *other, uint8_t crosses, size_t n);
-    /* counts (n_keys) += how often each key below n_keys occurs. n small, for a cache. */
+    /* counts (n_keys) += how often each key below n_keys occurs. n is small, for the cache. */
     void (*count)(const uint8_t *keys, size_t n, unsigned n_keys, uint32_t *counts);
     /* How many x are not less than least. */
     size_t (*at_least)(const uint8_t *x, uint8_t least, size_t n);
-    /* x[i] goes to the end of to[keys[i]], which moves on; gather is the way back. Keys are
-     * below n_keys. */
+    /* scatter: append x[i] to to[keys[i]], which advances. gather is the inverse. Keys are below
+     * n_keys. */
     void (*scatter)(const uint8_t *x, const uint8_t *keys, size_t n, unsigned n_keys, uint8_t **to);
     void (*gather)(uint8_t *x, const uint8_t *keys, size_t n, unsigned n_keys,
                    const uint8_t **from);
-    /* Those x that are not less than least, one after another; returns how many. put is the
-     * way back; other x stay. */
+    /* pick: copy the x that are not less than least, contiguously; returns how many. put is the
+     * inverse; other x stay. */
     size_t (*pick)(const uint8_t *x, uint8_t least, size_t n, uint8_t *to);
     void (*put)(uint8_t *x, uint8_t least, size_t n, const uint8_t *from);
-    /* Fields of bits bits (1, 2 or 4), each x or all ones if that is less, into
-     * m = ceil(n * bits / 8) bytes: the first m stand lowest in their bytes, the next m
-     * above them, and so on. unpack gives the fields. */
+    /* pack: store each x, or all ones if that is less, as a field of bits bits (1, 2 or 4) in m =
+     * ceil(n * bits / 8) bytes. The first m fields are the lowest in their bytes, the next m are
+     * above them, and so on. unpack is the inverse. */
     void (*pack)(unsigned bits, const uint8_t *x, size_t n, uint8_t *to);
     void (*unpack)(unsigned bits, const uint8_t *packed, size_t n, uint8_t *x);
-    /* Where x[i] == value, in order, into at; returns how many. n below 65536. */
+    /* Store all i with x[i] == value in at, in order; returns how many. n is below 65536. */
     size_t (*find)(const uint8_t *x, uint8_t value, size_t n, uint16_t *at);
 };
 

@@ -2,10 +2,10 @@
 
 #include <string.h>
 
-/* Of every so many units in a row the first 64 are looked at. */
+/* The sample is made of blocks of 64 consecutive units, evenly spread. */
 #define BLOCK 64
 
-/* Costs are in bits / 256 for all units of the sample. */
+/* Costs are in 1/256 bit, for all units of the sample. */
 #define BITS(n) ((uint64_t)(n) * 256)
 
 /* ---- dtypes ---- */
@@ -44,7 +44,8 @@ struct perta_grouping perta_codec_exponent(enum perta_dtype dtype)
 
 /* ---- what Huffman codes cost ---- */
 
-/* 256 * log2(x), x > 0, within 2; whole numbers, so that every machine chooses alike. */
+/* 256 * log2(x) for x > 0, with an error of at most 2. In integers, so that every machine chooses
+ * the same plan. */
 static uint32_t log2_256(uint32_t x)
 {
     uint32_t whole = 31u - (uint32_t)__builtin_clz(x);
@@ -58,7 +59,7 @@ static uint64_t x_log_x(uint32_t x)
     return x ? (uint64_t)x * log2_256(x) : 0;
 }
 
-/* Symbols of one kind: how many, sum of c log c over their counts c, the largest c. */
+/* Symbols of one kind: how many, the sum of c log c over their counts c, and the largest c. */
 struct symbols {
     uint32_t n, most;
     uint64_t sum;
@@ -71,12 +72,12 @@ static void add_symbol(struct symbols *s, uint32_t count)
     s->most = count > s->most ? count : s->most;
 }
 
-/* What a byte's coding and decoding takes in time is worth so much. */
+/* What the time to encode and decode a byte is worth. */
 #define BYTE_TIME 25
 
-/* So many of them in a byte: their entropy; what a code of whole bits loses, at least 3 in
- * 100 bits a byte, and where one byte is more frequent than all others what its own bit
- * exceeds its information by; and time. */
+/* Cost of Huffman-coding the symbols, in_a_byte of them per byte: their entropy; the loss of codes
+ * with whole bits, at least 3 in 100 bits a byte, and more where one byte is more frequent than all
+ * others together; and time. */
 static uint64_t huffman_cost(const struct symbols *s, unsigned in_a_byte)
 {
     if (!s->n)
@@ -97,7 +98,7 @@ static uint64_t huffman_cost(const struct symbols *s, unsigned in_a_byte)
     return entropy + (uint64_t)s->n * (loss + BYTE_TIME) / in_a_byte;
 }
 
-/* Of those from v up to end; in small chunks nearly all counts are 0. */
+/* Add the symbols from v up to end. In small chunks nearly all counts are 0. */
 static void add_counted(struct symbols *s, const uint32_t *counts, unsigned v, unsigned end)
 {
     for (; v < end && v % 8; v++)
@@ -120,11 +121,11 @@ static void add_symbols(struct symbols *s, const struct symbols *more)
     s->most = more->most > s->most ? more->most : s->most;
 }
 
-/* What values with these counts cost in fields of so many bits, or without, whichever costs
- * least; the rest after the fields. */
+/* Cost of values with these counts, in fields of 1, 2 or 4 bits or without fields, whichever is
+ * cheapest. *bits: that choice. Values that do not fit a field follow after the fields. */
 static uint64_t group_cost(const uint32_t counts[256], uint8_t *bits)
 {
-    static const unsigned ends[] = {1, 3, 15, 256}; /* fields of 1, 2 and 4 bits end so */
+    static const unsigned ends[] = {1, 3, 15, 256}; /* where fields of 1, 2 and 4 bits end */
     struct symbols parts[4] = {0}, fields = {0}, all = {0};
     for (unsigned i = 0; i < 4; i++)
         add_counted(&parts[i], counts, i ? ends[i - 1] : 0, ends[i]);
@@ -161,8 +162,8 @@ static size_t take(const uint8_t *from, unsigned width, size_t n, uint8_t *to)
     return taken;
 }
 
-/* The most low bits below which few z lie: those bits are noise then, a code saves nothing
- * on them. They end with a byte, or 1, 2 or 4 bits after one. */
+/* Find the largest number of low bits such that few z are less than 2^bits: those bits are noise
+ * then, and a code saves nothing on them. Whole bytes, or 1, 2 or 4 bits more than whole bytes. */
 static uint8_t choose_low(const struct perta_codec_kernels *kernels, unsigned width,
                           const struct perta_codec_sample *s, size_t n)
 {
@@ -181,7 +182,7 @@ static uint8_t choose_low(const struct perta_codec_kernels *kernels, unsigned wi
 
 /* ---- the choice ---- */
 
-/* The widest span of exponents that can matter: the key's range and where it starts. */
+/* The exponents that are distinguished: where they start, and how many there are. */
 static struct perta_grouping window_of(const struct perta_codec_kernels *kernels,
                                        struct perta_grouping e, unsigned width,
                                        struct perta_codec_sample *s, size_t n)
@@ -203,14 +204,14 @@ static void add_counts(uint32_t to[256], const uint32_t counts[256])
         to[v] += counts[v];
 }
 
-/* Of n_crossers of n units: where they are, and that each takes time. */
+/* Cost of n_crossers among n units: their places, and time for each. */
 static uint64_t gaps_cost(uint32_t n_crossers, size_t n)
 {
     uint32_t c = n_crossers ? n_crossers : 1;
     return c * (uint64_t)(log2_256((uint32_t)n) - log2_256(c) + BITS(2));
 }
 
-/* Groups from one floor up to the window's end; units below it join the lowest. */
+/* Choose the lowest exponent with a group of its own. Units below it join that group. */
 static void choose_floor(struct perta_codec_sample *s, size_t n, struct perta_codec_plan *plan)
 {
     struct perta_grouping *g = &plan->grouping;
@@ -253,7 +254,7 @@ static void choose_floor(struct perta_codec_sample *s, size_t n, struct perta_co
     g->n -= chosen;
 }
 
-/* Values of the sample, by exponent; those of units that cross by the larger of the two. */
+/* Count the values of the sample by exponent; crossers under the larger of their two. */
 static void count_values(const struct perta_codec_kernels *kernels, const struct perta_grouping *g,
                          unsigned width, struct perta_codec_sample *s, size_t n)
 {

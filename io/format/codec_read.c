@@ -10,7 +10,7 @@ static uint32_t get_le(const uint8_t *from, unsigned bytes)
     return value;
 }
 
-/* The gaps must be n_crossers numbers that lead to positions below n. */
+/* Are the gaps n_crossers numbers that lead to positions below n? */
 static bool gaps_are_sound(const uint8_t *gaps, size_t len_bytes, size_t n_crossers, size_t n)
 {
     size_t at = 0, found = 0;
@@ -28,7 +28,7 @@ static bool gaps_are_sound(const uint8_t *gaps, size_t len_bytes, size_t n_cross
 
 /* ---- the layout ---- */
 
-/* Advances *at by count times each bytes, if there are so many before end. */
+/* Advance *at by count * each bytes. False if fewer are left before end. */
 static bool skip(const uint8_t **at, const uint8_t *end, uint64_t count, unsigned each,
                  const uint8_t **start)
 {
@@ -77,7 +77,7 @@ static const char *read_sections(const uint8_t *at, const uint8_t *end, size_t n
     return NULL;
 }
 
-/* Values of each group from its fields and its rest. */
+/* Compute the values of each group from its fields and its rest. */
 static const char *read_values(struct perta_codec_scratch *s, struct perta_layout *l)
 {
     uint8_t *to = s->grouped;
@@ -141,21 +141,21 @@ const char *perta_payload_read(struct perta_codec_scratch *s, enum perta_dtype d
     return read_values(s, l);
 }
 
-/* ---- moving ---- */
+/* ---- apply and revert ---- */
 
-/* Where reading has come to. */
+/* The reading position. */
 struct reader {
     const struct perta_codec_kernels *kernels;
     const struct perta_layout *l;
-    const uint8_t *gap;                          /* the next of them */
-    size_t crosser;                              /* the unit it counts from */
-    const uint8_t *values[PERTA_GROUPS_MAX + 1]; /* the next, by group */
-    size_t overflow;                             /* the number of the next */
-    bool too_low;                                /* one of them need not have overflowed */
+    const uint8_t *gap;                          /* the next gap */
+    size_t crosser;                              /* the unit that gap counts from */
+    const uint8_t *values[PERTA_GROUPS_MAX + 1]; /* the next value, by group */
+    size_t overflow;                             /* index of the next unit that overflows */
+    bool too_low;                                /* one of them should not have overflowed */
     uint8_t z[PERTA_TILE * PERTA_UNIT_MAX];      /* of a tile */
 };
 
-/* The units up to number end that cross get the key that says so. */
+/* Set the key of every crosser up to unit end. */
 static void mark_crossers(struct reader *r, size_t at, size_t end, uint8_t *keys)
 {
     const uint8_t *gap = r->gap, *gaps_end = r->l->gaps + r->l->gaps_bytes;
@@ -169,8 +169,8 @@ static void mark_crossers(struct reader *r, size_t at, size_t end, uint8_t *keys
     r->crosser = crosser;
 }
 
-/* Values of the n units from number at on. False where the groups do not have as many: then
- * some were read that are not theirs, but no more than a tile. */
+/* Gather the values of the n units from unit `at` on. False if a group has too few values; then at
+ * most a tile beyond it was read. */
 static bool gather_tile(struct reader *r, const uint8_t *from, size_t at, size_t n, uint8_t *keys,
                         uint8_t *values)
 {
@@ -184,7 +184,7 @@ static bool gather_tile(struct reader *r, const uint8_t *from, size_t at, size_t
     return true;
 }
 
-/* Of the n units of r->z those whose values overflow. */
+/* Insert the high parts of the units in r->z whose values overflow. */
 static void put_overflow(struct reader *r, const uint8_t *values, size_t n)
 {
     const struct perta_layout *l = r->l;
@@ -214,7 +214,7 @@ static void start_reader(struct reader *r, const struct perta_codec_scratch *s,
         r->values[g] = l->groups[g].values;
 }
 
-/* z of the n units from number at on, into r->z; returns how many are not zero. */
+/* Compute z of the n units from unit `at` on, into r->z. Returns how many are not zero. */
 static uint64_t join_tile(struct reader *r, const uint8_t *values, size_t at, size_t n)
 {
     const struct perta_layout *l = r->l;

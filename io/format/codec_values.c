@@ -1,5 +1,4 @@
-/* A chunk as new values only, for patches that do not lead back. Spec: docs/patch-format.md,
- * "Values" */
+/* A chunk as new values only, for one-way patches. Spec: docs/patch-format.md, "Values" */
 #include "io/format/codec_payload.h"
 #include "io/hash.h"
 
@@ -13,7 +12,7 @@ static bool is_set(const uint8_t *mask, size_t i)
     return mask[i / 8] >> (i % 8) & 1;
 }
 
-/* Planes: byte b of value k is values[b * n_changed + k]. */
+/* In planes, byte b of value k is values[b * n_changed + k]. */
 
 uint64_t perta_values_write(struct perta_codec_scratch *s, enum perta_dtype dtype,
                             const uint8_t *before, const uint8_t *after, size_t n,
@@ -54,7 +53,7 @@ const char *perta_values_count(const struct perta_codec_scratch *s, enum perta_d
         *n_changed += (unsigned)__builtin_popcount(s->payload[i]);
     for (size_t i = n; i < 8 * mask_bytes(n); i++)
         if (is_set(s->payload, i))
-            return "its mask goes on after the last unit";
+            return "its mask has bits after the last unit";
     return payload_bytes == mask_bytes(n) + *n_changed * width ? NULL
                                                                : "its values do not fit its mask";
 }

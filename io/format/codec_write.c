@@ -2,9 +2,9 @@
 
 #include "io/format/codec_payload.h"
 
-#define CROSSER_SHARE 8 /* more units than one in so many that cross: no groups */
+#define CROSSER_SHARE 8 /* no groups if more than one unit in so many crosses */
 
-/* A chunk on its way. */
+/* A chunk that is being encoded. */
 struct chunk {
     struct perta_codec_scratch *s;
     enum perta_dtype dtype;
@@ -15,9 +15,9 @@ struct chunk {
     uint8_t *values;               /* (n) */
     uint8_t *lows[PERTA_UNIT_MAX]; /* (n) */
     size_t n_overflow, overflow_max;
-    uint32_t counts[PERTA_GROUPS_MAX + 1]; /* units of each group, crossers last */
+    uint32_t counts[PERTA_GROUPS_MAX + 1]; /* units in each group, crossers last */
     const uint8_t *overflow;               /* (n_overflow) planes */
-    uint8_t *end;                          /* of what stands in s->payload */
+    uint8_t *end;                          /* end of what is in s->payload so far */
     struct perta_sections *sections;
 };
 
@@ -37,7 +37,7 @@ static void add_section(struct chunk *c, const uint8_t *bytes, size_t len_bytes)
 
 /* ---- values and groups ---- */
 
-/* What is left of those z whose values overflow, as units, in s->spare. */
+/* Store z >> low of the units whose values overflow, as units, in s->spare. */
 static void take_overflow(struct chunk *c, const uint8_t *z, const uint8_t *values, size_t n)
 {
     uint16_t at[PERTA_TILE_FOUND];
@@ -48,8 +48,8 @@ static void take_overflow(struct chunk *c, const uint8_t *z, const uint8_t *valu
     c->n_overflow += found;
 }
 
-/* Values, low bits, keys and what is counted of them for the n units from number at on;
- * returns how many change. */
+/* Compute values, low bits, keys and counts of the n units from unit `at` on. Returns how many
+ * units change. */
 static uint64_t take_tile(struct chunk *c, size_t at, size_t n)
 {
     const struct perta_codec_kernels *k = c->s->kernels;
@@ -71,7 +71,7 @@ static uint64_t take_tile(struct chunk *c, size_t at, size_t n)
     return n_changed;
 }
 
-/* Tile by tile, while both sides are in the cache. */
+/* Process the chunk tile by tile, so that both sides stay in the cache. */
 static uint64_t take_chunk(struct chunk *c)
 {
     struct perta_codec_scratch *s = c->s;
@@ -93,7 +93,7 @@ static uint64_t take_chunk(struct chunk *c)
     return n_changed;
 }
 
-/* Values by group, in s->grouped. */
+/* Sort the values by group, into s->grouped. */
 static void group_values(struct chunk *c)
 {
     uint8_t *to[PERTA_GROUPS_MAX + 1] = {c->s->grouped};
@@ -124,7 +124,7 @@ static void write_gaps(struct chunk *c)
     }
 }
 
-/* Whole bytes as they stand, the bits left in a byte packed. */
+/* Write the low bits: whole bytes as they are, the remaining bits packed into fields. */
 static void write_lows(struct chunk *c)
 {
     unsigned n_bytes = c->plan.low / 8, bits = c->plan.low % 8;
@@ -137,7 +137,7 @@ static void write_lows(struct chunk *c)
     c->end += perta_fields_bytes(c->n, bits);
 }
 
-/* Units that overflow become planes, before fields need their room. */
+/* Turn the units that overflow into planes, before the fields need that room. */
 static void write_overflow(struct chunk *c)
 {
     uint8_t *lows[PERTA_UNIT_MAX];
@@ -147,11 +147,11 @@ static void write_overflow(struct chunk *c)
     for (unsigned b = 0; b < c->width; b++)
         lows[b] = c->end + b * c->n_overflow;
     c->overflow = c->end;
-    c->end += n_planes * c->n_overflow; /* where the next thing goes, after that of no use */
+    c->end += n_planes * c->n_overflow; /* split's values go here; they are not used */
     c->s->kernels->split(c->width, 8 * n_planes, c->s->spare, c->n_overflow, lows, c->end);
 }
 
-/* Fields and rest of n values; 0 bits where fields save nothing. */
+/* Write fields and rest of n values; *bits becomes 0 if fields save nothing. */
 static uint32_t write_group(struct chunk *c, const uint8_t *values, size_t n, uint8_t *bits)
 {
     const struct perta_codec_kernels *k = c->s->kernels;
@@ -210,13 +210,14 @@ static void write_payload(struct chunk *c, uint64_t n_changed)
         add_section(c, c->overflow + b * c->n_overflow, c->n_overflow);
 }
 
-/* What a payload of low bits only takes. */
+/* Size of a payload that consists of low bits only. */
 static size_t raw_bytes(unsigned width, size_t n)
 {
     return PERTA_HEAD_BYTES + 2 * PERTA_GROUP_BYTES + n * width + perta_fields_bytes(n, 1);
 }
 
-/* So that the payload's room holds gaps, low bits, groups and what overflows. */
+/* The most units that may overflow: with these the payload's room still holds gaps, low bits,
+ * groups and overflow. */
 static size_t overflow_max(unsigned width, size_t n)
 {
     return width == 1 ? n / 16 : (9 * width - 14) * (n / 8) / width;
@@ -249,7 +250,7 @@ uint64_t perta_payload_write(struct perta_codec_scratch *s, enum perta_dtype dty
     if (c.n_overflow <= c.overflow_max)
         write_payload(&c, n_changed);
     if (c.n_overflow > c.overflow_max || sections->len_bytes > raw_bytes(c.width, n)) {
-        perta_codec_plan_raw(dtype, &c.plan); /* the sample was of other values */
+        perta_codec_plan_raw(dtype, &c.plan); /* the sample was not typical */
         take_chunk(&c);
         write_payload(&c, n_changed);
     }

@@ -45,7 +45,7 @@ static inline float perta_f32_from_f16(uint16_t h)
     uint32_t sign = (uint32_t)(h & 0x8000) << 16;
     uint32_t mag = (uint32_t)(h & 0x7fff) << 13;
     uint32_t normal = mag + (112u << 23);
-    /* The fraction put behind 2^-14, then 2^-14 taken away: exact. */
+    /* Place the fraction after 2^-14, then subtract 2^-14: exact. */
     float fraction = perta_f32_from_bits(mag | (113u << 23)) - 0x1p-14f;
     uint32_t u = mag < (1u << 23) ? perta_f32_bits(fraction) : normal;
     u = mag >= (31u << 23) ? mag | 0x7f800000 : u;
@@ -65,9 +65,9 @@ static inline uint16_t perta_f16_from_f32(float x)
     uint32_t u = perta_f32_bits(x);
     uint32_t sign = (u >> 16) & 0x8000;
     uint32_t mag = u & 0x7fffffff;
-    /* From 65520 up the carry makes the exponent 31, which is infinity. */
+    /* From 65520 on, the carry makes the exponent 31, which is infinity. */
     uint32_t normal = (mag - (112u << 23) + 0xfff + ((mag >> 13) & 1)) >> 13;
-    /* Beside 0.5 the last place is 2^-24, that of an F16 subnormal: the addition rounds. */
+    /* Next to 0.5 the last place is 2^-24, as in an F16 subnormal: the addition rounds. */
     uint32_t small = perta_f32_bits(perta_f32_from_bits(mag) + 0.5f) - (126u << 23);
     uint32_t h = mag < (113u << 23) ? small : normal;
     h = mag >= (143u << 23) ? 0x7c00 : h;

@@ -33,14 +33,14 @@ enum perta_dtype {
 
 /* The name as safetensors writes it, e.g. "BF16". */
 PERTA_API const char *perta_dtype_name(enum perta_dtype dtype);
-/* Bits an element takes: 4 for F4, 6 for F6_*, else a multiple of 8. */
+/* Bits per element: 4 for F4, 6 for F6_*, else a multiple of 8. */
 PERTA_API unsigned perta_dtype_bits(enum perta_dtype dtype);
-/* Returns false where the name is unknown. */
+/* Parse a dtype's name. False if it is unknown. */
 PERTA_API bool perta_dtype_parse(const char *name, enum perta_dtype *dtype);
-/* Can perta do arithmetic in it? True for F16, BF16, F32, F64. */
+/* Can perta do arithmetic in it? True for F16, BF16, F32 and F64. */
 PERTA_API bool perta_dtype_is_editable(enum perta_dtype dtype);
-/* Bytes that one element of the dtype's delta takes: the dtype's own width; 1 for the sub-byte
- * ones and 4 for C64 (two F32 halves), whose tensors are treated as so many plain units. */
+/* Bytes of a unit, which patches count in: the dtype's own width, but 1 for sub-byte dtypes and 4
+ * for C64 (two F32 halves). */
 PERTA_API unsigned perta_dtype_unit_bytes(enum perta_dtype dtype);
 
 #endif

@@ -30,7 +30,7 @@ static int compare_entries(const void *a, const void *b)
     return strcmp(x->tensor, y->tensor);
 }
 
-/* False: a tensor is there twice. */
+/* False if a tensor occurs twice. */
 static bool sort_entries(struct perta_index *index)
 {
     bool sorted = true;
@@ -45,7 +45,7 @@ static bool sort_entries(struct perta_index *index)
     return true;
 }
 
-/* Strings end where their closing quote was: the text is ours. */
+/* Terminate strings in place, at their closing quotes: the text is ours. */
 static bool plain_entry(struct perta_index *index, struct perta_plain *p)
 {
     const char *tensor, *shard;
@@ -68,7 +68,7 @@ static bool plain_map(struct perta_index *index, struct perta_plain *p)
     return true;
 }
 
-/* {"metadata": anything, "weight_map": {...}}, in either order; false: something else. */
+/* Parse {"metadata": anything, "weight_map": {...}}, in either order. False for anything else. */
 static bool plain_index(struct perta_index *index, size_t len_bytes)
 {
     struct perta_plain p = {index->text, index->text + len_bytes};
@@ -96,7 +96,7 @@ static bool plain_index(struct perta_index *index, size_t len_bytes)
     return perta_plain_word(&p, "") && had_map && sort_entries(index);
 }
 
-/* Read in any way it is written. */
+/* Parse any valid JSON, as a tree. */
 static int read_tree(struct perta_index *index, int fd, const char *path, struct perta_err *err)
 {
     index->n = 0;

@@ -90,7 +90,7 @@ bool perta_tied_pair(const struct perta_checkpoint *ck, const struct perta_ref *
     return false;
 }
 
-/* Whose embeddings transformers ties unless config.json says otherwise. */
+/* Model types whose embeddings transformers ties unless config.json says otherwise. */
 static bool is_tied_by_default(const char *type)
 {
     static const char *const types[] = {
@@ -108,7 +108,7 @@ static bool is_tied_by_default(const char *type)
     return false;
 }
 
-/* Of a classifier, or of layers alone, there is no head to tie. */
+/* A classifier, or a model of layers alone, has no head to tie. */
 static bool may_have_head(const struct perta_checkpoint *ck)
 {
     const char *name =
@@ -140,7 +140,7 @@ bool perta_is_buffer_name(const char *name)
 
 bool perta_is_buffer(const struct perta_tensor *t)
 {
-    /* GPT-2's mask, which is not a bias. */
+    /* GPT-2's mask is called bias. */
     bool is_mask =
         t->n_dims == 4 && t->shape[0] == 1 && t->shape[1] == 1 && t->shape[2] == t->shape[3];
     return perta_is_buffer_name(t->name) ||
@@ -150,16 +150,17 @@ bool perta_is_buffer(const struct perta_tensor *t)
 
 /* ---- prefixes ---- */
 
-/* Of torch.compile, DataParallel, FSDP, PEFT; and of a model around its layers. */
+/* Prefixes of torch.compile, DataParallel, FSDP and PEFT, and of a model around its layers. */
 static const char *const prefixes[] = {"_orig_mod.", "module.", "_fsdp_wrapped_module.",
                                        "base_model.model.", "model."};
 #define N_PREFIXES (sizeof prefixes / sizeof *prefixes)
 
-/* Of wrappers around single layers: FSDP, checkpointed activations, torch.compile, PEFT. */
+/* Parts of names left by wrappers around single layers: FSDP, checkpointed activations,
+ * torch.compile, PEFT. */
 static const char *const wrappers[] = {"_fsdp_wrapped_module.", "_checkpoint_wrapped_module.",
                                        "_orig_mod.", "base_layer.", NULL};
 
-/* Are there wrappers within names, not only in front of all of them? */
+/* A wrapper that occurs within names, not only in front of all of them; or NULL. */
 static const char *wrapper_within(const struct perta_checkpoint *ck)
 {
     for (uint64_t i = 0; i < ck->n_tensors; i++)
@@ -171,7 +172,7 @@ static const char *wrapper_within(const struct perta_checkpoint *ck)
     return NULL;
 }
 
-/* That all names of ck have from strip on; NULL: none. */
+/* The prefix that all names of ck share, from character strip on; NULL if there is none. */
 static const char *shared_prefix(const struct perta_checkpoint *ck, size_t strip)
 {
     for (size_t p = 0; p < N_PREFIXES; p++) {
@@ -185,7 +186,8 @@ static const char *shared_prefix(const struct perta_checkpoint *ck, size_t strip
     return NULL;
 }
 
-/* How many tensors of ck would be in model under such names; UINT64_MAX without memory. */
+/* How many tensors of ck would be found in model with strip characters removed and add prepended.
+ * UINT64_MAX when out of memory. */
 static uint64_t count_found(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
                             size_t strip, const char *add)
 {
@@ -202,7 +204,8 @@ static uint64_t count_found(const struct perta_checkpoint *ck, const struct pert
     return n;
 }
 
-/* The prefix that finds most: strip characters off, and add in front. */
+/* Find the prefix with which most tensors are found: *strip characters to remove, *add to
+ * prepend. */
 static uint64_t find_prefix(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
                             size_t *strip, const char **add)
 {

@@ -14,7 +14,7 @@
 #define SKIPPABLE_BYTES 8 /* magic and length of a skippable frame */
 #define TAG "PERTA\r\n\x1a"
 #define TAG_BYTES 8
-#define HEAD_BYTES 48 /* of the head frame's content before the headers */
+#define HEAD_BYTES 48 /* of the head frame's content, before the headers */
 #define ENTRY_BYTES 48
 #define DIGEST_BYTES 8
 #define FOOTER_BYTES 24
@@ -108,13 +108,13 @@ int perta_patch_table_build(const struct perta_patch_entry *entries, uint64_t n,
 
 /* ---- parsing ---- */
 
-/* The file: in memory, or open. */
+/* The patch file: in memory, or open. */
 struct source {
-    const uint8_t *bytes; /* NULL: read fd */
+    const uint8_t *bytes; /* NULL: read from fd */
     int fd;
     uint64_t len_bytes;
     const char *path;
-    struct perta_err *damage; /* NULL: a digest that differs is an error */
+    struct perta_err *damage; /* NULL: a wrong digest is an error */
 };
 
 static int damaged(const struct source *src, uint64_t at, const char *what, struct perta_err *err)
@@ -132,7 +132,7 @@ static int wrong_digest(const struct source *src, uint64_t at, const char *what,
     if (len)
         snprintf(src->damage->msg + len, sizeof src->damage->msg - len, "; byte %llu: %s", (ull)at,
                  what);
-    damaged(src, at, what, src->damage); /* does nothing where it is filled */
+    damaged(src, at, what, src->damage); /* does nothing if it is filled already */
     return 0;
 }
 
@@ -220,7 +220,7 @@ static int read_headers(const struct source *src, struct perta_patch *patch, str
                                      head.after_file_bytes, src->path, &patch->after, err);
     }
     if (!rc && !head.after_bytes && head.before_file_bytes != head.after_file_bytes)
-        rc = damaged(src, 32, "one header, but two lengths of the file", err);
+        rc = damaged(src, 32, "it has one header, but two lengths of the shard's file", err);
     if (rc)
         perta_err_context(err, "header in the patch");
 out:
@@ -324,7 +324,7 @@ static const char *wrong_frame(const struct perta_patch_entry *e, uint64_t frame
     return NULL;
 }
 
-/* Entries must cover tensors of after in order, frames the bytes from head to table. */
+/* Do entries cover the tensors of after in order, and frames the bytes from head to table? */
 static int check_entries(const struct source *src, const struct perta_patch *patch,
                          struct perta_err *err)
 {

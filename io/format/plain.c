@@ -64,7 +64,7 @@ bool perta_plain_raw(struct perta_plain *p, const char **text, size_t *len)
     return p->at < p->end && *p->at++ == '"';
 }
 
-/* A number, true, null, NaN, -Infinity. */
+/* Skip a number, true, null, NaN, -Infinity. */
 static bool pass_bare(struct perta_plain *p)
 {
     const char *first = p->at;

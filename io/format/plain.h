@@ -1,7 +1,7 @@
-/* plain.h - JSON in the words that writers of checkpoints use: printable ASCII without escapes in
- * strings, short whole numbers. That much is read here, without a tree, for headers and indexes of
- * 100,000 tensors; whatever else a text holds is jansson's: where a function says false, the
- * caller reads the whole text with it, and errors come from there. */
+/* plain.h - a parser for the simple JSON that writers of checkpoints produce: strings of printable
+ * ASCII without escapes, short whole numbers. It needs no tree, which matters for headers and
+ * indexes of 100,000 tensors. When a function returns false, the caller parses the whole text with
+ * jansson instead, and errors come from there. */
 #ifndef PERTA_IO_FORMAT_PLAIN_H
 #define PERTA_IO_FORMAT_PLAIN_H
 
@@ -14,19 +14,20 @@ struct perta_plain {
     const char *at, *end;
 };
 
-/* Pass over white space, then take one of these; false where something else stands. */
-bool perta_plain_word(struct perta_plain *plain, const char *word); /* "" at the text's end */
+/* Skip white space, then take one of these. False if something else follows. */
+bool perta_plain_word(struct perta_plain *plain, const char *word); /* "": end of text? */
 bool perta_plain_string(struct perta_plain *plain, const char **text, size_t *len);
 bool perta_plain_uint(struct perta_plain *plain, uint64_t *n); /* below 10^18 */
-/* Any value, as a tree, the caller's. False too without memory. */
+/* Take any value as a tree, which the caller owns. Also false when out of memory. */
 bool perta_plain_value(struct perta_plain *plain, json_t **value);
 
-/* Pass over any value, of which only quotes and brackets must be right: Infinity is fine. Nothing is
- * allocated. And over a string of any bytes, which is as it stands, escapes and all. */
+/* perta_plain_pass skips any value; only its quotes and brackets must be right (Infinity is
+ * accepted), and nothing is allocated. perta_plain_raw takes a string of any bytes as it is, with
+ * its escapes. */
 bool perta_plain_pass(struct perta_plain *plain);
 bool perta_plain_raw(struct perta_plain *plain, const char **text, size_t *len);
 
-/* Is it that string? */
+/* Is text (len bytes) equal to string? */
 bool perta_plain_is(const char *text, size_t len, const char *string);
 
 #endif

@@ -9,7 +9,7 @@
 #include "io/file.h"
 
 #define FILE_MAX_BYTES (16ull << 20)
-/* Digits that an integer of 64 bits always has room for. */
+/* An integer of this many digits always fits 64 bits. */
 #define DIGITS 18
 #define MARK "\xef\xbb\xbf"
 
@@ -17,7 +17,7 @@ struct text {
     const char *at, *end;
 };
 
-/* What becomes of it; NULL: counted only. */
+/* The converted text. to NULL: only count its bytes. */
 struct sink {
     char *to;
     size_t n;
@@ -71,7 +71,7 @@ static bool take_word(struct text *text, struct sink *sink)
     return false;
 }
 
-/* Text as JSON, until all of it or until_bytes of that are there. */
+/* Convert text to JSON, until it ends or until_bytes of JSON are written. */
 static void convert(struct text *text, struct sink *sink, size_t until_bytes)
 {
     if (begins(text, MARK))
@@ -88,7 +88,7 @@ static void convert(struct text *text, struct sink *sink, size_t until_bytes)
     }
 }
 
-/* Where in text what became byte number position of the JSON stands. */
+/* The offset in text of what became byte `position` of the JSON. */
 static size_t place_of(const char *text, size_t len_bytes, size_t position)
 {
     struct text before = {text, text + len_bytes};

@@ -12,7 +12,7 @@
 
 /* ---- what the folder says ---- */
 
-/* Neither null nor empty: transformers takes those for none. */
+/* Is it neither null nor empty? transformers treats those as absent. */
 static bool says_something(const json_t *value)
 {
     return value && !json_is_null(value) && !json_is_false(value) &&
@@ -21,7 +21,8 @@ static bool says_something(const json_t *value)
            !(json_is_string(value) && !json_string_length(value));
 }
 
-/* The first key of config, or of a part of it (text_config, ...), that tells of quantised weights. */
+/* Find the first key of config, or of an object in it (text_config, ...), that announces quantised
+ * weights. */
 static const char *find_key(const json_t *config, const json_t **value)
 {
     static const char *const keys[] = {"quantization_config", "compression_config"};
@@ -48,7 +49,7 @@ static int refuse_key(const struct perta_checkpoint *ck, const char *key, const 
                       ck->config_path, key, method ? " " : "", method ? method : "");
 }
 
-/* Older tools write a file of their own. */
+/* Older tools announce it in a file of their own. */
 static int check_files(const struct perta_checkpoint *ck, struct perta_err *err)
 {
     static const char *const names[] = {"hf_quant_config.json", "quantize_config.json",
@@ -76,7 +77,7 @@ static bool is_f8(enum perta_dtype dtype)
            dtype == PERTA_F8_E4M3 || dtype == PERTA_F8_E5M2 || dtype == PERTA_F8_E8M0;
 }
 
-/* Codes may be; BOOL and complex numbers are none. */
+/* Can codes have this dtype? BOOL and complex numbers cannot. */
 static bool is_integer(enum perta_dtype dtype)
 {
     return !perta_dtype_is_editable(dtype) && !is_f8(dtype) && dtype != PERTA_BOOL &&
@@ -90,14 +91,14 @@ static bool ends_in_any(const char *name, const char *const *endings)
     return *endings;
 }
 
-/* What follows the last dot. */
+/* The part after the last dot. */
 static const char *last_part(const char *name)
 {
     const char *dot = strrchr(name, '.');
     return dot ? dot + 1 : name;
 }
 
-/* Integers of these names are weights, whatever is beside them. */
+/* Integers with these names are weights, whatever is beside them. */
 static bool is_named_as_codes(const char *name)
 {
     static const char *const endings[] = {"weight", "weight_packed", "qdata", "._data", NULL};
@@ -110,7 +111,7 @@ static bool is_named_as_codes(const char *name)
     return ends_in_any(name, endings) || perta_text_ends_in(name, "_blocks");
 }
 
-/* Matrices of integers of these names are: of Marlin, of sparse weights, of VPTQ. */
+/* Integer matrices with these names are codes too: Marlin, sparse weights, VPTQ. */
 static bool is_matrix_of_codes(const struct perta_tensor *t)
 {
     static const char *const parts[] = {"B", "B_24", "bitmask", "indices", NULL};
@@ -120,7 +121,7 @@ static bool is_matrix_of_codes(const struct perta_tensor *t)
     return false;
 }
 
-/* Integers that models have beside a scale of their own: of positions, and masks. */
+/* Integers that models have beside a scale without being codes: positions and masks. */
 static bool is_named_as_buffer(const char *name)
 {
     static const char *const endings[] = {"_ids",   "index", "bias",    "mask",
@@ -128,7 +129,7 @@ static bool is_named_as_buffer(const char *name)
     return ends_in_any(last_part(name), endings);
 }
 
-/* Is it what turns codes into weights? */
+/* Is it named as what turns codes into weights? */
 static bool is_named_as_scale(const char *name)
 {
     static const char *const words[] = {"scale",       "scaling",  "absmax",   "scb",
@@ -146,13 +147,13 @@ static bool may_be_codes(const struct perta_tensor *t)
     return (is_f8(t->dtype) || is_matrix) && !is_named_as_scale(t->name);
 }
 
-/* Tensors that are named as scales, in order of their modules. */
+/* Tensors named as scales, sorted by module. */
 struct scales {
     const struct perta_tensor **of; /* (n) */
     uint64_t n;
 };
 
-/* The module of name, up to its last dot, against that of len characters. */
+/* Compare the module of name, up to its last dot, with module (len characters). */
 static int compare_module(const char *name, const char *module, size_t len)
 {
     size_t own = (size_t)(last_part(name) - name);
@@ -180,7 +181,8 @@ static int list_scales(struct scales *scales, const struct perta_checkpoint *ck,
     return 0;
 }
 
-/* One in that module (len characters, with its dot), but not the codes themselves; or NULL. */
+/* A scale in that module (len characters, with its dot) other than the codes themselves; or
+ * NULL. */
 static const struct perta_tensor *find_in_module(const struct scales *scales, const char *module,
                                                  size_t len, const struct perta_tensor *codes)
 {
@@ -197,8 +199,8 @@ static const struct perta_tensor *find_in_module(const struct scales *scales, co
                                                                                   : NULL;
 }
 
-/* The scales of codes: in the same module (mlp.weight, mlp.scale), or in one of the codes' own name
- * (mlp.weight.absmax). *scale NULL: none. */
+/* Find the scale of codes: in the same module (mlp.weight, mlp.scale), or below the codes' own name
+ * (mlp.weight.absmax). *scale is NULL if there is none. */
 static int find_scale(const struct scales *scales, const struct perta_tensor *codes,
                       const struct perta_tensor **scale, struct perta_err *err)
 {

@@ -48,7 +48,7 @@ static int too_short(uint64_t file_len_bytes, const char *path, struct perta_err
 
 /* ---- names and shapes ---- */
 
-/* A tensor's name and shape take some ten bytes each: in blocks, not one by one. */
+/* Names and shapes take about ten bytes each, so they are allocated in blocks. */
 #define WORDS_BYTES (64u << 10)
 
 struct perta_words {
@@ -57,7 +57,7 @@ struct perta_words {
     uint64_t words[]; /* (room bytes) */
 };
 
-/* Room that lives as long as the header; NULL without memory. */
+/* Allocate memory that lives as long as the header. NULL only when out of memory. */
 static void *take_words(struct perta_header *h, size_t len_bytes)
 {
     struct perta_words *w = h->words;
@@ -86,11 +86,11 @@ static bool set_name(struct perta_header *h, struct perta_tensor *t, const char 
 
 /* ---- one tensor ---- */
 
-/* Once its shape is there. */
+/* Compute n_elems from the shape. */
 static int count_elems(struct perta_tensor *t, const char *path, struct perta_err *err)
 {
     t->n_elems = 1;
-    uint64_t product = 1; /* of the dimensions that are not zero: it must not overflow either */
+    uint64_t product = 1; /* of the nonzero dimensions: must not overflow either */
     for (uint32_t i = 0; i < t->n_dims; i++) {
         if (t->shape[i] && perta_mul_overflows(product, t->shape[i], &product))
             return perta_fail(err, PERTA_EINPUT, "%s: tensor %s: the shape's product overflows",
@@ -120,7 +120,7 @@ static int parse_shape(struct perta_header *h, struct perta_tensor *t, const jso
     return count_elems(t, path, err);
 }
 
-/* From begin to end, both counted from the end of the header. */
+/* Set the tensor's byte range; begin and end count from the end of the header. */
 static int set_range(const struct perta_header *h, struct perta_tensor *t, uint64_t begin,
                      uint64_t end, const char *path, struct perta_err *err)
 {
@@ -187,7 +187,7 @@ static int parse_tensor(struct perta_header *h, struct perta_tensor *t, const ch
     return rc ? rc : check_size(t, path, err);
 }
 
-/* ---- its members ---- */
+/* ---- the header's members ---- */
 
 static int parse_metadata(struct perta_header *h, json_t *metadata, const char *path,
                           struct perta_err *err)
@@ -226,8 +226,8 @@ static int parse_tensors(struct perta_header *h, json_t *root, const char *path,
     return 0;
 }
 
-/* Merge sort, so that tensors at one offset (all but one of them empty) keep the JSON's order;
- * an empty one stands before the one that has bytes there. */
+/* Sort tensors by offset with a merge sort, which keeps the order of the JSON for tensors at the
+ * same offset. All but one of those are empty; the empty ones come first. */
 static bool stands_before(const struct perta_tensor *a, const struct perta_tensor *b)
 {
     if (a->off_bytes != b->off_bytes)
@@ -288,7 +288,7 @@ static int check_layout(const struct perta_header *h, const char *path, struct p
     return 0;
 }
 
-/* ---- as every writer writes it ---- */
+/* ---- the usual layout, parsed without a tree ---- */
 
 #define PLAIN_DIMS_MAX 16
 
@@ -322,7 +322,7 @@ static bool plain_shape(struct perta_header *h, struct perta_plain *p, struct pe
     return t->shape;
 }
 
-/* The value of a tensor's entry. */
+/* Parse the value of a tensor's entry. */
 static bool plain_tensor(struct perta_header *h, struct perta_plain *p, struct perta_tensor *t,
                          uint64_t *begin, uint64_t *end)
 {
@@ -335,7 +335,7 @@ static bool plain_tensor(struct perta_header *h, struct perta_plain *p, struct p
            perta_plain_word(p, "}") && *begin <= *end;
 }
 
-/* Room for one more. */
+/* Append an empty tensor. NULL only when out of memory. */
 static struct perta_tensor *add_tensor(struct perta_header *h, uint64_t *room)
 {
     if (h->n_tensors == *room) {
@@ -351,14 +351,14 @@ static struct perta_tensor *add_tensor(struct perta_header *h, uint64_t *room)
     return t;
 }
 
-/* Where the parser stands. */
+/* The parser's state. */
 struct plain {
     struct perta_plain text;
-    uint64_t room; /* in h->tensors */
+    uint64_t room; /* allocated in h->tensors */
     bool had_metadata;
 };
 
-/* 1: it is written in another way, or wrong; nothing is said. */
+/* Parse one member. 1: unusual layout, or not valid; *err is not filled. */
 static int parse_member(struct perta_header *h, struct plain *plain, const char *path,
                         struct perta_err *err)
 {
@@ -426,7 +426,7 @@ static void release_tensors(struct perta_header *h)
     h->n_tensors = 0;
 }
 
-/* Written in any way. */
+/* Parse any valid JSON, as a tree. */
 static int parse_tree(struct perta_header *h, const char *path, struct perta_err *err)
 {
     json_error_t where;
@@ -455,7 +455,7 @@ static int parse_json(struct perta_header *h, const char *path, struct perta_err
     return parse_tree(h, path, err);
 }
 
-/* Takes over bytes, which hold the whole header. */
+/* Parse the header in bytes, and take ownership of them. */
 static int parse_owned(uint8_t *bytes, uint64_t len_bytes, uint64_t file_len_bytes,
                        const char *path, struct perta_header **out, struct perta_err *err)
 {

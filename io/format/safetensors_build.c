@@ -1,4 +1,5 @@
-/* The header of a new file. Written as it goes: a tree of it would take ten times the text. */
+/* Build the header of a new file. It is printed directly: a tree of it would take ten times the
+ * memory of the text. */
 #include "io/format/safetensors.h"
 
 #include <endian.h>
@@ -35,7 +36,7 @@ static int lay_out(struct perta_tensor *tensors, uint64_t n, struct perta_err *e
 static int print_name(FILE *out, const char *name, struct perta_err *err)
 {
     json_t *string = json_string(name);
-    bool written = string || perta_text_is_plain(name); /* but for memory */
+    bool written = string || perta_text_is_plain(name); /* or out of memory */
     bool printed = string && !json_dumpf(string, out, JSON_COMPACT | JSON_ENCODE_ANY);
     json_decref(string);
     return !written || !strcmp(name, "__metadata__")
@@ -61,7 +62,7 @@ struct header {
     int rc;
 };
 
-/* Room for the prefix, and the JSON. */
+/* Print room for the length prefix, then the JSON. */
 static bool print_json(FILE *out, void *ctx)
 {
     static const char prefix[PREFIX_BYTES];
@@ -84,7 +85,7 @@ static bool print_json(FILE *out, void *ctx)
     return true;
 }
 
-/* Prefix, JSON, and spaces up to a multiple of 8 bytes. */
+/* Length prefix, JSON, and spaces up to a multiple of 8 bytes. */
 static int print_header(const struct perta_tensor *tensors, uint64_t n, const json_t *metadata,
                         uint8_t **bytes, uint64_t *len_bytes, struct perta_err *err)
 {

@@ -7,7 +7,7 @@
 #include "io/file.h"
 #include "io/format/naming.h"
 
-#define PIECE_BYTES (512ull << 10)
+#define READ_BYTES (512ull << 10)
 
 static int differ(const struct perta_checkpoint *ck, const struct perta_tensor *a,
                   const struct perta_tensor *b, struct perta_err *err)
@@ -15,8 +15,8 @@ static int differ(const struct perta_checkpoint *ck, const struct perta_tensor *
     bool is_said = json_is_true(json_object_get(ck->config, "tie_word_embeddings"));
     return perta_fail(err, PERTA_EINPUT,
                       "%s: tensors %s and %s differ, though \"tie_word_embeddings\" in its "
-                      "config.json says that they are one%s; set that to false if each of them is "
-                      "meant, or remove the one that is not",
+                      "config.json says that they are one%s; set it to false if both are meant, or "
+                      "remove the one that is not",
                       ck->path, a->name, b->name,
                       is_said ? "" : " (it is left out, and true by default for this model_type)");
 }
@@ -29,19 +29,19 @@ static bool look_the_same(const struct perta_tensor *a, const struct perta_tenso
     return same;
 }
 
-/* room: two pieces. */
+/* room: 2 * READ_BYTES. */
 static int compare(const struct perta_file *files, const struct perta_tensor *const *of,
                    uint8_t *room, bool *same, struct perta_err *err)
 {
     for (uint64_t at = 0, n; at < of[0]->len_bytes && *same; at += n) {
-        n = of[0]->len_bytes - at < PIECE_BYTES ? of[0]->len_bytes - at : PIECE_BYTES;
+        n = of[0]->len_bytes - at < READ_BYTES ? of[0]->len_bytes - at : READ_BYTES;
         for (int i = 0; i < 2; i++) {
-            int rc = perta_pread_all(files[i].fd, i ? room + PIECE_BYTES : room, n,
+            int rc = perta_pread_all(files[i].fd, i ? room + READ_BYTES : room, n,
                                      of[i]->off_bytes + at, files[i].path, err);
             if (rc)
                 return rc;
         }
-        *same = !memcmp(room, room + PIECE_BYTES, n);
+        *same = !memcmp(room, room + READ_BYTES, n);
     }
     return 0;
 }
@@ -55,7 +55,7 @@ int perta_tied_compare(const struct perta_checkpoint *ck, const struct perta_ref
     if (!(*same = look_the_same(of[0], of[1])))
         return 0;
     struct perta_file files[2] = {{.fd = -1}, {.fd = -1}};
-    uint8_t *room = malloc(2 * PIECE_BYTES);
+    uint8_t *room = malloc(2 * READ_BYTES);
     int rc = room ? 0 : perta_fail_sys(err, ENOMEM, "%s", ck->path);
     for (int i = 0; i < 2 && !rc; i++)
         rc = perta_shard_open(shards[i], false, &files[i], err);

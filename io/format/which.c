@@ -9,7 +9,7 @@
 
 #include "io/file.h"
 #include "io/format/index.h"
-#include "io/format/record.h"
+#include "io/format/patch_manifest.h"
 #include "io/text.h"
 
 #define SUFFIX ".safetensors"
@@ -31,7 +31,7 @@ static bool exists(const char *folder, const char *name)
 
 /* ---- what it is ---- */
 
-/* The first, in order of names, that is wanted. */
+/* The first name, in alphabetical order, that is wanted. */
 struct search {
     bool (*wanted)(const char *folder, const char *name);
     const char *folder;
@@ -48,7 +48,7 @@ static int look_at(void *ctx, const char *name, struct perta_err *err)
     return search->found ? 0 : perta_fail_sys(err, ENOMEM, "%s", name);
 }
 
-/* The caller's; NULL: none. */
+/* The caller frees the result. NULL if there is none. */
 static char *find(const char *folder, bool (*wanted)(const char *folder, const char *name))
 {
     struct perta_err ignored = {0};
@@ -66,10 +66,10 @@ static bool is_shard(const char *folder, const char *name)
 static bool is_patch(const char *path)
 {
     struct perta_err ignored = {0};
-    struct perta_record_files files;
-    perta_record_scan(path, &files, &ignored);
+    struct perta_patch_manifest_files files;
+    perta_patch_manifest_scan(path, &files, &ignored);
     bool is = files.is_patch;
-    perta_record_files_release(&files);
+    perta_patch_manifest_release(&files);
     return is;
 }
 
@@ -111,25 +111,41 @@ static bool holds(const char *folder, bool (*wanted)(const char *folder, const c
     return is;
 }
 
-const char *perta_which_kind(const char *path)
+enum perta_kind perta_which_kind(const char *path)
 {
     struct stat st;
     if (stat(path, &st))
-        return NULL;
+        return PERTA_KIND_UNKNOWN;
     if (!S_ISDIR(st.st_mode))
-        return perta_text_ends_in(path, SUFFIX) ? "a file of weights" : "a file";
+        return perta_text_ends_in(path, SUFFIX) ? PERTA_KIND_WEIGHTS : PERTA_KIND_FILE;
     if (perta_checkpoint_is_adapter(path))
-        return "a PEFT adapter";
+        return PERTA_KIND_ADAPTER;
     if (exists(path, "snapshots") && exists(path, "blobs"))
-        return "a folder of the Hugging Face cache";
+        return PERTA_KIND_CACHE;
     char *shard = find(path, is_shard);
-    const char *kind = shard && is_importance(path, shard) ? "an importance"
-                       : shard                             ? "a checkpoint"
-                       : is_patch(path)                    ? "a patch"
-                       : holds(path, is_adapter)           ? "a folder of PEFT adapters"
-                                                           : NULL;
+    enum perta_kind kind = shard && is_importance(path, shard) ? PERTA_KIND_IMPORTANCE
+                           : shard                             ? PERTA_KIND_CHECKPOINT
+                           : is_patch(path)                    ? PERTA_KIND_PATCH
+                           : holds(path, is_adapter)           ? PERTA_KIND_ADAPTERS
+                                                               : PERTA_KIND_UNKNOWN;
     free(shard);
     return kind;
+}
+
+const char *perta_which_name(enum perta_kind kind)
+{
+    static const char *const names[] = {
+        [PERTA_KIND_UNKNOWN] = "",
+        [PERTA_KIND_FILE] = "a file",
+        [PERTA_KIND_WEIGHTS] = "a file of weights",
+        [PERTA_KIND_ADAPTER] = "a PEFT adapter",
+        [PERTA_KIND_ADAPTERS] = "a folder of PEFT adapters",
+        [PERTA_KIND_CACHE] = "a folder of the Hugging Face cache",
+        [PERTA_KIND_IMPORTANCE] = "an importance",
+        [PERTA_KIND_CHECKPOINT] = "a checkpoint",
+        [PERTA_KIND_PATCH] = "a patch",
+    };
+    return names[kind];
 }
 
 /* ---- nothing to open ---- */
@@ -145,7 +161,7 @@ static bool is_pickle(const char *folder, const char *name)
     return false;
 }
 
-/* Those that hold a model, rather than what a trainer keeps beside it. */
+/* Pickles that hold a model, rather than a trainer's state. */
 static bool is_pickled_model(const char *folder, const char *name)
 {
     return is_pickle(folder, name) &&
@@ -160,13 +176,13 @@ static bool is_gguf(const char *folder, const char *name)
     return perta_text_ends_in(name, ".gguf") || perta_text_ends_in(name, ".ggml");
 }
 
-/* A folder that has something to open. */
+/* Is it a folder with something to open? */
 static bool is_worth_a_look(const char *folder, const char *name)
 {
     char *path = *name == '.' ? NULL : perta_path_join(folder, name);
-    const char *kind = path ? perta_which_kind(path) : NULL;
+    enum perta_kind kind = path ? perta_which_kind(path) : PERTA_KIND_UNKNOWN;
     free(path);
-    return kind && !begins_with(kind, "a file");
+    return kind != PERTA_KIND_UNKNOWN && kind != PERTA_KIND_FILE && kind != PERTA_KIND_WEIGHTS;
 }
 
 static bool is_any(const char *folder, const char *name)
@@ -181,13 +197,14 @@ static bool is_any(const char *folder, const char *name)
     "GGUF is made from a model: give that one, or load it with transformers " \
     "(from_pretrained, gguf_file) and save it again (save_pretrained writes safetensors)"
 
-static int say_pickle(const char *folder, const char *name, const char *how, struct perta_err *err)
+static int refuse_pickle(const char *folder, const char *name, const char *how,
+                         struct perta_err *err)
 {
     return perta_fail(err, PERTA_EINPUT, "%s: holds %s, but no " SUFFIX " file; %s", folder, name,
                       how);
 }
 
-static int say_cache(const char *folder, struct perta_err *err)
+static int refuse_cache(const char *folder, struct perta_err *err)
 {
     char *snapshots = perta_path_join(folder, "snapshots");
     if (!snapshots)
@@ -204,15 +221,15 @@ static int say_cache(const char *folder, struct perta_err *err)
     return rc;
 }
 
-static int say_inner(const char *folder, const char *inner, struct perta_err *err)
+static int refuse_inner(const char *folder, const char *inner, struct perta_err *err)
 {
     char *path = perta_path_join(folder, inner);
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", folder);
-    const char *kind = perta_which_kind(path);
-    int rc =
-        perta_fail(err, PERTA_EINPUT, "%s: no " SUFFIX " file in this folder; is %s meant?%s%s",
-                   folder, path, kind ? " It is " : "", kind ? kind : "");
+    enum perta_kind kind = perta_which_kind(path);
+    int rc = perta_fail(err, PERTA_EINPUT,
+                        "%s: no " SUFFIX " file in this folder; is %s meant?%s%s", folder, path,
+                        kind == PERTA_KIND_UNKNOWN ? "" : " It is ", perta_which_name(kind));
     free(path);
     return rc;
 }
@@ -220,15 +237,15 @@ static int say_inner(const char *folder, const char *inner, struct perta_err *er
 int perta_which_no_folder(const char *folder, struct perta_err *err)
 {
     if (exists(folder, "snapshots") && (exists(folder, "blobs") || exists(folder, "refs")))
-        return say_cache(folder, err);
-    if (exists(folder, PERTA_RECORD_NAME))
+        return refuse_cache(folder, err);
+    if (exists(folder, PERTA_PATCH_MANIFEST))
         return perta_fail(err, PERTA_EINPUT, "%s: a patch, not a checkpoint", folder);
     char *pickle = find(folder, is_pickled_model), *gguf = find(folder, is_gguf);
     pickle = pickle || gguf ? pickle : find(folder, is_pickle);
     char *inner = pickle || gguf ? NULL : find(folder, is_worth_a_look);
-    int rc = pickle  ? say_pickle(folder, pickle, CONVERT_PICKLE, err)
-             : gguf  ? say_pickle(folder, gguf, CONVERT_GGUF, err)
-             : inner ? say_inner(folder, inner, err)
+    int rc = pickle  ? refuse_pickle(folder, pickle, CONVERT_PICKLE, err)
+             : gguf  ? refuse_pickle(folder, gguf, CONVERT_GGUF, err)
+             : inner ? refuse_inner(folder, inner, err)
                      : perta_fail(err, PERTA_EINPUT,
                                   "%s: no " SUFFIX " file in this folder; other formats (.bin, "
                                   ".gguf) must be converted first",
@@ -258,7 +275,7 @@ static bool is_loaded(const struct perta_checkpoint *ck, const char *name)
     return false;
 }
 
-/* transformers takes the single file; perta the index, where there is one. */
+/* If there is both, transformers loads the single file and perta the index. */
 static int check_single(const struct perta_checkpoint *ck, struct perta_err *err)
 {
     bool single = ck->n_shards == 1 && is_loaded(ck, SINGLE_NAME);
@@ -271,7 +288,7 @@ static int check_single(const struct perta_checkpoint *ck, struct perta_err *err
                       ck->path, ck->n_shards ? ck->shards[0].name : "none", ck->path);
 }
 
-/* With an adapter's config beside it, transformers loads the model and the adapter on top. */
+/* If an adapter is in the same folder, transformers loads the model with the adapter on top. */
 static int check_adapter(const struct perta_checkpoint *ck, struct perta_err *err)
 {
     const char *weights = exists(ck->path, ADAPTER_NAME) ? ADAPTER_NAME : "adapter_model.bin";
@@ -294,11 +311,11 @@ static int check_config(const struct perta_checkpoint *ck, struct perta_err *err
         return 0;
     return perta_fail(err, PERTA_EINPUT,
                       "%s/config.json: %s is %s, which transformers loads; perta would take %s; "
-                      "move that away, or take the key out",
+                      "move that away, or remove the key",
                       ck->path, key, named, ck->n_shards ? ck->shards[0].name : "none");
 }
 
-/* Of which family a shard is by its name: none is loaded together with another. */
+/* The family of a shard, by its name. Shards of different families are never loaded together. */
 static int family_of(const char *name)
 {
     return begins_with(name, "consolidated") ? 1 : begins_with(name, "adapter_") ? 2 : 0;
@@ -308,11 +325,11 @@ static int check_families(const struct perta_checkpoint *ck, struct perta_err *e
 {
     for (uint32_t i = 1; i < ck->n_shards && !ck->index; i++)
         if (family_of(ck->shards[i].name) != family_of(ck->shards[0].name))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: no " PERTA_INDEX_NAME
-                              " says which files are the model's, and %s "
-                              "and %s are not of one; move one of them away, or give one itself",
-                              ck->path, ck->shards[0].name, ck->shards[i].name);
+            return perta_fail(
+                err, PERTA_EINPUT,
+                "%s: no " PERTA_INDEX_NAME " says which files are the model's, and %s "
+                "and %s do not belong together; move one of them away, or give one itself",
+                ck->path, ck->shards[0].name, ck->shards[i].name);
     return 0;
 }
 

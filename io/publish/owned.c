@@ -11,17 +11,17 @@
 
 #include "io/file.h"
 #include "io/format/index.h"
+#include "io/format/patch_manifest.h"
 #include "io/format/plain.h"
-#include "io/format/record.h"
 #include "io/format/safetensors.h"
 #include "io/text.h"
 
 #define SINGLE "model.safetensors"
 #define INDEX "model.safetensors.index.json"
 #define ADAPTER "adapter_model.safetensors"
-#define SHOWN_MAX 5 /* names in a message */
+#define SHOWN_MAX 5 /* names listed in a message */
 
-/* What writers of checkpoints put beside weights. Anything else may be somebody's only copy. */
+/* What writers of checkpoints put beside weights. Any other file may be somebody's only copy. */
 static const char *const beside[] = {"config.json",
                                      INDEX,
                                      "adapter_config.json",
@@ -65,13 +65,13 @@ struct look {
     enum perta_owned as;
     char **names; /* (n), sorted */
     size_t n;
-    struct perta_record_files record;
-    struct perta_index *index; /* NULL: none */
-    size_t n_shards;           /* of the names */
-    bool has_config;           /* of a model */
+    struct perta_patch_manifest_files manifest;
+    struct perta_index *index; /* NULL: no index */
+    size_t n_shards;           /* how many of the names are *.safetensors */
+    bool has_config;           /* config.json is that of a model */
     bool has_adapter;
     bool whole;        /* weights were found */
-    char foreign[512]; /* what is not of it, for the message */
+    char foreign[512]; /* names that do not belong, for the message */
     unsigned n_foreign;
 };
 
@@ -109,7 +109,7 @@ static void add_foreign(struct look *look, const char *name, const char *why)
 
 /* ---- files ---- */
 
-/* The first n bytes of the file at path, as many as there are; those after them are 0. */
+/* Read the first n bytes of the file at path; missing ones are 0. */
 static int read_start(const char *path, uint8_t *to, size_t n, uint64_t *len_bytes,
                       struct perta_err *err)
 {
@@ -124,7 +124,7 @@ static int read_start(const char *path, uint8_t *to, size_t n, uint64_t *len_byt
     return rc;
 }
 
-/* As a run leaves it that is killed while it writes it: empty, zeros, or begun rightly. */
+/* Could a killed run have left this beginning of a shard? It is empty, zeros, or a valid start. */
 static bool begins_as_shard(const uint8_t *start)
 {
     static const uint8_t zeros[16] = {0}, frame[4] = {0x50, 0x2A, 0x4D, 0x18};
@@ -140,7 +140,8 @@ static int is_shard_part(const char *path, bool *ours, struct perta_err *err)
     return rc;
 }
 
-/* Is all of the file one JSON object? Without a tree: whatever Python writes is fine. */
+/* Is the whole file one JSON object? Parsed without a tree, and Python's extensions are
+ * accepted. */
 static int is_object(const struct look *look, const char *name, bool *ours, struct perta_err *err)
 {
     char *path = perta_path_join(look->path, name), *text = NULL;
@@ -172,7 +173,7 @@ static bool has_key_of_model(struct perta_plain at)
     return false;
 }
 
-/* Is there a config.json that says of what model it is? Other programs have one, too. */
+/* Is there a config.json that names a model? Other programs have a config.json too. */
 static int find_config(struct look *look, struct perta_err *err)
 {
     struct stat st;
@@ -188,7 +189,8 @@ static int find_config(struct look *look, struct perta_err *err)
     return rc;
 }
 
-/* What does not parse is no error: *header is NULL. Else it is the caller's. */
+/* Read a safetensors header; *header is the caller's. If it does not parse, *header is NULL, which
+ * is not an error. */
 static int read_header(const char *path, struct perta_header **header, struct perta_err *err)
 {
     struct perta_err why = {0};
@@ -212,11 +214,12 @@ static int parses(const char *path, bool *ours, struct perta_err *err)
     return rc;
 }
 
-/* 1: the file at b has the bytes of the one at a, or, of a leftover, begins with them. */
+/* 1 if the files at a and b are byte-identical, or, with beginning, b begins with the bytes of a;
+ * else 0. */
 static int compare_files(const char *a, const char *b, bool beginning, struct perta_err *err)
 {
     struct stat sa, sb;
-    if (stat(b, &sb) || !S_ISREG(sb.st_mode)) /* a cache has links to its files */
+    if (stat(b, &sb) || !S_ISREG(sb.st_mode)) /* follow links: a cache links to its files */
         return 0;
     int fa = perta_open_regular(a, &sa, err);
     int fb = fa < 0 ? fa : perta_open_regular(b, &sb, err);
@@ -237,7 +240,8 @@ static int compare_files(const char *a, const char *b, bool beginning, struct pe
     return same;
 }
 
-/* Where like, a folder or a file, has what is called name; the caller's. NULL: nowhere. */
+/* Find the file called name in like, a folder or a file. *other is the caller's; NULL if there is
+ * none. */
 static int find_like(const struct look *look, const char *name, char **other, struct perta_err *err)
 {
     struct stat st;
@@ -263,7 +267,7 @@ static int is_copy(const struct look *look, const char *path, const char *name, 
     return rc ? rc : same < 0 ? same : 0;
 }
 
-/* Is it made from that of like which has its name, whatever that is? An edit keeps the header. */
+/* Was the shard made from the one of the same name in like? An edit keeps the header. */
 static int is_made_from(const struct look *look, const char *path, const char *name, bool *ours,
                         struct perta_err *err)
 {
@@ -282,14 +286,14 @@ static int is_made_from(const struct look *look, const char *path, const char *n
     return rc;
 }
 
-/* ---- of an output ---- */
+/* ---- files of an output ---- */
 
 static bool is_of_patch(const struct look *look, const char *name)
 {
-    for (size_t i = 0; i < look->record.n; i++)
-        if (perta_plain_is(look->record.all[i].name, look->record.all[i].len, name))
+    for (size_t i = 0; i < look->manifest.n; i++)
+        if (perta_plain_is(look->manifest.all[i].name, look->manifest.all[i].len, name))
             return true;
-    return !strcmp(name, PERTA_RECORD_NAME);
+    return !strcmp(name, PERTA_PATCH_MANIFEST);
 }
 
 static bool is_indexed(const struct look *look, const char *name)
@@ -300,7 +304,8 @@ static bool is_indexed(const struct look *look, const char *name)
     return false;
 }
 
-/* By name. A folder of adapters or of models that have nothing to do with each other is none. */
+/* Is it named as weights of this model? A folder of unrelated adapters or models is not an
+ * output. */
 static bool is_weights(const struct look *look, const char *name)
 {
     return !strcmp(name, SINGLE) || is_indexed(look, name) ||
@@ -322,7 +327,7 @@ static bool is_beside(const char *name)
 static int judge_output(struct look *look, const char *path, const char *name, bool *ours,
                         const char **why, struct perta_err *err)
 {
-    if (look->record.is_patch) {
+    if (look->manifest.is_patch) {
         *ours = is_of_patch(look, name);
         return 0;
     }
@@ -334,7 +339,7 @@ static int judge_output(struct look *look, const char *path, const char *name, b
         return rc;
     }
     if (!strcmp(name, "config.json") || !strcmp(name, "adapter_config.json")) {
-        *why = " (no JSON object)";
+        *why = " (not a JSON object)";
         return is_object(look, name, ours, err);
     }
     if (!strcmp(name, INDEX) && !look->index)
@@ -344,7 +349,7 @@ static int judge_output(struct look *look, const char *path, const char *name, b
     return 0;
 }
 
-/* ---- of a leftover ---- */
+/* ---- files of a leftover ---- */
 
 #define SCRATCH "perta-scratch"
 
@@ -359,23 +364,23 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
 {
     uint8_t first;
     uint64_t len_bytes;
-    if (*name == '.') { /* of what perta writes nothing is hidden */
+    if (*name == '.') { /* perta writes no hidden files */
         *ours = is_beside(name);
         return 0;
     }
     if (perta_text_ends_in(name, ".safetensors") || perta_text_ends_in(name, ".perta"))
         return is_shard_part(path, ours, err);
-    if (!strcmp(name, PERTA_RECORD_NAME)) { /* one that was torn is no JSON */
+    if (!strcmp(name, PERTA_PATCH_MANIFEST)) { /* one that is incomplete is not JSON */
         int rc = read_start(path, &first, 1, &len_bytes, err);
-        *ours =
-            !rc && (look->record.is_patch || (!look->record.is_whole && (first == '{' || !first)));
+        *ours = !rc &&
+                (look->manifest.is_patch || (!look->manifest.is_whole && (first == '{' || !first)));
         return rc;
     }
     *ours = is_beside(name) || perta_text_ends_in(name, ".perta-journal") || is_scratch(look, name);
     return 0;
 }
 
-/* Work of estimate and of steps. */
+/* Is it a work folder of estimate or of steps? */
 static bool is_work_folder(const char *name)
 {
     static const char *const work[] = {SCRATCH,  "scales-[0-9]*",   "gradients-[0-9]*", "mean",
@@ -386,7 +391,7 @@ static bool is_work_folder(const char *name)
     return false;
 }
 
-/* ---- any ---- */
+/* ---- the folder ---- */
 
 bool perta_is_mount_point(const char *path)
 {
@@ -419,9 +424,9 @@ static int judge(struct look *look, const char *path, const char *name, struct p
         return judge_file(look, path, name, err);
     else if (look->as == PERTA_OWNED_LEFTOVER && S_ISLNK(st.st_mode) &&
              (is_scratch(look, name) || !strcmp(name, SCRATCH)))
-        return 0; /* the link goes, and not what it leads to */
+        return 0; /* the link is removed, not what it leads to */
     else if (!S_ISDIR(st.st_mode))
-        add_foreign(look, name, S_ISLNK(st.st_mode) ? " (a link)" : " (no regular file)");
+        add_foreign(look, name, S_ISLNK(st.st_mode) ? " (a link)" : " (not a regular file)");
     else if (look->as == PERTA_OWNED_LEFTOVER && is_work_folder(name))
         return perta_owned_check(path, look->as, NULL, err);
     else
@@ -451,8 +456,8 @@ static int look_open(struct look *look, const char *path, enum perta_owned as, c
     look->has_adapter = has(look, "adapter_config.json");
     if (!rc && as == PERTA_OWNED_OUTPUT)
         rc = find_config(look, err);
-    if (!rc && has(look, PERTA_RECORD_NAME))
-        rc = perta_record_scan(path, &look->record, err);
+    if (!rc && has(look, PERTA_PATCH_MANIFEST))
+        rc = perta_patch_manifest_scan(path, &look->manifest, err);
     return rc || !has(look, INDEX) || as != PERTA_OWNED_OUTPUT ? rc : open_index(look, err);
 }
 
@@ -461,30 +466,31 @@ static void look_close(struct look *look)
     for (size_t i = 0; i < look->n; i++)
         free(look->names[i]);
     free(look->names);
-    perta_record_files_release(&look->record);
+    perta_patch_manifest_release(&look->manifest);
     perta_index_free(look->index);
 }
 
-static int say(const struct look *look, struct perta_err *err)
+static int refuse(const struct look *look, struct perta_err *err)
 {
     char more[32] = "";
     if (look->n_foreign > SHOWN_MAX)
         snprintf(more, sizeof more, " and %u more", look->n_foreign - SHOWN_MAX);
     if (look->as == PERTA_OWNED_LEFTOVER)
-        return perta_fail(err, PERTA_EUSAGE,
-                          "%s: holds what no run of perta left there: %s%s; nothing is removed; "
-                          "move that away, or choose another output",
-                          look->path, look->foreign, more);
-    if (!look->record.is_patch && !look->whole)
+        return perta_fail(
+            err, PERTA_EUSAGE,
+            "%s: holds files that no run of perta left there: %s%s; nothing is removed; "
+            "move them away, or choose another output",
+            look->path, look->foreign, more);
+    if (!look->manifest.is_patch && !look->whole)
         return perta_fail(err, PERTA_EUSAGE,
                           "%s: exists and is neither a checkpoint nor a patch (it holds %s%s); "
                           "--force does not replace it",
                           look->path, *look->foreign ? look->foreign : "no weights", more);
-    return perta_fail(err, PERTA_EUSAGE,
-                      "%s: exists and holds what is not of a %s: %s%s; --force does not replace "
-                      "it; move that away, or choose another name",
-                      look->path, look->record.is_patch ? "patch" : "checkpoint", look->foreign,
-                      more);
+    return perta_fail(
+        err, PERTA_EUSAGE,
+        "%s: exists and holds files that are not part of a %s: %s%s; --force does not replace "
+        "it; move them away, or choose another name",
+        look->path, look->manifest.is_patch ? "patch" : "checkpoint", look->foreign, more);
 }
 
 static int check(struct look *look, struct perta_err *err)
@@ -500,8 +506,8 @@ static int check(struct look *look, struct perta_err *err)
         free(path);
     }
     bool whole =
-        look->record.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
-    return rc || (whole && !look->n_foreign) ? rc : say(look, err);
+        look->manifest.is_patch || look->whole || !look->n || look->as == PERTA_OWNED_LEFTOVER;
+    return rc || (whole && !look->n_foreign) ? rc : refuse(look, err);
 }
 
 int perta_owned_check(const char *path, enum perta_owned as, const char *like,
@@ -515,7 +521,7 @@ int perta_owned_check(const char *path, enum perta_owned as, const char *like,
     return rc;
 }
 
-/* What was there at the check, and no more. */
+/* Remove the names that were checked, and no others. */
 static int remove_names(const struct look *look, struct perta_err *err)
 {
     int rc = 0;

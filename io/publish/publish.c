@@ -57,7 +57,7 @@ static bool is_empty_dir(const char *path)
     return n == 2; /* . and .. */
 }
 
-/* Such a name has no place for leftovers beside it. */
+/* Does path end in . or ..? Beside such a name there is no place for a partial folder. */
 static bool ends_in_dots(const char *path)
 {
     size_t len = strlen(path);
@@ -69,7 +69,7 @@ static bool ends_in_dots(const char *path)
     return (n == 1 || n == 2) && !strncmp(path + len - n, "..", n);
 }
 
-/* like: see perta_owned_check. */
+/* May an output be written at path? *replace: it replaces one. like: see perta_owned_check. */
 static int check_target(const char *path, const char *like, bool force, bool *replace,
                         struct perta_err *err)
 {
@@ -87,7 +87,7 @@ static int check_target(const char *path, const char *like, bool force, bool *re
                           "%s: exists and is a mount point, which cannot be "
                           "replaced; give a folder in it",
                           path);
-    if (S_ISDIR(st.st_mode) && is_empty_dir(path)) /* a link cannot be renamed over */
+    if (S_ISDIR(st.st_mode) && is_empty_dir(path)) /* a link cannot be replaced by a rename */
         return 0;
     if (!force)
         return perta_fail(err, PERTA_EUSAGE,
@@ -96,14 +96,14 @@ static int check_target(const char *path, const char *like, bool force, bool *re
                           path);
     if (!S_ISDIR(st.st_mode))
         return perta_fail(err, PERTA_EUSAGE,
-                          "%s: exists and is %s, no folder; --force does not "
+                          "%s: exists and is %s, not a folder; --force does not "
                           "replace it",
                           path, S_ISLNK(st.st_mode) ? "a link" : "a file");
     *replace = true;
     return perta_owned_check(path, PERTA_OWNED_OUTPUT, like, err);
 }
 
-/* Is ".." one of its names? */
+/* Is ".." one of path's components? */
 static bool goes_up(const char *path)
 {
     for (const char *at = path; (at = strstr(at, "/..")); at += 3)
@@ -112,7 +112,8 @@ static bool goes_up(const char *path)
     return false;
 }
 
-/* The true path of what may not exist yet: of the longest part that does, then the rest. */
+/* The real path of what may not exist yet: realpath of its longest part that exists, then the
+ * rest. */
 static int true_path(const char *path, char **out, struct perta_err *err)
 {
     char *whole = path[0] == '/' ? strdup(path) : perta_path_join(".", path), *real = NULL;
@@ -128,7 +129,7 @@ static int true_path(const char *path, char **out, struct perta_err *err)
     }
     const char *rest = real ? whole + len : "";
     int rc = 0;
-    if (goes_up(rest)) /* what it means depends on what is made first */
+    if (goes_up(rest)) /* its meaning depends on what is created first */
         rc = perta_fail(err, PERTA_EUSAGE, "%s: the folder before \"..\" does not exist", path);
     else if (!real || asprintf(out, "%s%s", strcmp(real, "/") ? real : "", rest) < 0)
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
@@ -161,8 +162,9 @@ static int check_apart(const char *output, const char *other, const char *what,
     return rc;
 }
 
-/* What both beginnings have in common. */
-static int aim(struct perta_publish *out, const char *path, const char *like, struct perta_err *err)
+/* Set the names; the first part of begin and resume. */
+static int set_names(struct perta_publish *out, const char *path, const char *like,
+                     struct perta_err *err)
 {
     *out = (struct perta_publish){.like = like};
     size_t len = strlen(path);
@@ -183,7 +185,7 @@ static int check_partial(const struct perta_publish *out, struct perta_err *err)
     struct stat st;
     if (!lstat(out->partial, &st) && !S_ISDIR(st.st_mode))
         return perta_fail(err, PERTA_EUSAGE,
-                          "%s: exists and is no folder that a run of perta "
+                          "%s: exists and is not a folder that a run of perta "
                           "left; move it away, or choose another output",
                           out->partial);
     return perta_owned_check(out->partial, PERTA_OWNED_LEFTOVER, out->like, err);
@@ -193,14 +195,14 @@ static int check_leftover(const char *path, const char *like, struct perta_err *
 {
     struct stat st;
     struct perta_publish out;
-    int rc = aim(&out, path, like, err);
+    int rc = set_names(&out, path, like, err);
     if (!rc && !lstat(out.partial, &st))
         rc = check_partial(&out, err);
     perta_publish_release(&out);
     return rc;
 }
 
-/* By what force says; copies of files of any input may be replaced. */
+/* May the output be written at path? Copies of any input's files may be replaced. */
 static int check_place(const char *path, const char *const *inputs, size_t n_inputs, bool force,
                        struct perta_err *err)
 {
@@ -255,8 +257,8 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
     if (!force) {
         err->resumable = true;
         return perta_fail(err, PERTA_EUSAGE,
-                          "%s: left by a run that was interrupted, or of one that is still "
-                          "running; it is not a result. --resume goes on with it, --force starts "
+                          "%s: left by a run that was interrupted or is still "
+                          "running; it is not a result. --resume continues it, --force starts "
                           "over",
                           out->partial);
     }
@@ -270,7 +272,7 @@ static int make_partial(struct perta_publish *out, bool force, struct perta_err 
 int perta_publish_begin(struct perta_publish *out, const char *path, const char *like, bool force,
                         struct perta_err *err)
 {
-    int rc = aim(out, path, like, err);
+    int rc = set_names(out, path, like, err);
     if (!rc)
         rc = check_target(out->path, like, force, &out->replace, err);
     if (!rc)
@@ -278,15 +280,15 @@ int perta_publish_begin(struct perta_publish *out, const char *path, const char 
     return rc ? rc : make_partial(out, force, err);
 }
 
-int perta_publish_go_on(struct perta_publish *out, const char *path, const char *like, bool force,
-                        bool *found, struct perta_err *err)
+int perta_publish_resume(struct perta_publish *out, const char *path, const char *like, bool force,
+                         bool *found, struct perta_err *err)
 {
     struct stat st;
-    int rc = aim(out, path, like, err);
+    int rc = set_names(out, path, like, err);
     *found = !rc && !lstat(out->partial, &st) && S_ISDIR(st.st_mode);
-    out->adopted = out->made = out->keep = *found; /* kept also if this run fails */
+    out->adopted = out->made = out->keep = *found; /* kept even if this run fails */
     if (*found && (rc = check_partial(out, err)) == PERTA_EUSAGE)
-        rc = err->code = PERTA_EINPUT; /* it is to be read, too */
+        rc = err->code = PERTA_EINPUT; /* because it is an input of this run, too */
     return rc || !*found ? rc : check_target(out->path, like, force, &out->replace, err);
 }
 
@@ -294,7 +296,7 @@ int perta_publish_sweep(const char *path, const char *like, struct perta_err *er
 {
     struct stat st;
     struct perta_publish out;
-    int rc = aim(&out, path, like, err);
+    int rc = set_names(&out, path, like, err);
     if (!rc && !lstat(out.partial, &st)) {
         rc = check_partial(&out, err);
         if (!rc)
@@ -345,7 +347,7 @@ int perta_publish_file(const struct perta_publish *out, const char *name, const 
     return rc;
 }
 
-/* Where a stream's bytes go. */
+/* Cookie of a stream that writes to a file. */
 struct printed {
     int fd, rc;
     const char *path;
@@ -428,7 +430,7 @@ static int write_synced(const char *path, const void *data, uint64_t len_bytes,
     return rc;
 }
 
-/* An empty one was torn, as is one of zeros. */
+/* A file that is empty or all zeros was cut off while it was written. */
 static bool is_torn(const char *start, uint64_t n)
 {
     uint64_t i = 0;
@@ -444,7 +446,7 @@ static int check_mark(const char *path, const char *mark, struct perta_err *err)
     if (lstat(path, &st))
         return errno == ENOENT ? 0 : perta_fail_sys(err, errno, "%s", path);
     if (!S_ISREG(st.st_mode))
-        return perta_fail(err, PERTA_EUSAGE, "%s: exists, and is no regular file", path);
+        return perta_fail(err, PERTA_EUSAGE, "%s: exists and is not a regular file", path);
     int fd = perta_open_regular(path, &st, err);
     if (fd < 0)
         return fd;
@@ -486,7 +488,7 @@ int perta_publish_single(const char *path, const char *mark, const void *data, u
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     }
     if (!rc) {
-        unlink(partial); /* of a run that was killed */
+        unlink(partial); /* left by a killed run */
         rc = write_synced(partial, data, len_bytes, err);
         if (!rc && rename(partial, path)) {
             rc = perta_fail_sys(err, errno, "%s", path);
@@ -497,14 +499,14 @@ int perta_publish_single(const char *path, const char *mark, const void *data, u
     return rc ? rc : perta_name_sync(path, err);
 }
 
-/* The two folders change places, one after the other: for an instant path is nowhere. */
+/* Exchange the two folders by three renames: for an instant nothing is at path. */
 static int exchange_in_turn(const struct perta_publish *out, struct perta_err *err)
 {
     struct stat st;
     char *aside = NULL;
     if (asprintf(&aside, "%s.perta-replaced", out->path) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", out->path);
-    int rc = lstat(aside, &st) ? 0 /* else: of a run that was killed at that instant */
+    int rc = lstat(aside, &st) ? 0 /* else left by a run killed at that instant */
                                : perta_owned_remove(aside, PERTA_OWNED_OUTPUT, out->like, err);
     if (!rc && rename(out->path, aside))
         rc = perta_fail_sys(err, errno, "%s: replace", out->path);
@@ -518,7 +520,7 @@ static int exchange_in_turn(const struct perta_publish *out, struct perta_err *e
     return rc;
 }
 
-/* At once where the file system can (NFS cannot). */
+/* Exchange the two folders, atomically where the file system can (NFS cannot). */
 static int exchange(const struct perta_publish *out, struct perta_err *err)
 {
     if (!renameat2(AT_FDCWD, out->partial, AT_FDCWD, out->path, RENAME_EXCHANGE))
@@ -528,31 +530,33 @@ static int exchange(const struct perta_publish *out, struct perta_err *err)
                : perta_fail_sys(err, errno, "%s: replace", out->path);
 }
 
-/* The run is done, and what is in its way came while it ran: it is kept for --resume. */
-static int in_the_way(struct perta_err *err)
+/* Something came into the way while the run worked. Its work is complete, so it is kept for
+ * --resume: the error is the system's, not the user's. */
+static int as_system_error(struct perta_err *err)
 {
     if (err->code == PERTA_EUSAGE)
         err->code = PERTA_ESYS;
     return err->code;
 }
 
-/* What stands at path is looked at again once it is out of the way, and only then removed. */
+/* Replace the folder at path. The old one is checked again once it has left that name, and only
+ * then removed. */
 static int replace(struct perta_publish *out, struct perta_err *err)
 {
     if (exchange(out, err))
-        return in_the_way(err);
+        return as_system_error(err);
     if (perta_owned_check(out->partial, PERTA_OWNED_OUTPUT, out->path, err)) {
         struct perta_err ignored = {0};
         if (exchange(out, &ignored)) {
             out->made = false; /* it is not ours to remove */
-            perta_err_context(err, "%s: is what stood at %s, and changed while that was made",
+            perta_err_context(err, "%s: was at %s before, and changed while the new one was made",
                               out->partial, out->path);
         } else if (perta_owned_check(out->path, PERTA_OWNED_OUTPUT, out->partial, &ignored)) {
-            ignored.code = err->code; /* the same, by the name that it has again */
+            ignored.code = err->code; /* the same error, with the name that it has again */
             *err = ignored;
-            perta_err_context(err, "%s: changed, so that it is left as it is", out->path);
+            perta_err_context(err, "%s: changed, so it is left as it is", out->path);
         }
-        return in_the_way(err);
+        return as_system_error(err);
     }
     out->made = false;
     int rc = perta_name_sync(out->path, err);

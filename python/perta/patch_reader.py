@@ -13,7 +13,7 @@ import xxhash
 import zstandard
 
 CHUNK_UNITS = 1 << 20
-BITS = {"C64": 32, "F4": 8, "F6_E2M3": 8, "F6_E3M2": 8, "BOOL": 8}  # else as the name says
+BITS = {"C64": 32, "F4": 8, "F6_E2M3": 8, "F6_E3M2": 8, "BOOL": 8}  # by default the direction that the name says
 ORDERED = ("F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "C64", "F64")
 EXPONENT = {"F16": (10, 5), "BF16": (7, 8), "F32": (23, 8), "F64": (52, 11)}
 
@@ -32,7 +32,7 @@ def unit_bits(dtype: str) -> int:
 
 
 def tensors_of(header: bytes) -> list[tuple[str, str, int, int]]:
-    """(name, dtype, first byte, end byte) of each tensor, in order of the data."""
+    """(name, dtype, first byte, end byte) of each tensor, in the order of the data."""
     infos = json.loads(header[8:])
     infos.pop("__metadata__", None)
     ranges = [
@@ -43,7 +43,7 @@ def tensors_of(header: bytes) -> list[tuple[str, str, int, int]]:
 
 
 def read_head(patch: bytes) -> tuple[bytes, bytes]:
-    """The shard's header before and after."""
+    """The header of the shard, before and after."""
     magic, length = struct.unpack_from("<II", patch)
     content = patch[8 : 8 + length]
     tag, version, flags, before, after = struct.unpack_from("<8sIIQQ", content)
@@ -63,7 +63,7 @@ def read_table(patch: bytes) -> list[tuple]:
 
 
 class Payload:
-    """Reads on from where it is."""
+    """Reads bytes in order, from its current position."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -96,7 +96,7 @@ class Payload:
 
 
 def zigzagged(data: bytes, dtype: str, u: np.ndarray) -> np.ndarray:
-    """z of a chunk whose units, on the side that is known, are u."""
+    """z of a chunk, given the units u on the known side."""
     payload, unsigned, n = Payload(data), u.dtype, u.size
     first, n_groups, low, n_gaps, n_overflow, n_changed = payload.unpack("HBBIII")
     table = [payload.unpack("IIB") for _ in range(n_groups + 1)]
@@ -128,7 +128,7 @@ def move(u: np.ndarray, z: np.ndarray, ordered: bool, revert: bool) -> np.ndarra
 
 
 def new_values(data: bytes, u: np.ndarray) -> tuple[np.ndarray, bytes]:
-    """The units after, and what those before are without the ones that change."""
+    """The units after, and the units before except those that change."""
     payload = Payload(data)
     changed = np.unpackbits(payload.bytes((u.size + 7) // 8), bitorder="little")[: u.size] == 1
     kept, after = u.copy(), u.copy()

@@ -1,22 +1,23 @@
-"""Make the data of `perta estimate` and `perta eval` from text: JSON lines of input_ids and labels.
+"""Make the data of `perta estimate` and `perta eval` from text: JSON lines of input_ids and
+labels.
 
     python -m perta.tokenize MODEL TEXT.jsonl OUT.jsonl [--chat] [--max-tokens N]
 
-MODEL is the model's folder, for its tokenizer. Each line of TEXT.jsonl is an object with
+MODEL is the model's folder, whose tokenizer is used. Each line of TEXT.jsonl is an object with
 
-    question, answer    the question is not learned (its labels are -100), the answer is, with
+    question, answer    the question is not learned (its labels are -100); the answer is, with
                         the token that ends it
     text                all of it is learned
 
 and, for `perta eval`, beside question and answer
 
     paraphrased_answer  the same answer in other words
-    perturbed_answer    a list of wrong ones, as the TOFU benchmark has them
+    perturbed_answer    a list of wrong answers, as in the TOFU benchmark
 
---chat puts question and answer into the model's chat template; without it they stand as
-"Question: ...\\nAnswer: ...", as the TOFU benchmark has it. Needs transformers.
+--chat formats question and answer with the model's chat template; without it they become
+"Question: ...\\nAnswer: ...", as in the TOFU benchmark. Needs transformers.
 
-OUT.jsonl appears whole or not at all; if it exists, it is replaced only if it holds such data.
+OUT.jsonl is written completely or not at all. If it exists, it is replaced only if it holds such data.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 IGNORED = -100
-START = b'{"input_ids": ['  # of each line that is written here
+START = b'{"input_ids": ['  # keys of every line that this program writes
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -41,8 +42,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
 def encode_pair(
     tokenizer: PreTrainedTokenizerBase, question: str, answer: str, chat: bool
 ) -> tuple[list[int], list[int]]:
-    """Token ids, and labels in which the question is ignored. Question and answer are tokenised
-    apart, so that where one ends does not depend on what follows."""
+    """Token ids, and labels that are -100 in the question. Question and answer are tokenised
+    separately, so that the end of one does not depend on what follows."""
     if chat:
         turn = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
@@ -71,7 +72,7 @@ def encode_item(
 ) -> dict[str, Any]:
     if "text" in item:
         if "question" in item or "answer" in item:
-            raise TypeError("both are there, and which is meant is not to be told")
+            raise TypeError("text and question or answer are both present, so the meaning is ambiguous")
         return sample_of(*encode_text(tokenizer, item["text"]))
 
     def answer(text: str) -> Sample:
@@ -82,13 +83,13 @@ def encode_item(
         sample["paraphrased"] = answer(item["paraphrased_answer"])
     if "perturbed_answer" in item:
         if not isinstance(item["perturbed_answer"], list):
-            raise TypeError("perturbed_answer is no list")
+            raise TypeError("perturbed_answer is not a list")
         sample["perturbed"] = [answer(text) for text in item["perturbed_answer"]]
     return sample
 
 
 def samples_in(sample: dict[str, Any]) -> Iterator[Sample]:
-    """The line's own, and the other answers beside it."""
+    """The sample of the line, and its other answers."""
     yield sample
     if "paraphrased" in sample:
         yield sample["paraphrased"]
@@ -98,14 +99,14 @@ def samples_in(sample: dict[str, Any]) -> Iterator[Sample]:
 def encode_lines(
     tokenizer: PreTrainedTokenizerBase, path: Path, chat: bool, max_tokens: int | None
 ) -> Iterator[dict[str, Any]]:
-    # Not splitlines: JSON may hold other characters that Python takes for line ends.
+    # Not splitlines: JSON may contain other characters that Python takes for line ends.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
             sample = encode_item(tokenizer, json.loads(line), chat)
         except (ValueError, TypeError, KeyError) as error:
-            sys.exit(f"{path}: line {number}: needs text, or question and answer ({error!r})")
+            sys.exit(f"{path}: line {number}: text, or question and answer, is needed ({error!r})")
         longest = max(len(one["input_ids"]) for one in samples_in(sample))
         if max_tokens and longest > max_tokens:
             sys.exit(f"{path}: line {number}: {longest} tokens, --max-tokens allows {max_tokens}")
@@ -118,14 +119,14 @@ def is_stream(out: Path) -> bool:
 
 
 def check_out(out: Path) -> None:
-    """It may be somebody's only copy of the text."""
+    """The file may be the only copy of somebody's text."""
     if not out.exists() or is_stream(out):
         return
     if out.is_file():
         with out.open("rb") as file:
             if file.read(len(START)) in (b"", START):
                 return
-    sys.exit(f"{out}: exists, and perta.tokenize did not write it; choose another name")
+    sys.exit(f"{out}: exists, but was not written by perta.tokenize; choose another name")
 
 
 def write_whole(out: Path, text: str) -> None:
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--max-tokens", type=int)
     arguments = parser.parse_args()
-    if not arguments.model.is_dir():  # transformers would ask the network for it
+    if not arguments.model.is_dir():  # otherwise transformers would ask the network for it
         sys.exit(f"{arguments.model}: no such folder")
     check_out(arguments.out)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

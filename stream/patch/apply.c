@@ -18,7 +18,7 @@ enum { IN_MODEL, IN_FRAME, N_IN };
 
 struct job {
     const struct perta_apply *apply;
-    bool forward; /* the model should be the before side */
+    bool forward; /* apply: the model is the side before the patch */
     struct perta_input model;
     struct perta_patch_in patch;
     struct perta_model_out out;
@@ -26,12 +26,12 @@ struct job {
     struct perta_stream *stream;
     struct perta_codec **codecs;
 
-    /* where next() stands: chunks in order of the output's header */
+    /* position of next(): chunks in order of the output's header */
     uint32_t shard;
-    uint64_t tensor, entry; /* entry: next chunk of that tensor, in the table */
-    uint64_t unit;          /* first of that chunk, in the tensor */
-    uint64_t *starts;       /* of this shard: each tensor's first entry */
-    uint32_t shards_begun;  /* the owner's, for commit() */
+    uint64_t tensor, entry; /* entry: the table's, of that tensor's next chunk */
+    uint64_t unit;          /* that chunk's first unit in the tensor */
+    uint64_t *starts;       /* first entry of each tensor of this shard */
+    uint32_t shards_begun;  /* used by commit() */
 };
 
 static const struct perta_header *out_header(const struct job *job, uint32_t shard)
@@ -40,7 +40,7 @@ static const struct perta_header *out_header(const struct job *job, uint32_t sha
     return job->forward ? p->after : p->before;
 }
 
-/* Where each tensor's entries start, for the order of the output may not be the table's. */
+/* Find where each tensor's entries start: the output's order may differ from the table's. */
 static int index_shard(struct job *job, struct perta_err *err)
 {
     const struct perta_header *header = out_header(job, job->shard);
@@ -51,7 +51,7 @@ static int index_shard(struct job *job, struct perta_err *err)
                : perta_fail_sys(err, ENOMEM, "table");
 }
 
-/* Go to the next tensor that has chunks. 1: there is one. */
+/* Advance to the next tensor that has chunks. 1: there is one. */
 static int next_tensor(struct job *job, struct perta_err *err)
 {
     for (;;) {
@@ -73,7 +73,7 @@ static int next_tensor(struct job *job, struct perta_err *err)
     }
 }
 
-/* Unit 0 of tensor 0 means a new shard to next_tensor. */
+/* Advance past the tensor. next_tensor takes unit 0 of tensor 0 for a new shard. */
 static void end_tensor(struct job *job)
 {
     job->unit = 0;
@@ -111,7 +111,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 1;
 }
 
-/* A piece's room takes the bytes of the result. */
+/* piece->out gets the resulting bytes. */
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
@@ -123,7 +123,7 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
                                model->data, piece->out, err);
 }
 
-/* Finish shards before this one and begin it. */
+/* Finish the shards before this one, and begin it. */
 static int reach_shard(struct job *job, uint32_t shard, struct perta_err *err)
 {
     int rc = 0;
@@ -234,16 +234,17 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
     return rc ? rc : perta_patch_in_open_files(&job->patch, job->out.engine->wants_direct, err);
 }
 
-/* Take up what was left, and find the place again. */
+/* Restore the state that was recorded, and the position of next(). */
 static int restore(struct job *job, struct perta_err *err)
 {
     const struct perta_resume *r = &job->resume;
     int rc = perta_resume_restore(&job->resume, job->stream, err);
-    if (rc || !r->journal.going_on)
+    if (rc || !r->journal.resuming)
         return rc;
     if (r->shard >= job->patch.n_shards ||
         !perta_walk_is_place(out_header(job, r->shard), r->tensor, r->unit, 0))
-        return perta_fail(err, PERTA_EINPUT, "%s: no such place; --force starts over",
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: no chunk ends where its last record says; --force starts over",
                           r->journal.path);
     const struct perta_tensor *t = &out_header(job, r->shard)->tensors[r->tensor];
     uint64_t width = perta_dtype_unit_bytes(t->dtype);
@@ -260,7 +261,7 @@ static int restore(struct job *job, struct perta_err *err)
                                        t->off_bytes + r->unit * width, err);
 }
 
-/* The shards that came out must be those the manifest promised. */
+/* Check that the shards written have the digests that the manifest promises. */
 static int check_promise(const struct job *job, struct perta_err *err)
 {
     const json_t *outputs = json_object_get(job->patch.manifest, "outputs");

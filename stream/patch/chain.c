@@ -17,8 +17,8 @@ const struct perta_patch_entry *perta_chain_entry(const struct perta_chain *chai
 
 /* ---- checking ---- */
 
-/* A tensor of a that b does not have, or not like that; NULL: there is none. Slow, for
- * errors. */
+/* A tensor of a that b does not have, or has with another dtype or shape; NULL if there is none.
+ * Slow; for errors. */
 static const struct perta_tensor *unmatched(const struct perta_header *a,
                                             const struct perta_header *b)
 {
@@ -58,7 +58,7 @@ static int check_shards(const struct perta_patch_in *from, const struct perta_pa
     for (uint32_t i = 0; i < from->n_shards || i < to->n_shards; i++) {
         const char *a = i < from->n_shards ? from->shards[i].name : "none";
         const char *b = i < to->n_shards ? to->shards[i].name : "none";
-        /* One may be called "none". */
+        /* A shard may really be called "none". */
         if (i >= from->n_shards || i >= to->n_shards || strcmp(a, b))
             return perta_fail(err, PERTA_ECHECK,
                               "%s does not follow %s: shard %u is %s, in the one before %s",
@@ -80,7 +80,7 @@ static int check_chunk(const struct perta_chain *chain, uint32_t k, const struct
     if (made == wanted)
         return 0;
     return perta_fail(err, PERTA_ECHECK,
-                      "%s does not follow %s: tensor %s, elements %llu to %llu: it goes out from "
+                      "%s does not follow %s: tensor %s, elements %llu to %llu: it starts from "
                       "digest %016llx, the one before leads to %016llx; is the order right?",
                       chain->patches[k].shards[at->shard].path,
                       chain->patches[k - 1].shards[at->shard].path, at->info->name,
@@ -151,7 +151,7 @@ int perta_chain_open(struct perta_chain *chain, const char *const *paths, uint32
         rc = perta_patch_in_open(patch, paths[chain->n], err);
         if (!rc)
             rc = perta_patch_in_refuse_one_way(
-                patch, "it cannot be composed; compose those that it was made beside", err);
+                patch, "it cannot be composed; compose reversible patches of the same models", err);
         if (!rc && chain->n)
             rc = check_shards(patch - 1, patch, err);
     }

@@ -17,25 +17,25 @@
 
 typedef unsigned long long ull;
 
-enum { IN_MODEL, IN_FRAMES }; /* then a frame of each patch */
+enum { IN_MODEL, IN_FRAMES }; /* then one frame of each patch */
 
 struct job {
     const struct perta_compose *compose;
     struct perta_chain chain;
-    struct perta_input model; /* ck NULL: not at hand */
+    struct perta_input model; /* ck NULL: not available */
     struct perta_patch_out out;
     struct perta_resume resume; /* counts: see below */
     struct perta_stream *stream;
     struct perta_codec **codecs; /* (n_workers) */
     uint8_t **scratch;           /* (n_workers, 2 * sum_bytes) */
-    uint8_t *zeros;              /* (sum_bytes), for bytes before that do not matter */
-    uint64_t sum_bytes;          /* of the largest chunk that several patches change */
+    uint8_t *zeros;              /* (sum_bytes), where any bytes before will do */
+    uint64_t sum_bytes;          /* the largest chunk that several patches change */
     unsigned n_workers;
     const char **actions;
-    struct perta_walk walk; /* where next() stands, in chain.after */
+    struct perta_walk walk; /* position of next(), in chain.after */
 };
 
-/* Chunks that changed, in resume.counts: frames as they were, and new ones. */
+/* Indexes in resume.counts: chunks whose frame was kept, and chunks that were encoded anew. */
 enum { N_KEPT, N_SUMMED };
 
 static const struct perta_patch_entry *entry_of(const struct job *job, uint32_t k,
@@ -46,7 +46,7 @@ static const struct perta_patch_entry *entry_of(const struct job *job, uint32_t 
 
 /* ---- reading ---- */
 
-/* How many patches change the chunk, and how long their frames are. */
+/* How many patches change the chunk, and the total length of their frames. */
 static uint32_t count_frames(const struct job *job, const struct perta_chunk_at *at,
                              uint64_t *frames_bytes)
 {
@@ -88,10 +88,10 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 struct result {
     struct perta_coded coded;
     uint32_t n_frames;
-    uint32_t last; /* patch that has the last of them */
+    uint32_t last; /* the last patch with a frame */
 };
 
-/* One patch changes the chunk: its frame goes on as it is. */
+/* One patch changes the chunk: keep its frame. */
 static int keep(struct job *job, unsigned worker, const struct perta_piece *piece,
                 struct result *result, struct perta_err *err)
 {
@@ -113,7 +113,7 @@ static int keep(struct job *job, unsigned worker, const struct perta_piece *piec
               : 0;
 }
 
-/* The chunk before the first patch: from the model, or bytes that will do. */
+/* The chunk before the first patch: from the model, or zeros. */
 static int start(const struct job *job, const struct perta_piece *piece, const uint8_t **from,
                  struct perta_err *err)
 {
@@ -129,7 +129,7 @@ static int start(const struct job *job, const struct perta_piece *piece, const u
                                             true, model->file->path, piece->first_elem, found, err);
 }
 
-/* Several do: go the whole way, and encode it as one. */
+/* Several patches change the chunk: apply all of them, and encode the total change. */
 static int sum(struct job *job, unsigned worker, const struct perta_piece *piece,
                struct result *result, struct perta_err *err)
 {
@@ -202,13 +202,14 @@ static int model_is_needed(const struct job *job, const struct perta_chunk_at *a
 {
     return perta_fail(err, PERTA_EUSAGE,
                       "tensor %s, elements %llu to %llu: several of the patches change them, and "
-                      "to add up changes of %s values takes the values: give --model DIR, what "
+                      "adding up changes of %s values needs the values: give --model DIR, what "
                       "%s was made from",
                       at->info->name, (ull)at->first_unit, (ull)(at->first_unit + at->n_units - 1),
                       perta_dtype_name(at->info->dtype), job->compose->patches[0]);
 }
 
-/* What there is to read and how much room it takes; is the model needed? */
+/* Add up what there is to read, and the sizes of pieces. Fails if the model is needed and not
+ * given. */
 static int survey(struct job *job, struct perta_job *sizes, uint64_t *chunk_bytes,
                   struct perta_err *err)
 {
@@ -234,7 +235,7 @@ static int survey(struct job *job, struct perta_job *sizes, uint64_t *chunk_byte
     return 0;
 }
 
-/* The last patch's manifest says what shards come out in the end. */
+/* The last patch's manifest lists the resulting shards. */
 static int known_model(const struct job *job, json_t **shards, struct perta_err *err)
 {
     const struct perta_patch_in *last = &job->chain.patches[job->chain.n - 1];
@@ -278,7 +279,7 @@ static int open_inputs(struct job *job, const struct perta_run *run, struct pert
     return rc || perta_resume_found(run, compose->patch) ? rc : check_outputs(compose, err);
 }
 
-/* Patches by the digest of their manifest, in order. */
+/* The patches, in order, by the digests of their manifests. */
 static json_t *identity_of(const struct job *job)
 {
     json_t *patches = json_array();
@@ -375,7 +376,7 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
 
 /* ---- after it ---- */
 
-/* Each patch by the digest of its manifest, and the recipe that made it. */
+/* Each patch, by the digest of its manifest, with its recipe. */
 static json_t *recipe_json(const struct job *job)
 {
     json_t *patches = json_array();
@@ -390,7 +391,7 @@ static json_t *recipe_json(const struct job *job)
     return json_pack("{s:s, s:o}", "command", "compose", "patches", patches);
 }
 
-/* The model before, as the first patch has it on record. */
+/* The model before, as in the first patch's manifest. */
 static json_t *inputs_json(const struct job *job)
 {
     const json_t *inputs = json_object_get(job->chain.patches[0].manifest, "inputs");
@@ -432,7 +433,7 @@ static void release(struct job *job)
     free(job->actions);
 }
 
-/* Once the inputs are open and fit. shards: what they lead to. */
+/* Run once the inputs are open and checked. shards: the resulting ones. */
 static int run_all(struct job *job, const struct perta_run *run, struct perta_job *sizes,
                    uint64_t chunk_bytes, json_t *shards, json_t **summary, struct perta_err *err)
 {
@@ -455,7 +456,7 @@ static int check_arguments(const struct perta_compose *compose, struct perta_err
     const struct perta_argument model = {"--model", compose->model};
     if (compose->n_patches < 2)
         return perta_fail(err, PERTA_EUSAGE,
-                          "two patches at least are needed, in the order they were made");
+                          "at least two patches are needed, in the order they were made");
     int rc = perta_arguments_list("patches", compose->patches, compose->n_patches, err);
     if (!rc)
         rc = perta_arguments_optional(&model, 1, err);

@@ -1,4 +1,4 @@
-/* compose.h - patches made one after another, as one. Spec: docs/patch-format.md */
+/* compose.h - combine a chain of patches into one. Spec: docs/patch-format.md */
 #ifndef PERTA_STREAM_PATCH_COMPOSE_H
 #define PERTA_STREAM_PATCH_COMPOSE_H
 
@@ -9,23 +9,22 @@
 
 struct perta_compose {
     const char *const *patches; /* (n_patches), each made from what the one before leads to */
-    uint32_t n_patches;         /* two at least */
-    const char *model;          /* what the first was made from; NULL: not at hand */
+    uint32_t n_patches;         /* at least two */
+    const char *model;          /* what the first was made from; NULL: not available */
     const char *patch;          /* folder to write */
     bool force;
 };
 
-/* Write the patch that leads from the model before the first patch to the one after the
- * last; its .perta files are those that perta_diff makes of these two models.
+/* Write the patch from the model before the first patch to the one after the last. Its .perta files
+ * are byte-identical to those that perta_diff makes of these two models.
  *
- * Chunks that at most one patch changes keep their frame. Where several do, the model is
- * needed for dtypes whose elements are grouped by exponent (see perta_codec_groups), for
- * what a frame holds in which order follows from the model; without it that is
- * PERTA_EUSAGE. Where it is given, all chunks that several patches change are read from it
- * and checked after each of them.
+ * A chunk that only one patch changes keeps its frame. For a chunk that several change, the model
+ * is needed if units of its dtype are grouped by exponent (perta_codec_groups), because the order
+ * of the frame's content follows from the model; without a model that is PERTA_EUSAGE. If a model
+ * is given, all chunks that several patches change are read from it, and checked after each patch.
  *
- * A patch that does not go out from where the one before it ends, or a model that is not
- * the first one's, is PERTA_ECHECK. *summary is the caller's. */
+ * PERTA_ECHECK if a patch does not start from where the one before it ends, or the model is not
+ * what the first was made from. *summary is the caller's. */
 PERTA_API int perta_compose(const struct perta_compose *compose, const struct perta_run *run,
                             json_t **summary, struct perta_err *err);
 

@@ -27,7 +27,7 @@ struct job {
     struct perta_patch_out out;
     struct perta_codec **codecs; /* one for each worker */
     const char **actions;
-    struct perta_walk walk; /* where next() stands, in after */
+    struct perta_walk walk; /* position of next(), in after */
 };
 
 struct result {
@@ -113,7 +113,7 @@ static int check_pair(const struct perta_checkpoint *before, const struct perta_
         const char *new = i < after->n_shards ? after->shards[i].name : "none";
         if (strcmp(old, new))
             return perta_fail(err, PERTA_EINPUT,
-                              "the checkpoints are cut into different shards: shard %u is %s in "
+                              "the checkpoints are split into different shards: shard %u is %s in "
                               "%s, %s in %s",
                               i + 1, old, before->path, new, after->path);
     }
@@ -130,7 +130,7 @@ static int check_pair(const struct perta_checkpoint *before, const struct perta_
     return 0;
 }
 
-/* Sizes of the largest chunk, and how much there is to read. */
+/* Sizes of the largest piece, and how much there is to read. */
 static void measure(const struct perta_checkpoint *ck, struct perta_job *sizes)
 {
     uint64_t most = 0;
@@ -215,7 +215,7 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
         rc = perta_input_open_files(&job->in[i], perta_stream_engine(job->stream)->wants_direct,
                                     err);
     for (int i = 0; i < N_IN && !rc; i++)
-        perta_input_digest_behind(&job->in[i], perta_stream_engine(job->stream)->hasher);
+        perta_input_digest_offload(&job->in[i], perta_stream_engine(job->stream)->hasher);
     return rc ? rc
               : perta_patch_out_attach(&job->out, job->in[BEFORE].ck, job->in[AFTER].ck,
                                        job->actions, perta_stream_engine(job->stream),

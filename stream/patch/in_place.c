@@ -8,23 +8,23 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/ahead.h"
 #include "io/checked.h"
 #include "io/publish/publish.h"
+#include "io/wal.h"
 #include "stream/input.h"
 #include "stream/patch/model_out.h"
 #include "stream/patch/patch_in.h"
 #include "stream/walk.h"
 
-/* Bytes written between two syncs, at most; less under a small budget. */
+/* Upper bound of bytes written between two syncs; less with a small budget. */
 #define BATCH_BYTES (64ull << 20)
-#define BATCH_SHARE 16 /* of the budget */
+#define BATCH_SHARE 16 /* this fraction of the budget */
 #define OUT_ALIGN 64
 
 enum { IN_MODEL, IN_FRAME, N_IN };
 
-/* The first pass does all but writing, so that neither a wrong model nor a damaged patch is found in
- * the middle. */
+/* The first pass does everything except writing, so that a wrong model or a damaged patch is found
+ * before anything is changed. */
 enum pass { PASS_CHECK, PASS_WRITE };
 
 struct job {
@@ -32,19 +32,19 @@ struct job {
     bool forward;
     struct perta_patch_in patch;
     struct perta_input model;
-    struct perta_file *files; /* (n_shards), to write */
-    int lock;                 /* the folder, locked; -1 */
-    struct perta_ahead ahead;
-    struct perta_run run; /* the way of reading that the first pass chose, for both */
+    struct perta_file *files; /* (n_shards), open for writing */
+    int lock;                 /* the folder's descriptor, which is locked; or -1 */
+    struct perta_wal wal;
+    struct perta_run run; /* with the engine that the first pass chose, for both passes */
     struct perta_stream *stream;
     struct perta_codec **codecs;
     enum pass pass;
-    uint8_t **todo; /* (n_shards, n_entries): chunks that are not what they are to be */
+    uint8_t **todo; /* (n_shards, n_entries): chunks that must be written */
     uint64_t n_todo, n_chunks;
 
-    /* where next() stands: chunks in order of the table */
+    /* position of next(): chunks in order of the table */
     uint32_t shard;
-    uint64_t entry, unit; /* unit: first of that chunk, in its tensor */
+    uint64_t entry, unit; /* unit: that chunk's first unit in its tensor */
 };
 
 static const struct perta_patch_entry *entry_of(const struct job *job,
@@ -55,8 +55,8 @@ static const struct perta_patch_entry *entry_of(const struct job *job,
 
 /* ---- reading ---- */
 
-/* Go past the entry where next() stands; its tensor's next unit, or the next tensor's first. */
-static void step(struct job *job, const struct perta_patch *patch)
+/* Advance next() by one entry: to the tensor's next unit, or to the next tensor's first. */
+static void advance(struct job *job, const struct perta_patch *patch)
 {
     const struct perta_patch_entry *e = &patch->entries[job->entry];
     job->entry++;
@@ -71,7 +71,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
     for (; job->shard < job->patch.n_shards; job->shard++, job->entry = job->unit = 0) {
         struct perta_patch_in_shard *shard = &job->patch.shards[job->shard];
         const struct perta_patch *patch = shard->patch;
-        for (; job->entry < patch->n_entries; step(job, patch)) {
+        for (; job->entry < patch->n_entries; advance(job, patch)) {
             if (job->pass == PASS_WRITE && !job->todo[job->shard][job->entry])
                 continue;
             const struct perta_patch_entry *e = &patch->entries[job->entry];
@@ -85,7 +85,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
             perta_input_range(&job->model, &ref, job->unit, e->n_units, &piece->in[IN_MODEL]);
             perta_patch_in_frame(shard, e, &piece->in[IN_FRAME]);
             piece->out_bytes = OUT_ALIGN + piece->in[IN_MODEL].len_bytes;
-            step(job, patch);
+            advance(job, patch);
             return 1;
         }
     }
@@ -94,7 +94,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 
 /* ---- the two passes ---- */
 
-/* A piece's room: whether the chunk is to be written, then its bytes. */
+/* piece->out gets a flag, whether the chunk must be written, and then its new bytes. */
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     struct job *job = ctx;
@@ -104,8 +104,8 @@ static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct pe
     uint64_t found = perta_hash64(model->data, model->len_bytes);
     bool is_from = found == (job->forward ? e->hash_before : e->hash_after);
     bool is_to = found == (job->forward ? e->hash_after : e->hash_before);
-    /* Part of it may be done only where an interrupted edit did it. */
-    if (!is_from && !(is_to && job->pass == PASS_CHECK && job->ahead.going_on))
+    /* Only an interrupted edit may have changed some of the chunks already. */
+    if (!is_from && !(is_to && job->pass == PASS_CHECK && job->wal.resuming))
         return perta_patch_in_wrong_chunk(shard, e, job->forward, model->file->path,
                                           piece->first_elem, found, err);
     *(bool *)piece->out = !is_to;
@@ -122,8 +122,8 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     struct job *job = ctx;
     const struct perta_range *model = &piece->in[IN_MODEL];
     if (job->pass == PASS_WRITE)
-        return perta_ahead_put(&job->ahead, piece->shard, model->off_bytes, piece->out + OUT_ALIGN,
-                               model->len_bytes, err);
+        return perta_wal_put(&job->wal, piece->shard, model->off_bytes, piece->out + OUT_ALIGN,
+                             model->len_bytes, err);
     bool todo = *(const bool *)piece->out;
     job->todo[piece->shard][piece->tag] = todo;
     job->n_todo += todo;
@@ -131,9 +131,9 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 0;
 }
 
-/* ---- may it be done? ---- */
+/* ---- checks ---- */
 
-/* Only one process edits a folder at a time. */
+/* Lock the folder: only one process may edit it at a time. */
 static int lock_folder(struct job *job, struct perta_err *err)
 {
     const char *path = job->apply->model;
@@ -150,7 +150,7 @@ static int lock_folder(struct job *job, struct perta_err *err)
     return 0;
 }
 
-/* The shard must be this folder's alone, for other names of it would change, too. */
+/* The shard must have no other name: the file would change under that name, too. */
 static int check_shard(const struct perta_shard *shard, struct perta_err *err)
 {
     struct stat st;
@@ -195,8 +195,7 @@ static int open_all(struct job *job, struct perta_err *err)
     int rc = perta_patch_in_open(&job->patch, apply->patch, err);
     if (!rc)
         rc = perta_patch_in_refuse_one_way(
-            &job->patch, "in place it could not be taken back when interrupted; use --out DIR",
-            err);
+            &job->patch, "an interrupted edit in place could not be reverted; use --out DIR", err);
     if (!rc)
         rc = lock_folder(job, err);
     job->model.role = "model";
@@ -222,7 +221,7 @@ static void measure(const struct job *job, uint64_t *chunk_bytes, uint64_t *fram
     }
 }
 
-/* What is read in the pass to come. */
+/* Bytes that this pass reads. */
 static uint64_t bytes_to_read(const struct job *job)
 {
     uint64_t total = 0;
@@ -237,7 +236,8 @@ static uint64_t bytes_to_read(const struct job *job)
     return total;
 }
 
-/* Everything that is as large as the model's table, or fixed; resident before slots are counted. */
+/* Allocate everything whose size is fixed or grows with the table, so that it is resident before
+ * slots are counted. */
 static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *err)
 {
     uint64_t share = job->run.memory_bytes / BATCH_SHARE;
@@ -258,11 +258,12 @@ static int take_memory(struct job *job, uint64_t chunk_bytes, struct perta_err *
     for (uint32_t s = 0; s < job->patch.n_shards && !rc; s++)
         rc = perta_file_reopen(&job->files[s], job->model.ck->shards[s].path, true, err);
     if (!rc)
-        rc = perta_ahead_open(&job->ahead, job->model.ck->path, job->patch.manifest_digest.sha256,
-                              job->files, job->patch.n_shards, room, err);
-    if (rc || !job->ahead.going_on)
+        rc = perta_wal_open(&job->wal, job->model.ck->path, job->patch.manifest_digest.sha256,
+                            job->files, job->patch.n_shards, room, err);
+    if (rc || !job->wal.resuming)
         return rc;
-    /* The journal's last batch was written again: shards are younger now. */
+    /* The log's last batch was replayed, so the shards' times have changed: open the model
+     * again. */
     perta_checkpoint_close(job->model.ck);
     rc = perta_checkpoint_open_unfinished(job->apply->model, &job->model.ck, err);
     return rc ? rc : perta_patch_in_check_model(&job->patch, job->model.ck, job->forward, err);
@@ -316,35 +317,35 @@ static int run_pass(struct job *job, enum pass pass, uint64_t *read_bytes, struc
     if (!rc)
         *read_bytes += perta_stream_read_bytes(job->stream);
     perta_stream_close(job->stream);
-    perta_codecs_free(job->codecs); /* resident, so they would count twice in the next pass */
+    perta_codecs_free(job->codecs); /* they are resident, and would count twice in the next pass */
     job->stream = NULL;
     job->codecs = NULL;
     return rc;
 }
 
-/* It names the patch from the root on, for whoever finds the journal elsewhere. */
+/* Create the log. It has the patch's absolute path, for whoever finds it from another folder. */
 static int begin_journal(struct job *job, struct perta_err *err)
 {
     char *whole = realpath(job->patch.path, NULL);
-    int rc = perta_ahead_begin(&job->ahead, job->patch.manifest_digest.sha256,
-                               whole ? whole : job->patch.path, err);
+    int rc = perta_wal_begin(&job->wal, job->patch.manifest_digest.sha256,
+                             whole ? whole : job->patch.path, err);
     free(whole);
     return rc;
 }
 
 static int write_all(struct job *job, uint64_t *read_bytes, struct perta_err *err)
 {
-    if (!job->n_todo && !job->ahead.going_on)
+    if (!job->n_todo && !job->wal.resuming)
         return 0;
-    int rc = job->ahead.going_on ? 0 : begin_journal(job, err);
+    int rc = job->wal.resuming ? 0 : begin_journal(job, err);
     if (rc)
         return rc;
     rc = run_pass(job, PASS_WRITE, read_bytes, err);
     if (!rc)
-        rc = perta_ahead_finish(&job->ahead, err);
+        rc = perta_wal_finish(&job->wal, err);
     return rc ? perta_err_context(err,
-                                  "%s: edited in part; the same command completes it, %s "
-                                  "takes it back",
+                                  "%s: partly edited; the same command completes the edit, %s "
+                                  "reverts it",
                                   job->model.ck->path, job->forward ? "revert" : "apply")
               : 0;
 }
@@ -358,7 +359,7 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
         rc = run_pass(job, PASS_CHECK, &read_bytes, err);
     if (!rc)
         rc = perta_input_unchanged(&job->model, err);
-    bool went_on = job->ahead.going_on;
+    bool went_on = job->wal.resuming;
     if (!rc)
         rc = write_all(job, &read_bytes, err);
     json_t *unedited = json_array();
@@ -370,14 +371,14 @@ static int run_all(struct job *job, json_t **summary, struct perta_err *err)
         *summary = json_pack("{s:O, s:I, s:I, s:I, s:I, s:b}", "unedited", unedited, "chunks",
                              (json_int_t)job->n_chunks, "written_chunks", (json_int_t)job->n_todo,
                              "read_bytes", (json_int_t)read_bytes, "written_bytes",
-                             (json_int_t)job->ahead.written_bytes, "went_on", (int)went_on);
+                             (json_int_t)job->wal.written_bytes, "went_on", (int)went_on);
     json_decref(unedited);
     return rc;
 }
 
 static void release(struct job *job)
 {
-    perta_ahead_close(&job->ahead);
+    perta_wal_close(&job->wal);
     for (uint32_t s = 0; s < job->patch.n_shards; s++) {
         if (job->todo)
             free(job->todo[s]);
@@ -398,11 +399,11 @@ int perta_in_place(const struct perta_apply *apply, const struct perta_run *run,
     struct job job = {.apply = apply,
                       .forward = apply->mode == PERTA_APPLY,
                       .lock = -1,
-                      .ahead.log.fd = -1,
+                      .wal.log.fd = -1,
                       .run = *run};
     int rc = open_all(&job, err);
     if (!rc && run->dry_run)
-        *summary = json_pack("{s:b}", "interrupted", (int)perta_ahead_found(apply->model));
+        *summary = json_pack("{s:b}", "interrupted", (int)perta_wal_found(apply->model));
     else if (!rc)
         rc = run_all(&job, summary, err);
     release(&job);

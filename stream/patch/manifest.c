@@ -15,31 +15,31 @@
 #include "stream/lanes.h"
 
 #define PIECE_BYTES (4ull << 20)
-/* What is said of a tensor takes so much, as tree and as text. */
+/* Memory for a tensor in a manifest, as tree and as text. */
 #define TENSOR_BYTES 1000u
-/* That one of a manifest differs takes so much. */
+/* Memory for a difference, when checking against a manifest. */
 #define DIFFERENCE_BYTES 600u
 
-/* One file and where in it we are. */
+/* One file, and the position in it. */
 struct entry {
     char *name, *path;
     struct perta_file file;
     struct perta_header *header; /* NULL: not a safetensors file, or its header is damaged */
     json_t *tensors;
-    uint64_t off_bytes, tensor;        /* where next() stands in it */
-    struct perta_digest *whole, *part; /* the owner's, for commit(): under way */
+    uint64_t off_bytes, tensor;        /* position of next() */
+    struct perta_digest *whole, *part; /* used by commit(): file, current tensor */
 };
 
 struct job {
     struct entry *entries; /* (n), sorted by name */
     size_t n;
     bool with_sha256;
-    uint64_t later_bytes; /* of memory, once all is digested */
+    uint64_t later_bytes; /* memory needed after digesting */
     json_t *files;
-    struct perta_lanes lanes; /* of entries, for next() */
+    struct perta_lanes lanes; /* of entries; used by next() */
 };
 
-/* End of the run of bytes that off lies in: the header, or this tensor. */
+/* The end of the header, or of the tensor, that off_bytes lies in. */
 static uint64_t run_end(const struct entry *e, uint64_t off_bytes, uint64_t tensor)
 {
     if (!e->header)
@@ -78,7 +78,7 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
 
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
-    /* Digests run through a file in order: commit() makes them. */
+    /* Nothing to do: digests need a file's bytes in order, so commit() updates them. */
     (void)ctx;
     (void)worker;
     (void)piece;
@@ -148,7 +148,7 @@ static int add_entry(struct job *job, const char *dir, const char *name, struct 
                      e->path);
 }
 
-/* A folder's files but skip, which need not be there (st_ino 0). */
+/* For listing a folder's files except skip, which need not exist (st_ino 0). */
 struct listing {
     struct job *job;
     const char *dir;
@@ -191,7 +191,7 @@ static int list(struct job *job, const char *path, const char *skip, struct pert
     return rc;
 }
 
-/* A damaged header is no error here: the file's own digest will tell. */
+/* A damaged header is not an error here: the file's own digest will show it. */
 static int try_header(struct entry *e, struct perta_err *err)
 {
     struct perta_err why = {0};
@@ -241,7 +241,7 @@ static int open_stream(struct job *job, const struct perta_run *run, struct pert
         if (!rc && !(e->whole = perta_digest_new(job->with_sha256)))
             rc = perta_fail_sys(err, ENOMEM, "%s", e->path);
         if (!rc)
-            perta_digest_behind(e->whole, perta_stream_engine(*stream)->hasher);
+            perta_digest_offload(e->whole, perta_stream_engine(*stream)->hasher);
     }
     perta_lanes_begin(&job->lanes, job->n, perta_run_threads(run));
     return rc;
@@ -261,7 +261,7 @@ static void release(struct job *job)
     free(job->entries);
 }
 
-/* with_sha256 and later_bytes of job are set. */
+/* with_sha256 and later_bytes of job are set by the caller. */
 static int digest_all(struct job *job, const char *path, const char *skip,
                       const struct perta_run *run, json_t **manifest, struct perta_err *err)
 {
@@ -323,7 +323,7 @@ static void compare_tensors(const char *file, const json_t *want, const json_t *
 {
     size_t i;
     json_t *item;
-    json_t *by_names = json_object(); /* 100,000 tensors are nothing unusual */
+    json_t *by_names = json_object(); /* 100,000 tensors are not unusual */
     json_array_foreach (have, i, item)
         perta_json_set(&by_names, json_string_value(json_object_get(item, "name")),
                        json_incref(item));
@@ -356,9 +356,10 @@ static void compare_file(const json_t *want, const json_t *have, json_t **differ
     }
     if (same(want, have, "xxh3_128") && same(want, have, "bytes")) {
         if (json_object_get(want, "sha256") && !same(want, have, "sha256"))
-            add_difference(differences, name, NULL,
-                           "has another SHA-256, though the same XXH3-128: it, or the manifest, "
-                           "was forged");
+            add_difference(
+                differences, name, NULL,
+                "has another SHA-256, though the same XXH3-128: the file or the manifest "
+                "was forged");
         return;
     }
     size_t before = json_array_size(*differences);
@@ -374,7 +375,7 @@ static void compare_file(const json_t *want, const json_t *have, json_t **differ
                        tensors ? "differs in its header, not in its tensors" : "differs");
 }
 
-/* What a check against the manifest takes: its digests, and memory if all differ. */
+/* A job for a check against the manifest: its digests, and memory in case everything differs. */
 static struct job job_for(const json_t *manifest)
 {
     struct job job = {0};
@@ -397,8 +398,9 @@ static int load(const char *path, json_t **manifest, struct perta_err *err)
     int rc = perta_json_load(fd, path, manifest, err);
     close(fd);
     if (rc == PERTA_EINPUT)
-        return perta_err_context(err, "verify reads manifests of the format perta, xxhsum --check "
-                                      "and sha256sum --check the others");
+        return perta_err_context(
+            err, "verify reads manifests in perta's format; for the others use xxhsum --check "
+                 "or sha256sum --check");
     if (rc)
         return rc;
     const char *format = json_string_value(json_object_get(*manifest, "format"));

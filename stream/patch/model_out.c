@@ -7,8 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/ahead.h"
 #include "io/text.h"
+#include "io/wal.h"
 
 int perta_model_out_begin(struct perta_model_out *out, const char *path, const char *like,
                           const struct perta_journal *journal, bool force, struct perta_err *err)
@@ -43,7 +43,7 @@ int perta_model_out_shard(struct perta_model_out *out, const char *name, const u
     } else if (!(out->digest = perta_digest_new(true))) {
         return perta_fail_sys(err, ENOMEM, "%s", name);
     } else {
-        perta_digest_behind(out->digest, out->engine->hasher);
+        perta_digest_offload(out->digest, out->engine->hasher);
     }
     return perta_model_out_append(out, header, header_bytes, err);
 }
@@ -80,8 +80,8 @@ int perta_model_out_shard_end(struct perta_model_out *out, const char *name, str
     return out->shards ? 0 : perta_fail_sys(err, ENOMEM, "%s", name);
 }
 
-/* Also with more after it, as of a backup; an index of such files, as long as it is not the
- * model's own. */
+/* Is it named as weights, or as an index of weights other than the model's own? A suffix may
+ * follow, as in a backup's name. */
 static bool is_named_weights(const char *name)
 {
     static const char *const suffixes[] = {
@@ -96,8 +96,8 @@ static bool is_named_weights(const char *name)
     return strstr(name, ".safetensors") || perta_text_ends_in(name, ".index.json");
 }
 
-/* By what it begins with, whatever it is called: GGUF, safetensors, ZIP (as PyTorch writes it),
- * pickle, HDF5, gzip, Zstandard. */
+/* Does the file begin like weights, whatever its name? GGUF, safetensors, ZIP (as PyTorch writes
+ * it), pickle, HDF5, gzip, Zstandard. */
 static bool is_weights_inside(const char *path)
 {
     static const struct {
@@ -178,7 +178,7 @@ static int add_other(void *ctx, const char *name, struct perta_err *err)
     if (!path)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     if (!is_shard(others->ck, name) && !stat(path, &st) && S_ISREG(st.st_mode) &&
-        strcmp(name, PERTA_AHEAD_NAME) && (is_named_weights(name) || is_weights_inside(path)))
+        strcmp(name, PERTA_WAL_NAME) && (is_named_weights(name) || is_weights_inside(path)))
         perta_json_append(others->names, perta_text_json("%s", name));
     free(path);
     return 0;
@@ -192,7 +192,7 @@ int perta_model_out_others(const struct perta_checkpoint *ck, json_t **names, st
     return perta_folder_each(ck->path, add_other, &(struct others){ck, names}, err);
 }
 
-/* ---- for a journal ---- */
+/* ---- for the journal ---- */
 
 int perta_model_out_sync(struct perta_model_out *out, struct perta_err *err)
 {
@@ -217,18 +217,18 @@ int perta_model_out_restore(struct perta_model_out *out, const json_t *state, st
     const json_t *digest = json_object_get(state, "digest");
     const json_t *finished = json_object_get(state, "finished");
     if (!json_is_array(finished))
-        return perta_fail(err, PERTA_EINPUT, "no state of a model in a record");
+        return perta_fail(err, PERTA_EINPUT, "a record lacks the state of a model");
     if (!out->is_known)
         perta_json_extend(&out->shards, finished);
     out->n_saved = json_array_size(out->shards);
     out->written_bytes = (uint64_t)json_integer_value(json_object_get(state, "written"));
-    perta_digest_free(out->digest); /* of the shard under way, until it is opened again */
+    perta_digest_free(out->digest); /* of the current shard, until it is reopened */
     out->digest = digest ? perta_digest_new(true) : NULL;
     if (!out->shards || (digest && !out->digest))
         return perta_fail_sys(err, ENOMEM, "journal");
     return !digest || perta_blob_get_digest(digest, out->digest)
                ? 0
-               : perta_fail(err, PERTA_EINPUT, "no state of a digest in a record");
+               : perta_fail(err, PERTA_EINPUT, "a record has an invalid digest state");
 }
 
 int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const char *name,
@@ -242,7 +242,7 @@ int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const ch
                           "%s: its records do not lead to byte %llu; --force "
                           "starts over",
                           name, (unsigned long long)at_bytes);
-    perta_digest_behind(out->digest, out->engine->hasher);
+    perta_digest_offload(out->digest, out->engine->hasher);
     if (!out->has_folder)
         return 0;
     char *path = perta_publish_path(&out->folder, name);
@@ -250,7 +250,7 @@ int perta_model_out_reopen(struct perta_model_out *out, uint32_t shard, const ch
                                         out->writer_bufs, err)
                   : perta_fail_sys(err, ENOMEM, "%s", name);
     free(path);
-    out->digest = NULL; /* the writer's now */
+    out->digest = NULL; /* the writer owns it now */
     return rc;
 }
 

@@ -1,4 +1,4 @@
-/* Is a model one of the two sides of a patch? Answered from digests, to the end. */
+/* Check that a model is one of the two sides of a patch, chunk by chunk, to the end. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -19,28 +19,28 @@
 
 typedef unsigned long long ull;
 
-/* One shard of the model, laid out as the patch says: its own header may be damaged. */
+/* One shard of the model. Its layout is taken from the patch, because its own header may be
+ * damaged. */
 struct shard {
     char *path;
-    bool readable; /* its chunks lie where the patch says */
+    bool readable; /* its chunks are where the patch says */
     struct perta_file file;
 };
 
 struct job {
     const char *model;
-    bool applied; /* the side it should be */
+    bool applied; /* which side it should be */
     struct perta_patch_in patch;
     struct shard *shards; /* (patch.n_shards) */
     json_t *damaged;
     uint64_t n_chunks;
-    /* where next() stands: chunks in order of the table */
+    /* position of next(): chunks in order of the table */
     uint32_t shard;
-    uint64_t entry, unit;               /* unit: first of that chunk, in its tensor */
-    const struct perta_tensor **places; /* of this shard: where tensors of the header after lie;
-                                           NULL: where that says */
+    uint64_t entry, unit;               /* unit: that chunk's first unit in its tensor */
+    const struct perta_tensor **places; /* this shard's tensors, in order of after; or NULL */
 };
 
-/* What work() leaves for commit(). */
+/* The result that work() leaves for commit(). */
 struct result {
     uint64_t digest;
     bool missing; /* the file ends before the chunk does */
@@ -192,8 +192,8 @@ static int find_shards(struct job *job, struct perta_err *err)
     return 0;
 }
 
-/* Shards that the model has beyond the patch's. A checkpoint that cannot be opened whole is
- * reported by the caller, where nothing else was found wrong. */
+/* Find shards of the model that the patch does not have. If the checkpoint cannot be opened, the
+ * caller reports that, unless something else was found. */
 static int check_others(struct job *job, struct perta_err *err)
 {
     struct perta_checkpoint *ck = NULL;
@@ -215,7 +215,7 @@ static int check_others(struct job *job, struct perta_err *err)
 
 /* ---- the run ---- */
 
-/* Where each tensor of the shard lies, for the table is in order of the header after. */
+/* Find where each tensor of the shard is: the table is in the order of the header after. */
 static int index_shard(struct job *job, struct perta_err *err)
 {
     const struct perta_header *after = job->patch.shards[job->shard].patch->after;
@@ -289,7 +289,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     return 0;
 }
 
-/* A chunk that differs takes so much in the list, beside its paths. */
+/* Memory of a chunk in the list of differences, without its paths. */
 #define DIFFERENCE_BYTES 1100u
 
 static void measure(const struct job *job, struct perta_job *sizes)
@@ -306,7 +306,7 @@ static void measure(const struct job *job, struct perta_job *sizes)
             sizes->in_bytes_max = perta_max(chunk, sizes->in_bytes_max);
             sizes->total_bytes += header->tensors[t].len_bytes;
         }
-        /* All of them may differ. */
+        /* all of them may differ */
         sizes->later_bytes += p->n_entries * (DIFFERENCE_BYTES + strlen(job->shards[s].path) +
                                               strlen(job->patch.shards[s].path));
         places = perta_max(match, places);
@@ -352,7 +352,7 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_st
     return rc;
 }
 
-/* What is wrong is listed; an error is made of it last. */
+/* List what is wrong, and then make an error of it. */
 static int conclude(const struct job *job, const struct perta_err *others, json_t **summary,
                     const struct perta_stream *stream, struct perta_err *err)
 {

@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/format/record.h"
+#include "io/format/patch_manifest.h"
 #include "io/format/which.h"
 #include "io/publish/publish.h"
 #include "io/text.h"
@@ -22,13 +22,13 @@ bool perta_patch_in_is_patch(const char *path)
     struct perta_err why = {0};
     struct perta_digest_hex hex;
     json_t *manifest;
-    char record[PATH_MAX];
-    int n = snprintf(record, sizeof record, "%s/manifest.json", path);
-    if (n < 0 || n >= PATH_MAX || access(record, F_OK))
+    char file[PATH_MAX];
+    int n = snprintf(file, sizeof file, "%s/manifest.json", path);
+    if (n < 0 || n >= PATH_MAX || access(file, F_OK))
         return false;
-    /* What cannot be read may be one: whoever opens it is told. */
-    bool is = perta_record_load(path, false, &manifest, &hex, &why) == PERTA_ESYS;
-    is = is || perta_record_is_patch(manifest);
+    /* If it cannot be read, assume that it is: opening it reports the error. */
+    bool is = perta_patch_manifest_load(path, false, &manifest, &hex, &why) == PERTA_ESYS;
+    is = is || perta_patch_manifest_is(manifest);
     json_decref(manifest);
     return is;
 }
@@ -38,13 +38,13 @@ static int name_shard(struct perta_patch_in_shard *shard, const char *dir, const
 {
     size_t len = strlen(name), suffix = sizeof PERTA_PATCH_SUFFIX - 1;
     if (len <= suffix || strcmp(name + len - suffix, PERTA_PATCH_SUFFIX))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s is no name of a patch file", dir,
-                          name);
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %s is not the name of a patch file",
+                          dir, name);
     shard->file_name = strdup(name);
     shard->name = strndup(name, len - suffix);
     if (shard->name && !perta_name_is_plain(shard->name))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %.300s is no plain file name", dir,
-                          name);
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: %.300s is not a plain file name",
+                          dir, name);
     shard->path = perta_path_join(dir, name);
     if (!shard->file_name || !shard->name || !shard->path)
         return perta_fail_sys(err, ENOMEM, "%s", dir);
@@ -67,7 +67,7 @@ static int read_shard(struct perta_patch_in_shard *shard, const char *dir, struc
 }
 
 struct on_damage {
-    void (*tell)(void *ctx, uint32_t shard, const char *message); /* NULL: it is an error */
+    void (*tell)(void *ctx, uint32_t shard, const char *message); /* NULL: damage is an error */
     void *ctx;
 };
 
@@ -120,10 +120,10 @@ static int read_shards(struct perta_patch_in *in, const struct on_damage *on, st
 
 static int not_a_patch(const char *path, const struct perta_err *why, struct perta_err *err)
 {
-    const char *kind = perta_which_kind(path);
-    return kind && strcmp(kind, "a patch")
+    enum perta_kind kind = perta_which_kind(path);
+    return kind != PERTA_KIND_UNKNOWN && kind != PERTA_KIND_PATCH
                ? perta_fail(err, why->code, "%s; is it a patch folder? It looks like %s", why->msg,
-                            kind)
+                            perta_which_name(kind))
                : perta_fail(err, why->code, "%s; is it a patch folder?", why->msg);
 }
 
@@ -134,15 +134,16 @@ static int open_patch(struct perta_patch_in *in, const char *path, const struct 
     *in = (struct perta_patch_in){.path = strdup(path)};
     if (!in->path)
         return perta_fail_sys(err, ENOMEM, "%s", path);
-    int rc = perta_record_load(path, false, &in->manifest, &in->manifest_digest, &why);
+    int rc = perta_patch_manifest_load(path, false, &in->manifest, &in->manifest_digest, &why);
     if (rc == PERTA_EINPUT)
         return not_a_patch(path, &why, err);
     if (rc) {
         *err = why;
         return rc;
     }
-    if (!perta_record_is_patch(in->manifest))
-        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: not of a perta patch", path);
+    if (!perta_patch_manifest_is(in->manifest))
+        return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: not the manifest of a perta patch",
+                          path);
     json_int_t version = json_integer_value(json_object_get(in->manifest, "version"));
     if (version != PERTA_PATCH_VERSION)
         return perta_fail(err, PERTA_EINPUT,
@@ -163,16 +164,17 @@ int perta_patch_in_open_damaged(struct perta_patch_in *in, const char *path,
     return open_patch(in, path, &(struct on_damage){damaged, ctx}, err);
 }
 
-int perta_patch_in_record(const struct perta_patch_in *in, json_t **record, struct perta_err *err)
+int perta_patch_in_manifest(const struct perta_patch_in *in, json_t **manifest,
+                            struct perta_err *err)
 {
     struct perta_digest_hex hex;
-    int rc = perta_record_load(in->path, true, record, &hex, err);
+    int rc = perta_patch_manifest_load(in->path, true, manifest, &hex, err);
     if (rc)
         return rc;
     if (!strcmp(hex.sha256, in->manifest_digest.sha256))
         return 0;
-    json_decref(*record);
-    *record = NULL;
+    json_decref(*manifest);
+    *manifest = NULL;
     return perta_fail(err, PERTA_EINPUT, "%s/manifest.json: changed while it was read", in->path);
 }
 
@@ -289,7 +291,7 @@ int perta_patch_in_check_model(const struct perta_patch_in *in,
     for (uint32_t i = 0; i < model->n_shards || i < in->n_shards; i++) {
         const char *have = i < model->n_shards ? model->shards[i].name : "none";
         const char *want = i < in->n_shards ? in->shards[i].name : "none";
-        /* A patch's shard may be called "none". */
+        /* A shard may really be called "none". */
         if (i >= model->n_shards || i >= in->n_shards || strcmp(have, want))
             return perta_fail(err, PERTA_ECHECK,
                               "%s: shard %u is %s, the patch %s wants %s: it is for another "
@@ -364,12 +366,13 @@ int perta_patch_in_refuse_one_way(const struct perta_patch_in *in, const char *w
 {
     return is_one_way(in)
                ? perta_fail(err, PERTA_EUSAGE,
-                            "%s: a one-way patch, which holds nothing of the model before: %s",
-                            in->path, what)
+                            "%s: a one-way patch, which does not hold the old values: %s", in->path,
+                            what)
                : 0;
 }
 
-/* Values only: that the rest of the chunk is right shows once it is known what changes. */
+/* With new values only, the rest of the chunk can be checked once it is known which units
+ * change. */
 static int lead_one_way(const struct perta_patch_in_shard *shard,
                         const struct perta_patch_entry *entry, struct perta_codec *codec,
                         const uint8_t *frame, const char *path, uint64_t first_unit,

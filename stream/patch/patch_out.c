@@ -21,7 +21,8 @@ int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const cha
     return rc ? rc : perta_journal_folder(journal, &p->folder, path, NULL, force, err);
 }
 
-/* A record of a journal takes so much, as text and as tree, for each of so many tensors. */
+/* Memory of a journal's record for each tensor, as text and as tree, and the most tensors in a
+ * record. */
 #define RECORD_BYTES 500u
 #define RECORD_TENSORS 65536u
 
@@ -40,7 +41,7 @@ uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
 {
     uint64_t most = 0, n = after->n_tensors < RECORD_TENSORS ? after->n_tensors : RECORD_TENSORS;
     for (uint32_t s = 0; s < after->n_shards; s++) {
-        /* Entries, and what is built of them, or before them, for the file. */
+        /* Entries, and the table or the head that is built for the file. */
         uint64_t bytes =
             2 * count_chunks(after->shards[s].header) * sizeof(struct perta_patch_entry) +
             perta_patch_head_bytes(before->shards[s].header, after->shards[s].header);
@@ -91,7 +92,8 @@ static int open_patch_file(struct perta_patch_out *p, const char *shard, struct 
     return rc;
 }
 
-/* Room for the entries of the shard under way, and for least; those that are there stay. */
+/* Make room for the entries of the current shard, and for at least `least`. Entries that are there
+ * are kept. */
 static bool make_room(struct perta_patch_out *p, uint64_t least)
 {
     uint64_t n =
@@ -230,9 +232,9 @@ static void set_count(json_t **json, const char *key, uint64_t n)
     perta_json_set(json, key, json_integer((json_int_t)n));
 }
 
-/* Of a tensor. What withholds is a one-way patch: it says what the model after shows anyway. Mean
- * weights and the like come from values that are withheld: of a tensor of one element, with base
- * and tuned, they give the old one away. */
+/* The counts of a tensor. A one-way patch withholds all that the model after does not show anyway:
+ * mean weights and the like are computed from values that it withholds, and for a tensor of one
+ * element, together with base and tuned, they would reveal the old value. */
 static json_t *counts_json(const struct perta_tensor_counts *c, bool withholds)
 {
     uint64_t weighed = c->n_params - c->n_nonfinite;
@@ -276,7 +278,7 @@ static struct perta_tensor_counts total_of(const struct perta_patch_out *p)
             edited_nonfinite += c->n_nonfinite;
         }
     }
-    /* The mean weight is over parameters that were weighed. */
+    /* The mean is over the parameters that were weighed. */
     uint64_t weighed = edited - edited_nonfinite;
     total.sum_weight = weighed ? total.sum_weight / (double)weighed : 0;
     return total;
@@ -322,8 +324,8 @@ int perta_patch_out_encode(bool one_way, struct perta_codec *codec, enum perta_d
                                         coded, err);
 }
 
-/* Digests of files that went in confirm guesses of the few values that an edit may change. The
- * caller's. */
+/* The inputs without digests, for a one-way patch: where an edit may change only few values, a
+ * digest would confirm a guess. The caller's. */
 static json_t *without_digests(const json_t *inputs)
 {
     json_t *copy = json_deep_copy(inputs), *input, *shard;
@@ -335,7 +337,7 @@ static json_t *without_digests(const json_t *inputs)
     return copy;
 }
 
-/* The same of the counts of all tensors. The caller's. */
+/* The total counts that a one-way patch shows. The caller's. */
 static json_t *public_counts(const json_t *counts)
 {
     return json_pack("{s:O, s:O}", "parameters", json_object_get(counts, "parameters"), "changed",
@@ -343,7 +345,7 @@ static json_t *public_counts(const json_t *counts)
 }
 
 struct manifest {
-    json_t *json; /* but for its tensors */
+    json_t *json; /* without its tensors */
     const struct perta_patch_out *p;
 };
 
@@ -397,15 +399,15 @@ int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *in
     return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "%s", p->folder.path);
 }
 
-/* ---- for a journal ---- */
+/* ---- for the journal ---- */
 
-/* What is counted of a tensor; the rest of perta_tensor_counts follows from the checkpoint. */
+/* The counts of a tensor; the rest of perta_tensor_counts follows from the checkpoint. */
 struct counted {
     uint64_t n_changed, n_rounded_away, n_nonfinite, n_zero_forget, n_zero_retain;
     double sum_weight;
 };
 
-/* Counted over the whole patch. */
+/* Counts over the whole patch. */
 struct encoded {
     uint64_t n[PERTA_N_ENCODINGS], bytes[PERTA_N_ENCODINGS], units[PERTA_N_ENCODINGS];
     uint64_t weights[PERTA_COUNT_BINS];
@@ -417,7 +419,8 @@ int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err)
     return rc ? rc : perta_model_out_sync(&p->model, err);
 }
 
-/* From the first that may have changed: the last one before may have been under way. */
+/* Save from the first tensor that may have changed: the last one saved before may not have been
+ * finished. */
 static json_t *save_tensors(struct perta_patch_out *p)
 {
     uint64_t first = p->saved_tensors ? p->saved_tensors - 1 : 0, n = p->n_tensors - first;
@@ -471,7 +474,8 @@ static uint64_t uint_of(const json_t *json, const char *key)
     return value < 0 ? UINT64_MAX : (uint64_t)value;
 }
 
-/* 0, PERTA_EINPUT if the record does not make sense, or PERTA_ESYS without memory; so do all below. */
+/* 0, PERTA_EINPUT if the record is invalid, or PERTA_ESYS when out of memory; as for the functions
+ * below. */
 static int restore_entries(struct perta_patch_out *p, const json_t *json)
 {
     const json_t *blob = json_object_get(json, "entries");
@@ -484,7 +488,7 @@ static int restore_entries(struct perta_patch_out *p, const json_t *json)
     return perta_blob_get(blob, p->entries + first, n * sizeof *p->entries) ? 0 : PERTA_EINPUT;
 }
 
-/* Tensors of shards before this one, and those begun of it. */
+/* Tensors of the shards before this one, plus those begun of it. */
 static uint64_t tensors_until(const struct perta_patch_out *p, uint32_t shard, uint64_t begun)
 {
     uint64_t n = begun;
@@ -516,7 +520,7 @@ static int restore_tensors(struct perta_patch_out *p, const json_t *json, uint64
     return good ? 0 : PERTA_EINPUT;
 }
 
-/* What begin_tensors() said of them. */
+/* Set again what begin_tensors() set. */
 static void name_tensors(struct perta_patch_out *p)
 {
     uint64_t i = 0;
@@ -572,12 +576,13 @@ int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state, stru
 {
     int rc = restore(p, state);
     if (rc)
-        return rc == PERTA_ESYS ? perta_fail_sys(err, ENOMEM, "journal")
-                                : perta_fail(err, PERTA_EINPUT, "no state of a patch in a record");
+        return rc == PERTA_ESYS
+                   ? perta_fail_sys(err, ENOMEM, "journal")
+                   : perta_fail(err, PERTA_EINPUT, "a record has an invalid state of a patch");
     return perta_model_out_restore(&p->model, json_object_get(state, "model"), err);
 }
 
-/* Are the entries those of all chunks up to there, and their frames what the file holds? */
+/* Are the entries those of all chunks up to that unit, and do their frames make up the file? */
 static bool covers(const struct perta_patch_out *p, uint64_t tensor, uint64_t unit)
 {
     const struct perta_header *header = p->after->shards[p->shard].header;
@@ -606,7 +611,7 @@ int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t t
     if (!p->shard_open || p->shard != shard || p->n_begun != tensor + 1 ||
         json_array_size(p->shards) != shard || !covers(p, tensor, unit))
         return perta_fail(err, PERTA_EINPUT,
-                          "%s: its records do not lead to one place; --force "
+                          "%s: its records do not agree on one place; --force "
                           "starts over",
                           p->folder.partial);
     const struct perta_shard *to = &p->after->shards[shard];
@@ -616,7 +621,7 @@ int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t t
     int rc = path ? perta_writer_reopen(&p->writer, p->engine, path, p->digest, p->writer_bufs, err)
                   : perta_fail_sys(err, ENOMEM, "%s", to->name);
     if (path)
-        p->digest = NULL; /* the writer's now */
+        p->digest = NULL; /* the writer owns it now */
     free(name);
     free(path);
     uint64_t at = t->off_bytes + unit * perta_dtype_unit_bytes(t->dtype);

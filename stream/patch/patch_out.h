@@ -1,5 +1,5 @@
-/* patch_out.h - the patch folder that a run writes, and the model that it leads to.
- * Spec: docs/patch-format.md */
+/* patch_out.h - the patch folder that a run writes, and the model that it leads to. Spec:
+ * docs/patch-format.md */
 #ifndef PERTA_STREAM_PATCH_PATCH_OUT_H
 #define PERTA_STREAM_PATCH_PATCH_OUT_H
 
@@ -9,7 +9,7 @@
 #include "stream/input.h"
 #include "stream/patch/model_out.h"
 
-/* What happened to one tensor. */
+/* What was done to one tensor. */
 struct perta_tensor_counts {
     const char *name;   /* borrowed */
     const char *action; /* "edited", "kept", ...; borrowed */
@@ -18,65 +18,67 @@ struct perta_tensor_counts {
     double sum_weight;
 };
 
-/* Counted over the whole patch, in so many equal parts of [0, 1]: whatever the job weighs. */
+/* Weights over the whole patch are counted in this many equal bins of [0, 1]. */
 #define PERTA_COUNT_BINS 10
 
 struct perta_patch_out {
     struct perta_publish folder;
-    struct perta_model_out model; /* after the patch; with or without a folder */
+    struct perta_model_out model; /* the model after the patch, with or without a folder */
     struct perta_engine *engine;
     struct perta_writer writer;
     struct perta_writer_bufs writer_bufs;
-    struct perta_digest *digest; /* restored, of the file that is to be opened again */
+    struct perta_digest *digest; /* restored, of the file that is to be reopened */
 
     const struct perta_checkpoint *before, *after; /* borrowed */
     const char *const *actions;                    /* borrowed; one for each tensor of after */
-    bool one_way;   /* the record says nothing of files that went in but names and sizes */
-    uint32_t shard; /* under way, or the next */
+    bool one_way;   /* the manifest has no digests of inputs, and few counts */
+    uint32_t shard; /* the current shard, or the next */
     bool shard_open;
     uint64_t n_begun; /* tensors of it */
 
-    struct perta_patch_entry *entries; /* of the shard under way */
+    struct perta_patch_entry *entries; /* of the current shard */
     uint64_t n_entries, entries_max;
     uint64_t frames_at; /* where the next frame goes */
 
     struct perta_tensor_counts *tensors;                 /* (after->n_tensors), shard by shard */
-    uint64_t n_tensors;                                  /* begun of all */
+    uint64_t n_tensors;                                  /* tensors begun, over all shards */
     json_t *shards;                                      /* finished .perta files */
-    uint64_t saved_shards, saved_tensors, saved_entries; /* in a journal's record */
+    uint64_t saved_shards, saved_tensors, saved_entries; /* recorded in the journal */
     uint64_t n_encoded[PERTA_N_ENCODINGS], encoded_bytes[PERTA_N_ENCODINGS];
     uint64_t encoded_units[PERTA_N_ENCODINGS];
-    uint64_t weights[PERTA_COUNT_BINS]; /* the caller adds to it; all 0: not on record */
+    uint64_t weights[PERTA_COUNT_BINS]; /* filled by the caller; all 0: left out */
     uint64_t written_bytes;
 };
 
-/* What perta_patch_out_attach and all after it take of memory: it grows with tensors and chunks. */
+/* Memory that perta_patch_out_attach and all that follows allocate. It grows with the number of
+ * tensors and chunks. */
 uint64_t perta_patch_out_memory(const struct perta_checkpoint *before,
                                 const struct perta_checkpoint *after);
-/* So many tensors since a journal's record make the next one due, for it takes memory too. */
+/* Were so many tensors begun since the last record that the next one is due? A record takes memory
+ * for each. */
 bool perta_patch_out_is_due(const struct perta_patch_out *p);
 
-/* out NULL: no model folder; else like is the model that it is of. journal says whether to go on
- * with what an interrupted run left. */
+/* out NULL: no model folder; else like is the model that it is made from. The journal says whether
+ * a run is resumed. */
 int perta_patch_out_begin(struct perta_patch_out *p, const char *path, const char *out,
                           const char *like, const struct perta_journal *journal, bool force,
                           struct perta_err *err);
-/* What is patched: shards and tensors of both agree (the caller checked), and after's order is
- * the order of the chunks to come. actions (after->n_tensors, shard by shard) say what is done
- * to each tensor. model_bufs: with a model folder. */
+/* Set what is patched. Shards and tensors of before and after agree (the caller checked), and
+ * chunks will come in the order of after. actions (after->n_tensors, shard by shard) say what is
+ * done to each tensor. model_bufs: only with a model folder. */
 int perta_patch_out_attach(struct perta_patch_out *p, const struct perta_checkpoint *before,
                            const struct perta_checkpoint *after, const char *const *actions,
                            struct perta_engine *engine, struct perta_writer_bufs patch_bufs,
                            struct perta_writer_bufs model_bufs, struct perta_err *err);
 
-/* Go on to this tensor of this shard: finish what comes before, begin it if it is new. */
+/* Advance to this tensor of this shard: finish what comes before it, and begin it if it is new. */
 int perta_patch_out_reach(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
                           struct perta_err *err);
-/* Counts of the tensor that was reached; the caller adds to all but n_changed, n_params. */
+/* The counts of the tensor that was reached. The caller adds to all but n_changed and n_params. */
 struct perta_tensor_counts *perta_patch_out_counts(struct perta_patch_out *p);
 
-/* What a patch holds of a chunk: deltas, or one_way new values only. *hash_before, which is that of
- * the bytes before, becomes what the table is to hold. */
+/* Encode a chunk: deltas, or new values only (one_way). *hash_before, the hash of the bytes before,
+ * becomes what the table stores. */
 int perta_patch_out_encode(bool one_way, struct perta_codec *codec, enum perta_dtype dtype,
                            const void *before, const void *after, uint64_t n_bytes, uint8_t *dst,
                            uint64_t dst_capacity, struct perta_coded *coded, uint64_t *hash_before,
@@ -93,20 +95,20 @@ struct perta_chunk_out {
 int perta_patch_out_chunk(struct perta_patch_out *p, const struct perta_chunk_out *chunk,
                           struct perta_err *err);
 
-/* Finish all shards, write manifest.json and what else belongs to the folders: complete but for
- * their names. recipe and inputs are borrowed; from is the checkpoint whose other files go with
- * the model. *summary gets what a person wants to know, the caller's. */
+/* Finish all shards, and write manifest.json and the other files of the folders: afterwards only
+ * the renames remain. recipe and inputs are borrowed; from is the checkpoint whose other files go
+ * with the model. *summary, the caller's, gets what a person wants to know. */
 int perta_patch_out_finish(struct perta_patch_out *p, json_t *recipe, json_t *inputs,
                            const struct perta_checkpoint *from, json_t **summary,
                            struct perta_err *err);
 
-/* For a journal: bring all chunks to disk; and what to keep of the state, as far as it changed
- * since the last time, the caller's. NULL without memory. */
+/* For the journal: sync all chunks; and save the state, as far as it changed since the last time.
+ * The state is the caller's; NULL only when out of memory. */
 int perta_patch_out_sync(struct perta_patch_out *p, struct perta_err *err);
 json_t *perta_patch_out_save(struct perta_patch_out *p);
-/* After perta_patch_out_attach: take up such states, in order; then the files under way,
- * which should be at that unit of that tensor. PERTA_EINPUT if a state is none, or is of another
- * place; PERTA_ECHECK if a file is not as it was synced. */
+/* Call after perta_patch_out_attach: restore such states, in order; then reopen the current files,
+ * which should be at that unit of that tensor. PERTA_EINPUT if a state is invalid or does not fit
+ * that place; PERTA_ECHECK if a file is not what was synced. */
 int perta_patch_out_restore(struct perta_patch_out *p, const json_t *state, struct perta_err *err);
 int perta_patch_out_reopen(struct perta_patch_out *p, uint32_t shard, uint64_t tensor,
                            uint64_t unit, struct perta_err *err);

@@ -1,5 +1,5 @@
-/* Check a patch without the model it is for: every byte against the record's SHA-256, and that the
- * frames are frames. In files that differ all frames are then unpacked, to say which are damaged. */
+/* Check a patch without its model: every byte against the manifest's SHA-256, and that frames are
+ * frames. In files that differ, all frames are then decompressed, to find the damaged ones. */
 #define ZSTD_STATIC_LINKING_ONLY
 #include <errno.h>
 #include <stdlib.h>
@@ -20,8 +20,8 @@ struct job {
     json_t *differences;
     struct {
         struct perta_digest *digest;
-        bool suspect; /* it differs, or has what is no frame */
-        /* where next() stands in it: its head, then frames, then its table */
+        bool suspect; /* its digest differs, or it has an invalid frame */
+        /* position of next(): the head, then frames, then the table */
         bool head_done, done;
         uint64_t entry;
     } *files;                 /* (n_shards) */
@@ -29,7 +29,7 @@ struct job {
     struct {
         ZSTD_DCtx *zstd;
         void *payload;
-    } *scratch; /* (n_workers), to unpack */
+    } *scratch; /* (n_workers), to decompress */
     unsigned n_workers;
     uint64_t payload_max;
     uint64_t n_frames;
@@ -38,10 +38,10 @@ struct job {
 
 enum { HEAD, FRAME, TABLE };
 
-/* Reads are of this size at least, where frames are smaller. */
+/* Reads are at least this large, where frames are smaller. */
 #define READ_BYTES (2ull << 20)
 
-/* The next frame of the file, if there is one. */
+/* Set piece to the next frame of the file. False if there is none. */
 static bool next_frame(struct job *job, uint64_t i, struct perta_piece *piece)
 {
     struct perta_patch_in_shard *shard = &job->patch.shards[i];
@@ -60,7 +60,7 @@ static bool next_frame(struct job *job, uint64_t i, struct perta_piece *piece)
     return true;
 }
 
-/* A frame's piece has room to tell whether it is bad. */
+/* A frame's piece->out says whether the frame is bad. */
 static uint64_t *verdict(const struct perta_piece *piece)
 {
     return (uint64_t *)(void *)piece->out;
@@ -124,7 +124,7 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
     if (!*digest) {
         if (!(*digest = perta_digest_new(true)))
             return perta_fail_sys(err, ENOMEM, "digest");
-        perta_digest_behind(*digest, job->hasher);
+        perta_digest_offload(*digest, job->hasher);
     }
     perta_digest_update(*digest, piece->in[0].data, piece->in[0].len_bytes);
     if (piece->tensor == FRAME) {
@@ -136,18 +136,18 @@ static int commit(void *ctx, struct perta_piece *piece, struct perta_err *err)
 
 /* ---- what differs ---- */
 
-/* The caller adds it to job->differences. */
+/* A difference; the caller adds it to job->differences. */
 static json_t *differ(const struct job *job, uint32_t shard, const char *tensor, json_t *what)
 {
     return json_pack("{s:s, s:s?, s:o}", "file", job->patch.shards[shard].file_name, "tensor",
                      tensor, "what", what);
 }
 
-/* Of a file that is missing, or whose head or table is damaged. */
+/* Note a file that is missing, or whose head or table is damaged. */
 static void note_damage(void *ctx, uint32_t shard, const char *message)
 {
     struct job *job = ctx;
-    /* Messages start with the path, which the item has. */
+    /* Remove the path in front of the message: the item has it already. */
     size_t path = strlen(job->patch.shards[shard].path);
     bool has_path =
         !strncmp(message, job->patch.shards[shard].path, path) && !strncmp(message + path, ": ", 2);
@@ -207,7 +207,7 @@ static int next_suspect(void *ctx, struct perta_piece *piece, struct perta_err *
     return i < job->patch.n_shards;
 }
 
-/* zstd checks each frame by its own checksum. */
+/* zstd checks each frame against its own checksum. */
 static int unpack(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
     (void)err;
@@ -229,7 +229,8 @@ static int commit_suspect(void *ctx, struct perta_piece *piece, struct perta_err
 
 /* ---- the run ---- */
 
-/* A frame that is damaged takes so much in the list, beside the names of its file and tensor. */
+/* Memory of a damaged frame in the list of differences, without the names of its file and
+ * tensor. */
 #define DIFFERENCE_BYTES 900u
 
 static void measure(struct job *job, struct perta_job *sizes)
@@ -296,7 +297,7 @@ static int run_once(struct job *job, const struct perta_run *run, const struct p
     return rc;
 }
 
-/* All digests are finished first: those of one file are taken while the next is read. */
+/* Finish all digests first: those of one file are computed while the next one is read. */
 static int run_all(struct job *job, const struct perta_run *run, struct perta_err *err)
 {
     struct perta_job sizes = {.ctx = job,
@@ -310,7 +311,8 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_er
     if (!job->files)
         return perta_fail_sys(err, ENOMEM, "verify");
     perta_lanes_begin(&job->lanes, job->patch.n_shards, perta_run_threads(run));
-    /* What a look at damaged files takes is asked for before it is known whether there are any. */
+    /* The memory for examining damaged files is planned before it is known whether there are
+     * any. */
     sizes.worker_bytes = scratch_bytes(job);
     int rc = run_once(job, run, &sizes, err);
     bool any = false;
@@ -326,7 +328,7 @@ static int run_all(struct job *job, const struct perta_run *run, struct perta_er
     sizes.commit = commit_suspect;
     for (uint32_t i = 0; i < job->patch.n_shards; i++)
         job->files[i].entry = 0;
-    perta_lanes_begin(&job->lanes, job->patch.n_shards, 1); /* to be listed in order */
+    perta_lanes_begin(&job->lanes, job->patch.n_shards, 1); /* so that they are listed in order */
     return run_once(job, run, &sizes, err);
 }
 

@@ -16,15 +16,15 @@ json_t *perta_resume_identity(const char *verb, json_t *flags, json_t *inputs)
                      "xxHash", (int)XXH_versionNumber());
 }
 
-bool perta_resume_found(const struct perta_run *run, const char *home)
+bool perta_resume_found(const struct perta_run *run, const char *output)
 {
-    return run->resume && perta_journal_found(home);
+    return run->resume && perta_journal_found(output);
 }
 
-int perta_resume_begin(struct perta_resume *resume, const struct perta_run *run, const char *home,
+int perta_resume_begin(struct perta_resume *resume, const struct perta_run *run, const char *output,
                        json_t *identity, bool force, struct perta_err *err)
 {
-    int rc = perta_journal_open(&resume->journal, home, identity, run->resume, force, err);
+    int rc = perta_journal_open(&resume->journal, output, identity, run->resume, force, err);
     json_decref(identity);
     return rc;
 }
@@ -41,7 +41,7 @@ bool perta_resume_is_publishing(const struct perta_resume *resume, json_t **summ
 
 /* ---- a record ---- */
 
-/* Digests that have come further since the last record. */
+/* Save the input digests that advanced since the last record. */
 static json_t *save_inputs(const struct perta_resume *r)
 {
     json_t *all = json_array();
@@ -129,7 +129,7 @@ int perta_resume_point(struct perta_resume *r, const struct perta_piece *piece,
     if (rc)
         return rc;
     json_t *record = record_of(r, piece, r->done_bytes + perta_stream_read_bytes(stream));
-    /* Only now are all digests taken: of bytes that were there to the last. */
+    /* Only now all digests are computed; check that all their bytes were readable. */
     rc = perta_engine_check(perta_stream_engine(stream), err);
     if (!rc)
         rc = record ? perta_journal_commit(&r->journal, record, bytes, err)
@@ -138,7 +138,7 @@ int perta_resume_point(struct perta_resume *r, const struct perta_piece *piece,
     return rc;
 }
 
-/* ---- going on ---- */
+/* ---- resume ---- */
 
 static uint64_t uint_at(const json_t *array, size_t i)
 {
@@ -192,17 +192,17 @@ static int take_record(void *ctx, json_t *record, struct perta_err *err)
     json_array_foreach (json_object_get(record, "inputs"), i, input)
         good = good && restore_input(r, input);
     if (!good)
-        return perta_fail(err, PERTA_EINPUT, "no place in a record");
+        return perta_fail(err, PERTA_EINPUT, "a record lacks a place");
     return restore_outputs(r, json_object_get(record, "outputs"), err);
 }
 
 int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream, struct perta_err *err)
 {
-    if (!r->journal.going_on)
+    if (!r->journal.resuming)
         return 0;
     int rc = perta_journal_replay(&r->journal, take_record, r, err);
     if (!rc && r->walk && !perta_walk_to(r->walk, r->shard, r->tensor, r->unit))
-        rc = perta_fail(err, PERTA_EINPUT, "no such place");
+        rc = perta_fail(err, PERTA_EINPUT, "no chunk ends where its last record says");
     if (rc)
         return rc == PERTA_EINPUT
                    ? perta_err_context(err, "%s: damaged; --force starts over", r->journal.path)
@@ -218,7 +218,7 @@ int perta_resume_restore(struct perta_resume *r, struct perta_stream *stream, st
 
 #define FOLDERS_MAX (2 * PERTA_RESUME_PATCHES_MAX + PERTA_RESUME_MODELS_MAX)
 
-/* Patches first, then models. */
+/* List all folders: patches first, then models. */
 static size_t list_folders(const struct perta_resume *r, struct perta_publish *folders[FOLDERS_MAX])
 {
     size_t n = 0;

@@ -1,5 +1,5 @@
-/* resume.h - commit points of a job on the stream: how far its outputs are on disk, so that a
- * run that was killed goes on there. Spec: docs/resume.md */
+/* resume.h - commit points of a job on the stream. Each records how far the outputs are on disk, so
+ * that a later run can resume there. Spec: docs/resume.md */
 #ifndef PERTA_STREAM_PATCH_RESUME_H
 #define PERTA_STREAM_PATCH_RESUME_H
 
@@ -12,51 +12,51 @@
 #define PERTA_RESUME_COUNTS 2
 #define PERTA_RESUME_PATCHES_MAX 32
 #define PERTA_RESUME_MODELS_MAX 2
-/* Opened by perta_resume_begin; then the job names its inputs and outputs, all borrowed. */
+/* Opened by perta_resume_begin. The job then sets its inputs and outputs, all borrowed. */
 struct perta_resume {
     struct perta_journal journal;
-    struct perta_input *inputs; /* (n_inputs); those with ck NULL are not used */
+    struct perta_input *inputs; /* (n_inputs); those with ck NULL are ignored */
     unsigned n_inputs;
     struct perta_patch_out *patches; /* (n_patches), with their models */
     unsigned n_patches;
-    struct perta_model_out *models; /* (n_models) of jobs without patches; those with no folder
-                                       are not used */
+    /* (n_models), of jobs without patches; those without a folder are ignored. */
+    struct perta_model_out *models;
     unsigned n_models;
     uint64_t counts[PERTA_RESUME_COUNTS]; /* the job's own, for its summary */
-    struct perta_walk *walk; /* where the job stands; NULL: it finds its place itself */
-    /* of a run that goes on, after perta_resume_restore: the unit after the last piece that was
-     * committed, which may be its tensor's end; and bytes that were read until then */
+    struct perta_walk *walk;              /* the job's position; NULL: the job restores it itself */
+    /* Set by perta_resume_restore in a resumed run: the unit after the last piece that was
+     * committed, which may be the end of its tensor; and the bytes that were read until then. */
     uint32_t shard;
     uint64_t tensor, unit, done_bytes;
 };
 
-/* Whatever decides the bytes of the result, for perta_resume_begin: verb, flags and inputs (both
- * stolen). The caller's; NULL without memory. */
+/* The identity for perta_resume_begin: everything that decides the bytes of the result, namely
+ * verb, flags and inputs (both stolen). The caller's; NULL only when out of memory. */
 json_t *perta_resume_identity(const char *verb, json_t *flags, json_t *inputs);
 
-/* Is it to go on with what an interrupted run left beside home? Then what was checked of the
- * outputs when that began need not hold: they may have their names already. */
-bool perta_resume_found(const struct perta_run *run, const char *home);
-/* Open the journal beside home; identity is stolen. The job then begins its outputs with
- * &resume->journal; all of this before the stream. */
-int perta_resume_begin(struct perta_resume *resume, const struct perta_run *run, const char *home,
+/* Will the run resume one that was interrupted and left a journal beside output? Then the checks of
+ * the outputs are skipped, because they may have been renamed already. */
+bool perta_resume_found(const struct perta_run *run, const char *output);
+/* Open the journal beside output; identity is stolen. Then the job begins its outputs with
+ * &resume->journal. All of this comes before the stream. */
+int perta_resume_begin(struct perta_resume *resume, const struct perta_run *run, const char *output,
                        json_t *identity, bool force, struct perta_err *err);
-/* All is done but the names: *summary is that of the run that came so far, the caller's; only
- * perta_resume_end is left. */
+/* Is everything written, so that only the renames remain? Then *summary, the caller's, is that of
+ * the earlier run, and only perta_resume_end is left to call. */
 bool perta_resume_is_publishing(const struct perta_resume *resume, json_t **summary);
-/* Inputs are open and patches attached: take up what was left, if anything was. The
- * shard under way of models without a patch is the job's to open again. */
+/* Call when inputs are open and patches attached: restore the state of an interrupted run, if there
+ * was one. If there are models without patches, the job reopens their current shard itself. */
 int perta_resume_restore(struct perta_resume *resume, struct perta_stream *stream,
                          struct perta_err *err);
 
-/* A piece (first_elem, n_elems: units) is committed: if it is time, bring all to disk and say so in
- * the journal. */
+/* Call after committing a piece (first_elem and n_elems in units). If a commit point is due, fsync
+ * the outputs and record it in the journal. */
 int perta_resume_point(struct perta_resume *resume, const struct perta_piece *piece,
                        struct perta_stream *stream, struct perta_err *err);
 
-/* After a run that ended with rc and *err. 0: the outputs are complete, give them their names;
- * *summary is on record in case it is killed meanwhile. Else keep what the next run can go on
- * with, say so in *err, and let go of *summary. Closes the journal. */
+/* Call at the end of a run, with its rc and *err. If rc is 0, the outputs are complete: rename
+ * them; *summary is kept in the journal in case that is interrupted. Else keep what can be resumed,
+ * say so in *err, and release *summary. Closes the journal. */
 int perta_resume_end(struct perta_resume *resume, int rc, json_t **summary, struct perta_err *err);
 
 #endif

@@ -1,4 +1,4 @@
-/* System calls that change files: they fail, break off, are logged. */
+/* System calls that change files: they can fail, stop half way, and be logged. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -33,7 +33,7 @@ static FILE *ops, *bytes;
 
 /* ---- the log: a line for each operation, once it is done; bytes in FILE.bytes ---- */
 
-/* The path of an open file; NULL: it has none any more. */
+/* The path of an open file; NULL if it no longer has one. */
 static const char *path_of(int fd, char path[4096])
 {
     char link[64];
@@ -99,7 +99,7 @@ static void cut_off(const char *dir)
         close(fd);
 }
 
-/* An operation of that kind is about to be done. True: it fails, errno says why. */
+/* Call before an operation of that kind. Returns true, with errno set, if it must fail. */
 static bool read_fails(const char *kind)
 {
     int error = fault_strikes(kind);
@@ -107,7 +107,7 @@ static bool read_fails(const char *kind)
     return error;
 }
 
-/* The same of one that changes a file system. */
+/* The same for an operation that changes a file system. */
 static bool fails(const char *kind)
 {
     const struct fault_plan *p = fault_plan();
@@ -147,7 +147,7 @@ WRAP(int, mkdir, const char *path, mode_t mode)
     return rc;
 }
 
-/* The full path of a name that may not be there yet. */
+/* The full path of a name that may not exist yet. */
 static const char *full_of(const char *path, char full[8192])
 {
     char dir[4096], real[4096];
@@ -201,8 +201,8 @@ static bool is_empty_folder(const char *path)
     return n == 2; /* . and .. */
 }
 
-/* With a log a folder is put aside, to FILE.INODE: had the power been cut before, it would still
- * be there, and it is known by its inode. */
+/* With a log, a removed folder is moved to FILE.INODE instead: after an earlier power cut it would
+ * still exist. The log identifies it by its inode. */
 static int remove_folder(const char *path)
 {
     char full[8192], aside[4096] = "";
@@ -243,7 +243,7 @@ static bool is_regular(int fd)
     return !fstat(fd, &st) && S_ISREG(st.st_mode);
 }
 
-/* How much of a write is done: on failure a part of it, too, unless it is to be made again. */
+/* How much of a write is done: a part of it also on failure, unless the caller will repeat it. */
 static size_t part_of(size_t len, bool failed)
 {
     if (failed && errno == EAGAIN)
@@ -271,7 +271,7 @@ WRAP(ssize_t, write, int fd, const void *data, size_t len)
     return failed ? -1 : put;
 }
 
-/* The engine's own are cut short in perta_request_advance. */
+/* The engine's own writes are cut short in perta_request_advance. */
 WRAP(ssize_t, pwrite64, int fd, const void *data, size_t len, off_t off)
 {
     bool failed = fails("pwrite");
@@ -292,7 +292,7 @@ WRAP(ssize_t, pread64, int fd, void *data, size_t len, off_t off)
     return read_fails("pread") ? -1 : __real_pread64(fd, data, len, off);
 }
 
-/* What is not read by offset: small files and their lines, names in folders. */
+/* Reads without an offset: small files, lines, and names in folders. */
 WRAP(ssize_t, read, int fd, void *data, size_t len)
 {
     return is_regular(fd) && read_fails("text") ? -1 : __real_read(fd, data, len);
@@ -303,7 +303,7 @@ WRAP(ssize_t, getline, char **line, size_t *room, FILE *file)
     return read_fails("text") ? -1 : __real_getline(line, room, file);
 }
 
-/* What it is when it is optimized. */
+/* The name of getdelim when optimisation is on. */
 WRAP(ssize_t, __getdelim, char **line, size_t *room, int delimiter, FILE *file)
 {
     return read_fails("text") ? -1 : __real___getdelim(line, room, delimiter, file);
@@ -314,7 +314,7 @@ WRAP(struct dirent64 *, readdir64, DIR *dir)
     return read_fails("list") ? NULL : __real_readdir64(dir);
 }
 
-/* An io_uring is entered; where that fails the kernel may have taken what was prepared. */
+/* Entering an io_uring; if that fails, the kernel may have taken the prepared requests. */
 WRAP(int, io_uring_submit_and_wait_timeout, struct io_uring *ring, struct io_uring_cqe **cqe,
      unsigned n, struct __kernel_timespec *timeout, sigset_t *mask)
 {

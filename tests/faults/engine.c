@@ -1,5 +1,5 @@
-/* Transfers that break off or fail, whoever makes them; completions that come late and in any
- * order, whatever the engine. */
+/* Transfers that stop half way or fail, in any engine; completions that arrive late and in any
+ * order. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,7 +16,8 @@ int __real_perta_engine_open(enum perta_io_mode mode, unsigned depth, struct per
 int __wrap_perta_engine_open(enum perta_io_mode mode, unsigned depth, struct perta_engine **out,
                              struct perta_err *err);
 
-/* Of got bytes so many, but more than there were before; what was not read is not there. */
+/* Pretend that fewer than got bytes were read, but more than before; the rest of the buffer is
+ * overwritten. */
 static int64_t cut_short(const struct perta_request *r, int64_t got)
 {
     uint64_t start = perta_align_down(r->off_bytes, r->file->direct ? PERTA_BLOCK_BYTES : 1);
@@ -60,7 +61,7 @@ struct late {
     struct perta_engine base;
     struct perta_engine_ops ops;
     struct perta_engine *inner;
-    struct held *first; /* all requests under way */
+    struct held *first; /* all requests in flight */
 };
 
 struct held {
@@ -99,7 +100,7 @@ static unsigned count_done(const struct late *late)
     return n;
 }
 
-/* Report the nth of those that are done. */
+/* Report the nth of the completed requests. */
 static void report(struct late *late, uint64_t nth)
 {
     struct held **at = &late->first;

@@ -1,5 +1,5 @@
-/* Memory: what the command, the library and jansson ask for. What jansson's parser takes is its whole
- * call's, for some of it crashes without memory (2.14). */
+/* Memory: allocations of the command, the library and jansson. A call of jansson's parser counts as
+ * one allocation, because parts of it crash when out of memory (2.14). */
 #include <errno.h>
 #include <jansson.h>
 #include <stdarg.h>

@@ -121,7 +121,7 @@ bool fault_chance(unsigned of_1000)
     return of_1000 && fault_random(1000) < of_1000;
 }
 
-/* The how manieth of that kind this one is. */
+/* Counts one more operation of that kind; returns its number. */
 static uint64_t count_one(const char *kind)
 {
     int i = 0;

@@ -1,5 +1,5 @@
-/* A LoRA adapter for a small model: the input is adapter_config.json and, after a NUL, the
- * header of adapter_model.safetensors, which gets its length and its data (zeros) here. */
+/* A LoRA adapter for a small model. The input is adapter_config.json and, after a NUL, the header
+ * of adapter_model.safetensors, to which this target adds the length and the data (zeros). */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +20,7 @@ static void close_model(void)
     perta_checkpoint_close(model);
 }
 
-/* Names as Llama has them, tied embeddings, and a tensor that cannot be edited. */
+/* Llama's names, tied embeddings, and a tensor that cannot be edited. */
 static void put_model(void)
 {
     static uint64_t square[] = {6, 4}, embedding[] = {9, 4}, vector[] = {4};
@@ -54,11 +54,11 @@ static void enter(void)
     if (perta_checkpoint_open(dir, &model, &err))
         abort();
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    if (unlink(path) || atexit(close_model)) /* then the folder is an adapter's */
+    if (unlink(path) || atexit(close_model)) /* then the folder holds an adapter */
         abort();
 }
 
-/* Where the data of a header ends, as it says itself. */
+/* Where the data end according to the header. */
 static size_t data_bytes(const char *header, size_t size)
 {
     json_int_t end = 0;
@@ -88,7 +88,7 @@ static void put_adapter(const uint8_t *data, size_t size)
     fclose(file);
 }
 
-/* Its factors are zero, and so is its task vector. */
+/* The factors are zero, and therefore the task vector is. */
 static void use(struct perta_adapter *adapter, const struct perta_checkpoint *ck)
 {
     struct perta_file file = {.fd = -1};

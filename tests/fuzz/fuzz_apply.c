@@ -1,6 +1,6 @@
-/* A whole .perta file, applied to a model: digests of head and table are put right first, for they
- * would stop a fuzzer at once. What stands in place of a frame and begins with P is the payload of
- * one, for a fuzzer would hardly make a frame. */
+/* A whole .perta file, applied to a model. The digests of head and table are corrected first,
+ * because they would stop a fuzzer at once. Bytes that begin with P where a frame should be are a
+ * payload and are put into a frame, because a fuzzer would hardly build one. */
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -65,7 +65,7 @@ static void apply_entry(const uint8_t *file, const struct perta_patch *patch,
     if (!rc)
         perta_codec_revert(codec, dtype, e->encoding, from, frame_bytes, payload, made, back, n,
                            &way_back);
-    /* Where nothing depends on the values, the way back leads back. */
+    /* If the payload does not depend on the values, reverting must give the model back. */
     if (!rc && e->encoding == PERTA_ENC_DELTA && !perta_codec_groups(dtype) &&
         (way_back.code || memcmp(back, model, n)))
         __builtin_trap();

@@ -1,4 +1,4 @@
-/* The canonical spelling of any JSON: read again it is the same value, spelled the same. */
+/* The canonical spelling of any JSON: parsed again it is the same value, with the same spelling. */
 #include "io/format/canonical.h"
 
 #include <stdint.h>

@@ -1,6 +1,6 @@
-/* Decoding a chunk: dtype, encoding, claimed payload and the payload itself are the
- * input's. It comes as plain bytes and is put into a frame here, for a fuzzer would hardly
- * make one; and once as the frame itself. */
+/* Decoding a chunk. The input gives the dtype, the encoding, the claimed payload size and the
+ * payload. The payload is put into a frame here, because a fuzzer would hardly build one; and once
+ * it is used as the frame itself. */
 #include "io/format/codec.h"
 
 #include <stdlib.h>
@@ -38,9 +38,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     err.code = 0;
     int rc3 =
         perta_codec_count(codec, dtype, encoding, frame, frame_bytes, n, len, &n_changed, &err);
-    if (rc3 && rc3 != rc) /* what fits no values may count well */
+    if (rc3 && rc3 != rc) /* counting may succeed although the values do not fit */
         __builtin_trap();
-    int wrong = encoding == PERTA_ENC_VALUES ? PERTA_EUSAGE : PERTA_ECHECK; /* no way back */
+    int wrong =
+        encoding == PERTA_ENC_VALUES ? PERTA_EUSAGE : PERTA_ECHECK; /* these cannot be reverted */
     if ((rc && rc != PERTA_ECHECK) || (rc2 && rc2 != wrong))
         __builtin_trap();
     return 0;

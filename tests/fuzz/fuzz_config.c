@@ -1,4 +1,4 @@
-/* config.json of a model: as Python writes it, and what it says of the architecture. */
+/* config.json of a model: parsing Python's JSON, and what it says about the architecture. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -8,7 +8,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* Tensors are asked for one by one; the first that a checkpoint lacks ends it. */
+/* Tensors are asked for one by one, until the first that a checkpoint lacks. */
 static int count_tensor(void *ctx, const char *name, size_t rows, size_t cols,
                         struct perta_err *err)
 {

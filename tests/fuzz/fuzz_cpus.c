@@ -1,5 +1,5 @@
-/* Files of /proc and of control groups, line by line: whatever they say, what is told of them is a
- * path or a count. */
+/* Files of /proc and of control groups, line by line: whatever they say, the result is a path or a
+ * count. */
 #include "stream/cpus.h"
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* Of the right length for its room, and ended. */
+/* The path fits its buffer and is terminated. */
 static void check_path(const char *path)
 {
     if (!memchr(path, 0, PERTA_CGROUP_PATH_MAX))
@@ -36,7 +36,8 @@ static void use_line(const char *line)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    for (size_t at = 0; at < size;) { /* each with its end, as getline has it, in room of its own */
+    for (size_t at = 0; at < size;) { /* each line with its newline, as getline gives it, in a
+                                       * buffer of its own */
         const uint8_t *end = memchr(data + at, '\n', size - at);
         size_t len = end ? (size_t)(end - data) - at + 1 : size - at;
         char *line = malloc(len + 1);

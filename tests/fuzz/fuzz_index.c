@@ -34,7 +34,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         json_t *root = json_loadb((const char *)data, index, JSON_REJECT_DUPLICATES, NULL);
         const json_t *map = json_object_get(root, "weight_map");
         if (!json_is_object(map) || json_object_size(map) != ck->n_tensors)
-            __builtin_trap(); /* however it was read, it is what a JSON library reads */
+            __builtin_trap(); /* must equal what a JSON library reads */
         json_decref(root);
         if (ck->config)
             perta_llm_parse(ck->config, "config.json", &llm, &err);

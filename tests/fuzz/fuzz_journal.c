@@ -1,6 +1,6 @@
-/* The journal of an interrupted diff: the input is the records after the first, one a line, without
- * their digests. Whatever they say, the run that goes on ends with an error that says something, or
- * with a patch that holds together. */
+/* The journal of an interrupted diff. The input is the records after the first, one on each line,
+ * without their digests. Whatever they say, the resumed run ends with an error that has a message,
+ * or with a patch that is consistent. */
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,7 +30,7 @@ static size_t take(const char *name, uint8_t *to, size_t room)
     return n;
 }
 
-/* Three tensors of 12 bytes, all of one value. */
+/* Three tensors of 12 bytes, all elements of one value. */
 static void put_model(const char *name, int value)
 {
     static const char json[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[12],\"data_offsets\":[0,12]},"
@@ -56,7 +56,7 @@ static void on_progress(void *user, uint64_t done, uint64_t total)
     stop = 1;
 }
 
-/* Stopped after its chunks, before its table; or gone on with. */
+/* Stopped after its chunks and before its table; or resumed. */
 static int diff(bool resume, struct perta_err *err)
 {
     struct perta_run run = {.memory_bytes = perta_memory_now() + (64 << 20),

@@ -1,5 +1,5 @@
-/* Records: the input is manifest.json of a folder that holds a model and a patch of one tensor
- * each; once as the manifest of the folder's files, once as the record of the patch. */
+/* Records. The input is manifest.json of a folder that holds a model and a patch of one tensor
+ * each: once as the manifest of the folder's files, once as the record of the patch. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +12,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* From the model's one byte x to y. */
+/* Changes the model's one byte from x to y. */
 static void put_patch(const uint8_t *shard, size_t header_bytes)
 {
     struct perta_err err = {0};

@@ -1,4 +1,5 @@
-/* The patch container. Digests would stop a fuzzer at once, so inputs get right ones first. */
+/* The patch container. Digests would stop a fuzzer at once, so they are corrected in the input
+ * first. */
 #include "io/format/patch.h"
 
 #include <stdlib.h>

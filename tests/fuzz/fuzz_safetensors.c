@@ -1,4 +1,4 @@
-/* The header parser, given a file whose data is as long as it likes. */
+/* The header parser, on a file whose data may have any length. */
 #include <string.h>
 
 #include "io/format/safetensors.h"
@@ -11,7 +11,7 @@ static void need(bool holds)
         __builtin_trap();
 }
 
-/* However it was read, it is what a JSON library reads. */
+/* The result must equal what a JSON library reads, whichever way the header was parsed. */
 static void compare(const struct perta_header *h)
 {
     json_t *root =
@@ -36,7 +36,8 @@ static void compare(const struct perta_header *h)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    /* Data of 0 to 63 bytes follows a header that says where it starts; else all is there. */
+    /* Data of 0 to 63 bytes follow a header that says where they start; otherwise the file is
+     * complete. */
     for (uint64_t extra = 0; extra < 64; extra += 8) {
         struct perta_header *header;
         struct perta_err err = {0};

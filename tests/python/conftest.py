@@ -11,27 +11,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PERTA = Path(os.environ.get("PERTA", ROOT / "build/perta")).resolve()
-LONG = bool(os.environ.get("PERTA_LONG"))  # make check-long: all of what make check does a part of
-HANGS = 1800  # seconds: longer than anything takes on a busy machine, with sanitizers
-# No commit point is made because time has gone by; tests that want some take them at every chance
+LONG = bool(os.environ.get("PERTA_LONG"))  # make check-long: all of what make check does in part
+HANGS = 1800  # seconds: longer than any command takes on a busy machine, with sanitizers
+# No commit point is made because of elapsed time; tests that want some make one at every chance
 # (EAGER in verbs.py).
 os.environ["PERTA_COMMIT_SECONDS"] = "inf"
 
 
 def is_sanitized(program):
-    """By what is linked into it: __asan_init or __tsan_init."""
+    """Decided by what is linked into it: __asan_init or __tsan_init."""
     return bool(re.search(rb"__[at]san_init", program.read_bytes()))
 
 
-SANITIZED = is_sanitized(PERTA)  # several times slower
+SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
 NEED_MODEL = ["test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_torch"]
 
 
-# What compares numbers runs once, in the plain build; sanitizers run what they find something in:
-# parsers, journals, hostile files, the loop, threads, and each verb. The long tier runs all in both.
+# Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
+# something: in parsers, journals, hostile files, the loop, threads, and each verb. The long tier
+# runs everything in both.
 NUMBERS = [
     "test_demo",
     "test_quality",
@@ -57,14 +58,14 @@ NUMBERS = [
 
 
 def skip_what_needs_a_model(words):
-    """A build with -Dmodel=disabled passes the rest."""
+    """A build with -Dmodel=disabled passes all other tests."""
     words = [str(word) for word in words]
     if not MODEL and (words[0] in ("estimate", "eval", "demo") or "--steps" in words):
         pytest.skip("this build has no matrix products")
 
 
 def pytest_collection_modifyitems(items):
-    if "torch" in sys.modules:  # small models: threads that wait for each other by spinning gain nothing
+    if "torch" in sys.modules:  # models are small: threads that wait for each other gain nothing
         sys.modules["torch"].set_num_threads(1)
     for item in items:
         name = item.module.__name__
@@ -75,7 +76,8 @@ def pytest_collection_modifyitems(items):
 
 
 def part(cases, plain=None, sanitized=None):
-    """So many of them (None: all), evenly from the first on; all of them in the long tier."""
+    """A part of the cases (None: all), evenly spread from the first on; in the long tier all of
+    them."""
     cases = list(cases)
     n = sanitized if SANITIZED else plain
     return cases if LONG or n is None else cases[:: -(-len(cases) // n)]
@@ -106,15 +108,15 @@ MIB = 1 << 20
 
 
 def needed(perta, words, budget="1M", env=None):
-    """The budget that a refusal of too little names."""
+    """The budget that the refusal of a too small one names."""
     refusal = perta(*words, "--memory", budget, check=2, env=env).stderr
     return re.search(r"needs (\d+M)", refusal)[1]
 
 
 def in_a_larger_process():
-    """For perta(): 2 MiB more are resident from the start on, as an environment (which sanitizers
-    copy, so twice that there)."""
+    """For perta(): 2 MiB more are resident from the start, in an environment (sanitizers copy
+    it, and so need twice that there)."""
     env = {f"PAD{i}": "x" * (MIB // 16) for i in range(32)}
-    # A quarter of the stack is for the environment.
+    # A quarter of the stack is available for the environment.
     stack = (64 * MIB, resource.getrlimit(resource.RLIMIT_STACK)[1])
     return {"env": env, "preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_STACK, stack)}

@@ -10,7 +10,7 @@ MIB = 1 << 20
 
 
 def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
-    """Of all tensors, by name."""
+    """The shapes of all tensors, by name."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
     block = {
@@ -34,7 +34,8 @@ def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write_llama(folder: Path, config: dict) -> int:
-    """In bf16, a mebibyte of noise over and over. Returns the bytes of the weights."""
+    """Weights in bf16: one mebibyte of noise, repeated. Returns the number of bytes of the
+    weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0

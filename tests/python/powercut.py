@@ -1,8 +1,9 @@
-"""What a disk holds after a power cut, from the log that perta_faulty writes (tests/faults).
+"""What a disk may hold after a power cut, derived from the log that perta_faulty writes
+(tests/faults).
 
-Only what was synced is sure. Of the rest each file keeps sectors of 512 bytes at random, old or
-new, and each folder the first few of its new, lost and changed names, independently of what else
-is kept. That is less than ext4 or XFS promise.
+Only what was synced is certain. Of the rest, each file keeps a random choice of its sectors of 512
+bytes, old or new, and each folder the first few of its new, removed and changed names,
+independently of everything else. That is less than ext4 or XFS promise.
 """
 
 import shutil
@@ -14,7 +15,7 @@ SECTOR = 512
 class File:
     def __init__(self, data=b""):
         self.now, self.synced = bytearray(data), bytes(data)
-        self.pending = []  # since then: (offset, bytes) or a length
+        self.pending = []  # since the last sync: (offset, bytes), or a length
 
     def write(self, at, data):
         self.change(self.now, at, data)
@@ -39,7 +40,7 @@ class File:
 
     def after_cut(self, rng):
         content = bytearray(self.synced)
-        share = rng.choice([0, 0, 0.5, 1])  # 0: nothing of it
+        share = rng.choice([0, 0, 0.5, 1])  # 0: nothing of it is kept
         for op in self.pending:
             if isinstance(op, int):
                 if rng.random() < share:
@@ -56,11 +57,11 @@ class File:
 
 class Folder:
     def __init__(self):
-        self.real = None  # where it is when the run has ended, or was put when it was removed
+        self.real = None  # where it is after the run, or where it was moved when it was removed
         self.now, self.synced, self.pending = {}, {}, []
 
     def change(self, **names):
-        """Names and what they are; None: gone. All at once."""
+        """Set names and what they are (None: removed), all at once."""
         self.apply(self.now, names)
         self.pending.append(names)
 
@@ -75,7 +76,7 @@ class Folder:
                 entries[name] = node
 
     def after_cut(self, rng):
-        """This, and for each name what it is: such a pair again, or the bytes of a file."""
+        """This folder, and for each name what it is: another such pair, or the bytes of a file."""
         entries = dict(self.synced)
         for names in self.pending[: rng.randint(0, len(self.pending))]:
             self.apply(entries, names)
@@ -83,7 +84,7 @@ class Folder:
 
 
 class Disk:
-    """The part of root whose names begin with out; what is there at the start is synced."""
+    """The part of root whose names begin with out. What exists at the start counts as synced."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -101,7 +102,7 @@ class Disk:
         return folder
 
     def parent(self, path):
-        """The folder that a path is in, and its name there; None: not on this disk."""
+        """The folder that contains a path, and its name there; None if it is not on this disk."""
         try:
             parts = Path(path).relative_to(self.root).parts
         except ValueError:
@@ -116,7 +117,7 @@ class Disk:
         return folder.now.get(name) if folder and name else folder
 
     def cut_power(self, log: Path, rng):
-        """Put there what is left of a run that left this log, if it had come to a random place in
+        """Restore what a power cut leaves of the run that wrote this log, at a random place in
         it. Returns whether that was its end."""
         lines = log.read_text().splitlines()
         at = rng.randint(0, len(lines))
@@ -158,8 +159,8 @@ class Disk:
                 raise ValueError(op)
 
     def remember(self, folder, path):
-        """Where folders are once the run has ended: they keep their inodes, for the journal knows
-        them by these."""
+        """Remember where folders are after the run: they keep their inodes, by which the journal
+        identifies them."""
         folder.real = path
         for name, node in folder.now.items():
             if isinstance(node, Folder):

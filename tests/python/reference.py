@@ -1,11 +1,11 @@
-"""The method (PerTA, arXiv 2601.22030) in NumPy, one array at a time: what `perta` is held to.
+"""The method (PerTA, arXiv 2601.22030) in NumPy, one array at a time: the reference for `perta`.
 
     tau = tuned - base
     r   = |g_r| / |g_f|,  w = 1 / (1 + r^p),  g_f = 0 gives w = 0
     out = round(model - (alpha * w) * tau)
 
 in float32 in exactly that order, in float64 where the model is F64, with one rounding at the end
-(to nearest, ties to even). Where the step is zero the model's bits stay as they are.
+(to nearest, ties to even). Where the step is zero the model's bits stay unchanged.
 
 Files are read and written with the official `safetensors` package; F16 and BF16 are converted
 here, by their bits.
@@ -40,17 +40,17 @@ DTYPES = {
     "BOOL": np.dtype(bool),
 }
 EDITABLE = ("BF16", "F16", "F32", "F64")
-CHUNK = 1 << 20  # elements that perta works on at a time
+CHUNK = 1 << 20  # elements in a chunk, as in perta
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What `perta unlearn --method` takes."""
+    """The settings of `perta unlearn --method`."""
 
     method: str  # grad fisher power tv constant random
-    stat: str = "mean"  # mean meansq: what the importances hold
+    stat: str = "mean"  # mean or meansq: what the importances hold
     power: float = 1.0
     weight: float = 1.0
     seed: int = 0
@@ -65,11 +65,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Edited:
-    """One tensor after the edit, and what the manifest says of it."""
+    """A tensor after the edit, and what the manifest says about it."""
 
     out: np.ndarray
     counts: dict
-    weights: np.ndarray | int = 0  # how many in each tenth of [0, 1]
+    weights: np.ndarray | int = 0  # the number in each tenth of [0, 1]
 
 
 def unlearn(
@@ -81,7 +81,7 @@ def unlearn(
     forget: Tensors | None = None,
     retain: Tensors | None = None,
 ) -> dict[str, Edited]:
-    """Every tensor of the model. Those that are not floating point pass through."""
+    """Edit every tensor of the model. Those that are not floating point pass through."""
     out = {}
     for name, theta in model.items():
         if dtype_name(theta) not in EDITABLE:
@@ -108,7 +108,7 @@ def edit(
     g_f: np.ndarray | None = None,
     g_r: np.ndarray | None = None,
 ) -> Edited:
-    """One tensor. Parameters that are not finite stay as they are."""
+    """Edit one tensor. Parameters that are not finite stay unchanged."""
     real = np.float64 if dtype_name(theta) == "F64" else np.float32
     with np.errstate(all="ignore"):
         w = weight(rule, real, name, theta.shape, g_f, g_r)
@@ -139,7 +139,7 @@ def edit(
 
 
 def mean_weight(w: np.ndarray, n_bad: int) -> float:
-    """In the order of estimators/edit/edit.h: lanes, blocks, chunks."""
+    """Summed in the order of estimators/edit/edit.h: lanes, blocks, chunks."""
     total = np.float64(0)
     flat = w.reshape(-1).astype(np.float64)
     for first in range(0, flat.size, CHUNK):
@@ -159,7 +159,7 @@ def weight(
     g_f: np.ndarray | None = None,
     g_r: np.ndarray | None = None,
 ) -> np.ndarray:
-    """w of one tensor, in the arithmetic of `real`."""
+    """The weights w of one tensor, in the arithmetic of `real`."""
     if rule.method == "tv":
         return np.full(shape, real(1))
     if rule.method == "constant":
@@ -180,7 +180,7 @@ def weight(
 
 
 def power(x: np.ndarray, p: float, real: type) -> np.ndarray:
-    """x^p as estimators/edit/pow.h computes it, rounded once to `real`."""
+    """x^p as in estimators/edit/pow.h, rounded once to `real`."""
     x = np.asarray(x, np.float64)
     sqrt_half = np.uint64(0x3FE6A09E667F3BCD)
     tiny = x < np.finfo(np.float64).tiny
@@ -216,7 +216,7 @@ def horner(x: np.ndarray, divisors: Iterable[int]) -> np.ndarray:
 
 
 def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> np.ndarray:
-    """SplitMix64 of seed, tensor name and element: 24 bits, as estimators/edit/kernels.h says."""
+    """SplitMix64 of seed, tensor name and element: 24 bits, as in estimators/edit/kernels.h."""
     state = np.uint64(seed ^ xxhash.xxh3_64_intdigest(name.encode()))
     index = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
     z = state + index * np.uint64(0x9E3779B97F4A7C15)
@@ -230,8 +230,8 @@ def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> n
 
 
 def lora_tau(a: np.ndarray, b: np.ndarray, scaling: float) -> np.ndarray:
-    """scaling * (B A) of A (r, in) and B (out, r), bit for bit as estimators/edit/edit.h says: the sum
-    from k = 0 up in float32, every operation rounded."""
+    """scaling * (B A) for A (r, in) and B (out, r), bit for bit as in estimators/edit/edit.h:
+    the sum from k = 0 upwards in float32, with every operation rounded."""
     a, b = widen(a, np.float32), widen(b, np.float32)
     total = np.zeros((b.shape[0], a.shape[1]), np.float32)
     with np.errstate(all="ignore"):
@@ -245,7 +245,7 @@ def lora_tau(a: np.ndarray, b: np.ndarray, scaling: float) -> np.ndarray:
 
 def running_mean(samples: list[np.ndarray], square: bool) -> np.ndarray:
     """The mean of the samples, or of their squares, summed in float32 with Knuth's TwoSum, bit
-    for bit as estimators/edit/running.h says."""
+    for bit as in estimators/edit/running.h."""
     total = np.zeros(samples[0].shape, np.float32)
     carry = np.zeros(samples[0].shape, np.float32)
     for sample in samples:
@@ -264,7 +264,7 @@ def running_mean(samples: list[np.ndarray], square: bool) -> np.ndarray:
 
 
 def dtype_name(array: np.ndarray) -> str:
-    """As safetensors writes it."""
+    """As in safetensors files."""
     return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
 
 
@@ -274,14 +274,14 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def widen(array: np.ndarray, real: type) -> np.ndarray:
-    """To float32 (F64 is rounded, all others are exact) or to float64 (exact)."""
+    """Convert to float32 (F64 is rounded, all others are exact) or to float64 (exact)."""
     if array.dtype == BF16:
         array = (bits(array).astype(np.uint32) << 16).view(np.float32)
     return array.astype(real)
 
 
 def narrow(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """To a model's dtype, to nearest, ties to even."""
+    """Convert to a model's dtype, to nearest, ties to even."""
     if dtype != BF16:
         return array.astype(dtype)
     assert array.dtype == np.float32
@@ -317,7 +317,7 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file, at any depth."""
+    """The bytes of every file, at any depth."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -325,7 +325,8 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 def write_folder(
     folder: Path, tensors: Tensors, shards: int = 1, metadata: dict[str, str] | None = None
 ) -> Path:
-    """Deal the tensors round robin into so many shards, with an index where there are several."""
+    """Distribute the tensors round-robin over that many shards, with an index if there are
+    several."""
     folder.mkdir(parents=True)
     if shards == 1:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata)

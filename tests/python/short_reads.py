@@ -1,5 +1,5 @@
-"""A FUSE file system that shows a folder, and never reads as much as was asked for; or, with a
-BYTE, reads fail (EIO) in any file from there on, and files can be mapped.
+"""A FUSE file system that shows a folder, and never reads as much as was asked for. With a BYTE,
+reads from that byte on fail (EIO) in any file, and files can be mapped.
 
     python short_reads.py FOLDER MOUNTPOINT [BYTE]"""
 

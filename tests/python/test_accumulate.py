@@ -10,7 +10,7 @@ SHAPES = {"scalar": (), "empty": (0, 4), "one": (1,), "seven": (7,), "matrix": (
 
 
 def gradient(rng, dtype, shapes=SHAPES):
-    """One sample: magnitudes over many powers of two, so that sums round."""
+    """The gradient of a sample: magnitudes over many powers of two, so that sums are rounded."""
     return {
         name: cast(rng.standard_normal(shape) * np.exp2(rng.integers(-12, 5, shape)), dtype)
         for name, shape in shapes.items()
@@ -23,7 +23,7 @@ def write_file(path, tensors):
 
 
 def check_folder(folder, samples):
-    """Both statistics, bit for bit."""
+    """Compare both statistics, bit for bit."""
     for stat in ("mean", "meansq"):
         have = read_folder(folder / stat)
         assert have.keys() == samples[0].keys()
@@ -47,7 +47,7 @@ def test_means_have_the_bits_of_numpy(perta, tmp_path, n, dtype):
 
 
 def test_the_carry_keeps_what_a_plain_sum_loses(perta, tmp_path):
-    """2^24 + 1 is no float32: a plain sum would stay at 2^24."""
+    """2^24 + 1 is not a float32: a plain sum would stay at 2^24."""
     samples = [{"w": np.full(5, x, "f4")} for x in (2.0**24, *[1.0] * 15)]
     paths = [write_file(tmp_path / f"{i}.safetensors", s) for i, s in enumerate(samples)]
     accumulate(perta, *paths)

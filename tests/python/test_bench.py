@@ -1,4 +1,4 @@
-"""`make bench` at a size that takes seconds, so that it goes on working."""
+"""`make bench` at a size that takes seconds, so that it keeps working."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def test_everything_is_measured_and_written_down(tmp_path):
         perta = r["coders"]["perta"]["bits"]
         assert perta < 0.97 * r["entropy"]
         assert perta < 0.85 * r["coders"]["XOR, byte split, zstd 1"]["bits"]
-    assert 0.84 < by_regime["BF16", "light"]["unchanged"] < 0.86  # the same data each time
+    assert 0.84 < by_regime["BF16", "light"]["unchanged"] < 0.86  # the data are the same each time
     assert [p["tensors"] for p in measured["growth"]["sizes"]] == [1, 4, 10, 40]
     assert "## Patches" in (results / "results.md").read_text()
     for picture in ("codec.svg", "growth.svg"):

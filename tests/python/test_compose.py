@@ -1,4 +1,5 @@
-"""`compose` makes of a chain of patches the one that `diff` makes of the chain's two ends."""
+"""`compose` turns a chain of patches into the patch that `diff` makes between the two ends of
+the chain."""
 
 import hashlib
 import json
@@ -23,7 +24,7 @@ def weights(rng, n, dtype=BF16):
 
 
 def tuned(rng, x, scale=1e-3):
-    """By little, as training does it: large chunks are then grouped."""
+    """Change all weights a little, like training: large chunks are then grouped."""
     step = scale * rng.standard_normal(x.shape)
     return narrow((x.astype("f8") + step).astype("f8" if x.dtype == "f8" else "f4"), x.dtype)
 
@@ -51,7 +52,7 @@ def first_model(rng):
 
 
 def next_model(rng, before, start, step):
-    """One step of the chain. The tensors' names say which steps change them."""
+    """One step of the chain. The names of the tensors say which steps change them."""
     after = dict(before)
     for name, x in before.items():
         if name.startswith("every") and x.dtype == np.int32:
@@ -67,7 +68,7 @@ def next_model(rng, before, start, step):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Models a, b, c, d; patches p1, p2, p3 from each to the next."""
+    """Models a, b, c, d, and the patches p1, p2, p3 from each to the next."""
     folder = tmp_path_factory.mktemp("chain")
     rng = np.random.default_rng(0)
     start = first_model(rng)
@@ -94,7 +95,7 @@ def manifest(patch):
 
 
 def check_ends(perta, a, z, patch):
-    """The patch is that of diff, and leads from a to z and back."""
+    """The patch equals that of diff, and leads from a to z and back."""
     perta("diff", a, z, "--patch", "ends")
     ends = patch.parent / "ends"
     assert perta_files(patch) == perta_files(ends)
@@ -177,8 +178,8 @@ def test_nothing_changed_is_composed_too(perta, tmp_path):
 
 @pytest.fixture
 def apart(perta, tmp_path):
-    """Patches p1 and p2 that change the same chunks of integers and F8 only, and of BF16 others.
-    d leads on from c and changes BF16 chunks that p1 changed."""
+    """Patches p1 and p2 that change the same chunks only in integers and F8, and different ones
+    in BF16. Model d follows c, and changes BF16 chunks that p1 changed."""
     rng = np.random.default_rng(2)
     a = {"i": random_bits(rng, "I16", 3000), "x": random_bits(rng, "I16", CHUNK + 40)}
     b = {"i": a["i"] + rng.integers(0, 3, 3000, "u2"), "x": a["x"].copy()}
@@ -300,7 +301,7 @@ def test_a_damaged_patch_is_refused(perta, apart, where):
 @pytest.mark.parametrize(
     "command, status, said",
     [
-        ("p1 --patch all", 2, "two patches at least"),
+        ("p1 --patch all", 2, "at least two patches"),
         ("p1 p2", 2, "--patch DIR is needed"),
         ("p1 a --patch all", 3, "is it a patch folder?"),
         ("p1 p2 --patch p2 --force", 2, "the input p2"),
@@ -351,7 +352,7 @@ def test_json_is_one_object_and_quiet_is_silent(perta, apart):
 
 
 def test_patches_of_unlearn_compose(perta, tmp_path):
-    """Forget twice, then take both back at once; the record holds both recipes."""
+    """Unlearn twice, then revert both at once; the record holds both recipes."""
     rng = np.random.default_rng(4)
     for folder in ("a", "tuned", "base"):
         tensors = {f"layer.{i}": weights(rng, (40, 5)) for i in range(5)}
@@ -372,7 +373,7 @@ def test_patches_of_unlearn_compose(perta, tmp_path):
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """96 MiB a model, all of it changed by both patches."""
+    """Models of 96 MiB, all of which both patches change."""
     folder = tmp_path_factory.mktemp("big")
     rng = np.random.default_rng(5)
     x = bits(weights(rng, 12 * MIB))
@@ -387,7 +388,7 @@ def big(tmp_path_factory):
 @sanitized
 @pytest.mark.parametrize("io", ["direct", "pread"])
 def test_memory_bounds_the_whole_process(big, tmp_path, io):
-    """Mapped files count as page cache, so they are left out here."""
+    """Mapped files count as page cache, so that way of reading is left out."""
     patches = [str(big / name) for name in ("p1", "p2")]
     command = ["compose", *patches, "--model", str(big / "a"), "--patch", "p"]
     command += ["--memory", "128M", "--threads", "2", "--io", io]

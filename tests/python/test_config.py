@@ -1,5 +1,5 @@
-"""config.json: how it is read, which models it is refused for, the token that pads, and a tied pair
-under either name."""
+"""config.json: how it is read, which models are refused for it, the padding token, and tied
+embeddings under either name."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ EVAL = "eval --model model --data data.jsonl --compute f32 --json --per-sample".
 
 @pytest.fixture
 def model(tmp_path):
-    """make(said, family, stored=..., text=...): model and data.jsonl in the test's folder."""
+    """make(said, family, stored=..., text=...) writes model and data.jsonl in the test's folder."""
 
     def make(said=None, family="Llama", stored="embedding", text=None):
         config = base_of(family) | (said or {})
@@ -44,7 +44,7 @@ def model(tmp_path):
 
 
 def statistics(model):
-    """Mean and mean square of the samples' gradients."""
+    """Mean, and mean square, of the samples' gradients."""
     mean, meansq = {}, {}
     for ids in SAMPLES:
         model.zero_grad()
@@ -87,7 +87,7 @@ def test_names_that_tools_gave_architectures(perta, model, family, said):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pad", [PAD, 0, PAD - VOCABULARY, None, "eos"])
 def test_looking_up_the_padding_has_no_gradient(perta, model, pad, tied):
-    """PyTorch's padding_idx, which transformers sets; what a tied head adds stays."""
+    """PyTorch's padding_idx, which transformers sets; the part that a tied head adds stays."""
     token = PAD if pad == "eos" else pad
     said = {"pad_token_id": token, "tie_word_embeddings": tied} | ({"eos_token_id": PAD} if pad == "eos" else {})
     family = "Qwen3" if tied else "Mistral"
@@ -103,7 +103,7 @@ def test_a_padding_that_is_no_token_is_refused(perta, model, pad):
     assert '"pad_token_id" is no token of the vocabulary' in perta(*ESTIMATE, check=3).stderr
 
 
-# --- tied
+# --- tied embeddings
 
 
 @pytest.mark.parametrize("stored", ["embedding", "head", "both"])
@@ -116,7 +116,8 @@ def test_either_name_of_a_tied_pair_will_do(perta, model, stored):
 
 
 def test_an_importance_of_either_name_is_the_other_models(perta, model, tmp_path):
-    """The edit of a tied model is the same, whichever name it, its importance and --tuned have."""
+    """The edit of a tied model is the same, whichever name the model, its importance and --tuned
+    use."""
     names, edited = ("embedding", "head"), []
     for stored in names:
         folder = model({"tie_word_embeddings": True}, "Llama", stored)
@@ -165,7 +166,7 @@ def test_a_tied_pair_that_differs_is_refused(perta, model, tmp_path):
     assert_statistics(perta, folder)
 
 
-# --- which model
+# --- which models are supported
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_a_model_that_is_not_supported_is_called_what_it_is(perta, model, said, 
     for words in (ESTIMATE, EVAL):
         message = perta(*words, check=3).stderr
         assert says in message and "model/config.json" in message
-    assert "estimate and eval do not take it: model/config.json" in perta("inspect", "model").stdout
+    assert "estimate and eval refuse it: model/config.json" in perta("inspect", "model").stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,11 +210,11 @@ def test_model_type_says_which_of_them_it_is(perta, model, family, said):
     assert abs(json.loads(perta(*EVAL).stdout)["per_sample"][0]["loss"] - loss) < 1e-5
 
 
-# --- JSON as Python has it
+# --- JSON as Python reads it
 
 
 def with_keys(keys):
-    """The config's text with more at its end."""
+    """The text of config.json with more keys at its end."""
     return json.dumps(base_of("Llama"))[:-1] + f", {keys}}}"
 
 
@@ -258,7 +259,7 @@ def test_what_is_not_json_is_refused_with_its_byte(perta, model, text, says):
         assert says in message and "model/config.json" in message
 
 
-# --- keys that are not known
+# --- unknown keys
 
 
 def test_keys_that_are_not_known_are_named_once(perta, model):
@@ -266,7 +267,7 @@ def test_keys_that_are_not_known_are_named_once(perta, model):
     for words in (ESTIMATE, EVAL, [*ESTIMATE, "--dry-run", "--force"], ["inspect", "model", "--json"]):
         run = perta(*words)
         assert json.loads(run.stdout)["unknown_config_keys"] == ["my_key", "their?key", "rope_scaling.odd"]
-        note = "note: config.json has keys that perta does not know and passes over: my_key, their?key, rope_scaling.odd\n"
+        note = "note: config.json has keys that perta does not know and ignores: my_key, their?key, rope_scaling.odd\n"
         assert run.stderr.count(note) == 1
     assert "my_key" not in perta(*EVAL, "--quiet").stderr
     model({f"key_{i}": 1 for i in range(25)})

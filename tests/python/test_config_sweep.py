@@ -1,6 +1,6 @@
-"""config.json decides the forward pass: tiny models, made and loaded by transformers from that very
-file, in every combination of keys. `perta estimate` has the loss and every gradient of PyTorch, or
-names a key that it does not take. There is nothing in between."""
+"""config.json decides the forward pass. Tiny models are made and loaded by transformers from
+that very file, in every combination of keys. Either `perta estimate` has the loss and every
+gradient of PyTorch, or it refuses and names a key; there is nothing in between."""
 
 import collections
 import copy
@@ -32,7 +32,7 @@ SIZES = {
 }
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# The sample ends in PAD and has it within; ids of both ends of the vocabulary occur.
+# The sample has PAD inside and at its end, and ids from both ends of the vocabulary.
 GENERATOR = torch.Generator().manual_seed(1)
 IDS = torch.randint(0, VOCABULARY, (24,), generator=GENERATOR).tolist()
 IDS[3] = IDS[20] = IDS[23] = PAD
@@ -49,7 +49,7 @@ def base_of(family):
 
 
 def load(folder):
-    """As transformers takes the folder; where no model_type says what it is, by architecture."""
+    """Load as transformers does; if no model_type says what it is, by architecture."""
     config = json.loads((folder / "config.json").read_text())
     by = transformers.AutoModelForCausalLM
     if "model_type" not in config:
@@ -62,9 +62,9 @@ def weights(family, config, stored, dtype):
     """Random tensors of the shapes that transformers has for it."""
     try:
         assert config.get("model_type", family.lower()) == family.lower()
-        made = transformers.AutoConfig.for_model(**copy.deepcopy(config))  # it changes what is in there
+        made = transformers.AutoConfig.for_model(**copy.deepcopy(config))  # it changes it
         model = transformers.AutoModelForCausalLM.from_config(made)
-    except Exception:  # it refuses: as if nothing was said
+    except Exception:  # it refuses the key: as if the key were absent
         made = transformers.AutoConfig.for_model(**base_of(family))
         model = transformers.AutoModelForCausalLM.from_config(made)
     generator = torch.Generator().manual_seed(2)
@@ -81,7 +81,7 @@ def weights(family, config, stored, dtype):
 
 
 def reference(folder):
-    """Mean loss and gradients; None where transformers fails."""
+    """Mean loss and gradients; None if transformers fails."""
     try:
         model = load(folder)
         losses = [model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss for ids in SAMPLES]
@@ -104,7 +104,7 @@ def largest_error(have, want):
 
 
 def outcome(perta, tmp_path, family, config, stored="embedding", dtype=torch.float32, text=None):
-    """equal, refused or wrong; and what is to be said of it."""
+    """equal, refused or wrong; and the message about it."""
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(tmp_path / "imp", ignore_errors=True)
@@ -195,7 +195,7 @@ WINDOWS = [
     {},
     {"sliding_window": None},
     {"sliding_window": 5},
-    {"sliding_window": 1, "use_sliding_window": True, "max_window_layers": 0},  # of queries and keys: 0
+    {"sliding_window": 1, "use_sliding_window": True, "max_window_layers": 0},  # q and k get no gradient
     {"sliding_window": 0},
     {"sliding_window": "5"},
     {"sliding_window": 5, "use_sliding_window": False},
@@ -243,7 +243,7 @@ OTHERS = {
     "pad": [{}, {}] + [{"pad_token_id": pad} for pad in (None, 0, PAD, -1, 60, 61, -61, -62, [PAD], True, "7")],
     "act": [{}, {}, {"hidden_act": "swish"}, {"hidden_act": "silu"}, {"hidden_act": "gelu"}, {"hidden_act": None}],
 }
-# What other models' files hold, or these models' own.
+# Keys of other models' files, or of these models' own.
 SILENT = {
     "torch_dtype": "bfloat16",
     "dtype": "float16",
@@ -328,7 +328,7 @@ WITHOUT = [None, None, None, "head_dim", "num_key_value_heads", "model_type", "a
 
 
 def combined(rng):
-    """Each kind of key by chance, mostly nothing."""
+    """A random choice of each kind of key, mostly none."""
     said = {}
     for choices in (ROPES, WINDOWS, *OTHERS.values()):
         said |= rng.choice(choices) if rng.random() < 0.2 else {}
@@ -336,8 +336,8 @@ def combined(rng):
 
 
 def lacks_what_ministral_wants(config):
-    """transformers takes Ministral for a Mistral with layer_types, and fails without what Mistral
-    has a default for. It means one thing only, so perta computes that."""
+    """transformers takes Ministral for a Mistral with layer_types, and fails without keys for
+    which Mistral has defaults. The config has only one meaning, so perta computes that."""
     asked = config.get("head_dim") is None or config.get("sliding_window", 0) is None
     return config.get("model_type") == "mistral" and "layer_types" in config and asked
 
@@ -358,7 +358,7 @@ def assert_right(perta, tmp_path, counts, family, said, without=None, **stored):
 
 
 def some(cases, n, seed=0):
-    """So many, by chance; all in the long tier."""
+    """A random choice of that many; all in the long tier."""
     cases = list(cases)
     return cases if LONG else random.Random(seed).sample(cases, n)
 
@@ -384,7 +384,7 @@ def test_keys_together(perta, tmp_path):
 
 @pytest.mark.parametrize("keys", ["SILENT", "REFUSED", "NOTED"])
 def test_keys_of_other_models(perta, tmp_path, keys):
-    """None is passed over without a word: it is known, refused, or named."""
+    """No key is ignored silently: it is known, refused, or named."""
     for family, (key, value) in some(itertools.product(FAMILIES, globals()[keys].items()), 6):
         config = base_of(family) | {key: value}
         state, why = outcome(perta, tmp_path, family, config)

@@ -1,6 +1,8 @@
-"""Every verb that writes folders, killed at random operations: --resume ends with the same bytes.
+"""Every verb that writes folders, killed at random operations: --resume ends with the same
+bytes.
 
-The long tier (PERTA_LONG=1, set by `make check-long`) kills ten times as often, and at instants too."""
+The long tier (PERTA_LONG=1, set by `make check-long`) kills ten times as often, and also at random
+instants."""
 
 import os
 import random
@@ -25,7 +27,8 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def job(request, inputs, tmp_path):
-    """The verb's command, and the files that an undisturbed run writes. Its inputs stay as they are."""
+    """The verb's command, and the files that an undisturbed run writes. Its inputs stay
+    unchanged."""
     command = VERBS[request.param]
     before = folder_bytes(inputs)
     run(inputs, *command, env=os.environ)
@@ -56,7 +59,7 @@ def test_killed_at_any_operation_it_ends_with_the_same_bytes(job, tmp_path):
 @pytest.mark.skipif(not LONG, reason="the long tier's")
 @EVERY
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(job):
-    """Wherever that falls, within an operation as well."""
+    """At any instant, also within an operation."""
     folder, command, _want = job
     start = time.monotonic()
     run(folder, *command)
@@ -74,7 +77,7 @@ def kill_and_go_on(job, run_and_kill):
         if status == -signal.SIGKILL:
             kills += 1
             if leftovers(folder) or not folder_bytes(folder / "out"):
-                continue  # else after its last act
+                continue  # otherwise it was killed after its last operation
         else:
             assert status == 0, said
         assert folder_bytes(folder / "out") == want and not leftovers(folder)
@@ -84,7 +87,7 @@ def kill_and_go_on(job, run_and_kill):
 
 
 def kill_after(folder, command, seconds):
-    """Exit status, and what was said."""
+    """Exit status and output."""
     with subprocess.Popen(
         [str(PERTA), *command, "--progress", "none"],
         cwd=folder, env=EAGER, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -97,7 +100,7 @@ def kill_after(folder, command, seconds):
 
 
 def stop_between(folder, command, log, number=signal.SIGKILL):
-    """Stop it between its first commit point and its end."""
+    """Stop the run between its first commit point and its end."""
     n = operations(folder, command, log)["commit"]
     shutil.rmtree(folder / "out")
     return stop_at(folder, command, "commit", max(1, n // 2), number)
@@ -107,12 +110,12 @@ def stop_between(folder, command, log, number=signal.SIGKILL):
 def test_interrupted_it_names_the_way_to_go_on_and_refuses_to_mix(job, tmp_path):
     folder, command, want = job
     status, said = stop_between(folder, command, tmp_path / "count", signal.SIGINT)
-    assert "--resume goes on with it" in said
+    assert "--resume continues it" in said
     assert status == 130
     refused = run(folder, *command, status=2)
-    assert "--resume goes on with it, --force starts over" in refused.stderr
+    assert "--resume continues it, --force starts over" in refused.stderr
     for text in (said, refused.stderr):
-        how = text.splitlines()[-1].partition(": to go on: ")[2]
+        how = text.splitlines()[-1].partition(": to resume: ")[2]
         assert shlex.split(how)[1:] == [*command, "--progress", "none", "--resume"]
     named = {n: b for n, b in folder_bytes(folder / "out").items() if ".perta-" not in n}
     assert named.items() <= want.items()
@@ -128,7 +131,7 @@ def test_on_a_disk_that_was_full_it_goes_on_once_there_is_room(job):
     full = subprocess.run(limit, cwd=folder, env=EAGER, capture_output=True, text=True)
     assert full.returncode == 4 and "File too large" in full.stderr
     flags = [] if command[0] == "estimate" else "--threads 3 --memory 400M --io pread".split()
-    run(folder, *command, *flags, "--resume")  # these decide no byte
+    run(folder, *command, *flags, "--resume")  # these do not affect the bytes
     assert folder_bytes(folder / "out") == want and not leftovers(folder)
 
 
@@ -153,6 +156,6 @@ def test_changed_inputs_and_flags_are_refused(job, tmp_path):
     flags = [] if change == ["touch"] else change
     refused = run(folder, *command, *flags, "--resume", status=2)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert "--resume cannot go on: " in refused.stderr and says in refused.stderr
+    assert "--resume cannot continue: " in refused.stderr and says in refused.stderr
     run(folder, *command, "--resume")
     assert folder_bytes(folder / "out") == want and not leftovers(folder)

@@ -1,5 +1,5 @@
-"""The keys of a line of data, against transformers: masks, positions, packed samples; what is refused,
-passed over, and said; files that change."""
+"""The keys of a line of data, compared with transformers: masks, positions, packed samples; what
+is refused, ignored and reported; files that change."""
 
 import gzip
 import hmac
@@ -28,15 +28,15 @@ INPUTS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 def loss_of(model, line):
-    """As it is trained: with use_cache, transformers makes no blocks of packed samples."""
+    """As in training: with use_cache, transformers makes no blocks of packed samples."""
     batch = {key: torch.tensor([line[key]]) for key in INPUTS if key in line}
     batch.setdefault("labels", batch["input_ids"])
     return model(**batch, use_cache=False).loss
 
 
 def model_of(folder, name):
-    """With PyTorch's scaled_dot_product_attention, which is transformers' way where nothing else is
-    said: a token that sees nothing gets zeros from it (from eager: the mean of all)."""
+    """With PyTorch's scaled_dot_product_attention, the default of transformers: a token that
+    attends to nothing gets zeros from it (from eager attention: the mean of all)."""
     make_model(folder, *MODELS[name])
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -79,11 +79,11 @@ def with_holes(n, share, rng):
 
 
 def lines_of(rng):
-    """Longer and shorter than a block of attention's rows (64)."""
+    """Some shorter, some longer than a block of rows in attention (64)."""
     both = with_holes(30, 0.3, rng)
     return {
         "right": padded(9, 0, 70, rng),
-        "left": padded(9, 5, 0, rng),  # its first label is predicted by a token that sees nothing
+        "left": padded(9, 5, 0, rng),  # its first label is predicted by a token that attends to nothing
         "padding that is learned": padded(70, 6, 9, rng, learned=True),
         "holes": with_holes(100, 0.4, rng),
         "hardly any": with_holes(20, 0.95, rng),
@@ -104,7 +104,7 @@ WINDOWS = ["llama", "mistral, window", "qwen2, a window in the second block", "q
 
 @pytest.mark.parametrize("name", MODELS if LONG else WINDOWS)
 def test_masks_and_positions_are_transformers(perta, tmp_path, name):
-    """Loss of each line, and gradients over all of them."""
+    """The loss of each line, and gradients over all of them."""
     model = model_of(tmp_path / "model", name)
     for seed in range(5 if LONG else 1):
         lines = list(lines_of(random.Random(seed)).values())
@@ -145,7 +145,7 @@ def test_any_mask_and_any_positions(perta, tmp_path, name):
 
 
 def test_blocks_are_samples_of_their_own(perta, tmp_path):
-    """What packing stands for, without transformers; and right padding is as if it were not there."""
+    """What packing means, without transformers; and padding on the right has no effect."""
     model_of(tmp_path / "model", "mistral, window")
     rng = random.Random(3)
     whole = packed((20, 30, 9), rng)
@@ -167,7 +167,7 @@ def test_blocks_are_samples_of_their_own(perta, tmp_path):
 
 
 def test_other_answers_and_steps_have_them_too(perta, tmp_path):
-    """The same treatment everywhere: paraphrased, perturbed, and on the way of steps."""
+    """The same rules everywhere: in paraphrased and perturbed answers, and in steps."""
     make_folders(tmp_path, "mistral, window")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
     kinds = lines_of(random.Random(1))
@@ -213,7 +213,7 @@ NEUTRAL = [
     FOUR | {"attention_mask": [1, 1, 1, 1], "position_ids": [0, 1, 2, 3]},
     FOUR | {"attention_mask": [True] * 4},
     FOUR | {"attention_mask": [1.0] * 4},
-    FOUR | {"loss_mask": [0, 1, 1, 1]},  # the first is never learned
+    FOUR | {"loss_mask": [0, 1, 1, 1]},  # the first label never counts
     FOUR | {"labels": [-100, -100, 3, 4], "completion_mask": [0, 0, 1, 1]},
     FOUR | {"labels": [-100, -100, 3, 4], "assistant_masks": [1, 1, 1, 1]},
     FOUR | {"weight": 1, "loss_weights": [1.0, 1, 1, 1], "sample_weight": 1.0},
@@ -347,7 +347,7 @@ BROKEN = [
 
 
 def test_what_others_write_beside_does_not_matter(perta, tmp_path, model):
-    """Also blank lines, line ends of Windows, and none at the end."""
+    """Also blank lines, Windows line ends, and no newline at the end."""
     for words in (ESTIMATE, "eval --model model --data data.jsonl --json --compute f32".split()):
         text = b"\n\r\n".join(RAW[:-1]) + (b"" if words is not ESTIMATE else b"\n" + RAW[-1])
         (tmp_path / "data.jsonl").write_bytes(text)
@@ -392,18 +392,18 @@ def test_files_that_are_no_json_lines_are_named(perta, tmp_path, model, raw, mes
     assert not list(tmp_path.glob("imp*/*"))
 
 
-# --- what is read is what is on record
+# --- the record is of the data that were read
 
 
 def fifo(path, text):
-    """What can be read once."""
+    """A file that can be read only once."""
     os.mkfifo(path)
     return subprocess.Popen(["sh", "-c", 'printf %s "$1" > "$0"', path, text])
 
 
 def test_the_hmac_is_of_what_was_parsed(perta, tmp_path, model):
     (tmp_path / "key").write_bytes(b"sixteen bytes, or more")
-    text = GOOD_TEXT + "\r\n\n" + GOOD_TEXT  # one reading: a second would find nothing, or wait
+    text = GOOD_TEXT + "\r\n\n" + GOOD_TEXT  # read once: a second reading would find nothing, or block
     writer = fifo(tmp_path / "data.jsonl", text)
     perta(*ESTIMATE, "--data-key", "key")
     assert writer.wait(60) == 0
@@ -413,7 +413,7 @@ def test_the_hmac_is_of_what_was_parsed(perta, tmp_path, model):
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, model):
-    """Long enough, of blank lines, to be changed meanwhile."""
+    """Long enough, with blank lines, to be changed while it is read."""
     data = tmp_path / "data.jsonl"
     data.write_bytes(GOOD_TEXT.encode() + b"\n" * (32 << 20) + GOOD_TEXT.encode())
     command = [str(PERTA), "eval", "--model", "model", "--data", "data.jsonl"]
@@ -437,7 +437,7 @@ def is_being_read(pid, path):
 
 
 def steps_that_are_stopped_for(tmp_path, change, *flags):
-    """After the first step change() is made; the status and what is said."""
+    """Call change() after the first step; returns the status and the output."""
     command = [str(PERTA), *STEPS, "200", *flags]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
         while not (tmp_path / "patch.steps.perta-partial/scales-1").exists():
@@ -455,7 +455,7 @@ def change_data(tmp_path):
 
 def change_shard(folder):
     def change(tmp_path):
-        """Bytes in place, and the time of it taken back."""
+        """Change bytes in place, and restore the modification time."""
         path = sorted((tmp_path / folder).glob("*.safetensors"))[-1]
         was, data = path.stat(), path.read_bytes()
         with path.open("r+b") as file:
@@ -495,29 +495,29 @@ def test_a_run_does_not_go_on_with_another_config(perta, tmp_path):
     assert stop_at(tmp_path, [*STEPS, "2"], "commit", 6)[0] == -signal.SIGKILL
     was = (tmp_path / "full/config.json").read_text()
     change_config(tmp_path)
-    assert "cannot go on: config.json was" in perta(*STEPS, "2", "--resume", check=2).stderr
+    assert "cannot continue: config.json was" in perta(*STEPS, "2", "--resume", check=2).stderr
     (tmp_path / "full/config.json").write_text(was)
     perta(*STEPS, "2", "--resume")
 
 
 def test_steps_refuse_what_can_be_read_once(perta, tmp_path):
-    """A second reading would wait for ever, or find nothing."""
+    """A second reading would block, or find nothing."""
     make_folders(tmp_path)
     text = (tmp_path / "retain.jsonl").read_text()
     (tmp_path / "retain.jsonl").unlink()
     os.mkfifo(tmp_path / "retain.jsonl")
-    said = "is no regular file, and steps read it again at each step"
+    said = "not a regular file, but every step reads it again"
     assert f"retain.jsonl: {said}" in perta(*STEPS, "1", check=3).stderr
     words = ["/dev/stdin" if word == "retain.jsonl" else word for word in STEPS]
     assert f"/dev/stdin: {said}" in perta(*words, "1", input=text, check=3).stderr
     assert not list(tmp_path.glob("patch*"))
 
 
-# --- where a rule is not reached
+# --- stop rules that are not reached
 
 
 def test_a_rule_that_is_not_reached_is_said(perta, tmp_path):
-    """The patch is there, and a script can tell."""
+    """The patch exists, and a script can tell."""
     make_folders(tmp_path)
     done = json.loads(perta(*STEPS, "1").stdout)
     assert "reached" not in done

@@ -1,4 +1,5 @@
-"""`perta demo`: the story holds, and transformers sees in its folders what it saw."""
+"""`perta demo`: the methods compare as it says, and transformers agrees about the models in its
+folders."""
 
 import json
 import re
@@ -24,7 +25,8 @@ def demo(tmp_path_factory):
 
 
 def ask(folder, data):
-    """Share of samples of which both labels are the likeliest, and probability of the first."""
+    """The share of samples whose two labels are the most probable tokens, and the probability of
+    the first."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     right, probability, lines = 0, 0.0, data.read_text().splitlines()
     for line in lines:
@@ -44,7 +46,7 @@ def test_transformers_gets_the_same_answers(demo, name):
     (score,) = [s for s in summary["scores"] if s["method"] == method and s.get(axis) == value]
     for i, part in enumerate(PARTS):
         right, probability = ask(folder / name, folder / f"data/{part}.jsonl")
-        # An answer on the edge between two may fall to either side.
+        # If two answers are almost equally probable, either may win.
         assert abs(score["right"][i] - right) <= 0.02, part
         assert abs(score["probability"][i] - probability) <= 1e-3, part
 
@@ -68,17 +70,17 @@ def test_the_model_learned_and_weighing_keeps_more(demo):
               for s in demo[1]["scores"]}
     assert min(scores["full", "0"]["right"]) > 0.9
     for method in ("tv", "grad", "fisher"):
-        assert scores[method, "1.5"]["right"][0] < 0.2  # forgotten
-    # At the same alpha the weighed edits are smaller: they keep more, and forget less.
+        assert scores[method, "1.5"]["right"][0] < 0.2  # the facts are forgotten
+    # At the same alpha the weighted edits are smaller: they keep more and forget less.
     for part in range(3):
         assert scores["grad", "0.5"]["right"][part] > scores["tv", "0.5"]["right"][part]
-    # Steps forget more than any of the weighed edits here, and keep more all the same.
+    # Here steps forget more than any of the weighted edits, and still keep more.
     steps, grad = scores["signed-backoff", "3"]["right"], scores["grad", "0.75"]["right"]
     assert steps[0] < grad[0] and steps[1] > grad[1] and steps[2] > grad[2]
-    # What is held is what was asked for, and the most is kept of what the model was never shown.
+    # The requested level is held, and most is kept of what the model was never shown.
     for left in ("0.5", "0.1"):
         held = scores["signed-hold", left]
-        assert held["probability"][0] < float(left)  # of the answer alone; steps see its end too
+        assert held["probability"][0] < float(left)  # of the answer; the steps also count the end
     backed_off = [s["right"] for (method, _), s in scores.items() if method == "signed-backoff"]
     assert held["right"][2] > max(kept for left, _, kept in backed_off if left < 0.15)
 
@@ -94,6 +96,6 @@ def test_a_file_that_no_demo_wrote_is_not_written_over(perta, tmp_path):
     (tmp_path / "d/data").mkdir(parents=True)
     mine = tmp_path / "d/data/general.jsonl"
     mine.write_text('{"input_ids": [1, 2]}\n')
-    assert "general.jsonl: exists, and no demo" in perta("demo", "d", "--force", check=2).stderr
+    assert "general.jsonl: exists, but was not written by a demo" in perta("demo", "d", "--force", check=2).stderr
     assert mine.read_text() == '{"input_ids": [1, 2]}\n'
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "d", mine.parent, mine]

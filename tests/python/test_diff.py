@@ -1,4 +1,4 @@
-"""`apply` and `revert` give whole shard files back, byte for byte, for any bits."""
+"""`apply` and `revert` reproduce whole shard files byte for byte, for any bits."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import xxhash
 from conftest import part
 from reference import BF16, CHUNK, bits, folder_bytes, narrow, shard_bytes, write_folder
 
-WIDTHS = {  # bytes an element
+WIDTHS = {  # bytes per element
     "BF16": 2,
     "F16": 2,
     "F32": 4,
@@ -34,7 +34,7 @@ SIZES = (0, 1, 7, 1003, CHUNK + 17)
 
 
 def write_shard(path, dtype, tensors, metadata=None):
-    """Tensors are unsigned arrays of the dtype's width."""
+    """Tensors are unsigned arrays of the width of the dtype."""
     header, at = {"__metadata__": metadata} if metadata else {}, 0
     for name, u in tensors.items():
         offsets = [at, at + u.nbytes]
@@ -59,7 +59,7 @@ def write_checkpoint(folder, dtype, tensors, shards=2, metadata=None):
 
 
 def special_bits(dtype):
-    """Zeros, subnormals, infinities and NaNs of float formats; ends of the range of others."""
+    """Zeros, subnormals, infinities and NaNs of float formats; the ends of the range of others."""
     width = 8 * WIDTHS[dtype]
     if dtype == "BOOL":
         return [0, 1]
@@ -70,7 +70,7 @@ def special_bits(dtype):
 
 
 def random_bits(rng, dtype, n):
-    """Any bits, one in eight of them special."""
+    """Random bits, one element in eight of them special."""
     unsigned = np.dtype(f"u{WIDTHS[dtype]}")
     if dtype == "BOOL":
         return rng.integers(0, 2, n, unsigned)
@@ -80,13 +80,13 @@ def random_bits(rng, dtype, n):
 
 
 def light(rng, dtype, u):
-    """One element in a hundred, by little."""
+    """One element in a hundred changes a little."""
     steps = np.where(rng.random(u.size) < 0.01, rng.integers(0, 4, u.size), 0).astype(u.dtype)
     return u ^ (steps & 1 if dtype == "BOOL" else steps)
 
 
 def medium(rng, dtype, u):
-    """Every element by little, over the ends of the range too."""
+    """Every element changes a little, also across the ends of the range."""
     if dtype == "BOOL":
         return u ^ rng.integers(0, 2, u.size, u.dtype)
     return u + rng.integers(0, 5, u.size, u.dtype) - u.dtype.type(2)
@@ -104,7 +104,7 @@ EDITS = (unchanged, light, medium, heavy)
 
 
 def check_both_ways(perta, folder):
-    """b from a and the patch, a from b and the patch; zstd's own check of the patch."""
+    """b from a and the patch, a from b and the patch; and zstd's own check of the patch."""
     perta("diff", "a", "b", "--patch", "p")
     perta("apply", "a", "p", "--out", "applied")
     perta("revert", "b", "p", "--out", "reverted")
@@ -134,14 +134,14 @@ def test_apply_and_revert_are_exact_for_any_bits(perta, tmp_path, dtype):
 
 
 def fine_tuned(rng, n):
-    """Weights as of a model, and what a small change leaves of their exponents."""
+    """Weights like a model's, and what a small change leaves of their exponents."""
     x = rng.standard_normal(n).astype(np.float32)
     return [bits(narrow(y, BF16)) for y in (x, x + 0.001 * rng.standard_normal(n, "f4"))]
 
 
 def drifting_bytes(rng, n):
-    """Zigzagged changes whose bytes use 32 values at a time, all 256 within one zstd block of
-    any plane."""
+    """Zigzag-encoded changes whose bytes use 32 values at a time, and all 256 within one zstd
+    block of any plane."""
     values = rng.integers(0, 32, (n, 8), np.uint8) + (np.arange(n) // 16384 % 8 * 32)[:, None]
     z = values.astype(np.uint8).view(np.uint64).reshape(n)
     before = random_bits(rng, "I64", n)
@@ -217,7 +217,7 @@ def pair(perta, tmp_path):
 
 
 def refusal(perta, folder, *command):
-    """What the command says, which leaves nothing behind."""
+    """The error message of the command, which must leave nothing behind."""
     there = sorted(folder.iterdir())
     message = perta(*command, check=1).stderr
     assert sorted(folder.iterdir()) == there

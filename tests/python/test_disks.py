@@ -1,5 +1,5 @@
-"""Real disks that are full, read-only, cut off, thinner than they look, or give less than was asked
-for. What needs root or a tool that is not here is skipped, with the reason.
+"""Real disks that are full, read-only, cut off, smaller than they look, or that return less than
+was asked for. Tests that need root or a missing tool are skipped, with the reason.
 
 The long tier (PERTA_LONG=1) cuts a disk off at every step of a job, not at a few."""
 
@@ -46,7 +46,7 @@ def system(*command):
 
 @contextmanager
 def mounted(disk, *mount):
-    """A disk at that folder; skips where that may not be."""
+    """Mount a disk at that folder; skip if that is not permitted."""
     disk.mkdir(exist_ok=True)
     done = subprocess.run(["mount", *map(str, mount), disk], capture_output=True, text=True)
     if done.returncode:
@@ -129,7 +129,7 @@ def test_few_open_files_will_do_or_are_said(inputs, tmp_path, verb, limit):
 
 
 def steps(folder, command, tmp_path):
-    """How many operations that change a file system a run takes."""
+    """The number of operations of a run that change a file system."""
     count = tmp_path / "count"
     env = EAGER | {"PERTA_FAULTS": f"fast=1,count={count}"}
     run(folder, *onto(tmp_path, command), "--io", "pread", env=env, perta=FAULTY)
@@ -154,7 +154,7 @@ def test_cut_off_at_any_step_and_mounted_again_it_goes_on(inputs, tmp_path, kind
             assert cut.returncode == 4, (step, n, cut.stderr)
         with mounted(disk, "-o", "loop", disk_image):
             again = run(inputs, *onto(disk, command), "--resume", status=None)
-            done = again.returncode == 2 and ": exists;" in again.stderr  # before it was cut off
+            done = again.returncode == 2 and ": exists;" in again.stderr  # it had finished
             assert again.returncode == 0 or done, (step, n, cut.stderr, again.stderr)
             assert folder_bytes(disk / "out") == want, (step, n)
             assert not list(disk.rglob("*.perta-*")), (step, n)
@@ -162,7 +162,8 @@ def test_cut_off_at_any_step_and_mounted_again_it_goes_on(inputs, tmp_path, kind
 
 
 def test_a_disk_that_is_thinner_than_it_looks(large, tmp_path):
-    """Below a file system of 64 MiB are 4: there is room, and then syncing fails."""
+    """The file system of 64 MiB lies on one of 4 MiB: there seems to be room, and then syncing
+    fails."""
     command, disk = VERBS["apply"], tmp_path / "disk"
     want = wanted(large, command)
     with mounted(tmp_path / "below", "-t", "tmpfs", "-o", "size=4m", "none") as below:
@@ -176,18 +177,18 @@ def test_a_disk_that_is_thinner_than_it_looks(large, tmp_path):
         subprocess.run(["e2fsck", "-fy", disk_image], capture_output=True)
         with mounted(disk, "-o", "loop", disk_image):
             again = run(large, *onto(disk, command), "--resume", status=None)
-            if again.returncode:  # e2fsck took what was synced
+            if again.returncode:  # e2fsck removed something that was synced
                 assert again.returncode in (1, 3) and "--force starts over" in again.stderr
                 run(large, *onto(disk, command), "--force")
             assert folder_bytes(disk / "out") == want
 
 
-# --- less than was asked for
+# --- short reads
 
 
 @contextmanager
 def short_reads(source, disk, *byte):
-    """A folder by way of FUSE, where no read gives as much as was asked for; or where reads fail
+    """A folder through FUSE, where no read returns as much as was asked for, or where reads fail
     from a byte on."""
     if not ctypes.util.find_library("fuse3") or not os.path.exists("/dev/fuse"):
         pytest.skip("no FUSE here (Debian: fuse3)")
@@ -218,9 +219,9 @@ def test_short_reads_in_the_middle_of_files(inputs, tmp_path, io):
 
 @pytest.mark.parametrize("io", ["mmap", "direct", "pread"])
 def test_a_disk_that_fails_to_read(inputs, tmp_path, io):
-    """Mapped files fail with a signal, on any thread: an error like any other. From a good one
-    the run goes on."""
-    byte = 8192  # past the headers
+    """Mapped files fail with a signal, on any thread; this is an error like any other. With a
+    good file the run can be resumed."""
+    byte = 8192  # after the headers
     with short_reads(inputs, tmp_path / "disk", byte) as disk:
         for verb, command in [(verb, VERBS[verb]) for verb in FEW]:
             said = run(disk, *onto(tmp_path, command), "--io", io, status=4).stderr

@@ -1,4 +1,4 @@
-"""`perta estimate` against PyTorch: loss and every gradient, for every architecture."""
+"""`perta estimate` compared with PyTorch: the loss and every gradient, for every architecture."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ LENGTHS = (2, 3, 17, 66, 1 + 64, 130)
 
 
 def samples():
-    """Ragged lengths; the first third of each is not learned, as a question would be."""
+    """Samples of different lengths; the first third of each is not learned, like a question."""
     generator = torch.Generator().manual_seed(1)
     for n in LENGTHS:
         ids = torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()
@@ -82,7 +82,7 @@ def loss_of(model, sample):
 
 
 def gradients(model, lines=None, loss_of=loss_of):
-    """Mean loss, and mean and mean square of each sample's gradient, in float64."""
+    """The mean loss, and the mean and mean square of each sample's gradient, in float64."""
     lines = list(lines or samples())
     loss, mean, meansq = 0.0, {}, {}
     for line in lines:
@@ -136,8 +136,9 @@ def test_loss_and_gradients_are_pytorchs(perta, tmp_path, family, changes):
 
 
 def test_attention_that_has_made_up_its_mind(perta, tmp_path):
-    """Weights as large as F16 has them: of a row of attention one is nearly all, and the gradient of
-    its scores nearly or exactly 0. About as near to float64 as PyTorch's float32 is."""
+    """Weights as large as F16 can hold: one weight in a row of attention is nearly 1, and the
+    gradient of its scores is nearly or exactly 0. It is about as close to float64 as
+    PyTorch's float32 is."""
     make_model(tmp_path / "model", "Llama", {})
     kind = transformers.LlamaForCausalLM
     model = kind.from_pretrained(tmp_path / "model")
@@ -165,7 +166,7 @@ needs_avx512 = pytest.mark.skipif(
 @pytest.mark.parametrize("compute", ["f32", pytest.param("bf16", marks=needs_avx512)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_weights_of_every_dtype(perta, tmp_path, dtype, compute):
-    """The reference in float32, on the weights as they were rounded."""
+    """The reference in float32, on the weights after rounding."""
     loss, mean, _ = gradients(make_model(tmp_path / "model", "Qwen3", {"head_dim": 16}, dtype))
     write_data(tmp_path / "data.jsonl")
     summary = estimate(perta, "--compute", compute)
@@ -178,8 +179,8 @@ def test_weights_of_every_dtype(perta, tmp_path, dtype, compute):
 @needs_avx512
 @pytest.mark.parametrize("family, changes", IN_BF16.values(), ids=IN_BF16.keys())
 def test_bf16_products_stay_near(perta, tmp_path, family, changes):
-    """Measured over all models: within 1.4 % of each mean gradient's norm, and 2.4 % of each
-    mean square's; about twice that is allowed."""
+    """Measured over all models: within 1.4 % of each mean gradient's norm and 2.4 % of each mean
+    square's. About twice that is allowed."""
     loss, mean, meansq = gradients(make_model(tmp_path / "model", family, changes))
     write_data(tmp_path / "data.jsonl")
     summary = estimate(perta, "--compute", "bf16")
@@ -270,7 +271,7 @@ BIG = {
 @pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 @pytest.mark.parametrize("compute", ["f32", "auto"])
 def test_a_model_four_times_larger_than_memory(tmp_path, compute):
-    """Under a hard limit on the address space, and measured: resident at most, all included."""
+    """Under a hard limit on the address space, and by measured peak memory, everything included."""
     budget = 146
     assert write_llama(tmp_path / "model", BIG) > 4 * budget * MIB
     ids = [{"input_ids": list(range(n, n + 30))} for n in range(1, 5)]
@@ -282,7 +283,7 @@ def test_a_model_four_times_larger_than_memory(tmp_path, compute):
         "import resource, subprocess, sys;"
         "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )  # a child that starts small: peaks are inherited over fork
+    )  # a small child: peaks are inherited over fork
     run = [sys.executable, "-c", helper, *command]
     output = subprocess.run(run, cwd=tmp_path, check=True, capture_output=True).stdout
     assert int(output) / 1024 <= budget

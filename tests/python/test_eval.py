@@ -1,5 +1,5 @@
-"""`perta eval` against transformers: losses, and what the model would answer; with a patch against
-the model that the patch leads to, bit for bit."""
+"""`perta eval` compared with transformers: losses, and what the model would answer; and with a
+patch, compared with the model that the patch leads to, bit for bit."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def score(model, sample):
 
 
 def expected(model, lines):
-    """As docs/eval.md has it."""
+    """As defined in docs/eval.md."""
     for number, line in enumerate(lines, 1):
         loss, accuracy = score(model, line)
         item = {"line": number, "loss": loss, "probability": torch.tensor(-loss).exp().item()}
@@ -89,7 +89,7 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # the second is tied
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # the second has tied embeddings
 def test_numbers_are_transformers(perta, tmp_path, name):
     family, changes = MODELS[name]
     model = make_model(tmp_path / "model", family, changes)
@@ -131,7 +131,7 @@ def test_lines_are_listed_where_they_are_wanted(perta, tmp_path):
 
 
 def changed_copy(tmp_path, change):
-    """tuned: full, shard by shard, each tensor changed."""
+    """tuned: a copy of full, shard by shard, with each tensor changed."""
     shutil.copytree(tmp_path / "full", tmp_path / "tuned")
     for path in (tmp_path / "tuned").glob("*.safetensors"):
         tensors = {name: change(name, x) for name, x in load_file(path).items()}
@@ -174,7 +174,8 @@ def test_a_patch_for_another_model_is_refused(perta, tmp_path):
 
 @pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 def test_a_patched_model_larger_than_memory(perta, tmp_path):
-    """In batches, with rows of all tokens in a file; resident at most, all included."""
+    """In batches, with the rows of all tokens in a file; by measured peak memory, everything
+    included."""
     big = BIG | {"num_hidden_layers": 8, "tie_word_embeddings": True}
     size = write_llama(tmp_path / "full", big)
     (tmp_path / "tuned").mkdir()
@@ -221,7 +222,8 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, line, message):
 
 
 def tokenize(tmp_path, lines, check=True):
-    """perta.tokenize's data of lines, for a small model that is made here; else what it says."""
+    """perta.tokenize's data for these lines, with a small model made here; on an error, its
+    message."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
@@ -244,12 +246,13 @@ def tokenize(tmp_path, lines, check=True):
 
 
 def test_text_becomes_data_with_questions_masked(perta, tmp_path):
-    """TOFU's shapes too: of its forget set, and of real authors, without a paraphrased answer."""
+    """Also with TOFU's keys: of its forget set, and of real authors, without a paraphrased
+    answer."""
     lines = [
         {"question": "who ?", "answer": "me", "paraphrased_answer": "some me"}
         | {"perturbed_answer": ["text", "some text"], "paraphrased_question": "who who ?"},
         {"question": "?", "answer": "me", "perturbed_answer": ["text"]} | {"original_answer": "who"},
-        {"text": "some\u2028text"},  # a line end to Python, not to JSON
+        {"text": "some\u2028text"},  # a line end in Python, not in JSON
     ]
     question, short = [2, 4, 5, 6, 3, 4], [2, 4, 6, 3, 4]
 
@@ -267,22 +270,22 @@ def test_text_becomes_data_with_questions_masked(perta, tmp_path):
     ]
     assert evaluate(perta, "model")["perturbed_samples"] == 2
     words = "estimate --model model --data data.jsonl --out imp --json".split()
-    assert json.loads(perta(*words).stdout)["tokens"] == 8 + 7 + 2  # the lines' own answers alone
+    assert json.loads(perta(*words).stdout)["tokens"] == 8 + 7 + 2  # the lines' own answers
 
 
 def test_a_line_that_is_text_and_a_question_is_refused(tmp_path):
     line = {"text": "some", "question": "who ?", "answer": "me"}
     said = tokenize(tmp_path, [line], check=False)
-    assert "line 1: " in said and "both are there" in said
+    assert "line 1: " in said and "are both present" in said
 
 
 def test_text_is_not_overwritten_by_data_made_of_it(tmp_path):
-    """Out where the text is; data that was made before is replaced, whole."""
+    """OUT is the text's own path; data that was made before is replaced as a whole."""
     mine = tmp_path / "data.jsonl"
     for text in ('{"text": "the only copy"}\n', "x"):
         mine.write_text(text)
         said = tokenize(tmp_path, [{"text": "some"}], check=False)
-        assert "data.jsonl: exists, and perta.tokenize did not write it" in said
+        assert "data.jsonl: exists, but was not written by perta.tokenize" in said
         assert mine.read_text() == text
     mine.unlink()
     for words, ids in (("some", [8]), ("text some", [9, 8])):

@@ -1,6 +1,7 @@
-"""Disks that lie, by seed: transfers that break off, are interrupted, come late and out of order;
-one that fails; inputs that change while they are read (tests/faults/faults.h). A run ends with the
-right bytes, or says what failed, leaves its inputs as they are and goes on with --resume.
+"""Unreliable disks, by seed: transfers that stop half way, are interrupted, arrive late and out
+of order; a failing operation; inputs that change while they are read (tests/faults/faults.h).
+A run either ends with the right bytes, or says what failed, leaves its inputs unchanged and
+can be resumed.
 
 The long tier (PERTA_LONG=1) takes two thousand seeds; PERTA_SEEDS=FROM-TO takes those."""
 
@@ -18,7 +19,7 @@ from verbs import EAGER, FAULTY, VERBS, make_inputs, run, started_long_ago
 
 N_SEEDS = 2000 if LONG else 32
 FIRST, LAST = map(int, os.environ.get("PERTA_SEEDS", f"1-{N_SEEDS}").split("-"))
-GROUPS = 8  # of seeds: each is a test, on inputs of its own
+GROUPS = 8  # of seeds; each group is a test with its own inputs
 ERRORS = {
     "read": [errno.EIO, errno.ENOMEM],
     "write": [errno.EIO, errno.ENOSPC, errno.EDQUOT],
@@ -61,7 +62,7 @@ def clear(folder):
 
 
 def draw(rng, seed):
-    """What goes wrong; and the errno that a run may fail with, None: it may not."""
+    """The faults to inject, and the errno that the run may fail with; None: it must not fail."""
     faults, error = [f"seed={seed}", "fast=1"], None
     for name in ("short", "again", "late"):
         faults.append(f"{name}={rng.choice([0, 0, 30, 300])}")
@@ -88,7 +89,7 @@ def check_seed(folder, wanted, seed):
     assert error and done.returncode == 4, (seen, done)
     assert os.strerror(error) in done.stderr, (seen, done)
     again = run(folder, *command, "--resume", status=None)
-    if again.returncode:  # it was done when it failed
+    if again.returncode:  # it had finished when it failed
         assert again.returncode == 2 and ": exists;" in again.stderr, (seen, done, again)
     assert folder_bytes(folder / "out") == wanted[verb] and not leftovers(folder), (seen, done)
     return True
@@ -104,7 +105,7 @@ def test_right_bytes_or_an_error(inputs, wanted, group):
         finally:
             clear(inputs)
     assert folder_bytes(inputs) == before
-    assert failed or LAST - FIRST < 20 * GROUPS  # else nothing was tested
+    assert failed or LAST - FIRST < 20 * GROUPS  # otherwise nothing was tested
 
 
 @pytest.mark.skipif(not MODEL, reason="this build has no matrix products")
@@ -124,7 +125,7 @@ KINDS = ["read", "write", "pread", "pwrite"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verb", ["unlearn", "estimate", "apply"])
 def test_a_direct_transfer_refused_late_goes_through_the_page_cache(inputs, wanted, verb, kind):
-    """Some file systems accept O_DIRECT and refuse (EINVAL) when it is used."""
+    """Some file systems accept O_DIRECT when opening, and refuse it (EINVAL) when it is used."""
     for io, n in itertools.product(["direct", "pread"], [1, 2, 7]):
         env = os.environ | {"PERTA_FAULTS": f"fast=1,fail={kind}:{n}:{errno.EINVAL}"}
         run(inputs, *VERBS[verb], "--io", io, env=env, perta=FAULTY)
@@ -134,11 +135,11 @@ def test_a_direct_transfer_refused_late_goes_through_the_page_cache(inputs, want
 
 @pytest.mark.parametrize("kind", [*KINDS, "put"])
 def test_again_without_end_is_an_error_that_names_it(inputs, kind):
-    """EAGAIN of a regular file: tried again, but not for ever."""
+    """EAGAIN from a regular file is retried, but not forever."""
     for io in ("direct", "pread", "mmap"):
         env = os.environ | {"PERTA_FAULTS": f"fast=1,fail={kind}:2:{errno.EAGAIN},forever=1"}
         done = run(inputs, *VERBS["unlearn"], "--io", io, env=env, perta=FAULTY, status=None)
-        if (kind, io) in {("read", "mmap"), ("pwrite", "direct")}:  # none are made
+        if (kind, io) in {("read", "mmap"), ("pwrite", "direct")}:  # there are no such operations
             assert done.returncode == 0, done
         else:
             assert done.returncode == 4 and os.strerror(errno.EAGAIN) in done.stderr, (io, done)
@@ -147,7 +148,8 @@ def test_again_without_end_is_an_error_that_names_it(inputs, kind):
 
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_a_ring_that_fails_ends_the_run_when_nothing_is_in_flight(inputs, wanted, verb):
-    """Whether the kernel had taken the requests or not; what is freed too early, sanitizers see."""
+    """Whether or not the kernel had taken the requests; sanitizers detect memory that is freed
+    too early."""
     failed = 0
     for n in (1, 2, 3, 5, 9, 30):
         faults = f"fast=1,late=300,seed={n},fail=enter:{n}:{errno.ENOMEM},forever=1"
@@ -198,7 +200,7 @@ def test_a_journal_that_cannot_be_read_is_not_started_over(inputs, wanted):
     journal, partial = inputs / "out.perta-journal", inputs / "out.perta-partial"
     started_long_ago(journal)
     kept, files = journal.read_bytes(), folder_bytes(partial)
-    lines = kept.count(b"\n") + 1  # and the end: it is read four times
+    lines = kept.count(b"\n") + 1  # plus one for the end; the journal is read four times
     assert lines > 2
     failed = 0
     for n in (1, 2, lines + 1, 2 * lines + 1, 2 * lines + 2, 3 * lines + 2):
@@ -221,7 +223,7 @@ def test_a_journal_that_cannot_be_read_is_not_started_over(inputs, wanted):
 
 
 def test_in_place_a_journal_that_cannot_be_read_is_no_damage(inputs):
-    """What it holds is not passed over, for then the model would be neither of the two."""
+    """The journal must not be ignored: the model would then be neither of the two."""
     half, command = inputs / "out-half", ["out", "p1", "--in-place", "--io", "direct"]
     shutil.copytree(inputs / "model", inputs / "out")
     env = os.environ | {"PERTA_FAULTS": f"fast=1,fail=pwrite:4:{errno.EIO}"}
@@ -253,7 +255,7 @@ def test_in_place_a_direct_write_refused_late_goes_through_the_page_cache(inputs
 
 
 def check_in_place(folder, sides, seed):
-    """It ends, or fails and is completed, or taken back, from wherever it was."""
+    """The edit ends, or it fails and is completed or undone, from any state."""
     rng = random.Random(seed)
     verb, back = rng.sample(["apply", "revert"], 2)
     faults, error = draw(rng, seed)
@@ -268,7 +270,8 @@ def check_in_place(folder, sides, seed):
         assert os.strerror(error) in done.stderr, (seen, done)
         verb = rng.choice([verb, back])
         again = run(folder, verb, *command, status=None)
-        # Before it touched anything there is nothing to take back, after its end nothing to do.
+        # Before it changed anything there is nothing to undo, and after its end nothing to
+        # complete.
         assert not again.returncode or "here the patch is" in again.stderr, (seen, done, again)
     assert folder_bytes(folder / "out") == sides[verb], (seen, done)
     return done.returncode != 0
@@ -292,7 +295,7 @@ def test_in_place_it_goes_on_or_back(inputs, group):
 @pytest.mark.parametrize("io", ["direct", "pread", "mmap"])
 @pytest.mark.parametrize("change", ["shrink", "touch"])
 def test_an_input_that_changes_while_it_is_read(inputs, tmp_path, verb, io, change):
-    """None of what came of it is a result, and nothing is kept to go on with."""
+    """Nothing computed from it becomes a result, and nothing is kept to be resumed."""
     victim = {"accumulate": "forget", "estimate": "llama"}.get(verb, "model")
     for name in ("model", "tuned", "base", "forget", "retain", "p1", "p2", "llama"):
         if name != victim:
@@ -303,12 +306,12 @@ def test_an_input_that_changes_while_it_is_read(inputs, tmp_path, verb, io, chan
     before = folder_bytes(inputs)
     for n in (1, 4):
         data = shard.read_bytes()
-        # With commit points at every chance, or none.
+        # With commit points at every chance, or with none.
         env = (EAGER if n > 1 else os.environ) | {"PERTA_FAULTS": f"fast=1,{change}={n}:{shard}"}
         said = run(tmp_path, *VERBS[verb], "--io", io, env=env, perta=FAULTY, status=None)
         assert said.returncode in (1, 3), said
         assert "changed while it was read" in said.stderr or "ends at byte" in said.stderr or (
-            said.returncode == 1 and victim in said.stderr  # not what the patch was made from
+            said.returncode == 1 and victim in said.stderr  # not the model that the patch is for
         ), said
         assert shard.read_bytes() != data
         assert not folder_bytes(tmp_path / "out") and not leftovers(tmp_path)

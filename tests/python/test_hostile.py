@@ -1,5 +1,5 @@
-"""Files that break their format, or mean harm: refused with file, tensor and byte, exit 3 (1 for a
-damaged patch), nothing written."""
+"""Files that violate their format or are malicious: refused with file, tensor and byte and exit
+status 3 (1 for a damaged patch); nothing is written."""
 
 import json
 import os
@@ -208,7 +208,7 @@ def test_what_a_terminal_would_obey_is_not_printed(perta, tmp_path):
 
 
 def test_what_a_link_leads_to_does_not_go_into_the_output(perta, tmp_path):
-    """Nor do folders; both are named."""
+    """Nor are folders; both are named."""
     (tmp_path / "secret").write_text("private key")
     for name in "ab":
         write_folder(tmp_path / name, {"x": np.arange(4, dtype=np.float32)})
@@ -254,7 +254,7 @@ def test_what_is_no_checkpoint_is_refused(perta, tmp_path, path):
 
 @pytest.fixture
 def patched(perta, tmp_path):
-    """Folders a, b and the patch p from one to the other."""
+    """Folders a and b, and the patch p from one to the other."""
     rng = np.random.default_rng(3)
     before = {name: rng.standard_normal(300).astype(np.float32) for name in "xyz"}
     after = {name: array * np.float32(1.001) for name, array in before.items()}
@@ -279,7 +279,7 @@ def test_every_flipped_byte_of_a_patch_is_found_and_none_yields_another_model(pe
         assert perta("verify", "p", check=None).returncode in (1, 3), at
         result = perta("apply", "a", "p", "--out", "out", "--force", check=None)
         assert result.returncode in (0, 1, 3), at
-        if result.returncode == 0:  # say, in a frame's checksum, which apply does not need
+        if result.returncode == 0:  # for example in a frame's checksum, which apply does not need
             assert folder_bytes(patched / "out") == wanted, at
         assert not list(patched.glob("*partial")), at
 
@@ -297,13 +297,13 @@ def test_a_patch_cut_short_is_refused(perta, patched):
 @pytest.mark.parametrize(
     "change, status, message",
     [
-        (lambda m: m.update(format="zip"), 3, "not of a perta patch"),
+        (lambda m: m.update(format="zip"), 3, "not the manifest of a perta patch"),
         (lambda m: m.update(version=2), 3, "patch format 2"),
         (lambda m: m["outputs"]["patch"][0].update(name="../x.perta"), 3, "../x.perta"),
         (lambda m: m["outputs"]["patch"][0].update(name="/x.perta"), 3, "/x.perta"),
         (lambda m: m["outputs"]["patch"][0].update(name="model.zip"), 3, "model.zip"),
-        (lambda m: m["outputs"]["patch"][0].update(name=""), 3, "no name of a patch file"),
-        (lambda m: m["outputs"]["patch"][0].update(name="."), 3, "no name of a patch file"),
+        (lambda m: m["outputs"]["patch"][0].update(name=""), 3, "not the name of a patch file"),
+        (lambda m: m["outputs"]["patch"][0].update(name="."), 3, "not the name of a patch file"),
         (lambda m: m["outputs"]["patch"][0].update(name="..perta"), 3, "plain file name"),
         (lambda m: m["outputs"]["patch"][0].update(name="...perta"), 3, "plain file name"),
         (lambda m: m["outputs"]["patch"][0].update(name="a\nb.perta"), 3, "a?b.perta"),
@@ -324,7 +324,7 @@ def test_a_record_that_does_not_fit_is_refused(perta, patched, change, status, m
     path.write_text(json.dumps(record))
     assert message in perta("apply", "a", "p", "--out", "out", check=status).stderr
     assert not (patched / "out").exists()
-    if "no file" in message:  # nothing to check is not the same as nothing wrong
+    if "no file" in message:  # having nothing to check is not success
         assert message in perta("verify", "p", check=3).stderr
 
 
@@ -360,7 +360,8 @@ def add_shard(patch, name):
 
 
 def test_a_shard_too_many_is_refused_whatever_its_name(perta, patched):
-    """A model with too few shards was said to have a shard "none", which a patch may have."""
+    """A model with too few shards used to be reported as having a shard "none", which a patch
+    may contain."""
     shutil.copytree(patched / "p", patched / "q")
     perta("diff", "b", "a", "--patch", "back")
     add_shard(patched / "q", "none.perta")
@@ -371,7 +372,7 @@ def test_a_shard_too_many_is_refused_whatever_its_name(perta, patched):
 
 
 def test_damage_with_a_message_that_is_cut_within_a_character_is_reported(perta, patched):
-    """verify called such a patch whole: half a character is no JSON."""
+    """verify used to report such a patch as whole, because half a character is not JSON."""
     path = patched / "p" / SHARD
     for pad in range(3):
         header = file_of({"x" * pad + "€" * 500: {}}, b"")
@@ -400,7 +401,7 @@ def test_a_foreign_file_named_perta_is_refused(perta, patched):
     "words, message",
     [
         ("", "Usage"),
-        ("forget", "no verb forget"),
+        ("forget", "unknown verb forget"),
         ("unlearn", "--model DIR, --tuned DIR and --patch DIR are needed"),
         ("unlearn --steps 2 --model m --tuned . --patch p", "--base DIR, "),
         ("unlearn --model a --tuned a --base a --forget a --retain a", "--patch DIR is needed"),
@@ -426,7 +427,7 @@ def test_a_foreign_file_named_perta_is_refused(perta, patched):
         ("accumulate --out x", "gradients"),
         ("accumulate a", "--out"),
         ("estimate", "needed"),
-        ("verify", "verify what"),
+        ("verify", "PATH is missing: what should be verified?"),
         ("verify a --applied", "--patch"),
         ("manifest", ""),
         ("manifest a --format md5", "--format"),

@@ -1,5 +1,5 @@
-"""What an interrupted run left is taken up only where it makes sense: a journal, or a folder beside
-it, that was made to harm is refused; nothing outside the output is written to."""
+"""Leftovers of an interrupted run are resumed only if they make sense. A malicious journal, or a
+malicious folder beside it, is refused, and nothing outside the output is written."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from verbs import EAGER, records_of, stop_at, write_records
 
 
 def interrupt(perta, *command, at):
-    """Run until a file has grown to so many bytes, which fails as a full disk does."""
+    """Run until a file would exceed that many bytes, which fails like a full disk."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
@@ -30,7 +30,7 @@ def interrupt(perta, *command, at):
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """Folders a and b; p, and what is left of the apply and the diff that did not end."""
+    """Folders a and b, p, and the leftovers of an apply and a diff that were interrupted."""
     path = tmp_path_factory.mktemp("left")
 
     def perta(*args, check=0, env=None, **kw):
@@ -65,7 +65,7 @@ def test_what_is_left_can_be_gone_on_with(perta, here):
 
 
 def put(*path):
-    """Put the last of these where the others lead to in the last record."""
+    """In the last record, put the last argument where the others lead to."""
     *keys, last, value = path
 
     def change(record):
@@ -150,7 +150,7 @@ def test_a_folder_that_is_not_the_one_on_record_gets_no_name(perta, here):
     assert not (here / "p").exists()
     for summary in {}, {"summary": "none"}:
         write_records(here / "p.perta-journal", records + [{"publish": [1]} | summary])
-        assert "damaged; --force starts over: no summary" in perta(*RUNS["p"].split(), check=3).stderr
+        assert "damaged; --force starts over: there is no summary" in perta(*RUNS["p"].split(), check=3).stderr
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "hard link", "symbolic link"])
@@ -238,7 +238,7 @@ def batch(extents, data, table_at=4096):
     ids=["the header", "no such shard", "nor such", "overflow", "beyond", "not a block", "long", "none"],
 )  # fmt: skip
 def test_a_journal_writes_nothing_but_chunks_of_the_model(perta, here, extent, length):
-    """Headers come out as they were, or the edit fails; files do not grow."""
+    """Headers come out unchanged, or the edit fails; files do not grow."""
     patch_id = hashlib.sha256((here / "whole/manifest.json").read_bytes()).hexdigest().encode()
     data = b"\xff" * (4096 if length else 0)
     log = ahead_head(b"whole", patch_id).ljust(4096, b"\0") + batch([extent], data)
@@ -315,7 +315,8 @@ def test_scratch_that_leads_elsewhere_is_not_written_to(perta, estimate, kind):
         scratch.rmdir()
         scratch.symlink_to(outside)
     precious = folder_bytes(outside)
-    # As it is; and from the start, where there is no record to go on with.
+    # First with the last record as it is; then from the start, where there is no record to resume
+    # from.
     assert perta(*ESTIMATE, "--resume", check=None).returncode in (3, 4)
     write_records(estimate / "imp/mean.perta-journal", records_of(estimate / "imp/mean.perta-journal")[:1])
     perta(*ESTIMATE, "--resume")

@@ -1,5 +1,6 @@
-"""Memory is bounded before it is taken: by a multiple of what was read (docs/safetensors.md), and for
-patches by the sizes in their tables, whatever their frames would decompress to."""
+"""Memory is bounded before it is allocated: by a multiple of what was read
+(docs/safetensors.md), and for patches by the sizes in their tables, whatever their frames
+decompress to."""
 
 import json
 import resource
@@ -12,8 +13,8 @@ import zstandard
 from conftest import PERTA
 from reference import INDEX, write_folder
 
-MULTIPLE = 100  # as stated
-FIXED = 24 << 20  # the process itself
+MULTIPLE = 100  # as documented
+FIXED = 24 << 20  # for the process itself
 N = 1_500_000
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +54,7 @@ GREEDY = {
 def test_a_header_takes_no_more_than_a_multiple_of_its_length(perta, tmp_path, text):
     data = text.encode()
     (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(data)) + data)
-    status = 0 if "U8" in text else 3  # 4 would be: no memory
+    status = 0 if "U8" in text else 3  # 4 would mean out of memory
     perta("inspect", "m.safetensors", check=status, **bounded(len(data)))
 
 
@@ -84,7 +85,7 @@ def test_so_do_lines_of_data(perta, tmp_path):
 
 @pytest.fixture
 def patched(perta, tmp_path):
-    """A patch of one chunk of 1 MB; returns a function that puts a frame into its place."""
+    """A patch of one chunk of 1 MB; returns a function that replaces its frame."""
     before = np.random.default_rng(3).standard_normal(250_000).astype(np.float32)
     write_folder(tmp_path / "a", {"x": before})
     write_folder(tmp_path / "b", {"x": before[::-1].copy()})
@@ -122,13 +123,13 @@ def compress(n, size_known):
 def test_a_bomb_is_refused(perta, patched, size_known):
     bomb = compress(GIB, size_known)
     assert len(bomb) < 100_000
-    # From the table: more than a chunk of this tensor can need.
+    # In the table: more than a chunk of this tensor can need.
     for payload_bytes in GIB, 3_000_000, (1 << 32) - 1:
         patched(bomb, payload_bytes)
         for command in ["verify", "p"], ["apply", "a", "p", "--out", "o"]:
             result = perta(*command, check=1, **bounded(2_000_000))
             assert "longer than its chunk can need" in result.stdout + result.stderr
-    # From the frame: not what the table says.
+    # In the frame: not what the table says.
     patched(bomb)
     assert "is damaged" in perta("verify", "p", check=1, **bounded(2_000_000)).stdout
     assert "is damaged" in perta("apply", "a", "p", "--out", "o", check=1, **bounded(2_000_000)).stderr
@@ -143,7 +144,7 @@ def test_a_bomb_is_refused(perta, patched, size_known):
         lambda good: good + SKIPPABLE,
         lambda good: good + b"\0",
         lambda good: good[:-1],
-        lambda good: b"\x27" + good[1:],  # of zstd 0.7, say
+        lambda good: b"\x27" + good[1:],  # for example that of zstd 0.7
     ],
     ids=["empty after", "empty before", "skippable before", "skippable after", "a byte more",
          "a byte less", "older format"],

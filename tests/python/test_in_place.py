@@ -1,6 +1,7 @@
-"""apply and revert --in-place: exact, refused untouched, and whole again after any kill.
+"""apply and revert --in-place: exact; refused without changes; and complete again after any
+kill.
 
-Power cuts are replayed: tests/trace_writes.c records every write and sync, and folders are built
+Power cuts are replayed: tests/trace_writes.c records every write and sync, and folders are rebuilt
 as a disk might hold them that lost, or tore, any write that was not synced yet."""
 
 import fcntl
@@ -25,7 +26,7 @@ JOURNAL = "perta-in-place.journal"
 
 
 def model(rng):
-    """Tensors that begin and end anywhere in a block, of every width, and larger than a chunk."""
+    """Tensors that begin and end anywhere in a block, of every width, some larger than a chunk."""
     shapes = {"a.big": (CHUNK + 301,), "b.odd": (77, 91), "c.byte": (5001,), "d.empty": (0, 3), "e.two": (2 * CHUNK,), "f.three": (3 * CHUNK,)}
     dtypes = {"c.byte": np.dtype("u1"), "b.odd": np.dtype("f4")}
     dtypes |= {f"layers.{i}": np.dtype(t) for i, t in enumerate(["f2", "f8", "i8", "i4", "i2", "i1", "?"])}
@@ -38,7 +39,7 @@ def model(rng):
 
 
 def changed(rng, tensors):
-    """Some tensors stay as they are, others change in part."""
+    """Some tensors stay unchanged, others change in part."""
     new = {}
     for i, (name, x) in enumerate(tensors.items()):
         y = x.copy()
@@ -155,7 +156,7 @@ def test_flags_that_make_no_sense(perta, work):
 
 
 def test_a_full_disk_leaves_the_model_as_it_was(perta, work):
-    limit = 1 << 20  # the journal is larger, the shards are there already
+    limit = 1 << 20  # the journal is larger; the shards exist already
     command = ["prlimit", f"--fsize={limit}", PERTA, "apply", "m", "p", "--in-place"]
     full = subprocess.run(command, cwd=work, capture_output=True, text=True)
     assert full.returncode == 4 and "no room for" in full.stderr
@@ -170,12 +171,13 @@ EDIT = "m p --in-place --memory 64M".split()
 
 @pytest.mark.parametrize("kind, begun", [("read", False), ("pwrite", True)])
 def test_interrupted_it_says_what_to_do(work, kind, begun):
-    """Before the first byte is written nothing has happened; later the message names both ways."""
+    """Before the first byte is written nothing has changed; after that the message names both
+    directions."""
     command = "apply m p --in-place --io pread --memory".split() + ["128M" if SANITIZED else "64M"]
     status, said = stop_at(work, command, kind, 1, signal.SIGINT)
     assert status == 130 and "interrupted" in said
     assert begun == (work / "m" / JOURNAL).exists()
-    assert begun == ("the same command completes it, revert takes it back" in said)
+    assert begun == ("the same command completes the edit, revert reverts it" in said)
     assert begun or folder_bytes(work / "m") == folder_bytes(work / "old")
     run(work, *command)
     assert folder_bytes(work / "m") == folder_bytes(work / "new")
@@ -190,7 +192,7 @@ def test_killed_at_any_operation_it_goes_on_or_back(work):
 
 @pytest.mark.skipif(SANITIZED or not LONG, reason="the long tier's; sanitizers take memory too")
 def test_killed_at_random_instants_it_goes_on_or_back(work):
-    """Wherever that falls, within an operation as well."""
+    """At any instant, also within an operation."""
     start = time.monotonic()
     run(work, "apply", *EDIT)
     whole = time.monotonic() - start
@@ -207,12 +209,12 @@ def kill_and_go_on_or_back(work, rng, run_and_kill):
         assert status in (0, -signal.SIGKILL), said
         kills += status != 0
         in_the_middle += (work / "m" / JOURNAL).exists()
-        if rng.random() < 0.5:  # on, or back
+        if rng.random() < 0.5:  # forwards or backwards
             verb = "apply" if verb == "revert" else "revert"
         wanted = new if verb == "apply" else old
         done = run(work, verb, *EDIT, status=None)
         have = folder_bytes(work / "m")
-        # Before it touched anything, or after its end: there is nothing to go back from.
+        # Before anything was changed, or after the end, there is nothing to undo.
         assert done.returncode == 0 or ("here the patch is" in done.stderr and have == wanted), done.stderr
         assert have == wanted
         side = wanted
@@ -232,7 +234,7 @@ def tracer(tmp_path_factory):
 
 
 def read_trace(path):
-    """Each act: [what, file, offset, bytes]."""
+    """The recorded operations: [what, file, offset, bytes]."""
     acts = []
     data = path.read_bytes()
     at = 0
@@ -247,15 +249,15 @@ def read_trace(path):
 
 
 def after_a_cut(rng, old, acts):
-    """Files as a disk might hold them: what was synced, and of the rest any part, sector by sector; of
-    names, those that the folder had when it was synced, and perhaps what came after."""
+    """Files as a disk might hold them: what was synced, and any part of the rest, sector by
+    sector; of names, those that the folder had when it was synced, and perhaps later ones."""
     contents = {name: bytearray(data) for name, data in old.items()}
-    names = {name: name for name in old}  # by what they are called now: by what they were first
+    names = {name: name for name in old}  # the current names, and for each the first name
     last_sync = {}
     for i, act in enumerate(acts):
         if act["what"] == "sync":
             last_sync[act["file"]] = i
-        elif act["what"] == "rename":  # its syncs go along
+        elif act["what"] == "rename":  # its synced bytes move with it
             last_sync[act["data"].decode()] = last_sync.get(act["file"], -1)
     for i, act in enumerate(acts):
         name = act["file"]
@@ -277,7 +279,7 @@ def after_a_cut(rng, old, acts):
 
 
 def record(perta, work, tracer, verb):
-    """What it writes, act by act, and the model before."""
+    """What the run writes, operation by operation, and the model before."""
     shutil.rmtree(work / "m")
     shutil.copytree(work / ("old" if verb == "apply" else "new"), work / "m")
     start = folder_bytes(work / "m")
@@ -306,12 +308,12 @@ def test_half_edited_it_is_refused_by_others_who_say_what_to_do(perta, work, tra
     assert JOURNAL in half
     for command in (["inspect", "m"], ["diff", "m", "new", "--patch", "q"], ["apply", "m", "p", "--out", "o"]):
         said = perta(*command, check=3).stderr
-        assert f"`perta apply m {work}/p --in-place' completes it, revert instead of apply takes it back" in said
+        assert f"`perta apply m {work}/p --in-place' completes it, revert instead of apply reverts it" in said
     perta("diff", "old", "old", "--patch", "q")
     said = perta("apply", "m", "q", "--in-place", check=2).stderr
     assert f"an edit by the patch {work}/p was interrupted here" in said
     said = perta("apply", "m", "p", "--in-place", "--dry-run").stdout
-    assert "what an interrupted run began would be completed" in said
+    assert "an interrupted run would be completed" in said
     assert folder_bytes(work / "m") == half
     perta("apply", "m", "p", "--in-place")
     assert folder_bytes(work / "m") == folder_bytes(work / "new")
@@ -329,6 +331,6 @@ def test_a_power_cut_at_any_write_leaves_what_goes_on_or_back(perta, work, trace
         cut(work, rng, start, acts[:n])
         then = rng.choice(["apply", "revert"])
         said = perta(then, "m", "p", "--in-place", check=None)
-        if said.returncode:  # all of it, or nothing, had been done, and the journal was not there
+        if said.returncode:  # it had finished, or not begun, and there was no journal
             assert said.returncode == 1 and "here the patch is" in said.stderr, (n, said.stderr)
         assert folder_bytes(work / "m") == sides[then], n

@@ -1,4 +1,4 @@
-"""What others make of perta's files: xxhsum, sha256sum, safetensors, a second patch reader."""
+"""Other programs on perta's files: xxhsum, sha256sum, safetensors, and a second patch reader."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ PATCH_READER = [sys.executable, "-m", "perta.patch_reader"]
 
 @pytest.fixture
 def model(tmp_path):
-    """Three shards in folder model."""
+    """Three shards in the folder model."""
     rng = np.random.default_rng(0)
     tensors = {f"layer.{i}.weight": rng.standard_normal((30, 7)).astype("f4") for i in range(5)}
     folder = write_folder(tmp_path / "model", tensors, shards=3)

@@ -1,4 +1,4 @@
-"""What a run may take and leave: memory, a full disk, interruption, a machine that forbids."""
+"""Resource limits: memory, a full disk, interruption, and what a machine may forbid."""
 
 import ctypes
 import json
@@ -23,7 +23,7 @@ UNLEARN = "unlearn --model model --tuned tuned --base base --forget forget --ret
 
 
 def make_set(path, n_params, seed=0):
-    """Folders for UNLEARN; tensors of 12 Mi elements, larger than a budget's share for one."""
+    """Folders for UNLEARN; tensors of 12 Mi elements, larger than their share of the budget."""
     rng = np.random.default_rng(seed)
     sizes = [n_params // 4] * 4
     base = {f"layer.{i}": rng.standard_normal(n, np.float32) for i, n in enumerate(sizes)}
@@ -58,7 +58,8 @@ def small(tmp_path_factory):
 
 
 def peak_mib(command, cwd, status=0):
-    """Most resident at once. The child starts small: peaks are inherited over fork."""
+    """The peak of resident memory. The child is small at first, because peaks are inherited over
+    fork."""
     helper = (
         "import os, resource, subprocess, sys;"
         "done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
@@ -84,7 +85,7 @@ PATCHED = {
     "compose": "compose p1 p2 --model model --patch p".split(),
     "verify": "verify p1".split(),
     "verify --applied": "verify tuned --patch p1 --applied".split(),
-    # Two headers that differ.
+    # Two headers differ.
     "revert p3": "revert named p3 --out o".split(),
     "verify --original": "verify forget --patch p3 --original".split(),
 }
@@ -95,7 +96,7 @@ sanitized = pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
 @pytest.mark.parametrize("io, threads", [("direct", "2"), ("pread", "2"), ("pread", "128")])
 @pytest.mark.parametrize("job", JOBS)
 def test_memory_bounds_the_whole_process(big, tmp_path, job, io, threads):
-    """Mapped files count as page cache, so they are left out here."""
+    """Mapped files count as page cache, so that way of reading is left out."""
     for folder in ("model", "tuned", "base", "forget", "retain"):
         (tmp_path / folder).symlink_to(big / folder)
     command = [*JOBS[job], "--memory", "128M", "--io", io, "--threads", threads]
@@ -104,7 +105,7 @@ def test_memory_bounds_the_whole_process(big, tmp_path, job, io, threads):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_what_a_refusal_names_is_enough(perta, small, tmp_path, job):
-    """Resident memory differs from run to run; this one has 2 MiB more than the refused one."""
+    """Resident memory varies between runs; this run has 2 MiB more than the refused one."""
     for folder in ("model", "tuned", "base", "forget", "retain"):
         (tmp_path / folder).symlink_to(small / folder)
     perta(*JOBS[job], "--memory", needed(perta, JOBS[job]), **in_a_larger_process())
@@ -121,7 +122,7 @@ THREADS = [1, 2, 16, 64, 128]
 @sanitized
 @pytest.mark.parametrize("verb", [*STREAM, *COMPUTING, *IN_PLACE])
 def test_a_budget_is_for_any_number_of_threads(perta, inputs, tmp_path, verb):
-    """Where it is small there are fewer workers, never a refusal, and the result is the same."""
+    """A small budget means fewer workers, never a refusal, and the same result."""
     for entry in inputs.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     model, command = IN_PLACE.get(verb) or (None, (STREAM | COMPUTING)[verb])
@@ -135,7 +136,7 @@ def test_a_budget_is_for_any_number_of_threads(perta, inputs, tmp_path, verb):
 
     start_over()
     named = [int(needed(perta, [*command, "--threads", n])[:-1]) for n in ("1", "128")]
-    least, enough = min(named), min(named) + 150  # for one worker; for several
+    least, enough = min(named), min(named) + 150  # for one worker, and for several
     results = []
     for threads, budget in ((1, least), (128, least), *((n, enough) for n in THREADS[1:])):
         start_over()
@@ -149,7 +150,7 @@ def test_a_budget_is_for_any_number_of_threads(perta, inputs, tmp_path, verb):
 @pytest.mark.parametrize("threads", ["1", "2"])
 @pytest.mark.parametrize("compute", ["f32", "bf16"])
 def test_samples_of_many_lengths_are_within_the_budget(perta, tmp_path, compute, threads):
-    """Products are compiled for each of their shapes, and there are several for each length."""
+    """Products are compiled for each of their shapes, and each sample length has several."""
     wide = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 2500} if LONG else {}
     write_llama(tmp_path / "llama", LLAMA | {"num_hidden_layers": 1} | wide)
     samples = [{"input_ids": [i % 200 for i in range(n)]} for n in range(2, 900, 13)]
@@ -164,7 +165,7 @@ def test_samples_of_many_lengths_are_within_the_budget(perta, tmp_path, compute,
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """70,000 tensors of few elements: headers, tables and records count for more than data."""
+    """70,000 tensors of few elements: headers, tables and records take more memory than data."""
     path = tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(3)
     values = {f"model.layers.{i:06}.weight": rng.standard_normal(3, np.float32) for i in range(70_000)}
@@ -183,7 +184,8 @@ def many(tmp_path_factory):
 @pytest.mark.parametrize("commit", [None, 100_000])
 @pytest.mark.parametrize("job", JOBS | PATCHED)
 def test_a_budget_named_for_very_many_tensors_is_kept(perta, many, tmp_path, job, commit, monkeypatch):
-    """What the refusal names is enough, and bounds the process, with a record of them all too."""
+    """The budget that the refusal names is enough and bounds the process, including a record of
+    all tensors."""
     for folder in many.iterdir():
         (tmp_path / folder.name).symlink_to(folder)
     if commit:
@@ -195,7 +197,7 @@ def test_a_budget_named_for_very_many_tensors_is_kept(perta, many, tmp_path, job
 
 
 def damage_every_frame(patch):
-    """Of the one file in it; the table says where they are (docs/patch-format.md)."""
+    """Those of the only file in the patch; the table says where they are (docs/patch-format.md)."""
     path = patch / "model.safetensors.perta"
     data = bytearray(path.read_bytes())
     (n,) = struct.unpack_from("<Q", data, len(data) - 24)
@@ -228,7 +230,7 @@ def test_a_list_of_very_many_differences_is_within_the_budget(perta, many, tmp_p
 
 @sanitized
 def test_the_budget_holds_under_a_hard_limit_on_the_process(perta, big, tmp_path):
-    """Address space, which has stacks, libraries and arenas in it besides what is resident."""
+    """The address space, which besides resident memory includes stacks, libraries and arenas."""
     for folder in ("model", "tuned", "base", "forget", "retain"):
         (tmp_path / folder).symlink_to(big / folder)
     limit = (128 + 64) * MIB
@@ -289,13 +291,13 @@ def test_a_limit_on_file_size_is_an_error_not_a_death(perta, small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# --- what containers and ordinary users may not do
+# --- permissions that containers and ordinary users lack
 
 IO_URING_SETUP, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, EPERM = 425, 38, 22, 1
 
 
 def forbid_io_uring():
-    """As Docker's default profile does: a seccomp filter that answers EPERM."""
+    """Like Docker's default profile: a seccomp filter that answers EPERM."""
     instructions = [
         (0x20, 0, 0, 0),  # load the system call's number
         (0x15, 0, 1, IO_URING_SETUP),
@@ -311,7 +313,7 @@ def forbid_io_uring():
 
 
 def evict(path):
-    """Out of the page cache, so that auto would read it directly."""
+    """Remove it from the page cache, so that auto would read it directly."""
     for file in path.rglob("*.safetensors"):
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)
@@ -357,7 +359,7 @@ def test_an_ordinary_user_with_little_lockable_memory_gets_the_same(perta, small
     assert folder_bytes(tmp_path / "p") == folder_bytes(tmp_path / "q")
 
 
-# --- results and silence
+# --- --json and --quiet
 
 
 @pytest.mark.parametrize(

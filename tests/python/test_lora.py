@@ -1,6 +1,6 @@
-"""`perta unlearn --tuned` takes a PEFT LoRA adapter: tau = scaling * (B A), to the bit.
+"""`perta unlearn --tuned` accepts a PEFT LoRA adapter: tau = scaling * (B A), to the bit.
 
-Adapters are written here by hand, as PEFT's save_pretrained lays them out."""
+Adapters are written here by hand, in the layout of PEFT's save_pretrained."""
 
 import json
 import math
@@ -64,7 +64,7 @@ CONFIG = {
     "use_qalora": False,
     "use_rslora": False,
 }
-# Grouped query attention, an odd shape, one row, one column, more columns than a tile.
+# Grouped-query attention, an odd shape, one row, one column, more columns than a tile.
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (64, 48),
     "model.layers.0.self_attn.k_proj": (16, 48),
@@ -100,7 +100,7 @@ def factors(adapter, module):
 
 
 def make_model(rng, dtype, shapes=SHAPES):
-    """Model and importances, with a tensor that no adapter changes and one of integers."""
+    """A model and importances, with a tensor that no adapter changes and one of integers."""
     model = {f"{m}.weight": cast(rng.standard_normal(s), dtype) for m, s in shapes.items()}
     model |= {NORM: cast(rng.standard_normal(48), dtype), "ids": np.arange(7)}
     roles = {"model": model}
@@ -132,7 +132,7 @@ def flags(rule=GRAD, alphas=("1",)):
 
 
 def want_of(rule, alpha, roles, taus):
-    """Every tensor: those that taus names are edited, all others kept."""
+    """Every tensor as it must come out: those that taus names are edited, all others unchanged."""
     out = {}
     for name, theta in roles["model"].items():
         if name not in taus:
@@ -206,7 +206,8 @@ def test_a_float32_model_ends_where_a_merge_by_pytorch_leads(perta, tmp_path):
 
 
 def test_what_merging_would_round_away_is_kept(perta, tmp_path):
-    """Changes below half a step of bfloat16: a merged checkpoint has none of them."""
+    """Changes of less than half a unit in the last place of bfloat16: a merged checkpoint loses
+    all of them."""
     module, shape = "model.layers.0.self_attn.q_proj", (64, 48)
     theta = cast(np.ones(shape), "BF16")
     rng = np.random.default_rng(5)
@@ -227,7 +228,7 @@ def test_what_merging_would_round_away_is_kept(perta, tmp_path):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_ranks_alphas_and_rslora(perta, tmp_path, use_rslora):
-    """Patterns are names, whole or their end; the first that fits counts."""
+    """Patterns are module names, whole or their end; the first match counts."""
     rng = np.random.default_rng(6)
     roles = make_model(rng, "F32")
     rank = {"^model.layers.0.self_attn.q_proj": 2, r"layers\.1\.self_attn\.q_proj": 7, "proj": 1}
@@ -285,7 +286,7 @@ EMBED, HEAD = "model.embed_tokens", "lm_head"
 
 
 def test_the_lora_of_an_embedding_is_transposed(perta, tmp_path):
-    """More rows than a chunk has, and PEFT's copy of the embedding beside it."""
+    """More rows than a chunk, and PEFT's copy of the embedding beside it."""
     rng = np.random.default_rng(8)
     shape = (9001, 123)
     roles = make_model(rng, "BF16", {EMBED: shape})
@@ -304,10 +305,10 @@ TIED = json.dumps({"tie_word_embeddings": True})
 
 @pytest.mark.parametrize("stored", [[EMBED], [HEAD], [EMBED, HEAD]])
 def test_tied_embeddings_held_whole_and_the_same_are_one(perta, tmp_path, stored):
-    """What ensure_weight_tying writes: both names, the same bytes."""
+    """What ensure_weight_tying writes: both names, with the same bytes."""
     rng = np.random.default_rng(9)
     roles = make_model(rng, "F32", dict.fromkeys(stored, (100, 12)))
-    for role in ("model", "forget", "retain"):  # as a tied model has them
+    for role in ("model", "forget", "retain"):  # as a tied model stores them
         roles[role] |= {f"{name}.weight": roles[role][f"{stored[0]}.weight"] for name in stored}
     base, tuned = (cast(rng.standard_normal((100, 12)), "F32") for _ in range(2))
     write_roles(tmp_path, roles | {"base": roles["model"] | {f"{name}.weight": base for name in stored}})
@@ -325,7 +326,7 @@ def test_tied_embeddings_held_whole_and_the_same_are_one(perta, tmp_path, stored
 
 @pytest.mark.parametrize("shape", [(101, 12), (99, 12), (1200,)])
 def test_tied_embeddings_of_different_shapes_are_refused(perta, tmp_path, shape):
-    """The one that the adapter does not name would be read beyond its end."""
+    """Otherwise the one that the adapter does not name would be read beyond its end."""
     rng = np.random.default_rng(9)
     write_roles(tmp_path, make_model(rng, "F32", {EMBED: shape, HEAD: (100, 12)}))
     write_adapter(tmp_path / "adapter", pair(rng, HEAD, (100, 12), 4))
@@ -335,7 +336,7 @@ def test_tied_embeddings_of_different_shapes_are_refused(perta, tmp_path, shape)
 
 
 def changes(rng, kinds):
-    """An adapter of a LoRA ("lora") or whole tensors for embedding and head."""
+    """An adapter with a LoRA ("lora") or whole tensors for embedding and head."""
     adapter = {}
     for name, kind in zip((EMBED, HEAD), kinds, strict=True):
         if kind == "lora":
@@ -350,7 +351,8 @@ KINDS = [(e, h) for e in ("lora", "whole", None) for h in ("lora", "whole", None
 
 @pytest.mark.parametrize("kinds", KINDS, ids=str)
 def test_what_would_untie_embeddings_is_refused(perta, tmp_path, kinds):
-    """PEFT's live adapter changes one of the two, or both in other ways; one matrix cannot."""
+    """PEFT's live adapter changes one of the two, or both in different ways; one matrix cannot
+    represent that."""
     rng = np.random.default_rng(9)
     roles = make_model(rng, "F32", {EMBED: (100, 12)})
     write_roles(tmp_path, roles | {"base": roles["model"]})
@@ -364,7 +366,7 @@ def test_what_would_untie_embeddings_is_refused(perta, tmp_path, kinds):
 
 @pytest.mark.parametrize("kind", ["lora", "whole"])
 def test_an_architecture_may_tie_what_config_does_not_say(perta, tmp_path, kind):
-    """Gemma and GPT-2 leave tie_word_embeddings out, and store no head."""
+    """Gemma and GPT-2 leave tie_word_embeddings out and store no head."""
     rng = np.random.default_rng(9)
     roles = make_model(rng, "F32", {EMBED: (100, 12)})
     write_roles(tmp_path, roles | {"base": roles["model"]})
@@ -400,7 +402,7 @@ def test_tensors_that_the_adapter_holds_whole_need_the_base(perta, tmp_path):
     write_roles(tmp_path, roles | {"base": base})
     write_adapter(tmp_path / "adapter", adapter, bias="all", modules_to_save=["embed_tokens"])
     message = perta(*flags(), check=2).stderr
-    assert "--base DIR is needed" in message and f"holds {PREFIX}" in message
+    assert "--base DIR is needed" in message and f"stores {PREFIX}" in message
     perta(*flags(), "--base", "base")
     check_folder(tmp_path, None, want)
 
@@ -462,10 +464,10 @@ def test_globs_and_missing_importance_hold_for_adapters(perta, tmp_path):
     check_folder(tmp_path, None, want)
 
 
-# --- numbers that are none
+# --- numbers that are not finite
 
 Q = "model.layers.0.self_attn.q_proj"
-PLACES = {  # element of A or B: the parameters that it reaches
+PLACES = {  # an element of A or B, and the parameters that depend on it
     "lora_A": (2 * 48 + 5, np.s_[:, 5]),
     "lora_B": (7 * 4 + 1, np.s_[7, :]),
 }
@@ -516,7 +518,7 @@ def test_a_product_beyond_float32_is_named_as_one(perta, tmp_path):
     }
     write_adapter(tmp_path / "adapter", adapter)
     message = perta(*flags(), check=3).stderr
-    assert "lora_A.weight and " in message and f"element 0 of {Q}.weight is beyond" in message
+    assert "lora_A.weight and " in message and f"element 0 of {Q}.weight overflows" in message
 
 
 # --- what is refused
@@ -535,36 +537,36 @@ CONFIGS = {
     "another kind": (good(peft_type="ADALORA"), "peft_type"),
     "no kind": (good(peft_type=None), "peft_type"),
     "kind is a number": (good(peft_type=1), "peft_type"),
-    "r is 0": (good(r=0), "r: a whole number from 1"),
-    "r is negative": (good(r=-4), "r: a whole number from 1"),
-    "r is a string": (good(r="4"), "r: a whole number from 1"),
-    "r is a fraction": (good(r=4.5), "r: a whole number from 1"),
-    "r is true": (good(r=True), "r: a whole number from 1"),
-    "r is huge": (good(r=2**62), "its rank 4611686018427387904 in adapter_config.json"),
-    "r is another": (good(r=8), "shape [4, 48], where [8, 48] is needed"),
+    "r is 0": (good(r=0), "r: a whole number of at least 1"),
+    "r is negative": (good(r=-4), "r: a whole number of at least 1"),
+    "r is a string": (good(r="4"), "r: a whole number of at least 1"),
+    "r is a fraction": (good(r=4.5), "r: a whole number of at least 1"),
+    "r is true": (good(r=True), "r: a whole number of at least 1"),
+    "r is huge": (good(r=2**62), "its rank is 4611686018427387904 in adapter_config.json"),
+    "r is another": (good(r=8), "shape [4, 48], but [8, 48] is needed"),
     "alpha is a string": (good(lora_alpha="16"), "lora_alpha: a number"),
     "alpha is missing": (good(lora_alpha=None), "lora_alpha: a number"),
-    "alpha is huge": (good(lora_alpha=1e300), "lora_alpha: the scaling is beyond float32"),
+    "alpha is huge": (good(lora_alpha=1e300), "lora_alpha: the scaling overflows float32"),
     "rslora is a string": (good(use_rslora="no"), "use_rslora: true or false"),
-    "dora": (good(use_dora=True), "use_dora: set, which perta does not do"),
-    "dora is a string": (good(use_dora="false"), "use_dora: set"),
-    "transposed": (good(fan_in_fan_out=True), "fan_in_fan_out: set"),
-    "layers twice": (good(layer_replication=[[0, 4], [2, 5]]), "layer_replication: set"),
-    "bias of lora": (good(lora_bias=True), "lora_bias: set"),
-    "parameters": (good(target_parameters=["experts.w"]), "target_parameters: set"),
-    "tokens": (good(trainable_token_indices=[1]), "trainable_token_indices: set"),
+    "dora": (good(use_dora=True), "use_dora: is set, which perta does not support"),
+    "dora is a string": (good(use_dora="false"), "use_dora: is set"),
+    "transposed": (good(fan_in_fan_out=True), "fan_in_fan_out: is set"),
+    "layers twice": (good(layer_replication=[[0, 4], [2, 5]]), "layer_replication: is set"),
+    "bias of lora": (good(lora_bias=True), "lora_bias: is set"),
+    "parameters": (good(target_parameters=["experts.w"]), "target_parameters: is set"),
+    "tokens": (good(trainable_token_indices=[1]), "trainable_token_indices: is set"),
     "pissa": (good(init_lora_weights="pissa_niter_16"), "init_lora_weights: an init"),
     "init is a number": (good(init_lora_weights=3), "init_lora_weights: an init"),
     "bias": (good(bias="some"), "bias: none, all or lora_only"),
     "bias is a number": (good(bias=1), "bias: none, all or lora_only"),
     "patterns are a list": (good(rank_pattern=["q_proj"]), "rank_pattern: not an object"),
-    "a pattern of rank 0": (good(rank_pattern={"q_proj": 0}), '"q_proj": a whole number from 1'),
+    "a pattern of rank 0": (good(rank_pattern={"q_proj": 0}), '"q_proj": a whole number of at least 1'),
     "a pattern without alpha": (good(alpha_pattern={"q": None}), '"q": a number is needed'),
-    "a real pattern": (good(alpha_pattern={"(a|b)+c": 1}), '"(a|b)+c": names of modules'),
-    "an empty pattern": (good(rank_pattern={"": 1}), '"": names of modules'),
-    "a pattern of anchors": (good(rank_pattern={"^$": 1}), '"^$": names of modules'),
-    "a pattern that ends in a backslash": (good(rank_pattern={"a\\": 1}), "names of modules"),
-    "a pattern of another rank": (good(rank_pattern={"q_proj": 3}), "where [3, 48] is needed"),
+    "a real pattern": (good(alpha_pattern={"(a|b)+c": 1}), '"(a|b)+c": module names are supported'),
+    "an empty pattern": (good(rank_pattern={"": 1}), '"": module names are supported'),
+    "a pattern of anchors": (good(rank_pattern={"^$": 1}), '"^$": module names are supported'),
+    "a pattern that ends in a backslash": (good(rank_pattern={"a\\": 1}), "module names are supported"),
+    "a pattern of another rank": (good(rank_pattern={"q_proj": 3}), "but [3, 48] is needed"),
 }
 
 
@@ -586,7 +588,7 @@ def test_keys_that_are_not_known_are_noted(perta, tmp_path):
         tmp_path / "adapter", pair(rng, Q, (64, 48), 4), use_news=True, other=None, more={}
     )
     notes = json.loads(perta(*flags(), "--json").stdout)["notes"]
-    assert len(notes) == 1 and "use_news is not a key that perta knows" in notes[0]
+    assert len(notes) == 1 and "unknown key use_news" in notes[0]
 
 
 def zeros(*shape):
@@ -595,14 +597,14 @@ def zeros(*shape):
 
 A, B = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
 TENSORS = {
-    "no B": ({B: None}, f"{A}: no lora_B to it"),
-    "no A": ({A: None}, f"{B}: no lora_A to it"),
-    "A too narrow": ({A: zeros(4, 47)}, f"{A}: shape [4, 47], where [4, 48] is needed"),
-    "A transposed": ({A: zeros(48, 4)}, f"{A}: shape [48, 4], where [4, 48] is needed"),
-    "A of another rank": ({A: zeros(5, 48)}, f"{A}: shape [5, 48], where [4, 48] is needed"),
-    "B too short": ({B: zeros(63, 4)}, f"{B}: shape [63, 4], where [64, 4] is needed"),
-    "A of a convolution": ({A: zeros(4, 48, 1, 1)}, f"{A}: shape [4, 48, 1, 1], where"),
-    "A is empty": ({A: zeros(0, 48), B: zeros(64, 0)}, f"{A}: shape [0, 48], where"),
+    "no B": ({B: None}, f"{A}: no matching lora_B"),
+    "no A": ({A: None}, f"{B}: no matching lora_A"),
+    "A too narrow": ({A: zeros(4, 47)}, f"{A}: shape [4, 47], but [4, 48] is needed"),
+    "A transposed": ({A: zeros(48, 4)}, f"{A}: shape [48, 4], but [4, 48] is needed"),
+    "A of another rank": ({A: zeros(5, 48)}, f"{A}: shape [5, 48], but [4, 48] is needed"),
+    "B too short": ({B: zeros(63, 4)}, f"{B}: shape [63, 4], but [64, 4] is needed"),
+    "A of a convolution": ({A: zeros(4, 48, 1, 1)}, f"{A}: shape [4, 48, 1, 1], but"),
+    "A is empty": ({A: zeros(0, 48), B: zeros(64, 0)}, f"{A}: shape [0, 48], but"),
     "integers": ({A: np.zeros((4, 48), np.int32)}, f"{A} is I32; BF16, F16 or F32 needed"),
     "doubles": ({B: np.zeros((64, 4))}, f"{B} is F64; BF16, F16 or F32 needed"),
     "of another model": (
@@ -610,21 +612,21 @@ TENSORS = {
             f"{PREFIX}h.0.attn.lora_A.weight": zeros(4, 4),
             f"{PREFIX}h.0.attn.lora_B.weight": zeros(4, 4),
         },
-        f"tensor {PREFIX}h.0.attn.lora_A.weight: there is no h.0.attn.weight in --model",
+        f"tensor {PREFIX}h.0.attn.lora_A.weight: h.0.attn.weight is not in --model",
     ),
     "a path": (
         {
             "../../etc/passwd.lora_A.weight": zeros(4, 4),
             "../../etc/passwd.lora_B.weight": zeros(4, 4),
         },
-        "there is no ../../etc/passwd.weight in --model",
+        "../../etc/passwd.weight is not in --model",
     ),
     "of a vector": (
         {
             f"{PREFIX}model.norm.lora_A.weight": zeros(4, 48),
             f"{PREFIX}model.norm.lora_B.weight": zeros(1, 4),
         },
-        "model.norm.weight is no matrix",
+        "model.norm.weight is not a matrix",
     ),
     "of integers": (
         {f"{PREFIX}ids": zeros(7)},
@@ -632,34 +634,34 @@ TENSORS = {
     ),
     "DoRA's": (
         {f"{PREFIX}{Q}.lora_magnitude_vector": zeros(64)},
-        f"{PREFIX}{Q}.lora_magnitude_vector: a kind that perta does not know",
+        f"{PREFIX}{Q}.lora_magnitude_vector: an unknown kind of adapter tensor",
     ),
-    "bias of B": ({f"{PREFIX}{Q}.lora_B.bias": zeros(64)}, "a kind that perta does not know"),
+    "bias of B": ({f"{PREFIX}{Q}.lora_B.bias": zeros(64)}, "an unknown kind of adapter tensor"),
     "the same twice": (
         {f"{PREFIX}{Q}.lora_A.default.weight": zeros(4, 48)},
-        "say the same",
+        "are duplicates",
     ),
-    "the same with and without prefix": ({f"{Q}.lora_A.weight": zeros(4, 48)}, "say the same"),
+    "the same with and without prefix": ({f"{Q}.lora_A.weight": zeros(4, 48)}, "are duplicates"),
     "embedding and matrix": (
         {f"{PREFIX}{Q}.lora_embedding_A": zeros(4, 48)},
-        f"{PREFIX}{Q}.lora_embedding_A changes the same one in another way",
+        f"{PREFIX}{Q}.lora_embedding_A changes the same weight in another way",
     ),
     "whole and LoRA": (
         {f"{PREFIX}{Q}.weight": zeros(64, 48)},
-        f"{PREFIX}{Q}.weight changes the same one in another way",
+        f"{PREFIX}{Q}.weight changes the same weight in another way",
     ),
     "a copy of what has no LoRA": (
         {f"{PREFIX}model.layers.0.mlp.down_proj.base_layer.weight": zeros(37, 1027)},
-        "no lora_A and lora_B to it",
+        "no matching lora_A and lora_B",
     ),
     "a copy of another shape": (
         {f"{PREFIX}{Q}.base_layer.weight": zeros(65, 48)},
         "shape [64, 48] in --model, [65, 48] in --tuned",
     ),
-    "only a prefix": ({PREFIX: zeros(1)}, f"tensor {PREFIX}: there is no  in --model"),
+    "only a prefix": ({PREFIX: zeros(1)}, f"tensor {PREFIX}:  is not in --model"),
     "only an ending": (
         {".lora_A.weight": zeros(4, 4), ".lora_B.weight": zeros(4, 4)},
-        "there is no .weight",
+        ".weight is not in --model",
     ),
 }
 
@@ -734,7 +736,7 @@ def test_the_record_says_what_the_adapter_was(perta, tmp_path):
 
 
 def test_the_bytes_are_the_same_whatever_runs(perta, tmp_path):
-    """Chunks that begin and end within a row, many small tensors, some held whole, every
+    """Chunks that begin and end within a row, many small tensors, some stored whole, every
     instruction set."""
     rng = np.random.default_rng(21)
     shapes = SHAPES | {EMBED: (2100, 1003), "wide": (3, CHUNK // 2 + 99)}
@@ -778,7 +780,7 @@ def test_the_bytes_are_the_same_whatever_runs(perta, tmp_path):
 
 
 def make_big(path, n_rows):
-    """A head with a LoRA of rank 64; B takes 256 bytes a row as float32."""
+    """A head with a LoRA of rank 64; B takes 256 bytes per row in float32."""
     rng = np.random.default_rng(22)
     shape, r = (n_rows, 128), 64
     head = rng.standard_normal(shape, np.float32).astype(BF16)
@@ -792,7 +794,7 @@ def make_big(path, n_rows):
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """32 Mi parameters; B takes 64 MiB as float32."""
+    """32 Mi parameters; B takes 64 MiB in float32."""
     path = tmp_path_factory.mktemp("big")
     make_big(path, 1 << 18)
     return path
@@ -810,7 +812,7 @@ def test_memory_bounds_the_whole_process(big, tmp_path, io):
 @sanitized
 @pytest.mark.parametrize("r, message", [(1 << 16, "it needs 26"), (1 << 21, "it needs 879609")])
 def test_a_rank_that_no_budget_has_room_for_is_said(perta, tmp_path, r, message):
-    """Files with holes, so that A takes no room on the disk."""
+    """Sparse files, so that A takes no space on the disk."""
     shape = (1, 1 << 20)
     write_folder(tmp_path / "model", {f"{HEAD}.weight": np.zeros(shape, np.uint16).view(BF16)})
     (tmp_path / "adapter").mkdir()
@@ -834,7 +836,7 @@ def test_a_rank_that_no_budget_has_room_for_is_said(perta, tmp_path, r, message)
     assert f"--memory 1024M is too small for this job: {message}" in refusal
 
 
-# --- going on
+# --- resuming
 
 
 def test_a_killed_run_goes_on_unless_the_adapter_changed(perta, tmp_path):
@@ -846,7 +848,7 @@ def test_a_killed_run_goes_on_unless_the_adapter_changed(perta, tmp_path):
     config = path.read_text()
     path.write_text(config.replace("0.17.1", "0.18"))
     refusal = perta(*flags(Rule("tv")), "--resume", check=2).stderr
-    assert "--resume cannot go on: inputs: adapter_config.json" in refusal
+    assert "--resume cannot continue: inputs: adapter_config.json" in refusal
     path.write_text(config)
     perta(*flags(Rule("tv")), "--resume", "--force")
     assert (folder_bytes(tmp_path / "p"), folder_bytes(tmp_path / "m")) == want

@@ -1,4 +1,4 @@
-"""manifest.json is canonical: one spelling for each record, so that it can be signed."""
+"""manifest.json is canonical: each record has one spelling, so that it can be signed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def canonical(record):
 
 
 def make_inputs(folder):
-    """Tensors with names that JSON escapes, or does not."""
+    """Tensors whose names JSON escapes, and others."""
     rng = np.random.default_rng(11)
     names = ["w", "z/a", 'quote"', "back\\slash", "tab\t", "\x01\x1f\x7f", "ä.ß", "😀", "\uffff"]
     for role in ROLES:
@@ -56,7 +56,7 @@ def test_python_spells_the_record_with_the_same_bytes(perta, tmp_path):
 
 
 def test_two_runs_in_two_places_give_the_same_bytes(perta, tmp_path):
-    """Neither times nor paths, nor what the machine was told, are in the record."""
+    """The record holds no times, no paths, and no machine-related flags."""
     runs = []
     for place, flags in (
         ("here", "--threads 1 --io pread --memory 300M"),
@@ -74,7 +74,7 @@ def test_two_runs_in_two_places_give_the_same_bytes(perta, tmp_path):
 
 
 def test_names_that_checksum_files_escape(perta, tmp_path):
-    """As GNU sha256sum does; xxhsum has them as they are."""
+    """Escaped as in GNU sha256sum; xxhsum does not escape them."""
     folder = tmp_path / "odd"
     folder.mkdir()
     names = ["a\\b.txt", "\\", "\\n", "plain", "ä"]

@@ -1,5 +1,6 @@
-"""Which tensors of the inputs stand for which of the model's: importance under the names of a wrapper
-of training, tensors without importance, tied embeddings, buffers; and what a run says of them."""
+"""Which tensors of the inputs correspond to which of the model: importance under the names of a
+training wrapper, tensors without importance, tied embeddings, buffers; and the notes about
+them."""
 
 import json
 
@@ -28,7 +29,7 @@ def make(shapes=SHAPES, dtype="BF16"):
 
 
 def write(tmp_path, roles, rename=lambda name: name):
-    """rename is for the importances."""
+    """rename applies to the importances."""
     stored = {
         role: {rename(name) if role in ROLES[3:] else name: x for name, x in tensors.items()}
         for role, tensors in roles.items()
@@ -56,7 +57,7 @@ def test_a_prefix_of_a_wrapper_is_understood(perta, tmp_path, prefix):
     write(tmp_path, roles, lambda name: prefix + name)
     notes = notes_of(perta, *flags(RULE, ["1"]))
     for role in ("forget", "retain"):
-        assert f"--{role}: its names are --model's but for a prefix {prefix}" in notes
+        assert f"--{role}: its names are those of --model except for a prefix {prefix}" in notes
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
@@ -84,7 +85,7 @@ def test_wrappers_of_single_layers_are_understood(perta, tmp_path, wrapper):
     write(tmp_path, roles, WITHIN[wrapper])
     notes = notes_of(perta, *flags(RULE, ["1"]))
     for role in ("forget", "retain"):
-        assert f"--{role}: its names are --model's but for parts of wrappers within them ({wrapper})" in notes
+        assert f"--{role}: its names are those of --model with parts added by training wrappers ({wrapper})" in notes
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
@@ -92,7 +93,7 @@ def test_wrappers_that_make_one_name_of_two_are_refused(perta, tmp_path):
     roles = make()
     roles["forget"][f"_orig_mod.{Q}"] = roles["forget"][Q]
     write(tmp_path, roles)
-    assert f"forget: two tensors are {Q}, but for parts of a wrapper" in perta(*flags(RULE, ["1"]), check=3).stderr
+    assert f"forget: two tensors are {Q} once the parts of wrappers" in perta(*flags(RULE, ["1"]), check=3).stderr
 
 
 def test_each_importance_has_its_own_prefix(perta, tmp_path):
@@ -122,7 +123,7 @@ def test_what_the_model_lacks_is_an_error(perta, tmp_path, rename, missing):
     before = folder_bytes(tmp_path)
     message = perta(*flags(RULE, ["1"]), "--missing", missing, check=3).stderr
     first = next(name for name in sorted(map(rename, SHAPES)) if name not in SHAPES)
-    assert f"--forget forget: has tensor {first}, which --model model lacks" in message
+    assert f"--forget forget: has tensor {first}, which is not in --model model" in message
     assert folder_bytes(tmp_path) == before
 
 
@@ -162,13 +163,13 @@ def test_a_shape_that_differs_names_both(perta, tmp_path):
     assert f"tensor {Q}: shape [8, 8] in --model, [4, 8] in --retain" in message
 
 
-@pytest.mark.parametrize("role, words", [("tuned", "a LoRA without PEFT's adapter_config.json?"), ("retain", "of a LoRA's own parameters")])
+@pytest.mark.parametrize("role, words", [("tuned", "is it a LoRA without PEFT's adapter_config.json?"), ("retain", "this is the importance of a LoRA's own parameters")])
 def test_a_lora_in_the_wrong_place_is_called_so(perta, tmp_path, role, words):
-    """As Mistral's finetuning writes it; and gradients of an adapter."""
+    """As Mistral's finetuning writes it; and the gradients of an adapter."""
     roles = make()
     roles[role]["layers.0.attention.wq.lora_A.weight"] = roles[role][Q]
     write(tmp_path, roles)
-    assert f"lacks; {words}" in " ".join(perta(*flags(RULE, ["1"]), check=3).stderr.split()).replace("lacks; it is ", "lacks; ")
+    assert f"which is not in --model model; {words}" in " ".join(perta(*flags(RULE, ["1"]), check=3).stderr.split())
 
 
 # --- tied embeddings
@@ -189,7 +190,7 @@ def test_two_names_of_a_tied_matrix_that_differ_are_refused(perta, tmp_path, rol
 @pytest.mark.parametrize("stored", [{"model"}, {"tuned"}, {"tuned", "base", "forget"}, set(ROLES)], ids=str)
 @pytest.mark.parametrize("rule", [RULE, Rule("random", seed=3)], ids=lambda rule: rule.method)
 def test_two_names_with_the_same_bytes_are_one(perta, tmp_path, rule, stored):
-    """And so they are afterwards."""
+    """They stay equal after the edit."""
     roles = make({name: shape for name, shape in SHAPES.items() if name != HEAD})
     want = unlearn(rule, 1, **roles)
     for role in stored:
@@ -213,7 +214,7 @@ def test_globs_choose_both_of_tied_tensors(perta, tmp_path, glob):
     write(tmp_path, roles)
     (tmp_path / "model/config.json").write_text(TIED)
     message = perta(*flags(RULE, ["1"]), glob, check=2).stderr
-    assert f"choose {EMBED} and not {HEAD}, which config.json ties to it" in message
+    assert f"select {EMBED} but not {HEAD}, which config.json ties to it" in message
 
 
 def test_a_model_with_a_head_of_its_own_needs_one_in_all(perta, tmp_path):
@@ -222,7 +223,7 @@ def test_a_model_with_a_head_of_its_own_needs_one_in_all(perta, tmp_path):
     write(tmp_path, roles)
     (tmp_path / "tuned/config.json").write_text(TIED)
     message = perta(*flags(RULE, ["1"]), check=3).stderr
-    assert f"--tuned tuned: no tensor {HEAD}, which --model has beside {EMBED}" in message
+    assert f"--tuned tuned: no tensor {HEAD}, but --model has it as well as {EMBED}" in message
 
 
 # Embedding, head, config.json without and with the key.
@@ -245,7 +246,8 @@ TIES = {
 
 
 def tied_roles(tmp_path, embedding, head, config, stored=("model", "tuned", "base"), other=None):
-    """One matrix under both names in what is stored, but for one other; importance under the embedding's."""
+    """One matrix, stored under both names in all inputs except one; importance under the
+    embedding's name."""
     roles = make({embedding: (10, 8), Q: (8, 8)})
     for role in stored:
         roles[role][head] = roles[role][embedding] * (2 if role == other else 1)
@@ -263,7 +265,7 @@ def test_ties_of_other_architectures_are_kept(perta, tmp_path, embedding, head, 
     perta(*flags(rule, ["1"]), "--missing", "keep")
     have = load_file(tmp_path / "m/model.safetensors")
     assert have[embedding].tobytes() == have[head].tobytes() == want[embedding].out.tobytes()
-    assert f"choose {embedding} and not {head}" in perta(*flags(rule, ["1"]), "--exclude", head, check=2).stderr
+    assert f"select {embedding} but not {head}" in perta(*flags(rule, ["1"]), "--exclude", head, check=2).stderr
 
 
 @pytest.mark.parametrize("embedding, head, config", TIES.values(), ids=TIES)
@@ -295,7 +297,7 @@ def test_what_is_not_tied_may_differ(perta, tmp_path, config):
 @pytest.mark.parametrize("embedding", [embedding for embedding, head, _ in TIES.values() if head == HEAD] + ["model.tok_embeddings.weight"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "lora"])
 def test_an_adapter_of_an_embedding_without_a_head_is_refused(perta, tmp_path, embedding, whole):
-    """The live adapter leaves the head, for which the model has the same matrix."""
+    """A live adapter leaves the head unchanged, but the model uses the same matrix for it."""
     write_folder(tmp_path / "model", {embedding: np.zeros((10, 8), np.float32)}, 1, None)
     (tmp_path / "model/config.json").write_text(json.dumps({"architectures": ["AnyForCausalLM"], "vocab_size": 10}))
     module = f"base_model.model.{embedding.removesuffix('.weight')}"
@@ -336,7 +338,7 @@ def test_buffers_are_passed_over_wherever_they_are(perta, tmp_path, having):
 
 
 def test_buffers_of_an_adapter_are_passed_over(perta, tmp_path):
-    """Of a module that it holds whole."""
+    """The buffers of a module that it stores whole."""
     roles = make()
     write(tmp_path, roles)
     whole = {f"base_model.model.{name}": x for name, x in ({Q: roles["tuned"][Q]} | BUFFERS).items()}
@@ -349,19 +351,19 @@ def test_buffers_of_an_adapter_are_passed_over(perta, tmp_path):
 
 
 def test_a_bias_is_no_mask(perta, tmp_path):
-    """Of attention: a vector, where GPT-2's mask is a square."""
+    """Attention biases: vectors, while GPT-2's mask is a square."""
     roles = make(SHAPES | {"h.0.attn.bias": (8,)})
     write(tmp_path, roles)
     perta(*flags(RULE, ["1"]))
     check_folder(tmp_path, None, unlearn(RULE, 1, **roles))
 
 
-# --- what is said of a run that changes nothing
+# --- notes about a run that changes nothing
 
 
 def test_a_run_that_changes_nothing_says_why(perta, tmp_path):
     roles = make()
-    roles["tuned"] = {**roles["base"], "model.rotary_emb.inv_freq": np.ones(4, np.float32)}  # another file
+    roles["tuned"] = {**roles["base"], "model.rotary_emb.inv_freq": np.ones(4, np.float32)}  # files differ
     write(tmp_path, roles)
     for rule in (RULE, Rule("tv")):
         notes = notes_of(perta, *flags(rule, ["1"]), "--force")
@@ -373,9 +375,9 @@ def test_a_weight_of_zero_changes_nothing(perta, tmp_path):
     roles = make()
     roles["forget"] = {name: np.zeros_like(x) for name, x in roles["forget"].items()}
     write(tmp_path, roles)
-    assert "nothing changes: the weight of all that is edited is 0" in notes_of(perta, *flags(RULE, ["1"]))
+    assert "nothing changes: the weight of every edited parameter is 0" in notes_of(perta, *flags(RULE, ["1"]))
     rule = Rule("constant", weight=0)
-    assert "nothing changes: the weight of all" in notes_of(perta, *flags(rule, ["1"]), "--force")
+    assert "nothing changes: the weight of every" in notes_of(perta, *flags(rule, ["1"]), "--force")
 
 
 def test_a_run_that_changes_something_says_nothing(perta, tmp_path):

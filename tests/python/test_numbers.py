@@ -1,4 +1,5 @@
-"""Numbers that go wrong: each is defined (docs/method.md, "Numbers"), and reported for each tensor."""
+"""Numbers that go wrong: each case is defined (docs/method.md, "Numbers") and reported for each
+tensor."""
 
 import json
 
@@ -31,8 +32,8 @@ def test_all_zero_importance_is_counted_and_said(perta, tmp_path):
     sides = {role: pair(ONES * k, ONES * k) for role, k in (("model", 4), ("tuned", 3), ("base", 1))}
     write(tmp_path, **sides, forget=pair(ONES * 0, ONES), retain=pair(ONES, ONES * -0.0))
     said = unlearn(perta).stdout
-    assert "note: --forget: 1 tensors are all zero, a the first: they stay as they are (w = 0)" in said
-    assert "note: --retain: 1 tensors are all zero, b the first: they are edited in full" in said
+    assert "note: --forget: 1 tensors hold only zeros, the first of them a: they stay unchanged (w = 0)" in said
+    assert "note: --retain: 1 tensors hold only zeros, the first of them b: they are edited in full" in said
     assert tensor(tmp_path, "a")["zero_forget"] == 8 and tensor(tmp_path, "a")["changed"] == 0
     assert tensor(tmp_path, "b")["zero_retain"] == 8 and tensor(tmp_path, "b")["mean_weight"] == 1
     out = read_folder(tmp_path / "m")
@@ -68,7 +69,7 @@ def test_alphas_that_are_no_number(perta, tmp_path, alpha):
 
 
 def test_subnormal_numbers_are_numbers(perta, tmp_path):
-    tiny = np.float32(1e-45)  # the smallest
+    tiny = np.float32(1e-45)  # the smallest positive number
     write(tmp_path, model=ONES * 0, tuned=tiny * 3 * ONES, base=tiny * ONES, forget=tiny * 3 * ONES, retain=tiny * ONES)
     unlearn(perta)
     # w = 1 / (1 + 1/3) = 0.75; the step is 0.75 * 2 units, rounded to even
@@ -77,7 +78,7 @@ def test_subnormal_numbers_are_numbers(perta, tmp_path):
 
 
 def test_weights_at_their_limits(perta, tmp_path):
-    """r^p beyond float32 on both sides."""
+    """r^p overflows and underflows float32."""
     write(tmp_path, forget=np.array([1e-30, 1e30, 1e-38, 1e38] * 2, "f4"), retain=np.array([1e30, 1e-30, 1e38, 1e-38] * 2, "f4"))
     for method in (["fisher"], ["power", "--power", "8"], ["grad"]):
         unlearn(perta, "--force", "--method", *method)
@@ -92,7 +93,7 @@ def test_a_result_too_large_for_f16_is_an_error_or_kept_and_counted(perta, tmp_p
     assert "tensor t, element 0 (byte " in said and "the edited value is not finite" in said
     assert not (tmp_path / "p").exists()
     said = unlearn(perta, "--nonfinite", "keep").stdout
-    assert "1 parameters with NaN or Inf kept" in said
+    assert "1 parameters with NaN or Inf stay unchanged" in said
     assert tensor(tmp_path)["nonfinite"] == 1
     out = read_folder(tmp_path / "m")["t"]
     assert out[0] == 65504 and out[1] == np.float16(60500) and out[2] == 501

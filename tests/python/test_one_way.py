@@ -1,4 +1,4 @@
-"""One-way patches: they lead forward, and tell nothing of what was before."""
+"""One-way patches lead forward, and reveal nothing of the values before."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_it_leads_forward_to_the_same_model(perta, sides):
 
 
 def test_it_is_the_same_whatever_was_before_where_it_changes(perta, sides):
-    """So nothing in it can confirm a guess of the values that were there."""
+    """So nothing in the patch can confirm a guess of the old values."""
     rng = np.random.default_rng(9)
     after = {"a": narrow(rng.standard_normal(3000, "f4"), BF16), "b": narrow(rng.standard_normal(40, "f4"), np.dtype("f4"))}
     changes = {n: rng.random(x.shape) < 0.1 for n, x in after.items()}
@@ -70,7 +70,8 @@ def test_it_is_the_same_whatever_was_before_where_it_changes(perta, sides):
 
 
 def test_its_record_counts_only_what_the_model_after_shows(perta, sides):
-    """The mean weight of a tensor of one element, with base and tuned, would give the old value away."""
+    """The mean weight of a tensor of one element, with base and tuned, would reveal the old
+    value."""
     unlearn(perta)
     unlearn(perta, "--one-way", patch="public")
     whole, public = (json.loads((sides / p / "manifest.json").read_text()) for p in ("p", "public"))
@@ -91,9 +92,9 @@ def test_another_model_is_refused_untouched(perta, sides):
 def test_what_it_cannot_do_is_said(perta, sides):
     unlearn(perta, "--one-way", "--out", "forgotten")
     before = folder_bytes(sides / "model")
-    nothing = "p: a one-way patch, which holds nothing of the model before: "
+    nothing = "p: a one-way patch, which does not hold the old values: "
     assert nothing + "it cannot be reverted" in perta("revert", "forgotten", "p", "--out", "m", check=2).stderr
-    assert nothing + "in place" in perta("apply", "model", "p", "--in-place", check=2).stderr
+    assert nothing + "an interrupted edit in place" in perta("apply", "model", "p", "--in-place", check=2).stderr
     assert nothing + "it cannot be composed" in perta("compose", "p", "p", "--patch", "pp", check=2).stderr
     assert nothing + "--applied can" in perta("verify", "model", "--patch", "p", "--original", check=2).stderr
     assert folder_bytes(sides / "model") == before

@@ -1,4 +1,4 @@
-"""Outputs never fall on inputs or on each other; the record holds every input's digest."""
+"""Outputs never overwrite inputs or each other; the record holds the digest of every input."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from verbs import VERBS, make_inputs, run, stop_at
 
 @pytest.fixture
 def inputs(tmp_path):
-    """Folders model, tuned, base, forget, retain; importances sharded otherwise than the model."""
+    """Folders model, tuned, base, forget, retain; importances are sharded differently from the
+    model."""
     rng = np.random.default_rng(7)
     names = [f"layer.{i}.weight" for i in range(5)]
 
@@ -98,8 +99,8 @@ def test_a_pattern_that_leaves_nothing_to_edit_is_refused(perta, inputs):
 
 @pytest.fixture
 def done(perta, inputs):
-    """The same, with a file of the user's in the model, and with one output of each kind: patch p,
-    model out, importance imp/mean."""
+    """The same, with a file of the user's in the model, and with one output of each kind: patch
+    p, model out, importance imp/mean."""
     (inputs / "model/config.json").write_text("{}")
     (inputs / "model/my notes.txt").write_text("mine")
     perta(*UNLEARN, "--patch", "p", "--out", "out")
@@ -132,7 +133,7 @@ def test_what_perta_wrote_is_replaced(perta, done, out):
 
 
 def extension(folder):
-    """What a browser takes for one."""
+    """What a browser accepts as an extension."""
     (folder / "src").mkdir(parents=True)
     (folder / "manifest.json").write_text('{"manifest_version": 3, "name": "mine"}')
     (folder / "src/main.js").write_text("mine")
@@ -156,7 +157,7 @@ def adapters(folder):
 
 
 def program(folder):
-    """One with a config.json of its own, that keeps what it learned in one file."""
+    """A program with a config.json of its own, that keeps what it learned in one file."""
     folder.mkdir()
     (folder / "config.json").write_text('{"port": 80, "paths": {"model_type": "x"}}')
     safetensors_file(folder / "notes.safetensors")
@@ -201,13 +202,13 @@ def test_an_output_with_anything_else_in_it_is_not_replaced(perta, done, out, pu
     put(done / out)
     before = tree(done)
     refusal = perta(*KINDS[out], "--force", check=2).stderr
-    assert f"{out}: exists and holds what is not of a " in refusal and named in refusal
+    assert f"{out}: exists and holds files that are not part of a " in refusal and named in refusal
     assert tree(done) == before
 
 
 @pytest.mark.parametrize("as_file", [False, True])
 def test_shards_of_any_name_are_replaced_by_what_is_made_of_the_same(perta, inputs, as_file):
-    """There is no index that names them, and no config."""
+    """No index names them, and there is no config."""
     for folder in ("model", "tuned"):
         (inputs / folder / "model.safetensors.index.json").unlink()
         for i, shard in enumerate(sorted((inputs / folder).glob("*.safetensors"))):
@@ -216,7 +217,7 @@ def test_shards_of_any_name_are_replaced_by_what_is_made_of_the_same(perta, inpu
     perta("diff", *sides, "--patch", "p")
     for _ in range(2):
         perta("apply", sides[0], "p", "--out", "out", "--force")
-    safetensors_file(inputs / "out/part0.safetensors")  # of other tensors
+    safetensors_file(inputs / "out/part0.safetensors")  # with other tensors
     refusal = perta("apply", sides[0], "p", "--out", "out", "--force", check=2).stderr
     assert "part0.safetensors" in refusal
 
@@ -230,7 +231,7 @@ def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag)
     (partial / "diary").write_text("mine")
     before = tree(done)
     refusal = perta(*KINDS[out], flag, check=2).stderr
-    assert f"{out}.perta-partial: holds what no run of perta left there: diary" in refusal
+    assert f"{out}.perta-partial: holds files that no run of perta left there: diary" in refusal
     assert tree(done) == before
     (partial / "diary").unlink()
     (partial / "model.safetensors").write_bytes(b"")
@@ -246,14 +247,14 @@ def test_a_folder_of_the_leftovers_name_is_looked_at_too(perta, done, out, flag)
 def test_a_file_of_the_journals_name_is_not_written_over(perta, inputs, flags):
     (inputs / "p.perta-journal").write_text("mine")
     refusal = perta(*UNLEARN, "--patch", "p", *flags, check=2).stderr
-    assert "p.perta-journal: exists and is no journal of perta" in refusal
+    assert "p.perta-journal: exists and is not a journal of perta" in refusal
     assert (inputs / "p.perta-journal").read_text() == "mine" and not (inputs / "p").exists()
-    (inputs / "p.perta-journal").write_text("0123456789ab")  # torn
+    (inputs / "p.perta-journal").write_text("0123456789ab")  # a torn record
     perta(*UNLEARN, "--patch", "p", *flags)
 
 
 def test_work_of_steps_with_anything_else_in_it_stays(tmp_path):
-    """And so does the journal beside it: --resume goes on when that has been moved away."""
+    """And so does the journal beside it: --resume continues when the other file is moved away."""
     if "steps" not in VERBS:
         pytest.skip("this build has no matrix products")
     make_inputs(tmp_path, large=False)
@@ -264,7 +265,7 @@ def test_work_of_steps_with_anything_else_in_it_stays(tmp_path):
     before = tree(tmp_path)
     for flag, code in (("--force", 2), ("--resume", 3)):
         said = run(tmp_path, *VERBS["steps"], flag, status=code).stderr
-        assert f"{work.name}: holds what no run of perta left there: diary" in said
+        assert f"{work.name}: holds files that no run of perta left there: diary" in said
         assert tree(tmp_path) == before
     (work / "diary").unlink()
     run(tmp_path, *VERBS["steps"], "--resume")
@@ -292,9 +293,9 @@ def test_a_file_beside_the_model_is_no_journal_of_an_edit_in_place(perta, done):
     mine.write_text("mine, all of it")
     before = tree(done)
     refusal = perta("apply", "model", "p", "--in-place", check=2).stderr
-    assert f"{mine.name}: exists and is no journal of perta" in refusal
+    assert f"{mine.name}: exists and is not a journal of perta" in refusal
     assert tree(done) == before
-    mine.write_bytes(bytes(9000))  # as a run leaves it that is killed while it makes it
+    mine.write_bytes(bytes(9000))  # as left by a run that is killed while it creates it
     perta("apply", "model", "p", "--in-place")
     assert not mine.exists()
 
@@ -323,14 +324,14 @@ def test_other_weights_of_the_model_are_left_behind_and_named(perta, done):
     named = ["consolidated.safetensors", "model.fp16.safetensors", "model.safetensors.bak", "weights"]
     named.append("pytorch_model.bin.index.json")
     for name in named:
-        assert re.search(rf"left behind \(weights that are none of the model's shards.*: {name}\n", said)
+        assert re.search(rf"left behind \(weights that are not among the model's shards.*: {name}\n", said)
         assert not (done / "out" / name).exists()
     summary = json.loads(perta("apply", "model", "p", "--in-place", "--json").stdout)
     assert sorted(summary["unedited"]) == sorted(named)
 
 
 def test_a_model_that_is_chosen_as_a_file_has_the_config_beside_it(perta, tmp_path):
-    """What that says counts: the file is given to choose one of two models."""
+    """Its choice counts: the file selects one of two models."""
     if "estimate" not in VERBS:
         pytest.skip("this build has no matrix products")
     make_inputs(tmp_path, large=False)

@@ -1,5 +1,6 @@
-"""Adapters that PEFT writes: `perta unlearn --alpha -1` adds the task vector, so what comes out is what
-PEFT makes of base and adapter, live and merged; or the adapter is refused with the key that is why."""
+"""Adapters that PEFT writes. `perta unlearn --alpha -1` adds the task vector, so the result must
+be what PEFT makes of base and adapter, live and merged; or the adapter is refused, naming the
+key that is the reason."""
 
 import dataclasses
 import json
@@ -61,7 +62,7 @@ def logits(model):
 
 
 def tune(base, config, to, noise=0.1):
-    """An adapter with all that it trains off its first values."""
+    """An adapter, all of whose trained parameters differ from their initial values."""
     model = peft.get_peft_model(load(base), config)
     generator = torch.Generator().manual_seed(2)
     for p in model.parameters():
@@ -83,7 +84,7 @@ def near(a, b, what):
 
 
 def check_equal(tmp_path, base, adapter):
-    """The edited model computes what the adapter does live, and what is merged into float32."""
+    """The edited model computes what the live adapter does, and equals the merge in float32."""
     model = live(base, adapter)
     want = logits(model)
     assert (want - logits(load(base))).abs().max() > 1e-2, "the adapter does nothing"
@@ -198,7 +199,7 @@ def test_an_adapter_does_what_peft_does(perta, tmp_path, bases, kind, config, re
 
 
 def draw(seed):
-    """A kind of model and a config, at random."""
+    """A random kind of model and config."""
     rng = random.Random(seed)
     kind = rng.choice(["llama", "tied", "biased", "qwen2", "qwen3-tied", "gemma"])
     modules = rng.sample(ALL + [EMBED] + [HEAD] * (kind in ("llama", "biased", "qwen2")), rng.randint(1, 6))
@@ -221,18 +222,18 @@ def draw(seed):
 
 @pytest.mark.parametrize("seed", part(range(80), plain=4))
 def test_adapters_drawn_at_random(perta, tmp_path, bases, seed):
-    """Refused where a tied embedding is changed, and only there."""
+    """Refused if a tied embedding is changed, and only then."""
     kind, config = draw(seed)
     try:
         tune(bases / kind, peft.LoraConfig(**lora(**config)), tmp_path / "a")
-    except (ValueError, AttributeError) as why:  # nothing is left of the modules, or PEFT cannot
+    except (ValueError, AttributeError) as why:  # no modules are left, or PEFT cannot do it
         pytest.skip(f"PEFT: {why}")
     whole = [m for m in config.get("modules_to_save", []) if m == EMBED]
     names = load_file(tmp_path / "a/adapter_model.safetensors")
     tied = kind in ("tied", "qwen3-tied", "gemma")
     refused = tied and any("embed_tokens" in name or "lm_head" in name for name in names)
     refused = refused and not (whole and config["ensure_weight_tying"])
-    # A bias of a module that is held whole, which PEFT writes a second time under a name of its own.
+    # The bias of a module that is stored whole; PEFT writes it a second time under another name.
     twice = any(".modules_to_save." in name for name in names)
     message = perta(*words(bases / kind, "a"), check=3 if refused or twice else 0).stderr
     if refused or twice:
@@ -243,7 +244,7 @@ def test_adapters_drawn_at_random(perta, tmp_path, bases, seed):
 
 # --- other kinds than LoRA
 
-# What some of them cannot do without; a kind that cannot be made here has its name alone.
+# Keys that some of them need; a kind that cannot be created here only has its name.
 NEEDS = {
     "ADALORA": {"total_step": 10},
     "IA3": {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
@@ -256,7 +257,7 @@ KINDS_OF_PEFT = sorted(str(kind.value) for kind in peft.PEFT_TYPE_TO_CONFIG_MAPP
 
 
 def save_other(base, kind, to):
-    """As PEFT writes it, or its config beside a LoRA's tensors. True: as PEFT writes it."""
+    """As PEFT writes it (True), or its config beside a LoRA's tensors."""
     of = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     fields = {field.name for field in dataclasses.fields(of)}
     keys = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
@@ -265,7 +266,7 @@ def save_other(base, kind, to):
         tune(base, of(**keys), to)
         load_file(to / "adapter_model.safetensors")
         return True
-    except Exception:  # of any kind: what it lacks is PEFT's affair
+    except Exception:  # any error: what it lacks is PEFT's concern
         tune(base, peft.LoraConfig(**lora()), to)
         config = json.loads((to / "adapter_config.json").read_text())
         (to / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
@@ -277,7 +278,7 @@ def test_other_kinds_are_refused_by_name(perta, tmp_path, bases, kind):
     save_other(bases / "llama", kind, tmp_path / "a")
     message = perta(*words(bases / "llama", "a"), check=3).stderr
     assert "a/adapter_config.json: peft_type: " in message and "merge" in message
-    # A kind does not come in by another's name.
+    # The name of another kind is not accepted either.
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(lora() | config | {"peft_type": "LORA"}))
     result = perta(*words(bases / "llama", "a"), check=None)
@@ -285,7 +286,7 @@ def test_other_kinds_are_refused_by_name(perta, tmp_path, bases, kind):
 
 
 def same_as_live(tmp_path, base):
-    """Is what came out what PEFT makes of the adapter, whatever it is?"""
+    """Does the result equal what PEFT makes of the adapter, whatever it is?"""
     want = logits(live(base, tmp_path / "a"))
     return (logits(load(tmp_path / "m")) - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -355,7 +356,7 @@ def plain(bases, tmp_path_factory):
 
 @pytest.mark.parametrize("key, value", part(MUTATIONS, plain=10), ids=str)
 def test_a_key_is_right_or_refused_by_name(perta, tmp_path, bases, plain, key, value):
-    """What PEFT cannot load is not compared; what it passes over is said."""
+    """What PEFT cannot load is not compared; what it ignores is reported."""
     (tmp_path / "a").mkdir()
     tensors = plain / "adapter_model.safetensors"
     (tmp_path / "a/adapter_model.safetensors").write_bytes(tensors.read_bytes())
@@ -370,14 +371,14 @@ def test_a_key_is_right_or_refused_by_name(perta, tmp_path, bases, plain, key, v
     notes = json.loads(result.stdout)["notes"][1:]
     try:
         same = same_as_live(tmp_path, bases / "llama")
-    except Exception:  # PEFT does not take it
+    except Exception:  # PEFT refuses it
         return
     assert same or any(key in note for note in notes), notes
     assert same or key == "target_modules"
 
 
 def test_a_square_matrix_that_is_transposed_is_refused(perta, tmp_path, bases):
-    """PEFT transposes GPT-2's whatever the config says."""
+    """PEFT transposes GPT-2's matrices whatever the config says."""
     tune(bases / "gpt2", peft.LoraConfig(**lora(target_modules=["attn.c_proj"])), tmp_path / "a")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     (tmp_path / "a/adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": False}))
@@ -386,25 +387,26 @@ def test_a_square_matrix_that_is_transposed_is_refused(perta, tmp_path, bases):
 
 
 def test_a_copy_of_another_base_is_refused(perta, tmp_path, bases):
-    """PEFT adds A and B to its copy of the embedding, whatever the base has."""
+    """PEFT adds A and B to its copy of the embedding, whatever the base holds."""
     tune(bases / "llama", peft.LoraConfig(**lora(target_modules=[EMBED])), tmp_path / "a")
     tensors = load_file(tmp_path / "a/adapter_model.safetensors")
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     tensors[name][3, 4] += 1
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")
     message = perta(*words(bases / "llama", "a"), check=3).stderr
-    assert f"tensor {name}, the copy of what the LoRA is added to, differs from" in message
+    assert f"tensor {name}, the copy of the weight that the LoRA is added to, differs from" in message
     tensors[name] = tensors[name].bfloat16()  # loaded in another dtype: a copy that was rounded
     save_file(tensors, tmp_path / "a/adapter_model.safetensors")
     perta(*words(bases / "llama", "a"))
 
 
-# --- dtypes, and nothing
+# --- dtypes, and adapters that change nothing
 
 
 @pytest.mark.parametrize("dtype", part([torch.bfloat16, torch.float16, torch.float64], plain=1), ids=str)
 def test_one_rounding_to_the_dtype_of_the_model(perta, tmp_path, bases, dtype):
-    """The float32 merge, rounded once: no value is further away than half of its last place."""
+    """The float32 merge, rounded once: no value differs by more than half a unit in the last
+    place."""
     make("llama").to(dtype).save_pretrained(tmp_path / "base")
     tune(tmp_path / "base", peft.LoraConfig(**lora(target_modules=ALL, modules_to_save=["norm"])), tmp_path / "a")
     adapter = load_file(tmp_path / "a/adapter_model.safetensors")
@@ -419,14 +421,14 @@ def test_one_rounding_to_the_dtype_of_the_model(perta, tmp_path, bases, dtype):
 
 
 def test_an_adapter_that_changes_nothing_is_noted(perta, tmp_path, bases):
-    """As PEFT makes it: B is zero."""
+    """As PEFT creates it: B is zero."""
     tune(bases / "llama", peft.LoraConfig(**lora()), tmp_path / "a", noise=0)
     notes = json.loads(perta(*words(bases / "llama", "a")).stdout)["notes"]
     assert any("nothing changes: the adapter's task vector is zero" in note for note in notes)
 
 
 def saved_as(plain, to, rename=lambda name: name, **keys):
-    """The plain LoRA under other names, or without some; keys for its config."""
+    """The plain LoRA with other names, or without some tensors; and keys for its config."""
     to.mkdir()
     tensors = {rename(name): x for name, x in load_file(plain / "adapter_model.safetensors").items() if rename(name)}
     save_file(tensors, to / "adapter_model.safetensors")
@@ -435,7 +437,7 @@ def saved_as(plain, to, rename=lambda name: name, **keys):
 
 
 def test_an_adapter_without_tensors_is_refused(perta, tmp_path, bases, plain):
-    """As PEFT saves one of a compiled model."""
+    """As PEFT saves the adapter of a compiled model."""
     saved_as(plain, tmp_path / "a", lambda name: None)
     assert "a/adapter_model.safetensors: no tensors" in perta(*words(bases / "llama", "a"), check=3).stderr
 
@@ -453,19 +455,19 @@ def test_names_that_peft_would_pass_over_are_noted(perta, tmp_path, bases, plain
     saved_as(plain, tmp_path / "a", lambda name: name.removeprefix("base_model.model."))
     notes = json.loads(perta(*words(bases / "llama", "a")).stdout)["notes"]
     first = "model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert any(f"the names of 8 tensors, {first} the first, do not begin with base_model.model." in note for note in notes)
+    assert any(f"the names of 8 tensors, the first of them {first}, do not begin with base_model.model." in note for note in notes)
 
 
 def test_an_alpha_of_zero_is_named(perta, tmp_path, bases, plain):
     saved_as(plain, tmp_path / "a", lora_alpha=0)
-    assert "(lora_A, lora_B or lora_alpha is)" in perta(*words(bases / "llama", "a")).stdout
+    assert "(lora_A, lora_B or lora_alpha is zero)" in perta(*words(bases / "llama", "a")).stdout
 
 
 @pytest.mark.parametrize("inside", ["model.language_model.", "language_model.model."])
 def test_names_of_a_vision_language_model_are_called_so(perta, tmp_path, bases, plain, inside):
     saved_as(plain, tmp_path / "a", lambda name: name.replace("model.model.", f"model.{inside}"))
     message = perta(*words(bases / "llama", "a"), check=3).stderr
-    assert "goes by the names of a vision-language model" in message and "merge the adapter" in message
+    assert "uses the names of a vision-language model" in message and "merge the adapter" in message
 
 
 def test_a_classifier_of_gpt2_is_not_transposed(perta, tmp_path):
@@ -485,7 +487,7 @@ COMMON = "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gem
 
 @pytest.mark.parametrize("kind", COMMON.split())
 def test_a_family_ties_by_default_what_transformers_ties(perta, tmp_path, kind):
-    """Where config.json leaves it out: then embedding and head that differ are refused."""
+    """If config.json does not say: then an embedding and a head that differ are refused."""
     tensors = {"model.embed_tokens.weight": torch.zeros(4, 4), "lm_head.weight": torch.ones(4, 4)}
     (tmp_path / "m0").mkdir()
     save_file(tensors, tmp_path / "m0/model.safetensors")
@@ -496,7 +498,8 @@ def test_a_family_ties_by_default_what_transformers_ties(perta, tmp_path, kind):
 
 
 def test_a_tuned_model_that_was_merged_and_untied_is_refused(perta, tmp_path, bases):
-    """merge_and_unload of an adapter that holds embedding and head whole writes a head of its own."""
+    """merge_and_unload of an adapter that stores embedding and head whole writes a separate
+    head."""
     tune(bases / "tied", peft.LoraConfig(**lora(modules_to_save=[EMBED, HEAD])), tmp_path / "a")
     live(bases / "tied", tmp_path / "a").merge_and_unload().save_pretrained(tmp_path / "tuned")
     message = perta(*words(bases / "tied", "tuned"), check=3).stderr.replace(str(bases / "tied"), "tied")

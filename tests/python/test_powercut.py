@@ -1,6 +1,6 @@
-"""Every verb, and the power goes: at any instant, with what was not synced lost or torn.
+"""Every verb under power cuts: at any instant, with what was not synced lost or torn.
 
-The long tier (PERTA_LONG=1, set by `make check-long`) cuts it fifty times as often."""
+The long tier (PERTA_LONG=1, set by `make check-long`) cuts the power fifty times as often."""
 
 import os
 import random
@@ -38,14 +38,14 @@ def test_it_goes_on_to_the_same_bytes(inputs, verb):
     rng = random.Random(verb)
     logged = EAGER | {"PERTA_FAULTS": f"fast=1,log={log}"}
     unlogged = EAGER | {"PERTA_FAULTS": "fast=1"}
-    # Threads write, so that all of it is seen.
+    # Threads write, so that everything is logged.
     go_on = [*command, "--io", "pread", "--resume"]
 
     def is_done():
         return folder_bytes(folder / "out") == want and not leftovers(folder)
 
     for cut in range(CUTS):
-        for _ in range(3):  # cut off again before it has come to its end
+        for _ in range(3):  # cut off again before it ends
             disk = Disk(folder)
             run(folder, *go_on, env=logged, perta=FAULTY)
             ended = disk.cut_power(log, rng)

@@ -166,7 +166,7 @@ def test_a_statement_is_in_toto_with_slsa_provenance(perta, sides):
     assert start <= finished <= datetime.now(timezone.utc) and started <= finished
 
 
-@pytest.mark.parametrize("fault", ["fail=sync:12:5", "fail=rename:1:5"])  # on the way; all done but the name
+@pytest.mark.parametrize("fault", ["fail=sync:12:5", "fail=rename:1:5"])  # midway; at the rename
 def test_a_run_that_goes_on_started_when_it_first_did(sides, fault):
     command = [f"--{role}={role}" for role in SIDES] + ["--patch", "p", "--statement"]
     env = EAGER | {"PERTA_FAULTS": fault}

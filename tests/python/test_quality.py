@@ -1,4 +1,4 @@
-"""`make bench-quality` on a model that takes seconds, so that it goes on working."""
+"""`make bench-quality` on a model that takes seconds, so that it keeps working."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_curves_are_measured_and_written_down(tmp_path):
 
 
 def test_perta_and_pytorch_agree(tmp_path):
-    """What `perta eval` says is what the models that PyTorch trained say there."""
+    """`perta eval` reports what the models say in PyTorch, which trained them."""
     import curves
     import torch
     import train

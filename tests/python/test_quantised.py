@@ -1,6 +1,6 @@
 """Quantised checkpoints are refused where numbers are edited or computed with, and nowhere else.
 
-Codes pass through an edit and their scales do not, so what comes out is neither model."""
+Codes pass through an edit but their scales do not, so the result would be neither model."""
 
 import json
 
@@ -16,7 +16,7 @@ EXPERTS = "model.layers.0.mlp.experts"
 
 
 def write_raw(path, tensors):
-    """Zeros of any dtype: name: (dtype, shape)."""
+    """Zeros of any dtype; tensors maps a name to (dtype, shape)."""
     bits = {"F4": 4, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U8": 8, "I8": 8, "BOOL": 8, "I16": 16}
     bits |= {"U16": 16, "BF16": 16, "F16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64}
     header, at = {}, 0
@@ -33,7 +33,7 @@ def with_rest(tensors):
     return tensors | {"model.norm.weight": ("BF16", (8,)), "lm_head.weight": ("BF16", (10, 8))}
 
 
-# What is stored for one layer; the first is what the message names.
+# What is stored for one layer; the message names the first.
 FORMATS = {
     "fp8, blocks": {"weight": (F8, (8, 8)), "weight_scale_inv": ("F32", (1, 1))},
     "fp8, static": {"weight": (F8, (8, 8)), "weight_scale": ("BF16", (8, 1)), "input_scale": ("F32", ())},

@@ -1,4 +1,5 @@
-"""The page about a patch: whole, self-contained, and drawn by a real browser where there is one."""
+"""The page about a patch: complete, self-contained, and rendered by a real browser if there is
+one."""
 
 import json
 import re
@@ -50,7 +51,7 @@ def test_a_file_that_is_there_stays(perta, patch, tmp_path):
     perta("report", "patch", "--html", "other.html", "--force")
     assert (tmp_path / "other.html").stat().st_ino != before
     assert (tmp_path / "other.html").read_text().startswith("<!doctype html>")
-    assert "no regular file" in perta("report", "patch", "--html", "model", "--force", check=2).stderr
+    assert "not a regular file" in perta("report", "patch", "--html", "model", "--force", check=2).stderr
     assert "nowhere" in perta("report", "patch", "--html", "nowhere/page.html", check=4).stderr
 
 
@@ -88,12 +89,12 @@ def test_a_browser_draws_what_a_one_way_patch_says(perta, patch, tmp_path):
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
 def test_a_browser_draws_the_path(perta, tmp_path):
-    """Where the patch leads, which need not be the path's end."""
+    """The page shows where the patch leads, which need not be the end of the path."""
     pytest.importorskip("torch")
     from test_steps import STEPS, make_folders
 
     make_folders(tmp_path)
-    flags = ["--max-retain-rise", "-100"]  # the first step is one too far
+    flags = ["--max-retain-rise", "-100"]  # the first step exceeds it
     assert json.loads(perta(*STEPS, "1", *flags).stdout)["chosen"] == 0
     perta("report", "patch", "--html", "page.html")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/page.html"]

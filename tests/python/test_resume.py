@@ -1,4 +1,4 @@
-"""A run that was killed goes on with --resume, and ends with the same bytes."""
+"""A run that was killed is resumed with --resume, and ends with the same bytes."""
 
 import json
 import os
@@ -23,12 +23,12 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 ESTIMATE = "estimate --model model --data data.jsonl --out imp --stat mean,meansq --memory".split()
-# What does not fit in memory is in files from the start: another way to the same end.
+# With little memory, data goes to files from the start: another way to the same result.
 BUDGETS = ["1G", "little"]
 
 
 def budget_of(perta, budget):
-    """little: what a refusal names."""
+    """little: the budget that a refusal names."""
     return needed(perta, ESTIMATE[:-1], "20M") if budget == "little" else budget
 
 
@@ -46,7 +46,7 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """By budget: what a run that nobody stops writes."""
+    """By budget: what an undisturbed run writes."""
     made = {}
 
     def of(folder, budget):
@@ -65,7 +65,8 @@ def contents(folder):
 
 
 def finished(folder):
-    """What has its name: killed while names are given, it may be one of two folders, but whole."""
+    """A published folder: if the run was killed while renaming, it may be one of two folders,
+    but is complete."""
     return {
         name: data
         for name, data in contents(folder / "imp").items()
@@ -79,11 +80,11 @@ def test_an_estimate_that_is_killed_goes_on(perta, folder, budget):
     said = json.loads(perta(*ESTIMATE, budget, "--json").stdout)
     assert (said["scratch_bytes"] > 0) == little
     want = contents(folder / "imp")
-    perta(*ESTIMATE, budget, "--force", "--resume")  # nothing to go on with: from the start
+    perta(*ESTIMATE, budget, "--force", "--resume")  # nothing to resume: from the start
     (folder / "imp").rename(folder / "first")
     kills = 0
     while (stopped := stop_at(folder, [*ESTIMATE, budget, "--resume"], "commit", 3))[0]:
-        assert stopped == (-signal.SIGKILL, "")  # killed, not failed
+        assert stopped == (-signal.SIGKILL, "")  # killed; it did not fail
         kills += 1
         assert finished(folder).items() <= want.items()
     assert kills >= 3
@@ -93,9 +94,9 @@ def test_an_estimate_that_is_killed_goes_on(perta, folder, budget):
 def test_an_interrupted_estimate_says_how_to_go_on(perta, folder, whole):
     want = whole(folder, "1G")
     status, message = stop_at(folder, [*ESTIMATE, "1G"], "commit", 3, signal.SIGINT)
-    assert status == 130 and "--resume goes on with it: interrupted" in message
+    assert status == 130 and "--resume continues it: interrupted" in message
     refusal = perta(*ESTIMATE, "1G", check=2).stderr
-    assert "--resume goes on with it, --force starts over" in refusal
+    assert "--resume continues it, --force starts over" in refusal
     perta(*ESTIMATE, "1G", "--resume")
     assert contents(folder / "imp") == want
 
@@ -124,7 +125,7 @@ def test_a_changed_input_or_flag_is_refused(perta, folder, change, message):
     else:
         flags = change
     refusal = perta(*ESTIMATE, "1G", "--resume", *flags, check=2).stderr
-    assert "--resume cannot go on: " in refusal and message in refusal
+    assert "--resume cannot continue: " in refusal and message in refusal
     assert contents(folder / "imp") == before
     if change == "data":
         perta(*ESTIMATE, "1G", "--force")  # starts over

@@ -1,5 +1,5 @@
-"""`estimate`, `eval` and steps give the same bytes for every number of threads, every budget, every
-way of reading, and when a run goes on with other flags than it began with."""
+"""`estimate`, `eval` and steps give the same bytes for every number of threads, every budget,
+every way of reading, and when a run is resumed with other flags than it began with."""
 
 import itertools
 import json
@@ -26,8 +26,8 @@ ESTIMATE = "estimate --model model --data data.jsonl --out imp --stat mean,means
 
 
 def settings(perta, command, every=LONG):
-    """Flags; little is the budget that a refusal names. Sanitizers look for races and for what is
-    out of bounds."""
+    """Flags; little is the budget that a refusal names. Sanitizers look for races and memory
+    errors."""
     little = int(needed(perta, command, "20M")[:-1]) + (100 if SANITIZED else 0)
     budgets = {"little": f"{little}M", "plenty": "2G"}
     for threads, memory, io in part(ALL if every else SOME, sanitized=3):
@@ -43,8 +43,8 @@ def tensors(folder, pattern="*.safetensors"):
 @pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("family, changes", part(MODELS.values(), sanitized=1), ids=part(MODELS.keys(), sanitized=1))
 def test_estimate(perta, tmp_path, family, changes, compute):
-    """Some thousand tokens, samples from 2 to 130 of them: with little memory they go in batches, and
-    what is kept for all of them goes into files."""
+    """Some thousand tokens in samples of 2 to 130 tokens: with little memory they are processed
+    in batches, and the data kept for all of them goes to files."""
     make_model(tmp_path / "model", family, changes)
     write_data(tmp_path / "data.jsonl", repeat=3 if SANITIZED else 20)
     command = [*ESTIMATE, "--compute", compute, "--force"]
@@ -59,8 +59,8 @@ def test_estimate(perta, tmp_path, family, changes, compute):
 
 @pytest.mark.parametrize("stat", ["mean", "mean,meansq"])
 def test_more_tokens_than_memory_give_the_same(perta, tmp_path, stat):
-    """Batches, and what is kept for all tokens in a file; against one batch in memory. A sample that
-    is longer than what a gradient is summed over at once (1024 tokens) is among them."""
+    """In batches, with the data for all tokens in a file; compared with one batch in memory. One
+    of the samples is longer than the 1024 tokens that a gradient is summed over at once."""
     make_model(tmp_path / "model", "Llama", {"max_position_embeddings": 4096})
     lines = list(samples()) * (20 if SANITIZED else 100)
     long = [line["input_ids"] for line in lines[:30]]
@@ -76,7 +76,8 @@ def test_more_tokens_than_memory_give_the_same(perta, tmp_path, stat):
 
 
 def test_statistics_wanted_together_are_those_wanted_alone(perta, tmp_path):
-    """Squares: of the same gradients. (The mean is summed over samples then, else over all tokens.)"""
+    """Squares: of the same gradients. (The mean is then summed over samples, otherwise over all
+    tokens.)"""
     make_model(tmp_path / "model", "Llama", {})
     write_data(tmp_path / "data.jsonl")
     perta(*ESTIMATE)
@@ -96,7 +97,7 @@ def test_eval(perta, tmp_path, name, compute):
 
 
 def patch_bytes(tmp_path, perta, *flags):
-    """Everything of the patch but its record, which says when it was made."""
+    """Everything in the patch except its record, which says when it was made."""
     perta(*STEPS, "4", "--method", "signed-hold", "--stop-probability", "0.003", "--force", *flags)
     return tensors(tmp_path / "patch", "*.perta")
 
@@ -109,7 +110,7 @@ def test_steps(perta, tmp_path, name):
     assert all(run == runs[0] for run in runs)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4])  # after a layer forward, the head, a layer backward
+@pytest.mark.parametrize("stop", [1, 3, 4])  # after a layer forward, the head, and a layer backward
 def test_a_run_goes_on_with_other_flags(perta, tmp_path, stop):
     make_model(tmp_path / "model", "Llama", {})
     write_data(tmp_path / "data.jsonl", repeat=20)

@@ -1,7 +1,7 @@
-"""The command where memory is short: each time that it asks for some fails in turn
-(tests/faults/memory.c). It ends with status 4 and says so, or with all that an undisturbed run prints
-and writes, to the byte. The library's verbs are swept in tests/test_short_memory.c; here is what the
-command adds: results as JSON and as text, statements, reports."""
+"""The command when memory runs out: each allocation in turn fails (tests/faults/memory.c). The
+command either exits with status 4 and an error, or prints and writes what an undisturbed run
+does, byte for byte. The library's verbs are tested in tests/test_short_memory.c; this file
+tests what the command adds: results as JSON and as text, statements, reports."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
 
 
 def steady(text):
-    """But for times, and for what depends on them."""
+    """Without times, and without what depends on them."""
     text = re.sub(r'("(seconds|started|startedOn|finishedOn)": )[^,\n}]+', r"\1", text)
     return re.sub(r"(in )?[\d.]+ s\b|\([\d.]+ .?B/s\)", "", text)
 
@@ -66,7 +66,7 @@ def written(folder):
     ],
 )
 def test_a_name_that_is_not_utf_8_is_no_lack_of_memory(inputs, command):
-    """Paths are bytes; in JSON what is not UTF-8 of them is a question mark."""
+    """Paths are bytes; in JSON, those that are not UTF-8 become question marks."""
     name = os.fsdecode(b"\xff")
     shutil.rmtree(inputs / "out", ignore_errors=True)
     shutil.copytree(inputs / "model", inputs / f"in-{name}", dirs_exist_ok=True)

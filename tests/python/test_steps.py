@@ -1,5 +1,5 @@
-"""`perta unlearn --steps` against the same procedure in PyTorch; stop rules; going on after a
-kill."""
+"""`perta unlearn --steps` compared with the same procedure in PyTorch; stop rules; resuming
+after a kill."""
 
 import hmac
 import json
@@ -26,7 +26,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
 def make_folders(tmp_path, name="llama, tied"):
-    """full; base, and tuned a little away from it; data that share some tokens."""
+    """full; base, and tuned, which differs a little from it; data that share some tokens."""
     family, changes = MODELS[name]
     make_model(tmp_path / "full", family, changes | SMALL)
     generator = torch.Generator().manual_seed(8)
@@ -55,7 +55,7 @@ def tensors_of(folder):
 
 
 def gradients(folder, theta, lines, by_probability):
-    """Mean loss and probability, and signed mean gradients, in float64: of the loss, or of
+    """Mean loss and probability, and signed mean gradients in float64, of the loss or of
     -probability."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model.load_state_dict({k: v.double() for k, v in theta.items()}, strict=False)
@@ -70,8 +70,8 @@ def gradients(folder, theta, lines, by_probability):
 
 
 def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=None):
-    """docs/steps.md in PyTorch: the model at each point. Where a gradient is too near zero for its sign
-    to be sure in float32, sure is False."""
+    """docs/steps.md in PyTorch: the model at each point. If a gradient is too close to zero for
+    its sign to be certain in float32, sure is False."""
     full, tuned, base = (tensors_of(tmp_path / name) for name in ("full", "tuned", "base"))
     tau = {k: tuned[k] - base[k] for k in full}
     s = {k: torch.zeros_like(x).bfloat16() for k, x in full.items()}
@@ -115,7 +115,7 @@ def test_scales_and_model_are_pytorchs(perta, tmp_path, name, method, back_off):
     out = tensors_of(tmp_path / "out")
     differ = total = 0
     for key, x in models[4].items():
-        same = out[key] == x  # the same scale, and then the same arithmetic
+        same = out[key] == x  # the same scale gives the same arithmetic
         assert same[sure[key]].all(), key
         differ += (~same).sum().item()
         total += same.numel()
@@ -133,7 +133,7 @@ def check_path(have, want):
 
 
 def check_record(tmp_path, summary, method):
-    """The recipe tells the way; nothing else is left behind."""
+    """The recipe describes the path; nothing else is left behind."""
     recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
     assert (recipe["method"], recipe["steps"], recipe["step"]) == (method, 4, 0.4)
     assert recipe["path"] == summary["path"] and recipe["chosen"] == 4
@@ -147,7 +147,8 @@ def check_record(tmp_path, summary, method):
 
 
 def test_the_way_is_that_of_the_patch(perta, tmp_path):
-    """Losses on the way, formed on the fly, are those of models that are written; in bfloat16."""
+    """Losses along the path, computed without writing models, equal those of models that are
+    written; in bfloat16."""
     make_folders(tmp_path)
     for folder in ("full", "tuned", "base"):
         for path in (tmp_path / folder).glob("*.safetensors"):
@@ -172,7 +173,7 @@ def test_rules_stop_the_way(perta, tmp_path):
     flags = ["--force", "--stop-probability", path[2]["forget_probability"]]
     stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
     assert (stopped["path"], stopped["chosen"]) == (path[:3], 2)
-    flags += ["--stop-forget", losses[4]]  # both, then
+    flags += ["--stop-forget", losses[4]]  # then both must be reached
     stopped = json.loads(perta(*STEPS, "5", *flags).stdout)
     assert (stopped["path"], stopped["chosen"]) == (path[:5], 4)
     bound = max(rises[:3]) + 1e-9
@@ -187,8 +188,9 @@ HOLD = ["--method", "signed-hold", "--stop-probability"]
 
 
 def test_what_is_forgotten_is_held(perta, tmp_path):
-    """signed-hold is PyTorch's: from the point that forgets enough on, scales grow no more while
-    enough is forgotten, and changes get smaller. It ends where the retain loss is least."""
+    """signed-hold equals the procedure in PyTorch: after the first point that forgets enough,
+    scales do not grow while enough is forgotten, and changes get smaller. It ends where the
+    retain loss is least."""
     lines = make_folders(tmp_path)
     first = json.loads(perta(*STEPS, "3").stdout)["path"]
     level = first[3]["forget_probability"] * (1 + 1e-3)
@@ -198,7 +200,7 @@ def test_what_is_forgotten_is_held(perta, tmp_path):
     check_path(path, want)
     assert path[:4] == first
     enough = [k for k, point in enumerate(path) if point["forget_probability"] <= level]
-    assert enough[0] == 3 and 1 < len(enough) < 6  # it went below, and forward again
+    assert enough[0] == 3 and 1 < len(enough) < 6  # it fell below the level, and reached it again
     assert end == min(enough, key=lambda k: path[k]["retain_loss"])
     recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
     assert (recipe["method"], recipe["chosen"], recipe["stop_probability"]) == (HOLD[1], end, level)
@@ -206,7 +208,7 @@ def test_what_is_forgotten_is_held(perta, tmp_path):
     out = tensors_of(tmp_path / "out")
     for key, x in models[end].items():
         assert (out[key] == x)[sure[key]].all(), key
-    # Where enough is never forgotten, the end is the last point, or the one before a bound.
+    # If enough is never forgotten, the end is the last point, or the one before a limit.
     for flags, chosen in (([], 2), (["--max-retain-rise", "-100"], 0)):
         never = perta(*STEPS, "2", *HOLD, "1e-9", *flags, "--patch", "never", "--force", check=1)
         assert json.loads(never.stdout)["chosen"] == chosen
@@ -264,12 +266,12 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path):
         "out/step-3.perta-journal",
     }
     found = set()
-    while found != journals:  # three commit points further each time
+    while found != journals:  # three commit points later each time
         assert stop_at(tmp_path, [*command, "--resume"], "commit", 3) == (-signal.SIGKILL, "")
         found |= {name for name in journals if (tmp_path / name).exists()}
-    assert "--resume goes on with it" in perta(*command, check=2).stderr
+    assert "--resume continues it" in perta(*command, check=2).stderr
     refusal = perta(*command, "--resume", "--step", "0.3", check=2).stderr
-    assert "--resume cannot go on: flags: step was 0.4" in refusal
+    assert "--resume cannot continue: flags: step was 0.4" in refusal
     perta(*command, "--resume")
     assert contents(tmp_path / "patch") | contents(tmp_path / "out") == want
     assert not list(tmp_path.glob("*perta*"))
@@ -278,16 +280,16 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path):
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (["--method", "fisher"], 2, "--steps goes with --method signed"),
+        (["--method", "fisher"], 2, "--steps needs --method signed"),
         (["--method", "signed", "--back-off", "0.1"], 2, "never backs off"),
-        (["--alpha", "2"], 2, "--alpha, --missing and --nonfinite do not go with"),
-        (["--step", "0"], 2, "--step: 0; from 0.001"),
+        (["--alpha", "2"], 2, "--alpha, --missing and --nonfinite cannot be used with"),
+        (["--step", "0"], 2, "--step: 0; must be from 0.001"),
         (["--method", "signed-hold"], 2, "needs --stop-probability P or --stop-forget L"),
-        (["--stop-probability", "1"], 2, "--stop-probability: 1; between 0 and 1"),
-        (["--steps", "1,2", "--method", "signed-hold"], 2, "has one end"),
-        (["--steps", "2,1,2"], 2, "--steps: 2 twice"),
-        (["--steps", "2,"], 2, "--steps:  is no whole number"),
-        (["--steps", "1,1001"], 2, "--steps: 1 to 1000"),
+        (["--stop-probability", "1"], 2, "--stop-probability: 1; must be between 0 and 1"),
+        (["--steps", "1,2", "--method", "signed-hold"], 2, "takes one number of steps"),
+        (["--steps", "2,1,2"], 2, "--steps: 2 is given twice"),
+        (["--steps", "2,"], 2, "--steps:  is not a whole number"),
+        (["--steps", "1,1001"], 2, "--steps: must be from 1 to 1000"),
         (["--include", "nothing"], 2, "leave no tensor to edit"),
         (["--data-forget", "bad.jsonl"], 3, "bad.jsonl: line 2: token id"),
         (["--tuned", "other"], 3, "no tensor model.norm.weight"),

@@ -1,4 +1,4 @@
-"""`perta unlearn` gives the bits of the NumPy reference, whatever the machine does."""
+"""`perta unlearn` gives the bits of the NumPy reference, on any machine."""
 
 import itertools
 import json
@@ -52,13 +52,13 @@ def rule_id(rule):
 
 
 def cast(x, dtype):
-    """To this dtype, by way of float32 for BF16."""
+    """Convert to this dtype; to BF16 through float32."""
     with np.errstate(over="ignore"):
         return narrow(np.asarray(x, np.float32 if dtype == "BF16" else None), DTYPES[dtype])
 
 
 def limits(dtype):
-    """Largest and smallest numbers."""
+    """The largest and smallest numbers."""
     if dtype == "BF16":
         return float.fromhex("0x1.fep127"), 2.0**-133
     info = np.finfo(DTYPES[dtype])
@@ -66,7 +66,7 @@ def limits(dtype):
 
 
 def with_specials(rng, x, dtype, ceiling):
-    """One value in four becomes a zero, a subnormal, or as large as it may be."""
+    """One value in four becomes a zero, a subnormal, or as large as possible."""
     huge, tiny = limits(dtype)
     huge = min(huge, ceiling) / 8
     specials = cast(np.array([0, -0.0, tiny, -3 * tiny, huge, -huge]), dtype)
@@ -75,7 +75,7 @@ def with_specials(rng, x, dtype, ceiling):
 
 
 def make(rng, rule, model_dtype, shape, mixed):
-    """One tensor of each role; mixed: each of another dtype than the model's."""
+    """One tensor of each role; mixed: each in another dtype than the model's."""
     theta = rng.standard_normal(shape)
     theta_b = theta + 0.1 * rng.standard_normal(shape)
     theta_t = theta_b + 0.05 * rng.standard_normal(shape)
@@ -96,7 +96,7 @@ def make(rng, rule, model_dtype, shape, mixed):
 
 
 def make_inputs(rng, rule, model_dtype, shapes=SHAPES):
-    """Tensors of each role: same dtypes, mixed dtypes, and integers."""
+    """Tensors of each role: of one dtype, of mixed dtypes, and integers."""
     roles = {role: {} for role in ROLES}
     for mixed in (False, True):
         for name, shape in shapes.items():
@@ -110,7 +110,7 @@ def make_inputs(rng, rule, model_dtype, shapes=SHAPES):
 
 
 def write_inputs(folder, rule, roles, shards=1):
-    """The importances are sharded otherwise than the model."""
+    """The importances are sharded differently from the model."""
     for role, tensors in roles.items():
         importance = role in ("forget", "retain")
         metadata = {"perta.stat": rule.stat} if importance else {"format": "pt"}
@@ -134,7 +134,7 @@ def flags(rule, alphas=ALPHAS):
 
 
 def check_folder(folder, alpha, want: dict[str, Edited]):
-    """Every tensor's bits, and every count of the record."""
+    """Compare every tensor's bits, and every count in the record."""
     sub = f"alpha-{alpha}" if alpha is not None else ""
     have = read_folder(folder / "m" / sub)
     record = json.loads((folder / "p" / sub / "manifest.json").read_text())
@@ -197,7 +197,7 @@ def instruction_sets():
 
 
 def machines(n_wanted):
-    """About so many of all combinations, with each value of each setting in several."""
+    """About that many of all combinations, so that each value of each setting is in several."""
     settings = {
         "isa": instruction_sets(),
         "depth": [1, 2, 8],
@@ -215,7 +215,8 @@ def machines(n_wanted):
 
 
 def run_on(perta, machine, *command):
-    """Run with these settings. The least memory is what the refusal of too little asks for."""
+    """Run with these settings. The least memory is what the refusal of a too small budget asks
+    for."""
     words = [*command, "--io", machine["io"], "--threads", machine["threads"], "--memory"]
     env = {"PERTA_ISA": machine["isa"], "PERTA_QUEUE_DEPTH": str(machine["depth"])}
     if machine["memory"] != "least":
@@ -274,7 +275,7 @@ def test_globs_choose_the_tensors(perta, tmp_path, globs, is_edited):
 
 
 def one_layer(dtype, name="layer", n=1000):
-    """Inputs of one tensor, all finite and moderate."""
+    """Inputs of one tensor, all finite and of moderate size."""
     rng = np.random.default_rng(5)
     return {role: {name: cast(rng.standard_normal(n), dtype)} for role in ROLES}
 
@@ -335,7 +336,7 @@ def test_ten_thousand_tiny_tensors(perta, tmp_path):
     assert np.array_equal(np.stack([have[name] for name in names]), whole)
 
 
-# --- numbers that are none
+# --- numbers that are not finite
 
 
 def spoil(roles, role, at, value):
@@ -413,7 +414,7 @@ def test_importances_that_do_not_say_are_means_and_a_note_says_so(perta, tmp_pat
     for role, tensors in roles.items():
         write_folder(tmp_path / role, tensors)
     result = perta(*flags(Rule("fisher"), ["1"]), "--json")
-    assert "taken as mean gradients" in " ".join(json.loads(result.stdout)["notes"])
+    assert "perta takes it as mean gradients" in " ".join(json.loads(result.stdout)["notes"])
     check_folder(tmp_path, None, unlearn(Rule("fisher"), 1, **roles))
 
 
@@ -425,7 +426,7 @@ def test_importances_that_the_method_does_not_take_are_noted(perta, tmp_path):
     for given, named in (["forget", "retain"], "--forget and --retain are"), (["retain"], "--retain is"):
         words = [word for role in given for word in (f"--{role}", role)]
         notes = json.loads(perta(*command, *words, "--force").stdout)["notes"]
-        assert notes == [f"--method tv takes no importance: {named} not read"]
+        assert notes == [f"--method tv uses no importance: {named} not read"]
     assert not json.loads(perta(*command, "--force").stdout)["notes"]
 
 

@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.fixture(scope="module")
 def helps():
-    """What --help says, by verb."""
+    """The output of --help, by verb."""
     if not MODEL:
         pytest.skip("this build has not every verb")
     return {
@@ -68,7 +68,7 @@ def options_of(text):
 
 
 def commands_of(text):
-    """Lines of code that call the command, continued lines joined, by their words."""
+    """Command lines in code blocks, with continued lines joined, split into words."""
     text = text.replace("\\\n", " ")
     for line in re.findall(r"^(?: *(?:\$ )?| +.*&& | {8})(perta [a-z].*)$", text, re.MULTILINE):
         words = shlex.split(line.replace("(`", "").replace("`", ""), comments=True)
@@ -83,7 +83,7 @@ def test_the_man_page_has_every_option(helps):
 
 
 def test_every_option_stands_in_its_column(helps):
-    """argp misplaces what stands where its buffer is flushed."""
+    """argp puts padding in the wrong place where its buffer is flushed."""
     for verb, text in helps.items():
         for line in text.split("\v")[0].splitlines():
             assert len(line) < 80 and len(re.match(" *", line)[0]) <= 29, (verb, line)
@@ -142,8 +142,8 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
 @pytest.mark.parametrize(
     "words, status, says",
     [
-        (EDIT.split() + ["--memory", "1 "], 2, "1  is no size"),
-        (EDIT.split() + ["--memory", "2 iB"], 2, "2 iB is no size"),
+        (EDIT.split() + ["--memory", "1 "], 2, "1  is not a size"),
+        (EDIT.split() + ["--memory", "2 iB"], 2, "2 iB is not a size"),
         (EDIT.split() + ["--exclude", "*"], 2, "leave no tensor to edit"),
         (EDIT.replace("imp/mean", "imp").split(), 3, "--forget: imp: no .safetensors file in this "
          "folder; is imp/mean meant?"),
@@ -160,12 +160,12 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
         ("estimate --model llama --data model --out p".split(), 3, "model: a folder, where JSON"),
         ("estimate --model stranger --data data.jsonl --out p".split(), 3,
          "has tensor model.layers.0.self_attn.q_proj.bias, which its config.json does not"),
-        (EDIT.split() + ["--method", "magic"], 2, "magic is none of grad, fisher, power, tv, "),
-        (EDIT.split() + ["--io", "fast"], 2, "--io: fast is none of auto, direct, mmap, pread"),
-        ("accumulate base --out a --stat max".split(), 2, "max is none of mean, meansq"),
-        ("manifest model --format md5".split(), 2, "md5 is none of perta, xxhsum, sha256sum"),
+        (EDIT.split() + ["--method", "magic"], 2, "magic is not one of grad, fisher, power, tv, "),
+        (EDIT.split() + ["--io", "fast"], 2, "--io: fast is not one of auto, direct, mmap, pread"),
+        ("accumulate base --out a --stat max".split(), 2, "max is not one of mean, meansq"),
+        ("manifest model --format md5".split(), 2, "md5 is not one of perta, xxhsum, sha256sum"),
         ("manifest model tuned".split(), 2, "Too many arguments"),
-        ("report --html page".split(), 2, "which patch?"),
+        ("report --html page".split(), 2, "PATCH is missing: which patch?"),
         ("verify nothing".split(), 3, "nothing: no such file or folder"),
         *[
             (["unlearn", *words.split()], 3, says)
@@ -177,9 +177,9 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
                 ("--model model --tuned tuned --base imp/mean --method tv --patch p",
                  "--base: imp/mean: an importance"),
                 ("--model llama --tuned llama --base llama --forget llama --retain retain --patch p",
-                 "--forget: llama: a model (it has a config.json"),
+                 "--forget: llama: this is a model (it has a config.json"),
                 ("--model model --tuned tuned --base base --forget tuned/model.safetensors --retain "
-                 "retain --patch p", "--forget: tuned/model.safetensors: is --tuned, too"),
+                 "retain --patch p", "--forget: tuned/model.safetensors: this file is also part of --tuned"),
                 ("--model patch --tuned tuned --base base --method tv --patch p",
                  "--model: patch: a patch, not a checkpoint"),
                 ("--model model --tuned patch --method tv --patch p",
@@ -203,10 +203,10 @@ EDIT = "unlearn --model model --tuned tuned --base base --forget imp/mean --reta
         ("apply model imp/mean --out p".split(), 3, "patch folder? It looks like an importance"),
         ("apply model models--a--b --out p".split(), 3, "It looks like a folder of the Hugging Face"),
         ("report adapters/one --html p".split(), 3, "patch folder? It looks like a PEFT adapter"),
-        (EDIT.split()[:-1] + [""], 2, "perta unlearn: --patch: empty, where a name"),
-        (EDIT.split()[:-2] + ["--patch="], 2, "perta unlearn: --patch: empty, where a name"),
-        (["manifest", ""], 2, "perta manifest: an argument: empty, where a name"),
-        ("verify model".split(), 2, "no patch; to check other folders give --manifest"),
+        (EDIT.split()[:-1] + [""], 2, "perta unlearn: --patch: empty, but a name"),
+        (EDIT.split()[:-2] + ["--patch="], 2, "perta unlearn: --patch: empty, but a name"),
+        (["manifest", ""], 2, "perta manifest: an argument: empty, but a name"),
+        ("verify model".split(), 2, "not a patch; to check another folder give --manifest"),
     ],
 )
 def test_a_mistake_is_explained(perta, folders, words, status, says):
@@ -217,14 +217,14 @@ def test_a_mistake_is_explained(perta, folders, words, status, says):
 @pytest.mark.parametrize(
     "same, says",
     [
-        ("--tuned model --base model --method tv", "--tuned and --base hold the same: the task"),
-        ("--tuned tuned --base base --forget retain --retain retain", "--forget and --retain hold"),
+        ("--tuned model --base model --method tv", "--tuned and --base are byte-identical: the task"),
+        ("--tuned tuned --base base --forget retain --retain retain", "--forget and --retain are byte-identical"),
         ("--tuned tuned --base base --method tv", ""),
     ],
 )
 def test_inputs_that_are_to_differ_and_do_not_are_noted(perta, folders, same, says):
     said = perta("unlearn", "--model", "model", *same.split(), "--patch", "p").stdout
-    assert f"note: {says}" in said if says else " hold the same" not in said
+    assert f"note: {says}" in said if says else " byte-identical" not in said
 
 
 def test_what_was_found_stands_before_what_it_comes_to(folders, perta):
@@ -269,7 +269,7 @@ def test_what_differs_is_said_even_if_it_cannot_be_printed(folders):
 
 
 def test_a_closed_stream_is_no_output_file(folders):
-    """The first file that is opened would get its number."""
+    """Otherwise the first file that is opened would get its number."""
     command = f'"{PERTA}" diff model tuned --patch new <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", command], cwd=folders).returncode == 4
     one, other = (json.loads((folders / p / "manifest.json").read_text()) for p in ("new", "patch"))

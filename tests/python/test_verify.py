@@ -1,5 +1,5 @@
-"""`perta verify` lists all that is damaged, not only what it meets first: every chunk with tensor
-and elements, every file, in text and in JSON."""
+"""`perta verify` lists everything that is damaged, not only the first: every chunk with tensor
+and elements, every file, as text and as JSON."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ LARGE = 2 * CHUNK + 9  # three chunks
 
 @pytest.fixture
 def patched(perta, tmp_path):
-    """Three shards of two tensors, every chunk of which the patch p changes; from a to b."""
+    """Three shards of two tensors; the patch p from a to b changes every chunk of them."""
     rng = np.random.default_rng(6)
     names = ("a.large", "b.large", "c.large", "a.small", "b.small", "c.small")
     sizes = {name: LARGE if "large" in name else 500 for name in names}
@@ -36,14 +36,15 @@ def flip(path, *places):
 
 
 def data_at(path, tensor):
-    """Where a tensor's bytes start in the file."""
+    """The offset of a tensor's bytes in the file."""
     data = path.read_bytes()
     n = int.from_bytes(data[:8], "little")
     return 8 + n + json.loads(data[8 : 8 + n])[tensor]["data_offsets"][0]
 
 
 def verify(perta, *words, status=1):
-    """What it lists, as JSON; as text it must be the same. And what it says last."""
+    """The listed differences from the JSON output, which the text output must equal; and the
+    last message."""
     summary = json.loads(perta("verify", *words, "--json", check=status).stdout)
     text = perta("verify", *words, check=status)
     items = summary.get("differences", summary.get("damaged"))
@@ -92,7 +93,7 @@ def test_a_damaged_header_hides_no_damaged_chunk(perta, patched):
     first, third = patched / "a" / SHARDS[0], patched / "a" / SHARDS[2]
     flip(third, data_at(third, "c.small") + 3)
     flip(first, data_at(first, "a.large") + CHUNK)
-    flip(first, 8)  # the brace that the header starts with
+    flip(first, 8)  # the opening brace of the header
     items = verify(perta, "a", "--patch", "p", "--original")
     assert "header digest" in items[0]["message"] and items[0]["shard"] == SHARDS[0]
     assert ranges(items) == [
@@ -132,7 +133,7 @@ def test_the_other_side_and_another_model_are_told_apart(perta, patched):
 
 
 def test_headers_that_the_patch_changes(perta, tmp_path):
-    """In another order and with other metadata, so that before and after lie elsewhere."""
+    """In another order and with other metadata, so that the offsets before and after differ."""
     rng = np.random.default_rng(7)
     before = {name: rng.integers(0, 256, 99, np.uint8) for name in "abc"}
     write_checkpoint(tmp_path / "a", "U8", before, 1, {"format": "pt"})
@@ -159,7 +160,7 @@ def test_an_index_that_does_not_fit_is_still_an_error(perta, patched):
 
 
 def frames(perta, path, model):
-    """Of each frame: tensor, first element, elements, byte in the file."""
+    """For each frame: tensor, first element, number of elements, offset in the file."""
     head = int.from_bytes(path.read_bytes()[4:8], "little") + 8
     data, out, at = path.read_bytes(), [], head
     table = int.from_bytes(data[-24:-16], "little") * 48
@@ -189,10 +190,10 @@ def test_every_damaged_frame_of_a_patch_is_listed(perta, patched):
 
 
 def test_damaged_heads_and_tables_hide_no_damaged_frame(perta, patched):
-    """A digest that differs is reported, and frames are looked for where the table says."""
+    """A digest that differs is reported, and frames are then read where the table says."""
     first, second, third = (patched / "p" / f"{shard}.perta" for shard in SHARDS)
     tensor, start, n, at = frames(perta, first, "a")[1]
-    flip(first, first.stat().st_size - 24 - 16, at + 12)  # a chunk's digest in the table
+    flip(first, first.stat().st_size - 24 - 16, at + 12)  # the digest of a chunk in the table
     flip(second, 200)  # in the header before
     flip(third, frames(perta, third, "c")[3][3] + 12)
     items = verify(perta, "p")
@@ -217,7 +218,7 @@ def test_files_that_cannot_be_read_at_all_do_not_end_the_check(perta, patched):
 
 
 def record_digest(patch, path):
-    """What the record says of the file is made true."""
+    """Correct what the record says about the file."""
     manifest = patch / "manifest.json"
     record = json.loads(manifest.read_text())
     for item in record["outputs"]["patch"]:
@@ -249,7 +250,8 @@ def test_a_budget_that_is_enough_for_a_whole_patch_names_damage_too(perta, patch
 
 @pytest.mark.parametrize("io", ["mmap", "direct", "pread"])
 def test_files_side_by_side_have_the_digests_of_files_in_turn(perta, tmp_path, io):
-    """Several large ones, empty ones, one that is no checkpoint; tensors across many reads."""
+    """Several large files, empty ones, one that is not a checkpoint; tensors that span many
+    reads."""
     rng = np.random.default_rng(9)
     sizes = {f"{c}.large": 9_000_000 + 1000 * i for i, c in enumerate("abc")} | {"d.none": 0}
     tensors = {name: rng.integers(0, 256, n, np.uint8) for name, n in sizes.items()}

@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def put(folder, name, seed):
-    """Another model's weights, under that name."""
+    """The weights of another model, under that name."""
     safetensors_torch.save_file(tiny(seed).state_dict(), folder / name, {"format": "pt"})
 
 
@@ -41,7 +41,7 @@ def put_index(folder, name):
 
 
 def loaded(folder):
-    """Which of the models transformers takes, by its seed."""
+    """Which of the models transformers loads, by its seed."""
     weight = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()[NAME]
     return [seed for seed in (0, 1) if torch.equal(weight, tiny(seed).state_dict()[NAME])]
 
@@ -58,7 +58,7 @@ def test_a_single_file_beside_an_index_of_others(perta, folder):
     refusal = perta("inspect", folder, check=3).stderr
     assert "holds two models: model.safetensors, which transformers loads" in refusal
     assert "model-00001-of-00001.safetensors" in refusal
-    assert taken(perta, folder / "model.safetensors") == ["model.safetensors"]  # one is chosen
+    assert taken(perta, folder / "model.safetensors") == ["model.safetensors"]  # one is selected
     (folder / "model.safetensors").unlink()
     assert loaded(folder) == [1]
     assert taken(perta, folder) == ["model-00001-of-00001.safetensors"]

@@ -1,4 +1,4 @@
-"""Every verb that writes folders, on small inputs: what tests of kills and faults run."""
+"""Every verb that writes folders, on small inputs: what the tests of kills and faults run."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import HANGS, MODEL, PERTA, skip_what_needs_a_model
 from llama import write_llama
 from reference import BF16, CHUNK, narrow, write_folder
 
-# Commit at every chance.
+# Make a commit point at every chance.
 EAGER = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
 FAULTY = PERTA.parent / "tests/faults/perta_faulty"  # tests/faults/faults.h
 SIDES = "--model model --tuned tuned --base base --forget forget --retain retain".split()
@@ -33,8 +33,8 @@ VERBS = {
 }
 if not MODEL:
     VERBS = {verb: command for verb, command in VERBS.items() if verb not in ("estimate", "steps")}
-# The verbs of the stream; those that write no folder too, and those that edit the folder "out",
-# which is a copy of the one that they are for.
+# The verbs that use the stream, also those that write no folder, and those that edit the folder
+# "out", which is a copy of the folder that they work on.
 STREAM = {
     name: VERBS[name]
     for name in "unlearn unlearn-both diff apply revert compose accumulate".split()
@@ -44,7 +44,7 @@ STREAM = {
     "verify-applied": "verify tuned --patch p1 --applied".split(),
     "verify-manifest": "verify model --manifest model.json".split(),
 }
-# Those that compute with a model.
+# The verbs that compute with a model.
 COMPUTING = {
     name: VERBS[name] for name in ("estimate", "steps") if name in VERBS
 } | ({"eval": "eval --model llama --data data.jsonl".split()} if MODEL else {})
@@ -66,14 +66,15 @@ LARGE = {"big": (CHUNK + 300,), "two": (2 * CHUNK,)}
 
 
 def tensors(rng, dtype, large):
-    """Parts of chunks, tensors of a few bytes, an empty one; large: more than a chunk, too."""
+    """Tensors of parts of a chunk, of a few bytes, and an empty one; large: also more than a
+    chunk."""
     shapes = {"odd": (77, 91), "one": (1,), "empty": (0, 3)} | (LARGE if large else {})
     shapes |= {f"layers.{i}": (5 + 50 * i,) for i in range(20)}
     return {n: narrow(rng.standard_normal(s, "f4"), np.dtype(dtype)) for n, s in shapes.items()}
 
 
 def make_inputs(folder, large):
-    """Everything that VERBS read."""
+    """All inputs of VERBS."""
     rng = np.random.default_rng(7)
     for name in ("model", "tuned", "base"):
         write_folder(folder / name, tensors(rng, BF16, large), shards=3)
@@ -98,7 +99,7 @@ def make_inputs(folder, large):
 
 
 def run(folder, *command, status=0, env=EAGER, perta=PERTA, **how):
-    """Assert its exit status (None: any)."""
+    """Run, and assert the exit status (None: any)."""
     skip_what_needs_a_model(command)
     command = [str(perta), *command, "--progress", "none"]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS, **how)
@@ -107,15 +108,15 @@ def run(folder, *command, status=0, env=EAGER, perta=PERTA, **how):
 
 
 def stop_at(folder, command, kind, n, number=signal.SIGKILL, env=EAGER):
-    """Run it; it is sent a signal at its nth operation of that kind, if it has so many. Exit status
-    (-SIGKILL: killed), and what it said."""
+    """Run, and send a signal at the nth operation of that kind, if there are so many. Returns
+    the exit status (-SIGKILL: killed) and the output."""
     faults = {"PERTA_FAULTS": f"fast=1,signal={kind}:{n}:{int(number)}"}
     done = run(folder, *command, env=env | faults, perta=FAULTY, status=None)
     return done.returncode, done.stderr
 
 
 def operations(folder, command, log, env=EAGER):
-    """How many of each kind a run takes, which are counted into the file log."""
+    """The number of operations of each kind in a run, counted in the file log."""
     run(folder, *command, env=env | {"PERTA_FAULTS": f"fast=1,count={log}"}, perta=FAULTY)
     counts = dict(line.split() for line in log.read_text().splitlines())
     log.unlink()
@@ -134,7 +135,7 @@ def write_records(journal, records):
 
 
 def started_long_ago(journal):
-    """As if the run had begun then: Unix time 1000."""
+    """Pretend that the run began long ago, at Unix time 1000."""
     records = records_of(journal)
     for record in (records[0], records[-1].get("summary", {})):
         record["started"] = 1000

@@ -1,6 +1,6 @@
-/* The journal of an edit in place. The input says a batch's extents and bytes, whose digests are put
- * right here, or, where its first byte is odd, is all that follows the journal's head. Whatever it
- * says, files keep their sizes, and only bytes that a whole batch names are written. */
+/* The journal of an edit in place. The input describes a batch's extents and bytes, whose digests
+ * are corrected here; or, if its first byte is odd, it is everything after the head of the journal.
+ * Whatever it says, files keep their sizes, and only bytes that a whole batch names are written. */
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,13 +8,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "io/ahead.h"
 #include "io/hash.h"
+#include "io/wal.h"
 #include "tests/fuzz/folder.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* As docs/resume.md says; the table's room ends at a block. */
+/* As in docs/resume.md; the room of the table ends at a block. */
 struct batch {
     char magic[8];
     uint32_t n_extents, zero;
@@ -25,10 +25,10 @@ struct batch {
 
 enum { N_FILES = 2, FILE_BYTES = 3 * 4096 + 100, LOG_BYTES = 1 << 18, BATCH_AT = 4096 };
 static const char *const names[N_FILES] = {"a", "b"};
-static const char id[PERTA_AHEAD_ID_BYTES + 1] =
+static const char id[PERTA_WAL_ID_BYTES + 1] =
     "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 static uint8_t head[4096];
-static size_t bytes_at; /* of a batch's bytes in the log */
+static size_t bytes_at; /* offset of a batch's bytes in the log */
 
 static void open_files(struct perta_file *files)
 {
@@ -38,11 +38,11 @@ static void open_files(struct perta_file *files)
             abort();
 }
 
-/* Make a log as perta does, and keep its head; its size shows where bytes go. */
+/* Make a log as perta does, and keep its head; its size shows where the bytes begin. */
 static void enter(void)
 {
     struct perta_err err = {0};
-    struct perta_ahead ahead;
+    struct perta_wal wal;
     struct perta_file files[N_FILES];
     struct stat st;
     make_folder();
@@ -55,33 +55,33 @@ static void enter(void)
         close(fd);
     }
     open_files(files);
-    if (perta_ahead_open(&ahead, ".", id, files, N_FILES, 1, &err) ||
-        perta_ahead_begin(&ahead, id, "patch", &err) || stat(PERTA_AHEAD_NAME, &st))
+    if (perta_wal_open(&wal, ".", id, files, N_FILES, 1, &err) ||
+        perta_wal_begin(&wal, id, "patch", &err) || stat(PERTA_WAL_NAME, &st))
         abort();
-    int log = open(PERTA_AHEAD_NAME, O_RDONLY);
+    int log = open(PERTA_WAL_NAME, O_RDONLY);
     if (log < 0 || read(log, head, sizeof head) != sizeof head)
         abort();
     close(log);
-    bytes_at = (size_t)st.st_size - ahead.room_bytes;
-    perta_ahead_close(&ahead);
+    bytes_at = (size_t)st.st_size - wal.room_bytes;
+    perta_wal_close(&wal);
     for (int i = 0; i < N_FILES; i++)
         perta_file_close(&files[i]);
 }
 
-/* A batch from the input: number of extents, seven bytes for each, the rest its bytes. */
+/* Build a batch from the input: the number of extents, seven bytes for each, and then its bytes. */
 static size_t build(const uint8_t *data, size_t size, uint8_t *log)
 {
     struct batch batch = {.magic = "PERTAWAL"};
     uint32_t n = size ? data[0] % 16 : 0;
-    struct perta_ahead_extent *extents = (void *)(log + BATCH_AT + sizeof batch);
+    struct perta_wal_extent *extents = (void *)(log + BATCH_AT + sizeof batch);
     if (size < 1 + 7 * (size_t)n)
         return BATCH_AT;
     for (uint32_t i = 0; i < n; i++) {
         const uint8_t *e = data + 1 + 7 * (size_t)i;
-        extents[i] = (struct perta_ahead_extent){
+        extents[i] = (struct perta_wal_extent){
             .file = e[0], .off_bytes = e[1] * 4096u + e[2], .len_bytes = e[3] + 256u * e[4]};
         batch.len_bytes += (extents[i].len_bytes + 4095) / 4096 * 4096;
-        if (e[5] & 1) /* sums that lie */
+        if (e[5] & 1) /* digests that are wrong */
             batch.len_bytes += e[6];
         if (e[5] & 2)
             extents[i].off_bytes -= 4096u * e[6];
@@ -103,7 +103,7 @@ static size_t build(const uint8_t *data, size_t size, uint8_t *log)
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static uint8_t log[LOG_BYTES];
-    struct perta_ahead ahead;
+    struct perta_wal wal;
     struct perta_file files[N_FILES];
     struct perta_err err = {0};
     struct stat st;
@@ -118,14 +118,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         memcpy(log + BATCH_AT, data + 1, size - 1);
     else
         len = build(data + 1, size - 1, log);
-    FILE *file = fopen(PERTA_AHEAD_NAME, "w");
+    FILE *file = fopen(PERTA_WAL_NAME, "w");
     if (!file || fwrite(log, 1, len, file) != len || fclose(file))
         abort();
     open_files(files);
-    int rc = perta_ahead_open(&ahead, ".", id, files, N_FILES, 1, &err);
+    int rc = perta_wal_open(&wal, ".", id, files, N_FILES, 1, &err);
     if (rc && !*err.msg)
         __builtin_trap();
-    perta_ahead_close(&ahead);
+    perta_wal_close(&wal);
     for (int i = 0; i < N_FILES; i++) {
         if (fstat(files[i].fd, &st) || st.st_size != FILE_BYTES)
             __builtin_trap();

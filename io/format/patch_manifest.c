@@ -1,4 +1,4 @@
-#include "io/format/record.h"
+#include "io/format/patch_manifest.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -7,8 +7,8 @@
 #include "io/file.h"
 #include "io/format/plain.h"
 
-/* 1: the next member's key, after i others; 0: the object ends; -1: it is written in another way, or
- * wrong. */
+/* Take the key of member i. 1: there is one; 0: the object ends; -1: unusual layout, or not
+ * JSON. */
 static int next_key(struct perta_plain *p, size_t i, const char **key, size_t *len)
 {
     if (perta_plain_word(p, "}"))
@@ -19,7 +19,7 @@ static int next_key(struct perta_plain *p, size_t i, const char **key, size_t *l
                : -1;
 }
 
-/* Read, and dropped, one value at a time. */
+/* Skip an array, parsing one item at a time. */
 static bool pass_array(struct perta_plain *p)
 {
     if (!perta_plain_word(p, "["))
@@ -43,8 +43,8 @@ static bool add_member(json_t *json, const char *key, size_t len, struct perta_p
     return good;
 }
 
-/* What is said of the tensors is for people, and of 100,000 of them takes 100 MB as a tree. NULL:
- * it is written in another way, or wrong. */
+/* Parse the manifest without "tensors", which is for people and takes 100 MB as a tree for 100,000
+ * tensors. NULL: unusual layout, or not JSON. */
 static json_t *without_tensors(const char *text, size_t len_bytes)
 {
     struct perta_plain p = {text, text + len_bytes};
@@ -79,11 +79,11 @@ static int parse_text(const char *path, const char *text, size_t len_bytes, bool
                : perta_fail(err, PERTA_EINPUT, "%s: %s", path, why.text);
 }
 
-int perta_record_load(const char *dir, bool whole, json_t **manifest, struct perta_digest_hex *hex,
-                      struct perta_err *err)
+int perta_patch_manifest_load(const char *dir, bool whole, json_t **manifest,
+                              struct perta_digest_hex *hex, struct perta_err *err)
 {
     size_t len_bytes = 0;
-    char *path = perta_path_join(dir, PERTA_RECORD_NAME), *text = NULL;
+    char *path = perta_path_join(dir, PERTA_PATCH_MANIFEST), *text = NULL;
     struct perta_digest *digest = perta_digest_new(true);
     *manifest = NULL;
     int rc = path && digest ? perta_file_text(path, &text, &len_bytes, err)
@@ -99,7 +99,7 @@ int perta_record_load(const char *dir, bool whole, json_t **manifest, struct per
     return rc;
 }
 
-bool perta_record_is_patch(const json_t *manifest)
+bool perta_patch_manifest_is(const json_t *manifest)
 {
     const char *format = json_string_value(json_object_get(manifest, "format"));
     return format && !strcmp(format, "perta-patch");
@@ -107,7 +107,7 @@ bool perta_record_is_patch(const json_t *manifest)
 
 /* ---- without a tree ---- */
 
-static bool scan_file(struct perta_plain *p, struct perta_record_files *files)
+static bool scan_file(struct perta_plain *p, struct perta_patch_manifest_files *files)
 {
     const char *key;
     size_t len;
@@ -118,7 +118,8 @@ static bool scan_file(struct perta_plain *p, struct perta_record_files *files)
                 return false;
             continue;
         }
-        struct perta_record_file *grown = realloc(files->all, (files->n + 1) * sizeof *grown);
+        struct perta_patch_manifest_file *grown =
+            realloc(files->all, (files->n + 1) * sizeof *grown);
         files->all = grown ? grown : files->all;
         files->short_of_memory |= !grown;
         if (!grown || !perta_plain_raw(p, &grown[files->n].name, &grown[files->n].len))
@@ -128,7 +129,7 @@ static bool scan_file(struct perta_plain *p, struct perta_record_files *files)
     return !more;
 }
 
-static bool scan_outputs(struct perta_plain *p, struct perta_record_files *files)
+static bool scan_outputs(struct perta_plain *p, struct perta_patch_manifest_files *files)
 {
     const char *key;
     size_t len;
@@ -145,7 +146,7 @@ static bool scan_outputs(struct perta_plain *p, struct perta_record_files *files
     return !more;
 }
 
-static bool scan(struct perta_plain *p, struct perta_record_files *files)
+static bool scan(struct perta_plain *p, struct perta_patch_manifest_files *files)
 {
     const char *key, *format;
     size_t len, format_len;
@@ -165,11 +166,12 @@ static bool scan(struct perta_plain *p, struct perta_record_files *files)
     return !more && perta_plain_word(p, "");
 }
 
-int perta_record_scan(const char *dir, struct perta_record_files *files, struct perta_err *err)
+int perta_patch_manifest_scan(const char *dir, struct perta_patch_manifest_files *files,
+                              struct perta_err *err)
 {
     size_t len_bytes = 0;
-    char *path = perta_path_join(dir, PERTA_RECORD_NAME);
-    *files = (struct perta_record_files){0};
+    char *path = perta_path_join(dir, PERTA_PATCH_MANIFEST);
+    *files = (struct perta_patch_manifest_files){0};
     int rc = path ? perta_file_text(path, &files->text, &len_bytes, err)
                   : perta_fail_sys(err, ENOMEM, "%s", dir);
     free(path);
@@ -181,9 +183,9 @@ int perta_record_scan(const char *dir, struct perta_record_files *files, struct 
     return files->short_of_memory ? perta_fail_sys(err, ENOMEM, "%s", dir) : 0;
 }
 
-void perta_record_files_release(struct perta_record_files *files)
+void perta_patch_manifest_release(struct perta_patch_manifest_files *files)
 {
     free(files->all);
     free(files->text);
-    *files = (struct perta_record_files){0};
+    *files = (struct perta_patch_manifest_files){0};
 }
