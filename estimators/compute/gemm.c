@@ -157,13 +157,6 @@ struct perta_workers *perta_gemm_workers(const struct perta_gemm *g)
 
 /* ---- operands ---- */
 
-float perta_operand_element(const struct perta_operand_matrix *m)
-{
-    float x;
-    perta_row_kernels()->to_f32(&x, m->data, m->dtype, 1);
-    return x;
-}
-
 enum perta_dtype perta_gemm_dtype(const struct perta_gemm *g)
 {
     return g->bf16 ? PERTA_BF16 : PERTA_F32;
@@ -203,8 +196,10 @@ static int convert_rows(void *ctx, unsigned worker, size_t i, struct perta_err *
 /* Elements that a piece converts, about. */
 #define PIECE_ELEMS (1u << 16)
 
-int perta_gemm_prepare(struct perta_gemm *g, struct perta_operand_matrix *m, size_t rows,
-                       size_t cols, size_t *at, struct perta_err *err)
+/* Make m (rows, cols), dense along its rows or columns, an operand of a piece: as it is, or converted
+ * into scratch, of which *at floats are taken. PERTA_ESYS: no room. */
+static int prepare(struct perta_gemm *g, struct perta_operand_matrix *m, size_t rows, size_t cols,
+                   size_t *at, struct perta_err *err)
 {
     enum perta_dtype want = perta_gemm_dtype(g);
     if (m->dtype == want)
@@ -445,9 +440,9 @@ int perta_gemm_run(struct perta_gemm *g, const struct perta_runs *rows, size_t m
     size_t at = 0;
     if (!m || !n)
         return 0;
-    int rc = perta_gemm_prepare(g, &p.a, m, k, &at, err);
+    int rc = prepare(g, &p.a, m, k, &at, err);
     if (!rc)
-        rc = perta_gemm_prepare(g, &p.b, k, n, &at, err);
+        rc = prepare(g, &p.b, k, n, &at, err);
     return rc ? rc
               : perta_workers_run(g->workers,
                                   p.n_row_tiles * ((n + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS),

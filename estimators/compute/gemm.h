@@ -45,9 +45,6 @@ static inline struct perta_operand_matrix perta_transposed(struct perta_operand_
     return (struct perta_operand_matrix){m.data, m.dtype, m.col, m.row};
 }
 
-/* The first element, as float32. */
-PERTA_API float perta_operand_element(const struct perta_operand_matrix *m);
-
 /* workers: borrowed. scratch_floats is room for the conversion of operands (float32 each, both
  * together); larger products fail. Each worker that has something to do gets room for room_floats
  * of its own, at least a tile (perta_gemm_room). The process's cache of oneDNN is turned off: what
@@ -69,10 +66,6 @@ const char *perta_gemm_version(char buf[64]);
 
 /* What operands of a piece must be: BF16 or F32. */
 enum perta_dtype perta_gemm_dtype(const struct perta_gemm *gemm);
-/* Make m (rows, cols), dense along its rows or columns, such an operand: as it is, or converted
- * into scratch, of which *at floats are taken. PERTA_ESYS: no room. */
-int perta_gemm_prepare(struct perta_gemm *gemm, struct perta_operand_matrix *m, size_t rows,
-                       size_t cols, size_t *at, struct perta_err *err);
 /* Scratch, from the float at on. */
 float *perta_gemm_scratch(const struct perta_gemm *gemm, size_t at);
 
