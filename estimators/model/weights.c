@@ -184,8 +184,12 @@ int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err
 void perta_weights_stop(struct perta_weights *w)
 {
     struct perta_err never = {0};
-    if (w->reader)
-        perta_weights_on_reader(w, close_engine, w, &never);
+    if (!w->reader)
+        return;
+    pthread_mutex_lock(&w->lock);
+    w->n_queued = 0; /* after an error or a signal, nobody waits for these */
+    pthread_mutex_unlock(&w->lock);
+    perta_weights_on_reader(w, close_engine, w, &never);
     perta_reader_close(w->reader);
     w->reader = NULL;
     w->ahead = false;
