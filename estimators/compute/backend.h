@@ -1,19 +1,19 @@
 /* backend.h - a compute backend: memory of its own, and a model's operations on it.
  *
- * * A backend's memory is only reached through handles (struct perta_array). The host copies
+ * A backend's memory is only reached through handles (struct perta_array). The host copies
  * numbers in and out with put and get, so an accelerator's backend can be added without a change to
  * any block. Implementations: cpu.h (workers and oneDNN) and scalar.h (plain loops, in memory of
  * its own: the reference that others are compared with). docs/architecture.md draws the seam.
  *
- * * Operations are submitted in order and may run later; their results are valid after get() or
+ * Operations are submitted in order and may run later; their results are valid after get() or
  * perta_backend_wait(). The structs that an operation is given are copied when it is submitted. The
  * host arrays that these point to (starts of runs, places, targets, indices, chunks, tokens) are
  * borrowed until the next get() or wait. Operations return nothing: the backend keeps the first
  * failure, ignores what is submitted after it, and returns it from perta_backend_wait().
  *
- * * Threads: one at a time, except that any thread may call put() and get().
+ * Threads: one at a time, except that any thread may call put() and get().
  *
- * * Arrays are row-major float32 unless stated otherwise. T, n: tokens (rows); H: hidden; I:
+ * Arrays are row-major float32 unless stated otherwise. T, n: tokens (rows); H: hidden; I:
  * intermediate; D: head_dim. Formulas: docs/estimate.md. */
 #ifndef PERTA_ESTIMATORS_COMPUTE_BACKEND_H
 #define PERTA_ESTIMATORS_COMPUTE_BACKEND_H

@@ -2,7 +2,7 @@
  * products by oneDNN (gemm.h). Arrays are in the process's memory. An operation is finished when
  * its call returns.
  *
- * * Results do not depend on the number of workers. With bf16, operands of products are rounded to
+ * Results do not depend on the number of workers. With bf16, operands of products are rounded to
  * bfloat16, and linear_backward_weight, which only training uses, fails. */
 #ifndef PERTA_ESTIMATORS_COMPUTE_CPU_H
 #define PERTA_ESTIMATORS_COMPUTE_CPU_H

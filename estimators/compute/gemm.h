@@ -1,10 +1,10 @@
 /* gemm.h - matrix products by oneDNN, cut into pieces.
  *
- * * Operands are float32, or weights in the dtype of the checkpoint (BF16, F16, F32). With bf16,
+ * Operands are float32, or weights in the dtype of the checkpoint (BF16, F16, F32). With bf16,
  * both operands are rounded to bfloat16 and products are summed in float32, which is several times
  * faster on CPUs with AMX or AVX-512 BF16; otherwise everything is float32.
  *
- * * A piece is one single-threaded product, a tile of at most PERTA_TILE_ROWS by PERTA_TILE_COLS.
+ * A piece is one single-threaded product, a tile of at most PERTA_TILE_ROWS by PERTA_TILE_COLS.
  * How a product is cut depends on shapes and on the samples (cut.h) alone, so its bits are the same
  * for every number of workers, every budget and every batch. Another instruction set may give other
  * last bits. */

@@ -2,7 +2,7 @@
  * other backends are compared. Single-threaded; products, softmax and norms are computed in float64
  * and rounded once.
  *
- * * It has memory of its own: what the host shares is copied at uploaded(), and NaN before. Freed
+ * It has memory of its own: what the host shares is copied at uploaded(), and NaN before. Freed
  * memory is filled with NaN and never reused. An array that reaches past its buffer fails an
  * assert. So a pointer or handle that is used where it must not be is noticed. */
 #ifndef PERTA_ESTIMATORS_COMPUTE_SCALAR_H

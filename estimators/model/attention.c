@@ -1,7 +1,7 @@
 /* Attention with rotary positions, grouped heads and, in some families (Qwen3), norms of each
  * head's queries and keys:
  *
- * *   mid += O(attention(rope(norm(Q n1)), rope(norm(K n1)), V n1)) */
+ *   mid += O(attention(rope(norm(Q n1)), rope(norm(K n1)), V n1)) */
 #include "estimators/model/part.h"
 
 static struct perta_attention attention_of(const struct perta_layer *l,

@@ -1,6 +1,6 @@
 /* family.h - model families: a table with one row each.
  *
- * * A row has the names and shapes of the family's tensors, the parts of its blocks (part.h), and
+ * A row has the names and shapes of the family's tensors, the parts of its blocks (part.h), and
  * the defaults that transformers uses for keys missing in config.json. Nothing else in estimators/
  * names a tensor of a model. To add a dense family, add a row, and any part that no other family
  * has. */

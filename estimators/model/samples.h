@@ -1,11 +1,11 @@
 /* samples.h - token ids and labels of a data set, from JSON lines. Spec: docs/estimate.md
  *
- * One object a line: "input_ids" (whole numbers from 0), and "labels" as long, where -100 means
- * that the position is not learned; without labels all of input_ids are. As in transformers,
- * the label at position t is predicted from positions before t; "attention_mask" and
- * "position_ids" say what a token sees, and where it stands. Beside them may stand other
- * answers to the same question, such objects too: "paraphrased" (one), "perturbed" (an array).
- * What other keys do: sample_keys.h. */
+ * Each line is an object with "input_ids" (whole numbers from 0) and "labels" of the same length,
+ * where -100 means that a position is not learned; without labels, all of input_ids are learned. As
+ * in transformers, the label at position t is predicted from positions before t; "attention_mask"
+ * and "position_ids" decide what a token sees and its position. A line may have other answers to
+ * the same question, objects of the same form: "paraphrased" (one) and "perturbed" (an array).
+ * sample_keys.h says what other keys do. */
 #ifndef PERTA_ESTIMATORS_MODEL_SAMPLES_H
 #define PERTA_ESTIMATORS_MODEL_SAMPLES_H
 

@@ -1,7 +1,7 @@
 /* importance_sink.h - the gradient sink of estimate (estimators/model/sink.h), which turns a
  * layer's gradients into importance.
  *
- * * If all tokens are one batch, a weight's gradient is computed and written as soon as its
+ * If all tokens are one batch, a weight's gradient is computed and written as soon as its
  * operands are handed over. Otherwise the operands are kept for all tokens (store.h), and gradients
  * are computed when the layer ends. */
 #ifndef PERTA_ESTIMATORS_PASSES_IMPORTANCE_SINK_H

@@ -1,7 +1,7 @@
 /* statistic.h - from gradients to importance: the mean gradient over samples and the mean square of
  * each sample's gradient, in blocks of rows that are written as soon as they are complete.
  *
- * * Sums are float64, and the terms of each element are added in the order of chunks (cut.h), so
+ * Sums are float64, and the terms of each element are added in the order of chunks (cut.h), so
  * the bits are the same for every number of workers and every budget. */
 #ifndef PERTA_ESTIMATORS_PASSES_STATISTIC_H
 #define PERTA_ESTIMATORS_PASSES_STATISTIC_H
