@@ -22,9 +22,9 @@ struct perta_line {
 int perta_line_fail(const struct perta_line *line, struct perta_err *err, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* Parse text, one JSON object. *out, the caller's, has all its keys; the value of one whose value is
- * passed by is true. With answers, other answers (sample_keys.h) are objects of the same kind. No
- * key of an object that is kept stands twice. */
+/* Parse text, one JSON object. *out, the caller's, has all its keys; the value of one whose value
+ * is passed by is true. With answers, other answers (sample_keys.h) are objects of the same kind.
+ * No key of an object that is kept stands twice. */
 int perta_line_parse(const struct perta_line *line, const char *text, size_t len, bool answers,
                      json_t **out, struct perta_err *err);
 

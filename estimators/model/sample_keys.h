@@ -1,6 +1,7 @@
-/* sample_keys.h - the keys of a line of data, and what each does to the loss. Spec: docs/estimate.md
+/* sample_keys.h - the keys of a line of data, and what each does to the loss. Spec:
+ * docs/estimate.md
  *
- * A key that would change what is computed is computed with or refused, unless it says what holds
+ * * A key that would change what is computed is computed with or refused, unless it says what holds
  * anyway. */
 #ifndef PERTA_ESTIMATORS_MODEL_SAMPLE_KEYS_H
 #define PERTA_ESTIMATORS_MODEL_SAMPLE_KEYS_H

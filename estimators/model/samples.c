@@ -146,8 +146,8 @@ static int read_mask(const struct perta_line *line, const json_t *object, struct
     return rc;
 }
 
-/* As transformers' masking_utils.find_packed_sequence_indices: a block begins where a position is not
- * one more than that before it; with a mask there is one block. */
+/* As transformers' masking_utils.find_packed_sequence_indices: a block begins where a position is
+ * not one more than that before it; with a mask there is one block. */
 static int read_positions(const struct perta_line *line, const json_t *object,
                           struct perta_draft *d, bool masked, bool *again, struct perta_err *err)
 {

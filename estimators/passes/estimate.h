@@ -9,8 +9,8 @@
 #include "stream/stream.h"
 
 /* What computes: the CPU's backend, in float32 or with products of bfloat16 (AUTO: as the CPU is
- * faster); or the reference's plain loops, which the others are compared with in tests: slow, and in
- * memory that no budget bounds. */
+ * faster); or the reference's plain loops, which the others are compared with in tests: slow, and
+ * in memory that no budget bounds. */
 enum perta_compute {
     PERTA_COMPUTE_AUTO,
     PERTA_COMPUTE_F32,

@@ -67,6 +67,9 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 
 void perta_estimate_release(struct perta_estimate_job *job)
 {
+    struct perta_err ignored = {0};
+    if (job->be) /* after an error, operations may still be reading what is freed below */
+        perta_backend_wait(job->be, &ignored);
     perta_weights_stop(&job->weights);
     perta_behind_close(job->behind);
     perta_head_close(&job->head, &job->scratch);

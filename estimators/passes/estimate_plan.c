@@ -174,8 +174,8 @@ struct plan {
 };
 
 /* What there must be: a worker, a part of the weights, the longest group of samples. What is left
- * goes, a share each, to more workers, to reading ahead, and to larger batches; then to stores. Results
- * depend on none of it. */
+ * goes, a share each, to more workers, to reading ahead, and to larger batches; then to stores.
+ * Results depend on none of it. */
 static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct perta_err *err)
 {
     uint64_t budget = job->run->memory_bytes,

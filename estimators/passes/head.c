@@ -449,7 +449,8 @@ static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block
 
 /* ---- gradients of the vocabulary's rows ---- */
 
-/* dx of the tokens of a sample in rows row .. row + n_rows, dense after what *n are there already. */
+/* dx of the tokens of a sample in rows row .. row + n_rows, dense after what *n are there
+ * already. */
 static int take_tokens(const struct perta_head *h, const struct perta_store *dx, size_t row,
                        size_t n_rows, uint64_t sample, struct perta_array to, size_t *n,
                        struct perta_err *err)
@@ -472,8 +473,9 @@ static bool has_room(const struct perta_head *h, size_t n, uint64_t sample)
     return n + (s->starts[sample + 1] - s->starts[sample]) <= h->max_tokens;
 }
 
-/* What chunks first .. end add to a block of rows from row on: products, if g has x, and with dx the
- * tokens of the samples that end there. As many chunks at a time as there is room for tokens. */
+/* What chunks first .. end add to a block of rows from row on: products, if g has x, and with dx
+ * the tokens of the samples that end there. As many chunks at a time as there is room for
+ * tokens. */
 static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size_t first,
                       size_t end, const struct perta_store *dx, size_t row, struct perta_err *err)
 {
