@@ -31,7 +31,7 @@ bool perta_config_bool(struct perta_config_reader *r, const char *key);
 /* Rotary positions, from whichever keys transformers takes them. max_positions: where
  * max_position_embeddings is missing. config_rope.c */
 void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions,
-                       struct perta_rope *rope);
+                       struct perta_rope *to);
 /* The object that says how positions are scaled: "rope_scaling" unless it is empty, else
  * "rope_parameters"; NULL: there is neither. *key is which. Borrowed. */
 const json_t *perta_config_rope_object(const json_t *config, const char **key);

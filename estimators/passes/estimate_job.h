@@ -69,8 +69,8 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 /* Close and free all that a job holds; half-open is fine. */
 void perta_estimate_release(struct perta_estimate_job *job);
 
-/* What layer makes of all tokens' rows. from and to may be the same. */
-int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
+/* What layer number makes of all tokens' rows. from and to may be the same. */
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
                            const struct perta_store *from, struct perta_store *to,
                            struct perta_err *err);
 /* The batch that begins with a group; *group is the next batch's. */
@@ -86,8 +86,8 @@ int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, d
                         struct perta_err *err);
 /* Tell of progress; PERTA_EINTR if the user wants to stop. */
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err);
-/* The same as a callback, of struct perta_estimate_job. */
-int perta_estimate_on_part(void *job, struct perta_err *err);
+/* The same as a callback; ctx is a struct perta_estimate_job. */
+int perta_estimate_on_part(void *ctx, struct perta_err *err);
 
 /* ---- estimate_resume.c ---- */
 

@@ -19,7 +19,7 @@ struct perta_scaled {
 /* On the model that is open as model (borrowed); its tensors that s lacks stay as they are.
  * Tensors and shapes are checked. Closed with perta_scaled_close, on error too; zeroed is
  * fine. */
-int perta_scaled_open(struct perta_scaled *scaled, const struct perta_scaled_paths *paths,
+int perta_scaled_open(struct perta_scaled *scaled, const struct perta_scaled_paths *from,
                       const struct perta_checkpoint *model, struct perta_err *err);
 void perta_scaled_close(struct perta_scaled *scaled);
 
