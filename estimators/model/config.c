@@ -74,7 +74,8 @@ static const struct perta_family *find_type(const char *type)
     return NULL;
 }
 
-/* Also as the first checkpoints had it (LLaMAForCausalLM), and with what FSDP2 puts before it. */
+/* Also accepts the spelling of the first checkpoints (LLaMAForCausalLM), and the prefix that FSDP2
+ * adds. */
 static bool is_named(const struct perta_family *family, const char *name)
 {
     return !strcasecmp(strncmp(name, "FSDP", 4) ? name : name + 4, family->architecture);
@@ -88,7 +89,7 @@ static const struct perta_family *find_architecture(const char *name)
     return NULL;
 }
 
-/* What may be said of one that is not supported, by its name and by what its config holds. */
+/* What to tell about an unsupported architecture, from its name and its config. */
 static const char *why_not(const json_t *config, const char *name)
 {
     static const char *const parts[] = {"vision_config", "audio_config", "text_config"};
@@ -114,7 +115,8 @@ static const char *why_not(const json_t *config, const char *name)
     return "";
 }
 
-/* The one of architectures that belongs to family; else the first. NULL: none is named. */
+/* The entry of "architectures" that belongs to family, otherwise the first one. NULL if none is
+ * named. */
 static const char *choose_architecture(struct perta_config_reader *r,
                                        const struct perta_family *family)
 {
@@ -145,8 +147,8 @@ static const char *list_families(bool by_type, char buf[512])
     return buf;
 }
 
-/* model_type decides for transformers, architectures for others: they must not contradict each
- * other, and either will do alone. */
+/* transformers decides by model_type, others by architectures. They must not contradict each other;
+ * one of them is enough. */
 static const struct perta_family *find_family(struct perta_config_reader *r)
 {
     const json_t *value = json_object_get(r->config, "model_type");
@@ -190,7 +192,7 @@ static void set_windowed(struct perta_llm *llm, uint32_t layer)
     llm->windowed[layer / 64] |= 1ull << layer % 64;
 }
 
-/* "attention" is what older files call full_attention. */
+/* Older files say "attention" for full_attention. */
 static void read_layer_type(struct perta_config_reader *r, const char *type, uint32_t layer,
                             struct perta_llm *llm)
 {
@@ -219,7 +221,7 @@ static void read_layer_types(struct perta_config_reader *r, const json_t *types,
                            r->path, json_array_size(types), llm->n_layers);
 }
 
-/* The first layer with a window: transformers has 28 where the key is missing. */
+/* The first layer with a window. If the key is missing, transformers uses 28. */
 static uint32_t read_window_first(struct perta_config_reader *r)
 {
     const json_t *first = json_object_get(r->config, "max_window_layers");
@@ -231,8 +233,8 @@ static uint32_t read_window_first(struct perta_config_reader *r)
     return n < 0 ? 0 : n > INT32_MAX ? INT32_MAX : (uint32_t)n;
 }
 
-/* Where sliding_window is missing transformers has 4096; null is none. For Mistral with layer_types
- * it takes Ministral, which is a Mistral that heeds them. */
+/* If sliding_window is missing, transformers uses 4096; null means no window. For a Mistral with
+ * layer_types it uses Ministral, a Mistral that respects them. */
 static void read_windows(struct perta_config_reader *r, const struct perta_family *family,
                          struct perta_llm *llm)
 {
@@ -269,7 +271,7 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
 
 /* ---- the rest ---- */
 
-/* The embedding's padding_idx: from the end where it is negative. */
+/* The embedding's padding_idx; a negative one counts from the end. */
 static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
 {
     const json_t *value = json_object_get(r->config, "pad_token_id");

@@ -11,8 +11,8 @@
 #include "io/text.h"
 
 #define POSITION_MAX INT32_MAX
-#define VALUE_CHARS 40 /* shown of one that is wrong */
-#define UNKNOWN_MAX 8  /* keys that are named */
+#define VALUE_CHARS 40 /* characters of a wrong value that are shown */
+#define UNKNOWN_MAX 8  /* unknown keys that are listed */
 
 struct reading {
     const struct perta_samples_wanted *wanted;
@@ -20,9 +20,9 @@ struct reading {
     struct perta_draft draft;
     struct perta_digest *digest;
     struct perta_hmac *hmac;
-    json_t *unknown; /* keys, in the order they came by; UNKNOWN_MAX at most */
-    bool more;       /* there were others */
-    /* The first line whose position_ids start again, without a mask and with one; 0: none. */
+    json_t *unknown; /* unknown keys in order of appearance, at most UNKNOWN_MAX */
+    bool more;       /* there are more */
+    /* The first line whose position_ids start again, without and with attention_mask; 0: none. */
     uint64_t blocks, blocks_under_mask;
 };
 
@@ -55,7 +55,7 @@ static void free_draft(struct perta_draft *d)
     free(d->begins);
 }
 
-/* key's element t is not what it should be. */
+/* Refuse element t of key. */
 static int bad_element(const struct perta_line *line, const char *key, const json_t *value,
                        size_t t, const char *wanted, struct perta_err *err)
 {
@@ -73,7 +73,7 @@ static int bad_element(const struct perta_line *line, const char *key, const jso
     return rc;
 }
 
-/* The value of key where there is one as long as input_ids; NULL where there is none. */
+/* The value of key, which must be as long as input_ids; NULL if there is none. */
 static int find_row(const struct perta_line *line, const json_t *object, const char *key, size_t n,
                     const json_t **row, struct perta_err *err)
 {
@@ -146,8 +146,8 @@ static int read_mask(const struct perta_line *line, const json_t *object, struct
     return rc;
 }
 
-/* As transformers' masking_utils.find_packed_sequence_indices: a block begins where a position is
- * not one more than that before it; with a mask there is one block. */
+/* As in transformers' masking_utils.find_packed_sequence_indices: a block begins where a position
+ * is not the one before plus 1. With attention_mask, all tokens are one block. */
 static int read_positions(const struct perta_line *line, const json_t *object,
                           struct perta_draft *d, bool masked, bool *again, struct perta_err *err)
 {
@@ -208,8 +208,8 @@ static void put_token(struct perta_samples *s, const struct perta_draft *d, size
     s->places[s->n_tokens++] = (struct perta_place){d->positions[t], (uint32_t)t, first, end};
 }
 
-/* Tokens that are seen, in order: each sees its block up to itself. Then those that are hidden and
- * predict something, which see what is before them. */
+/* First the tokens that are seen, in order; each sees its block up to itself. Then the hidden
+ * tokens that predict something, which see the tokens before them. */
 static void put_tokens(struct perta_samples *s, const struct perta_draft *d)
 {
     uint32_t n_seen = 0, first = 0;
@@ -338,7 +338,7 @@ static int add_line(struct reading *r, const struct perta_line *line, const char
 
 /* ---- the file ---- */
 
-/* What begins so is no text; what to do about it. */
+/* Files that begin like this are not text, and what to do about it. */
 static const struct magic {
     const char *bytes;
     size_t n;
@@ -421,7 +421,7 @@ static int read_lines(struct reading *r, const char *path, FILE *file, struct pe
     return rc;
 }
 
-/* That it is still as it was when reading began, and what its digests are. */
+/* Check that the file did not change while it was read, and compute its digests. */
 static int settle_file(struct reading *r, const char *path, FILE *file, const struct stat *was,
                        struct perta_err *err)
 {

@@ -7,7 +7,7 @@
 
 #include "estimators/compute/kernels.h"
 
-/* Labels of a group. */
+/* Labels in a group. */
 #define GROUP_ROWS 1024
 
 /* ---- memory ---- */
@@ -56,7 +56,8 @@ uint64_t perta_head_bytes(const struct perta_samples *samples)
            samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk));
 }
 
-/* Of each label, and of the final norm: its weight and bias, and two gradients of a sample. */
+/* Floats for each label; vectors of the final norm: its weight and bias, and a sample's gradients
+ * of both. */
 #define LABEL_FLOATS 7
 #define NORM_VECTORS 4
 
@@ -70,7 +71,7 @@ uint64_t perta_head_device_bytes(const struct perta_samples *samples, const stru
     return device_bytes(samples->n_tokens, llm);
 }
 
-/* The norm's vector i: weight, bias, and their gradients. */
+/* Vector i of the norm: weight, bias, and the gradients of both. */
 static struct perta_array norm_vector(const struct perta_head *h, int i)
 {
     const struct perta_array start = {h->memory, 0};
@@ -93,7 +94,7 @@ static int take_device(struct perta_head *h, struct perta_err *err)
     return rc;
 }
 
-/* The final norm's weight and bias, by way of host (H). */
+/* Load the final norm's weight and bias. */
 static int load_norm(struct perta_head *h, struct perta_err *err)
 {
     const struct perta_llm *llm = &h->weights->llm;
@@ -113,7 +114,7 @@ static int load_norm(struct perta_head *h, struct perta_err *err)
     return rc;
 }
 
-/* Tokens whose dx there is room for in work's c: at least one sample's. */
+/* Tokens whose dx fit into c of struct work; it holds at least one sample. */
 static size_t most_tokens(const struct perta_head *h)
 {
     size_t room = 2 * h->batch_rows;
@@ -136,7 +137,7 @@ static void collect_labels(struct perta_head *h)
     h->starts[s->n] = n;
 }
 
-/* Chunks end where groups do, so that a batch has whole ones. */
+/* Chunks end where groups end, so that a batch has whole chunks. */
 static int cut_labels(struct perta_head *h, struct perta_err *err)
 {
     bool by_sample = h->statistic && h->statistic->meansq;
@@ -205,7 +206,7 @@ static int by_id(const void *a, const void *b)
     return (*x > *y) - (*x < *y);
 }
 
-/* All tokens by id, so that a row is read once, and rows in order: each id << 32 | token. */
+/* All tokens as id << 32 | token, sorted, so that rows are read in order and each only once. */
 static uint64_t *sorted_tokens(const struct perta_samples *s)
 {
     uint64_t *tokens = calloc(s->n_tokens, sizeof *tokens);
@@ -242,7 +243,7 @@ int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *e
 
 /* ---- forward ---- */
 
-/* Rows of x that predict labels first .. first + n, dense in to. */
+/* Gather the rows of x that predict labels first .. first + n in to. */
 static int gather(const struct perta_head *h, const struct perta_store *x, size_t first, size_t n,
                   struct perta_array to, struct perta_err *err)
 {
@@ -272,7 +273,7 @@ static int normalise(struct perta_head *h, const struct perta_store *x, struct p
     return rc;
 }
 
-/* Rows of the vocabulary from row on. */
+/* The span of a block of the vocabulary, from row on. */
 static struct perta_span span_at(const struct perta_head *h, size_t row)
 {
     size_t left = h->weights->llm.vocab - row;
@@ -286,8 +287,8 @@ struct perta_span perta_head_first(const struct perta_head *h)
     return span_at(h, 0);
 }
 
-/* Rows of the head's weight from row on; what follows them is begun, after the last of them
- * next. */
+/* Load a block of the head's weight, from row on, and read ahead the next block, or next after the
+ * last one. */
 static int load(struct perta_head *h, size_t row, const struct perta_span *next,
                 struct perta_linear *block, struct perta_err *err)
 {
@@ -299,7 +300,7 @@ static int load(struct perta_head *h, size_t row, const struct perta_span *next,
     return perta_weights_matrix(h->weights, &span, next, block, err);
 }
 
-/* logits (n, rows of block) of a batch's labels; *x their rows of normed. */
+/* Compute w->logits (n, rows of block) of a batch's labels; *x is their rows of normed. */
 static int logits_of(struct perta_head *h, const struct perta_linear *block,
                      const struct perta_cut_batch *batch, const struct work *w,
                      struct perta_array *x, struct perta_err *err)
@@ -310,7 +311,7 @@ static int logits_of(struct perta_head *h, const struct perta_linear *block,
     return rc;
 }
 
-/* share, anew. */
+/* Set share again, with the weights of samples. */
 static void weigh_by_probability(struct perta_head *h)
 {
     const struct perta_samples *s = h->samples;
@@ -336,7 +337,7 @@ static struct perta_head_means means_of(const struct perta_head *h)
     return (struct perta_head_means){sum.loss / n, sum.probability / n};
 }
 
-/* What a block of the vocabulary adds to the losses. */
+/* Add a block of the vocabulary to the losses. */
 static int forward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
                          struct perta_err *err)
 {
@@ -371,7 +372,7 @@ static void losses_begin(struct perta_head *h)
     h->be->ops->put(h->be, l->best_logit, h->most, len_bytes);
 }
 
-/* What the host makes of losses. */
+/* Get the losses from the backend, and compute means and shares. */
 static int losses_end(struct perta_head *h, struct perta_head_means *means, struct perta_err *err)
 {
     const struct perta_label_arrays *l = &h->on_device;
@@ -419,7 +420,7 @@ double perta_head_loss(const struct perta_head *h, uint64_t sample)
 
 /* ---- backward ---- */
 
-/* From logits to the gradient of the loss by them. */
+/* Replace logits by their gradients. */
 static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows,
                             const struct perta_cut_batch *batch, struct perta_array logits)
 {
@@ -449,8 +450,8 @@ static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block
 
 /* ---- gradients of the vocabulary's rows ---- */
 
-/* dx of the tokens of a sample in rows row .. row + n_rows, dense after what *n are there
- * already. */
+/* Append dx of those tokens of a sample whose ids are in row .. row + n_rows to the *n rows that
+ * are in to. */
 static int take_tokens(const struct perta_head *h, const struct perta_store *dx, size_t row,
                        size_t n_rows, uint64_t sample, struct perta_array to, size_t *n,
                        struct perta_err *err)
@@ -473,9 +474,9 @@ static bool has_room(const struct perta_head *h, size_t n, uint64_t sample)
     return n + (s->starts[sample + 1] - s->starts[sample]) <= h->max_tokens;
 }
 
-/* What chunks first .. end add to a block of rows from row on: products, if g has x, and with dx
- * the tokens of the samples that end there. As many chunks at a time as there is room for
- * tokens. */
+/* Add chunks first .. end to the block of rows from row on: their products, if g has x; with dx,
+ * also the tokens of samples whose last chunk is among them. Each call adds as many chunks as there
+ * is room for tokens. */
 static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size_t first,
                       size_t end, const struct perta_store *dx, size_t row, struct perta_err *err)
 {
@@ -486,7 +487,7 @@ static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size
     g->tokens = h->tokens;
     g->d = work_of(h).c;
     for (size_t c = first; first < end && !rc; first = c) {
-        rc = perta_backend_wait(h->be, err); /* it may be reading tokens */
+        rc = perta_backend_wait(h->be, err); /* the operation before may still read tokens */
         g->n_tokens = 0;
         for (; c < end && !rc; c++) {
             if (!tokens || !of[c].ends)
@@ -503,7 +504,7 @@ static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size
     return rc;
 }
 
-/* All tokens, where chunks are not by sample: after all chunks. */
+/* Add all tokens, after all chunks, if chunks are not by sample. */
 static int add_tokens(const struct perta_head *h, struct perta_gradient *g,
                       const struct perta_store *dx, size_t row, struct perta_err *err)
 {
@@ -514,7 +515,7 @@ static int add_tokens(const struct perta_head *h, struct perta_gradient *g,
     g->tokens = h->tokens;
     g->d = work_of(h).c;
     for (uint64_t i = 0; i < h->samples->n && !rc;) {
-        rc = perta_backend_wait(h->be, err); /* it may be reading tokens */
+        rc = perta_backend_wait(h->be, err); /* the operation before may still read tokens */
         for (g->n_tokens = 0; i < h->samples->n && has_room(h, g->n_tokens, i) && !rc; i++)
             rc = take_tokens(h, dx, row, g->rows, i, g->d, &g->n_tokens, err);
         if (!rc && g->n_tokens)
@@ -523,7 +524,7 @@ static int add_tokens(const struct perta_head *h, struct perta_gradient *g,
     return rc;
 }
 
-/* The chunks of a batch, from *chunk on: dlogits^T x, and with dx the tokens'. */
+/* Add the chunks of a batch, from *chunk on: dlogits^T x and, with dx, the tokens. */
 static int add_batch(const struct perta_head *h, const struct perta_linear *block, size_t row,
                      const struct perta_cut_batch *batch, struct perta_array x,
                      struct perta_array dlogits, const struct perta_store *dx, size_t *chunk,
@@ -569,19 +570,20 @@ static int backward_block(struct perta_head *h, size_t row, const struct perta_l
 
 /* ---- the final norm ---- */
 
-/* d (n, H) = dnormed of labels first .. first + n, rounded to float32. */
+/* w->d (n, H) = dnormed of labels first .. first + n, rounded to float32. */
 static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size_t H,
                         const struct work *w, struct perta_err *err)
 {
     struct perta_array rows;
-    bool finite; /* of no matter here: what is not shows further on */
+    bool finite; /* ignored: the means that are written are checked */
     int rc = perta_store_rows(&h->dnormed, first, n, w->c, &rows, err);
     if (!rc)
         h->be->ops->mean(h->be, w->d, rows, 1, n * H, &finite);
     return rc ? rc : perta_backend_wait(h->be, err);
 }
 
-/* One sample's labels, through the final norm, to the tokens that they were predicted from. */
+/* Backward through the final norm, from the labels of one sample to the tokens that predict
+ * them. */
 static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct perta_store *x,
                                 struct perta_store *dx, struct perta_err *err)
 {
@@ -652,7 +654,7 @@ static bool has_tokens(const struct perta_samples *s, size_t row, size_t n_rows)
     return false;
 }
 
-/* Rows that are the head's too: what labels and what tokens add to them. */
+/* A block of rows that are the head's too: add the gradients of labels and of tokens. */
 static int tied_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
                                struct perta_err *err)
 {
@@ -696,7 +698,7 @@ int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, str
     int rc = 0;
     for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
         size_t n_rows = span_at(h, row).n;
-        /* Rows that nothing touches stay holes: zero. */
+        /* Rows without tokens are not written: holes of the file read as zeros. */
         if (h->weights->llm.tied || has_tokens(h->samples, row, n_rows))
             rc = embed_block_backward(h, dx, row, n_rows, err);
         if (!rc)

@@ -22,11 +22,11 @@ struct perta_head {
         void *ctx,
         struct perta_err *err); /* called after each block of rows; stops if it does not return 0 */
     void *ctx;
-    bool
-        by_probability; /* weight each sample's gradient by its probability, exp(-loss), relative to
-                            the largest: up to a factor, the gradient of -probability */
-    size_t batch_rows;  /* labels at a time; more if a group (cut) has more */
-    uint8_t *room;      /* for reading single tensors; borrowed */
+    /* weight each sample's gradient by its probability, exp(-loss), relative to the largest: up to
+     * a factor, the gradient of -probability */
+    bool by_probability;
+    size_t batch_rows;       /* labels at a time; more if a group (cut) has more */
+    uint8_t *room;           /* for reading single tensors; borrowed */
     struct perta_array work; /* perta_head_work floats of the backend's; borrowed */
 
     size_t n_labels;
@@ -64,27 +64,28 @@ uint64_t perta_head_device_bytes(const struct perta_samples *samples, const stru
 int perta_head_open(struct perta_head *head, struct perta_scratch *scratch, struct perta_err *err);
 void perta_head_close(struct perta_head *head, struct perta_scratch *scratch);
 
-/* x (tokens, H) = embeddings of all tokens. */
+/* x (tokens, H) = the embeddings of all tokens. */
 int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err *err);
-/* Over samples. */
+/* Means over samples. */
 struct perta_head_means {
     double loss, probability;
 };
-/* From x, what the last block gives, to the losses. next: what is read afterwards, or NULL. */
+/* Forward from x, the result of the last block, to the losses. next: span to read ahead in the end,
+ * or NULL. */
 int perta_head_forward(struct perta_head *head, const struct perta_store *x,
                        const struct perta_span *next, struct perta_head_means *means,
                        struct perta_err *err);
-/* After it: the loss of one sample. */
+/* After perta_head_forward: the loss of one sample. */
 double perta_head_loss(const struct perta_head *head, uint64_t sample);
-/* After it: dx (tokens, H) = gradient of each sample's loss, weighed. Writes the
- * importance of the final norm and, where it is not tied, of the head. */
+/* After perta_head_forward: dx (tokens, H) = the gradient of each sample's loss, weighted. Writes
+ * the importance of the final norm and, if it is not tied, of the head. */
 int perta_head_backward(struct perta_head *head, const struct perta_store *x,
                         const struct perta_span *next, struct perta_store *dx,
                         struct perta_err *err);
-/* The first rows of the head: what it reads first. */
+/* The span that a pass over the head reads first. */
 struct perta_span perta_head_first(const struct perta_head *head);
-/* dx: gradients of all tokens' embeddings. Writes the importance of the embedding (and with it
- * of the head where they are tied). */
+/* dx: gradients of all tokens' embeddings. Writes the importance of the embedding, which includes
+ * the head's if they are tied. */
 int perta_embed_backward(struct perta_head *head, const struct perta_store *dx,
                          struct perta_err *err);
 
