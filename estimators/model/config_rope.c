@@ -51,7 +51,7 @@ static void read_kind(struct perta_config_reader *r, const json_t *rope, enum pe
             return;
         }
     if (!name)
-        perta_config_refuse(r, key, "is no string");
+        perta_config_refuse(r, key, "is not a string");
     else if (!r->rc)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: \"%s\": rope type \"%s\" is not supported; default, linear and "
@@ -89,7 +89,7 @@ void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions, st
     const char *of;
     const json_t *rope = perta_config_rope_object(r->config, &of);
     if (rope && !json_is_object(rope))
-        perta_config_refuse(r, of, "is no object");
+        perta_config_refuse(r, of, "is not an object");
     r->within = of;
     check_flat(r, rope);
     read_kind(r, rope, &to->kind);

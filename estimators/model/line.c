@@ -109,7 +109,7 @@ static int pass_value(struct reader *r, unsigned depth)
     if (open != '{' && open != '[')
         return pass_word(r);
     if (depth == DEEPEST)
-        return perta_line_fail(&r->line, r->err, "more than %d arrays within one another", DEEPEST);
+        return perta_line_fail(&r->line, r->err, "arrays nested more than %d deep", DEEPEST);
     r->at++;
     int rc = 0;
     for (bool first = true; !rc && (rc = more(r, close, first)) > 0; first = false) {
@@ -202,7 +202,7 @@ static int read_member(struct reader *r, bool answers, json_t *object)
     if (strlen(name) < json_string_length(key)) /* a key with \u0000 is never one of ours */
         name = "";
     if (!rc && *name && json_object_get(object, name))
-        rc = perta_line_fail(&r->line, r->err, "key \"%s\" stands there twice", name);
+        rc = perta_line_fail(&r->line, r->err, "key \"%s\" is there twice", name);
     if (!rc)
         rc = read_value(r, name, answers, &value);
     if (!rc && json_object_set(object, name, value))

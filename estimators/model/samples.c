@@ -92,7 +92,7 @@ static int read_ids(const struct perta_line *line, const json_t *ids, uint32_t v
         const json_t *id = json_array_get(ids, t);
         json_int_t value = json_integer_value(id);
         if (!json_is_integer(id) || value < 0)
-            return bad_element(line, "input_ids", ids, t, "no token id, a whole number from 0",
+            return bad_element(line, "input_ids", ids, t, "not a token id, a whole number from 0",
                                err);
         if (value >= vocab)
             return perta_line_fail(line, err, "token id %lld, but the vocabulary has %u",
@@ -159,7 +159,7 @@ static int read_positions(const struct perta_line *line, const json_t *object,
         json_int_t value = positions ? json_integer_value(of) : (json_int_t)t;
         if (positions && (!json_is_integer(of) || value < 0 || value > POSITION_MAX))
             rc = bad_element(line, "position_ids", positions, t,
-                             "no position, a whole number from 0", err);
+                             "not a position, a whole number from 0", err);
         d->positions[t] = (uint32_t)value;
         bool begins = t && d->positions[t] != d->positions[t - 1] + 1;
         d->begins[t] = !t || (begins && !masked);
@@ -360,13 +360,13 @@ static const struct magic {
      "7zXZ",
      5, "is compressed; unxz it first"},
     {"\x04\x22\x4d\x18", 4, "is compressed; unlz4 it first"},
-    {"PK\x03\x04", 4, "is a zip file (NumPy's npz and PyTorch's files are), no JSON lines"},
-    {"\x93NUMPY", 6, "is an array of NumPy's, no JSON lines"},
-    {"\x89HDF", 4, "is HDF5, no JSON lines"},
-    {"\x80\x02", 2, "is a pickle, no JSON lines"},
-    {"\x80\x04", 2, "is a pickle, no JSON lines"},
-    {"\x80\x05", 2, "is a pickle, no JSON lines"},
-    {"SQLite", 6, "is a database of SQLite's, no JSON lines"},
+    {"PK\x03\x04", 4, "is a zip file (NumPy's npz and PyTorch's files are), not JSON lines"},
+    {"\x93NUMPY", 6, "is a NumPy array, not JSON lines"},
+    {"\x89HDF", 4, "is HDF5, not JSON lines"},
+    {"\x80\x02", 2, "is a pickle, not JSON lines"},
+    {"\x80\x04", 2, "is a pickle, not JSON lines"},
+    {"\x80\x05", 2, "is a pickle, not JSON lines"},
+    {"SQLite", 6, "is an SQLite database, not JSON lines"},
 };
 
 static int check_magic(const char *path, const char *text, size_t len, struct perta_err *err)
@@ -477,7 +477,7 @@ static void add_notes(struct reading *r, const char *path)
         return;
     char *names = perta_json_text(r->unknown, JSON_COMPACT);
     if (names)
-        add_note(r, path, "keys that perta does not know are passed over: %.*s%s",
+        add_note(r, path, "keys that perta does not know are ignored: %.*s%s",
                  (int)strlen(names) - 2, names + 1, r->more ? " and more" : "");
     else
         perta_json_append(&r->to->notes, NULL);
