@@ -89,8 +89,8 @@ static inline void linear_double(double *y, const double *x, const double *weigh
         }
 }
 
-/* A model's weights in double, laid out as perta_model lays out its own; and the parts of its family,
- * NULL: Llama's. */
+/* A model's weights in double, laid out as perta_model lays out its own; and the parts of its
+ * family, NULL: Llama's. */
 struct model_double {
     const struct perta_model *model;
     const float *inv_freq;

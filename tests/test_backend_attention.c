@@ -18,8 +18,8 @@ struct attention {
     struct perta_place *places; /* (tokens) */
 };
 
-/* What is before a token; blocks of 30 of it; or every fifth token is hidden, the first two among them:
- * these stand last, and see those before them, or nothing. */
+/* What is before a token; blocks of 30 of it; or every fifth token is hidden, the first two among
+ * them: these stand last, and see those before them, or nothing. */
 static void place_tokens(struct perta_place *places, uint32_t T, enum seen seen)
 {
     uint32_t n = 0, n_seen = 0;
@@ -90,8 +90,8 @@ static double attention_value(void *ctx)
     return value;
 }
 
-/* Longer than a block of query rows (64), and not; groups of heads; windows that end inside of a block,
- * at one, and beyond the sequence; several sequences. */
+/* Longer than a block of query rows (64), and not; groups of heads; windows that end inside of a
+ * block, at one, and beyond the sequence; several sequences. */
 static const struct attention attentions[] = {
     {1, {1}, 4, 1, 4, UINT32_MAX, .seen = BEFORE},
     {1, {31}, 8, 2, 6, UINT32_MAX, .seen = BEFORE},
@@ -109,15 +109,15 @@ static const struct attention attentions[] = {
 #define Q_MOST 2.0 /* magnitudes of q; of k, v and dout: 1 */
 
 /* A score's D products, its factor and its root: wrong by D + 4 times the sum of magnitudes, Q_MOST
- * sqrt(D); less the largest, of a range of twice that, once more. A probability by twice a score (its
- * own and the sum's), exponentials, the quotient's two: */
+ * sqrt(D); less the largest, of a range of twice that, once more. A probability by twice a score
+ * (its own and the sum's), exponentials, the quotient's two: */
 static double probability_units(double D)
 {
     return 2 * ((D + 4) * Q_MOST * sqrt(D) + 2 * Q_MOST * sqrt(D)) + 2 * 3 + 2;
 }
 
-/* dp is wrong by D + 1 times M, the largest sum of |dout v|, D at most; its mean by that, by p's error,
- * and two; their difference is at most 2 M. So ds is wrong by p M times so much: */
+/* dp is wrong by D + 1 times M, the largest sum of |dout v|, D at most; its mean by that, by p's
+ * error, and two; their difference is at most 2 M. So ds is wrong by p M times so much: */
 static double score_units(double D)
 {
     return 3 * probability_units(D) + 2 * D + 7;

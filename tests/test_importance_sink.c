@@ -48,7 +48,8 @@ static void open_backend(void)
     ck_assert_ok(perta_cpu_open(&needs, workers, &be, &err));
 }
 
-/* Staging is as small as it may be, and the sums lie right after it: what is staged too far changes them. */
+/* Staging is as small as it may be, and the sums lie right after it: what is staged too far changes
+ * them. */
 static void take_memory(void)
 {
     uint64_t sums = perta_statistic_bytes(BLOCK_FLOATS, false, false);

@@ -59,7 +59,7 @@ void perta_cpu_linear_backward_weight(struct perta_backend *be, struct perta_arr
 void perta_cpu_linear_backward_bias(struct perta_backend *be, struct perta_array dbias,
                                     struct perta_array dy, size_t first, size_t end, size_t out);
 
-void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *gradient);
+void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *of);
 void perta_cpu_accumulate(struct perta_backend *be, struct perta_array sums,
                           struct perta_array squares, struct perta_array d, size_t n);
 void perta_cpu_mean(struct perta_backend *be, struct perta_array to, struct perta_array from,

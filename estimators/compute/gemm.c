@@ -1,5 +1,6 @@
 #include "estimators/compute/gemm.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -267,6 +268,7 @@ static dnnl_status_t compile(const struct perta_gemm *g, struct made *made)
 static struct made *free_place(struct perta_gemm *g)
 {
     struct made *made;
+    assert(g->n_made);
     do
         made = &g->made[g->clock++ % g->n_made];
     while (made->n_users);

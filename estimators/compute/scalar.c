@@ -148,17 +148,17 @@ static void zero(struct perta_backend *be, struct perta_array to, uint64_t n)
 static void copy(struct perta_backend *be, struct perta_array to, struct perta_array from,
                  uint64_t n)
 {
-    float *tos = perta_scalar_floats(be, to, n), *froms = perta_scalar_floats(be, from, n);
+    float *tos = perta_scalar_floats(be, to, n), *rows_from = perta_scalar_floats(be, from, n);
     for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] = froms[i];
+        tos[i] = rows_from[i];
 }
 
 static void add(struct perta_backend *be, struct perta_array to, struct perta_array from,
                 uint64_t n)
 {
-    float *tos = perta_scalar_floats(be, to, n), *froms = perta_scalar_floats(be, from, n);
+    float *tos = perta_scalar_floats(be, to, n), *rows_from = perta_scalar_floats(be, from, n);
     for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] += froms[i];
+        tos[i] += rows_from[i];
 }
 
 /* Row i of an array. */

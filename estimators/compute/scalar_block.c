@@ -1,3 +1,4 @@
+#include <assert.h>
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -174,6 +175,7 @@ static void token_backward(const struct head *h, size_t g, size_t t)
 static void head_backward(const struct head *h)
 {
     size_t D = h->of->D;
+    assert(h->dout && h->dq && h->dk && h->dv);
     for (size_t i = 0; i < h->T * D; i++)
         h->dk_sums[i] = h->dv_sums[i] = 0;
     for (size_t g = 0; g < h->of->n_heads / h->of->n_kv_heads; g++)

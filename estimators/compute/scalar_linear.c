@@ -1,3 +1,4 @@
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
@@ -141,6 +142,7 @@ static void add_element(struct perta_backend *be, const struct perta_gradient *g
     float *sample = perta_scalar_floats(be, g->sample, g->rows * g->in);
     for (size_t c = g->first; c < g->end; c++) {
         const struct perta_chunk *chunk = &g->chunks->of[c];
+        assert(chunk->begins || sample);
         float d = chunk->begins ? 0 : sample[at];
         if (perta_array_is(g->x))
             d = (float)((double)d + product(be, g, chunk, r, i));

@@ -31,7 +31,7 @@ bool perta_config_bool(struct perta_config_reader *r, const char *key);
 /* Options of rotary positions, from the keys from which transformers takes them (config_rope.c).
  * max_positions: default of max_position_embeddings. */
 void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions,
-                       struct perta_rope *rope);
+                       struct perta_rope *to);
 /* The object with the scaling of positions: "rope_scaling", or "rope_parameters" if that is empty
  * or missing; NULL if there is neither. *key is its name. Borrowed. */
 const json_t *perta_config_rope_object(const json_t *config, const char **key);

@@ -382,15 +382,29 @@ static bool is_blank(const char *text, size_t len)
     return strspn(text, " \t\r\n") == len;
 }
 
+/* 1: a line of *len bytes; 0: there are no more. */
+static int next_line(const char *path, FILE *file, char **text, size_t *room, size_t *len,
+                     struct perta_err *err)
+{
+    ssize_t got = getline(text, room, file);
+    int failed = got < 0 ? errno : 0;
+    *len = got < 0 ? 0 : (size_t)got;
+    if (got >= 0 || feof(file))
+        return got >= 0;
+    return failed == EISDIR
+               ? perta_fail(err, PERTA_EINPUT, "%s: a folder, where JSON lines should be", path)
+               : perta_fail_sys(err, failed, "%s", path);
+}
+
 static int read_lines(struct reading *r, const char *path, FILE *file, struct perta_err *err)
 {
     struct perta_line line = {.path = path, .of = ""};
     char *text = NULL;
-    size_t room = 0;
-    ssize_t got;
+    size_t room = 0, len;
     int rc = 0;
-    while (!rc && (got = getline(&text, &room, file)) >= 0) {
-        size_t len = (size_t)got, bom = 0;
+    while (!rc && (rc = next_line(path, file, &text, &room, &len, err)) > 0) {
+        size_t bom = 0;
+        rc = 0;
         perta_digest_update(r->digest, text, len);
         if (r->hmac)
             perta_hmac_update(r->hmac, text, len);
@@ -401,10 +415,6 @@ static int read_lines(struct reading *r, const char *path, FILE *file, struct pe
         if (!rc && !is_blank(text + bom, len - bom))
             rc = add_line(r, &line, text + bom, len - bom, err);
     }
-    if (!rc && !feof(file))
-        rc = errno == EISDIR
-                 ? perta_fail(err, PERTA_EINPUT, "%s: a folder, where JSON lines should be", path)
-                 : perta_fail_sys(err, errno, "%s", path);
     if (!rc && !r->to->n)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no samples", path);
     free(text);

@@ -1,5 +1,6 @@
 #include "estimators/model/store.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -143,6 +144,7 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
     int rc = prepare(store, scratch, name, n_rows, width, err);
     if (rc)
         return rc;
+    assert(store->path); /* it has a name */
     store->fd = open(store->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (store->fd < 0)
         return perta_fail_sys(err, errno, "%s", store->path);

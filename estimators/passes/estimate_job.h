@@ -73,7 +73,7 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 void perta_estimate_release(struct perta_estimate_job *job);
 
 /* Forward pass of a layer, over all tokens. from and to may be the same. */
-int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
                            const struct perta_store *from, struct perta_store *to,
                            struct perta_err *err);
 /* The batch that starts with *group, which becomes the first group of the next batch. */
@@ -89,8 +89,8 @@ int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, d
                         struct perta_err *err);
 /* Report progress. PERTA_EINTR if the run is to be cancelled. */
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err);
-/* The same as a callback; job is a struct perta_estimate_job. */
-int perta_estimate_on_part(void *job, struct perta_err *err);
+/* The same as a callback; ctx is a struct perta_estimate_job. */
+int perta_estimate_on_part(void *ctx, struct perta_err *err);
 
 /* ---- estimate_resume.c ---- */
 

@@ -19,7 +19,7 @@ struct perta_scaled {
 /* Open on an open model (borrowed). Its tensors without scales stay as they are. Tensors and shapes
  * are checked. The caller calls perta_scaled_close, also on error; a zeroed struct is allowed
  * there. */
-int perta_scaled_open(struct perta_scaled *scaled, const struct perta_scaled_paths *paths,
+int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *from,
                       const struct perta_checkpoint *model, struct perta_err *err);
 void perta_scaled_close(struct perta_scaled *scaled);
 
