@@ -57,7 +57,7 @@ static inline void attention_double(double *out, const double *q, const double *
     for (size_t h = 0; h < n_heads; h++)
         for (size_t t = 0; t < T; t++) {
             size_t kv = h / (n_heads / n_kv);
-            double sum = 0, *row = out + (t * n_heads + h) * D; /* (D) */
+            double sum = 0, *row = out + (t * n_heads + h) * D;
             for (size_t j = 0; j < T; j++) {
                 double dot = 0;
                 if (!sees_double(places, t, j, window))

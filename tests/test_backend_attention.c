@@ -142,6 +142,7 @@ static struct attention make_attention(const struct attention *shape)
     c.k = pair(m, 2);
     c.v = pair(m, 3);
     c.dout = pair(n, 4);
+    ck_assert(c.q.f && c.q.d);
     for (size_t i = 0; i < n; i++) /* some keys count more than others */
         c.q.d[i] = (double)(c.q.f[i] *= (float)Q_MOST);
     return c;
@@ -162,7 +163,8 @@ static void compare_attention(const struct attention *c, const struct outputs o[
     double D = (double)c->D, p = probability_units(D), ds = score_units(D), T = 0, M = D;
     for (size_t s = 0; s < c->n_sequences; s++)
         T = fmax(T, (double)c->lengths[s]);
-    double rows = T * (double)(c->n_heads / c->n_kv_heads); /* that see a key */
+    size_t group = c->n_heads / c->n_kv_heads;
+    double rows = T * (double)group; /* that see a key */
     ones.ones = true;
     run_magnitudes(attention_run, c, &most);
     run_magnitudes(attention_run, &ones, &weights); /* its dv: of a key, the sum of p */
