@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 failed=
-path= n=0
+path='' n=0
 while read -r line; do
     case $line in
     '### '*) path=${line#'### '} n=0 ;;

@@ -91,16 +91,6 @@ void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *
 /* Close; the file stays. A zeroed struct is allowed. */
 void perta_journal_close(struct perta_journal *journal);
 
-/* Bytes in a record are written in hexadecimal. perta_blob_json: the caller's; NULL only when out
- * of memory. perta_blob_get: false if there are not exactly n bytes. */
-json_t *perta_blob_json(const void *data, size_t n);
-bool perta_blob_get(const json_t *blob, void *data, size_t n);
-/* The number of bytes. */
-size_t perta_blob_bytes(const json_t *blob);
-/* The state of a digest. perta_blob_get_digest restores it into a new digest of the same kind. */
-json_t *perta_blob_of_digest(const struct perta_digest *digest);
-bool perta_blob_get_digest(const json_t *blob, struct perta_digest *digest);
-
 /* For identities: a file, by size and modification time; and the files of a checkpoint, by name
  * too. The caller's; NULL only when out of memory. */
 json_t *perta_journal_file(uint64_t len_bytes, const struct timespec *mtime);

@@ -1,5 +1,5 @@
-/* backends.h - one operation after another on every backend, with the same inputs: what comes out is
- * compared, bit for bit or within a bound. */
+/* backends.h - one operation after another on every backend, with the same inputs: what comes out
+ * is compared, bit for bit or within a bound. */
 #ifndef PERTA_TESTS_BACKENDS_H
 #define PERTA_TESTS_BACKENDS_H
 
@@ -254,8 +254,8 @@ static inline void both_are(const struct outputs o[N_BACKENDS], const char *name
     are_close(name, floats(&o[ONE], name), want, named(&o[ONE], name)->n);
 }
 
-/* What name has become, less what stood there: the gradient of f by x. So many elements are looked at,
- * about. */
+/* What name has become, less what stood there: the gradient of f by x. So many elements are looked
+ * at, about. */
 #define LOOKED_AT 100
 
 static inline void both_gradients(const struct outputs o[N_BACKENDS], const char *name, bool adds,

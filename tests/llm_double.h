@@ -57,7 +57,7 @@ static inline void attention_double(double *out, const double *q, const double *
     for (size_t h = 0; h < n_heads; h++)
         for (size_t t = 0; t < T; t++) {
             size_t kv = h / (n_heads / n_kv);
-            double sum = 0, *row = out + (t * n_heads + h) * D; /* (D) */
+            double sum = 0, *row = out + (t * n_heads + h) * D;
             for (size_t j = 0; j < T; j++) {
                 double dot = 0;
                 if (!sees_double(places, t, j, window))
@@ -89,8 +89,8 @@ static inline void linear_double(double *y, const double *x, const double *weigh
         }
 }
 
-/* A model's weights in double, laid out as perta_model lays out its own; and the parts of its family,
- * NULL: Llama's. */
+/* A model's weights in double, laid out as perta_model lays out its own; and the parts of its
+ * family, NULL: Llama's. */
 struct model_double {
     const struct perta_model *model;
     const float *inv_freq;

@@ -1,8 +1,8 @@
-/* Every operation of the CPU's backend against the reference's: the same bits where both do the same
- * arithmetic, else within what rounding can do. Bounds count roundings: an operation gives its result to
- * UNIT of it, so that a sum of n products, in any order, is wrong by n UNIT times the sum of their
- * magnitudes at most (Higham 2002, section 3.1), and one more where the reference rounds. With bf16
- * both factors of a product are rounded to 2^-8 first. */
+/* Every operation of the CPU's backend against the reference's: the same bits where both do the
+ * same arithmetic, else within what rounding can do. Bounds count roundings: an operation gives its
+ * result to UNIT of it, so that a sum of n products, in any order, is wrong by n UNIT times the sum
+ * of their magnitudes at most (Higham 2002, section 3.1), and one more where the reference rounds.
+ * With bf16 both factors of a product are rounded to 2^-8 first. */
 #include "tests/backends.h"
 
 #include "estimators/compute/gemm.h"
@@ -145,16 +145,17 @@ static void linear_run(struct perta_backend *be, const void *ctx, struct outputs
     free(c.weight);
 }
 
-/* Rows that are added to what stood there are a term more, and so are the bias, and each 1024 rows of
- * a weight that must be converted; the reference rounds once. */
+/* Rows that are added to what stood there are a term more, and so are the bias, and each 1024 rows
+ * of a weight that must be converted; the reference rounds once. */
 static void compare_linear(const struct linear *c)
 {
     struct outputs o[N_BACKENDS], most;
     double more = c->bf16 ? BF16_UNITS + 4 : 4;
+    size_t steps = c->out / 1024; /* in which a weight is converted, and added up */
     run_all(linear_run, c, o);
     run_magnitudes(linear_run, c, &most);
     within(o, "y", (double)c->in + more, values(&most, "y"));
-    within(o, "dx", (double)(c->out + c->out / 1024) + more, values(&most, "dx"));
+    within(o, "dx", (double)(c->out + steps) + more, values(&most, "dx"));
     within(o, "dweight", (double)c->n + more, values(&most, "dweight"));
     same(o, "dbias");
     drop_all(o);
@@ -222,7 +223,8 @@ struct gradient {
     struct perta_token_row tokens[G_TOKENS];
 };
 
-/* In order of samples, the last of which has none; rows again and again, at the ends of both tiles. */
+/* In order of samples, the last of which has none; rows again and again, at the ends of both tiles.
+ */
 static void place_gradient_tokens(struct gradient *c, bool tokens)
 {
     static const uint32_t rows[] = {0, PERTA_TILE_ROWS - 1, PERTA_TILE_ROWS, G_SPLIT - 1, 100};
@@ -269,8 +271,8 @@ static void disturb(struct perta_backend *be, struct outputs *o, const struct gr
                             false);
 }
 
-/* Of the tokens, those of samples that end in chunks first .. end; all with the last where chunks are
- * not by sample. */
+/* Of the tokens, those of samples that end in chunks first .. end; all with the last where chunks
+ * are not by sample. */
 static void choose_tokens(const struct gradient *c, struct perta_gradient *g, struct perta_array d)
 {
     size_t from = 0, n = 0;
@@ -351,8 +353,8 @@ static void split_gradient(struct gradient *c, struct outputs want[N_BACKENDS],
     drop_all(o);
 }
 
-/* A sample's terms are its rows, its chunks' and its tokens'; the reference rounds with each of the latter
- * two. Squares of two numbers that differ by e differ by e times their sum. */
+/* A sample's terms are its rows, its chunks' and its tokens'; the reference rounds with each of the
+ * latter two. Squares of two numbers that differ by e differ by e times their sum. */
 static void compare_gradient(struct gradient *c, const struct outputs o[N_BACKENDS], double more)
 {
     static const char *const sums[] = {"sums", "sums 2"}, *const squares[] = {"squares",

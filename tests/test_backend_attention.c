@@ -18,8 +18,8 @@ struct attention {
     struct perta_place *places; /* (tokens) */
 };
 
-/* What is before a token; blocks of 30 of it; or every fifth token is hidden, the first two among them:
- * these stand last, and see those before them, or nothing. */
+/* What is before a token; blocks of 30 of it; or every fifth token is hidden, the first two among
+ * them: these stand last, and see those before them, or nothing. */
 static void place_tokens(struct perta_place *places, uint32_t T, enum seen seen)
 {
     uint32_t n = 0, n_seen = 0;
@@ -90,8 +90,8 @@ static double attention_value(void *ctx)
     return value;
 }
 
-/* Longer than a block of query rows (64), and not; groups of heads; windows that end inside of a block,
- * at one, and beyond the sequence; several sequences. */
+/* Longer than a block of query rows (64), and not; groups of heads; windows that end inside of a
+ * block, at one, and beyond the sequence; several sequences. */
 static const struct attention attentions[] = {
     {1, {1}, 4, 1, 4, UINT32_MAX, .seen = BEFORE},
     {1, {31}, 8, 2, 6, UINT32_MAX, .seen = BEFORE},
@@ -109,15 +109,15 @@ static const struct attention attentions[] = {
 #define Q_MOST 2.0 /* magnitudes of q; of k, v and dout: 1 */
 
 /* A score's D products, its factor and its root: wrong by D + 4 times the sum of magnitudes, Q_MOST
- * sqrt(D); less the largest, of a range of twice that, once more. A probability by twice a score (its
- * own and the sum's), exponentials, the quotient's two: */
+ * sqrt(D); less the largest, of a range of twice that, once more. A probability by twice a score
+ * (its own and the sum's), exponentials, the quotient's two: */
 static double probability_units(double D)
 {
     return 2 * ((D + 4) * Q_MOST * sqrt(D) + 2 * Q_MOST * sqrt(D)) + 2 * 3 + 2;
 }
 
-/* dp is wrong by D + 1 times M, the largest sum of |dout v|, D at most; its mean by that, by p's error,
- * and two; their difference is at most 2 M. So ds is wrong by p M times so much: */
+/* dp is wrong by D + 1 times M, the largest sum of |dout v|, D at most; its mean by that, by p's
+ * error, and two; their difference is at most 2 M. So ds is wrong by p M times so much: */
 static double score_units(double D)
 {
     return 3 * probability_units(D) + 2 * D + 7;
@@ -142,6 +142,7 @@ static struct attention make_attention(const struct attention *shape)
     c.k = pair(m, 2);
     c.v = pair(m, 3);
     c.dout = pair(n, 4);
+    ck_assert(c.q.f && c.q.d);
     for (size_t i = 0; i < n; i++) /* some keys count more than others */
         c.q.d[i] = (double)(c.q.f[i] *= (float)Q_MOST);
     return c;
@@ -162,7 +163,8 @@ static void compare_attention(const struct attention *c, const struct outputs o[
     double D = (double)c->D, p = probability_units(D), ds = score_units(D), T = 0, M = D;
     for (size_t s = 0; s < c->n_sequences; s++)
         T = fmax(T, (double)c->lengths[s]);
-    double rows = T * (double)(c->n_heads / c->n_kv_heads); /* that see a key */
+    size_t group = c->n_heads / c->n_kv_heads;
+    double rows = T * (double)group; /* that see a key */
     ones.ones = true;
     run_magnitudes(attention_run, c, &most);
     run_magnitudes(attention_run, &ones, &weights); /* its dv: of a key, the sum of p */

@@ -63,9 +63,9 @@ static double *norm_terms(const struct norm *c, const double *rstd)
 
 static const size_t norm_shapes[][2] = {{1, 1}, {1, 33}, {31, 300}, {257, 128}};
 
-/* rstd: the mean, the sum with eps, the root of both (half), the quotient. y: two products more. dx: rstd
- * differs, three times in its third term; that has six roundings besides and the sum two. Each: the
- * reference's. */
+/* rstd: the mean, the sum with eps, the root of both (half), the quotient. y: two products more.
+ * dx: rstd differs, three times in its third term; that has six roundings besides and the sum two.
+ * Each: the reference's. */
 START_TEST(rmsnorm)
 {
     size_t T = norm_shapes[_i][0], H = norm_shapes[_i][1];
@@ -175,8 +175,8 @@ static double swiglu_value(void *ctx)
     return value;
 }
 
-/* An exponential is wrong by 3 (test_kernels.c), so sigmoid by 5, and 1 - sigmoid by 6, not of itself but of
- * 1. */
+/* An exponential is wrong by 3 (test_kernels.c), so sigmoid by 5, and 1 - sigmoid by 6, not of
+ * itself but of 1. */
 START_TEST(swiglu)
 {
     const size_t n = 70001; /* more pieces than one */

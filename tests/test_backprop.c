@@ -306,6 +306,7 @@ static void read_floats(const char *folder, const char *name, size_t first, size
     ck_assert_ok(perta_checkpoint_open(folder, &ck, &err));
     const struct perta_ref *ref = perta_checkpoint_find(ck, name);
     FILE *file = fopen(ck->shards[ref->shard].path, "r");
+    ck_assert_ptr_nonnull(file);
     fseek(file, (long)(ref->tensor->off_bytes + first * sizeof *to), SEEK_SET);
     ck_assert_uint_eq(fread(to, sizeof *to, n, file), n);
     fclose(file);
@@ -375,6 +376,7 @@ static void put_long_data(void)
 {
     static const int lengths[] = {250, 3, 200, 70};
     FILE *file = fopen("data.jsonl", "w");
+    ck_assert_ptr_nonnull(file);
     uint64_t seed = 5;
     for (size_t s = 0; s < 40; s++) {
         int length = s == 1 ? 1100 : lengths[s % 4];

@@ -1,7 +1,7 @@
 /* A family that is not in the table (estimators/model/family.h), added as one would add it: a row
- * with its tensors' names and shapes, and the two operations that no other family has, LayerNorm with
- * a bias and an MLP without a gate. Nothing in estimators/ knows of it; every gradient is compared
- * with finite differences of a forward pass in double, on both backends. */
+ * with its tensors' names and shapes, and the two operations that no other family has, LayerNorm
+ * with a bias and an MLP without a gate. Nothing in estimators/ knows of it; every gradient is
+ * compared with finite differences of a forward pass in double, on both backends. */
 #include "tests/scratch.h"
 
 #include "estimators/compute/scalar.h"

@@ -9,14 +9,14 @@
 #include "estimators/compute/cpu_own.h"
 #include "io/checked.h"
 
-/* ---- what it takes ---- */
+/* ---- memory needed ---- */
 
 static uint64_t larger(uint64_t a, uint64_t b)
 {
     return a > b ? a : b;
 }
 
-/* Converted operands of a product: rows of a weight, and in bf16 rows of activations. */
+/* For the converted operands of a product: rows of a weight and, in bf16, rows of activations. */
 static uint64_t converted_floats(const struct perta_cpu_needs *needs)
 {
     uint64_t weight = PERTA_CPU_WEIGHT_ROWS + PERTA_SLACK_ROWS + 1;
@@ -29,7 +29,7 @@ static uint64_t scratch_floats(const struct perta_cpu_needs *needs)
     return larger(converted_floats(needs), needs->gradient_floats / (needs->bf16 ? 2 : 1));
 }
 
-/* A row, a tile, or attention's scores. */
+/* A worker's room holds a row, a tile, or attention's scores. */
 static uint64_t room_floats(const struct perta_cpu_needs *needs)
 {
     return larger(larger((uint64_t)PERTA_TILE_ROWS * PERTA_TILE_COLS, needs->widest),
@@ -70,7 +70,7 @@ void *perta_cpu_at(struct perta_cpu *cpu, struct perta_array a)
     return buffer.base + a.at_bytes;
 }
 
-/* Put a buffer into the table. *handle: where; 0 on error. */
+/* Add a buffer to the table. *handle is 0 on error. */
 static int keep(struct perta_cpu *cpu, const struct perta_cpu_buffer *buffer, uint32_t *handle,
                 struct perta_err *err)
 {
@@ -120,7 +120,7 @@ static int cpu_share(struct perta_backend *be, void *host, uint64_t len_bytes, u
     return keep((struct perta_cpu *)be, &buffer, handle, err);
 }
 
-/* Operations read the host's own memory. */
+/* Nothing to do: operations read the host's own memory. */
 static void cpu_uploaded(struct perta_backend *be, struct perta_array a, uint64_t len_bytes)
 {
     (void)be;
@@ -144,14 +144,14 @@ static void cpu_put(struct perta_backend *be, struct perta_array to, const void 
                     uint64_t len_bytes)
 {
     void *at = perta_cpu_at((struct perta_cpu *)be, to);
-    if (at != from) /* what the host shares */
+    if (at != from) /* equal: the host shares this memory */
         memcpy(at, from, len_bytes);
 }
 
 static void cpu_get(struct perta_backend *be, struct perta_array from, void *to, uint64_t len_bytes)
 {
     const void *at = perta_cpu_at((struct perta_cpu *)be, from);
-    if (at != to) /* what the host shares */
+    if (at != to) /* equal: the host shares this memory */
         memcpy(to, at, len_bytes);
 }
 
@@ -165,9 +165,9 @@ static int cpu_wait(struct perta_backend *be, struct perta_err *err)
     return rc;
 }
 
-/* ---- work, shared out ---- */
+/* ---- distributing work ---- */
 
-/* Elements of a piece, about: some ten microseconds' worth. */
+/* Elements in a piece, about: tens of microseconds of work. */
 #define PIECE_ELEMS (1u << 16)
 
 struct shares {
@@ -211,7 +211,7 @@ static void copy(struct perta_backend *be, struct perta_array to, struct perta_a
         memcpy(perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), n * sizeof(float));
 }
 
-/* What a row operation goes through. */
+/* Arguments of a row operation. */
 struct rows {
     float *to;
     const float *from;

@@ -4,17 +4,17 @@
 #include "estimators/compute/cpu_own.h"
 #include "estimators/compute/kernels.h"
 
-/* ---- attention: a head of a sequence at a time, within it a block of query rows, so that scores
- * are never whole ---- */
+/* ---- attention: one head of one sequence at a time, by blocks of query rows, so that the scores
+ * are never stored whole ---- */
 
-#define ROWS 64 /* query rows of a block */
+#define ROWS 64 /* query rows in a block */
 
 size_t perta_cpu_attention_room(size_t longest)
 {
     return 2 * ROWS * longest;
 }
 
-/* A sequence's head: where the arrays begin for it, and how far rows are apart. */
+/* A head of a sequence: its part of each array, and the distance between rows. */
 struct head {
     struct perta_gemm *gemm;
     size_t T, D, ldq, ldk;
@@ -23,11 +23,11 @@ struct head {
     float *p; /* the worker's room */
     float *out, *dq, *dk, *dv;
     const float *dout, *q, *k, *v;
-    size_t ldd; /* of dk and dv */
+    size_t ldd; /* distance between rows of dk and dv */
 };
 
-/* Query rows i .. i + n_rows see keys j .. j + n_cols, each some of them: row r the keys from[r] ..
- * to[r]. */
+/* Query rows i .. i + n_rows and the keys j .. j + n_cols that they see; row r sees the keys
+ * from[r] .. to[r]. */
 struct tile {
     size_t i, n_rows, j, n_cols;
     size_t from[ROWS], to[ROWS];
@@ -59,7 +59,7 @@ static struct tile tile_at(const struct head *h, size_t i)
         t.j = t.from[r] < t.j ? t.from[r] : t.j;
         end = t.to[r] > end ? t.to[r] : end;
     }
-    t.n_cols = end > t.j ? end - t.j : 1; /* a product has columns, though nothing be seen */
+    t.n_cols = end > t.j ? end - t.j : 1; /* a product needs a column, even if nothing is seen */
     return t;
 }
 
@@ -70,8 +70,8 @@ static int scores(const struct head *h, const struct tile *t, float *p, struct p
                             h->ldq, h->k + t->j * h->ldk, h->ldk, 0, p, t->n_cols, err);
 }
 
-/* The first key that row r of the tile sees, and one past the last, in columns of the tile; equal
- * where it sees none. */
+/* The keys *from .. *to that row r of the tile sees, as columns of the tile; *from equals *to if it
+ * sees none. */
 static void seen(const struct tile *t, size_t r, size_t *from, size_t *to)
 {
     bool nothing = t->from[r] == t->to[r];
@@ -79,7 +79,7 @@ static void seen(const struct tile *t, size_t r, size_t *from, size_t *to)
     *to = nothing ? 0 : t->to[r] - t->j;
 }
 
-/* Row r of the tile: zero where it sees nothing. */
+/* Set a row of the tile to zero outside the columns from .. to. */
 static void clear_unseen(const struct tile *t, float *row, size_t from, size_t to)
 {
     memset(row, 0, from * sizeof *row);
@@ -117,9 +117,10 @@ static int head_forward(const struct head *h, struct perta_err *err)
     return rc;
 }
 
-/* dp: gradient of the probabilities p -> gradient of scores. The mean of dp is taken of these very p,
- * the forward pass's: where one of them is nearly all, what is left of dp is far below the rounding
- * of another sum (dout times out, say), and exactly 0 where it is 1. */
+/* dp: from the gradient of the probabilities p to the gradient of the scores. The mean of dp is
+ * taken with these same p, as in the forward pass: if one of them is nearly 1, what remains of dp
+ * is far below the rounding error of any other sum (such as dout times out), and exactly 0 if it is
+ * 1. */
 static void softmax_backward(const struct tile *t, const float *p, float *dp)
 {
     const struct perta_row_kernels *k = perta_row_kernels();
@@ -232,8 +233,8 @@ void perta_cpu_attention_forward(struct perta_backend *be, const struct perta_at
     be->rc = perta_workers_run(cpu->workers, a->sequences.n * a->n_heads, run_head, &all, &be->err);
 }
 
-/* dkv (n, n_kv_heads, D) = sums over the query heads that share it, in order, of_heads (n,
- * n_heads, D). */
+/* dkv (n, n_kv_heads, D) = sums of of_heads (n, n_heads, D), in order, over the query heads that
+ * share a key-value head. */
 struct group_sum {
     float *dkv, *of_heads;
     size_t n_kv_heads, group, D;

@@ -73,7 +73,7 @@ void perta_cpu_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
     perta_cpu_share_out(cpu, T, H, rmsnorm_backward_rows, &n);
 }
 
-#define COLUMNS 128 /* that are summed over tokens together */
+#define COLUMNS 128 /* columns that are summed at a time */
 
 /* Columns from * COLUMNS .. to * COLUMNS. */
 static void rmsnorm_backward_columns(const void *args, size_t from, size_t to)

@@ -5,16 +5,16 @@
 #include "estimators/compute/cpu_own.h"
 #include "estimators/compute/kernels.h"
 
-/* A gradient operation, where its arrays lie, and the window of its chunks that is worked on. */
+/* A gradient operation: its arrays, and the window of chunks that is being added. */
 struct gradient {
     const struct perta_gradient *of;
     struct perta_gemm *gemm;
     double *sums, *squares;
     float *sample;
     const float *x, *dy, *d; /* x NULL: no products */
-    size_t first, end;       /* of chunks: the window */
-    /* Its operands (perta_gemm_dtype), chunks one after another: of each x as (padded, in) and dy as
-     * (rows, padded). */
+    size_t first, end;       /* the window of chunks */
+    /* The window's operands (perta_gemm_dtype), chunk after chunk: x as (padded, in), dy as (rows,
+     * padded). */
     uint8_t *xs, *dys;
     size_t n_row_tiles;
 };
@@ -24,7 +24,7 @@ static size_t width_of(const struct gradient *g)
     return perta_gemm_dtype(g->gemm) == PERTA_BF16 ? 2 : 4;
 }
 
-/* Rows that chunks first .. end take. */
+/* Packed rows of chunks first .. end. */
 static size_t packed_rows(const struct perta_chunks *chunks, size_t first, size_t end)
 {
     const struct perta_chunk *last = &chunks->of[end - 1];
@@ -33,19 +33,20 @@ static size_t packed_rows(const struct perta_chunks *chunks, size_t first, size_
 
 /* ---- operands, packed ---- */
 
-#define PACK_ROWS 64    /* of a piece */
-#define GROUP_ROWS 16   /* that lie in one chunk, padding included */
-#define SLICE_COLS 1024 /* that are packed at a time */
+#define PACK_ROWS 64    /* rows in a piece */
+#define GROUP_ROWS 16   /* packed together; all in one chunk or its padding */
+#define SLICE_COLS 1024 /* columns packed at a time */
 
 struct packing {
     const struct gradient *gradient;
-    const float *from; /* row 0 of the array, the first of its columns */
+    const float *from; /* the first column that is packed, in row 0 of the array */
     size_t stride, n_cols;
-    bool turned; /* each chunk's rows become columns */
+    bool turned; /* transpose each chunk */
     uint8_t *to;
 };
 
-/* GROUP_ROWS rows of a chunk from within on, from column col; those past the chunk's end are zeros. */
+/* Point rows to GROUP_ROWS rows of a chunk, from its row within on, at column col; to zeros past
+ * the chunk's end. */
 static void find_rows(const struct packing *p, const struct perta_chunk *chunk, size_t within,
                       size_t col, const float *rows[GROUP_ROWS])
 {
@@ -55,7 +56,7 @@ static void find_rows(const struct packing *p, const struct perta_chunk *chunk, 
         rows[r] = within + r < chunk->n ? p->from + (row + r) * p->stride + col : zeros;
 }
 
-/* Element (row, col) of what a chunk becomes, counted from its first. */
+/* Index of element (row, col) of a chunk once it is packed. */
 static size_t place_of(const struct packing *p, size_t padded, size_t row, size_t col)
 {
     return p->turned ? col * padded + row : row * p->n_cols + col;
@@ -131,7 +132,7 @@ static void pack(struct packing *p)
                       &never);
 }
 
-/* Both operands of the window; x is there already if x_packed. */
+/* Pack both operands of the window; x is in scratch already if x_packed. */
 static void pack_window(struct gradient *g, uint8_t *scratch, bool x_packed)
 {
     const struct perta_gradient *of = g->of;
@@ -146,10 +147,10 @@ static void pack_window(struct gradient *g, uint8_t *scratch, bool x_packed)
 
 /* ---- add ---- */
 
-/* Rows and columns of the matrix that a piece goes through. */
+/* Rows and columns of the matrix that a piece works on. */
 struct tile {
     size_t row, m, col, n;
-    float *to; /* one sample's gradient, or a chunk's: (m, n), rows ld apart */
+    float *to; /* a sample's or a chunk's gradient: (m, n), rows ld apart */
     size_t ld;
 };
 
@@ -163,7 +164,7 @@ static struct tile tile_at(const struct gradient *g, size_t i)
                          .n = n < PERTA_TILE_COLS ? n : PERTA_TILE_COLS};
 }
 
-/* Of the matrix, tile (t->m, t->n): dy^T, which is there as (rows, padded), times x (padded, in). */
+/* Compute the tile (t->m, t->n) of dy^T x from the packed dy (rows, padded) and x (padded, in). */
 static int add_product(const struct gradient *g, unsigned worker, const struct tile *t,
                        const struct perta_chunk *chunk, struct perta_err *err)
 {
@@ -177,7 +178,7 @@ static int add_product(const struct gradient *g, unsigned worker, const struct t
                            err);
 }
 
-/* The first token of sample or a later one. */
+/* Index of the first token of this sample or a later one. */
 static size_t first_token(const struct perta_gradient *of, uint64_t sample)
 {
     size_t low = 0, high = of->n_tokens;
@@ -197,8 +198,8 @@ static void clear(const struct tile *t)
         memset(t->to + i * t->ld, 0, t->n * sizeof *t->to);
 }
 
-/* d of the sample's tokens whose rows are in the tile, to the tile, which is cleared first unless
- * *any. *any: there were some. */
+/* Add d of the sample's tokens whose rows are in the tile. The tile is cleared first unless *any;
+ * *any becomes true if there was such a token. */
 static void add_sample_tokens(const struct gradient *g, const struct tile *t, uint64_t sample,
                               bool *any)
 {
@@ -227,7 +228,7 @@ static void add_to_sums(const struct gradient *g, const struct tile *t)
     }
 }
 
-/* One chunk's part of a tile; its sample's tokens come with its last chunk. */
+/* Add a chunk to a tile; a sample's tokens are added with its last chunk. */
 static int add_chunk(const struct gradient *g, unsigned worker, const struct tile *t,
                      const struct perta_chunk *chunk, struct perta_err *err)
 {
@@ -254,7 +255,7 @@ static int add_tile(void *ctx, unsigned worker, size_t i, struct perta_err *err)
     return rc;
 }
 
-/* The window's chunks. */
+/* Add the window's chunks. */
 static int add_window(struct gradient *g, struct perta_err *err)
 {
     size_t cols = (g->of->in + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS;
@@ -262,7 +263,7 @@ static int add_window(struct gradient *g, struct perta_err *err)
     return perta_workers_run(perta_gemm_workers(g->gemm), g->n_row_tiles * cols, add_tile, g, err);
 }
 
-/* d of every token to columns from .. to of its row of the sums. */
+/* Add d of every token to columns from .. to of its row of the sums. */
 static void add_tokens(const void *args, size_t from, size_t to)
 {
     const struct gradient *g = args;
@@ -274,7 +275,7 @@ static void add_tokens(const void *args, size_t from, size_t to)
 
 /* ---- the operation ---- */
 
-/* The chunks from first on whose operands fit the scratch. */
+/* The end of the longest window from first on whose operands fit into the scratch. */
 static size_t window_end(const struct perta_cpu *cpu, const struct gradient *g, size_t first)
 {
     const struct perta_gradient *of = g->of;
@@ -291,7 +292,7 @@ static bool fits(const struct perta_cpu *cpu, const struct gradient *g)
     return rows * (g->of->in + g->of->rows) * width_of(g) <= cpu->scratch_floats * sizeof(float);
 }
 
-/* Chunks whose products count, a window after another. */
+/* Add the products of all chunks, window after window. */
 static int add_windows(struct perta_cpu *cpu, struct gradient *g, struct perta_err *err)
 {
     const struct perta_gradient *of = g->of;
@@ -330,7 +331,7 @@ void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *o
         perta_cpu_share_out(cpu, of->in, of->n_tokens, add_tokens, &g);
 }
 
-/* ---- of vectors ---- */
+/* ---- vectors, means ---- */
 
 struct addition {
     double *sums, *squares;

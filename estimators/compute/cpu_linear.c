@@ -2,7 +2,7 @@
 
 /* ---- products with a weight ---- */
 
-/* Rows of the weight that go into one product: all, or some where they must be converted. */
+/* Rows of the weight in one product: all of them, or fewer if they must be converted. */
 static size_t rows_at_a_time(const struct perta_cpu *cpu, const struct perta_linear *l)
 {
     return l->dtype == perta_gemm_dtype(cpu->gemm) ? l->out : PERTA_CPU_WEIGHT_ROWS;
@@ -40,7 +40,7 @@ void perta_cpu_linear_forward(struct perta_backend *be, const struct perta_linea
     const struct perta_operand_matrix xs = perta_matrix(perta_cpu_at(cpu, x), l->in);
     const uint8_t *weight = perta_cpu_at(cpu, l->weight);
     size_t step = rows_at_a_time(cpu, l);
-    cpu->x_packed = false; /* operands are converted where it lies */
+    cpu->x_packed = false; /* converted operands overwrite it */
     for (size_t r = 0; r < l->out && !be->rc; r += step) {
         size_t rows = l->out - r < step ? l->out - r : step;
         be->rc =
@@ -94,7 +94,7 @@ struct bias_sum {
     float *sums;
 };
 
-#define BIAS_COLUMNS 256 /* that are summed over rows together */
+#define BIAS_COLUMNS 256 /* columns that are summed at a time */
 
 /* Columns from * BIAS_COLUMNS .. to * BIAS_COLUMNS. */
 static void sum_columns(const void *args, size_t from, size_t to)

@@ -1,4 +1,4 @@
-/* cpu_own.h - what the files of the CPU's backend share. */
+/* cpu_own.h - shared by the files of the CPU's backend. */
 #ifndef PERTA_ESTIMATORS_COMPUTE_CPU_OWN_H
 #define PERTA_ESTIMATORS_COMPUTE_CPU_OWN_H
 
@@ -8,12 +8,12 @@
 #include "estimators/compute/gemm.h"
 #include "io/pool.h"
 
-#define PERTA_CPU_WEIGHT_ROWS 1024 /* of a weight, that are converted at a time */
+#define PERTA_CPU_WEIGHT_ROWS 1024 /* rows of a weight that are converted at a time */
 
 struct perta_cpu_buffer {
     uint8_t *base; /* NULL: free */
     uint64_t len_bytes;
-    struct perta_pool pool; /* that base is of; none where the host shares it */
+    struct perta_pool pool; /* that base is taken from; empty if the host shares base */
 };
 
 struct perta_cpu {
@@ -22,27 +22,27 @@ struct perta_cpu {
     struct perta_workers *workers; /* borrowed */
     struct perta_gemm *gemm;
     size_t scratch_floats;
-    bool x_packed;        /* scratch begins with all x of the gradient operation before */
-    pthread_mutex_t lock; /* of the table, which put() and get() read on any thread: */
-    struct perta_cpu_buffer *buffers; /* (n_buffers); a handle is the index, plus 1 */
+    bool x_packed;        /* scratch starts with all of x of the previous gradient operation */
+    pthread_mutex_t lock; /* guards the table below, which put() and get() read on any thread */
+    struct perta_cpu_buffer *buffers; /* (n_buffers); a handle is an index plus 1 */
     uint32_t n_buffers;
 };
 
-/* The backend; NULL after a failure, where operations do nothing. */
+/* The backend, or NULL after a failure: then operations do nothing. */
 static inline struct perta_cpu *perta_cpu_ready(struct perta_backend *be)
 {
     return be->rc ? NULL : (struct perta_cpu *)be;
 }
 
-/* Where an array lies; NULL: none. */
+/* The address of an array; NULL for no array. */
 void *perta_cpu_at(struct perta_cpu *cpu, struct perta_array a);
 
-/* some() goes through rows from .. to of n, shared out among workers in any order; a row has so many
- * elements. */
+/* Distribute n rows among the workers: some() is called for ranges of rows from .. to, in any
+ * order. elems is the number of elements in a row. */
 void perta_cpu_share_out(const struct perta_cpu *cpu, size_t n, size_t elems,
                          void (*some)(const void *args, size_t from, size_t to), const void *args);
 
-/* Floats of a worker's room (perta_gemm_room) that attention needs: two blocks of scores. */
+/* Floats of a worker's room (perta_gemm_room) that attention needs, for two blocks of scores. */
 size_t perta_cpu_attention_room(size_t longest);
 
 /* ---- operations (backend.h): linear layers, gradients ---- */
@@ -59,7 +59,7 @@ void perta_cpu_linear_backward_weight(struct perta_backend *be, struct perta_arr
 void perta_cpu_linear_backward_bias(struct perta_backend *be, struct perta_array dbias,
                                     struct perta_array dy, size_t first, size_t end, size_t out);
 
-void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *gradient);
+void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *of);
 void perta_cpu_accumulate(struct perta_backend *be, struct perta_array sums,
                           struct perta_array squares, struct perta_array d, size_t n);
 void perta_cpu_mean(struct perta_backend *be, struct perta_array to, struct perta_array from,

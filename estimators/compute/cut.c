@@ -5,7 +5,7 @@
 
 /* ---- groups and tiles ---- */
 
-/* Rows first .. end are a group; its tiles follow. */
+/* Add rows first .. end as a group, with its tiles. */
 static void add_group(struct perta_cut *cut, size_t first, size_t end, uint64_t samples_end)
 {
     for (size_t row = first; row < end; row += PERTA_TILE_ROWS)

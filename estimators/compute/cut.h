@@ -1,9 +1,9 @@
-/* cut.h - where rows (tokens, or labels) are cut for matrix products.
+/* cut.h - how rows (tokens or labels) are cut for matrix products.
  *
- * The last bits of a product depend on how many rows go into it, so that is decided by the
- * samples alone, never by memory or threads: samples are put into groups in order, whole ones, as
- * many as have so many rows together, and a group's rows are cut into tiles. A batch is as many
- * whole groups as memory allows. */
+ * The last bits of a product depend on its number of rows. So that number follows from the samples
+ * alone, never from memory or threads: consecutive whole samples form a group, up to a fixed number
+ * of rows, and the rows of a group are cut into tiles. A batch is as many whole groups as memory
+ * allows. */
 #ifndef PERTA_ESTIMATORS_COMPUTE_CUT_H
 #define PERTA_ESTIMATORS_COMPUTE_CUT_H
 
@@ -13,7 +13,7 @@
 
 #include "io/err.h"
 
-#define PERTA_TILE_ROWS 256 /* at most */
+#define PERTA_TILE_ROWS 256 /* the most rows in a tile */
 
 /* Consecutive runs of rows: run i is rows starts[i] - origin .. starts[i + 1] - origin. */
 struct perta_runs {
@@ -26,52 +26,52 @@ struct perta_cut {
     size_t n_tiles, n_groups;
     size_t *tiles;           /* (n_tiles + 1): rows */
     size_t *groups;          /* (n_groups + 1): rows */
-    size_t *group_tiles;     /* (n_groups + 1): the first tile of each */
-    uint64_t *group_samples; /* (n_groups + 1): the first sample of each */
+    size_t *group_tiles;     /* (n_groups + 1): first tile of each */
+    uint64_t *group_samples; /* (n_groups + 1): first sample of each */
     size_t longest;          /* rows of the longest group */
 };
 
 /* Sample i has rows starts[i] .. starts[i + 1]; starts[0] is 0. A group has at most group_rows
- * rows, or is one longer sample. *cut is the caller's, perta_cut_release. */
+ * rows, or is a single longer sample. The caller releases *cut with perta_cut_release. */
 int perta_cut_make(const size_t *starts, uint64_t n_samples, size_t group_rows,
                    struct perta_cut *cut, struct perta_err *err);
 void perta_cut_release(struct perta_cut *cut);
 
-/* Groups first .. end of a cut, their rows numbered from 0. */
+/* Groups of a cut that are computed together; their rows are numbered from 0. */
 struct perta_cut_batch {
     size_t first_row, n;
     uint64_t first_sample, n_samples;
     struct perta_runs tiles;
     size_t end; /* the group after it */
 };
-/* The groups from first on that have at most most_rows rows together, and at least one. */
+/* As many groups from first on as have at most most_rows rows together, but at least one. */
 struct perta_cut_batch perta_cut_batch(const struct perta_cut *cut, size_t first, size_t most_rows);
 
-/* A weight's gradient is a sum over rows, of parts of samples (where each sample's gradient is
- * wanted) or of all rows. */
+/* A weight's gradient is summed over chunks of rows: each is part of one sample, if every sample's
+ * gradient is wanted on its own, or part of all rows. */
 struct perta_chunk {
     size_t first, n; /* rows */
-    size_t at;       /* the rows of chunks before it, each rounded up (perta_chunk_padded) */
+    size_t at;       /* rows of the chunks before it, each rounded up (perta_chunk_padded) */
     uint64_t sample;
-    bool begins, ends; /* its sample; where samples do not count: both */
+    bool begins, ends; /* is the first or last of its sample; both if chunks are not by sample */
 };
-#define PERTA_CHUNK_ROWS 1024 /* at most; rounded up they are no more */
+#define PERTA_CHUNK_ROWS 1024 /* the most rows in a chunk, also once rounded up */
 struct perta_chunks {
     size_t n;
     struct perta_chunk *of; /* (n) */
     bool by_sample;
-    bool parts; /* some sample is more than one */
+    bool parts; /* some sample has several chunks */
 };
 
-/* Rows that a chunk takes where chunks lie one after another for products, the last of them zeros:
- * so few different shapes are compiled. */
+/* Rows that a chunk takes when it is packed for products. The rows that are added are zeros; they
+ * keep the number of different shapes small, each of which must be compiled. */
 static inline size_t perta_chunk_padded(size_t n)
 {
     return (n + 15) & ~(size_t)15;
 }
 
-/* Of runs of rows, starts[i] .. starts[i + 1]; a chunk lies in one. by_sample: they are samples, each
- * with a gradient of its own. */
+/* Cut runs of rows, starts[i] .. starts[i + 1], into chunks; each chunk lies within one run.
+ * by_sample: runs are samples, each with a gradient of its own. */
 int perta_chunks_make(const size_t *starts, uint64_t n_runs, bool by_sample,
                       struct perta_chunks *chunks, struct perta_err *err);
 void perta_chunks_release(struct perta_chunks *chunks);

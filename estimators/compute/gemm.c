@@ -1,5 +1,6 @@
 #include "estimators/compute/gemm.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -10,8 +11,8 @@
 #include "estimators/compute/onednn.h"
 #include "io/pool.h"
 
-/* Products are compiled for their shape; so many are kept (about 100 KB each), and one more for each
- * worker. */
+/* A product is compiled for its shape. This many are kept (about 100 KB each), and one more for
+ * each worker. */
 #define KEPT 64
 
 struct shape {
@@ -26,7 +27,7 @@ struct made {
     unsigned n_users;
 };
 
-/* What a worker has of its own. */
+/* Memory and stream of one worker. */
 struct room {
     dnnl_stream_t stream;
     float *floats;
@@ -42,9 +43,9 @@ struct perta_gemm {
     float *scratch; /* (scratch_floats), of the pool */
     size_t scratch_floats, room_floats;
     struct room *rooms;   /* (workers) */
-    pthread_mutex_t lock; /* of: */
+    pthread_mutex_t lock; /* guards what follows */
     struct made *made;    /* (n_made) */
-    size_t n_made, clock; /* where to look for one to throw out */
+    size_t n_made, clock; /* clock: where to look for one to replace */
 };
 
 static int failed(dnnl_status_t status, struct perta_err *err)
@@ -54,8 +55,8 @@ static int failed(dnnl_status_t status, struct perta_err *err)
                : perta_fail(err, PERTA_ESYS, "matrix product: oneDNN says %d", (int)status);
 }
 
-/* An instruction set's number has the bits of those that it includes. oneDNN is asked, not the CPU:
- * ONEDNN_MAX_CPU_ISA may hold it to less. */
+/* The number of an instruction set has the bits of those that it includes. oneDNN is asked rather
+ * than the CPU, because ONEDNN_MAX_CPU_ISA may restrict it. */
 static bool isa_includes(dnnl_cpu_isa_t isa)
 {
     return ((int)dnnl_get_effective_cpu_isa() & (int)isa) == (int)isa;
@@ -66,7 +67,7 @@ bool perta_gemm_has_bf16(void)
     return isa_includes(dnnl_cpu_isa_avx512_core_bf16);
 }
 
-/* oneDNN has it from AVX-512 (F, BW, DQ, VL) on. */
+/* oneDNN supports it from AVX-512 (F, BW, DQ, VL) on. */
 bool perta_gemm_can_bf16(void)
 {
     return isa_includes(dnnl_cpu_isa_avx512_core);
@@ -109,8 +110,7 @@ int perta_gemm_open(bool bf16, struct perta_workers *workers, size_t scratch_flo
     g->made = calloc(g->n_made, sizeof *g->made);
     dnnl_status_t status =
         g->rooms && g->made ? dnnl_engine_create(&g->engine, dnnl_cpu, 0) : dnnl_out_of_memory;
-    if (status ==
-        dnnl_success) /* it would keep a thousand shapes, 25 MiB; made has what is needed */
+    if (status == dnnl_success) /* it would keep a thousand shapes, 25 MiB; made replaces it */
         status = dnnl_set_primitive_cache_capacity(0);
     if (status != dnnl_success) {
         perta_gemm_close(g);
@@ -157,13 +157,6 @@ struct perta_workers *perta_gemm_workers(const struct perta_gemm *g)
 
 /* ---- operands ---- */
 
-float perta_operand_element(const struct perta_operand_matrix *m)
-{
-    float x;
-    perta_row_kernels()->to_f32(&x, m->data, m->dtype, 1);
-    return x;
-}
-
 enum perta_dtype perta_gemm_dtype(const struct perta_gemm *g)
 {
     return g->bf16 ? PERTA_BF16 : PERTA_F32;
@@ -178,7 +171,7 @@ struct conversion {
     bool bf16;
     const uint8_t *from;
     enum perta_dtype dtype;
-    size_t stride, n_rows, n_cols, rows; /* rows of a piece */
+    size_t stride, n_rows, n_cols, rows; /* rows: in a piece */
     uint8_t *to;
 };
 
@@ -200,16 +193,19 @@ static int convert_rows(void *ctx, unsigned worker, size_t i, struct perta_err *
     return 0;
 }
 
-/* Elements that a piece converts, about. */
+/* Elements that a piece converts, approximately. */
 #define PIECE_ELEMS (1u << 16)
 
-int perta_gemm_prepare(struct perta_gemm *g, struct perta_operand_matrix *m, size_t rows,
-                       size_t cols, size_t *at, struct perta_err *err)
+/* Make m (rows, cols), which is contiguous along its rows or its columns, an operand of a piece. If
+ * its dtype is another it is converted into the scratch, of which *at floats are in use. PERTA_ESYS
+ * if it does not fit. */
+static int prepare(struct perta_gemm *g, struct perta_operand_matrix *m, size_t rows, size_t cols,
+                   size_t *at, struct perta_err *err)
 {
     enum perta_dtype want = perta_gemm_dtype(g);
     if (m->dtype == want)
         return 0;
-    /* Convert along what is contiguous. */
+    /* Convert along the contiguous dimension. */
     bool turned = m->col != 1;
     size_t n_rows = turned ? cols : rows, n_cols = turned ? rows : cols;
     size_t need = ((n_rows + PERTA_SLACK_ROWS) * n_cols * (g->bf16 ? 2 : 4) + 3) / 4;
@@ -268,10 +264,11 @@ static dnnl_status_t compile(const struct perta_gemm *g, struct made *made)
     return status;
 }
 
-/* One that nobody uses; there are more than workers. */
+/* Clear a place that is not in use. There is one, since places outnumber workers. */
 static struct made *free_place(struct perta_gemm *g)
 {
     struct made *made;
+    assert(g->n_made);
     do
         made = &g->made[g->clock++ % g->n_made];
     while (made->n_users);
@@ -402,7 +399,8 @@ static struct perta_operand_matrix part(struct perta_operand_matrix m, size_t i,
     return m;
 }
 
-/* A tile whose rows are not a multiple of PERTA_SLACK_ROWS + 1: by way of the worker's room. */
+/* A tile whose number of rows is not a multiple of PERTA_SLACK_ROWS + 1 is rounded up to one,
+ * computed into the worker's room, and copied. */
 static int run_ragged(const struct product *p, unsigned worker, size_t m, size_t n,
                       struct perta_operand_matrix a, struct perta_operand_matrix b, float *c,
                       struct perta_err *err)
@@ -419,7 +417,8 @@ static int run_ragged(const struct product *p, unsigned worker, size_t m, size_t
     return rc;
 }
 
-/* Piece i: a tile of rows, and columns; rows change faster, for they share b's. */
+/* Piece i is a tile of rows and columns. Rows vary faster, because tiles of the same columns share
+ * b. */
 static int run_piece(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
     const struct product *p = ctx;
@@ -445,9 +444,9 @@ int perta_gemm_run(struct perta_gemm *g, const struct perta_runs *rows, size_t m
     size_t at = 0;
     if (!m || !n)
         return 0;
-    int rc = perta_gemm_prepare(g, &p.a, m, k, &at, err);
+    int rc = prepare(g, &p.a, m, k, &at, err);
     if (!rc)
-        rc = perta_gemm_prepare(g, &p.b, k, n, &at, err);
+        rc = prepare(g, &p.b, k, n, &at, err);
     return rc ? rc
               : perta_workers_run(g->workers,
                                   p.n_row_tiles * ((n + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS),

@@ -1,7 +1,8 @@
 /* Compiled once for each instruction set, see io/isa.h. Loops are written so that gcc and clang
  * vectorise them: everything computed, then selected; sums and maxima in lanes. */
 #if defined(__GNUC__) && !defined(__clang__)
-/* Nobody reads errno or the exception flags here; values stay the same, loops vectorise. */
+/* Neither errno nor exception flags are read here. These options change no value, and let loops
+ * vectorise. */
 #pragma GCC optimize("no-math-errno", "no-trapping-math")
 #endif
 
@@ -13,7 +14,7 @@
 typedef uint16_t __attribute__((aligned(1), may_alias)) u16_any;
 typedef float __attribute__((aligned(1), may_alias)) f32_any;
 
-#define LANES 16 /* element i goes into lane i % 16; lanes are added in order */
+#define LANES 16 /* element i is added to lane i % 16; in the end, lanes are added in order */
 
 /* ---- conversion ---- */
 
@@ -148,7 +149,7 @@ static float largest(const float *x, size_t n, float least)
     return most;
 }
 
-#define TILE 256 /* of exponentials that are summed in float64 */
+#define TILE 256 /* exponentials at a time; they are summed in float64 */
 
 static void exponentials_of(float *restrict y, const float *x, float most, size_t n)
 {
@@ -216,7 +217,7 @@ static void swiglu_backward(float *dgate, float *restrict dup, const float *dh,
                             const float *restrict gate, const float *restrict up, size_t n)
 {
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC ivdep /* dgate is dh, or apart from it */
+#pragma GCC ivdep /* dgate is dh itself, or does not overlap it */
 #endif
     for (size_t i = 0; i < n; i++) {
         float g = gate[i], d = dh[i];

@@ -1,5 +1,5 @@
-/* kernels.h - loops over one row of floats, compiled for each instruction set (io/isa.h), with the
- * same bits for all. Workers call them for pieces. */
+/* kernels.h - loops over a row of floats, compiled once for each instruction set (io/isa.h); all
+ * give the same bits. */
 #ifndef PERTA_ESTIMATORS_COMPUTE_KERNELS_H
 #define PERTA_ESTIMATORS_COMPUTE_KERNELS_H
 
@@ -9,7 +9,7 @@
 #include "io/format/dtype.h"
 
 struct perta_row_kernels {
-    /* to (n) = from (n; BF16, F16 or F32, aligned to nothing), converted; bf16 rounds to nearest. */
+    /* Convert from (n; BF16, F16 or F32; any alignment) to to (n). to_bf16 rounds to nearest. */
     void (*to_f32)(float *to, const void *from, enum perta_dtype dtype, size_t n);
     void (*to_bf16)(uint16_t *to, const void *from, enum perta_dtype dtype, size_t n);
     /* Sum of a * b, in float64. */
@@ -21,13 +21,13 @@ struct perta_row_kernels {
     /* sums (n) += x, sums (n) += x^2, in float64. */
     void (*add)(double *sums, const float *x, size_t n);
     void (*add_squares)(double *sums, const float *x, size_t n);
-    /* means (n) = sums / of, rounded to float32; not 0 where one of them is not finite. */
+    /* means (n) = sums / of, rounded to float32. Not 0 if one of them is not finite. */
     unsigned (*divide)(float *means, const double *sums, double of, size_t n);
-    /* The largest of x and least. */
+    /* The maximum of x (n) and least. */
     float (*largest)(const float *x, size_t n, float least);
-    /* y = exp(x - most), y may be x; their sum, in float64. */
+    /* y = exp(x - most); y may be x. Returns their sum, in float64. */
     double (*exponentials)(float *y, const float *x, float most, size_t n);
-    /* The same sum, nothing kept. */
+    /* The same sum; the exponentials are not stored. */
     double (*sum_exponentials)(const float *x, float most, size_t n);
     /* dp = p * (dp - mean). */
     void (*softmax_backward)(float *dp, const float *p, float mean, size_t n);
@@ -42,7 +42,7 @@ struct perta_row_kernels {
 extern const struct perta_row_kernels perta_row_kernels_v2, perta_row_kernels_v3,
     perta_row_kernels_v4;
 
-/* Of the instruction set that was chosen. */
+/* Those of the instruction set in use. */
 const struct perta_row_kernels *perta_row_kernels(void);
 
 #endif

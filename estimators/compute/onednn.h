@@ -7,14 +7,14 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* With oneTBB or a thread pool of its own it would take threads that are not ours. */
+/* With oneTBB, or a thread pool of its own, it would use threads other than the workers. */
 #if DNNL_CPU_THREADING_RUNTIME != DNNL_RUNTIME_OMP && DNNL_CPU_THREADING_RUNTIME != DNNL_RUNTIME_SEQ
 #error "this oneDNN is built with neither OpenMP nor the sequential runtime"
 #endif
 
-/* oneDNN asks OpenMP how many threads the calling thread may use. Set to one while it works and
- * back: what a host program set for its own threads stays. Weak: a sequential build of oneDNN
- * brings no OpenMP along. */
+/* oneDNN asks OpenMP how many threads the calling thread may use. That is set to one while oneDNN
+ * works, and set back, so that the host program's own setting stays. Weak symbols: a sequential
+ * build of oneDNN does not link OpenMP. */
 extern int omp_get_max_threads(void) __attribute__((weak));
 extern void omp_set_num_threads(int) __attribute__((weak));
 
@@ -34,7 +34,7 @@ static inline void onednn_as_before(int before)
 
 /* ---- descriptions of matrices ---- */
 
-/* Row-major or not: element (i, j) is at i * row + j * col. */
+/* Element (i, j) is at i * row + j * col. */
 static inline dnnl_status_t onednn_describe(dnnl_memory_desc_t *desc, size_t rows, size_t cols,
                                             size_t row, size_t col, bool bf16)
 {
@@ -80,7 +80,7 @@ static inline dnnl_status_t onednn_sum(dnnl_post_ops_t ops)
 #endif
 }
 
-/* desc: of a, b and c. */
+/* desc: descriptions of a, b and c. */
 static inline dnnl_status_t onednn_matmul(dnnl_primitive_desc_t *made, dnnl_engine_t engine,
                                           const dnnl_memory_desc_t desc[3],
                                           dnnl_primitive_attr_t attr)
@@ -95,7 +95,7 @@ static inline dnnl_status_t onednn_matmul(dnnl_primitive_desc_t *made, dnnl_engi
 #endif
 }
 
-/* What the product needs beside its operands; a copy, onednn_forget. */
+/* Describe the scratchpad that the product needs. The caller releases *desc with onednn_forget. */
 static inline dnnl_status_t onednn_scratchpad(dnnl_memory_desc_t *desc, size_t *len_bytes,
                                               const_dnnl_primitive_desc_t made)
 {

@@ -11,19 +11,19 @@
 /* ---- memory ---- */
 
 struct buffer {
-    uint8_t *bytes; /* until close, so that what a stale handle reads is NaN */
+    uint8_t *bytes; /* kept until close, so that a stale handle reads NaN */
     uint64_t len_bytes;
-    const uint8_t *host; /* that shares it, or NULL */
+    const uint8_t *host; /* memory that the host shares, or NULL */
 };
 
 struct scalar {
     struct perta_backend backend;
-    pthread_mutex_t lock;   /* of the table, which put() and get() read on any thread: */
-    struct buffer *buffers; /* (n_buffers); a handle is the index, plus 1 */
+    pthread_mutex_t lock;   /* guards the table below, which put() and get() read on any thread */
+    struct buffer *buffers; /* (n_buffers); a handle is an index plus 1 */
     uint32_t n_buffers;
 };
 
-/* Every float32, float64, BF16 and F16 of it is NaN. */
+/* Fill with bytes that are NaN as float32, float64, BF16 and F16. */
 static void poison(void *bytes, uint64_t len_bytes)
 {
     memset(bytes, 0xff, len_bytes);
@@ -58,7 +58,7 @@ double *perta_scalar_doubles(struct perta_backend *be, struct perta_array a, uin
     return perta_scalar_bytes(be, a, n * sizeof(double));
 }
 
-/* A new buffer. *handle: where in the table; 0 on error. */
+/* Add a new buffer to the table. *handle is 0 on error. */
 static int add_buffer(struct perta_backend *be, const uint8_t *host, uint64_t len_bytes,
                       uint32_t *handle, struct perta_err *err)
 {
@@ -148,17 +148,17 @@ static void zero(struct perta_backend *be, struct perta_array to, uint64_t n)
 static void copy(struct perta_backend *be, struct perta_array to, struct perta_array from,
                  uint64_t n)
 {
-    float *tos = perta_scalar_floats(be, to, n), *froms = perta_scalar_floats(be, from, n);
+    float *tos = perta_scalar_floats(be, to, n), *rows_from = perta_scalar_floats(be, from, n);
     for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] = froms[i];
+        tos[i] = rows_from[i];
 }
 
 static void add(struct perta_backend *be, struct perta_array to, struct perta_array from,
                 uint64_t n)
 {
-    float *tos = perta_scalar_floats(be, to, n), *froms = perta_scalar_floats(be, from, n);
+    float *tos = perta_scalar_floats(be, to, n), *rows_from = perta_scalar_floats(be, from, n);
     for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] += froms[i];
+        tos[i] += rows_from[i];
 }
 
 /* Row i of an array. */

@@ -1,3 +1,4 @@
+#include <assert.h>
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -60,7 +61,7 @@ void perta_scalar_rmsnorm_backward_weight(struct perta_backend *be, struct perta
     }
 }
 
-/* ---- rotary positions (Su et al. 2021), in float32 as transformers has them ---- */
+/* ---- rotary positions (Su et al. 2021), in float32 as in transformers ---- */
 
 static void rotate(struct perta_backend *be, struct perta_array x, const struct perta_place *places,
                    const float *inv_freq, size_t T, size_t n_heads, size_t D, float direction)
@@ -93,13 +94,13 @@ void perta_scalar_rope_backward(struct perta_backend *be, struct perta_array dx,
 
 /* ---- attention ---- */
 
-/* A sequence with one of its heads of k and v. */
+/* A key-value head of a sequence. */
 struct head {
     const struct perta_attention *of;
     size_t T;
     const struct perta_place *places; /* (T) */
-    float *out, *dq, *dk, *dv;        /* each where the sequence's part for the head of */
-    const float *q, *k, *v, *dout;    /* k and v begins; ldq or ldk from token to token */
+    float *out, *dq, *dk, *dv;        /* the sequence's part of each array, for this head; */
+    const float *q, *k, *v, *dout;    /* tokens are ldq or ldk apart */
     size_t ldq, ldk;                  /* n_heads * D, n_kv_heads * D */
     double *p, *dp;                   /* (T) */
     double *dk_sums, *dv_sums;        /* (T, D) */
@@ -120,8 +121,8 @@ static double dot(const float *a, const float *b, size_t n)
     return sum;
 }
 
-/* p (T) = softmax over what token t sees of q k / sqrt(D), 0 elsewhere; all 0 where it sees nothing. q
- * (D) is the token's. */
+/* p (T) = softmax of q k / sqrt(D) over the tokens that token t sees, and 0 elsewhere; all 0 if it
+ * sees none. q (D) is the token's query. */
 static void probabilities(const struct head *h, size_t t, const float *q)
 {
     size_t D = h->of->D;
@@ -136,7 +137,7 @@ static void probabilities(const struct head *h, size_t t, const float *q)
         h->p[j] = sum > 0 ? h->p[j] / sum : 0;
 }
 
-/* Query head g of those that share k and v, token t: out = p v. */
+/* out = p v, of token t in query head g of those that share this key-value head. */
 static void token_forward(const struct head *h, size_t g, size_t t)
 {
     size_t D = h->of->D, at = t * h->ldq + g * D;
@@ -174,6 +175,7 @@ static void token_backward(const struct head *h, size_t g, size_t t)
 static void head_backward(const struct head *h)
 {
     size_t D = h->of->D;
+    assert(h->dout && h->dq && h->dk && h->dv);
     for (size_t i = 0; i < h->T * D; i++)
         h->dk_sums[i] = h->dv_sums[i] = 0;
     for (size_t g = 0; g < h->of->n_heads / h->of->n_kv_heads; g++)
@@ -197,7 +199,7 @@ static size_t rows_of(const struct perta_attention *a)
     return a->sequences.starts[a->sequences.n] - a->sequences.origin;
 }
 
-/* Head kv of sequence s, of arrays that are whole. */
+/* Key-value head kv of sequence s; whole has the arrays from their start. */
 static struct head head_at(const struct perta_attention *a, const struct head *whole, size_t s,
                            size_t kv)
 {
@@ -217,12 +219,12 @@ static struct head head_at(const struct perta_attention *a, const struct head *w
     return h;
 }
 
-/* every() for all heads of k and v of all sequences. */
+/* Call every() for each key-value head of each sequence. */
 static void for_heads(struct perta_backend *be, struct head *whole,
                       void (*every)(const struct head *))
 {
     const struct perta_attention *a = whole->of;
-    size_t n = rows_of(a); /* no sequence is longer */
+    size_t n = rows_of(a); /* no sequence is longer than this */
     double *memory = malloc((2 * n + 2 * n * a->D) * sizeof *memory);
     if (!memory) {
         be->rc = perta_fail_sys(&be->err, ENOMEM, "attention");
@@ -240,7 +242,7 @@ static void for_heads(struct perta_backend *be, struct head *whole,
     free(memory);
 }
 
-/* What forward and backward are both given. */
+/* The inputs that forward and backward share. */
 static struct head whole_of(struct perta_backend *be, const struct perta_attention *a,
                             struct perta_array q, struct perta_array k, struct perta_array v)
 {

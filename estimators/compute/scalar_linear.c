@@ -1,9 +1,10 @@
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
 #include "estimators/compute/scalar_own.h"
 
-/* ---- weights as they stand in the checkpoint ---- */
+/* ---- weights in the dtypes of checkpoints ---- */
 
 static float float_of_bits(uint32_t bits)
 {
@@ -109,7 +110,7 @@ void perta_scalar_linear_backward_bias(struct perta_backend *be, struct perta_ar
 
 /* ---- gradients over samples ---- */
 
-/* dy^T x over a chunk's rows: element (r, i). */
+/* Element (r, i) of dy^T x over a chunk's rows. */
 static double product(struct perta_backend *be, const struct perta_gradient *g,
                       const struct perta_chunk *chunk, size_t r, size_t i)
 {
@@ -123,7 +124,7 @@ static double product(struct perta_backend *be, const struct perta_gradient *g,
     return sum;
 }
 
-/* What the token k, adds to element (r, i). */
+/* What token k adds to element (r, i). */
 static float of_token(struct perta_backend *be, const struct perta_gradient *g, size_t k, size_t r,
                       size_t i)
 {
@@ -131,16 +132,17 @@ static float of_token(struct perta_backend *be, const struct perta_gradient *g, 
                                  : 0;
 }
 
-/* Element (r, i), chunk after chunk. */
+/* Add to element (r, i), chunk after chunk. */
 static void add_element(struct perta_backend *be, const struct perta_gradient *g, size_t r,
                         size_t i)
 {
-    size_t at = r * g->in + i, k = 0; /* k: the next token */
+    size_t at = r * g->in + i, k = 0; /* k: next token */
     double *sum = perta_scalar_doubles(be, g->sums, g->rows * g->in);
     double *square = perta_scalar_doubles(be, g->squares, g->rows * g->in);
     float *sample = perta_scalar_floats(be, g->sample, g->rows * g->in);
     for (size_t c = g->first; c < g->end; c++) {
         const struct perta_chunk *chunk = &g->chunks->of[c];
+        assert(chunk->begins || sample);
         float d = chunk->begins ? 0 : sample[at];
         if (perta_array_is(g->x))
             d = (float)((double)d + product(be, g, chunk, r, i));

@@ -1,10 +1,10 @@
-/* scalar_own.h - what the files of the reference backend share. */
+/* scalar_own.h - shared by the files of the reference backend. */
 #ifndef PERTA_ESTIMATORS_COMPUTE_SCALAR_OWN_H
 #define PERTA_ESTIMATORS_COMPUTE_SCALAR_OWN_H
 
 #include "estimators/compute/scalar.h"
 
-/* Where n numbers of an array lie; NULL: none. */
+/* The address of an array of n numbers, after a check of its bounds; NULL for no array. */
 float *perta_scalar_floats(struct perta_backend *be, struct perta_array a, uint64_t n);
 double *perta_scalar_doubles(struct perta_backend *be, struct perta_array a, uint64_t n);
 void *perta_scalar_bytes(struct perta_backend *be, struct perta_array a, uint64_t len_bytes);

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 #include "io/text.h"
-#include "stream/journal.h"
+#include "stream/blob.h"
 
 #define SIZES "perta.sizes"
 

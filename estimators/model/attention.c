@@ -1,5 +1,5 @@
-/* Attention with rotary positions, grouped heads and, where the family has them, norms of each
- * head's queries and keys (Qwen3):
+/* Attention with rotary positions, grouped heads and, in some families (Qwen3), norms of each
+ * head's queries and keys:
  *
  *   mid += O(attention(rope(norm(Q n1)), rope(norm(K n1)), V n1)) */
 #include "estimators/model/part.h"
@@ -12,10 +12,10 @@ static struct perta_attention attention_of(const struct perta_layer *l,
                                     l->llm->head_dim, perta_llm_window(l->llm, l->number)};
 }
 
-/* ---- queries and keys, where they stand ---- */
+/* ---- queries and keys: norm and rotary position ---- */
 
-/* Each head of x (n, n_heads, D), normalised, then turned by its position. raw and rstd are kept
- * for the way back. */
+/* Normalise each head of x (n, n_heads, D), then rotate it by its position. raw and rstd are kept
+ * for the backward pass. */
 static void place_forward(const struct perta_layer *l, const struct perta_batch *batch,
                           enum perta_param param, struct perta_array x, struct perta_array raw,
                           struct perta_array rstd, size_t n_heads)
@@ -29,7 +29,8 @@ static void place_forward(const struct perta_layer *l, const struct perta_batch 
     l->be->ops->rope_forward(l->be, x, batch->places, l->inv_freq, batch->n, n_heads, D);
 }
 
-/* d (n, n_heads, D) holds the gradient before and after. spare is as long. */
+/* Replace d (n, n_heads, D), the gradient of the result, by that of the input. spare: scratch of
+ * the same size. */
 static void place_backward(const struct perta_layer *l, const struct perta_batch *batch,
                            enum perta_param param, struct perta_array d, struct perta_array raw,
                            struct perta_array rstd, size_t n_heads, struct perta_array spare,
@@ -73,14 +74,14 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
 {
     const struct perta_backend_ops *ops = l->be->ops;
     const struct perta_attention attention = attention_of(l, batch);
-    const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP is done with them */
+    const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP no longer needs them */
     size_t n = batch->n;
     struct perta_linear o = perta_layer_linear(l, PERTA_O);
     ops->linear_backward(l->be, &o, &batch->tiles, a->dmid, a->datt, n, false);
     perta_layer_linear_gradient(l, batch, PERTA_O, a->att, a->dmid, a->vector);
     ops->attention_backward(l->be, &attention, a->dq, a->dk, a->dv, a->datt, a->q, a->k, a->v,
                             of_heads);
-    /* datt is free again */
+    /* datt is scratch from here on */
     place_backward(l, batch, PERTA_NORM_Q, a->dq, a->q_raw, a->rstd_q, l->llm->n_heads, a->datt,
                    a->vector);
     place_backward(l, batch, PERTA_NORM_K, a->dk, a->k_raw, a->rstd_k, l->llm->n_kv_heads, a->datt,

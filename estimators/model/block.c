@@ -3,11 +3,11 @@
 /* ---- memory ---- */
 
 struct layout {
-    struct perta_array memory; /* none: count alone */
+    struct perta_array memory; /* no array: only count */
     size_t n_floats;           /* so far */
 };
 
-/* The next n floats, from the start of a line of the cache. */
+/* Take the next n floats, aligned to a cache line. */
 static struct perta_array take(struct layout *layout, size_t n)
 {
     struct perta_array here = perta_array_at(layout->memory, layout->n_floats);

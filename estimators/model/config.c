@@ -35,7 +35,7 @@ uint32_t perta_config_count(struct perta_config_reader *r, const char *key, uint
     json_int_t n = json_integer_value(value);
     if (json_is_integer(value) && n >= 1 && n <= INT32_MAX)
         return (uint32_t)n;
-    perta_config_refuse(r, key, "is no whole number from 1");
+    perta_config_refuse(r, key, "is not a whole number from 1");
     return 1;
 }
 
@@ -51,7 +51,7 @@ double perta_config_number(struct perta_config_reader *r, const json_t *object, 
     if (!value)
         perta_config_refuse(r, key, "is needed here, and missing");
     else if (!json_is_number(value) || !((float)x > 0) || !isfinite((float)x))
-        perta_config_refuse(r, key, "is no float32 above 0");
+        perta_config_refuse(r, key, "is not a float32 above 0");
     r->within = within;
     return x;
 }
@@ -74,7 +74,8 @@ static const struct perta_family *find_type(const char *type)
     return NULL;
 }
 
-/* Also as the first checkpoints had it (LLaMAForCausalLM), and with what FSDP2 puts before it. */
+/* Also accepts the spelling of the first checkpoints (LLaMAForCausalLM), and the prefix that FSDP2
+ * adds. */
 static bool is_named(const struct perta_family *family, const char *name)
 {
     return !strcasecmp(strncmp(name, "FSDP", 4) ? name : name + 4, family->architecture);
@@ -88,7 +89,7 @@ static const struct perta_family *find_architecture(const char *name)
     return NULL;
 }
 
-/* What may be said of one that is not supported, by its name and by what its config holds. */
+/* What to tell about an unsupported architecture, from its name and its config. */
 static const char *why_not(const json_t *config, const char *name)
 {
     static const char *const parts[] = {"vision_config", "audio_config", "text_config"};
@@ -114,17 +115,18 @@ static const char *why_not(const json_t *config, const char *name)
     return "";
 }
 
-/* The one of architectures that belongs to family; else the first. NULL: none is named. */
+/* The entry of "architectures" that belongs to family, otherwise the first one. NULL if none is
+ * named. */
 static const char *choose_architecture(struct perta_config_reader *r,
                                        const struct perta_family *family)
 {
     const json_t *names = json_object_get(r->config, "architectures");
     if (perta_config_has(r->config, "architectures") && !json_is_array(names))
-        perta_config_refuse(r, "architectures", "is no list of names");
+        perta_config_refuse(r, "architectures", "is not a list of names");
     for (size_t i = 0; i < json_array_size(names); i++) {
         const char *name = json_string_value(json_array_get(names, i));
         if (!name)
-            perta_config_refuse(r, "architectures", "is no list of names");
+            perta_config_refuse(r, "architectures", "is not a list of names");
         else if (family && is_named(family, name))
             return name;
     }
@@ -145,14 +147,14 @@ static const char *list_families(bool by_type, char buf[512])
     return buf;
 }
 
-/* model_type decides for transformers, architectures for others: they must not contradict each
- * other, and either will do alone. */
+/* transformers decides by model_type, others by architectures. They must not contradict each other;
+ * one of them is enough. */
 static const struct perta_family *find_family(struct perta_config_reader *r)
 {
     const json_t *value = json_object_get(r->config, "model_type");
     const char *type = json_string_value(value);
     if (perta_config_has(r->config, "model_type") && !type)
-        perta_config_refuse(r, "model_type", "is no string");
+        perta_config_refuse(r, "model_type", "is not a string");
     const struct perta_family *by_type = find_type(type);
     const char *name = choose_architecture(r, by_type);
     const struct perta_family *family = name ? find_architecture(name) : by_type;
@@ -190,7 +192,7 @@ static void set_windowed(struct perta_llm *llm, uint32_t layer)
     llm->windowed[layer / 64] |= 1ull << layer % 64;
 }
 
-/* "attention" is what older files call full_attention. */
+/* Older files say "attention" for full_attention. */
 static void read_layer_type(struct perta_config_reader *r, const char *type, uint32_t layer,
                             struct perta_llm *llm)
 {
@@ -210,7 +212,7 @@ static void read_layer_types(struct perta_config_reader *r, const json_t *types,
                              struct perta_llm *llm)
 {
     if (!json_is_array(types))
-        perta_config_refuse(r, "layer_types", "is no list");
+        perta_config_refuse(r, "layer_types", "is not a list");
     for (uint32_t l = 0; l < json_array_size(types) && l < PERTA_WINDOW_LAYERS; l++)
         read_layer_type(r, json_string_value(json_array_get(types, l)), l, llm);
     if (json_array_size(types) != llm->n_layers && !r->rc)
@@ -219,7 +221,7 @@ static void read_layer_types(struct perta_config_reader *r, const json_t *types,
                            r->path, json_array_size(types), llm->n_layers);
 }
 
-/* The first layer with a window: transformers has 28 where the key is missing. */
+/* The first layer with a window. If the key is missing, transformers uses 28. */
 static uint32_t read_window_first(struct perta_config_reader *r)
 {
     const json_t *first = json_object_get(r->config, "max_window_layers");
@@ -227,12 +229,12 @@ static uint32_t read_window_first(struct perta_config_reader *r)
     if (!perta_config_has(r->config, "max_window_layers"))
         return 28;
     if (!json_is_integer(first))
-        perta_config_refuse(r, "max_window_layers", "is no whole number");
+        perta_config_refuse(r, "max_window_layers", "is not a whole number");
     return n < 0 ? 0 : n > INT32_MAX ? INT32_MAX : (uint32_t)n;
 }
 
-/* Where sliding_window is missing transformers has 4096; null is none. For Mistral with layer_types
- * it takes Ministral, which is a Mistral that heeds them. */
+/* If sliding_window is missing, transformers uses 4096; null means no window. For a Mistral with
+ * layer_types it uses Ministral, a Mistral that respects them. */
 static void read_windows(struct perta_config_reader *r, const struct perta_family *family,
                          struct perta_llm *llm)
 {
@@ -240,7 +242,7 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
     const json_t *size = json_object_get(r->config, "sliding_window");
     uint32_t first = 0;
     if (size && !json_is_null(size) && !json_is_integer(size))
-        perta_config_refuse(r, "sliding_window", "is no whole number");
+        perta_config_refuse(r, "sliding_window", "is not a whole number");
     if (!json_is_null(size) &&
         (family->windows != PERTA_WINDOWS_QWEN || perta_config_bool(r, "use_sliding_window")))
         llm->window = perta_config_count(r, "sliding_window", 4096);
@@ -255,7 +257,7 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
         if (family->windows == PERTA_WINDOWS_EVERYWHERE &&
             !perta_config_has(r->config, "model_type"))
             perta_config_refuse(r, "layer_types",
-                                "is heeded by some readers and passed over by "
+                                "is respected by some readers and ignored by "
                                 "others without \"model_type\"; write mistral "
                                 "there");
         read_layer_types(r, types, llm);
@@ -269,7 +271,7 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
 
 /* ---- the rest ---- */
 
-/* The embedding's padding_idx: from the end where it is negative. */
+/* The embedding's padding_idx; a negative one counts from the end. */
 static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
 {
     const json_t *value = json_object_get(r->config, "pad_token_id");
@@ -279,7 +281,7 @@ static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
         return;
     if (!json_is_integer(value) || n >= vocab || n < -vocab)
         perta_config_refuse(r, "pad_token_id",
-                            "is no token of the vocabulary (\"vocab_size\"), nor null");
+                            "is not a token of the vocabulary (\"vocab_size\"), nor null");
     else
         llm->pad = (uint32_t)(n < 0 ? n + vocab : n);
 }
@@ -291,7 +293,7 @@ static void check_sizes(struct perta_config_reader *r, const struct perta_llm *l
     if (r->rc)
         return;
     if (!act)
-        perta_config_refuse(r, "hidden_act", "is no string; silu is supported");
+        perta_config_refuse(r, "hidden_act", "is not a string; silu is supported");
     else if (strcmp(act, "silu") && strcmp(act, "swish"))
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: hidden_act \"%s\"; only silu (also called swish) is supported",
@@ -339,7 +341,7 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     llm->n_kv_heads = read_kv_heads(&r, family, llm);
     uint32_t head_dim = llm->hidden / llm->n_heads;
     if (family->windows == PERTA_WINDOWS_QWEN && json_is_null(json_object_get(config, "head_dim")))
-        perta_config_refuse(&r, "head_dim", "is null, which is no number; leave it out");
+        perta_config_refuse(&r, "head_dim", "is null, which is not a number; leave it out");
     llm->head_dim = perta_config_count(&r, "head_dim",
                                        family->qk_norm ? 128
                                        : head_dim      ? head_dim

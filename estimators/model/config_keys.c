@@ -1,5 +1,5 @@
-/* Every key of config.json that is known, and what becomes of it. What is not here is told to the
- * user (perta_llm_unknown_keys), for it may change what the model computes. */
+/* All known keys of config.json, and how each is treated. Keys that are not listed are reported to
+ * the user (perta_llm_unknown_keys), because they may change what the model computes. */
 #include "estimators/model/config_read.h"
 
 #include <stdlib.h>
@@ -7,7 +7,7 @@
 
 #include "io/text.h"
 
-/* What perta_llm_parse reads, and what the checkpoint's reader does. */
+/* Keys that perta_llm_parse reads, or the reader of checkpoints. */
 static const char *const read_keys[] = {
     "architectures",
     "attention_bias",
@@ -38,9 +38,9 @@ static const char *const read_keys[] = {
     "vocab_size",
 };
 
-/* Without bearing on losses and gradients of a model that is not being trained: tokens, texts and
- * generation, dropout and initial weights, labels of classifiers, how and by what it is run or was
- * written. */
+/* Keys that do not affect losses and gradients of a model that is not being trained: tokens, text
+ * and generation, dropout and initial weights, labels of classifiers, and how the model is run or
+ * was written. */
 static const char *const plain_keys[] = {
     "_attn_implementation",
     "_attn_implementation_autoset",
@@ -139,10 +139,10 @@ static const char *const plain_keys[] = {
     "use_flash_attn",
 };
 
-/* Of some model, which none here is: refused unless null or neutral. */
+/* Keys of models that are not supported: refused unless null or neutral. */
 static const struct {
     const char *key;
-    const char *neutral; /* as JSON; NULL: false, 0 and what is empty */
+    const char *neutral; /* neutral value, as JSON; NULL: false, 0 and empty values */
 } changing_keys[] = {
     /* caps, scales */
     {"attention_logit_cap", NULL},
@@ -180,7 +180,7 @@ static const struct {
     {"scale_embedding", NULL},
     {"softmax_scale", NULL},
     {"width_multiplier", "1"},
-    /* norms, activations, the order of things */
+    /* norms, activations, order of operations */
     {"activation_function", "\"silu\""},
     {"attn_qk_norm", NULL},
     {"clip_qkv", NULL},
@@ -227,7 +227,7 @@ static const struct {
     {"use_mrope", NULL},
     {"use_nope", NULL},
     {"use_rope", "true"},
-    /* who sees what */
+    /* attention masks */
     {"add_cross_attention", NULL},
     {"attention_chunk_size", NULL},
     {"attention_sinks", NULL},
@@ -246,7 +246,7 @@ static const struct {
     {"use_bidirectional_attention", NULL},
     {"use_cla", NULL},
     {"use_sinks", NULL},
-    /* other layers, or others in each */
+    /* other kinds of layers, or different ones */
     {"block_configs", NULL},
     {"fusion_config", NULL},
     {"hybrid_override_pattern", NULL},

@@ -1,42 +1,43 @@
-/* config_read.h - inside perta_llm_parse: the values of config.json, each refused by its key. */
+/* config_read.h - used by perta_llm_parse: values of config.json. Refusals name the key. */
 #ifndef PERTA_ESTIMATORS_MODEL_CONFIG_READ_H
 #define PERTA_ESTIMATORS_MODEL_CONFIG_READ_H
 
 #include "estimators/model/config.h"
 
-/* Once something was refused the rest is read for nothing: rc and *err stay. */
+/* After a refusal, the rest is read without effect: rc and *err stay. */
 struct perta_config_reader {
     const json_t *config;
-    const char *path;   /* for messages, as */
+    const char *path;   /* for messages, as is */
     const char *within; /* the key of the object that is read; NULL: the config itself */
     struct perta_err *err;
     int rc;
 };
 
-/* Refuse what is at key. */
+/* Refuse the value of key. */
 void perta_config_refuse(struct perta_config_reader *r, const char *key, const char *what);
 
-/* Is there something at key, other than null? */
+/* Whether key has a value other than null. */
 bool perta_config_has(const json_t *object, const char *key);
-/* A whole number from 1 that 31 bits hold; fallback where there is none, or null; 0: there must
- * be one. */
+/* A whole number from 1 to 2^31 - 1. If the key is missing or null: fallback, or an error if that
+ * is 0. */
 uint32_t perta_config_count(struct perta_config_reader *r, const char *key, uint32_t fallback);
-/* A float32 above 0 at key of object, the config or the one within; fallback where there is none;
- * 0: there must be one. null is refused. */
+/* A float32 above 0, at key of object (the config, or an object in it). If the key is missing:
+ * fallback, or an error if that is 0. null is refused. */
 double perta_config_number(struct perta_config_reader *r, const json_t *object, const char *key,
                            double fallback);
-/* true or false; false where there is none, or null. */
+/* true or false; false if the key is missing or null. */
 bool perta_config_bool(struct perta_config_reader *r, const char *key);
 
-/* Rotary positions, from whichever keys transformers takes them. max_positions: where
- * max_position_embeddings is missing. config_rope.c */
+/* Options of rotary positions, from the keys from which transformers takes them (config_rope.c).
+ * max_positions: default of max_position_embeddings. */
 void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions,
-                       struct perta_rope *rope);
-/* The object that says how positions are scaled: "rope_scaling" unless it is empty, else
- * "rope_parameters"; NULL: there is neither. *key is which. Borrowed. */
+                       struct perta_rope *to);
+/* The object with the scaling of positions: "rope_scaling", or "rope_parameters" if that is empty
+ * or missing; NULL if there is neither. *key is its name. Borrowed. */
 const json_t *perta_config_rope_object(const json_t *config, const char **key);
 
-/* Keys that change some model's forward pass and that nothing here computes with. config_keys.c */
+/* Refuse keys that would change the forward pass in a way that is not implemented
+ * (config_keys.c). */
 void perta_config_refuse_keys(struct perta_config_reader *r);
 
 #endif

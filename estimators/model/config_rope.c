@@ -1,11 +1,11 @@
-/* As transformers' modeling_rope_utils.py has it (convert_rope_params_to_dict,
- * standardize_rope_params), where a model's files may say the same in several places. */
+/* Follows transformers' modeling_rope_utils.py (convert_rope_params_to_dict,
+ * standardize_rope_params): the same option may be in several places. */
 #include "estimators/model/config_read.h"
 
 #include <math.h>
 #include <string.h>
 
-/* What Python calls false: null, false, 0, "", [], {}. */
+/* Whether a value is false in Python: null, false, 0, "", [], {}. */
 static bool is_empty(const json_t *value)
 {
     return !value || json_is_null(value) || json_is_false(value) ||
@@ -23,7 +23,7 @@ const json_t *perta_config_rope_object(const json_t *config, const char **key)
     return scaling && !json_is_null(scaling) ? scaling : NULL;
 }
 
-/* One object for each type of layer, or positions of several axes: not for these families. */
+/* Objects for each type of layer, and positions with several axes, are not for these families. */
 static void check_flat(struct perta_config_reader *r, const json_t *rope)
 {
     static const char *const others[] = {"mrope_section", "llama_4_scaling_beta"};
@@ -51,7 +51,7 @@ static void read_kind(struct perta_config_reader *r, const json_t *rope, enum pe
             return;
         }
     if (!name)
-        perta_config_refuse(r, key, "is no string");
+        perta_config_refuse(r, key, "is not a string");
     else if (!r->rc)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: \"%s\": rope type \"%s\" is not supported; default, linear and "
@@ -59,8 +59,7 @@ static void read_kind(struct perta_config_reader *r, const json_t *rope, enum pe
                            r->path, r->within, name);
 }
 
-/* With default positions transformers would pass it over for these families, with others it
- * fails. */
+/* For these families, transformers ignores it with default positions, and fails with others. */
 static void check_partial(struct perta_config_reader *r, const json_t *rope)
 {
     const char *const key = "partial_rotary_factor";
@@ -71,7 +70,7 @@ static void check_partial(struct perta_config_reader *r, const json_t *rope)
         perta_config_refuse(r, key, "is not 1; rotating part of a head is not supported");
 }
 
-/* At the top original_max_position_embeddings counts more than in the object. */
+/* original_max_position_embeddings at the top level takes precedence over the one in the object. */
 static void read_llama3(struct perta_config_reader *r, const json_t *rope, uint32_t max_positions,
                         struct perta_rope *to)
 {
@@ -90,7 +89,7 @@ void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions, st
     const char *of;
     const json_t *rope = perta_config_rope_object(r->config, &of);
     if (rope && !json_is_object(rope))
-        perta_config_refuse(r, of, "is no object");
+        perta_config_refuse(r, of, "is not an object");
     r->within = of;
     check_flat(r, rope);
     read_kind(r, rope, &to->kind);
@@ -109,7 +108,7 @@ void perta_rope_frequencies(const struct perta_llm *llm, float *inv_freq)
     const struct perta_rope *rope = &llm->rope;
     const double pi = 3.14159265358979323846;
     for (uint32_t i = 0; i < llm->head_dim / 2; i++) {
-        /* float32 step by step, as transformers has it */
+        /* rounded to float32 at each step, as in transformers */
         float exponent = (float)(2 * i) / (float)llm->head_dim;
         double f = (double)(1.0f / powf((float)rope->theta, exponent));
         if (rope->kind == PERTA_ROPE_LINEAR)

@@ -12,7 +12,7 @@
 #define HEAD PERTA_WIDTH_HEAD
 #define VECTOR PERTA_WIDTH_NONE
 
-/* LlamaForCausalLM as transformers has it, and what was made after it. */
+/* LlamaForCausalLM in transformers, and the models derived from it. */
 static const struct perta_param_row llama[] = {
     {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS},
     {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_IF_QKV_BIAS},
@@ -34,7 +34,7 @@ static const struct perta_param_row llama[] = {
     {PERTA_NORM_K, "self_attn.k_norm.weight", VECTOR, HEAD, PERTA_IF_QK_NORM},
 };
 
-/* Tensors and parts of the Llama line. */
+/* Tensors and parts that these families share. */
 #define LLAMA_LINE                                                                       \
     .layers = "model.layers", .params = llama, .n_params = sizeof llama / sizeof *llama, \
     .embedding = "model.embed_tokens.weight", .head = "lm_head.weight",                  \

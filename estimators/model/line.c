@@ -7,7 +7,7 @@
 
 #include "estimators/model/sample_keys.h"
 
-#define DEEPEST 512 /* arrays and objects within one another */
+#define DEEPEST 512 /* the deepest nesting of arrays and objects */
 #define NEAR_BYTES 20
 
 int perta_line_fail(const struct perta_line *line, struct perta_err *err, const char *fmt, ...)
@@ -47,14 +47,14 @@ static void skip_blanks(struct reader *r)
         r->at++;
 }
 
-/* The next character that is no blank; 0 at the end. */
+/* The next character that is not white space; 0 at the end. */
 static char next(struct reader *r)
 {
     skip_blanks(r);
     return r->at < r->end ? *r->at : '\0';
 }
 
-/* Between the parts of an array or an object: 1 where another follows, 0 where close has come. */
+/* Between the elements of an array or an object: returns 1 if another follows, 0 at close. */
 static int more(struct reader *r, char close, bool first)
 {
     char c = next(r);
@@ -75,7 +75,7 @@ static int pass_string(struct reader *r)
     return 0;
 }
 
-/* A number, or a name; also those that JSON does not have and others write. */
+/* A number or a name, also those that other programs write and JSON does not allow. */
 static int pass_word(struct reader *r)
 {
     static const char *const names[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
@@ -109,7 +109,7 @@ static int pass_value(struct reader *r, unsigned depth)
     if (open != '{' && open != '[')
         return pass_word(r);
     if (depth == DEEPEST)
-        return perta_line_fail(&r->line, r->err, "more than %d arrays within one another", DEEPEST);
+        return perta_line_fail(&r->line, r->err, "arrays nested more than %d deep", DEEPEST);
     r->at++;
     int rc = 0;
     for (bool first = true; !rc && (rc = more(r, close, first)) > 0; first = false) {
@@ -127,7 +127,7 @@ static int out_of_memory(struct reader *r)
     return perta_fail_sys(r->err, ENOMEM, "%s", r->line.path);
 }
 
-/* Text start .. at, which was passed by, parsed; key is for messages. */
+/* Parse the text start .. at, which was skipped before; key is for messages. */
 static int parse_value(struct reader *r, const char *key, const char *start, json_t **out)
 {
     json_error_t why = {.line = 0};
@@ -199,10 +199,10 @@ static int read_member(struct reader *r, bool answers, json_t *object)
     json_t *key = NULL, *value = NULL;
     int rc = next(r) == '"' ? read_key(r, &key) : unexpected(r, "a key");
     const char *name = rc ? "" : json_string_value(key);
-    if (strlen(name) < json_string_length(key)) /* one that holds \u0000 is nobody's */
+    if (strlen(name) < json_string_length(key)) /* a key with \u0000 is never one of ours */
         name = "";
     if (!rc && *name && json_object_get(object, name))
-        rc = perta_line_fail(&r->line, r->err, "key \"%s\" stands there twice", name);
+        rc = perta_line_fail(&r->line, r->err, "key \"%s\" is there twice", name);
     if (!rc)
         rc = read_value(r, name, answers, &value);
     if (!rc && json_object_set(object, name, value))
@@ -212,7 +212,7 @@ static int read_member(struct reader *r, bool answers, json_t *object)
     return rc;
 }
 
-/* At its '{'. */
+/* Called at its '{'. */
 static int read_object(struct reader *r, bool answers, json_t **out)
 {
     *out = json_object();

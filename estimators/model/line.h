@@ -1,6 +1,6 @@
-/* line.h - a line of data taken apart. What is known of a key (sample_keys.h) says what becomes of
- * its value: it is parsed, or only passed by, so that what other programs write into keys that are
- * not perta's (numbers beyond 64 bits, NaN, half of a surrogate pair) does not matter. */
+/* line.h - parses a line of data. The kind of each key (sample_keys.h) decides whether its value is
+ * parsed or only skipped, so that what other programs write under keys that are not perta's
+ * (numbers beyond 64 bits, NaN, half of a surrogate pair) does no harm. */
 #ifndef PERTA_ESTIMATORS_MODEL_LINE_H
 #define PERTA_ESTIMATORS_MODEL_LINE_H
 
@@ -11,20 +11,20 @@
 
 #include "io/err.h"
 
-/* Where it is, for messages. */
+/* The place of a line, for messages. */
 struct perta_line {
     const char *path;
     uint64_t number; /* from 1 */
-    const char *of;  /* "\"perturbed\": " before what is wrong there; else "" */
+    const char *of;  /* prefix of messages: "\"perturbed\": " within that key, otherwise "" */
 };
 
 /* PERTA_EINPUT: path, line, of, and then what fmt says. */
 int perta_line_fail(const struct perta_line *line, struct perta_err *err, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* Parse text, one JSON object. *out, the caller's, has all its keys; the value of one whose value is
- * passed by is true. With answers, other answers (sample_keys.h) are objects of the same kind. No
- * key of an object that is kept stands twice. */
+/* Parse text, which must be one JSON object. *out, which the caller owns, has all its keys; the
+ * value of a key that is skipped is true. With answers, other answers (sample_keys.h) are objects
+ * of the same form. No key may be twice in an object that is kept. */
 int perta_line_parse(const struct perta_line *line, const char *text, size_t len, bool answers,
                      json_t **out, struct perta_err *err);
 

@@ -90,7 +90,7 @@ struct perta_model_parameters perta_model_parameters(const struct perta_model *m
 
 /* ---- new ---- */
 
-/* In (0, 1]; the same for the same seed and i everywhere. */
+/* A number in (0, 1] that depends on seed and i alone. */
 static double uniform(uint64_t seed, uint64_t i)
 {
     return ((double)(XXH3_64bits_withSeed(&i, sizeof i, seed) >> 11) + 1) * 0x1p-53;
@@ -136,7 +136,7 @@ static int load_all(struct perta_weights *w, struct perta_model *m, struct perta
         const struct perta_parameter *of = &m->parameters[p];
         rc = perta_weights_vector(w, of->name, of->out * of->in, room, m->weights + of->at, err);
     }
-    perta_weights_close(w); /* before the room that it reads to */
+    perta_weights_close(w); /* before room, into which it reads, is freed */
     free(room);
     return rc;
 }
@@ -160,7 +160,7 @@ int perta_model_load(const char *path, struct perta_model *m, struct perta_err *
 
 /* ---- save ---- */
 
-/* One safetensors file: header, then every parameter in bfloat16. */
+/* Encode a safetensors file: header, then every parameter in bfloat16. */
 static int encode(struct perta_model *m, uint8_t **bytes, uint64_t *len_bytes,
                   struct perta_err *err)
 {

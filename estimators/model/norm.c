@@ -1,4 +1,4 @@
-/* RMSNorm (Zhang & Sennrich 2019), and what blocks do with any norm. */
+/* RMSNorm (Zhang & Sennrich 2019), and what a layer does with any norm. */
 #include "estimators/model/part.h"
 
 static void forward(struct perta_backend *be, const struct perta_norm *norm, struct perta_array y,
@@ -20,7 +20,7 @@ static void backward_weight(struct perta_backend *be, const struct perta_norm *n
                             size_t T, size_t H)
 {
     (void)norm;
-    (void)dbias; /* it has none */
+    (void)dbias; /* RMSNorm has no bias */
     be->ops->rmsnorm_backward_weight(be, dweight, dy, x, rstd, T, H);
 }
 

@@ -7,9 +7,9 @@
 
 struct perta_reader {
     pthread_t thread;
-    pthread_mutex_t lock; /* of everything below */
+    pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t changed;
-    int (*job)(void *ctx, struct perta_err *err); /* NULL: none under way */
+    int (*job)(void *ctx, struct perta_err *err); /* NULL: idle */
     void *ctx;
     bool stop;
     int rc;

@@ -48,7 +48,7 @@ static const struct key {
     {"pos_ids", PERTA_KEY_PLACES},
     {"input_pos", PERTA_KEY_PLACES},
     {"is_causal", PERTA_KEY_CAUSAL},
-    /* what trainers and collators make labels and weights of */
+    /* labels and weights, as trainers and collators make them */
     {"loss_mask", PERTA_KEY_CHOOSES},
     {"loss_masks", PERTA_KEY_CHOOSES},
     {"assistant_mask", PERTA_KEY_CHOOSES},
@@ -93,7 +93,7 @@ static const struct key {
     {"document_ids", PERTA_KEY_NUMBERS},
     {"doc_ids", PERTA_KEY_NUMBERS},
     {"sample_ids", PERTA_KEY_NUMBERS},
-    /* read by nobody on the way to a loss of these models */
+    /* not used to compute a loss of these models */
     {"token_type_ids", PERTA_KEY_NEUTRAL},
     {"special_tokens_mask", PERTA_KEY_NEUTRAL},
     {"offset_mapping", PERTA_KEY_NEUTRAL},
@@ -170,7 +170,8 @@ static bool is_empty(const json_t *value)
            (json_is_object(value) && !json_object_size(value));
 }
 
-/* What value, or each of its n numbers, is; true and false are 1 and 0. NaN where it is none. */
+/* The number that value is, or that all of its n elements are; true and false are 1 and 0.
+ * Otherwise NaN. */
 static double number(const json_t *value, size_t i)
 {
     const json_t *of = json_is_array(value) ? json_array_get(value, i) : value;
@@ -179,7 +180,7 @@ static double number(const json_t *value, size_t i)
                                 : (double)NAN;
 }
 
-/* Numbers for the tokens, in an array. */
+/* Whether value is an array of numbers, one for each token. */
 static bool is_row(const struct perta_draft *d, const json_t *value)
 {
     return json_array_size(value) == d->n;
@@ -188,7 +189,7 @@ static bool is_row(const struct perta_draft *d, const json_t *value)
 static bool chooses_nothing_else(const struct perta_draft *d, const json_t *value)
 {
     bool same = is_row(d, value);
-    for (size_t t = 1; same && t < d->n; t++) /* the first is never learned */
+    for (size_t t = 1; same && t < d->n; t++) /* the first token is never learned */
         same = number(value, t) == 1 || (number(value, t) == 0 && d->labels[t] == PERTA_IGNORED);
     return same;
 }
@@ -206,7 +207,7 @@ static bool has_the_labels(const struct perta_draft *d, const json_t *value)
     bool same = is_row(d, value);
     for (size_t t = 1; same && t < d->n; t++)
         same = number(value, t) == d->labels[t];
-    return same || !json_is_array(value); /* a class, of something else */
+    return same || !json_is_array(value); /* a class of the whole line */
 }
 
 static bool hides_the_same(const struct perta_draft *d, const json_t *value)
@@ -233,7 +234,7 @@ static bool counts(const struct perta_draft *d, const json_t *value)
     return same;
 }
 
-/* Bounds 0, ..., n of blocks, or their lengths. */
+/* Bounds 0, ..., n of blocks, or lengths of blocks. */
 static bool has_the_blocks(const struct perta_draft *d, const json_t *value, bool lengths)
 {
     size_t i = 0, start = 0;
@@ -247,7 +248,7 @@ static bool has_the_blocks(const struct perta_draft *d, const json_t *value, boo
     return same && i == json_array_size(value);
 }
 
-/* As tokenizers say it, [n] is the whole line's. */
+/* Tokenizers write [n] for the whole line. */
 static bool is_a_length(const struct perta_draft *d, const json_t *value)
 {
     bool whole = json_array_size(value) == 1 && number(value, 0) == (double)d->n;
@@ -256,7 +257,7 @@ static bool is_a_length(const struct perta_draft *d, const json_t *value)
 
 static bool numbers_the_blocks(const struct perta_draft *d, const json_t *value)
 {
-    bool same = is_row(d, value) || !json_is_array(value); /* the whole line's */
+    bool same = is_row(d, value) || !json_is_array(value); /* of the whole line */
     for (size_t t = 1; same && json_is_array(value) && t < d->n; t++)
         same = (number(value, t) != number(value, t - 1)) == d->begins[t];
     return same;

@@ -11,8 +11,8 @@
 #include "io/text.h"
 
 #define POSITION_MAX INT32_MAX
-#define VALUE_CHARS 40 /* shown of one that is wrong */
-#define UNKNOWN_MAX 8  /* keys that are named */
+#define VALUE_CHARS 40 /* characters of a wrong value that are shown */
+#define UNKNOWN_MAX 8  /* unknown keys that are listed */
 
 struct reading {
     const struct perta_samples_wanted *wanted;
@@ -20,9 +20,9 @@ struct reading {
     struct perta_draft draft;
     struct perta_digest *digest;
     struct perta_hmac *hmac;
-    json_t *unknown; /* keys, in the order they came by; UNKNOWN_MAX at most */
-    bool more;       /* there were others */
-    /* The first line whose position_ids start again, without a mask and with one; 0: none. */
+    json_t *unknown; /* unknown keys in order of appearance, at most UNKNOWN_MAX */
+    bool more;       /* there are more */
+    /* The first line whose position_ids start again, without and with attention_mask; 0: none. */
     uint64_t blocks, blocks_under_mask;
 };
 
@@ -55,7 +55,7 @@ static void free_draft(struct perta_draft *d)
     free(d->begins);
 }
 
-/* key's element t is not what it should be. */
+/* Refuse element t of key. */
 static int bad_element(const struct perta_line *line, const char *key, const json_t *value,
                        size_t t, const char *wanted, struct perta_err *err)
 {
@@ -73,7 +73,7 @@ static int bad_element(const struct perta_line *line, const char *key, const jso
     return rc;
 }
 
-/* The value of key where there is one as long as input_ids; NULL where there is none. */
+/* The value of key, which must be as long as input_ids; NULL if there is none. */
 static int find_row(const struct perta_line *line, const json_t *object, const char *key, size_t n,
                     const json_t **row, struct perta_err *err)
 {
@@ -92,7 +92,7 @@ static int read_ids(const struct perta_line *line, const json_t *ids, uint32_t v
         const json_t *id = json_array_get(ids, t);
         json_int_t value = json_integer_value(id);
         if (!json_is_integer(id) || value < 0)
-            return bad_element(line, "input_ids", ids, t, "no token id, a whole number from 0",
+            return bad_element(line, "input_ids", ids, t, "not a token id, a whole number from 0",
                                err);
         if (value >= vocab)
             return perta_line_fail(line, err, "token id %lld, but the vocabulary has %u",
@@ -146,8 +146,8 @@ static int read_mask(const struct perta_line *line, const json_t *object, struct
     return rc;
 }
 
-/* As transformers' masking_utils.find_packed_sequence_indices: a block begins where a position is not
- * one more than that before it; with a mask there is one block. */
+/* As in transformers' masking_utils.find_packed_sequence_indices: a block begins where a position
+ * is not the one before plus 1. With attention_mask, all tokens are one block. */
 static int read_positions(const struct perta_line *line, const json_t *object,
                           struct perta_draft *d, bool masked, bool *again, struct perta_err *err)
 {
@@ -159,7 +159,7 @@ static int read_positions(const struct perta_line *line, const json_t *object,
         json_int_t value = positions ? json_integer_value(of) : (json_int_t)t;
         if (positions && (!json_is_integer(of) || value < 0 || value > POSITION_MAX))
             rc = bad_element(line, "position_ids", positions, t,
-                             "no position, a whole number from 0", err);
+                             "not a position, a whole number from 0", err);
         d->positions[t] = (uint32_t)value;
         bool begins = t && d->positions[t] != d->positions[t - 1] + 1;
         d->begins[t] = !t || (begins && !masked);
@@ -208,8 +208,8 @@ static void put_token(struct perta_samples *s, const struct perta_draft *d, size
     s->places[s->n_tokens++] = (struct perta_place){d->positions[t], (uint32_t)t, first, end};
 }
 
-/* Tokens that are seen, in order: each sees its block up to itself. Then those that are hidden and
- * predict something, which see what is before them. */
+/* First the tokens that are seen, in order; each sees its block up to itself. Then the hidden
+ * tokens that predict something, which see the tokens before them. */
 static void put_tokens(struct perta_samples *s, const struct perta_draft *d)
 {
     uint32_t n_seen = 0, first = 0;
@@ -338,7 +338,7 @@ static int add_line(struct reading *r, const struct perta_line *line, const char
 
 /* ---- the file ---- */
 
-/* What begins so is no text; what to do about it. */
+/* Files that begin like this are not text, and what to do about it. */
 static const struct magic {
     const char *bytes;
     size_t n;
@@ -360,13 +360,13 @@ static const struct magic {
      "7zXZ",
      5, "is compressed; unxz it first"},
     {"\x04\x22\x4d\x18", 4, "is compressed; unlz4 it first"},
-    {"PK\x03\x04", 4, "is a zip file (NumPy's npz and PyTorch's files are), no JSON lines"},
-    {"\x93NUMPY", 6, "is an array of NumPy's, no JSON lines"},
-    {"\x89HDF", 4, "is HDF5, no JSON lines"},
-    {"\x80\x02", 2, "is a pickle, no JSON lines"},
-    {"\x80\x04", 2, "is a pickle, no JSON lines"},
-    {"\x80\x05", 2, "is a pickle, no JSON lines"},
-    {"SQLite", 6, "is a database of SQLite's, no JSON lines"},
+    {"PK\x03\x04", 4, "is a zip file (NumPy's npz and PyTorch's files are), not JSON lines"},
+    {"\x93NUMPY", 6, "is a NumPy array, not JSON lines"},
+    {"\x89HDF", 4, "is HDF5, not JSON lines"},
+    {"\x80\x02", 2, "is a pickle, not JSON lines"},
+    {"\x80\x04", 2, "is a pickle, not JSON lines"},
+    {"\x80\x05", 2, "is a pickle, not JSON lines"},
+    {"SQLite", 6, "is an SQLite database, not JSON lines"},
 };
 
 static int check_magic(const char *path, const char *text, size_t len, struct perta_err *err)
@@ -382,15 +382,29 @@ static bool is_blank(const char *text, size_t len)
     return strspn(text, " \t\r\n") == len;
 }
 
+/* 1: a line of *len bytes; 0: there are no more. */
+static int next_line(const char *path, FILE *file, char **text, size_t *room, size_t *len,
+                     struct perta_err *err)
+{
+    ssize_t got = getline(text, room, file);
+    int failed = got < 0 ? errno : 0;
+    *len = got < 0 ? 0 : (size_t)got;
+    if (got >= 0 || feof(file))
+        return got >= 0;
+    return failed == EISDIR
+               ? perta_fail(err, PERTA_EINPUT, "%s: a folder, where JSON lines should be", path)
+               : perta_fail_sys(err, failed, "%s", path);
+}
+
 static int read_lines(struct reading *r, const char *path, FILE *file, struct perta_err *err)
 {
     struct perta_line line = {.path = path, .of = ""};
     char *text = NULL;
-    size_t room = 0;
-    ssize_t got;
+    size_t room = 0, len;
     int rc = 0;
-    while (!rc && (got = getline(&text, &room, file)) >= 0) {
-        size_t len = (size_t)got, bom = 0;
+    while (!rc && (rc = next_line(path, file, &text, &room, &len, err)) > 0) {
+        size_t bom = 0;
+        rc = 0;
         perta_digest_update(r->digest, text, len);
         if (r->hmac)
             perta_hmac_update(r->hmac, text, len);
@@ -401,17 +415,13 @@ static int read_lines(struct reading *r, const char *path, FILE *file, struct pe
         if (!rc && !is_blank(text + bom, len - bom))
             rc = add_line(r, &line, text + bom, len - bom, err);
     }
-    if (!rc && !feof(file))
-        rc = errno == EISDIR
-                 ? perta_fail(err, PERTA_EINPUT, "%s: a folder, where JSON lines should be", path)
-                 : perta_fail_sys(err, errno, "%s", path);
     if (!rc && !r->to->n)
         rc = perta_fail(err, PERTA_EINPUT, "%s: no samples", path);
     free(text);
     return rc;
 }
 
-/* That it is still as it was when reading began, and what its digests are. */
+/* Check that the file did not change while it was read, and compute its digests. */
 static int settle_file(struct reading *r, const char *path, FILE *file, const struct stat *was,
                        struct perta_err *err)
 {
@@ -467,7 +477,7 @@ static void add_notes(struct reading *r, const char *path)
         return;
     char *names = perta_json_text(r->unknown, JSON_COMPACT);
     if (names)
-        add_note(r, path, "keys that perta does not know are passed over: %.*s%s",
+        add_note(r, path, "keys that perta does not know are ignored: %.*s%s",
                  (int)strlen(names) - 2, names + 1, r->more ? " and more" : "");
     else
         perta_json_append(&r->to->notes, NULL);

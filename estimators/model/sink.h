@@ -1,6 +1,6 @@
-/* sink.h - where gradients go: called during a backward pass, where what they are made of is at
- * hand. Implementations: estimators/passes/importance_sink.c (mean and mean-square importance),
- * estimators/model/train.c (training), tests/test_backprop.c (a recorder). */
+/* sink.h - a gradient sink receives the gradients of weights during a backward pass, where their
+ * operands are at hand. Implementations: estimators/passes/importance_sink.c (mean and mean-square
+ * importance), estimators/model/train.c (training), tests/test_backprop.c (a recorder). */
 #ifndef PERTA_ESTIMATORS_MODEL_SINK_H
 #define PERTA_ESTIMATORS_MODEL_SINK_H
 
@@ -10,22 +10,22 @@
 #include "estimators/compute/backend.h"
 #include "estimators/model/family.h"
 
-/* n tokens, whole sequences. */
+/* n tokens of whole sequences. */
 struct perta_batch {
     size_t n;
     struct perta_runs sequences;
-    struct perta_runs tiles;          /* where products are cut (cut.h) */
+    struct perta_runs tiles;          /* how products are cut (cut.h) */
     const struct perta_place *places; /* (n) */
-    size_t first;                     /* the first one's number among all tokens of the pass */
+    size_t first;                     /* index of the first token among all tokens of the pass */
 };
 
 struct perta_gradient_sink {
-    /* A matrix's gradient is made of x (batch->n, in) and dy (batch->n, out): dy^T x, over whatever
-     * rows the sink wants. Both arrays change after the call. */
+    /* The operands of a matrix's gradient, which is dy^T x over the rows that the sink chooses: x
+     * (batch->n, in), dy (batch->n, out). Both are overwritten after the call. */
     int (*linear)(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
                   const struct perta_batch *batch, struct perta_array x, struct perta_array dy,
                   struct perta_err *err);
-    /* d: one sequence's gradient of a vector (a norm's weight, a bias). It changes after the
+    /* One sequence's gradient d of a vector (a norm's weight, a bias). It is overwritten after the
      * call. */
     int (*vector)(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
                   size_t sequence, struct perta_array d, struct perta_err *err);

@@ -1,5 +1,5 @@
-/* source.h - what a model's tensors are where that is not what its checkpoint holds: formed while
- * it is read, written nowhere. Implementations: estimators/passes/patched.c,
+/* source.h - a source of tensors other than those in a checkpoint's files: they are computed as
+ * they are read, and stored nowhere. Implementations: estimators/passes/patched.c,
  * estimators/passes/scaled.c. */
 #ifndef PERTA_ESTIMATORS_MODEL_SOURCE_H
 #define PERTA_ESTIMATORS_MODEL_SOURCE_H
@@ -14,9 +14,10 @@ struct perta_source_ops {
     /* Append the paths of its files, as perta_input_paths does. */
     int (*paths)(const struct perta_source *source, const char ***paths, size_t *n_paths,
                  struct perta_err *err);
-    /* Open them to read; room is there by now. */
+    /* Open its files for reading. room has been set by then. */
     int (*open)(struct perta_source *source, bool direct, struct perta_err *err);
-    /* len_bytes of a tensor, from off_bytes within it, in the dtype of the checkpoint, to to. */
+    /* Write len_bytes of a tensor, from off_bytes within it on, in the dtype of the checkpoint, to
+     * to. */
     int (*read)(struct perta_source *source, struct perta_weights *weights,
                 const struct perta_ref *ref, uint64_t off_bytes, uint64_t len_bytes, uint8_t *to,
                 struct perta_err *err);
@@ -25,9 +26,9 @@ struct perta_source_ops {
 
 struct perta_source {
     const struct perta_source_ops *ops;
-    uint64_t room_bytes; /* it reads into so much, block-aligned, which its user provides: */
+    uint64_t room_bytes; /* of room, block-aligned memory to read into, which its user provides */
     uint8_t *room;
-    uint64_t heap_bytes; /* it holds besides, and has yet to touch */
+    uint64_t heap_bytes; /* it has allocated besides, but not touched yet */
 };
 
 #endif

@@ -1,5 +1,6 @@
 #include "estimators/model/store.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -29,7 +30,7 @@ static int open_nameless(const struct perta_scratch *scratch, struct perta_err *
     int fd = open(scratch->dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     if (fd >= 0)
         return fd;
-    char *path = NULL; /* not every file system has files without a name */
+    char *path = NULL; /* not every file system has unnamed files */
     if (asprintf(&path, "%s/perta-scratch-XXXXXX", scratch->dir) < 0)
         return perta_fail_sys(err, ENOMEM, "scratch");
     fd = mkostemp(path, O_CLOEXEC);
@@ -44,7 +45,7 @@ static uint64_t bytes_of(const struct perta_store *store)
     return (uint64_t)store->n_rows * store->width * sizeof(float);
 }
 
-/* What it takes in memory. */
+/* Bytes that it takes in memory. */
 static uint64_t memory_bytes_of(const struct perta_store *store)
 {
     return store->be->ops->buffer_bytes(store->be, bytes_of(store));
@@ -56,7 +57,7 @@ static int make_file(struct perta_store *store, struct perta_scratch *scratch,
     int rc = make_folder(scratch, err);
     if (rc)
         return rc;
-    if (store->path) /* what another run left there, be it a link, is not written to */
+    if (store->path) /* a leftover, which might be a link, must not be written to */
         unlink(store->path);
     store->fd = store->path ? open(store->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600)
                             : open_nameless(scratch, err);
@@ -71,7 +72,7 @@ static int make_file(struct perta_store *store, struct perta_scratch *scratch,
 
 /* ---- floats, to and from a file ---- */
 
-#define PIECE_FLOATS 16384 /* that go by way of the stack */
+#define PIECE_FLOATS 16384 /* copied at a time, through the stack */
 
 static struct perta_array row_at(const struct perta_store *store, size_t row)
 {
@@ -79,7 +80,7 @@ static struct perta_array row_at(const struct perta_store *store, size_t row)
     return perta_array_at(start, (uint64_t)row * store->width);
 }
 
-/* len floats of the file, from float at on, from the backend. */
+/* Write len floats from the backend to the file, from float number at on. */
 static int write_floats(int fd, uint64_t at, uint64_t len, struct perta_backend *be,
                         struct perta_array from, const char *path, struct perta_err *err)
 {
@@ -96,7 +97,7 @@ static int write_floats(int fd, uint64_t at, uint64_t len, struct perta_backend 
     return rc;
 }
 
-/* Likewise to the backend. */
+/* Read len floats from the file to the backend. */
 static int read_floats(int fd, uint64_t at, uint64_t len, struct perta_backend *be,
                        struct perta_array to, const char *path, struct perta_err *err)
 {
@@ -143,6 +144,7 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
     int rc = prepare(store, scratch, name, n_rows, width, err);
     if (rc)
         return rc;
+    assert(store->path); /* it has a name */
     store->fd = open(store->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (store->fd < 0)
         return perta_fail_sys(err, errno, "%s", store->path);

@@ -1,6 +1,5 @@
-/* store.h - rows of floats for all tokens: in the backend's memory while there is room, else in a
- * scratch file. Files without a name go with the process; those with one are kept for a run that
- * resumes. */
+/* store.h - rows of floats for all tokens: in the backend's memory if they fit, otherwise in a
+ * scratch file. Unnamed files vanish with the process; named ones are kept for --resume. */
 #ifndef PERTA_ESTIMATORS_MODEL_STORE_H
 #define PERTA_ESTIMATORS_MODEL_STORE_H
 
@@ -13,49 +12,51 @@
 
 struct perta_scratch {
     struct perta_backend *be; /* borrowed; set before a store is opened */
-    char *dir;                /* where files go; it is made for the first that needs it */
-    uint64_t free_bytes;      /* memory that stores may still take */
-    uint64_t file_bytes;      /* taken on disk so far */
+    char *dir;                /* folder of the files; it is made for the first of them */
+    uint64_t free_bytes;      /* memory that is left for stores */
+    uint64_t file_bytes;      /* written to files so far */
 };
 
 struct perta_store {
     struct perta_backend *be;
     size_t n_rows, width;
-    uint32_t buffer; /* (n_rows, width); 0: in the file */
+    uint32_t buffer; /* (n_rows, width); 0: rows are in the file */
     int fd;          /* -1: no file */
-    char *path;      /* of the file that has, or would have, the rows; NULL: it has no name */
-    bool saved;      /* the file holds what memory does */
+    char *path;      /* of the file that has the rows, or would be saved to; NULL: unnamed */
+    bool saved;      /* the file is synced and up to date */
 };
 
-/* Zeros. In memory if scratch->free_bytes allows. name: under which perta_store_save keeps it in
- * the scratch folder; NULL: it is never saved. */
+/* A new store, filled with zeros, in memory if scratch->free_bytes allows. name: its file in the
+ * scratch folder once it is saved; NULL: it is never saved. */
 int perta_store_open(struct perta_store *store, struct perta_scratch *scratch, const char *name,
                      size_t n_rows, size_t width, struct perta_err *err);
-/* One that was saved. */
+/* Open a store that was saved. */
 int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch, const char *name,
                         size_t n_rows, size_t width, struct perta_err *err);
 void perta_store_close(struct perta_store *store, struct perta_scratch *scratch);
-/* Put the rows into the file, unless they are there, and sync it. */
+/* Write the rows to the file, unless they are there, and sync it. */
 int perta_store_save(struct perta_store *store, struct perta_scratch *scratch,
                      struct perta_err *err);
-/* Remove the file of a store, by the store's name; it need not be there. */
+/* Remove the file of the store of this name, if there is one. */
 void perta_store_forget(const struct perta_scratch *scratch, const char *name);
 
-/* ---- n rows from first on; failures of the backend are returned, or left to its next wait ---- */
+/* ---- access to n rows from first on; failures of the backend are returned, or left to its next
+ * wait ---- */
 
-/* From the host. */
+/* Write rows from the host. */
 int perta_store_put(struct perta_store *store, size_t first, size_t n, const float *rows,
                     struct perta_err *err);
-/* From the backend, rows (n, width). */
+/* Write rows (n, width) from the backend. */
 int perta_store_set(struct perta_store *store, size_t first, size_t n, struct perta_array rows,
                     struct perta_err *err);
-/* *rows (n, width): where they are if that is in memory, else in room, into which they are read. */
+/* Set *rows (n, width) to the rows themselves if they are in memory, otherwise to room, into which
+ * they are read. */
 int perta_store_rows(const struct perta_store *store, size_t first, size_t n,
                      struct perta_array room, struct perta_array *rows, struct perta_err *err);
-/* To the backend, to (n, width). */
+/* Read rows to to (n, width), in the backend's memory. */
 int perta_store_load(const struct perta_store *store, size_t first, size_t n, struct perta_array to,
                      struct perta_err *err);
-/* The same of columns col .. col + n_cols of one row of a store that is in a file. Any thread may. */
+/* Read columns col .. col + n_cols of one row. The store must be in a file. On any thread. */
 int perta_store_read_cols(const struct perta_store *store, size_t row, size_t col, size_t n_cols,
                           struct perta_array to, struct perta_err *err);
 

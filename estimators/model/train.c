@@ -10,15 +10,15 @@
 
 /* ---- memory ---- */
 
-/* The next n floats of memory, of which *at are taken; memory none: count alone. */
+/* Take the next n floats of memory, after the first *at. Without memory, only count. */
 static struct perta_array take(struct perta_array memory, size_t *at, size_t n)
 {
     struct perta_array here = perta_array_at(memory, *at);
-    *at += (n + 15) & ~(size_t)15; /* a line of the cache */
+    *at += (n + 15) & ~(size_t)15; /* to the next cache line */
     return here;
 }
 
-/* Of one allocation; how many floats it has. */
+/* Lay out all arrays in one allocation; returns its number of floats. */
 static size_t lay_out(struct perta_trainer *t, struct perta_array memory)
 {
     const struct perta_llm *llm = &t->model->llm;
@@ -68,7 +68,7 @@ static int take_host(struct perta_trainer *t, const struct perta_samples *sample
                : perta_fail_sys(err, ENOMEM, "batches of %zu tokens", t->max_tokens);
 }
 
-/* The backend's memory, and the model's weights in it. */
+/* Take the backend's memory, and share the model's weights with it. */
 static int take_device(struct perta_trainer *t, struct perta_err *err)
 {
     struct perta_model *m = t->model;
@@ -152,7 +152,7 @@ void perta_trainer_close(struct perta_trainer *t)
 
 /* ---- forward ---- */
 
-/* n rows, cut every PERTA_TILE_ROWS; starts is where that is put. */
+/* Cut n rows every PERTA_TILE_ROWS; starts is filled. */
 static struct perta_runs cut(size_t *starts, size_t n)
 {
     size_t n_tiles = 0;
@@ -162,7 +162,7 @@ static struct perta_runs cut(size_t *starts, size_t n)
     return (struct perta_runs){n_tiles, starts, 0};
 }
 
-/* Pack the samples which (n): their tokens one after another, and where their labels are. */
+/* Pack the samples which (n): their tokens one after another, and the positions of their labels. */
 static struct perta_batch pack(struct perta_trainer *t, const struct perta_samples *s,
                                const uint32_t *which, size_t n, size_t *n_labels)
 {
@@ -185,7 +185,8 @@ static struct perta_batch pack(struct perta_trainer *t, const struct perta_sampl
     return (struct perta_batch){at, {n, t->starts, 0}, cut(t->tiles, at), t->places, 0};
 }
 
-/* A tensor of the model by its name, in array (n_floats); none where there is none of that name. */
+/* A tensor of the model by its name, in array (n_floats); no array if there is none of that
+ * name. */
 static struct perta_array find(const struct perta_trainer *t, struct perta_array array,
                                const char *name)
 {
@@ -253,7 +254,8 @@ int perta_trainer_forward(struct perta_trainer *t, const struct perta_samples *s
 
 /* ---- backward ---- */
 
-/* Training's sink: sums over all samples of a batch, where the parameter stands. */
+/* The sink of training: gradients are summed over all samples of a batch, at the parameter's place
+ * in gradients. */
 struct sink {
     struct perta_gradient_sink sink;
     struct perta_trainer *trainer;
@@ -291,7 +293,7 @@ static int on_vector(struct perta_gradient_sink *of, uint32_t layer, enum perta_
     return 0;
 }
 
-/* Losses of the labels, weighed. */
+/* The weighted sum of the labels' losses. */
 static double loss_of(struct perta_trainer *t, size_t n)
 {
     float *most = t->labels + t->max_labels, *of_label = most + t->max_labels;
@@ -305,7 +307,7 @@ static double loss_of(struct perta_trainer *t, size_t n)
     return loss;
 }
 
-/* From the loss to the gradient of what the last block gives. */
+/* Backward from the loss to the result of the last block. */
 static double head_backward(struct perta_trainer *t, size_t n, struct perta_array dout,
                             size_t n_tokens)
 {
@@ -339,7 +341,7 @@ static double head_backward(struct perta_trainer *t, size_t n, struct perta_arra
     return loss;
 }
 
-/* The embedding's rows get the gradients of their tokens, but for the one that pads. */
+/* Add the gradient of each token to its row of the embedding, except for the padding token. */
 static void embedding_backward(struct perta_trainer *t, size_t n)
 {
     const struct perta_llm *llm = &t->model->llm;

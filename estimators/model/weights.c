@@ -12,7 +12,7 @@
 
 struct checked {
     const struct perta_weights *weights;
-    bool *wanted; /* (n_tensors), as by_name */
+    bool *wanted; /* (n_tensors), in the order of by_name: the architecture has it */
 };
 
 /* rows 0: a vector. */
@@ -58,7 +58,7 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
     return !perta_is_buffer_name(name);
 }
 
-/* A tensor that nothing below would read has no gradient; better said than written as zero. */
+/* Refuse tensors that are never read: they have no gradient, and zeros for them would mislead. */
 static int check_strangers(const struct checked *checked, struct perta_err *err)
 {
     const struct perta_weights *w = checked->weights;
@@ -105,7 +105,8 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     return rc;
 }
 
-/* safetensors' save_model may leave the head's name to a tied pair; transformers takes either. */
+/* safetensors' save_model may store a tied pair under the head's name; transformers accepts
+ * both. */
 const char *perta_weights_embedding(const struct perta_weights *w)
 {
     const struct perta_family *family = w->llm.family;
@@ -119,7 +120,7 @@ const char *perta_weights_head(const struct perta_weights *w)
     return w->llm.tied ? perta_weights_embedding(w) : w->llm.family->head;
 }
 
-/* ---- the thread that reads ---- */
+/* ---- the reader ---- */
 
 void perta_weights_settle(struct perta_weights *w)
 {
@@ -184,8 +185,12 @@ int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err
 void perta_weights_stop(struct perta_weights *w)
 {
     struct perta_err never = {0};
-    if (w->reader)
-        perta_weights_on_reader(w, close_engine, w, &never);
+    if (!w->reader)
+        return;
+    pthread_mutex_lock(&w->lock);
+    w->n_queued = 0; /* after an error or a signal, nobody waits for these */
+    pthread_mutex_unlock(&w->lock);
+    perta_weights_on_reader(w, close_engine, w, &never);
     perta_reader_close(w->reader);
     w->reader = NULL;
     w->ahead = false;

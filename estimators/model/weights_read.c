@@ -1,5 +1,5 @@
-/* Reading: a thread fills rooms with spans, one parameter after another, and who computes waits for
- * the parameter he needs. */
+/* Reading: the reader fills rooms with spans, one parameter after another; the thread that computes
+ * waits for each parameter that it needs. */
 #include "estimators/model/weights.h"
 
 #include <assert.h>
@@ -22,7 +22,7 @@ static void on_read(struct perta_request *request)
     *(bool *)request->user = true;
 }
 
-/* In pieces that touch in room. */
+/* Read in pieces, which are adjacent in room. */
 int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_t off_bytes,
                        uint64_t len_bytes, uint8_t *room, const void **data, struct perta_err *err)
 {
@@ -48,7 +48,7 @@ int perta_weights_read(struct perta_weights *w, struct perta_file *file, uint64_
         for (unsigned i = 0; i < n; i++) {
             if (!rc && requests[i].sys_errno)
                 rc = perta_request_error(&requests[i], err);
-            if (!rc && requests[i].data != requests[i].buf) /* mapped */
+            if (!rc && requests[i].data != requests[i].buf) /* a mapped file */
                 memcpy(requests[i].buf, requests[i].data, requests[i].len_bytes);
             if (!rc)
                 rc = perta_engine_check(w->engine, err);
@@ -70,14 +70,14 @@ static int read_tensor(struct perta_weights *w, const struct perta_ref *ref, uin
     return w->source->ops->read(w->source, w, ref, off_bytes, len_bytes, room, err);
 }
 
-/* Products want elements at multiples of their size. */
+/* Move elements to a multiple of their size, which products need. */
 static void align(uint8_t *room, uint64_t len_bytes, enum perta_dtype dtype, const void **data)
 {
     if ((uintptr_t)*data % perta_dtype_unit_bytes(dtype))
         *data = memmove(room, *data, len_bytes);
 }
 
-/* Rows of a matrix; *data is where they are in room. */
+/* Read rows of a matrix; *data points to them in room. */
 static int read_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
                      uint8_t *room, const void **data, struct perta_err *err)
 {
@@ -119,13 +119,13 @@ static uint64_t matrix_room(const struct perta_weights *w, uint32_t layer,
     return perta_weights_room(ref->tensor->len_bytes);
 }
 
-/* As float32. */
+/* A vector is kept as float32. */
 static uint64_t vector_room(size_t n)
 {
     return perta_align_up(n * sizeof(float), PERTA_BLOCK_BYTES);
 }
 
-/* The layer's parameter of row i; NULL: the model has none. */
+/* The parameter of row i of the table; NULL if the model does not have it. */
 static const struct perta_param_row *param_at(const struct perta_llm *llm, size_t i)
 {
     return perta_llm_param(llm, llm->family->params[i].param);
@@ -147,10 +147,10 @@ uint64_t perta_weights_layer_room(const struct perta_weights *w)
         }
         most = room > most ? room : most;
     }
-    return most + perta_weights_room(longest * sizeof(float)); /* a vector's bytes as they are */
+    return most + perta_weights_room(longest * sizeof(float)); /* a vector before its conversion */
 }
 
-/* Read a parameter to *at, which moves past it. */
+/* Read a parameter to *at, and move *at past it. */
 static int read_param(struct perta_weights *w, uint32_t layer, const struct perta_param_row *row,
                       unsigned room, uint8_t **at, struct perta_value *value, struct perta_err *err)
 {
@@ -167,7 +167,7 @@ static int read_param(struct perta_weights *w, uint32_t layer, const struct pert
     } else {
         value->dtype = PERTA_F32;
         *at += vector_room(value->in);
-        /* what follows is free yet: its bytes as they are go there */
+        /* the unconverted bytes go to the room behind it, which is not filled yet */
         rc = read_vector(w, name, value->in, *at, (float *)(void *)here, err);
     }
     value->data =
@@ -188,7 +188,7 @@ static void fill(struct perta_weights *w, struct perta_loaded *l, enum perta_par
     pthread_mutex_unlock(&w->lock);
 }
 
-/* Vectors first, for a layer begins with a norm. */
+/* Vectors are read first, because a layer starts with a norm. */
 static void read_layer(struct perta_weights *w, unsigned room)
 {
     struct perta_loaded *l = &w->loaded[room];
@@ -220,11 +220,11 @@ static void read_matrix(struct perta_weights *w, unsigned room)
     fill(w, l, 0, rc, &err);
 }
 
-/* Until the queue is empty. */
+/* Read what is queued, until the queue is empty. */
 static int read_queue(void *of, struct perta_err *err)
 {
     struct perta_weights *w = of;
-    (void)err; /* a span keeps its own */
+    (void)err; /* each span keeps its own error */
     pthread_mutex_lock(&w->lock);
     while (w->n_queued) {
         unsigned room = w->queue[0];
@@ -263,7 +263,7 @@ static bool is_same(const struct perta_span *a, const struct perta_span *b)
                               : !a->name && !b->name && a->layer == b->layer;
 }
 
-/* Queue a span for the room, which the reader may still be filling. */
+/* Queue a span for a room, once the reader no longer fills that. */
 static void queue(struct perta_weights *w, unsigned room, const struct perta_span *span)
 {
     bool begin;
@@ -293,7 +293,7 @@ void perta_weights_begin(struct perta_weights *w, const struct perta_span *span,
         queue(w, !w->current, next);
 }
 
-/* Wait for a value of the current span; the backend learns of it. */
+/* Wait for a value of the current span, and make it known to the backend. */
 static int take(struct perta_weights *w, enum perta_param param, struct perta_value *value,
                 struct perta_err *err)
 {
@@ -334,7 +334,7 @@ int perta_weights_matrix(struct perta_weights *w, const struct perta_span *span,
     return rc;
 }
 
-/* ---- for the host ---- */
+/* ---- reading for the host ---- */
 
 struct wanted {
     struct perta_weights *w;

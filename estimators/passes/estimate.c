@@ -28,7 +28,8 @@ static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_
                             job->samples.n_tokens, job->weights.llm.hidden, err);
 }
 
-/* Two of dx are there at a time, and used most: memory is theirs before it is x's. */
+/* Two stores of dx exist at a time and are used most, so they are given memory before those of
+ * x. */
 static void reserve_dx(struct perta_estimate_job *job)
 {
     uint64_t rows = job->samples.n_tokens;
@@ -64,8 +65,8 @@ static int backward_batches(struct perta_estimate_job *job, const struct perta_l
     return rc;
 }
 
-/* What is read after a layer on the way back: the one before, then, if it is to be read again, the
- * head. */
+/* What to read after a layer in the backward pass: the layer before it; after the first layer, the
+ * head, if that is tied. */
 static uint32_t before(const struct perta_estimate_job *job, uint32_t layer)
 {
     const struct perta_llm *llm = &job->weights.llm;
@@ -98,7 +99,8 @@ static int check_outputs(const struct perta_estimate_job *job, struct perta_err 
     const char *const inputs[] = {e->model, e->data};
     const char *outputs[2];
     char *mean = perta_path_join(e->out, "mean"), *meansq = perta_path_join(e->out, "meansq");
-    /* What a run goes on with was checked when it began, and may have its name by now. */
+    /* The outputs of a run that is resumed were checked when it began, and may be published by
+     * now. */
     const char *home = e->meansq ? meansq : mean;
     bool go_on = home && job->run->resume && perta_journal_found(home);
     size_t n = 0;
@@ -120,7 +122,7 @@ static int prepare(struct perta_estimate_job *job, struct perta_err *err)
     return rc ? rc : check_outputs(job, err);
 }
 
-/* Bytes of weights that are yet to be read after that stage, for progress. */
+/* Set total_bytes, for progress: the bytes of weights that remain to be read after that stage. */
 static void count_bytes(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer)
 {
     uint64_t all = 0, embedding = 0;
@@ -137,7 +139,7 @@ static void count_bytes(struct perta_estimate_job *job, enum perta_stage stage, 
                     : stage == PERTA_HEAD_DONE ? n
                                                : 2 * n - layer;
     job->total_bytes = 2 * (all - embedding) + (tied ? 3 : 0) * embedding;
-    job->total_bytes -= done * ((all - (tied ? 1 : 2) * embedding) / n); /* of a layer */
+    job->total_bytes -= done * ((all - (tied ? 1 : 2) * embedding) / n); /* bytes of a layer */
 }
 
 static int start(struct perta_estimate_job *job, enum perta_stage *stage, uint32_t *layer,
@@ -178,7 +180,8 @@ static int check_losses(const struct perta_estimate_job *job, struct perta_err *
     return rc;
 }
 
-/* Up to the loss, from the layer after the one that is done. */
+/* The forward pass, from the layer after the last finished one; then the backward pass of the
+ * head. */
 static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
                        struct perta_err *err)
 {
@@ -213,7 +216,7 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
     int rc = 0;
     if (stage < PERTA_HEAD_DONE)
         rc = run_forward(job, stage, layer, err);
-    else if (job->weights.llm.tied) /* what the embedding's gradient needs of the head */
+    else if (job->weights.llm.tied) /* the embedding's gradient needs its results */
         rc = perta_head_forward(&job->head, &job->x[n_layers], NULL, &job->means, err);
     for (uint32_t l = stage == PERTA_BACKWARD ? layer : n_layers; l-- > 0 && !rc;)
         rc = backward_layer(job, l, err);
@@ -224,7 +227,7 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
     return rc;
 }
 
-/* How many pieces each worker has taken. */
+/* The number of pieces that each worker took. */
 static json_t *pieces_of(const struct perta_estimate_job *job)
 {
     json_t *pieces = json_array();

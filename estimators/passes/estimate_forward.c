@@ -1,5 +1,4 @@
-/* What every pass through a model needs, with or without gradients: estimate and eval share
- * it. */
+/* The parts of a pass over a model that estimate and eval share. */
 #include "estimators/passes/estimate_job.h"
 
 #include <errno.h>
@@ -67,6 +66,9 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
 
 void perta_estimate_release(struct perta_estimate_job *job)
 {
+    struct perta_err ignored = {0};
+    if (job->be) /* after an error, operations may still read what is freed below */
+        perta_backend_wait(job->be, &ignored);
     perta_weights_stop(&job->weights);
     perta_behind_close(job->behind);
     perta_head_close(&job->head, &job->scratch);
@@ -136,7 +138,7 @@ int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, d
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err)
 {
     uint64_t read = job->weights.read_bytes, total = job->total_bytes;
-    if (job->run->progress) /* an embedding's rows are not in the total */
+    if (job->run->progress) /* rows read from the embedding are not in the total */
         job->run->progress(job->run->progress_user, read < total ? read : total, total);
     if (job->run->cancel && *job->run->cancel)
         return perta_fail(err, PERTA_EINTR, "interrupted");

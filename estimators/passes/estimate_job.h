@@ -1,5 +1,5 @@
-/* estimate_job.h - what the parts of estimate share: the plan (estimate_plan.c), the way forward
- * (estimate_forward.c), which is eval's (eval.c) too, what is kept for a run that goes on
+/* estimate_job.h - shared by the files of estimate: the memory plan (estimate_plan.c), the forward
+ * pass (estimate_forward.c), which eval (eval.c) uses too, outputs and resuming
  * (estimate_resume.c), and the run itself (estimate.c). */
 #ifndef PERTA_ESTIMATORS_PASSES_ESTIMATE_JOB_H
 #define PERTA_ESTIMATORS_PASSES_ESTIMATE_JOB_H
@@ -17,13 +17,14 @@
 struct perta_estimate_job {
     const struct perta_estimate *estimate;
     const struct perta_run *run;
-    struct perta_scaled scaled;  /* of estimate->at */
-    struct perta_source *source; /* what the model's tensors are instead, or NULL; borrowed */
+    struct perta_scaled scaled; /* of estimate->at */
+    /* forms the model's tensors; NULL: they are read from its files. Borrowed */
+    struct perta_source *source;
     struct perta_weights weights;
     struct perta_samples samples;
-    bool answers; /* samples are to hold the other answers too */
+    bool answers; /* read the other answers of each line, too */
     struct perta_importance_out outs[2];
-    struct perta_behind *behind; /* that writes them */
+    struct perta_behind *behind; /* writes them */
     struct perta_workers *workers;
     struct perta_backend *be;
     struct perta_statistic statistic;
@@ -32,81 +33,83 @@ struct perta_estimate_job {
     struct perta_scratch scratch;
     struct perta_journal journal;
 
-    struct perta_pool pool;  /* rooms for weights, and what goes to files */
-    uint32_t memory;         /* the backend's buffer of: */
-    struct perta_array work; /* for a batch: its activations, or the head's */
+    struct perta_pool pool;  /* rooms for weights, and means to be written */
+    uint32_t memory;         /* buffer of the backend, for: */
+    struct perta_array work; /* a batch's activations, or the head's work */
     float *inv_freq;         /* (head_dim / 2) */
 
-    size_t *starts;             /* (samples.n + 1): tokens of each */
-    struct perta_cut cut;       /* tokens */
-    struct perta_chunks chunks; /* tokens */
-    size_t batch_tokens;        /* at a time */
+    size_t *starts;             /* (samples.n + 1): first token of each sample */
+    struct perta_cut cut;       /* of tokens */
+    struct perta_chunks chunks; /* of tokens */
+    size_t batch_tokens;        /* tokens in a batch, at most */
     size_t n_batches;
-    struct perta_store *x; /* (n_layers + 1): what each block gets; the last block's result */
-    struct perta_store dx; /* the gradient of what dx_layer gets */
+    struct perta_store *x; /* (n_layers + 1): input of each block, and result of the last */
+    struct perta_store dx; /* gradient of the input of dx_layer */
     uint32_t dx_layer;
-    int64_t dx_saved;        /* the layer whose dx is in a file that a record counts on; -1: none */
-    uint64_t reserved_bytes; /* of memory, for dx */
+    int64_t dx_saved;        /* the layer whose dx file the last record needs; -1: none */
+    uint64_t reserved_bytes; /* of memory, kept free for dx */
     uint64_t total_bytes;
     struct perta_head_means means;
 };
 
 /* ---- estimate_plan.c ---- */
 
-/* Tokens of all samples, in sequence, and where they are cut. */
+/* Set the tokens of all samples, in sequence, and how they are cut. */
 int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err);
-/* Find the workers, the batches and what is read ahead that memory allows, and take it. */
+/* Choose the number of workers, the size of batches and whether to read ahead, as memory allows,
+ * and take the memory. */
 int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err);
 
 /* ---- estimate_forward.c ---- */
 
-/* The model and the samples, checked. */
+/* Open the model and read the samples, and check both. */
 int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err);
 bool perta_estimate_bf16(const struct perta_estimate_job *job);
-/* After the plan, when weights are started. statistic NULL: no gradients are to come. */
+/* Open the head, after the plan and perta_weights_start. statistic NULL: only the forward pass
+ * follows. */
 int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statistic *statistic,
                              struct perta_err *err);
-/* Close and free all that a job holds; half-open is fine. */
+/* Close and free all that a job holds. Half-open jobs are allowed. */
 void perta_estimate_release(struct perta_estimate_job *job);
 
-/* What layer makes of all tokens' rows. from and to may be the same. */
-int perta_estimate_forward(struct perta_estimate_job *job, uint32_t layer,
+/* Forward pass of a layer, over all tokens. from and to may be the same. */
+int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
                            const struct perta_store *from, struct perta_store *to,
                            struct perta_err *err);
-/* The batch that begins with a group; *group is the next batch's. */
+/* The batch that starts with *group, which becomes the first group of the next batch. */
 struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group);
-/* Begin to read a layer's weights, and then those of what comes next (a layer, or the head:
- * n_layers; or nothing: UINT32_MAX). The layer is ready for use; sink: where its gradients go, or
- * NULL. */
+/* Begin to read a layer's weights, and to read ahead what next says: a layer, the head (n_layers),
+ * or nothing (UINT32_MAX). Returns the layer, ready for use. sink: receives its gradients; NULL:
+ * not wanted. */
 struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t number,
                                         uint32_t next, struct perta_gradient_sink *sink);
-/* After perta_head_forward: the mean loss over one sample's labels. PERTA_EINPUT, with its line,
- * where that is not a finite number. */
+/* After perta_head_forward: the mean loss over a sample's labels. PERTA_EINPUT, with its line, if
+ * that is not finite. */
 int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,
                         struct perta_err *err);
-/* Tell of progress; PERTA_EINTR if the user wants to stop. */
+/* Report progress. PERTA_EINTR if the run is to be cancelled. */
 int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err);
-/* The same as a callback, of struct perta_estimate_job. */
-int perta_estimate_on_part(void *job, struct perta_err *err);
+/* The same as a callback; ctx is a struct perta_estimate_job. */
+int perta_estimate_on_part(void *ctx, struct perta_err *err);
 
 /* ---- estimate_resume.c ---- */
 
 enum perta_stage { PERTA_BEGUN, PERTA_FORWARD, PERTA_HEAD_DONE, PERTA_BACKWARD, PERTA_PUBLISH };
 
-/* Begin the outputs, or go on with what an interrupted run left. *stage and *layer are the last
- * that are done. */
+/* Begin the outputs, or resume what an interrupted run left. *stage and *layer are the last that
+ * were finished. */
 int perta_estimate_begin(struct perta_estimate_job *job, bool bf16, enum perta_stage *stage,
                          uint32_t *layer, struct perta_err *err);
-/* Open stores again as they were after that stage. */
+/* Restore the stores as they were after that stage. */
 int perta_estimate_restore(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
                            struct perta_err *err);
-/* A stage is done: if it is time, bring it to disk and say so in the journal. */
+/* Call when a stage is finished: if a commit point is due, sync everything to disk and log it in
+ * the journal. */
 int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
                           struct perta_err *err);
-/* All is done: give the outputs their names. *summary is replaced where an earlier run had got
- * so far. */
+/* Publish the outputs. If an earlier run had finished, *summary is replaced by its summary. */
 int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary, struct perta_err *err);
-/* After an error: keep what a run with --resume can go on with. */
+/* After an error: keep what --resume needs. */
 void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err);
 
 /* Names of stores in the scratch folder; buf (16). */

@@ -8,12 +8,12 @@
 #include "estimators/compute/scalar.h"
 #include "io/checked.h"
 
-/* What oneDNN, compiled products, the thread that writes (16 MiB) and the heap take besides what is
- * counted. */
+/* Memory that is not counted otherwise: oneDNN, compiled products, the thread that writes (16 MiB),
+ * the heap. */
 #define MARGIN_BYTES (32ull << 20)
-/* Gradients of a weight are formed in blocks of so many floats. */
+/* Gradients of a weight are computed in blocks of about this many floats. */
 #define BLOCK_FLOATS (2u << 20)
-/* Tokens of a group of samples (cut.h). */
+/* Tokens in a group of samples (cut.h). */
 #define GROUP_TOKENS PERTA_TILE_ROWS
 
 /* ---- tokens ---- */
@@ -54,14 +54,14 @@ static uint64_t least(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
-/* By the model alone, for tiles of a gradient follow from it, and with them its bits. */
+/* Depends on the model alone: it decides the tiles of a gradient, and so its bits. */
 static size_t block_floats(const struct perta_llm *llm)
 {
     size_t vocabulary = (size_t)PERTA_VOCABULARY_ROWS * llm->hidden;
     return most(most(BLOCK_FLOATS, vocabulary), perta_llm_widest(llm));
 }
 
-/* What a part of the weights is read into. */
+/* Bytes of a room for a span of weights. */
 static uint64_t part_room(const struct perta_estimate_job *job)
 {
     uint64_t block = perta_weights_layer_room(&job->weights);
@@ -90,7 +90,8 @@ static uint64_t work_floats(const struct perta_estimate_job *job, size_t tokens)
     return most(most(perta_acts_floats(llm, tokens), head), staging);
 }
 
-/* x and dy of the longest chunk, side by side: of a layer's gradients, or the vocabulary's. */
+/* Floats of x and dy together, over the longest chunk, for a layer's gradients or the
+ * vocabulary's. */
 static uint64_t gradient_floats(const struct perta_estimate_job *job)
 {
     const struct perta_llm *llm = &job->weights.llm;
@@ -113,7 +114,7 @@ static struct perta_cpu_needs needs_of(const struct perta_estimate_job *job, siz
     };
 }
 
-/* Of the backend's memory besides work: blocks of gradients, and a layer's vectors. */
+/* Bytes of the backend's memory besides work: blocks of gradients, and a layer's vectors. */
 static uint64_t gradient_bytes(const struct perta_estimate_job *job)
 {
     const struct perta_llm *llm = &job->weights.llm;
@@ -123,7 +124,7 @@ static uint64_t gradient_bytes(const struct perta_estimate_job *job)
                               : 0;
 }
 
-/* Means on their way to a file. */
+/* Bytes for means that are about to be written. */
 static uint64_t means_bytes(const struct perta_estimate_job *job)
 {
     return has_gradients(job) ? PERTA_MEANS * sizeof(float) : 0;
@@ -153,7 +154,7 @@ static uint64_t worker_bytes(const struct perta_estimate_job *job, bool bf16)
     return perta_cpu_worker_bytes(&needs);
 }
 
-/* The largest batch for so many bytes. */
+/* Tokens of the largest batch that fits into bytes. */
 static size_t tokens_for(const struct perta_estimate_job *job, bool bf16, uint64_t bytes)
 {
     size_t low = job->cut.longest, high = job->samples.n_tokens;
@@ -168,19 +169,19 @@ static size_t tokens_for(const struct perta_estimate_job *job, bool bf16, uint64
 }
 
 struct plan {
-    bool bf16, ahead; /* ahead: room for a second part of the weights */
+    bool bf16, ahead; /* ahead: there is a second room for weights */
     unsigned n_workers;
     size_t tokens; /* of a batch */
 };
 
-/* What there must be: a worker, a part of the weights, the longest group of samples. What is left
- * goes, a share each, to more workers, to reading ahead, and to larger batches; then to stores. Results
- * depend on none of it. */
+/* The least is one worker, one room for weights and the longest group of samples. The rest of the
+ * budget is shared among more workers, reading ahead and larger batches; what then remains is for
+ * stores. Results depend on none of this. */
 static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct perta_err *err)
 {
     uint64_t budget = job->run->memory_bytes,
              group = batch_bytes(job, job->cut.longest, plan->bf16);
-    /* Of an earlier job's memory the margin is used again; samples are this one's. */
+    /* The margin of an earlier job in this process is reused; the samples are this job's own. */
     uint64_t before =
         job->run->before_bytes ? job->run->before_bytes + perta_samples_bytes(&job->samples) : 0;
     uint64_t used =
@@ -197,7 +198,7 @@ static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct
     plan->n_workers = 1 + more;
     plan->ahead = part_room(job) <= left / 2;
     left -= plan->ahead ? part_room(job) : 0;
-    /* All tokens at once if they fit, else what leaves as much to the stores. */
+    /* All tokens in one batch if they fit; otherwise, stores get as much as batches. */
     bool whole = batch_bytes(job, job->samples.n_tokens, plan->bf16) <= left + group;
     plan->tokens = tokens_for(job, plan->bf16, group + (whole ? left : left / 2));
     job->scratch.free_bytes = left + group - batch_bytes(job, plan->tokens, plan->bf16);
@@ -206,7 +207,7 @@ static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct
 
 /* ---- taken ---- */
 
-/* The host's: rooms for weights, the source's, means. */
+/* Take the host's memory: rooms for weights, the source's room, means. */
 static int take_host(struct perta_estimate_job *job, const struct plan *plan, uint8_t *rooms[2],
                      float **means, struct perta_err *err)
 {

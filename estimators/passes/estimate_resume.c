@@ -1,4 +1,4 @@
-/* What an estimate leaves behind, and how the next goes on with it. Spec: docs/resume.md */
+/* Outputs, journal and leftovers of an estimate, and how a run is resumed. Spec: docs/resume.md */
 #include "estimators/passes/estimate_job.h"
 
 #include <errno.h>
@@ -28,7 +28,7 @@ const char *perta_estimate_dx_name(char *buf, uint32_t layer)
     return buf;
 }
 
-/* Where an output goes; the caller's. NULL without memory. */
+/* Path of an output. The caller frees it; NULL only when out of memory. */
 static char *path_of(const struct perta_estimate_job *job, int stat)
 {
     return perta_path_join(job->estimate->out, perta_stat_name((enum perta_stat)stat));
@@ -45,13 +45,14 @@ static int home_of(const struct perta_estimate_job *job)
     return job->estimate->meansq ? PERTA_STAT_MEANSQ : PERTA_STAT_MEAN;
 }
 
-/* In --scratch, a folder for this output; else in the partial folder of the first. */
+/* A folder for this output in --scratch; without that, in the partial folder of the output that is
+ * published last. */
 static char *scratch_dir(const struct perta_estimate_job *job, const char *home)
 {
     char *path = NULL, *real = NULL;
     if (!job->estimate->scratch)
         return perta_path_join(job->outs[home_of(job)].folder.partial, "perta-scratch");
-    real = realpath(job->estimate->out, NULL); /* it holds the partial folder by now */
+    real = realpath(job->estimate->out, NULL); /* it exists by now, with the partial folder in it */
     const char *name = real ? real : home;
     if (asprintf(&path, "%s/perta-scratch-%016llx", job->estimate->scratch,
                  (unsigned long long)perta_hash64(name, strlen(name))) < 0)
@@ -62,7 +63,8 @@ static char *scratch_dir(const struct perta_estimate_job *job, const char *home)
 
 /* ---- identity: whatever decides the bytes of the result ---- */
 
-/* By size and time of change: a digest of a short text could be guessed from what is left. */
+/* Identified by size and modification time. A digest in a leftover journal would let a short text
+ * be guessed. */
 static json_t *data_file(const struct perta_estimate_job *job)
 {
     const struct perta_samples_file *file = &job->samples.file;
@@ -114,7 +116,7 @@ static int open_output(struct perta_estimate_job *job, int stat, struct perta_er
     return rc;
 }
 
-/* False: there is no such layer. */
+/* Returns false if the model has no such layer. */
 static bool read_record(const json_t *record, uint32_t n_layers, enum perta_stage *stage,
                         uint32_t *layer)
 {
@@ -206,8 +208,8 @@ static int save_stores(struct perta_estimate_job *job, enum perta_stage stage,
     return rc ? rc : perta_name_sync(job->scratch.dir, err);
 }
 
-/* A dx of which the file is the store must not be ahead of the journal: its file goes when the
- * next takes its place. */
+/* If dx is in a file, the journal must always name the current one, because the file is removed
+ * when the next one replaces it: a commit point is due then. */
 static bool is_due(const struct perta_estimate_job *job, enum perta_stage stage)
 {
     return perta_journal_due(&job->journal, written(job)) ||
@@ -253,8 +255,8 @@ static size_t folders_of(struct perta_estimate_job *job, struct perta_publish *f
     return n;
 }
 
-/* Files are named, so that nothing else in a folder of the user's goes. One within the output
- * must go, or it would be published. */
+/* Only files with our names are removed, because the folder may be the user's. A scratch folder
+ * within the output must be removed, or it would be published. */
 static int remove_scratch(const struct perta_estimate_job *job, struct perta_err *err)
 {
     char name[16];

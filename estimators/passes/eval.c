@@ -13,7 +13,7 @@
 
 /* ---- numbers ---- */
 
-/* Of one answer. */
+/* Score of one answer. */
 struct score {
     double loss; /* mean over its labels */
     uint64_t n_labels, n_right;
@@ -29,14 +29,14 @@ static int score_of(const struct perta_estimate_job *job, uint64_t sample, struc
     return perta_estimate_loss(job, sample, &score->loss, err);
 }
 
-/* Means over lines, and over those with perturbed answers. */
+/* Sums over lines, and over lines with perturbed answers. */
 struct sums {
     uint64_t n, n_perturbed;
     double loss, probability, exact, accuracy;
     double choice, ratio, ratio_forget, ratio_retain;
 };
 
-/* The other answers of a line, as the TOFU benchmark has them. */
+/* Add the other answers of a line, with the measures of the TOFU benchmark. */
 static void add_answers(struct sums *sums, json_t **item, double answer, double paraphrased,
                         json_t *perturbed)
 {
@@ -59,8 +59,8 @@ static void add_answers(struct sums *sums, json_t **item, double answer, double 
     perta_json_set(item, "truth_ratio", perta_real_json(ratio));
 }
 
-/* A line: sample at, and the other answers after it. *next is where the next line begins.
- */
+/* Add a line: sample number at and the other answers that follow it. *next is the first sample of
+ * the next line. */
 static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
                     struct sums *sums, json_t **list, struct perta_err *err)
 {
@@ -134,7 +134,8 @@ static int report(const struct perta_estimate_job *job, bool per_sample, json_t 
 
 /* ---- the way forward ---- */
 
-/* Every weight once; of an embedding that is not the head's, rows. */
+/* Set total_bytes: every weight is read once, except an embedding that is not the head's, of which
+ * only rows are read. */
 static void count_bytes(struct perta_estimate_job *job)
 {
     for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
@@ -170,7 +171,7 @@ static int run_all(struct perta_estimate_job *job, struct perta_err *err)
     return rc ? rc : perta_weights_unchanged(&job->weights, err);
 }
 
-/* Lines, and tokens of all answers. */
+/* Begin the summary: numbers of lines, and of tokens of all answers. */
 static json_t *summary_of(const struct perta_samples *s)
 {
     uint64_t n = 0;
@@ -224,7 +225,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
         rc = check_arguments(eval, err);
     if (rc)
         return rc;
-    /* An estimate's way forward. */
+    /* The forward pass is that of an estimate. */
     const struct perta_estimate estimate = {.model = eval->model,
                                             .at = eval->at,
                                             .data = eval->data,

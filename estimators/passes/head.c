@@ -1,4 +1,4 @@
-#include "estimators/passes/head.h"
+#include "estimators/passes/head_own.h"
 
 #include <errno.h>
 #include <math.h>
@@ -7,7 +7,7 @@
 
 #include "estimators/compute/kernels.h"
 
-/* Labels of a group. */
+/* Labels in a group. */
 #define GROUP_ROWS 1024
 
 /* ---- memory ---- */
@@ -23,23 +23,16 @@ size_t perta_head_rows(const struct perta_samples *samples, size_t tokens)
     return group < samples->n_tokens ? most(group, tokens) : samples->n_tokens;
 }
 
-struct work {
-    struct perta_array c;       /* (batch rows, H) of float64 */
-    struct perta_array a, b, d; /* (batch rows, H) */
-    struct perta_array logits;  /* (batch rows, PERTA_VOCABULARY_ROWS) */
-    struct perta_array rstd;    /* (batch rows) */
-};
-
 size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows)
 {
     return batch_rows * (5 * (size_t)llm->hidden + PERTA_VOCABULARY_ROWS + 1) + 16;
 }
 
-static struct work work_of(const struct perta_head *h)
+struct perta_head_arrays perta_head_work_of(const struct perta_head *h)
 {
     size_t n = h->batch_rows * h->weights->llm.hidden;
     struct perta_array logits = perta_array_at(h->work, 5 * n);
-    return (struct work){
+    return (struct perta_head_arrays){
         h->work,
         perta_array_at(h->work, 2 * n),
         perta_array_at(h->work, 3 * n),
@@ -56,7 +49,8 @@ uint64_t perta_head_bytes(const struct perta_samples *samples)
            samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk));
 }
 
-/* Of each label, and of the final norm: its weight and bias, and two gradients of a sample. */
+/* Floats for each label; vectors of the final norm: its weight and bias, and a sample's gradients
+ * of both. */
 #define LABEL_FLOATS 7
 #define NORM_VECTORS 4
 
@@ -70,8 +64,7 @@ uint64_t perta_head_device_bytes(const struct perta_samples *samples, const stru
     return device_bytes(samples->n_tokens, llm);
 }
 
-/* The norm's vector i: weight, bias, and their gradients. */
-static struct perta_array norm_vector(const struct perta_head *h, int i)
+struct perta_array perta_head_norm_vector(const struct perta_head *h, int i)
 {
     const struct perta_array start = {h->memory, 0};
     return perta_array_at(start, h->n_labels * LABEL_FLOATS + (uint64_t)i * h->weights->llm.hidden);
@@ -93,7 +86,7 @@ static int take_device(struct perta_head *h, struct perta_err *err)
     return rc;
 }
 
-/* The final norm's weight and bias, by way of host (H). */
+/* Load the final norm's weight and bias. */
 static int load_norm(struct perta_head *h, struct perta_err *err)
 {
     const struct perta_llm *llm = &h->weights->llm;
@@ -106,14 +99,14 @@ static int load_norm(struct perta_head *h, struct perta_err *err)
         if (!names[i])
             continue;
         rc = perta_weights_vector(h->weights, names[i], llm->hidden, h->room, host, err);
-        *to[i] = norm_vector(h, i);
+        *to[i] = perta_head_norm_vector(h, i);
         h->be->ops->put(h->be, *to[i], host, llm->hidden * sizeof *host);
     }
     free(host);
     return rc;
 }
 
-/* Tokens whose dx there is room for in work's c: at least one sample's. */
+/* Tokens whose dx fit into c of struct work; it holds at least one sample. */
 static size_t most_tokens(const struct perta_head *h)
 {
     size_t room = 2 * h->batch_rows;
@@ -136,7 +129,7 @@ static void collect_labels(struct perta_head *h)
     h->starts[s->n] = n;
 }
 
-/* Chunks end where groups do, so that a batch has whole ones. */
+/* Chunks end where groups end, so that a batch has whole chunks. */
 static int cut_labels(struct perta_head *h, struct perta_err *err)
 {
     bool by_sample = h->statistic && h->statistic->meansq;
@@ -205,7 +198,7 @@ static int by_id(const void *a, const void *b)
     return (*x > *y) - (*x < *y);
 }
 
-/* All tokens by id, so that a row is read once, and rows in order: each id << 32 | token. */
+/* All tokens as id << 32 | token, sorted, so that rows are read in order and each only once. */
 static uint64_t *sorted_tokens(const struct perta_samples *s)
 {
     uint64_t *tokens = calloc(s->n_tokens, sizeof *tokens);
@@ -242,9 +235,8 @@ int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *e
 
 /* ---- forward ---- */
 
-/* Rows of x that predict labels first .. first + n, dense in to. */
-static int gather(const struct perta_head *h, const struct perta_store *x, size_t first, size_t n,
-                  struct perta_array to, struct perta_err *err)
+int perta_head_gather(const struct perta_head *h, const struct perta_store *x, size_t first,
+                      size_t n, struct perta_array to, struct perta_err *err)
 {
     int rc = 0;
     for (size_t i = 0; i < n && !rc; i++)
@@ -252,7 +244,8 @@ static int gather(const struct perta_head *h, const struct perta_store *x, size_
     return rc;
 }
 
-static void norm_forward(const struct perta_head *h, const struct work *w, size_t n)
+void perta_head_norm_forward(const struct perta_head *h, const struct perta_head_arrays *w,
+                             size_t n)
 {
     const struct perta_llm *llm = &h->weights->llm;
     llm->family->norm->forward(h->be, &h->norm, w->b, w->rstd, w->a, n, llm->hidden);
@@ -260,20 +253,19 @@ static void norm_forward(const struct perta_head *h, const struct work *w, size_
 
 static int normalise(struct perta_head *h, const struct perta_store *x, struct perta_err *err)
 {
-    struct work w = work_of(h);
+    struct perta_head_arrays w = perta_head_work_of(h);
     int rc = 0;
     for (size_t first = 0, n; first < h->n_labels && !rc; first += n) {
         n = h->n_labels - first < h->batch_rows ? h->n_labels - first : h->batch_rows;
-        rc = gather(h, x, first, n, w.a, err);
-        norm_forward(h, &w, n);
+        rc = perta_head_gather(h, x, first, n, w.a, err);
+        perta_head_norm_forward(h, &w, n);
         if (!rc)
             rc = perta_store_set(&h->normed, first, n, w.b, err);
     }
     return rc;
 }
 
-/* Rows of the vocabulary from row on. */
-static struct perta_span span_at(const struct perta_head *h, size_t row)
+struct perta_span perta_head_span(const struct perta_head *h, size_t row)
 {
     size_t left = h->weights->llm.vocab - row;
     return (struct perta_span){.name = perta_weights_head(h->weights),
@@ -283,26 +275,23 @@ static struct perta_span span_at(const struct perta_head *h, size_t row)
 
 struct perta_span perta_head_first(const struct perta_head *h)
 {
-    return span_at(h, 0);
+    return perta_head_span(h, 0);
 }
 
-/* Rows of the head's weight from row on; what follows them is begun, after the last of them
- * next. */
-static int load(struct perta_head *h, size_t row, const struct perta_span *next,
-                struct perta_linear *block, struct perta_err *err)
+int perta_head_load(struct perta_head *h, size_t row, const struct perta_span *next,
+                    struct perta_linear *block, struct perta_err *err)
 {
-    struct perta_span span = span_at(h, row), following;
+    struct perta_span span = perta_head_span(h, row), following;
     if (row + span.n < h->weights->llm.vocab) {
-        following = span_at(h, row + span.n);
+        following = perta_head_span(h, row + span.n);
         next = &following;
     }
     return perta_weights_matrix(h->weights, &span, next, block, err);
 }
 
-/* logits (n, rows of block) of a batch's labels; *x their rows of normed. */
-static int logits_of(struct perta_head *h, const struct perta_linear *block,
-                     const struct perta_cut_batch *batch, const struct work *w,
-                     struct perta_array *x, struct perta_err *err)
+int perta_head_logits(struct perta_head *h, const struct perta_linear *block,
+                      const struct perta_cut_batch *batch, const struct perta_head_arrays *w,
+                      struct perta_array *x, struct perta_err *err)
 {
     int rc = perta_store_rows(&h->normed, batch->first_row, batch->n, w->a, x, err);
     if (!rc)
@@ -310,7 +299,7 @@ static int logits_of(struct perta_head *h, const struct perta_linear *block,
     return rc;
 }
 
-/* share, anew. */
+/* Set share again, with the weights of samples. */
 static void weigh_by_probability(struct perta_head *h)
 {
     const struct perta_samples *s = h->samples;
@@ -336,18 +325,18 @@ static struct perta_head_means means_of(const struct perta_head *h)
     return (struct perta_head_means){sum.loss / n, sum.probability / n};
 }
 
-/* What a block of the vocabulary adds to the losses. */
+/* Add a block of the vocabulary to the losses. */
 static int forward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
                          struct perta_err *err)
 {
     const struct perta_label_arrays *l = &h->on_device;
-    struct work w = work_of(h);
+    struct perta_head_arrays w = perta_head_work_of(h);
     int rc = 0;
     for (size_t g = 0; g < h->cut.n_groups && !rc;) {
         struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
         size_t first = batch.first_row, n = batch.n;
         struct perta_array x;
-        rc = logits_of(h, block, &batch, &w, &x, err);
+        rc = perta_head_logits(h, block, &batch, &w, &x, err);
         h->be->ops->cross_entropy_forward(
             h->be, w.logits, row, block->out, n, h->target + first, perta_array_at(l->most, first),
             perta_array_at(l->sums, 2 * first), perta_array_at(l->logit, first));
@@ -371,7 +360,7 @@ static void losses_begin(struct perta_head *h)
     h->be->ops->put(h->be, l->best_logit, h->most, len_bytes);
 }
 
-/* What the host makes of losses. */
+/* Get the losses from the backend, and compute means and shares. */
 static int losses_end(struct perta_head *h, struct perta_head_means *means, struct perta_err *err)
 {
     const struct perta_label_arrays *l = &h->on_device;
@@ -399,7 +388,7 @@ int perta_head_forward(struct perta_head *h, const struct perta_store *x,
     losses_begin(h);
     for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
         struct perta_linear block;
-        rc = load(h, row, next, &block, err);
+        rc = perta_head_load(h, row, next, &block, err);
         if (!rc)
             rc = forward_block(h, row, &block, err);
         if (!rc)
@@ -415,290 +404,4 @@ double perta_head_loss(const struct perta_head *h, uint64_t sample)
     for (size_t i = first; i < end; i++)
         sum += (double)h->most[i] - (double)h->logit[i] + log(h->sums[i]);
     return sum / (double)(end - first);
-}
-
-/* ---- backward ---- */
-
-/* From logits to the gradient of the loss by them. */
-static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows,
-                            const struct perta_cut_batch *batch, struct perta_array logits)
-{
-    const struct perta_label_arrays *l = &h->on_device;
-    size_t first = batch->first_row;
-    h->be->ops->cross_entropy_backward(
-        h->be, logits, row, n_rows, batch->n, h->target + first, perta_array_at(l->most, first),
-        perta_array_at(l->sums, 2 * first), perta_array_at(l->share, first));
-}
-
-/* dnormed += dlogits weight. */
-static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block,
-                          const struct perta_cut_batch *batch, const struct work *w,
-                          struct perta_err *err)
-{
-    const struct perta_array none = {0};
-    size_t first = batch->first_row, n = batch->n, H = block->in;
-    struct perta_store *store = &h->dnormed;
-    struct perta_array rows;
-    h->be->ops->linear_backward(h->be, block, &batch->tiles, w->logits, w->b, n, false);
-    int rc = perta_store_rows(store, first, n, w->c, &rows, err);
-    if (rc)
-        return rc;
-    h->be->ops->accumulate(h->be, rows, none, w->b, n * H);
-    return store->buffer ? 0 : perta_store_set(store, first, n, rows, err);
-}
-
-/* ---- gradients of the vocabulary's rows ---- */
-
-/* dx of the tokens of a sample in rows row .. row + n_rows, dense after what *n are there already. */
-static int take_tokens(const struct perta_head *h, const struct perta_store *dx, size_t row,
-                       size_t n_rows, uint64_t sample, struct perta_array to, size_t *n,
-                       struct perta_err *err)
-{
-    const struct perta_samples *s = h->samples;
-    int rc = 0;
-    for (uint64_t k = s->starts[sample]; k < s->starts[sample + 1] && !rc; k++) {
-        size_t id = (size_t)s->ids[k];
-        if (id < row || id >= row + n_rows || (uint32_t)id == h->weights->llm.pad)
-            continue;
-        rc = perta_store_load(dx, k, 1, perta_array_at(to, *n * dx->width), err);
-        h->tokens[(*n)++] = (struct perta_token_row){sample, (uint32_t)(id - row)};
-    }
-    return rc;
-}
-
-static bool has_room(const struct perta_head *h, size_t n, uint64_t sample)
-{
-    const struct perta_samples *s = h->samples;
-    return n + (s->starts[sample + 1] - s->starts[sample]) <= h->max_tokens;
-}
-
-/* What chunks first .. end add to a block of rows from row on: products, if g has x, and with dx the
- * tokens of the samples that end there. As many chunks at a time as there is room for tokens. */
-static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size_t first,
-                      size_t end, const struct perta_store *dx, size_t row, struct perta_err *err)
-{
-    const struct perta_chunk *of = h->chunks.of;
-    bool tokens = dx && h->chunks.by_sample;
-    int rc = 0;
-    g->chunks = &h->chunks;
-    g->tokens = h->tokens;
-    g->d = work_of(h).c;
-    for (size_t c = first; first < end && !rc; first = c) {
-        rc = perta_backend_wait(h->be, err); /* it may be reading tokens */
-        g->n_tokens = 0;
-        for (; c < end && !rc; c++) {
-            if (!tokens || !of[c].ends)
-                continue;
-            if (!has_room(h, g->n_tokens, of[c].sample))
-                break;
-            rc = take_tokens(h, dx, row, g->rows, of[c].sample, g->d, &g->n_tokens, err);
-        }
-        g->first = first;
-        g->end = c;
-        if (!rc)
-            h->be->ops->gradient(h->be, g);
-    }
-    return rc;
-}
-
-/* All tokens, where chunks are not by sample: after all chunks. */
-static int add_tokens(const struct perta_head *h, struct perta_gradient *g,
-                      const struct perta_store *dx, size_t row, struct perta_err *err)
-{
-    int rc = 0;
-    *g = perta_statistic_gradient(h->statistic, g->rows, g->in);
-    g->chunks = &h->chunks;
-    g->first = g->end = h->chunks.n;
-    g->tokens = h->tokens;
-    g->d = work_of(h).c;
-    for (uint64_t i = 0; i < h->samples->n && !rc;) {
-        rc = perta_backend_wait(h->be, err); /* it may be reading tokens */
-        for (g->n_tokens = 0; i < h->samples->n && has_room(h, g->n_tokens, i) && !rc; i++)
-            rc = take_tokens(h, dx, row, g->rows, i, g->d, &g->n_tokens, err);
-        if (!rc && g->n_tokens)
-            h->be->ops->gradient(h->be, g);
-    }
-    return rc;
-}
-
-/* The chunks of a batch, from *chunk on: dlogits^T x, and with dx the tokens'. */
-static int add_batch(const struct perta_head *h, const struct perta_linear *block, size_t row,
-                     const struct perta_cut_batch *batch, struct perta_array x,
-                     struct perta_array dlogits, const struct perta_store *dx, size_t *chunk,
-                     struct perta_err *err)
-{
-    struct perta_gradient g = perta_statistic_gradient(h->statistic, block->out, block->in);
-    size_t first = *chunk;
-    g.x = x;
-    g.dy = dlogits;
-    g.dy_width = block->out;
-    g.origin = batch->first_row;
-    while (*chunk < h->chunks.n && h->chunks.of[*chunk].first < batch->first_row + batch->n)
-        ++*chunk;
-    return add_chunks(h, &g, first, *chunk, dx, row, err);
-}
-
-static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
-                          struct perta_err *err)
-{
-    struct work w = work_of(h);
-    size_t n_floats = block->out * block->in, chunk = 0;
-    bool own = !h->weights->llm.tied;
-    int rc = 0;
-    if (own)
-        perta_statistic_begin(h->statistic, n_floats);
-    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
-        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
-        struct perta_array x;
-        rc = logits_of(h, block, &batch, &w, &x, err);
-        if (rc)
-            break;
-        logits_backward(h, row, block->out, &batch, w.logits);
-        rc = add_to_dnormed(h, block, &batch, &w, err);
-        if (!rc && own)
-            rc = add_batch(h, block, row, &batch, x, w.logits, NULL, &chunk, err);
-        g = batch.end;
-    }
-    if (!rc && own)
-        return perta_statistic_end(h->statistic, perta_weights_head(h->weights), row * block->in,
-                                   n_floats, err);
-    return rc ? rc : perta_backend_wait(h->be, err);
-}
-
-/* ---- the final norm ---- */
-
-/* d (n, H) = dnormed of labels first .. first + n, rounded to float32. */
-static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size_t H,
-                        const struct work *w, struct perta_err *err)
-{
-    struct perta_array rows;
-    bool finite; /* of no matter here: what is not shows further on */
-    int rc = perta_store_rows(&h->dnormed, first, n, w->c, &rows, err);
-    if (!rc)
-        h->be->ops->mean(h->be, w->d, rows, 1, n * H, &finite);
-    return rc ? rc : perta_backend_wait(h->be, err);
-}
-
-/* One sample's labels, through the final norm, to the tokens that they were predicted from. */
-static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct perta_store *x,
-                                struct perta_store *dx, struct perta_err *err)
-{
-    const struct perta_norm_part *norm = h->weights->llm.family->norm;
-    const struct perta_backend_ops *ops = h->be->ops;
-    struct perta_array dweight = norm_vector(h, 2), dbias = {0};
-    struct work w = work_of(h);
-    size_t H = x->width, first = h->starts[s], n = h->starts[s + 1] - first;
-    int rc = gather(h, x, first, n, w.a, err);
-    if (!rc)
-        rc = take_dnormed(h, first, n, H, &w, err);
-    if (perta_array_is(h->norm.bias))
-        dbias = norm_vector(h, 3);
-    ops->zero(h->be, dweight, 2 * H);
-    norm_forward(h, &w, n);
-    norm->backward_weight(h->be, &h->norm, dweight, dbias, w.d, w.a, w.rstd, n, H);
-    ops->accumulate(h->be, h->statistic->sums, h->statistic->squares, dweight,
-                    perta_array_is(dbias) ? 2 * H : H);
-    ops->zero(h->be, w.b, n * H);
-    norm->backward(h->be, &h->norm, w.b, w.d, w.a, w.rstd, n, H);
-    for (size_t i = 0; i < n && !rc; i++)
-        rc = perta_store_set(dx, h->token[first + i], 1, perta_array_at(w.b, i * H), err);
-    return rc;
-}
-
-static int norm_backward(struct perta_head *h, const struct perta_store *x, struct perta_store *dx,
-                         struct perta_err *err)
-{
-    const struct perta_family *family = h->weights->llm.family;
-    struct perta_statistic *s = h->statistic;
-    const struct perta_array none = {0};
-    size_t H = x->width;
-    int rc = 0;
-    perta_statistic_begin(s, 2 * H);
-    for (uint64_t i = 0; i < h->samples->n && !rc; i++)
-        rc = norm_backward_sample(h, i, x, dx, err);
-    if (!rc)
-        rc = perta_statistic_end(s, family->final_norm, 0, H, err);
-    if (rc || !family->final_norm_bias)
-        return rc;
-    return perta_statistic_write(s, family->final_norm_bias, 0, H, perta_array_at(s->sums, 2 * H),
-                                 s->meansq ? perta_array_at(s->squares, 2 * H) : none, err);
-}
-
-int perta_head_backward(struct perta_head *h, const struct perta_store *x,
-                        const struct perta_span *next, struct perta_store *dx,
-                        struct perta_err *err)
-{
-    int rc = 0;
-    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
-        struct perta_linear block;
-        rc = load(h, row, next, &block, err);
-        if (!rc)
-            rc = backward_block(h, row, &block, err);
-        if (!rc)
-            rc = h->advance(h->ctx, err);
-    }
-    return rc ? rc : norm_backward(h, x, dx, err);
-}
-
-/* ---- the embedding's gradient ---- */
-
-static bool has_tokens(const struct perta_samples *s, size_t row, size_t n_rows)
-{
-    for (uint64_t t = 0; t < s->n_tokens; t++)
-        if ((size_t)s->ids[t] >= row && (size_t)s->ids[t] < row + n_rows)
-            return true;
-    return false;
-}
-
-/* Rows that are the head's too: what labels and what tokens add to them. */
-static int tied_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
-                               struct perta_err *err)
-{
-    struct work w = work_of(h);
-    struct perta_linear block;
-    size_t chunk = 0;
-    int rc = load(h, row, NULL, &block, err);
-    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
-        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
-        struct perta_array x;
-        rc = logits_of(h, &block, &batch, &w, &x, err);
-        if (rc)
-            break;
-        logits_backward(h, row, block.out, &batch, w.logits);
-        rc = add_batch(h, &block, row, &batch, x, w.logits, dx, &chunk, err);
-        g = batch.end;
-    }
-    return rc;
-}
-
-static int embed_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
-                                size_t n_rows, struct perta_err *err)
-{
-    size_t H = dx->width;
-    struct perta_gradient g = perta_statistic_gradient(h->statistic, n_rows, H);
-    int rc = 0;
-    perta_statistic_begin(h->statistic, n_rows * H);
-    if (h->weights->llm.tied)
-        rc = tied_block_backward(h, dx, row, err);
-    else if (h->chunks.by_sample)
-        rc = add_chunks(h, &g, 0, h->chunks.n, dx, row, err);
-    if (!rc && !h->chunks.by_sample)
-        rc = add_tokens(h, &g, dx, row, err);
-    return rc ? rc
-              : perta_statistic_end(h->statistic, perta_weights_embedding(h->weights), row * H,
-                                    n_rows * H, err);
-}
-
-int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, struct perta_err *err)
-{
-    int rc = 0;
-    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
-        size_t n_rows = span_at(h, row).n;
-        /* Rows that nothing touches stay holes: zero. */
-        if (h->weights->llm.tied || has_tokens(h->samples, row, n_rows))
-            rc = embed_block_backward(h, dx, row, n_rows, err);
-        if (!rc)
-            rc = h->advance(h->ctx, err);
-    }
-    return rc;
 }

@@ -1,7 +1,7 @@
-/* head.h - the two ends of the model: embedding, and final norm, head and loss. The vocabulary is
- * gone through in blocks of rows, so logits are never whole.
+/* head.h - the two ends of the model: the embedding; and the final norm, the head and the loss. The
+ * vocabulary is processed in blocks of rows, so logits are never stored whole.
  *
- * Loss of a sample, as transformers computes it: the mean over its labels of
+ * The loss of a sample is, as in transformers, the mean over its labels of
  * log(sum over v of exp(logit_v)) - logit_label. */
 #ifndef PERTA_ESTIMATORS_PASSES_HEAD_H
 #define PERTA_ESTIMATORS_PASSES_HEAD_H
@@ -11,77 +11,81 @@
 #include "estimators/model/weights.h"
 #include "estimators/passes/statistic.h"
 
-#define PERTA_VOCABULARY_ROWS 1024 /* of the head at a time */
+#define PERTA_VOCABULARY_ROWS 1024 /* rows of the head at a time */
 
 struct perta_head {
     struct perta_weights *weights;
     struct perta_backend *be;
     const struct perta_samples *samples;
-    struct perta_statistic *statistic;                /* NULL: the way forward only */
-    int (*advance)(void *ctx, struct perta_err *err); /* after each block of rows; not 0: stop */
+    struct perta_statistic *statistic; /* NULL: forward pass only */
+    int (*advance)(
+        void *ctx,
+        struct perta_err *err); /* called after each block of rows; stops if it does not return 0 */
     void *ctx;
-    bool by_probability; /* weigh a sample's gradient by its probability, exp(-loss), in shares of
-                            the largest: by a factor, the gradient of -probability */
-    size_t batch_rows;   /* labels at a time, more where a group of them (cut) has more */
-    uint8_t *room;       /* for single tensors, borrowed */
-    struct perta_array work; /* perta_head_work floats of the backend's, borrowed */
+    /* weight each sample's gradient by its probability, exp(-loss), relative to the largest: up to
+     * a factor, the gradient of -probability */
+    bool by_probability;
+    size_t batch_rows;       /* labels at a time; more if a group (cut) has more */
+    uint8_t *room;           /* for reading single tensors; borrowed */
+    struct perta_array work; /* perta_head_work floats of the backend's; borrowed */
 
     size_t n_labels;
-    uint32_t *token; /* (n_labels): which token predicts it */
+    uint32_t *token; /* (n_labels): the token that predicts it */
     int32_t *target; /* (n_labels) */
-    float *share;    /* (n_labels): 1 / labels of its sample, and its weight if it has one */
+    float *share;    /* (n_labels): 1 / labels of its sample, times the sample's weight */
     float *most;     /* (n_labels): the largest logit */
-    double *sums;    /* (n_labels): of exponentials of logit - most */
-    float *logit;    /* (n_labels): of the target; its loss is most - logit + log(sum) */
-    int32_t *best;   /* (n_labels): the token of the largest logit; NULL with a statistic */
+    double *sums;    /* (n_labels): sum of exp(logit - most) */
+    float *logit;    /* (n_labels): logit of the target; the loss is most - logit + log(sum) */
+    int32_t *best;   /* (n_labels): token of the largest logit; NULL with a statistic */
     struct perta_label_arrays {
         struct perta_array share, most, logit, sums, best, best_logit;
-    } on_device;          /* the same for the backend */
-    uint32_t memory;      /* the buffer of these and of the final norm */
+    } on_device;          /* the same in the backend's memory */
+    uint32_t memory;      /* buffer of these and of the final norm */
     size_t *starts;       /* (samples->n + 1): labels of each sample */
     struct perta_cut cut; /* labels */
     struct perta_chunks chunks;
     struct perta_norm norm;         /* the final one */
-    struct perta_token_row *tokens; /* (max_tokens): whose dx are at hand */
+    struct perta_token_row *tokens; /* (max_tokens): tokens whose dx are loaded */
     size_t max_tokens;
-    struct perta_store normed;  /* (n_labels, H): what the head sees */
+    struct perta_store normed;  /* (n_labels, H): input of the head */
     struct perta_store dnormed; /* (n_labels, H) of float64: its gradient */
 };
 
-/* Labels of a batch for which there is room where tokens has it: batch_rows. */
+/* batch_rows for batches of this many tokens. */
 size_t perta_head_rows(const struct perta_samples *samples, size_t tokens);
-/* Working memory for batches of so many labels. */
+/* Floats of working memory for batches of batch_rows labels. */
 size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows);
-/* Bytes that labels take, besides the stores: on the host, and of the backend's memory (one
+/* Bytes that labels take besides the stores: on the host, and in the backend's memory (one
  * buffer). */
 uint64_t perta_head_bytes(const struct perta_samples *samples);
 uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm);
 
-/* The fields above the first blank line are set. */
+/* The members above the first blank line must be set. */
 int perta_head_open(struct perta_head *head, struct perta_scratch *scratch, struct perta_err *err);
 void perta_head_close(struct perta_head *head, struct perta_scratch *scratch);
 
-/* x (tokens, H) = embeddings of all tokens. */
+/* x (tokens, H) = the embeddings of all tokens. */
 int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err *err);
-/* Over samples. */
+/* Means over samples. */
 struct perta_head_means {
     double loss, probability;
 };
-/* From x, what the last block gives, to the losses. next: what is read afterwards, or NULL. */
+/* Forward from x, the result of the last block, to the losses. next: span to read ahead in the end,
+ * or NULL. */
 int perta_head_forward(struct perta_head *head, const struct perta_store *x,
                        const struct perta_span *next, struct perta_head_means *means,
                        struct perta_err *err);
-/* After it: the loss of one sample. */
+/* After perta_head_forward: the loss of one sample. */
 double perta_head_loss(const struct perta_head *head, uint64_t sample);
-/* After it: dx (tokens, H) = gradient of each sample's loss, weighed. Writes the
- * importance of the final norm and, where it is not tied, of the head. */
+/* After perta_head_forward: dx (tokens, H) = the gradient of each sample's loss, weighted. Writes
+ * the importance of the final norm and, if it is not tied, of the head. */
 int perta_head_backward(struct perta_head *head, const struct perta_store *x,
                         const struct perta_span *next, struct perta_store *dx,
                         struct perta_err *err);
-/* The first rows of the head: what it reads first. */
+/* The span that a pass over the head reads first. */
 struct perta_span perta_head_first(const struct perta_head *head);
-/* dx: gradients of all tokens' embeddings. Writes the importance of the embedding (and with it
- * of the head where they are tied). */
+/* dx: gradients of all tokens' embeddings. Writes the importance of the embedding, which includes
+ * the head's if they are tied. */
 int perta_embed_backward(struct perta_head *head, const struct perta_store *dx,
                          struct perta_err *err);
 

@@ -2,7 +2,7 @@
 
 /* ---- sizes ---- */
 
-/* Elements of a layer's vectors before param; PERTA_N_PARAMS: of all. */
+/* Elements of a layer's vectors before param; with PERTA_N_PARAMS, of all its vectors. */
 static size_t vectors_before(const struct perta_llm *llm, enum perta_param param)
 {
     size_t n = 0;
@@ -43,7 +43,7 @@ static struct perta_array sums_of(const struct perta_importance_sink *s, enum pe
     return perta_array_at(s->vectors, 2 * vectors_before(s->llm, param));
 }
 
-/* None where squares are not wanted. */
+/* No array if squares are not wanted. */
 static struct perta_array squares_of(const struct perta_importance_sink *s, enum perta_param param)
 {
     size_t all = vectors_before(s->llm, PERTA_N_PARAMS);
@@ -58,7 +58,7 @@ static int on_vector(struct perta_gradient_sink *of, uint32_t layer, enum perta_
     struct perta_backend *be = s->statistic->be;
     size_t out, in;
     (void)layer;
-    (void)sequence; /* each adds its own */
+    (void)sequence; /* each sequence is added on its own */
     (void)err;
     perta_llm_shape(s->llm, perta_llm_param(s->llm, param), &out, &in);
     be->ops->accumulate(be, sums_of(s, param), squares_of(s, param), d, in);
@@ -67,20 +67,20 @@ static int on_vector(struct perta_gradient_sink *of, uint32_t layer, enum perta_
 
 /* ---- weights ---- */
 
-/* What a weight's gradient is made of: arrays of all tokens, or stores of them. */
+/* Operands of a weight's gradient for all tokens, as arrays or as stores. */
 struct operands {
     struct perta_array x, dy;
-    const struct perta_store *x_store, *dy_store; /* NULL: the arrays hold all */
+    const struct perta_store *x_store, *dy_store; /* NULL: the arrays are used */
     size_t in, out;
 };
 
 struct staging {
     const struct perta_store *store;
-    size_t first, n, col, n_cols; /* rows and columns of the store */
+    size_t first, n, col, n_cols; /* the rows and columns to read */
     struct perta_array to;        /* (n, n_cols) */
 };
 
-#define STAGE_ROWS 64 /* of a piece */
+#define STAGE_ROWS 64 /* rows in a piece */
 
 static int stage_rows(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
@@ -94,7 +94,7 @@ static int stage_rows(void *ctx, unsigned worker, size_t i, struct perta_err *er
     return rc;
 }
 
-/* Rows of a store that is a file to the backend, by the workers. */
+/* Read rows of a store in a file into the backend's memory, with the workers. */
 static int stage(const struct perta_importance_sink *s, const struct perta_store *store,
                  size_t first, size_t n, size_t col, size_t n_cols, struct perta_array to,
                  struct perta_err *err)
@@ -104,7 +104,8 @@ static int stage(const struct perta_importance_sink *s, const struct perta_store
                              err);
 }
 
-/* The chunks from first on whose rows, width wide, fit into staging. */
+/* The end of the longest window of chunks from first on whose *n_rows rows, width wide, fit into
+ * staging. */
 static size_t window_end(const struct perta_importance_sink *s, size_t first, size_t width,
                          size_t *n_rows)
 {
@@ -118,20 +119,20 @@ static size_t window_end(const struct perta_importance_sink *s, size_t first, si
     return end;
 }
 
-/* Of a block of rows of the weight: from stores in memory where they are, from files by way of
- * staging, a window of chunks at a time. *all_x: x is there whole, from a block before or now. */
+/* Add the gradient of a block of rows of the weight, one window of chunks at a time. Stores in
+ * memory are used where they are; those in files are read into staging. *all_x: all of x is in
+ * staging (or in memory), read for this block or the one before. */
 static int add_kept(const struct perta_importance_sink *s, const struct operands *o,
                     struct perta_gradient *g, bool *all_x, struct perta_err *err)
 {
     struct perta_backend *be = s->statistic->be;
     const struct perta_array dy_all = {o->dy_store->buffer, 0};
+    size_t x_staged = o->x_store->buffer ? 0 : o->in, dy_staged = o->dy_store->buffer ? 0 : g->rows;
     size_t col = g->col;
     int rc = 0;
     for (size_t n; g->end < s->chunks->n && !rc;) {
         g->first = g->end;
-        g->end =
-            window_end(s, g->first,
-                       (o->x_store->buffer ? 0 : o->in) + (o->dy_store->buffer ? 0 : g->rows), &n);
+        g->end = window_end(s, g->first, x_staged + dy_staged, &n);
         g->origin = s->chunks->of[g->first].first;
         g->x_again = *all_x;
         g->x = s->staging;
@@ -140,7 +141,7 @@ static int add_kept(const struct perta_importance_sink *s, const struct operands
         else if (!*all_x)
             rc = stage(s, o->x_store, g->origin, n, 0, o->in, g->x, err);
         *all_x = !g->first && g->end == s->chunks->n;
-        g->dy = perta_array_at(s->staging, n * o->in);
+        g->dy = perta_array_at(s->staging, n * x_staged);
         g->dy_width = g->rows;
         g->col = 0;
         if (o->dy_store->buffer) {
@@ -156,7 +157,7 @@ static int add_kept(const struct perta_importance_sink *s, const struct operands
     return rc;
 }
 
-/* The gradient of a weight (out, in), block of rows by block of rows. */
+/* Compute and write the gradient of a weight (out, in), by blocks of rows. */
 static int write_weight(const struct perta_importance_sink *s, uint32_t layer,
                         enum perta_param param, const struct operands *o, struct perta_err *err)
 {
@@ -188,7 +189,7 @@ static int write_weight(const struct perta_importance_sink *s, uint32_t layer,
     return rc ? rc : s->advance(s->ctx, err);
 }
 
-/* Keep a batch's rows of an operand. */
+/* Keep a batch's rows of an operand in its store. */
 static int keep(struct perta_importance_sink *s, struct perta_store *store, size_t width,
                 const struct perta_batch *batch, struct perta_array rows, struct perta_err *err)
 {

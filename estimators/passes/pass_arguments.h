@@ -1,4 +1,4 @@
-/* pass_arguments.h - what a pass over a model is asked, checked (stream/arguments.h). */
+/* pass_arguments.h - checks of the arguments of passes over a model (stream/arguments.h). */
 #ifndef PERTA_ESTIMATORS_PASSES_PASS_ARGUMENTS_H
 #define PERTA_ESTIMATORS_PASSES_PASS_ARGUMENTS_H
 

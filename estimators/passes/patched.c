@@ -35,7 +35,7 @@ static int move(struct perta_patched *p, struct perta_weights *w,
     return rc;
 }
 
-/* Chunk number k of a tensor, after the patch, to p->after. */
+/* Set p->after to chunk number k of a tensor, after the patch. */
 static int take_chunk(struct perta_patched *p, struct perta_weights *w, const struct perta_ref *ref,
                       uint64_t k, struct perta_err *err)
 {

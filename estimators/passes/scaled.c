@@ -11,7 +11,7 @@
 
 static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"};
 
-/* Elements at a time. */
+/* Elements that are computed at a time. */
 #define PIECE (1u << 18)
 
 /* ---- a piece ---- */
@@ -40,7 +40,7 @@ static int bad_number(const struct perta_scaled *s, const struct perta_ref *mode
                       s->model->path, model->tensor->name, (unsigned long long)elem, what[operand]);
 }
 
-/* to (n) = elements first.. of the model's tensor, edited. in: views of all operands. */
+/* to (n) = elements first.. of the model's tensor after the edit. in: views of all operands. */
 static int edit(const struct perta_scaled *s, const struct perta_ref *model, uint64_t first,
                 const struct perta_edit_in *in, uint8_t *to, struct perta_err *err)
 {

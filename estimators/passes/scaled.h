@@ -1,5 +1,5 @@
-/* scaled.h - a source of weights: the model on the way of stepwise unlearning, theta - s *
- * tau, formed as it is read. Same arithmetic as the patch at the end: docs/method.md */
+/* scaled.h - a source of weights: a model during stepwise unlearning, theta - s * tau, computed as
+ * it is read, with the same arithmetic as the patch in the end (docs/method.md) */
 #ifndef PERTA_ESTIMATORS_PASSES_SCALED_H
 #define PERTA_ESTIMATORS_PASSES_SCALED_H
 
@@ -10,21 +10,21 @@
 enum { PERTA_SCALED_TUNED, PERTA_SCALED_BASE, PERTA_SCALED_SCALE, PERTA_SCALED_N };
 
 struct perta_scaled {
-    struct perta_source source; /* first: it is this */
+    struct perta_source source; /* first member */
     const struct perta_checkpoint *model;
     struct perta_input in[PERTA_SCALED_N]; /* PERTA_SCALED_TUNED may be a box, without a base */
     float *box_sizes;                      /* NULL: no box */
     bool tied;
 };
 
-/* On the model that is open as model (borrowed); its tensors that s lacks stay as they are.
- * Tensors and shapes are checked. Closed with perta_scaled_close, on error too; zeroed is
- * fine. */
-int perta_scaled_open(struct perta_scaled *scaled, const struct perta_scaled_paths *from,
+/* Open on an open model (borrowed). Its tensors without scales stay as they are. Tensors and shapes
+ * are checked. The caller calls perta_scaled_close, also on error; a zeroed struct is allowed
+ * there. */
+int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *from,
                       const struct perta_checkpoint *model, struct perta_err *err);
 void perta_scaled_close(struct perta_scaled *scaled);
 
-/* For a run's identity. The caller's; NULL without memory. */
+/* For the identity of a run. The caller owns it; NULL only when out of memory. */
 json_t *perta_scaled_json(const struct perta_scaled *scaled);
 
 #endif

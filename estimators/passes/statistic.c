@@ -57,7 +57,7 @@ static int not_finite(const struct perta_statistic *s, const char *of, const cha
         (unsigned long long)(first + i), of);
 }
 
-/* sums (n), of samples, of what stands at first.. of a tensor: their means. */
+/* Write the means of sums (n) over samples as elements first.. of a tensor. */
 static int write_means(const struct perta_statistic *s, struct perta_importance_out *out,
                        struct perta_array sums, const char *of, const char *name, uint64_t first,
                        size_t n, struct perta_err *err)

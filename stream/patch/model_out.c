@@ -9,6 +9,7 @@
 
 #include "io/text.h"
 #include "io/wal.h"
+#include "stream/blob.h"
 
 int perta_model_out_begin(struct perta_model_out *out, const char *path, const char *like,
                           const struct perta_journal *journal, bool force, struct perta_err *err)

@@ -7,6 +7,7 @@
 #include <zstd.h>
 
 #include "io/text.h"
+#include "stream/blob.h"
 
 json_t *perta_resume_identity(const char *verb, json_t *flags, json_t *inputs)
 {

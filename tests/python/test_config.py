@@ -100,7 +100,7 @@ def test_looking_up_the_padding_has_no_gradient(perta, model, pad, tied):
 def test_a_padding_that_is_no_token_is_refused(perta, model, pad):
     with pytest.raises(Exception):  # noqa: B017 - transformers raises what it stumbles over
         load(model({"pad_token_id": pad}))
-    assert '"pad_token_id" is no token of the vocabulary' in perta(*ESTIMATE, check=3).stderr
+    assert '"pad_token_id" is not a token of the vocabulary' in perta(*ESTIMATE, check=3).stderr
 
 
 # --- tied embeddings
@@ -188,9 +188,9 @@ def test_a_tied_pair_that_differs_is_refused(perta, model, tmp_path):
         ({"architectures": ["QwenForCausalLM"], "model_type": "llama"}, "architecture QwenForCausalLM is not"),
         ({"architectures": ["MistralForCausalLM"], "model_type": "llama"}, '"model_type" llama is not that of Mistral'),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "qwen2"}, "write llama there if it is one"),
-        ({"architectures": "LlamaForCausalLM"}, '"architectures" is no list of names'),
-        ({"architectures": [3]}, '"architectures" is no list of names'),
-        ({"model_type": 3}, '"model_type" is no string'),
+        ({"architectures": "LlamaForCausalLM"}, '"architectures" is not a list of names'),
+        ({"architectures": [3]}, '"architectures" is not a list of names'),
+        ({"model_type": 3}, '"model_type" is not a string'),
     ],
 )
 def test_a_model_that_is_not_supported_is_called_what_it_is(perta, model, said, says):
@@ -248,8 +248,8 @@ def test_a_byte_order_mark_is_passed_over(perta, model):
         (b'{"a": "\xff"}', "not valid JSON"),
         (b"", "not valid JSON"),
         (b"[1, 2]", "no JSON object"),
-        (with_keys('"rope_theta": Infinity').encode(), '"rope_theta" is no float32 above 0'),
-        (with_keys('"rms_norm_eps": NaN').encode(), '"rms_norm_eps" is no float32 above 0'),
+        (with_keys('"rope_theta": Infinity').encode(), '"rope_theta" is not a float32 above 0'),
+        (with_keys('"rms_norm_eps": NaN').encode(), '"rms_norm_eps" is not a float32 above 0'),
     ],
 )
 def test_what_is_not_json_is_refused_with_its_byte(perta, model, text, says):

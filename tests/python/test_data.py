@@ -237,8 +237,8 @@ REFUSED = [
     (FOUR | {"attention_mask": [[1, 1, 1, 1]] * 4}, '"attention_mask" holds arrays'),
     (FOUR | {"attention_mask": "1111"}, '"attention_mask" is not as long'),
     (FOUR | {"position_ids": [0, 1, 2]}, '"position_ids" is not as long as "input_ids"'),
-    (FOUR | {"position_ids": [0, 1, 2, -1]}, '"position_ids", element 3: -1 is no position'),
-    (FOUR | {"position_ids": [0, 1, 2, 2.5]}, "element 3: 2.5 is no position"),
+    (FOUR | {"position_ids": [0, 1, 2, -1]}, '"position_ids", element 3: -1 is not a position'),
+    (FOUR | {"position_ids": [0, 1, 2, 2.5]}, "element 3: 2.5 is not a position"),
     (FOUR | {"loss_mask": [1, 0, 1, 1]}, '"loss_mask": it leaves out what "labels" learn'),
     (FOUR | {"assistant_masks": [0, 0, 1, 1]}, '"assistant_masks": it leaves out'),
     (FOUR | {"completion_mask": [0, 0, 1]}, '"completion_mask": '),
@@ -264,8 +264,8 @@ REFUSED = [
     (FOUR | {"loss_scale": [1, 1, 0.5, 1]}, '"loss_scale": weights other than 1'),
     (FOUR | {"labels": [1, 2, 3]}, '"labels" is not as long'),
     ({"input_ids": [[1, 2, 3]]}, '"input_ids" holds arrays, as batches do'),
-    ({"input_ids": [1, 5.0]}, '"input_ids", element 1: 5.0 is no token id'),
-    ({"input_ids": [1, "2"]}, '"input_ids", element 1: "2" is no token id'),
+    ({"input_ids": [1, 5.0]}, '"input_ids", element 1: 5.0 is not a token id'),
+    ({"input_ids": [1, "2"]}, '"input_ids", element 1: "2" is not a token id'),
     ({"input_ids": None}, 'no array "input_ids" with tokens in it'),
     ({"input_ids": "1 2 3"}, 'no array "input_ids" with tokens in it'),
     ({"question": "Who?", "answer": "Me."}, "`python -m perta.tokenize MODEL TEXT.jsonl OUT.jsonl'"),
@@ -296,7 +296,7 @@ def test_keys_that_change_the_loss_are_refused(perta, tmp_path, model, line, mes
 
 def test_unknown_keys_are_named_once(perta, tmp_path, model):
     write_lines(tmp_path / "data.jsonl", [GOOD | {"mood": 1}, GOOD | {"colour": "x", "mood": 2, "id": 3}])
-    note = 'data.jsonl: keys that perta does not know are passed over: "mood","colour"'
+    note = 'data.jsonl: keys that perta does not know are ignored: "mood","colour"'
     for words in (["eval", "--model", "model", "--data", "data.jsonl"], ESTIMATE[:-1]):
         run = perta(*words)
         assert run.stderr.count(note) == 1
@@ -336,10 +336,10 @@ BROKEN = [
     (b'{"input_ids": [1, 2, 3]}\0', "the line's end expected"),
     (b'{"input_ids": [1, NaN, 3]}', '"input_ids": invalid token near'),
     (b'{"input_ids": [1, 18446744073709551616]}', '"input_ids": too big integer'),
-    (b'{"input_ids": [1, 2], "input_ids": [1, 2]}', 'key "input_ids" stands there twice'),
+    (b'{"input_ids": [1, 2], "input_ids": [1, 2]}', 'key "input_ids" is there twice'),
     (b'{"input_ids": [1, 2], "x \\ud83d": 1}', "a key: invalid Unicode"),
-    (b'{"input_ids": [1, 2], "x": 1, "x": 1}', 'key "x" stands there twice'),
-    (b'{"input_ids": [1, 2], "x": ' + b"[" * 600 + b"]" * 600 + b"}", "arrays within one another"),
+    (b'{"input_ids": [1, 2], "x": 1, "x": 1}', 'key "x" is there twice'),
+    (b'{"input_ids": [1, 2], "x": ' + b"[" * 600 + b"]" * 600 + b"}", "arrays nested more than"),
     (b'[{"input_ids": [1, 2, 3]}]', "a JSON array"),
     (b"Once upon a time", "no JSON object near 'Once"),
     (b'"Once upon a time"', "no JSON object near '\"Once"),

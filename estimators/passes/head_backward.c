@@ -1,0 +1,291 @@
+/* Gradients of the two ends of the model. */
+#include "estimators/passes/head_own.h"
+
+/* ---- logits ---- */
+
+/* Replace logits by their gradients. */
+static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows,
+                            const struct perta_cut_batch *batch, struct perta_array logits)
+{
+    const struct perta_label_arrays *l = &h->on_device;
+    size_t first = batch->first_row;
+    h->be->ops->cross_entropy_backward(
+        h->be, logits, row, n_rows, batch->n, h->target + first, perta_array_at(l->most, first),
+        perta_array_at(l->sums, 2 * first), perta_array_at(l->share, first));
+}
+
+/* dnormed += dlogits weight. */
+static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block,
+                          const struct perta_cut_batch *batch, const struct perta_head_arrays *w,
+                          struct perta_err *err)
+{
+    const struct perta_array none = {0};
+    size_t first = batch->first_row, n = batch->n, H = block->in;
+    struct perta_store *store = &h->dnormed;
+    struct perta_array rows;
+    h->be->ops->linear_backward(h->be, block, &batch->tiles, w->logits, w->b, n, false);
+    int rc = perta_store_rows(store, first, n, w->c, &rows, err);
+    if (rc)
+        return rc;
+    h->be->ops->accumulate(h->be, rows, none, w->b, n * H);
+    return store->buffer ? 0 : perta_store_set(store, first, n, rows, err);
+}
+
+/* ---- gradients of the vocabulary's rows ---- */
+
+/* Append dx of those tokens of a sample whose ids are in row .. row + n_rows to the *n rows that
+ * are in to. */
+static int take_tokens(const struct perta_head *h, const struct perta_store *dx, size_t row,
+                       size_t n_rows, uint64_t sample, struct perta_array to, size_t *n,
+                       struct perta_err *err)
+{
+    const struct perta_samples *s = h->samples;
+    int rc = 0;
+    for (uint64_t k = s->starts[sample]; k < s->starts[sample + 1] && !rc; k++) {
+        size_t id = (size_t)s->ids[k];
+        if (id < row || id >= row + n_rows || (uint32_t)id == h->weights->llm.pad)
+            continue;
+        rc = perta_store_load(dx, k, 1, perta_array_at(to, *n * dx->width), err);
+        h->tokens[(*n)++] = (struct perta_token_row){sample, (uint32_t)(id - row)};
+    }
+    return rc;
+}
+
+static bool has_room(const struct perta_head *h, size_t n, uint64_t sample)
+{
+    const struct perta_samples *s = h->samples;
+    return n + (s->starts[sample + 1] - s->starts[sample]) <= h->max_tokens;
+}
+
+/* Add chunks first .. end to the block of rows from row on: their products, if g has x; with dx,
+ * also the tokens of samples whose last chunk is among them. Each call adds as many chunks as there
+ * is room for tokens. */
+static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size_t first,
+                      size_t end, const struct perta_store *dx, size_t row, struct perta_err *err)
+{
+    const struct perta_chunk *of = h->chunks.of;
+    bool tokens = dx && h->chunks.by_sample;
+    int rc = 0;
+    g->chunks = &h->chunks;
+    g->tokens = h->tokens;
+    g->d = perta_head_work_of(h).c;
+    for (size_t c = first; first < end && !rc; first = c) {
+        rc = perta_backend_wait(h->be, err); /* the operation before may still read tokens */
+        g->n_tokens = 0;
+        for (; c < end && !rc; c++) {
+            if (!tokens || !of[c].ends)
+                continue;
+            if (!has_room(h, g->n_tokens, of[c].sample))
+                break;
+            rc = take_tokens(h, dx, row, g->rows, of[c].sample, g->d, &g->n_tokens, err);
+        }
+        g->first = first;
+        g->end = c;
+        if (!rc)
+            h->be->ops->gradient(h->be, g);
+    }
+    return rc;
+}
+
+/* Add all tokens, after all chunks, if chunks are not by sample. */
+static int add_tokens(const struct perta_head *h, struct perta_gradient *g,
+                      const struct perta_store *dx, size_t row, struct perta_err *err)
+{
+    int rc = 0;
+    *g = perta_statistic_gradient(h->statistic, g->rows, g->in);
+    g->chunks = &h->chunks;
+    g->first = g->end = h->chunks.n;
+    g->tokens = h->tokens;
+    g->d = perta_head_work_of(h).c;
+    for (uint64_t i = 0; i < h->samples->n && !rc;) {
+        rc = perta_backend_wait(h->be, err); /* the operation before may still read tokens */
+        for (g->n_tokens = 0; i < h->samples->n && has_room(h, g->n_tokens, i) && !rc; i++)
+            rc = take_tokens(h, dx, row, g->rows, i, g->d, &g->n_tokens, err);
+        if (!rc && g->n_tokens)
+            h->be->ops->gradient(h->be, g);
+    }
+    return rc;
+}
+
+/* Add the chunks of a batch, from *chunk on: dlogits^T x and, with dx, the tokens. */
+static int add_batch(const struct perta_head *h, const struct perta_linear *block, size_t row,
+                     const struct perta_cut_batch *batch, struct perta_array x,
+                     struct perta_array dlogits, const struct perta_store *dx, size_t *chunk,
+                     struct perta_err *err)
+{
+    struct perta_gradient g = perta_statistic_gradient(h->statistic, block->out, block->in);
+    size_t first = *chunk;
+    g.x = x;
+    g.dy = dlogits;
+    g.dy_width = block->out;
+    g.origin = batch->first_row;
+    while (*chunk < h->chunks.n && h->chunks.of[*chunk].first < batch->first_row + batch->n)
+        ++*chunk;
+    return add_chunks(h, &g, first, *chunk, dx, row, err);
+}
+
+static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
+                          struct perta_err *err)
+{
+    struct perta_head_arrays w = perta_head_work_of(h);
+    size_t n_floats = block->out * block->in, chunk = 0;
+    bool own = !h->weights->llm.tied;
+    int rc = 0;
+    if (own)
+        perta_statistic_begin(h->statistic, n_floats);
+    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
+        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
+        struct perta_array x;
+        rc = perta_head_logits(h, block, &batch, &w, &x, err);
+        if (rc)
+            break;
+        logits_backward(h, row, block->out, &batch, w.logits);
+        rc = add_to_dnormed(h, block, &batch, &w, err);
+        if (!rc && own)
+            rc = add_batch(h, block, row, &batch, x, w.logits, NULL, &chunk, err);
+        g = batch.end;
+    }
+    if (!rc && own)
+        return perta_statistic_end(h->statistic, perta_weights_head(h->weights), row * block->in,
+                                   n_floats, err);
+    return rc ? rc : perta_backend_wait(h->be, err);
+}
+
+/* ---- the final norm ---- */
+
+/* w->d (n, H) = dnormed of labels first .. first + n, rounded to float32. */
+static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size_t H,
+                        const struct perta_head_arrays *w, struct perta_err *err)
+{
+    struct perta_array rows;
+    bool finite; /* ignored: the means that are written are checked */
+    int rc = perta_store_rows(&h->dnormed, first, n, w->c, &rows, err);
+    if (!rc)
+        h->be->ops->mean(h->be, w->d, rows, 1, n * H, &finite);
+    return rc ? rc : perta_backend_wait(h->be, err);
+}
+
+/* Backward through the final norm, from the labels of one sample to the tokens that predict
+ * them. */
+static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct perta_store *x,
+                                struct perta_store *dx, struct perta_err *err)
+{
+    const struct perta_norm_part *norm = h->weights->llm.family->norm;
+    const struct perta_backend_ops *ops = h->be->ops;
+    struct perta_array dweight = perta_head_norm_vector(h, 2), dbias = {0};
+    struct perta_head_arrays w = perta_head_work_of(h);
+    size_t H = x->width, first = h->starts[s], n = h->starts[s + 1] - first;
+    int rc = perta_head_gather(h, x, first, n, w.a, err);
+    if (!rc)
+        rc = take_dnormed(h, first, n, H, &w, err);
+    if (perta_array_is(h->norm.bias))
+        dbias = perta_head_norm_vector(h, 3);
+    ops->zero(h->be, dweight, 2 * H);
+    perta_head_norm_forward(h, &w, n);
+    norm->backward_weight(h->be, &h->norm, dweight, dbias, w.d, w.a, w.rstd, n, H);
+    ops->accumulate(h->be, h->statistic->sums, h->statistic->squares, dweight,
+                    perta_array_is(dbias) ? 2 * H : H);
+    ops->zero(h->be, w.b, n * H);
+    norm->backward(h->be, &h->norm, w.b, w.d, w.a, w.rstd, n, H);
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = perta_store_set(dx, h->token[first + i], 1, perta_array_at(w.b, i * H), err);
+    return rc;
+}
+
+static int norm_backward(struct perta_head *h, const struct perta_store *x, struct perta_store *dx,
+                         struct perta_err *err)
+{
+    const struct perta_family *family = h->weights->llm.family;
+    struct perta_statistic *s = h->statistic;
+    const struct perta_array none = {0};
+    size_t H = x->width;
+    int rc = 0;
+    perta_statistic_begin(s, 2 * H);
+    for (uint64_t i = 0; i < h->samples->n && !rc; i++)
+        rc = norm_backward_sample(h, i, x, dx, err);
+    if (!rc)
+        rc = perta_statistic_end(s, family->final_norm, 0, H, err);
+    if (rc || !family->final_norm_bias)
+        return rc;
+    return perta_statistic_write(s, family->final_norm_bias, 0, H, perta_array_at(s->sums, 2 * H),
+                                 s->meansq ? perta_array_at(s->squares, 2 * H) : none, err);
+}
+
+int perta_head_backward(struct perta_head *h, const struct perta_store *x,
+                        const struct perta_span *next, struct perta_store *dx,
+                        struct perta_err *err)
+{
+    int rc = 0;
+    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
+        struct perta_linear block;
+        rc = perta_head_load(h, row, next, &block, err);
+        if (!rc)
+            rc = backward_block(h, row, &block, err);
+        if (!rc)
+            rc = h->advance(h->ctx, err);
+    }
+    return rc ? rc : norm_backward(h, x, dx, err);
+}
+
+/* ---- the embedding's gradient ---- */
+
+static bool has_tokens(const struct perta_samples *s, size_t row, size_t n_rows)
+{
+    for (uint64_t t = 0; t < s->n_tokens; t++)
+        if ((size_t)s->ids[t] >= row && (size_t)s->ids[t] < row + n_rows)
+            return true;
+    return false;
+}
+
+/* A block of rows that are the head's too: add the gradients of labels and of tokens. */
+static int tied_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
+                               struct perta_err *err)
+{
+    struct perta_head_arrays w = perta_head_work_of(h);
+    struct perta_linear block;
+    size_t chunk = 0;
+    int rc = perta_head_load(h, row, NULL, &block, err);
+    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
+        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
+        struct perta_array x;
+        rc = perta_head_logits(h, &block, &batch, &w, &x, err);
+        if (rc)
+            break;
+        logits_backward(h, row, block.out, &batch, w.logits);
+        rc = add_batch(h, &block, row, &batch, x, w.logits, dx, &chunk, err);
+        g = batch.end;
+    }
+    return rc;
+}
+
+static int embed_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
+                                size_t n_rows, struct perta_err *err)
+{
+    size_t H = dx->width;
+    struct perta_gradient g = perta_statistic_gradient(h->statistic, n_rows, H);
+    int rc = 0;
+    perta_statistic_begin(h->statistic, n_rows * H);
+    if (h->weights->llm.tied)
+        rc = tied_block_backward(h, dx, row, err);
+    else if (h->chunks.by_sample)
+        rc = add_chunks(h, &g, 0, h->chunks.n, dx, row, err);
+    if (!rc && !h->chunks.by_sample)
+        rc = add_tokens(h, &g, dx, row, err);
+    return rc ? rc
+              : perta_statistic_end(h->statistic, perta_weights_embedding(h->weights), row * H,
+                                    n_rows * H, err);
+}
+
+int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, struct perta_err *err)
+{
+    int rc = 0;
+    for (size_t row = 0; row < h->weights->llm.vocab && !rc; row += PERTA_VOCABULARY_ROWS) {
+        size_t n_rows = perta_head_span(h, row).n;
+        /* Rows without tokens are not written: holes of the file read as zeros. */
+        if (h->weights->llm.tied || has_tokens(h->samples, row, n_rows))
+            rc = embed_block_backward(h, dx, row, n_rows, err);
+        if (!rc)
+            rc = h->advance(h->ctx, err);
+    }
+    return rc;
+}
