@@ -22,7 +22,7 @@ export TSAN_OPTIONS=halt_on_error=1
 echo "== unit tests; with address and undefined-behaviour sanitizers; the loop with the thread one"
 meson test -C build --print-errorlogs --quiet
 meson test -C build-dev --print-errorlogs --quiet
-meson test -C build-tsan --print-errorlogs --quiet stream engine window ring writer hasher workers gemm backend backend_block backend_attention backprop family
+meson test -C build-tsan --print-errorlogs --quiet stream engine window ring writer hasher workers gemm backend_memory backend_block backprop family
 echo "== installed: command, library, headers, pkg-config, man page"
 tests/install.sh build
 echo "== which oneDNN is refused"
