@@ -124,15 +124,20 @@ static int add_batch(const struct perta_head *h, const struct perta_linear *bloc
     return add_chunks(h, &g, first, *chunk, dx, row, err);
 }
 
-static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
-                          struct perta_err *err)
+/* What labels add to dnormed, if that is asked for, and to the gradient of a block of rows, if that
+ * is; with dx, also the tokens of their samples. */
+struct label_gradients {
+    bool dnormed, rows;
+    const struct perta_store *dx;
+};
+
+/* Go through all labels, batch by batch: logits, their gradients, and what these add. */
+static int add_labels(struct perta_head *h, size_t row, const struct perta_linear *block,
+                      const struct label_gradients *wanted, struct perta_err *err)
 {
     struct perta_head_arrays w = perta_head_work_of(h);
-    size_t n_floats = block->out * block->in, chunk = 0;
-    bool own = !h->weights->llm.tied;
+    size_t chunk = 0;
     int rc = 0;
-    if (own)
-        perta_statistic_begin(h->statistic, n_floats);
     for (size_t g = 0; g < h->cut.n_groups && !rc;) {
         struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
         struct perta_array x;
@@ -140,12 +145,25 @@ static int backward_block(struct perta_head *h, size_t row, const struct perta_l
         if (rc)
             break;
         logits_backward(h, row, block->out, &batch, w.logits);
-        rc = add_to_dnormed(h, block, &batch, &w, err);
-        if (!rc && own)
-            rc = add_batch(h, block, row, &batch, x, w.logits, NULL, &chunk, err);
+        if (wanted->dnormed)
+            rc = add_to_dnormed(h, block, &batch, &w, err);
+        if (!rc && wanted->rows)
+            rc = add_batch(h, block, row, &batch, x, w.logits, wanted->dx, &chunk, err);
         g = batch.end;
     }
-    if (!rc && own)
+    return rc;
+}
+
+/* dnormed and, unless the rows are the embedding's too, their gradient. */
+static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
+                          struct perta_err *err)
+{
+    size_t n_floats = block->out * block->in;
+    const struct label_gradients wanted = {.dnormed = true, .rows = !h->weights->llm.tied};
+    if (wanted.rows)
+        perta_statistic_begin(h->statistic, n_floats);
+    int rc = add_labels(h, row, block, &wanted, err);
+    if (!rc && wanted.rows)
         return perta_statistic_end(h->statistic, perta_weights_head(h->weights), row * block->in,
                                    n_floats, err);
     return rc ? rc : perta_backend_wait(h->be, err);
@@ -241,21 +259,10 @@ static bool has_tokens(const struct perta_samples *s, size_t row, size_t n_rows)
 static int tied_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
                                struct perta_err *err)
 {
-    struct perta_head_arrays w = perta_head_work_of(h);
+    const struct label_gradients wanted = {.rows = true, .dx = dx};
     struct perta_linear block;
-    size_t chunk = 0;
     int rc = perta_head_load(h, row, NULL, &block, err);
-    for (size_t g = 0; g < h->cut.n_groups && !rc;) {
-        struct perta_cut_batch batch = perta_cut_batch(&h->cut, g, h->batch_rows);
-        struct perta_array x;
-        rc = perta_head_logits(h, &block, &batch, &w, &x, err);
-        if (rc)
-            break;
-        logits_backward(h, row, block.out, &batch, w.logits);
-        rc = add_batch(h, &block, row, &batch, x, w.logits, dx, &chunk, err);
-        g = batch.end;
-    }
-    return rc;
+    return rc ? rc : add_labels(h, row, &block, &wanted, err);
 }
 
 static int embed_block_backward(struct perta_head *h, const struct perta_store *dx, size_t row,
