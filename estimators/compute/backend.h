@@ -45,6 +45,15 @@ static inline struct perta_array perta_array_at(struct perta_array a, uint64_t n
     return a;
 }
 
+/* Take the next n floats of memory, after the first *at; *at moves to the cache line behind them.
+ * Without memory, only count. */
+static inline struct perta_array perta_array_take(struct perta_array memory, size_t *at, size_t n)
+{
+    struct perta_array here = perta_array_at(memory, *at);
+    *at += (n + 15) & ~(size_t)15;
+    return here;
+}
+
 /* A linear layer, or a range of its output rows: y = x weight^T + bias. */
 struct perta_linear {
     struct perta_array weight; /* (out, in); no array: the model has no such layer */

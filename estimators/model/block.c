@@ -2,19 +2,6 @@
 
 /* ---- memory ---- */
 
-struct layout {
-    struct perta_array memory; /* no array: only count */
-    size_t n_floats;           /* so far */
-};
-
-/* Take the next n floats, aligned to a cache line. */
-static struct perta_array take(struct layout *layout, size_t n)
-{
-    struct perta_array here = perta_array_at(layout->memory, layout->n_floats);
-    layout->n_floats += (n + 15) & ~(size_t)15;
-    return here;
-}
-
 static size_t most(size_t a, size_t b)
 {
     return a > b ? a : b;
@@ -23,7 +10,7 @@ static size_t most(size_t a, size_t b)
 static size_t lay_out(struct perta_acts *a, const struct perta_llm *llm, size_t n,
                       struct perta_array memory)
 {
-    struct layout layout = {.memory = memory};
+    size_t at = 0;
     size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
     struct perta_array *const hidden[] = {&a->x,    &a->n1,   &a->mid, &a->n2, &a->out,
@@ -33,23 +20,23 @@ static size_t lay_out(struct perta_acts *a, const struct perta_llm *llm, size_t 
     struct perta_array *const inner[] = {&a->h, &a->dgate, &a->dup};
     struct perta_array *const shared[] = {&a->gate, &a->up};
     for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
-        *hidden[i] = take(&layout, n * H);
+        *hidden[i] = perta_array_take(memory, &at, n * H);
     for (size_t i = 0; i < sizeof query / sizeof *query; i++)
-        *query[i] = take(&layout, n * Q);
+        *query[i] = perta_array_take(memory, &at, n * Q);
     for (size_t i = 0; i < sizeof key / sizeof *key; i++)
-        *key[i] = take(&layout, n * K);
+        *key[i] = perta_array_take(memory, &at, n * K);
     for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
-        *inner[i] = take(&layout, n * I);
+        *inner[i] = perta_array_take(memory, &at, n * I);
     for (size_t i = 0; i < sizeof shared / sizeof *shared; i++)
-        *shared[i] = take(&layout, n * most(I, Q));
-    a->q_raw = take(&layout, llm->qk_norm ? n * Q : 0);
-    a->k_raw = take(&layout, llm->qk_norm ? n * K : 0);
-    a->rstd1 = take(&layout, n);
-    a->rstd2 = take(&layout, n);
-    a->rstd_q = take(&layout, n * llm->n_heads);
-    a->rstd_k = take(&layout, n * llm->n_kv_heads);
-    a->vector = take(&layout, most(2 * H, perta_llm_widest(llm)));
-    return layout.n_floats;
+        *shared[i] = perta_array_take(memory, &at, n * most(I, Q));
+    a->q_raw = perta_array_take(memory, &at, llm->qk_norm ? n * Q : 0);
+    a->k_raw = perta_array_take(memory, &at, llm->qk_norm ? n * K : 0);
+    a->rstd1 = perta_array_take(memory, &at, n);
+    a->rstd2 = perta_array_take(memory, &at, n);
+    a->rstd_q = perta_array_take(memory, &at, n * llm->n_heads);
+    a->rstd_k = perta_array_take(memory, &at, n * llm->n_kv_heads);
+    a->vector = perta_array_take(memory, &at, most(2 * H, perta_llm_widest(llm)));
+    return at;
 }
 
 size_t perta_acts_floats(const struct perta_llm *llm, size_t n)

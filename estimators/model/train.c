@@ -10,14 +10,6 @@
 
 /* ---- memory ---- */
 
-/* Take the next n floats of memory, after the first *at. Without memory, only count. */
-static struct perta_array take(struct perta_array memory, size_t *at, size_t n)
-{
-    struct perta_array here = perta_array_at(memory, *at);
-    *at += (n + 15) & ~(size_t)15; /* to the next cache line */
-    return here;
-}
-
 /* Lay out all arrays in one allocation; returns its number of floats. */
 static size_t lay_out(struct perta_trainer *t, struct perta_array memory)
 {
@@ -27,15 +19,16 @@ static size_t lay_out(struct perta_trainer *t, struct perta_array memory)
     struct perta_array *const of_hidden[] = {&t->last, &t->normed, &t->dnormed, &t->dlast};
     struct perta_array *const of_labels[] = {&t->rstd, &t->most, &t->share, &t->of_label};
     for (size_t i = 0; i < 3; i++)
-        *of_model[i] = take(memory, &at, n);
+        *of_model[i] = perta_array_take(memory, &at, n);
     for (size_t i = 0; i < 4; i++)
-        *of_hidden[i] = take(memory, &at, rows);
+        *of_hidden[i] = perta_array_take(memory, &at, rows);
     for (size_t i = 0; i < 4; i++)
-        *of_labels[i] = take(memory, &at, t->max_labels);
-    t->sums = take(memory, &at, 2 * t->max_labels);
-    t->device_logits = take(memory, &at, t->max_labels * llm->vocab);
+        *of_labels[i] = perta_array_take(memory, &at, t->max_labels);
+    t->sums = perta_array_take(memory, &at, 2 * t->max_labels);
+    t->device_logits = perta_array_take(memory, &at, t->max_labels * llm->vocab);
     for (uint32_t l = 0; l < llm->n_layers; l++) {
-        struct perta_array acts = take(memory, &at, perta_acts_floats(llm, t->max_tokens));
+        struct perta_array acts =
+            perta_array_take(memory, &at, perta_acts_floats(llm, t->max_tokens));
         perta_acts_lay_out(&t->acts[l], llm, t->max_tokens, acts);
     }
     for (uint32_t l = 1; l < llm->n_layers; l++) {

@@ -5,8 +5,8 @@
 #include <assert.h>
 #include <string.h>
 
+#include "estimators/compute/kernels.h"
 #include "io/checked.h"
-#include "io/format/convert.h"
 
 #define PIECE_BYTES (4ull << 20)
 
@@ -97,14 +97,8 @@ static int read_vector(struct perta_weights *w, const char *name, size_t n, uint
     const struct perta_tensor *t = ref->tensor;
     const void *data;
     int rc = read_tensor(w, ref, 0, t->len_bytes, room, &data, err);
-    for (size_t i = 0; i < n && !rc; i++) {
-        uint16_t half;
-        memcpy(&half, (const uint8_t *)data + 2 * i, t->dtype == PERTA_F32 ? 0 : 2);
-        if (t->dtype == PERTA_F32)
-            memcpy(&to[i], (const uint8_t *)data + 4 * i, 4);
-        else
-            to[i] = t->dtype == PERTA_BF16 ? perta_f32_from_bf16(half) : perta_f32_from_f16(half);
-    }
+    if (!rc)
+        perta_row_kernels()->to_f32(to, data, t->dtype, n);
     return rc;
 }
 
