@@ -306,6 +306,24 @@ START_TEST(the_task_vector_of_a_lora_equals_the_reference)
 }
 END_TEST
 
+/* The reference and every instruction set edit to these bytes and counts. */
+static void all_give(const struct perta_rule *rule, const struct perta_edit_in *in,
+                     const void *wanted, const struct perta_edit_counts *want, size_t width)
+{
+    for (int isa = -1; isa <= (int)perta_isa_best(); isa++) {
+        struct perta_edit_counts have;
+        void *to[] = {outs[1][0]};
+        memset(outs[1][0], 0x55, sizeof outs[1][0]);
+        if (isa < 0)
+            perta_edit_reference(rule, in, alphas, 1, to, &have);
+        else
+            perta_edit_isa((enum perta_isa)isa, rule, in, alphas, 1, to, &have);
+        ck_assert_mem_eq(outs[1][0], wanted, N * width);
+        ck_assert_uint_eq(have.n_nonfinite, want->n_nonfinite);
+        ck_assert_uint_eq(have.n_changed, want->n_changed);
+    }
+}
+
 /* A given tau edits like tuned - base if base is zero. */
 START_TEST(without_a_base_tuned_is_the_task_vector)
 {
@@ -319,21 +337,11 @@ START_TEST(without_a_base_tuned_is_the_task_vector)
                                    .tuned = {PERTA_F32, inputs[1]},
                                    .base = {PERTA_F32, zeros},
                                    .n = N};
-        struct perta_edit_counts want, have;
+        struct perta_edit_counts want;
         void *to[] = {outs[0][0]};
         perta_edit(&rule, &in, alphas, 1, to, &want);
         in.base = (struct perta_view){0};
-        for (int isa = -1; isa <= (int)perta_isa_best(); isa++) {
-            to[0] = outs[1][0];
-            memset(outs[1][0], 0x55, sizeof outs[1][0]);
-            if (isa < 0)
-                perta_edit_reference(&rule, &in, alphas, 1, to, &have);
-            else
-                perta_edit_isa((enum perta_isa)isa, &rule, &in, alphas, 1, to, &have);
-            ck_assert_mem_eq(outs[1][0], outs[0][0], N * width);
-            ck_assert_uint_eq(have.n_nonfinite, want.n_nonfinite);
-            ck_assert_uint_eq(have.n_changed, want.n_changed);
-        }
+        all_give(&rule, &in, outs[0][0], &want, width);
     }
 }
 END_TEST
@@ -357,20 +365,11 @@ START_TEST(a_box_is_a_size_times_signs)
                                    .n = N,
                                    .scale = {PERTA_BF16, inputs[5]},
                                    .box = 0.037f};
-        struct perta_edit_counts want, have;
+        struct perta_edit_counts want;
         void *to[] = {outs[0][0]};
         perta_edit_reference(&rule, &in, alphas, 1, to, &want);
         in.tuned = (struct perta_view){PERTA_I8, signs + 1};
-        for (int isa = -1; isa <= (int)perta_isa_best(); isa++) {
-            to[0] = outs[1][0];
-            memset(outs[1][0], 0x55, sizeof outs[1][0]);
-            if (isa < 0)
-                perta_edit_reference(&rule, &in, alphas, 1, to, &have);
-            else
-                perta_edit_isa((enum perta_isa)isa, &rule, &in, alphas, 1, to, &have);
-            ck_assert_mem_eq(outs[1][0], outs[0][0], N * width);
-            ck_assert_uint_eq(have.n_changed, want.n_changed);
-        }
+        all_give(&rule, &in, outs[0][0], &want, width);
     }
 }
 END_TEST
