@@ -561,6 +561,13 @@ int perta_journal_publish(struct perta_journal *journal, struct perta_publish *c
     return rc;
 }
 
+int perta_journal_remove(struct perta_journal *journal, struct perta_err *err)
+{
+    if (!unlink(journal->path))
+        return 0;
+    return perta_fail_sys(err, errno, "%s: remove", journal->path);
+}
+
 void perta_journal_abandon(struct perta_journal *journal, struct perta_publish *const *folders,
                            size_t n, int rc, struct perta_err *err)
 {

@@ -82,6 +82,8 @@ int perta_journal_publish(struct perta_journal *journal, struct perta_publish *c
 bool perta_journal_is_publishing(const struct perta_journal *journal);
 /* The summary in that record; the caller's. */
 json_t *perta_journal_summary(const struct perta_journal *journal);
+/* The run ends without outputs: remove the journal. Nothing can be resumed any more. */
+int perta_journal_remove(struct perta_journal *journal, struct perta_err *err);
 /* After an error with code rc. If there is a commit point, and the error is PERTA_EINTR or
  * PERTA_ESYS, the folders (n) and the journal stay for --resume, and *err says so unless it does
  * already (err->resumable). They stay after other errors too if keep is set. Otherwise the journal

@@ -180,13 +180,32 @@ static int check_losses(const struct perta_estimate_job *job, struct perta_err *
     return rc;
 }
 
-/* The forward pass, from the layer after the last finished one; then the backward pass of the
- * head. */
+/* Are the gradients taken? */
+static bool goes_on(const struct perta_estimate_job *job)
+{
+    const struct perta_estimate *e = job->estimate;
+    return !e->takes_gradients ||
+           e->takes_gradients(e->ctx, job->means.loss, job->means.probability);
+}
+
+static int backward_head(struct perta_estimate_job *job, struct perta_err *err)
+{
+    uint32_t n_layers = job->weights.llm.n_layers;
+    const struct perta_span last = {.layer = n_layers - 1};
+    int rc = open_dx(job, n_layers, &job->dx, err);
+    job->dx_layer = n_layers;
+    if (!rc)
+        rc = perta_head_backward(&job->head, &job->x[n_layers], &last, &job->dx, err);
+    return rc ? rc : perta_estimate_commit(job, PERTA_HEAD_DONE, 0, err);
+}
+
+/* The forward pass, from the layer after the last finished one; then the backward pass of the head,
+ * unless no gradients are taken. */
 static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
                        struct perta_err *err)
 {
     uint32_t n_layers = job->weights.llm.n_layers;
-    const struct perta_span head = perta_head_first(&job->head), last = {.layer = n_layers - 1};
+    const struct perta_span head = perta_head_first(&job->head);
     int rc = 0;
     if (stage == PERTA_BEGUN) {
         rc = open_x(job, 0, err);
@@ -202,11 +221,17 @@ static int run_forward(struct perta_estimate_job *job, enum perta_stage stage, u
     if (!rc)
         rc = perta_estimate_advance(job, err);
     if (!rc)
-        rc = open_dx(job, n_layers, &job->dx, err);
-    job->dx_layer = n_layers;
-    if (!rc)
-        rc = perta_head_backward(&job->head, &job->x[n_layers], &last, &job->dx, err);
-    return rc ? rc : perta_estimate_commit(job, PERTA_HEAD_DONE, 0, err);
+        job->forward_only = !goes_on(job);
+    return rc || job->forward_only ? rc : backward_head(job, err);
+}
+
+/* The backward pass of the layers below end, and of the embedding. */
+static int run_backward(struct perta_estimate_job *job, uint32_t end, struct perta_err *err)
+{
+    int rc = 0;
+    for (uint32_t l = end; l-- > 0 && !rc;)
+        rc = backward_layer(job, l, err);
+    return rc ? rc : perta_embed_backward(&job->head, &job->dx, err);
 }
 
 static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint32_t layer,
@@ -218,10 +243,8 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
         rc = run_forward(job, stage, layer, err);
     else if (job->weights.llm.tied) /* the embedding's gradient needs its results */
         rc = perta_head_forward(&job->head, &job->x[n_layers], NULL, &job->means, err);
-    for (uint32_t l = stage == PERTA_BACKWARD ? layer : n_layers; l-- > 0 && !rc;)
-        rc = backward_layer(job, l, err);
-    if (!rc)
-        rc = perta_embed_backward(&job->head, &job->dx, err);
+    if (!rc && !job->forward_only)
+        rc = run_backward(job, stage == PERTA_BACKWARD ? layer : n_layers, err);
     if (!rc)
         rc = perta_weights_unchanged(&job->weights, err);
     return rc;
@@ -241,7 +264,7 @@ static void fill_summary(const struct perta_estimate_job *job, json_t **summary)
     json_t *folders = json_array();
     uint64_t written = 0;
     for (int i = 0; i < 2; i++)
-        if (job->outs[i].fds) {
+        if (job->outs[i].fds && !job->forward_only) {
             written += job->outs[i].written_bytes;
             perta_json_append(&folders, perta_text_json("%s", job->outs[i].folder.path));
         }
@@ -301,7 +324,8 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
             rc = run_all(job, stage, layer, err);
         fill_summary(job, summary);
         if (!rc)
-            rc = perta_estimate_publish(job, summary, err);
+            rc = job->forward_only ? perta_estimate_drop(job, err)
+                                   : perta_estimate_publish(job, summary, err);
         if (rc)
             perta_estimate_abandon(job, rc, err);
     }

@@ -35,6 +35,11 @@ struct perta_estimate {
     bool mean, meansq;
     bool by_probability; /* weight the gradients of samples as steps do (docs/steps.md) */
     uint64_t max_tokens; /* longer samples are refused; 0: no limit */
+    /* Called when the forward pass has given the mean loss and probability. If it returns false, the
+     * estimate ends there, without outputs, and "folders" in the summary is empty. A run that is
+     * resumed must decide alike. NULL: always take the gradients. */
+    bool (*takes_gradients)(void *ctx, double loss, double probability);
+    void *ctx;
     enum perta_compute compute;
     const char *scratch; /* folder for what does not fit in memory; NULL: beside out */
     bool force;

@@ -50,6 +50,7 @@ struct perta_estimate_job {
     uint64_t reserved_bytes; /* of memory, kept free for dx */
     uint64_t total_bytes;
     struct perta_head_means means;
+    bool forward_only; /* estimate->takes_gradients returned false */
 };
 
 /* ---- estimate_plan.c ---- */
@@ -109,6 +110,8 @@ int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage
                           struct perta_err *err);
 /* Publish the outputs. If an earlier run had finished, *summary is replaced by its summary. */
 int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary, struct perta_err *err);
+/* Without gradients: remove the outputs that were begun, and the journal. */
+int perta_estimate_drop(struct perta_estimate_job *job, struct perta_err *err);
 /* After an error: keep what --resume needs. */
 void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err);
 

@@ -291,6 +291,19 @@ int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary, str
     return rc ? rc : perta_journal_publish(&job->journal, folders, n, *summary, err);
 }
 
+/* The journal is removed first: it must not name folders that are gone. */
+int perta_estimate_drop(struct perta_estimate_job *job, struct perta_err *err)
+{
+    struct perta_publish *folders[2] = {0};
+    size_t n = folders_of(job, folders);
+    int rc = perta_journal_remove(&job->journal, err);
+    if (!rc)
+        rc = remove_scratch(job, err);
+    for (size_t i = 0; i < n && !rc; i++)
+        rc = perta_publish_discard(folders[i], err);
+    return rc;
+}
+
 void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err)
 {
     struct perta_publish *folders[2] = {0};

@@ -3,7 +3,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 #include "estimators/compute/gemm.h"
 #include "estimators/model/samples.h"
@@ -178,9 +177,56 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
     return 0;
 }
 
+/* ---- rules that end the path ---- */
+
+bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k)
+{
+    const struct perta_steps_point *p = &job->points[k];
+    double loss = job->steps->stop_forget, probability = job->steps->stop_probability;
+    return (isfinite(loss) || isfinite(probability)) &&
+           (!isfinite(loss) || p->loss[PERTA_FORGET] >= loss) &&
+           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability);
+}
+
+static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
+{
+    const struct perta_steps_point *p = job->points;
+    return k && p[k].loss[PERTA_RETAIN] - p[0].loss[PERTA_RETAIN] > job->steps->max_retain_rise;
+}
+
+/* Does the path end at point k, which has been measured? */
+static bool ends_at(const struct perta_steps_job *job, unsigned k)
+{
+    bool holds = job->steps->hold && k; /* where nothing has moved, there is nothing to give back */
+    return k == job->steps->n_steps || rises_too_much(job, k) ||
+           (!holds && perta_steps_forgets_enough(job, k));
+}
+
+/* Do scales grow at point k, where the forget set has been measured? If not, the forget set's
+ * gradients are not needed; but those of point 0 are for a box of the model's own. */
+static bool grows_at(const struct perta_steps_job *job, unsigned k)
+{
+    return (!k && job->steps->box > 0) || !perta_steps_forgets_enough(job, k);
+}
+
 /* ---- a point ---- */
 
-/* Measure the gradients and the loss; at the last step the loss alone. */
+struct measuring {
+    struct perta_steps_job *job;
+    unsigned k;
+    int set;
+};
+
+static bool takes_gradients(void *ctx, double loss, double probability)
+{
+    const struct measuring *m = ctx;
+    struct perta_steps_point *p = &m->job->points[m->k];
+    p->loss[m->set] = loss;
+    p->probability[m->set] = probability;
+    return m->set == PERTA_FORGET ? grows_at(m->job, m->k) : !ends_at(m->job, m->k);
+}
+
+/* Measure the loss, and the gradients if the next step needs them. */
 static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t **summary,
                        struct perta_err *err)
 {
@@ -190,6 +236,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
     char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
     const struct perta_scaled_paths at = {s->tuned, s->base, scales, s->box > 0 ? box : NULL};
     bool at_model = s->box > 0 && !k; /* the box is formed from the gradient there */
+    struct measuring measuring = {job, k, set};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = at_model ? NULL : &at,
                                             .data = data,
@@ -197,6 +244,8 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
                                             .out = out,
                                             .mean = true,
                                             .by_probability = set == PERTA_FORGET,
+                                            .takes_gradients = takes_gradients,
+                                            .ctx = &measuring,
                                             .max_tokens = s->max_tokens,
                                             .compute = s->compute,
                                             .force = true};
@@ -278,21 +327,6 @@ static int form_box(struct perta_steps_job *job, struct perta_err *err)
     return rc;
 }
 
-bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k)
-{
-    const struct perta_steps_point *p = &job->points[k];
-    double loss = job->steps->stop_forget, probability = job->steps->stop_probability;
-    return (isfinite(loss) || isfinite(probability)) &&
-           (!isfinite(loss) || p->loss[PERTA_FORGET] >= loss) &&
-           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability);
-}
-
-static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
-{
-    const struct perta_steps_point *p = job->points;
-    return k && p[k].loss[PERTA_RETAIN] - p[0].loss[PERTA_RETAIN] > job->steps->max_retain_rise;
-}
-
 /* The rule for the step from k to k + 1. */
 static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
 {
@@ -322,7 +356,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     const struct perta_step_folders folders = {.tuned = s->tuned,
                                                .base = s->base,
                                                .box = s->box > 0 ? box : NULL,
-                                               .forget = forget,
+                                               .forget = grows_at(job, k) ? forget : NULL,
                                                .retain = retain,
                                                .from = from,
                                                .to = to,
@@ -379,6 +413,15 @@ static void tidy(const struct perta_steps_job *job, unsigned k)
 
 /* ---- the path ---- */
 
+/* A path that ends where it began. */
+static int note_nothing_to_do(struct perta_steps_job *job, struct perta_err *err)
+{
+    json_t *note = perta_text_json("%s: the model is at or below the level that is asked for, "
+                                   "before any step; there is nothing to forget",
+                                   job->steps->data_forget);
+    return json_array_append_new(job->notes, note) ? perta_fail_sys(err, ENOMEM, "notes") : 0;
+}
+
 /* Take steps until a rule or the number of steps ends the path. *chosen is the step that the last
  * patch leads to, *last the last step that was measured. */
 static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
@@ -396,8 +439,9 @@ static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *l
             break;
         *chosen = end_of(job, k);
         *last = k;
-        if (k == s->n_steps || rises_too_much(job, k) ||
-            (!s->hold && perta_steps_forgets_enough(job, k)))
+        if (!k && perta_steps_forgets_enough(job, k))
+            rc = note_nothing_to_do(job, err);
+        if (rc || ends_at(job, k))
             break;
         if (s->listed[k])
             rc = perta_steps_patch(job, k, k, k, err);
@@ -410,42 +454,6 @@ static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *l
 }
 
 /* ---- begin ---- */
-
-/* A pipe or device can be read only once: at the next step, reading it would block or find
- * nothing. */
-static int check_data(const char *path, struct perta_err *err)
-{
-    struct stat st;
-    if (stat(path, &st) || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode))
-        return 0; /* the error comes when it is read */
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: not a regular file, but every step reads it again; write the data to "
-                      "a file first",
-                      path);
-}
-
-/* Every step reads both data files again, and refuses them if they have changed since. */
-static int read_data(struct perta_steps_job *job, struct perta_err *err)
-{
-    const struct perta_steps *s = job->steps;
-    const char *const data[] = {s->data_forget, s->data_retain};
-    const struct perta_samples_wanted wanted = {
-        .vocab = job->weights.llm.vocab, .max_tokens = s->max_tokens, .key_path = s->data_key};
-    int rc = (job->notes = json_array()) ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
-    for (int i = 0; i < 2 && !rc; i++)
-        rc = check_data(data[i], err);
-    for (int i = 0; i < 2 && !rc; i++) {
-        struct perta_samples samples;
-        rc = perta_samples_read(data[i], &wanted, &samples, err);
-        if (rc)
-            break;
-        job->data[i] = samples.file;
-        if (json_array_extend(job->notes, samples.notes))
-            rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
-        perta_samples_release(&samples);
-    }
-    return rc;
-}
 
 /* Skipped if an interrupted run left a journal: its checks were made when it began, and its outputs
  * may be published by now. That run is resumed, or refused because of its journal. */
@@ -481,7 +489,7 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     if (!rc && s->base)
         rc = perta_checkpoint_open(s->base, &job->others[1], err);
     if (!rc)
-        rc = read_data(job, err);
+        rc = perta_steps_read_data(job, err);
     if (!rc)
         rc = perta_steps_any(&job->weights, s, err);
     return rc ? rc : check(job, err);

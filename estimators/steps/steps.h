@@ -70,7 +70,8 @@ PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_ru
  * Returns how many scales changed; *sum is the sum of the new ones. */
 struct perta_step_in {
     struct perta_view tuned, base; /* no base.data: tuned has the sign of tau */
-    struct perta_view forget, retain, scale;
+    struct perta_view forget;      /* no data: no scale grows */
+    struct perta_view retain, scale;
     uint64_t n;
 };
 PERTA_API uint64_t perta_step_update(const struct perta_step_rule *rule,

@@ -1,4 +1,4 @@
-/* steps_job.h - what the parts of stepwise unlearning share: the path (steps.c), the box from the
+/* steps_job.h - what the parts of stepwise unlearning share: the path (steps.c), the data (steps_data.c), the box from the
  * model's own gradient (steps_box.c), one step (steps_update.c), the loop over parameters of these
  * two (steps_pass.c), and the patches (steps_patch.c). */
 #ifndef PERTA_ESTIMATORS_STEPS_STEPS_JOB_H
@@ -56,6 +56,12 @@ bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k);
 /* Append record to the journal. Takes the reference; NULL means that making it ran out of
  * memory. */
 int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err);
+
+/* ---- steps_data.c ---- */
+
+/* Read both data files, for what job keeps of them: data and notes. Every step reads them again,
+ * and refuses them if they have changed since. PERTA_EINPUT if a sample is in both. */
+int perta_steps_read_data(struct perta_steps_job *job, struct perta_err *err);
 
 /* ---- steps_patch.c ---- */
 
@@ -151,7 +157,8 @@ int perta_steps_box(double c, const struct perta_box_folders *folders, const str
  * scales in folder to. An existing folder to is replaced. */
 struct perta_step_folders {
     const char *tuned, *base, *box; /* the box is NULL, or tuned and base are */
-    const char *forget, *retain, *from, *to;
+    const char *forget;             /* NULL: no scale grows */
+    const char *retain, *from, *to;
     bool tied; /* the model's head and its embedding are one tensor */
 };
 struct perta_step_counts {

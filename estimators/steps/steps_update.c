@@ -26,6 +26,15 @@ static float moved(const struct perta_step_rule *rule, double tau, double forget
     return s < 0 ? 0 : s > most ? most : s;
 }
 
+/* Where there is no such input, to is zero. */
+static void load(const struct perta_view *view, uint64_t first, size_t n, double *to)
+{
+    if (view->data)
+        perta_steps_load(view, first, n, to);
+    else
+        memset(to, 0, n * sizeof *to);
+}
+
 uint64_t perta_step_update(const struct perta_step_rule *rule, const struct perta_step_in *in,
                            uint16_t *to, double *sum)
 {
@@ -36,11 +45,8 @@ uint64_t perta_step_update(const struct perta_step_rule *rule, const struct pert
     for (uint64_t first = 0; first < in->n; first += TILE) {
         size_t n = in->n - first < TILE ? (size_t)(in->n - first) : TILE;
         perta_steps_load(&in->tuned, first, n, tuned);
-        if (in->base.data)
-            perta_steps_load(&in->base, first, n, base);
-        else
-            memset(base, 0, sizeof base); /* tuned has the signs of a box */
-        perta_steps_load(&in->forget, first, n, forget);
+        load(&in->base, first, n, base);
+        load(&in->forget, first, n, forget);
         perta_steps_load(&in->retain, first, n, retain);
         perta_steps_load(&in->scale, first, n, scale);
         for (size_t i = 0; i < n; i++) {

@@ -238,6 +238,53 @@ def test_what_is_forgotten_is_held(perta, tmp_path):
     assert contents(tmp_path / "again") == contents(tmp_path / "patch")
 
 
+def test_gradients_that_no_step_uses_are_not_taken(perta, tmp_path):
+    """While enough is forgotten no scale grows, so the forget set's gradients are not taken; nor
+    where the path ends. They lie there while the retain set is measured, so a run that is killed
+    now and then shows them all."""
+    make_folders(tmp_path)
+    path = json.loads(perta(*STEPS, "2").stdout)["path"]
+    level = str(path[2]["forget_probability"] * (1 + 1e-3))
+    for flags in ([*HOLD, level], ["--stop-probability", level]):
+        summary = json.loads(perta(*STEPS, "4", *flags, "--force").stdout)
+        want = contents(tmp_path / "patch")
+        shutil.rmtree(tmp_path / "patch")
+        seen = set()
+        while stop_at(tmp_path, [*STEPS, "4", *flags, "--resume"], "commit", 3)[0] < 0:
+            work = tmp_path / "patch.steps.perta-partial"
+            seen |= {folder.parent.name for folder in work.glob("gradients-*-forget/mean")}
+        assert contents(tmp_path / "patch") == want
+        known = [point["forget_probability"] > float(level) for point in summary["path"]]
+        assert not all(known[:-1]) or flags[0] == "--stop-probability"
+        assert seen == {f"gradients-{k}-forget" for k in range(len(known) - 1) if known[k]}
+
+
+def test_a_model_that_has_forgotten_is_left_alone(perta, tmp_path):
+    """The path ends at once, and a note says why."""
+    make_folders(tmp_path)
+    for flags in ([], ["--method", "signed-hold"]):
+        done = perta(*STEPS, "3", *flags, "--stop-probability", "0.9", "--force")
+        summary = json.loads(done.stdout)
+        assert (summary["chosen"], summary["reached"], len(summary["path"])) == (0, True, 1)
+        assert any("nothing to forget" in note for note in summary["notes"])
+        manifest = json.loads((tmp_path / "patch/manifest.json").read_text())
+        assert all(tensor["changed"] == 0 for tensor in manifest["tensors"])
+
+
+def test_a_sample_in_both_sets_is_refused(perta, tmp_path):
+    """Only if labels are the same, too: one may ask a question that the other answers."""
+    lines = make_folders(tmp_path)
+    shared = lines["forget"][1]
+    write_lines(tmp_path / "retain.jsonl", [lines["retain"][0], shared])
+    message = "retain.jsonl: line 2 is the same sample as line 2 of forget.jsonl"
+    for flags in ([], ["--dry-run"]):
+        assert message in perta(*STEPS, "2", *flags, check=3).stderr
+    assert not list(tmp_path.glob("patch*"))
+    other = shared | {"labels": [-100, *shared["input_ids"][1:-1], -100]}
+    write_lines(tmp_path / "retain.jsonl", [lines["retain"][0], other])
+    perta(*STEPS, "1")
+
+
 def test_several_patches_are_those_of_runs_of_their_own(perta, tmp_path):
     """Of every step that is listed, and of the end: whole folders, byte for byte."""
     make_folders(tmp_path)
