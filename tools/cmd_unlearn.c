@@ -243,7 +243,7 @@ static const struct argp argp = {
     "    --stop-forget 3 --patch forget.patch\n"
     "  perta unlearn --model full --tuned tuned --base base --steps 2,4,8 \\\n"
     "    --data-forget forget.jsonl --data-retain retain.jsonl --patch patches\n"
-    "  perta unlearn --model full --box 0.15 --method signed-hold --steps 16 \\\n"
+    "  perta unlearn --model full --method signed-hold --steps 16 \\\n"
     "    --data-forget forget.jsonl --data-retain retain.jsonl \\\n"
     "    --stop-probability 0.15 --patch forget.patch",
     children,

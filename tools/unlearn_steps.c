@@ -32,8 +32,8 @@ static const struct argp_option options[] = {
     {"data-key", KEY_DATA_KEY, "FILE", 0, "A key file: record keyed digests (HMAC-SHA-256) of both",
      1},
     {"box", KEY_BOX, "C", 0,
-     "Without --tuned and --base: form the task vector from the signs of the forget set's gradient "
-     "at the model, for each matrix C times its root mean square",
+     "Without --tuned and --base, the task vector has the signs of the forget set's gradient at the "
+     "model, for each matrix with C times its root mean square (default: found from the gradients)",
      1},
     {"step", KEY_STEP, "S", 0, "How much a parameter's scale can grow in a step (default 0.4)", 2},
     {"back-off", KEY_BACK_OFF, "B", 0,
@@ -183,6 +183,8 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
     json_t *point;
     if (!json_array_size(json_object_get(summary, "path")))
         return;
+    if (json_object_get(summary, "box"))
+        cli_say(cli, "box %.5g: task vector from the model's own gradient\n", real(summary, "box"));
     cli_say(cli, "step  forget loss  probability  retain loss  scales moved  mean scale\n");
     json_array_foreach (json_object_get(summary, "path"), i, point)
         cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i,
@@ -205,6 +207,7 @@ bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
         json_array_get(json_object_get(summary, "path"), (size_t)json_integer_value(chosen));
     if (!json_is_false(json_object_get(summary, "reached")))
         return true;
+    bool own = !s->tuned && !s->base;
     fprintf(stderr, "perta %s: not enough is forgotten: ", cli->verb);
     say_limit("--stop-probability", s->stop_probability, "probability",
               real(end, "forget_probability"));
@@ -214,8 +217,7 @@ bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
     fprintf(stderr,
             ", not reached at step %lld, to which the patch leads; more --steps, a larger "
             "--step%s --max-scale%s%s would go further\n",
-            (long long)json_integer_value(chosen), s->box > 0 ? "," : " or",
-            s->box > 0 ? " or --box" : "",
+            (long long)json_integer_value(chosen), own ? "," : " or", own ? " or --box" : "",
             isfinite(s->max_retain_rise) ? " or --max-retain-rise" : "");
     return false;
 }

@@ -271,6 +271,8 @@ static void fill_summary(const struct perta_estimate_job *job, json_t **summary)
     perta_json_set(summary, "folders", folders);
     perta_json_set(summary, "loss", perta_real_json(job->means.loss));
     perta_json_set(summary, "probability", perta_real_json(job->means.probability));
+    if (job->estimate->by_probability)
+        perta_json_set(summary, "spread", perta_real_json(job->means.spread));
     perta_json_set(summary, "batches", json_integer((json_int_t)job->n_batches));
     perta_json_set(summary, "pieces", pieces_of(job));
     perta_json_set(summary, "read_bytes", json_integer((json_int_t)job->weights.read_bytes));

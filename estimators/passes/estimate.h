@@ -33,7 +33,9 @@ struct perta_estimate {
     const char *data_key; /* file of a key: importance records the HMAC of data; NULL: no digest */
     const char *out;      /* OUT/mean, OUT/meansq are written */
     bool mean, meansq;
-    bool by_probability; /* weight the gradients of samples as steps do (docs/steps.md) */
+    /* weight the gradients of samples as steps do (docs/steps.md); the summary then has "spread"
+     * (struct perta_head_means) */
+    bool by_probability;
     uint64_t max_tokens; /* longer samples are refused; 0: no limit */
     /* Called when the forward pass has given the mean loss and probability. If it returns false, the
      * estimate ends there, without outputs, and "folders" in the summary is empty. A run that is

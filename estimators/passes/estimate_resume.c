@@ -151,6 +151,7 @@ int perta_estimate_begin(struct perta_estimate_job *job, bool bf16, enum perta_s
                         job->journal.path);
     job->means.loss = json_real_value(json_object_get(last, "loss"));
     job->means.probability = json_real_value(json_object_get(last, "probability"));
+    job->means.spread = json_real_value(json_object_get(last, "spread"));
     if (!rc && !(job->scratch.dir = scratch_dir(job, home)))
         rc = perta_fail_sys(err, ENOMEM, "scratch");
     free(home);
@@ -229,9 +230,9 @@ int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage
     for (int stat = 0; stat < 2 && !rc; stat++)
         if (wanted(job, stat))
             rc = perta_publish_sync(&job->outs[stat].folder, err);
-    json_t *record =
-        json_pack("{s:s, s:I, s:f, s:f}", "stage", stage_names[stage], "layer", (json_int_t)layer,
-                  "loss", job->means.loss, "probability", job->means.probability);
+    json_t *record = json_pack("{s:s, s:I, s:f, s:f, s:f}", "stage", stage_names[stage], "layer",
+                               (json_int_t)layer, "loss", job->means.loss, "probability",
+                               job->means.probability, "spread", job->means.spread);
     if (!rc)
         rc = record ? perta_journal_commit(&job->journal, record, written(job), err)
                     : perta_fail_sys(err, ENOMEM, "journal");

@@ -299,13 +299,19 @@ int perta_head_logits(struct perta_head *h, const struct perta_linear *block,
     return rc;
 }
 
+static double least_loss(const struct perta_head *h)
+{
+    double least = INFINITY;
+    for (uint64_t i = 0; i < h->samples->n; i++)
+        least = fmin(least, perta_head_loss(h, i));
+    return least;
+}
+
 /* Set share again, with the weights of samples. */
 static void weigh_by_probability(struct perta_head *h)
 {
     const struct perta_samples *s = h->samples;
-    double least = INFINITY;
-    for (uint64_t i = 0; i < s->n; i++)
-        least = fmin(least, perta_head_loss(h, i));
+    double least = least_loss(h);
     for (uint64_t i = 0; i < s->n; i++) {
         double weight = exp(least - perta_head_loss(h, i));
         for (size_t k = h->starts[i]; k < h->starts[i + 1]; k++)
@@ -316,13 +322,14 @@ static void weigh_by_probability(struct perta_head *h)
 static struct perta_head_means means_of(const struct perta_head *h)
 {
     struct perta_head_means sum = {0};
-    double n = (double)h->samples->n;
+    double n = (double)h->samples->n, least = least_loss(h);
     for (uint64_t i = 0; i < h->samples->n; i++) {
         double loss = perta_head_loss(h, i);
         sum.loss += loss;
         sum.probability += exp(-loss);
+        sum.spread += exp(least - loss) * -expm1(-loss);
     }
-    return (struct perta_head_means){sum.loss / n, sum.probability / n};
+    return (struct perta_head_means){sum.loss / n, sum.probability / n, sum.spread / n};
 }
 
 /* Add a block of the vocabulary to the losses. */

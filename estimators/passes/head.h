@@ -69,6 +69,9 @@ int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err
 /* Means over samples. */
 struct perta_head_means {
     double loss, probability;
+    /* of p (1 - p), relative to the largest p as the weights of by_probability are: a change of the
+     * model that moves the loss of these gradients by x moves the log odds of p by x / spread */
+    double spread;
 };
 /* Forward from x, the result of the last block, to the losses. next: span to read ahead in the end,
  * or NULL. */

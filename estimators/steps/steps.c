@@ -84,8 +84,8 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                   "max_scale", s->rule.max_scale, "stop_forget", perta_real_json(s->stop_forget),
                   "stop_probability", perta_real_json(s->stop_probability), "max_retain_rise",
                   perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
-    if (s->box > 0)
-        perta_json_set(&flags, "box", json_real(s->box));
+    if (s->box > 0 || job->box > 0)
+        perta_json_set(&flags, "box", json_real(s->box > 0 ? s->box : job->box));
     return flags;
 }
 
@@ -159,6 +159,10 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
         json_decref(p->patch);
         p->patch = json_incref(patch);
     }
+    if (json_object_get(record, "spread"))
+        job->spread = json_real_value(json_object_get(record, "spread"));
+    if (json_object_get(record, "found box"))
+        job->box = json_real_value(json_object_get(record, "found box"));
     job->has_box |= json_is_true(json_object_get(record, "box"));
     for (int i = 0; i < 2; i++) {
         const json_t *loss = json_object_get(record, perta_sets[i]);
@@ -206,7 +210,7 @@ static bool ends_at(const struct perta_steps_job *job, unsigned k)
  * gradients are not needed; but those of point 0 are for a box of the model's own. */
 static bool grows_at(const struct perta_steps_job *job, unsigned k)
 {
-    return (!k && job->steps->box > 0) || !perta_steps_forgets_enough(job, k);
+    return (!k && perta_steps_is_own(job->steps)) || !perta_steps_forgets_enough(job, k);
 }
 
 /* ---- a point ---- */
@@ -234,8 +238,8 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
     const char *data = set == PERTA_FORGET ? s->data_forget : s->data_retain;
     char *scales = perta_steps_scales(job, k), *box = perta_steps_box_folder(job);
     char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
-    const struct perta_scaled_paths at = {s->tuned, s->base, scales, s->box > 0 ? box : NULL};
-    bool at_model = s->box > 0 && !k; /* the box is formed from the gradient there */
+    bool own = perta_steps_is_own(s), at_model = own && !k; /* where the box is not formed yet */
+    const struct perta_scaled_paths at = {s->tuned, s->base, scales, own ? box : NULL};
     struct measuring measuring = {job, k, set};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = at_model ? NULL : &at,
@@ -292,40 +296,79 @@ static int measure(struct perta_steps_job *job, unsigned k, int set, struct pert
                         set == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain, k);
     p->samples[set] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
     p->tokens[set] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
+    if (!k && set == PERTA_FORGET)
+        job->spread = json_real_value(json_object_get(summary, "spread"));
     json_decref(summary);
     if (!rc)
-        rc = perta_steps_commit(job,
-                                json_pack("{s:I, s:f, s:f, s:I, s:I}", "step", (json_int_t)k,
-                                          perta_sets[set], loss, "probability", p->probability[set],
-                                          "samples", (json_int_t)p->samples[set], "tokens",
-                                          (json_int_t)p->tokens[set]),
-                                err);
+        rc = perta_steps_commit(
+            job,
+            json_pack("{s:I, s:f, s:f, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[set],
+                      loss, "probability", p->probability[set], "spread", job->spread, "samples",
+                      (json_int_t)p->samples[set], "tokens", (json_int_t)p->tokens[set]),
+            err);
     p->loss[set] = rc ? NAN : loss;
+    return rc;
+}
+
+/* ---- the box ---- */
+
+/* The size with which the first step lowers the log odds of the forget probability by
+ * PERTA_STEPS_FALL, to first order. It depends on the gradients at the model alone. */
+static int find_box(struct perta_steps_job *job, const struct perta_box_folders *folders,
+                    struct perta_err *err)
+{
+    const struct perta_steps *s = job->steps;
+    double fall, step = fmin(s->rule.step, s->rule.max_scale);
+    int rc = perta_steps_box_fall(folders, &job->run, &fall, err);
+    if (!rc)
+        rc = check_models(job, err);
+    if (rc)
+        return rc;
+    job->box = PERTA_STEPS_FALL * job->spread / (step * fall);
+    if (!((float)job->box > 0 && isfinite((float)job->box)))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: the gradients at the model give no size for the box (spread %g, "
+                          "fall %g); give one: --box C",
+                          s->data_forget, job->spread, fall);
+    return perta_steps_commit(job, json_pack("{s:i, s:f}", "step", 0, "found box", job->box), err);
+}
+
+static int write_box(struct perta_steps_job *job, const struct perta_box_folders *folders,
+                     struct perta_err *err)
+{
+    int rc = perta_steps_box(job->box, folders, &job->run, err);
+    if (!rc)
+        rc = check_models(job, err);
+    if (!rc)
+        rc = perta_steps_commit(job, json_pack("{s:i, s:b}", "step", 0, "box", 1), err);
+    job->has_box = !rc;
     return rc;
 }
 
 /* Form the box, once, from the gradients at the model. */
 static int form_box(struct perta_steps_job *job, struct perta_err *err)
 {
-    const struct perta_steps *s = job->steps;
-    if (!(s->box > 0) || job->has_box)
+    if (!perta_steps_is_own(job->steps) || job->has_box)
         return 0;
     char *forget = path_in_work(job, MEAN, 0, perta_sets[PERTA_FORGET]);
+    char *retain = path_in_work(job, MEAN, 0, perta_sets[PERTA_RETAIN]);
     char *scales = perta_steps_scales(job, 0), *to = perta_steps_box_folder(job);
-    const struct perta_box_folders folders = {s->model, forget, scales, to,
-                                              perta_is_tied(job->weights.ck)};
-    int rc = forget && scales && to ? perta_steps_box(s->box, &folders, &job->run, err)
-                                    : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
+    const struct perta_box_folders folders = {
+        job->steps->model, forget, retain, scales, to, perta_is_tied(job->weights.ck)};
+    int rc =
+        forget && retain && scales && to ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
+    if (!rc && !(job->box > 0))
+        rc = find_box(job, &folders, err);
     if (!rc)
-        rc = check_models(job, err);
-    if (!rc)
-        rc = perta_steps_commit(job, json_pack("{s:i, s:b}", "step", 0, "box", 1), err);
-    job->has_box = !rc;
+        rc = write_box(job, &folders, err);
     free(forget);
+    free(retain);
     free(scales);
     free(to);
     return rc;
 }
+
+/* ---- a step ---- */
 
 /* The rule for the step from k to k + 1. */
 static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
@@ -355,7 +398,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     char *box = perta_steps_box_folder(job);
     const struct perta_step_folders folders = {.tuned = s->tuned,
                                                .base = s->base,
-                                               .box = s->box > 0 ? box : NULL,
+                                               .box = perta_steps_is_own(s) ? box : NULL,
                                                .forget = grows_at(job, k) ? forget : NULL,
                                                .retain = retain,
                                                .from = from,
@@ -569,7 +612,7 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run, js
     if (rc)
         return rc;
     struct perta_steps_job job = {
-        .steps = steps, .run = *run, .journal = {.fd = -1}, .patching = -1};
+        .steps = steps, .run = *run, .box = steps->box, .journal = {.fd = -1}, .patching = -1};
     job.run.before_bytes = perta_memory_trimmed();
     rc = prepare(&job, err);
     if (!rc && run->dry_run) {

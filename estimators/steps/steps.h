@@ -27,10 +27,10 @@ struct perta_step_rule {
 };
 
 struct perta_steps {
-    const char *model, *tuned, *base; /* checkpoints; without tuned and base there is a box */
-    /* Not 0: tau = (box * rms(W)) * sign(dp/dtheta) for each matrix W of the model, where p is the
-     * mean probability of the forget answers at the model; other parameters stay unchanged. The
-     * value is used as float32. */
+    const char *model, *tuned, *base; /* checkpoints; tuned and base may both be NULL */
+    /* Without tuned and base, tau = (box * rms(W)) * sign(dp/dtheta) for each matrix W of the model,
+     * where p is the mean probability of the forget answers at the model; other parameters stay
+     * unchanged. The value is used as float32. 0: found from the gradients at the model. */
     double box;
     const char *data_forget, *data_retain; /* JSON lines, as for perta_estimate */
     const char *data_key; /* key file; with it the record holds keyed digests of both data files; or
@@ -59,7 +59,7 @@ struct perta_steps {
 };
 
 /* Run the job. *summary is that of perta_unlearn, whose results also hold the "step" that each
- * patch leads to. It also holds "path", with step, forget_loss, forget_probability, retain_loss,
+ * patch leads to. Without tuned and base, "box" is the one that was used. It also holds "path", with step, forget_loss, forget_probability, retain_loss,
  * moved (the share of scales that the step before changed) and mean_scale for each point; and
  * "chosen", the step where the path ends. If there is a stop rule, "reached" says whether enough is
  * forgotten there. If not, the patch is written all the same and the call succeeds. */

@@ -41,7 +41,6 @@ static int check_stops(const struct perta_steps *s, struct perta_err *err)
                : 0;
 }
 
-/* The task vector is tuned - base, or formed from the model's own gradient. */
 static int check_box(const struct perta_steps *s, struct perta_err *err)
 {
     float box = (float)s->box;
@@ -51,12 +50,7 @@ static int check_box(const struct perta_steps *s, struct perta_err *err)
         return perta_fail(err, PERTA_EUSAGE,
                           "--box C forms the task vector from the model itself; it cannot be used "
                           "with --tuned and --base");
-    return s->box > 0 || s->tuned || s->base
-               ? 0
-               : perta_fail(
-                     err, PERTA_EUSAGE,
-                     "a task vector is needed: --tuned DIR and --base DIR, or --box C, which "
-                     "forms one from the model's own gradient");
+    return 0;
 }
 
 static int check_count(const struct perta_steps *s, struct perta_err *err)
@@ -75,9 +69,10 @@ static int check_count(const struct perta_steps *s, struct perta_err *err)
 
 int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
 {
+    bool own = perta_steps_is_own(s);
     const struct perta_argument needed[] = {{"--model DIR", s->model},
-                                            {"--tuned DIR", s->box > 0 ? s->model : s->tuned},
-                                            {"--base DIR", s->box > 0 ? s->model : s->base},
+                                            {"--tuned DIR", own ? s->model : s->tuned},
+                                            {"--base DIR", own ? s->model : s->base},
                                             {"--data-forget FILE", s->data_forget},
                                             {"--data-retain FILE", s->data_retain},
                                             {"--patch DIR", s->patch}};

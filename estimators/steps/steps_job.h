@@ -14,6 +14,10 @@
 #include "stream/journal.h"
 #include "stream/walk.h"
 
+/* The fall of the log odds of the forget probability that a box of the model's own is made for, in
+ * the first step and to first order (docs/steps.md). */
+#define PERTA_STEPS_FALL 6.0
+
 enum { PERTA_FORGET, PERTA_RETAIN };
 extern const char *const perta_sets[2]; /* "forget", "retain" */
 
@@ -32,7 +36,9 @@ struct perta_steps_job {
     struct perta_run run; /* for the jobs run inside this one; they always resume */
     struct perta_weights weights;
     struct perta_checkpoint *others[2]; /* tuned, base; NULL with a box of the model's own */
-    bool has_box;                       /* which is written */
+    double box;    /* that is used; 0 until it is found, and with tuned and base */
+    double spread; /* at the model, of the forget set (struct perta_head_means) */
+    bool has_box;  /* which is written */
     struct perta_journal journal;
     struct perta_publish work;        /* the work folder, with what is kept between steps; never
                                        * published */
@@ -42,6 +48,12 @@ struct perta_steps_job {
     json_t *notes; /* about the data; an array of strings */
     int patching;  /* the step whose patch an interrupted run was writing, or -1 */
 };
+
+/* Is tau formed from the model's own gradient? */
+static inline bool perta_steps_is_own(const struct perta_steps *steps)
+{
+    return !steps->tuned && !steps->base;
+}
 
 /* ---- steps.c ---- */
 
@@ -141,13 +153,17 @@ void perta_steps_pass_close(struct perta_steps_pass *pass);
 
 /* ---- steps_box.c ---- */
 
-/* Write the box of the model's own gradient to the folder to (estimators/edit/box.h), for the
- * tensors that have scales: tau = (c * rms(W)) * sign(-forget), where forget is the mean gradient of
- * minus the forget probability. An existing folder to is replaced. */
+/* The box of the model's own gradient, for the tensors that have scales: tau = (c * rms(W)) *
+ * sign(-forget), where forget is the mean gradient of minus the forget probability. */
 struct perta_box_folders {
-    const char *model, *forget, *scales, *to;
+    const char *model, *forget, *retain, *scales, *to;
     bool tied; /* the model's head and its embedding are one tensor */
 };
+/* *fall: by how much a first step of size 1 in a box with c = 1 lowers forget's loss, to first
+ * order: the sum of rms(W) * |forget| over parameters whose scale it raises. */
+int perta_steps_box_fall(const struct perta_box_folders *folders, const struct perta_run *run,
+                         double *fall, struct perta_err *err);
+/* Write it to the folder to (estimators/edit/box.h). An existing one is replaced. */
 int perta_steps_box(double c, const struct perta_box_folders *folders, const struct perta_run *run,
                     struct perta_err *err);
 

@@ -92,7 +92,7 @@ static bool is_chosen(void *ctx, const char *name)
     const struct perta_ref *ref = perta_checkpoint_find(chosen->model->ck, name);
     return perta_weights_is_parameter(chosen->model, name) &&
            perta_globs_match(&chosen->steps->globs, name) &&
-           !(chosen->steps->box > 0 && ref->tensor->n_dims != 2);
+           !(perta_steps_is_own(chosen->steps) && ref->tensor->n_dims != 2);
 }
 
 int perta_steps_any(const struct perta_weights *model, const struct perta_steps *steps,
@@ -103,7 +103,7 @@ int perta_steps_any(const struct perta_weights *model, const struct perta_steps 
         if (is_chosen(&chosen, model->ck->by_name[i].tensor->name))
             return 0;
     return perta_fail(err, PERTA_EUSAGE, "%s: --include and --exclude leave no %s to edit",
-                      model->ck->path, steps->box > 0 ? "matrix" : "tensor");
+                      model->ck->path, perta_steps_is_own(steps) ? "matrix" : "tensor");
 }
 
 int perta_steps_zero(const struct perta_weights *model, const struct perta_steps *steps,

@@ -103,7 +103,7 @@ static int write_patch(const struct perta_steps_job *job, unsigned k, const json
     struct perta_unlearn unlearn = unlearn_from(job->steps);
     struct perta_run run = job->run;
     unlearn.scale = scales;
-    unlearn.box = job->steps->box > 0 ? box : NULL;
+    unlearn.box = perta_steps_is_own(job->steps) ? box : NULL;
     run.resume = job->patching == (int)k; /* otherwise a leftover there is from another run */
     unlearn.force |= run.resume;
     unlearn.steps = recipe;
@@ -152,6 +152,8 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
     perta_json_set(summary, "results", results);
     perta_json_set(summary, "path", path_json(job, last));
     perta_json_set(summary, "chosen", json_integer(chosen));
+    if (job->box > 0)
+        perta_json_set(summary, "box", json_real(job->box));
     if (isfinite(s->stop_forget) || isfinite(s->stop_probability))
         perta_json_set(summary, "reached", json_boolean(perta_steps_forgets_enough(job, chosen)));
     json_t *notes = json_incref(json_object_get(*summary, "notes"));
@@ -194,7 +196,7 @@ static int check_folders(const struct perta_steps_job *job, struct perta_err *er
     json_t *summary = NULL;
     dry.dry_run = true;
     unlearn.rule.method = PERTA_TV;
-    if (job->steps->box > 0)
+    if (perta_steps_is_own(job->steps))
         unlearn.tuned = unlearn.base = job->steps->model;
     int rc = run_unlearn(job, job->steps->n_steps, &unlearn, &dry, &summary, err);
     json_decref(summary);

@@ -2,6 +2,7 @@
 how it runs; resuming after a kill; arguments."""
 
 import json
+import math
 import shutil
 import signal
 
@@ -10,13 +11,14 @@ from conftest import SANITIZED, part
 from test_estimate import make_model as write_model
 from test_resume import contents
 from test_same_bytes import settings
-from test_steps import STEPS, check_path, make_folders, procedure, tensors_of
+from test_steps import STEPS, check_path, gradients, make_folders, procedure, tensors_of
 from verbs import stop_at
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file
 
 BOX = ["unlearn", "--model", "full", *STEPS[7:-1], "--box", "0.15", "--steps"]
+OWN = [word for word in BOX if word not in ("--box", "0.15")]
 HOLD = ["--method", "signed-hold", "--stop-probability"]
 
 
@@ -52,6 +54,51 @@ def test_box_and_model_are_pytorchs(perta, tmp_path, name, dtype):
     assert summary["path"][-1]["mean_scale"] == pytest.approx(want, rel=1e-3)
     before, after = (summary["path"][k]["forget_probability"] for k in (0, 1))
     assert after < before
+
+
+def found_box(full, lines, folder, step=0.4):
+    """docs/steps.md: the size with which the first step lowers the log odds of p by 6."""
+    _, forget = gradients(folder, full, lines["forget"], True)
+    _, retain = gradients(folder, full, lines["retain"], False)
+    fall = 0.0
+    for key, x in full.items():
+        if x.dim() == 2:
+            moves = forget[key] * retain[key] <= 0
+            fall += x.double().square().mean().sqrt() * forget[key].abs()[moves].sum()
+    p = [math.exp(-gradients(folder, full, [line], False)[0][0]) for line in lines["forget"]]
+    return 6 * sum(x * (1 - x) for x in p) / len(p) / (step * fall.item())
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "qwen3"])
+def test_the_size_is_found(perta, tmp_path, name):
+    """Without --box, from the gradients at the model; the rest is as if it had been given."""
+    lines = make_model(tmp_path, name)
+    done = perta(*OWN, "3", "--out", "out")
+    summary = json.loads(done.stdout)
+    want = found_box(tensors_of(tmp_path / "full"), lines, tmp_path / "full")
+    assert summary["box"] == pytest.approx(want, rel=1e-3)
+    recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
+    assert recipe["box"] == summary["box"]
+    given = json.loads(perta(*OWN, "3", "--box", repr(summary["box"]), "--patch", "given").stdout)
+    assert given["path"] == summary["path"]
+    assert contents(tmp_path / "given") == contents(tmp_path / "patch")
+    half = json.loads(perta(*OWN, "3", "--step", "0.2", "--force").stdout)
+    assert half["box"] == pytest.approx(2 * summary["box"])
+    plain = [word for word in OWN if word != "--json"]
+    assert f"box {summary['box']:.5g}: task vector" in perta(*plain, "3", "--force").stdout
+    few = json.loads(perta(*OWN, "3", "--include", "*mlp*", "--force").stdout)
+    assert few["box"] > summary["box"]
+
+
+def test_a_size_that_cannot_be_found_is_asked_for(perta, tmp_path):
+    """A model that gives every answer for sure has no gradient to follow."""
+    make_model(tmp_path)
+    for path in (tmp_path / "full").glob("*.safetensors"):
+        tensors = {k: 0 * x for k, x in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    error = perta(*OWN, "2", check=3).stderr
+    assert "give no size for the box" in error and "--box C" in error
+    assert not (tmp_path / "patch").exists()
 
 
 def test_levels_are_held_in_the_box(perta, tmp_path):
@@ -230,11 +277,10 @@ def test_what_makes_no_sense_is_refused(perta, tmp_path, flags, message):
     assert not list(tmp_path.glob("patch*"))
 
 
-def test_one_way_or_the_other_is_needed(perta, tmp_path):
+def test_one_of_two_models_is_not_enough(perta, tmp_path):
     make_model(tmp_path)
-    words = [word for word in BOX if word not in ("--box", "0.15")]
-    error = perta(*words, "2", check=2).stderr
-    assert "--tuned DIR and --base DIR" in error and "--box C" in error
+    assert "--base DIR" in perta(*OWN, "2", "--tuned", "full", check=2).stderr
+    assert "--tuned DIR" in perta(*OWN, "2", "--base", "full", check=2).stderr
     plain = "unlearn --model full --patch patch --box 0.15".split()
     for flags in ([], ["--method", "grad"]):
         assert "--box" in perta(*plain, *flags, check=2).stderr
