@@ -313,6 +313,22 @@ START_TEST(a_config_that_changes_is_found_out)
 }
 END_TEST
 
+START_TEST(the_config_of_an_adapter_that_changes_is_found_out)
+{
+    struct perta_checkpoint *ck;
+    ck_assert_int_eq(mkdir("lora", 0777), 0);
+    put_shard("lora/adapter_model.safetensors", "ab");
+    put_text("lora/adapter_config.json", "{\"r\": 1}");
+    ck_assert_ok(perta_checkpoint_open_adapter("lora", &ck, &err));
+    put_text("lora/adapter_config.json", " {\"r\":1} ");
+    ck_assert_ok(perta_checkpoint_unchanged(ck, &err));
+    put_text("lora/adapter_config.json", "{\"r\": 2}");
+    ck_assert_int_eq(perta_checkpoint_unchanged(ck, &err), PERTA_EINPUT);
+    ck_assert_ptr_nonnull(strstr(err.msg, "lora/adapter_config.json: changed"));
+    perta_checkpoint_close(ck);
+}
+END_TEST
+
 START_TEST(a_model_that_transformers_would_not_load_is_not_taken_in_its_place)
 {
     struct perta_checkpoint *ck;
@@ -407,6 +423,7 @@ int main(void)
     tcase_add_test(tests, what_is_no_checkpoint_is_refused_with_advice);
     tcase_add_test(tests, a_shard_that_is_another_by_now_is_not_opened);
     tcase_add_test(tests, a_config_that_changes_is_found_out);
+    tcase_add_test(tests, the_config_of_an_adapter_that_changes_is_found_out);
     tcase_add_test(tests, a_model_that_transformers_would_not_load_is_not_taken_in_its_place);
     tcase_add_test(tests, shards_without_an_index_are_of_one_model);
     tcase_add_test(tests, a_folder_of_something_else_says_what_it_is);

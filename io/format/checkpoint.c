@@ -560,7 +560,7 @@ static int check_config(const struct perta_checkpoint *ck, struct perta_err *err
 int perta_checkpoint_unchanged(const struct perta_checkpoint *ck, struct perta_err *err)
 {
     struct stat st;
-    int rc = ck->is_adapter ? 0 : check_config(ck, err);
+    int rc = check_config(ck, err);
     for (uint32_t i = 0; i < ck->n_shards && !rc; i++) {
         rc = perta_path_stat(ck->shards[i].path, &st, err);
         if (!rc)

@@ -86,8 +86,8 @@ int perta_check_link(const char *folder, const char *path, struct perta_err *err
 struct perta_file;
 int perta_shard_open(const struct perta_shard *shard, bool want_direct, struct perta_file *file,
                      struct perta_err *err);
-/* Check the same for every shard without opening it, and that config.json has the same content.
- * PERTA_EINPUT if anything changed. */
+/* Check the same for every shard without opening it, and that config.json (of an adapter:
+ * adapter_config.json) has the same content. PERTA_EINPUT if anything changed. */
 PERTA_API int perta_checkpoint_unchanged(const struct perta_checkpoint *ck, struct perta_err *err);
 
 PERTA_API void perta_checkpoint_close(struct perta_checkpoint *ck);
