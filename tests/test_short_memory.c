@@ -375,6 +375,11 @@ static int steps(json_t **record)
     return steps_in("in/tuned", "in/base", 0, record);
 }
 
+static int steps_of_an_adapter(json_t **record)
+{
+    return steps_in("in/lora", "in/base", 0, record);
+}
+
 static int steps_in_a_box(json_t **record)
 {
     return steps_in(NULL, NULL, 0.1, record);
@@ -411,9 +416,11 @@ static const struct verb {
     {"estimate --resume", estimate, 29, GO_ON},
     {"unlearn --steps --resume", steps, 307, GO_ON},
     {"unlearn --steps --box --resume", steps_in_a_box, 307, GO_ON},
+    {"unlearn --steps, an adapter, --resume", steps_of_an_adapter, 307, GO_ON},
     {"estimate", estimate, 23, ANEW},
     {"eval", eval, 7, ANEW},
     {"unlearn --steps", steps, 307, ANEW},
+    {"unlearn --steps, an adapter", steps_of_an_adapter, 307, ANEW},
     {"unlearn --steps --box", steps_in_a_box, 307, ANEW},
 #endif
 };

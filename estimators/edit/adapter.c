@@ -442,9 +442,11 @@ int perta_adapter_open(const struct perta_checkpoint *ck, const struct perta_che
         perta_adapter_close(adapter);
         return rc;
     }
-    perta_adapter_config_note(&config, notes);
-    note_targets(adapter, &config, notes);
-    note_names(adapter, notes);
+    if (notes) {
+        perta_adapter_config_note(&config, notes);
+        note_targets(adapter, &config, notes);
+        note_names(adapter, notes);
+    }
     *out = adapter;
     return 0;
 }

@@ -37,8 +37,8 @@ struct perta_adapter {
 
 /* Read the config and the names of an adapter that perta_checkpoint_open_adapter opened, and match
  * every tensor of it with the tensor of model that it changes. Both checkpoints are borrowed.
- * Shapes and ranks are checked. Warnings for the user are appended to notes (an array). Errors:
- * PERTA_EINPUT, naming file, key or tensor. */
+ * Shapes and ranks are checked. Warnings for the user are appended to notes (an array; NULL: they
+ * are not wanted). Errors: PERTA_EINPUT, naming file, key or tensor. */
 int perta_adapter_open(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
                        struct perta_adapter **out, json_t *notes, struct perta_err *err);
 /* Accepts NULL. */
@@ -51,6 +51,24 @@ const struct perta_change *perta_adapter_find(const struct perta_adapter *adapte
 /* For the manifest: the keys of the config that decide the result. The caller owns the
  * reference. */
 json_t *perta_adapter_recipe(const struct perta_checkpoint *ck);
+
+/* ---- as an input (adapter_input.c) ---- */
+
+/* As perta_adapter_open, from the folder at path, which becomes the input of that role (borrowed).
+ * The caller calls perta_adapter_close, then perta_input_close, also on error. */
+int perta_adapter_open_input(struct perta_input *in, const char *role, const char *path,
+                             const struct perta_checkpoint *model, struct perta_adapter **out,
+                             json_t *notes, struct perta_err *err);
+/* The change to the tensor of that name, if it is a LoRA; or NULL. adapter may be NULL: there is
+ * none. */
+const struct perta_change *perta_adapter_lora(const struct perta_adapter *adapter,
+                                              const char *name);
+/* The tensor to read from ck, which is adapter->ck or --base, for the task vector of the model's
+ * tensor of that name; NULL if there is none, as for a LoRA. adapter is NULL if ck is --tuned or
+ * --base, and --tuned is a checkpoint. tied: perta_tied_find. */
+const struct perta_ref *perta_adapter_operand(const struct perta_adapter *adapter,
+                                              const struct perta_checkpoint *ck, const char *name,
+                                              bool tied);
 
 /* ---- the task vector (adapter_tau.c) ---- */
 
@@ -66,9 +84,10 @@ int perta_adapter_tau(const struct perta_adapter *adapter, const struct perta_fi
                       unsigned worker, const struct perta_change *change, uint64_t first_elem,
                       uint64_t n, const float **tau, struct perta_err *err);
 /* Call directly after perta_adapter_tau() if element elem of the tensor is not finite. Returns
- * PERTA_EINPUT, naming the element of A or B that causes it. */
+ * PERTA_EINPUT, naming the element of A or B that causes it; with may_keep the message recommends
+ * --nonfinite keep. */
 int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worker,
-                             const struct perta_change *change, uint64_t elem,
+                             const struct perta_change *change, uint64_t elem, bool may_keep,
                              struct perta_err *err);
 
 #endif

@@ -188,19 +188,19 @@ int perta_adapter_tau(const struct perta_adapter *adapter, const struct perta_fi
 /* ---- numbers that are not finite ---- */
 
 static int bad_element(const struct perta_adapter *adapter, const struct perta_ref *ref,
-                       uint64_t elem, struct perta_err *err)
+                       uint64_t elem, bool may_keep, struct perta_err *err)
 {
     const struct perta_tensor *t = ref->tensor;
     return perta_fail(
-        err, PERTA_EINPUT,
-        "%s: tensor %s, element %llu (byte %llu): not a finite number; --nonfinite keep "
-        "leaves the parameters that depend on it unchanged",
+        err, PERTA_EINPUT, "%s: tensor %s, element %llu (byte %llu): not a finite number%s",
         adapter->ck->shards[ref->shard].path, t->name, (ull)elem,
-        (ull)(t->off_bytes + elem * perta_dtype_unit_bytes(t->dtype)));
+        (ull)(t->off_bytes + elem * perta_dtype_unit_bytes(t->dtype)),
+        may_keep ? "; --nonfinite keep leaves the parameters that depend on it unchanged" : "");
 }
 
 int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worker,
-                             const struct perta_change *c, uint64_t elem, struct perta_err *err)
+                             const struct perta_change *c, uint64_t elem, bool may_keep,
+                             struct perta_err *err)
 {
     const struct perta_lora *l = &adapter->workers[worker].lora;
     uint64_t row = elem / c->width, column = elem % c->width;
@@ -209,14 +209,15 @@ int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worke
         if (!bad_row && isfinite(l->columns[k * c->width + column]))
             continue;
         if (c->is_embedding)
-            return bad_row ? bad_element(adapter, c->a, k * c->rows + row, err)
-                           : bad_element(adapter, c->b, column * c->r + k, err);
-        return bad_row ? bad_element(adapter, c->b, row * c->r + k, err)
-                       : bad_element(adapter, c->a, k * c->width + column, err);
+            return bad_row ? bad_element(adapter, c->a, k * c->rows + row, may_keep, err)
+                           : bad_element(adapter, c->b, column * c->r + k, may_keep, err);
+        return bad_row ? bad_element(adapter, c->b, row * c->r + k, may_keep, err)
+                       : bad_element(adapter, c->a, k * c->width + column, may_keep, err);
     }
     return perta_fail(err, PERTA_EINPUT,
                       "%s: tensors %s and %s: their product at element %llu of %s overflows "
-                      "float32; --nonfinite keep leaves such parameters unchanged",
+                      "float32%s",
                       adapter->ck->shards[0].path, c->a->tensor->name, c->b->tensor->name,
-                      (ull)elem, c->target);
+                      (ull)elem, c->target,
+                      may_keep ? "; --nonfinite keep leaves such parameters unchanged" : "");
 }

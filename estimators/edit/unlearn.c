@@ -63,7 +63,7 @@ static int bad_number(const struct perta_unlearn_job *job, unsigned worker,
     const struct perta_ref *ref = row->in[role];
     uint64_t elem = piece->first_elem + result->counts.bad_elem;
     if (role == PERTA_ROLE_TUNED && row->lora)
-        return perta_adapter_bad_number(job->adapter, worker, row->lora, elem, err);
+        return perta_adapter_bad_number(job->adapter, worker, row->lora, elem, true, err);
     uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
     return perta_fail(
         err, PERTA_EINPUT,

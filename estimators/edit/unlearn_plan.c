@@ -24,17 +24,6 @@ static bool has_role(const struct perta_unlearn_job *job, int role)
 
 /* ---- the inputs ---- */
 
-/* Open an adapter in place of a tuned checkpoint. */
-static int open_adapter(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)
-{
-    struct perta_input *in = &job->in[PERTA_ROLE_TUNED];
-    *in = (struct perta_input){.role = perta_roles[PERTA_ROLE_TUNED]};
-    int rc = perta_checkpoint_open_adapter(job->unlearn->tuned, &in->ck, err);
-    if (!rc)
-        rc = perta_adapter_open(in->ck, job->in[PERTA_ROLE_MODEL].ck, &job->adapter, notes, err);
-    return rc ? perta_err_context(err, "%s", in->role) : 0;
-}
-
 /* If --model or the folder of a role ties embeddings, and the folder stores the matrix under both
  * names, the two must be byte-identical. */
 static int check_tied(const struct perta_unlearn_job *job, int role, struct perta_err *err)
@@ -110,9 +99,11 @@ static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct pert
         if (!paths[i])
             return perta_fail(err, PERTA_EUSAGE, "%s is needed, unless --tuned is a LoRA adapter",
                               perta_roles[i]);
-        int rc = i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
-                     ? open_adapter(job, notes, err)
-                     : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
+        int rc =
+            i == PERTA_ROLE_TUNED && perta_checkpoint_is_adapter(paths[i])
+                ? perta_adapter_open_input(&job->in[i], perta_roles[i], paths[i],
+                                           job->in[PERTA_ROLE_MODEL].ck, &job->adapter, notes, err)
+                : perta_input_open(&job->in[i], perta_roles[i], paths[i], err);
         if (!rc && i < PERTA_ROLE_FORGET && perta_which_model(job->in[i].ck, err))
             rc = perta_err_context(err, "%s", perta_roles[i]);
         if (!rc && !job->in[i].ck->is_adapter)

@@ -20,7 +20,8 @@ enum perta_compute {
 
 /* A model during stepwise unlearning (steps.h): theta - s * tau, computed as it is read. */
 struct perta_scaled_paths {
-    const char *tuned, *base; /* checkpoints; tau is their difference */
+    const char *tuned, *base; /* checkpoints; tau is their difference. As in perta_unlearn, tuned
+                               * may be a LoRA adapter */
     const char *scale; /* s, a folder that steps wrote; tensors without scales stay as they are */
     const char *box;   /* tau, in place of tuned and base; a folder that steps wrote */
 };

@@ -1,5 +1,7 @@
 #include "estimators/passes/pass_arguments.h"
 
+#include "io/format/checkpoint.h"
+
 int perta_compute_argument(enum perta_compute compute, struct perta_err *err)
 {
     return perta_arguments_choice("--compute", (int)compute, PERTA_COMPUTE_REFERENCE + 1, err);
@@ -11,8 +13,10 @@ int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err
         return 0;
     if (at->box && (at->tuned || at->base))
         return perta_fail(err, PERTA_EUSAGE, "box (of at), or tuned and base, not both");
-    const struct perta_argument needed[] = {{"tuned (of at)", at->box ? at->box : at->tuned},
-                                            {"base (of at)", at->box ? at->box : at->base},
+    bool needs_base = !at->box && !(at->tuned && perta_checkpoint_is_adapter(at->tuned));
+    const char *tau = at->box ? at->box : at->tuned;
+    const struct perta_argument needed[] = {{"tuned (of at)", tau},
+                                            {"base (of at)", needs_base ? at->base : tau},
                                             {"scale (of at)", at->scale}};
     return perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
 }

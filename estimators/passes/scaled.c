@@ -7,6 +7,7 @@
 #include "estimators/edit/edit.h"
 #include "estimators/model/weights.h"
 #include "io/format/naming.h"
+#include "io/text.h"
 #include "stream/journal.h"
 
 static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"};
@@ -16,9 +17,13 @@ static const char *const roles[PERTA_SCALED_N] = {"--tuned", "--base", "scales"}
 
 /* ---- a piece ---- */
 
+/* NULL: there is nothing to read. */
 static const struct perta_ref *find(const struct perta_scaled *s, int role, const char *name)
 {
-    return perta_tied_find(s->in[role].ck, name, s->tied);
+    if (!s->in[role].ck)
+        return NULL;
+    return perta_adapter_operand(role == PERTA_SCALED_SCALE ? NULL : s->adapter, s->in[role].ck,
+                                 name, s->tied);
 }
 
 static uint8_t *room_of(const struct perta_scaled *s, int i)
@@ -29,6 +34,7 @@ static uint8_t *room_of(const struct perta_scaled *s, int i)
 static int bad_number(const struct perta_scaled *s, const struct perta_ref *model, uint64_t elem,
                       enum perta_operand operand, struct perta_err *err)
 {
+    const struct perta_change *lora = perta_adapter_lora(s->adapter, model->tensor->name);
     static const char *const what[PERTA_N_OPERANDS] = {
         [PERTA_IN_MODEL] = "in --model",
         [PERTA_IN_TUNED] = "in --tuned",
@@ -36,6 +42,8 @@ static int bad_number(const struct perta_scaled *s, const struct perta_ref *mode
         [PERTA_IN_SCALE] = "in the scales",
         [PERTA_IN_RESULT] = "once it is scaled and subtracted",
     };
+    if (lora && operand == PERTA_IN_TUNED)
+        return perta_adapter_bad_number(s->adapter, 0, lora, elem, false, err);
     return perta_fail(err, PERTA_EINPUT, "%s: tensor %s, element %llu: not a finite number %s",
                       s->model->path, model->tensor->name, (unsigned long long)elem, what[operand]);
 }
@@ -61,6 +69,20 @@ static float box_of(const struct perta_scaled *s, const struct perta_ref *model)
     return s->box_sizes ? s->box_sizes[ref - s->in[PERTA_SCALED_TUNED].ck->by_name] : 0;
 }
 
+/* If the task vector is a LoRA's, set *tuned to elements first.. (n) of it. */
+static int multiply(const struct perta_scaled *s, const struct perta_ref *model, uint64_t first,
+                    uint64_t n, struct perta_view *tuned, struct perta_err *err)
+{
+    const struct perta_change *lora = perta_adapter_lora(s->adapter, model->tensor->name);
+    const float *tau = NULL;
+    if (!lora)
+        return 0;
+    int rc = perta_adapter_tau(s->adapter, &s->in[PERTA_SCALED_TUNED].files[0], 0, lora, first, n,
+                               &tau, err);
+    *tuned = (struct perta_view){PERTA_F32, tau};
+    return rc;
+}
+
 static int read_piece(struct perta_scaled *s, struct perta_weights *w,
                       const struct perta_ref *model, uint64_t first, uint64_t n, uint8_t *to,
                       struct perta_err *err)
@@ -69,9 +91,9 @@ static int read_piece(struct perta_scaled *s, struct perta_weights *w,
     bool edited = find(s, PERTA_SCALED_SCALE, model->tensor->name);
     int rc = 0;
     for (int i = 0; i <= (edited ? PERTA_SCALED_N : 0) && !rc; i++) {
-        if (i && !s->in[i - 1].ck)
-            continue;
         const struct perta_ref *ref = i ? find(s, i - 1, model->tensor->name) : model;
+        if (!ref)
+            continue;
         struct perta_file *file = i ? &s->in[i - 1].files[ref->shard] : &w->files[ref->shard];
         uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
         views[i].dtype = ref->tensor->dtype;
@@ -80,6 +102,8 @@ static int read_piece(struct perta_scaled *s, struct perta_weights *w,
     }
     if (!rc && !edited)
         memcpy(to, views[0].data, n * perta_dtype_unit_bytes(views[0].dtype));
+    if (!rc && edited)
+        rc = multiply(s, model, first, n, &views[1], err);
     if (rc || !edited)
         return rc;
     const struct perta_edit_in in = {.model = views[0],
@@ -124,7 +148,7 @@ static int open_files(struct perta_source *source, bool direct, struct perta_err
     int rc = 0;
     for (int i = 0; i < PERTA_SCALED_N && !rc; i++)
         if (s->in[i].ck)
-            rc = perta_input_open_files(&s->in[i], direct, err);
+            rc = perta_input_open_files(&s->in[i], direct && !s->in[i].ck->is_adapter, err);
     return rc;
 }
 
@@ -140,6 +164,28 @@ static int unchanged(const struct perta_source *source, struct perta_err *err)
 
 static const struct perta_source_ops ops = {paths, open_files, read_scaled, unchanged};
 
+/* Is no operand of that role read for the tensor of that name? */
+static bool needs_none(const struct perta_scaled *s, int role, const char *name)
+{
+    if (role == PERTA_SCALED_BASE && s->box_sizes)
+        return true;
+    return role != PERTA_SCALED_SCALE && perta_adapter_lora(s->adapter, name);
+}
+
+static int no_operand(const struct perta_scaled *s, int role, const char *name,
+                      struct perta_err *err)
+{
+    if (!s->in[role].ck)
+        return perta_fail(err, PERTA_EUSAGE,
+                          "base (of at) is needed: %s stores %s whole, not as the change that "
+                          "tuning made",
+                          s->in[PERTA_SCALED_TUNED].ck->path, name);
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: no tensor %s, which --model has; is it another architecture, "
+                      "or an adapter? --exclude leaves tensors out",
+                      s->in[role].ck->path, name);
+}
+
 static int check_tensor(const struct perta_scaled *s, const struct perta_tensor *scale,
                         struct perta_err *err)
 {
@@ -148,14 +194,11 @@ static int check_tensor(const struct perta_scaled *s, const struct perta_tensor 
         return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, for which there are scales",
                           s->model->path, scale->name);
     for (int i = 0; i < PERTA_SCALED_N; i++) {
-        if (!s->in[i].ck)
-            continue;
         const struct perta_ref *ref = find(s, i, scale->name);
+        if (needs_none(s, i, scale->name))
+            continue;
         if (!ref)
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: no tensor %s, which --model has; is it another architecture, "
-                              "or an adapter? --exclude leaves tensors out",
-                              s->in[i].ck->path, scale->name);
+            return no_operand(s, i, scale->name, err);
         bool is_box = i == PERTA_SCALED_TUNED && s->box_sizes;
         if (is_box ? ref->tensor->dtype != PERTA_I8 : !perta_dtype_is_editable(ref->tensor->dtype))
             return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; %s needed",
@@ -178,6 +221,19 @@ static uint64_t widest(const struct perta_checkpoint *ck)
     return most;
 }
 
+/* Open an adapter in place of a tuned checkpoint. */
+static int open_adapter(struct perta_scaled *s, const char *path, struct perta_err *err)
+{
+    struct perta_input *in = &s->in[PERTA_SCALED_TUNED];
+    int rc = perta_adapter_open_input(in, roles[PERTA_SCALED_TUNED], path, s->model, &s->adapter,
+                                      NULL, err);
+    if (!rc)
+        rc = perta_adapter_begin(s->adapter, 1, err);
+    if (!rc)
+        s->source.heap_bytes = perta_adapter_memory(s->adapter);
+    return rc;
+}
+
 int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *from,
                       const struct perta_checkpoint *model, struct perta_err *err)
 {
@@ -191,9 +247,11 @@ int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *f
     uint64_t width = widest(model);
     int rc = 0;
     for (int i = 0; i < PERTA_SCALED_N && !rc; i++) {
-        if (i == PERTA_SCALED_BASE && from->box)
+        if (i == PERTA_SCALED_BASE && (from->box || !from->base))
             continue;
-        rc = perta_input_open(&s->in[i], roles[i], all[i], err);
+        rc = i == PERTA_SCALED_TUNED && perta_checkpoint_is_adapter(all[i])
+                 ? open_adapter(s, all[i], err)
+                 : perta_input_open(&s->in[i], roles[i], all[i], err);
         uint64_t of_input = rc ? 0 : widest(s->in[i].ck);
         width = of_input > width ? of_input : width;
     }
@@ -207,6 +265,7 @@ int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *f
 
 void perta_scaled_close(struct perta_scaled *s)
 {
+    perta_adapter_close(s->adapter);
     for (int i = 0; i < PERTA_SCALED_N; i++)
         perta_input_close(&s->in[i]);
     free(s->box_sizes);
@@ -215,11 +274,16 @@ void perta_scaled_close(struct perta_scaled *s)
 
 json_t *perta_scaled_json(const struct perta_scaled *s)
 {
+    const struct perta_checkpoint *tuned = s->in[PERTA_SCALED_TUNED].ck,
+                                  *base = s->in[PERTA_SCALED_BASE].ck,
+                                  *scale = s->in[PERTA_SCALED_SCALE].ck;
     if (s->box_sizes)
-        return json_pack("{s:o, s:o}", "box", perta_journal_own(s->in[PERTA_SCALED_TUNED].ck),
-                         "scale", perta_journal_own(s->in[PERTA_SCALED_SCALE].ck));
-    return json_pack("{s:o, s:o, s:o}", "tuned",
-                     perta_journal_checkpoint(s->in[PERTA_SCALED_TUNED].ck), "base",
-                     perta_journal_checkpoint(s->in[PERTA_SCALED_BASE].ck), "scale",
-                     perta_journal_own(s->in[PERTA_SCALED_SCALE].ck));
+        return json_pack("{s:o, s:o}", "box", perta_journal_own(tuned), "scale",
+                         perta_journal_own(scale));
+    json_t *json = json_pack("{s:o, s:o, s:o}", "tuned", perta_journal_checkpoint(tuned), "base",
+                             base ? perta_journal_checkpoint(base) : json_null(), "scale",
+                             perta_journal_own(scale));
+    if (s->adapter)
+        perta_json_set(&json, PERTA_ADAPTER_CONFIG, perta_journal_config(tuned));
+    return json;
 }

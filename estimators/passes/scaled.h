@@ -3,6 +3,7 @@
 #ifndef PERTA_ESTIMATORS_PASSES_SCALED_H
 #define PERTA_ESTIMATORS_PASSES_SCALED_H
 
+#include "estimators/edit/adapter.h"
 #include "estimators/model/source.h"
 #include "estimators/passes/estimate.h"
 #include "stream/input.h"
@@ -12,7 +13,9 @@ enum { PERTA_SCALED_TUNED, PERTA_SCALED_BASE, PERTA_SCALED_SCALE, PERTA_SCALED_N
 struct perta_scaled {
     struct perta_source source; /* first member */
     const struct perta_checkpoint *model;
-    struct perta_input in[PERTA_SCALED_N]; /* PERTA_SCALED_TUNED may be a box, without a base */
+    struct perta_input in[PERTA_SCALED_N]; /* PERTA_SCALED_TUNED may be a box, without a base, or
+                                            * an adapter, with or without one */
+    struct perta_adapter *adapter;         /* NULL: no adapter */
     float *box_sizes;                      /* NULL: no box */
     bool tied;
 };

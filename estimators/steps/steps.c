@@ -107,7 +107,7 @@ static json_t *globs_json(const char *const *globs, unsigned n)
     return list;
 }
 
-/* Null with a box of the model's own. */
+/* Null if it is not given. */
 static json_t *other_json(const struct perta_checkpoint *ck)
 {
     return ck ? perta_journal_checkpoint(ck) : json_null();
@@ -116,7 +116,7 @@ static json_t *other_json(const struct perta_checkpoint *ck)
 static json_t *identity_of(const struct perta_steps_job *job)
 {
     const struct perta_steps *s = job->steps;
-    return json_pack(
+    json_t *identity = json_pack(
         "{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:b, s:I, s:[ss], s:o, s:o, s:o, s:o, s:o, s:o}",
         "tool", "perta " PERTA_VERSION, "verb", "unlearn --steps", "flags",
         perta_steps_parameters(job, s->n_steps), "patches of", listed_json(s), "include",
@@ -128,6 +128,9 @@ static json_t *identity_of(const struct perta_steps_job *job)
         file_json(&job->data[PERTA_RETAIN]), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", perta_journal_config(job->weights.ck), "tuned", other_json(job->others[0]),
         "base", other_json(job->others[1]));
+    if (job->adapter)
+        perta_json_set(&identity, PERTA_ADAPTER_CONFIG, perta_journal_config(job->others[0]));
+    return identity;
 }
 
 /* ---- records ---- */
@@ -403,6 +406,7 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
                                                .retain = retain,
                                                .from = from,
                                                .to = to,
+                                               .model = job->weights.ck,
                                                .tied = perta_is_tied(job->weights.ck)};
     int rc = forget && retain && from && to && box
                  ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
@@ -509,16 +513,23 @@ static int check(const struct perta_steps_job *job, struct perta_err *err)
     return rc ? rc : perta_steps_patch_check(job, err);
 }
 
+/* A checkpoint or an adapter. */
+static int open_tuned(struct perta_steps_job *job, struct perta_err *err)
+{
+    const char *path = job->steps->tuned;
+    struct perta_checkpoint **tuned = &job->others[0];
+    if (!perta_checkpoint_is_adapter(path))
+        return perta_checkpoint_open(path, tuned, err);
+    int rc = perta_checkpoint_open_adapter(path, tuned, err);
+    if (!rc)
+        rc = perta_adapter_open(*tuned, job->weights.ck, &job->adapter, NULL, err);
+    return rc ? perta_err_context(err, "--tuned") : 0;
+}
+
 static int prepare(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
     size_t len = strlen(s->patch);
-    if (s->tuned && perta_checkpoint_is_adapter(s->tuned))
-        return perta_fail(
-            err, PERTA_EUSAGE,
-            "%s: this is a LoRA adapter, but --steps needs the tuned model itself; merge the "
-            "adapter into its base first",
-            s->tuned);
     while (len > 1 && s->patch[len - 1] == '/')
         len--;
     job->points = calloc(s->n_steps + 1, sizeof *job->points);
@@ -528,21 +539,21 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
         job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
     int rc = perta_weights_open(&job->weights, s->model, err);
     if (!rc && s->tuned)
-        rc = perta_checkpoint_open(s->tuned, &job->others[0], err);
+        rc = open_tuned(job, err);
     if (!rc && s->base)
         rc = perta_checkpoint_open(s->base, &job->others[1], err);
     if (!rc)
         rc = perta_steps_read_data(job, err);
     if (!rc)
-        rc = perta_steps_any(&job->weights, s, err);
+        rc = perta_steps_any(job, err);
     return rc ? rc : check(job, err);
 }
 
 static int begin_scales(struct perta_steps_job *job, struct perta_err *err)
 {
     char *zero = perta_steps_scales(job, 0);
-    int rc = zero ? perta_steps_zero(&job->weights, job->steps, zero, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
+    int rc =
+        zero ? perta_steps_zero(job, zero, err) : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     free(zero);
     if (!rc)
         rc = perta_publish_sync(&job->work, err);
@@ -630,6 +641,7 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run, js
     perta_journal_close(&job.journal);
     perta_publish_release(&job.work);
     perta_weights_close(&job.weights);
+    perta_adapter_close(job.adapter);
     perta_checkpoint_close(job.others[0]);
     perta_checkpoint_close(job.others[1]);
     json_decref(job.notes);

@@ -7,7 +7,8 @@
  *     not raise the retain loss
  *   s shrinks by back_off if moving along -tau raises the retain loss
  *
- * tau is tuned - base; or, without these, it is formed from the model's own gradient.
+ * tau is tuned - base, or a LoRA adapter's task vector; or, without these, it is formed from the
+ * model's own gradient.
  *
  * Along -tau a loss changes by -g * tau for each parameter. The gradient g for forgetting is that
  * of minus the probability. */
@@ -27,7 +28,8 @@ struct perta_step_rule {
 };
 
 struct perta_steps {
-    const char *model, *tuned, *base; /* checkpoints; tuned and base may both be NULL */
+    const char *model, *tuned, *base; /* checkpoints; tuned may be an adapter, as in perta_unlearn;
+                                       * tuned and base may both be NULL */
     /* Without tuned and base, tau = (box * rms(W)) * sign(dp/dtheta) for each matrix W of the model,
      * where p is the mean probability of the forget answers at the model; other parameters stay
      * unchanged. The value is used as float32. 0: found from the gradients at the model. */
@@ -69,7 +71,7 @@ PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_ru
 /* Compute new scales to (n, bf16) from the old ones, in.scale, and from signed mean gradients.
  * Returns how many scales changed; *sum is the sum of the new ones. */
 struct perta_step_in {
-    struct perta_view tuned, base; /* no base.data: tuned has the sign of tau */
+    struct perta_view tuned, base; /* no base.data: tuned is tau, or has its sign */
     struct perta_view forget;      /* no data: no scale grows */
     struct perta_view retain, scale;
     uint64_t n;

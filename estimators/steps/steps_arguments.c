@@ -70,13 +70,15 @@ static int check_count(const struct perta_steps *s, struct perta_err *err)
 int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
 {
     bool own = perta_steps_is_own(s);
+    bool needs_base = !own && !(s->tuned && perta_checkpoint_is_adapter(s->tuned));
     const struct perta_argument needed[] = {{"--model DIR", s->model},
                                             {"--tuned DIR", own ? s->model : s->tuned},
-                                            {"--base DIR", own ? s->model : s->base},
+                                            {"--base DIR", needs_base ? s->base : s->model},
                                             {"--data-forget FILE", s->data_forget},
                                             {"--data-retain FILE", s->data_retain},
                                             {"--patch DIR", s->patch}};
-    const struct perta_argument given[] = {{"--data-key", s->data_key}, {"--out", s->out}};
+    const struct perta_argument given[] = {
+        {"--base", s->base}, {"--data-key", s->data_key}, {"--out", s->out}};
     int rc = check_count(s, err);
     if (!rc)
         rc = check_step(&s->rule, err);

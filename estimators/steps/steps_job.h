@@ -4,6 +4,7 @@
 #ifndef PERTA_ESTIMATORS_STEPS_STEPS_JOB_H
 #define PERTA_ESTIMATORS_STEPS_STEPS_JOB_H
 
+#include "estimators/edit/adapter.h"
 #include "estimators/model/samples.h"
 #include "estimators/model/weights.h"
 #include "estimators/passes/importance.h"
@@ -35,7 +36,8 @@ struct perta_steps_job {
     const struct perta_steps *steps;
     struct perta_run run; /* for the jobs run inside this one; they always resume */
     struct perta_weights weights;
-    struct perta_checkpoint *others[2]; /* tuned, base; NULL with a box of the model's own */
+    struct perta_checkpoint *others[2]; /* tuned, base; NULL: not given */
+    struct perta_adapter *adapter;      /* NULL: --tuned is not an adapter */
     double box;    /* that is used; 0 until it is found, and with tuned and base */
     double spread; /* at the model, of the forget set (struct perta_head_means) */
     bool has_box;  /* which is written */
@@ -103,13 +105,11 @@ void perta_steps_out_release(struct perta_importance_out *out);
 
 /* The metadata of a folder of scales; the caller's. NULL when out of memory. */
 json_t *perta_steps_scale_metadata(void);
-/* PERTA_EUSAGE if no parameter of model has a scale: the globs select none, or no matrix for a box
- * of the model's own. */
-int perta_steps_any(const struct perta_weights *model, const struct perta_steps *steps,
-                    struct perta_err *err);
+/* PERTA_EUSAGE if no parameter of the model has a scale: the globs select none, or none that the
+ * adapter changes, or no matrix for a box of the model's own. */
+int perta_steps_any(const struct perta_steps_job *job, struct perta_err *err);
 /* Write a folder of scales that are all zero to the folder to: one for each such parameter. */
-int perta_steps_zero(const struct perta_weights *model, const struct perta_steps *steps,
-                     const char *to, struct perta_err *err);
+int perta_steps_zero(struct perta_steps_job *job, const char *to, struct perta_err *err);
 
 #define PERTA_STEPS_INPUTS_MAX 5
 
@@ -122,7 +122,8 @@ struct perta_steps_piece {
     const struct perta_tensor *scale; /* the tensor of scales */
     uint64_t index;                   /* its place in the order of names */
     uint64_t first, n;
-    struct perta_view in[PERTA_STEPS_INPUTS_MAX]; /* for work(); no data where there is no input */
+    struct perta_view in[PERTA_STEPS_INPUTS_MAX]; /* for work(); no data where there is no input.
+                                                   * Of a LoRA: its task vector, and no base */
     void *out;                                    /* head_bytes + n * elem_bytes */
 };
 
@@ -134,9 +135,13 @@ struct perta_steps_pass {
     void (*work)(void *ctx, const struct perta_steps_piece *piece);
     /* Called in order. */
     int (*commit)(void *ctx, const struct perta_steps_piece *piece, struct perta_err *err);
+    /* Set if the first two inputs are --tuned, which may be an adapter of this model, and --base.
+     * Borrowed. */
+    const struct perta_checkpoint *model;
     /* The rest is set by open. */
     struct perta_input in[PERTA_STEPS_INPUTS_MAX]; /* (n_in) */
     unsigned n_in, n_read;
+    struct perta_adapter *adapter;         /* NULL: --tuned is not one */
     const struct perta_checkpoint *scales; /* the last input */
     struct perta_walk walk;                /* position in it */
     bool tied;
@@ -175,7 +180,8 @@ struct perta_step_folders {
     const char *tuned, *base, *box; /* the box is NULL, or tuned and base are */
     const char *forget;             /* NULL: no scale grows */
     const char *retain, *from, *to;
-    bool tied; /* the model's head and its embedding are one tensor */
+    const struct perta_checkpoint *model; /* borrowed */
+    bool tied;                            /* the model's head and its embedding are one tensor */
 };
 struct perta_step_counts {
     uint64_t n, n_moved; /* number of scales, and of those that changed */

@@ -81,38 +81,35 @@ json_t *perta_steps_scale_metadata(void)
     return json_pack("{s:s, s:s}", "format", "pt", "perta.stat", "scale");
 }
 
-struct chosen {
-    const struct perta_weights *model;
-    const struct perta_steps *steps;
-};
-
-static bool is_chosen(void *ctx, const char *name)
+static bool is_chosen(const struct perta_steps_job *job, const char *name)
 {
-    const struct chosen *chosen = ctx;
-    const struct perta_ref *ref = perta_checkpoint_find(chosen->model->ck, name);
-    return perta_weights_is_parameter(chosen->model, name) &&
-           perta_globs_match(&chosen->steps->globs, name) &&
-           !(perta_steps_is_own(chosen->steps) && ref->tensor->n_dims != 2);
+    const struct perta_ref *ref = perta_checkpoint_find(job->weights.ck, name);
+    return perta_weights_is_parameter(&job->weights, name) &&
+           perta_globs_match(&job->steps->globs, name) &&
+           !(perta_steps_is_own(job->steps) && ref->tensor->n_dims != 2) &&
+           (!job->adapter || perta_adapter_find(job->adapter, name));
 }
 
-int perta_steps_any(const struct perta_weights *model, const struct perta_steps *steps,
-                    struct perta_err *err)
+int perta_steps_any(const struct perta_steps_job *job, struct perta_err *err)
 {
-    struct chosen chosen = {model, steps};
-    for (uint64_t i = 0; i < model->ck->n_tensors; i++)
-        if (is_chosen(&chosen, model->ck->by_name[i].tensor->name))
+    const struct perta_checkpoint *model = job->weights.ck;
+    for (uint64_t i = 0; i < model->n_tensors; i++)
+        if (is_chosen(job, model->by_name[i].tensor->name))
             return 0;
     return perta_fail(err, PERTA_EUSAGE, "%s: --include and --exclude leave no %s to edit",
-                      model->ck->path, perta_steps_is_own(steps) ? "matrix" : "tensor");
+                      model->path, perta_steps_is_own(job->steps) ? "matrix" : "tensor");
 }
 
-int perta_steps_zero(const struct perta_weights *model, const struct perta_steps *steps,
-                     const char *to, struct perta_err *err)
+static bool is_wanted(void *job, const char *name)
+{
+    return is_chosen(job, name);
+}
+
+int perta_steps_zero(struct perta_steps_job *job, const char *to, struct perta_err *err)
 {
     struct perta_importance_out out = {0};
-    struct chosen chosen = {model, steps};
-    int rc = perta_steps_out_begin(&out, model->ck, PERTA_BF16, perta_steps_scale_metadata(),
-                                   is_chosen, &chosen, to, err);
+    int rc = perta_steps_out_begin(&out, job->weights.ck, PERTA_BF16, perta_steps_scale_metadata(),
+                                   is_wanted, job, to, err);
     if (!rc)
         rc = perta_steps_out_finish(&out, err);
     perta_steps_out_release(&out);
@@ -121,10 +118,20 @@ int perta_steps_zero(const struct perta_weights *model, const struct perta_steps
 
 /* ---- the loop ---- */
 
+/* Of the inputs, --tuned and --base give the task vector. */
+static bool gives_tau(const struct perta_steps_pass *pass, unsigned i)
+{
+    return pass->model && i < 2;
+}
+
+/* NULL: there is nothing to read. */
 static const struct perta_ref *operand(const struct perta_steps_pass *pass, unsigned i,
                                        const char *name)
 {
-    return pass->in[i].ck ? perta_tied_find(pass->in[i].ck, name, pass->tied) : NULL;
+    if (!pass->in[i].ck)
+        return NULL;
+    return perta_adapter_operand(gives_tau(pass, i) ? pass->adapter : NULL, pass->in[i].ck, name,
+                                 pass->tied);
 }
 
 static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
@@ -137,7 +144,8 @@ static int next(void *ctx, struct perta_piece *piece, struct perta_err *err)
         const struct perta_ref *ref = operand(pass, i, at.info->name);
         if (ref)
             perta_input_range(&pass->in[i], ref, at.first_unit, at.n_units, &piece->in[i]);
-        else if (pass->in[i].ck)
+        else if (pass->in[i].ck &&
+                 !(gives_tau(pass, i) && perta_adapter_lora(pass->adapter, at.info->name)))
             return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s", pass->in[i].ck->path,
                               at.info->name);
     }
@@ -160,14 +168,21 @@ static struct perta_steps_piece piece_of(const struct perta_steps_pass *pass,
 
 static int work(void *ctx, unsigned worker, struct perta_piece *piece, struct perta_err *err)
 {
-    (void)worker;
-    (void)err;
     const struct perta_steps_pass *pass = ctx;
     struct perta_steps_piece own = piece_of(pass, piece);
+    const struct perta_change *lora = perta_adapter_lora(pass->adapter, own.scale->name);
     for (unsigned i = 0; i < pass->n_read; i++) {
         const struct perta_ref *ref = operand(pass, i, own.scale->name);
         if (ref)
             own.in[i] = (struct perta_view){ref->tensor->dtype, piece->in[i].data};
+    }
+    if (lora) {
+        const float *tau;
+        int rc = perta_adapter_tau(pass->adapter, &pass->in[0].files[0], worker, lora, own.first,
+                                   own.n, &tau, err);
+        if (rc)
+            return rc;
+        own.in[0] = (struct perta_view){PERTA_F32, tau};
     }
     pass->work(pass->ctx, &own);
     return 0;
@@ -188,9 +203,14 @@ int perta_steps_pass_open(struct perta_steps_pass *pass, const struct perta_step
     pass->n_in = n_in;
     pass->n_read = n_read;
     pass->tied = tied;
-    for (unsigned i = 0; i < n_in && !rc; i++)
-        if (inputs[i].path)
-            rc = perta_input_open(&pass->in[i], inputs[i].role, inputs[i].path, err);
+    for (unsigned i = 0; i < n_in && !rc; i++) {
+        if (!inputs[i].path)
+            continue;
+        rc = pass->model && !i && perta_checkpoint_is_adapter(inputs[i].path)
+                 ? perta_adapter_open_input(&pass->in[i], inputs[i].role, inputs[i].path,
+                                            pass->model, &pass->adapter, NULL, err)
+                 : perta_input_open(&pass->in[i], inputs[i].role, inputs[i].path, err);
+    }
     pass->scales = pass->walk.ck = pass->in[n_in - 1].ck;
     return rc;
 }
@@ -223,6 +243,7 @@ int perta_steps_pass_run(struct perta_steps_pass *pass, const struct perta_run *
     size_t n_paths = 0;
     int rc = 0;
     measure(pass, &sizes);
+    sizes.worker_bytes = pass->adapter ? perta_adapter_memory(pass->adapter) : 0;
     less.memory_bytes -= run->memory_bytes > PERTA_BEHIND_BYTES ? PERTA_BEHIND_BYTES : 0;
     for (unsigned i = 0; i < pass->n_read && !rc; i++)
         if (pass->in[i].ck)
@@ -232,8 +253,11 @@ int perta_steps_pass_run(struct perta_steps_pass *pass, const struct perta_run *
     free(paths);
     for (unsigned i = 0; i < pass->n_read && !rc; i++)
         if (pass->in[i].ck)
-            rc = perta_input_open_files(&pass->in[i], perta_stream_engine(stream)->wants_direct,
-                                        err);
+            rc = perta_input_open_files(
+                &pass->in[i],
+                perta_stream_engine(stream)->wants_direct && !pass->in[i].ck->is_adapter, err);
+    if (!rc && pass->adapter)
+        rc = perta_adapter_begin(pass->adapter, perta_stream_workers(stream), err);
     if (!rc)
         rc = perta_stream_run(stream, err);
     for (unsigned i = 0; i < pass->n_read && !rc; i++)
@@ -245,6 +269,7 @@ int perta_steps_pass_run(struct perta_steps_pass *pass, const struct perta_run *
 
 void perta_steps_pass_close(struct perta_steps_pass *pass)
 {
+    perta_adapter_close(pass->adapter);
     for (unsigned i = 0; i < pass->n_in; i++)
         perta_input_close(&pass->in[i]);
 }

@@ -116,6 +116,7 @@ int perta_steps_update(const struct perta_step_rule *rule, const struct perta_st
     struct perta_steps_pass pass = {.ctx = &job,
                                     .head_bytes = sizeof(struct result),
                                     .elem_bytes = sizeof(uint16_t),
+                                    .model = folders->box ? NULL : folders->model,
                                     .work = work,
                                     .commit = commit};
     *counts = (struct perta_step_counts){0};

@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_torch"]
+NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_steps_lora", "test_torch"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find

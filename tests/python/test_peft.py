@@ -198,6 +198,39 @@ def test_an_adapter_does_what_peft_does(perta, tmp_path, bases, kind, config, re
         check_equal(tmp_path, bases / kind, tmp_path / "a")
 
 
+STEP = "--steps 1 --method signed --step 1 --max-scale 1 --data-forget a.jsonl --data-retain b.jsonl --compute f32"
+IN_STEPS = {name: case for name, case in CASES.items() if case[0] not in ("gemma", "gpt2", "mamba", "opt")}
+
+
+def tensors_of(folder):
+    return {k: x for path in folder.glob("*.safetensors") for k, x in load_file(path).items()}
+
+
+@pytest.mark.parametrize("kind, config, refused", part(IN_STEPS.values(), plain=10), ids=part(IN_STEPS, plain=10))
+def test_steps_take_what_an_edit_takes(perta, tmp_path, bases, kind, config, refused):
+    """A step of 1 takes each parameter to where --method tv leads, or leaves it where it is."""
+    tune(bases / kind, peft.LoraConfig(**lora(**config)), tmp_path / "a")
+    for side, ids in (("a", IDS[0]), ("b", IDS[1])):
+        (tmp_path / f"{side}.jsonl").write_text(json.dumps({"input_ids": ids.tolist()}))
+    edit = perta(*words(bases / kind, "a", alpha="1"), check=3 if refused else 0)
+    step = f"unlearn --model {bases / kind} --tuned a --base {bases / kind} --patch q --out n --json {STEP}"
+    result = perta(*step.split(), check=3 if refused else 0)
+    if refused:
+        assert result.stderr == edit.stderr and refused in edit.stderr
+        assert not (tmp_path / "n").exists()
+        return
+    assert json.loads(result.stdout)["notes"] == json.loads(edit.stdout)["notes"]
+    full, edited, after = (tensors_of(path) for path in (bases / kind, tmp_path / "m", tmp_path / "n"))
+    n_moved = n_there = 0
+    for name, x in full.items():
+        moved = after[name] != x
+        assert torch.equal(after[name][moved], edited[name][moved]), name
+        n_moved += moved.sum().item()
+        n_there += (edited[name] != x).sum().item()
+    assert 0.1 * n_there < n_moved < 0.9 * n_there
+
+
+
 def draw(seed):
     """A random kind of model and config."""
     rng = random.Random(seed)
