@@ -348,7 +348,7 @@ def test_factors_count_in_the_budget(perta, tmp_path):
             name = f"{PREFIX}model.layers.0.self_attn.{module}.lora_{kind}.weight"
             tensors[name] = torch.randn(shape, generator=generator) / 100
     write_adapter(tmp_path / "adapter", tensors, CONFIG | {"r": 768})
-    words = [word for word in LORA if word not in ("--base", "base")] + ["2", "--io", "pread", "--force"]
+    words = [word for word in LORA if word not in ("--base", "base")] + ["1", "--io", "pread", "--force"]
     results = []
     for threads in ("1", "16"):
         budget = needed(perta, [*words, "--threads", threads])
