@@ -237,8 +237,8 @@ END_TEST
 /* ---- with a model ---- */
 
 #if HAS_MODEL
-static const struct perta_scaled_paths nowhere = {"t", NULL, "s", NULL},
-                                       both = {"t", "b", "s", "x"};
+static const struct perta_scaled_paths nowhere = {.tuned = "t", .scale = "s"},
+                                       both = {"t", "b", "s", "x", 1};
 
 static struct perta_estimate good_estimate(void)
 {

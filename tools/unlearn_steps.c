@@ -33,7 +33,7 @@ static const struct argp_option options[] = {
      1},
     {"box", KEY_BOX, "C", 0,
      "Without --tuned and --base, the task vector has the signs of the forget set's gradient at the "
-     "model, for each matrix with C times its root mean square (default: found from the gradients)",
+     "model, for each matrix with C times its root mean square (default: found by trying the first step)",
      1},
     {"step", KEY_STEP, "S", 0, "How much a parameter's scale can grow in a step (default 0.4)", 2},
     {"back-off", KEY_BACK_OFF, "B", 0,

@@ -25,7 +25,8 @@ struct perta_unlearn {
     const char *forget, *retain;      /* importances; NULL if the method needs none */
     const char *scale;                /* for PERTA_SCALE: a weight for each parameter */
     const char *box;                  /* for PERTA_SCALE: tau, in place of tuned and base; a folder
-                                       * that steps wrote */
+                                       * that steps wrote (box.h) */
+    double box_size;                  /* c, for box */
     const json_t *steps;              /* how the scales were found, for the recipe; or NULL */
     struct perta_rule rule;           /* the job sets rule.stat from the importances */
     struct perta_alpha alphas[PERTA_ALPHAS_MAX];

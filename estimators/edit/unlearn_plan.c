@@ -86,7 +86,7 @@ static int open_box(struct perta_unlearn_job *job, struct perta_err *err)
     if (!job->unlearn->box)
         return 0;
     int rc = perta_input_open(in, "box", job->unlearn->box, err);
-    return rc ? rc : perta_box_sizes(in->ck, &job->box_sizes, err);
+    return rc ? rc : perta_box_sizes(in->ck, job->unlearn->box_size, &job->box_sizes, err);
 }
 
 static int open_inputs(struct perta_unlearn_job *job, json_t *notes, struct perta_err *err)

@@ -24,6 +24,7 @@ struct perta_scaled_paths {
                                * may be a LoRA adapter */
     const char *scale; /* s, a folder that steps wrote; tensors without scales stay as they are */
     const char *box;   /* tau, in place of tuned and base; a folder that steps wrote */
+    double box_size;   /* c, for box (estimators/edit/box.h) */
 };
 
 struct perta_estimate {

@@ -255,8 +255,9 @@ int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *f
         uint64_t of_input = rc ? 0 : widest(s->in[i].ck);
         width = of_input > width ? of_input : width;
     }
+    s->box_size = from->box_size;
     if (!rc && from->box)
-        rc = perta_box_sizes(s->in[PERTA_SCALED_TUNED].ck, &s->box_sizes, err);
+        rc = perta_box_sizes(s->in[PERTA_SCALED_TUNED].ck, from->box_size, &s->box_sizes, err);
     s->source.room_bytes = (PERTA_SCALED_N + 1) * perta_weights_room(PIECE * width);
     for (uint64_t t = 0; !rc && t < s->in[PERTA_SCALED_SCALE].ck->n_tensors; t++)
         rc = check_tensor(s, s->in[PERTA_SCALED_SCALE].ck->by_name[t].tensor, err);
@@ -278,8 +279,8 @@ json_t *perta_scaled_json(const struct perta_scaled *s)
                                   *base = s->in[PERTA_SCALED_BASE].ck,
                                   *scale = s->in[PERTA_SCALED_SCALE].ck;
     if (s->box_sizes)
-        return json_pack("{s:o, s:o}", "box", perta_journal_own(tuned), "scale",
-                         perta_journal_own(scale));
+        return json_pack("{s:o, s:f, s:o}", "box", perta_journal_own(tuned), "box size",
+                         s->box_size, "scale", perta_journal_own(scale));
     json_t *json = json_pack("{s:o, s:o, s:o}", "tuned", perta_journal_checkpoint(tuned), "base",
                              base ? perta_journal_checkpoint(base) : json_null(), "scale",
                              perta_journal_own(scale));

@@ -17,6 +17,7 @@ struct perta_scaled {
                                             * an adapter, with or without one */
     struct perta_adapter *adapter;         /* NULL: no adapter */
     float *box_sizes;                      /* NULL: no box */
+    double box_size;
     bool tied;
 };
 

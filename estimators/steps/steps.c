@@ -164,9 +164,14 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
     }
     if (json_object_get(record, "spread"))
         job->spread = json_real_value(json_object_get(record, "spread"));
-    if (json_object_get(record, "found box"))
-        job->box = json_real_value(json_object_get(record, "found box"));
-    job->has_box |= json_is_true(json_object_get(record, "box"));
+    if (json_object_get(record, "fall"))
+        job->fall = json_real_value(json_object_get(record, "fall"));
+    if (json_object_get(record, "box"))
+        job->box = json_real_value(json_object_get(record, "box"));
+    if (json_object_get(record, "trial") && job->n_trials < PERTA_STEPS_TRIALS)
+        job->trials[job->n_trials++] =
+            (struct perta_steps_trial){json_real_value(json_object_get(record, "trial")),
+                                       json_real_value(json_object_get(record, "probability"))};
     for (int i = 0; i < 2; i++) {
         const json_t *loss = json_object_get(record, perta_sets[i]);
         if (loss) {
@@ -209,11 +214,13 @@ static bool ends_at(const struct perta_steps_job *job, unsigned k)
            (!holds && perta_steps_forgets_enough(job, k));
 }
 
-/* Do scales grow at point k, where the forget set has been measured? If not, the forget set's
- * gradients are not needed; but those of point 0 are for a box of the model's own. */
-static bool grows_at(const struct perta_steps_job *job, unsigned k)
+/* Does the step from point k, where the set has been measured, use its gradients? While enough is
+ * forgotten no scale grows. A box of the model's own is formed from those of point 0. */
+static bool uses_gradients(const struct perta_steps_job *job, unsigned k, int set)
 {
-    return (!k && perta_steps_is_own(job->steps)) || !perta_steps_forgets_enough(job, k);
+    if (!k && perta_steps_is_own(job->steps))
+        return true;
+    return set == PERTA_FORGET ? !perta_steps_forgets_enough(job, k) : !ends_at(job, k);
 }
 
 /* ---- a point ---- */
@@ -230,7 +237,26 @@ static bool takes_gradients(void *ctx, double loss, double probability)
     struct perta_steps_point *p = &m->job->points[m->k];
     p->loss[m->set] = loss;
     p->probability[m->set] = probability;
-    return m->set == PERTA_FORGET ? grows_at(m->job, m->k) : !ends_at(m->job, m->k);
+    return uses_gradients(m->job, m->k, m->set);
+}
+
+static const char *data_of(const struct perta_steps_job *job, int set)
+{
+    return set == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain;
+}
+
+int perta_steps_eval(struct perta_steps_job *job, int set, const struct perta_scaled_paths *at,
+                     json_t **summary, struct perta_err *err)
+{
+    const struct perta_eval eval = {.model = job->steps->model,
+                                    .at = at,
+                                    .data = data_of(job, set),
+                                    .data_xxh128 = job->data[set].xxh128,
+                                    .max_tokens = job->steps->max_tokens,
+                                    .compute = job->steps->compute,
+                                    .scratch = job->work.partial,
+                                    .as_estimate = true};
+    return perta_eval(&eval, &job->run, summary, err);
 }
 
 /* Measure the loss, and the gradients if the next step needs them. */
@@ -238,15 +264,14 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
                        struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
-    const char *data = set == PERTA_FORGET ? s->data_forget : s->data_retain;
     char *scales = perta_steps_scales(job, k), *box = perta_steps_box_folder(job);
     char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
     bool own = perta_steps_is_own(s), at_model = own && !k; /* where the box is not formed yet */
-    const struct perta_scaled_paths at = {s->tuned, s->base, scales, own ? box : NULL};
+    const struct perta_scaled_paths at = {s->tuned, s->base, scales, own ? box : NULL, job->box};
     struct measuring measuring = {job, k, set};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = at_model ? NULL : &at,
-                                            .data = data,
+                                            .data = data_of(job, set),
                                             .data_xxh128 = job->data[set].xxh128,
                                             .out = out,
                                             .mean = true,
@@ -256,17 +281,9 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
                                             .max_tokens = s->max_tokens,
                                             .compute = s->compute,
                                             .force = true};
-    const struct perta_eval eval = {.model = s->model,
-                                    .at = &at,
-                                    .data = data,
-                                    .data_xxh128 = job->data[set].xxh128,
-                                    .max_tokens = s->max_tokens,
-                                    .compute = s->compute,
-                                    .scratch = job->work.partial,
-                                    .as_estimate = true};
     int rc = !scales || !box || !out ? perta_fail_sys(err, ENOMEM, "%s", job->work_path)
              : k < s->n_steps        ? perta_estimate(&estimate, &job->run, summary, err)
-                                     : perta_eval(&eval, &job->run, summary, err);
+                                     : perta_steps_eval(job, set, &at, summary, err);
     free(scales);
     free(box);
     free(out);
@@ -274,7 +291,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
 }
 
 /* Every step reads the models again; they must be those that the path began with. */
-static int check_models(const struct perta_steps_job *job, struct perta_err *err)
+int perta_steps_check_models(const struct perta_steps_job *job, struct perta_err *err)
 {
     int rc = perta_checkpoint_unchanged(job->weights.ck, err);
     for (int i = 0; i < 2 && !rc; i++)
@@ -291,12 +308,12 @@ static int measure(struct perta_steps_job *job, unsigned k, int set, struct pert
         return 0;
     int rc = run_measure(job, k, set, &summary, err);
     if (!rc)
-        rc = check_models(job, err);
+        rc = perta_steps_check_models(job, err);
     double loss = json_real_value(json_object_get(summary, "loss"));
     p->probability[set] = json_real_value(json_object_get(summary, "probability"));
     if (!rc && !isfinite(loss))
         rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
-                        set == PERTA_FORGET ? job->steps->data_forget : job->steps->data_retain, k);
+                        data_of(job, set), k);
     p->samples[set] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
     p->tokens[set] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
     if (!k && set == PERTA_FORGET)
@@ -313,57 +330,23 @@ static int measure(struct perta_steps_job *job, unsigned k, int set, struct pert
     return rc;
 }
 
-/* ---- the box ---- */
-
-/* The size with which the first step lowers the log odds of the forget probability by
- * PERTA_STEPS_FALL, to first order. It depends on the gradients at the model alone. */
-static int find_box(struct perta_steps_job *job, const struct perta_box_folders *folders,
-                    struct perta_err *err)
-{
-    const struct perta_steps *s = job->steps;
-    double fall, step = fmin(s->rule.step, s->rule.max_scale);
-    int rc = perta_steps_box_fall(folders, &job->run, &fall, err);
-    if (!rc)
-        rc = check_models(job, err);
-    if (rc)
-        return rc;
-    job->box = PERTA_STEPS_FALL * job->spread / (step * fall);
-    if (!((float)job->box > 0 && isfinite((float)job->box)))
-        return perta_fail(err, PERTA_EINPUT,
-                          "%s: the gradients at the model give no size for the box (spread %g, "
-                          "fall %g); give one: --box C",
-                          s->data_forget, job->spread, fall);
-    return perta_steps_commit(job, json_pack("{s:i, s:f}", "step", 0, "found box", job->box), err);
-}
-
-static int write_box(struct perta_steps_job *job, const struct perta_box_folders *folders,
-                     struct perta_err *err)
-{
-    int rc = perta_steps_box(job->box, folders, &job->run, err);
-    if (!rc)
-        rc = check_models(job, err);
-    if (!rc)
-        rc = perta_steps_commit(job, json_pack("{s:i, s:b}", "step", 0, "box", 1), err);
-    job->has_box = !rc;
-    return rc;
-}
-
 /* Form the box, once, from the gradients at the model. */
 static int form_box(struct perta_steps_job *job, struct perta_err *err)
 {
-    if (!perta_steps_is_own(job->steps) || job->has_box)
+    if (!perta_steps_is_own(job->steps) || job->fall > 0)
         return 0;
     char *forget = path_in_work(job, MEAN, 0, perta_sets[PERTA_FORGET]);
     char *retain = path_in_work(job, MEAN, 0, perta_sets[PERTA_RETAIN]);
     char *scales = perta_steps_scales(job, 0), *to = perta_steps_box_folder(job);
     const struct perta_box_folders folders = {
         job->steps->model, forget, retain, scales, to, perta_is_tied(job->weights.ck)};
-    int rc =
-        forget && retain && scales && to ? 0 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
-    if (!rc && !(job->box > 0))
-        rc = find_box(job, &folders, err);
+    int rc = forget && retain && scales && to
+                 ? perta_steps_box(&folders, &job->run, &job->fall, err)
+                 : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     if (!rc)
-        rc = write_box(job, &folders, err);
+        rc = perta_steps_check_models(job, err);
+    if (!rc)
+        rc = perta_steps_commit(job, json_pack("{s:i, s:f}", "step", 0, "fall", job->fall), err);
     free(forget);
     free(retain);
     free(scales);
@@ -399,20 +382,21 @@ static int move(struct perta_steps_job *job, unsigned k, struct perta_err *err)
     char *retain = path_in_work(job, MEAN, k, perta_sets[PERTA_RETAIN]);
     char *from = perta_steps_scales(job, k), *to = perta_steps_scales(job, k + 1);
     char *box = perta_steps_box_folder(job);
-    const struct perta_step_folders folders = {.tuned = s->tuned,
-                                               .base = s->base,
-                                               .box = perta_steps_is_own(s) ? box : NULL,
-                                               .forget = grows_at(job, k) ? forget : NULL,
-                                               .retain = retain,
-                                               .from = from,
-                                               .to = to,
-                                               .model = job->weights.ck,
-                                               .tied = perta_is_tied(job->weights.ck)};
+    const struct perta_step_folders folders = {
+        .tuned = s->tuned,
+        .base = s->base,
+        .box = perta_steps_is_own(s) ? box : NULL,
+        .forget = uses_gradients(job, k, PERTA_FORGET) ? forget : NULL,
+        .retain = retain,
+        .from = from,
+        .to = to,
+        .model = job->weights.ck,
+        .tied = perta_is_tied(job->weights.ck)};
     int rc = forget && retain && from && to && box
                  ? perta_steps_update(&rule, &folders, &job->run, &counts, err)
                  : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
     if (!rc)
-        rc = check_models(job, err);
+        rc = perta_steps_check_models(job, err);
     p->moved = counts.n ? (double)counts.n_moved / (double)counts.n : 0;
     p->mean_scale = counts.n ? counts.sum / (double)counts.n : 0;
     if (!rc)
@@ -494,6 +478,8 @@ static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *l
             rc = perta_steps_patch(job, k, k, k, err);
         if (!rc && !job->points[k + 1].reached)
             rc = move(job, k, err);
+        if (!rc && !k)
+            rc = perta_steps_find_size(job, err);
         if (!rc)
             tidy(job, k);
     }

@@ -32,7 +32,7 @@ struct perta_steps {
                                        * tuned and base may both be NULL */
     /* Without tuned and base, tau = (box * rms(W)) * sign(dp/dtheta) for each matrix W of the model,
      * where p is the mean probability of the forget answers at the model; other parameters stay
-     * unchanged. The value is used as float32. 0: found from the gradients at the model. */
+     * unchanged. The value is used as float32. 0: found by trying the first step. */
     double box;
     const char *data_forget, *data_retain; /* JSON lines, as for perta_estimate */
     const char *data_key; /* key file; with it the record holds keyed digests of both data files; or

@@ -1,11 +1,10 @@
 /* The box from the model's own gradient: tau = (c * rms(W)) * sign(g), where g is the gradient of
- * the forget probability at the model, for matrices. Spec: docs/steps.md */
+ * the forget probability at the model, for matrices. steps_size.c finds c. Spec: docs/steps.md */
 #include "estimators/steps/steps_job.h"
 
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "estimators/edit/box.h"
 
@@ -23,11 +22,6 @@ static double squares_of(const struct perta_view *view, uint64_t n)
             sum += x[i] * x[i];
     }
     return sum;
-}
-
-static float rms_of(double squares, uint64_t n)
-{
-    return (float)sqrt(squares / (double)n);
 }
 
 /* forget is the gradient of minus the probability. */
@@ -69,65 +63,45 @@ struct sums {
 };
 
 struct job {
-    double c;
     struct sums sums; /* of the current tensor */
-    double fall;      /* of the tensors before it */
-    float *sizes;     /* of all tensors, in the order of their names */
+    double fall;      /* of all tensors so far */
+    float *rms;       /* of all tensors, in the order of their names */
     struct perta_importance_out out;
 };
 
 static void add_up(void *ctx, const struct perta_steps_piece *piece)
 {
     (void)ctx;
-    struct sums *sums = piece->out;
-    *sums = (struct sums){.squares = squares_of(&piece->in[IN_MODEL], piece->n)};
-    if (piece->in[IN_FORGET].data)
-        sums->slope = slope_of(&piece->in[IN_FORGET], &piece->in[IN_RETAIN], piece->n);
+    *(struct sums *)piece->out =
+        (struct sums){squares_of(&piece->in[IN_MODEL], piece->n),
+                      slope_of(&piece->in[IN_FORGET], &piece->in[IN_RETAIN], piece->n)};
 }
 
-/* Returns whether the tensor is complete. */
-static bool take_sums(struct job *job, const struct perta_steps_piece *piece)
+static int commit_sums(void *ctx, const struct perta_steps_piece *piece, struct perta_err *err)
 {
+    struct job *job = ctx;
     const struct sums *sums = piece->out;
+    const struct perta_tensor *tensor = piece->scale;
     if (!piece->first)
         job->sums = (struct sums){0};
     job->sums.squares += sums->squares;
     job->sums.slope += sums->slope;
-    return piece->first + piece->n == piece->scale->n_elems;
-}
-
-static int commit_fall(void *ctx, const struct perta_steps_piece *piece, struct perta_err *err)
-{
-    struct job *job = ctx;
-    (void)err;
-    if (take_sums(job, piece))
-        job->fall += (double)rms_of(job->sums.squares, piece->scale->n_elems) * job->sums.slope;
-    return 0;
-}
-
-static int commit_size(void *ctx, const struct perta_steps_piece *piece, struct perta_err *err)
-{
-    struct job *job = ctx;
-    const struct perta_tensor *tensor = piece->scale;
-    if (!take_sums(job, piece))
+    if (piece->first + piece->n < tensor->n_elems)
         return 0;
-    float size = (float)job->c * rms_of(job->sums.squares, tensor->n_elems);
-    if (!isfinite(size))
+    float rms = (float)sqrt(job->sums.squares / (double)tensor->n_elems);
+    if (!isfinite(rms))
         return perta_fail(err, PERTA_EINPUT,
-                          "--model: tensor %s: its root mean square, times --box %g, is not a "
-                          "finite number",
-                          tensor->name, job->c);
-    job->sizes[piece->index] = size;
+                          "--model: tensor %s: its root mean square is not a finite number",
+                          tensor->name);
+    job->rms[piece->index] = rms;
+    job->fall += (double)rms * job->sums.slope;
     return 0;
 }
 
 static void take_signs(void *ctx, const struct perta_steps_piece *piece)
 {
-    const struct job *job = ctx;
-    if (job->sizes[piece->index] > 0)
-        signs_of(&piece->in[0], piece->n, piece->out);
-    else
-        memset(piece->out, 0, piece->n); /* tau is zero */
+    (void)ctx;
+    signs_of(&piece->in[0], piece->n, piece->out);
 }
 
 static int commit_signs(void *ctx, const struct perta_steps_piece *piece, struct perta_err *err)
@@ -137,32 +111,17 @@ static int commit_signs(void *ctx, const struct perta_steps_piece *piece, struct
                                   err);
 }
 
-int perta_steps_box_fall(const struct perta_box_folders *f, const struct perta_run *run,
-                         double *fall, struct perta_err *err)
+static int measure(struct job *job, const struct perta_box_folders *f, const struct perta_run *run,
+                   struct perta_err *err)
 {
-    struct job job = {0};
     const struct perta_steps_input inputs[] = {{"--model", f->model},
                                                {"forget gradients", f->forget},
                                                {"retain gradients", f->retain},
                                                {"scales", f->scales}};
     struct perta_steps_pass pass = {
-        .ctx = &job, .head_bytes = sizeof(struct sums), .work = add_up, .commit = commit_fall};
+        .ctx = job, .head_bytes = sizeof(struct sums), .work = add_up, .commit = commit_sums};
     int rc = perta_steps_pass_open(&pass, inputs, 4, 3, f->tied, err);
-    if (!rc)
-        rc = perta_steps_pass_run(&pass, run, err);
-    perta_steps_pass_close(&pass);
-    *fall = job.fall;
-    return rc;
-}
-
-static int measure_sizes(struct job *job, const struct perta_box_folders *f,
-                         const struct perta_run *run, struct perta_err *err)
-{
-    const struct perta_steps_input inputs[] = {{"--model", f->model}, {"scales", f->scales}};
-    struct perta_steps_pass pass = {
-        .ctx = job, .head_bytes = sizeof(struct sums), .work = add_up, .commit = commit_size};
-    int rc = perta_steps_pass_open(&pass, inputs, 2, 1, f->tied, err);
-    if (!rc && !(job->sizes = calloc(pass.scales->n_tensors + 1, sizeof *job->sizes)))
+    if (!rc && !(job->rms = calloc(pass.scales->n_tensors + 1, sizeof *job->rms)))
         rc = perta_fail_sys(err, ENOMEM, "%s", f->to);
     if (!rc)
         rc = perta_steps_pass_run(&pass, run, err);
@@ -180,8 +139,8 @@ static int write_signs(struct job *job, const struct perta_box_folders *f,
     int rc = perta_steps_pass_open(&pass, inputs, 2, 1, f->tied, err);
     if (!rc)
         rc = perta_steps_out_begin(&job->out, pass.scales, PERTA_I8,
-                                   perta_box_metadata(job->sizes, pass.scales->n_tensors), NULL,
-                                   NULL, f->to, err);
+                                   perta_box_metadata(job->rms, pass.scales->n_tensors), NULL, NULL,
+                                   f->to, err);
     if (!rc)
         rc = perta_steps_pass_run(&pass, run, err);
     if (!rc)
@@ -191,13 +150,14 @@ static int write_signs(struct job *job, const struct perta_box_folders *f,
     return rc;
 }
 
-int perta_steps_box(double c, const struct perta_box_folders *folders, const struct perta_run *run,
-                    struct perta_err *err)
+int perta_steps_box(const struct perta_box_folders *folders, const struct perta_run *run,
+                    double *fall, struct perta_err *err)
 {
-    struct job job = {.c = c};
-    int rc = measure_sizes(&job, folders, run, err);
+    struct job job = {0};
+    int rc = measure(&job, folders, run, err);
     if (!rc)
         rc = write_signs(&job, folders, run, err);
-    free(job.sizes);
+    *fall = job.fall;
+    free(job.rms);
     return rc;
 }

@@ -15,12 +15,15 @@
 #include "stream/journal.h"
 #include "stream/walk.h"
 
-/* The fall of the log odds of the forget probability that a box of the model's own is made for, in
- * the first step and to first order (docs/steps.md). */
-#define PERTA_STEPS_FALL 6.0
+#define PERTA_STEPS_TRIALS 24
 
 enum { PERTA_FORGET, PERTA_RETAIN };
 extern const char *const perta_sets[2]; /* "forget", "retain" */
+
+/* A size c of the box that was tried, and the mean forget probability after the first step. */
+struct perta_steps_trial {
+    double c, probability;
+};
 
 /* A point of the path: theta(s) after some number of steps. */
 struct perta_steps_point {
@@ -38,9 +41,11 @@ struct perta_steps_job {
     struct perta_weights weights;
     struct perta_checkpoint *others[2]; /* tuned, base; NULL: not given */
     struct perta_adapter *adapter;      /* NULL: --tuned is not an adapter */
-    double box;    /* that is used; 0 until it is found, and with tuned and base */
+    double box;    /* c of the box; 0 until it is found, and with tuned and base */
     double spread; /* at the model, of the forget set (struct perta_head_means) */
-    bool has_box;  /* which is written */
+    double fall;   /* perta_steps_box; 0 until the box is written */
+    struct perta_steps_trial trials[PERTA_STEPS_TRIALS];
+    unsigned n_trials;
     struct perta_journal journal;
     struct perta_publish work;        /* the work folder, with what is kept between steps; never
                                        * published */
@@ -65,6 +70,11 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
 char *perta_steps_box_folder(const struct perta_steps_job *job);
 /* The folder of the scales at step k. The caller frees it. NULL when out of memory. */
 char *perta_steps_scales(const struct perta_steps_job *job, unsigned k);
+/* Measure set at the model, forget or retain, forward only. *summary is perta_eval's. */
+int perta_steps_eval(struct perta_steps_job *job, int set, const struct perta_scaled_paths *at,
+                     json_t **summary, struct perta_err *err);
+/* PERTA_EINPUT if an input has changed since the path began. */
+int perta_steps_check_models(const struct perta_steps_job *job, struct perta_err *err);
 /* Does step k, which has been measured, forget enough? */
 bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k);
 /* Append record to the journal. Takes the reference; NULL means that making it ran out of
@@ -158,19 +168,22 @@ void perta_steps_pass_close(struct perta_steps_pass *pass);
 
 /* ---- steps_box.c ---- */
 
-/* The box of the model's own gradient, for the tensors that have scales: tau = (c * rms(W)) *
- * sign(-forget), where forget is the mean gradient of minus the forget probability. */
+/* Write the box of the model's own gradient to the folder to (estimators/edit/box.h), for the
+ * tensors that have scales: tau = (c * rms(W)) * sign(-forget), where forget is the mean gradient of
+ * minus the forget probability. An existing folder to is replaced. *fall: by how much a first step
+ * of size 1 in a box with c = 1 lowers forget's loss, to first order: the sum of rms(W) * |forget|
+ * over parameters whose scale it raises. */
 struct perta_box_folders {
     const char *model, *forget, *retain, *scales, *to;
     bool tied; /* the model's head and its embedding are one tensor */
 };
-/* *fall: by how much a first step of size 1 in a box with c = 1 lowers forget's loss, to first
- * order: the sum of rms(W) * |forget| over parameters whose scale it raises. */
-int perta_steps_box_fall(const struct perta_box_folders *folders, const struct perta_run *run,
-                         double *fall, struct perta_err *err);
-/* Write it to the folder to (estimators/edit/box.h). An existing one is replaced. */
-int perta_steps_box(double c, const struct perta_box_folders *folders, const struct perta_run *run,
-                    struct perta_err *err);
+int perta_steps_box(const struct perta_box_folders *folders, const struct perta_run *run,
+                    double *fall, struct perta_err *err);
+
+/* ---- steps_size.c ---- */
+
+/* After the first step, which does not depend on c: find job->box, unless it is known. */
+int perta_steps_find_size(struct perta_steps_job *job, struct perta_err *err);
 
 /* ---- steps_update.c ---- */
 

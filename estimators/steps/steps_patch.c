@@ -104,6 +104,7 @@ static int write_patch(const struct perta_steps_job *job, unsigned k, const json
     struct perta_run run = job->run;
     unlearn.scale = scales;
     unlearn.box = perta_steps_is_own(job->steps) ? box : NULL;
+    unlearn.box_size = job->box;
     run.resume = job->patching == (int)k; /* otherwise a leftover there is from another run */
     unlearn.force |= run.resume;
     unlearn.steps = recipe;

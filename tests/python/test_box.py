@@ -56,38 +56,83 @@ def test_box_and_model_are_pytorchs(perta, tmp_path, name, dtype):
     assert after < before
 
 
-def found_box(full, lines, folder, step=0.4):
-    """docs/steps.md: the size with which the first step lowers the log odds of p by 6."""
-    _, forget = gradients(folder, full, lines["forget"], True)
+def found_box(folder, lines, level, step=0.4):
+    """docs/steps.md: the size with which the first step goes a third of the way to level, and the
+    number of trials."""
+    full = tensors_of(folder)
+    (_, before), forget = gradients(folder, full, lines["forget"], True)
     _, retain = gradients(folder, full, lines["retain"], False)
+    way = {k: torch.zeros(x.shape) for k, x in full.items()}
     fall = 0.0
     for key, x in full.items():
         if x.dim() == 2:
-            moves = forget[key] * retain[key] <= 0
-            fall += x.double().square().mean().sqrt() * forget[key].abs()[moves].sum()
+            moves = (forget[key] * retain[key] <= 0) & (forget[key] != 0)
+            rms = x.double().square().mean().sqrt()
+            way[key] = step * rms.float() * (moves * -forget[key].sign()).float()
+            fall += step * (rms * forget[key].abs()[moves].sum()).item()
     p = [math.exp(-gradients(folder, full, [line], False)[0][0]) for line in lines["forget"]]
-    return 6 * sum(x * (1 - x) for x in p) / len(p) / (step * fall.item())
+    wanted = before - (before - level) / 3
+    trials = {}
+
+    def above(c):
+        if c not in trials:
+            theta = {k: (x.float() - c * way[k]).to(x.dtype) for k, x in full.items()}
+            trials[c] = gradients(folder, theta, lines["forget"], True)[0][1]
+        return trials[c] > wanted
+
+    c = float(f"{6 * sum(x * (1 - x) for x in p) / len(p) / fall:.2e}")
+    while above(c):
+        c *= 2
+    while not above(c / 2):
+        c /= 2
+    a, b = trials[c / 2], trials[c]
+    return c / 2 * 2 ** ((a - wanted) / (a - b)), len(trials)
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "qwen3"])
-def test_the_size_is_found(perta, tmp_path, name):
-    """Without --box, from the gradients at the model; the rest is as if it had been given."""
+@pytest.mark.parametrize("name, level", [("llama, tied", None), ("qwen3", 0.003)])
+def test_the_size_is_found(perta, tmp_path, name, level):
+    """Without --box, from trials of the first step; the rest is as if it had been given."""
     lines = make_model(tmp_path, name)
-    done = perta(*OWN, "3", "--out", "out")
-    summary = json.loads(done.stdout)
-    want = found_box(tensors_of(tmp_path / "full"), lines, tmp_path / "full")
-    assert summary["box"] == pytest.approx(want, rel=1e-3)
+    command = [*OWN, "6", *(["--stop-probability", level] if level else [])]
+    summary = json.loads(perta(*command).stdout)
+    want, _ = found_box(tmp_path / "full", lines, level or 0)
+    assert summary["box"] == pytest.approx(want, rel=0.02)
     recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
     assert recipe["box"] == summary["box"]
-    given = json.loads(perta(*OWN, "3", "--box", repr(summary["box"]), "--patch", "given").stdout)
-    assert given["path"] == summary["path"]
+    given = [*command, "--box", repr(summary["box"]), "--patch", "given"]
+    assert json.loads(perta(*given).stdout)["path"] == summary["path"]
     assert contents(tmp_path / "given") == contents(tmp_path / "patch")
-    half = json.loads(perta(*OWN, "3", "--step", "0.2", "--force").stdout)
-    assert half["box"] == pytest.approx(2 * summary["box"])
-    plain = [word for word in OWN if word != "--json"]
-    assert f"box {summary['box']:.5g}: task vector" in perta(*plain, "3", "--force").stdout
-    few = json.loads(perta(*OWN, "3", "--include", "*mlp*", "--force").stdout)
-    assert few["box"] > summary["box"]
+    plain = [word for word in command if word != "--json"]
+    assert f"box {summary['box']:.5g}: task vector" in perta(*plain, "--force").stdout
+
+
+def test_every_run_finds_the_same_size(perta, tmp_path):
+    make_model(tmp_path)
+    runs = [patch_bytes(tmp_path, perta, OWN, *f) for f in settings(perta, [*OWN, "3"], False)]
+    assert len(runs) > 1 and all(run == runs[0] for run in runs)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30])
+def test_the_size_is_found_from_afar(perta, tmp_path, scale):
+    """Where a first-order estimate is far off, several trials lead there."""
+    lines = make_model(tmp_path)
+    for path in (tmp_path / "full").glob("*.safetensors"):
+        tensors = {k: x * scale if x.dim() == 2 else x for k, x in load_file(path).items()}
+        save_file(tensors, path, {"format": "pt"})
+    want, trials = found_box(tmp_path / "full", lines, 0)
+    assert json.loads(perta(*OWN, "1").stdout)["box"] == pytest.approx(want, rel=0.02)
+    assert trials > 2
+
+
+def test_trials_are_resumed(perta, tmp_path):
+    make_model(tmp_path)
+    perta(*OWN, "1")
+    want = contents(tmp_path / "patch")
+    shutil.rmtree(tmp_path / "patch")
+    kills = 0
+    while stop_at(tmp_path, [*OWN, "1", "--resume"], "commit", 2 + kills % 2)[0] < 0:
+        kills += 1
+    assert kills > 3 and contents(tmp_path / "patch") == want
 
 
 def test_a_size_that_cannot_be_found_is_asked_for(perta, tmp_path):
@@ -97,7 +142,7 @@ def test_a_size_that_cannot_be_found_is_asked_for(perta, tmp_path):
         tensors = {k: 0 * x for k, x in load_file(path).items()}
         save_file(tensors, path, {"format": "pt"})
     error = perta(*OWN, "2", check=3).stderr
-    assert "give no size for the box" in error and "--box C" in error
+    assert "no size of the box was found" in error and "--box C" in error
     assert not (tmp_path / "patch").exists()
 
 
@@ -139,14 +184,14 @@ def test_the_record_says_so_and_patches_are_like_others(perta, tmp_path):
     assert "a larger --step, --max-scale or --box would go further" in far.stderr
 
 
-def patch_bytes(tmp_path, perta, *flags):
-    perta(*BOX, "3", "--force", *flags)
+def patch_bytes(tmp_path, perta, command, *flags):
+    perta(*command, "3", "--force", *flags)
     return {path.name: path.read_bytes() for path in (tmp_path / "patch").glob("*.perta")}
 
 
 def test_every_run_gives_the_same_bytes(perta, tmp_path):
     make_model(tmp_path)
-    runs = [patch_bytes(tmp_path, perta, *flags) for flags in settings(perta, [*BOX, "3"])]
+    runs = [patch_bytes(tmp_path, perta, BOX, *flags) for flags in settings(perta, [*BOX, "3"])]
     assert len(runs) > 1 and all(run == runs[0] for run in runs)
 
 
