@@ -414,6 +414,92 @@ START_TEST(gradient_in_bf16)
 }
 END_TEST
 
+/* ---- LoRA ---- */
+
+struct low_rank {
+    size_t n, out, in, r;
+    struct pair a, b, x, y, dx, dy, da, db;
+};
+
+static void low_rank_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct low_rank *c = ctx;
+    size_t n = c->n, out = c->out, in = c->in, r = c->r, starts[4];
+    struct perta_runs tiles = tiles_of(n, starts);
+    struct perta_low_rank l = {
+        input(be, o, c->a.f, r * in), input(be, o, c->b.f, out * r), out, in, r, 0.7f};
+    struct perta_array x = input(be, o, c->x.f, n * in), dy = input(be, o, c->dy.f, n * out);
+    struct perta_array y = output(be, o, "y", F32, c->y.f, n * out);
+    struct perta_array dx = output(be, o, "dx", F32, c->dx.f, n * in);
+    struct perta_array da = output(be, o, "da", F32, c->da.f, r * in);
+    struct perta_array db = output(be, o, "db", F32, c->db.f, out * r);
+    struct perta_array da_parts = output(be, o, "da in parts", F32, c->da.f, r * in);
+    struct perta_array db_parts = output(be, o, "db in parts", F32, c->db.f, out * r);
+    struct perta_array room = buffer(be, o, 2 * n * r * sizeof(float));
+    begin(be);
+    be->ops->low_rank_forward(be, &l, &tiles, x, y, n, room);
+    be->ops->low_rank_backward(be, &l, &tiles, dy, dx, n, room);
+    be->ops->low_rank_gradient(be, &l, &tiles, x, dy, da, db, n, room);
+    for (size_t tile = 0; tile < tiles.n; tile++) {
+        size_t first = starts[tile] - tiles.origin, rows = starts[tile + 1] - starts[tile];
+        struct perta_runs one = {1, starts + tile, starts[tile]};
+        be->ops->low_rank_gradient(be, &l, &one, perta_array_at(x, first * in),
+                                   perta_array_at(dy, first * out), da_parts, db_parts, rows, room);
+    }
+}
+
+static const size_t low_rank_shapes[][4] = {
+    {1, 1, 1, 1}, {31, 7, 33, 2}, {33, 64, 257, 9}, {257, 130, 40, 8}, {201, 9, 300, 40}};
+
+/* Sums of products of sums. */
+static void compare_low_rank(const size_t shape[4])
+{
+    size_t n = shape[0], out = shape[1], in = shape[2], r = shape[3];
+    struct low_rank c = {n, out, in, r, .a = pair(r * in, 1), .b = pair(out * r, 2)};
+    struct outputs o[N_BACKENDS], most;
+    c.x = pair(n * in, 3);
+    c.y = pair(n * out, 4);
+    c.dx = pair(n * in, 5);
+    c.dy = pair(n * out, 6);
+    c.da = pair(r * in, 7);
+    c.db = pair(out * r, 8);
+    run_all(low_rank_run, &c, o);
+    run_magnitudes(low_rank_run, &c, &most);
+    within(o, "y", (double)(in + r) + 4, values(&most, "y"));
+    within(o, "dx", (double)(out + r) + 4, values(&most, "dx"));
+    within(o, "da", (double)(out + n) + 4, values(&most, "da"));
+    within(o, "db", (double)(in + n) + 4, values(&most, "db"));
+    for (int b = ONE; b < N_BACKENDS; b++) {
+        ck_assert_mem_eq(named(&o[b], "da in parts")->bytes, named(&o[b], "da")->bytes, r * in * 4);
+        ck_assert_mem_eq(named(&o[b], "db in parts")->bytes, named(&o[b], "db")->bytes,
+                         out * r * 4);
+    }
+    drop_all(o);
+    drop(&most);
+    struct pair all[] = {c.a, c.b, c.x, c.y, c.dx, c.dy, c.da, c.db};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        release(all[i]);
+}
+
+START_TEST(low_rank)
+{
+    compare_low_rank(low_rank_shapes[_i]);
+}
+END_TEST
+
+/* With bfloat16 products, those of LoRA stay float32. */
+START_TEST(low_rank_beside_bf16)
+{
+    struct perta_cpu_needs all = g_all;
+    all.bf16 = true;
+    if (!perta_gemm_can_bf16())
+        return;
+    close_backends();
+    open_backends(&all);
+    compare_low_rank(low_rank_shapes[3]);
+}
+END_TEST
+
 /* ---- vectors, training ---- */
 
 #define V_N 100003
@@ -509,6 +595,8 @@ int main(void)
     tcase_add_loop_test(tests, linear_in_bf16, 0, N_LINEARS);
     tcase_add_loop_test(tests, gradient, 0, sizeof gradients / sizeof *gradients);
     tcase_add_loop_test(tests, gradient_in_bf16, 0, sizeof gradients / sizeof *gradients);
+    tcase_add_loop_test(tests, low_rank, 0, sizeof low_rank_shapes / sizeof *low_rank_shapes);
+    tcase_add_test(tests, low_rank_beside_bf16);
     tcase_add_test(tests, vectors);
     tcase_add_test(tests, a_mean_that_no_float32_holds_is_told);
     tcase_add_test(tests, adamw);

@@ -266,7 +266,11 @@ START_TEST(a_block_of_ragged_sequences)
     struct perta_model_parameters from =
         perta_model_parameters(&lab.model, (struct perta_array){weights, 0});
     struct recorder recorder = {.sink = {record_linear, record_vector}, .be = be, .llm = llm};
-    struct perta_layer layer = {llm, be, &from.parameters, &recorder.sink, lab.inv_freq, 0};
+    struct perta_layer layer = {.llm = llm,
+                                .be = be,
+                                .from = &from.parameters,
+                                .sink = &recorder.sink,
+                                .inv_freq = lab.inv_freq};
     perta_acts_lay_out(&acts, llm, 12, (struct perta_array){memory, 0});
     be->ops->put(be, acts.x, c.x.f, c.x.n * sizeof(float));
     be->ops->put(be, acts.dout, c.dout.f, c.x.n * sizeof(float));

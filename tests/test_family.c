@@ -140,31 +140,27 @@ static double gelu_slope(double x)
 static void mlp_forward(const struct perta_layer *l, const struct perta_batch *batch,
                         const struct perta_acts *a)
 {
-    size_t n = batch->n, all = n * l->llm->intermediate;
-    struct perta_linear up = perta_layer_linear(l, PERTA_UP);
-    l->be->ops->linear_forward(l->be, &up, &batch->tiles, a->n2, a->up, n, false);
+    size_t all = batch->n * l->llm->intermediate;
+    perta_layer_linear_forward(l, batch, PERTA_UP, a->n2, a->up, false);
     float *h = fetch(l->be, a->up, all);
     for (size_t i = 0; i < all; i++)
         h[i] = (float)gelu((double)h[i]);
     give(l->be, a->h, h, all);
-    struct perta_linear down = perta_layer_linear(l, PERTA_DOWN);
-    l->be->ops->linear_forward(l->be, &down, &batch->tiles, a->h, a->out, n, true);
+    perta_layer_linear_forward(l, batch, PERTA_DOWN, a->h, a->out, true);
 }
 
 static void mlp_backward(const struct perta_layer *l, const struct perta_batch *batch,
                          const struct perta_acts *a)
 {
-    size_t n = batch->n, all = n * l->llm->intermediate;
-    struct perta_linear down = perta_layer_linear(l, PERTA_DOWN);
-    l->be->ops->linear_backward(l->be, &down, &batch->tiles, a->dout, a->dup, n, false);
+    size_t all = batch->n * l->llm->intermediate;
+    perta_layer_linear_backward(l, batch, PERTA_DOWN, a->dout, a->dup, false);
     perta_layer_linear_gradient(l, batch, PERTA_DOWN, a->h, a->dout, a->vector);
     float *dup = fetch(l->be, a->dup, all), *up = fetch(l->be, a->up, all);
     for (size_t i = 0; i < all; i++)
         dup[i] = (float)((double)dup[i] * gelu_slope((double)up[i]));
     give(l->be, a->dup, dup, all);
     free(up);
-    struct perta_linear up_proj = perta_layer_linear(l, PERTA_UP);
-    l->be->ops->linear_backward(l->be, &up_proj, &batch->tiles, a->dup, a->dn, n, false);
+    perta_layer_linear_backward(l, batch, PERTA_UP, a->dup, a->dn, false);
     perta_layer_linear_gradient(l, batch, PERTA_UP, a->n2, a->dup, a->vector);
 }
 

@@ -3,6 +3,7 @@
 
 enum {
     KEY_MODEL = CLI_KEY_OWN,
+    KEY_ADAPTER,
     KEY_DATA,
     KEY_OUT,
     KEY_STAT,
@@ -19,6 +20,10 @@ struct args {
 
 static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
+    {"adapter", KEY_ADAPTER, "DIR", 0,
+     "Use the model with this PEFT LoRA adapter: the gradients are those of the model's own "
+     "parameters",
+     1},
     {"data", KEY_DATA, "FILE", 0, "The samples: JSON lines with \"input_ids\" and \"labels\"", 1},
     {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},
     {"data-key", KEY_DATA_KEY, "FILE", 0,
@@ -48,6 +53,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_MODEL:
         e->model = arg;
+        return 0;
+    case KEY_ADAPTER:
+        e->adapter = arg;
         return 0;
     case KEY_DATA:
         e->data = arg;

@@ -4,6 +4,7 @@
 enum {
     KEY_MODEL = CLI_KEY_OWN,
     KEY_PATCH,
+    KEY_ADAPTER,
     KEY_DATA,
     KEY_MAX_TOKENS,
     KEY_COMPUTE,
@@ -20,6 +21,7 @@ static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
     {"patch", KEY_PATCH, "DIR", 0, "Apply this patch while the model is read; nothing is written",
      1},
+    {"adapter", KEY_ADAPTER, "DIR", 0, "Use the model with this PEFT LoRA adapter", 1},
     {"data", KEY_DATA, "FILE", 0,
      "The questions: JSON lines with \"input_ids\" and \"labels\", and with other answers to "
      "the same question as \"paraphrased\" and \"perturbed\"",
@@ -48,6 +50,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_PATCH:
         e->patch = arg;
         return 0;
+    case KEY_ADAPTER:
+        e->adapter = arg;
+        return 0;
     case KEY_DATA:
         e->data = arg;
         return 0;
@@ -74,8 +79,8 @@ static const struct argp argp = {
     parse,
     NULL,
     "Measure how well a model knows answers: their loss and probability, and whether it would give "
-    "them; of the model as it is, or with a patch applied. The model is read block by block and "
-    "need not fit in memory."
+    "them; of the model as it is, with a patch applied, or with a LoRA adapter. The model is read "
+    "block by block and need not fit in memory."
     "\v"
     "With --per-sample the numbers of every line are printed too (with --json under "
     "\"per_sample\"). `python -m perta.tokenize' makes the data from text; docs/eval.md defines "

@@ -62,6 +62,16 @@ struct perta_linear {
     struct perta_array bias; /* (out); no array: no bias */
 };
 
+/* A LoRA beside a linear layer (Hu et al. 2021): scaling * (b a) is added to its weight (out, in),
+ * without ever forming that product. float32 also where other products are bfloat16: it would
+ * round away what a small LoRA adds. */
+struct perta_low_rank {
+    struct perta_array a; /* (r, in) */
+    struct perta_array b; /* (out, r) */
+    size_t out, in, r;
+    float scaling;
+};
+
 /* A token, and the row of the embedding to which its gradient is added. */
 struct perta_token_row {
     uint64_t sample;
@@ -157,6 +167,23 @@ struct perta_backend_ops {
     /* dbias (out) = sum over rows first .. end of dy (.., out), summed in float64. */
     void (*linear_backward_bias)(struct perta_backend *be, struct perta_array dbias,
                                  struct perta_array dy, size_t first, size_t end, size_t out);
+
+    /* ---- LoRA; room: scratch (2, n, r) ---- */
+
+    /* y (n, out) += scaling * (x (n, in) a^T) b^T. tiles: how the n rows are cut. */
+    void (*low_rank_forward)(struct perta_backend *be, const struct perta_low_rank *lora,
+                             const struct perta_runs *tiles, struct perta_array x,
+                             struct perta_array y, size_t n, struct perta_array room);
+    /* dx (n, in) += scaling * (dy (n, out) b) a. */
+    void (*low_rank_backward)(struct perta_backend *be, const struct perta_low_rank *lora,
+                              const struct perta_runs *tiles, struct perta_array dy,
+                              struct perta_array dx, size_t n, struct perta_array room);
+    /* da (r, in) += scaling * (dy b)^T x, db (out, r) += scaling * dy^T (x a^T). Tiles are added
+     * one after another, so calls for consecutive tiles give the same bits as one for all. */
+    void (*low_rank_gradient)(struct perta_backend *be, const struct perta_low_rank *lora,
+                              const struct perta_runs *tiles, struct perta_array x,
+                              struct perta_array dy, struct perta_array da, struct perta_array db,
+                              size_t n, struct perta_array room);
 
     /* ---- the parts of a block ---- */
 

@@ -45,7 +45,7 @@ void perta_cpu_share_out(const struct perta_cpu *cpu, size_t n, size_t elems,
 /* Floats of a worker's room (perta_gemm_room) that attention needs, for two blocks of scores. */
 size_t perta_cpu_attention_room(size_t longest);
 
-/* ---- operations (backend.h): linear layers, gradients ---- */
+/* ---- operations (backend.h): linear layers, LoRA, gradients ---- */
 
 void perta_cpu_linear_forward(struct perta_backend *be, const struct perta_linear *linear,
                               const struct perta_runs *tiles, struct perta_array x,
@@ -58,6 +58,17 @@ void perta_cpu_linear_backward_weight(struct perta_backend *be, struct perta_arr
                                       size_t out, size_t in);
 void perta_cpu_linear_backward_bias(struct perta_backend *be, struct perta_array dbias,
                                     struct perta_array dy, size_t first, size_t end, size_t out);
+
+void perta_cpu_low_rank_forward(struct perta_backend *be, const struct perta_low_rank *lora,
+                                const struct perta_runs *tiles, struct perta_array x,
+                                struct perta_array y, size_t n, struct perta_array room);
+void perta_cpu_low_rank_backward(struct perta_backend *be, const struct perta_low_rank *lora,
+                                 const struct perta_runs *tiles, struct perta_array dy,
+                                 struct perta_array dx, size_t n, struct perta_array room);
+void perta_cpu_low_rank_gradient(struct perta_backend *be, const struct perta_low_rank *lora,
+                                 const struct perta_runs *tiles, struct perta_array x,
+                                 struct perta_array dy, struct perta_array da,
+                                 struct perta_array db, size_t n, struct perta_array room);
 
 void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *of);
 void perta_cpu_accumulate(struct perta_backend *be, struct perta_array sums,

@@ -108,6 +108,93 @@ void perta_scalar_linear_backward_bias(struct perta_backend *be, struct perta_ar
     }
 }
 
+/* ---- LoRA ---- */
+
+/* A dense weight (out, in) = scaling * (b a), and its gradient: room is not used. */
+static double low_rank_element(struct perta_backend *be, const struct perta_low_rank *l, size_t o,
+                               size_t i)
+{
+    const float *a = perta_scalar_floats(be, l->a, l->r * l->in);  /* (r, in) */
+    const float *b = perta_scalar_floats(be, l->b, l->out * l->r); /* (out, r) */
+    double sum = 0;
+    for (size_t k = 0; k < l->r; k++)
+        sum += (double)b[o * l->r + k] * (double)a[k * l->in + i];
+    return sum * (double)l->scaling;
+}
+
+void perta_scalar_low_rank_forward(struct perta_backend *be, const struct perta_low_rank *l,
+                                   const struct perta_runs *tiles, struct perta_array x,
+                                   struct perta_array y, size_t n, struct perta_array room)
+{
+    const float *xs = perta_scalar_floats(be, x, n * l->in); /* (n, in) */
+    float *ys = perta_scalar_floats(be, y, n * l->out);      /* (n, out) */
+    (void)tiles;
+    (void)room;
+    for (size_t o = 0; !be->rc && o < l->out; o++)
+        for (size_t t = 0; t < n; t++) {
+            double sum = (double)ys[t * l->out + o];
+            for (size_t i = 0; i < l->in; i++)
+                sum += (double)xs[t * l->in + i] * low_rank_element(be, l, o, i);
+            ys[t * l->out + o] = (float)sum;
+        }
+}
+
+void perta_scalar_low_rank_backward(struct perta_backend *be, const struct perta_low_rank *l,
+                                    const struct perta_runs *tiles, struct perta_array dy,
+                                    struct perta_array dx, size_t n, struct perta_array room)
+{
+    const float *dys = perta_scalar_floats(be, dy, n * l->out); /* (n, out) */
+    float *dxs = perta_scalar_floats(be, dx, n * l->in);        /* (n, in) */
+    (void)tiles;
+    (void)room;
+    for (size_t i = 0; !be->rc && i < l->in; i++)
+        for (size_t t = 0; t < n; t++) {
+            double sum = (double)dxs[t * l->in + i];
+            for (size_t o = 0; o < l->out; o++)
+                sum += (double)dys[t * l->out + o] * low_rank_element(be, l, o, i);
+            dxs[t * l->in + i] = (float)sum;
+        }
+}
+
+/* Element (o, i) of dy^T x. */
+static double dense_gradient(const struct perta_low_rank *l, const float *xs, const float *dys,
+                             size_t n, size_t o, size_t i)
+{
+    double sum = 0;
+    for (size_t t = 0; t < n; t++)
+        sum += (double)dys[t * l->out + o] * (double)xs[t * l->in + i];
+    return sum;
+}
+
+void perta_scalar_low_rank_gradient(struct perta_backend *be, const struct perta_low_rank *l,
+                                    const struct perta_runs *tiles, struct perta_array x,
+                                    struct perta_array dy, struct perta_array da,
+                                    struct perta_array db, size_t n, struct perta_array room)
+{
+    const float *a = perta_scalar_floats(be, l->a, l->r * l->in);  /* (r, in) */
+    const float *b = perta_scalar_floats(be, l->b, l->out * l->r); /* (out, r) */
+    const float *xs = perta_scalar_floats(be, x, n * l->in),       /* (n, in), (n, out) */
+        *dys = perta_scalar_floats(be, dy, n * l->out);
+    float *das = perta_scalar_floats(be, da, l->r * l->in);
+    float *dbs = perta_scalar_floats(be, db, l->out * l->r);
+    (void)tiles;
+    (void)room;
+    for (size_t k = 0; !be->rc && k < l->r; k++) {
+        for (size_t i = 0; i < l->in; i++) {
+            double sum = 0;
+            for (size_t o = 0; o < l->out; o++)
+                sum += (double)b[o * l->r + k] * dense_gradient(l, xs, dys, n, o, i);
+            das[k * l->in + i] += (float)(sum * (double)l->scaling);
+        }
+        for (size_t o = 0; o < l->out; o++) {
+            double sum = 0;
+            for (size_t i = 0; i < l->in; i++)
+                sum += (double)a[k * l->in + i] * dense_gradient(l, xs, dys, n, o, i);
+            dbs[o * l->r + k] += (float)(sum * (double)l->scaling);
+        }
+    }
+}
+
 /* ---- gradients over samples ---- */
 
 /* Element (r, i) of dy^T x over a chunk's rows. */

@@ -9,7 +9,7 @@ float *perta_scalar_floats(struct perta_backend *be, struct perta_array a, uint6
 double *perta_scalar_doubles(struct perta_backend *be, struct perta_array a, uint64_t n);
 void *perta_scalar_bytes(struct perta_backend *be, struct perta_array a, uint64_t len_bytes);
 
-/* ---- operations (backend.h): linear layers, gradients, training ---- */
+/* ---- operations (backend.h): linear layers, LoRA, gradients, training ---- */
 
 void perta_scalar_linear_forward(struct perta_backend *be, const struct perta_linear *linear,
                                  const struct perta_runs *tiles, struct perta_array x,
@@ -22,6 +22,16 @@ void perta_scalar_linear_backward_weight(struct perta_backend *be, struct perta_
                                          size_t out, size_t in);
 void perta_scalar_linear_backward_bias(struct perta_backend *be, struct perta_array dbias,
                                        struct perta_array dy, size_t first, size_t end, size_t out);
+void perta_scalar_low_rank_forward(struct perta_backend *be, const struct perta_low_rank *lora,
+                                   const struct perta_runs *tiles, struct perta_array x,
+                                   struct perta_array y, size_t n, struct perta_array room);
+void perta_scalar_low_rank_backward(struct perta_backend *be, const struct perta_low_rank *lora,
+                                    const struct perta_runs *tiles, struct perta_array dy,
+                                    struct perta_array dx, size_t n, struct perta_array room);
+void perta_scalar_low_rank_gradient(struct perta_backend *be, const struct perta_low_rank *lora,
+                                    const struct perta_runs *tiles, struct perta_array x,
+                                    struct perta_array dy, struct perta_array da,
+                                    struct perta_array db, size_t n, struct perta_array room);
 void perta_scalar_gradient(struct perta_backend *be, const struct perta_gradient *gradient);
 void perta_scalar_accumulate(struct perta_backend *be, struct perta_array sums,
                              struct perta_array squares, struct perta_array d, size_t n);

@@ -55,18 +55,13 @@ static void forward(const struct perta_layer *l, const struct perta_batch *batch
 {
     const struct perta_backend_ops *ops = l->be->ops;
     struct perta_attention attention = attention_of(l, batch);
-    size_t n = batch->n;
-    struct perta_linear q = perta_layer_linear(l, PERTA_Q);
-    ops->linear_forward(l->be, &q, &batch->tiles, a->n1, a->q, n, false);
-    struct perta_linear k = perta_layer_linear(l, PERTA_K);
-    ops->linear_forward(l->be, &k, &batch->tiles, a->n1, a->k, n, false);
-    struct perta_linear v = perta_layer_linear(l, PERTA_V);
-    ops->linear_forward(l->be, &v, &batch->tiles, a->n1, a->v, n, false);
+    perta_layer_linear_forward(l, batch, PERTA_Q, a->n1, a->q, false);
+    perta_layer_linear_forward(l, batch, PERTA_K, a->n1, a->k, false);
+    perta_layer_linear_forward(l, batch, PERTA_V, a->n1, a->v, false);
     place_forward(l, batch, PERTA_NORM_Q, a->q, a->q_raw, a->rstd_q, l->llm->n_heads);
     place_forward(l, batch, PERTA_NORM_K, a->k, a->k_raw, a->rstd_k, l->llm->n_kv_heads);
     ops->attention_forward(l->be, &attention, a->att, a->q, a->k, a->v);
-    struct perta_linear o = perta_layer_linear(l, PERTA_O);
-    ops->linear_forward(l->be, &o, &batch->tiles, a->att, a->mid, n, true);
+    perta_layer_linear_forward(l, batch, PERTA_O, a->att, a->mid, true);
 }
 
 static void backward(const struct perta_layer *l, const struct perta_batch *batch,
@@ -75,9 +70,7 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
     const struct perta_backend_ops *ops = l->be->ops;
     const struct perta_attention attention = attention_of(l, batch);
     const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP no longer needs them */
-    size_t n = batch->n;
-    struct perta_linear o = perta_layer_linear(l, PERTA_O);
-    ops->linear_backward(l->be, &o, &batch->tiles, a->dmid, a->datt, n, false);
+    perta_layer_linear_backward(l, batch, PERTA_O, a->dmid, a->datt, false);
     perta_layer_linear_gradient(l, batch, PERTA_O, a->att, a->dmid, a->vector);
     ops->attention_backward(l->be, &attention, a->dq, a->dk, a->dv, a->datt, a->q, a->k, a->v,
                             of_heads);
@@ -86,14 +79,11 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
                    a->vector);
     place_backward(l, batch, PERTA_NORM_K, a->dk, a->k_raw, a->rstd_k, l->llm->n_kv_heads, a->datt,
                    a->vector);
-    struct perta_linear q = perta_layer_linear(l, PERTA_Q);
-    ops->linear_backward(l->be, &q, &batch->tiles, a->dq, a->dn, n, false);
+    perta_layer_linear_backward(l, batch, PERTA_Q, a->dq, a->dn, false);
     perta_layer_linear_gradient(l, batch, PERTA_Q, a->n1, a->dq, a->vector);
-    struct perta_linear k = perta_layer_linear(l, PERTA_K);
-    ops->linear_backward(l->be, &k, &batch->tiles, a->dk, a->dn, n, true);
+    perta_layer_linear_backward(l, batch, PERTA_K, a->dk, a->dn, true);
     perta_layer_linear_gradient(l, batch, PERTA_K, a->n1, a->dk, a->vector);
-    struct perta_linear v = perta_layer_linear(l, PERTA_V);
-    ops->linear_backward(l->be, &v, &batch->tiles, a->dv, a->dn, n, true);
+    perta_layer_linear_backward(l, batch, PERTA_V, a->dv, a->dn, true);
     perta_layer_linear_gradient(l, batch, PERTA_V, a->n1, a->dv, a->vector);
 }
 

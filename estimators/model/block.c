@@ -68,11 +68,37 @@ struct perta_array perta_layer_vector(const struct perta_layer *l, enum perta_pa
     return value_of(l, param).data;
 }
 
-struct perta_linear perta_layer_linear(const struct perta_layer *l, enum perta_param weight)
+static struct perta_linear linear_of(const struct perta_layer *l, enum perta_param weight)
 {
     struct perta_value value = value_of(l, weight);
     return (struct perta_linear){value.data, value.dtype, value.out, value.in,
                                  perta_layer_vector(l, weight + 1)};
+}
+
+void perta_layer_linear_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                                enum perta_param weight, struct perta_array x, struct perta_array y,
+                                bool add)
+{
+    struct perta_linear linear = linear_of(l, weight);
+    const struct perta_factor *factor = perta_factors_find(l->factors, l->number, weight);
+    l->be->ops->linear_forward(l->be, &linear, &batch->tiles, x, y, batch->n, add);
+    if (!factor)
+        return;
+    struct perta_low_rank lora = perta_factor_in(factor, l->factors->values);
+    l->be->ops->low_rank_forward(l->be, &lora, &batch->tiles, x, y, batch->n, l->factors->room);
+}
+
+void perta_layer_linear_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                                 enum perta_param weight, struct perta_array dy,
+                                 struct perta_array dx, bool add)
+{
+    struct perta_linear linear = linear_of(l, weight);
+    const struct perta_factor *factor = perta_factors_find(l->factors, l->number, weight);
+    l->be->ops->linear_backward(l->be, &linear, &batch->tiles, dy, dx, batch->n, add);
+    if (!factor)
+        return;
+    struct perta_low_rank lora = perta_factor_in(factor, l->factors->values);
+    l->be->ops->low_rank_backward(l->be, &lora, &batch->tiles, dy, dx, batch->n, l->factors->room);
 }
 
 /* ---- their gradients ---- */

@@ -9,6 +9,7 @@
 
 #include "estimators/compute/backend.h"
 #include "estimators/model/config.h"
+#include "estimators/model/factors.h"
 #include "estimators/model/family.h"
 #include "estimators/model/sink.h"
 
@@ -32,8 +33,9 @@ struct perta_layer {
     const struct perta_llm *llm;
     struct perta_backend *be;
     struct perta_parameters *from;
-    struct perta_gradient_sink *sink; /* NULL: gradients of weights are not wanted */
-    const float *inv_freq;            /* (head_dim / 2) */
+    struct perta_gradient_sink *sink;    /* NULL: gradients of weights are not wanted */
+    const struct perta_factors *factors; /* LoRA beside the weights; NULL: none */
+    const float *inv_freq;               /* (head_dim / 2) */
     uint32_t number;
 };
 
@@ -53,9 +55,16 @@ struct perta_acts {
     struct perta_array vector; /* scratch: the longest vector, or a norm's weight and bias */
 };
 
-/* A parameter of the layer; no array if the model does not have it. */
-struct perta_linear perta_layer_linear(const struct perta_layer *l, enum perta_param weight);
+/* A vector of the layer; no array if the model does not have it. */
 struct perta_array perta_layer_vector(const struct perta_layer *l, enum perta_param param);
+/* y (n, out) = x (n, in) weight^T + bias, with the weight's LoRA; with add, y +=. */
+void perta_layer_linear_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                                enum perta_param weight, struct perta_array x, struct perta_array y,
+                                bool add);
+/* dx (n, in) = dy (n, out) weight, with the weight's LoRA; with add, dx +=. */
+void perta_layer_linear_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                                 enum perta_param weight, struct perta_array dy,
+                                 struct perta_array dx, bool add);
 /* Hand the operands of a weight's gradient to the sink, and its bias's gradient of each sequence.
  * vector: scratch (out). */
 void perta_layer_linear_gradient(const struct perta_layer *l, const struct perta_batch *batch,

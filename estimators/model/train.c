@@ -210,8 +210,12 @@ static struct perta_norm final_norm(const struct perta_trainer *t, struct perta_
 static struct perta_layer layer_of(struct perta_trainer *t, uint32_t number,
                                    struct perta_gradient_sink *sink)
 {
-    return (struct perta_layer){&t->model->llm, t->be,       &t->parameters.parameters,
-                                sink,           t->inv_freq, number};
+    return (struct perta_layer){.llm = &t->model->llm,
+                                .be = t->be,
+                                .from = &t->parameters.parameters,
+                                .sink = sink,
+                                .inv_freq = t->inv_freq,
+                                .number = number};
 }
 
 /* From the tokens to the logits of the labels. */

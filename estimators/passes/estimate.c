@@ -96,7 +96,7 @@ static int backward_layer(struct perta_estimate_job *job, uint32_t number, struc
 static int check_outputs(const struct perta_estimate_job *job, struct perta_err *err)
 {
     const struct perta_estimate *e = job->estimate;
-    const char *const inputs[] = {e->model, e->data};
+    const char *const inputs[] = {e->model, e->data, e->adapter};
     const char *outputs[2];
     char *mean = perta_path_join(e->out, "mean"), *meansq = perta_path_join(e->out, "meansq");
     /* The outputs of a run that is resumed were checked when it began, and may be published by
@@ -110,7 +110,7 @@ static int check_outputs(const struct perta_estimate_job *job, struct perta_err 
         outputs[n++] = meansq;
     int rc = !mean || !meansq ? perta_fail_sys(err, ENOMEM, "%s", e->out)
              : go_on          ? 0
-                              : perta_publish_check(outputs, n, inputs, 2, e->force, err);
+                              : perta_publish_check(outputs, n, inputs, 3, e->force, err);
     free(mean);
     free(meansq);
     return rc;
@@ -284,7 +284,8 @@ static int check_arguments(const struct perta_estimate *e, struct perta_err *err
 {
     const struct perta_argument needed[] = {
         {"--model DIR", e->model}, {"--data FILE", e->data}, {"--out DIR", e->out}};
-    const struct perta_argument given[] = {{"--data-key", e->data_key}, {"--scratch", e->scratch}};
+    const struct perta_argument given[] = {
+        {"--adapter", e->adapter}, {"--data-key", e->data_key}, {"--scratch", e->scratch}};
     int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
     if (!rc)
         rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);

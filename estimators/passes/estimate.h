@@ -30,6 +30,7 @@ struct perta_scaled_paths {
 struct perta_estimate {
     const char *model;                   /* checkpoint with config.json */
     const struct perta_scaled_paths *at; /* use theta - s * tau instead of the model; NULL: no */
+    const char *adapter;                 /* a PEFT LoRA adapter beside the model; NULL: none */
     const char *data;                    /* JSON lines: input_ids, labels */
     const char *data_xxh128; /* digest that data must have (perta_samples_wanted); NULL: any */
     const char *data_key; /* file of a key: importance records the HMAC of data; NULL: no digest */

@@ -29,6 +29,9 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};
     rc = perta_samples_read(e->data, &wanted, &job->samples, err);
+    if (!rc && e->adapter)
+        rc = perta_adapted_open(&job->adapted, e->adapter, &job->weights, &job->factors,
+                                job->samples.notes, err);
     if (!rc)
         rc = perta_estimate_tokens(job, err);
     return rc;
@@ -79,9 +82,13 @@ void perta_estimate_release(struct perta_estimate_job *job)
     for (int i = 0; i < 2; i++)
         perta_importance_out_release(&job->outs[i]);
     perta_scaled_close(&job->scaled);
+    perta_adapted_close(&job->adapted);
     perta_weights_close(&job->weights);
-    if (job->be)
+    if (job->be) {
+        job->be->ops->free(job->be, job->factors_memory.buffer);
         job->be->ops->free(job->be, job->memory);
+    }
+    perta_factors_release(&job->factors);
     perta_backend_close(job->be);
     perta_workers_close(job->workers);
     perta_pool_give(&job->pool);
@@ -118,8 +125,13 @@ struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t
                                             ? (struct perta_span){.layer = next}
                                             : perta_head_first(&job->head);
     perta_weights_begin(&job->weights, &span, next == UINT32_MAX ? NULL : &following);
-    return (struct perta_layer){&job->weights.llm, job->be, &job->weights.parameters, sink,
-                                job->inv_freq,     number};
+    return (struct perta_layer){.llm = &job->weights.llm,
+                                .be = job->be,
+                                .from = &job->weights.parameters,
+                                .sink = sink,
+                                .factors = &job->factors,
+                                .inv_freq = job->inv_freq,
+                                .number = number};
 }
 
 int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,

@@ -7,6 +7,7 @@
 #include "estimators/compute/cpu.h"
 #include "estimators/compute/gemm.h"
 #include "estimators/model/block.h"
+#include "estimators/passes/adapted.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/head.h"
 #include "estimators/passes/importance_sink.h"
@@ -21,6 +22,10 @@ struct perta_estimate_job {
     /* forms the model's tensors; NULL: they are read from its files. Borrowed */
     struct perta_source *source;
     struct perta_weights weights;
+    struct perta_adapted adapted;      /* estimate->adapter */
+    struct perta_factors factors;      /* of the adapter, or of one that is tuned */
+    struct perta_array factors_memory; /* (n_factor_arrays, factors.n_floats); values come first */
+    unsigned n_factor_arrays;
     struct perta_samples samples;
     bool answers; /* read the other answers of each line, too */
     struct perta_importance_out outs[2];
@@ -34,7 +39,7 @@ struct perta_estimate_job {
     struct perta_journal journal;
 
     struct perta_pool pool;  /* rooms for weights, and means to be written */
-    uint32_t memory;         /* buffer of the backend, for: */
+    uint32_t memory;         /* buffer of the backend, for the following and for gradients */
     struct perta_array work; /* a batch's activations, or the head's work */
     float *inv_freq;         /* (head_dim / 2) */
 

@@ -80,6 +80,18 @@ static bool has_gradients(const struct perta_estimate_job *job)
     return job->estimate->mean || job->estimate->meansq;
 }
 
+/* Floats of scratch for LoRA (perta_factors.room). */
+static uint64_t room_floats(const struct perta_estimate_job *job, size_t tokens)
+{
+    return 2 * (uint64_t)tokens * job->factors.r_max;
+}
+
+static uint64_t factors_bytes(const struct perta_estimate_job *job)
+{
+    return job->n_factor_arrays * job->factors.n_floats * sizeof(float);
+}
+
+/* The same memory serves a batch's activations, the head, and staging. */
 static uint64_t work_floats(const struct perta_estimate_job *job, size_t tokens)
 {
     const struct perta_llm *llm = &job->weights.llm;
@@ -87,7 +99,7 @@ static uint64_t work_floats(const struct perta_estimate_job *job, size_t tokens)
     uint64_t staging = has_gradients(job) ? perta_importance_sink_staging(llm, block_floats(llm),
                                                                           job->samples.n_tokens)
                                           : 0;
-    return most(most(perta_acts_floats(llm, tokens), head), staging);
+    return most(most(perta_acts_floats(llm, tokens) + room_floats(job, tokens), head), staging);
 }
 
 /* Floats of x and dy together, over the longest chunk, for a layer's gradients or the
@@ -138,6 +150,7 @@ static uint64_t fixed_bytes(const struct perta_estimate_job *job, bool bf16)
     return part_room(job) + source_room(job) + heap + gradient_bytes(job) + means_bytes(job) +
            perta_head_bytes(&job->samples) +
            perta_cpu_buffer_bytes(&needs, perta_head_device_bytes(&job->samples, llm)) +
+           (job->factors.n ? perta_cpu_buffer_bytes(&needs, factors_bytes(job)) : 0) +
            job->samples.n_tokens * 2 * sizeof(double);
 }
 
@@ -236,6 +249,7 @@ static void lay_out(struct perta_estimate_job *job, uint64_t n_work, float *mean
     const struct perta_array start = {job->memory, 0};
     struct perta_array gradients = perta_array_at(start, n_work);
     job->work = start;
+    job->factors.room = perta_array_at(start, perta_acts_floats(llm, job->batch_tokens));
     if (!has_gradients(job))
         return;
     job->statistic.be = job->be;
@@ -279,6 +293,11 @@ static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
     if (!rc)
         rc = job->be->ops->alloc(job->be, n_work * sizeof(float) + gradient_bytes(job),
                                  &job->memory, err);
+    if (!rc && job->factors.n)
+        rc = job->be->ops->alloc(job->be, factors_bytes(job), &job->factors_memory.buffer, err);
+    job->factors.values = job->factors_memory;
+    if (!rc && job->adapted.ck)
+        rc = perta_adapted_load(&job->adapted, &job->factors, job->be, err);
     if (!rc)
         rc = perta_weights_rooms(&job->weights, job->be, rooms, part_room(job), err);
     if (!rc)
@@ -289,6 +308,7 @@ static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
 int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_err *err)
 {
     struct plan plan = {.bf16 = bf16};
+    job->n_factor_arrays = job->n_factor_arrays ? job->n_factor_arrays : 1;
     int rc = plan_memory(job, &plan, err);
     if (rc)
         return rc;

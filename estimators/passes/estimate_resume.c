@@ -87,6 +87,8 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "config.json", perta_journal_config(job->weights.ck), "data", data_file(job));
     if (e->at)
         perta_json_set(&identity, "at", perta_scaled_json(&job->scaled));
+    if (e->adapter)
+        perta_json_set(&identity, "adapter", perta_adapted_json(&job->adapted));
     return identity;
 }
 

@@ -205,7 +205,8 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
 static int check_arguments(const struct perta_eval *e, struct perta_err *err)
 {
     const struct perta_argument needed[] = {{"--model DIR", e->model}, {"--data FILE", e->data}};
-    const struct perta_argument given[] = {{"--patch", e->patch}, {"--scratch", e->scratch}};
+    const struct perta_argument given[] = {
+        {"--patch", e->patch}, {"--adapter", e->adapter}, {"--scratch", e->scratch}};
     int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
     if (!rc)
         rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
@@ -227,6 +228,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
         return rc;
     /* The forward pass is that of an estimate. */
     const struct perta_estimate estimate = {.model = eval->model,
+                                            .adapter = eval->adapter,
                                             .at = eval->at,
                                             .data = eval->data,
                                             .data_xxh128 = eval->data_xxh128,

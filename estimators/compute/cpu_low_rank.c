@@ -1,0 +1,174 @@
+/* LoRA beside linear layers: float32 products with a few columns, cut by tiles. */
+#include "estimators/compute/cpu_own.h"
+
+#define ROWS 64     /* rows of a tile that are multiplied by a factor at a time */
+#define COLUMNS 128 /* columns (or rows) of a factor's gradient in a piece */
+#define PARTS (PERTA_TILE_ROWS / ROWS)
+
+struct low_rank {
+    const struct perta_runs *tiles;
+    size_t out, in, r;
+    float scaling;
+    const float *a, *b; /* (r, in), (out, r) */
+    const float *x, *dy;
+    float *y, *dx, *da, *db;
+    float *xa, *dyb; /* (n, r): x a^T, dy b */
+};
+
+static struct low_rank low_rank_of(struct perta_cpu *cpu, const struct perta_low_rank *l,
+                                   const struct perta_runs *tiles, size_t n,
+                                   struct perta_array room)
+{
+    float *scratch = perta_cpu_at(cpu, room);
+    cpu->x_packed = false;
+    return (struct low_rank){.tiles = tiles,
+                             .out = l->out,
+                             .in = l->in,
+                             .r = l->r,
+                             .scaling = l->scaling,
+                             .a = perta_cpu_at(cpu, l->a),
+                             .b = perta_cpu_at(cpu, l->b),
+                             .xa = scratch,
+                             .dyb = scratch + n * l->r};
+}
+
+/* Rows of a tile, or of a part of it. */
+struct span {
+    size_t first, n;
+};
+
+static struct span tile_rows(const struct low_rank *l, size_t tile)
+{
+    const struct perta_runs *t = l->tiles;
+    return (struct span){t->starts[tile] - t->origin, t->starts[tile + 1] - t->starts[tile]};
+}
+
+/* Part number i % PARTS of tile number i / PARTS; n is 0 if the tile has fewer parts. */
+static struct span part_rows(const struct low_rank *l, size_t i)
+{
+    struct span tile = tile_rows(l, i / PARTS);
+    size_t at = i % PARTS * ROWS;
+    size_t left = at < tile.n ? tile.n - at : 0;
+    return (struct span){tile.first + at, left < ROWS ? left : ROWS};
+}
+
+/* xa = x a^T for a part of a tile. */
+static int run_xa(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct low_rank *l = ctx;
+    struct span rows = part_rows(l, i);
+    (void)worker;
+    return rows.n ? perta_gemm_sgemm('N', 'T', rows.n, l->r, l->in, 1, l->x + rows.first * l->in,
+                                     l->in, l->a, l->in, 0, l->xa + rows.first * l->r, l->r, err)
+                  : 0;
+}
+
+/* dyb = dy b for a part of a tile. */
+static int run_dyb(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct low_rank *l = ctx;
+    struct span rows = part_rows(l, i);
+    (void)worker;
+    return rows.n ? perta_gemm_sgemm('N', 'N', rows.n, l->r, l->out, 1, l->dy + rows.first * l->out,
+                                     l->out, l->b, l->r, 0, l->dyb + rows.first * l->r, l->r, err)
+                  : 0;
+}
+
+/* y += scaling * xa b^T. */
+static int run_y(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct low_rank *l = ctx;
+    struct span rows = part_rows(l, i);
+    (void)worker;
+    return rows.n ? perta_gemm_sgemm('N', 'T', rows.n, l->out, l->r, l->scaling,
+                                     l->xa + rows.first * l->r, l->r, l->b, l->r, 1,
+                                     l->y + rows.first * l->out, l->out, err)
+                  : 0;
+}
+
+/* dx += scaling * dyb a. */
+static int run_dx(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct low_rank *l = ctx;
+    struct span rows = part_rows(l, i);
+    (void)worker;
+    return rows.n ? perta_gemm_sgemm('N', 'N', rows.n, l->in, l->r, l->scaling,
+                                     l->dyb + rows.first * l->r, l->r, l->a, l->in, 1,
+                                     l->dx + rows.first * l->in, l->in, err)
+                  : 0;
+}
+
+/* Columns of da, then rows of db; each piece adds all tiles, in order. */
+static int run_gradient(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct low_rank *l = ctx;
+    size_t of_a = (l->in + COLUMNS - 1) / COLUMNS;
+    size_t width = i < of_a ? l->in : l->out, at = (i < of_a ? i : i - of_a) * COLUMNS;
+    size_t n = width - at < COLUMNS ? width - at : COLUMNS;
+    int rc = 0;
+    (void)worker;
+    for (size_t tile = 0; tile < l->tiles->n && !rc; tile++) {
+        struct span rows = tile_rows(l, tile);
+        const float *xa = l->xa + rows.first * l->r, *dyb = l->dyb + rows.first * l->r;
+        rc = i < of_a ? perta_gemm_sgemm('T', 'N', l->r, n, rows.n, l->scaling, dyb, l->r,
+                                         l->x + rows.first * l->in + at, l->in, 1, l->da + at,
+                                         l->in, err)
+                      : perta_gemm_sgemm('T', 'N', n, l->r, rows.n, l->scaling,
+                                         l->dy + rows.first * l->out + at, l->out, xa, l->r, 1,
+                                         l->db + at * l->r, l->r, err);
+    }
+    return rc;
+}
+
+static void run(struct perta_cpu *cpu, size_t n, perta_piece_fn *piece, struct low_rank *l)
+{
+    struct perta_backend *be = &cpu->backend;
+    if (!be->rc)
+        be->rc = perta_workers_run(cpu->workers, n, piece, l, &be->err);
+}
+
+void perta_cpu_low_rank_forward(struct perta_backend *be, const struct perta_low_rank *lora,
+                                const struct perta_runs *tiles, struct perta_array x,
+                                struct perta_array y, size_t n, struct perta_array room)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    struct low_rank l = low_rank_of(cpu, lora, tiles, n, room);
+    l.x = perta_cpu_at(cpu, x);
+    l.y = perta_cpu_at(cpu, y);
+    run(cpu, tiles->n * PARTS, run_xa, &l);
+    run(cpu, tiles->n * PARTS, run_y, &l);
+}
+
+void perta_cpu_low_rank_backward(struct perta_backend *be, const struct perta_low_rank *lora,
+                                 const struct perta_runs *tiles, struct perta_array dy,
+                                 struct perta_array dx, size_t n, struct perta_array room)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    struct low_rank l = low_rank_of(cpu, lora, tiles, n, room);
+    l.dy = perta_cpu_at(cpu, dy);
+    l.dx = perta_cpu_at(cpu, dx);
+    run(cpu, tiles->n * PARTS, run_dyb, &l);
+    run(cpu, tiles->n * PARTS, run_dx, &l);
+}
+
+void perta_cpu_low_rank_gradient(struct perta_backend *be, const struct perta_low_rank *lora,
+                                 const struct perta_runs *tiles, struct perta_array x,
+                                 struct perta_array dy, struct perta_array da,
+                                 struct perta_array db, size_t n, struct perta_array room)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    struct low_rank l = low_rank_of(cpu, lora, tiles, n, room);
+    l.x = perta_cpu_at(cpu, x);
+    l.dy = perta_cpu_at(cpu, dy);
+    l.da = perta_cpu_at(cpu, da);
+    l.db = perta_cpu_at(cpu, db);
+    run(cpu, tiles->n * PARTS, run_xa, &l);
+    run(cpu, tiles->n * PARTS, run_dyb, &l);
+    run(cpu, (l.in + COLUMNS - 1) / COLUMNS + (l.out + COLUMNS - 1) / COLUMNS, run_gradient, &l);
+}

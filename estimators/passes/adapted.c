@@ -1,0 +1,148 @@
+#include "estimators/passes/adapted.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/compute/kernels.h"
+#include "io/file.h"
+#include "stream/journal.h"
+
+/* ---- open ---- */
+
+/* Where in adapter->changes a layer's weight has its change; NULL: nowhere. */
+static const struct perta_change *change_of(const struct perta_adapted *adapted,
+                                            const struct perta_llm *llm, uint32_t layer,
+                                            const struct perta_param_row *row)
+{
+    char name[PERTA_NAME_BYTES];
+    perta_llm_name(llm, layer, row, name);
+    return perta_adapter_find(adapted->adapter, name);
+}
+
+/* Refuse a change that is not the LoRA of a layer's weight, or one with a base of its own. */
+static int refuse(const struct perta_adapted *adapted, const struct perta_change *change,
+                  const char *why, struct perta_err *err)
+{
+    const struct perta_ref *part = change->whole        ? change->whole
+                                   : change->base_layer ? change->base_layer
+                                                        : change->a;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensor %s: %s; --adapter takes LoRA of the layers' linear modules. "
+                      "Apply this adapter first: perta unlearn --method tv --alpha -1 --tuned "
+                      "ADAPTER --base MODEL --model MODEL --out MERGED",
+                      adapted->ck->shards[0].path, part->tensor->name, why);
+}
+
+static int add_factors(const struct perta_adapted *adapted, const struct perta_llm *llm,
+                       struct perta_factors *factors, bool *used, struct perta_err *err)
+{
+    int rc = 0;
+    for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
+        for (int p = 0; p < PERTA_N_PARAMS && !rc; p++) {
+            const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)p);
+            const struct perta_change *c = row ? change_of(adapted, llm, l, row) : NULL;
+            if (!c)
+                continue;
+            used[c - adapted->adapter->changes] = true;
+            if (c->whole || c->base_layer)
+                rc = refuse(adapted, c, c->whole ? "a whole tensor" : "a base of its own", err);
+            else
+                perta_factors_add(factors, l, row, c->r, c->scaling);
+        }
+    return rc;
+}
+
+static int match(const struct perta_adapted *adapted, const struct perta_llm *llm,
+                 struct perta_factors *factors, struct perta_err *err)
+{
+    const struct perta_adapter *a = adapted->adapter;
+    bool *used = calloc(a->n_changes, sizeof *used);
+    int rc = used ? perta_factors_open(factors, llm, err) : perta_fail_sys(err, ENOMEM, "adapter");
+    if (!rc)
+        rc = add_factors(adapted, llm, factors, used, err);
+    for (uint64_t i = 0; i < a->n_changes && !rc; i++)
+        if (!used[i])
+            rc = refuse(adapted, &a->changes[i],
+                        a->changes[i].whole ? "a whole tensor" : "a LoRA outside the layers", err);
+    free(used);
+    return rc;
+}
+
+int perta_adapted_open(struct perta_adapted *adapted, const char *path,
+                       const struct perta_weights *weights, struct perta_factors *factors,
+                       json_t *notes, struct perta_err *err)
+{
+    if (!perta_checkpoint_is_adapter(path))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: not the folder of a PEFT adapter (" PERTA_ADAPTER_CONFIG
+                          ", adapter_model.safetensors)",
+                          path);
+    int rc = perta_checkpoint_open_adapter(path, &adapted->ck, err);
+    if (!rc)
+        rc = perta_adapter_open(adapted->ck, weights->ck, &adapted->adapter, notes, err);
+    return rc ? rc : match(adapted, &weights->llm, factors, err);
+}
+
+void perta_adapted_close(struct perta_adapted *adapted)
+{
+    perta_adapter_close(adapted->adapter);
+    perta_checkpoint_close(adapted->ck);
+    *adapted = (struct perta_adapted){0};
+}
+
+json_t *perta_adapted_json(const struct perta_adapted *adapted)
+{
+    return json_pack("{s:o, s:o}", "files", perta_journal_checkpoint(adapted->ck), "config",
+                     perta_journal_config(adapted->ck));
+}
+
+/* ---- load ---- */
+
+#define PIECE_FLOATS 8192
+
+/* Read one factor, as float32, to its place in the backend's memory. */
+static int load_factor(const struct perta_file *file, const struct perta_tensor *t,
+                       struct perta_backend *be, struct perta_array to, struct perta_err *err)
+{
+    uint64_t width = perta_dtype_unit_bytes(t->dtype);
+    uint8_t bytes[PIECE_FLOATS * sizeof(float)];
+    float floats[PIECE_FLOATS];
+    int rc = 0;
+    for (uint64_t at = 0, n; at < t->n_elems && !rc; at += n) {
+        n = t->n_elems - at < PIECE_FLOATS ? t->n_elems - at : PIECE_FLOATS;
+        rc =
+            perta_pread_all(file->fd, bytes, n * width, t->off_bytes + at * width, file->path, err);
+        if (rc)
+            break;
+        perta_row_kernels()->to_f32(floats, bytes, t->dtype, n);
+        for (uint64_t i = 0; i < n && !rc; i++)
+            if (!isfinite(floats[i]))
+                rc = perta_fail(err, PERTA_EINPUT,
+                                "%s: tensor %s, element %llu: not a finite number", file->path,
+                                t->name, (unsigned long long)(at + i));
+        be->ops->put(be, perta_array_at(to, at), floats, n * sizeof *floats);
+    }
+    return rc;
+}
+
+int perta_adapted_load(const struct perta_adapted *adapted, const struct perta_factors *factors,
+                       struct perta_backend *be, struct perta_err *err)
+{
+    struct perta_file file = {0};
+    int rc = perta_shard_open(&adapted->ck->shards[0], false, &file, err);
+    for (size_t i = 0; i < factors->n && !rc; i++) {
+        const struct perta_factor *f = &factors->of[i];
+        const struct perta_change *c =
+            change_of(adapted, factors->llm, f->layer, perta_llm_param(factors->llm, f->param));
+        struct perta_low_rank to = perta_factor_in(f, factors->values);
+        rc = load_factor(&file, c->a->tensor, be, to.a, err);
+        if (!rc)
+            rc = load_factor(&file, c->b->tensor, be, to.b, err);
+    }
+    if (!rc)
+        rc = perta_file_unchanged(&file, err);
+    perta_file_close(&file);
+    return rc;
+}
