@@ -34,6 +34,7 @@
 #include "estimators/passes/accumulate.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/eval.h"
+#include "estimators/passes/tune.h"
 #include "estimators/steps/steps.h"
 #include "stream/patch/apply.h"
 #include "stream/patch/compose.h"

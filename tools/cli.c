@@ -433,6 +433,7 @@ void cli_say(const struct cli *cli, const char *fmt, ...)
 {
     if (cli->json || cli->quiet)
         return;
+    clear_bar(cli);
     va_list ap;
     va_start(ap, fmt);
     char *text = perta_text_lines(fmt, ap); /* names in it may contain terminal escape sequences */

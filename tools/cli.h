@@ -94,6 +94,7 @@ extern const bool cli_has_model;
 int cmd_inspect(int argc, char **argv);
 int cmd_estimate(int argc, char **argv);
 int cmd_eval(int argc, char **argv);
+int cmd_tune(int argc, char **argv);
 int cmd_accumulate(int argc, char **argv);
 int cmd_unlearn(int argc, char **argv);
 int cmd_diff(int argc, char **argv);

@@ -18,6 +18,7 @@ static const struct verb {
      NEVER},
     {"estimate", cmd_estimate, "compute importance from a model and text", ALWAYS},
     {"eval", cmd_eval, "measure how well a model knows answers, with or without a patch", ALWAYS},
+    {"tune", cmd_tune, "train a LoRA adapter on text, by streaming the model", ALWAYS},
     {"accumulate", cmd_accumulate, "compute importance from gradient dumps", NEVER},
     {"unlearn", cmd_unlearn, "subtract the weighted task vector: writes a patch, and a model",
      WITH_STEPS},

@@ -27,6 +27,12 @@ int cmd_eval(int argc, char **argv)
     return say(argv[0]);
 }
 
+int cmd_tune(int argc, char **argv)
+{
+    (void)argc;
+    return say(argv[0]);
+}
+
 int cmd_demo(int argc, char **argv)
 {
     (void)argc;

@@ -31,14 +31,19 @@ extern const struct perta_kernels perta_kernels_v2, perta_kernels_v3, perta_kern
 
 const struct perta_kernels *perta_kernels_of(enum perta_isa isa);
 
-/* Uniform in [0, 1), 24 bits: output number elem + 1 of SplitMix64 started at state. */
-static inline float perta_random_weight(uint64_t state, uint64_t elem)
+/* Output number i + 1 of SplitMix64 (Steele et al. 2014) started at state. */
+static inline uint64_t perta_random_bits(uint64_t state, uint64_t i)
 {
-    uint64_t z = state + (elem + 1) * 0x9e3779b97f4a7c15u;
+    uint64_t z = state + (i + 1) * 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    z ^= z >> 31;
-    return (float)(int32_t)(z >> 40) * 0x1p-24f;
+    return z ^ (z >> 31);
+}
+
+/* The same, uniform in [0, 1), 24 bits. */
+static inline float perta_random_weight(uint64_t state, uint64_t elem)
+{
+    return (float)(int32_t)(perta_random_bits(state, elem) >> 40) * 0x1p-24f;
 }
 
 #endif

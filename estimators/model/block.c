@@ -113,7 +113,7 @@ void perta_layer_linear_gradient(const struct perta_layer *l, const struct perta
     if (!l->sink || l->be->rc)
         return;
     int rc = l->sink->linear(l->sink, l->number, weight, batch, x, dy, &err);
-    for (size_t i = 0, out, in; bias && i < s->n && !rc; i++) {
+    for (size_t i = 0, out, in; bias && l->sink->vector && i < s->n && !rc; i++) {
         perta_llm_shape(l->llm, bias, &out, &in);
         l->be->ops->linear_backward_bias(l->be, vector, dy, s->starts[i] - s->origin,
                                          s->starts[i + 1] - s->origin, in);

@@ -56,7 +56,7 @@ void perta_layer_norm_gradient(const struct perta_layer *l, const struct perta_b
     struct perta_norm norm = perta_layer_norm(l, param);
     bool has_bias = perta_array_is(norm.bias);
     struct perta_array bias = has_bias ? perta_array_at(vector, H) : (struct perta_array){0};
-    for (size_t i = 0; l->sink && i < s->n; i++) {
+    for (size_t i = 0; l->sink && l->sink->vector && i < s->n; i++) {
         size_t t = (s->starts[i] - s->origin) * rows;
         size_t n = (s->starts[i + 1] - s->starts[i]) * rows;
         l->be->ops->zero(l->be, vector, has_bias ? 2 * H : H);

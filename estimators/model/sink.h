@@ -1,6 +1,7 @@
 /* sink.h - a gradient sink receives the gradients of weights during a backward pass, where their
  * operands are at hand. Implementations: estimators/passes/importance_sink.c (mean and mean-square
- * importance), estimators/model/train.c (training), tests/test_backprop.c (a recorder). */
+ * importance), estimators/model/train.c (training), estimators/passes/tune_update.c (LoRA),
+ * tests/test_backprop.c (a recorder). */
 #ifndef PERTA_ESTIMATORS_MODEL_SINK_H
 #define PERTA_ESTIMATORS_MODEL_SINK_H
 
@@ -26,7 +27,7 @@ struct perta_gradient_sink {
                   const struct perta_batch *batch, struct perta_array x, struct perta_array dy,
                   struct perta_err *err);
     /* One sequence's gradient d of a vector (a norm's weight, a bias). It is overwritten after the
-     * call. */
+     * call. NULL: these gradients are not wanted. */
     int (*vector)(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
                   size_t sequence, struct perta_array d, struct perta_err *err);
 };

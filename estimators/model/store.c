@@ -114,17 +114,24 @@ static int read_floats(int fd, uint64_t at, uint64_t len, struct perta_backend *
 
 /* ---- open, close ---- */
 
-static int prepare(struct perta_store *store, struct perta_scratch *scratch, const char *name,
-                   size_t n_rows, size_t width, struct perta_err *err)
+static int describe(struct perta_store *store, const struct perta_scratch *scratch,
+                    const char *name, size_t n_rows, size_t width, struct perta_err *err)
 {
     *store = (struct perta_store){.be = scratch->be, .n_rows = n_rows, .width = width, .fd = -1};
     if (name && asprintf(&store->path, "%s/%s", scratch->dir, name) < 0) {
         store->path = NULL;
         return perta_fail_sys(err, ENOMEM, "scratch");
     }
-    if (memory_bytes_of(store) > scratch->free_bytes)
-        return 0;
-    int rc = store->be->ops->alloc(store->be, bytes_of(store), &store->buffer, err);
+    return 0;
+}
+
+static int prepare(struct perta_store *store, struct perta_scratch *scratch, const char *name,
+                   size_t n_rows, size_t width, struct perta_err *err)
+{
+    int rc = describe(store, scratch, name, n_rows, width, err);
+    if (rc || memory_bytes_of(store) > scratch->free_bytes)
+        return rc;
+    rc = store->be->ops->alloc(store->be, bytes_of(store), &store->buffer, err);
     if (!rc)
         scratch->free_bytes -= memory_bytes_of(store);
     return rc;
@@ -137,18 +144,16 @@ int perta_store_open(struct perta_store *store, struct perta_scratch *scratch, c
     return rc || store->buffer ? rc : make_file(store, scratch, err);
 }
 
-int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch, const char *name,
-                        size_t n_rows, size_t width, struct perta_err *err)
+/* Open the file that the store was saved to. */
+static int open_saved(struct perta_store *store, struct perta_scratch *scratch,
+                      struct perta_err *err)
 {
     struct stat st;
-    int rc = prepare(store, scratch, name, n_rows, width, err);
-    if (rc)
-        return rc;
     assert(store->path); /* it has a name */
     store->fd = open(store->path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
     if (store->fd < 0)
         return perta_fail_sys(err, errno, "%s", store->path);
-    rc = perta_check_left(store->fd, store->path, &st, err);
+    int rc = perta_check_left(store->fd, store->path, &st, err);
     if (rc)
         return rc;
     if ((uint64_t)st.st_size != bytes_of(store))
@@ -156,8 +161,17 @@ int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch
                           store->path, (long long)st.st_size, (unsigned long long)bytes_of(store));
     scratch->file_bytes += bytes_of(store);
     store->saved = true;
-    if (!store->buffer)
-        return 0;
+    return 0;
+}
+
+int perta_store_restore(struct perta_store *store, struct perta_scratch *scratch, const char *name,
+                        size_t n_rows, size_t width, struct perta_err *err)
+{
+    int rc = prepare(store, scratch, name, n_rows, width, err);
+    if (!rc)
+        rc = open_saved(store, scratch, err);
+    if (rc || !store->buffer)
+        return rc;
     rc = read_floats(store->fd, 0, (uint64_t)store->n_rows * store->width, store->be,
                      row_at(store, 0), store->path, err);
     close(store->fd);
@@ -206,6 +220,36 @@ void perta_store_forget(const struct perta_scratch *scratch, const char *name)
         return;
     unlink(path);
     free(path);
+}
+
+/* ---- arrays ---- */
+
+int perta_scratch_save(struct perta_scratch *scratch, const char *name, struct perta_array from,
+                       uint64_t n, struct perta_err *err)
+{
+    struct perta_store file;
+    int rc = describe(&file, scratch, name, 1, n, err);
+    if (!rc)
+        rc = make_file(&file, scratch, err);
+    if (!rc)
+        rc = write_floats(file.fd, 0, n, scratch->be, from, file.path, err);
+    if (!rc && fsync(file.fd))
+        rc = perta_fail_sys(err, errno, "%s: fsync", file.path);
+    perta_store_close(&file, scratch);
+    return rc;
+}
+
+int perta_scratch_load(struct perta_scratch *scratch, const char *name, struct perta_array to,
+                       uint64_t n, struct perta_err *err)
+{
+    struct perta_store file;
+    int rc = describe(&file, scratch, name, 1, n, err);
+    if (!rc)
+        rc = open_saved(&file, scratch, err);
+    if (!rc)
+        rc = read_floats(file.fd, 0, n, scratch->be, to, file.path, err);
+    perta_store_close(&file, scratch);
+    return rc;
 }
 
 /* ---- rows ---- */

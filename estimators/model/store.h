@@ -40,6 +40,15 @@ int perta_store_save(struct perta_store *store, struct perta_scratch *scratch,
 /* Remove the file of the store of this name, if there is one. */
 void perta_store_forget(const struct perta_scratch *scratch, const char *name);
 
+/* ---- arrays of the backend's ---- */
+
+/* Write n floats to the file of this name in the scratch folder, and sync it. */
+int perta_scratch_save(struct perta_scratch *scratch, const char *name, struct perta_array from,
+                       uint64_t n, struct perta_err *err);
+/* Read them back. PERTA_EINPUT if the file has another size. */
+int perta_scratch_load(struct perta_scratch *scratch, const char *name, struct perta_array to,
+                       uint64_t n, struct perta_err *err);
+
 /* ---- access to n rows from first on; failures of the backend are returned, or left to its next
  * wait ---- */
 

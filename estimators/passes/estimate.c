@@ -41,7 +41,7 @@ static void reserve_dx(struct perta_estimate_job *job)
 
 /* ---- backward ---- */
 
-static int backward_batches(struct perta_estimate_job *job, const struct perta_layer *layer,
+int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_layer *layer,
                             struct perta_store *next, struct perta_err *err)
 {
     struct perta_acts acts;
@@ -81,7 +81,7 @@ static int backward_layer(struct perta_estimate_job *job, uint32_t number, struc
     perta_importance_sink_begin(&job->sink);
     int rc = open_dx(job, number, &next, err);
     if (!rc)
-        rc = backward_batches(job, &layer, &next, err);
+        rc = perta_estimate_backward(job, &layer, &next, err);
     if (!rc)
         rc = perta_importance_sink_end(&job->sink, number, err);
     perta_store_close(&job->dx, &job->scratch);

@@ -57,6 +57,8 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
         .be = job->be,
         .samples = &job->samples,
         .statistic = statistic,
+        .backward = job->tunes,
+        .pooled = job->tunes,
         .advance = perta_estimate_on_part,
         .ctx = job,
         .by_probability = job->estimate->by_probability,

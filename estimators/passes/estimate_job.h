@@ -27,6 +27,7 @@ struct perta_estimate_job {
     struct perta_array factors_memory; /* (n_factor_arrays, factors.n_floats); values come first */
     unsigned n_factor_arrays;
     struct perta_samples samples;
+    bool tunes;   /* a pass of tune: labels are pooled, and only LoRA gets gradients */
     bool answers; /* read the other answers of each line, too */
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* writes them */
@@ -53,6 +54,7 @@ struct perta_estimate_job {
     uint32_t dx_layer;
     int64_t dx_saved;        /* the layer whose dx file the last record needs; -1: none */
     uint64_t reserved_bytes; /* of memory, kept free for dx */
+    uint64_t later_bytes;    /* of the heap, that the caller takes after the plan */
     uint64_t total_bytes;
     struct perta_head_means means;
     bool forward_only; /* estimate->takes_gradients returned false */
@@ -98,6 +100,13 @@ int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err
 /* The same as a callback; ctx is a struct perta_estimate_job. */
 int perta_estimate_on_part(void *ctx, struct perta_err *err);
 
+/* ---- estimate.c ---- */
+
+/* Backward pass of a layer, over all tokens, from job->x of the layer and job->dx to next. Gradients
+ * of weights go to the layer's sink. */
+int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_layer *layer,
+                            struct perta_store *next, struct perta_err *err);
+
 /* ---- estimate_resume.c ---- */
 
 enum perta_stage { PERTA_BEGUN, PERTA_FORWARD, PERTA_HEAD_DONE, PERTA_BACKWARD, PERTA_PUBLISH };
@@ -119,6 +128,11 @@ int perta_estimate_publish(struct perta_estimate_job *job, json_t **summary, str
 int perta_estimate_drop(struct perta_estimate_job *job, struct perta_err *err);
 /* After an error: keep what --resume needs. */
 void perta_estimate_abandon(struct perta_estimate_job *job, int rc, struct perta_err *err);
+
+/* A folder for data of the output at out: in scratch; if that is NULL, in its partial folder. home:
+ * a name of the output's, should it not exist. The caller frees it; NULL only when out of memory. */
+char *perta_estimate_scratch(const char *scratch, const char *out, const char *home,
+                             const char *partial);
 
 /* Names of stores in the scratch folder; buf (16). */
 const char *perta_estimate_x_name(char *buf, uint32_t layer);

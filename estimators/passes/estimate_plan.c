@@ -151,7 +151,7 @@ static uint64_t fixed_bytes(const struct perta_estimate_job *job, bool bf16)
            perta_head_bytes(&job->samples) +
            perta_cpu_buffer_bytes(&needs, perta_head_device_bytes(&job->samples, llm)) +
            (job->factors.n ? perta_cpu_buffer_bytes(&needs, factors_bytes(job)) : 0) +
-           job->samples.n_tokens * 2 * sizeof(double);
+           job->samples.n_tokens * 2 * sizeof(double) + job->later_bytes;
 }
 
 static uint64_t batch_bytes(const struct perta_estimate_job *job, size_t tokens, bool bf16)

@@ -45,20 +45,26 @@ static int home_of(const struct perta_estimate_job *job)
     return job->estimate->meansq ? PERTA_STAT_MEANSQ : PERTA_STAT_MEAN;
 }
 
-/* A folder for this output in --scratch; without that, in the partial folder of the output that is
- * published last. */
-static char *scratch_dir(const struct perta_estimate_job *job, const char *home)
+char *perta_estimate_scratch(const char *scratch, const char *out, const char *home,
+                             const char *partial)
 {
     char *path = NULL, *real = NULL;
-    if (!job->estimate->scratch)
-        return perta_path_join(job->outs[home_of(job)].folder.partial, "perta-scratch");
-    real = realpath(job->estimate->out, NULL); /* it exists by now, with the partial folder in it */
+    if (!scratch)
+        return perta_path_join(partial, "perta-scratch");
+    real = realpath(out, NULL);
     const char *name = real ? real : home;
-    if (asprintf(&path, "%s/perta-scratch-%016llx", job->estimate->scratch,
+    if (asprintf(&path, "%s/perta-scratch-%016llx", scratch,
                  (unsigned long long)perta_hash64(name, strlen(name))) < 0)
         path = NULL;
     free(real);
     return path;
+}
+
+/* For the output that is published last. OUT exists by now, with its partial folder in it. */
+static char *scratch_dir(const struct perta_estimate_job *job, const char *home)
+{
+    return perta_estimate_scratch(job->estimate->scratch, job->estimate->out, home,
+                                  job->outs[home_of(job)].folder.partial);
 }
 
 /* ---- identity: whatever decides the bytes of the result ---- */

@@ -123,7 +123,7 @@ static void collect_labels(struct perta_head *h)
             if (s->targets[t] != PERTA_IGNORED) {
                 h->token[n] = (uint32_t)t;
                 h->target[n] = s->targets[t];
-                h->share[n++] = 1.0f / (float)s->n_labels[i];
+                h->share[n++] = 1.0f / (float)(h->pooled ? h->n_labels : s->n_labels[i]);
             }
     }
     h->starts[s->n] = n;
@@ -143,6 +143,7 @@ static int cut_labels(struct perta_head *h, struct perta_err *err)
 int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct perta_err *err)
 {
     size_t H = h->weights->llm.hidden;
+    bool backward = h->statistic || h->backward;
     for (uint64_t i = 0; i < h->samples->n; i++)
         h->n_labels += h->samples->n_labels[i];
     h->token = calloc(h->n_labels, sizeof *h->token);
@@ -151,12 +152,12 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     h->most = calloc(h->n_labels, sizeof *h->most);
     h->sums = calloc(h->n_labels, sizeof *h->sums);
     h->logit = calloc(h->n_labels, sizeof *h->logit);
-    h->best = h->statistic ? NULL : calloc(h->n_labels, sizeof *h->best);
+    h->best = backward ? NULL : calloc(h->n_labels, sizeof *h->best);
     h->starts = calloc(h->samples->n + 1, sizeof *h->starts);
     h->max_tokens = most_tokens(h);
     h->tokens = calloc(h->max_tokens, sizeof *h->tokens);
     if (!h->token || !h->target || !h->share || !h->most || !h->sums || !h->logit || !h->starts ||
-        !h->tokens || (!h->statistic && !h->best))
+        !h->tokens || (!backward && !h->best))
         return perta_fail_sys(err, ENOMEM, "labels");
     collect_labels(h);
     int rc = cut_labels(h, err);
@@ -166,9 +167,8 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
         rc = load_norm(h, err);
     if (!rc)
         rc = perta_store_open(&h->normed, scratch, NULL, h->n_labels, H, err);
-    return rc || !h->statistic
-               ? rc
-               : perta_store_open(&h->dnormed, scratch, NULL, h->n_labels, 2 * H, err);
+    return rc || !backward ? rc
+                           : perta_store_open(&h->dnormed, scratch, NULL, h->n_labels, 2 * H, err);
 }
 
 void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)

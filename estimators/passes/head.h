@@ -17,7 +17,9 @@ struct perta_head {
     struct perta_weights *weights;
     struct perta_backend *be;
     const struct perta_samples *samples;
-    struct perta_statistic *statistic; /* NULL: forward pass only */
+    struct perta_statistic *statistic; /* NULL: no gradients of the model's parameters */
+    bool backward;                     /* without a statistic: the backward pass follows, too */
+    bool pooled; /* every label weighs the same, whatever its sample; not by_probability */
     int (*advance)(
         void *ctx,
         struct perta_err *err); /* called after each block of rows; stops if it does not return 0 */
@@ -32,11 +34,12 @@ struct perta_head {
     size_t n_labels;
     uint32_t *token; /* (n_labels): the token that predicts it */
     int32_t *target; /* (n_labels) */
-    float *share;    /* (n_labels): 1 / labels of its sample, times the sample's weight */
+    float *share;    /* (n_labels): 1 / labels of its sample (pooled: 1 / n_labels), times the
+                        sample's weight */
     float *most;     /* (n_labels): the largest logit */
     double *sums;    /* (n_labels): sum of exp(logit - most) */
     float *logit;    /* (n_labels): logit of the target; the loss is most - logit + log(sum) */
-    int32_t *best;   /* (n_labels): token of the largest logit; NULL with a statistic */
+    int32_t *best;   /* (n_labels): token of the largest logit; NULL if a backward pass follows */
     struct perta_label_arrays {
         struct perta_array share, most, logit, sums, best, best_logit;
     } on_device;          /* the same in the backend's memory */

@@ -154,12 +154,13 @@ static int add_labels(struct perta_head *h, size_t row, const struct perta_linea
     return rc;
 }
 
-/* dnormed and, unless the rows are the embedding's too, their gradient. */
+/* dnormed and, unless the rows are the embedding's too or gradients are not wanted, theirs. */
 static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
                           struct perta_err *err)
 {
     size_t n_floats = block->out * block->in;
-    const struct label_gradients wanted = {.dnormed = true, .rows = !h->weights->llm.tied};
+    const struct label_gradients wanted = {.dnormed = true,
+                                           .rows = h->statistic && !h->weights->llm.tied};
     if (wanted.rows)
         perta_statistic_begin(h->statistic, n_floats);
     int rc = add_labels(h, row, block, &wanted, err);
@@ -198,11 +199,13 @@ static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct p
         rc = take_dnormed(h, first, n, H, &w, err);
     if (perta_array_is(h->norm.bias))
         dbias = perta_head_norm_vector(h, 3);
-    ops->zero(h->be, dweight, 2 * H);
     perta_head_norm_forward(h, &w, n);
-    norm->backward_weight(h->be, &h->norm, dweight, dbias, w.d, w.a, w.rstd, n, H);
-    ops->accumulate(h->be, h->statistic->sums, h->statistic->squares, dweight,
-                    perta_array_is(dbias) ? 2 * H : H);
+    if (h->statistic) {
+        ops->zero(h->be, dweight, 2 * H);
+        norm->backward_weight(h->be, &h->norm, dweight, dbias, w.d, w.a, w.rstd, n, H);
+        ops->accumulate(h->be, h->statistic->sums, h->statistic->squares, dweight,
+                        perta_array_is(dbias) ? 2 * H : H);
+    }
     ops->zero(h->be, w.b, n * H);
     norm->backward(h->be, &h->norm, w.b, w.d, w.a, w.rstd, n, H);
     for (size_t i = 0; i < n && !rc; i++)
@@ -218,12 +221,13 @@ static int norm_backward(struct perta_head *h, const struct perta_store *x, stru
     const struct perta_array none = {0};
     size_t H = x->width;
     int rc = 0;
-    perta_statistic_begin(s, 2 * H);
+    if (s)
+        perta_statistic_begin(s, 2 * H);
     for (uint64_t i = 0; i < h->samples->n && !rc; i++)
         rc = norm_backward_sample(h, i, x, dx, err);
-    if (!rc)
+    if (!rc && s)
         rc = perta_statistic_end(s, family->final_norm, 0, H, err);
-    if (rc || !family->final_norm_bias)
+    if (rc || !s || !family->final_norm_bias)
         return rc;
     return perta_statistic_write(s, family->final_norm_bias, 0, H, perta_array_at(s->sums, 2 * H),
                                  s->meansq ? perta_array_at(s->squares, 2 * H) : none, err);

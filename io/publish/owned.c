@@ -356,7 +356,8 @@ static int judge_output(struct look *look, const char *path, const char *name, b
 static bool is_scratch(const struct look *look, const char *name)
 {
     return perta_text_ends_in(look->path, "/" SCRATCH) &&
-           (!fnmatch("x-[0-9]*", name, 0) || !fnmatch("dx-[0-9]*", name, 0));
+           (!fnmatch("x-[0-9]*", name, 0) || !fnmatch("dx-[0-9]*", name, 0) ||
+            !fnmatch("tune-[0-9]*", name, 0));
 }
 
 static int judge_leftover(struct look *look, const char *path, const char *name, bool *ours,

@@ -1,0 +1,255 @@
+/* Before the first update: the adapter, the order of samples, memory. Spec: docs/tune.md */
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/edit/kernels.h"
+#include "estimators/passes/tune_job.h"
+
+/* Bytes of the heap for an update's numbers: here, in a record of the journal and in the
+ * summary. */
+#define UPDATE_BYTES (sizeof(struct perta_tune_update) + 1024)
+
+/* ---- a new adapter ---- */
+
+/* Is name, after the last dot or from the start, that of the module? */
+static bool is_name_of(const char *name, const char *module, size_t len)
+{
+    size_t n = strlen(name);
+    return n <= len && !memcmp(module + len - n, name, n) &&
+           (n == len || module[len - n - 1] == '.');
+}
+
+bool perta_tune_is_target(const struct perta_tune *t, const char *module, size_t len)
+{
+    for (size_t i = 0; i < t->n_targets; i++)
+        if (!strcmp(t->targets[i], "all-linear") || is_name_of(t->targets[i], module, len))
+            return true;
+    return false;
+}
+
+/* The name of a layer's matrix without ".weight"; returns its length, or 0 for a vector. */
+static size_t module_of(const struct perta_llm *llm, uint32_t layer,
+                        const struct perta_param_row *row, char name[PERTA_NAME_BYTES])
+{
+    size_t out, in;
+    perta_llm_shape(llm, row, &out, &in);
+    perta_llm_name(llm, layer, row, name);
+    return out ? strlen(name) - strlen(".weight") : 0;
+}
+
+/* Every name that was given must fit a module: PEFT would pass over a misspelt one. */
+static int check_target(const struct perta_tune_job *job, const char *target, struct perta_err *err)
+{
+    const struct perta_llm *llm = &job->pass.weights.llm;
+    const struct perta_tune one = {.targets = &target, .n_targets = 1};
+    char name[PERTA_NAME_BYTES], all[256] = "";
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        for (int p = 0; p < PERTA_N_PARAMS; p++) {
+            const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)p);
+            size_t len = row ? module_of(llm, l, row, name) : 0;
+            if (len && perta_tune_is_target(&one, name, len))
+                return 0;
+            name[len] = '\0';
+            size_t n = strlen(all);
+            if (len && !l)
+                snprintf(all + n, sizeof all - n, "%s%s", n ? ", " : "", strrchr(name, '.') + 1);
+        }
+    return perta_fail(err, PERTA_EUSAGE,
+                      "--target-modules: %s: the layers of %s have no such linear module, but %s",
+                      target, job->tune.model, all);
+}
+
+static int new_factors(struct perta_tune_job *job, struct perta_err *err)
+{
+    const struct perta_tune *t = &job->tune;
+    const struct perta_llm *llm = &job->pass.weights.llm;
+    float scaling = (float)(t->lora_alpha / (double)t->rank);
+    char name[PERTA_NAME_BYTES];
+    int rc = 0;
+    for (size_t i = 0; i < t->n_targets && !rc; i++)
+        rc = check_target(job, t->targets[i], err);
+    if (!rc)
+        rc = perta_factors_open(&job->pass.factors, llm, err);
+    for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
+        for (int p = 0; p < PERTA_N_PARAMS; p++) {
+            const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)p);
+            size_t len = row ? module_of(llm, l, row, name) : 0;
+            if (len && perta_tune_is_target(t, name, len))
+                perta_factors_add(&job->pass.factors, l, row, t->rank, scaling);
+        }
+    return rc;
+}
+
+/* Start of the random numbers for one purpose: 0 the adapter, 1 + e the order of epoch e. */
+static uint64_t random_state(const struct perta_tune_job *job, uint64_t purpose)
+{
+    return perta_random_bits(job->tune.seed, purpose);
+}
+
+#define ROW_FLOATS 4096
+
+/* A: uniform in [-1, 1) / sqrt(in), which is kaiming_uniform with a = sqrt(5), PEFT's way. *next is
+ * the number of the next random number. B is zero. */
+static void put_initial(struct perta_tune_job *job, const struct perta_factor *f, uint64_t *next)
+{
+    struct perta_backend *be = job->pass.be;
+    struct perta_low_rank lora = perta_factor_in(f, job->pass.factors.values);
+    uint64_t state = random_state(job, 0);
+    float bound = (float)(1 / sqrt((double)f->in)), some[ROW_FLOATS];
+    for (uint64_t at = 0, n; at < f->r * f->in; at += n) {
+        n = f->r * f->in - at < ROW_FLOATS ? f->r * f->in - at : ROW_FLOATS;
+        for (uint64_t i = 0; i < n; i++)
+            some[i] = (2 * perta_random_weight(state, (*next)++) - 1) * bound;
+        be->ops->put(be, perta_array_at(lora.a, at), some, n * sizeof *some);
+    }
+}
+
+/* ---- updates ---- */
+
+int perta_tune_count(struct perta_tune_job *job, struct perta_err *err)
+{
+    struct perta_tune *t = &job->tune;
+    int rc = t->adapter ? 0 : new_factors(job, err);
+    if (rc)
+        return rc;
+    job->lowest = job->pass.factors.of[0].layer;
+    job->all = job->pass.samples;
+    job->pass.samples = (struct perta_samples){0};
+    t->batch_size = t->batch_size < job->all.n ? t->batch_size : job->all.n;
+    job->per_epoch = (job->all.n + t->batch_size - 1) / t->batch_size;
+    job->n_updates = t->steps ? t->steps : t->epochs * job->per_epoch;
+    return job->n_updates <= UINT32_MAX
+               ? 0
+               : perta_fail(err, PERTA_EUSAGE, "--epochs: %llu updates are too many",
+                            (unsigned long long)job->n_updates);
+}
+
+/* The order of an epoch: a Fisher-Yates shuffle from the last place to the first. */
+static void shuffle(struct perta_tune_job *job, uint64_t epoch)
+{
+    uint64_t n = job->all.n, state = random_state(job, 1 + epoch);
+    for (uint64_t i = 0; i < n; i++)
+        job->order[i] = (uint32_t)i;
+    for (uint64_t i = n - 1; i > 0; i--) {
+        uint64_t k = perta_random_bits(state, n - 1 - i) % (i + 1);
+        uint32_t one = job->order[i];
+        job->order[i] = job->order[k];
+        job->order[k] = one;
+    }
+    job->ordered = epoch + 1;
+}
+
+static void copy_sample(const struct perta_samples *from, uint64_t i, struct perta_samples *to)
+{
+    uint64_t first = from->starts[i], n = from->starts[i + 1] - first, at = to->n_tokens;
+    memcpy(to->ids + at, from->ids + first, n * sizeof *to->ids);
+    memcpy(to->targets + at, from->targets + first, n * sizeof *to->targets);
+    memcpy(to->places + at, from->places + first, n * sizeof *to->places);
+    to->n_labels[to->n] = from->n_labels[i];
+    to->lines[to->n] = from->lines[i];
+    to->kinds[to->n] = from->kinds[i];
+    to->n_tokens += n;
+    to->longest = n > to->longest ? n : to->longest;
+    to->starts[++to->n] = to->n_tokens;
+}
+
+/* Make the samples which (n) those of the pass. */
+static int take(struct perta_tune_job *job, const uint32_t *which, uint64_t n,
+                struct perta_err *err)
+{
+    struct perta_estimate_job *pass = &job->pass;
+    pass->samples.n = pass->samples.n_tokens = pass->samples.longest = 0;
+    for (uint64_t i = 0; i < n; i++)
+        copy_sample(&job->all, which[i], &pass->samples);
+    free(pass->starts);
+    perta_cut_release(&pass->cut);
+    perta_chunks_release(&pass->chunks);
+    return perta_estimate_tokens(pass, err);
+}
+
+int perta_tune_take(struct perta_tune_job *job, uint64_t n, struct perta_err *err)
+{
+    uint64_t epoch = n / job->per_epoch, size = job->tune.batch_size;
+    uint64_t first = n % job->per_epoch * size;
+    if (job->ordered != epoch + 1)
+        shuffle(job, epoch);
+    return take(job, job->order + first, job->all.n - first < size ? job->all.n - first : size,
+                err);
+}
+
+/* ---- memory ---- */
+
+static uint64_t length_of(const struct perta_samples *s, uint32_t i)
+{
+    return s->starts[i + 1] - s->starts[i];
+}
+
+static int by_length(const void *a, const void *b, void *samples)
+{
+    uint64_t x = length_of(samples, *(const uint32_t *)a),
+             y = length_of(samples, *(const uint32_t *)b);
+    return (x < y) - (x > y);
+}
+
+/* Take the heap for an update's samples; *which, the caller's, are the longest first. */
+static int take_heap(struct perta_tune_job *job, uint32_t **which, struct perta_err *err)
+{
+    struct perta_samples *s = &job->pass.samples;
+    uint64_t n = job->tune.batch_size, most = 0;
+    *which = calloc(job->all.n, sizeof **which);
+    for (uint32_t i = 0; *which && i < job->all.n; i++)
+        (*which)[i] = i;
+    if (*which)
+        qsort_r(*which, job->all.n, sizeof **which, by_length, &job->all);
+    for (uint64_t i = 0; *which && i < n; i++)
+        most += length_of(&job->all, (*which)[i]);
+    *s = (struct perta_samples){.starts = calloc(n + 1, sizeof *s->starts),
+                                .ids = calloc(most, sizeof *s->ids),
+                                .targets = calloc(most, sizeof *s->targets),
+                                .places = calloc(most, sizeof *s->places),
+                                .n_labels = calloc(n, sizeof *s->n_labels),
+                                .lines = calloc(n, sizeof *s->lines),
+                                .kinds = calloc(n, sizeof *s->kinds),
+                                .room = most};
+    job->order = calloc(job->all.n, sizeof *job->order);
+    job->updates = calloc(job->n_updates, sizeof *job->updates);
+    return *which && s->starts && s->ids && s->targets && s->places && s->n_labels && s->lines &&
+                   s->kinds && job->order && job->updates
+               ? 0
+               : perta_fail_sys(err, ENOMEM, "updates");
+}
+
+/* The memory is planned for the longest samples in one update: no other needs more. */
+static int plan(struct perta_tune_job *job, struct perta_err *err)
+{
+    struct perta_estimate_job *pass = &job->pass;
+    uint32_t *which;
+    int rc = take_heap(job, &which, err);
+    if (!rc)
+        rc = take(job, which, job->tune.batch_size, err);
+    free(which);
+    if (rc)
+        return rc;
+    /* A group of shorter samples may have more tokens than one of these. */
+    size_t group =
+        pass->samples.n_tokens < PERTA_TILE_ROWS ? pass->samples.n_tokens : PERTA_TILE_ROWS;
+    pass->cut.longest = pass->cut.longest > group ? pass->cut.longest : group;
+    pass->n_factor_arrays = 4;
+    pass->later_bytes = job->n_updates * UPDATE_BYTES;
+    return perta_estimate_plan(pass, perta_estimate_bf16(pass), err);
+}
+
+int perta_tune_plan(struct perta_tune_job *job, struct perta_err *err)
+{
+    const struct perta_factors *f = &job->pass.factors;
+    int rc = plan(job, err);
+    uint64_t next = 0;
+    job->first = perta_array_at(job->pass.factors_memory, f->n_floats);
+    job->second = perta_array_at(job->first, f->n_floats);
+    job->gradients = perta_array_at(job->second, f->n_floats);
+    for (size_t i = 0; i < f->n && !rc && !job->tune.adapter; i++)
+        put_initial(job, &f->of[i], &next);
+    return rc;
+}
