@@ -21,17 +21,14 @@ static const struct perta_change *change_of(const struct perta_adapted *adapted,
     return perta_adapter_find(adapted->adapter, name);
 }
 
-/* Refuse a change that is not the LoRA of a layer's weight, or one with a base of its own. */
-static int refuse(const struct perta_adapted *adapted, const struct perta_change *change,
+/* part: the tensor of the adapter that is not supported. */
+static int refuse(const struct perta_adapted *adapted, const struct perta_ref *part,
                   const char *why, struct perta_err *err)
 {
-    const struct perta_ref *part = change->whole        ? change->whole
-                                   : change->base_layer ? change->base_layer
-                                                        : change->a;
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s: %s; --adapter takes LoRA of the layers' linear modules. "
-                      "Apply this adapter first: perta unlearn --method tv --alpha -1 --tuned "
-                      "ADAPTER --base MODEL --model MODEL --out MERGED",
+                      "%s: tensor %s: %s, but --adapter takes LoRA of the layers' linear modules; "
+                      "merge the adapter into its base (merge_and_unload, save_pretrained) and "
+                      "give that as --model",
                       adapted->ck->shards[0].path, part->tensor->name, why);
 }
 
@@ -46,8 +43,10 @@ static int add_factors(const struct perta_adapted *adapted, const struct perta_l
             if (!c)
                 continue;
             used[c - adapted->adapter->changes] = true;
-            if (c->whole || c->base_layer)
-                rc = refuse(adapted, c, c->whole ? "a whole tensor" : "a base of its own", err);
+            if (c->whole)
+                rc = refuse(adapted, c->whole, "a whole tensor", err);
+            else if (c->base_layer)
+                rc = refuse(adapted, c->base_layer, "a base of its own", err);
             else
                 perta_factors_add(factors, l, row, c->r, c->scaling);
         }
@@ -62,10 +61,12 @@ static int match(const struct perta_adapted *adapted, const struct perta_llm *ll
     int rc = used ? perta_factors_open(factors, llm, err) : perta_fail_sys(err, ENOMEM, "adapter");
     if (!rc)
         rc = add_factors(adapted, llm, factors, used, err);
-    for (uint64_t i = 0; i < a->n_changes && !rc; i++)
+    for (uint64_t i = 0; i < a->n_changes && !rc; i++) {
+        const struct perta_change *c = &a->changes[i];
         if (!used[i])
-            rc = refuse(adapted, &a->changes[i],
-                        a->changes[i].whole ? "a whole tensor" : "a LoRA outside the layers", err);
+            rc = c->whole ? refuse(adapted, c->whole, "a whole tensor", err)
+                          : refuse(adapted, c->a, "a LoRA outside the layers", err);
+    }
     free(used);
     return rc;
 }

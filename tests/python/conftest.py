@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_steps_lora", "test_torch"]
+NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_quality", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
@@ -64,7 +64,7 @@ NUMBERS = [
 def skip_what_needs_a_model(words):
     """A build with -Dmodel=disabled passes all other tests."""
     words = [str(word) for word in words]
-    if not MODEL and (words[0] in ("estimate", "eval", "demo") or "--steps" in words):
+    if not MODEL and (words[0] in ("estimate", "eval", "tune", "demo") or "--steps" in words):
         pytest.skip("this build has no matrix products")
 
 

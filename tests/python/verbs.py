@@ -26,6 +26,7 @@ VERBS = {
     "compose": "compose p1 p2 --model model --patch out".split(),
     "accumulate": "accumulate forget retain base --stat mean,meansq --out out".split(),
     "estimate": "estimate --model llama --data data.jsonl --stat mean,meansq --out out".split(),
+    "tune": "tune --model llama --data data.jsonl --steps 4 --target-modules all-linear --out out".split(),
     "steps": (
         "unlearn --model llama --tuned llama-tuned --base llama-base --steps 1,2 --patch out "
         "--data-forget data.jsonl --data-retain other.jsonl"
@@ -35,7 +36,7 @@ VERBS = {
         "--data-forget data.jsonl --data-retain other.jsonl"
     ).split(),
 }
-WITH_MODEL = ("estimate", "steps", "steps-box")
+WITH_MODEL = ("estimate", "tune", "steps", "steps-box")
 if not MODEL:
     VERBS = {verb: command for verb, command in VERBS.items() if verb not in WITH_MODEL}
 # The verbs that use the stream, also those that write no folder, and those that edit the folder
