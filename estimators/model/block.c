@@ -136,7 +136,8 @@ void perta_block_forward(const struct perta_layer *l, const struct perta_batch *
     family->attention->forward(l, batch, a);
     struct perta_norm norm_2 = perta_layer_norm(l, PERTA_NORM_2);
     family->norm->forward(be, &norm_2, a->n2, a->rstd2, a->mid, n, H);
-    be->ops->copy(be, a->out, a->mid, n * H);
+    if (!l->again)
+        be->ops->copy(be, a->out, a->mid, n * H);
     family->mlp->forward(l, batch, a);
 }
 

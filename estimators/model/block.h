@@ -15,7 +15,7 @@ size_t perta_acts_floats(const struct perta_llm *llm, size_t n);
 void perta_acts_lay_out(struct perta_acts *acts, const struct perta_llm *llm, size_t n,
                         struct perta_array memory);
 
-/* From acts->x to acts->out, with all activations between. */
+/* From acts->x to acts->out (unless layer->again), with all activations between. */
 void perta_block_forward(const struct perta_layer *layer, const struct perta_batch *batch,
                          const struct perta_acts *acts);
 /* After perta_block_forward: from acts->dout to acts->dx. Gradients of weights go to the layer's

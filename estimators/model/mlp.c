@@ -9,7 +9,8 @@ static void forward(const struct perta_layer *l, const struct perta_batch *batch
     perta_layer_linear_forward(l, batch, PERTA_GATE, a->n2, a->gate, false);
     perta_layer_linear_forward(l, batch, PERTA_UP, a->n2, a->up, false);
     ops->swiglu_forward(l->be, a->h, a->gate, a->up, n * l->llm->intermediate);
-    perta_layer_linear_forward(l, batch, PERTA_DOWN, a->h, a->out, true);
+    if (!l->again)
+        perta_layer_linear_forward(l, batch, PERTA_DOWN, a->h, a->out, true);
 }
 
 static void backward(const struct perta_layer *l, const struct perta_batch *batch,

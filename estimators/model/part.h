@@ -37,6 +37,7 @@ struct perta_layer {
     const struct perta_factors *factors; /* LoRA beside the weights; NULL: none */
     const float *inv_freq;               /* (head_dim / 2) */
     uint32_t number;
+    bool again; /* a second forward pass, for the backward pass: out is not wanted */
 };
 
 /* Activations of a block and their gradients, for n tokens of a batch, in one array of the
@@ -116,7 +117,7 @@ struct perta_attention_part {
 extern const struct perta_attention_part perta_attention_part;
 
 struct perta_mlp_part {
-    /* acts->out += mlp(acts->n2). */
+    /* acts->out += mlp(acts->n2), unless the layer says that out is not wanted. */
     void (*forward)(const struct perta_layer *l, const struct perta_batch *batch,
                     const struct perta_acts *acts);
     /* From acts->dout to acts->dn, the gradient of n2. Gradients of weights go to the sink. */

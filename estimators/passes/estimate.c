@@ -44,8 +44,10 @@ static void reserve_dx(struct perta_estimate_job *job)
 int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_layer *layer,
                             struct perta_store *next, struct perta_err *err)
 {
+    struct perta_layer again = *layer;
     struct perta_acts acts;
     int rc = 0;
+    again.again = true;
     for (size_t group = 0; group < job->cut.n_groups && !rc;) {
         struct perta_batch batch = perta_estimate_batch(job, &group);
         perta_acts_lay_out(&acts, layer->llm, batch.n, job->work);
@@ -54,7 +56,7 @@ int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_l
             rc = perta_store_load(&job->dx, batch.first, batch.n, acts.dout, err);
         if (rc)
             break;
-        perta_block_forward(layer, &batch, &acts);
+        perta_block_forward(&again, &batch, &acts);
         perta_block_backward(layer, &batch, &acts);
         rc = perta_store_set(next, batch.first, batch.n, acts.dx, err);
         if (!rc)
