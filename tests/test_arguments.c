@@ -6,6 +6,7 @@
 #include "estimators/passes/accumulate.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/eval.h"
+#include "estimators/passes/tune.h"
 #include "estimators/steps/steps.h"
 #include "stream/patch/apply.h"
 #include "stream/patch/compose.h"
@@ -251,6 +252,7 @@ START_TEST(estimate)
     BAD(estimate, job.model = NULL, "--model DIR is needed");
     BAD(estimate, job.data = NULL, "--data FILE is needed");
     BAD(estimate, job.out = NULL, "--out DIR is needed");
+    BAD(estimate, job.adapter = "", "--adapter: a name is needed");
     BAD(estimate, job.data_key = "", "--data-key: a name is needed");
     BAD(estimate, job.scratch = "", "--scratch: a name is needed");
     BAD(estimate, job.mean = false, "--stat: mean, meansq or both");
@@ -271,10 +273,43 @@ START_TEST(eval)
     BAD(eval, job.model = NULL, "--model DIR is needed");
     BAD(eval, job.data = NULL, "--data FILE is needed");
     BAD(eval, job.patch = "", "--patch: a name is needed");
+    BAD(eval, job.adapter = "", "--adapter: a name is needed");
     BAD(eval, job.scratch = "", "--scratch: a name is needed");
     BAD(eval, job.compute = (enum perta_compute) - 1, "--compute: -1");
     BAD(eval, job.at = &nowhere, "base (of at) is needed");
     BAD(eval, (job.at = &nowhere, job.patch = "p"), "--patch or at, not both");
+}
+END_TEST
+
+static struct perta_tune good_tune(void)
+{
+    return (struct perta_tune){.model = "a", .data = "d", .out = "o"};
+}
+
+START_TEST(tune)
+{
+    static const char *const none[] = {NULL}, *const one[] = {"q_proj"};
+    const double nan = (double)NAN;
+    COMMON(tune);
+    BAD(tune, job.model = NULL, "--model DIR is needed");
+    BAD(tune, job.data = NULL, "--data FILE is needed");
+    BAD(tune, job.out = "", "--out DIR is needed");
+    BAD(tune, job.adapter = "", "--adapter: a name is needed");
+    BAD(tune, job.scratch = "", "--scratch: a name is needed");
+    BAD(tune, job.rank = 1 << 20, "--rank: must be at most 65536");
+    BAD(tune, job.lora_alpha = nan, "--lora-alpha: must be a finite number");
+    BAD(tune, job.n_targets = 1, "--target-modules: the list of 1 is NULL");
+    BAD(tune, (job.n_targets = 1, job.targets = none), "--target-modules: number 1 of 1");
+    BAD(tune, (job.n_targets = 1, job.targets = one, job.adapter = "x"), "--adapter has its own");
+    BAD(tune, job.learning_rate = nan, "--learning-rate: must be a finite number, not below 0");
+    BAD(tune, job.scheduler = (enum perta_lr_scheduler)3, "--lr-scheduler: 3");
+    BAD(tune, job.warmup = 2.5, "--warmup: a whole number of updates, or a share below 1");
+    BAD(tune, job.epochs = job.steps = 1, "--epochs or --steps, not both");
+    BAD(tune, job.epochs = UINT64_MAX, "--epochs: must be at most");
+    BAD(tune, job.weight_decay = -1, "--weight-decay: must be a finite number");
+    BAD(tune, job.max_grad_norm = nan, "--max-grad-norm: must be a finite number");
+    BAD(tune, job.seed = UINT64_MAX, "--seed: must be at most");
+    BAD(tune, job.compute = (enum perta_compute)4, "--compute: 4");
 }
 END_TEST
 
@@ -348,6 +383,7 @@ int main(void)
 #if HAS_MODEL
     tcase_add_test(tests, estimate);
     tcase_add_test(tests, eval);
+    tcase_add_test(tests, tune);
     tcase_add_test(tests, steps);
 #endif
     return run_suite("arguments", tests);

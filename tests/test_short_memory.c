@@ -11,6 +11,7 @@
 #include "estimators/passes/accumulate.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/eval.h"
+#include "estimators/passes/tune.h"
 #include "estimators/steps/steps.h"
 #include "io/format/canonical.h"
 #include "io/format/safetensors.h"
@@ -351,6 +352,33 @@ static int eval(json_t **record)
     return perta_eval(&e, &run, record, &err);
 }
 
+static int tune_from(const char *from, json_t **record)
+{
+    static const char *const targets[] = {"all-linear"};
+    const struct perta_tune t = {.model = "in/model",
+                                 .data = "in/a.jsonl",
+                                 .data_key = "in/key",
+                                 .out = "out/adapter",
+                                 .adapter = from,
+                                 .targets = targets,
+                                 .n_targets = !from,
+                                 .learning_rate = 1e-2,
+                                 .steps = 2,
+                                 .batch_size = 1,
+                                 .compute = PERTA_COMPUTE_F32};
+    return perta_tune(&t, &run, record, &err);
+}
+
+static int tune(json_t **record)
+{
+    return tune_from(NULL, record);
+}
+
+static int tune_again(json_t **record)
+{
+    return tune_from("in/lora", record);
+}
+
 static int steps_in(const char *tuned, const char *base, double box, json_t **record)
 {
     static struct perta_steps s = {.model = "in/model",
@@ -414,11 +442,14 @@ static const struct verb {
     {"apply --resume", apply, 23, GO_ON},
 #if HAS_MODEL
     {"estimate --resume", estimate, 29, GO_ON},
+    {"tune --resume", tune, 29, GO_ON},
     {"unlearn --steps --resume", steps, 307, GO_ON},
     {"unlearn --steps --box --resume", steps_in_a_box, 307, GO_ON},
     {"unlearn --steps, an adapter, --resume", steps_of_an_adapter, 307, GO_ON},
     {"estimate", estimate, 23, ANEW},
     {"eval", eval, 7, ANEW},
+    {"tune", tune, 23, ANEW},
+    {"tune --adapter", tune_again, 23, ANEW},
     {"unlearn --steps", steps, 307, ANEW},
     {"unlearn --steps, an adapter", steps_of_an_adapter, 307, ANEW},
     {"unlearn --steps --box", steps_in_a_box, 307, ANEW},

@@ -16,7 +16,7 @@ from reference import write_folder
 from verbs import LLAMA
 
 VERBS = (
-    "inspect estimate eval accumulate unlearn diff apply revert compose manifest verify report demo"
+    "inspect estimate eval tune accumulate unlearn diff apply revert compose manifest verify report demo"
 ).split()
 MAN = (ROOT / "docs/perta.1").read_text().replace("\\-", "-").replace("\\e\n", "\\\n")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,13 +42,13 @@ def test_a_build_without_matrix_products_says_so():
         assert done.returncode == 2 and not done.stdout
         return done.stderr
 
-    for verb in ("estimate", "eval", "demo"):
+    for verb in ("estimate", "eval", "tune", "demo"):
         for words in ([], ["--help"]):
             assert run(verb, *words) == f"perta {verb}: this build has no matrix products (oneDNN)\n"
     steps = "--model m --tuned t --base b --data-forget f --data-retain r --patch p --steps 2".split()
     assert "--steps: this build has no matrix products (oneDNN)\n" in run("unlearn", *steps)
     said = subprocess.run([PERTA, "--help"], capture_output=True, text=True, check=True).stdout
-    assert said.count("(not in this build)") == 3 and "(this build: without --steps)" in said
+    assert said.count("(not in this build)") == 4 and "(this build: without --steps)" in said
 
 
 def test_a_sanitized_build_is_known_in_any_folder(tmp_path):
