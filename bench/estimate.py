@@ -159,8 +159,10 @@ def against_onednn(build: Path, work: Path, n_tokens: int) -> None:
     (work / "ids.jsonl").write_text("".join(lines))
     size = sum(f.stat().st_size for f in (work / "model").glob("*.safetensors"))
     # forward, forward again, and twice that for backward: 8 operations for each token and parameter
-    # in a product (the head, which is processed twice, has 2 + 2 + 4 too)
-    gflop = 8e-9 * (n_parameters - models.VOCABULARY * models.HIDDEN) * n_tokens
+    # in a product (the head, which is processed twice, has 2 + 2 + 4 too); a layer's last product
+    # is not computed again
+    down = models.n_parameters_of({n: s for n, s in shapes.items() if "down_proj" in n})
+    gflop = 1e-9 * (8 * (n_parameters - models.VOCABULARY * models.HIDDEN) - 2 * down) * n_tokens
     print(f"\n{n_parameters:,} parameters, {n_tokens} tokens, mean gradients, {gflop:,.0f} GFLOP")
     print("             seconds  GFLOP/s  oneDNN's best  share  share of CPU time  "
           "weights read/size  peak MiB")  # fmt: skip
@@ -180,7 +182,7 @@ def against_onednn(build: Path, work: Path, n_tokens: int) -> None:
         print(f"  {compute:4} {memory:5}{figures.seconds:8.1f}{rate:9.0f}{best:15.0f}"
               f"{rate / best:7.0%}{gflop / figures.cpu_seconds / of_cpu:19.0%}{read:19.2f}"
               f"{figures.peak_mib:10.0f}", flush=True)  # fmt: skip
-    hours = 8 * 70e9 * 20000 / (rate * 1e9) / 3600
+    hours = gflop / n_tokens / n_parameters * 70e9 * 20000 / rate / 3600
     print(f"  at the last rate, 70 billion parameters and 20,000 tokens take {hours:.1f} hours")
 
 
