@@ -81,9 +81,9 @@ static void parse_targets(struct args *args, const char *text)
     args->targets = calloc(most, sizeof *args->targets);
     if (!args->names || !args->targets)
         abort();
-    args->tune.n_targets = 0;
-    while ((name = strsep(&rest, ",")))
-        args->targets[args->tune.n_targets++] = name;
+    for (size_t i = 0; i < most && (name = strsep(&rest, ",")); i++)
+        args->targets[i] = name;
+    args->tune.n_targets = most;
     args->tune.targets = args->targets;
 }
 

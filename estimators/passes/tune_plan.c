@@ -1,4 +1,5 @@
 /* Before the first update: the adapter, the order of samples, memory. Spec: docs/tune.md */
+#include <assert.h>
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -117,19 +118,21 @@ int perta_tune_count(struct perta_tune_job *job, struct perta_err *err)
     job->lowest = job->pass.factors.of[0].layer;
     job->all = job->pass.samples;
     job->pass.samples = (struct perta_samples){0};
+    assert(job->all.n && t->batch_size); /* perta_samples_read refuses a file without samples */
     t->batch_size = t->batch_size < job->all.n ? t->batch_size : job->all.n;
     job->per_epoch = (job->all.n + t->batch_size - 1) / t->batch_size;
     job->n_updates = t->steps ? t->steps : t->epochs * job->per_epoch;
-    return job->n_updates <= UINT32_MAX
+    return job->n_updates <= UINT32_MAX && job->all.n <= UINT32_MAX
                ? 0
-               : perta_fail(err, PERTA_EUSAGE, "--epochs: %llu updates are too many",
-                            (unsigned long long)job->n_updates);
+               : perta_fail(err, PERTA_EUSAGE, "%llu updates of %llu samples are too many",
+                            (unsigned long long)job->n_updates, (unsigned long long)job->all.n);
 }
 
 /* The order of an epoch: a Fisher-Yates shuffle from the last place to the first. */
 static void shuffle(struct perta_tune_job *job, uint64_t epoch)
 {
     uint64_t n = job->all.n, state = random_state(job, 1 + epoch);
+    assert(n);
     for (uint64_t i = 0; i < n; i++)
         job->order[i] = (uint32_t)i;
     for (uint64_t i = n - 1; i > 0; i--) {
@@ -193,11 +196,13 @@ static int by_length(const void *a, const void *b, void *samples)
     return (x < y) - (x > y);
 }
 
-/* Take the heap for an update's samples; *which, the caller's, are the longest first. */
-static int take_heap(struct perta_tune_job *job, uint32_t **which, struct perta_err *err)
+/* Take the heap for the samples (n) of an update; *which, the caller's, are the longest first. */
+static int take_heap(struct perta_tune_job *job, uint64_t n, uint32_t **which,
+                     struct perta_err *err)
 {
     struct perta_samples *s = &job->pass.samples;
-    uint64_t n = job->tune.batch_size, most = 0;
+    uint64_t most = 0;
+    assert(n && n <= job->all.n && n <= UINT32_MAX);
     *which = calloc(job->all.n, sizeof **which);
     for (uint32_t i = 0; *which && i < job->all.n; i++)
         (*which)[i] = i;
@@ -225,10 +230,11 @@ static int take_heap(struct perta_tune_job *job, uint32_t **which, struct perta_
 static int plan(struct perta_tune_job *job, struct perta_err *err)
 {
     struct perta_estimate_job *pass = &job->pass;
+    uint64_t n = job->tune.batch_size;
     uint32_t *which;
-    int rc = take_heap(job, &which, err);
+    int rc = take_heap(job, n, &which, err);
     if (!rc)
-        rc = take(job, which, job->tune.batch_size, err);
+        rc = take(job, which, n, err);
     free(which);
     if (rc)
         return rc;

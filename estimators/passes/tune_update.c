@@ -220,12 +220,10 @@ int perta_tune_update(struct perta_tune_job *job, struct perta_err *err)
     int rc = perta_tune_take(job, job->n_done, err);
     if (!rc)
         rc = run_pass(job, &update->loss, err);
-    if (job->pass.be) {
-        struct perta_err ignored = {0};
-        if (rc) /* operations may still read what is freed below */
-            perta_backend_wait(job->pass.be, &ignored);
-        clear(&job->pass);
-    }
+    struct perta_err ignored = {0};
+    if (rc) /* operations may still read what is freed below */
+        perta_backend_wait(job->pass.be, &ignored);
+    clear(&job->pass);
     if (!rc)
         rc = step(job, update, err);
     job->n_done += !rc;

@@ -154,8 +154,7 @@ def compare(perta, tmp_path, new=(), flags=(), updates=6, size=5, **how):
     run = json.loads(perta(*words, *flags).stdout)
     model = load(tmp_path / "model", tmp_path / "new", train=True)
     want = train(model, samples, batches(len(samples), size, 9, updates), **how)
-    assert len(run["updates"]) == updates
-    for update, (loss, norm, rate) in zip(run["updates"], want):
+    for update, (loss, norm, rate) in zip(run["updates"], want, strict=True):
         assert abs(update["loss"] - loss) <= 1e-5 * max(1, loss)
         assert abs(update["gradient_norm"] - norm) <= 1e-4 * norm
         assert abs(update["learning_rate"] - rate) <= 1e-12
