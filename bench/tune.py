@@ -1,11 +1,11 @@
 """Measure `perta tune` beside PEFT with PyTorch's AdamW on the same CPUs.
 
-    python bench/tune.py BUILD WORKDIR [--tokens 128] [--updates 6]
+    python bench/tune.py BUILD WORKDIR [--tokens 128] [--updates 6] [--threads N]
 
 A model of SmolLM2-135M's shape with random weights in bfloat16; 8 samples of so many tokens in an
 update; LoRA of rank 8, beside the modules that PEFT takes by default, and beside all. Tokens a
 second, from the median time between updates, and from the median CPU time, which other work on the
-machine disturbs less; and peak memory. PyTorch computes in the dtype that perta does: with weights
+machine disturbs less (with one thread: PyTorch's threads wait actively for each other); and peak memory. PyTorch computes in the dtype that perta does: with weights
 of float32 or of bfloat16, and with an adapter of float32.
 
 Needs examples/requirements.txt.
@@ -39,8 +39,8 @@ BATCH = 8
 TORCH = """
 import json, os, sys, torch, peft
 from transformers import AutoModelForCausalLM
-model, data, updates, dtype, targets = sys.argv[1:]
-torch.set_num_threads(len(os.sched_getaffinity(0)))
+model, data, updates, dtype, targets, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
 model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
 targets = targets if targets == "all-linear" else targets.split(",")
 model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
@@ -99,28 +99,29 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--no-pytorch", action="store_true")
     args = parser.parse_args()
     make(args.workdir, args.tokens)
     model, data, n = args.workdir / "model", args.workdir / "ids.jsonl", args.updates
-    print(f"{cpu_name()}; {BATCH} samples of {args.tokens} tokens an update")
+    print(f"{cpu_name()}, {args.threads} threads; {BATCH} samples of {args.tokens} tokens an update")
     print("modules         by             dtype     s/update  tokens/s  CPU s/update  by CPU time  peak MiB")
-    cpus, tokens = len(os.sched_getaffinity(0)), BATCH * args.tokens
+    tokens = BATCH * args.tokens
     for targets in ("q_proj,v_proj", "all-linear"):
         for compute, dtype in (("f32", "float32"), ("bf16", "bfloat16")):
-            runs = {"PEFT + PyTorch": [sys.executable, "-c", TORCH, model, data, n, dtype, targets]}
+            runs = {"PEFT + PyTorch": [sys.executable, "-c", TORCH, model, data, n, dtype, targets, args.threads]}
             if args.no_pytorch:
                 runs = {}
             for memory in ("1G", "200M"):
                 runs[f"perta {memory}"] = [
                     args.build / "perta", "tune", "--model", model, "--data", data, "--out", args.workdir / "out",
                     "--force", "--steps", n, "--compute", compute, "--target-modules", targets,
-                    "--memory", memory, "--progress", "none",
+                    "--memory", memory, "--threads", args.threads, "--progress", "none",
                 ]  # fmt: skip
             for name, command in runs.items():
                 seconds, cpu, peak = measure(command)
                 print(f"{targets:15} {name:14} {dtype:9}{seconds:9.2f}{tokens / seconds:10.0f}{cpu:14.2f}"
-                      f"{tokens * cpus / cpu:13.0f}{peak:10.0f}", flush=True)  # fmt: skip
+                      f"{tokens * args.threads / cpu:13.0f}{peak:10.0f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

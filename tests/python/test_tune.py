@@ -270,6 +270,19 @@ def test_a_small_adapter_counts_in_bf16(perta, tmp_path, tuned):
     assert abs(have - want) <= 2e-6 and abs(plain - want) > 1e-5
 
 
+def test_an_adapter_beside_a_patched_model(perta, tmp_path, tuned):
+    tuned()
+    make_model(tmp_path / "other", rope_theta=10000.0, initializer_range=0.11)
+    perta(*"diff model other --patch p".split())
+    words = "--adapter adapter --data data.jsonl --compute f32 --json".split()
+    have = json.loads(perta("eval", "--model", "model", "--patch", "p", *words).stdout)
+    assert have["loss"] == json.loads(perta("eval", "--model", "other", *words).stdout)["loss"]
+    with torch.no_grad():
+        live = load(tmp_path / "other", tmp_path / "adapter")
+        want = sum(loss_of(live, [sample]).item() for sample in samples_of(tmp_path)) / 6
+    assert abs(have["loss"] - want) <= 1e-5
+
+
 REFUSED = {
     "an embedding": ({"target_modules": ["embed_tokens"]}, "embed_tokens.lora_embedding_A: a LoRA outside the layers"),
     "the head": ({"target_modules": ["lm_head", "q_proj"]}, "lm_head.lora_A.weight: a LoRA outside the layers"),
@@ -362,9 +375,9 @@ def test_the_bytes_depend_on_neither_threads_nor_memory(perta, tmp_path):
     """With little memory, activations go to files, and products are made for few tokens at a
     time."""
     make_model(tmp_path / "model", hidden_size=256, intermediate_size=700)
-    make_data(tmp_path / "data.jsonl", 40, longest=300)
+    make_data(tmp_path / "data.jsonl", 30, longest=300)
     for compute in ("f32", "bf16"):
-        words = [*TUNE, "--compute", compute, "--out", "o", "--force", "--steps", 3, "--batch-size", 20, *ALL]
+        words = [*TUNE, "--compute", compute, "--out", "o", "--force", "--steps", 2, "--batch-size", 16, *ALL]
         probe = perta(*words, "--memory", "1M", check=2).stderr
         if "cannot" in probe:
             continue
