@@ -107,19 +107,22 @@ static bool is_parameter(void *weights, const char *name)
 
 static int open_output(struct perta_estimate_job *job, int stat, struct perta_err *err)
 {
-    struct perta_importance plan;
+    struct perta_importance plan = {0};
     struct perta_importance_out *out = &job->outs[stat];
+    json_t *adapter = job->estimate->adapter ? perta_adapter_recipe(job->adapted.ck) : NULL;
     const struct perta_importance_about about = {(enum perta_stat)stat, job->samples.n,
-                                                 job->samples.n_tokens, job->samples.file.hmac};
+                                                 job->samples.n_tokens, job->samples.file.hmac,
+                                                 adapter};
     char *path = path_of(job, stat);
-    int rc = path ? perta_importance_plan(&plan, job->weights.ck, &about, is_parameter,
-                                          &job->weights, err)
-                  : perta_fail_sys(err, ENOMEM, "%s", job->estimate->out);
+    int rc = path && !adapter == !job->estimate->adapter
+                 ? perta_importance_plan(&plan, job->weights.ck, &about, is_parameter,
+                                         &job->weights, err)
+                 : perta_fail_sys(err, ENOMEM, "%s", job->estimate->out);
     if (!rc)
         rc = perta_importance_begin(out, &plan, path, &job->journal, job->estimate->force,
                                     job->behind, err);
-    if (path)
-        perta_importance_release(&plan);
+    perta_importance_release(&plan);
+    json_decref(adapter);
     free(path);
     return rc;
 }

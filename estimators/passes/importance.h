@@ -34,6 +34,7 @@ struct perta_importance_about {
     uint64_t n_samples;
     uint64_t n_tokens;     /* over all samples; 0 if not known */
     const char *data_hmac; /* keyed digest of the data file; NULL or "" if there is none */
+    json_t *adapter;       /* rank, alpha and so on of a LoRA that was in effect; NULL: none */
 };
 
 /* Plan a folder with the layout of like (borrowed): those of its tensors that wanted accepts (NULL:

@@ -252,6 +252,8 @@ def test_eval_and_estimate_with_an_adapter_are_pefts(perta, tmp_path, tuned, fam
     assert abs(run["loss"] - loss) <= 1e-5 < abs(plain["loss"] - loss)
     said = json.loads(perta("estimate", *words, "--out", "i").stdout)
     assert abs(said["loss"] - loss) <= 1e-5
+    with safe_open(tmp_path / "i/mean/model.safetensors", "np") as file:
+        assert json.loads(file.metadata()["perta.adapter"])["r"] == CONFIGS[family].get("r", 4)
     have = load_file(tmp_path / "i/mean/model.safetensors")
     for name, g in have.items():
         assert (g - gradients[name]).abs().max() <= 1e-4 * gradients[name].abs().max(), name
