@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "tools/cli.h"
+#include "tools/external.h"
 
 static const struct verb {
     const char *name;
@@ -40,12 +41,26 @@ static const char *lack_of(const struct verb *verb)
                                                     : " (not in this build)";
 }
 
+static const struct verb *verb_of(const char *name)
+{
+    for (int i = 0; i < N_VERBS; i++)
+        if (!strcmp(name, verbs[i].name))
+            return &verbs[i];
+    return NULL;
+}
+
+static bool is_verb(const char *name)
+{
+    return verb_of(name) != NULL;
+}
+
 static void usage(FILE *to)
 {
     fprintf(to, "Usage: perta VERB [OPTION...] ...\n"
                 "Make a language model forget: per-parameter task arithmetic, out of core.\n\n");
     for (int i = 0; i < N_VERBS; i++)
         fprintf(to, "  %-11s %s%s\n", verbs[i].name, verbs[i].what, lack_of(&verbs[i]));
+    external_list(to, is_verb);
     fprintf(to, "\n`perta VERB --help' explains a verb and its options, with an example.\n"
                 "Exit status: 0 done, 1 a check failed, 2 usage, 3 bad input, 4 system (I/O,\n"
                 "memory), 130 interrupted.\n");
@@ -72,16 +87,16 @@ int main(int argc, char **argv)
     open_standard_streams();
     atexit(cli_check_stdout);
     const char *name = argc > 1 ? argv[1] : "";
-    for (int i = 0; i < N_VERBS; i++)
-        if (!strcmp(name, verbs[i].name))
-            return verbs[i].run(argc - 1, argv + 1);
+    const struct verb *verb = verb_of(name);
+    if (verb)
+        return verb->run(argc - 1, argv + 1);
     if (!strcmp(name, "--version")) {
         puts("perta " PERTA_VERSION);
         return 0;
     }
     bool asked = !strcmp(name, "--help") || !strcmp(name, "help");
-    if (*name && !asked)
-        fprintf(stderr, "perta: unknown verb %s\n", name);
-    usage(asked ? stdout : stderr);
-    return asked ? 0 : 2;
+    int rc = *name && !asked ? external_run(name, argc - 1, argv + 1) : 2;
+    if (rc == 2)
+        usage(asked ? stdout : stderr);
+    return asked ? 0 : rc;
 }

@@ -6,6 +6,7 @@ import pty
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,65 @@ def test_a_sanitized_build_is_known_in_any_folder(tmp_path):
     (tmp_path / "mine").write_bytes(b"\x7fELF...\0__asan_init\0")
     assert is_sanitized(tmp_path / "build/perta") == is_sanitized(tmp_path / "build-dev/perta")
     assert is_sanitized(tmp_path / "mine")
+
+
+def program(path, text='echo "$0|$PERTA|$*"; exit 5'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_unknown_verbs_are_programs_on_path(tmp_path):
+    """Folders of PATH in their order; the arguments as they are; PERTA names this build."""
+    first = program(tmp_path / "one/perta-new-verb2")
+    program(tmp_path / "two/perta-new-verb2")
+    program(tmp_path / "two/perta-diff", "echo never")
+
+    def run(*words, path="one:two"):
+        env = os.environ | {"PATH": f"nowhere::{path.replace('one', str(tmp_path / 'one'))}:{os.environ['PATH']}"}
+        env["PATH"] = env["PATH"].replace(":two", f":{tmp_path / 'two'}")
+        return subprocess.run([PERTA, *words], env=env, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("new-verb2", "--json", "a b", "")
+    assert (done.returncode, done.stdout) == (5, f"{first}|{PERTA}|--json a b \n")
+    assert "two/perta-new-verb2" in run("new-verb2", path=":two").stdout
+    assert "never" not in run("diff").stdout  # a verb of its own
+    listed = run("help").stdout.split("programs of their own")[1].splitlines()[1].split()
+    assert "new-verb2" in listed and "diff" not in listed and listed == sorted(set(listed))
+
+    first.write_text("#!/nonexistent\n")
+    assert "two/perta-new-verb2" in run("new-verb2").stdout
+    (tmp_path / "two/perta-new-verb2").chmod(0o600)
+    done = run("new-verb2", path=":two")
+    assert done.returncode == 4 and "perta-new-verb2: Permission denied" in done.stderr
+
+
+def test_programs_beside_the_command_and_installed_ones_are_found(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/perta").write_bytes(PERTA.read_bytes())
+    (tmp_path / "bin/perta").chmod(0o755)
+    beside, installed = tmp_path / "bin/perta-thing", program(tmp_path / "libexec/perta/perta-thing")
+    env = os.environ | {"PATH": "/usr/bin:/bin"}
+    command = [tmp_path / "bin/perta", "thing"]
+
+    def run():
+        return subprocess.run(command, env=env, capture_output=True, text=True).stdout.split("|")
+
+    where = run()
+    assert Path(where[0]).resolve() == installed and where[1] == str(tmp_path / "bin/perta")
+    program(beside)
+    assert run()[0] == str(beside)
+
+
+@pytest.mark.parametrize("name", ["frobnicate", "../x", "-x", "a/b", "A", "", "x" * 65, "a b"])
+def test_unknown_verbs(tmp_path, name):
+    program(tmp_path / "x")
+    env = os.environ | {"PATH": str(tmp_path)}
+    done = subprocess.run([PERTA, name], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and "Usage: perta VERB" in done.stderr
+    assert (f"perta: unknown verb {name}\n" in done.stderr) is bool(name)
+    assert ("no program perta-frobnicate on PATH" in done.stderr) is (name == "frobnicate")
 
 
 def options_of(text):
