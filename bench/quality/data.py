@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "python"), str(ROOT / "examples"), str(ROOT / "bench")]
 
 from made_up_facts import Facts, make_facts
-from perta.tokenize import encode_item
+from perta.model_tokenizer import ModelTokenizer
+from perta.samples import Encoder
 
 IGNORED = -100
 Samples = list[dict[str, list[int]]]
@@ -29,6 +30,13 @@ class Parts:
 
     def asked(self) -> dict[str, Samples]:
         return {name: part for name, part in vars(self).items() if part}
+
+
+def encode_item(tokenizer, item: dict) -> dict[str, list[int]]:
+    """A question and its answer, or a text, as perta-tokenize makes them without a chat template;
+    tokenizer is one of transformers."""
+    own = ModelTokenizer(tokenizer.backend_tokenizer, tokenizer.special_tokens_map)
+    return Encoder(own, chat=False).record(item)[0].line()
 
 
 def write(path: Path, samples: Samples) -> Path:
@@ -60,7 +68,7 @@ def read(path: Path) -> list[dict]:
 def shortest(items: list[dict], tokenizer, n: int) -> Samples:
     """The n shortest questions of a file, in the file's order: two CPUs must be able to train on
     them."""
-    samples = [encode_item(tokenizer, item, chat=False) for item in items]
+    samples = [encode_item(tokenizer, item) for item in items]
     longest = sorted(len(s["input_ids"]) for s in samples)[:n][-1]
     return [s for s in samples if len(s["input_ids"]) <= longest][:n]
 
@@ -108,7 +116,7 @@ def sentences(seed: int, tokenizer, people: Sequence[int]) -> Parts:
                 name = fact.question[len(before) : -len(after)].title()
                 item = {"question": question.format(name),
                         "answer": answer.format(name, fact.answer)}  # fmt: skip
-                return encode_item(tokenizer, item, chat=False)
+                return encode_item(tokenizer, item)
         raise ValueError(fact.question)
 
     parts = (facts.forget, facts.retain, facts.held_out)
@@ -121,4 +129,4 @@ def general_text(tokenizer, n: int = 12) -> Samples:
     texts = [part for page in ("data-path", "manifest", "patch-format", "resume")
              for part in (ROOT / f"docs/{page}.md").read_text().split("\n\n")
              if 300 < len(part) < 600 and "|" not in part]  # fmt: skip
-    return [encode_item(tokenizer, {"text": text}, chat=False) for text in texts[:n]]
+    return [encode_item(tokenizer, {"text": text}) for text in texts[:n]]

@@ -284,17 +284,17 @@ def test_text_is_not_overwritten_by_data_made_of_it(tmp_path):
     mine = tmp_path / "data.jsonl"
     for text in ('{"text": "the only copy"}\n', "x"):
         mine.write_text(text)
-        said = tokenize(tmp_path, [{"text": "some"}], check=False)
+        said = tokenize(tmp_path, [{"text": "some text"}], check=False)
         assert "data.jsonl: exists, but was not written by perta.tokenize" in said
         assert mine.read_text() == text
     mine.unlink()
-    for words, ids in (("some", [8]), ("text some", [9, 8])):
+    for words, ids in (("some text", [8, 9]), ("text some", [9, 8])):
         assert [line["input_ids"] for line in tokenize(tmp_path, [{"text": words}])] == [ids]
     before = mine.read_bytes()
-    tokenize(tmp_path, [{"text": "some"}, {"nothing": 1}], check=False)
+    tokenize(tmp_path, [{"text": "some text"}, {"nothing": 1}], check=False)
     assert mine.read_bytes() == before and not list(tmp_path.glob("*.perta-partial"))
 
 
 def test_a_wrong_answer_that_is_no_list_is_named_by_its_line(tmp_path):
-    lines = [{"text": "some"}, {"question": "who ?", "answer": "me", "perturbed_answer": "text"}]
+    lines = [{"text": "some text"}, {"question": "who ?", "answer": "me", "perturbed_answer": "text"}]
     assert "line 2: " in tokenize(tmp_path, lines, check=False)
