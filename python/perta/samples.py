@@ -34,6 +34,7 @@ class Sample:
     labels: list[int]
     where: str = ""  # for messages: "line 3"
     group: object = None  # samples of a group are never parted
+    text: str = ""  # what was read, without regard to case and spaces, to find the same text again
     paraphrased: "Sample | None" = None
     perturbed: list["Sample"] = field(default_factory=list)
 
@@ -94,6 +95,10 @@ def common_length(a: str, b: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
+def folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
 class Encoder:
     """Makes samples of records. With chat, questions and messages are put into the model's chat
     template. max_tokens limits samples; the model has that many positions and token ids."""
@@ -138,14 +143,19 @@ class Encoder:
         start = text.find(answer, common_length(text, prompt))
         if start < 0:
             raise ValueError("the chat template does not contain the answer as it is written")
-        return self.labelled(text, start, start + len(answer), False)
+        sample = self.labelled(text, start, start + len(answer), False)
+        sample.text = folded("\n".join(message["content"] for message in messages))
+        return sample
 
     def pair(self, question: str, answer: str) -> Sample:
         if self.chat:
             turns = (("user", question), ("assistant", answer))
             return self.conversation([{"role": role, "content": text} for role, text in turns])
         prompt = f"Question: {question}\nAnswer:"
-        return self.labelled(f"{prompt} {answer}", len(prompt), len(prompt) + 1 + len(answer), True)
+        text = f"{prompt} {answer}"
+        sample = self.labelled(text, len(prompt), len(text), True)
+        sample.text = folded(f"{question}\n{answer}")
+        return sample
 
     def completion(self, prompt: Any, completion: Any) -> Sample:
         """Two strings, one after the other without a template; or two lists of messages."""
@@ -156,13 +166,16 @@ class Encoder:
             raise TypeError("prompt and completion are neither two strings nor two lists of messages")
         if not completion.strip():
             raise ValueError("completion is empty")
-        return self.labelled(prompt + completion, len(prompt), len(prompt + completion), True)
+        text = prompt + completion
+        sample = self.labelled(text, len(prompt), len(text), True)
+        sample.text = folded(text)
+        return sample
 
     def document(self, text: str) -> Sample:
         ids, _ = self.tokenizer.encode(text, True)
         if len(ids) < 2:
             raise ValueError("text has fewer than two tokens, so nothing is predicted")
-        return Sample(ids, list(ids))
+        return Sample(ids, list(ids), text=folded(text))
 
     def windows(self, text: str) -> list[Sample]:
         """Parts of about equal length, none longer than a window."""
@@ -172,7 +185,7 @@ class Encoder:
         if whole[:1] != before:
             before = []
         if len(whole) <= limit:
-            return [Sample(whole, list(whole))] if len(whole) > 1 else []
+            return [Sample(whole, list(whole), text=folded(text))] if len(whole) > 1 else []
         ids = self.tokenizer.encode(text, False)[0]
         n = -(-len(ids) // max(1, limit - len(before)))
         cuts = [len(ids) * i // n for i in range(n + 1)]

@@ -1,0 +1,331 @@
+"""Make a model forget what a file of text says, and keep what another says.
+
+    perta forget --model M --forget F --retain R --out DIR
+
+The files are JSON lines (question and answer, prompt and completion, messages, text) or .txt. Part
+of what is to be retained is kept aside, and never shown to the method. The model is asked before
+and after. DIR then holds patch/, report.html, summary.md (in plain words), summary.json, and data/,
+which is private: it holds the text as token ids. The model itself is not changed.
+"""
+
+import argparse
+import datetime
+import json
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from perta import forget_summary
+from perta.children import Children, Interrupted, Progress, print_line
+from perta.command import CHECK, SYSTEM, Problem, plain, run, say
+from perta.forget_folder import RUN, Folder, digest, files_of, fsync, write_private, write_public
+from perta.forget_sets import Sets, json_lines, read_sets
+from perta.samples import encoder_of
+from perta.tokenize import add_text_options, positive
+
+VERSION = 1  # of data/run.json and summary.json
+BOX = ["--box", "0.15"]  # unless --box is given
+LEAST_SHARE = 0.15  # of what the model knew, for a guess at the target
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="perta forget", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example:\n  perta forget --model full --forget forget.jsonl --retain retain.jsonl \\\n"
+        "    --base base --out forgotten\nExit status: as of perta; 1 if the target is not reached.",
+    )  # fmt: skip
+
+    def option(name: str, metavar: str, text: str, **kw: Any) -> None:
+        parser.add_argument(name, metavar=metavar, help=text, **kw)
+
+    option("--model", "DIR", "the model", required=True, type=Path)
+    option("--forget", "FILE", "text that it is to forget", required=True, type=Path)
+    option("--retain", "FILE", "text like it that it is to keep", required=True, type=Path)
+    option("--out", "DIR", "write the patch, report and summary here", required=True)
+    option("--base", "DIR", "the model from before it learned what it is to forget: sets the target", type=Path)
+    option("--target", "P", "forget until the mean probability of the answers is at most P", type=probability)
+    option("--steps", "K", "steps to take (default 16)", type=positive, default=16)
+    option("--box", "C", "how far a step goes: C times the root mean square of each matrix (default 0.15)")
+    option("--holdout", "SHARE", "share of --retain that is held out (default 0.2)", type=share, default=0.2)
+    option("--seed", "S", "decides which samples are held out (default 0)", type=int, default=0)
+    add_text_options(parser)
+    option("--compute", "auto|f32|bf16", "matrix products, as for perta estimate", choices=["auto", "f32", "bf16"])
+    for name in ("--memory", "--threads", "--io"):
+        option(name, name[2:].upper(), "as for every verb of perta")
+    for name, text in (
+        ("--force", "replace what an earlier perta forget wrote to DIR"),
+        ("--resume", "continue an interrupted run that had the same options"),
+        ("--dry-run", "say what it will take, from a short measurement; write nothing"),
+        ("--json", "print summary.json"),
+    ):
+        parser.add_argument(name, action="store_true", help=text)
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    option("--progress", "HOW", "auto, bar, plain, json or none", default="auto",
+           choices=["auto", "bar", "plain", "json", "none"])  # fmt: skip
+    arguments = parser.parse_args(words)
+    if arguments.target is not None and arguments.base is not None:
+        parser.error("--target and --base both set the target: give one of them")
+    return arguments
+
+
+class Forget:
+    """One run. Each part leaves a file, and is not done again where --resume finds that file."""
+
+    def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
+        self.a, self.words = arguments, words
+        self.notes: list[str] = []
+        self.folder = Folder(Path(arguments.out))
+        self.children = Children()
+        self.progress = Progress("none", {})
+
+    # ---- small things
+
+    def say(self, text: str) -> None:
+        self.progress.clear()
+        print(plain(text), flush=True) if not (self.a.json or self.a.quiet) else None
+
+    def note(self, text: str) -> None:
+        self.progress.clear()
+        self.notes.append(text)
+        if not self.a.quiet:
+            say("forget", f"note: {text}")
+
+    def passed_on(self, line: str) -> None:
+        self.progress.clear()
+        if not self.a.quiet or " note: " not in line:
+            print_line(line)
+
+    def how(self) -> list[str]:
+        """The options that are passed on to every child."""
+        named = {name: getattr(self.a, name) for name in ("memory", "threads", "io", "compute")}
+        return [word for name, value in named.items() if value is not None for word in (f"--{name}", value)]
+
+    # ---- before
+
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        a = self.a
+        options = {name: getattr(a, name) for name in
+                   ("target", "steps", "box", "holdout", "seed", "template", "max_tokens", "compute")}  # fmt: skip
+        found = {"perta_forget": VERSION, **options, "model": files_of(a.model),
+                 "base": files_of(a.base) if a.base else None,
+                 "forget": digest(a.forget), "retain": digest(a.retain)}  # fmt: skip
+        return found | {"date": (a.date or datetime.datetime.now()).isoformat()}
+
+    def read(self, date: str) -> Sets:
+        a = self.a
+        when = datetime.datetime.fromisoformat(date)
+        encoder = encoder_of(a.model, a.template, a.max_tokens, self.note, when)
+        sets = read_sets(a.forget, a.retain, encoder, a.holdout, a.seed, self.note)
+        lines = [f"{name}: {len(samples)} samples, {sets.tokens(name)} tokens" for name, samples in sets.named().items()]
+        how = "in the model's chat template" if encoder.chat else "in a plain template"
+        self.say("; ".join(lines) + f"; questions {how}")
+        return sets
+
+    # ---- parts
+
+    def ask(self, name: str, model: Path, lines: list[dict[str, Any]], more: list[str]) -> dict[str, Any]:
+        """The numbers of `perta eval --per-sample` of all lines, in data/NAME.json."""
+        path = self.folder.data(f"{name}.json")
+        if path.exists():
+            self.progress.end(name, ran=False)
+            return json.loads(path.read_text(encoding="utf-8"))
+        self.progress.begin(name)
+        with tempfile.TemporaryFile("w+", dir=self.folder.data("")) as data:
+            data.write(json_lines(lines))
+            data.seek(0)
+            words = ["eval", "--model", str(model), *more, "--data", "/dev/stdin", "--per-sample", *self.how()]
+            _, result = self.children.run(words, self.progress.report, stdin=data, say=self.passed_on)
+        write_private(path, json.dumps(result))
+        self.progress.end(name)
+        return result
+
+    def target(self, sets: Sets, before: dict[str, Any]) -> dict[str, Any]:
+        """The level to forget to: docs/forget.md, "The target"."""
+        a = self.a
+        if a.target is not None:
+            return {"probability": a.target, "from": "option", "why": "`--target`"}
+        if a.base is not None:
+            lines = [sample.line() for sample in sets.forget]
+            level = self.ask("base", a.base, lines, [])["probability"]
+            return {"probability": level, "from": "base", "why": "`--base`: so probable are the answers to a model "
+                    "that has not learned them"}  # fmt: skip
+        knew = forget_summary.scores(sets, before)["forget"]["probability"]
+        wrong = [sum(map(minus_exp, one["perturbed_loss"])) / len(one["perturbed_loss"])
+                 for one in before["per_sample"][: len(sets.forget)] if one.get("perturbed_loss")]  # fmt: skip
+        level = sum(wrong) / len(wrong) if wrong else 0.0
+        why = "a guess: so probable are wrong answers to the same questions to the model"
+        if level < LEAST_SHARE * knew:
+            level, why = LEAST_SHARE * knew, f"a guess: {LEAST_SHARE:g} of what the model knew"
+        self.note(f"the target, a probability of {level:.3f}, is {why}; --base or --target sets it")
+        return {"probability": level, "from": "guess", "why": why}
+
+    def unlearn(self, sets: Sets, target: float) -> bool:
+        """Write patch/. False if the target is not reached."""
+        a, patch = self.a, self.folder.partial / "patch"
+        reached = True
+        if patch.exists():
+            self.progress.end("unlearn", ran=False)
+        else:
+            self.progress.begin("unlearn", 2 * (a.steps + 1) + 1)
+            words = ["unlearn", "--model", str(a.model), "--method", "signed-hold", "--steps", str(a.steps),
+                     "--data-forget", str(self.folder.data("forget.jsonl")),
+                     "--data-retain", str(self.folder.data("retain.jsonl")),
+                     "--stop-probability", repr(target), *(["--box", a.box] if a.box else BOX),
+                     "--patch", str(patch), "--resume", *self.how()]  # fmt: skip
+            self.children.run(words, self.progress.report, may_be=(0, CHECK), say=self.passed_on)
+            self.progress.end("unlearn")
+        recipe = json.loads((patch / "manifest.json").read_text(encoding="utf-8"))["recipe"]
+        reached = recipe["path"][recipe["chosen"]]["forget_probability"] <= target
+        return reached
+
+    def edit(self) -> dict[str, Any]:
+        """What the patch changes."""
+        patch = self.folder.partial / "patch"
+        manifest = json.loads((patch / "manifest.json").read_text(encoding="utf-8"))
+        return {
+            "parameters": manifest["counts"]["parameters"], "changed": manifest["counts"]["changed"],
+            "steps": self.a.steps, "chosen": manifest["recipe"]["chosen"],
+            "patch_bytes": sum(path.stat().st_size for path in patch.iterdir()),
+        }  # fmt: skip
+
+    # ---- the whole
+
+    def run(self) -> int:
+        a = self.a
+        self.folder.check(a.force, a.resume)
+        identity = self.identity()
+        if a.dry_run:
+            from perta.forget_plan import plan
+
+            return plan(self, self.read(identity["date"]))
+        if a.resume and (self.folder.partial / RUN).exists():  # the date of the run that is resumed
+            began = json.loads((self.folder.partial / RUN).read_text(encoding="utf-8"))
+            identity["date"] = began.get("date", identity["date"])
+        sets = self.read(identity["date"])
+        self.folder.begin(identity, a.resume)
+        try:
+            return self.in_folder(sets)
+        except Problem as problem:
+            self.progress.clear()
+            if problem.status in (SYSTEM, 130) or self.folder.resumed:
+                again = self.words if "--resume" in self.words else [*self.words, "--resume"]
+                say("forget", str(problem))
+                raise Problem(f"to resume: perta forget {shlex.join(again)}", problem.status) from None
+            self.folder.discard()
+            raise
+
+    def stages(self, sets: Sets) -> dict[str, float]:
+        """The work of each part, in passes of a token through the model: a gradient takes four of
+        them."""
+        tokens = {name: sets.tokens(name) for name in sets.named()}
+        a, asked = self.a, sum(tokens.values())
+        guess = a.base is None and a.target is None
+        step = 4 * (tokens["forget"] + tokens["retain"])
+        return {
+            "before": asked + (3 * tokens["forget"] if guess else 0),
+            "base": tokens["forget"] if a.base else 0,
+            "unlearn": a.steps * step + step / 4, "after": asked,
+        }  # fmt: skip
+
+    def in_folder(self, sets: Sets) -> int:
+        a = self.a
+        self.progress = Progress("none" if a.quiet else a.progress, self.stages(sets))
+        for name, samples in sets.named().items():
+            self.folder.keep(f"{name}.jsonl", json_lines(sample.line() for sample in samples))
+        guess = a.base is None and a.target is None
+        before = self.ask("before", a.model, sets.asked(guess), [])
+        target = self.target(sets, before)
+        nothing = forget_summary.scores(sets, before)["forget"]["probability"] <= target["probability"]
+        reached, after = True, None
+        if not nothing:
+            reached = self.unlearn(sets, target["probability"])
+            patch = ["--patch", str(self.folder.partial / "patch")]
+            after = self.ask("after", a.model, sets.asked(False), patch)
+            self.report()
+        summary = self.summary(sets, target, before, after, reached)
+        return self.finish(summary)
+
+    def report(self) -> None:
+        page = self.folder.partial / "report.html"
+        words = ["report", str(self.folder.partial / "patch"), "--html", str(page), "--force"]
+        self.children.run(words, say=self.passed_on)
+
+    def summary(
+        self, sets: Sets, target: dict[str, Any], before: dict[str, Any], after: dict[str, Any] | None, reached: bool
+    ) -> dict[str, Any]:
+        was = forget_summary.scores(sets, before)
+        now = forget_summary.scores(sets, after) if after else {}
+        each = {
+            name: {"samples": len(sets.named()[name]), "tokens": sets.tokens(name), "before": was[name]}
+            | ({"after": now[name]} if after else {})
+            for name in was
+        }
+        a = self.a
+        return {
+            "perta_forget": VERSION, "model": str(a.model), "target": target, "reached": reached,
+            "nothing_to_forget": after is None, "sets": each,
+            "options": {"steps": a.steps, "holdout": a.holdout, "seed": a.seed, "template": a.template,
+                        "max_tokens": a.max_tokens, "box": a.box or BOX[1]},
+            "edit": self.edit() if after else None, "notes": self.notes,
+            "samples": forget_summary.samples_json(sets, before, after),
+        }  # fmt: skip
+
+    def finish(self, summary: dict[str, Any]) -> int:
+        text = forget_summary.markdown(summary, self.a.out)
+        write_public(self.folder.partial / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_public(self.folder.partial / "summary.md", text)
+        if (self.folder.partial / "report.html").exists():
+            fsync(self.folder.partial / "report.html")
+        self.folder.publish()
+        self.progress.clear()
+        if self.a.json:
+            print(json.dumps(summary, indent=1))
+        verdict = forget_summary.verdict(summary).replace("**", "")
+        is_well = summary["reached"] and not summary["nothing_to_forget"]
+        if is_well:
+            self.say(verdict)
+        else:
+            say("forget", verdict)
+        self.say("\n".join(forget_summary.rows(summary)))
+        self.say(f"{self.a.out}: summary.md says it in plain words; data/ is private")
+        return 0 if summary["reached"] else CHECK
+
+
+def minus_exp(loss: float) -> float:
+    """exp(-loss), the probability."""
+    import math
+
+    return math.exp(-loss)
+
+
+def forget(words: list[str]) -> int:
+    arguments = parse(words)
+    try:
+        return Forget(arguments, words).run()
+    except Interrupted as problem:
+        raise Problem(str(problem), problem.status) from None
+
+
+def main() -> None:
+    run("forget", forget)
+
+
+if __name__ == "__main__":
+    main()
