@@ -26,7 +26,7 @@ from perta.tokenize import add_text_options, positive
 
 VERSION = 1  # of data/run.json and summary.json
 BOX = ["--box", "0.15"]  # unless --box is given
-LEAST_SHARE = 0.15  # of what the model knew, for a guess at the target
+SHARE = 0.15  # of what the model knew, for a guess at the target: docs/forget.md
 
 
 def share(text: str) -> float:
@@ -41,6 +41,12 @@ def probability(text: str) -> float:
     if not 0 < value < 1:
         raise ValueError
     return value
+
+
+def above_0(text: str) -> str:
+    if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return text
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -61,7 +67,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     option("--base", "DIR", "the model from before it learned what it is to forget: sets the target", type=Path)
     option("--target", "P", "forget until the mean probability of the answers is at most P", type=probability)
     option("--steps", "K", "steps to take (default 16)", type=positive, default=16)
-    option("--box", "C", "how far a step goes: C times the root mean square of each matrix (default 0.15)")
+    option("--box", "C", "how far a step goes: C times the root mean square of each matrix (default 0.15)",
+           type=above_0)  # fmt: skip
     option("--holdout", "SHARE", "share of --retain that is held out (default 0.2)", type=share, default=0.2)
     option("--seed", "S", "decides which samples are held out (default 0)", type=int, default=0)
     add_text_options(parser)
@@ -90,6 +97,7 @@ class Forget:
     def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
         self.a, self.words = arguments, words
         self.notes: list[str] = []
+        self.said: set[str] = set()  # by children, who all say the same about the model
         self.folder = Folder(Path(arguments.out))
         self.children = Children()
         self.progress = Progress("none", {})
@@ -108,8 +116,10 @@ class Forget:
 
     def passed_on(self, line: str) -> None:
         self.progress.clear()
-        if not self.a.quiet or " note: " not in line:
+        text = line.partition(": ")[2]
+        if text not in self.said and not (self.a.quiet and text.startswith("note: ")):
             print_line(line)
+        self.said.add(text)
 
     def how(self) -> list[str]:
         """The options that are passed on to every child."""
@@ -167,12 +177,7 @@ class Forget:
             return {"probability": level, "from": "base", "why": "`--base`: so probable are the answers to a model "
                     "that has not learned them"}  # fmt: skip
         knew = forget_summary.scores(sets, before)["forget"]["probability"]
-        wrong = [sum(map(minus_exp, one["perturbed_loss"])) / len(one["perturbed_loss"])
-                 for one in before["per_sample"][: len(sets.forget)] if one.get("perturbed_loss")]  # fmt: skip
-        level = sum(wrong) / len(wrong) if wrong else 0.0
-        why = "a guess: so probable are wrong answers to the same questions to the model"
-        if level < LEAST_SHARE * knew:
-            level, why = LEAST_SHARE * knew, f"a guess: {LEAST_SHARE:g} of what the model knew"
+        level, why = SHARE * knew, f"a guess: {SHARE:g} of what the model knew"
         self.note(f"the target, a probability of {level:.3f}, is {why}; --base or --target sets it")
         return {"probability": level, "from": "guess", "why": why}
 
@@ -236,11 +241,9 @@ class Forget:
         them."""
         tokens = {name: sets.tokens(name) for name in sets.named()}
         a, asked = self.a, sum(tokens.values())
-        guess = a.base is None and a.target is None
         step = 4 * (tokens["forget"] + tokens["retain"])
         return {
-            "before": asked + (3 * tokens["forget"] if guess else 0),
-            "base": tokens["forget"] if a.base else 0,
+            "before": asked, "base": tokens["forget"] if a.base else 0,
             "unlearn": a.steps * step + step / 4, "after": asked,
         }  # fmt: skip
 
@@ -249,15 +252,14 @@ class Forget:
         self.progress = Progress("none" if a.quiet else a.progress, self.stages(sets))
         for name, samples in sets.named().items():
             self.folder.keep(f"{name}.jsonl", json_lines(sample.line() for sample in samples))
-        guess = a.base is None and a.target is None
-        before = self.ask("before", a.model, sets.asked(guess), [])
+        before = self.ask("before", a.model, sets.asked(), [])
         target = self.target(sets, before)
         nothing = forget_summary.scores(sets, before)["forget"]["probability"] <= target["probability"]
         reached, after = True, None
         if not nothing:
             reached = self.unlearn(sets, target["probability"])
             patch = ["--patch", str(self.folder.partial / "patch")]
-            after = self.ask("after", a.model, sets.asked(False), patch)
+            after = self.ask("after", a.model, sets.asked(), patch)
             self.report()
         summary = self.summary(sets, target, before, after, reached)
         return self.finish(summary)
@@ -306,13 +308,6 @@ class Forget:
         self.say("\n".join(forget_summary.rows(summary)))
         self.say(f"{self.a.out}: summary.md says it in plain words; data/ is private")
         return 0 if summary["reached"] else CHECK
-
-
-def minus_exp(loss: float) -> float:
-    """exp(-loss), the probability."""
-    import math
-
-    return math.exp(-loss)
 
 
 def forget(words: list[str]) -> int:

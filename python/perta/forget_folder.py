@@ -83,7 +83,9 @@ def check_replaceable(folder: Path, leftover: bool) -> None:
     if other:
         raise Problem(f"{folder}: not replaced, because it holds more than perta forget wrote: "
                       f"{', '.join(other[:5])}", USAGE)  # fmt: skip
-    if any(folder.iterdir()) and not is_run(folder):
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    just_begun = leftover and held <= {"data", f"{RUN}.new"}  # before it could say whose it is
+    if held and not just_begun and not is_run(folder):
         raise Problem(f"{folder}: not replaced, because perta forget did not write it: {RUN} is missing",
                       USAGE)  # fmt: skip
 
@@ -173,6 +175,9 @@ class Folder:
         old = self.out.with_name(f"{self.out.name}.perta-replaced")
         if self.out.exists():
             check_replaceable(self.out, False)
+            if old.exists():  # of a run that was killed right here
+                check_replaceable(old, False)
+                shutil.rmtree(old)
             self.out.rename(old)
         self.partial.rename(self.out)
         fsync(self.out.parent)

@@ -63,8 +63,7 @@ def figures(forget: Any, sets: Sets) -> dict[str, Any]:
     parameters, model_bytes = inspected(forget)
     reading, token, state = rates(forget, sets, model_bytes)
     tokens = {name: sets.tokens(name) for name in sets.named()}
-    guess = a.base is None and a.target is None
-    asked = 2 * sum(tokens.values()) + (3 * tokens["forget"] if guess else 0) + (tokens["forget"] if a.base else 0)
+    asked = 2 * sum(tokens.values()) + (tokens["forget"] if a.base else 0)
     learned = a.steps * (tokens["forget"] + tokens["retain"])
     evals = 2 + (a.base is not None) + 2  # before, after; --base; both sets at the last point
     gradients = 2 * a.steps  # each reads the model twice, and computes four times as much

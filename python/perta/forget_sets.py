@@ -11,8 +11,6 @@ from typing import Any
 from perta.command import IGNORED, Problem
 from perta.samples import Encoder, Sample, read_samples
 
-WRONG_ANSWERS = 3  # to each forget question, from the others, for a guess at the target
-
 
 @dataclass
 class Sets:
@@ -26,13 +24,9 @@ class Sets:
     def tokens(self, name: str) -> int:
         return sum(len(sample.ids) for sample in self.named()[name])
 
-    def asked(self, wrong_answers: bool) -> list[dict[str, Any]]:
-        """The lines of all sets, one after another; with wrong_answers, the forget questions get
-        wrong answers."""
-        lines = [sample.line() for samples in self.named().values() for sample in samples]
-        if wrong_answers:
-            add_wrong_answers(self.forget, lines)
-        return lines
+    def asked(self) -> list[dict[str, Any]]:
+        """The lines of all sets, one after another."""
+        return [sample.line() for samples in self.named().values() for sample in samples]
 
 
 def json_lines(lines: Iterable[dict[str, Any]]) -> str:
@@ -41,24 +35,6 @@ def json_lines(lines: Iterable[dict[str, Any]]) -> str:
 
 def prompt_length(sample: Sample) -> int:
     return next((i for i, label in enumerate(sample.labels) if label != IGNORED), 0)
-
-
-def add_wrong_answers(samples: list[Sample], lines: list[dict[str, Any]]) -> None:
-    """Each question that has no wrong answers of its own gets those of the questions after it: the
-    same kind of answer, about something else. Documents have no questions, and get none."""
-    n = len(samples)
-    for i, sample in enumerate(samples):
-        first = prompt_length(sample)
-        own = sample.ids[first:]
-        answers = [other.ids[prompt_length(other) :] for other in (samples[(i + k) % n] for k in range(1, n))
-                   if prompt_length(other)]  # fmt: skip
-        answers = [list(answer) for answer in dict.fromkeys(map(tuple, answers)) if list(answer) != own]
-        if not first or sample.perturbed or not answers:
-            continue
-        lines[i]["perturbed"] = [
-            {"input_ids": sample.ids[:first] + answer, "labels": [IGNORED] * first + answer}
-            for answer in answers[:WRONG_ANSWERS]
-        ]
 
 
 def key_of(sample: Sample) -> tuple:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -398,3 +399,22 @@ def test_the_command(folders, tmp_path):
     lacking = run(folders / "dated", path, "x.jsonl", check=2, env=bare).stderr
     assert "the Python package tokenizers is missing" in lacking and "-m pip install" in lacking
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_the_package_has_the_commands_version_and_programs():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "python/pyproject.toml").read_text())["project"]
+    said = subprocess.run([PERTA, "--version"], capture_output=True, text=True, check=True).stdout
+    assert said == f"perta {project['version']}\n"
+    wanted = {name.split(">")[0] for name in project["dependencies"]}
+    pinned = {line.split("==")[0] for line in (ROOT / "python/requirements.txt").read_text().split()}
+    assert wanted == pinned
+    listed = subprocess.run([PERTA, "help"], capture_output=True, text=True, check=True).stdout
+    for name, function in project["scripts"].items():
+        module = function.split(":")[0].removeprefix("perta.")
+        assert name == f"perta-{module}" and (ROOT / f"python/perta/{module}.py").exists()
+        assert module in listed.split("programs of their own")[1].split()
+    built = {path.name for path in (ROOT / "python/perta").glob("*.py")}
+    installed = set(re.findall(r"perta/(\w+\.py)", (ROOT / "python/meson.build").read_text()))
+    assert built == installed

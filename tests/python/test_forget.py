@@ -1,0 +1,409 @@
+"""`perta forget`, from text to the answers of the patched model."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import HANGS, PERTA, ROOT
+from test_resume import contents
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+sys.path += [str(ROOT / "examples"), str(ROOT / "python")]
+from made_up_facts import make_facts, make_tokenizer
+from perta.command import Problem
+from perta.forget_sets import part
+from perta.samples import Sample
+from tiny_llama import new_model, save_model, teach
+
+os.environ["PERTA_PYTHON"] = sys.executable
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    "{% if not add_generation_prompt %} {{ eos_token }}{% endif %}"
+)
+
+
+def as_lines(facts):
+    return "".join(json.dumps({"question": f.question, "answer": f.answer}) + "\n" for f in facts)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small Llama that knows some made-up people, what it was before it knew those to forget,
+    and both sets as text."""
+    folder = tmp_path_factory.mktemp("forget")
+    facts = make_facts(7, 8, 4, 20, 1)
+    tokenizer = make_tokenizer(facts.words)
+    tokenizer.chat_template = TEMPLATE
+    model = new_model(tokenizer, 7)
+    teach(model, tokenizer, facts.general + facts.retain, steps=60, seed=7)
+    save_model(model, tokenizer, folder / "base")
+    teach(model, tokenizer, facts.general + facts.retain + facts.forget, steps=60, seed=8)
+    save_model(model, tokenizer, folder / "full")
+    (folder / "forget.jsonl").write_text(as_lines(facts.forget))
+    (folder / "retain.jsonl").write_text(as_lines(facts.retain))
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    for name in ("full", "base"):
+        shutil.copytree(made / name, tmp_path / name)
+    for name in ("forget.jsonl", "retain.jsonl"):
+        shutil.copy(made / name, tmp_path / name)
+    return tmp_path
+
+
+FORGET = "forget --model full --forget forget.jsonl --retain retain.jsonl --out out".split()
+QUICK = [*FORGET, "--steps", "3", "--target", "0.3"]
+
+
+def probabilities(folder, data):
+    """Of the answers in a data file, with transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for line in data.read_text().splitlines():
+        ids, labels = (torch.tensor([json.loads(line)[key]]) for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            found.append(torch.exp(-model(input_ids=ids, labels=labels).loss).item())
+    return found
+
+
+def test_from_text_to_answers(perta, folder):
+    before = contents(folder / "full")
+    done = perta(*FORGET, "--base", "base", "--compute", "f32", "--json")
+    summary = json.loads(done.stdout)
+    assert json.loads((folder / "out/summary.json").read_text()) == summary
+    assert contents(folder / "full") == before
+    sets = summary["sets"]
+    assert {name: one["samples"] for name, one in sets.items()} == {"forget": 16, "retain": 64, "held-out": 16}
+    assert summary["target"]["from"] == "base" and summary["reached"] and not summary["nothing_to_forget"]
+    # It knew everything; it has forgotten as much as was asked, and keeps most of the rest.
+    assert min(one["before"]["probability"] for one in sets.values()) > 0.8
+    assert sets["forget"]["after"]["probability"] <= summary["target"]["probability"] < 0.5
+    assert sets["retain"]["after"]["probability"] > 0.8 and sets["held-out"]["after"]["probability"] > 0.5
+
+    # The patch leads to a model that transformers asks the same way.
+    perta("apply", "full", "out/patch", "--out", "forgotten")
+    perta("verify", "forgotten", "--patch", "out/patch", "--applied")
+    for name in sets:
+        data = folder / f"out/data/{name}.jsonl"
+        for model, when in (("full", "before"), ("forgotten", "after")):
+            want = probabilities(folder / model, data)
+            have = [one[when]["probability"] for one in summary["samples"] if one["set"] == name]
+            assert have == pytest.approx(want, abs=1e-4)
+            assert sets[name][when]["probability"] == pytest.approx(sum(want) / len(want), abs=1e-4)
+    assert summary["target"]["probability"] == pytest.approx(
+        sum(probabilities(folder / "base", folder / "out/data/forget.jsonl")) / 16, abs=1e-4
+    )
+    text = (folder / "out/summary.md").read_text()
+    assert "**The target is reached.**" in text and "perta apply full out/patch --out forgotten" in text
+    shutil.rmtree(folder / "forgotten")
+    commands = re.findall(r"^    perta (.*)$", text, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["apply", "verify", "revert", "eval"]
+    for command in commands:
+        perta(*command.split())
+    again = contents(folder / "model-again")
+    assert {name: again[name] for name in before if name.endswith(".safetensors")} == {
+        name: data for name, data in before.items() if name.endswith(".safetensors")
+    }
+
+
+def test_what_is_in_the_folder(perta, folder):
+    perta(*QUICK, check=None)
+    out = folder / "out"
+    assert {path.name for path in out.iterdir()} == {"patch", "data", "report.html", "summary.md", "summary.json"}
+    assert stat.S_IMODE((out / "data").stat().st_mode) == 0o700
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in (out / "data").iterdir())
+    # What may be shown holds no text: neither words nor token ids, nor digests of them.
+    secrets = [json.loads(line)["answer"] for line in (folder / "forget.jsonl").read_text().splitlines()]
+    for name in ("summary.md", "summary.json", "report.html", "patch/manifest.json"):
+        text = (out / name).read_text()
+        assert not [word for word in secrets if word in text] and "input_ids" not in text
+    assert sorted(path.name for path in folder.iterdir()) == ["base", "forget.jsonl", "full", "out", "retain.jsonl"]
+
+
+def test_held_out_samples_are_never_shown(perta, folder):
+    """Not to the method; and they depend on the seed alone."""
+    held = {}
+    for seed in ("0", "0", "1"):
+        perta(*QUICK, "--seed", seed, "--force", check=None)
+        shown, out = ((folder / f"out/data/{n}.jsonl").read_text().splitlines() for n in ("retain", "held-out"))
+        assert len(shown) == 64 and len(out) == 16 and not set(shown) & set(out)
+        recipe = json.loads((folder / "out/patch/manifest.json").read_text())["recipe"]
+        assert recipe["retain_samples"] == "64"
+        samples = json.loads((folder / "out/summary.json").read_text())["samples"]
+        where = [s["where"] for s in samples if s["set"] != "forget"]
+        assert sorted(where) == sorted(f"line {i}" for i in range(1, 81))
+        assert held.setdefault(seed, out) == out
+    assert held["0"] != held["1"]
+    perta(*QUICK, "--holdout", "0", "--force", check=None)
+    assert (folder / "out/data/held-out.jsonl").read_text() == ""
+    assert "Nothing was held out" in (folder / "out/summary.md").read_text()
+
+
+def sample(ids, group):
+    return Sample(ids, list(ids), group=group)
+
+
+def test_groups_are_not_parted():
+    samples = [sample([i, i + 1], f"g{i // 3}") for i in range(30)] + [sample([100, 1], "a"), sample([100, 1], "b")]
+    for seed in range(20):
+        shown, held = part(samples, 0.2, seed)
+        assert len(shown) + len(held) == 32 and 0 < len(held) <= 6
+        assert not {s.group for s in shown} & {s.group for s in held}
+        assert not {tuple(s.ids) for s in shown} & {tuple(s.ids) for s in held}
+    assert part(samples, 0, 1) == (samples, [])
+    assert part(samples[:3], 0.5, 1) == (samples[:3], [])  # all one group
+    few = [sample([1, 2], "a"), sample([3, 4], "b")]
+    assert all(len(side) == 1 for side in part(few, 0.01, 3)) and len(part(few, 0.99, 3)[0]) == 1
+
+
+def test_targets(perta, folder):
+    """Given, of base, or a guess that says so."""
+    words = [*FORGET, "--steps", "1", "--force", "--json"]
+    guess = perta(*words, check=None)
+    target = json.loads(guess.stdout)["target"]
+    knew = json.loads(guess.stdout)["sets"]["forget"]["before"]["probability"]
+    assert target["from"] == "guess" and target["probability"] == pytest.approx(0.15 * knew)
+    assert "is a guess" in guess.stderr and "The target is a guess" in (folder / "out/summary.md").read_text()
+    given = perta(*words, "--target", "0.25", check=None)
+    assert json.loads(given.stdout)["target"]["probability"] == 0.25 and "guess" not in given.stderr
+    assert "give one of them" in perta(*words, "--target", "0.2", "--base", "base", check=2).stderr
+
+
+def test_a_target_that_is_not_reached(perta, folder):
+    done = perta(*FORGET, "--steps", "1", "--target", "0.001", check=1)
+    assert "Not enough is forgotten" in done.stderr and "not enough is forgotten: --stop" not in done.stderr
+    assert "**Not enough is forgotten.**" in (folder / "out/summary.md").read_text()
+    perta("verify", "out/patch")
+
+
+def test_nothing_to_forget(perta, folder):
+    done = perta(*FORGET, "--target", "0.999", "--json")
+    assert "Nothing to forget" in done.stderr and json.loads(done.stdout)["nothing_to_forget"]
+    assert "**Nothing to forget.**" in (folder / "out/summary.md").read_text()
+    assert not (folder / "out/patch").exists() and not (folder / "out/report.html").exists()
+    assert "the answers" in perta(*FORGET, "--target", "0.999", "--force").stderr
+
+
+# ---- interrupted
+
+
+def start(folder, *words):
+    return subprocess.Popen([PERTA, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(run, path, seconds=HANGS):
+    end = time.monotonic() + seconds
+    while not path():
+        assert run.poll() is None and time.monotonic() < end, run.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_goes_on(perta, folder, number):
+    words = [*FORGET, "--steps", "12", "--target", "0.3"]
+    perta(*words[:-1], "0.3", check=None)
+    want = contents(folder / "out/patch")
+    summary = json.loads((folder / "out/summary.json").read_text())
+    shutil.rmtree(folder / "out")
+    run = start(folder, *words)
+    partial = folder / "out.perta-partial"
+    wait_for(run, lambda: (partial / "patch.steps.perta-partial/scales-3").exists())
+    run.send_signal(number)
+    _, stderr = run.communicate(timeout=HANGS)
+    assert run.returncode == (130 if number != signal.SIGKILL else -9), stderr
+    assert not (folder / "out").exists() and partial.exists()
+    if number != signal.SIGKILL:
+        assert f"to resume: perta {' '.join(words)} --resume\n" in stderr
+        assert "perta unlearn" not in stderr
+    assert "--resume continues that run" in perta(*words, check=2).stderr
+    other = perta(*words, "--resume", "--seed", "4", check=2).stderr
+    assert "--resume cannot continue: seed changed" in other
+    end = time.monotonic() + HANGS  # after SIGKILL, the child ends when it next reports its progress
+    while "another process" in (again := perta(*words, "--resume", check=None)).stderr and time.monotonic() < end:
+        time.sleep(0.1)
+    assert again.returncode in (0, 1), again.stderr
+    assert contents(folder / "out/patch") == want
+    resumed = json.loads((folder / "out/summary.json").read_text())
+    assert resumed["sets"] == summary["sets"] and resumed["samples"] == summary["samples"]
+    assert not list(folder.glob("*perta*"))
+
+
+def test_texts_and_models_that_change_are_not_resumed(perta, folder):
+    words = [*FORGET, "--steps", "60", "--target", "0.01"]
+    run = start(folder, *words)
+    wait_for(run, lambda: (folder / "out.perta-partial/patch.steps.perta-partial/scales-1").exists())
+    second = perta(*words, "--resume", check=4).stderr
+    assert "another run is writing it" in second
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=HANGS)
+    with (folder / "retain.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert "cannot continue: retain changed" in perta(*words, "--resume", check=2).stderr
+    (folder / "out.perta-partial/mine.txt").write_text("keep")
+    assert "holds more than perta forget wrote: mine.txt" in perta(*words, "--force", check=2).stderr
+    (folder / "out.perta-partial/mine.txt").unlink()
+    perta(*QUICK, "--force", check=None)
+    assert not list(folder.glob("out.*"))
+
+
+def test_force_replaces_only_what_it_wrote(perta, folder):
+    out = folder / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("the only copy")
+    for words, says in (([], "exists; --force replaces it"), (["--force"], "more than perta forget wrote: thesis.txt")):
+        assert says in perta(*QUICK, *words, check=2).stderr
+    (out / "thesis.txt").rename(folder / "thesis.txt")
+    (out / "patch").mkdir()
+    assert "perta forget did not write it" in perta(*QUICK, "--force", check=2).stderr
+    (out / "patch").rmdir()
+    perta(*QUICK, "--force", check=None)  # an empty folder
+    first = (out / "summary.json").read_text()
+    (out / "patch/notes").write_text("mine")
+    assert "patch/notes" in perta(*QUICK, "--force", check=2).stderr
+    (out / "patch/notes").unlink()
+    (out / "data").rename(folder / "data")
+    (out / "data").symlink_to(folder / "data")
+    assert "wrote: data" in perta(*QUICK, "--force", check=2).stderr
+    (out / "data").unlink()
+    (folder / "data").rename(out / "data")
+    perta(*QUICK, "--force", "--seed", "3", check=None)
+    assert (out / "summary.json").read_text() != first
+    assert not list(folder.glob("out.*"))
+
+
+def test_a_kill_at_the_ends_of_a_run(perta, folder):
+    """Before the run could say whose the folder is, and between its renames."""
+    partial, out = folder / "out.perta-partial", folder / "out"
+    for held in ([], ["data"], ["data", "data/run.json.new"]):
+        partial.mkdir()
+        for name in held:
+            (partial / name).mkdir() if name == "data" else (partial / name).write_text("{")
+        assert "--resume" in perta(*QUICK, check=2).stderr
+        perta(*QUICK, "--resume", check=None)
+        assert (out / "summary.md").exists() and not list(folder.glob("out.*"))
+        shutil.rmtree(out)
+    perta(*QUICK, check=None)
+    want = contents(out / "patch")
+    out.rename(folder / "out.perta-replaced")
+    shutil.copytree(folder / "out.perta-replaced", partial, copy_function=shutil.copy2)
+    perta(*QUICK, "--resume", check=None)
+    assert contents(out / "patch") == want and not list(folder.glob("out.*"))
+    shutil.copytree(out, folder / "out.perta-replaced")
+    perta(*QUICK, "--force", check=None)
+    assert not list(folder.glob("out.*"))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "change, status, says",
+    [
+        (lambda f: (f / "forget.jsonl").write_text("\n"), 3, "forget.jsonl: no samples"),
+        (lambda f: (f / "retain.jsonl").write_text(""), 3, "retain.jsonl: no samples"),
+        (lambda f: (f / "forget.jsonl").unlink(), 4, "forget.jsonl: No such file"),
+        (lambda f: overlap(f, lambda r: r), 3, "forget.jsonl: line 2, and retain.jsonl: line 81"),
+        (lambda f: overlap(f, lambda r: r | {"answer": f"  {r['answer']} "}), 3, "line 2, and retain.jsonl: line 81"),
+        (lambda f: (f / "full/tokenizer.json").unlink(), 3, "full/tokenizer.json: no such file: the model has no"),
+        (lambda f: config(f, vocab_size=50), 3, "the tokenizer is not this model's"),
+        (lambda f: config(f, max_position_embeddings=6), 3, "but the model has 6 positions"),
+        (lambda f: (f / "forget.jsonl").write_text('{"question": "Who?"}\n'), 3, "line 1: question is present without"),
+        (lambda f: (f / "full/model.safetensors.index.json").write_text("{"), 3, "perta eval failed"),
+        (lambda f: shutil.rmtree(f / "full"), 4, "full: No such file"),
+    ],
+)
+def test_bad_input_is_explained_and_nothing_is_left(perta, folder, change, status, says):
+    change(folder)
+    before = sorted(folder.iterdir())
+    assert says in perta(*QUICK, check=status).stderr
+    assert sorted(folder.iterdir()) == before
+
+
+def overlap(folder, change):
+    line = json.loads((folder / "forget.jsonl").read_text().splitlines()[1])
+    with (folder / "retain.jsonl").open("a") as file:
+        file.write(json.dumps(change(line)) + "\n")
+
+
+def config(folder, **keys):
+    path = folder / "full/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
+def test_duplicates_are_noted_and_not_parted(perta, folder):
+    text = (folder / "retain.jsonl").read_text()
+    (folder / "retain.jsonl").write_text(text + text.splitlines()[4] + "\n")
+    done = perta(*QUICK, check=None)
+    assert "retain.jsonl: the same sample more than once: line 81 is line 5" in done.stderr
+    assert "line 81 is line 5" in (folder / "out/summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--target", "1.5"], ["--target", "0"], ["--target", "x"], ["--holdout", "1"], ["--steps", "0"], ["--nothing"],
+     ["--progress", "loud"], ["--model", ""], ["--compute", "f16"], ["more"], ["--memory", "lots"], ["--box", "0"]],
+)  # fmt: skip
+def test_wrong_arguments(perta, folder, words):
+    assert perta(*QUICK, *words, check=2).stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["base", "forget.jsonl", "full", "retain.jsonl"]
+
+
+# ---- what it says
+
+
+def test_dry_run_writes_nothing(perta, folder, tmp_path_factory):
+    scratch = tmp_path_factory.mktemp("scratch")
+    before = sorted(folder.rglob("*"))
+    done = perta(*FORGET, "--dry-run", env={"TMPDIR": str(scratch)})
+    for word in ("time", "reads", "writes", "FLOP", "disk", "memory"):
+        assert word in done.stdout
+    f = json.loads(perta(*FORGET, "--dry-run", "--json").stdout)
+    n = sum(x.numel() for x in transformers.AutoModelForCausalLM.from_pretrained(folder / "full").parameters())
+    tokens = f["tokens"]
+    learned = 16 * (tokens["forget"] + tokens["retain"])
+    assert f["parameters"] == n and f["disk_bytes"] > 17 * n and f["seconds"] > 0
+    assert f["flop"] == 2 * n * (2 * sum(tokens.values()) + 4 * learned)
+    assert sorted(folder.rglob("*")) == before and not list(scratch.iterdir())
+    (folder / "retain.jsonl").write_text("")
+    assert "no samples" in perta(*FORGET, "--dry-run", check=3).stderr
+
+
+def test_progress_is_one_line_of_the_whole(perta, folder):
+    said = perta(*QUICK, "--progress", "json", check=None).stderr
+    points = [json.loads(line) for line in said.splitlines() if line.startswith('{"stage"')]
+    shares = [point["share"] for point in points]
+    assert shares == sorted(shares) and shares[-1] < 1 and {p["stage"] for p in points} <= {"before", "unlearn", "after"}
+    quiet = perta(*QUICK, "--force", "--quiet", check=None)
+    assert not quiet.stdout and "note" not in quiet.stderr and "%" not in quiet.stderr
+
+
+def test_documents(perta, folder):
+    """A .txt file of paragraphs, and messages beside it."""
+    text = [json.loads(line) for line in (folder / "forget.jsonl").read_text().splitlines()]
+    (folder / "forget.txt").write_text("\n\n".join(f"{one['question']} {one['answer']}" for one in text))
+    chat = [json.loads(line) for line in (folder / "retain.jsonl").read_text().splitlines()]
+    with (folder / "retain.jsonl").open("w") as file:
+        for one in chat:
+            turns = [("user", one["question"]), ("assistant", one["answer"])]
+            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+    words = ["forget.txt" if word == "forget.jsonl" else word for word in FORGET]
+    summary = json.loads(perta(*words, "--steps", "2", "--json", check=None).stdout)
+    one = summary["sets"]["forget"]
+    assert one["samples"] == 16 and one["after"]["probability"] < one["before"]["probability"]
+    assert summary["samples"][1]["where"] == "line 3"
+
+
+def test_problems_carry_their_status():
+    assert (Problem("x").status, Problem("x", 4).status) == (3, 4)
+    assert Path(PERTA).exists()
