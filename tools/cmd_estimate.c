@@ -93,7 +93,7 @@ static const struct argp argp = {
     "mean of its squares. The model is read block by block and need not fit in memory."
     "\v"
     "The loss of a sample is the mean cross-entropy over its labels, as transformers computes "
-    "it. `python -m perta.tokenize' makes the data from text.\n\n"
+    "it. `perta tokenize' makes the data from text.\n\n"
     "Example:\n"
     "  perta estimate --model base --data forget.jsonl --out imp/forget --memory 8G",
     children,

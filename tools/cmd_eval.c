@@ -83,7 +83,7 @@ static const struct argp argp = {
     "block by block and need not fit in memory."
     "\v"
     "With --per-sample the numbers of every line are printed too (with --json under "
-    "\"per_sample\"). `python -m perta.tokenize' makes the data from text; docs/eval.md defines "
+    "\"per_sample\"). `perta tokenize' makes the data from text; docs/eval.md defines "
     "the numbers.\n\n"
     "Example:\n"
     "  perta eval --model full --patch patches/alpha-1 --data forget.jsonl",

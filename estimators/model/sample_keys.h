@@ -14,7 +14,7 @@
 #include "estimators/model/line.h"
 #include "io/err.h"
 
-#define PERTA_TOKENIZE "`python -m perta.tokenize MODEL TEXT.jsonl OUT.jsonl' makes data from text"
+#define PERTA_TOKENIZE "`perta tokenize MODEL TEXT.jsonl OUT.jsonl' makes data from text"
 
 enum perta_key_rule {
     PERTA_KEY_UNKNOWN, /* ignored, with a note */

@@ -268,7 +268,7 @@ REFUSED = [
     ({"input_ids": [1, "2"]}, '"input_ids", element 1: "2" is not a token id'),
     ({"input_ids": None}, 'no array "input_ids" with tokens in it'),
     ({"input_ids": "1 2 3"}, 'no array "input_ids" with tokens in it'),
-    ({"question": "Who?", "answer": "Me."}, "`python -m perta.tokenize MODEL TEXT.jsonl OUT.jsonl'"),
+    ({"question": "Who?", "answer": "Me."}, "`perta tokenize MODEL TEXT.jsonl OUT.jsonl'"),
 ]
 
 
