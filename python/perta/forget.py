@@ -25,7 +25,6 @@ from perta.samples import encoder_of
 from perta.tokenize import add_text_options, positive
 
 VERSION = 1  # of data/run.json and summary.json
-BOX = ["--box", "0.15"]  # unless --box is given
 SHARE = 0.15  # of what the model knew, for a guess at the target: docs/forget.md
 
 
@@ -67,8 +66,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     option("--base", "DIR", "the model from before it learned what it is to forget: sets the target", type=Path)
     option("--target", "P", "forget until the mean probability of the answers is at most P", type=probability)
     option("--steps", "K", "steps to take (default 16)", type=positive, default=16)
-    option("--box", "C", "how far a step goes: C times the root mean square of each matrix (default 0.15)",
-           type=above_0)  # fmt: skip
+    option("--box", "C", "how far steps go: in C times the root mean square of each matrix (default: found from "
+           "the gradients)", type=above_0)  # fmt: skip
     option("--holdout", "SHARE", "share of --retain that is held out (default 0.2)", type=share, default=0.2)
     option("--seed", "S", "decides which samples are held out (default 0)", type=int, default=0)
     add_text_options(parser)
@@ -192,7 +191,7 @@ class Forget:
             words = ["unlearn", "--model", str(a.model), "--method", "signed-hold", "--steps", str(a.steps),
                      "--data-forget", str(self.folder.data("forget.jsonl")),
                      "--data-retain", str(self.folder.data("retain.jsonl")),
-                     "--stop-probability", repr(target), *(["--box", a.box] if a.box else BOX),
+                     "--stop-probability", repr(target), *(["--box", a.box] if a.box else []),
                      "--patch", str(patch), "--resume", *self.how()]  # fmt: skip
             self.children.run(words, self.progress.report, may_be=(0, CHECK), say=self.passed_on)
             self.progress.end("unlearn")
@@ -206,7 +205,7 @@ class Forget:
         manifest = json.loads((patch / "manifest.json").read_text(encoding="utf-8"))
         return {
             "parameters": manifest["counts"]["parameters"], "changed": manifest["counts"]["changed"],
-            "steps": self.a.steps, "chosen": manifest["recipe"]["chosen"],
+            "steps": self.a.steps, "chosen": manifest["recipe"]["chosen"], "box": manifest["recipe"]["box"],
             "patch_bytes": sum(path.stat().st_size for path in patch.iterdir()),
         }  # fmt: skip
 
@@ -284,7 +283,7 @@ class Forget:
             "perta_forget": VERSION, "model": str(a.model), "target": target, "reached": reached,
             "nothing_to_forget": after is None, "sets": each,
             "options": {"steps": a.steps, "holdout": a.holdout, "seed": a.seed, "template": a.template,
-                        "max_tokens": a.max_tokens, "box": a.box or BOX[1]},
+                        "max_tokens": a.max_tokens},
             "edit": self.edit() if after else None, "notes": self.notes,
             "samples": forget_summary.samples_json(sets, before, after),
         }  # fmt: skip

@@ -6,6 +6,7 @@ import pty
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from llama import shapes_of
 from reference import write_folder
 from verbs import LLAMA
 
+os.environ["PERTA_PYTHON"] = sys.executable
 VERBS = (
     "inspect estimate eval tune accumulate unlearn diff apply revert compose manifest verify report demo"
 ).split()
+PROGRAMS = ("forget", "tokenize")  # verbs in Python
 MAN = (ROOT / "docs/perta.1").read_text().replace("\\-", "-").replace("\\e\n", "\\\n")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -32,7 +35,7 @@ def helps():
         verb: subprocess.run(
             [PERTA, verb, "--help"], capture_output=True, text=True, check=True
         ).stdout
-        for verb in VERBS
+        for verb in (*VERBS, *PROGRAMS)
     }
 
 
@@ -132,7 +135,7 @@ def commands_of(text):
     text = text.replace("\\\n", " ")
     for line in re.findall(r"^(?: *(?:\$ )?| +.*&& | {8})(perta [a-z].*)$", text, re.MULTILINE):
         words = shlex.split(line.replace("(`", "").replace("`", ""), comments=True)
-        if words[1] in VERBS:
+        if words[1] in (*VERBS, *PROGRAMS):
             yield words
 
 
@@ -144,7 +147,8 @@ def test_the_man_page_has_every_option(helps):
 
 def test_every_option_stands_in_its_column(helps):
     """argp puts padding in the wrong place where its buffer is flushed."""
-    for verb, text in helps.items():
+    for verb in VERBS:
+        text = helps[verb]
         for line in text.split("\v")[0].splitlines():
             assert len(line) < 80 and len(re.match(" *", line)[0]) <= 29, (verb, line)
         assert options_of(text), verb
