@@ -99,7 +99,7 @@ def progress(line: str, on_progress: Callable[[float, float], None] | None) -> b
 
 
 class Progress:
-    """One line for the whole: stages of given work, each of several passes of its own."""
+    """One line for the whole: stages of given work."""
 
     PAUSE = {"bar": 1 / 6, "plain": 10.0, "json": 1 / 6}  # noqa: RUF012
     WIDTH = 30
@@ -109,12 +109,12 @@ class Progress:
             style = "bar" if sys.stderr.isatty() else "plain"
         self.style, self.stages = style, stages
         self.total = sum(stages.values()) or 1.0
-        self.done, self.stage, self.passes, self.n_passes, self.last = 0.0, "", 0, 1, 0.0
+        self.done, self.stage = 0.0, ""
         self.started = self.drawn = time.monotonic()
         self.drew, self.skipped = False, 0.0
 
-    def begin(self, stage: str, n_passes: int = 1) -> None:
-        self.stage, self.passes, self.n_passes, self.last = stage, 0, n_passes, 0.0
+    def begin(self, stage: str) -> None:
+        self.stage = stage
 
     def end(self, stage: str, ran: bool = True) -> None:
         """A stage that is finished; one that an earlier run finished took no time in this one."""
@@ -123,10 +123,8 @@ class Progress:
         self.stage = ""
 
     def report(self, done: float, total: float) -> None:
-        share = done / total if total else 1.0
-        self.passes += share < self.last  # the next pass has begun
-        self.last = share
-        within = min(0.99, (self.passes + share) / self.n_passes)
+        """How much of this stage is done."""
+        within = min(0.99, done / total) if total else 0.0
         self.draw((self.done + within * self.stages.get(self.stage, 0.0)) / self.total)
 
     def draw(self, share: float) -> None:

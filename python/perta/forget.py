@@ -13,6 +13,7 @@ import datetime
 import json
 import shlex
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,22 @@ class Forget:
         self.note(f"the target, a probability of {level:.3f}, is {why}; --base or --target sets it")
         return {"probability": level, "from": "guess", "why": why}
 
+    def step_progress(self) -> Callable[[float, float], None]:
+        """The child reports each pass by itself: one for each set of a step, which shows in the
+        folder where it keeps scales."""
+        step, passes, last = 0, 0, 0.0
+
+        def report(done: float, total: float) -> None:
+            nonlocal step, passes, last
+            share = done / total if total else 1.0
+            names = [path.name for path in self.folder.partial.glob("patch.steps.perta-partial/scales-*")]
+            now = max((int(name[7:]) for name in names if name[7:].isdigit()), default=0)
+            passes = 0 if now > step else min(1, passes + (share < last))
+            step, last = max(now, step), share
+            self.progress.report(step + (passes + share) / 2, self.a.steps + 1)
+
+        return report
+
     def unlearn(self, sets: Sets, target: float) -> bool:
         """Write patch/. False if the target is not reached."""
         a, patch = self.a, self.folder.partial / "patch"
@@ -187,13 +204,13 @@ class Forget:
         if patch.exists():
             self.progress.end("unlearn", ran=False)
         else:
-            self.progress.begin("unlearn", 2 * (a.steps + 1) + 1)
+            self.progress.begin("unlearn")
             words = ["unlearn", "--model", str(a.model), "--method", "signed-hold", "--steps", str(a.steps),
                      "--data-forget", str(self.folder.data("forget.jsonl")),
                      "--data-retain", str(self.folder.data("retain.jsonl")),
                      "--stop-probability", repr(target), *(["--box", a.box] if a.box else []),
                      "--patch", str(patch), "--resume", *self.how()]  # fmt: skip
-            self.children.run(words, self.progress.report, may_be=(0, CHECK), say=self.passed_on)
+            self.children.run(words, self.step_progress(), may_be=(0, CHECK), say=self.passed_on)
             self.progress.end("unlearn")
         recipe = json.loads((patch / "manifest.json").read_text(encoding="utf-8"))["recipe"]
         reached = recipe["path"][recipe["chosen"]]["forget_probability"] <= target
