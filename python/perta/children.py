@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
-from perta.command import INTERRUPTED, SYSTEM, USAGE, Problem, plain
+from perta.command import CHECK, INPUT, INTERRUPTED, SYSTEM, Problem, plain
 
 
 class Interrupted(Problem):
@@ -75,7 +75,7 @@ class Children:
         if status < 0:
             raise Problem(f"perta {words[1]} was ended by signal {-status}", SYSTEM)
         if status not in may_be:
-            raise Problem(f"perta {words[1]} failed, as it says above", status if status != 1 else USAGE)
+            raise Problem(f"perta {words[1]} failed, as it says above", INPUT if status == CHECK else status)
         return status, json.loads(text)
 
 

@@ -17,6 +17,13 @@ class Problem(Exception):
         self.status = status
 
 
+def problem_of(error: Problem | OSError) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    name = f"{error.filename}: " if error.filename else ""
+    return Problem(f"{name}{error.strerror or error}", SYSTEM)
+
+
 def plain(text: str) -> str:
     """Without control characters: names from files must not command a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
@@ -63,13 +70,10 @@ def run(verb: str, main: Callable[[list[str]], int]) -> None:
         refuse_empty_words(verb, sys.argv[1:])
         status = main(sys.argv[1:])
         sys.stdout.flush()
-    except Problem as problem:
+    except (Problem, OSError) as error:
+        problem = problem_of(error)
         say(verb, str(problem))
         status = problem.status
-    except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        say(verb, f"{name}{error.strerror or error}")
-        status = SYSTEM
     except KeyboardInterrupt:
         status = INTERRUPTED
     sys.stderr.flush()

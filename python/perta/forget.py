@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from perta import forget_summary
-from perta.children import Children, Interrupted, Progress, print_line
-from perta.command import CHECK, SYSTEM, Problem, plain, run, say
+from perta.children import Children, Progress, print_line
+from perta.command import CHECK, INPUT, USAGE, Problem, plain, problem_of, run, say
 from perta.forget_folder import RUN, Folder, digest, files_of, fsync, write_private, write_public
 from perta.forget_sets import Sets, json_lines, read_sets
 from perta.samples import encoder_of
@@ -243,14 +243,16 @@ class Forget:
         self.folder.begin(identity, a.resume)
         try:
             return self.in_folder(sets)
-        except Problem as problem:
+        except (Problem, OSError) as error:
             self.progress.clear()
-            if problem.status in (SYSTEM, 130) or self.folder.resumed:
-                again = self.words if "--resume" in self.words else [*self.words, "--resume"]
-                say("forget", str(problem))
-                raise Problem(f"to resume: perta forget {shlex.join(again)}", problem.status) from None
-            self.folder.discard()
-            raise
+            problem = problem_of(error)
+            begun = self.folder.data("before.json").exists() or self.folder.resumed
+            if problem.status in (USAGE, INPUT) and not begun:
+                self.folder.discard()  # to resume would meet the same again
+                raise problem from None
+            again = self.words if "--resume" in self.words else [*self.words, "--resume"]
+            say("forget", str(problem))
+            raise Problem(f"to resume: perta forget {shlex.join(again)}", problem.status) from None
 
     def stages(self, sets: Sets) -> dict[str, float]:
         """The work of each part, in passes of a token through the model: a gradient takes four of
@@ -306,7 +308,7 @@ class Forget:
         }  # fmt: skip
 
     def finish(self, summary: dict[str, Any]) -> int:
-        text = forget_summary.markdown(summary, self.a.out)
+        text = forget_summary.markdown(summary, str(Path(self.a.out)))
         write_public(self.folder.partial / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         write_public(self.folder.partial / "summary.md", text)
         if (self.folder.partial / "report.html").exists():
@@ -327,11 +329,7 @@ class Forget:
 
 
 def forget(words: list[str]) -> int:
-    arguments = parse(words)
-    try:
-        return Forget(arguments, words).run()
-    except Interrupted as problem:
-        raise Problem(str(problem), problem.status) from None
+    return Forget(parse(words), words).run()
 
 
 def main() -> None:

@@ -69,7 +69,8 @@ class ModelTokenizer:
         if not folder.is_dir():
             raise Problem(f"{folder}: no such folder")
         if not path.is_file():
-            raise Problem(f"{path}: no such file: the model has no tokenizer, or one in another format")
+            raise Problem(f"{path}: no such file: the model has no tokenizer, or one in another "
+                          "format; transformers' save_pretrained writes this one")  # fmt: skip
         try:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -88,17 +89,20 @@ class ModelTokenizer:
     def encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and the characters (first, end) that each stands for. With special, with the
         tokens that the tokenizer puts before and after a text."""
-        encoding = self.backend.encode(text, add_special_tokens=special)
+        try:
+            encoding = self.backend.encode(text, add_special_tokens=special)
+        except Exception as error:  # the library raises bare Exception
+            raise Problem(f"the tokenizer: {error}") from None
         return encoding.ids, encoding.offsets
 
     def render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
         """A conversation as text by the model's chat template."""
-        jinja2 = need("jinja2")
+        need("jinja2")
         try:
             self.compiled = self.compiled or compile_template(self.template or "", self.date)
             return self.compiled.render(messages=messages, add_generation_prompt=generation_prompt,
                                         tools=None, documents=None, **self.special)  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template can raise anything
             raise Problem(f"the chat template: {error}") from None
 
 

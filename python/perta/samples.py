@@ -263,7 +263,7 @@ def values_in(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json" and text.lstrip().startswith("["):
         try:
             items = json.loads(text, object_pairs_hook=unique)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Problem(f"{path}: {error}") from None
         yield from ((f"item {i}", item) for i, item in enumerate(items, 1))
         return
@@ -272,7 +272,7 @@ def values_in(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line, object_pairs_hook=unique)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise Problem(f"{path}: line {number}: {error}") from None
 
 

@@ -257,6 +257,26 @@ def test_texts_and_models_that_change_are_not_resumed(perta, folder):
     assert not list(folder.glob("out.*"))
 
 
+def test_an_error_keeps_what_was_measured(perta, folder):
+    """An error after hours costs no finished work; one at the start leaves nothing."""
+    partial = folder / "out.perta-partial"
+    assert "--memory" in perta(*QUICK, "--memory", "1M", check=2).stderr and not partial.exists()
+    perta(*QUICK, check=None)
+    shutil.copytree(folder / "out", partial)
+    for name in ("data/after.json", "summary.json", "summary.md", "report.html"):
+        (partial / name).unlink()
+    shutil.rmtree(folder / "out")
+    shard = sorted((partial / "patch").glob("*.perta"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    broken = perta(*QUICK, "--resume", check=3).stderr
+    assert "perta eval failed" in broken and "to resume:" in broken and shard.exists()
+    shard.write_bytes(whole)
+    before = (partial / "data/before.json").stat().st_mtime_ns
+    perta(*QUICK, "--resume", check=None)
+    assert (folder / "out/data/before.json").stat().st_mtime_ns == before
+
+
 def test_force_replaces_only_what_it_wrote(perta, folder):
     out = folder / "out"
     out.mkdir()
