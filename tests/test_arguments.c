@@ -365,7 +365,6 @@ START_TEST(steps)
     BAD(steps, job.box = infinite, "--box: inf");
     BAD(steps, job.box = 1e39, "--box: 1e+39");
     BAD(steps, job.box = 1e-60, "--box: 1e-60");
-    BAD(steps, job.tuned = job.base = NULL, "--tuned DIR and --base DIR, or --box C");
 }
 END_TEST
 #endif
