@@ -7,17 +7,16 @@ static size_t most(size_t a, size_t b)
     return a > b ? a : b;
 }
 
-static size_t lay_out(struct perta_acts *a, const struct perta_llm *llm, size_t n,
-                      struct perta_array memory)
+/* What the backward pass needs of the forward pass. Returns the number of floats. */
+static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, size_t n,
+                           struct perta_array memory)
 {
     size_t at = 0;
     size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
-    struct perta_array *const hidden[] = {&a->x,    &a->n1,   &a->mid, &a->n2, &a->out,
-                                          &a->dout, &a->dmid, &a->dn,  &a->dx};
-    struct perta_array *const query[] = {&a->q, &a->att, &a->datt, &a->dq};
-    struct perta_array *const key[] = {&a->k, &a->v, &a->dk, &a->dv};
-    struct perta_array *const inner[] = {&a->h, &a->dgate, &a->dup};
+    struct perta_array *const hidden[] = {&a->x, &a->n1, &a->mid, &a->n2};
+    struct perta_array *const query[] = {&a->q, &a->att};
+    struct perta_array *const key[] = {&a->k, &a->v};
     struct perta_array *const shared[] = {&a->gate, &a->up};
     for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
         *hidden[i] = perta_array_take(memory, &at, n * H);
@@ -25,8 +24,7 @@ static size_t lay_out(struct perta_acts *a, const struct perta_llm *llm, size_t 
         *query[i] = perta_array_take(memory, &at, n * Q);
     for (size_t i = 0; i < sizeof key / sizeof *key; i++)
         *key[i] = perta_array_take(memory, &at, n * K);
-    for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
-        *inner[i] = perta_array_take(memory, &at, n * I);
+    a->h = perta_array_take(memory, &at, n * I);
     for (size_t i = 0; i < sizeof shared / sizeof *shared; i++)
         *shared[i] = perta_array_take(memory, &at, n * most(I, Q));
     a->q_raw = perta_array_take(memory, &at, llm->qk_norm ? n * Q : 0);
@@ -35,20 +33,56 @@ static size_t lay_out(struct perta_acts *a, const struct perta_llm *llm, size_t 
     a->rstd2 = perta_array_take(memory, &at, n);
     a->rstd_q = perta_array_take(memory, &at, n * llm->n_heads);
     a->rstd_k = perta_array_take(memory, &at, n * llm->n_kv_heads);
+    return at;
+}
+
+/* The other activations: the result, gradients, scratch. */
+static size_t lay_out_rest(struct perta_acts *a, const struct perta_llm *llm, size_t n,
+                           struct perta_array memory)
+{
+    size_t at = 0;
+    size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
+    size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
+    struct perta_array *const hidden[] = {&a->out, &a->dout, &a->dmid, &a->dn, &a->dx};
+    struct perta_array *const query[] = {&a->datt, &a->dq};
+    struct perta_array *const key[] = {&a->dk, &a->dv};
+    struct perta_array *const inner[] = {&a->dgate, &a->dup};
+    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
+        *hidden[i] = perta_array_take(memory, &at, n * H);
+    for (size_t i = 0; i < sizeof query / sizeof *query; i++)
+        *query[i] = perta_array_take(memory, &at, n * Q);
+    for (size_t i = 0; i < sizeof key / sizeof *key; i++)
+        *key[i] = perta_array_take(memory, &at, n * K);
+    for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
+        *inner[i] = perta_array_take(memory, &at, n * I);
     a->vector = perta_array_take(memory, &at, most(2 * H, perta_llm_widest(llm)));
     return at;
+}
+
+size_t perta_acts_kept_floats(const struct perta_llm *llm, size_t n)
+{
+    struct perta_acts acts;
+    return lay_out_kept(&acts, llm, n, (struct perta_array){0});
 }
 
 size_t perta_acts_floats(const struct perta_llm *llm, size_t n)
 {
     struct perta_acts acts;
-    return lay_out(&acts, llm, n, (struct perta_array){0});
+    return perta_acts_kept_floats(llm, n) + lay_out_rest(&acts, llm, n, (struct perta_array){0});
 }
 
 void perta_acts_lay_out(struct perta_acts *acts, const struct perta_llm *llm, size_t n,
                         struct perta_array memory)
 {
-    lay_out(acts, llm, n, memory);
+    perta_acts_lay_out_in(acts, llm, n, memory,
+                          perta_array_at(memory, perta_acts_kept_floats(llm, n)));
+}
+
+void perta_acts_lay_out_in(struct perta_acts *acts, const struct perta_llm *llm, size_t n,
+                           struct perta_array kept, struct perta_array rest)
+{
+    lay_out_kept(acts, llm, n, kept);
+    lay_out_rest(acts, llm, n, rest);
 }
 
 /* ---- a layer's parameters ---- */

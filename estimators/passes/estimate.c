@@ -50,13 +50,15 @@ int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_l
     again.again = true;
     for (size_t group = 0; group < job->cut.n_groups && !rc;) {
         struct perta_batch batch = perta_estimate_batch(job, &group);
-        perta_acts_lay_out(&acts, layer->llm, batch.n, job->work);
-        rc = perta_store_load(&job->x[layer->number], batch.first, batch.n, acts.x, err);
+        bool kept = perta_estimate_acts(job, layer->number, batch.n, &acts);
+        if (!kept)
+            rc = perta_store_load(&job->x[layer->number], batch.first, batch.n, acts.x, err);
         if (!rc)
             rc = perta_store_load(&job->dx, batch.first, batch.n, acts.dout, err);
         if (rc)
             break;
-        perta_block_forward(&again, &batch, &acts);
+        if (!kept)
+            perta_block_forward(&again, &batch, &acts);
         perta_block_backward(layer, &batch, &acts);
         rc = perta_store_set(next, batch.first, batch.n, acts.dx, err);
         if (!rc)

@@ -89,6 +89,8 @@ void perta_estimate_release(struct perta_estimate_job *job)
     if (job->be) {
         job->be->ops->free(job->be, job->factors_memory.buffer);
         job->be->ops->free(job->be, job->memory);
+        for (uint32_t l = 0; job->kept && l < job->weights.llm.n_layers; l++)
+            job->be->ops->free(job->be, job->kept[l]);
     }
     perta_factors_release(&job->factors);
     perta_backend_close(job->be);
@@ -98,6 +100,7 @@ void perta_estimate_release(struct perta_estimate_job *job)
     perta_cut_release(&job->cut);
     perta_chunks_release(&job->chunks);
     free(job->starts);
+    free(job->kept);
     free(job->x);
     free(job->inv_freq);
     free(job->scratch.dir);
@@ -117,6 +120,18 @@ struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, si
         .places = job->samples.places + batch.first_row,
         .first = batch.first_row,
     };
+}
+
+bool perta_estimate_acts(const struct perta_estimate_job *job, uint32_t layer, size_t n,
+                         struct perta_acts *acts)
+{
+    const struct perta_llm *llm = &job->weights.llm;
+    if (!job->kept || !job->kept[layer]) {
+        perta_acts_lay_out(acts, llm, n, job->work);
+        return false;
+    }
+    perta_acts_lay_out_in(acts, llm, n, (struct perta_array){job->kept[layer], 0}, job->work);
+    return true;
 }
 
 struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t number,
@@ -168,7 +183,7 @@ int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
     int rc = 0;
     for (size_t group = 0; group < job->cut.n_groups && !rc;) {
         struct perta_batch batch = perta_estimate_batch(job, &group);
-        perta_acts_lay_out(&acts, layer.llm, batch.n, job->work);
+        perta_estimate_acts(job, number, batch.n, &acts);
         rc = perta_store_load(from, batch.first, batch.n, acts.x, err);
         if (!rc)
             perta_block_forward(&layer, &batch, &acts);

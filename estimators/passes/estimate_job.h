@@ -49,6 +49,9 @@ struct perta_estimate_job {
     struct perta_chunks chunks; /* of tokens */
     size_t batch_tokens;        /* tokens in a batch, at most */
     size_t n_batches;
+    /* (n_layers): buffers in which the forward pass leaves a layer's activations for the backward
+     * pass; 0: it does not. Only if all tokens are one batch. NULL: none */
+    uint32_t *kept;
     struct perta_store *x; /* (n_layers + 1): input of each block, and result of the last */
     struct perta_store dx; /* gradient of the input of dx_layer */
     uint32_t dx_layer;
@@ -86,6 +89,9 @@ int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
                            struct perta_err *err);
 /* The batch that starts with *group, which becomes the first group of the next batch. */
 struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group);
+/* Lay out a batch's activations of a layer. Returns whether they are kept. */
+bool perta_estimate_acts(const struct perta_estimate_job *job, uint32_t layer, size_t n,
+                         struct perta_acts *acts);
 /* Begin to read a layer's weights, and to read ahead what next says: a layer, the head (n_layers),
  * or nothing (UINT32_MAX). Returns the layer, ready for use. sink: receives its gradients; NULL:
  * not wanted. */

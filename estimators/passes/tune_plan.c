@@ -226,6 +226,31 @@ static int take_heap(struct perta_tune_job *job, uint64_t n, uint32_t **which,
                : perta_fail_sys(err, ENOMEM, "updates");
 }
 
+/* Keep the activations of as many layers as there is memory for, besides what goes to stores: the
+ * backward pass then needs no second forward pass of them. */
+static int keep(struct perta_estimate_job *pass, uint32_t lowest, struct perta_err *err)
+{
+    const struct perta_backend_ops *ops = pass->be->ops;
+    const struct perta_llm *llm = &pass->weights.llm;
+    size_t n = pass->samples.n_tokens;
+    uint64_t row = ops->buffer_bytes(pass->be, n * llm->hidden * sizeof(float));
+    /* x of each layer and the result of the last, dx twice, and the head's, in float64 too */
+    uint64_t stores = row * (llm->n_layers - lowest + 1 + 2 + 1 + 2);
+    uint64_t len_bytes = perta_acts_kept_floats(llm, n) * sizeof(float);
+    uint64_t each = ops->buffer_bytes(pass->be, len_bytes);
+    int rc = 0;
+    pass->kept = calloc(llm->n_layers, sizeof *pass->kept);
+    if (!pass->kept)
+        return perta_fail_sys(err, ENOMEM, "activations");
+    for (uint32_t l = llm->n_layers; l-- > lowest && !rc;) {
+        if (pass->n_batches > 1 || pass->scratch.free_bytes < stores + each)
+            break;
+        rc = ops->alloc(pass->be, len_bytes, &pass->kept[l], err);
+        pass->scratch.free_bytes -= rc ? 0 : each;
+    }
+    return rc;
+}
+
 /* The memory is planned for the longest samples in one update: no other needs more. */
 static int plan(struct perta_tune_job *job, struct perta_err *err)
 {
@@ -244,7 +269,8 @@ static int plan(struct perta_tune_job *job, struct perta_err *err)
     pass->cut.longest = pass->cut.longest > group ? pass->cut.longest : group;
     pass->n_factor_arrays = 4;
     pass->later_bytes = job->n_updates * UPDATE_BYTES;
-    return perta_estimate_plan(pass, perta_estimate_bf16(pass), err);
+    rc = perta_estimate_plan(pass, perta_estimate_bf16(pass), err);
+    return rc ? rc : keep(pass, job->lowest, err);
 }
 
 int perta_tune_plan(struct perta_tune_job *job, struct perta_err *err)
