@@ -12,6 +12,7 @@ enum {
     KEY_DATA_RETAIN,
     KEY_DATA_KEY,
     KEY_BOX,
+    KEY_RETAIN_BATCH,
     KEY_STEP,
     KEY_BACK_OFF,
     KEY_MAX_SCALE,
@@ -34,6 +35,9 @@ static const struct argp_option options[] = {
     {"box", KEY_BOX, "C", 0,
      "Without --tuned and --base, the task vector has the signs of the forget set's gradient at the "
      "model, for each matrix with C times its root mean square (default: found by trying the first step)",
+     1},
+    {"retain-batch", KEY_RETAIN_BATCH, "N", 0,
+     "Take each step's retain gradients over at most N samples, batch after batch (default: all)",
      1},
     {"step", KEY_STEP, "S", 0, "How much a parameter's scale can grow in a step (default 0.4)", 2},
     {"back-off", KEY_BACK_OFF, "B", 0,
@@ -99,6 +103,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         s->box = cli_number(state, "--box", arg);
         if (!(s->box > 0)) /* 0 in the library means: no box */
             argp_error(state, "--box: %s; must be a finite number above 0", arg);
+        return 0;
+    case KEY_RETAIN_BATCH:
+        s->retain_batch = cli_count(state, "--retain-batch", arg);
+        if (!s->retain_batch) /* 0 in the library means: all */
+            argp_error(state, "--retain-batch: 0; must be 1 or more");
         return 0;
     case KEY_STEP:
         s->rule.step = cli_number(state, "--step", arg);

@@ -39,6 +39,9 @@ struct perta_estimate {
     /* weight the gradients of samples as steps do (docs/steps.md); the summary then has "spread"
      * (struct perta_head_means) */
     bool by_probability;
+    /* Not 0: take only the samples of batch number batch, of at most batch_size samples
+     * (perta_samples_keep_batch, with seed 0). */
+    uint64_t batch_size, batch;
     uint64_t max_tokens; /* longer samples are refused; 0: no limit */
     /* Called when the forward pass has given the mean loss and probability. If it returns false, the
      * estimate ends there, without outputs, and "folders" in the summary is empty. A run that is

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/passes/pick.h"
+
 /* ---- open ---- */
 
 int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
@@ -29,6 +31,8 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};
     rc = perta_samples_read(e->data, &wanted, &job->samples, err);
+    if (!rc && e->batch_size)
+        rc = perta_samples_keep_batch(&job->samples, e->batch_size, 0, e->batch, err);
     if (!rc && e->adapter)
         rc = perta_adapted_open(&job->adapted, e->adapter, &job->weights, &job->factors,
                                 job->samples.notes, err);

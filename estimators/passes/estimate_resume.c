@@ -91,6 +91,9 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "data key gives", job->samples.file.hmac, "cpu", (json_int_t)perta_gemm_isa(), "products",
         perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", perta_journal_config(job->weights.ck), "data", data_file(job));
+    if (e->batch_size)
+        perta_json_set(&identity, "batch",
+                       json_pack("[I, I]", (json_int_t)e->batch_size, (json_int_t)e->batch));
     if (e->at)
         perta_json_set(&identity, "at", perta_scaled_json(&job->scaled));
     if (e->adapter)

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "estimators/edit/kernels.h"
+#include "estimators/passes/pick.h"
 #include "estimators/passes/tune_job.h"
 
 /* Bytes of the heap for an update's numbers: here, in a record of the journal and in the
@@ -83,12 +84,6 @@ static int new_factors(struct perta_tune_job *job, struct perta_err *err)
     return rc;
 }
 
-/* Start of the random numbers for one purpose: 0 the adapter, 1 + e the order of epoch e. */
-static uint64_t random_state(const struct perta_tune_job *job, uint64_t purpose)
-{
-    return perta_random_bits(job->tune.seed, purpose);
-}
-
 #define ROW_FLOATS 4096
 
 /* A: uniform in [-1, 1) / sqrt(in), which is kaiming_uniform with a = sqrt(5), PEFT's way. *next is
@@ -97,7 +92,7 @@ static void put_initial(struct perta_tune_job *job, const struct perta_factor *f
 {
     struct perta_backend *be = job->pass.be;
     struct perta_low_rank lora = perta_factor_in(f, job->pass.factors.values);
-    uint64_t state = random_state(job, 0);
+    uint64_t state = perta_random_bits(job->tune.seed, 0); /* pick.h has the others */
     float bound = (float)(1 / sqrt((double)f->in)), some[ROW_FLOATS];
     for (uint64_t at = 0, n; at < f->r * f->in; at += n) {
         n = f->r * f->in - at < ROW_FLOATS ? f->r * f->in - at : ROW_FLOATS;
@@ -128,36 +123,6 @@ int perta_tune_count(struct perta_tune_job *job, struct perta_err *err)
                             (unsigned long long)job->n_updates, (unsigned long long)job->all.n);
 }
 
-/* The order of an epoch: a Fisher-Yates shuffle from the last place to the first. */
-static void shuffle(struct perta_tune_job *job, uint64_t epoch)
-{
-    uint64_t n = job->all.n, state = random_state(job, 1 + epoch);
-    assert(n);
-    for (uint64_t i = 0; i < n; i++)
-        job->order[i] = (uint32_t)i;
-    for (uint64_t i = n - 1; i > 0; i--) {
-        uint64_t k = perta_random_bits(state, n - 1 - i) % (i + 1);
-        uint32_t one = job->order[i];
-        job->order[i] = job->order[k];
-        job->order[k] = one;
-    }
-    job->ordered = epoch + 1;
-}
-
-static void copy_sample(const struct perta_samples *from, uint64_t i, struct perta_samples *to)
-{
-    uint64_t first = from->starts[i], n = from->starts[i + 1] - first, at = to->n_tokens;
-    memcpy(to->ids + at, from->ids + first, n * sizeof *to->ids);
-    memcpy(to->targets + at, from->targets + first, n * sizeof *to->targets);
-    memcpy(to->places + at, from->places + first, n * sizeof *to->places);
-    to->n_labels[to->n] = from->n_labels[i];
-    to->lines[to->n] = from->lines[i];
-    to->kinds[to->n] = from->kinds[i];
-    to->n_tokens += n;
-    to->longest = n > to->longest ? n : to->longest;
-    to->starts[++to->n] = to->n_tokens;
-}
-
 /* Make the samples which (n) those of the pass. */
 static int take(struct perta_tune_job *job, const uint32_t *which, uint64_t n,
                 struct perta_err *err)
@@ -165,7 +130,7 @@ static int take(struct perta_tune_job *job, const uint32_t *which, uint64_t n,
     struct perta_estimate_job *pass = &job->pass;
     pass->samples.n = pass->samples.n_tokens = pass->samples.longest = 0;
     for (uint64_t i = 0; i < n; i++)
-        copy_sample(&job->all, which[i], &pass->samples);
+        perta_samples_append(&pass->samples, &job->all, which[i]);
     free(pass->starts);
     perta_cut_release(&pass->cut);
     perta_chunks_release(&pass->chunks);
@@ -177,7 +142,8 @@ int perta_tune_take(struct perta_tune_job *job, uint64_t n, struct perta_err *er
     uint64_t epoch = n / job->per_epoch, size = job->tune.batch_size;
     uint64_t first = n % job->per_epoch * size;
     if (job->ordered != epoch + 1)
-        shuffle(job, epoch);
+        perta_samples_shuffle(job->order, job->all.n, job->tune.seed, epoch);
+    job->ordered = epoch + 1;
     return take(job, job->order + first, job->all.n - first < size ? job->all.n - first : size,
                 err);
 }

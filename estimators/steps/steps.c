@@ -84,6 +84,8 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                   "max_scale", s->rule.max_scale, "stop_forget", perta_real_json(s->stop_forget),
                   "stop_probability", perta_real_json(s->stop_probability), "max_retain_rise",
                   perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
+    if (s->retain_batch)
+        perta_json_set(&flags, "retain_batch", json_integer((json_int_t)s->retain_batch));
     if (s->box > 0 || job->box > 0)
         perta_json_set(&flags, "box", json_real(s->box > 0 ? s->box : job->box));
     return flags;
@@ -181,6 +183,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
             p->tokens[i] = (uint64_t)json_integer_value(json_object_get(record, "tokens"));
         }
     }
+    p->gradients |= json_is_true(json_object_get(record, "batch"));
     if (json_object_get(record, "moved")) {
         p->reached = true;
         p->moved = json_real_value(json_object_get(record, "moved"));
@@ -225,6 +228,14 @@ static bool uses_gradients(const struct perta_steps_job *job, unsigned k, int se
 
 /* ---- a point ---- */
 
+/* Is the loss over the whole retain set needed at point k? Where it is not, that of the batch whose
+ * gradients are taken stands in the record. */
+static bool needs_retain_loss(const struct perta_steps_job *job, unsigned k)
+{
+    return !job->batched || !k || k == job->steps->n_steps ||
+           isfinite(job->steps->max_retain_rise) || perta_steps_forgets_enough(job, k);
+}
+
 struct measuring {
     struct perta_steps_job *job;
     unsigned k;
@@ -259,14 +270,22 @@ int perta_steps_eval(struct perta_steps_job *job, int set, const struct perta_sc
     return perta_eval(&eval, &job->run, summary, err);
 }
 
-/* Measure the loss, and the gradients if the next step needs them. */
-static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t **summary,
+/* What is measured at a point. */
+enum what {
+    FORGET, /* the loss, and the gradients if the next step uses them */
+    RETAIN, /* likewise; in a path with batches, the loss alone */
+    BATCH,  /* loss and gradients over a batch of the retain set */
+};
+
+static int run_measure(struct perta_steps_job *job, unsigned k, enum what what, json_t **summary,
                        struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
+    int set = what == FORGET ? PERTA_FORGET : PERTA_RETAIN;
     char *scales = perta_steps_scales(job, k), *box = perta_steps_box_folder(job);
     char *out = path_in_work(job, GRADIENTS, k, perta_sets[set]);
     bool own = perta_steps_is_own(s), at_model = own && !k; /* where the box is not formed yet */
+    bool loss_alone = k == s->n_steps || (what == RETAIN && job->batched);
     const struct perta_scaled_paths at = {s->tuned, s->base, scales, own ? box : NULL, job->box};
     struct measuring measuring = {job, k, set};
     const struct perta_estimate estimate = {.model = s->model,
@@ -276,14 +295,17 @@ static int run_measure(struct perta_steps_job *job, unsigned k, int set, json_t 
                                             .out = out,
                                             .mean = true,
                                             .by_probability = set == PERTA_FORGET,
-                                            .takes_gradients = takes_gradients,
+                                            .takes_gradients =
+                                                what == BATCH ? NULL : takes_gradients,
                                             .ctx = &measuring,
+                                            .batch_size = what == BATCH ? s->retain_batch : 0,
+                                            .batch = k,
                                             .max_tokens = s->max_tokens,
                                             .compute = s->compute,
                                             .force = true};
     int rc = !scales || !box || !out ? perta_fail_sys(err, ENOMEM, "%s", job->work_path)
-             : k < s->n_steps        ? perta_estimate(&estimate, &job->run, summary, err)
-                                     : perta_steps_eval(job, set, &at, summary, err);
+             : loss_alone ? perta_steps_eval(job, set, at_model ? NULL : &at, summary, err)
+                          : perta_estimate(&estimate, &job->run, summary, err);
     free(scales);
     free(box);
     free(out);
@@ -300,33 +322,66 @@ int perta_steps_check_models(const struct perta_steps_job *job, struct perta_err
     return rc;
 }
 
-static int measure(struct perta_steps_job *job, unsigned k, int set, struct perta_err *err)
+static int commit_measured(struct perta_steps_job *job, unsigned k, enum what what,
+                           struct perta_err *err)
+{
+    const struct perta_steps_point *p = &job->points[k];
+    int set = what == FORGET ? PERTA_FORGET : PERTA_RETAIN;
+    return perta_steps_commit(job,
+                              json_pack("{s:I, s:f, s:f, s:f, s:I, s:I, s:b}", "step",
+                                        (json_int_t)k, perta_sets[set], p->loss[set], "probability",
+                                        p->probability[set], "spread", job->spread, "samples",
+                                        (json_int_t)p->samples[set], "tokens",
+                                        (json_int_t)p->tokens[set], "batch", (int)(what == BATCH)),
+                              err);
+}
+
+/* Take loss and so on from the summary of an estimate or eval. */
+static int take_measured(struct perta_steps_job *job, unsigned k, int set, const json_t *summary,
+                         struct perta_err *err)
 {
     struct perta_steps_point *p = &job->points[k];
-    json_t *summary = NULL;
-    if (!isnan(p->loss[set]))
-        return 0;
-    int rc = run_measure(job, k, set, &summary, err);
-    if (!rc)
-        rc = perta_steps_check_models(job, err);
-    double loss = json_real_value(json_object_get(summary, "loss"));
+    p->loss[set] = json_real_value(json_object_get(summary, "loss"));
     p->probability[set] = json_real_value(json_object_get(summary, "probability"));
-    if (!rc && !isfinite(loss))
-        rc = perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
-                        data_of(job, set), k);
     p->samples[set] = (uint64_t)json_integer_value(json_object_get(summary, "samples"));
     p->tokens[set] = (uint64_t)json_integer_value(json_object_get(summary, "tokens"));
     if (!k && set == PERTA_FORGET)
         job->spread = json_real_value(json_object_get(summary, "spread"));
+    return isfinite(p->loss[set])
+               ? 0
+               : perta_fail(err, PERTA_EINPUT, "%s: the loss at step %u is not a finite number",
+                            data_of(job, set), k);
+}
+
+static int measure(struct perta_steps_job *job, unsigned k, enum what what, struct perta_err *err)
+{
+    struct perta_steps_point *p = &job->points[k];
+    int set = what == FORGET ? PERTA_FORGET : PERTA_RETAIN;
+    bool knows_loss = !isnan(p->loss[set]);
+    json_t *summary = NULL;
+    if (what == BATCH ? p->gradients : knows_loss)
+        return 0;
+    int rc = run_measure(job, k, what, &summary, err);
+    if (!rc)
+        rc = perta_steps_check_models(job, err);
+    if (!rc && !(what == BATCH && knows_loss))
+        rc = take_measured(job, k, set, summary, err);
     json_decref(summary);
     if (!rc)
-        rc = perta_steps_commit(
-            job,
-            json_pack("{s:I, s:f, s:f, s:f, s:I, s:I}", "step", (json_int_t)k, perta_sets[set],
-                      loss, "probability", p->probability[set], "spread", job->spread, "samples",
-                      (json_int_t)p->samples[set], "tokens", (json_int_t)p->tokens[set]),
-            err);
-    p->loss[set] = rc ? NAN : loss;
+        rc = commit_measured(job, k, what, err);
+    p->gradients |= !rc && what == BATCH;
+    if (rc && !(what == BATCH && knows_loss))
+        p->loss[set] = NAN;
+    return rc;
+}
+
+static int measure_point(struct perta_steps_job *job, unsigned k, struct perta_err *err)
+{
+    int rc = measure(job, k, FORGET, err);
+    if (!rc && needs_retain_loss(job, k))
+        rc = measure(job, k, RETAIN, err);
+    if (!rc && job->batched && uses_gradients(job, k, PERTA_RETAIN))
+        rc = measure(job, k, BATCH, err);
     return rc;
 }
 
@@ -461,9 +516,7 @@ static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *l
     const struct perta_steps *s = job->steps;
     int rc = 0;
     for (unsigned k = 0; !rc; k++) {
-        rc = measure(job, k, PERTA_FORGET, err);
-        if (!rc)
-            rc = measure(job, k, PERTA_RETAIN, err);
+        rc = measure_point(job, k, err);
         if (!rc && !k)
             rc = form_box(job, err);
         if (rc)

@@ -52,6 +52,9 @@ struct perta_steps {
      * INFINITY, never. */
     double stop_forget, stop_probability;
     double max_retain_rise; /* stop before the retain loss has risen by more; INFINITY: no limit */
+    /* Not 0: each step takes the retain set's gradients over at most so many of its samples, batch
+     * after batch of shuffled epochs. What decides where the path ends is measured over all. */
+    uint64_t retain_batch;
     uint64_t max_tokens;
     enum perta_compute compute;
     const char *patch, *out; /* as in perta_unlearn */

@@ -88,6 +88,8 @@ static int read_set(struct perta_steps_job *job, int set, struct keys *keys, str
     if (rc)
         return rc;
     job->data[set] = samples.file;
+    if (set == PERTA_RETAIN)
+        job->batched = s->retain_batch && s->retain_batch < samples.n;
     if (json_array_extend(job->notes, samples.notes))
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     if (!rc)

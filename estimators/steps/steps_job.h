@@ -31,8 +31,9 @@ struct perta_steps_point {
     double probability[2];
     double moved, mean_scale;
     uint64_t samples[2], tokens[2];
-    bool reached;  /* its scales are written */
-    json_t *patch; /* perta_unlearn's summary; NULL if the patch is not written */
+    bool gradients; /* of the retain set: those that the next step uses are written */
+    bool reached;   /* its scales are written */
+    json_t *patch;  /* perta_unlearn's summary; NULL if the patch is not written */
 };
 
 struct perta_steps_job {
@@ -52,6 +53,7 @@ struct perta_steps_job {
     char *work_path;                  /* name of the work folder */
     struct perta_steps_point *points; /* (n_steps + 1) */
     struct perta_samples_file data[2];
+    bool batched;  /* the retain set has more samples than retain_batch */
     json_t *notes; /* about the data; an array of strings */
     int patching;  /* the step whose patch an interrupted run was writing, or -1 */
 };

@@ -14,11 +14,14 @@ static json_t *path_json(const struct perta_steps_job *job, unsigned last)
     json_t *path = json_array();
     for (unsigned k = 0; k <= last; k++) {
         const struct perta_steps_point *p = &job->points[k];
-        perta_json_append(&path, json_pack("{s:I, s:f, s:f, s:f, s:f, s:f}", "step", (json_int_t)k,
-                                           "forget_loss", p->loss[PERTA_FORGET],
-                                           "forget_probability", p->probability[PERTA_FORGET],
-                                           "retain_loss", p->loss[PERTA_RETAIN], "moved", p->moved,
-                                           "mean_scale", p->mean_scale));
+        json_t *point = json_pack(
+            "{s:I, s:f, s:f, s:f, s:f, s:f}", "step", (json_int_t)k, "forget_loss",
+            p->loss[PERTA_FORGET], "forget_probability", p->probability[PERTA_FORGET],
+            "retain_loss", p->loss[PERTA_RETAIN], "moved", p->moved, "mean_scale", p->mean_scale);
+        if (job->batched)
+            perta_json_set(&point, "retain_samples",
+                           json_integer((json_int_t)p->samples[PERTA_RETAIN]));
+        perta_json_append(&path, point);
     }
     return path;
 }

@@ -226,6 +226,24 @@ def random_weight(seed: int, name: str, shape: tuple[int, ...], real: type) -> n
     return ((z >> 40).astype(real) * real(2.0**-24)).reshape(shape)
 
 
+def random_bits(state: int, i: int) -> int:
+    """Output number i + 1 of SplitMix64 started at state."""
+    mask = (1 << 64) - 1
+    z = (state + (i + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """The samples 0 .. n - 1 in the order of that epoch (docs/tune.md)."""
+    state, order = random_bits(seed, 1 + epoch), list(range(n))
+    for i in range(n - 1, 0, -1):
+        k = random_bits(state, n - 1 - i) % (i + 1)
+        order[i], order[k] = order[k], order[i]
+    return order
+
+
 # --- the task vector of a LoRA
 
 

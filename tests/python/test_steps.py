@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from conftest import part
+from reference import shuffled
 from test_estimate import MODELS, VOCABULARY, make_model
 from test_eval import evaluate, write_lines
 from test_resume import contents
@@ -79,7 +80,15 @@ def own_box(full, g, c):
     return tau
 
 
-def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=None, box=None):
+def batch_of(samples, size, k):
+    """docs/steps.md: the samples of the step from point k."""
+    n = len(samples)
+    batches = -(-n // size)
+    order, b = shuffled(n, 0, k // batches), k % batches
+    return [samples[i] for i in sorted(order[b * n // batches : (b + 1) * n // batches])]
+
+
+def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=None, box=None, batch=0):
     """docs/steps.md in PyTorch: the model at each point. If a gradient is too close to zero for
     its sign to be certain in float32, sure is False."""
     full = tensors_of(tmp_path / "full")
@@ -97,6 +106,13 @@ def procedure(tmp_path, lines, n_steps, back_off, step=0.4, max_scale=3.0, hold=
                          for p in ("forget", "retain")), strict=True)  # fmt: skip
         path.append({"forget_loss": means[0][0], "forget_probability": means[0][1],
                      "retain_loss": means[1][0]})  # fmt: skip
+        if batch and k < n_steps:
+            some = batch_of(lines["retain"], batch, k)
+            of_batch, g_batch = gradients(tmp_path / "full", theta, some, False)
+            g = [g[0], g_batch]
+            decides = k == 0 or (hold is not None and means[0][1] <= hold)
+            path[-1]["retain_samples"] = len(lines["retain"] if decides else some)
+            path[-1]["retain_loss"] = (means[1] if decides else of_batch)[0]
         models.append(theta)
         if box is not None and not k:
             tau = own_box(full, g[0], box)
@@ -236,6 +252,51 @@ def test_what_is_forgotten_is_held(perta, tmp_path):
     assert stop_at(tmp_path, command, "commit", 60) == (-signal.SIGKILL, "")
     perta(*command, "--resume")
     assert contents(tmp_path / "again") == contents(tmp_path / "patch")
+
+
+def test_batches_of_the_retain_set_are_pytorchs(perta, tmp_path):
+    """Seven samples in batches of three: epochs of three batches, 2, 2 and 3. All samples decide
+    at the first and last point, and wherever enough is forgotten."""
+    lines = make_folders(tmp_path)
+    generator = torch.Generator().manual_seed(5)
+    lines["retain"] = [
+        {"input_ids": torch.randint(100, 250, (n,), generator=generator).tolist()}
+        for n in (9, 20, 14, 5, 30, 11, 8)
+    ]
+    write_lines(tmp_path / "retain.jsonl", lines["retain"])
+    batch = ["--retain-batch", "3"]
+    first = json.loads(perta(*STEPS, "3", *batch).stdout)["path"]
+    level = first[3]["forget_probability"] * (1 + 1e-3)
+    command = [*STEPS, "7", *HOLD, level, *batch, "--force"]
+    summary = json.loads(perta(*command).stdout)
+    models, _, sure, want = procedure(tmp_path, lines, 7, 0.2, hold=level, batch=3)
+    for have, point in zip(summary["path"][:-1], want[:-1], strict=True):
+        assert have["retain_samples"] == point["retain_samples"]
+        assert have["retain_loss"] == pytest.approx(point["retain_loss"], rel=2e-5)
+        assert have["forget_probability"] == pytest.approx(point["forget_probability"], rel=2e-5)
+    assert {point["retain_samples"] for point in summary["path"]} == {2, 3, 7}
+    assert summary["path"][-1]["retain_samples"] == 7
+    perta("apply", "full", "patch", "--out", "out")
+    out = tensors_of(tmp_path / "out")
+    for key, x in models[summary["chosen"]].items():
+        assert (out[key] == x)[sure[key]].all(), key
+    recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
+    assert (recipe["retain_batch"], recipe["retain_samples"]) == (3, "7")
+    before = contents(tmp_path / "patch")
+    shutil.rmtree(tmp_path / "patch")
+    kills = 0
+    while stop_at(tmp_path, [*map(str, command[:-1]), "--resume"], "commit", 4)[0] < 0:
+        kills += 1
+    assert kills > 9 and contents(tmp_path / "patch") == before
+    # A batch that holds all samples is no batch.
+    perta(*STEPS, "2", "--patch", "all", "--retain-batch", "7")
+    perta(*STEPS, "2", "--patch", "none")
+    assert shards_of(tmp_path / "all") == shards_of(tmp_path / "none")
+    assert "--retain-batch: 0; must be 1 or more" in perta(*STEPS, "2", *batch[:1], "0", check=2).stderr
+
+
+def shards_of(patch):
+    return {path.name: path.read_bytes() for path in patch.glob("*.perta")}
 
 
 def test_gradients_that_no_step_uses_are_not_taken(perta, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import LONG, PERTA, needed
 from llama import write_llama
+from reference import random_bits, shuffled
 from test_limits import peak_mib, sanitized
 from verbs import LLAMA, stop_at
 
@@ -25,7 +26,6 @@ warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-MASK = (1 << 64) - 1
 SIZES = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -64,22 +64,11 @@ def make_data(path, n=21, longest=90, seed=5):
     return lines
 
 
-def random_bits(state, i):
-    """Output number i + 1 of SplitMix64 started at state."""
-    z = (state + (i + 1) * 0x9E3779B97F4A7C15) & MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
-
-
 def batches(n, size, seed, updates):
     """As docs/tune.md says."""
     made = []
     for epoch in range(updates):
-        state, order = random_bits(seed, 1 + epoch), list(range(n))
-        for i in range(n - 1, 0, -1):
-            k = random_bits(state, n - 1 - i) % (i + 1)
-            order[i], order[k] = order[k], order[i]
+        order = shuffled(n, seed, epoch)
         made += [order[i : i + size] for i in range(0, n, size)]
         if len(made) >= updates:
             break
