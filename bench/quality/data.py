@@ -65,12 +65,16 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def shortest(items: list[dict], tokenizer, n: int) -> Samples:
+def shortest_items(items: list[dict], tokenizer, n: int) -> list[dict]:
     """The n shortest questions of a file, in the file's order: two CPUs must be able to train on
     them."""
-    samples = [encode_item(tokenizer, item) for item in items]
-    longest = sorted(len(s["input_ids"]) for s in samples)[:n][-1]
-    return [s for s in samples if len(s["input_ids"]) <= longest][:n]
+    lengths = [len(encode_item(tokenizer, item)["input_ids"]) for item in items]
+    longest = sorted(lengths)[:n][-1]
+    return [item for item, length in zip(items, lengths, strict=True) if length <= longest][:n]
+
+
+def shortest(items: list[dict], tokenizer, n: int) -> Samples:
+    return [encode_item(tokenizer, item) for item in shortest_items(items, tokenizer, n)]
 
 
 def authors(items: list[dict]) -> list[list[dict]]:
@@ -78,11 +82,17 @@ def authors(items: list[dict]) -> list[list[dict]]:
     return [items[i : i + 20] for i in range(0, len(items), 20)]
 
 
+def tofu_authors(folder: Path, seed: int, n_authors: int) -> tuple[list[list[dict]], ...]:
+    """The questions about the authors to forget, and about twice n_authors others."""
+    first = 2 * n_authors * (seed - 1)
+    others = authors(read(folder / "retain90.jsonl"))[first : first + 2 * n_authors]
+    return authors(read(folder / "forget01.jsonl")), others
+
+
 def tofu(folder: Path, tokenizer, seed: int, n_authors: int, n_questions: int) -> Parts:
     """That many questions about each of two authors to forget, and of n_authors to retain and as
     many held out, which the seed chooses from the first ones."""
-    forget = read(folder / "forget01.jsonl")
-    others = authors(read(folder / "retain90.jsonl"))[2 * n_authors * (seed - 1) :][: 2 * n_authors]
+    forget, others = tofu_authors(folder, seed, n_authors)
 
     def encode(of: list[list[dict]]) -> Samples:
         return [s for items in of for s in shortest(items, tokenizer, n_questions)]
@@ -92,7 +102,7 @@ def tofu(folder: Path, tokenizer, seed: int, n_authors: int, n_questions: int) -
         whole = [{"question": i["question"], "answer": i["original_answer"]}
                  for i in read(folder / name)]  # fmt: skip
         known += shortest(whole, tokenizer, 20)
-    parts = (authors(forget), others[::2], others[1::2])
+    parts = (forget, others[::2], others[1::2])
     return Parts(*(encode(part) for part in parts), known, general_text(tokenizer))
 
 
