@@ -192,7 +192,7 @@ static const struct argp argp = {
     "\v"
     "The adapter is a folder that PEFT loads, and that `perta unlearn --tuned', `eval --adapter' "
     "and `estimate --adapter' take. Defaults are those of PEFT and of transformers' Trainer; "
-    "docs/tune.md has the formulas. `python -m perta.tokenize' makes the data from text.\n\n"
+    "docs/tune.md has the formulas. `perta tokenize' makes the data from text.\n\n"
     "Example:\n"
     "  perta tune --model base --data forget.jsonl --out adapter --learning-rate 1e-4 --memory 8G",
     children,
