@@ -9,26 +9,12 @@
 #include <xxhash.h>
 
 #include "estimators/model/train.h"
-#include "estimators/passes/estimate.h"
 #include "io/publish/publish.h"
 #include "io/text.h"
 #include "tools/demo.h"
-#include "tools/unlearn_steps.h"
 
 #define SEED 22030
 #define LEARNING_RATE 3e-3f
-
-static const char *const alphas[DEMO_N_POINTS] = {"0.25", "0.5", "0.75", "1", "1.25", "1.5"};
-static const char *const steps[DEMO_N_POINTS] = {"1", "2", "3", "4", "5", "6"};
-static const char *const left[] = {"0.5", "0.1"};
-#define HELD_STEPS 16
-const struct demo_method demo_methods[DEMO_N_METHODS] = {
-    {"tv", NULL, DEMO_AT_ONCE, PERTA_TV, "alpha", alphas, DEMO_N_POINTS},
-    {"grad", "mean", DEMO_AT_ONCE, PERTA_GRAD, "alpha", alphas, DEMO_N_POINTS},
-    {"fisher", "meansq", DEMO_AT_ONCE, PERTA_FISHER, "alpha", alphas, DEMO_N_POINTS},
-    {"signed-backoff", NULL, DEMO_IN_STEPS, 0, "step", steps, DEMO_N_POINTS},
-    {"signed-hold", NULL, DEMO_HELD, 0, "left", left, 2},
-};
 
 /* ---- arguments ---- */
 
@@ -59,9 +45,10 @@ static const struct argp argp = {
     options,
     parse,
     "[DIR]",
-    "Train small models that know made-up people, make one of them forget some of these people "
-    "by three methods in one edit and by two in steps, and ask the results what they still "
-    "know. Everything stays in DIR (default perta-demo).\vExample:\n  perta demo /tmp/demo",
+    "Train a small model that knows made-up people, make it forget some of these people with that "
+    "model and two files of facts alone, and ask the result what it still knows. Then do the same "
+    "by methods that need a tuned model and its base: three in one edit, and two in steps. "
+    "Everything stays in DIR (default perta-demo).\vExample:\n  perta demo /tmp/demo",
     children,
     NULL,
     NULL};
@@ -249,208 +236,78 @@ static int teach(struct demo *demo, struct perta_model *model, const char *name,
     return rc;
 }
 
+/* The base model, and from it the model to unlearn from. */
 static int make_models(struct demo *demo, struct perta_err *err)
 {
     struct perta_model model = {0};
     int rc = new_model(demo, &model, err);
     if (!rc) {
-        cli_say(&demo->cli, "Three Llamas of %zu parameters in %s/\n", model.n_floats, demo->dir);
-        rc = teach(demo, &model, "base", "general", 300, SEED, err);
+        cli_say(&demo->cli, "Two Llamas of %zu parameters in %s/\n", model.n_floats, demo->dir);
+        rc = teach(demo, &model, "base", "general", 240, SEED, err);
     }
-    float *base = rc ? NULL : malloc(model.n_floats * sizeof *base);
-    if (!rc && !base)
-        rc = demo_no_memory(err);
-    if (!rc) {
-        memcpy(base, model.weights, model.n_floats * sizeof *base);
-        rc = teach(demo, &model, "full", "full", 600, SEED + 1, err);
-    }
-    if (!rc) {
-        memcpy(model.weights, base, model.n_floats * sizeof *base);
-        rc = teach(demo, &model, "tuned", "forget", 100, SEED + 2, err);
-    }
-    free(base);
+    if (!rc)
+        rc = teach(demo, &model, "full", "full", 540, SEED + 1, err);
     perta_model_release(&model);
     return rc;
 }
 
-/* ---- estimate, unlearn ---- */
-
-static struct perta_run quiet_run(const struct demo *demo)
+/* From the base model: tuned on what is to be forgotten alone. */
+static int make_tuned(struct demo *demo, struct perta_err *err)
 {
-    struct perta_run run = demo->cli.run;
-    run.progress = NULL; /* every job is short */
-    return run;
+    struct perta_model model = {0};
+    char *base = demo_path(demo, "base");
+    int rc = base ? perta_model_load(base, &model, err) : demo_no_memory(err);
+    if (!rc)
+        rc = teach(demo, &model, "tuned", "forget", 100, SEED + 2, err);
+    perta_model_release(&model);
+    free(base);
+    return rc;
 }
 
-static int estimate(const struct demo *demo, const char *set, struct perta_err *err)
+/* ---- the two parts ---- */
+
+/* With the model and two files alone. */
+static int forget(struct demo *demo, struct perta_err *err)
 {
-    char *model = demo_path(demo, "base"), *data = demo_path(demo, "data/%s.jsonl", set);
-    char *out = demo_path(demo, "importance/%s", set);
-    const struct perta_estimate job = {.model = model,
-                                       .data = data,
-                                       .out = out,
-                                       .mean = true,
-                                       .meansq = true,
-                                       .force = demo->cli.force};
-    const struct perta_run run = quiet_run(demo);
-    json_t *summary = NULL;
-    int rc = model && data && out ? perta_estimate(&job, &run, &summary, err) : demo_no_memory(err);
+    cli_say(&demo->cli,
+            "\nForget with full and two files of facts, and nothing else: steps whose direction\n"
+            "comes from the model's own gradients, and that hold what is forgotten while giving\n"
+            "back what the retain set needs\n");
+    int rc = demo_unlearn(demo, DEMO_OWN_GRADIENT, err);
+    if (!rc)
+        rc = demo_ask_full(demo, err);
+    if (!rc)
+        rc = demo_ask(demo, DEMO_OWN_GRADIENT, err);
+    if (!rc)
+        demo_say_own(demo);
+    return rc;
+}
+
+/* With two more models. */
+static int compare(struct demo *demo, struct perta_err *err)
+{
+    cli_say(&demo->cli,
+            "\nBeside it, methods that need two more models: base, and one tuned from it\n");
+    int rc = make_tuned(demo, err);
     if (!rc)
         cli_say(&demo->cli,
-                "$ perta estimate --model base --data data/%s.jsonl --stat mean,meansq --out "
-                "importance/%s\n",
-                set, set);
-    json_decref(summary);
-    free(model);
-    free(data);
-    free(out);
-    return rc;
-}
-
-/* The folders of perta unlearn; forget and retain are importances, or data files for steps. */
-struct sides {
-    char *model, *tuned, *base, *patch, *out, *forget, *retain;
-};
-
-static void sides_release(struct sides *s)
-{
-    char *all[] = {s->model, s->tuned, s->base, s->patch, s->out, s->forget, s->retain};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        free(all[i]);
-}
-
-static int sides_of(const struct demo *demo, const struct demo_method *method, struct sides *s,
-                    struct perta_err *err)
-{
-    const char *from = method->way ? "data/%s.jsonl" : "importance/%s/%s";
-    const char *stat = method->stat ? method->stat : "";
-    *s = (struct sides){demo_path(demo, "full"),
-                        demo_path(demo, "tuned"),
-                        demo_path(demo, "base"),
-                        demo_path(demo, "patches/%s", method->name),
-                        demo_path(demo, "models/%s", method->name),
-                        demo_path(demo, from, "forget", stat),
-                        demo_path(demo, from, "retain", stat)};
-    bool all = s->model && s->tuned && s->base && s->patch && s->out && s->forget && s->retain;
-    return all ? 0 : demo_no_memory(err);
-}
-
-/* The settings that both kinds of methods share. */
-static struct perta_unlearn edit_of(const struct demo *demo, const struct sides *s)
-{
-    return (struct perta_unlearn){.model = s->model,
-                                  .tuned = s->tuned,
-                                  .base = s->base,
-                                  .patch = s->patch,
-                                  .out = s->out,
-                                  .force = demo->cli.force};
-}
-
-static int unlearn_at_once(const struct demo *demo, const struct demo_method *method,
-                           const struct sides *s, struct perta_err *err)
-{
-    struct perta_unlearn job = edit_of(demo, s);
-    const struct perta_run run = quiet_run(demo);
-    json_t *summary = NULL;
-    job.forget = method->stat ? s->forget : NULL;
-    job.retain = method->stat ? s->retain : NULL;
-    job.rule.method = method->method;
-    job.n_alphas = DEMO_N_POINTS;
-    for (int a = 0; a < DEMO_N_POINTS; a++)
-        job.alphas[a] = (struct perta_alpha){strtof(alphas[a], NULL), alphas[a]};
-    int rc = perta_unlearn(&job, &run, &summary, err);
-    json_decref(summary);
-    return rc;
-}
-
-static void steps_init(const struct demo *demo, const struct sides *s, struct unlearn_steps *own)
-{
-    const struct perta_unlearn edit = edit_of(demo, s);
-    unlearn_steps_init(own);
-    unlearn_steps_take(&own->steps, &edit);
-    own->steps.data_forget = s->forget;
-    own->steps.data_retain = s->retain;
-}
-
-static int run_steps(const struct demo *demo, const struct perta_steps *job, struct perta_err *err)
-{
-    const struct perta_run run = quiet_run(demo);
-    json_t *summary = NULL;
-    int rc = perta_steps(job, &run, &summary, err);
-    json_decref(summary);
-    return rc;
-}
-
-static int unlearn_in_steps(const struct demo *demo, const struct sides *s, struct perta_err *err)
-{
-    struct unlearn_steps own;
-    steps_init(demo, s, &own);
-    own.steps.several = true;
-    own.steps.n_steps = DEMO_N_POINTS;
-    memset(own.steps.listed + 1, true, DEMO_N_POINTS);
-    return run_steps(demo, &own.steps, err);
-}
-
-static int unlearn_held(const struct demo *demo, const struct demo_method *method,
-                        const struct sides *s, struct perta_err *err)
-{
-    int rc = 0;
-    for (int a = 0; a < method->n_points && !rc; a++) {
-        const char *name = method->points[a];
-        char *patch = demo_path(demo, "patches/%s/%s-%s", method->name, method->axis, name);
-        char *out = demo_path(demo, "models/%s/%s-%s", method->name, method->axis, name);
-        struct unlearn_steps own;
-        steps_init(demo, s, &own);
-        own.steps.hold = true;
-        own.steps.n_steps = HELD_STEPS;
-        own.steps.stop_probability = strtod(name, NULL);
-        own.steps.patch = patch;
-        own.steps.out = out;
-        rc = patch && out ? run_steps(demo, &own.steps, err) : demo_no_memory(err);
-        free(patch);
-        free(out);
-    }
-    return rc;
-}
-
-/* Print the command that made the points from first on. */
-static void say_unlearn(const struct demo *demo, const struct demo_method *method, int first)
-{
-    const struct cli *cli = &demo->cli;
-    const char *const axes[] = {"alpha", "steps", "stop-probability"};
-    cli_say(cli, "$ perta unlearn --model full --tuned tuned --base base --method %s",
-            method->name);
-    if (method->stat)
-        cli_say(cli, " \\\n    --forget importance/forget/%s --retain importance/retain/%s",
-                method->stat, method->stat);
-    if (method->way)
-        cli_say(cli, " \\\n    --data-forget data/forget.jsonl --data-retain data/retain.jsonl");
-    cli_say(cli, " \\\n    ");
-    if (method->way == DEMO_HELD)
-        cli_say(cli, "--steps %d ", HELD_STEPS);
-    cli_say(cli, "--%s %s", axes[method->way], method->points[first]);
-    if (method->way == DEMO_HELD) {
-        cli_say(cli, " --patch patches/%s/%s-%s --out models/%s/%s-%s\n", method->name,
-                method->axis, method->points[first], method->name, method->axis,
-                method->points[first]);
-        return;
-    }
-    for (int a = first + 1; a < method->n_points; a++)
-        cli_say(cli, ",%s", method->points[a]);
-    cli_say(cli, " --patch patches/%s --out models/%s\n", method->name, method->name);
-}
-
-static int unlearn(const struct demo *demo, const struct demo_method *method, struct perta_err *err)
-{
-    struct sides sides;
-    int rc = sides_of(demo, method, &sides, err);
+                "\nThe importance of every parameter for forgetting and for retaining\n");
     if (!rc)
-        rc = method->way == DEMO_IN_STEPS ? unlearn_in_steps(demo, &sides, err)
-             : method->way == DEMO_HELD   ? unlearn_held(demo, method, &sides, err)
-                                          : unlearn_at_once(demo, method, &sides, err);
-    for (int a = 0; a < (method->way == DEMO_HELD ? method->n_points : 1) && !rc; a++)
-        say_unlearn(demo, method, a);
-    sides_release(&sides);
+        rc = demo_estimate(demo, "forget", err);
+    if (!rc)
+        rc = demo_estimate(demo, "retain", err);
+    if (!rc)
+        cli_say(
+            &demo->cli,
+            "\nUnlearn: the task vector as it is (tv), with weights (grad, fisher), and in steps\n"
+            "that recompute gradients: until the last (signed-backoff), or holding what is\n"
+            "forgotten as above, but along the task vector (signed-hold)\n");
+    for (int m = DEMO_OWN_GRADIENT + 1; m < DEMO_N_METHODS && !rc; m++)
+        rc = demo_unlearn(demo, m, err);
+    for (int m = DEMO_OWN_GRADIENT + 1; m < DEMO_N_METHODS && !rc; m++)
+        rc = demo_ask(demo, m, err);
+    if (!rc)
+        demo_say_all(demo);
     return rc;
 }
 
@@ -462,21 +319,8 @@ static int run(struct demo *demo, struct perta_err *err)
     if (!rc)
         rc = make_models(demo, err);
     if (!rc)
-        cli_say(&demo->cli,
-                "\nThe importance of every parameter for forgetting and for retaining\n");
-    if (!rc)
-        rc = estimate(demo, "forget", err);
-    if (!rc)
-        rc = estimate(demo, "retain", err);
-    if (!rc)
-        cli_say(
-            &demo->cli,
-            "\nUnlearn: the task vector as it is (tv), with weights (grad, fisher), and in steps\n"
-            "that recompute gradients: until the last (signed-backoff), or holding what is\n"
-            "forgotten while giving back what the retain set needs (signed-hold)\n");
-    for (int m = 0; m < DEMO_N_METHODS && !rc; m++)
-        rc = unlearn(demo, &demo_methods[m], err);
-    return rc ? rc : demo_ask(demo, err);
+        rc = forget(demo, err);
+    return rc ? rc : compare(demo, err);
 }
 
 int cmd_demo(int argc, char **argv)
@@ -485,10 +329,8 @@ int cmd_demo(int argc, char **argv)
     struct perta_err err = {0};
     cli_parse(&demo.cli, &argp, argc, argv, &demo);
     int rc = run(&demo, &err);
-    if (!rc) {
-        demo_say(&demo);
+    if (!rc)
         cli_json(&demo.cli, demo_summary(&demo));
-    }
     for (int i = 0; i < DEMO_N_ASKED; i++)
         perta_samples_release(&demo.asked[i]);
     demo_facts_release(&demo.facts);

@@ -1,5 +1,5 @@
-/* demo.h - what the parts of perta demo share: the demo itself (cmd_demo.c), and what the models
- * know at its end (demo_ask.c). */
+/* demo.h - what the parts of perta demo share: the demo itself (cmd_demo.c), the methods
+ * (demo_unlearn.c), and what the models know (demo_ask.c). */
 #ifndef PERTA_TOOLS_DEMO_H
 #define PERTA_TOOLS_DEMO_H
 
@@ -9,7 +9,8 @@
 #include "tools/demo_facts.h"
 
 #define DEMO_BATCH 128
-enum { DEMO_N_METHODS = 5, DEMO_N_POINTS = 6, DEMO_N_ASKED = 3 };
+enum { DEMO_N_METHODS = 6, DEMO_N_POINTS = 6, DEMO_N_ASKED = 3 };
+enum { DEMO_OWN_GRADIENT }; /* the method that takes the model alone */
 
 /* A method makes several models, each of which has forgotten more than the one before:
  * models/NAME/AXIS-POINT. */
@@ -42,10 +43,22 @@ char *demo_path(const struct demo *demo, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
 int demo_no_memory(struct perta_err *err);
 
-/* Ask the full model, and every model of every method, about demo->asked. */
-int demo_ask(struct demo *demo, struct perta_err *err);
-/* Print the scores as a table, and a summary. */
-void demo_say(const struct demo *demo);
+/* ---- demo_unlearn.c ---- */
+
+/* Estimate the importance of every parameter of base for a set (forget or retain). */
+int demo_estimate(const struct demo *demo, const char *set, struct perta_err *err);
+/* Make the models of method number m, and print the commands. */
+int demo_unlearn(const struct demo *demo, int m, struct perta_err *err);
+
+/* ---- demo_ask.c ---- */
+
+/* Ask the full model about demo->asked; and every model of method number m. */
+int demo_ask_full(struct demo *demo, struct perta_err *err);
+int demo_ask(struct demo *demo, int m, struct perta_err *err);
+/* Print the scores of the full model and of the method that takes it alone; then those of the other
+ * methods, and a summary of all. */
+void demo_say_own(const struct demo *demo);
+void demo_say_all(const struct demo *demo);
 /* The caller owns the reference. */
 json_t *demo_summary(const struct demo *demo);
 

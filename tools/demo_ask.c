@@ -71,18 +71,24 @@ static int ask(const struct demo *demo, const char *path, struct demo_score *sco
     return rc;
 }
 
-int demo_ask(struct demo *demo, struct perta_err *err)
+int demo_ask_full(struct demo *demo, struct perta_err *err)
 {
     char *path = demo_path(demo, "full");
     int rc = ask(demo, path, &demo->full, err);
     free(path);
-    for (int m = 0; m < DEMO_N_METHODS; m++)
-        for (int a = 0; a < demo_methods[m].n_points && !rc; a++) {
-            path = demo_path(demo, "models/%s/%s-%s", demo_methods[m].name, demo_methods[m].axis,
-                             demo_methods[m].points[a]);
-            rc = ask(demo, path, &demo->unlearned[m][a], err);
-            free(path);
-        }
+    return rc;
+}
+
+int demo_ask(struct demo *demo, int m, struct perta_err *err)
+{
+    const struct demo_method *method = &demo_methods[m];
+    int rc = 0;
+    for (int a = 0; a < method->n_points && !rc; a++) {
+        char *path =
+            demo_path(demo, "models/%s/%s-%s", method->name, method->axis, method->points[a]);
+        rc = ask(demo, path, &demo->unlearned[m][a], err);
+        free(path);
+    }
     return rc;
 }
 
@@ -104,19 +110,22 @@ static json_t *score_json(const char *method, const char *axis, const char *poin
                      s->probability[1], s->probability[2]);
 }
 
-static void say_table(const struct demo *demo)
+static void say_head(const struct demo *demo)
 {
     const struct cli *cli = &demo->cli;
     cli_say(cli, "\n%30s  facts to forget    facts to retain    held-out retain\n", "");
     cli_say(cli, "%-30s    right   prob.     right   prob.     right   prob.\n", "model");
-    say_row(demo, "full", &demo->full);
-    for (int m = 0; m < DEMO_N_METHODS; m++)
-        for (int a = 0; a < demo_methods[m].n_points; a++) {
-            char name[64];
-            snprintf(name, sizeof name, "models/%s/%s-%s", demo_methods[m].name,
-                     demo_methods[m].axis, demo_methods[m].points[a]);
-            say_row(demo, name, &demo->unlearned[m][a]);
-        }
+}
+
+static void say_rows(const struct demo *demo, int m)
+{
+    const struct demo_method *method = &demo_methods[m];
+    for (int a = 0; a < method->n_points; a++) {
+        char name[64];
+        snprintf(name, sizeof name, "models/%s/%s-%s", method->name, method->axis,
+                 method->points[a]);
+        say_row(demo, name, &demo->unlearned[m][a]);
+    }
 }
 
 /* What is left of the rest when no more than left of what is to be forgotten is right:
@@ -152,9 +161,28 @@ static void say_when_left(const struct demo *demo, double left)
     }
 }
 
-void demo_say(const struct demo *demo)
+void demo_say_own(const struct demo *demo)
 {
-    say_table(demo);
+    static const char *const sets[DEMO_N_ASKED] = {
+        "to forget", "to retain, which the steps were shown", "to retain, which they never saw"};
+    const struct demo_method *own = &demo_methods[DEMO_OWN_GRADIENT];
+    const struct demo_score *after = &demo->unlearned[DEMO_OWN_GRADIENT][own->n_points - 1];
+    say_head(demo);
+    say_row(demo, "full", &demo->full);
+    say_rows(demo, DEMO_OWN_GRADIENT);
+    cli_say(&demo->cli, "\nRight answers, before and after (the last of these models):\n");
+    for (int i = 0; i < DEMO_N_ASKED; i++) {
+        double n = (double)demo->asked[i].n;
+        cli_say(&demo->cli, "  %4.0f -> %4.0f of %4.0f %s\n", n * demo->full.right[i],
+                n * after->right[i], n, sets[i]);
+    }
+}
+
+void demo_say_all(const struct demo *demo)
+{
+    say_head(demo);
+    for (int m = DEMO_OWN_GRADIENT + 1; m < DEMO_N_METHODS; m++)
+        say_rows(demo, m);
     say_when_left(demo, 0.5);
     say_when_left(demo, 0.1);
     cli_say(&demo->cli,

@@ -38,7 +38,7 @@ def ask(folder, data):
     return right / len(lines), probability
 
 
-@pytest.mark.parametrize("name", ["full", "models/fisher/alpha-0.5", "models/signed-backoff/step-2"])
+@pytest.mark.parametrize("name", ["full", "models/own-gradient/left-0.1", "models/fisher/alpha-0.5", "models/signed-backoff/step-2"])
 def test_transformers_gets_the_same_answers(demo, name):
     folder, summary = demo
     method, point = name.split("/")[1:] if "/" in name else ("full", "alpha-0")
@@ -83,6 +83,23 @@ def test_the_model_learned_and_weighing_keeps_more(demo):
         assert held["probability"][0] < float(left)  # of the answer; the steps also count the end
     backed_off = [s["right"] for (method, _), s in scores.items() if method == "signed-backoff"]
     assert held["right"][2] > max(kept for left, _, kept in backed_off if left < 0.15)
+
+
+def test_the_model_and_two_files_are_enough(demo):
+    """Without a tuned model, steps keep as much as with one, and more than edits do."""
+    folder, summary = demo
+    left = {s["left"]: s for s in summary["scores"] if s["method"] == "own-gradient"}
+    assert list(left) == ["0.5", "0.1"]
+    for level, score in left.items():
+        assert score["probability"][0] < float(level)
+        record = json.loads((folder / f"patches/own-gradient/left-{level}/manifest.json").read_text())
+        assert set(record["inputs"]) == {"model", "box", "scale"}
+        assert record["recipe"]["stop_probability"] == float(level)
+    full, after = (next(s["right"] for s in summary["scores"] if s["method"] == "full"), left["0.1"]["right"])
+    assert after[0] < 0.1 and after[1] > full[1] - 0.02 and after[2] > 0.8 * full[2]
+    for score in summary["scores"]:
+        if score["method"] in ("tv", "grad", "fisher") and score["right"][0] < 0.2:
+            assert score["right"][2] < after[2] - 0.2
 
 
 def test_a_demo_is_not_written_over(perta, demo):
