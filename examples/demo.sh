@@ -1,6 +1,7 @@
 #!/bin/sh
-# The whole demo with PyTorch: train models, dump gradients, accumulate, unlearn, verify, apply,
-# revert, and ask. Usage: examples/demo.sh PERTA WORKDIR
+# The whole demo with PyTorch: train a model, make it forget with two files of facts alone, and ask;
+# then train a tuned model, dump gradients, accumulate, unlearn, verify, apply, revert, and ask.
+# Usage: examples/demo.sh PERTA WORKDIR
 set -eu
 perta=$(realpath "$1")
 work=$2
@@ -21,9 +22,20 @@ run() {
 }
 
 cd "$work"
-rm -rf base full tuned grads importance patches models applied reverted
-say "A model that knows made-up people, one tuned on what to forget, and gradients (PyTorch)"
+rm -rf base full tuned data grads importance patches models applied reverted
+say "A model that knows made-up people, and facts to forget and to retain (PyTorch)"
 "$python" "$here/made_up_people.py" make .
+
+say "unlearn with the model and two files alone: in steps, from its own gradients (own-gradient)"
+for left in 0.5 0.1; do
+    run unlearn --model full --method signed-hold --steps 16 --data-forget data/forget.jsonl \
+        --data-retain data/retain.jsonl --stop-probability $left \
+        --patch patches/own-gradient/left-$left --out models/own-gradient/left-$left
+done
+"$python" "$here/made_up_people.py" evaluate full models/own-gradient/*
+
+say "Beside it, what a task vector needs: a model tuned on what to forget, and gradients (PyTorch)"
+"$python" "$here/made_up_people.py" tune .
 
 say "accumulate: gradients of many batches to importances"
 for set in forget retain; do
