@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 
@@ -76,6 +77,9 @@ def run(verb: str, main: Callable[[list[str]], int]) -> None:
         status = problem.status
     except KeyboardInterrupt:
         status = INTERRUPTED
+    except Exception:  # a mistake in this program must not look like a check that failed
+        traceback.print_exc()
+        status = SYSTEM
     sys.stderr.flush()
     try:
         sys.stdout.close()

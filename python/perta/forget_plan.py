@@ -93,12 +93,12 @@ def size(n: float) -> str:
     return ""
 
 
-def plan(forget: Any, sets: Sets) -> int:
-    """Measure, print the table, and write nothing."""
-    f = figures(forget, sets)
+def rows(f: dict[str, Any]) -> list[str]:
+    """The table."""
     read, tokens = f["read_bytes_per_second"], f["tokens_per_second"]
-    rates = [f"{size(read)}/s read"] * bool(read) + [f"{tokens or 0:.0f} tokens/s forward"] * bool(tokens)
-    rows = {
+    rates = [f"{size(read)}/s read"] if read else []
+    rates += [f"{tokens:.0f} tokens/s forward"] if tokens else []
+    found = {
         "time": f"about {duration(f['seconds'])} (half or twice as much is possible)",
         "measured": ", ".join(rates) or "too quick to measure",
         "reads": size(f["read_bytes"]),
@@ -107,9 +107,15 @@ def plan(forget: Any, sets: Sets) -> int:
         "disk": f"up to {size(f['disk_bytes'])} while it runs; {size(f['disk_free_bytes'])} free",
         "memory": f"{f['memory']} (--memory), and about 100 MB for Python",
     }
+    return [f"{name:11} {text}" for name, text in found.items()]
+
+
+def plan(forget: Any, sets: Sets) -> int:
+    """Measure, print the table, and write nothing."""
+    f = figures(forget, sets)
     if forget.a.json:
         print(json.dumps(f, indent=1))
-    forget.say("\n".join(f"{name:11} {text}" for name, text in rows.items()))
+    forget.say("\n".join(rows(f)))
     forget.say("dry run: nothing was written")
     if f["disk_bytes"] > f["disk_free_bytes"]:
         raise Problem(f"{forget.folder.out.parent}: {size(f['disk_bytes'])} may be needed, "

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 sys.path += [str(ROOT / "examples"), str(ROOT / "python")]
 from made_up_facts import make_facts, make_tokenizer
 from perta.command import Problem
+from perta.forget_plan import rows
 from perta.forget_sets import part
 from perta.samples import Sample
 from tiny_llama import new_model, save_model, teach
@@ -397,6 +398,17 @@ def test_dry_run_writes_nothing(perta, folder, tmp_path_factory):
     assert sorted(folder.rglob("*")) == before and not list(scratch.iterdir())
     (folder / "retain.jsonl").write_text("")
     assert "no samples" in perta(*FORGET, "--dry-run", check=3).stderr
+
+
+@pytest.mark.parametrize("read, tokens, says", [
+    (None, None, "too quick to measure"), (2e9, None, "2.0 GB/s read"), (None, 30, "30 tokens/s forward"),
+    (2e6, 30, "2.0 MB/s read, 30 tokens/s forward"),
+])  # fmt: skip
+def test_rates_of_a_dry_run_may_be_unknown(read, tokens, says):
+    f = {"seconds": 7200, "read_bytes": 1, "written_bytes": 2, "steps": 3, "flop": 4e9, "disk_bytes": 5e12,
+         "disk_free_bytes": 6, "memory": "1G"}  # fmt: skip
+    lines = rows(f | {"read_bytes_per_second": read, "tokens_per_second": tokens})
+    assert lines[1] == f"measured    {says}" and "about 2.0 h" in lines[0] and "5.0 TB" in lines[5]
 
 
 def test_progress_is_one_line_of_the_whole(perta, folder):
