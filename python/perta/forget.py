@@ -209,6 +209,7 @@ class Forget:
                      "--data-forget", str(self.folder.data("forget.jsonl")),
                      "--data-retain", str(self.folder.data("retain.jsonl")),
                      "--stop-probability", repr(target), *(["--box", a.box] if a.box else []),
+                     "--retain-batch", str(sets.retain_batch()),
                      "--patch", str(patch), "--resume", *self.how()]  # fmt: skip
             self.children.run(words, self.step_progress(), may_be=(0, CHECK), say=self.passed_on)
             self.progress.end("unlearn")

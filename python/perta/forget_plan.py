@@ -64,8 +64,12 @@ def figures(forget: Any, sets: Sets) -> dict[str, Any]:
     reading, token, state = rates(forget, sets, model_bytes)
     tokens = {name: sets.tokens(name) for name in sets.named()}
     asked = 2 * sum(tokens.values()) + (tokens["forget"] if a.base else 0)
-    learned = a.steps * (tokens["forget"] + tokens["retain"])
+    share = min(1.0, sets.retain_batch() / len(sets.retain))  # of the retain set, in a step's gradients
+    learned = a.steps * (tokens["forget"] + share * tokens["retain"])
     evals = 2 + (a.base is not None) + 2  # before, after; --base; both sets at the last point
+    if share < 1:  # the whole set is asked wherever enough is forgotten: half of the points, say
+        asked += a.steps / 2 * tokens["retain"]
+        evals += a.steps / 2
     gradients = 2 * a.steps  # each reads the model twice, and computes four times as much
     state_read, state_written = (n * parameters * a.steps for n in (STATE_READ, STATE_WRITTEN))
     seconds = (

@@ -21,6 +21,11 @@ class Sets:
     def named(self) -> dict[str, list[Sample]]:
         return {"forget": self.forget, "retain": self.retain, "held-out": self.held_out}
 
+    def retain_batch(self) -> int:
+        """Retain samples whose gradients a step takes: as many as are to be forgotten, and no fewer
+        than 32. docs/steps.md, "Batches of the retain set"."""
+        return max(32, len(self.forget))
+
     def tokens(self, name: str) -> int:
         return sum(len(sample.ids) for sample in self.named()[name])
 

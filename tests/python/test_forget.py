@@ -140,7 +140,7 @@ def test_held_out_samples_are_never_shown(perta, folder):
         shown, out = ((folder / f"out/data/{n}.jsonl").read_text().splitlines() for n in ("retain", "held-out"))
         assert len(shown) == 64 and len(out) == 16 and not set(shown) & set(out)
         recipe = json.loads((folder / "out/patch/manifest.json").read_text())["recipe"]
-        assert recipe["retain_samples"] == "64"
+        assert (recipe["retain_samples"], recipe["retain_batch"]) == ("64", 32)
         samples = json.loads((folder / "out/summary.json").read_text())["samples"]
         where = [s["where"] for s in samples if s["set"] != "forget"]
         assert sorted(where) == sorted(f"line {i}" for i in range(1, 81))
@@ -392,9 +392,10 @@ def test_dry_run_writes_nothing(perta, folder, tmp_path_factory):
     f = json.loads(perta(*FORGET, "--dry-run", "--json").stdout)
     n = sum(x.numel() for x in transformers.AutoModelForCausalLM.from_pretrained(folder / "full").parameters())
     tokens = f["tokens"]
-    learned = 16 * (tokens["forget"] + tokens["retain"])
+    learned = 16 * (tokens["forget"] + 32 / 64 * tokens["retain"])  # gradients of batches of 32
+    asked = 2 * sum(tokens.values()) + 16 / 2 * tokens["retain"]
     assert f["parameters"] == n and f["disk_bytes"] > 17 * n and f["seconds"] > 0
-    assert f["flop"] == 2 * n * (2 * sum(tokens.values()) + 4 * learned)
+    assert f["flop"] == 2 * n * (asked + 4 * learned)
     assert sorted(folder.rglob("*")) == before and not list(scratch.iterdir())
     (folder / "retain.jsonl").write_text("")
     assert "no samples" in perta(*FORGET, "--dry-run", check=3).stderr
