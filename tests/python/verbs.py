@@ -92,8 +92,8 @@ def make_inputs(folder, large):
     run(folder, "diff", "tuned", "base", "--patch", "p2")
     (folder / "model.json").write_text(run(folder, "manifest", "model").stdout)
     write_llama(folder / "llama", LLAMA)
-    ids = [random.Random(n).choices(range(200), k=30) for n in range(20)]
-    for name, part in (("data", ids), ("other", ids[7:13])):
+    ids = [random.Random(n).choices(range(200), k=30) for n in range(26)]
+    for name, part in (("data", ids[:20]), ("other", ids[20:])):
         lines = "\n".join(json.dumps({"input_ids": i}) for i in part)
         (folder / f"{name}.jsonl").write_text(lines)
     for name, exclusive in (("llama-tuned", 0x21), ("llama-base", 0x0C)):
