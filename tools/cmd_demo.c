@@ -323,6 +323,17 @@ static int run(struct demo *demo, struct perta_err *err)
     return rc ? rc : compare(demo, err);
 }
 
+/* A job of the demo's can be resumed, but not the demo: keep the error, without that advice, which
+ * precedes it. */
+static void drop_advice(struct perta_err *err)
+{
+    bool advised = err->resumable && err->code != PERTA_EUSAGE;
+    const char *own = advised ? strstr(err->msg, ": ") : NULL;
+    if (own)
+        memmove(err->msg, own + 2, strlen(own + 2) + 1);
+    err->resumable = false;
+}
+
 int cmd_demo(int argc, char **argv)
 {
     struct demo demo = {.dir = "perta-demo"};
@@ -331,6 +342,8 @@ int cmd_demo(int argc, char **argv)
     int rc = run(&demo, &err);
     if (!rc)
         cli_json(&demo.cli, demo_summary(&demo));
+    else
+        drop_advice(&err);
     for (int i = 0; i < DEMO_N_ASKED; i++)
         perta_samples_release(&demo.asked[i]);
     demo_facts_release(&demo.facts);

@@ -3,9 +3,11 @@ folders."""
 
 import json
 import re
+import signal
 
 import pytest
-from conftest import PERTA, SANITIZED
+from conftest import LONG, PERTA, SANITIZED
+from verbs import stop_at
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -100,6 +102,15 @@ def test_the_model_and_two_files_are_enough(demo):
     for score in summary["scores"]:
         if score["method"] in ("tv", "grad", "fisher") and score["right"][0] < 0.2:
             assert score["right"][2] < after[2] - 0.2
+
+
+@pytest.mark.skipif(not LONG, reason="it trains the models once more")
+def test_an_interrupted_demo_begins_again(perta, demo, tmp_path):
+    """At the first commit point of the steps. What can be resumed is that job, not the demo."""
+    status, said = stop_at(tmp_path, ["demo", "d"], "commit", 4, signal.SIGINT)
+    assert (status, said) == (130, "perta demo: interrupted\n")
+    again = json.loads(perta("demo", "d", "--force", "--json").stdout)
+    assert again["scores"] == demo[1]["scores"]
 
 
 def test_a_demo_is_not_written_over(perta, demo):
