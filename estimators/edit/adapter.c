@@ -303,7 +303,7 @@ static int no_target(const struct perta_adapter *adapter, const struct perta_cha
         adapter->ck->shards[0].path, part->tensor->name, change->target, model->path,
         wraps ? "one of the two uses the names of a vision-language model "
                 "(language_model) and the other does not; merge the adapter into its base "
-                "(merge_and_unload, save_pretrained) and give that as --tuned"
+                "(merge_and_unload, save_pretrained) and use that model"
               : "is it a different architecture?");
 }
 

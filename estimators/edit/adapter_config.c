@@ -51,7 +51,7 @@ static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *
             return refuse_key(
                 c, refused[i],
                 "is set, which perta does not support; merge the adapter into its base "
-                "(merge_and_unload, save_pretrained) and give that as --tuned",
+                "(merge_and_unload, save_pretrained) and use that model",
                 err);
     return 0;
 }

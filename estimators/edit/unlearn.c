@@ -62,19 +62,19 @@ static int bad_number(const struct perta_unlearn_job *job, unsigned worker,
                                                              : (int)result->counts.bad_operand;
     const struct perta_ref *ref = row->in[role];
     uint64_t elem = piece->first_elem + result->counts.bad_elem;
+    bool may_keep = job->rule.method != PERTA_SCALE; /* steps have no such option */
     if (role == PERTA_ROLE_TUNED && row->lora)
-        return perta_adapter_bad_number(job->adapter, worker, row->lora, elem, true, err);
+        return perta_adapter_bad_number(job->adapter, worker, row->lora, elem, may_keep, err);
     uint64_t width = perta_dtype_unit_bytes(ref->tensor->dtype);
     return perta_fail(
-        err, PERTA_EINPUT,
-        "%s: tensor %s, element %llu (byte %llu): %s; --nonfinite keep leaves "
-        "such parameters unchanged",
+        err, PERTA_EINPUT, "%s: tensor %s, element %llu (byte %llu): %s%s",
         job->in[role].ck->shards[ref->shard].path, ref->tensor->name, (unsigned long long)elem,
         (unsigned long long)(ref->tensor->off_bytes + elem * width),
         result->counts.bad_operand == PERTA_IN_RESULT ? "the edited value is not finite"
         : role >= PERTA_ROLE_FORGET && job->rule.stat == PERTA_STAT_MEANSQ
             ? "not a finite mean square of at least 0"
-            : "not a finite number");
+            : "not a finite number",
+        may_keep ? "; --nonfinite keep leaves such parameters unchanged" : "");
 }
 
 static int edit(const struct perta_unlearn_job *job, unsigned worker,

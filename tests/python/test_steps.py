@@ -439,6 +439,20 @@ def test_what_makes_no_sense_is_refused(perta, tmp_path, flags, code, message):
     assert not list(tmp_path.glob("patch*"))
 
 
+def test_a_bad_number_that_only_the_patch_reads(perta, tmp_path):
+    """In a row of the embedding that no sample uses. Steps have no --nonfinite to recommend."""
+    make_folders(tmp_path, "qwen3")
+    for path in (tmp_path / "tuned").glob("*.safetensors"):
+        tensors = load_file(path)
+        for key in tensors:
+            if "embed" in key:
+                tensors[key][VOCABULARY - 1, 0] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+    error = perta(*STEPS, "1", check=3).stderr
+    assert "embed_tokens.weight, element" in error and "not a finite number" in error
+    assert "--nonfinite" not in error
+
+
 def test_options_of_steps_need_steps(perta):
     words = "unlearn --model full --tuned tuned --base base --patch patch".split()
     for flags in (["--step", "0.4"], ["--method", "signed"], ["--data-forget", "x"]):
