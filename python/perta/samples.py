@@ -305,7 +305,8 @@ def read_records(path: Path, encoder: Encoder, note: Callable[[str], None]) -> I
                 unknown |= dict.fromkeys(key for key in record if key not in keys)
                 for sample in encoder.record(record):
                     encoder.check(sample)
-                    sample.where, sample.group = where, record.get("group") or where
+                    group = record.get("group")
+                    sample.where, sample.group = where, where if group in (None, "") else group
                     yield sample
         except (ValueError, TypeError, Problem) as error:
             raise Problem(f"{path}: {where}: {error}") from None
