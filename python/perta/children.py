@@ -15,9 +15,11 @@ from typing import IO, Any
 from perta.command import CHECK, INPUT, INTERRUPTED, SYSTEM, Problem, plain
 
 
-class Interrupted(Problem):
+class Interrupted(KeyboardInterrupt):
+    """Like Ctrl-C elsewhere, no error: what handles errors does not handle it."""
+
     def __init__(self) -> None:
-        super().__init__("interrupted", INTERRUPTED)
+        super().__init__("interrupted")
 
 
 def command() -> str:
@@ -33,6 +35,7 @@ class Children:
 
     def __init__(self) -> None:
         self.child: subprocess.Popen | None = None
+        self.starting = False  # a child that will be in self.child
         self.stopped = 0
         self.perta = command()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -42,7 +45,7 @@ class Children:
         self.stopped = number
         if self.child:
             self.child.send_signal(number)
-        else:
+        elif not self.starting:
             raise Interrupted
 
     def run(
@@ -58,9 +61,13 @@ class Children:
         messages; Problem if it ends otherwise."""
         words = [self.perta, *words, "--json", *(["--progress", "json"] if on_progress else [])]
         with tempfile.TemporaryFile() as out:
-            child = subprocess.Popen(words, stdin=stdin, stdout=out, stderr=subprocess.PIPE, text=True,
-                                     errors="replace", process_group=0)  # fmt: skip
-            self.child = child
+            self.starting = True
+            try:
+                child = subprocess.Popen(words, stdin=stdin, stdout=out, stderr=subprocess.PIPE, text=True,
+                                         errors="replace", process_group=0)  # fmt: skip
+                self.child = child
+            finally:
+                self.starting = False
             if self.stopped:  # a signal came before there was a child to get it
                 child.send_signal(self.stopped)
             said = [line for line in map(str.rstrip, child.stderr) if not progress(line, on_progress)]

@@ -1,5 +1,6 @@
 """What the verbs in Python share: errors, exit statuses, and how they begin and end."""
 
+import io
 import os
 import sys
 import traceback
@@ -18,9 +19,11 @@ class Problem(Exception):
         self.status = status
 
 
-def problem_of(error: Problem | OSError) -> Problem:
+def problem_of(error: Problem | OSError | KeyboardInterrupt) -> Problem:
     if isinstance(error, Problem):
         return error
+    if isinstance(error, KeyboardInterrupt):
+        return Problem("interrupted", INTERRUPTED)
     name = f"{error.filename}: " if error.filename else ""
     return Problem(f"{name}{error.strerror or error}", SYSTEM)
 
@@ -67,16 +70,16 @@ def refuse_empty_words(verb: str, words: list[str]) -> None:
 
 def run(verb: str, main: Callable[[list[str]], int]) -> None:
     """Run main(arguments) and exit with the status that it returns, or that an error has."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack a letter of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         refuse_empty_words(verb, sys.argv[1:])
         status = main(sys.argv[1:])
         sys.stdout.flush()
-    except (Problem, OSError) as error:
+    except (Problem, OSError, KeyboardInterrupt) as error:
         problem = problem_of(error)
         say(verb, str(problem))
         status = problem.status
-    except KeyboardInterrupt:
-        status = INTERRUPTED
     except Exception:  # a mistake in this program must not look like a check that failed
         traceback.print_exc()
         status = SYSTEM

@@ -244,7 +244,7 @@ class Forget:
         self.folder.begin(identity, a.resume)
         try:
             return self.in_folder(sets)
-        except (Problem, OSError) as error:
+        except (Problem, OSError, KeyboardInterrupt) as error:
             self.progress.clear()
             problem = problem_of(error)
             begun = self.folder.data("before.json").exists() or self.folder.resumed

@@ -27,12 +27,17 @@ def template_in(folder: Path, config: dict[str, Any]) -> str | None:
     """The chat template: chat_template.jinja comes before tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise Problem(f"{path}: {error}") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {one["name"]: one["template"] for one in template}
     if isinstance(template, dict):
         template = template.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TypeError("chat_template is not a string")
     return template
 
 
@@ -78,9 +83,15 @@ class ModelTokenizer:
         config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # as older versions of transformers wrote it
             config |= read_json(folder / "special_tokens_map.json")
-        special = add_special_tokens(backend, config)
-        end_texts(backend, config, special)
-        return cls(backend, special, template_in(folder, config), date)
+        try:
+            special = add_special_tokens(backend, config)
+            end_texts(backend, config, special)
+            template = template_in(folder, config)
+        except Problem:
+            raise
+        except Exception as error:  # a key of it has another type; the library raises bare Exception
+            raise Problem(f"{folder}/tokenizer_config.json: {type(error).__name__}: {error}") from None
+        return cls(backend, special, template, date)
 
     def id_of(self, name: str) -> int | None:
         token = self.special.get(name)

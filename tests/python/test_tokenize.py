@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from tokenizers import (
 )
 
 sys.path.append(str(ROOT / "python"))
+from perta.children import Interrupted
 from perta.command import Problem
 from perta.model_tokenizer import ModelTokenizer
 from perta.samples import Encoder, encoder_of, read_samples
@@ -356,6 +358,50 @@ def test_a_tokenizer_that_is_not_the_models(folders, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(Problem, match=r"tokenizer\.json: "):
         encoder_of(tmp_path, "auto", None, print)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"added_tokens_decoder": {"x": {"content": "a"}}}, {"added_tokens_decoder": {"1": {}}}, {"added_tokens_decoder": [1]},
+     {"added_tokens_decoder": {"1": {"content": "a", "lstrip": "no"}}}, {"additional_special_tokens": [5]},
+     {"chat_template": ["x"]}, {"chat_template": [{"template": "x"}]}, {"chat_template": 5}],
+)  # fmt: skip
+def test_a_config_that_is_not_understood_is_named(folders, tmp_path, config):
+    (tmp_path / "tokenizer.json").symlink_to(folders / "plain/tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(Problem, match=r"tokenizer_config\.json: [A-Z]\w+: ."):
+        encoder_of(tmp_path, "auto", None, print)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(Problem, match=r"chat_template\.jinja: 'utf-8' codec"):
+        encoder_of(tmp_path, "auto", None, print)
+
+
+def test_an_interrupt_is_no_error_of_the_text(folders, tmp_path):
+    """Here it comes while a template runs."""
+
+    def interrupt(*_):
+        raise Interrupted
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(folders / "chatml" / name)
+    loop = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
+    (tmp_path / "chat_template.jinja").write_text(loop)
+    path = write(tmp_path / "t.jsonl", [{"question": "Q", "answer": "A"}])
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(Interrupted):
+            read(tmp_path, path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_groups_may_be_numbers(folders, tmp_path):
+    groups = [0, 0, 1, "", None]
+    path = write(tmp_path / "t.jsonl", [{"text": f"one two {i}", "group": g} for i, g in enumerate(groups)])
+    assert [s.group for s in read(folders / "plain", path)] == [0, 0, 1, "line 4", "line 5"]
 
 
 def test_unknown_keys_are_noted_once_and_keys_that_are_there_twice_refused(folders, tmp_path):
