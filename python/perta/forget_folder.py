@@ -25,10 +25,11 @@ def fsync(path: Path) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Whole or not at all; for its owner only."""
+    """Whole or not at all; for its owner only. What UTF-8 does not have, such as half a character in
+    a name, is written as JSON escapes it."""
     partial = path.with_name(f"{path.name}.new")
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
+    with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -437,6 +437,27 @@ def test_documents(perta, folder):
     assert summary["samples"][1]["where"] == "line 3"
 
 
+def test_names_with_letters_that_an_encoding_lacks(perta, folder):
+    """Half of a character in a key, which a note names; and a terminal that has ASCII alone."""
+    lines = (folder / "forget.jsonl").read_text().splitlines()
+    (folder / "forget.jsonl").write_text("\n".join([lines[0][:-1] + ', "k\\ud800": 1}', *lines[1:]]))
+    words = ["ö d" if word == "out" else word for word in QUICK]
+    done = perta(*words, env={"PYTHONIOENCODING": "ascii"}, check=None)
+    assert "\\xf6 d: summary.md says it" in done.stdout and "are ignored: k?" in done.stderr
+    assert json.loads((folder / "ö d/summary.json").read_text())["notes"][0].endswith("are ignored: k\ud800")
+
+
+@pytest.mark.parametrize("error, status", [("Interrupted()", 130), ("KeyError('x')", 4), ("OSError(28, 'full')", 4)])
+def test_errors_have_the_commands_status(error, status):
+    """Never 1, which says that the target is not reached."""
+    code = f"from perta.children import *; from perta.command import *\ndef main(words): raise {error}\nrun('x', main)"
+    env = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == status and done.stderr.rstrip().endswith(
+        {"Interrupted()": "perta x: interrupted", "KeyError('x')": "KeyError: 'x'"}.get(error, "perta x: full")
+    )
+
+
 def test_problems_carry_their_status():
     assert (Problem("x").status, Problem("x", 4).status) == (3, 4)
     assert Path(PERTA).exists()
