@@ -231,7 +231,7 @@ class Forget:
 
     def run(self) -> int:
         a = self.a
-        self.folder.check(a.force, a.resume)
+        self.folder.check(a.force, a.resume, [model for model in (a.model, a.base) if model])
         identity = self.identity()
         if a.dry_run:
             from perta.forget_plan import plan

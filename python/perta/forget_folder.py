@@ -96,16 +96,19 @@ class Folder:
 
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.abspath(out))
-        self.partial = self.out.with_name(f"{self.out.name}.perta-partial")
+        self.partial = self.out.parent / f"{self.out.name}.perta-partial"
         self.resumed = False
         self.lock: int | None = None
 
-    def check(self, force: bool, resume: bool) -> None:
-        """Before any work: may the folder be written?"""
+    def check(self, force: bool, resume: bool, models: list[Path]) -> None:
+        """Before any work: may the folder be written? Not within a model."""
         if not self.out.name:
             raise Problem(f"{self.out}: not a name for a folder", USAGE)
         if not self.out.parent.is_dir():
             raise Problem(f"{self.out.parent}: no such folder", USAGE)
+        for model in models:
+            if self.out.resolve().is_relative_to(model.resolve()):
+                raise Problem(f"{self.out}: would overwrite, or lie within, the model {model}", USAGE)
         if os.path.lexists(self.out):
             if not force:
                 raise Problem(f"{self.out}: exists; --force replaces it", USAGE)
@@ -189,11 +192,17 @@ class Folder:
 
 
 def digest(path: Path) -> str:
-    """For telling whether a file changed; kept among the private data."""
+    """For telling whether a file changed; kept among the private data. It is read again later."""
+    if not path.exists():
+        raise Problem(f"{path}: no such file")
+    if not path.is_file():
+        raise Problem(f"{path}: not a regular file; write the text to a file first")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def files_of(model: Path) -> list[list[Any]]:
     """What tells whether a model changed."""
+    if not model.is_dir():
+        raise Problem(f"{model}: no such folder")
     paths = sorted(path for path in model.iterdir() if path.suffix in (".safetensors", ".json"))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

@@ -328,12 +328,18 @@ def test_a_kill_at_the_ends_of_a_run(perta, folder):
 # ---- bad input
 
 
+def pipe(folder):
+    (folder / "forget.jsonl").unlink()
+    os.mkfifo(folder / "forget.jsonl")
+
+
 @pytest.mark.parametrize(
     "change, status, says",
     [
         (lambda f: (f / "forget.jsonl").write_text("\n"), 3, "forget.jsonl: no samples"),
         (lambda f: (f / "retain.jsonl").write_text(""), 3, "retain.jsonl: no samples"),
-        (lambda f: (f / "forget.jsonl").unlink(), 4, "forget.jsonl: No such file"),
+        (lambda f: (f / "forget.jsonl").unlink(), 3, "forget.jsonl: no such file"),
+        (pipe, 3, "forget.jsonl: not a regular file"),
         (lambda f: overlap(f, lambda r: r), 3, "forget.jsonl: line 2, and retain.jsonl: line 81"),
         (lambda f: overlap(f, lambda r: r | {"answer": f"  {r['answer']} "}), 3, "line 2, and retain.jsonl: line 81"),
         (lambda f: (f / "full/tokenizer.json").unlink(), 3, "full/tokenizer.json: no such file: the model has no"),
@@ -341,7 +347,7 @@ def test_a_kill_at_the_ends_of_a_run(perta, folder):
         (lambda f: config(f, max_position_embeddings=6), 3, "but the model has 6 positions"),
         (lambda f: (f / "forget.jsonl").write_text('{"question": "Who?"}\n'), 3, "line 1: question is present without"),
         (lambda f: (f / "full/model.safetensors.index.json").write_text("{"), 3, "perta eval failed"),
-        (lambda f: shutil.rmtree(f / "full"), 4, "full: No such file"),
+        (lambda f: shutil.rmtree(f / "full"), 3, "full: no such folder"),
     ],
 )
 def test_bad_input_is_explained_and_nothing_is_left(perta, folder, change, status, says):
@@ -373,7 +379,7 @@ def test_duplicates_are_noted_and_not_parted(perta, folder):
 @pytest.mark.parametrize(
     "words",
     [["--target", "1.5"], ["--target", "0"], ["--target", "x"], ["--holdout", "1"], ["--steps", "0"], ["--nothing"],
-     ["--progress", "loud"], ["--model", ""], ["--compute", "f16"], ["more"], ["--memory", "lots"], ["--box", "0"]],
+     ["--out", "/"], ["--out", "full/new"], ["--force", "--out", "full"], ["--progress", "loud"], ["--model", ""], ["--compute", "f16"], ["more"], ["--memory", "lots"], ["--box", "0"]],
 )  # fmt: skip
 def test_wrong_arguments(perta, folder, words):
     assert perta(*QUICK, *words, check=2).stderr
