@@ -239,6 +239,8 @@ class Forget:
             return plan(self, self.read(identity["date"]))
         if a.resume and (self.folder.partial / RUN).exists():  # the date of the run that is resumed
             began = json.loads((self.folder.partial / RUN).read_text(encoding="utf-8"))
+            if a.date and began.get("date") != identity["date"]:
+                raise Problem("--resume cannot continue: date changed since the run began; --force starts over", USAGE)
             identity["date"] = began.get("date", identity["date"])
         sets = self.read(identity["date"])
         self.folder.begin(identity, a.resume)

@@ -251,6 +251,7 @@ def test_texts_and_models_that_change_are_not_resumed(perta, folder):
     with (folder / "retain.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     assert "cannot continue: retain changed" in perta(*words, "--resume", check=2).stderr
+    assert "cannot continue: date changed" in perta(*words, "--resume", "--date", "2026-11-30", check=2).stderr
     (folder / "out.perta-partial/mine.txt").write_text("keep")
     assert "holds more than perta forget wrote: mine.txt" in perta(*words, "--force", check=2).stderr
     (folder / "out.perta-partial/mine.txt").unlink()
