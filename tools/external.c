@@ -56,8 +56,10 @@ static void run_from(char *list, const char *name, char **argv)
         }
         argv[0] = file;
         execv(file, argv);
-        if (errno != ENOENT && errno != ENOTDIR)
-            why = errno;
+        int error = errno;
+        /* A folder of PATH that cannot be searched does not show whether the program is there. */
+        if (error != ENOENT && error != ENOTDIR && !access(file, F_OK))
+            why = error;
         free(file);
     }
     errno = why;

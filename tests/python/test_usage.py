@@ -94,6 +94,10 @@ def test_unknown_verbs_are_programs_on_path(tmp_path):
     (tmp_path / "two/perta-new-verb2").chmod(0o600)
     done = run("new-verb2", path=":two")
     assert done.returncode == 4 and "perta-new-verb2: Permission denied" in done.stderr
+    if os.geteuid():
+        (tmp_path / "two").chmod(0)  # whether it is there cannot be seen
+        assert run("new-verb2", path=":two").returncode == 2
+        (tmp_path / "two").chmod(0o700)
 
 
 def test_programs_beside_the_command_and_installed_ones_are_found(tmp_path):
