@@ -287,11 +287,17 @@ def paragraphs(text: str) -> Iterator[tuple[str, str]]:
             part = []
 
 
-def read_text(path: Path, encoder: Encoder) -> Iterator[Sample]:
+def read_text(path: Path, encoder: Encoder, note: Callable[[str], None]) -> Iterator[Sample]:
+    empty = []
     for where, part in paragraphs(decode(path)):
-        for sample in encoder.windows(part):
+        samples = encoder.windows(part)
+        empty += [] if samples else [where]
+        for sample in samples:
             sample.where, sample.group = where, where
             yield sample
+    if empty:
+        more = f", and {len(empty) - 3} more" if len(empty) > 3 else ""
+        note(f"{path}: left out, because one token alone predicts nothing: {', '.join(empty[:3])}{more}")
 
 
 def read_records(path: Path, encoder: Encoder, note: Callable[[str], None]) -> Iterator[Sample]:
@@ -319,7 +325,7 @@ def read_samples(path: Path, encoder: Encoder, note: Callable[[str], None]) -> l
     """All samples of a file of text (.txt: paragraphs) or of JSON lines. Problem if there are
     none."""
     is_text = path.suffix.lower() in TEXT_SUFFIXES
-    samples = list(read_text(path, encoder) if is_text else read_records(path, encoder, note))
+    samples = list(read_text(path, encoder, note) if is_text else read_records(path, encoder, note))
     if not samples:
         raise Problem(f"{path}: no samples")
     for sample in samples if is_text else []:

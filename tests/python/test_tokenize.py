@@ -295,6 +295,12 @@ def test_documents_are_cut_into_windows(folders, tmp_path):
         text = TEXTS[0][:4000].strip("\n").replace("\n\n", "\n")
         assert [i for part in parts for i in part] == tokenizer.encode(text.rstrip("\n"), False)[0]
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    notes = []
+    (tmp_path / "one.txt").write_text("One two.\n\n!\n\nThree.\n\n?\n")
+    assert [s.where for s in read(folders / "chatml", tmp_path / "one.txt", notes=notes)] == ["line 1", "line 5"]
+    assert [note.partition("one token alone predicts nothing: ")[2] for note in notes if "left out" in note] == [
+        "line 3, line 7"
+    ]
     (tmp_path / "empty.txt").write_text(" \n\n")
     with pytest.raises(Problem, match=r"empty.txt: no samples"):
         read(folders / "chatml", tmp_path / "empty.txt")
