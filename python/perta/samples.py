@@ -23,6 +23,7 @@ PASSED_OVER = set(
     "metadata meta original_answer paraphrased_question perturbed_question".split()
 )
 TEXT_SUFFIXES = (".txt", ".text", ".md")
+MARK = "\u241fanswer\u241f"  # no text has it
 WINDOW = 512  # tokens of a window of a long document, if the model has as many positions
 
 
@@ -131,6 +132,18 @@ class Encoder:
             ids = [*ids[: next((i for i in range(after, n) if ids[i] == eos), n)], eos]
         return Sample(ids, [IGNORED] * first + ids[first:])
 
+    def start_of(self, messages: list[dict[str, str]], text: str, answer: str) -> int:
+        """Where in the rendered text the answer begins, or -1. It is where another answer stands: a
+        short one may also occur in what the template puts before it."""
+        content = messages[-1]["content"]
+        other = self.tokenizer.render([*messages[:-1], messages[-1] | {"content": MARK}], False)
+        at = other.find(MARK)
+        for start in (at, at + len(content) - len(content.lstrip())):
+            if at >= 0 and text.startswith(answer, start) and text[:at] == other[:at]:
+                return start
+        prompt = self.tokenizer.render(messages[:-1], True)
+        return text.find(answer, common_length(text, prompt))
+
     def conversation(self, messages: list[dict[str, str]]) -> Sample:
         """The last message is learned, as the template renders it, with what ends it."""
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
@@ -138,9 +151,8 @@ class Encoder:
         if not self.tokenizer.template:
             raise ValueError("messages need a chat template, and the model has none")
         text = self.tokenizer.render(messages, False)
-        prompt = self.tokenizer.render(messages[:-1], True)
         answer = messages[-1]["content"].strip()
-        start = text.find(answer, common_length(text, prompt))
+        start = self.start_of(messages, text, answer)
         if start < 0:
             raise ValueError("the chat template does not contain the answer as it is written")
         sample = self.labelled(text, start, start + len(answer), False)

@@ -219,6 +219,15 @@ def test_an_end_token_within_an_answer_does_not_end_it(folders):
     assert sample.ids.count(encoder.tokenizer.eos_id) == 4  # system, user, the answer's, its end
 
 
+@pytest.mark.parametrize("answer", ["think", "in", "k", " n", "/"])
+def test_an_answer_that_the_template_contains(folders, answer):
+    """What stands before the answer, an empty thought, has the same letters."""
+    encoder = Encoder(ModelTokenizer.open(folders / "thinks"), True)
+    sample = encoder.pair("What is it?", answer)
+    said = encoder.tokenizer.backend.decode([i for i in sample.labels if i != -100], skip_special_tokens=False)
+    assert said.strip() == f"{answer.strip()}<|im_end|>"
+
+
 @pytest.mark.parametrize("how", ["file", "list", "old"])
 def test_where_templates_and_special_tokens_are_found(folders, tmp_path, how):
     """In chat_template.jinja, by name, and as older versions of transformers wrote them."""
