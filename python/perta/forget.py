@@ -22,7 +22,7 @@ from perta.children import Children, Progress, print_line
 from perta.command import CHECK, INPUT, USAGE, Problem, plain, problem_of, run, say
 from perta.forget_folder import RUN, Folder, digest, files_of, fsync, write_private, write_public
 from perta.forget_sets import Sets, json_lines, read_sets
-from perta.samples import encoder_of
+from perta.samples import check_same_tokenizer, encoder_of
 from perta.tokenize import add_text_options, positive
 
 VERSION = 1  # of data/run.json and summary.json
@@ -142,6 +142,8 @@ class Forget:
         a = self.a
         when = datetime.datetime.fromisoformat(date)
         encoder = encoder_of(a.model, a.template, a.max_tokens, self.note, when)
+        if a.base:
+            check_same_tokenizer(a.model, encoder.tokenizer, a.base)
         sets = read_sets(a.forget, a.retain, encoder, a.holdout, a.seed, self.note)
         lines = [f"{name}: {len(samples)} samples, {sets.tokens(name)} tokens" for name, samples in sets.named().items()]
         how = "in the model's chat template" if encoder.chat else "in a plain template"

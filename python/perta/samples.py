@@ -376,3 +376,15 @@ def encoder_of(
         raise Problem(f"{folder}: the model has no chat template; leave out --template chat")
     chat = bool(tokenizer.template) if template == "auto" else template == "chat"
     return Encoder(tokenizer, chat, max_tokens, positions if isinstance(positions, int) else None, n_ids)
+
+
+def check_same_tokenizer(model: Path, tokenizer: ModelTokenizer, base: Path) -> None:
+    """Problem if base has a tokenizer in which an id is another token: it is asked with the model's
+    ids. Either may have more tokens than the other."""
+    if not (base / "tokenizer.json").is_file():
+        return
+    theirs = {i: token for token, i in ModelTokenizer.open(base).backend.get_vocab(with_added_tokens=True).items()}
+    for token, i in sorted(tokenizer.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
+        if theirs.get(i, token) != token:
+            raise Problem(f"{base}/tokenizer.json: token id {i} is {theirs[i]!r}, and {token!r} in {model}: --base has "
+                          "another tokenizer")  # fmt: skip

@@ -358,6 +358,22 @@ def test_bad_input_is_explained_and_nothing_is_left(perta, folder, change, statu
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_base_with_another_tokenizer(perta, folder):
+    """The same token ids would be other words to it, and the target a number without meaning."""
+    path = folder / "base/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    del vocabulary[first]  # a base that lacks a token is fine
+    path.write_text(json.dumps(tokenizer))
+    perta(*FORGET, "--base", "base", "--steps", "1", "--force", check=None)
+    assert (folder / "out/summary.md").exists()
+    vocabulary[first] = vocabulary.pop(second)
+    path.write_text(json.dumps(tokenizer))
+    said = perta(*FORGET, "--base", "base", "--force", "--steps", "1", check=3).stderr
+    assert f"token id {vocabulary[first]} is '{first}', and '{second}' in full" in said
+
+
 def overlap(folder, change):
     line = json.loads((folder / "forget.jsonl").read_text().splitlines()[1])
     with (folder / "retain.jsonl").open("a") as file:
