@@ -80,6 +80,8 @@ def one_step(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[d
 
 STEPS = ("signed", "signed-backoff")
 HELD = "signed-hold"
+OWN, LORA = "own gradient", "tuned by LoRA"  # signed-hold with another task vector
+TUNE = ("rank", "learning-rate", "epochs", "batch-size")  # options of perta tune
 
 
 def options_of(name: str) -> tuple[str, dict[str, str]]:
@@ -88,20 +90,57 @@ def options_of(name: str) -> tuple[str, dict[str, str]]:
     return method, dict(option.split() for option in options)
 
 
-def words_of(b: Bench, name: str) -> list[str]:
+def flags_of(options: dict[str, str]) -> list[str]:
+    return [word for option, value in options.items() for word in (f"--{option}", value)]
+
+
+def adapter(b: Bench, spec: train.Spec, options: dict[str, str]) -> tuple[str, int]:
+    """full tuned on the forget set, as a LoRA of all linear modules; kept. Returns its folder and
+    the number of epochs."""
+    chosen = dict(zip(TUNE, map(str, spec.lora), strict=True)) | options
+    folder = "-".join(["lora", *chosen.values()])
+    if not (b.work / folder).exists():
+        b.run("tune", "--model", "full", "--data", "forget.jsonl", "--target-modules", "all-linear",
+              *flags_of(chosen), "--compute", b.compute, "--out", folder)  # fmt: skip
+    return folder, int(chosen["epochs"])
+
+
+def task_vector(b: Bench, name: str, spec: train.Spec) -> tuple[list[str], float]:
+    """Where steps get it from, as flags, and its cost in gradients of both sets."""
     method, options = options_of(name)
-    flags = [word for option, value in options.items() for word in (f"--{option}", value)]
-    return ["unlearn", "--model", "full", "--tuned", "tuned", "--base", "base", "--method", method,
-            *flags, "--data-forget", "forget.jsonl", "--data-retain", "retain.jsonl", "--compute",
-            b.compute, "--force"]  # fmt: skip
+    if method == OWN:
+        return [], 0
+    if method == LORA:
+        of_tune = {key: value for key, value in options.items() if key in TUNE}
+        folder, epochs = adapter(b, spec, of_tune)
+        return ["--tuned", folder], epochs / 2  # the forget set's gradient alone
+    return ["--tuned", "tuned", "--base", "base"], 0
+
+
+def words_of(b: Bench, name: str, tau: list[str]) -> list[str]:
+    method, options = options_of(name)
+    flags = flags_of({key: value for key, value in options.items() if key not in TUNE})
+    rule = HELD if method in (OWN, LORA) else method
+    return ["unlearn", "--model", "full", *tau, "--method", rule, *flags, "--data-forget",
+            "forget.jsonl", "--data-retain", "retain.jsonl", "--compute", b.compute,
+            "--force"]  # fmt: skip
+
+
+def gradients(path: list[dict], level: float) -> float:
+    """What a run of signed-hold computed, in gradients of both sets: at every point but the last
+    that of retain, and that of forget where more than level is known."""
+    before = path[:-1]
+    return (len(before) + sum(point["forget_probability"] > level for point in before)) / 2
 
 
 def held(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
     """One point for each run, which holds the gold model's forget level, or half of it."""
-    patch, n = b.work / "patch", int(options_of(name)[1].get("steps", spec.held_steps))
+    patch, n = b.work / "patch", options_of(name)[1].get("steps", spec.held_steps)
+    tau, cost = task_vector(b, name, spec)
     for level in (gold, FORGOTTEN * gold):
-        b.run(*words_of(b, name), "--steps", n, "--stop-probability", level, "--patch", patch)
-        yield b.point(level, n, "full", patch)
+        run = b.run(*words_of(b, name, tau), "--steps", n, "--stop-probability", level,
+                    "--patch", patch)  # fmt: skip
+        yield b.point(level, cost + gradients(run["path"], level), "full", patch)
 
 
 def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
@@ -109,7 +148,8 @@ def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict
     every = ",".join(str(k + 1) for k in range(spec.max_steps))
     patches = b.work / "patches"
     shutil.rmtree(patches, ignore_errors=True)
-    with b.started(*words_of(b, name), "--steps", every, "--patch", patches) as is_going:
+    words = words_of(b, name, task_vector(b, name, spec)[0])
+    with b.started(*words, "--steps", every, "--patch", patches) as is_going:
         for k in range(1, spec.max_steps + 1):
             patch = patches / f"step-{k}"
             while not patch.exists() and is_going():
@@ -158,11 +198,11 @@ def curve(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
     method = name.split(", ")[0]
     if name in ONE_STEP:
         yield from one_step(b, name, spec, FORGOTTEN * gold)
-    elif method == HELD:
+    elif method in (HELD, OWN, LORA):
         yield from held(b, name, spec, gold)
     else:
         kind = trained if method in TRAINED else steps
         yield from kind(b, name, spec, FORGOTTEN * gold)
 
 
-NAMES = (*ONE_STEP, *STEPS, HELD, *TRAINED)
+NAMES = (*ONE_STEP, *STEPS, HELD, OWN, LORA, *TRAINED)

@@ -35,6 +35,7 @@ class Spec:
     reference_rate: float = 3e-4  # of gradient ascent and NPO
     reference_updates: int = 400  # at most
     held_steps: int = 16  # steps of signed-hold
+    lora: tuple[int, float, int, int] = (8, 1e-2, 10, 8)  # rank, rate, epochs, batch
     max_steps: int = 40
     max_alpha: float = 32.0
     alpha_ratio: float = 1.2
@@ -46,9 +47,9 @@ SPECS = {
     "tiny": Spec(hidden=64, layers=1, people=(10, 3, 6, 6), base_epochs=20, full_epochs=60,
                  tuned_epochs=30, reference_updates=8, held_steps=4,
                  max_steps=4, max_alpha=4, alpha_ratio=2),
-    "smollm2": Spec(full_epochs=10, tuned_epochs=10, rate=4e-4, batch=4, dtype=torch.bfloat16,
-                    compute="auto", reference_rate=2e-5, reference_updates=64, max_steps=16,
-                    max_alpha=16, alpha_ratio=1.5),
+    "smollm2": Spec(full_epochs=10, tuned_epochs=10, rate=4e-4, batch=4, lora=(8, 1e-3, 10, 4),
+                    dtype=torch.bfloat16, compute="auto", reference_rate=2e-5,
+                    reference_updates=64, max_steps=16, max_alpha=16, alpha_ratio=1.5),
 }
 # fmt: on
 

@@ -11,7 +11,10 @@ from test_limits import sanitized
 for module in ("torch", "transformers", "matplotlib"):
     pytest.importorskip(module, reason="examples/ or bench/requirements.txt is not installed")
 sys.path.append(str(ROOT / "bench/quality"))
-METHODS = "tv;grad, full;grad, full, conflict-aware;signed-backoff;signed-hold;NPO + retain, rate 1e-3"
+METHODS = (
+    "tv;grad, full;grad, full, conflict-aware;signed-backoff;signed-hold;"
+    "own gradient;own gradient, box 0.2;tuned by LoRA;NPO + retain, rate 1e-3"
+)
 
 
 @sanitized
@@ -43,6 +46,13 @@ def test_perta_and_pytorch_agree(tmp_path):
     with torch.no_grad():
         losses = train.losses(train.load(tmp_path / "full"), parts.held_out)
     assert bench.ask("full")["held_out"] == pytest.approx(losses.neg().exp().mean().item(), rel=1e-4)
+
+
+def test_a_held_point_takes_no_gradient_of_the_forget_set():
+    import methods
+
+    path = [{"forget_probability": p} for p in (0.9, 0.4, 0.1, 0.2, 0.1)]
+    assert methods.gradients(path, 0.1) == (4 + 3) / 2
 
 
 def test_figures_are_read_off_a_curve():
