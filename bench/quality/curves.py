@@ -68,10 +68,11 @@ class Bench:
             data.write(self.work / f"{name}.jsonl", part)
         data.write(self.work / "asked.jsonl", [s for part in asked.values() for s in part])
 
-    def ask(self, model: str, patch: Path | None = None) -> dict[str, float]:
+    def ask(self, model: str, *how: object) -> dict[str, float]:
+        """how: --patch or --adapter, with its folder."""
         words = ["eval", "--model", model, "--data", "asked.jsonl", "--per-sample"]
         words += ["--compute", self.compute]
-        answers = self.run(*words, *(["--patch", patch] if patch else []))["per_sample"]
+        answers = self.run(*words, *how)["per_sample"]
         means, start = {}, 0
         for name, part in self.parts.asked().items():
             key = "loss" if name == "text" else "probability"
@@ -81,7 +82,8 @@ class Bench:
         return means
 
     def point(self, x: float, evaluations: float, model: str, patch: Path | None = None) -> dict:
-        return asdict(Point(x, evaluations, **self.ask(model, patch)))
+        how = ["--patch", patch] if patch else []
+        return asdict(Point(x, evaluations, **self.ask(model, *how)))
 
 
 def best_at(points: list[dict], level: float, key: str) -> float | None:

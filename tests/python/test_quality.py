@@ -22,6 +22,8 @@ def test_curves_are_measured_and_written_down(tmp_path):
     command = [sys.executable, ROOT / "bench/quality/run.py", PERTA.parent, tmp_path / "work"]
     command += ["--model", "tiny", "--seeds", "1", "--methods", METHODS, "--threads", "1"]
     subprocess.run([*command, "--results", tmp_path], check=True, capture_output=True)
+    repair = [sys.executable, ROOT / "bench/quality/repair.py", *command[2:6], "--seeds", "1"]
+    subprocess.run([*repair, "--results", tmp_path], check=True, capture_output=True)
     seed = json.loads((tmp_path / "tiny.json").read_text())["seeds"]["1"]
     assert seed["full"]["forget"] > 0.3 > 0.1 > seed["gold"]["forget"]
     assert list(seed["curves"]) == METHODS.split(";")
@@ -30,6 +32,11 @@ def test_curves_are_measured_and_written_down(tmp_path):
         assert len(points) > 2
     assert seed["curves"]["tv"][-1]["forget"] < 0.1 * seed["full"]["forget"]
     assert "| signed-backoff |" in (tmp_path / "tiny.md").read_text()
+    repaired = json.loads((tmp_path / "tiny-repair.json").read_text())["1"]
+    for edit in ("own gradient", "tv", "own gradient, half"):
+        assert repaired[edit][0]["forget"] < 0.5 * seed["full"]["forget"]
+        assert repaired[edit][-1]["retain"] != repaired[edit][0]["retain"]
+        assert f"| {edit} | 8 | 0.01 | 16 |" in (tmp_path / "tiny-repair.md").read_text()
     assert (tmp_path / "tiny.svg").read_text().rstrip().endswith("</svg>")
 
 
