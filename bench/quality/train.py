@@ -47,7 +47,7 @@ SPECS = {
     "tiny": Spec(hidden=64, layers=1, people=(10, 3, 6, 6), base_epochs=20, full_epochs=60,
                  tuned_epochs=30, reference_updates=8, held_steps=4,
                  max_steps=4, max_alpha=4, alpha_ratio=2),
-    "smollm2": Spec(full_epochs=10, tuned_epochs=10, rate=4e-4, batch=4, lora=(8, 1e-3, 10, 4),
+    "smollm2": Spec(full_epochs=10, tuned_epochs=10, rate=4e-4, batch=4, lora=(8, 3e-3, 10, 4),
                     dtype=torch.bfloat16, compute="auto", reference_rate=2e-5,
                     reference_updates=64, max_steps=16, max_alpha=16, alpha_ratio=1.5),
 }
