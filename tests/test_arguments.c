@@ -358,6 +358,7 @@ START_TEST(steps)
     BAD(steps, (job.hold = true, job.stop_probability = infinite), "needs --stop-probability P");
     BAD(steps, job.compute = (enum perta_compute)9, "--compute: 9");
     BAD(steps, job.globs.n_include = 1, "--include");
+    BAD(steps, (job.several = true, job.retain_batch = 1), "--retain-batch takes one number");
     BAD(steps, job.box = 0.1, "--box C forms the task vector from the model itself");
     BAD(steps, (job.box = 0.1, job.tuned = NULL), "cannot be used with --tuned and --base");
     BAD(steps, job.box = -0.1, "--box: -0.1; must be a finite number above 0");

@@ -388,7 +388,7 @@ static int measure_point(struct perta_steps_job *job, unsigned k, struct perta_e
 /* Form the box, once, from the gradients at the model. */
 static int form_box(struct perta_steps_job *job, struct perta_err *err)
 {
-    if (!perta_steps_is_own(job->steps) || job->fall > 0)
+    if (!perta_steps_is_own(job->steps) || job->fall >= 0)
         return 0;
     char *forget = path_in_work(job, MEAN, 0, perta_sets[PERTA_FORGET]);
     char *retain = path_in_work(job, MEAN, 0, perta_sets[PERTA_RETAIN]);
@@ -661,8 +661,12 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run, js
         rc = perta_steps_arguments(steps, err);
     if (rc)
         return rc;
-    struct perta_steps_job job = {
-        .steps = steps, .run = *run, .box = steps->box, .journal = {.fd = -1}, .patching = -1};
+    struct perta_steps_job job = {.steps = steps,
+                                  .run = *run,
+                                  .box = steps->box,
+                                  .fall = -1,
+                                  .journal = {.fd = -1},
+                                  .patching = -1};
     job.run.before_bytes = perta_memory_trimmed();
     rc = prepare(&job, err);
     if (!rc && run->dry_run) {

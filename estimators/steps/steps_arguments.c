@@ -30,6 +30,8 @@ static int check_stops(const struct perta_steps *s, struct perta_err *err)
     if (!(s->max_retain_rise > -(double)INFINITY))
         return perta_fail(err, PERTA_EUSAGE, "--max-retain-rise: %g is not a number",
                           s->max_retain_rise);
+    if (s->retain_batch && s->several)
+        return perta_fail(err, PERTA_EUSAGE, "--retain-batch takes one number of steps: --steps K");
     if (s->hold && s->several)
         return perta_fail(err, PERTA_EUSAGE,
                           "--method signed-hold takes one number of steps: --steps K");

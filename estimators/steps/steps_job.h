@@ -44,7 +44,7 @@ struct perta_steps_job {
     struct perta_adapter *adapter;      /* NULL: --tuned is not an adapter */
     double box;    /* c of the box; 0 until it is found, and with tuned and base */
     double spread; /* at the model, of the forget set (struct perta_head_means) */
-    double fall;   /* perta_steps_box; 0 until the box is written */
+    double fall;   /* perta_steps_box; negative until the box is written */
     struct perta_steps_trial trials[PERTA_STEPS_TRIALS];
     unsigned n_trials;
     struct perta_journal journal;

@@ -144,6 +144,13 @@ def test_a_size_that_cannot_be_found_is_asked_for(perta, tmp_path):
     error = perta(*OWN, "2", check=3).stderr
     assert "no size of the box was found" in error and "--box C" in error
     assert not (tmp_path / "patch").exists()
+    # With a size, nothing moves; a run that is killed does not form the box twice.
+    perta(*BOX, "2", "--force")
+    want = contents(tmp_path / "patch")
+    shutil.rmtree(tmp_path / "patch")
+    while stop_at(tmp_path, [*BOX, "2", "--resume"], "commit", 3)[0] < 0:
+        pass
+    assert contents(tmp_path / "patch") == want
 
 
 def test_levels_are_held_in_the_box(perta, tmp_path):

@@ -411,6 +411,7 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path):
         (["--method", "signed-hold"], 2, "needs --stop-probability P or --stop-forget L"),
         (["--stop-probability", "1"], 2, "--stop-probability: 1; must be between 0 and 1"),
         (["--steps", "1,2", "--method", "signed-hold"], 2, "takes one number of steps"),
+        (["--steps", "1,2", "--retain-batch", "2"], 2, "takes one number of steps"),
         (["--steps", "2,1,2"], 2, "--steps: 2 is given twice"),
         (["--steps", "2,"], 2, "--steps:  is not a whole number"),
         (["--steps", "1,1001"], 2, "--steps: must be from 1 to 1000"),
