@@ -146,7 +146,9 @@ def test_steps_move_a_pair_that_has_the_heads_name(perta, model, tmp_path):
         tuned = {name: t * 1.1 for name, t in load_file(folder / "model.safetensors").items()}
         save_file(tuned, tmp_path / "tuned/model.safetensors")
         words = "unlearn --model model --tuned tuned --base model --method signed --steps 2 --compute f32"
-        data = "--data-forget data.jsonl --data-retain data.jsonl"
+        lines = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
+        (tmp_path / "retain.jsonl").write_text(json.dumps({"input_ids": lines[0]["input_ids"][::-1]}))
+        data = "--data-forget data.jsonl --data-retain retain.jsonl"
         perta(*words.split(), *data.split(), "--patch", "patch", "--out", "out", "--force")
         edited[stored] = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(edited["embedding"].pop(EMBEDDING), edited["head"].pop(HEAD))
