@@ -1,12 +1,13 @@
 """Measure `perta tune` beside PEFT with PyTorch's AdamW on the same CPUs.
 
-    python bench/tune.py BUILD WORKDIR [--tokens 128] [--updates 6] [--threads N]
+    python bench/tune.py BUILD WORKDIR [--shape smollm2|tinyllama] [--tokens 128] [--updates 6]
 
-A model of SmolLM2-135M's shape with random weights in bfloat16; 8 samples of so many tokens in an
-update; LoRA of rank 8, beside the modules that PEFT takes by default, and beside all. Tokens a
-second, from the median time between updates, and from the median CPU time, which other work on the
-machine disturbs less (with one thread: PyTorch's threads wait actively for each other); and peak memory. PyTorch computes in the dtype that perta does: with weights
-of float32 or of bfloat16, and with an adapter of float32.
+A model of SmolLM2-135M's or TinyLlama-1.1B's shape with random weights in bfloat16; 8 samples of so
+many tokens in an update; LoRA of rank 8, beside the modules that PEFT takes by default, and beside
+all. Tokens a second, from the median time between updates, and from the median CPU time, which
+other work on the machine disturbs less (with one thread: PyTorch's threads wait actively for each
+other); and peak memory. PyTorch computes in the dtype that perta does: with weights of float32 or
+of bfloat16, and with an adapter of float32.
 
 Needs examples/requirements.txt.
 """
@@ -25,15 +26,27 @@ from pathlib import Path
 
 from estimate import cpu_name
 
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
+SHAPES = {
+    "smollm2": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "tinyllama": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
 }
 BATCH = 8
 TORCH = """
@@ -57,15 +70,15 @@ for _ in range(int(updates)):
 """
 
 
-def make(work: Path, tokens: int) -> None:
+def make(work: Path, shape: dict, tokens: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).bfloat16().save_pretrained(work / "model")
+    LlamaForCausalLM(LlamaConfig(**shape)).bfloat16().save_pretrained(work / "model")
     rng = random.Random(1)
-    lines = [[rng.randrange(SHAPE["vocab_size"]) for _ in range(tokens)] for _ in range(BATCH)]
+    lines = [[rng.randrange(shape["vocab_size"]) for _ in range(tokens)] for _ in range(BATCH)]
     (work / "ids.jsonl").write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in lines))
 
 
@@ -97,22 +110,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("build", type=Path)
     parser.add_argument("workdir", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--modules", default="q_proj,v_proj;all-linear", help="separated by ;")
+    parser.add_argument("--memory", default="1G,200M", help="budgets of perta")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--no-pytorch", action="store_true")
     args = parser.parse_args()
-    make(args.workdir, args.tokens)
+    make(args.workdir, SHAPES[args.shape], args.tokens)
     model, data, n = args.workdir / "model", args.workdir / "ids.jsonl", args.updates
     print(f"{cpu_name()}, {args.threads} threads; {BATCH} samples of {args.tokens} tokens an update")
     print("modules         by             dtype     s/update  tokens/s  CPU s/update  by CPU time  peak MiB")
     tokens = BATCH * args.tokens
-    for targets in ("q_proj,v_proj", "all-linear"):
+    for targets in args.modules.split(";"):
         for compute, dtype in (("f32", "float32"), ("bf16", "bfloat16")):
             runs = {"PEFT + PyTorch": [sys.executable, "-c", TORCH, model, data, n, dtype, targets, args.threads]}
             if args.no_pytorch:
                 runs = {}
-            for memory in ("1G", "200M"):
+            for memory in args.memory.split(","):
                 runs[f"perta {memory}"] = [
                     args.build / "perta", "tune", "--model", model, "--data", data, "--out", args.workdir / "out",
                     "--force", "--steps", n, "--compute", compute, "--target-modules", targets,
