@@ -401,7 +401,7 @@ def test_a_foreign_file_named_perta_is_refused(perta, patched):
     "words, message",
     [
         ("", "Usage"),
-        ("forget", "unknown verb forget"),
+        ("unlern", "unknown verb unlern"),
         ("unlearn", "--model DIR, --tuned DIR and --patch DIR are needed"),
         ("unlearn --steps 2 --model m --tuned . --patch p", "--base DIR, "),
         ("unlearn --model a --tuned a --base a --forget a --retain a", "--patch DIR is needed"),
