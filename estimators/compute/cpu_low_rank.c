@@ -52,50 +52,61 @@ static struct span part_rows(const struct low_rank *l, size_t i)
     return (struct span){tile.first + at, left < ROWS ? left : ROWS};
 }
 
-/* xa = x a^T for a part of a tile. */
-static int run_xa(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+/* to (rows, n) = beta * to + alpha * x (rows, k) times factor, or its transpose ('T'), whose rows in
+ * memory are ld floats. */
+struct product {
+    char trans;
+    size_t n, k, ld;
+    float alpha, beta;
+    const float *x, *factor;
+    float *to;
+};
+
+/* A product for a part of a tile. */
+static int multiply(const struct low_rank *l, size_t i, const struct product *p,
+                    struct perta_err *err)
 {
-    const struct low_rank *l = ctx;
     struct span rows = part_rows(l, i);
-    (void)worker;
-    return rows.n ? perta_gemm_sgemm('N', 'T', rows.n, l->r, l->in, 1, l->x + rows.first * l->in,
-                                     l->in, l->a, l->in, 0, l->xa + rows.first * l->r, l->r, err)
+    return rows.n ? perta_gemm_sgemm('N', p->trans, rows.n, p->n, p->k, p->alpha,
+                                     p->x + rows.first * p->k, p->k, p->factor, p->ld, p->beta,
+                                     p->to + rows.first * p->n, p->n, err)
                   : 0;
 }
 
-/* dyb = dy b for a part of a tile. */
+/* xa = x a^T. */
+static int run_xa(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct low_rank *l = ctx;
+    const struct product xa = {'T', l->r, l->in, l->in, 1, 0, l->x, l->a, l->xa};
+    (void)worker;
+    return multiply(l, i, &xa, err);
+}
+
+/* dyb = dy b. */
 static int run_dyb(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
     const struct low_rank *l = ctx;
-    struct span rows = part_rows(l, i);
+    const struct product dyb = {'N', l->r, l->out, l->r, 1, 0, l->dy, l->b, l->dyb};
     (void)worker;
-    return rows.n ? perta_gemm_sgemm('N', 'N', rows.n, l->r, l->out, 1, l->dy + rows.first * l->out,
-                                     l->out, l->b, l->r, 0, l->dyb + rows.first * l->r, l->r, err)
-                  : 0;
+    return multiply(l, i, &dyb, err);
 }
 
 /* y += scaling * xa b^T. */
 static int run_y(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
     const struct low_rank *l = ctx;
-    struct span rows = part_rows(l, i);
+    const struct product y = {'T', l->out, l->r, l->r, l->scaling, 1, l->xa, l->b, l->y};
     (void)worker;
-    return rows.n ? perta_gemm_sgemm('N', 'T', rows.n, l->out, l->r, l->scaling,
-                                     l->xa + rows.first * l->r, l->r, l->b, l->r, 1,
-                                     l->y + rows.first * l->out, l->out, err)
-                  : 0;
+    return multiply(l, i, &y, err);
 }
 
 /* dx += scaling * dyb a. */
 static int run_dx(void *ctx, unsigned worker, size_t i, struct perta_err *err)
 {
     const struct low_rank *l = ctx;
-    struct span rows = part_rows(l, i);
+    const struct product dx = {'N', l->in, l->r, l->in, l->scaling, 1, l->dyb, l->a, l->dx};
     (void)worker;
-    return rows.n ? perta_gemm_sgemm('N', 'N', rows.n, l->in, l->r, l->scaling,
-                                     l->dyb + rows.first * l->r, l->r, l->a, l->in, 1,
-                                     l->dx + rows.first * l->in, l->in, err)
-                  : 0;
+    return multiply(l, i, &dx, err);
 }
 
 /* Columns of da, then rows of db; each piece adds all tiles, in order. */
