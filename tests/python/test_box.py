@@ -11,7 +11,15 @@ from conftest import SANITIZED, part
 from test_estimate import make_model as write_model
 from test_resume import contents
 from test_same_bytes import settings
-from test_steps import STEPS, check_path, gradients, make_folders, procedure, tensors_of
+from test_steps import (
+    STEPS,
+    check_path,
+    gradients,
+    make_folders,
+    procedure,
+    survives_kills,
+    tensors_of,
+)
 from verbs import stop_at
 
 torch = pytest.importorskip("torch")
@@ -269,17 +277,7 @@ def test_a_run_that_is_killed_goes_on(perta, tmp_path, apart):
     """At any commit point, and each time that many later."""
     make_model(tmp_path)
     command = [*BOX, "2", "--out", "out"]
-    perta(*command)
-    want = contents(tmp_path / "patch") | contents(tmp_path / "out")
-    for name in ("patch", "out"):
-        (tmp_path / name).rename(tmp_path / f"first-{name}")
-    kills = 0
-    while (status := stop_at(tmp_path, [*command, "--resume"], "commit", apart)[0]) < 0:
-        assert status == -signal.SIGKILL
-        kills += 1
-    assert status == 0 and kills > 3
-    assert contents(tmp_path / "patch") | contents(tmp_path / "out") == want
-    assert not list(tmp_path.glob("*perta-*"))
+    survives_kills(perta, tmp_path, command, apart)
 
 
 def test_a_box_that_is_half_written_is_written_again(perta, tmp_path):

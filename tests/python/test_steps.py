@@ -375,6 +375,22 @@ def test_globs_choose_what_moves(perta, tmp_path):
     assert changed == {name for name in full if "mlp" in name and "up_proj" not in name}
 
 
+def survives_kills(perta, tmp_path, command, apart):
+    """Killed again and again, that many commit points apart, the command, which writes patch and
+    out, gives what it gives in one go, and leaves nothing else."""
+    perta(*command)
+    want = contents(tmp_path / "patch") | contents(tmp_path / "out")
+    for name in ("patch", "out"):
+        (tmp_path / name).rename(tmp_path / f"first-{name}")
+    kills = 0
+    while (status := stop_at(tmp_path, [*command, "--resume"], "commit", apart)[0]) < 0:
+        assert status == -signal.SIGKILL
+        kills += 1
+    assert status == 0 and kills > 3
+    assert contents(tmp_path / "patch") | contents(tmp_path / "out") == want
+    assert not list(tmp_path.glob("*perta-*"))
+
+
 def test_a_run_that_is_killed_goes_on(perta, tmp_path):
     """Between steps, within an estimate, and at patches."""
     make_folders(tmp_path)

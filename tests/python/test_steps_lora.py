@@ -14,7 +14,7 @@ from llama import write_llama
 from test_limits import peak_mib
 from test_resume import contents
 from test_same_bytes import settings
-from test_steps import HOLD, STEPS, make_folders, tensors_of
+from test_steps import HOLD, STEPS, make_folders, survives_kills, tensors_of
 from verbs import EAGER, FAULTY, LLAMA, stop_at
 
 torch = pytest.importorskip("torch")
@@ -235,17 +235,7 @@ def test_every_run_gives_the_same_bytes(perta, tmp_path):
 def test_a_run_that_is_killed_goes_on(perta, tmp_path, apart):
     make(tmp_path, whole=["norm"], modules_to_save=["norm"])
     command = [*LORA, "2", "--out", "out"]
-    perta(*command)
-    want = contents(tmp_path / "patch") | contents(tmp_path / "out")
-    for name in ("patch", "out"):
-        (tmp_path / name).rename(tmp_path / f"first-{name}")
-    kills = 0
-    while (status := stop_at(tmp_path, [*command, "--resume"], "commit", apart)[0]) < 0:
-        assert status == -signal.SIGKILL
-        kills += 1
-    assert status == 0 and kills > 3
-    assert contents(tmp_path / "patch") | contents(tmp_path / "out") == want
-    assert not list(tmp_path.glob("*perta-*"))
+    survives_kills(perta, tmp_path, command, apart)
 
 
 def test_another_adapter_does_not_continue_a_run(perta, tmp_path):
