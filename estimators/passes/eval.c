@@ -36,25 +36,58 @@ struct sums {
     double choice, ratio, ratio_forget, ratio_retain;
 };
 
-/* Add the other answers of a line, with the measures of the TOFU benchmark. */
-static void add_answers(struct sums *sums, json_t **item, double answer, double paraphrased,
-                        json_t *perturbed)
+/* The other answers of a line. */
+struct others {
+    double paraphrased; /* loss of the paraphrased answer, or of the line's own */
+    uint64_t n_perturbed;
+    double loss, probability; /* of the perturbed answers: mean, sum */
+};
+
+static uint64_t count_perturbed(const struct perta_samples *s, uint64_t at)
 {
-    double loss = 0, others = 0;
-    size_t n = json_array_size(perturbed);
-    for (size_t i = 0; i < n; i++) {
-        double one = json_real_value(json_array_get(perturbed, i));
-        loss += one / (double)n;
-        others += exp(-one);
+    uint64_t n = 0;
+    for (at++; at < s->n && s->kinds[at] != PERTA_SAMPLE; at++)
+        n += s->kinds[at] == PERTA_PERTURBED;
+    return n;
+}
+
+/* Go through the other answers that follow sample number at, whose loss is answer. *next is the
+ * first sample of the next line. */
+static int take_others(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
+                       double answer, struct others *o, json_t **item, struct perta_err *err)
+{
+    const struct perta_samples *s = &job->samples;
+    json_t *list = json_array();
+    struct score score;
+    int rc = 0;
+    *o = (struct others){.paraphrased = answer, .n_perturbed = count_perturbed(s, at)};
+    for (*next = at + 1; !rc && *next < s->n && s->kinds[*next] != PERTA_SAMPLE; ++*next) {
+        rc = score_of(job, *next, &score, err);
+        if (s->kinds[*next] == PERTA_PERTURBED) {
+            o->loss += score.loss / (double)o->n_perturbed;
+            o->probability += exp(-score.loss);
+            perta_json_append(&list, perta_real_json(score.loss));
+            continue;
+        }
+        o->paraphrased = score.loss;
+        perta_json_set(item, "paraphrased_loss", perta_real_json(score.loss));
     }
-    double ratio = exp(paraphrased - loss);
-    double choice = exp(-answer) / (exp(-answer) + others);
+    if (o->n_perturbed)
+        perta_json_set(item, "perturbed_loss", json_incref(list));
+    json_decref(list);
+    return rc;
+}
+
+/* Add the measures of the TOFU benchmark. */
+static void add_perturbed(struct sums *sums, const struct others *o, double answer, json_t **item)
+{
+    double ratio = exp(o->paraphrased - o->loss);
+    double choice = exp(-answer) / (exp(-answer) + o->probability);
     sums->n_perturbed++;
     sums->choice += choice;
     sums->ratio += ratio;
     sums->ratio_forget += ratio < 1 ? ratio : 1 / ratio;
     sums->ratio_retain += ratio < 1 ? 1 - ratio : 0;
-    perta_json_set(item, "perturbed_loss", json_incref(perturbed));
     perta_json_set(item, "choice_probability", perta_real_json(choice));
     perta_json_set(item, "truth_ratio", perta_real_json(ratio));
 }
@@ -64,22 +97,12 @@ static void add_answers(struct sums *sums, json_t **item, double answer, double 
 static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
                     struct sums *sums, json_t **list, struct perta_err *err)
 {
-    const struct perta_samples *s = &job->samples;
-    struct score answer, other;
+    struct score answer;
+    struct others others = {0};
+    json_t *item = json_object();
     int rc = score_of(job, at, &answer, err);
-    double paraphrased = answer.loss;
-    json_t *item = json_object(), *perturbed = json_array();
-    size_t n_perturbed = 0;
-    for (*next = at + 1; !rc && *next < s->n && s->kinds[*next] != PERTA_SAMPLE; ++*next) {
-        rc = score_of(job, *next, &other, err);
-        if (s->kinds[*next] == PERTA_PERTURBED) {
-            perta_json_append(&perturbed, perta_real_json(other.loss));
-            n_perturbed++;
-            continue;
-        }
-        paraphrased = other.loss;
-        perta_json_set(&item, "paraphrased_loss", perta_real_json(paraphrased));
-    }
+    if (!rc)
+        rc = take_others(job, at, next, answer.loss, &others, &item, err);
     bool exact = answer.n_right == answer.n_labels;
     double accuracy = (double)answer.n_right / (double)answer.n_labels;
     sums->n++;
@@ -87,15 +110,14 @@ static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t 
     sums->probability += exp(-answer.loss);
     sums->exact += exact;
     sums->accuracy += accuracy;
-    perta_json_set(&item, "line", json_integer((json_int_t)s->lines[at]));
+    perta_json_set(&item, "line", json_integer((json_int_t)job->samples.lines[at]));
     perta_json_set(&item, "labels", json_integer((json_int_t)answer.n_labels));
     perta_json_set(&item, "loss", perta_real_json(answer.loss));
     perta_json_set(&item, "probability", perta_real_json(exp(-answer.loss)));
     perta_json_set(&item, "exact_match", json_boolean(exact));
     perta_json_set(&item, "accuracy", perta_real_json(accuracy));
-    if (n_perturbed)
-        add_answers(sums, &item, answer.loss, paraphrased, perturbed);
-    json_decref(perturbed);
+    if (others.n_perturbed)
+        add_perturbed(sums, &others, answer.loss, &item);
     perta_json_append(list, item);
     return rc;
 }
