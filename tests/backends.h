@@ -47,7 +47,7 @@ struct output {
 
 struct outputs {
     size_t n, n_buffers;
-    struct output of[8];
+    struct output of[9];
     uint32_t buffers[32]; /* to be freed */
 };
 

@@ -236,7 +236,7 @@ static void cross_entropy_run(struct perta_backend *be, const void *ctx, struct 
 {
     const struct cross_entropy *c = ctx;
     float least[CE_N], block[CE_N * CE_ROWS];
-    double sums[CE_N] = {0};
+    double sums[CE_N] = {0}, none[2 * CE_N] = {0};
     struct perta_array blocks[CE_BLOCKS];
     size_t rows[CE_BLOCKS];
     for (size_t i = 0; i < CE_N; i++)
@@ -251,8 +251,10 @@ static void cross_entropy_run(struct perta_backend *be, const void *ctx, struct 
     struct perta_array high = output(be, o, "high", F32, least, CE_N);
     struct perta_array best = output(be, o, "best", I32, NULL, CE_N);
     struct perta_array share = input(be, o, c->share.f, CE_N);
+    struct perta_array moments = output(be, o, "moments", F64, none, 2 * CE_N);
     begin(be);
     for (size_t b = 0; b < CE_BLOCKS; b++) {
+        be->ops->moments_forward(be, blocks[b], rows[b], CE_N, most, sum, moments);
         be->ops->cross_entropy_forward(be, blocks[b], b * CE_ROWS, rows[b], CE_N, c->target, most,
                                        sum, of_target);
         be->ops->best_forward(be, blocks[b], b * CE_ROWS, rows[b], CE_N, high, best);
@@ -286,6 +288,21 @@ static double cross_entropy_value(void *ctx)
     return sum;
 }
 
+/* Of one backend: the sums of e^d d and e^d d^2. */
+static void check_moments(const struct cross_entropy *c, const struct outputs *o)
+{
+    for (size_t i = 0; i < CE_N; i++) {
+        double want[2] = {0};
+        for (size_t v = 0; v < CE_V; v++) {
+            double d = c->logits.d[i * CE_V + v] - values(o, "most")[i];
+            want[0] += exp(d) * d;
+            want[1] += exp(d) * d * d;
+        }
+        for (size_t k = 0; k < 2; k++)
+            ck_assert_double_lt(fabs(values(o, "moments")[2 * i + k] / want[k] - 1), 1e-6);
+    }
+}
+
 /* Of one backend: the loss, and its gradient. */
 static void check_entropy(struct cross_entropy *c, const struct outputs *o)
 {
@@ -305,11 +322,13 @@ static void check_entropy(struct cross_entropy *c, const struct outputs *o)
     free(d);
 }
 
-/* An exponential is wrong by 3, its argument by CE_RANGE; share by that and a quotient. */
+/* An exponential is wrong by 3, its argument by CE_RANGE; share by that and a quotient; moments by
+ * that and twice the argument's rounding. */
 START_TEST(cross_entropy)
 {
     struct cross_entropy c = {pair(CE_N * CE_V, 1), pair(CE_N, 2), {0}};
     struct outputs o[N_BACKENDS];
+    double magnitude[2 * CE_N];
     for (size_t i = 0; i < CE_N; i++) /* in every block, at their ends too */
         c.target[i] = (int32_t)(i < 3 ? i * CE_ROWS : i < 5 ? (i - 2) * CE_ROWS - 1 : i * i % CE_V);
     for (size_t i = 0; i < CE_N * CE_V; i++)
@@ -326,6 +345,11 @@ START_TEST(cross_entropy)
         within(o, ce_names[b], 2 * (CE_RANGE + 3) + 3 + 1, terms);
         free(terms);
     }
+    for (size_t i = 0; i < 2 * CE_N; i++)
+        magnitude[i] = fabs(values(&o[REFERENCE], "moments")[i]);
+    within(o, "moments", CE_RANGE + 3 + 2, magnitude);
+    check_moments(&c, &o[REFERENCE]);
+    check_moments(&c, &o[ONE]);
     check_entropy(&c, &o[REFERENCE]);
     check_entropy(&c, &o[ONE]);
     drop_all(o);

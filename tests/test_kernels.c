@@ -19,13 +19,14 @@ static uint64_t digest(const struct perta_row_kernels *k)
     struct pair a = pair(ROW, 21), b = pair(ROW, 22), c = pair(ROW, 23);
     float y[ROW], z[ROW];
     uint16_t halves[ROW];
-    double sums[ROW] = {0}, numbers[4];
+    double sums[ROW] = {0}, numbers[6] = {0};
     for (size_t i = 0; i < ROW; i++)
         a.f[i] *= 40;
     numbers[0] = k->dot(a.f, b.f, ROW);
     numbers[1] = k->dot_of_product(a.f, b.f, c.f, ROW);
     numbers[2] = k->exponentials(y, a.f, 40, ROW);
     numbers[3] = k->sum_exponentials(a.f, k->largest(a.f, ROW, -1), ROW);
+    k->add_moments(numbers + 4, a.f, 40, ROW);
     uint64_t sum = mix(mix(0, numbers, sizeof numbers), y, sizeof y);
     k->add_products(sums, a.f, b.f, 0.3f, ROW);
     k->add(sums, c.f, ROW);

@@ -101,11 +101,14 @@ static void say_lines(const struct cli *cli, const json_t *list)
     size_t i;
     json_t *item;
     if (list)
-        cli_say(cli, "   line  labels        loss  probability  accuracy\n");
+        cli_say(cli, "   line  labels        loss  probability  accuracy  extraction"
+                     "   min-k  min-k++\n");
     json_array_foreach (list, i, item)
-        cli_say(cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f%s\n", number(item, "line"),
-                number(item, "labels"), number(item, "loss"), number(item, "probability"),
-                number(item, "accuracy"),
+        cli_say(cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f  %10.4f %7.3f  %7.3f%s\n",
+                number(item, "line"), number(item, "labels"), number(item, "loss"),
+                number(item, "probability"), number(item, "accuracy"),
+                number(item, "extraction_strength"), number(item, "min_k"),
+                number(item, "min_k_plus_plus"),
                 json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
 }
 
@@ -121,6 +124,10 @@ static void say(const struct cli *cli, const json_t *summary)
     cli_say(cli, "probability    %.6f\n", number(summary, "probability"));
     cli_say(cli, "exact match    %.6f (of labels: %.6f)\n", number(summary, "exact_match"),
             number(summary, "accuracy"));
+    cli_say(cli, "memorization   %.6f (extraction strength: %.6f)\n",
+            number(summary, "exact_memorization"), number(summary, "extraction_strength"));
+    cli_say(cli, "min-k          %.6f (min-k++: %.6f)\n", number(summary, "min_k"),
+            number(summary, "min_k_plus_plus"));
     if (!json_object_get(summary, "truth_ratio"))
         return;
     cli_say(cli, "truth ratio    %.6f (as a score: forget %.6f, retain %.6f)\n",

@@ -248,6 +248,13 @@ struct perta_backend_ops {
      * the first of equal ones. */
     void (*best_forward)(struct perta_backend *be, struct perta_array logits, size_t row,
                          size_t n_rows, size_t n, struct perta_array most, struct perta_array best);
+    /* Update moments (n, 2) float64, which start as 0: the sums of e^d d and of e^d d^2 over the
+     * vocabulary, with d = logit - the running maximum. It comes before cross_entropy_forward of
+     * the same block, and only reads most and sums. With S = sums in the end, the mean of d over
+     * the model's distribution is moments[0] / S, that of d^2 is moments[1] / S. */
+    void (*moments_forward)(struct perta_backend *be, struct perta_array logits, size_t n_rows,
+                            size_t n, struct perta_array most, struct perta_array sums,
+                            struct perta_array moments);
 
     /* ---- gradients ---- */
 

@@ -364,6 +364,7 @@ static const struct perta_backend_ops cpu_ops = {
     .cross_entropy_forward = perta_cpu_cross_entropy_forward,
     .cross_entropy_backward = perta_cpu_cross_entropy_backward,
     .best_forward = perta_cpu_best_forward,
+    .moments_forward = perta_cpu_moments_forward,
     .gradient = perta_cpu_gradient,
     .accumulate = perta_cpu_accumulate,
     .mean = perta_cpu_mean,

@@ -213,7 +213,7 @@ struct entropy {
     size_t row, n_rows;
     const int32_t *target;
     float *most, *of_target;
-    double *sums;
+    double *sums, *moments;
     int32_t *best;
     const float *share;
 };
@@ -278,6 +278,39 @@ void perta_cpu_best_forward(struct perta_backend *be, struct perta_array logits,
                               .row = row,
                               .n_rows = n_rows};
     perta_cpu_share_out(cpu, n, n_rows, best_rows, &e);
+}
+
+/* The maximum may grow by g, so that every d shrinks by g: from d to d - g. */
+static void moments_rows(const void *args, size_t from, size_t to)
+{
+    const struct entropy *e = args;
+    const struct perta_row_kernels *k = perta_row_kernels();
+    for (size_t i = from; i < to; i++) {
+        const float *l = e->logits + i * e->n_rows;
+        double *m = e->moments + 2 * i;
+        float high = k->largest(l, e->n_rows, e->most[i]);
+        double g = (double)high - (double)e->most[i], shrink = exp(-g);
+        if (g > 0 && e->sums[i] > 0) {
+            m[1] = (m[1] - 2 * g * m[0] + g * g * e->sums[i]) * shrink;
+            m[0] = (m[0] - g * e->sums[i]) * shrink;
+        }
+        k->add_moments(m, l, high, e->n_rows);
+    }
+}
+
+void perta_cpu_moments_forward(struct perta_backend *be, struct perta_array logits, size_t n_rows,
+                               size_t n, struct perta_array most, struct perta_array sums,
+                               struct perta_array moments)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct entropy e = {.logits = perta_cpu_at(cpu, logits),
+                              .most = perta_cpu_at(cpu, most),
+                              .sums = perta_cpu_at(cpu, sums),
+                              .moments = perta_cpu_at(cpu, moments),
+                              .n_rows = n_rows};
+    perta_cpu_share_out(cpu, n, n_rows, moments_rows, &e);
 }
 
 static void entropy_backward_rows(const void *args, size_t from, size_t to)

@@ -118,5 +118,8 @@ void perta_cpu_cross_entropy_backward(struct perta_backend *be, struct perta_arr
 void perta_cpu_best_forward(struct perta_backend *be, struct perta_array logits, size_t row,
                             size_t n_rows, size_t n, struct perta_array most,
                             struct perta_array best);
+void perta_cpu_moments_forward(struct perta_backend *be, struct perta_array logits, size_t n_rows,
+                               size_t n, struct perta_array most, struct perta_array sums,
+                               struct perta_array moments);
 
 #endif

@@ -192,6 +192,24 @@ static double sum_exponentials(const float *x, float most, size_t n)
     return add_lanes(lanes);
 }
 
+static void add_moments(double moments[2], const float *x, float most, size_t n)
+{
+    double first[LANES] = {0}, second[LANES] = {0};
+    float tile[TILE];
+    for (size_t at = 0; at < n; at += TILE) {
+        size_t m = n - at < TILE ? n - at : TILE, i = 0;
+        exponentials_of(tile, x + at, most, m);
+        for (; i < m; i += LANES)
+            for (size_t l = 0; l < LANES && i + l < m; l++) {
+                double d = (double)(x[at + i + l] - most), term = (double)tile[i + l] * d;
+                first[l] += term;
+                second[l] += term * d;
+            }
+    }
+    moments[0] += add_lanes(first);
+    moments[1] += add_lanes(second);
+}
+
 static void softmax_backward(float *restrict dp, const float *restrict p, float mean, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -239,6 +257,7 @@ const struct perta_row_kernels PERTA_ISA_NAME(perta_row_kernels) = {
     .largest = largest,
     .exponentials = exponentials,
     .sum_exponentials = sum_exponentials,
+    .add_moments = add_moments,
     .softmax_backward = softmax_backward,
     .scaled_exponentials = scaled_exponentials,
     .swiglu = swiglu,

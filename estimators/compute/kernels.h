@@ -29,6 +29,8 @@ struct perta_row_kernels {
     double (*exponentials)(float *y, const float *x, float most, size_t n);
     /* The same sum; the exponentials are not stored. */
     double (*sum_exponentials)(const float *x, float most, size_t n);
+    /* moments (2) += the sums of exp(d) d and exp(d) d^2, in float64; d = x - most. */
+    void (*add_moments)(double moments[2], const float *x, float most, size_t n);
     /* dp = p * (dp - mean). */
     void (*softmax_backward)(float *dp, const float *p, float mean, size_t n);
     /* x = scale * exp(x - most). */

@@ -238,6 +238,7 @@ static const struct perta_backend_ops scalar_ops = {
     .cross_entropy_forward = perta_scalar_cross_entropy_forward,
     .cross_entropy_backward = perta_scalar_cross_entropy_backward,
     .best_forward = perta_scalar_best_forward,
+    .moments_forward = perta_scalar_moments_forward,
     .gradient = perta_scalar_gradient,
     .accumulate = perta_scalar_accumulate,
     .mean = perta_scalar_mean,

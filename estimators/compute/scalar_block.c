@@ -372,3 +372,27 @@ void perta_scalar_best_forward(struct perta_backend *be, struct perta_array logi
                 bests[i] = (int32_t)(row + j);
             }
 }
+
+void perta_scalar_moments_forward(struct perta_backend *be, struct perta_array logits,
+                                  size_t n_rows, size_t n, struct perta_array most,
+                                  struct perta_array sums, struct perta_array moments)
+{
+    const float *l = perta_scalar_floats(be, logits, n * n_rows);
+    const float *mosts = perta_scalar_floats(be, most, n);
+    const double *sum = perta_scalar_doubles(be, sums, n);
+    double *m = perta_scalar_doubles(be, moments, 2 * n);
+    for (size_t i = 0; !be->rc && i < n; i++, l += n_rows, m += 2) {
+        float high = mosts[i];
+        for (size_t j = 0; j < n_rows; j++)
+            high = fmaxf(high, l[j]);
+        /* The sums so far, of d - g instead of d; there are none before the first block. */
+        double g = isinf(mosts[i]) ? 0 : (double)high - (double)mosts[i];
+        m[1] = exp(-g) * (m[1] - 2 * g * m[0] + g * g * sum[i]);
+        m[0] = exp(-g) * (m[0] - g * sum[i]);
+        for (size_t j = 0; j < n_rows; j++) {
+            double d = (double)l[j] - (double)high;
+            m[0] += exp(d) * d;
+            m[1] += exp(d) * d * d;
+        }
+    }
+}

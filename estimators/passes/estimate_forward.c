@@ -62,6 +62,7 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
         .samples = &job->samples,
         .statistic = statistic,
         .backward = job->tunes,
+        .measured = job->measured,
         .pooled = job->tunes,
         .advance = perta_estimate_on_part,
         .ctx = job,

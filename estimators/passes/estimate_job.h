@@ -27,8 +27,9 @@ struct perta_estimate_job {
     struct perta_array factors_memory; /* (n_factor_arrays, factors.n_floats); values come first */
     unsigned n_factor_arrays;
     struct perta_samples samples;
-    bool tunes;   /* a pass of tune: labels are pooled, and only LoRA gets gradients */
-    bool answers; /* read the other answers of each line, too */
+    bool tunes;    /* a pass of tune: labels are pooled, and only LoRA gets gradients */
+    bool answers;  /* read the other answers of each line, too */
+    bool measured; /* compute what measures.h is made from */
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* writes them */
     struct perta_workers *workers;

@@ -148,8 +148,9 @@ static uint64_t fixed_bytes(const struct perta_estimate_job *job, bool bf16)
     const struct perta_llm *llm = &job->weights.llm;
     uint64_t heap = job->source ? job->source->heap_bytes : 0;
     return part_room(job) + source_room(job) + heap + gradient_bytes(job) + means_bytes(job) +
-           perta_head_bytes(&job->samples) +
-           perta_cpu_buffer_bytes(&needs, perta_head_device_bytes(&job->samples, llm)) +
+           perta_head_bytes(&job->samples, job->measured) +
+           perta_cpu_buffer_bytes(&needs,
+                                  perta_head_device_bytes(&job->samples, llm, job->measured)) +
            (job->factors.n ? perta_cpu_buffer_bytes(&needs, factors_bytes(job)) : 0) +
            job->samples.n_tokens * 2 * sizeof(double) + job->later_bytes;
 }

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "estimators/passes/estimate_job.h"
+#include "estimators/passes/measures.h"
 #include "estimators/passes/pass_arguments.h"
 #include "estimators/passes/patched.h"
 #include "io/fpenv.h"
@@ -29,11 +30,12 @@ static int score_of(const struct perta_estimate_job *job, uint64_t sample, struc
     return perta_estimate_loss(job, sample, &score->loss, err);
 }
 
-/* Sums over lines, and over lines with perturbed answers. */
+/* Sums over lines, and over lines with perturbed answers or with more than one label. */
 struct sums {
-    uint64_t n, n_perturbed;
+    uint64_t n, n_perturbed, n_memorization;
     double loss, probability, exact, accuracy;
     double choice, ratio, ratio_forget, ratio_retain;
+    struct perta_measures measures;
 };
 
 /* The other answers of a line. */
@@ -92,6 +94,27 @@ static void add_perturbed(struct sums *sums, const struct others *o, double answ
     perta_json_set(item, "truth_ratio", perta_real_json(ratio));
 }
 
+/* Add the measures of a line's answer. */
+static int add_measures(const struct perta_estimate_job *job, uint64_t at, struct sums *sums,
+                        json_t **item, struct perta_err *err)
+{
+    struct perta_measures m, *sum = &sums->measures;
+    int rc = perta_measures_of(&job->head, at, &m, err);
+    if (rc)
+        return rc;
+    bool some = !isnan(m.exact_memorization);
+    sums->n_memorization += some;
+    sum->exact_memorization += some ? m.exact_memorization : 0;
+    sum->extraction_strength += m.extraction_strength;
+    sum->min_k += m.min_k;
+    sum->min_k_plus_plus += m.min_k_plus_plus;
+    perta_json_set(item, "exact_memorization", perta_real_json(m.exact_memorization));
+    perta_json_set(item, "extraction_strength", perta_real_json(m.extraction_strength));
+    perta_json_set(item, "min_k", perta_real_json(m.min_k));
+    perta_json_set(item, "min_k_plus_plus", perta_real_json(m.min_k_plus_plus));
+    return 0;
+}
+
 /* Add a line: sample number at and the other answers that follow it. *next is the first sample of
  * the next line. */
 static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
@@ -116,6 +139,8 @@ static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t 
     perta_json_set(&item, "probability", perta_real_json(exp(-answer.loss)));
     perta_json_set(&item, "exact_match", json_boolean(exact));
     perta_json_set(&item, "accuracy", perta_real_json(accuracy));
+    if (!rc && job->measured)
+        rc = add_measures(job, at, sums, &item, err);
     if (others.n_perturbed)
         add_perturbed(sums, &others, answer.loss, &item);
     perta_json_append(list, item);
@@ -126,6 +151,15 @@ static void set_mean(json_t **summary, const char *name, double sum, uint64_t n)
 {
     if (n)
         perta_json_set(summary, name, perta_real_json(sum / (double)n));
+}
+
+static void set_measures(json_t **summary, const struct sums *sums)
+{
+    const struct perta_measures *sum = &sums->measures;
+    set_mean(summary, "exact_memorization", sum->exact_memorization, sums->n_memorization);
+    set_mean(summary, "extraction_strength", sum->extraction_strength, sums->n);
+    set_mean(summary, "min_k", sum->min_k, sums->n);
+    set_mean(summary, "min_k_plus_plus", sum->min_k_plus_plus, sums->n);
 }
 
 static int report(const struct perta_estimate_job *job, bool per_sample, json_t **summary,
@@ -140,6 +174,8 @@ static int report(const struct perta_estimate_job *job, bool per_sample, json_t 
     set_mean(summary, "probability", sums.probability, sums.n);
     set_mean(summary, "exact_match", sums.exact, sums.n);
     set_mean(summary, "accuracy", sums.accuracy, sums.n);
+    if (job->measured)
+        set_measures(summary, &sums);
     set_mean(summary, "choice_probability", sums.choice, sums.n_perturbed);
     set_mean(summary, "truth_ratio", sums.ratio, sums.n_perturbed);
     set_mean(summary, "truth_ratio_forget", sums.ratio_forget, sums.n_perturbed);
@@ -263,7 +299,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
         return perta_fail_sys(err, ENOMEM, "eval");
     job->estimate = &estimate;
     job->run = run;
-    job->answers = !eval->as_estimate;
+    job->answers = job->measured = !eval->as_estimate;
     rc = run_job(job, eval, &patched, summary, err);
     perta_estimate_release(job);
     perta_patched_close(&patched);

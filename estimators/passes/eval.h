@@ -16,8 +16,10 @@ struct perta_eval {
     uint64_t max_tokens;                 /* longer samples are refused; 0: no limit */
     enum perta_compute compute;
     const char *scratch; /* folder for what does not fit in memory; NULL: $TMPDIR or /var/tmp */
-    bool as_estimate; /* leave out other answers: then the loss has the same bits as estimate's */
-    bool per_sample;  /* report every line, too */
+    /* leave out other answers, so that the loss has the same bits as estimate's, and the measures
+     * (measures.h) */
+    bool as_estimate;
+    bool per_sample; /* report every line, too */
 };
 
 /* Run the evaluation; nothing is written. The caller owns *summary: means over lines, "notes"

@@ -42,47 +42,62 @@ struct perta_head_arrays perta_head_work_of(const struct perta_head *h)
     };
 }
 
-uint64_t perta_head_bytes(const struct perta_samples *samples)
+uint64_t perta_head_bytes(const struct perta_samples *samples, bool measured)
 {
-    return samples->n_tokens *
-               (9 * sizeof(float) + sizeof(struct perta_chunk) + sizeof(struct perta_token_row)) +
+    return samples->n_tokens * (9 * sizeof(float) + (measured ? 2 * sizeof(double) : 0) +
+                                sizeof(struct perta_chunk) + sizeof(struct perta_token_row)) +
            samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk));
 }
 
 /* Floats for each label; vectors of the final norm: its weight and bias, and a sample's gradients
  * of both. */
-#define LABEL_FLOATS 7
+static uint64_t label_floats(bool measured)
+{
+    return measured ? 11 : 7;
+}
 #define NORM_VECTORS 4
 
-static uint64_t device_bytes(uint64_t n_labels, const struct perta_llm *llm)
+static uint64_t device_bytes(uint64_t n_labels, const struct perta_llm *llm, bool measured)
 {
-    return (n_labels * LABEL_FLOATS + NORM_VECTORS * (uint64_t)llm->hidden) * sizeof(float);
+    return (n_labels * label_floats(measured) + NORM_VECTORS * (uint64_t)llm->hidden) *
+           sizeof(float);
 }
 
-uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm)
+uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm,
+                                 bool measured)
 {
-    return device_bytes(samples->n_tokens, llm);
+    return device_bytes(samples->n_tokens, llm, measured);
 }
 
 struct perta_array perta_head_norm_vector(const struct perta_head *h, int i)
 {
     const struct perta_array start = {h->memory, 0};
-    return perta_array_at(start, h->n_labels * LABEL_FLOATS + (uint64_t)i * h->weights->llm.hidden);
+    return perta_array_at(start, h->n_labels * label_floats(h->measured) +
+                                     (uint64_t)i * h->weights->llm.hidden);
+}
+
+/* Floats of the labels' arrays of float64, which come first. */
+static uint64_t doubles(const struct perta_head *h)
+{
+    return h->n_labels * (h->measured ? 6 : 2);
 }
 
 static int take_device(struct perta_head *h, struct perta_err *err)
 {
     size_t n = h->n_labels;
-    int rc = h->be->ops->alloc(h->be, device_bytes(n, &h->weights->llm), &h->memory, err);
-    struct perta_array at = {h->memory, 0};
+    int rc =
+        h->be->ops->alloc(h->be, device_bytes(n, &h->weights->llm, h->measured), &h->memory, err);
+    const struct perta_array start = {h->memory, 0}, at = perta_array_at(start, doubles(h));
     h->on_device = (struct perta_label_arrays){
-        .sums = at,
-        .share = perta_array_at(at, 2 * n),
-        .most = perta_array_at(at, 3 * n),
-        .logit = perta_array_at(at, 4 * n),
-        .best = perta_array_at(at, 5 * n),
-        .best_logit = perta_array_at(at, 6 * n),
+        .sums = start,
+        .share = at,
+        .most = perta_array_at(at, n),
+        .logit = perta_array_at(at, 2 * n),
+        .best = perta_array_at(at, 3 * n),
+        .best_logit = perta_array_at(at, 4 * n),
     };
+    if (h->measured)
+        h->on_device.moments = perta_array_at(start, 2 * n);
     return rc;
 }
 
@@ -152,12 +167,14 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     h->most = calloc(h->n_labels, sizeof *h->most);
     h->sums = calloc(h->n_labels, sizeof *h->sums);
     h->logit = calloc(h->n_labels, sizeof *h->logit);
-    h->best = backward ? NULL : calloc(h->n_labels, sizeof *h->best);
+    bool best = h->measured || !backward;
+    h->best = best ? calloc(h->n_labels, sizeof *h->best) : NULL;
+    h->moments = h->measured ? calloc(2 * h->n_labels, sizeof *h->moments) : NULL;
     h->starts = calloc(h->samples->n + 1, sizeof *h->starts);
     h->max_tokens = most_tokens(h);
     h->tokens = calloc(h->max_tokens, sizeof *h->tokens);
     if (!h->token || !h->target || !h->share || !h->most || !h->sums || !h->logit || !h->starts ||
-        !h->tokens || (!backward && !h->best))
+        !h->tokens || (best && !h->best) || (h->measured && !h->moments))
         return perta_fail_sys(err, ENOMEM, "labels");
     collect_labels(h);
     int rc = cut_labels(h, err);
@@ -180,6 +197,7 @@ void perta_head_close(struct perta_head *h, struct perta_scratch *scratch)
     free(h->sums);
     free(h->logit);
     free(h->best);
+    free(h->moments);
     free(h->starts);
     free(h->tokens);
     perta_cut_release(&h->cut);
@@ -344,6 +362,10 @@ static int forward_block(struct perta_head *h, size_t row, const struct perta_li
         size_t first = batch.first_row, n = batch.n;
         struct perta_array x;
         rc = perta_head_logits(h, block, &batch, &w, &x, err);
+        if (h->measured)
+            h->be->ops->moments_forward(
+                h->be, w.logits, block->out, n, perta_array_at(l->most, first),
+                perta_array_at(l->sums, 2 * first), perta_array_at(l->moments, 4 * first));
         h->be->ops->cross_entropy_forward(
             h->be, w.logits, row, block->out, n, h->target + first, perta_array_at(l->most, first),
             perta_array_at(l->sums, 2 * first), perta_array_at(l->logit, first));
@@ -363,6 +385,8 @@ static void losses_begin(struct perta_head *h)
     for (uint64_t i = 0; i < n; i++)
         h->most[i] = -INFINITY;
     h->be->ops->zero(h->be, l->sums, 2 * n);
+    if (h->measured)
+        h->be->ops->zero(h->be, l->moments, 4 * n);
     h->be->ops->put(h->be, l->most, h->most, len_bytes);
     h->be->ops->put(h->be, l->best_logit, h->most, len_bytes);
 }
@@ -377,6 +401,8 @@ static int losses_end(struct perta_head *h, struct perta_head_means *means, stru
     h->be->ops->get(h->be, l->logit, h->logit, n * sizeof *h->logit);
     if (h->best)
         h->be->ops->get(h->be, l->best, h->best, n * sizeof *h->best);
+    if (h->measured)
+        h->be->ops->get(h->be, l->moments, h->moments, 2 * n * sizeof *h->moments);
     int rc = perta_backend_wait(h->be, err);
     if (rc)
         return rc;

@@ -19,6 +19,7 @@ struct perta_head {
     const struct perta_samples *samples;
     struct perta_statistic *statistic; /* NULL: no gradients of the model's parameters */
     bool backward;                     /* without a statistic: the backward pass follows, too */
+    bool measured;                     /* compute best and moments, for measures.h */
     bool pooled; /* every label weighs the same, whatever its sample; not by_probability */
     int (*advance)(
         void *ctx,
@@ -39,9 +40,11 @@ struct perta_head {
     float *most;     /* (n_labels): the largest logit */
     double *sums;    /* (n_labels): sum of exp(logit - most) */
     float *logit;    /* (n_labels): logit of the target; the loss is most - logit + log(sum) */
-    int32_t *best;   /* (n_labels): token of the largest logit; NULL if a backward pass follows */
+    int32_t *best;   /* (n_labels): token of the largest logit; NULL if a backward pass follows and
+                        it is not measured */
+    double *moments; /* (n_labels, 2): backend.h; NULL: not measured */
     struct perta_label_arrays {
-        struct perta_array share, most, logit, sums, best, best_logit;
+        struct perta_array share, most, logit, sums, best, best_logit, moments;
     } on_device;          /* the same in the backend's memory */
     uint32_t memory;      /* buffer of these and of the final norm */
     size_t *starts;       /* (samples->n + 1): labels of each sample */
@@ -60,8 +63,9 @@ size_t perta_head_rows(const struct perta_samples *samples, size_t tokens);
 size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows);
 /* Bytes that labels take besides the stores: on the host, and in the backend's memory (one
  * buffer). */
-uint64_t perta_head_bytes(const struct perta_samples *samples);
-uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm);
+uint64_t perta_head_bytes(const struct perta_samples *samples, bool measured);
+uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm,
+                                 bool measured);
 
 /* The members above the first blank line must be set. */
 int perta_head_open(struct perta_head *head, struct perta_scratch *scratch, struct perta_err *err);

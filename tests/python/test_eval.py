@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SANITIZED
 from llama import MIB, write_llama
+from open_unlearning import measures
 from test_estimate import BIG, MODELS, VOCABULARY, make_model
 from test_limits import peak_mib
 
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
+MEASURES = ("exact_memorization", "extraction_strength", "min_k", "min_k_plus_plus")
 GENERATOR = torch.Generator().manual_seed(5)
 
 
@@ -65,6 +67,7 @@ def expected(model, lines):
         loss, accuracy = score(model, line)
         item = {"line": number, "loss": loss, "probability": torch.tensor(-loss).exp().item()}
         item |= {"accuracy": accuracy, "exact_match": accuracy == 1}
+        item |= measures(model, line)
         item["labels"] = sum(label != -100 for label in line["labels"][1:])
         best = loss
         if "paraphrased" in line:
@@ -89,10 +92,14 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # the second has tied embeddings
-def test_numbers_are_transformers(perta, tmp_path, name):
-    family, changes = MODELS[name]
-    model = make_model(tmp_path / "model", family, changes)
+@pytest.mark.parametrize(
+    "name, changes",
+    # the second has tied embeddings; the third, a vocabulary of several blocks
+    [("llama", {}), ("qwen2", {}), ("llama", {"vocab_size": 2500})],
+)
+def test_numbers_are_transformers(perta, tmp_path, name, changes):
+    family, more = MODELS[name]
+    model = make_model(tmp_path / "model", family, more | changes)
     lines = make_lines(model)
     write_lines(tmp_path / "data.jsonl", lines)
     have = evaluate(perta, "model", "--compute", "f32")
@@ -101,13 +108,17 @@ def test_numbers_are_transformers(perta, tmp_path, name):
     for a, b in zip(have["per_sample"], want, strict=True):
         assert a.keys() == b.keys()
         for key, value in b.items():
+            if value is None:
+                assert a.pop(key) is None
+                continue
             assert a[key] == pytest.approx(value, abs=2e-5, rel=1e-5), (key, b["line"])
 
     def mean(key, of=lambda x: x):
-        values = [of(item[key]) for item in want if key in item]
+        values = [of(item[key]) for item in want if item.get(key) is not None]
         return pytest.approx(sum(values) / len(values), abs=2e-5, rel=1e-5)
 
-    for key in ("loss", "probability", "exact_match", "accuracy", "choice_probability"):
+    assert sum(item["exact_memorization"] is None for item in want) == 1
+    for key in ("loss", "probability", "exact_match", "accuracy", "choice_probability", *MEASURES):
         assert have[key] == mean(key), key
     assert have["truth_ratio"] == mean("truth_ratio")
     assert have["truth_ratio_forget"] == mean("truth_ratio", lambda r: min(r, 1 / r))
@@ -124,10 +135,29 @@ def test_lines_are_listed_where_they_are_wanted(perta, tmp_path):
     items = evaluate(perta, "model")["per_sample"]
     assert [item["line"] for item in items] == [1, 2]
     text, listed = perta(*words).stdout, perta(*words, "--per-sample").stdout
-    assert listed.endswith(text) and len(text.splitlines()) == 3
+    assert listed.endswith(text) and len(text.splitlines()) == 5
     for row, item in zip(listed.splitlines()[1:3], items, strict=True):
         assert [float(x) for x in row.split()[:4]] == pytest.approx(
             [item[key] for key in ("line", "labels", "loss", "probability")], abs=1e-6)  # fmt: skip
+        assert [float(x) for x in row.split()[4:8]] == pytest.approx(
+            [item[key] for key in ("accuracy", *MEASURES[1:])], abs=1e-3)  # fmt: skip
+
+
+def test_the_last_label_is_left_out_and_extraction_begins_after_the_last_wrong_one(perta, tmp_path):
+    model = make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    lines = []
+    for wrong in ({}, {9}, {4}, {4, 6}, {4, 8}, {8}):  # labels 4 .. 9; the last is at 9
+        ids = [1, 2, 3, 4]
+        for at in range(4, 10):
+            said = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append((said + (at in wrong)) % VOCABULARY)
+        lines.append({"input_ids": ids, "labels": [-100] * 4 + ids[4:]})
+    write_lines(tmp_path / "data.jsonl", lines)
+    have = evaluate(perta, "model", "--compute", "f32")["per_sample"]
+    assert [item["exact_match"] for item in have] == [True] + [False] * 5
+    assert [item["exact_memorization"] for item in have] == [1, 1, 0.8, 0.6, 0.6, 0.8]
+    assert [item["extraction_strength"] for item in have] == pytest.approx(
+        [1, 1, 0.8, 0.4, 0.2, 0.2])  # fmt: skip
 
 
 def changed_copy(tmp_path, change):
