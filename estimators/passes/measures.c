@@ -49,12 +49,11 @@ static int by_value(const void *a, const void *b)
 /* Minus the mean of the lowest values (n), which are sorted. */
 static double lowest(double *values, size_t n)
 {
-    size_t k = (size_t)((double)n * PERTA_MIN_K);
+    size_t share = (size_t)((double)n * PERTA_MIN_K), k = 0;
     double sum = 0;
-    k = k ? k : 1;
     qsort(values, n, sizeof *values, by_value);
-    for (size_t i = 0; i < k; i++)
-        sum -= values[i];
+    while (k < n && (!k || k < share))
+        sum -= values[k++];
     return sum / (double)k;
 }
 
