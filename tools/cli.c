@@ -136,6 +136,22 @@ enum perta_compute cli_compute(struct argp_state *state, const char *text)
     return (enum perta_compute)cli_choice(state, "--compute", text, names);
 }
 
+enum perta_rounding cli_rounding(struct argp_state *state, const char *text)
+{
+    const char *names[PERTA_N_ROUNDINGS] = {NULL};
+    for (int i = 1; i < PERTA_N_ROUNDINGS; i++)
+        names[i - 1] = perta_rounding_name((enum perta_rounding)i);
+    return (enum perta_rounding)(1 + cli_choice(state, "--quantize", text, names));
+}
+
+void cli_say_rounded(const struct cli *cli, const json_t *result)
+{
+    const char *format = json_string_value(json_object_get(result, "quantize"));
+    if (format)
+        cli_say(cli, "quantize       %s (%lld parameters rounded)\n", format,
+                (long long)json_integer_value(json_object_get(result, "rounded_parameters")));
+}
+
 void cli_stats(struct argp_state *state, const char *text, bool *mean, bool *meansq)
 {
     static const char *const names[] = {"mean", "meansq", NULL};

@@ -43,6 +43,11 @@ uint64_t cli_count(struct argp_state *state, const char *option, const char *tex
 int cli_choice(struct argp_state *state, const char *option, const char *text,
                const char *const *names);
 enum perta_compute cli_compute(struct argp_state *state, const char *text);
+/* --quantize; its argument in the help is CLI_ROUNDINGS. */
+#define CLI_ROUNDINGS "nf4|int8|int4|q4_0|fp8"
+enum perta_rounding cli_rounding(struct argp_state *state, const char *text);
+/* Print from the result in which format weights were rounded, if they were. */
+void cli_say_rounded(const struct cli *cli, const json_t *result);
 /* Parse --stat mean,meansq: sets which of the two are wanted. */
 void cli_stats(struct argp_state *state, const char *text, bool *mean, bool *meansq);
 /* Handle the remaining keys of a verb that takes exactly one argument. missing is the message if

@@ -4,6 +4,7 @@
 enum {
     KEY_MODEL = CLI_KEY_OWN,
     KEY_ADAPTER,
+    KEY_QUANTIZE,
     KEY_DATA,
     KEY_OUT,
     KEY_STAT,
@@ -23,6 +24,9 @@ static const struct argp_option options[] = {
     {"adapter", KEY_ADAPTER, "DIR", 0,
      "Use the model with this PEFT LoRA adapter: the gradients are those of the model's own "
      "parameters",
+     1},
+    {"quantize", KEY_QUANTIZE, CLI_ROUNDINGS, 0,
+     "Round the layers' weights to this format and back while they are read: the gradients are those at the rounded weights",
      1},
     {"data", KEY_DATA, "FILE", 0, "The samples: JSON lines with \"input_ids\" and \"labels\"", 1},
     {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},
@@ -56,6 +60,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_ADAPTER:
         e->adapter = arg;
+        return 0;
+    case KEY_QUANTIZE:
+        e->quantize = cli_rounding(state, arg);
         return 0;
     case KEY_DATA:
         e->data = arg;

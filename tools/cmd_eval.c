@@ -5,6 +5,7 @@ enum {
     KEY_MODEL = CLI_KEY_OWN,
     KEY_PATCH,
     KEY_ADAPTER,
+    KEY_QUANTIZE,
     KEY_DATA,
     KEY_MAX_TOKENS,
     KEY_COMPUTE,
@@ -22,6 +23,8 @@ static const struct argp_option options[] = {
     {"patch", KEY_PATCH, "DIR", 0, "Apply this patch while the model is read; nothing is written",
      1},
     {"adapter", KEY_ADAPTER, "DIR", 0, "Use the model with this PEFT LoRA adapter", 1},
+    {"quantize", KEY_QUANTIZE, CLI_ROUNDINGS, 0,
+     "Round the layers' weights to this format and back while they are read, after --patch", 1},
     {"data", KEY_DATA, "FILE", 0,
      "The questions: JSON lines with \"input_ids\" and \"labels\", and with other answers to "
      "the same question as \"paraphrased\" and \"perturbed\"",
@@ -52,6 +55,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_ADAPTER:
         e->adapter = arg;
+        return 0;
+    case KEY_QUANTIZE:
+        e->quantize = cli_rounding(state, arg);
         return 0;
     case KEY_DATA:
         e->data = arg;
@@ -119,6 +125,7 @@ static void say(const struct cli *cli, const json_t *summary)
         return;
     }
     say_lines(cli, json_object_get(summary, "per_sample"));
+    cli_say_rounded(cli, summary);
     cli_say(cli, "loss           %.6f over %.0f samples\n", number(summary, "loss"),
             number(summary, "samples"));
     cli_say(cli, "probability    %.6f\n", number(summary, "probability"));

@@ -9,6 +9,7 @@ enum {
     KEY_DATA,
     KEY_OUT,
     KEY_ADAPTER,
+    KEY_QUANTIZE,
     KEY_RANK,
     KEY_LORA_ALPHA,
     KEY_TARGET_MODULES,
@@ -36,6 +37,9 @@ struct args {
 
 static const struct argp_option options[] = {
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
+    {"quantize", KEY_QUANTIZE, CLI_ROUNDINGS, 0,
+     "Round the layers' frozen weights to this format and back while they are read, as QLoRA does",
+     1},
     {"data", KEY_DATA, "FILE", 0, "The samples: JSON lines with \"input_ids\" and \"labels\"", 1},
     {"out", KEY_OUT, "DIR", 0, "Write the adapter to DIR, as PEFT does", 1},
     {"adapter", KEY_ADAPTER, "DIR", 0, "Start with this PEFT LoRA adapter instead of a new one", 1},
@@ -152,6 +156,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_ADAPTER:
         t->adapter = arg;
+        return 0;
+    case KEY_QUANTIZE:
+        t->quantize = cli_rounding(state, arg);
         return 0;
     case KEY_RANK:
         t->rank = count_from_1(state, "--rank", arg);

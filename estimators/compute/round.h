@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "io/err.h"
 #include "io/format/dtype.h"
 
 enum perta_rounding {
@@ -19,7 +20,7 @@ enum perta_rounding {
 };
 
 /* As --quantize spells it; "none" for PERTA_ROUND_NONE. */
-const char *perta_rounding_name(enum perta_rounding rounding);
+PERTA_API const char *perta_rounding_name(enum perta_rounding rounding);
 /* Elements that share a scale, in a matrix with rows of cols elements. */
 size_t perta_rounding_block(enum perta_rounding rounding, size_t cols);
 /* Whether a matrix with rows of cols elements can be stored in the format. */
@@ -29,8 +30,8 @@ bool perta_rounding_fits(enum perta_rounding rounding, size_t cols);
  * the format is converted back to dtype. rounding is not PERTA_ROUND_NONE, and fits. Returns
  * rows * cols; or, if an element is not finite, or would not be once it is rounded, the index of
  * such an element, which is left as it is. */
-size_t perta_round(enum perta_rounding rounding, enum perta_dtype dtype, void *w, size_t rows,
-                   size_t cols);
+PERTA_API size_t perta_round(enum perta_rounding rounding, enum perta_dtype dtype, void *w,
+                             size_t rows, size_t cols);
 
 /* The same in plain loops, from the formats' definitions, which perta_round is compared with. */
 size_t perta_round_reference(enum perta_rounding rounding, enum perta_dtype dtype, void *w,

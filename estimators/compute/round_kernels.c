@@ -146,7 +146,7 @@ static void round_nf4(float *x, size_t n, float most)
 
 static void round_int8(float *x, size_t n, float most)
 {
-    float by = most > 0 ? 127 / most : 0;
+    float by = most > 0 ? 1 / most * 127 : 0; /* so PyTorch computes 127 / most */
     for (size_t i = 0; i < n; i++) {
         float q = (x[i] * by + TO_INTEGER) - TO_INTEGER;
         x[i] = q * most * 7.874015718698502e-3f;

@@ -84,7 +84,7 @@ static float to_int8(float x, const struct block *b)
 {
     if (b->most == 0)
         return 0;
-    int q = (int)rintf(x * (127.0f / b->most));
+    int q = (int)rintf(x * (1.0f / b->most * 127.0f));
     return (float)q * b->most * 7.874015718698502e-3f;
 }
 

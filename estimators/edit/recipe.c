@@ -67,7 +67,7 @@ static json_t *strings(const char *const *list, unsigned n)
  * on. */
 static void add_data(json_t **recipe, const char *set, const struct perta_input *input)
 {
-    static const char *const facts[] = {"samples", "tokens", "data_hmac_sha256"};
+    static const char *const facts[] = {"samples", "tokens", "data_hmac_sha256", "quantize"};
     for (size_t i = 0; input->ck && input->ck->n_shards && i < sizeof facts / sizeof *facts; i++) {
         char key[64], meta[64];
         snprintf(key, sizeof key, "%s_%s", set, facts[i]);

@@ -120,6 +120,45 @@ const char *perta_weights_head(const struct perta_weights *w)
     return w->llm.tied ? perta_weights_embedding(w) : w->llm.family->head;
 }
 
+/* ---- rounding ---- */
+
+/* The parameter of row i of the family's table, if it is a matrix (*out, *in); else NULL. */
+static const struct perta_param_row *matrix_at(const struct perta_llm *llm, size_t i, size_t *out,
+                                               size_t *in)
+{
+    const struct perta_param_row *row = perta_llm_param(llm, llm->family->params[i].param);
+    if (!row)
+        return NULL;
+    perta_llm_shape(llm, row, out, in);
+    return *out ? row : NULL;
+}
+
+int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
+                        struct perta_err *err)
+{
+    char name[PERTA_NAME_BYTES];
+    w->rounding = rounding;
+    for (size_t i = 0, out, in; rounding && i < w->llm.family->n_params; i++) {
+        const struct perta_param_row *row = matrix_at(&w->llm, i, &out, &in);
+        if (row && !perta_rounding_fits(rounding, in))
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensor %s: its rows of %zu elements are not whole blocks of %s "
+                              "(%zu elements); such a tensor is stored in another format",
+                              w->ck->path, perta_llm_name(&w->llm, 0, row, name), in,
+                              perta_rounding_name(rounding), perta_rounding_block(rounding, in));
+    }
+    return 0;
+}
+
+uint64_t perta_weights_n_rounded(const struct perta_weights *w)
+{
+    uint64_t n = 0;
+    for (size_t i = 0, out, in; w->rounding && i < w->llm.family->n_params; i++)
+        if (matrix_at(&w->llm, i, &out, &in))
+            n += (uint64_t)out * in;
+    return n * w->llm.n_layers;
+}
+
 /* ---- the reader ---- */
 
 void perta_weights_settle(struct perta_weights *w)

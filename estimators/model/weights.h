@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 
+#include "estimators/compute/round.h"
 #include "estimators/model/config.h"
 #include "estimators/model/part.h"
 #include "estimators/model/reader.h"
@@ -35,8 +36,9 @@ struct perta_weights {
     struct perta_llm llm;
     struct perta_file *files; /* (ck->n_shards) */
     struct perta_io_choice choice;
-    struct perta_source *source; /* forms the tensors; NULL: they are read from the files.
+    struct perta_source *source;  /* forms the tensors; NULL: they are read from the files.
                                     Borrowed; set before perta_weights_start */
+    enum perta_rounding rounding; /* of the layers' matrices, as they are read */
 
     /* own */
     struct perta_reader *reader; /* opens the engine, and reads with it */
@@ -58,6 +60,13 @@ struct perta_weights {
  * shape, and that the two copies of a tied pair, if both are stored, are equal. The caller calls
  * perta_weights_close, also on error. */
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err);
+/* Round the layers' matrices (not the embedding, nor the head) as they are read, after the source.
+ * Called before perta_weights_start. PERTA_EINPUT, naming the tensor, if one cannot be stored in
+ * the format. */
+int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
+                        struct perta_err *err);
+/* How many parameters are rounded. */
+uint64_t perta_weights_n_rounded(const struct perta_weights *w);
 /* Start the reader. */
 int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct perta_err *err);
 /* Set the rooms into which spans are read: room_bytes each, block-aligned; the second may be NULL.

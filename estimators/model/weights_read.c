@@ -3,6 +3,7 @@
 #include "estimators/model/weights.h"
 
 #include <assert.h>
+#include <math.h>
 #include <string.h>
 
 #include "estimators/compute/kernels.h"
@@ -144,6 +145,23 @@ uint64_t perta_weights_layer_room(const struct perta_weights *w)
     return most + perta_weights_room(longest * sizeof(float)); /* a vector before its conversion */
 }
 
+/* Round a layer's matrix, which was read to data, to the format in which it is served. */
+static int round_matrix(const struct perta_weights *w, const char *name,
+                        const struct perta_value *value, uint8_t *data, struct perta_err *err)
+{
+    const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
+    size_t bad = perta_round(w->rounding, value->dtype, data, value->out, value->in);
+    float x;
+    if (bad == value->out * value->in)
+        return 0;
+    perta_row_kernels()->to_f32(&x, data + bad * perta_dtype_unit_bytes(value->dtype), value->dtype,
+                                1);
+    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s, element %zu: not a finite number%s%s",
+                      w->ck->shards[ref->shard].path, name, bad,
+                      isfinite(x) ? " once it is rounded to " : "",
+                      isfinite(x) ? perta_rounding_name(w->rounding) : "");
+}
+
 /* Read a parameter to *at, and move *at past it. */
 static int read_param(struct perta_weights *w, uint32_t layer, const struct perta_param_row *row,
                       unsigned room, uint8_t **at, struct perta_value *value, struct perta_err *err)
@@ -158,6 +176,8 @@ static int read_param(struct perta_weights *w, uint32_t layer, const struct pert
         value->dtype = perta_checkpoint_find(w->ck, name)->tensor->dtype;
         *at += matrix_room(w, layer, row);
         rc = read_rows(w, name, 0, value->out, here, &data, err);
+        if (!rc && w->rounding)
+            rc = round_matrix(w, name, value, here + ((const uint8_t *)data - here), err);
     } else {
         value->dtype = PERTA_F32;
         *at += vector_room(value->in);

@@ -297,6 +297,8 @@ static int check_arguments(const struct perta_estimate *e, struct perta_err *err
         rc = perta_fail(err, PERTA_EUSAGE, "--stat: mean, meansq or both");
     if (!rc)
         rc = perta_compute_argument(e->compute, err);
+    if (!rc)
+        rc = perta_rounding_argument(e->quantize, err);
     return rc ? rc : perta_scaled_arguments(e->at, err);
 }
 
@@ -323,6 +325,7 @@ int perta_estimate(const struct perta_estimate *estimate, const struct perta_run
                               (json_int_t)job->samples.n_tokens, "notes", job->samples.notes);
     perta_json_set(summary, "unknown_config_keys",
                    rc ? NULL : perta_llm_unknown_keys(job->weights.ck->config));
+    perta_estimate_say_rounded(job, summary);
     if (!rc && !*summary)
         rc = perta_fail_sys(err, ENOMEM, "estimate");
     if (!rc && !run->dry_run) {

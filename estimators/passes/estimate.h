@@ -6,6 +6,7 @@
 #include <jansson.h>
 #include <stdbool.h>
 
+#include "estimators/compute/round.h"
 #include "stream/stream.h"
 
 /* The backend: the CPU's, in float32 or with bfloat16 products (AUTO: whichever is faster on this
@@ -31,7 +32,10 @@ struct perta_estimate {
     const char *model;                   /* checkpoint with config.json */
     const struct perta_scaled_paths *at; /* use theta - s * tau instead of the model; NULL: no */
     const char *adapter;                 /* a PEFT LoRA adapter beside the model; NULL: none */
-    const char *data;                    /* JSON lines: input_ids, labels */
+    /* Use the layers' matrices rounded to this format and back; the gradients are those there. The
+     * adapter is not rounded. */
+    enum perta_rounding quantize;
+    const char *data;        /* JSON lines: input_ids, labels */
     const char *data_xxh128; /* digest that data must have (perta_samples_wanted); NULL: any */
     const char *data_key; /* file of a key: importance records the HMAC of data; NULL: no digest */
     const char *out;      /* OUT/mean, OUT/meansq are written */

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "estimators/passes/pick.h"
+#include "io/text.h"
 
 /* ---- open ---- */
 
@@ -23,6 +24,8 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
         rc = perta_scaled_open(&job->scaled, e->at, job->weights.ck, err);
         job->source = job->weights.source = &job->scaled.source;
     }
+    if (!rc)
+        rc = perta_weights_round(&job->weights, e->quantize, err);
     if (rc)
         return rc;
     const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
@@ -39,6 +42,16 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
     if (!rc)
         rc = perta_estimate_tokens(job, err);
     return rc;
+}
+
+void perta_estimate_say_rounded(const struct perta_estimate_job *job, json_t **summary)
+{
+    const struct perta_weights *w = &job->weights;
+    if (!w->rounding)
+        return;
+    perta_json_set(summary, "quantize", json_string(perta_rounding_name(w->rounding)));
+    perta_json_set(summary, "rounded_parameters",
+                   json_integer((json_int_t)perta_weights_n_rounded(w)));
 }
 
 bool perta_estimate_bf16(const struct perta_estimate_job *job)

@@ -76,6 +76,8 @@ int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_
 
 /* Open the model and read the samples, and check both. */
 int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err);
+/* Add to the summary in which format weights are rounded, and how many. */
+void perta_estimate_say_rounded(const struct perta_estimate_job *job, json_t **summary);
 bool perta_estimate_bf16(const struct perta_estimate_job *job);
 /* Open the head, after the plan and perta_weights_start. statistic NULL: only the forward pass
  * follows. */

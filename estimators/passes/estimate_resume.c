@@ -94,6 +94,8 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
     if (e->batch_size)
         perta_json_set(&identity, "batch",
                        json_pack("[I, I]", (json_int_t)e->batch_size, (json_int_t)e->batch));
+    if (e->quantize)
+        perta_json_set(&identity, "quantize", json_string(perta_rounding_name(e->quantize)));
     if (e->at)
         perta_json_set(&identity, "at", perta_scaled_json(&job->scaled));
     if (e->adapter)
@@ -113,9 +115,9 @@ static int open_output(struct perta_estimate_job *job, int stat, struct perta_er
     struct perta_importance plan = {0};
     struct perta_importance_out *out = &job->outs[stat];
     json_t *adapter = job->estimate->adapter ? perta_adapter_recipe(job->adapted.ck) : NULL;
-    const struct perta_importance_about about = {(enum perta_stat)stat, job->samples.n,
-                                                 job->samples.n_tokens, job->samples.file.hmac,
-                                                 adapter};
+    const struct perta_importance_about about = {
+        (enum perta_stat)stat,  job->samples.n, job->samples.n_tokens,
+        job->samples.file.hmac, adapter,        job->estimate->quantize};
     char *path = path_of(job, stat);
     int rc = path && !adapter == !job->estimate->adapter
                  ? perta_importance_plan(&plan, job->weights.ck, &about, is_parameter,

@@ -251,6 +251,7 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
         return rc;
     *summary = summary_of(&job->samples);
     perta_json_set(summary, "unknown_config_keys", perta_llm_unknown_keys(job->weights.ck->config));
+    perta_estimate_say_rounded(job, summary);
     if (!job->run->dry_run)
         rc = start(job, err);
     if (!rc && !job->run->dry_run)
@@ -272,6 +273,8 @@ static int check_arguments(const struct perta_eval *e, struct perta_err *err)
         rc = perta_fail(err, PERTA_EUSAGE, "--patch or at, not both");
     if (!rc)
         rc = perta_compute_argument(e->compute, err);
+    if (!rc)
+        rc = perta_rounding_argument(e->quantize, err);
     return rc ? rc : perta_scaled_arguments(e->at, err);
 }
 
@@ -288,6 +291,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
     const struct perta_estimate estimate = {.model = eval->model,
                                             .adapter = eval->adapter,
                                             .at = eval->at,
+                                            .quantize = eval->quantize,
                                             .data = eval->data,
                                             .data_xxh128 = eval->data_xxh128,
                                             .max_tokens = eval->max_tokens,

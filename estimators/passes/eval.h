@@ -11,6 +11,7 @@ struct perta_eval {
     const char *patch;                   /* applied to the model as it is read; NULL: none */
     const char *adapter;                 /* a PEFT LoRA adapter beside the model; NULL: none */
     const struct perta_scaled_paths *at; /* without a patch: use theta - s * tau; NULL: no */
+    enum perta_rounding quantize;        /* as in perta_estimate, after the patch */
     const char *data;                    /* JSON lines: input_ids, labels, paraphrased, perturbed */
     const char *data_xxh128;             /* as in perta_estimate */
     uint64_t max_tokens;                 /* longer samples are refused; 0: no limit */

@@ -64,6 +64,9 @@ static json_t *metadata_of(const struct perta_importance_about *about)
                        json_sprintf("%llu", (unsigned long long)about->n_tokens));
     if (about->data_hmac && *about->data_hmac)
         perta_json_set(&metadata, "perta.data_hmac_sha256", json_string(about->data_hmac));
+    if (about->quantize)
+        perta_json_set(&metadata, "perta.quantize",
+                       json_string(perta_rounding_name(about->quantize)));
     if (about->adapter) {
         char *text = perta_json_text(about->adapter, JSON_COMPACT | JSON_SORT_KEYS);
         perta_json_set(&metadata, "perta.adapter", text ? json_string(text) : NULL);

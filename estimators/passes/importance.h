@@ -7,6 +7,7 @@
 #include <jansson.h>
 #include <stdbool.h>
 
+#include "estimators/compute/round.h"
 #include "estimators/edit/edit.h"
 #include "io/behind.h"
 #include "io/format/checkpoint.h"
@@ -35,6 +36,7 @@ struct perta_importance_about {
     uint64_t n_tokens;     /* over all samples; 0 if not known */
     const char *data_hmac; /* keyed digest of the data file; NULL or "" if there is none */
     json_t *adapter;       /* rank, alpha and so on of a LoRA that was in effect; NULL: none */
+    enum perta_rounding quantize; /* of the weights at which the gradients were taken */
 };
 
 /* Plan a folder with the layout of like (borrowed): those of its tensors that wanted accepts (NULL:

@@ -7,6 +7,11 @@ int perta_compute_argument(enum perta_compute compute, struct perta_err *err)
     return perta_arguments_choice("--compute", (int)compute, PERTA_COMPUTE_REFERENCE + 1, err);
 }
 
+int perta_rounding_argument(enum perta_rounding quantize, struct perta_err *err)
+{
+    return perta_arguments_choice("--quantize", (int)quantize, PERTA_N_ROUNDINGS, err);
+}
+
 int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err *err)
 {
     if (!at)

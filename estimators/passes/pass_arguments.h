@@ -7,6 +7,7 @@
 
 /* NULL is allowed. */
 int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err *err);
+int perta_rounding_argument(enum perta_rounding quantize, struct perta_err *err);
 int perta_compute_argument(enum perta_compute compute, struct perta_err *err);
 
 #endif

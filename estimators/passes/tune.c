@@ -100,6 +100,7 @@ static json_t *summary_of(const struct perta_tune_job *job)
                   perta_tune_recipe(job), "notes", job->all.notes);
     perta_json_set(&summary, "unknown_config_keys",
                    perta_llm_unknown_keys(job->pass.weights.ck->config));
+    perta_estimate_say_rounded(&job->pass, &summary);
     return summary;
 }
 

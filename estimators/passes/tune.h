@@ -18,10 +18,11 @@ struct perta_tune_update {
 
 /* Where 0 or NULL means a default, that is PEFT's or transformers'. */
 struct perta_tune {
-    const char *model;   /* checkpoint with config.json */
-    const char *data;    /* JSON lines, as for perta_estimate */
-    const char *out;     /* the adapter's folder */
-    const char *adapter; /* start with this adapter, instead of a new one; NULL: no */
+    const char *model;            /* checkpoint with config.json */
+    const char *data;             /* JSON lines, as for perta_estimate */
+    const char *out;              /* the adapter's folder */
+    const char *adapter;          /* start with this adapter, instead of a new one; NULL: no */
+    enum perta_rounding quantize; /* of the frozen weights, as in perta_estimate (QLoRA) */
     /* The new adapter. targets: names of linear modules, as in PEFT's target_modules, or
      * "all-linear"; none: q_proj and v_proj. */
     uint64_t rank;     /* 0: 8 */

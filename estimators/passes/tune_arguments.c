@@ -82,6 +82,8 @@ int perta_tune_arguments(struct perta_tune_job *job, const struct perta_tune *t,
         rc = check_training(t, err);
     if (!rc)
         rc = perta_compute_argument(t->compute, err);
+    if (!rc)
+        rc = perta_rounding_argument(t->quantize, err);
     if (rc)
         return rc;
     job->tune = *t;
@@ -95,6 +97,7 @@ int perta_tune_arguments(struct perta_tune_job *job, const struct perta_tune *t,
     job->tune.batch_size = t->batch_size ? t->batch_size : 8;
     job->estimate = (struct perta_estimate){.model = t->model,
                                             .adapter = t->adapter,
+                                            .quantize = t->quantize,
                                             .data = t->data,
                                             .data_key = t->data_key,
                                             .out = t->out,

@@ -31,6 +31,8 @@ json_t *perta_tune_recipe(const struct perta_tune_job *job)
                                                         : "f32");
     if (t->epochs)
         perta_json_set(&recipe, "epochs", json_integer((json_int_t)t->epochs));
+    if (t->quantize)
+        perta_json_set(&recipe, "quantize", json_string(perta_rounding_name(t->quantize)));
     return recipe;
 }
 

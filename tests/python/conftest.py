@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_quality", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
+NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
@@ -52,6 +52,7 @@ NUMBERS = [
     "test_estimate::test_bf16_products_stay_near",
     "test_estimate::test_every_run_gives_the_same_bytes",
     "test_eval::test_numbers_are_transformers",
+    "test_quantize::test_formats_are_numpys_bit_for_bit",
     "test_tune::test_losses_and_adapters_are_pefts",
     "test_tune::test_schedules_decay_and_clipping_are_transformers",
     "test_tune::test_eval_and_estimate_with_an_adapter_are_pefts",
