@@ -257,6 +257,7 @@ START_TEST(estimate)
     BAD(estimate, job.scratch = "", "--scratch: a name is needed");
     BAD(estimate, job.mean = false, "--stat: mean, meansq or both");
     BAD(estimate, job.compute = (enum perta_compute)4, "--compute: 4");
+    BAD(estimate, job.quantize = (enum perta_rounding)6, "--quantize: 6");
     BAD(estimate, job.at = &nowhere, "base (of at) is needed");
     BAD(estimate, job.at = &both, "box (of at), or tuned and base, not both");
 }
@@ -276,6 +277,7 @@ START_TEST(eval)
     BAD(eval, job.adapter = "", "--adapter: a name is needed");
     BAD(eval, job.scratch = "", "--scratch: a name is needed");
     BAD(eval, job.compute = (enum perta_compute) - 1, "--compute: -1");
+    BAD(eval, job.quantize = (enum perta_rounding)6, "--quantize: 6");
     BAD(eval, job.at = &nowhere, "base (of at) is needed");
     BAD(eval, (job.at = &nowhere, job.patch = "p"), "--patch or at, not both");
 }
@@ -310,6 +312,7 @@ START_TEST(tune)
     BAD(tune, job.max_grad_norm = nan, "--max-grad-norm: must be a finite number");
     BAD(tune, job.seed = UINT64_MAX, "--seed: must be at most");
     BAD(tune, job.compute = (enum perta_compute)4, "--compute: 4");
+    BAD(tune, job.quantize = (enum perta_rounding)6, "--quantize: 6");
 }
 END_TEST
 

@@ -1,11 +1,16 @@
 /* Formats of rounded weights: kernels of every instruction set give the bits of the reference; what
  * cannot be rounded is named. tests/python/test_quantize.py has the same formats in NumPy. */
-#include <math.h>
+#include "tests/scratch.h"
 
 #include "estimators/compute/round.h"
+#include "estimators/edit/unlearn.h"
+#include "estimators/model/model.h"
+#include "estimators/passes/eval.h"
 #include "io/format/convert.h"
 #include "io/isa.h"
-#include "tests/unit.h"
+#include "tests/gradient.h"
+
+static struct perta_err err;
 
 static const enum perta_dtype dtypes[] = {PERTA_F32, PERTA_BF16, PERTA_F16};
 
@@ -110,19 +115,15 @@ START_TEST(every_instruction_set_gives_the_bits_of_the_reference)
 }
 END_TEST
 
-START_TEST(rounding_again_changes_nothing_that_matters)
+/* The largest number of a block stays, and so do scale and codes. */
+START_TEST(rounding_to_nf4_again_changes_nothing)
 {
-    /* The largest number of a block is kept, so scale and codes stay: formats whose largest code is
-     * exactly the largest number. */
-    static const enum perta_rounding exact[] = {PERTA_ROUND_NF4, PERTA_ROUND_FP8};
-    for (size_t r = 0; r < 2; r++) {
-        float w[4 * 64], once[4 * 64];
-        fill(PERTA_F32, w, 4 * 64, 8);
-        perta_round(exact[r], PERTA_F32, w, 4, 64);
-        memcpy(once, w, sizeof w);
-        perta_round(exact[r], PERTA_F32, w, 4, 64);
-        ck_assert(!memcmp(w, once, sizeof w));
-    }
+    float w[4 * 64], once[4 * 64];
+    fill(PERTA_F32, w, 4 * 64, 8);
+    perta_round(PERTA_ROUND_NF4, PERTA_F32, w, 4, 64);
+    memcpy(once, w, sizeof w);
+    perta_round(PERTA_ROUND_NF4, PERTA_F32, w, 4, 64);
+    ck_assert(!memcmp(w, once, sizeof w));
 }
 END_TEST
 
@@ -164,12 +165,91 @@ START_TEST(an_element_that_the_format_cannot_hold_is_named)
 }
 END_TEST
 
+/* ---- in a model that is computed as it is read ---- */
+
+static const char config[] =
+    "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":32,\"intermediate_size\":64,"
+    "\"num_attention_heads\":4,\"num_key_value_heads\":2,\"vocab_size\":23,"
+    "\"num_hidden_layers\":2,\"rms_norm_eps\":1e-3}";
+
+/* Write a checkpoint whose weights are as at first, and noise times this, or all of them scale. */
+static void put_model(const char *path, double noise, float scale)
+{
+    struct perta_llm llm;
+    struct perta_model model;
+    const struct perta_model_file file = {"config.json", config};
+    json_t *json = json_loads(config, 0, NULL);
+    uint64_t seed = 15;
+    ck_assert_ptr_nonnull(json);
+    ck_assert_ok(perta_llm_parse(json, "config.json", &llm, &err));
+    ck_assert_ok(perta_model_new(&llm, 1, &model, &err));
+    for (size_t i = 0; i < model.n_floats; i++)
+        model.weights[i] = scale > 0 ? scale : model.weights[i] + uniform(&seed, -noise, noise);
+    ck_assert_ok(perta_model_save(&model, path, &file, 1, false, &err));
+    perta_model_release(&model);
+    json_decref(json);
+}
+
+static double loss_of(const struct perta_eval *eval)
+{
+    const struct perta_run run = {.memory_bytes = 1 << 30, .n_threads = 2};
+    json_t *summary;
+    ck_assert_ok(perta_eval(eval, &run, &summary, &err));
+    double loss = json_real_value(json_object_get(summary, "loss"));
+    json_decref(summary);
+    return loss;
+}
+
+/* theta - s * tau is rounded, and not theta. */
+START_TEST(scales_come_before_rounding)
+{
+    const struct perta_run run = {.memory_bytes = 1 << 30, .n_threads = 2};
+    const struct perta_scaled_paths at = {.tuned = "tuned", .base = "base", .scale = "scale"};
+    const struct perta_unlearn unlearn = {.model = "model",
+                                          .tuned = at.tuned,
+                                          .base = at.base,
+                                          .scale = at.scale,
+                                          .rule = {.method = PERTA_SCALE},
+                                          .alphas = {{.text = "1", .value = 1}},
+                                          .n_alphas = 1,
+                                          .patch = "patch",
+                                          .out = "edited"};
+    json_t *summary;
+    put_model("model", 0.3, 0);
+    put_model("tuned", 0.2, 0);
+    put_model("base", 0.1, 0);
+    put_model("scale", 0, 0.75f);
+    put_text("data.jsonl", "{\"input_ids\":[3,1,4,1,5,9,2,6]}\n{\"input_ids\":[22,0,7]}\n");
+    ck_assert_ok(perta_unlearn(&unlearn, &run, &summary, &err));
+    json_decref(summary);
+    for (int r = PERTA_ROUND_NONE; r < PERTA_N_ROUNDINGS; r++) {
+        struct perta_eval eval = {.model = "model",
+                                  .at = &at,
+                                  .data = "data.jsonl",
+                                  .quantize = (enum perta_rounding)r,
+                                  .compute = PERTA_COMPUTE_F32};
+        double have = loss_of(&eval);
+        eval.at = NULL;
+        ck_assert_double_ne(loss_of(&eval), have);
+        eval.model = "edited";
+        ck_assert_double_eq(loss_of(&eval), have);
+        eval.model = "model";
+        eval.patch = "patch";
+        ck_assert_double_eq(loss_of(&eval), have);
+        eval.quantize = PERTA_ROUND_NONE;
+        ck_assert((loss_of(&eval) == have) == !r);
+    }
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("tests");
     tcase_add_test(tests, every_instruction_set_gives_the_bits_of_the_reference);
-    tcase_add_test(tests, rounding_again_changes_nothing_that_matters);
+    tcase_add_test(tests, rounding_to_nf4_again_changes_nothing);
     tcase_add_test(tests, an_element_that_is_not_finite_is_named);
     tcase_add_test(tests, an_element_that_the_format_cannot_hold_is_named);
+    tcase_add_checked_fixture(tests, enter, leave);
+    tcase_add_test(tests, scales_come_before_rounding);
     return run_suite("round", tests);
 }
