@@ -297,6 +297,7 @@ START_TEST(tune)
     BAD(tune, job.data = NULL, "--data FILE is needed");
     BAD(tune, job.out = "", "--out DIR is needed");
     BAD(tune, job.adapter = "", "--adapter: a name is needed");
+    BAD(tune, job.patch = "", "--patch: a name is needed");
     BAD(tune, job.scratch = "", "--scratch: a name is needed");
     BAD(tune, job.rank = 1 << 20, "--rank: must be at most 65536");
     BAD(tune, job.lora_alpha = nan, "--lora-alpha: must be a finite number");

@@ -10,6 +10,7 @@ enum {
     KEY_OUT,
     KEY_ADAPTER,
     KEY_QUANTIZE,
+    KEY_PATCH,
     KEY_RANK,
     KEY_LORA_ALPHA,
     KEY_TARGET_MODULES,
@@ -42,6 +43,8 @@ static const struct argp_option options[] = {
      1},
     {"data", KEY_DATA, "FILE", 0, "The samples: JSON lines with \"input_ids\" and \"labels\"", 1},
     {"out", KEY_OUT, "DIR", 0, "Write the adapter to DIR, as PEFT does", 1},
+    {"patch", KEY_PATCH, "DIR", 0,
+     "Train on the model that this patch leads to; it is applied while the model is read", 1},
     {"adapter", KEY_ADAPTER, "DIR", 0, "Start with this PEFT LoRA adapter instead of a new one", 1},
     {"rank", KEY_RANK, "R", 0, "Rank of the adapter (default 8)", 2},
     {"lora-alpha", KEY_LORA_ALPHA, "A", 0, "Its scaling is A / R (default 8)", 2},
@@ -153,6 +156,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_OUT:
         t->out = arg;
+        return 0;
+    case KEY_PATCH:
+        t->patch = arg;
         return 0;
     case KEY_ADAPTER:
         t->adapter = arg;

@@ -14,17 +14,28 @@
 static int check_outputs(const struct perta_tune_job *job, struct perta_err *err)
 {
     const struct perta_tune *t = &job->tune;
-    const char *const inputs[] = {t->model, t->data, t->adapter};
+    const char *const inputs[] = {t->model, t->data, t->adapter, t->patch};
     /* The output of a run that is resumed was checked when it began, and may be published by
      * now. */
     return job->run->resume && perta_journal_found(t->out)
                ? 0
-               : perta_publish_check(&t->out, 1, inputs, 3, t->force, err);
+               : perta_publish_check(&t->out, 1, inputs, 4, t->force, err);
+}
+
+static int open_patch(struct perta_tune_job *job, struct perta_err *err)
+{
+    struct perta_estimate_job *pass = &job->pass;
+    if (!job->tune.patch)
+        return 0;
+    pass->source = pass->weights.source = &job->patched.source;
+    return perta_patched_open(&job->patched, job->tune.patch, pass->weights.ck, err);
 }
 
 static int prepare(struct perta_tune_job *job, struct perta_err *err)
 {
     int rc = perta_estimate_open(&job->pass, err);
+    if (!rc)
+        rc = open_patch(job, err);
     if (!rc)
         rc = perta_tune_count(job, err);
     return rc ? rc : check_outputs(job, err);
@@ -157,6 +168,7 @@ int perta_tune(const struct perta_tune *tune, const struct perta_run *run, json_
     job->pass.tunes = true;
     rc = run_job(job, summary, err);
     perta_estimate_release(&job->pass);
+    perta_patched_close(&job->patched);
     perta_publish_release(&job->folder);
     perta_samples_release(&job->all);
     free(job->order);

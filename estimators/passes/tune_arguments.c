@@ -71,8 +71,10 @@ int perta_tune_arguments(struct perta_tune_job *job, const struct perta_tune *t,
     static const char *const default_targets[] = {"q_proj", "v_proj"};
     const struct perta_argument needed[] = {
         {"--model DIR", t->model}, {"--data FILE", t->data}, {"--out DIR", t->out}};
-    const struct perta_argument given[] = {
-        {"--adapter", t->adapter}, {"--data-key", t->data_key}, {"--scratch", t->scratch}};
+    const struct perta_argument given[] = {{"--patch", t->patch},
+                                           {"--adapter", t->adapter},
+                                           {"--data-key", t->data_key},
+                                           {"--scratch", t->scratch}};
     int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
     if (!rc)
         rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);

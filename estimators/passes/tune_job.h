@@ -5,6 +5,7 @@
 #define PERTA_ESTIMATORS_PASSES_TUNE_JOB_H
 
 #include "estimators/passes/estimate_job.h"
+#include "estimators/passes/patched.h"
 #include "estimators/passes/tune.h"
 
 struct perta_tune_job {
@@ -12,6 +13,7 @@ struct perta_tune_job {
     const struct perta_run *run;
     struct perta_estimate estimate; /* what a pass needs to know */
     struct perta_estimate_job pass; /* its samples are those of one update */
+    struct perta_patched patched;   /* of tune.patch */
     struct perta_samples all;
     uint32_t *order;    /* (all.n): the samples in the order of an epoch */
     uint64_t ordered;   /* that epoch, from 1; 0: none yet */

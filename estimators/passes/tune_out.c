@@ -33,6 +33,8 @@ json_t *perta_tune_recipe(const struct perta_tune_job *job)
         perta_json_set(&recipe, "epochs", json_integer((json_int_t)t->epochs));
     if (t->quantize)
         perta_json_set(&recipe, "quantize", json_string(perta_rounding_name(t->quantize)));
+    if (t->patch) /* a patch is known by its manifest, which has the digests of all its files */
+        perta_json_set(&recipe, "patch", json_string(job->patched.patch.manifest_digest.sha256));
     return recipe;
 }
 

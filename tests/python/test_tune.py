@@ -1,5 +1,6 @@
 """`perta tune` beside PEFT and PyTorch's AdamW, and `--adapter` of eval and estimate."""
 
+import hashlib
 import hmac
 import json
 import math
@@ -434,6 +435,47 @@ def test_a_run_that_is_killed_at_any_update_goes_on(perta, folder, seed):
     assert run["updates"] == whole["updates"] and len(run["updates"]) == 9
     assert files_of(folder / "out") == want
     assert not list(folder.glob("*perta*"))
+
+
+def test_a_patched_model_is_trained_as_it_would_be_once_applied(perta, folder):
+    """To the bit, also where only half of the chunks change; and asked the same."""
+    make_model(folder / "other", rope_theta=10000.0, initializer_range=0.11)
+    perta(*"diff model other --patch p".split())
+    words = [*RUN[3:], *ALL, "--json"]
+    direct = json.loads(perta("tune", "--model", "other", *words, "--out", "direct").stdout)
+    perta("tune", "--model", "model", *words, "--out", "plain")
+    for budget in ("300M", "100M"):
+        more = ["--patch", "p", "--memory", budget, "--force"]
+        patched = json.loads(perta("tune", "--model", "model", *words, *more).stdout)
+        assert patched["updates"] == direct["updates"]
+        have, want, not_ = (load_file(folder / f"{name}/adapter_model.safetensors") for name in ("out", "direct", "plain"))
+        assert all(torch.equal(have[name], x) for name, x in want.items())
+        assert not all(torch.equal(have[name], x) for name, x in not_.items())
+    with safe_open(folder / "out/adapter_model.safetensors", "np") as file:
+        digest = hashlib.sha256((folder / "p/manifest.json").read_bytes()).hexdigest()
+        assert json.loads(file.metadata()["perta.tune"])["patch"] == digest
+    losses = [
+        json.loads(perta("eval", *where.split(), "--adapter", "out", "--data", "data.jsonl", "--json").stdout)["loss"]
+        for where in ("--model model --patch p", "--model other")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_patch_that_is_not_the_models_is_refused(perta, folder):
+    make_model(folder / "other", rope_theta=10000.0, initializer_range=0.11)
+    perta(*"diff other model --patch back".split())
+    perta(*"diff model other --patch p".split())
+    for patch, status, says in (("back", 1, "back"), ("model", 3, "is it a patch folder?"), ("none", 3, "none")):
+        assert says in perta(*RUN, "--patch", patch, check=status).stderr
+        assert not (folder / "out").exists()
+    assert "within, the input p" in perta(*RUN, "--patch", "p", "--out", "p/x", check=2).stderr
+    stop_at(folder, [*RUN, "--patch", "p"], "commit", 3)
+    assert "flags: patch was" in perta(*RUN, "--resume", check=2).stderr
+    perta(*RUN, "--patch", "p", "--resume")
+    assert not list(folder.glob("*perta-*"))
+    shard = next((folder / "p").glob("*.perta"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert shard.name in perta(*RUN, "--patch", "p", "--force", check=None).stderr
 
 
 def test_an_interrupted_run_says_how_to_go_on(perta, folder):
