@@ -26,7 +26,7 @@ def command() -> str:
     """The command that ran this verb, or the one on PATH."""
     perta = os.environ.get("PERTA") or shutil.which("perta")
     if not perta or not os.access(perta, os.X_OK):
-        raise Problem("the command perta is neither in PERTA nor on PATH; run `perta forget'", SYSTEM)
+        raise Problem("the command perta is neither in PERTA nor on PATH; run `perta VERB'", SYSTEM)
     return os.path.abspath(perta)
 
 
@@ -87,8 +87,8 @@ class Children:
 
 
 def print_line(line: str) -> None:
-    own = ("perta unlearn: to resume:", "perta unlearn: not enough is forgotten:")
-    if not line.startswith(own):  # perta forget says both itself
+    own = ("perta unlearn: to resume:", "perta unlearn: not enough is forgotten:", "perta tune: to resume:")
+    if not line.startswith(own):  # perta forget and perta audit say it themselves
         print(plain(line), file=sys.stderr, flush=True)
 
 
@@ -111,10 +111,10 @@ class Progress:
     PAUSE = {"bar": 1 / 6, "plain": 10.0, "json": 1 / 6}  # noqa: RUF012
     WIDTH = 30
 
-    def __init__(self, style: str, stages: dict[str, float]) -> None:
+    def __init__(self, verb: str, style: str, stages: dict[str, float]) -> None:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() else "plain"
-        self.style, self.stages = style, stages
+        self.verb, self.style, self.stages = verb, style, stages
         self.total = sum(stages.values()) or 1.0
         self.done, self.stage = 0.0, ""
         self.started = self.drawn = time.monotonic()
@@ -148,11 +148,11 @@ class Progress:
             return
         eta = "" if left is None else f", {duration(left)} left"
         if self.style == "plain":
-            print(f"forget: {self.stage}: {100 * share:.0f} %{eta}", file=sys.stderr, flush=True)
+            print(f"{self.verb}: {self.stage}: {100 * share:.0f} %{eta}", file=sys.stderr, flush=True)
             return
         full = int(self.WIDTH * share)
         bar = "#" * full + "." * (self.WIDTH - full)
-        print(f"\rforget [{bar}] {100 * share:.0f} %, {self.stage}{eta} \033[K", end="", file=sys.stderr, flush=True)
+        print(f"\r{self.verb} [{bar}] {100 * share:.0f} %, {self.stage}{eta} \033[K", end="", file=sys.stderr, flush=True)
         self.drew = True
 
     def clear(self) -> None:

@@ -11,36 +11,23 @@ which is private: it holds the text as token ids. The model itself is not change
 import argparse
 import datetime
 import json
-import shlex
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from perta import forget_summary
-from perta.children import Children, Progress, print_line
-from perta.command import CHECK, INPUT, USAGE, Problem, plain, problem_of, run, say
-from perta.forget_folder import RUN, Folder, digest, files_of, fsync, write_private, write_public
-from perta.forget_sets import Sets, json_lines, read_sets
+from perta.children import Progress
+from perta.command import CHECK, USAGE, Problem, run, say
+from perta.forget_sets import Sets, read_sets
+from perta.long_run import LongRun, add_run_options, json_lines, probability, share
+from perta.run_folder import RUN, Layout, digest, files_of, fsync, write_public
 from perta.samples import check_same_tokenizer, encoder_of
 from perta.tokenize import add_text_options, positive
 
 VERSION = 1  # of data/run.json and summary.json
+FILES = ("report.html", "summary.json", "summary.md")
+DATA = ("after.json", "base.json", "before.json", "forget.jsonl", "held-out.jsonl", "retain.jsonl", "run.json")
 SHARE = 0.15  # of what the model knew, for a guess at the target: docs/forget.md
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise ValueError
-    return value
-
-
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise ValueError
-    return value
 
 
 def above_0(text: str) -> str:
@@ -72,59 +59,28 @@ def parse(words: list[str]) -> argparse.Namespace:
     option("--holdout", "SHARE", "share of --retain that is held out (default 0.2)", type=share, default=0.2)
     option("--seed", "S", "decides which samples are held out (default 0)", type=int, default=0)
     add_text_options(parser)
-    option("--compute", "auto|f32|bf16", "matrix products, as for perta estimate", choices=["auto", "f32", "bf16"])
-    for name in ("--memory", "--threads", "--io"):
-        option(name, name[2:].upper(), "as for every verb of perta")
-    for name, text in (
-        ("--force", "replace what an earlier perta forget wrote to DIR"),
-        ("--resume", "continue an interrupted run that had the same options"),
-        ("--dry-run", "say what it will take, from a short measurement; write nothing"),
-        ("--json", "print summary.json"),
-    ):
-        parser.add_argument(name, action="store_true", help=text)
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    option("--progress", "HOW", "auto, bar, plain, json or none", default="auto",
-           choices=["auto", "bar", "plain", "json", "none"])  # fmt: skip
+    add_run_options(parser, "forget", "summary.json")
     arguments = parser.parse_args(words)
     if arguments.target is not None and arguments.base is not None:
         parser.error("--target and --base both set the target: give one of them")
     return arguments
 
 
-class Forget:
-    """One run. Each part leaves a file, and is not done again where --resume finds that file."""
+def is_file(name: str, leftover: bool) -> bool:
+    if name.startswith("data/"):
+        return name[5:] in DATA or (leftover and name[5:].removesuffix(".new") in DATA)
+    if name.startswith("patch/"):
+        return name == "patch/manifest.json" or name.endswith(".perta")
+    return name in FILES or (leftover and (name.removesuffix(".new") in FILES or name.startswith(("patch.", "report."))))
 
-    def __init__(self, arguments: argparse.Namespace, words: list[str]) -> None:
-        self.a, self.words = arguments, words
-        self.notes: list[str] = []
-        self.said: set[str] = set()  # by children, who all say the same about the model
-        self.folder = Folder(Path(arguments.out))
-        self.children = Children()
-        self.progress = Progress("none", {})
 
-    # ---- small things
+def is_folder(name: str, leftover: bool) -> bool:
+    """A leftover may also hold what an interrupted `perta unlearn` leaves beside its patch."""
+    return name in ("data", "patch") or (leftover and name.startswith("patch.") and "perta-" in name)
 
-    def say(self, text: str) -> None:
-        self.progress.clear()
-        print(plain(text), flush=True) if not (self.a.json or self.a.quiet) else None
 
-    def note(self, text: str) -> None:
-        self.progress.clear()
-        self.notes.append(text)
-        if not self.a.quiet:
-            say("forget", f"note: {text}")
-
-    def passed_on(self, line: str) -> None:
-        self.progress.clear()
-        text = line.partition(": ")[2]
-        if text not in self.said and not (self.a.quiet and text.startswith("note: ")):
-            print_line(line)
-        self.said.add(text)
-
-    def how(self) -> list[str]:
-        """The options that are passed on to every child."""
-        named = {name: getattr(self.a, name) for name in ("memory", "threads", "io", "compute")}
-        return [word for name, value in named.items() if value is not None for word in (f"--{name}", value)]
+class Forget(LongRun):
+    layout = Layout("forget", is_file, is_folder)
 
     # ---- before
 
@@ -152,22 +108,6 @@ class Forget:
 
     # ---- parts
 
-    def ask(self, name: str, model: Path, lines: list[dict[str, Any]], more: list[str]) -> dict[str, Any]:
-        """The numbers of `perta eval --per-sample` of all lines, in data/NAME.json."""
-        path = self.folder.data(f"{name}.json")
-        if path.exists():
-            self.progress.end(name, ran=False)
-            return json.loads(path.read_text(encoding="utf-8"))
-        self.progress.begin(name)
-        with tempfile.TemporaryFile("w+", dir=self.folder.data("")) as data:
-            data.write(json_lines(lines))
-            data.seek(0)
-            words = ["eval", "--model", str(model), *more, "--data", "/dev/stdin", "--per-sample", *self.how()]
-            _, result = self.children.run(words, self.progress.report, stdin=data, say=self.passed_on)
-        write_private(path, json.dumps(result))
-        self.progress.end(name)
-        return result
-
     def target(self, sets: Sets, before: dict[str, Any]) -> dict[str, Any]:
         """The level to forget to: docs/forget.md, "The target"."""
         a = self.a
@@ -175,7 +115,7 @@ class Forget:
             return {"probability": a.target, "from": "option", "why": "`--target`"}
         if a.base is not None:
             lines = [sample.line() for sample in sets.forget]
-            level = self.ask("base", a.base, lines, [])["probability"]
+            level = self.ask("base", ["--model", str(a.base)], json_lines(lines))["probability"]
             return {"probability": level, "from": "base", "why": "`--base`: so probable are the answers to a model "
                     "that has not learned them"}  # fmt: skip
         knew = forget_summary.scores(sets, before)["forget"]["probability"]
@@ -233,7 +173,7 @@ class Forget:
 
     def run(self) -> int:
         a = self.a
-        self.folder.check(a.force, a.resume, [model for model in (a.model, a.base) if model])
+        self.folder.check(a.force, a.resume, [("the model", model) for model in (a.model, a.base) if model])
         identity = self.identity()
         if a.dry_run:
             from perta.forget_plan import plan
@@ -246,18 +186,7 @@ class Forget:
             identity["date"] = began.get("date", identity["date"])
         sets = self.read(identity["date"])
         self.folder.begin(identity, a.resume)
-        try:
-            return self.in_folder(sets)
-        except (Problem, OSError, KeyboardInterrupt) as error:
-            self.progress.clear()
-            problem = problem_of(error)
-            begun = self.folder.data("before.json").exists() or self.folder.resumed
-            if problem.status in (USAGE, INPUT) and not begun:
-                self.folder.discard()  # to resume would meet the same again
-                raise problem from None
-            again = self.words if "--resume" in self.words else [*self.words, "--resume"]
-            say("forget", str(problem))
-            raise Problem(f"to resume: perta forget {shlex.join(again)}", problem.status) from None
+        return self.resumable(lambda: self.in_folder(sets), "before.json")
 
     def stages(self, sets: Sets) -> dict[str, float]:
         """The work of each part, in passes of a token through the model: a gradient takes four of
@@ -272,17 +201,17 @@ class Forget:
 
     def in_folder(self, sets: Sets) -> int:
         a = self.a
-        self.progress = Progress("none" if a.quiet else a.progress, self.stages(sets))
+        self.progress = Progress("forget", "none" if a.quiet else a.progress, self.stages(sets))
         for name, samples in sets.named().items():
             self.folder.keep(f"{name}.jsonl", json_lines(sample.line() for sample in samples))
-        before = self.ask("before", a.model, sets.asked(), [])
+        model, asked = ["--model", str(a.model)], json_lines(sets.asked())
+        before = self.ask("before", model, asked)
         target = self.target(sets, before)
         nothing = forget_summary.scores(sets, before)["forget"]["probability"] <= target["probability"]
         reached, after = True, None
         if not nothing:
             reached = self.unlearn(sets, target["probability"])
-            patch = ["--patch", str(self.folder.partial / "patch")]
-            after = self.ask("after", a.model, sets.asked(), patch)
+            after = self.ask("after", [*model, "--patch", str(self.folder.partial / "patch")], asked)
             self.report()
         summary = self.summary(sets, target, before, after, reached)
         return self.finish(summary)

@@ -9,7 +9,8 @@ from typing import Any
 
 from perta.children import duration
 from perta.command import SYSTEM, Problem, say
-from perta.forget_sets import Sets, json_lines
+from perta.forget_sets import Sets
+from perta.long_run import json_lines
 from perta.samples import Sample
 
 MEASURED_TOKENS = 512  # of the larger of the two measurements
@@ -35,16 +36,16 @@ def measured(forget: Any, samples: list[Sample], folder: Path) -> float:
     return min(seconds)
 
 
-def rates(forget: Any, sets: Sets, model_bytes: int) -> tuple[float, float, float]:
+def rates(run: Any, samples: list[Sample], model_bytes: int) -> tuple[float, float, float]:
     """Seconds to read the model once, of each token in a forward pass, and of each byte of state:
     from one sample, and from several."""
-    samples = sorted(sets.forget + sets.retain, key=lambda sample: len(sample.ids))
+    samples = sorted(samples, key=lambda sample: len(sample.ids))
     few, more = samples[:1], []
     for sample in samples:
         if sum(len(one.ids) for one in more) < MEASURED_TOKENS:
             more.append(sample)
-    with tempfile.TemporaryDirectory(prefix="perta-forget-") as folder:
-        first, second = (measured(forget, part, Path(folder)) for part in (few, more))
+    with tempfile.TemporaryDirectory(prefix=f"perta-{run.verb}-") as folder:
+        first, second = (measured(run, part, Path(folder)) for part in (few, more))
     n_few, n_more = (sum(len(one.ids) for one in part) for part in (few, more))
     token = max(0.0, (second - first) / (n_more - n_few)) if n_more > n_few else 0.0
     reading = max(0.0, first - START - token * n_few)
@@ -61,7 +62,7 @@ def inspected(forget: Any) -> tuple[int, int]:
 def figures(forget: Any, sets: Sets) -> dict[str, Any]:
     a = forget.a
     parameters, model_bytes = inspected(forget)
-    reading, token, state = rates(forget, sets, model_bytes)
+    reading, token, state = rates(forget, sets.forget + sets.retain, model_bytes)
     tokens = {name: sets.tokens(name) for name in sets.named()}
     asked = 2 * sum(tokens.values()) + (tokens["forget"] if a.base else 0)
     share = min(1.0, sets.retain_batch() / len(sets.retain))  # of the retain set, in a step's gradients

@@ -1,9 +1,8 @@
 """The sets of `perta forget`: what is to be forgotten, what is to stay, and the part of that which
 the method is not shown. Spec: docs/forget.md, "Sets"."""
 
-import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,6 @@ class Sets:
     def asked(self) -> list[dict[str, Any]]:
         """The lines of all sets, one after another."""
         return [sample.line() for samples in self.named().values() for sample in samples]
-
-
-def json_lines(lines: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def prompt_length(sample: Sample) -> int:

@@ -1,19 +1,64 @@
-"""The output folder of `perta forget`: it appears complete or not at all, can be resumed, and is
-replaced only if it holds nothing else. Spec: docs/forget.md, "The folder"."""
+"""The output folder of `perta forget` and `perta audit`: it appears complete or not at all, can be
+resumed, and is replaced only if it holds nothing else. Spec: docs/forget.md, "The folder"."""
 
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perta.command import SYSTEM, USAGE, Problem
 
 RUN = "data/run.json"  # what the run depends on; its presence says whose folder it is
-FILES = ("report.html", "summary.json", "summary.md")
-DATA = ("after.json", "base.json", "before.json", "forget.jsonl", "held-out.jsonl", "retain.jsonl", "run.json")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a verb puts into its folder, by path: is_file(name, leftover), is_folder(name, leftover).
+    Leftover: of an interrupted run, which may hold more."""
+
+    verb: str
+    is_file: Callable[[str, bool], bool]
+    is_folder: Callable[[str, bool], bool]
+
+    def is_run(self, path: Path) -> bool:
+        """Did the verb write this folder?"""
+        try:
+            return f"perta_{self.verb}" in json.loads((path / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def strangers(self, folder: Path, leftover: bool) -> list[str]:
+        """What is in a folder that the verb did not put there."""
+        found, unread = [], [folder]
+        while unread:
+            for path in sorted(unread.pop().iterdir()):
+                name = path.relative_to(folder).as_posix()
+                if path.is_symlink() or path.is_mount():
+                    found.append(name)
+                elif path.is_dir() and self.is_folder(name, leftover):
+                    unread += [] if leftover and "perta-" in name else [path]  # a child's own
+                elif path.is_dir() or not self.is_file(name, leftover):
+                    found.append(name)
+        return sorted(found)
+
+    def check_replaceable(self, folder: Path, leftover: bool) -> None:
+        """Problem unless --force may remove the folder."""
+        if folder.is_symlink() or not folder.is_dir():
+            raise Problem(f"{folder}: exists, and is no folder", USAGE)
+        other = self.strangers(folder, leftover)
+        if other:
+            raise Problem(f"{folder}: not replaced, because it holds more than perta {self.verb} wrote: "
+                          f"{', '.join(other[:5])}", USAGE)  # fmt: skip
+        held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        just_begun = leftover and held <= {"data", f"{RUN}.new"}  # before it could say whose it is
+        if held and not just_begun and not self.is_run(folder):
+            raise Problem(f"{folder}: not replaced, because perta {self.verb} did not write it: {RUN} is missing",
+                          USAGE)  # fmt: skip
 
 
 def fsync(path: Path) -> None:
@@ -45,84 +90,40 @@ def write_public(path: Path, text: str) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def is_run(path: Path) -> bool:
-    try:
-        return "perta_forget" in json.loads((path / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def strangers(folder: Path, leftover: bool) -> list[str]:
-    """What is in a folder that perta forget did not put there. A leftover may also hold what an
-    interrupted `perta unlearn` leaves beside its patch."""
-
-    def known(path: Path) -> bool:
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or path.is_mount():
-            return False
-        if path.is_dir():
-            return name in ("data", "patch") or (leftover and name.startswith("patch.") and "perta-" in name)
-        if name.startswith("data/"):
-            return name[5:] in DATA or (leftover and name[5:].removesuffix(".new") in DATA)
-        if name.startswith("patch/"):
-            return name == "patch/manifest.json" or name.endswith(".perta")
-        return name in FILES or (leftover and (name.removesuffix(".new") in FILES or name.startswith(("patch.", "report."))))
-
-    found = []
-    for path in sorted(folder.iterdir()):
-        found += [path] if not known(path) else []
-        if known(path) and path.is_dir() and path.name in ("data", "patch"):
-            found += [inner for inner in sorted(path.iterdir()) if not known(inner) or inner.is_dir()]
-    return [path.relative_to(folder).as_posix() for path in found]
-
-
-def check_replaceable(folder: Path, leftover: bool) -> None:
-    """Problem unless --force may remove the folder."""
-    if folder.is_symlink() or not folder.is_dir():
-        raise Problem(f"{folder}: exists, and is no folder", USAGE)
-    other = strangers(folder, leftover)
-    if other:
-        raise Problem(f"{folder}: not replaced, because it holds more than perta forget wrote: "
-                      f"{', '.join(other[:5])}", USAGE)  # fmt: skip
-    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    just_begun = leftover and held <= {"data", f"{RUN}.new"}  # before it could say whose it is
-    if held and not just_begun and not is_run(folder):
-        raise Problem(f"{folder}: not replaced, because perta forget did not write it: {RUN} is missing",
-                      USAGE)  # fmt: skip
-
-
 class Folder:
     """DIR, and DIR.perta-partial, in which it is written."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, layout: Layout) -> None:
+        self.layout = layout
         self.out = Path(os.path.abspath(out))
         self.partial = self.out.parent / f"{self.out.name}.perta-partial"
         self.resumed = False
         self.lock: int | None = None
 
-    def check(self, force: bool, resume: bool, models: list[Path]) -> None:
-        """Before any work: may the folder be written? Not within a model."""
+    def check(self, force: bool, resume: bool, inputs: list[tuple[str, Path]]) -> None:
+        """Before any work: may the folder be written? Not within an input, such as ("the model", its
+        path)."""
         if not self.out.name:
             raise Problem(f"{self.out}: not a name for a folder", USAGE)
         if not self.out.parent.is_dir():
             raise Problem(f"{self.out.parent}: no such folder", USAGE)
-        for model in models:
-            if self.out.resolve().is_relative_to(model.resolve()):
-                raise Problem(f"{self.out}: would overwrite, or lie within, the model {model}", USAGE)
+        for what, path in inputs:
+            if self.out.resolve().is_relative_to(path.resolve()):
+                raise Problem(f"{self.out}: would overwrite, or lie within, {what} {path}", USAGE)
         if os.path.lexists(self.out):
             if not force:
                 raise Problem(f"{self.out}: exists; --force replaces it", USAGE)
-            check_replaceable(self.out, False)
+            self.layout.check_replaceable(self.out, False)
         if os.path.lexists(self.partial):
             if not (force or resume):
                 raise Problem(f"{self.partial}: an interrupted run left it; --resume continues that run, "
                               "--force starts over", USAGE)  # fmt: skip
-            check_replaceable(self.partial, True)
+            self.layout.check_replaceable(self.partial, True)
 
     def begin(self, identity: dict[str, Any], resume: bool) -> dict[str, Any]:
         """Create the partial folder, or take up the one that is there. Returns the identity, with
         which the run began."""
-        if self.partial.exists() and not (resume and is_run(self.partial)):
+        if self.partial.exists() and not (resume and self.layout.is_run(self.partial)):
             self.take_lock()
             shutil.rmtree(self.partial)
             self.release()
@@ -178,15 +179,15 @@ class Folder:
         fsync(self.partial)
         old = self.out.with_name(f"{self.out.name}.perta-replaced")
         if self.out.exists():
-            check_replaceable(self.out, False)
+            self.layout.check_replaceable(self.out, False)
             if old.exists():  # of a run that was killed right here
-                check_replaceable(old, False)
+                self.layout.check_replaceable(old, False)
                 shutil.rmtree(old)
             self.out.rename(old)
         self.partial.rename(self.out)
         fsync(self.out.parent)
         if old.exists():
-            check_replaceable(old, False)
+            self.layout.check_replaceable(old, False)
             shutil.rmtree(old)
         self.release()
 
