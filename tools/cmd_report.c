@@ -1,28 +1,34 @@
 /* Writes a page about a patch. tools/report.html draws everything from the patch's record, which is
- * embedded unchanged. */
+ * embedded unchanged; so is an audit of it. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "io/file.h"
 #include "io/format/canonical.h"
 #include "io/publish/publish.h"
+#include "io/text.h"
 #include "report_page.h"
 #include "stream/patch/patch_in.h"
 #include "tools/cli.h"
 
 #define MARK "<!--manifest-->"
+#define AUDIT_MARK "<!--audit-->"           /* stands after the other */
 #define TITLE "<title>perta report</title>" /* identifies a page that an earlier report wrote */
 
-enum { KEY_HTML = CLI_KEY_OWN, KEY_FORCE };
+enum { AUDIT_VERSION = 1 }; /* of audit.json: python/perta/audit.py */
+enum { KEY_HTML = CLI_KEY_OWN, KEY_AUDIT, KEY_FORCE };
 
 struct args {
     struct cli cli;
-    const char *patch, *html;
+    const char *patch, *html, *audit;
     bool force;
 };
 
 static const struct argp_option options[] = {
     {"html", KEY_HTML, "FILE", 0, "Write the page here", 1},
+    {"audit", KEY_AUDIT, "FILE", 0, "Also show this audit.json, which `perta audit' wrote", 1},
     {"force", KEY_FORCE, NULL, 0, "Replace a page that an earlier report wrote", 1},
     {0}};
 
@@ -35,6 +41,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_HTML:
         args->html = arg;
+        return 0;
+    case KEY_AUDIT:
+        args->audit = arg;
         return 0;
     case KEY_FORCE:
         args->force = true;
@@ -80,29 +89,64 @@ static char *escaped(const char *text)
     return safe;
 }
 
-/* The caller frees it. */
-static char *page_of(const json_t *manifest)
+/* A value as text for the page, which the caller frees. */
+static char *record_of(const json_t *value)
 {
-    const char *mark = strstr(report_page, MARK);
-    char *text = perta_canonical_json(manifest), *record = text ? escaped(text) : NULL;
+    char *text = perta_canonical_json(value), *record = text ? escaped(text) : NULL;
+    free(text);
+    return record;
+}
+
+/* audit may be NULL. The caller frees the page. */
+static char *page_of(const json_t *manifest, const json_t *audit)
+{
+    const char *mark = strstr(report_page, MARK), *between = mark + strlen(MARK);
+    const char *second = strstr(between, AUDIT_MARK);
+    char *record = record_of(manifest), *tried = audit ? record_of(audit) : strdup("null");
     char *page = NULL;
-    if (record && asprintf(&page, "%.*s%s%s", (int)(mark - report_page), report_page, record,
-                           mark + strlen(MARK)) < 0)
+    if (record && tried &&
+        asprintf(&page, "%.*s%s%.*s%s%s", (int)(mark - report_page), report_page, record,
+                 (int)(second - between), between, tried, second + strlen(AUDIT_MARK)) < 0)
         page = NULL;
     free(record);
-    free(text);
+    free(tried);
     return page;
+}
+
+/* Read an audit of the patch. PERTA_ECHECK if it is of another one. */
+static int read_audit(const char *path, const struct perta_patch_in *patch, json_t **audit,
+                      struct perta_err *err)
+{
+    struct stat st;
+    int fd = perta_open_regular(path, &st, err);
+    int rc = fd < 0 ? fd : perta_json_load(fd, path, audit, err);
+    if (fd >= 0)
+        close(fd);
+    if (rc)
+        return rc;
+    const char *of =
+        json_string_value(json_object_get(json_object_get(*audit, "patch"), "manifest_sha256"));
+    if (json_integer_value(json_object_get(*audit, "perta_audit")) != AUDIT_VERSION || !of)
+        return perta_fail(err, PERTA_EINPUT, "%s: not an audit.json of this version of perta audit",
+                          path);
+    return strcmp(of, patch->manifest_digest.sha256)
+               ? perta_fail(err, PERTA_ECHECK, "%s: the audit of another patch than %s", path,
+                            patch->path)
+               : 0;
 }
 
 static int report(const struct args *args, struct perta_err *err)
 {
     struct perta_patch_in patch = {0};
-    json_t *record = NULL;
+    json_t *record = NULL, *audit = NULL;
     int rc = perta_patch_in_open(&patch, args->patch, err);
     if (!rc)
         rc = perta_patch_in_manifest(&patch, &record, err);
-    char *page = rc ? NULL : page_of(record);
+    if (!rc && args->audit)
+        rc = read_audit(args->audit, &patch, &audit, err);
+    char *page = rc ? NULL : page_of(record, audit);
     json_decref(record);
+    json_decref(audit);
     if (!rc && !page)
         rc = perta_fail_sys(err, ENOMEM, "%s", args->patch);
     if (!rc)
