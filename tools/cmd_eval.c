@@ -3,6 +3,7 @@
 
 enum {
     KEY_MODEL = CLI_KEY_OWN,
+    KEY_DRY_RUN,
     KEY_PATCH,
     KEY_ADAPTER,
     KEY_QUANTIZE,
@@ -19,6 +20,7 @@ struct args {
 };
 
 static const struct argp_option options[] = {
+    {"dry-run", KEY_DRY_RUN, NULL, 0, "Check everything, but read only headers and data", 2},
     {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
     {"patch", KEY_PATCH, "DIR", 0, "Apply this patch while the model is read; nothing is written",
      1},
@@ -46,6 +48,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT:
         state->child_inputs[0] = &args->cli;
+        return 0;
+    case KEY_DRY_RUN:
+        args->cli.run.dry_run = true;
         return 0;
     case KEY_MODEL:
         e->model = arg;
