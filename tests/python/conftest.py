@@ -27,13 +27,14 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
+NEED_MODEL = ["test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
 # something: in parsers, journals, hostile files, the loop, threads, and each verb. The long tier
 # runs everything in both.
 NUMBERS = [
+    "test_audit",
     "test_demo",
     "test_quality",
     "test_bench",
