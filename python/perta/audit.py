@@ -219,8 +219,9 @@ class Audit(LongRun):
         return ["after", *([self.other] if self.other else [])]
 
     def parts(self) -> list[Part]:
+        """The patched model comes first: if the patch is another model's, this shows there."""
         return [
-            *(Part(whose, everything=True) for whose in self.models),
+            *(Part(whose, everything=True) for whose in (*self.compared(), "before")),
             *(Part(whose, form=form) for form in self.a.formats for whose in self.compared()),
             *(Part(whose, training=t) for t in self.trainings() for whose in self.compared()),
         ]
@@ -369,7 +370,7 @@ class Audit(LongRun):
 
             return plan(self)
         self.folder.begin(identity, a.resume)
-        return self.resumable(self.in_folder, "answers-before.json")
+        return self.resumable(self.in_folder, "answers-after.json")
 
     def in_folder(self) -> int:
         a = self.a

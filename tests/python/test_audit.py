@@ -309,7 +309,7 @@ def test_the_report_refuses_other_audits(perta, folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("at", ["data/answers-before.json", "data/adapter-after-forget-r4-0.001-100.jsonl"])
+@pytest.mark.parametrize("at", ["data/answers-after.json", "data/adapter-after-forget-r4-0.001-100.jsonl"])
 def test_an_interrupted_run_goes_on(perta, folder, number, at):
     words = [*QUICK, "--statement", "--updates", "2,100"]
     perta(*words)
