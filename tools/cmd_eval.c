@@ -11,7 +11,8 @@ enum {
     KEY_MAX_TOKENS,
     KEY_COMPUTE,
     KEY_SCRATCH,
-    KEY_PER_SAMPLE
+    KEY_PER_SAMPLE,
+    KEY_GENERATE
 };
 
 struct args {
@@ -32,6 +33,10 @@ static const struct argp_option options[] = {
      "the same question as \"paraphrased\" and \"perturbed\"",
      1},
     {"per-sample", KEY_PER_SAMPLE, NULL, 0, "Also print the numbers of every line", 2},
+    {"generate", KEY_GENERATE, "N", 0,
+     "Also continue each line's tokens before its first label by at most N tokens, each the most "
+     "probable one; the result has the numbers and token ids of every line",
+     2},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
     {"compute", KEY_COMPUTE, "auto|f32|bf16", 0,
      "Matrix products in bfloat16 with float32 sums, or in float32 (auto: bf16 if the CPU "
@@ -72,6 +77,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_PER_SAMPLE:
         e->per_sample = true;
+        return 0;
+    case KEY_GENERATE:
+        e->generate = cli_count(state, "--generate", arg);
+        if (!e->generate)
+            argp_error(state, "--generate: at least 1");
         return 0;
     case KEY_COMPUTE:
         e->compute = cli_compute(state, arg);
@@ -123,6 +133,22 @@ static void say_lines(const struct cli *cli, const json_t *list)
                 json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
 }
 
+static void say_generated(const struct cli *cli, const json_t *list)
+{
+    size_t i, k;
+    json_t *item, *id;
+    json_array_foreach (list, i, item) {
+        const json_t *ids = json_object_get(item, "generated_ids");
+        if (!ids)
+            continue;
+        cli_say(cli, "line %.0f generates:", number(item, "line"));
+        json_array_foreach (ids, k, id)
+            cli_say(cli, " %lld", (long long)json_integer_value(id));
+        cli_say(cli, "%s\n",
+                json_is_true(json_object_get(item, "generated_end")) ? " (end)" : " ...");
+    }
+}
+
 static void say(const struct cli *cli, const json_t *summary)
 {
     if (cli->run.dry_run) {
@@ -130,6 +156,7 @@ static void say(const struct cli *cli, const json_t *summary)
         return;
     }
     say_lines(cli, json_object_get(summary, "per_sample"));
+    say_generated(cli, json_object_get(summary, "per_sample"));
     cli_say_rounded(cli, summary);
     cli_say(cli, "loss           %.6f over %.0f samples\n", number(summary, "loss"),
             number(summary, "samples"));

@@ -218,6 +218,11 @@ struct perta_backend_ops {
                                struct perta_array dq, struct perta_array dk, struct perta_array dv,
                                struct perta_array dout, struct perta_array q, struct perta_array k,
                                struct perta_array v, const struct perta_array of_heads[2]);
+    /* kv: rows of keys and values. */
+    void (*attention_past_forward)(struct perta_backend *be,
+                                   const struct perta_attention_past *attention,
+                                   struct perta_array out, struct perta_array q,
+                                   struct perta_array kv);
     /* h (n) = silu(gate) * up. */
     void (*swiglu_forward)(struct perta_backend *be, struct perta_array h, struct perta_array gate,
                            struct perta_array up, size_t n);

@@ -358,6 +358,7 @@ static const struct perta_backend_ops cpu_ops = {
     .rope_forward = perta_cpu_rope_forward,
     .rope_backward = perta_cpu_rope_backward,
     .attention_forward = perta_cpu_attention_forward,
+    .attention_past_forward = perta_cpu_attention_past_forward,
     .attention_backward = perta_cpu_attention_backward,
     .swiglu_forward = perta_cpu_swiglu_forward,
     .swiglu_backward = perta_cpu_swiglu_backward,

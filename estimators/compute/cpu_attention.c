@@ -102,17 +102,22 @@ static void softmax(const struct tile *t, float *p)
     }
 }
 
+static int tile_forward(const struct head *h, const struct tile *t, struct perta_err *err)
+{
+    int rc = scores(h, t, h->p, err);
+    if (rc)
+        return rc;
+    softmax(t, h->p);
+    return perta_gemm_sgemm('N', 'N', t->n_rows, h->D, t->n_cols, 1, h->p, t->n_cols,
+                            h->v + t->j * h->ldk, h->ldk, 0, h->out + t->i * h->ldq, h->ldq, err);
+}
+
 static int head_forward(const struct head *h, struct perta_err *err)
 {
     int rc = 0;
     for (size_t i = 0; i < h->T && !rc; i += ROWS) {
         struct tile t = tile_at(h, i);
-        rc = scores(h, &t, h->p, err);
-        if (rc)
-            break;
-        softmax(&t, h->p);
-        rc = perta_gemm_sgemm('N', 'N', t.n_rows, h->D, t.n_cols, 1, h->p, t.n_cols,
-                              h->v + t.j * h->ldk, h->ldk, 0, h->out + i * h->ldq, h->ldq, err);
+        rc = tile_forward(h, &t, err);
     }
     return rc;
 }
@@ -281,4 +286,60 @@ void perta_cpu_attention_backward(struct perta_backend *be, const struct perta_a
         return;
     perta_cpu_share_out(cpu, n, a->n_heads * a->D, group_sum_rows, &k_sum);
     perta_cpu_share_out(cpu, n, a->n_heads * a->D, group_sum_rows, &v_sum);
+}
+
+/* ---- one token of each sequence, over what came before it ---- */
+
+struct past_heads {
+    struct perta_gemm *gemm;
+    const struct perta_attention_past *of;
+    float *out;
+    const float *q, *kv;
+};
+
+/* Piece i is key-value head i % n_kv_heads of a token. The query heads that share it are the rows
+ * of its tiles; each of them sees all keys. */
+static int run_past(void *ctx, unsigned worker, size_t i, struct perta_err *err)
+{
+    const struct past_heads *all = ctx;
+    const struct perta_attention_past *a = all->of;
+    size_t token = i / a->n_kv_heads, kv = i % a->n_kv_heads, D = a->D;
+    size_t group = a->n_heads / a->n_kv_heads, ldk = a->n_kv_heads * D;
+    size_t q = (token * a->n_heads + kv * group) * D;
+    const struct perta_past *past = &a->pasts[token];
+    struct head h = {
+        .gemm = all->gemm,
+        .D = D,
+        .ldq = D,
+        .ldk = ldk,
+        .p = perta_gemm_room(all->gemm, worker),
+        .out = all->out + q,
+        .q = all->q + q,
+        .k = all->kv + past->keys * ldk + kv * D,
+        .v = all->kv + past->values * ldk + kv * D,
+    };
+    struct tile t = {.n_cols = past->n};
+    for (size_t r = 0; r < ROWS; r++)
+        t.to[r] = past->n;
+    int rc = h.p ? 0 : perta_fail(err, PERTA_ESYS, "attention: out of memory");
+    for (; t.i < group && !rc; t.i += ROWS) {
+        t.n_rows = group - t.i < ROWS ? group - t.i : ROWS;
+        rc = tile_forward(&h, &t, err);
+    }
+    return rc;
+}
+
+void perta_cpu_attention_past_forward(struct perta_backend *be,
+                                      const struct perta_attention_past *a, struct perta_array out,
+                                      struct perta_array q, struct perta_array kv)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    struct past_heads all = {.gemm = cpu->gemm,
+                             .of = a,
+                             .out = perta_cpu_at(cpu, out),
+                             .q = perta_cpu_at(cpu, q),
+                             .kv = perta_cpu_at(cpu, kv)};
+    be->rc = perta_workers_run(cpu->workers, a->n * a->n_kv_heads, run_past, &all, &be->err);
 }

@@ -27,4 +27,18 @@ struct perta_attention {
     uint32_t window; /* UINT32_MAX: no limit */
 };
 
+/* What a token that is added to a sequence sees: n rows of keys, and of values, from these rows on. */
+struct perta_past {
+    uint64_t keys, values;
+    size_t n; /* its own included */
+};
+
+/* Attention of one token of each sequence over that sequence's keys and values, which were computed
+ * before: q, out (n, n_heads, D); keys and values are rows (n_kv_heads, D) of one array. Heads are
+ * shared as in struct perta_attention. */
+struct perta_attention_past {
+    const struct perta_past *pasts; /* (n) */
+    size_t n, n_heads, n_kv_heads, D;
+};
+
 #endif

@@ -232,6 +232,7 @@ static const struct perta_backend_ops scalar_ops = {
     .rope_forward = perta_scalar_rope_forward,
     .rope_backward = perta_scalar_rope_backward,
     .attention_forward = perta_scalar_attention_forward,
+    .attention_past_forward = perta_scalar_attention_past_forward,
     .attention_backward = perta_scalar_attention_backward,
     .swiglu_forward = perta_scalar_swiglu_forward,
     .swiglu_backward = perta_scalar_swiglu_backward,

@@ -285,6 +285,58 @@ void perta_scalar_attention_backward(struct perta_backend *be,
         for_heads(be, &whole, head_backward);
 }
 
+/* Keys and values of one token. */
+static const float *row_of(struct perta_backend *be, const struct perta_attention_past *a,
+                           struct perta_array kv, uint64_t row, size_t n)
+{
+    size_t ldk = a->n_kv_heads * a->D;
+    return perta_scalar_floats(be, perta_array_at(kv, row * ldk), n * ldk);
+}
+
+/* out (n_heads, D) of a token with queries q (n_heads, D); p: scratch (past->n). */
+static void past_forward(const struct perta_attention_past *a, const struct perta_past *past,
+                         float *out, const float *q, const float *k, const float *v, double *p)
+{
+    size_t D = a->D, group = a->n_heads / a->n_kv_heads, ldk = a->n_kv_heads * D;
+    for (size_t h = 0; h < a->n_heads; h++) {
+        size_t kv = h / group * D;
+        double most = -INFINITY, sum = 0;
+        for (size_t j = 0; j < past->n; j++) {
+            p[j] = dot(q + h * D, k + j * ldk + kv, D) / sqrt((double)D);
+            most = fmax(most, p[j]);
+        }
+        for (size_t j = 0; j < past->n; j++)
+            sum += p[j] = exp(p[j] - most);
+        for (size_t d = 0; d < D; d++) {
+            double of = 0;
+            for (size_t j = 0; j < past->n; j++)
+                of += p[j] / sum * (double)v[j * ldk + kv + d];
+            out[h * D + d] = (float)of;
+        }
+    }
+}
+
+void perta_scalar_attention_past_forward(struct perta_backend *be,
+                                         const struct perta_attention_past *a,
+                                         struct perta_array out, struct perta_array q,
+                                         struct perta_array kv)
+{
+    size_t ldq = a->n_heads * a->D;
+    float *outs = perta_scalar_floats(be, out, a->n * ldq);
+    const float *qs = perta_scalar_floats(be, q, a->n * ldq);
+    for (size_t t = 0; t < a->n && !be->rc; t++) {
+        const struct perta_past *past = &a->pasts[t];
+        const float *k = row_of(be, a, kv, past->keys, past->n);
+        const float *v = row_of(be, a, kv, past->values, past->n);
+        double *p = malloc(past->n * sizeof *p);
+        if (!p)
+            be->rc = perta_fail_sys(&be->err, ENOMEM, "attention");
+        if (!be->rc)
+            past_forward(a, past, outs + t * ldq, qs + t * ldq, k, v, p);
+        free(p);
+    }
+}
+
 /* ---- SwiGLU (Shazeer 2020): silu(x) = x sigmoid(x) ---- */
 
 static double sigmoid(double x)

@@ -70,6 +70,10 @@ void perta_scalar_attention_backward(struct perta_backend *be,
                                      struct perta_array dout, struct perta_array q,
                                      struct perta_array k, struct perta_array v,
                                      const struct perta_array of_heads[2]);
+void perta_scalar_attention_past_forward(struct perta_backend *be,
+                                         const struct perta_attention_past *attention,
+                                         struct perta_array out, struct perta_array q,
+                                         struct perta_array kv);
 void perta_scalar_swiglu_forward(struct perta_backend *be, struct perta_array h,
                                  struct perta_array gate, struct perta_array up, size_t n);
 void perta_scalar_swiglu_backward(struct perta_backend *be, struct perta_array dgate,

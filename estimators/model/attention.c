@@ -60,7 +60,10 @@ static void forward(const struct perta_layer *l, const struct perta_batch *batch
     perta_layer_linear_forward(l, batch, PERTA_V, a->n1, a->v, false);
     place_forward(l, batch, PERTA_NORM_Q, a->q, a->q_raw, a->rstd_q, l->llm->n_heads);
     place_forward(l, batch, PERTA_NORM_K, a->k, a->k_raw, a->rstd_k, l->llm->n_kv_heads);
-    ops->attention_forward(l->be, &attention, a->att, a->q, a->k, a->v);
+    if (l->past)
+        l->past->attend(l->past, l, batch, a);
+    else
+        ops->attention_forward(l->be, &attention, a->att, a->q, a->k, a->v);
     perta_layer_linear_forward(l, batch, PERTA_O, a->att, a->mid, true);
 }
 

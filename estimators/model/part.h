@@ -13,6 +13,9 @@
 #include "estimators/model/family.h"
 #include "estimators/model/sink.h"
 
+struct perta_layer;
+struct perta_acts;
+
 /* ---- inputs of a part ---- */
 
 /* The values of a parameter, in the backend's memory. */
@@ -29,12 +32,22 @@ struct perta_parameters {
                struct perta_value *value, struct perta_err *err);
 };
 
+/* What came before the tokens of a batch, each of which is added to a sequence of its own
+ * (cache.h). */
+struct perta_past_tokens {
+    /* acts->att = attention of acts->q over the keys and values that are kept and acts->k, acts->v,
+     * which are kept from now on. */
+    void (*attend)(struct perta_past_tokens *past, const struct perta_layer *layer,
+                   const struct perta_batch *batch, const struct perta_acts *acts);
+};
+
 struct perta_layer {
     const struct perta_llm *llm;
     struct perta_backend *be;
     struct perta_parameters *from;
     struct perta_gradient_sink *sink;    /* NULL: gradients of weights are not wanted */
     const struct perta_factors *factors; /* LoRA beside the weights; NULL: none */
+    struct perta_past_tokens *past;      /* NULL: a batch is whole sequences */
     const float *inv_freq;               /* (head_dim / 2) */
     uint32_t number;
     bool again; /* a second forward pass, for the backward pass: out is not wanted */

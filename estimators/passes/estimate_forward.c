@@ -165,6 +165,7 @@ struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t
                                 .from = &job->weights.parameters,
                                 .sink = sink,
                                 .factors = &job->factors,
+                                .past = job->adds ? &job->cache->past : NULL,
                                 .inv_freq = job->inv_freq,
                                 .number = number};
 }
@@ -205,6 +206,8 @@ int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
         rc = perta_store_load(from, batch.first, batch.n, acts.x, err);
         if (!rc)
             perta_block_forward(&layer, &batch, &acts);
+        if (!rc && job->cache && !job->adds)
+            rc = perta_cache_keep(job->cache, number, &batch, &acts, err);
         if (!rc)
             rc = perta_store_set(to, batch.first, batch.n, acts.out, err);
         if (!rc)
@@ -213,4 +216,13 @@ int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
             rc = perta_estimate_advance(job, err);
     }
     return rc;
+}
+
+int perta_estimate_forward_all(struct perta_estimate_job *job, struct perta_store *x,
+                               struct perta_err *err)
+{
+    int rc = perta_embed(&job->head, x, err);
+    for (uint32_t l = 0; l < job->weights.llm.n_layers && !rc; l++)
+        rc = perta_estimate_forward(job, l, x, x, err);
+    return rc ? rc : perta_head_forward(&job->head, x, NULL, &job->means, err);
 }

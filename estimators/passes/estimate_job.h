@@ -7,6 +7,7 @@
 #include "estimators/compute/cpu.h"
 #include "estimators/compute/gemm.h"
 #include "estimators/model/block.h"
+#include "estimators/model/cache.h"
 #include "estimators/passes/adapted.h"
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/head.h"
@@ -30,6 +31,9 @@ struct perta_estimate_job {
     bool tunes;    /* a pass of tune: labels are pooled, and only LoRA gets gradients */
     bool answers;  /* read the other answers of each line, too */
     bool measured; /* compute what measures.h is made from */
+    /* keeps keys and values of the forward pass; NULL: they are not kept. Borrowed */
+    struct perta_cache *cache;
+    bool adds; /* the samples are tokens that are added to the cache's sequences */
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* writes them */
     struct perta_workers *workers;
@@ -90,6 +94,10 @@ void perta_estimate_release(struct perta_estimate_job *job);
 int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
                            const struct perta_store *from, struct perta_store *to,
                            struct perta_err *err);
+/* Forward pass of the whole model: x (tokens, H) is overwritten by each block; job->head has the
+ * losses. */
+int perta_estimate_forward_all(struct perta_estimate_job *job, struct perta_store *x,
+                               struct perta_err *err);
 /* The batch that starts with *group, which becomes the first group of the next batch. */
 struct perta_batch perta_estimate_batch(const struct perta_estimate_job *job, size_t *group);
 /* Lay out a batch's activations of a layer. Returns whether they are kept. */

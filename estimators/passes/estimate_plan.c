@@ -121,7 +121,7 @@ static struct perta_cpu_needs needs_of(const struct perta_estimate_job *job, siz
         .bf16 = bf16,
         .widest = most(perta_llm_widest(&job->weights.llm), PERTA_VOCABULARY_ROWS),
         .rows = most(tokens, perta_head_rows(&job->samples, tokens)),
-        .longest = job->samples.longest,
+        .longest = most(job->samples.longest, job->cache ? job->cache->longest : 0),
         .gradient_floats = gradient_floats(job),
     };
 }

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "estimators/passes/estimate_job.h"
+#include "estimators/passes/generate.h"
 #include "estimators/passes/measures.h"
 #include "estimators/passes/pass_arguments.h"
 #include "estimators/passes/patched.h"
@@ -215,17 +216,18 @@ static int start(struct perta_estimate_job *job, struct perta_err *err)
     return rc ? rc : perta_estimate_open_head(job, NULL, err);
 }
 
-static int run_all(struct perta_estimate_job *job, struct perta_err *err)
+static int run_all(struct perta_estimate_job *job, struct perta_generation *generation,
+                   struct perta_err *err)
 {
     struct perta_store *x = &job->x[0];
     int rc = perta_store_open(x, &job->scratch, NULL, job->samples.n_tokens,
                               job->weights.llm.hidden, err);
+    if (!rc && generation->most)
+        rc = perta_generation_open(generation, job, err);
     if (!rc)
-        rc = perta_embed(&job->head, x, err);
-    for (uint32_t l = 0; l < job->weights.llm.n_layers && !rc; l++)
-        rc = perta_estimate_forward(job, l, x, x, err);
-    if (!rc)
-        rc = perta_head_forward(&job->head, x, NULL, &job->means, err);
+        rc = perta_estimate_forward_all(job, x, err);
+    if (!rc && generation->most)
+        rc = perta_generation_run(generation, job, err);
     return rc ? rc : perta_weights_unchanged(&job->weights, err);
 }
 
@@ -240,13 +242,16 @@ static json_t *summary_of(const struct perta_samples *s)
 }
 
 static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,
-                   struct perta_patched *patched, json_t **summary, struct perta_err *err)
+                   struct perta_patched *patched, struct perta_generation *generation,
+                   json_t **summary, struct perta_err *err)
 {
     int rc = perta_estimate_open(job, err);
     if (!rc && eval->patch) {
         rc = perta_patched_open(patched, eval->patch, job->weights.ck, err);
         job->source = job->weights.source = &patched->source;
     }
+    if (!rc && eval->generate)
+        rc = perta_generation_begin(generation, job, eval->generate, err);
     if (rc)
         return rc;
     *summary = summary_of(&job->samples);
@@ -255,9 +260,11 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
     if (!job->run->dry_run)
         rc = start(job, err);
     if (!rc && !job->run->dry_run)
-        rc = run_all(job, err);
+        rc = run_all(job, generation, err);
     if (!rc && !job->run->dry_run)
-        rc = report(job, eval->per_sample, summary, err);
+        rc = report(job, eval->per_sample || eval->generate, summary, err);
+    if (!rc && !job->run->dry_run && eval->generate)
+        perta_generation_report(generation, summary);
     return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "eval");
 }
 
@@ -269,6 +276,8 @@ static int check_arguments(const struct perta_eval *e, struct perta_err *err)
     int rc = perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
     if (!rc)
         rc = perta_arguments_optional(given, sizeof given / sizeof *given, err);
+    if (!rc && e->generate > PERTA_GENERATE_MAX)
+        rc = perta_fail(err, PERTA_EUSAGE, "--generate: at most %u", PERTA_GENERATE_MAX);
     if (!rc && e->patch && e->at)
         rc = perta_fail(err, PERTA_EUSAGE, "--patch or at, not both");
     if (!rc)
@@ -299,12 +308,14 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
                                             .scratch = eval->scratch};
     struct perta_estimate_job *job = calloc(1, sizeof *job);
     struct perta_patched patched = {0};
+    struct perta_generation generation = {0};
     if (!job)
         return perta_fail_sys(err, ENOMEM, "eval");
     job->estimate = &estimate;
     job->run = run;
     job->answers = job->measured = !eval->as_estimate;
-    rc = run_job(job, eval, &patched, summary, err);
+    rc = run_job(job, eval, &patched, &generation, summary, err);
+    perta_generation_close(&generation, job);
     perta_estimate_release(job);
     perta_patched_close(&patched);
     free(job);

@@ -21,6 +21,9 @@ struct perta_eval {
      * (measures.h) */
     bool as_estimate;
     bool per_sample; /* report every line, too */
+    /* continue each line's prompt, which ends before its first label, by at most so many tokens;
+     * then every line is reported. 0: no; at most PERTA_GENERATE_MAX (generate.h) */
+    uint64_t generate;
 };
 
 /* Run the evaluation; nothing is written. The caller owns *summary: means over lines, "notes"
