@@ -218,11 +218,84 @@ START_TEST(a_token_that_sees_nothing_gets_zeros)
 }
 END_TEST
 
+/* ---- one token of each sequence over what came before it ---- */
+
+struct past {
+    size_t n, seen[3]; /* keys that each token sees */
+    size_t n_heads, n_kv_heads, D;
+    struct pair q, kv;
+};
+
+/* Groups of one head, of several, and of more than a block of rows; one key, and many. */
+static const struct past pasts[] = {{1, {1}, 4, 1, .D = 4},
+                                    {3, {1, 70, 257}, 8, 2, .D = 6},
+                                    {2, {31, 9}, 2, 2, .D = 4},
+                                    {2, {5, 40}, 140, 2, .D = 4}};
+
+/* Keys and values lie apart, in no order: those of token t begin at row 3 + 600 t, and 280 on. */
+#define PAST_ROWS 1800
+static struct perta_past past_at(const struct past *c, size_t t)
+{
+    return (struct perta_past){.keys = 600 * t + 283, .values = 600 * t + 3, .n = c->seen[t]};
+}
+
+static void past_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct past *c = ctx;
+    struct perta_past all[3];
+    for (size_t t = 0; t < c->n; t++)
+        all[t] = past_at(c, t);
+    const struct perta_attention_past a = {all, c->n, c->n_heads, c->n_kv_heads, c->D};
+    struct perta_array q = as_is(be, o, c->q.f, c->q.n), kv = as_is(be, o, c->kv.f, c->kv.n);
+    struct perta_array out = output(be, o, "out", F32, NULL, c->q.n);
+    begin(be);
+    be->ops->attention_past_forward(be, &a, out, q, kv);
+    ck_assert_int_eq(be->rc != 0, broken);
+}
+
+/* As the last token of a sequence whose other tokens have any queries. */
+static void past_out(const struct past *c, double *out)
+{
+    size_t ldq = c->n_heads * c->D, ldk = c->n_kv_heads * c->D;
+    for (size_t t = 0; t < c->n; t++) {
+        struct perta_past past = past_at(c, t);
+        struct perta_place *places = alloc(past.n * sizeof *places);
+        double *q = scaled(NULL, past.n * ldq, 1), *all = alloc(past.n * ldq * sizeof *all);
+        double *last = q + (past.n - 1) * ldq;
+        place_tokens(places, (uint32_t)past.n, BEFORE);
+        memcpy(last, c->q.d + t * ldq, ldq * sizeof *last);
+        attention_double(all, q, c->kv.d + past.keys * ldk, c->kv.d + past.values * ldk, places,
+                         past.n, c->n_heads, c->n_kv_heads, c->D, UINT32_MAX);
+        memcpy(out + t * ldq, all + (past.n - 1) * ldq, ldq * sizeof *out);
+        free(places);
+        free(q);
+        free(all);
+    }
+}
+
+START_TEST(tokens_see_what_is_kept)
+{
+    struct past c = pasts[_i];
+    struct outputs o[N_BACKENDS];
+    c.q = pair(c.n * c.n_heads * c.D, 1);
+    c.kv = pair(PAST_ROWS * c.n_kv_heads * c.D, 2);
+    double *out = alloc(c.q.n * sizeof *out);
+    run_all(past_run, &c, o);
+    past_out(&c, out);
+    both_are(o, "out", out);
+    free(out);
+    drop_all(o);
+    release(c.q);
+    release(c.kv);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("tests");
     tcase_add_checked_fixture(tests, open_all, close_backends);
     tcase_add_loop_test(tests, attention, 0, sizeof attentions / sizeof *attentions);
     tcase_add_test(tests, a_token_that_sees_nothing_gets_zeros);
+    tcase_add_loop_test(tests, tokens_see_what_is_kept, 0, sizeof pasts / sizeof *pasts);
     return run_suite("backend_attention", tests);
 }
