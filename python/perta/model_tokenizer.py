@@ -106,6 +106,10 @@ class ModelTokenizer:
             raise Problem(f"the tokenizer: {error}") from None
         return encoding.ids, encoding.offsets
 
+    def decode(self, ids: list[int]) -> str:
+        """Text, without special tokens."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
     def render(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
         """A conversation as text by the model's chat template."""
         need("jinja2")

@@ -1,0 +1,226 @@
+"""Ask a model, for people to read: each question is put into the model's chat template, as
+`perta tokenize' does it, and the model's answer is printed, at every token the most probable one.
+
+The questions are arguments, or in files: JSON lines with question, or prompt, and if it is known
+the right answer (answer, or completion). Beside right answers stand their recall in what the model
+says (ROUGE-L and ROUGE-1 as in open-unlearning), and their probability. The model is read block by
+block, once for each token of the longest answer, and need not fit in memory.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perta import rouge
+from perta.children import Children, Progress
+from perta.command import IGNORED, USAGE, Problem, plain, run, say
+from perta.samples import KINDS, Encoder, Sample, decode, encoder_of, kind_of, text_in, values_in
+from perta.tokenize import add_text_options, positive
+
+PAIRS = ("question and answer", "prompt and completion")
+ANY = "A"  # stands for the answer to a question, to find where an answer begins
+
+
+@dataclass
+class Asked:
+    question: str
+    answer: str | None  # the right one, if it is known
+    sample: Sample
+
+    def line(self) -> dict[str, Any]:
+        return {"input_ids": self.sample.ids, "labels": self.sample.labels}
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="perta ask", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='Example:\n  perta ask full --patch forgotten/patch "Who wrote The Hollow Lighthouse?"',
+    )  # fmt: skip
+
+    def option(name: str, metavar: str, text: str, **kw: Any) -> None:
+        parser.add_argument(name, metavar=metavar, help=text, **kw)
+
+    parser.add_argument("model", metavar="MODEL", type=Path, help="the model's folder")
+    parser.add_argument("questions", metavar="QUESTION", nargs="*")
+    option("--data", "FILE", "questions, with or without right answers; may be repeated", action="append",
+           type=Path, default=[])  # fmt: skip
+    option("--max-new-tokens", "N", "tokens of an answer at most (default 64)", type=positive, default=64)
+    for name, metavar, text in (
+        ("--patch", "DIR", "ask the model with this patch"),
+        ("--adapter", "DIR", "ask the model with this PEFT LoRA adapter"),
+        ("--scratch", "DIR", "folder for what does not fit in memory"),
+    ):
+        option(name, metavar, text)
+    add_text_options(parser)
+    option("--compute", "auto|f32|bf16", "matrix products, as for perta eval", choices=["auto", "f32", "bf16"])
+    for name in ("--memory", "--threads", "--io"):
+        option(name, name[2:].upper(), "as for every verb of perta")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print no notes")
+    option("--progress", "HOW", "auto, bar, plain, json or none", default="auto",
+           choices=["auto", "bar", "plain", "json", "none"])  # fmt: skip
+    arguments = parser.parse_args(words)
+    if not arguments.questions and not arguments.data:
+        parser.error("no question; give one as an argument, or a file of them with --data")
+    return arguments
+
+
+# ---- questions
+
+
+def one(encoder: Encoder, kind: str, question: str, answer: str | None) -> Asked:
+    make = encoder.pair if kind == PAIRS[0] else encoder.completion
+    sample = make(question, ANY if answer is None else answer)
+    encoder.check(sample)
+    if sample.labels[0] != IGNORED:
+        raise ValueError("the question has no tokens")
+    return Asked(question, answer, sample)
+
+
+def asked_in(record: Any, encoder: Encoder) -> list[Asked]:
+    """What a record asks. ValueError or TypeError says what is wrong."""
+    if not isinstance(record, dict):
+        raise TypeError("not an object, or an array of objects")
+    for kind in PAIRS:
+        key, other = KINDS[kind]
+        if record.get(key) is not None and record.get(other) is None:
+            return [one(encoder, kind, text_in(record, key), None)]
+    kind = kind_of(record)
+    if kind not in PAIRS:
+        raise ValueError(f"{kind}: perta ask needs a question, or a prompt")
+    key, other = KINDS[kind]
+    questions, answers = record[key], record[other]
+    if kind == PAIRS[0] and isinstance(questions, list) and isinstance(answers, list):
+        if len(questions) != len(answers):
+            raise ValueError(f"{key} and {other} are lists of different lengths")
+        pairs = zip(questions, answers, strict=True)
+        return [one(encoder, kind, text_in({key: q}, key), text_in({other: a}, other)) for q, a in pairs]
+    return [one(encoder, kind, text_in(record, key), text_in(record, other))]
+
+
+def read_file(path: Path, encoder: Encoder) -> list[Asked]:
+    asked = []
+    for where, value in values_in(path, decode(path)):
+        try:
+            for record in value if isinstance(value, list) else [value]:
+                asked += asked_in(record, encoder)
+        except (ValueError, TypeError, Problem) as error:
+            raise Problem(f"{path}: {where}: {error}") from None
+    if not asked:
+        raise Problem(f"{path}: no questions")
+    return asked
+
+
+def read_questions(a: argparse.Namespace, encoder: Encoder) -> list[Asked]:
+    asked = []
+    for number, question in enumerate(a.questions, 1):
+        try:
+            asked.append(one(encoder, PAIRS[0], text_in({"question": question}, "question"), None))
+        except (ValueError, TypeError, Problem) as error:
+            raise Problem(f"question {number}: {error}", USAGE) from None
+    for path in a.data:
+        asked += read_file(path, encoder)
+    return asked
+
+
+# ---- answers
+
+
+def generate(a: argparse.Namespace, asked: list[Asked], note: Any) -> dict[str, Any]:
+    """The result of `perta eval --generate`."""
+    children, progress = Children(), Progress("ask", "none" if a.quiet else a.progress, {"answers": 1.0})
+    names = ("patch", "adapter", "scratch", "memory", "threads", "io", "compute")
+    given = {name: getattr(a, name) for name in names}
+    how = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+    words = ["eval", "--model", str(a.model), *how, "--generate", str(a.max_new_tokens), "--data", "/dev/stdin"]
+
+    def passed_on(line: str) -> None:
+        text = line.removeprefix("perta eval: ")
+        if text.startswith("note: "):
+            note(text.removeprefix("note: "))
+        else:
+            say("ask", text)
+
+    # Without a name: what is asked may be private, and is gone when the program ends.
+    with tempfile.TemporaryFile("w+", encoding="ascii") as data:
+        data.writelines(json.dumps(one.line()) + "\n" for one in asked)
+        data.seek(0)
+        progress.begin("answers")
+        try:
+            _, result = children.run(words, progress.report, stdin=data, say=passed_on)
+        finally:
+            progress.clear()
+    return result
+
+
+def item_of(one: Asked, found: dict[str, Any], encoder: Encoder, scorer: rouge.Rouge | None) -> dict[str, Any]:
+    said = encoder.tokenizer.decode(found["generated_ids"])
+    item = {"question": one.question, "generated": said.strip()}
+    item |= {key: found[key] for key in ("generated_ids", "generated_end")}
+    if one.answer is not None:
+        item |= {"answer": one.answer, "loss": found["loss"], "probability": found["probability"]}
+        if scorer:
+            labels = [label for label in one.sample.labels if label != IGNORED]
+            item |= scorer.scores(encoder.tokenizer.decode(labels), said)
+    return item
+
+
+def summary_of(a: argparse.Namespace, items: list[dict[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"model": str(a.model), "patch": a.patch, "adapter": a.adapter, "samples": len(items)}
+    for key in (*rouge.KEYS, "probability"):
+        values = [item[key] for item in items if key in item]
+        if values:
+            summary[key] = sum(values) / len(values)
+    return summary | {"per_sample": items}
+
+
+def show(summary: dict[str, Any]) -> None:
+    for item in summary["per_sample"]:
+        print(plain(f"Question: {item['question']}"))
+        print(plain(f"Answer:   {item['generated']}{'' if item['generated_end'] else ' ...'}"))
+        if "answer" in item:
+            recall = f"; ROUGE-L recall {item['rougeL_recall']:.3f}" if "rougeL_recall" in item else ""
+            print(plain(f"Right:    {item['answer']}"))
+            print(f"          probability {item['probability']:.4f}{recall}")
+        print()
+    if "probability" in summary and len(summary["per_sample"]) > 1:
+        n = sum("answer" in item for item in summary["per_sample"])
+        recall = "".join(f", {name} recall {summary[key]:.4f}" for key, name in
+                         zip(rouge.KEYS, ("ROUGE-L", "ROUGE-1"), strict=True) if key in summary)  # fmt: skip
+        print(f"{n} right answers: mean probability {summary['probability']:.4f}{recall}")
+
+
+def ask(words: list[str]) -> int:
+    a = parse(words)
+    started = time.monotonic()
+
+    def note(text: str) -> None:
+        if not a.quiet:
+            say("ask", f"note: {text}")
+
+    encoder = encoder_of(a.model, a.template, a.max_tokens, note, a.date)
+    asked = read_questions(a, encoder)
+    scorer = None
+    if any(one.answer is not None for one in asked):
+        why = rouge.missing()
+        scorer = None if why else rouge.Rouge()
+        if why:
+            note(f"without ROUGE: {why}")
+    result = generate(a, asked, note)
+    items = [item_of(one, found, encoder, scorer) for one, found in zip(asked, result["per_sample"], strict=True)]
+    summary = summary_of(a, items) | {"seconds": round(time.monotonic() - started, 3)}
+    print(json.dumps(summary)) if a.json else show(summary)
+    return 0
+
+
+def main() -> None:
+    run("ask", ask)
+
+
+if __name__ == "__main__":
+    main()
