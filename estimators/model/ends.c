@@ -6,7 +6,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "estimators/model/family.h"
 #include "io/file.h"
 #include "io/format/naming.h"
 #include "io/format/python_json.h"
@@ -101,16 +100,14 @@ static int take(const json_t *value, const char *path, struct perta_ends *ends,
     return 0;
 }
 
-int perta_ends_read(const struct perta_checkpoint *ck, const struct perta_llm *llm,
-                    struct perta_ends *ends, json_t **notes, struct perta_err *err)
+int perta_ends_read(const struct perta_checkpoint *ck, struct perta_ends *ends, json_t **notes,
+                    struct perta_err *err)
 {
     json_t *config = NULL;
     char *path = NULL;
     *ends = (struct perta_ends){0};
     int rc = read_file(ck, &path, &config, err);
-    const json_t *from = config ? config : ck->config, *value = json_object_get(from, KEY);
-    json_t *usual = config || value || !llm->family->eos ? NULL : json_integer(llm->family->eos);
-    value = usual ? usual : value;
+    const json_t *value = json_object_get(config ? config : ck->config, KEY);
     if (!rc && value && !json_is_null(value))
         rc = take(value, config ? path : ck->config_path, ends, err);
     if (!rc && !ends->n)
@@ -118,7 +115,6 @@ int perta_ends_read(const struct perta_checkpoint *ck, const struct perta_llm *l
                                                  config ? path : ck->config_path));
     if (!rc)
         note_settings(config, path, notes);
-    json_decref(usual);
     json_decref(config);
     free(path);
     return rc;

@@ -2,7 +2,9 @@
 #ifndef PERTA_ESTIMATORS_MODEL_ENDS_H
 #define PERTA_ESTIMATORS_MODEL_ENDS_H
 
-#include "estimators/model/config.h"
+#include <jansson.h>
+#include <stdbool.h>
+
 #include "io/format/checkpoint.h"
 
 struct perta_ends {
@@ -11,12 +13,12 @@ struct perta_ends {
 };
 
 /* As transformers' generate() finds them: "eos_token_id" of generation_config.json, beside the
- * model's config.json; without such a file, of config.json, or else the family's default. Appends
- * to *notes which other settings of generation_config.json are not applied, although they would
- * change which token is the most probable one, and that there is no end token. PERTA_EINPUT names
- * file and key. The caller calls perta_ends_release, also on error. */
-int perta_ends_read(const struct perta_checkpoint *ck, const struct perta_llm *llm,
-                    struct perta_ends *ends, json_t **notes, struct perta_err *err);
+ * model's config.json; without such a file, of config.json. Appends to *notes which other settings
+ * of generation_config.json are not applied, although they would change which token is taken, and
+ * that there is no end token. PERTA_EINPUT names file and key. The caller calls perta_ends_release,
+ * also on error. */
+int perta_ends_read(const struct perta_checkpoint *ck, struct perta_ends *ends, json_t **notes,
+                    struct perta_err *err);
 bool perta_ends_has(const struct perta_ends *ends, int64_t id);
 void perta_ends_release(struct perta_ends *ends);
 

@@ -91,7 +91,6 @@ struct perta_family {
     uint32_t n_kv_heads; /* 0: as many as query heads */
     uint32_t max_positions;
     enum perta_windows windows;
-    int32_t eos; /* eos_token_id (ends.h); 0: none */
 };
 
 /* The supported families, in the order in which messages list them. */
