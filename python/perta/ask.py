@@ -18,7 +18,7 @@ from typing import Any
 from perta import rouge
 from perta.children import Children, Progress
 from perta.command import IGNORED, USAGE, Problem, plain, run, say
-from perta.samples import KINDS, Encoder, Sample, decode, encoder_of, kind_of, text_in, values_in
+from perta.samples import KINDS, Encoder, Sample, Unknown, decode, encoder_of, kind_of, text_in, values_in
 from perta.tokenize import add_text_options, positive
 
 PAIRS = ("question and answer", "prompt and completion")
@@ -86,9 +86,10 @@ def asked_in(record: Any, encoder: Encoder) -> list[Asked]:
     """What a record asks. ValueError or TypeError says what is wrong."""
     if not isinstance(record, dict):
         raise TypeError("not an object, or an array of objects")
+    found = {key for keys in KINDS.values() for key in keys if record.get(key) is not None}
     for kind in PAIRS:
-        key, other = KINDS[kind]
-        if record.get(key) is not None and record.get(other) is None:
+        key, _ = KINDS[kind]
+        if found == {key}:
             return [one(encoder, kind, text_in(record, key), None)]
     kind = kind_of(record)
     if kind not in PAIRS:
@@ -103,20 +104,22 @@ def asked_in(record: Any, encoder: Encoder) -> list[Asked]:
     return [one(encoder, kind, text_in(record, key), text_in(record, other))]
 
 
-def read_file(path: Path, encoder: Encoder) -> list[Asked]:
-    asked = []
+def read_file(path: Path, encoder: Encoder, note: Any) -> list[Asked]:
+    asked, unknown = [], Unknown()
     for where, value in values_in(path, decode(path)):
         try:
             for record in value if isinstance(value, list) else [value]:
                 asked += asked_in(record, encoder)
+                unknown.look_at(record)
         except (ValueError, TypeError, Problem) as error:
             raise Problem(f"{path}: {where}: {error}") from None
     if not asked:
         raise Problem(f"{path}: no questions")
+    unknown.note(path, note)
     return asked
 
 
-def read_questions(a: argparse.Namespace, encoder: Encoder) -> list[Asked]:
+def read_questions(a: argparse.Namespace, encoder: Encoder, note: Any) -> list[Asked]:
     asked = []
     for number, question in enumerate(a.questions, 1):
         try:
@@ -124,7 +127,7 @@ def read_questions(a: argparse.Namespace, encoder: Encoder) -> list[Asked]:
         except (ValueError, TypeError, Problem) as error:
             raise Problem(f"question {number}: {error}", USAGE) from None
     for path in a.data:
-        asked += read_file(path, encoder)
+        asked += read_file(path, encoder, note)
     return asked
 
 
@@ -204,7 +207,7 @@ def ask(words: list[str]) -> int:
             say("ask", f"note: {text}")
 
     encoder = encoder_of(a.model, a.template, a.max_tokens, note, a.date)
-    asked = read_questions(a, encoder)
+    asked = read_questions(a, encoder, note)
     scorer = None
     if any(one.answer is not None for one in asked):
         why = rouge.missing()

@@ -312,15 +312,31 @@ def read_text(path: Path, encoder: Encoder, note: Callable[[str], None]) -> Iter
         note(f"{path}: left out, because one token alone predicts nothing: {', '.join(empty[:3])}{more}")
 
 
+class Unknown:
+    """Keys of a file's records that perta does not know."""
+
+    KNOWN = {key for keys in KINDS.values() for key in keys} | set(OTHER_ANSWERS) | PASSED_OVER  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.keys: dict[str, None] = {}
+
+    def look_at(self, record: dict[str, Any]) -> None:
+        self.keys |= dict.fromkeys(key for key in record if key not in self.KNOWN)
+
+    def note(self, path: Path, note: Callable[[str], None]) -> None:
+        if self.keys:
+            more = " and more" if len(self.keys) > 8 else ""
+            note(f"{path}: keys that perta does not know are ignored: {', '.join(list(self.keys)[:8])}{more}")
+
+
 def read_records(path: Path, encoder: Encoder, note: Callable[[str], None]) -> Iterator[Sample]:
-    unknown: dict[str, None] = {}
-    keys = {key for keys in KINDS.values() for key in keys} | set(OTHER_ANSWERS) | PASSED_OVER
+    unknown = Unknown()
     for where, value in values_in(path, decode(path)):
         try:
             for record in value if isinstance(value, list) else [value]:
                 if not isinstance(record, dict):
                     raise TypeError("not an object, or an array of objects")
-                unknown |= dict.fromkeys(key for key in record if key not in keys)
+                unknown.look_at(record)
                 for sample in encoder.record(record):
                     encoder.check(sample)
                     group = record.get("group")
@@ -328,9 +344,7 @@ def read_records(path: Path, encoder: Encoder, note: Callable[[str], None]) -> I
                     yield sample
         except (ValueError, TypeError, Problem) as error:
             raise Problem(f"{path}: {where}: {error}") from None
-    if unknown:
-        more = " and more" if len(unknown) > 8 else ""
-        note(f"{path}: keys that perta does not know are ignored: {', '.join(list(unknown)[:8])}{more}")
+    unknown.note(path, note)
 
 
 def read_samples(path: Path, encoder: Encoder, note: Callable[[str], None]) -> list[Sample]:

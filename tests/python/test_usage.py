@@ -21,7 +21,7 @@ os.environ["PERTA_PYTHON"] = sys.executable
 VERBS = (
     "inspect estimate eval tune accumulate unlearn diff apply revert compose manifest verify report demo"
 ).split()
-PROGRAMS = ("forget", "tokenize")  # verbs in Python
+PROGRAMS = ("ask", "forget", "tokenize")  # verbs in Python
 MAN = (ROOT / "docs/perta.1").read_text().replace("\\-", "-").replace("\\e\n", "\\\n")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
