@@ -18,7 +18,17 @@ from typing import Any
 from perta import rouge
 from perta.children import Children, Progress
 from perta.command import IGNORED, USAGE, Problem, plain, run, say
-from perta.samples import KINDS, Encoder, Sample, Unknown, decode, encoder_of, kind_of, text_in, values_in
+from perta.samples import (
+    KINDS,
+    Encoder,
+    Sample,
+    Unknown,
+    decode,
+    encoder_of,
+    kind_of,
+    text_in,
+    values_in,
+)
 from perta.tokenize import add_text_options, positive
 
 PAIRS = ("question and answer", "prompt and completion")

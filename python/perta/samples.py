@@ -315,7 +315,7 @@ def read_text(path: Path, encoder: Encoder, note: Callable[[str], None]) -> Iter
 class Unknown:
     """Keys of a file's records that perta does not know."""
 
-    KNOWN = {key for keys in KINDS.values() for key in keys} | set(OTHER_ANSWERS) | PASSED_OVER  # noqa: RUF012
+    KNOWN = {key for keys in KINDS.values() for key in keys} | set(OTHER_ANSWERS) | PASSED_OVER
 
     def __init__(self) -> None:
         self.keys: dict[str, None] = {}

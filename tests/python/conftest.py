@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
+NEED_MODEL = ["test_ask", "test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_generate", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
@@ -42,6 +42,7 @@ NUMBERS = [
     "test_torch",
     "test_config_sweep",
     "test_forget",
+    "test_ask",
     "test_tokenize",
     "test_peft",
     "test_data::test_masks_and_positions_are_transformers",
@@ -53,6 +54,9 @@ NUMBERS = [
     "test_estimate::test_bf16_products_stay_near",
     "test_estimate::test_every_run_gives_the_same_bytes",
     "test_eval::test_numbers_are_transformers",
+    "test_generate::test_tokens_are_transformers",
+    "test_generate::test_an_adapter_counts",
+    "test_generate::test_end_tokens_are_found_as_transformers_finds_them",
     "test_quantize::test_formats_are_numpys_bit_for_bit",
     "test_tune::test_losses_and_adapters_are_pefts",
     "test_tune::test_schedules_decay_and_clipping_are_transformers",

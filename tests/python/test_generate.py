@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import PERTA, SANITIZED, part
+from conftest import PERTA, SANITIZED
 from test_estimate import MODELS, VOCABULARY, make_model
 from test_eval import changed_copy, evaluate, write_lines
 from test_limits import peak_mib
@@ -49,7 +49,7 @@ def set_ends(model, folder, ends):
     model.generation_config.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", part(MODELS, sanitized=3))
+@pytest.mark.parametrize("name", list(MODELS))
 def test_tokens_are_transformers(perta, tmp_path, name):
     """Prompts of different lengths, windows shorter than prompt and answer, and end tokens that come
     in the middle of some answers."""
