@@ -64,6 +64,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         ("--patch", "DIR", "ask the model with this patch"),
         ("--adapter", "DIR", "ask the model with this PEFT LoRA adapter"),
         ("--scratch", "DIR", "folder for what does not fit in memory"),
+        ("--quantize", "FORMAT", "ask the model with weights rounded to FORMAT, as perta eval does it"),
     ):
         option(name, metavar, text)
     add_text_options(parser)
@@ -147,7 +148,7 @@ def read_questions(a: argparse.Namespace, encoder: Encoder, note: Any) -> list[A
 def generate(a: argparse.Namespace, asked: list[Asked], note: Any) -> dict[str, Any]:
     """The result of `perta eval --generate`."""
     children, progress = Children(), Progress("ask", "none" if a.quiet else a.progress, {"answers": 1.0})
-    names = ("patch", "adapter", "scratch", "memory", "threads", "io", "compute")
+    names = ("patch", "adapter", "quantize", "scratch", "memory", "threads", "io", "compute")
     given = {name: getattr(a, name) for name in names}
     how = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
     words = ["eval", "--model", str(a.model), *how, "--generate", str(a.max_new_tokens), "--data", "/dev/stdin"]
@@ -184,7 +185,8 @@ def item_of(one: Asked, found: dict[str, Any], encoder: Encoder, scorer: rouge.R
 
 
 def summary_of(a: argparse.Namespace, items: list[dict[str, Any]]) -> dict[str, Any]:
-    summary: dict[str, Any] = {"model": str(a.model), "patch": a.patch, "adapter": a.adapter, "samples": len(items)}
+    summary: dict[str, Any] = {"model": str(a.model), "patch": a.patch, "adapter": a.adapter, "quantize": a.quantize,
+                               "samples": len(items)}  # fmt: skip
     for key in (*rouge.KEYS, "probability"):
         values = [item[key] for item in items if key in item]
         if values:

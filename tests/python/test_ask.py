@@ -131,6 +131,9 @@ def test_a_patch_and_an_answer_that_is_cut(ask, perta, made, tmp_path):
     perta("diff", "full", "tuned", "--patch", "patch")
     result = ask(facts[0].question, "--patch", "patch", "--max-new-tokens", 1, *F32)
     assert f"Answer:   {says(folder / 'tuned', facts[0].question, 1).strip()} ...\n" in result.stdout
+    rounded = ask(facts[0].question, "--patch", "patch", "--quantize", "int4", "--json")
+    assert json.loads(rounded.stdout)["quantize"] == "int4"
+    assert "--quantize" in ask(facts[0].question, "--quantize", "int3", check=2).stderr
     other = ask(facts[0].question, "--patch", "nowhere", check=3)
     assert "nowhere" in other.stderr and "failed, as it says above" in other.stderr
 

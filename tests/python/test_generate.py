@@ -143,6 +143,8 @@ def test_a_patched_model_says_what_the_model_it_leads_to_says(perta, tmp_path):
     assert have["per_sample"] == evaluate(perta, "tuned", *flags)["per_sample"]
     assert have["per_sample"] != evaluate(perta, "full", *flags)["per_sample"]
     assert generated(have) == [continued(model, line, 9) for line in lines]
+    rounded = [evaluate(perta, *at, "--quantize", "int4", *flags)["per_sample"] for at in (("full", "--patch", "patch"), ("tuned",))]
+    assert rounded[0] == rounded[1] != have["per_sample"]
 
 
 def test_an_adapter_counts(perta, tmp_path):
