@@ -11,7 +11,7 @@ pc=$(dirname "$(find "$stage" -name perta.pc)")
 lib=$(dirname "$pc")
 test -f "$prefix/share/man/man1/perta.1"
 "$prefix/bin/perta" --version | grep -q '^perta [0-9]'
-for verb in ask audit forget tokenize; do # programs in libexec, with their own copy of the package
+for verb in ask audit forget metrics tokenize; do # programs in libexec, with their own copy of the package
     (cd "$stage" && PYTHONDONTWRITEBYTECODE=1 "$prefix/bin/perta" $verb --help) |
         grep -q "^usage: perta $verb"
     "$prefix/bin/perta" help | grep -qE "^  ([a-z]+ )*$verb( |$)"

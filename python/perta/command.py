@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 
 CHECK, USAGE, INPUT, SYSTEM, INTERRUPTED = 1, 2, 3, 4, 130  # exit statuses, as of the command
+FOR_TEXT = "'jinja2>=3.1.6' tokenizers"
+INSTALLS = {"scipy": "scipy"}  # packages that few verbs need; for all others: FOR_TEXT
 IGNORED = -100  # label of a position that is not learned
 
 
@@ -44,7 +46,7 @@ def need(name: str) -> ModuleType:
     except ImportError:
         raise Problem(
             f"the Python package {name} is missing; to install it:\n"
-            f"    {sys.executable} -m pip install 'jinja2>=3.1.6' tokenizers",
+            f"    {sys.executable} -m pip install {INSTALLS.get(name, FOR_TEXT)}",
             USAGE,
         ) from None
     version = [int(part) for part in getattr(module, "__version__", "9").split(".")[:3] if part.isdigit()]

@@ -44,6 +44,7 @@ NUMBERS = [
     "test_forget",
     "test_ask",
     "test_tokenize",
+    "test_metrics",
     "test_peft",
     "test_data::test_masks_and_positions_are_transformers",
     "test_data::test_any_mask_and_any_positions",
