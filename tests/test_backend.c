@@ -310,14 +310,17 @@ static void gradient_run(struct perta_backend *be, const void *ctx, struct outpu
     const struct perta_array none = {0};
     struct perta_array x = c->products ? input(be, o, c->x.f, c->x.n) : none;
     struct perta_array dy = input(be, o, c->dy.f, c->dy.n), d = input(be, o, c->d.f, c->d.n);
-    static const char *const names[][3] = {{"sums", "squares", "sample"},
-                                           {"sums 2", "squares 2", "sample 2"}};
+    static const char *const names[][4] = {{"sums", "squares", "sample", "norms"},
+                                           {"sums 2", "squares 2", "sample 2", "norms 2"}};
     struct perta_gradient g[2] = {{.rows = G_SPLIT}, {.rows = G_OUT - G_SPLIT, .col = G_SPLIT}};
     for (size_t i = 0; i < 2; i++) {
         size_t n = g[i].rows * G_IN;
         g[i].in = G_IN;
         g[i].sums = output(be, o, names[i][0], F64, zeros, n);
         g[i].squares = c->squares ? output(be, o, names[i][1], F64, zeros, n) : none;
+        size_t n_norms = perta_tiles(g[i].rows, G_IN) * G_SAMPLES;
+        g[i].norms = c->by_sample ? output(be, o, names[i][3], F64, zeros, n_norms) : none;
+        g[i].n_samples = G_SAMPLES;
         g[i].sample = c->chunks.parts ? output(be, o, names[i][2], F32, NULL, n) : none;
         g[i].chunks = &c->chunks;
         g[i].x = x;
@@ -353,12 +356,24 @@ static void split_gradient(struct gradient *c, struct outputs want[N_BACKENDS],
     drop_all(o);
 }
 
+/* Squares of all samples, added up over elements or over tiles. */
+static void add_up(const struct outputs *o, const char *squares, const char *norms)
+{
+    double over_elements = 0, over_tiles = 0;
+    for (size_t i = 0; i < named(o, squares)->n; i++)
+        over_elements += values(o, squares)[i];
+    for (size_t i = 0; i < named(o, norms)->n; i++)
+        over_tiles += values(o, norms)[i];
+    ck_assert_double_le(fabs(over_tiles - over_elements), 1e-12 * over_elements);
+}
+
 /* A sample's terms are its rows, its chunks' and its tokens'; the reference rounds with each of the
  * latter two. Squares of two numbers that differ by e differ by e times their sum. */
 static void compare_gradient(struct gradient *c, const struct outputs o[N_BACKENDS], double more)
 {
     static const char *const sums[] = {"sums", "sums 2"}, *const squares[] = {"squares",
                                                                               "squares 2"};
+    static const char *const norms[] = {"norms", "norms 2"};
     double units = (c->by_sample ? 2500 : PERTA_CHUNK_ROWS) + 2 * (3 + 8) + more;
     struct outputs most;
     run_magnitudes(gradient_run, c, &most);
@@ -366,6 +381,12 @@ static void compare_gradient(struct gradient *c, const struct outputs o[N_BACKEN
         within(o, sums[i], units, values(&most, sums[i]));
         if (c->squares)
             within(o, squares[i], 2.1 * units, values(&most, squares[i]));
+        if (c->by_sample)
+            within(o, norms[i], 2.1 * units, values(&most, norms[i]));
+        if (c->squares) {
+            add_up(&o[REFERENCE], squares[i], norms[i]);
+            add_up(&o[ONE], squares[i], norms[i]);
+        }
         if (!c->products) /* tokens alone are added as the reference adds them */
             same(o, sums[i]);
     }

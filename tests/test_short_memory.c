@@ -352,6 +352,17 @@ static int eval(json_t **record)
     return perta_eval(&e, &run, record, &err);
 }
 
+static int eval_gradient_norm(json_t **record)
+{
+    const struct perta_eval e = {.model = "in/model",
+                                 .data = "in/a.jsonl",
+                                 .compute = PERTA_COMPUTE_F32,
+                                 .scratch = "out",
+                                 .per_sample = true,
+                                 .gradient_norm = true};
+    return perta_eval(&e, &run, record, &err);
+}
+
 static int tune_from(const char *from, json_t **record)
 {
     static const char *const targets[] = {"all-linear"};
@@ -448,6 +459,7 @@ static const struct verb {
     {"unlearn --steps, an adapter, --resume", steps_of_an_adapter, 307, GO_ON},
     {"estimate", estimate, 23, ANEW},
     {"eval", eval, 7, ANEW},
+    {"eval --gradient-norm", eval_gradient_norm, 7, ANEW},
     {"tune", tune, 23, ANEW},
     {"tune --adapter", tune_again, 23, ANEW},
     {"unlearn --steps", steps, 307, ANEW},

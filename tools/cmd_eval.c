@@ -12,7 +12,8 @@ enum {
     KEY_COMPUTE,
     KEY_SCRATCH,
     KEY_PER_SAMPLE,
-    KEY_GENERATE
+    KEY_GENERATE,
+    KEY_GRADIENT_NORM
 };
 
 struct args {
@@ -36,6 +37,10 @@ static const struct argp_option options[] = {
     {"generate", KEY_GENERATE, "N", 0,
      "Also continue each line's tokens before its first label by at most N tokens, each the most "
      "probable one; the result has the numbers and token ids of every line",
+     2},
+    {"gradient-norm", KEY_GRADIENT_NORM, NULL, 0,
+     "Also compute the norm of the gradient of each line's loss, in a forward and a backward pass "
+     "of its own",
      2},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
     {"compute", KEY_COMPUTE, "auto|f32|bf16", 0,
@@ -82,6 +87,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         e->generate = cli_count(state, "--generate", arg);
         if (!e->generate)
             argp_error(state, "--generate: at least 1");
+        return 0;
+    case KEY_GRADIENT_NORM:
+        e->gradient_norm = true;
         return 0;
     case KEY_COMPUTE:
         e->compute = cli_compute(state, arg);
@@ -167,6 +175,8 @@ static void say(const struct cli *cli, const json_t *summary)
             number(summary, "exact_memorization"), number(summary, "extraction_strength"));
     cli_say(cli, "min-k          %.6f (min-k++: %.6f)\n", number(summary, "min_k"),
             number(summary, "min_k_plus_plus"));
+    if (json_object_get(summary, "gradient_norm"))
+        cli_say(cli, "gradient norm  %.6g\n", number(summary, "gradient_norm"));
     if (!json_object_get(summary, "truth_ratio"))
         return;
     cli_say(cli, "truth ratio    %.6f (as a score: forget %.6f, retain %.6f)\n",

@@ -85,8 +85,12 @@ struct perta_token_row {
  * so every division of the chunks into calls gives the same bits. */
 struct perta_gradient {
     size_t rows, in;
-    struct perta_array sums;    /* (rows, in) float64 */
+    struct perta_array sums;    /* (rows, in) float64; no array: not wanted */
     struct perta_array squares; /* (rows, in) float64; no array: not wanted */
+    /* (perta_tiles(rows, in), n_samples) float64: sums of the squares of a sample's gradient within
+     * a tile, of which those of the first columns come first; no array: not wanted. Only by sample */
+    struct perta_array norms;
+    uint64_t n_samples;
     /* (rows, in): the gradient of a sample whose chunks are not all added yet, kept between calls.
      * Only if some sample has several chunks (perta_chunks.parts). */
     struct perta_array sample;

@@ -9,7 +9,7 @@
 struct gradient {
     const struct perta_gradient *of;
     struct perta_gemm *gemm;
-    double *sums, *squares;
+    double *sums, *squares, *norms; /* NULL: not wanted */
     float *sample;
     const float *x, *dy, *d; /* x NULL: no products */
     size_t first, end;       /* the window of chunks */
@@ -149,7 +149,7 @@ static void pack_window(struct gradient *g, uint8_t *scratch, bool x_packed)
 
 /* Rows and columns of the matrix that a piece works on. */
 struct tile {
-    size_t row, m, col, n;
+    size_t number, row, m, col, n;
     float *to; /* a sample's or a chunk's gradient: (m, n), rows ld apart */
     size_t ld;
 };
@@ -158,7 +158,8 @@ static struct tile tile_at(const struct gradient *g, size_t i)
 {
     size_t row = i % g->n_row_tiles * PERTA_TILE_ROWS, col = i / g->n_row_tiles * PERTA_TILE_COLS;
     size_t m = g->of->rows - row, n = g->of->in - col;
-    return (struct tile){.row = row,
+    return (struct tile){.number = i,
+                         .row = row,
                          .m = m < PERTA_TILE_ROWS ? m : PERTA_TILE_ROWS,
                          .col = col,
                          .n = n < PERTA_TILE_COLS ? n : PERTA_TILE_COLS};
@@ -222,10 +223,19 @@ static void add_to_sums(const struct gradient *g, const struct tile *t)
     const struct perta_row_kernels *k = perta_row_kernels();
     for (size_t i = 0; i < t->m; i++) {
         size_t at = (t->row + i) * g->of->in + t->col;
-        k->add(g->sums + at, t->to + i * t->ld, t->n);
+        if (g->sums)
+            k->add(g->sums + at, t->to + i * t->ld, t->n);
         if (g->squares)
             k->add_squares(g->squares + at, t->to + i * t->ld, t->n);
     }
+}
+
+static void add_to_norm(const struct gradient *g, const struct tile *t, uint64_t sample)
+{
+    const struct perta_row_kernels *k = perta_row_kernels();
+    double *norm = g->norms + t->number * g->of->n_samples + sample;
+    for (size_t i = 0; i < t->m; i++)
+        *norm += k->dot(t->to + i * t->ld, t->to + i * t->ld, t->n);
 }
 
 /* Add a chunk to a tile; a sample's tokens are added with its last chunk. */
@@ -240,6 +250,8 @@ static int add_chunk(const struct gradient *g, unsigned worker, const struct til
         add_sample_tokens(g, t, chunk->sample, &any);
     if (any)
         add_to_sums(g, t);
+    if (any && g->norms)
+        add_to_norm(g, t, chunk->sample);
     return 0;
 }
 
@@ -320,6 +332,7 @@ void perta_cpu_gradient(struct perta_backend *be, const struct perta_gradient *o
                          .gemm = cpu->gemm,
                          .sums = perta_cpu_at(cpu, of->sums),
                          .squares = perta_cpu_at(cpu, of->squares),
+                         .norms = perta_cpu_at(cpu, of->norms),
                          .sample = perta_cpu_at(cpu, of->sample),
                          .x = perta_cpu_at(cpu, of->x),
                          .dy = perta_cpu_at(cpu, of->dy),

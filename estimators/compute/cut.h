@@ -14,6 +14,14 @@
 #include "io/err.h"
 
 #define PERTA_TILE_ROWS 256 /* the most rows in a tile */
+#define PERTA_TILE_COLS 512 /* the most columns in a tile of a product */
+
+/* Tiles of a matrix. */
+static inline size_t perta_tiles(size_t rows, size_t cols)
+{
+    return (rows + PERTA_TILE_ROWS - 1) / PERTA_TILE_ROWS *
+           ((cols + PERTA_TILE_COLS - 1) / PERTA_TILE_COLS);
+}
 
 /* Consecutive runs of rows: run i is rows starts[i] - origin .. starts[i + 1] - origin. */
 struct perta_runs {

@@ -20,7 +20,6 @@
 #include "io/format/dtype.h"
 #include "stream/workers.h"
 
-#define PERTA_TILE_COLS 512
 /* Products may read this many rows past the end of an operand, and ignore them, so that fewer
  * different shapes must be compiled. That memory must be readable. */
 #define PERTA_SLACK_ROWS 31

@@ -219,6 +219,16 @@ static float of_token(struct perta_backend *be, const struct perta_gradient *g, 
                                  : 0;
 }
 
+/* Where the square of element (r, i) of a sample's gradient is added. */
+static double *norm_at(struct perta_backend *be, const struct perta_gradient *g, size_t r, size_t i,
+                       uint64_t sample)
+{
+    size_t row_tiles = (g->rows + PERTA_TILE_ROWS - 1) / PERTA_TILE_ROWS;
+    size_t tile = i / PERTA_TILE_COLS * row_tiles + r / PERTA_TILE_ROWS;
+    return perta_scalar_doubles(be, g->norms, perta_tiles(g->rows, g->in) * g->n_samples) +
+           tile * g->n_samples + sample;
+}
+
 /* Add to element (r, i), chunk after chunk. */
 static void add_element(struct perta_backend *be, const struct perta_gradient *g, size_t r,
                         size_t i)
@@ -241,12 +251,14 @@ static void add_element(struct perta_backend *be, const struct perta_gradient *g
             d += of_token(be, g, k, r, i);
         if (sample)
             sample[at] = d;
-        if (chunk->ends)
+        if (chunk->ends && sum)
             sum[at] += (double)d;
         if (chunk->ends && square)
             square[at] += (double)d * (double)d;
+        if (chunk->ends && perta_array_is(g->norms))
+            *norm_at(be, g, r, i, chunk->sample) += (double)d * (double)d;
     }
-    for (k = 0; !g->chunks->by_sample && k < g->n_tokens; k++)
+    for (k = 0; sum && !g->chunks->by_sample && k < g->n_tokens; k++)
         sum[at] += (double)of_token(be, g, k, r, i);
 }
 

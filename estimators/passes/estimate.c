@@ -11,11 +11,18 @@
 
 /* ---- stores ---- */
 
+/* Without a journal, nothing resumes from files, and other jobs use the folder, too. */
+static const char *named(const struct perta_estimate_job *job, const char *name)
+{
+    return job->norms ? NULL : name;
+}
+
 static int open_x(struct perta_estimate_job *job, uint32_t layer, struct perta_err *err)
 {
     char name[16];
-    return perta_store_open(&job->x[layer], &job->scratch, perta_estimate_x_name(name, layer),
-                            job->samples.n_tokens, job->weights.llm.hidden, err);
+    return perta_store_open(&job->x[layer], &job->scratch,
+                            named(job, perta_estimate_x_name(name, layer)), job->samples.n_tokens,
+                            job->weights.llm.hidden, err);
 }
 
 static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_store *dx,
@@ -24,7 +31,7 @@ static int open_dx(struct perta_estimate_job *job, uint32_t layer, struct perta_
     char name[16];
     job->scratch.free_bytes += job->reserved_bytes;
     job->reserved_bytes = 0;
-    return perta_store_open(dx, &job->scratch, perta_estimate_dx_name(name, layer),
+    return perta_store_open(dx, &job->scratch, named(job, perta_estimate_dx_name(name, layer)),
                             job->samples.n_tokens, job->weights.llm.hidden, err);
 }
 
@@ -251,6 +258,29 @@ static int run_all(struct perta_estimate_job *job, enum perta_stage stage, uint3
         rc = run_backward(job, stage == PERTA_BACKWARD ? layer : n_layers, err);
     if (!rc)
         rc = perta_weights_unchanged(&job->weights, err);
+    return rc;
+}
+
+int perta_estimate_norms(struct perta_estimate_job *job, struct perta_err *err)
+{
+    job->statistic.norms = job->norms;
+    job->statistic.n_samples = job->samples.n;
+    int rc = perta_norms_open(job->norms, job->samples.n, err);
+    if (!rc)
+        rc = perta_estimate_scratch_here(job, err);
+    if (!rc)
+        rc = perta_estimate_plan(job, perta_estimate_bf16(job), err);
+    if (!rc)
+        rc = perta_weights_start(&job->weights, job->run->io, err);
+    if (rc)
+        return rc;
+    count_bytes(job, PERTA_BEGUN, 0);
+    rc = perta_estimate_open_head(job, &job->statistic, err);
+    reserve_dx(job);
+    if (!rc)
+        rc = run_all(job, PERTA_BEGUN, 0, err);
+    if (!rc)
+        perta_norms_end(job->norms);
     return rc;
 }
 

@@ -61,6 +61,13 @@ bool perta_estimate_bf16(const struct perta_estimate_job *job)
            (e->compute == PERTA_COMPUTE_AUTO && perta_gemm_has_bf16());
 }
 
+int perta_estimate_scratch_here(struct perta_estimate_job *job, struct perta_err *err)
+{
+    const char *dir = job->estimate->scratch, *tmp = getenv("TMPDIR");
+    job->scratch.dir = strdup(dir ? dir : tmp && *tmp ? tmp : "/var/tmp");
+    return job->scratch.dir ? 0 : perta_fail_sys(err, ENOMEM, "scratch");
+}
+
 int perta_estimate_on_part(void *ctx, struct perta_err *err)
 {
     return perta_estimate_advance(ctx, err);
@@ -75,6 +82,7 @@ int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statis
         .samples = &job->samples,
         .statistic = statistic,
         .backward = job->tunes,
+        .without_last = job->norms,
         .measured = job->measured,
         .pooled = job->tunes,
         .advance = perta_estimate_on_part,

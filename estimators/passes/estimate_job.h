@@ -34,6 +34,9 @@ struct perta_estimate_job {
     /* keeps keys and values of the forward pass; NULL: they are not kept. Borrowed */
     struct perta_cache *cache;
     bool adds; /* the samples are tokens that are added to the cache's sequences */
+    /* instead of importance: norms of each sample's gradient, of its loss without the last label.
+     * Borrowed */
+    struct perta_norms *norms;
     struct perta_importance_out outs[2];
     struct perta_behind *behind; /* writes them */
     struct perta_workers *workers;
@@ -83,6 +86,8 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err);
 /* Add to the summary in which format weights are rounded, and how many. */
 void perta_estimate_say_rounded(const struct perta_estimate_job *job, json_t **summary);
 bool perta_estimate_bf16(const struct perta_estimate_job *job);
+/* Set the scratch folder of a job that writes nothing: estimate->scratch, $TMPDIR or /var/tmp. */
+int perta_estimate_scratch_here(struct perta_estimate_job *job, struct perta_err *err);
 /* Open the head, after the plan and perta_weights_start. statistic NULL: only the forward pass
  * follows. */
 int perta_estimate_open_head(struct perta_estimate_job *job, struct perta_statistic *statistic,
@@ -118,6 +123,10 @@ int perta_estimate_advance(struct perta_estimate_job *job, struct perta_err *err
 int perta_estimate_on_part(void *ctx, struct perta_err *err);
 
 /* ---- estimate.c ---- */
+
+/* After perta_estimate_open, of a job with norms: the forward and the backward pass. Nothing is
+ * written. */
+int perta_estimate_norms(struct perta_estimate_job *job, struct perta_err *err);
 
 /* Backward pass of a layer, over all tokens, from job->x of the layer and job->dx to next. Gradients
  * of weights go to the layer's sink. */

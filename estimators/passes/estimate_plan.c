@@ -30,8 +30,9 @@ int perta_estimate_tokens(struct perta_estimate_job *job, struct perta_err *err)
     int rc = perta_cut_make(job->starts, s->n, GROUP_TOKENS, &job->cut, err);
     if (rc)
         return rc;
-    return job->estimate->meansq ? perta_chunks_make(job->starts, s->n, true, &job->chunks, err)
-                                 : perta_chunks_make(all, 1, false, &job->chunks, err);
+    return job->estimate->meansq || job->norms
+               ? perta_chunks_make(job->starts, s->n, true, &job->chunks, err)
+               : perta_chunks_make(all, 1, false, &job->chunks, err);
 }
 
 static size_t count_batches(const struct perta_estimate_job *job)
@@ -77,7 +78,7 @@ static uint64_t source_room(const struct perta_estimate_job *job)
 
 static bool has_gradients(const struct perta_estimate_job *job)
 {
-    return job->estimate->mean || job->estimate->meansq;
+    return job->estimate->mean || job->estimate->meansq || job->norms;
 }
 
 /* Floats of scratch for LoRA (perta_factors.room). */
@@ -126,14 +127,36 @@ static struct perta_cpu_needs needs_of(const struct perta_estimate_job *job, siz
     };
 }
 
+/* The most tiles in a block of rows of a gradient. */
+static size_t block_tiles(const struct perta_llm *llm)
+{
+    size_t n = perta_tiles(PERTA_VOCABULARY_ROWS, llm->hidden);
+    for (int i = 0; i < PERTA_N_PARAMS; i++) {
+        const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)i);
+        size_t out = 0, in = 0;
+        if (row)
+            perta_llm_shape(llm, row, &out, &in);
+        if (out)
+            n = most(n, perta_tiles(perta_statistic_rows(block_floats(llm), out, in), in));
+    }
+    return n;
+}
+
+static uint64_t statistic_bytes(const struct perta_estimate_job *job)
+{
+    const struct perta_llm *llm = &job->weights.llm;
+    return job->norms
+               ? perta_statistic_norms_bytes(block_floats(llm), block_tiles(llm), job->samples.n,
+                                             job->chunks.parts)
+               : perta_statistic_bytes(block_floats(llm), job->estimate->meansq, job->chunks.parts);
+}
+
 /* Bytes of the backend's memory besides work: blocks of gradients, and a layer's vectors. */
 static uint64_t gradient_bytes(const struct perta_estimate_job *job)
 {
-    const struct perta_llm *llm = &job->weights.llm;
-    return has_gradients(job) ? perta_statistic_bytes(block_floats(llm), job->estimate->meansq,
-                                                      job->chunks.parts) +
-                                    perta_importance_sink_bytes(llm)
-                              : 0;
+    return has_gradients(job)
+               ? statistic_bytes(job) + perta_importance_sink_bytes(&job->weights.llm)
+               : 0;
 }
 
 /* Bytes for means that are about to be written. */
@@ -152,7 +175,8 @@ static uint64_t fixed_bytes(const struct perta_estimate_job *job, bool bf16)
            perta_cpu_buffer_bytes(&needs,
                                   perta_head_device_bytes(&job->samples, llm, job->measured)) +
            (job->factors.n ? perta_cpu_buffer_bytes(&needs, factors_bytes(job)) : 0) +
-           job->samples.n_tokens * 2 * sizeof(double) + job->later_bytes;
+           job->samples.n_tokens * 2 * sizeof(double) +
+           (job->norms ? perta_norms_bytes(job->samples.n) : 0) + job->later_bytes;
 }
 
 static uint64_t batch_bytes(const struct perta_estimate_job *job, size_t tokens, bool bf16)
@@ -254,6 +278,7 @@ static void lay_out(struct perta_estimate_job *job, uint64_t n_work, float *mean
     if (!has_gradients(job))
         return;
     job->statistic.be = job->be;
+    job->statistic.n_tiles = block_tiles(llm);
     perta_statistic_lay_out(&job->statistic, block_floats(llm), job->chunks.parts, gradients,
                             means);
     job->sink = (struct perta_importance_sink){
@@ -266,10 +291,7 @@ static void lay_out(struct perta_estimate_job *job, uint64_t n_work, float *mean
         .single = job->n_batches == 1,
         .advance = perta_estimate_on_part,
         .ctx = job,
-        .vectors = perta_array_at(
-            gradients,
-            perta_statistic_bytes(block_floats(llm), job->estimate->meansq, job->chunks.parts) /
-                sizeof(float)),
+        .vectors = perta_array_at(gradients, statistic_bytes(job) / sizeof(float)),
         .staging = start,
         .staging_floats = n_work,
         .workers = job->workers,

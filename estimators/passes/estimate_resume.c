@@ -237,7 +237,7 @@ int perta_estimate_commit(struct perta_estimate_job *job, enum perta_stage stage
                           struct perta_err *err)
 {
     char name[16];
-    if (!is_due(job, stage))
+    if (job->norms || !is_due(job, stage))
         return 0;
     int rc = save_stores(job, stage, err);
     for (int stat = 0; stat < 2 && !rc; stat++)

@@ -37,6 +37,9 @@ struct sums {
     double loss, probability, exact, accuracy;
     double choice, ratio, ratio_forget, ratio_retain;
     struct perta_measures measures;
+    const double *norms; /* of each line's gradient; NULL: not wanted */
+    uint64_t n_norms;
+    double norm;
 };
 
 /* The other answers of a line. */
@@ -116,6 +119,22 @@ static int add_measures(const struct perta_estimate_job *job, uint64_t at, struc
     return 0;
 }
 
+/* Add the norm of a line's gradient; null for an answer whose only label is left out. */
+static int add_norm(const struct perta_estimate_job *job, uint64_t at, const struct score *answer,
+                    struct sums *sums, json_t **item, struct perta_err *err)
+{
+    double norm = sums->norms[sums->n - 1];
+    if (!isfinite(norm))
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: line %llu: the norm of the gradient is not a finite number",
+                          job->estimate->data, (unsigned long long)job->samples.lines[at]);
+    bool some = answer->n_labels > 1;
+    sums->n_norms += some;
+    sums->norm += some ? norm : 0;
+    perta_json_set(item, "gradient_norm", some ? perta_real_json(norm) : json_null());
+    return 0;
+}
+
 /* Add a line: sample number at and the other answers that follow it. *next is the first sample of
  * the next line. */
 static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t *next,
@@ -142,6 +161,8 @@ static int add_line(const struct perta_estimate_job *job, uint64_t at, uint64_t 
     perta_json_set(&item, "accuracy", perta_real_json(accuracy));
     if (!rc && job->measured)
         rc = add_measures(job, at, sums, &item, err);
+    if (!rc && sums->norms)
+        rc = add_norm(job, at, &answer, sums, &item, err);
     if (others.n_perturbed)
         add_perturbed(sums, &others, answer.loss, &item);
     perta_json_append(list, item);
@@ -163,10 +184,10 @@ static void set_measures(json_t **summary, const struct sums *sums)
     set_mean(summary, "min_k_plus_plus", sum->min_k_plus_plus, sums->n);
 }
 
-static int report(const struct perta_estimate_job *job, bool per_sample, json_t **summary,
-                  struct perta_err *err)
+static int report(const struct perta_estimate_job *job, const double *norms, bool per_sample,
+                  json_t **summary, struct perta_err *err)
 {
-    struct sums sums = {0};
+    struct sums sums = {.norms = norms};
     json_t *list = json_array();
     int rc = 0;
     for (uint64_t at = 0; at < job->samples.n && !rc;)
@@ -177,6 +198,7 @@ static int report(const struct perta_estimate_job *job, bool per_sample, json_t 
     set_mean(summary, "accuracy", sums.accuracy, sums.n);
     if (job->measured)
         set_measures(summary, &sums);
+    set_mean(summary, "gradient_norm", sums.norm, sums.n_norms);
     set_mean(summary, "choice_probability", sums.choice, sums.n_perturbed);
     set_mean(summary, "truth_ratio", sums.ratio, sums.n_perturbed);
     set_mean(summary, "truth_ratio_forget", sums.ratio_forget, sums.n_perturbed);
@@ -206,10 +228,9 @@ static void count_bytes(struct perta_estimate_job *job)
 
 static int start(struct perta_estimate_job *job, struct perta_err *err)
 {
-    const char *dir = job->estimate->scratch, *tmp = getenv("TMPDIR");
-    job->scratch.dir = strdup(dir ? dir : tmp && *tmp ? tmp : "/var/tmp");
-    int rc = job->scratch.dir ? perta_estimate_plan(job, perta_estimate_bf16(job), err)
-                              : perta_fail_sys(err, ENOMEM, "scratch");
+    int rc = perta_estimate_scratch_here(job, err);
+    if (!rc)
+        rc = perta_estimate_plan(job, perta_estimate_bf16(job), err);
     if (!rc)
         rc = perta_weights_start(&job->weights, job->run->io, err);
     count_bytes(job);
@@ -241,15 +262,45 @@ static json_t *summary_of(const struct perta_samples *s)
                      "notes", s->notes);
 }
 
-static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,
-                   struct perta_patched *patched, struct perta_generation *generation,
-                   json_t **summary, struct perta_err *err)
+static int open_job(struct perta_estimate_job *job, const struct perta_eval *eval,
+                    struct perta_patched *patched, struct perta_err *err)
 {
     int rc = perta_estimate_open(job, err);
     if (!rc && eval->patch) {
         rc = perta_patched_open(patched, eval->patch, job->weights.ck, err);
         job->source = job->weights.source = &patched->source;
     }
+    return rc;
+}
+
+/* The norms of the lines' gradients, in a pass of its own over the lines' own answers. xxh128:
+ * digest of the data that it read. */
+static int run_norms(const struct perta_eval *eval, const struct perta_estimate *estimate,
+                     const struct perta_run *run, struct perta_norms *norms,
+                     char xxh128[PERTA_XXH128_HEX], struct perta_err *err)
+{
+    struct perta_estimate_job *job = calloc(1, sizeof *job);
+    struct perta_patched patched = {0};
+    if (!job)
+        return perta_fail_sys(err, ENOMEM, "eval");
+    job->estimate = estimate;
+    job->run = run;
+    job->norms = norms;
+    int rc = open_job(job, eval, &patched, err);
+    if (!rc)
+        rc = perta_estimate_norms(job, err);
+    memcpy(xxh128, job->samples.file.xxh128, PERTA_XXH128_HEX);
+    perta_estimate_release(job);
+    perta_patched_close(&patched);
+    free(job);
+    return rc;
+}
+
+static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval,
+                   const double *norms, struct perta_patched *patched,
+                   struct perta_generation *generation, json_t **summary, struct perta_err *err)
+{
+    int rc = open_job(job, eval, patched, err);
     if (!rc && eval->generate)
         rc = perta_generation_begin(generation, job, eval->generate, err);
     if (rc)
@@ -262,10 +313,30 @@ static int run_job(struct perta_estimate_job *job, const struct perta_eval *eval
     if (!rc && !job->run->dry_run)
         rc = run_all(job, generation, err);
     if (!rc && !job->run->dry_run)
-        rc = report(job, eval->per_sample || eval->generate, summary, err);
+        rc = report(job, norms, eval->per_sample || eval->generate, summary, err);
     if (!rc && !job->run->dry_run && eval->generate)
         perta_generation_report(generation, summary);
     return rc || *summary ? rc : perta_fail_sys(err, ENOMEM, "eval");
+}
+
+static int run_eval(const struct perta_eval *eval, const struct perta_estimate *estimate,
+                    const struct perta_run *run, const double *norms, json_t **summary,
+                    struct perta_err *err)
+{
+    struct perta_estimate_job *job = calloc(1, sizeof *job);
+    struct perta_patched patched = {0};
+    struct perta_generation generation = {0};
+    if (!job)
+        return perta_fail_sys(err, ENOMEM, "eval");
+    job->estimate = estimate;
+    job->run = run;
+    job->answers = job->measured = !eval->as_estimate;
+    int rc = run_job(job, eval, norms, &patched, &generation, summary, err);
+    perta_generation_close(&generation, job);
+    perta_estimate_release(job);
+    perta_patched_close(&patched);
+    free(job);
+    return rc;
 }
 
 static int check_arguments(const struct perta_eval *e, struct perta_err *err)
@@ -297,28 +368,26 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
     if (rc)
         return rc;
     /* The forward pass is that of an estimate. */
-    const struct perta_estimate estimate = {.model = eval->model,
-                                            .adapter = eval->adapter,
-                                            .at = eval->at,
-                                            .quantize = eval->quantize,
-                                            .data = eval->data,
-                                            .data_xxh128 = eval->data_xxh128,
-                                            .max_tokens = eval->max_tokens,
-                                            .compute = eval->compute,
-                                            .scratch = eval->scratch};
-    struct perta_estimate_job *job = calloc(1, sizeof *job);
-    struct perta_patched patched = {0};
-    struct perta_generation generation = {0};
-    if (!job)
-        return perta_fail_sys(err, ENOMEM, "eval");
-    job->estimate = &estimate;
-    job->run = run;
-    job->answers = job->measured = !eval->as_estimate;
-    rc = run_job(job, eval, &patched, &generation, summary, err);
-    perta_generation_close(&generation, job);
-    perta_estimate_release(job);
-    perta_patched_close(&patched);
-    free(job);
+    struct perta_estimate estimate = {.model = eval->model,
+                                      .adapter = eval->adapter,
+                                      .at = eval->at,
+                                      .quantize = eval->quantize,
+                                      .data = eval->data,
+                                      .data_xxh128 = eval->data_xxh128,
+                                      .max_tokens = eval->max_tokens,
+                                      .compute = eval->compute,
+                                      .scratch = eval->scratch};
+    struct perta_run each = *run; /* of two passes */
+    struct perta_norms norms = {0};
+    char xxh128[PERTA_XXH128_HEX];
+    if (eval->gradient_norm && !run->dry_run) {
+        each.before_bytes = run->before_bytes ? run->before_bytes : perta_memory_trimmed();
+        rc = run_norms(eval, &estimate, &each, &norms, xxh128, err);
+        estimate.data_xxh128 = xxh128;
+    }
+    if (!rc)
+        rc = run_eval(eval, &estimate, &each, norms.means, summary, err);
+    perta_norms_release(&norms);
     if (rc) {
         json_decref(*summary);
         *summary = NULL;

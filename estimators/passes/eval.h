@@ -20,7 +20,8 @@ struct perta_eval {
     /* leave out other answers, so that the loss has the same bits as estimate's, and the measures
      * (measures.h) */
     bool as_estimate;
-    bool per_sample; /* report every line, too */
+    bool per_sample;    /* report every line, too */
+    bool gradient_norm; /* the norm of the gradient of each line's loss, in a pass of its own */
     /* continue each line's prompt, which ends before its first label, by at most so many tokens;
      * then every line is reported. 0: no; at most PERTA_GENERATE_MAX (generate.h) */
     uint64_t generate;

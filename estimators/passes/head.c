@@ -128,6 +128,15 @@ static size_t most_tokens(const struct perta_head *h)
     return room < h->samples->n_tokens ? room : h->samples->n_tokens;
 }
 
+/* What each label of a sample with so many weighs; or, if the last one is left out, each of the
+ * others. */
+static float share_of(const struct perta_head *h, uint32_t n_labels)
+{
+    if (h->without_last)
+        return n_labels > 1 ? 1.0f / (float)(n_labels - 1) : 0;
+    return 1.0f / (float)(h->pooled ? h->n_labels : n_labels);
+}
+
 static void collect_labels(struct perta_head *h)
 {
     const struct perta_samples *s = h->samples;
@@ -138,8 +147,10 @@ static void collect_labels(struct perta_head *h)
             if (s->targets[t] != PERTA_IGNORED) {
                 h->token[n] = (uint32_t)t;
                 h->target[n] = s->targets[t];
-                h->share[n++] = 1.0f / (float)(h->pooled ? h->n_labels : s->n_labels[i]);
+                h->share[n++] = share_of(h, s->n_labels[i]);
             }
+        if (h->without_last)
+            h->share[n - 1] = 0;
     }
     h->starts[s->n] = n;
 }
@@ -147,7 +158,7 @@ static void collect_labels(struct perta_head *h)
 /* Chunks end where groups end, so that a batch has whole chunks. */
 static int cut_labels(struct perta_head *h, struct perta_err *err)
 {
-    bool by_sample = h->statistic && h->statistic->meansq;
+    bool by_sample = h->statistic && (h->statistic->meansq || h->statistic->norms);
     int rc = perta_cut_make(h->starts, h->samples->n, GROUP_ROWS, &h->cut, err);
     if (rc)
         return rc;

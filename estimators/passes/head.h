@@ -20,7 +20,8 @@ struct perta_head {
     struct perta_statistic *statistic; /* NULL: no gradients of the model's parameters */
     bool backward;                     /* without a statistic: the backward pass follows, too */
     bool measured;                     /* compute best and moments, for measures.h */
-    bool pooled; /* every label weighs the same, whatever its sample; not by_probability */
+    bool without_last; /* the last label of each sample counts only in its loss, not in gradients */
+    bool pooled;       /* every label weighs the same, whatever its sample; not by_probability */
     int (*advance)(
         void *ctx,
         struct perta_err *err); /* called after each block of rows; stops if it does not return 0 */

@@ -184,6 +184,23 @@ static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size
     return rc ? rc : perta_backend_wait(h->be, err);
 }
 
+/* Add a sample's gradients of the final norm's weight and bias. */
+static int add_norm_vectors(const struct perta_head *h, uint64_t sample, struct perta_array dweight,
+                            struct perta_array dbias, size_t H, struct perta_err *err)
+{
+    const struct perta_family *family = h->weights->llm.family;
+    struct perta_statistic *s = h->statistic;
+    const struct perta_array none = {0};
+    bool squares = perta_array_is(s->squares);
+    int rc = perta_statistic_add_vector(s, family->final_norm, sample, dweight, H, s->sums,
+                                        s->squares, err);
+    if (rc || !perta_array_is(dbias))
+        return rc;
+    return perta_statistic_add_vector(s, family->final_norm_bias, sample, dbias, H,
+                                      perta_array_at(s->sums, 2 * H),
+                                      squares ? perta_array_at(s->squares, 2 * H) : none, err);
+}
+
 /* Backward through the final norm, from the labels of one sample to the tokens that predict
  * them. */
 static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct perta_store *x,
@@ -203,8 +220,8 @@ static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct p
     if (h->statistic) {
         ops->zero(h->be, dweight, 2 * H);
         norm->backward_weight(h->be, &h->norm, dweight, dbias, w.d, w.a, w.rstd, n, H);
-        ops->accumulate(h->be, h->statistic->sums, h->statistic->squares, dweight,
-                        perta_array_is(dbias) ? 2 * H : H);
+        if (!rc)
+            rc = add_norm_vectors(h, s, dweight, dbias, H, err);
     }
     ops->zero(h->be, w.b, n * H);
     norm->backward(h->be, &h->norm, w.b, w.d, w.a, w.rstd, n, H);
@@ -226,7 +243,7 @@ static int norm_backward(struct perta_head *h, const struct perta_store *x, stru
     for (uint64_t i = 0; i < h->samples->n && !rc; i++)
         rc = norm_backward_sample(h, i, x, dx, err);
     if (!rc && s)
-        rc = perta_statistic_end(s, family->final_norm, 0, H, err);
+        rc = perta_statistic_write(s, family->final_norm, 0, H, s->sums, s->squares, err);
     if (rc || !s || !family->final_norm_bias)
         return rc;
     return perta_statistic_write(s, family->final_norm_bias, 0, H, perta_array_at(s->sums, 2 * H),

@@ -1,5 +1,7 @@
 #include "estimators/passes/importance_sink.h"
 
+#include <string.h>
+
 /* ---- sizes ---- */
 
 /* Elements of a layer's vectors before param; with PERTA_N_PARAMS, of all its vectors. */
@@ -54,15 +56,15 @@ static struct perta_array squares_of(const struct perta_importance_sink *s, enum
 static int on_vector(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
                      size_t sequence, struct perta_array d, struct perta_err *err)
 {
-    const struct perta_importance_sink *s = (struct perta_importance_sink *)of;
-    struct perta_backend *be = s->statistic->be;
+    struct perta_importance_sink *s = (struct perta_importance_sink *)of;
+    const struct perta_param_row *row = perta_llm_param(s->llm, param);
+    char name[PERTA_NAME_BYTES];
     size_t out, in;
-    (void)layer;
-    (void)sequence; /* each sequence is added on its own */
-    (void)err;
-    perta_llm_shape(s->llm, perta_llm_param(s->llm, param), &out, &in);
-    be->ops->accumulate(be, sums_of(s, param), squares_of(s, param), d, in);
-    return 0;
+    (void)sequence; /* within its batch; sequences are samples, and come in order */
+    perta_llm_shape(s->llm, row, &out, &in);
+    perta_llm_name(s->llm, layer, row, name);
+    return perta_statistic_add_vector(s->statistic, name, s->n_vectors[param]++, d, in,
+                                      sums_of(s, param), squares_of(s, param), err);
 }
 
 /* ---- weights ---- */
@@ -218,6 +220,7 @@ void perta_importance_sink_begin(struct perta_importance_sink *s)
 {
     struct perta_backend *be = s->statistic->be;
     be->ops->zero(be, s->vectors, 4 * vectors_before(s->llm, PERTA_N_PARAMS));
+    memset(s->n_vectors, 0, sizeof s->n_vectors);
 }
 
 static int write_param(struct perta_importance_sink *s, uint32_t layer,
@@ -242,6 +245,8 @@ int perta_importance_sink_end(struct perta_importance_sink *s, uint32_t layer,
         if (row)
             rc = write_param(s, layer, row, err);
     }
+    if (s->statistic->norms)
+        perta_norms_complete(s->statistic->norms);
     return rc;
 }
 

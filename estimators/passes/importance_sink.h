@@ -30,6 +30,7 @@ struct perta_importance_sink {
     uint64_t staging_floats;
     struct perta_workers *workers; /* read into staging */
 
+    uint64_t n_vectors[PERTA_N_PARAMS]; /* sequences whose gradients came, of this layer */
     struct perta_store x[PERTA_N_PARAMS], dy[PERTA_N_PARAMS]; /* (tokens, in), (tokens, out) */
 };
 

@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_ask", "test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_generate", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
+NEED_MODEL = ["test_ask", "test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_generate", "test_gradient_norm", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
@@ -45,6 +45,8 @@ NUMBERS = [
     "test_ask",
     "test_tokenize",
     "test_metrics",
+    "test_gradient_norm::test_norms_are_pytorchs",
+    "test_gradient_norm::test_long_samples_batches_threads_and_memory_give_the_same_bits",
     "test_peft",
     "test_data::test_masks_and_positions_are_transformers",
     "test_data::test_any_mask_and_any_positions",

@@ -52,3 +52,18 @@ def measures(model, sample):
         "min_k": lowest(target.numpy()),
         "min_k_plus_plus": min_k_plus_plus(vocabulary, target),
     }
+
+
+def gradient_norm(model, sample):
+    """GradNormAttack with p = 2: the mean over tensors of the norm of the gradient; None where it
+    would stop, with a single label."""
+    ids, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
+    log_probs = torch.log_softmax(model(ids[None]).logits[0], -1)[:-1]
+    actual = (labels != -100).nonzero()[:, 0][:-1]
+    if not len(actual):
+        return None
+    target = log_probs.gather(1, ids[1:, None])[:, 0]
+    model.zero_grad()
+    (-torch.mean(target[actual[0] - 1 : actual[-1]])).backward()
+    norms = [p.grad.detach().norm(p=2) for p in model.parameters() if p.grad is not None]
+    return torch.stack(norms).mean().item()
