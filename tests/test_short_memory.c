@@ -335,6 +335,7 @@ static int estimate(json_t **record)
     const struct perta_estimate e = {.model = "in/model",
                                      .data = "in/b.jsonl",
                                      .data_key = "in/key",
+                                     .quantize = PERTA_ROUND_NF4,
                                      .out = "out",
                                      .mean = true,
                                      .meansq = true,
@@ -346,6 +347,7 @@ static int eval(json_t **record)
 {
     const struct perta_eval e = {.model = "in/model",
                                  .patch = "in/patch",
+                                 .quantize = PERTA_ROUND_FP8,
                                  .data = "in/a.jsonl",
                                  .compute = PERTA_COMPUTE_F32,
                                  .scratch = "out"};
@@ -371,6 +373,7 @@ static int tune_from(const char *from, json_t **record)
                                  .data_key = "in/key",
                                  .out = "out/adapter",
                                  .adapter = from,
+                                 .quantize = from ? PERTA_ROUND_INT4 : PERTA_ROUND_NONE,
                                  .targets = targets,
                                  .n_targets = !from,
                                  .learning_rate = 1e-2,
