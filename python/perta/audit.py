@@ -190,10 +190,12 @@ class Audit(LongRun):
         for name, what in nouns.items():
             if name in self.sets:
                 refuse_shared(self.sets["forget"], self.sets[name], what)
-        checked = [("after", path) for path in self.paths().values()]
-        checked += [(self.other, self.a.data_forget)] if self.other else []
-        for whose, path in checked:
-            words = ["eval", *self.models[whose], "--data", str(path), *self.limit(), "--dry-run", *self.how()]
+        forget = self.a.data_forget
+        checked = [(self.models["after"], path) for path in self.paths().values()]
+        checked += [([*self.models["after"], "--quantize", form], forget) for form in self.a.formats]
+        checked += [(self.models[self.other], forget)] if self.other else []
+        for words, path in checked:
+            words = ["eval", *words, "--data", str(path), *self.limit(), "--dry-run", *self.how()]
             self.children.run(words, say=self.passed_on)
         self.taught = audit_sets.taught(self.sets["forget"], self.a.share, self.a.seed)
         if self.a.share > 0 and not self.taught:

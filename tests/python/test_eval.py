@@ -249,6 +249,20 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, line, message):
     write_lines(tmp_path / "data.jsonl", [GOOD, line])
     words = ["eval", "--model", "model", "--data", "data.jsonl"]
     assert message in perta(*words, check=3).stderr
+    assert message in perta(*words, "--dry-run", check=3).stderr
+
+
+def test_a_dry_run_reads_no_weights(perta, tmp_path):
+    write_lines(tmp_path / "data.jsonl", [GOOD, GOOD])
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    for weights in (tmp_path / "model").glob("*.safetensors"):
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[: -(1 << 10)] + b"\xff" * (1 << 10))  # not finite
+    words = "eval --model model --data data.jsonl --json".split()
+    perta(*words, check=3)
+    result = json.loads(perta(*words, "--dry-run").stdout)
+    assert result["samples"] == 2 and "loss" not in result
+    assert "only headers and data were read" in perta(*words[:-1], "--dry-run").stdout
 
 
 def tokenize(tmp_path, lines, check=True):
