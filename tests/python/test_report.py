@@ -1,6 +1,7 @@
 """The page about a patch: complete, self-contained, and rendered by a real browser if there is
 one."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -26,8 +27,8 @@ def patch(perta, tmp_path):
     return tmp_path / "patch"
 
 
-def record_of(page: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="manifest">(.*?)</script>', page, re.S)[1])
+def record_of(page: str, name: str = "manifest") -> dict:
+    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.S)[1])
 
 
 def test_the_page_holds_the_record_and_nothing_from_outside(perta, patch, tmp_path):
@@ -58,6 +59,30 @@ def test_a_file_that_is_there_stays(perta, patch, tmp_path):
 def test_what_is_no_patch_is_refused(perta, patch, tmp_path):
     assert "model" in perta("report", "model", "--html", "page.html", check=3).stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_an_audit_is_shown_of_this_patch_alone(perta, patch, tmp_path):
+    digest = hashlib.sha256((patch / "manifest.json").read_bytes()).hexdigest()
+    whole = {"perta_audit": 1, "patch": {"manifest_sha256": digest}, "verdict": HOSTILE, "x": [0.1, None]}
+    audit = tmp_path / "audit.json"
+
+    def report(value, check):
+        audit.write_text(value if isinstance(value, str) else json.dumps(value))
+        return perta("report", "patch", "--html", "page.html", "--audit", "audit.json", check=check).stderr
+
+    assert "audit.json: the audit of another patch than patch" in report(whole | {"patch": {"manifest_sha256": "0" * 64}}, 1)
+    for other in ({}, [], whole | {"perta_audit": 2}, whole | {"patch": {}}, whole | {"patch": {"manifest_sha256": 3}}):
+        assert "audit.json: not an audit.json of this version" in report(other, 3)
+    assert "audit.json: " in report(json.dumps(whole)[:-9], 3)
+    assert "audit.json: " in report("", 3)
+    assert "no such file" in perta("report", "patch", "--html", "page.html", "--audit", "none", check=3).stderr
+    assert not (tmp_path / "page.html").exists()
+    report(whole, 0)
+    page = (tmp_path / "page.html").read_text()
+    assert record_of(page, "audit") == whole and "<img" not in page
+    assert record_of(page) == json.loads((patch / "manifest.json").read_text())
+    perta("report", "patch", "--html", "page.html", "--force")
+    assert record_of((tmp_path / "page.html").read_text(), "audit") is None
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
