@@ -278,6 +278,7 @@ START_TEST(eval)
     BAD(eval, job.scratch = "", "--scratch: a name is needed");
     BAD(eval, job.compute = (enum perta_compute) - 1, "--compute: -1");
     BAD(eval, job.quantize = (enum perta_rounding)6, "--quantize: 6");
+    BAD(eval, job.generate = PERTA_GENERATE_MAX + 1, "--generate: at most 1048576");
     BAD(eval, job.at = &nowhere, "base (of at) is needed");
     BAD(eval, (job.at = &nowhere, job.patch = "p"), "--patch or at, not both");
 }

@@ -365,6 +365,16 @@ static int eval_gradient_norm(json_t **record)
     return perta_eval(&e, &run, record, &err);
 }
 
+static int generate(json_t **record)
+{
+    const struct perta_eval e = {.model = "in/model",
+                                 .data = "in/a.jsonl",
+                                 .compute = PERTA_COMPUTE_F32,
+                                 .scratch = "out",
+                                 .generate = 3};
+    return perta_eval(&e, &run, record, &err);
+}
+
 static int tune_from(const char *from, json_t **record)
 {
     static const char *const targets[] = {"all-linear"};
@@ -463,6 +473,7 @@ static const struct verb {
     {"estimate", estimate, 23, ANEW},
     {"eval", eval, 7, ANEW},
     {"eval --gradient-norm", eval_gradient_norm, 7, ANEW},
+    {"eval --generate", generate, 7, ANEW},
     {"tune", tune, 23, ANEW},
     {"tune --adapter", tune_again, 23, ANEW},
     {"unlearn --steps", steps, 307, ANEW},

@@ -6,6 +6,8 @@
 
 #include "estimators/passes/estimate.h"
 
+#define PERTA_GENERATE_MAX (1u << 20) /* tokens of an answer */
+
 struct perta_eval {
     const char *model;                   /* checkpoint with config.json */
     const char *patch;                   /* applied to the model as it is read; NULL: none */
@@ -23,7 +25,7 @@ struct perta_eval {
     bool per_sample;    /* report every line, too */
     bool gradient_norm; /* the norm of the gradient of each line's loss, in a pass of its own */
     /* continue each line's prompt, which ends before its first label, by at most so many tokens;
-     * then every line is reported. 0: no; at most PERTA_GENERATE_MAX (generate.h) */
+     * then every line is reported. 0: no; at most PERTA_GENERATE_MAX */
     uint64_t generate;
 };
 

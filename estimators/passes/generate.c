@@ -276,12 +276,11 @@ void perta_generation_report(const struct perta_generation *g, json_t **summary)
 {
     json_t *list = json_object_get(*summary, "per_sample"), *ends = json_array();
     uint64_t n_tokens = 0;
-    for (uint64_t i = 0; i < g->n; i++) {
+    for (uint64_t i = 0; i < g->n && *summary; i++) {
         json_t *item = json_array_get(list, i);
-        bool failed = json_object_set_new(item, "generated_ids", ids_of(g, i)) ||
-                      json_object_set_new(item, "generated_end", json_boolean(g->answers[i].ended));
-        if (failed) { /* out of memory */
-            json_decref(*summary);
+        if (json_object_set_new(item, "generated_ids", ids_of(g, i)) ||
+            json_object_set_new(item, "generated_end", json_boolean(g->answers[i].ended))) {
+            json_decref(*summary); /* out of memory */
             *summary = NULL;
         }
         n_tokens += g->answers[i].n;

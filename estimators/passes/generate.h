@@ -7,8 +7,6 @@
 #include "estimators/model/ends.h"
 #include "estimators/passes/estimate_job.h"
 
-#define PERTA_GENERATE_MAX (1u << 20) /* tokens of an answer */
-
 /* The answer to a prompt: what a line has before its first label. */
 struct perta_answer {
     uint64_t sample;   /* the line's own */

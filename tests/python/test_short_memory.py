@@ -28,6 +28,7 @@ COMMANDS = {
     "diff": "diff model tuned --patch out/p --statement --json --threads 1",
     "unlearn": "unlearn --model model --tuned tuned --base base --method tv --patch out/p --threads 1",
     "eval": "eval --model llama --data data.jsonl --json --threads 1",
+    "eval-generate": "eval --model llama --data data.jsonl --generate 3 --threads 1",
 }
 
 
