@@ -1,11 +1,12 @@
 """`perta eval --generate`: what transformers' generate() says greedily, token by token."""
 
 import json
+import re
 import signal
 import subprocess
 
 import pytest
-from conftest import PERTA, SANITIZED
+from conftest import PERTA, SANITIZED, needed
 from test_estimate import MODELS, VOCABULARY, make_model
 from test_eval import changed_copy, evaluate, write_lines
 from test_limits import peak_mib
@@ -93,6 +94,11 @@ def in_folder(folder, *flags, check=0, **kw):
     return json.loads(result.stdout) if not check else result.stderr
 
 
+def least_of(folder):
+    """The smallest budget: what the refusal of a too small one names."""
+    return re.search(r"needs (\d+M)", in_folder(folder, "--generate", 6, "--memory", "1M", check=2))[1]
+
+
 def without_counts(summary):
     own = ("batches", "read_bytes", "scratch_bytes", "seconds")
     return {key: value for key, value in summary.items() if key not in own}
@@ -102,9 +108,9 @@ def test_neither_threads_nor_memory_nor_io_change_a_token(many):
     want = in_folder(many, "--generate", 6)
     assert want["scratch_bytes"] == 0 and len(want["per_sample"]) == 92
     assert want["generating_passes"] == 6 and want["generated_tokens"] == 6 * 92
-    least = in_folder(many, "--generate", 6, "--memory", "1M", check=2).split("needs ")[1].split()[0]
-    for flags in (("--threads", 1), ("--threads", 3), ("--memory", least.strip(";,.")), ("--io", "pread"),
-                  ("--io", "mmap"), ("--io", "direct"), ("--memory", least.strip(";,."), "--threads", 2)):  # fmt: skip
+    least = least_of(many)
+    for flags in (("--threads", 1), ("--threads", 3), ("--memory", least), ("--io", "pread"),
+                  ("--io", "mmap"), ("--io", "direct"), ("--memory", least, "--threads", 2)):  # fmt: skip
         have = in_folder(many, "--generate", 6, *flags)
         assert without_counts(have) == without_counts(want), flags
         assert (have["scratch_bytes"] > 0) == ("--memory" in flags)
@@ -112,15 +118,30 @@ def test_neither_threads_nor_memory_nor_io_change_a_token(many):
 
 @pytest.mark.skipif(SANITIZED, reason="sanitizers take memory of their own")
 def test_the_budget_holds_with_keys_and_values_in_a_file(many):
-    least = in_folder(many, "--generate", 6, "--memory", "1M", check=2).split("needs ")[1].split()[0]
+    least = least_of(many)
     words = ["eval", "--model", "model", "--data", "data.jsonl", "--generate", "6",
-             "--memory", least.strip(";,.")]  # fmt: skip
+             "--memory", least]  # fmt: skip
     peak = peak_mib(words, many)
-    assert peak <= int(least.strip("M;,.")), (peak, least)
+    assert peak <= int(least.removesuffix("M")), (peak, least)
+
+
+def test_more_answers_than_a_group_has_rows(perta, tmp_path):
+    """Nor than a group of the head has; all of short prompts, so that batches are small."""
+    model = make_model(tmp_path / "model", "Qwen2", {"num_hidden_layers": 1})
+    lines = list(prompts((2, 3, 1, 4, 2, 3, 1)))
+    ends = [continued(model, line, 4)[0][1] for line in lines[:3]]
+    set_ends(model, tmp_path / "model", ends)
+    write_lines(tmp_path / "data.jsonl", lines * 160)
+    want = [continued(model, line, 4) for line in lines]
+    least = needed(perta, ["eval", "--model", "model", "--data", "data.jsonl", "--generate", 4])
+    for flags in ((), ("--memory", least)):
+        have = evaluate(perta, "model", "--generate", 4, *F32, *flags)
+        assert generated(have) == want * 160
+        assert have["generated_tokens"] == 160 * sum(len(ids) for ids, _ in want)
 
 
 def test_a_token_is_what_a_whole_pass_gives(perta, tmp_path, many):
-    """Each token again, as the first after a longer prompt: in bf16, where the CPU has that, too."""
+    """Each token again, as the first after a longer prompt."""
     lines = list(prompts((7, 30)))
     write_lines(tmp_path / "data.jsonl", lines)
     found = evaluate(perta, many / "model", "--generate", 5, *F32)["per_sample"]
