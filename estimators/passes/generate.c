@@ -274,17 +274,17 @@ static json_t *ids_of(const struct perta_generation *g, uint64_t i)
 
 void perta_generation_report(const struct perta_generation *g, json_t **summary)
 {
-    json_t *list = json_object_get(*summary, "per_sample"), *ends = json_array();
+    const json_t *lines = json_object_get(*summary, "per_sample");
+    json_t *list = json_array(), *ends = json_array();
     uint64_t n_tokens = 0;
-    for (uint64_t i = 0; i < g->n && *summary; i++) {
-        json_t *item = json_array_get(list, i);
-        if (json_object_set_new(item, "generated_ids", ids_of(g, i)) ||
-            json_object_set_new(item, "generated_end", json_boolean(g->answers[i].ended))) {
-            json_decref(*summary); /* out of memory */
-            *summary = NULL;
-        }
+    for (uint64_t i = 0; i < g->n; i++) {
+        json_t *item = json_incref(json_array_get(lines, i));
+        perta_json_set(&item, "generated_ids", ids_of(g, i));
+        perta_json_set(&item, "generated_end", json_boolean(g->answers[i].ended));
+        perta_json_append(&list, item);
         n_tokens += g->answers[i].n;
     }
+    perta_json_set(summary, "per_sample", list);
     for (size_t i = 0; i < g->ends.n; i++)
         perta_json_append(&ends, json_integer(g->ends.ids[i]));
     perta_json_set(summary, "end_ids", ends);
