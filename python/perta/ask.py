@@ -41,9 +41,6 @@ class Asked:
     answer: str | None  # the right one, if it is known
     sample: Sample
 
-    def line(self) -> dict[str, Any]:
-        return {"input_ids": self.sample.ids, "labels": self.sample.labels}
-
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -84,35 +81,42 @@ def parse(words: list[str]) -> argparse.Namespace:
 # ---- questions
 
 
-def one(encoder: Encoder, kind: str, question: str, answer: str | None) -> Asked:
-    make = encoder.pair if kind == PAIRS[0] else encoder.completion
-    sample = make(question, ANY if answer is None else answer)
-    encoder.check(sample)
-    if sample.labels[0] != IGNORED:
-        raise ValueError("the question has no tokens")
-    return Asked(question, answer, sample)
+def without_answer(encoder: Encoder, kind: str, question: str) -> Asked:
+    sample = (encoder.pair if kind == PAIRS[0] else encoder.completion)(question, ANY)
+    return Asked(question, None, sample)
+
+
+def text_of(value: Any) -> str:
+    """A string, or the last of several messages."""
+    return value[-1]["content"] if isinstance(value, list) else value
 
 
 def asked_in(record: Any, encoder: Encoder) -> list[Asked]:
-    """What a record asks. ValueError or TypeError says what is wrong."""
+    """What a record asks: with answers, the samples that perta tokenize makes of it. ValueError or
+    TypeError says what is wrong."""
     if not isinstance(record, dict):
         raise TypeError("not an object, or an array of objects")
     found = {key for keys in KINDS.values() for key in keys if record.get(key) is not None}
     for kind in PAIRS:
         key, _ = KINDS[kind]
         if found == {key}:
-            return [one(encoder, kind, text_in(record, key), None)]
+            return [without_answer(encoder, kind, text_in(record, key))]
     kind = kind_of(record)
     if kind not in PAIRS:
         raise ValueError(f"{kind}: perta ask needs a question, or a prompt")
-    key, other = KINDS[kind]
-    questions, answers = record[key], record[other]
-    if kind == PAIRS[0] and isinstance(questions, list) and isinstance(answers, list):
-        if len(questions) != len(answers):
-            raise ValueError(f"{key} and {other} are lists of different lengths")
-        pairs = zip(questions, answers, strict=True)
-        return [one(encoder, kind, text_in({key: q}, key), text_in({other: a}, other)) for q, a in pairs]
-    return [one(encoder, kind, text_in(record, key), text_in(record, other))]
+    samples = encoder.record(record)
+    questions, answers = (record[key] for key in KINDS[kind])
+    if kind == PAIRS[1] or not isinstance(questions, list):
+        questions, answers = [text_of(questions)], [text_of(answers)]
+    return [Asked(*each) for each in zip(questions, answers, samples, strict=True)]
+
+
+def check(asked: list[Asked], encoder: Encoder) -> list[Asked]:
+    for one in asked:
+        encoder.check(one.sample)
+        if one.sample.labels[0] != IGNORED:
+            raise ValueError("the question has no tokens")
+    return asked
 
 
 def read_file(path: Path, encoder: Encoder, note: Any) -> list[Asked]:
@@ -120,7 +124,7 @@ def read_file(path: Path, encoder: Encoder, note: Any) -> list[Asked]:
     for where, value in values_in(path, decode(path)):
         try:
             for record in value if isinstance(value, list) else [value]:
-                asked += asked_in(record, encoder)
+                asked += check(asked_in(record, encoder), encoder)
                 unknown.look_at(record)
         except (ValueError, TypeError, Problem) as error:
             raise Problem(f"{path}: {where}: {error}") from None
@@ -134,7 +138,8 @@ def read_questions(a: argparse.Namespace, encoder: Encoder, note: Any) -> list[A
     asked = []
     for number, question in enumerate(a.questions, 1):
         try:
-            asked.append(one(encoder, PAIRS[0], text_in({"question": question}, "question"), None))
+            text = text_in({"question": question}, "question")
+            asked += check([without_answer(encoder, PAIRS[0], text)], encoder)
         except (ValueError, TypeError, Problem) as error:
             raise Problem(f"question {number}: {error}", USAGE) from None
     for path in a.data:
@@ -162,7 +167,7 @@ def generate(a: argparse.Namespace, asked: list[Asked], note: Any) -> dict[str, 
 
     # Without a name: what is asked may be private, and is gone when the program ends.
     with tempfile.TemporaryFile("w+", encoding="ascii") as data:
-        data.writelines(json.dumps(one.line()) + "\n" for one in asked)
+        data.writelines(json.dumps(one.sample.line()) + "\n" for one in asked)
         data.seek(0)
         progress.begin("answers")
         try:
@@ -173,14 +178,15 @@ def generate(a: argparse.Namespace, asked: list[Asked], note: Any) -> dict[str, 
 
 
 def item_of(one: Asked, found: dict[str, Any], encoder: Encoder, scorer: rouge.Rouge | None) -> dict[str, Any]:
+    """found: what perta eval says. Without a right answer its numbers mean nothing."""
     said = encoder.tokenizer.decode(found["generated_ids"])
     item = {"question": one.question, "generated": said.strip()}
-    item |= {key: found[key] for key in ("generated_ids", "generated_end")}
-    if one.answer is not None:
-        item |= {"answer": one.answer, "loss": found["loss"], "probability": found["probability"]}
-        if scorer:
-            labels = [label for label in one.sample.labels if label != IGNORED]
-            item |= scorer.scores(encoder.tokenizer.decode(labels), said)
+    if one.answer is None:
+        return item | {key: found[key] for key in ("line", "generated_ids", "generated_end")}
+    item |= {"answer": one.answer, **found}
+    if scorer:
+        labels = [label for label in one.sample.labels if label != IGNORED]
+        item |= scorer.scores(encoder.tokenizer.decode(labels), said)
     return item
 
 
@@ -206,7 +212,7 @@ def show(summary: dict[str, Any]) -> None:
     if "probability" in summary and len(summary["per_sample"]) > 1:
         n = sum("answer" in item for item in summary["per_sample"])
         recall = "".join(f", {name} recall {summary[key]:.4f}" for key, name in
-                         zip(rouge.KEYS, ("ROUGE-L", "ROUGE-1"), strict=True) if key in summary)  # fmt: skip
+                         (("rougeL_recall", "ROUGE-L"), ("rouge1_recall", "ROUGE-1")) if key in summary)  # fmt: skip
         print(f"{n} right answers: mean probability {summary['probability']:.4f}{recall}")
 
 

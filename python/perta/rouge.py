@@ -1,10 +1,11 @@
-"""ROUGE recall of an answer, as open-unlearning computes it: the share of the reference's words that
-the answer has (ROUGE-1), and has in the same order (ROUGE-L); Lin 2004. Words are stemmed."""
+"""ROUGE of an answer, as open-unlearning computes it. Recall: the share of the reference's words that
+the answer has (ROUGE-1), and has in the same order (ROUGE-L); Lin 2004. f1: its harmonic mean with
+their share of the answer's words. Words are stemmed."""
 
 import importlib.util
 import sys
 
-KEYS = ("rougeL_recall", "rouge1_recall")
+KEYS = ("rougeL_recall", "rouge1_recall", "rougeL_f1")
 # What clean_up_tokenization_spaces of transformers replaces.
 CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
@@ -32,4 +33,5 @@ class Rouge:
 
     def scores(self, reference: str, said: str) -> dict[str, float]:
         found = self.scorer.score(cleaned(reference), cleaned(said))
-        return {"rougeL_recall": found["rougeL"].recall, "rouge1_recall": found["rouge1"].recall}
+        return {"rougeL_recall": found["rougeL"].recall, "rouge1_recall": found["rouge1"].recall,
+                "rougeL_f1": found["rougeL"].fmeasure}  # fmt: skip

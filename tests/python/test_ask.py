@@ -96,7 +96,9 @@ def test_right_answers_are_compared(ask, made, perta, tmp_path):
         score = scorer.score(record["answer"], said)
         assert item["rougeL_recall"] == pytest.approx(score["rougeL"].recall)
         assert item["rouge1_recall"] == pytest.approx(score["rouge1"].recall)
-        assert item["probability"] == pytest.approx(own["probability"]) and item["answer"] == record["answer"]
+        assert item["rougeL_f1"] == pytest.approx(score["rougeL"].fmeasure)
+        assert item["answer"] == record["answer"]
+        assert {key: item[key] for key in own} == {key: pytest.approx(value) for key, value in own.items()}
     known, last = found["per_sample"][:-1], found["per_sample"][-1]
     assert not {"answer", "probability", "rougeL_recall", "rouge1_recall"} & last.keys()
     for key in ("rougeL_recall", "rouge1_recall", "probability"):
@@ -105,11 +107,31 @@ def test_right_answers_are_compared(ask, made, perta, tmp_path):
     assert f"{len(known)} right answers: mean probability {found['probability']:.4f}, ROUGE-L recall" in text
 
 
+def test_metrics_read_it(ask, made, perta, tmp_path):
+    """With other answers, as eval of the data that tokenize makes; so both are about the same lines."""
+    facts = made[1]
+    records = [{"question": fact.question, "answer": fact.answer, "paraphrased_answer": facts[0].answer,
+                "perturbed_answer": [facts[1].answer, facts[2].answer]} for fact in facts]  # fmt: skip
+    write(tmp_path / "q.jsonl", records)
+    said = ask("--data", "q.jsonl", "--json", "--max-new-tokens", 5).stdout
+    perta("tokenize", "model", "q.jsonl", "ids.jsonl")
+    (tmp_path / "said.json").write_text(said)
+    numbers = perta("eval", "--model", "model", "--data", "ids.jsonl", "--per-sample", "--json").stdout
+    (tmp_path / "numbers.json").write_text(numbers)
+    for files in (("said.json",), ("numbers.json", "said.json")):
+        perta("metrics", "--forget", *files, "--out", "m.json")
+        found = json.loads((tmp_path / "m.json").read_text())
+        assert found["forget_Q_A_ROUGE"]["agg_value"] == pytest.approx(json.loads(said)["rougeL_recall"])
+        assert "rougeL_f1" in found["forget_Q_A_ROUGE"]["value_by_index"]["0"]
+        (tmp_path / "m.json").unlink()
+
+
 def test_words_count_not_spaces_before_marks():
     scores = rouge.Rouge().scores("She was n't born in Rome , Italy .", "She wasn't born in Italy, Rome")
-    assert scores == {"rougeL_recall": 6 / 7, "rouge1_recall": 1.0}
-    assert rouge.Rouge().scores("writing", "She writes") == {"rougeL_recall": 1.0, "rouge1_recall": 1.0}  # stems
-    assert rouge.Rouge().scores("a", "") == {"rougeL_recall": 0.0, "rouge1_recall": 0.0}
+    assert scores == {"rougeL_recall": 6 / 7, "rouge1_recall": 1.0, "rougeL_f1": 6 / 7}
+    scores = rouge.Rouge().scores("writing", "She writes")  # stems
+    assert scores == {"rougeL_recall": 1.0, "rouge1_recall": 1.0, "rougeL_f1": pytest.approx(2 / 3)}
+    assert set(rouge.Rouge().scores("a", "").values()) == {0.0}
 
 
 def test_other_templates_and_prompts(ask, made, tmp_path):
