@@ -329,6 +329,8 @@ static int check_arguments(const struct perta_estimate *e, struct perta_err *err
         rc = perta_compute_argument(e->compute, err);
     if (!rc)
         rc = perta_rounding_argument(e->quantize, err);
+    if (!rc)
+        rc = perta_pick_argument(&e->pick, err);
     return rc ? rc : perta_scaled_arguments(e->at, err);
 }
 

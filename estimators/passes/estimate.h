@@ -28,6 +28,18 @@ struct perta_scaled_paths {
     double box_size;   /* c, for box (estimators/edit/box.h) */
 };
 
+/* Which samples of a data file are taken (pick.h). */
+enum perta_picked {
+    PERTA_PICK_ALL,
+    PERTA_PICK_BATCH, /* batch number turn, of at most size samples, of epochs shuffled by seed */
+    PERTA_PICK_SOME,  /* size samples at random, by seed and turn; the file must have more */
+    PERTA_PICK_REST,  /* all others than those */
+};
+struct perta_pick {
+    enum perta_picked what;
+    uint64_t size, seed, turn;
+};
+
 struct perta_estimate {
     const char *model;                   /* checkpoint with config.json */
     const struct perta_scaled_paths *at; /* use theta - s * tau instead of the model; NULL: no */
@@ -43,9 +55,7 @@ struct perta_estimate {
     /* weight the gradients of samples as steps do (docs/steps.md); the summary then has "spread"
      * (struct perta_head_means) */
     bool by_probability;
-    /* Not 0: take only the samples of batch number batch, of at most batch_size samples
-     * (perta_samples_keep_batch, with seed 0). */
-    uint64_t batch_size, batch;
+    struct perta_pick pick;
     uint64_t max_tokens; /* longer samples are refused; 0: no limit */
     /* Called when the forward pass has given the mean loss and probability. If it returns false, the
      * estimate ends there, without outputs, and "folders" in the summary is empty. A run that is

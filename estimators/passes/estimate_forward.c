@@ -34,8 +34,8 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};
     rc = perta_samples_read(e->data, &wanted, &job->samples, err);
-    if (!rc && e->batch_size)
-        rc = perta_samples_keep_batch(&job->samples, e->batch_size, 0, e->batch, err);
+    if (!rc)
+        rc = perta_samples_pick(&job->samples, &e->pick, e->data, err);
     if (!rc && e->adapter)
         rc = perta_adapted_open(&job->adapted, e->adapter, &job->weights, &job->factors,
                                 job->samples.notes, err);

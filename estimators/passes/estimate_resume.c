@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "estimators/edit/recipe.h"
+#include "estimators/passes/pick.h"
 #include "io/hash.h"
 #include "io/text.h"
 
@@ -91,9 +92,7 @@ static json_t *identity_of(const struct perta_estimate_job *job, bool bf16)
         "data key gives", job->samples.file.hmac, "cpu", (json_int_t)perta_gemm_isa(), "products",
         perta_gemm_version(version), "model", perta_journal_checkpoint(job->weights.ck),
         "config.json", perta_journal_config(job->weights.ck), "data", data_file(job));
-    if (e->batch_size)
-        perta_json_set(&identity, "batch",
-                       json_pack("[I, I]", (json_int_t)e->batch_size, (json_int_t)e->batch));
+    perta_pick_identity(&e->pick, &identity);
     if (e->quantize)
         perta_json_set(&identity, "quantize", json_string(perta_rounding_name(e->quantize)));
     if (e->at)

@@ -351,6 +351,10 @@ static int check_arguments(const struct perta_eval *e, struct perta_err *err)
         rc = perta_fail(err, PERTA_EUSAGE, "--generate: at most %u", PERTA_GENERATE_MAX);
     if (!rc && e->patch && e->at)
         rc = perta_fail(err, PERTA_EUSAGE, "--patch or at, not both");
+    if (!rc && e->pick.what != PERTA_PICK_ALL && !e->as_estimate)
+        rc = perta_fail(err, PERTA_EUSAGE, "pick: only with as_estimate");
+    if (!rc)
+        rc = perta_pick_argument(&e->pick, err);
     if (!rc)
         rc = perta_compute_argument(e->compute, err);
     if (!rc)
@@ -374,6 +378,7 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
                                       .quantize = eval->quantize,
                                       .data = eval->data,
                                       .data_xxh128 = eval->data_xxh128,
+                                      .pick = eval->pick,
                                       .max_tokens = eval->max_tokens,
                                       .compute = eval->compute,
                                       .scratch = eval->scratch};

@@ -16,6 +16,7 @@ struct perta_eval {
     enum perta_rounding quantize;        /* as in perta_estimate, after the patch */
     const char *data;                    /* JSON lines: input_ids, labels, paraphrased, perturbed */
     const char *data_xxh128;             /* as in perta_estimate */
+    struct perta_pick pick;              /* all samples, unless as_estimate is set */
     uint64_t max_tokens;                 /* longer samples are refused; 0: no limit */
     enum perta_compute compute;
     const char *scratch; /* folder for what does not fit in memory; NULL: $TMPDIR or /var/tmp */

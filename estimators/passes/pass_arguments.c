@@ -25,3 +25,11 @@ int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err
                                             {"scale (of at)", at->scale}};
     return perta_arguments_needed(needed, sizeof needed / sizeof *needed, err);
 }
+
+int perta_pick_argument(const struct perta_pick *pick, struct perta_err *err)
+{
+    int rc = perta_arguments_choice("pick", (int)pick->what, PERTA_PICK_REST + 1, err);
+    if (!rc && pick->what != PERTA_PICK_ALL && !pick->size)
+        rc = perta_fail(err, PERTA_EUSAGE, "pick: its size must be above 0");
+    return rc;
+}

@@ -9,5 +9,6 @@
 int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err *err);
 int perta_rounding_argument(enum perta_rounding quantize, struct perta_err *err);
 int perta_compute_argument(enum perta_compute compute, struct perta_err *err);
+int perta_pick_argument(const struct perta_pick *pick, struct perta_err *err);
 
 #endif

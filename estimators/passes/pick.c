@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "estimators/edit/kernels.h"
+#include "io/text.h"
 
 void perta_samples_shuffle(uint32_t *order, uint64_t n, uint64_t seed, uint64_t epoch)
 {
@@ -39,20 +40,53 @@ static int compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-int perta_samples_keep_batch(struct perta_samples *s, uint64_t size, uint64_t seed, uint64_t batch,
-                             struct perta_err *err)
+/* Places first .. end of a shuffled epoch. */
+struct span {
+    uint64_t epoch, first, end;
+};
+
+static struct span span_of(const struct perta_pick *pick, uint64_t n)
 {
-    uint64_t n = s->n, batches = n / size + (n % size > 0);
-    uint64_t first = batch % batches * n / batches, end = (batch % batches + 1) * n / batches;
+    uint64_t batches = n / pick->size + (n % pick->size > 0), b = pick->turn % batches;
+    if (pick->what == PERTA_PICK_BATCH)
+        return (struct span){pick->turn / batches, b * n / batches, (b + 1) * n / batches};
+    return pick->what == PERTA_PICK_SOME ? (struct span){pick->turn, 0, pick->size}
+                                         : (struct span){pick->turn, pick->size, n};
+}
+
+int perta_samples_pick(struct perta_samples *s, const struct perta_pick *pick, const char *path,
+                       struct perta_err *err)
+{
+    uint64_t n = s->n;
+    if (pick->what == PERTA_PICK_ALL)
+        return 0;
+    if (pick->what != PERTA_PICK_BATCH && pick->size >= n)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%s: %llu of its samples are to be taken and the others left, but it has "
+                          "%llu",
+                          path, (unsigned long long)pick->size, (unsigned long long)n);
+    const struct span span = span_of(pick, n);
     uint32_t *order = calloc(n, sizeof *order);
     if (!order)
         return perta_fail_sys(err, ENOMEM, "samples");
-    perta_samples_shuffle(order, n, seed, batch / batches);
-    qsort(order + first, end - first, sizeof *order, compare);
+    perta_samples_shuffle(order, n, pick->seed, span.epoch);
+    qsort(order + span.first, span.end - span.first, sizeof *order, compare);
     s->n = s->n_tokens = s->longest = 0;
     /* starts[i + 1] of a sample that follows is still the file's: appending writes no further */
-    for (uint64_t i = first; i < end; i++)
+    for (uint64_t i = span.first; i < span.end; i++)
         perta_samples_append(s, s, order[i]);
     free(order);
     return 0;
+}
+
+void perta_pick_identity(const struct perta_pick *pick, json_t **identity)
+{
+    static const char *const names[] = {NULL, "batch", "some", "rest"};
+    if (pick->what == PERTA_PICK_BATCH)
+        perta_json_set(identity, names[pick->what],
+                       json_pack("[I, I]", (json_int_t)pick->size, (json_int_t)pick->turn));
+    else if (pick->what != PERTA_PICK_ALL)
+        perta_json_set(identity, names[pick->what],
+                       json_pack("[I, I, I]", (json_int_t)pick->size, (json_int_t)pick->seed,
+                                 (json_int_t)pick->turn));
 }

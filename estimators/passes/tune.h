@@ -24,6 +24,8 @@ struct perta_tune {
     const char *out;              /* the adapter's folder */
     const char *adapter;          /* start with this adapter, instead of a new one; NULL: no */
     enum perta_rounding quantize; /* of the frozen weights, as in perta_estimate (QLoRA) */
+    const struct perta_scaled_paths *at; /* train beside theta - s * tau; NULL: beside the model */
+    struct perta_pick pick;              /* an epoch is these samples */
     /* The new adapter. targets: names of linear modules, as in PEFT's target_modules, or
      * "all-linear"; none: q_proj and v_proj. */
     uint64_t rank;     /* 0: 8 */

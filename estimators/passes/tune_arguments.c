@@ -86,6 +86,10 @@ int perta_tune_arguments(struct perta_tune_job *job, const struct perta_tune *t,
         rc = perta_compute_argument(t->compute, err);
     if (!rc)
         rc = perta_rounding_argument(t->quantize, err);
+    if (!rc)
+        rc = perta_scaled_arguments(t->at, err);
+    if (!rc)
+        rc = perta_pick_argument(&t->pick, err);
     if (rc)
         return rc;
     job->tune = *t;
@@ -100,7 +104,9 @@ int perta_tune_arguments(struct perta_tune_job *job, const struct perta_tune *t,
     job->estimate = (struct perta_estimate){.model = t->model,
                                             .adapter = t->adapter,
                                             .quantize = t->quantize,
+                                            .at = t->at,
                                             .data = t->data,
+                                            .pick = t->pick,
                                             .data_key = t->data_key,
                                             .out = t->out,
                                             .max_tokens = t->max_tokens,

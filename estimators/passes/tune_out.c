@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "estimators/passes/pick.h"
 #include "estimators/passes/tune_job.h"
 #include "io/text.h"
 
@@ -235,6 +236,9 @@ static json_t *identity_of(const struct perta_tune_job *job)
         perta_journal_file(file->len_bytes, &file->mtime), PERTA_ADAPTER_CONFIG, config_of(job));
     if (t->adapter)
         perta_json_set(&identity, "adapter", perta_adapted_json(&job->pass.adapted));
+    if (t->at)
+        perta_json_set(&identity, "at", perta_scaled_json(&job->pass.scaled));
+    perta_pick_identity(&t->pick, &identity);
     return identity;
 }
 

@@ -287,6 +287,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, enum what what, 
     bool own = perta_steps_is_own(s), at_model = own && !k; /* where the box is not formed yet */
     bool loss_alone = k == s->n_steps || (what == RETAIN && job->batched);
     const struct perta_scaled_paths at = {s->tuned, s->base, scales, own ? box : NULL, job->box};
+    const struct perta_pick all = {0}, batch = {PERTA_PICK_BATCH, s->retain_batch, 0, k};
     struct measuring measuring = {job, k, set};
     const struct perta_estimate estimate = {.model = s->model,
                                             .at = at_model ? NULL : &at,
@@ -298,8 +299,7 @@ static int run_measure(struct perta_steps_job *job, unsigned k, enum what what, 
                                             .takes_gradients =
                                                 what == BATCH ? NULL : takes_gradients,
                                             .ctx = &measuring,
-                                            .batch_size = what == BATCH ? s->retain_batch : 0,
-                                            .batch = k,
+                                            .pick = what == BATCH ? batch : all,
                                             .max_tokens = s->max_tokens,
                                             .compute = s->compute,
                                             .force = true};
