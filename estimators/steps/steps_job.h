@@ -1,5 +1,6 @@
-/* steps_job.h - what the parts of stepwise unlearning share: the path (steps.c), the data (steps_data.c), the box from the
- * model's own gradient (steps_box.c), one step (steps_update.c), the loop over parameters of these
+/* steps_job.h - what the parts of stepwise unlearning share: the path (steps.c), the data
+ * (steps_data.c), what is measured at a point (steps_measure.c), the box from the model's own
+ * gradient (steps_box.c, steps_size.c), one step (steps_update.c), the loop over parameters of these
  * two (steps_pass.c), and the patches (steps_patch.c). */
 #ifndef PERTA_ESTIMATORS_STEPS_STEPS_JOB_H
 #define PERTA_ESTIMATORS_STEPS_STEPS_JOB_H
@@ -72,16 +73,28 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
 char *perta_steps_box_folder(const struct perta_steps_job *job);
 /* The folder of the scales at step k. The caller frees it. NULL when out of memory. */
 char *perta_steps_scales(const struct perta_steps_job *job, unsigned k);
-/* Measure set at the model, forget or retain, forward only. *summary is perta_eval's. */
-int perta_steps_eval(struct perta_steps_job *job, int set, const struct perta_scaled_paths *at,
-                     json_t **summary, struct perta_err *err);
+/* Another folder of step k in the work folder: a name with %u for k, and %s for set. The caller frees
+ * it. NULL when out of memory. */
+char *perta_steps_path(const struct perta_steps_job *job, const char *fmt, unsigned k,
+                       const char *set);
+#define PERTA_STEPS_GRADIENTS "gradients-%u-%s"
 /* PERTA_EINPUT if an input has changed since the path began. */
 int perta_steps_check_models(const struct perta_steps_job *job, struct perta_err *err);
 /* Does step k, which has been measured, forget enough? */
 bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k);
+/* Does the step from point k, where the set has been measured, use its gradients? */
+bool perta_steps_uses_gradients(const struct perta_steps_job *job, unsigned k, int set);
 /* Append record to the journal. Takes the reference; NULL means that making it ran out of
  * memory. */
 int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err);
+
+/* ---- steps_measure.c ---- */
+
+/* Measure point k, whose scales are written, as far as that is not done. */
+int perta_steps_measure(struct perta_steps_job *job, unsigned k, struct perta_err *err);
+/* Measure set at the model, forget or retain, forward only. *summary is perta_eval's. */
+int perta_steps_eval(struct perta_steps_job *job, int set, const struct perta_scaled_paths *at,
+                     json_t **summary, struct perta_err *err);
 
 /* ---- steps_data.c ---- */
 
