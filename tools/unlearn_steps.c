@@ -18,6 +18,7 @@ enum {
     KEY_MAX_SCALE,
     KEY_STOP_FORGET,
     KEY_STOP_PROBABILITY,
+    KEY_SURVIVE,
     KEY_MAX_RETAIN_RISE,
     KEY_MAX_TOKENS,
     KEY_COMPUTE,
@@ -53,6 +54,10 @@ static const struct argp_option options[] = {
      "Stop once the mean probability of the forget set's answers is at most P; with --method "
      "signed-hold, hold it there",
      2},
+    {"survive", KEY_SURVIVE, "CONDITION[,CONDITION...]", 0,
+     "The level has to hold under these conditions, too: reteach, after some of the forget set is "
+     "taught again",
+     2},
     {"max-retain-rise", KEY_MAX_RETAIN_RISE, "R", 0,
      "Stop before the loss over the retain set has risen by more than R", 2},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
@@ -77,6 +82,27 @@ static void parse_steps(struct argp_state *state, struct perta_steps *s, const c
         else
             s->listed[k] = true;
         s->n_steps = k > s->n_steps ? (unsigned)k : s->n_steps;
+    }
+    free(texts);
+}
+
+static void parse_survive(struct argp_state *state, struct perta_steps *s, const char *arg)
+{
+    char *texts = strdup(arg);
+    if (!texts)
+        abort();
+    s->survive = 0;
+    for (char *rest = texts, *text; (text = strsep(&rest, ","));) {
+        int c = 1;
+        while (c < PERTA_N_CONDITIONS &&
+               strcmp(text, perta_condition_name((enum perta_condition)c)))
+            c++;
+        if (c == PERTA_N_CONDITIONS)
+            argp_error(state, "--survive: %s; must be one or several of reteach", text);
+        else if (s->survive & 1u << c)
+            argp_error(state, "--survive: %s is given twice", text);
+        else
+            s->survive |= 1u << c;
     }
     free(texts);
 }
@@ -126,6 +152,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_STOP_PROBABILITY:
         s->stop_probability = cli_number(state, "--stop-probability", arg);
+        return 0;
+    case KEY_SURVIVE:
+        parse_survive(state, s, arg);
         return 0;
     case KEY_MAX_RETAIN_RISE:
         s->max_retain_rise = cli_number(state, "--max-retain-rise", arg);
@@ -186,26 +215,73 @@ static bool has_patch(const json_t *summary, size_t step)
     return false;
 }
 
-void unlearn_steps_say(const struct cli *cli, const json_t *summary)
+/* A column for each condition that the first point of the path names: its name, or the number at a
+ * point. */
+static void say_conditions(const struct cli *cli, const json_t *first, const json_t *point)
+{
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++) {
+        const char *name = perta_condition_name((enum perta_condition)c);
+        if (!json_object_get(json_object_get(first, "survive"), name))
+            continue;
+        if (point)
+            cli_say(cli, "  %11.5f", real(json_object_get(point, "survive"), name));
+        else
+            cli_say(cli, "  %11s", name);
+    }
+}
+
+/* At the end of the path, under each condition. */
+static void say_end(const struct cli *cli, const json_t *summary)
 {
     size_t i;
+    json_t *end;
+    json_array_foreach (json_object_get(summary, "conditions"), i, end)
+        cli_say(cli, "%s %s: probability %.5f of at most %g: %s\n", i ? "      " : "worst,",
+                json_string_value(json_object_get(end, "condition")), real(end, "probability"),
+                real(end, "limit"),
+                json_is_true(json_object_get(end, "holds")) ? "holds" : "does not hold");
+}
+
+void unlearn_steps_say(const struct cli *cli, const json_t *summary)
+{
+    const json_t *path = json_object_get(summary, "path");
+    size_t i;
     json_t *point;
-    if (!json_array_size(json_object_get(summary, "path")))
+    if (!json_array_size(path))
         return;
     if (json_object_get(summary, "box"))
         cli_say(cli, "box %.5g: task vector from the model's own gradient\n", real(summary, "box"));
-    cli_say(cli, "step  forget loss  probability  retain loss  scales moved  mean scale\n");
-    json_array_foreach (json_object_get(summary, "path"), i, point)
-        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f%s\n", i,
+    cli_say(cli, "step  forget loss  probability  retain loss  scales moved  mean scale");
+    say_conditions(cli, json_array_get(path, 0), NULL);
+    cli_say(cli, "\n");
+    json_array_foreach (path, i, point) {
+        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f", i,
                 real(point, "forget_loss"), real(point, "forget_probability"),
-                real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"),
-                has_patch(summary, i) ? "  <- a patch" : "");
+                real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"));
+        say_conditions(cli, json_array_get(path, 0), point);
+        cli_say(cli, "%s\n", has_patch(summary, i) ? "  <- a patch" : "");
+    }
+    say_end(cli, summary);
 }
 
 static void say_limit(const char *option, double limit, const char *what, double is)
 {
     if (isfinite(limit))
         fprintf(stderr, "%s %g (%s is %.5f)", option, limit, what, is);
+}
+
+/* The conditions, besides the model as it is, under which the level does not hold. */
+static void say_broken(const json_t *summary)
+{
+    const char *as_it_is = perta_condition_name(PERTA_AS_IT_IS);
+    size_t i;
+    json_t *end;
+    json_array_foreach (json_object_get(summary, "conditions"), i, end) {
+        const char *name = json_string_value(json_object_get(end, "condition"));
+        if (strcmp(name, as_it_is) && json_is_false(json_object_get(end, "holds")))
+            fprintf(stderr, " and --survive %s (probability is %.5f of at most %g)", name,
+                    real(end, "probability"), real(end, "limit"));
+    }
 }
 
 bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
@@ -223,6 +299,7 @@ bool unlearn_steps_reached(const struct cli *cli, const struct perta_steps *s,
     if (isfinite(s->stop_probability) && isfinite(s->stop_forget))
         fputs(" and ", stderr);
     say_limit("--stop-forget", s->stop_forget, "loss", real(end, "forget_loss"));
+    say_broken(summary);
     fprintf(stderr,
             ", not reached at step %lld, to which the patch leads; more --steps, a larger "
             "--step%s --max-scale%s%s would go further\n",

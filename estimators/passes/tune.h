@@ -21,6 +21,7 @@ struct perta_tune {
     const char *model;            /* checkpoint with config.json */
     const char *patch;            /* train on the model that this patch of it leads to; NULL: no */
     const char *data;             /* JSON lines, as for perta_estimate */
+    const char *data_xxh128;      /* as in perta_estimate */
     const char *out;              /* the adapter's folder */
     const char *adapter;          /* start with this adapter, instead of a new one; NULL: no */
     enum perta_rounding quantize; /* of the frozen weights, as in perta_estimate (QLoRA) */

@@ -82,6 +82,8 @@ json_t *perta_steps_parameters(const struct perta_steps_job *job, unsigned n_ste
                   "max_scale", s->rule.max_scale, "stop_forget", perta_real_json(s->stop_forget),
                   "stop_probability", perta_real_json(s->stop_probability), "max_retain_rise",
                   perta_real_json(s->max_retain_rise), "compute", bf16 ? "bf16" : "f32");
+    if (s->survive)
+        perta_json_set(&flags, "survive", perta_steps_survive_parameters(job));
     if (s->retain_batch)
         perta_json_set(&flags, "retain_batch", json_integer((json_int_t)s->retain_batch));
     if (s->box > 0 || job->box > 0)
@@ -182,6 +184,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
         }
     }
     p->gradients |= json_is_true(json_object_get(record, "batch"));
+    perta_steps_survive_replay(p, record);
     if (json_object_get(record, "moved")) {
         p->reached = true;
         p->moved = json_real_value(json_object_get(record, "moved"));
@@ -198,7 +201,8 @@ bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k)
     double loss = job->steps->stop_forget, probability = job->steps->stop_probability;
     return (isfinite(loss) || isfinite(probability)) &&
            (!isfinite(loss) || p->loss[PERTA_FORGET] >= loss) &&
-           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability);
+           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability) &&
+           perta_steps_survives(job, k);
 }
 
 static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
@@ -340,6 +344,8 @@ static void tidy(const struct perta_steps_job *job, unsigned k)
 {
     for (int set = 0; set < 2; set++)
         remove_folder(job, PERTA_STEPS_GRADIENTS, k, perta_sets[set]);
+    if (job->steps->survive)
+        remove_folder(job, PERTA_STEPS_TAUGHT, k, "");
     if (!k)
         return;
     const unsigned old[] = {k - 1, end_of(job, k - 1)};
@@ -416,6 +422,14 @@ static int open_tuned(struct perta_steps_job *job, struct perta_err *err)
     return rc ? perta_err_context(err, "--tuned") : 0;
 }
 
+static struct perta_steps_point point_not_measured(void)
+{
+    struct perta_steps_point p = {.loss = {NAN, NAN}, .gradients_under = -1};
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+        p.under[c] = NAN;
+    return p;
+}
+
 static int prepare(struct perta_steps_job *job, struct perta_err *err)
 {
     const struct perta_steps *s = job->steps;
@@ -426,7 +440,7 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     if (!job->points || asprintf(&job->work_path, "%.*s.steps", (int)len, s->patch) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", s->patch);
     for (unsigned k = 0; k <= s->n_steps; k++)
-        job->points[k].loss[PERTA_FORGET] = job->points[k].loss[PERTA_RETAIN] = NAN;
+        job->points[k] = point_not_measured();
     int rc = perta_weights_open(&job->weights, s->model, err);
     if (!rc && s->tuned)
         rc = open_tuned(job, err);

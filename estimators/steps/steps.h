@@ -27,6 +27,14 @@ struct perta_step_rule {
     double max_scale;
 };
 
+/* A condition under which enough has to be forgotten: the model as it is; with its weights rounded
+ * to a format; after a part of the forget set is taught again, asked for the rest. */
+enum perta_condition {
+    PERTA_AS_IT_IS,
+    PERTA_RETAUGHT,
+    PERTA_N_CONDITIONS,
+};
+
 struct perta_steps {
     const char *model, *tuned, *base; /* checkpoints; tuned may be an adapter, as in perta_unlearn;
                                        * tuned and base may both be NULL */
@@ -51,6 +59,10 @@ struct perta_steps {
      * the forget answers is at most stop_probability. INFINITY: no such condition; if both are
      * INFINITY, never. */
     double stop_forget, stop_probability;
+    /* Conditions, besides the model as it is, under which stop_probability has to hold, too: 1u <<
+     * enum perta_condition each; 0: none. The gradient for forgetting is then taken under the worst
+     * of them (docs/steps.md). */
+    unsigned survive;
     double max_retain_rise; /* stop before the retain loss has risen by more; INFINITY: no limit */
     /* Not 0: each step takes the retain set's gradients over at most so many of its samples, batch
      * after batch of shuffled epochs. What decides where the path ends is measured over all. */
@@ -63,11 +75,17 @@ struct perta_steps {
     bool force;
 };
 
+/* The name of a condition, as in --survive and in JSON: "reteach". */
+PERTA_API const char *perta_condition_name(enum perta_condition condition);
+
 /* Run the job. *summary is that of perta_unlearn, whose results also hold the "step" that each
  * patch leads to. Without tuned and base, "box" is the one that was used. It also holds "path", with step, forget_loss, forget_probability, retain_loss,
  * moved (the share of scales that the step before changed) and mean_scale for each point; and
  * "chosen", the step where the path ends. If there is a stop rule, "reached" says whether enough is
- * forgotten there. If not, the patch is written all the same and the call succeeds. */
+ * forgotten there. If not, the patch is written all the same and the call succeeds. With survive,
+ * points of the path also have "survive", the forget probability under each condition, and the
+ * summary has "conditions", an array: condition, probability and limit at the end of the path, and
+ * "holds"; the worst comes first. */
 PERTA_API int perta_steps(const struct perta_steps *steps, const struct perta_run *run,
                           json_t **summary, struct perta_err *err);
 

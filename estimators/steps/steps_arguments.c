@@ -43,6 +43,20 @@ static int check_stops(const struct perta_steps *s, struct perta_err *err)
                : 0;
 }
 
+static int check_survive(const struct perta_steps *s, struct perta_err *err)
+{
+    if (!s->survive)
+        return 0;
+    if (s->survive & 1u || s->survive >> PERTA_N_CONDITIONS)
+        return perta_fail(err, PERTA_EUSAGE, "--survive: there is no such condition");
+    if (!isfinite(s->stop_probability))
+        return perta_fail(err, PERTA_EUSAGE,
+                          "--survive needs --stop-probability P, the level that has to hold");
+    return s->several
+               ? perta_fail(err, PERTA_EUSAGE, "--survive takes one number of steps: --steps K")
+               : 0;
+}
+
 static int check_box(const struct perta_steps *s, struct perta_err *err)
 {
     float box = (float)s->box;
@@ -86,6 +100,8 @@ int perta_steps_arguments(const struct perta_steps *s, struct perta_err *err)
         rc = check_step(&s->rule, err);
     if (!rc)
         rc = check_stops(s, err);
+    if (!rc)
+        rc = check_survive(s, err);
     if (!rc)
         rc = check_box(s, err);
     if (!rc)

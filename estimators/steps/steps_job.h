@@ -34,7 +34,13 @@ struct perta_steps_point {
     uint64_t samples[2], tokens[2];
     bool gradients; /* of the retain set: those that the next step uses are written */
     bool reached;   /* its scales are written */
-    json_t *patch;  /* perta_unlearn's summary; NULL if the patch is not written */
+    /* forget probability under each condition that steps->survive names; NAN: not measured yet */
+    double under[PERTA_N_CONDITIONS];
+    bool taught; /* the adapter for PERTA_RETAUGHT is written */
+    /* The forget set's gradients were taken, and are written, under that condition; negative: not
+     * yet. Only with steps->survive. */
+    int gradients_under;
+    json_t *patch; /* perta_unlearn's summary; NULL if the patch is not written */
 };
 
 struct perta_steps_job {
@@ -54,9 +60,10 @@ struct perta_steps_job {
     char *work_path;                  /* name of the work folder */
     struct perta_steps_point *points; /* (n_steps + 1) */
     struct perta_samples_file data[2];
-    bool batched;  /* the retain set has more samples than retain_batch */
-    json_t *notes; /* about the data; an array of strings */
-    int patching;  /* the step whose patch an interrupted run was writing, or -1 */
+    uint64_t n_forget; /* samples of the forget set */
+    bool batched;      /* the retain set has more samples than retain_batch */
+    json_t *notes;     /* about the data; an array of strings */
+    int patching;      /* the step whose patch an interrupted run was writing, or -1 */
 };
 
 /* Is tau formed from the model's own gradient? */
@@ -92,9 +99,52 @@ int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta
 
 /* Measure point k, whose scales are written, as far as that is not done. */
 int perta_steps_measure(struct perta_steps_job *job, unsigned k, struct perta_err *err);
-/* Measure set at the model, forget or retain, forward only. *summary is perta_eval's. */
+
+/* The model of a step, and where its gradients go. */
+struct perta_steps_model {
+    char *scales, *box, *gradients[2]; /* folders */
+    struct perta_scaled_paths paths;
+    const struct perta_scaled_paths
+        *at; /* paths; NULL: --model as it is, if the box is not formed */
+};
+/* Closed with perta_steps_model_close, on error too. */
+int perta_steps_model_open(const struct perta_steps_job *job, unsigned k,
+                           struct perta_steps_model *model, struct perta_err *err);
+void perta_steps_model_close(struct perta_steps_model *model);
+
+/* A change to the model before it is asked, and which samples it is asked. */
+struct perta_steps_change {
+    const char *adapter; /* NULL: none */
+    struct perta_pick pick;
+};
+/* Measure set at that model (NULL: --model as it is), forget or retain, forward only. *summary is
+ * perta_eval's. */
 int perta_steps_eval(struct perta_steps_job *job, int set, const struct perta_scaled_paths *at,
-                     json_t **summary, struct perta_err *err);
+                     const struct perta_steps_change *change, json_t **summary,
+                     struct perta_err *err);
+/* The same with gradients, written to the folder out; of the forget set, those of minus the
+ * probability. takes as in perta_estimate, NULL: always. *summary is perta_estimate's. */
+int perta_steps_estimate(struct perta_steps_job *job, int set, const struct perta_scaled_paths *at,
+                         const struct perta_steps_change *change, const char *out,
+                         bool (*takes)(void *ctx, double loss, double probability), void *ctx,
+                         json_t **summary, struct perta_err *err);
+
+/* ---- steps_survive.c ---- */
+
+/* Does the point, which has been measured, forget enough under every condition that is named? */
+bool perta_steps_survives(const struct perta_steps_job *job, unsigned k);
+/* After the forget set is measured at point k as it is: measure it under the conditions that are
+ * named; then take the gradients under the worst of them, if the next step uses any. */
+int perta_steps_survive(struct perta_steps_job *job, unsigned k, struct perta_err *err);
+/* Take what a record of the journal says about this. */
+void perta_steps_survive_replay(struct perta_steps_point *point, const json_t *record);
+/* For the record: which conditions, and all numbers that decide the result. */
+json_t *perta_steps_survive_parameters(const struct perta_steps_job *job);
+/* The forget probabilities of a point, for the path. */
+json_t *perta_steps_survive_point(const struct perta_steps_job *job, unsigned k);
+/* perta_steps' "conditions", of point k. */
+json_t *perta_steps_survive_end(const struct perta_steps_job *job, unsigned k);
+#define PERTA_STEPS_TAUGHT "taught-%u%s"
 
 /* ---- steps_data.c ---- */
 

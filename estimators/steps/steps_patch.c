@@ -21,6 +21,8 @@ static json_t *path_json(const struct perta_steps_job *job, unsigned last)
         if (job->batched)
             perta_json_set(&point, "retain_samples",
                            json_integer((json_int_t)p->samples[PERTA_RETAIN]));
+        if (job->steps->survive)
+            perta_json_set(&point, "survive", perta_steps_survive_point(job, k));
         perta_json_append(&path, point);
     }
     return path;
@@ -160,6 +162,8 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
         perta_json_set(summary, "box", json_real(job->box));
     if (isfinite(s->stop_forget) || isfinite(s->stop_probability))
         perta_json_set(summary, "reached", json_boolean(perta_steps_forgets_enough(job, chosen)));
+    if (s->survive)
+        perta_json_set(summary, "conditions", perta_steps_survive_end(job, chosen));
     json_t *notes = json_incref(json_object_get(*summary, "notes"));
     perta_json_extend(&notes, job->notes);
     perta_json_set(summary, "notes", notes);

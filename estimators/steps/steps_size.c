@@ -36,11 +36,10 @@ static int measure(struct perta_steps_job *job, double c, double *probability,
 {
     char *scales = perta_steps_scales(job, 1), *box = perta_steps_box_folder(job);
     const struct perta_scaled_paths at = {.scale = scales, .box = box, .box_size = c};
+    const struct perta_steps_change none = {0};
     json_t *summary = NULL;
-    int rc = scales && box ? perta_steps_eval(job, PERTA_FORGET, &at, &summary, err)
+    int rc = scales && box ? perta_steps_eval(job, PERTA_FORGET, &at, &none, &summary, err)
                            : perta_fail_sys(err, ENOMEM, "%s", job->work_path);
-    if (!rc)
-        rc = perta_steps_check_models(job, err);
     *probability = json_real_value(json_object_get(summary, "probability"));
     json_decref(summary);
     free(scales);

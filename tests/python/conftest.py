@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_ask", "test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_generate", "test_gradient_norm", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_torch", "test_tune"]
+NEED_MODEL = ["test_ask", "test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_forget", "test_generate", "test_gradient_norm", "test_quality", "test_quantize", "test_resume", "test_steps", "test_steps_lora", "test_survive", "test_torch", "test_tune"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
@@ -75,6 +75,8 @@ NUMBERS = [
     "test_steps::test_rules_stop_the_way",
     "test_steps::test_several_patches_are_those_of_runs_of_their_own",
     "test_steps_lora::test_every_run_gives_the_same_bytes",
+    "test_survive::test_a_retaught_point_is_tune_and_eval_and_its_gradients_are_pytorchs",
+    "test_survive::test_a_level_is_held_under_every_condition",
 ]
 
 

@@ -1,0 +1,274 @@
+/* The conditions under which enough has to be forgotten. Spec: docs/steps.md */
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "estimators/passes/tune.h"
+#include "estimators/steps/steps_job.h"
+#include "io/text.h"
+
+/* How a model is taught again: a new LoRA beside it, by AdamW with a constant rate, all samples in
+ * each update. */
+#define RANK 8
+#define LORA_ALPHA 16.0
+#define LEARNING_RATE 1e-2
+#define UPDATES 5
+#define SHARE 4  /* one of so many samples is taught; the others are asked */
+#define FACTOR 2 /* of the level that the model as it is has to reach */
+#define SEED 0
+
+/* ---- conditions ---- */
+
+const char *perta_condition_name(enum perta_condition condition)
+{
+    static const char *const names[PERTA_N_CONDITIONS] = {"as it is", "reteach"};
+    return names[condition];
+}
+
+static bool is_named(const struct perta_steps_job *job, int condition)
+{
+    return job->steps->survive & 1u << condition;
+}
+
+/* The forget probability at a point under a condition; NAN if it is not measured. */
+static double probability_of(const struct perta_steps_job *job, unsigned k, int condition)
+{
+    const struct perta_steps_point *p = &job->points[k];
+    return condition == PERTA_AS_IT_IS ? p->probability[PERTA_FORGET] : p->under[condition];
+}
+
+/* What it may be at most. */
+static double limit_of(const struct perta_steps_job *job, int condition)
+{
+    return job->steps->stop_probability * (condition == PERTA_RETAUGHT ? FACTOR : 1);
+}
+
+static bool holds(const struct perta_steps_job *job, unsigned k, int condition)
+{
+    return probability_of(job, k, condition) <= limit_of(job, condition);
+}
+
+bool perta_steps_survives(const struct perta_steps_job *job, unsigned k)
+{
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+        if (is_named(job, c) && !holds(job, k, c))
+            return false;
+    return true;
+}
+
+/* Is condition a worse than b at a point? */
+static bool is_worse(const struct perta_steps_job *job, unsigned k, int a, int b)
+{
+    return probability_of(job, k, a) / limit_of(job, a) >
+           probability_of(job, k, b) / limit_of(job, b);
+}
+
+/* The condition under which gradients are taken: of those that are named, the one under which most
+ * comes back; as it is if all of them hold. */
+static int worst_of(const struct perta_steps_job *job, unsigned k)
+{
+    int worst = PERTA_AS_IT_IS;
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+        if (is_named(job, c) && !holds(job, k, c) &&
+            (worst == PERTA_AS_IT_IS || is_worse(job, k, c, worst)))
+            worst = c;
+    return worst;
+}
+
+/* ---- teach ---- */
+
+/* The samples that are taught before point k, or the others. */
+static struct perta_pick pick_of(const struct perta_steps_job *job, unsigned k,
+                                 enum perta_picked what)
+{
+    uint64_t size = job->n_forget / SHARE;
+    return (struct perta_pick){what, size ? size : 1, SEED, k};
+}
+
+/* Tune an adapter beside the model of point k, with some of the forget set's samples. */
+static int teach(struct perta_steps_job *job, unsigned k, const struct perta_steps_model *model,
+                 const char *out, struct perta_err *err)
+{
+    static const char *const targets[] = {"all-linear"};
+    const struct perta_steps *s = job->steps;
+    const struct perta_pick pick = pick_of(job, k, PERTA_PICK_SOME);
+    const struct perta_tune tune = {.model = s->model,
+                                    .data = s->data_forget,
+                                    .data_xxh128 = job->data[PERTA_FORGET].xxh128,
+                                    .out = out,
+                                    .at = model->at,
+                                    .pick = pick,
+                                    .rank = RANK,
+                                    .lora_alpha = LORA_ALPHA,
+                                    .targets = targets,
+                                    .n_targets = 1,
+                                    .learning_rate = LEARNING_RATE,
+                                    .scheduler = PERTA_LR_CONSTANT,
+                                    .steps = UPDATES,
+                                    .batch_size = pick.size,
+                                    .seed = k,
+                                    .max_tokens = s->max_tokens,
+                                    .compute = s->compute,
+                                    .force = true};
+    json_t *summary = NULL;
+    if (job->points[k].taught)
+        return 0;
+    int rc = perta_tune(&tune, &job->run, &summary, err);
+    json_decref(summary);
+    if (!rc)
+        rc = perta_steps_check_models(job, err);
+    if (!rc)
+        rc = perta_steps_commit(job, json_pack("{s:I, s:b}", "step", (json_int_t)k, "taught", 1),
+                                err);
+    job->points[k].taught = !rc;
+    return rc;
+}
+
+/* ---- measure ---- */
+
+static struct perta_steps_change change_of(const struct perta_steps_job *job, unsigned k,
+                                           int condition, const char *taught)
+{
+    if (condition != PERTA_RETAUGHT)
+        return (struct perta_steps_change){0};
+    return (struct perta_steps_change){taught, pick_of(job, k, PERTA_PICK_REST)};
+}
+
+static int measure(struct perta_steps_job *job, unsigned k, int condition,
+                   const struct perta_steps_model *model, const char *taught, struct perta_err *err)
+{
+    const struct perta_steps_change change = change_of(job, k, condition, taught);
+    double *to = &job->points[k].under[condition];
+    json_t *summary = NULL;
+    if (!isnan(*to))
+        return 0;
+    int rc = condition == PERTA_RETAUGHT ? teach(job, k, model, taught, err) : 0;
+    if (!rc)
+        rc = perta_steps_eval(job, PERTA_FORGET, model->at, &change, &summary, err);
+    double probability = json_real_value(json_object_get(summary, "probability"));
+    json_decref(summary);
+    if (!rc)
+        rc = perta_steps_commit(job,
+                                json_pack("{s:I, s:s, s:f}", "step", (json_int_t)k, "condition",
+                                          perta_condition_name((enum perta_condition)condition),
+                                          "under", probability),
+                                err);
+    *to = rc ? NAN : probability;
+    return rc;
+}
+
+/* The gradients that the next step uses, under the worst condition. */
+static int take_gradients(struct perta_steps_job *job, unsigned k,
+                          const struct perta_steps_model *model, const char *taught,
+                          struct perta_err *err)
+{
+    int worst = worst_of(job, k);
+    const struct perta_steps_change change = change_of(job, k, worst, taught);
+    json_t *summary = NULL;
+    int rc = perta_steps_estimate(job, PERTA_FORGET, model->at, &change,
+                                  model->gradients[PERTA_FORGET], NULL, NULL, &summary, err);
+    json_decref(summary);
+    if (!rc)
+        rc = perta_steps_commit(job,
+                                json_pack("{s:I, s:s}", "step", (json_int_t)k, "gradients",
+                                          perta_condition_name((enum perta_condition)worst)),
+                                err);
+    job->points[k].gradients_under = rc ? -1 : worst;
+    return rc;
+}
+
+/* Are gradients to be taken that are not written yet? Those that a box is formed from are. */
+static bool lacks_gradients(const struct perta_steps_job *job, unsigned k)
+{
+    bool forms_box = !k && perta_steps_is_own(job->steps);
+    return k < job->steps->n_steps && !forms_box && job->points[k].gradients_under < 0 &&
+           perta_steps_uses_gradients(job, k, PERTA_FORGET);
+}
+
+int perta_steps_survive(struct perta_steps_job *job, unsigned k, struct perta_err *err)
+{
+    struct perta_steps_model model;
+    char *taught = perta_steps_path(job, PERTA_STEPS_TAUGHT, k, "");
+    int rc = perta_steps_model_open(job, k, &model, err);
+    if (!rc && !taught)
+        rc = perta_fail_sys(err, ENOMEM, "%s", job->work_path);
+    for (int c = 0; c < PERTA_N_CONDITIONS && !rc; c++)
+        if (is_named(job, c))
+            rc = measure(job, k, c, &model, taught, err);
+    if (!rc && lacks_gradients(job, k))
+        rc = take_gradients(job, k, &model, taught, err);
+    perta_steps_model_close(&model);
+    free(taught);
+    return rc;
+}
+
+/* ---- records ---- */
+
+/* The condition that a record names under key, or -1. */
+static int condition_in(const json_t *record, const char *key)
+{
+    const char *name = json_string_value(json_object_get(record, key));
+    for (int c = 0; name && c < PERTA_N_CONDITIONS; c++)
+        if (!strcmp(name, perta_condition_name((enum perta_condition)c)))
+            return c;
+    return -1;
+}
+
+void perta_steps_survive_replay(struct perta_steps_point *point, const json_t *record)
+{
+    int measured = condition_in(record, "condition"), gradients = condition_in(record, "gradients");
+    if (measured >= 0)
+        point->under[measured] = json_real_value(json_object_get(record, "under"));
+    if (gradients >= 0)
+        point->gradients_under = gradients;
+    point->taught |= json_is_true(json_object_get(record, "taught"));
+}
+
+json_t *perta_steps_survive_parameters(const struct perta_steps_job *job)
+{
+    json_t *list = json_array();
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+        if (is_named(job, c))
+            perta_json_append(&list, json_string(perta_condition_name((enum perta_condition)c)));
+    json_t *all = json_pack("{s:o}", "conditions", list);
+    if (is_named(job, PERTA_RETAUGHT))
+        perta_json_set(&all, perta_condition_name(PERTA_RETAUGHT),
+                       json_pack("{s:I, s:I, s:f, s:f, s:I, s:i, s:i}", "samples",
+                                 (json_int_t)pick_of(job, 0, PERTA_PICK_SOME).size, "rank",
+                                 (json_int_t)RANK, "lora_alpha", LORA_ALPHA, "learning_rate",
+                                 LEARNING_RATE, "updates", (json_int_t)UPDATES, "factor", FACTOR,
+                                 "seed", SEED));
+    return all;
+}
+
+json_t *perta_steps_survive_point(const struct perta_steps_job *job, unsigned k)
+{
+    json_t *all = json_object();
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+        if (is_named(job, c))
+            perta_json_set(&all, perta_condition_name((enum perta_condition)c),
+                           perta_real_json(job->points[k].under[c]));
+    return all;
+}
+
+/* The worst first; the others in their order. */
+json_t *perta_steps_survive_end(const struct perta_steps_job *job, unsigned k)
+{
+    int worst = PERTA_AS_IT_IS;
+    json_t *list = json_array();
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+        if (is_named(job, c) && is_worse(job, k, c, worst))
+            worst = c;
+    for (int i = -1; i < PERTA_N_CONDITIONS; i++) {
+        int c = i < 0 ? worst : i;
+        if ((i == worst) || !(c == PERTA_AS_IT_IS || is_named(job, c)))
+            continue;
+        perta_json_append(&list,
+                          json_pack("{s:s, s:o, s:f, s:b}", "condition",
+                                    perta_condition_name((enum perta_condition)c), "probability",
+                                    perta_real_json(probability_of(job, k, c)), "limit",
+                                    limit_of(job, c), "holds", (int)holds(job, k, c)));
+    }
+    return list;
+}

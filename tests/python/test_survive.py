@@ -1,0 +1,249 @@
+"""`perta unlearn --steps --survive`: points of the path under other conditions, beside the commands
+that do the same one by one, and gradients beside PyTorch's."""
+
+import json
+import shutil
+import signal
+
+import pytest
+from conftest import part
+from reference import shuffled
+from test_box import BOX, make_model
+from test_eval import evaluate, write_lines
+from test_resume import contents
+from test_same_bytes import settings
+from test_steps import HOLD, STEPS, make_folders, survives_kills, tensors_of
+from verbs import stop_at
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file
+
+SURVIVE = ["--stop-probability", "1e-9", "--survive", "reteach"]
+TAUGHT = (
+    "--rank 8 --lora-alpha 16 --target-modules all-linear --learning-rate 1e-2 --lr-scheduler constant "
+    "--max-grad-norm 0 --steps 5 --batch-size 1000000"
+).split()
+
+
+def parts(samples, k):
+    """docs/steps.md: what is taught again at point k, and the rest."""
+    n = len(samples)
+    order, size = shuffled(n, 0, k), max(1, n // 4)
+    return [samples[i] for i in sorted(order[:size])], [samples[i] for i in sorted(order[size:])]
+
+
+def more_lines(tmp_path, lines, n=9):
+    """A forget set of which a quarter is more than one sample."""
+    generator = torch.Generator().manual_seed(11)
+    lines["forget"] = [
+        {"input_ids": torch.randint(0, 150, (5 + 2 * i,), generator=generator).tolist()} for i in range(n)
+    ]
+    write_lines(tmp_path / "forget.jsonl", lines["forget"])
+
+
+def taught(perta, tmp_path, model, lines, k):
+    """The probability of the rest after a part is taught by hand; the adapter's folder."""
+    some, rest = parts(lines["forget"], k)
+    write_lines(tmp_path / f"some-{k}.jsonl", some)
+    write_lines(tmp_path / f"rest-{k}.jsonl", rest)
+    adapter = f"adapter-{k}"
+    perta(*f"tune --model {model} --data some-{k}.jsonl --out {adapter} --compute f32".split(), *TAUGHT, "--seed", k)
+    words = f"eval --model {model} --adapter {adapter} --data rest-{k}.jsonl --compute f32 --json"
+    return json.loads(perta(*words.split()).stdout)["probability"], adapter
+
+
+def gradient_signs(tmp_path, model, lines, k, adapter):
+    """Of the model's own weights, at the model with the adapter beside it: minus the mean
+    probability of the rest."""
+    folder = tmp_path / model
+    at = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    theta = dict(at.named_parameters())
+    factors = load_file(tmp_path / adapter / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, a in factors.items():
+            if ".lora_A." in name:
+                b = factors[name.replace("lora_A", "lora_B")]
+                key = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+                theta[key] += 2 * b.double() @ a.double()
+    rest = parts(lines["forget"], k)[1]
+    for line in rest:
+        ids = torch.tensor([line["input_ids"]])
+        (-torch.exp(-at(input_ids=ids, labels=ids).loss) / len(rest)).backward()
+    return {name: p.grad for name, p in theta.items()}
+
+
+def scales_of(full, tau, model):
+    """How often --step was taken: theta = full - s * tau."""
+    return {k: ((full[k] - model[k]) / tau[k]) for k in full}
+
+
+def test_a_retaught_point_is_tune_and_eval_and_its_gradients_are_pytorchs(perta, tmp_path):
+    """Step by step: the probability bit for bit; a scale moves as the signs say, wherever these are
+    certain in float32."""
+    lines = make_folders(tmp_path)
+    more_lines(tmp_path, lines)
+    full, tuned, base = (tensors_of(tmp_path / name) for name in ("full", "tuned", "base"))
+    paths, models = [], []
+    for k in (1, 2, 3):
+        words = [*STEPS, k, *SURVIVE, "--method", "signed", "--patch", f"patch-{k}", "--out", f"out-{k}"]
+        summary = json.loads(perta(*words, check=1).stdout)
+        paths.append(summary["path"])
+        models.append(tensors_of(tmp_path / f"out-{k}"))
+    assert paths[0] == paths[2][:2] and paths[1] == paths[2][:3]
+    models.insert(0, full)
+    for k, model in ((0, "full"), (1, "out-1"), (2, "out-2")):
+        probability, adapter = taught(perta, tmp_path, model, lines, k)
+        assert paths[2][k]["survive"] == {"reteach": probability}
+        g = gradient_signs(tmp_path, model, lines, k, adapter)
+        retain = of_retain(tmp_path, model, lines)
+        checked = 0
+        for key, x in models[k].items():
+            tau = tuned[key] - base[key]
+            grows = ((-g[key].sign() * tau.sign()) > 0) & ~((-retain[key].sign() * tau.sign()) > 0)
+            far = models[k + 1][key] != x
+            # A scale at its largest does not grow; in two steps of 0.4 none gets there.
+            sure = torch.ones_like(grows)
+            for one in (g[key], retain[key]):
+                sure &= (one == 0) | (one.abs() > 1e-2 * one.square().mean().sqrt())
+            sure &= tau.abs() > 1e-4
+            assert (far == grows)[sure].all(), (k, key)
+            checked += sure.sum().item()
+        assert checked > 10000
+
+
+def of_retain(tmp_path, model, lines):
+    at = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / model, dtype=torch.float64)
+    for line in lines["retain"]:
+        ids = torch.tensor([line["input_ids"]])
+        (at(input_ids=ids, labels=ids).loss / len(lines["retain"])).backward()
+    return {name: p.grad for name, p in at.named_parameters()}
+
+
+def level_of(perta, *words):
+    """A level that step 2 reaches under both conditions, and step 1 does not."""
+    path = json.loads(perta(*words, *SURVIVE, "--patch", "first", check=1).stdout)["path"]
+    far = [max(point["forget_probability"], point["survive"]["reteach"] / 2) for point in path]
+    assert far[2] < far[1] < far[0]
+    return str((far[1] + far[2]) / 2)
+
+
+def test_a_level_is_held_under_every_condition(perta, tmp_path):
+    lines = make_model(tmp_path)
+    more_lines(tmp_path, lines)
+    level = level_of(perta, *BOX, "2")
+    command = [*BOX, "8", *HOLD, level, "--survive", "reteach"]
+    summary = json.loads(perta(*command).stdout)
+    path, chosen, p = summary["path"], summary["chosen"], float(level)
+    enough = [
+        k for k, at in enumerate(path) if at["forget_probability"] <= p and at["survive"]["reteach"] <= 2 * p
+    ]
+    assert enough[0] == 2 and summary["reached"]
+    assert chosen == max(enough, key=lambda k: (-path[k]["retain_loss"], k))
+    end = {
+        "as it is": (path[chosen]["forget_probability"], p, True),
+        "reteach": (path[chosen]["survive"]["reteach"], 2 * p, True),
+    }
+    have = [(c["condition"], (c["probability"], c["limit"], c["holds"])) for c in summary["conditions"]]
+    assert have == sorted(end.items(), key=lambda item: -item[1][0] / item[1][1])
+    # The patch leads to the model that was measured.
+    perta("apply", "full", "patch", "--out", "out")
+    assert evaluate(perta, "out", "--data", "forget.jsonl", "--compute", "f32")["probability"] == path[chosen]["forget_probability"]
+    assert taught(perta, tmp_path, "out", lines, chosen)[0] == path[chosen]["survive"]["reteach"]
+    recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
+    assert recipe["survive"] == {
+        "conditions": ["reteach"],
+        "reteach": {"samples": 2, "rank": 8, "lora_alpha": 16.0, "learning_rate": 1e-2, "updates": 5,
+                    "factor": 2, "seed": 0},
+    }  # fmt: skip
+    assert recipe["path"] == path
+    said = perta(*(word for word in command if word != "--json"), "--force").stdout
+    assert "mean scale      reteach\n" in said and "reteach: probability 0." in said and ": holds\n" in said
+    perta("report", "patch", "--html", "patch.html")
+    perta("inspect", "patch")
+
+
+def test_a_level_that_does_not_hold_is_said(perta, tmp_path):
+    make_model(tmp_path)
+    never = perta(*BOX, "1", *SURVIVE, check=1)
+    summary = json.loads(never.stdout)
+    p, under = (summary["path"][1][key] for key in ("forget_probability", "survive"))
+    under = under["reteach"]
+    assert summary["reached"] is False
+    assert {c["condition"]: c["holds"] for c in summary["conditions"]} == {"reteach": False, "as it is": False}
+    assert f" and --survive reteach (probability is {under:.5f} of at most 2e-09), not reached" in never.stderr
+    # One of the two is enough to miss the level.
+    low = min(p, under / 2) * 1.0001
+    again = perta(*BOX, "1", "--stop-probability", low, "--survive", "reteach", "--force", check=1)
+    worst, best = json.loads(again.stdout)["conditions"]
+    assert worst["condition"] == ("as it is" if p > under / 2 else "reteach")
+    assert (worst["holds"], best["holds"]) == (False, True)
+
+
+@pytest.mark.parametrize("apart", part([2, 3], plain=2, sanitized=1))
+def test_a_run_that_is_killed_goes_on(perta, tmp_path, apart):
+    lines = make_model(tmp_path)
+    more_lines(tmp_path, lines, 6)
+    level = level_of(perta, *BOX, "2")
+    survives_kills(perta, tmp_path, [*BOX, "3", *HOLD, level, "--survive", "reteach", "--out", "out"], apart)
+
+
+def test_a_leftover_is_resumed_refused_or_replaced(perta, tmp_path):
+    """Killed while some is taught again."""
+    make_model(tmp_path)
+    command = [*BOX, "1", *SURVIVE, "--method", "signed"]
+    perta(*command, check=1)
+    want = contents(tmp_path / "patch")
+    shutil.rmtree(tmp_path / "patch")
+    work = tmp_path / "patch.steps.perta-partial"
+    n, seen = 1, set()
+    while not {"taught-0", "taught-0.perta-partial"} <= seen:
+        assert stop_at(tmp_path, command, "any", n) == (-signal.SIGKILL, "")
+        names = {path.name for path in work.glob("*")}
+        if names - seen:
+            seen |= names
+            refusal = perta(*command, check=2).stderr
+            assert "--resume continues it" in refusal
+            if "taught-0" in names:
+                perta(*command, "--resume", check=1)
+                assert contents(tmp_path / "patch") == want
+        perta(*command, "--force", check=1)
+        assert contents(tmp_path / "patch") == want
+        shutil.rmtree(tmp_path / "patch")
+        n += 23
+
+
+def test_every_run_gives_the_same_bytes(perta, tmp_path):
+    lines = make_model(tmp_path)
+    more_lines(tmp_path, lines, 6)
+    command = [*BOX, "2", *SURVIVE]
+    runs = []
+    for flags in settings(perta, command, False):
+        perta(*command, "--force", *flags, check=1)
+        runs.append(contents(tmp_path / "patch"))
+    assert len(runs) > 1 and all(run == runs[0] for run in runs)
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--survive", "fp5"], 2, "--survive: fp5; must be one or several of reteach"),
+        (["--survive", "reteach,"], 2, "--survive: ; must be one or several of reteach"),
+        (["--survive", "reteach,reteach"], 2, "--survive: reteach is given twice"),
+        (["--survive", "reteach", "--stop-probability", "0.5", "--steps", "1,2"], 2, "takes one number of steps"),
+        (["--survive", "reteach"], 2, "--survive needs --stop-probability P"),
+        (["--survive", "reteach", "--stop-forget", "3"], 2, "--survive needs --stop-probability P"),
+        ([*SURVIVE, "--data-forget", "one.jsonl"], 3, "one.jsonl: it has one sample, but --survive reteach"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(perta, tmp_path, flags, code, message):
+    lines = make_model(tmp_path)
+    write_lines(tmp_path / "one.jsonl", lines["forget"][:1])
+    for dry in ([], ["--dry-run"]):
+        assert message in perta(*BOX, "2", *flags, *dry, check=code).stderr
+    assert not list(tmp_path.glob("patch*"))
+
+
+def test_it_needs_steps(perta):
+    words = "unlearn --model full --tuned tuned --base base --patch patch --survive reteach".split()
+    assert "need --steps K" in perta(*words, check=2).stderr
