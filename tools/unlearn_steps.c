@@ -98,7 +98,7 @@ static void parse_survive(struct argp_state *state, struct perta_steps *s, const
                strcmp(text, perta_condition_name((enum perta_condition)c)))
             c++;
         if (c == PERTA_N_CONDITIONS)
-            argp_error(state, "--survive: %s; must be one or several of reteach", text);
+            argp_error(state, "--survive: %s; must be one or several of drop, reteach", text);
         else if (s->survive & 1u << c)
             argp_error(state, "--survive: %s is given twice", text);
         else

@@ -26,6 +26,10 @@ struct perta_scaled_paths {
     const char *scale; /* s, a folder that steps wrote; tensors without scales stay as they are */
     const char *box;   /* tau, in place of tuned and base; a folder that steps wrote */
     double box_size;   /* c, for box (estimators/edit/box.h) */
+    /* This share of the scales counts as 0: those of elements whose random number (as in --method
+     * random, of drop_seed) is below it. 0: none. */
+    double drop;
+    uint64_t drop_seed;
 };
 
 /* Which samples of a data file are taken (pick.h). */

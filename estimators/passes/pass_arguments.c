@@ -18,6 +18,9 @@ int perta_scaled_arguments(const struct perta_scaled_paths *at, struct perta_err
         return 0;
     if (at->box && (at->tuned || at->base))
         return perta_fail(err, PERTA_EUSAGE, "box (of at), or tuned and base, not both");
+    if (!(at->drop >= 0 && at->drop < 1))
+        return perta_fail(err, PERTA_EUSAGE, "drop (of at): %g; must be at least 0, and below 1",
+                          at->drop);
     bool needs_base = !at->box && !(at->tuned && perta_checkpoint_is_adapter(at->tuned));
     const char *tau = at->box ? at->box : at->tuned;
     const struct perta_argument needed[] = {{"tuned (of at)", tau},

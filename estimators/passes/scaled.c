@@ -5,8 +5,10 @@
 
 #include "estimators/edit/box.h"
 #include "estimators/edit/edit.h"
+#include "estimators/edit/kernels.h"
 #include "estimators/model/weights.h"
 #include "io/format/naming.h"
+#include "io/hash.h"
 #include "io/text.h"
 #include "stream/journal.h"
 
@@ -83,6 +85,20 @@ static int multiply(const struct perta_scaled *s, const struct perta_ref *model,
     return rc;
 }
 
+/* Take scales first.. (n) of a tensor as 0 where they are dropped. Copies them to their room. */
+static void drop(const struct perta_scaled *s, const char *name, uint64_t first, uint64_t n,
+                 struct perta_view *scale)
+{
+    uint64_t width = perta_dtype_unit_bytes(scale->dtype);
+    uint64_t state = s->drop_seed ^ perta_hash64(name, strlen(name));
+    uint8_t *room = room_of(s, 1 + PERTA_SCALED_SCALE);
+    memmove(room, scale->data, n * width);
+    for (uint64_t i = 0; i < n; i++)
+        if (perta_random_weight(state, first + i) < s->drop)
+            memset(room + i * width, 0, width);
+    scale->data = room;
+}
+
 static int read_piece(struct perta_scaled *s, struct perta_weights *w,
                       const struct perta_ref *model, uint64_t first, uint64_t n, uint8_t *to,
                       struct perta_err *err)
@@ -102,6 +118,9 @@ static int read_piece(struct perta_scaled *s, struct perta_weights *w,
     }
     if (!rc && !edited)
         memcpy(to, views[0].data, n * perta_dtype_unit_bytes(views[0].dtype));
+    if (!rc && edited && s->drop > 0)
+        drop(s, find(s, PERTA_SCALED_SCALE, model->tensor->name)->tensor->name, first, n,
+             &views[1 + PERTA_SCALED_SCALE]);
     if (!rc && edited)
         rc = multiply(s, model, first, n, &views[1], err);
     if (rc || !edited)
@@ -256,6 +275,8 @@ int perta_scaled_open(struct perta_scaled *s, const struct perta_scaled_paths *f
         width = of_input > width ? of_input : width;
     }
     s->box_size = from->box_size;
+    s->drop = (float)from->drop;
+    s->drop_seed = from->drop_seed;
     if (!rc && from->box)
         rc = perta_box_sizes(s->in[PERTA_SCALED_TUNED].ck, from->box_size, &s->box_sizes, err);
     s->source.room_bytes = (PERTA_SCALED_N + 1) * perta_weights_room(PIECE * width);
@@ -273,7 +294,7 @@ void perta_scaled_close(struct perta_scaled *s)
     *s = (struct perta_scaled){0};
 }
 
-json_t *perta_scaled_json(const struct perta_scaled *s)
+static json_t *inputs_json(const struct perta_scaled *s)
 {
     const struct perta_checkpoint *tuned = s->in[PERTA_SCALED_TUNED].ck,
                                   *base = s->in[PERTA_SCALED_BASE].ck,
@@ -286,5 +307,14 @@ json_t *perta_scaled_json(const struct perta_scaled *s)
                              perta_journal_own(scale));
     if (s->adapter)
         perta_json_set(&json, PERTA_ADAPTER_CONFIG, perta_journal_config(tuned));
+    return json;
+}
+
+json_t *perta_scaled_json(const struct perta_scaled *s)
+{
+    json_t *json = inputs_json(s);
+    if (s->drop > 0)
+        perta_json_set(&json, "drop",
+                       json_pack("[f, I]", (double)s->drop, (json_int_t)s->drop_seed));
     return json;
 }

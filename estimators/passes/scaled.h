@@ -18,6 +18,8 @@ struct perta_scaled {
     struct perta_adapter *adapter;         /* NULL: no adapter */
     float *box_sizes;                      /* NULL: no box */
     double box_size;
+    float drop;
+    uint64_t drop_seed;
     bool tied;
 };
 

@@ -28,9 +28,11 @@ struct perta_step_rule {
 };
 
 /* A condition under which enough has to be forgotten: the model as it is; with its weights rounded
- * to a format; after a part of the forget set is taught again, asked for the rest. */
+ * to a format; with a random half of the edit taken back; after a part of the forget set is taught
+ * again, asked for the rest. */
 enum perta_condition {
     PERTA_AS_IT_IS,
+    PERTA_DROPPED,
     PERTA_RETAUGHT,
     PERTA_N_CONDITIONS,
 };

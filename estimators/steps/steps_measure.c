@@ -19,8 +19,11 @@ int perta_steps_model_open(const struct perta_steps_job *job, unsigned k,
                                         .box = perta_steps_box_folder(job)};
     for (int set = 0; set < 2; set++)
         model->gradients[set] = perta_steps_path(job, PERTA_STEPS_GRADIENTS, k, perta_sets[set]);
-    model->paths = (struct perta_scaled_paths){s->tuned, s->base, model->scales,
-                                               own ? model->box : NULL, job->box};
+    model->paths = (struct perta_scaled_paths){.tuned = s->tuned,
+                                               .base = s->base,
+                                               .scale = model->scales,
+                                               .box = own ? model->box : NULL,
+                                               .box_size = job->box};
     model->at = own && !k ? NULL : &model->paths;
     return model->scales && model->box && model->gradients[0] && model->gradients[1]
                ? 0

@@ -17,12 +17,13 @@
 #define SHARE 4  /* one of so many samples is taught; the others are asked */
 #define FACTOR 2 /* of the level that the model as it is has to reach */
 #define SEED 0
+#define DROP 0.5 /* share of the scales that are taken as 0 */
 
 /* ---- conditions ---- */
 
 const char *perta_condition_name(enum perta_condition condition)
 {
-    static const char *const names[PERTA_N_CONDITIONS] = {"as it is", "reteach"};
+    static const char *const names[PERTA_N_CONDITIONS] = {"as it is", "drop", "reteach"};
     return names[condition];
 }
 
@@ -127,25 +128,38 @@ static int teach(struct perta_steps_job *job, unsigned k, const struct perta_ste
 
 /* ---- measure ---- */
 
-static struct perta_steps_change change_of(const struct perta_steps_job *job, unsigned k,
-                                           int condition, const char *taught)
+/* What is asked under a condition: the model of the step, and what is changed there. */
+struct asked {
+    struct perta_scaled_paths paths;
+    const struct perta_scaled_paths *at; /* paths; NULL: --model as it is */
+    struct perta_steps_change change;
+};
+
+static void asked_under(const struct perta_steps_job *job, unsigned k, int condition,
+                        const struct perta_steps_model *model, const char *taught,
+                        struct asked *asked)
 {
-    if (condition != PERTA_RETAUGHT)
-        return (struct perta_steps_change){0};
-    return (struct perta_steps_change){taught, pick_of(job, k, PERTA_PICK_REST)};
+    *asked = (struct asked){.paths = model->paths, .at = model->at ? &asked->paths : NULL};
+    if (condition == PERTA_DROPPED) {
+        asked->paths.drop = DROP;
+        asked->paths.drop_seed = k;
+    }
+    if (condition == PERTA_RETAUGHT)
+        asked->change = (struct perta_steps_change){taught, pick_of(job, k, PERTA_PICK_REST)};
 }
 
 static int measure(struct perta_steps_job *job, unsigned k, int condition,
                    const struct perta_steps_model *model, const char *taught, struct perta_err *err)
 {
-    const struct perta_steps_change change = change_of(job, k, condition, taught);
     double *to = &job->points[k].under[condition];
+    struct asked asked;
     json_t *summary = NULL;
     if (!isnan(*to))
         return 0;
+    asked_under(job, k, condition, model, taught, &asked);
     int rc = condition == PERTA_RETAUGHT ? teach(job, k, model, taught, err) : 0;
     if (!rc)
-        rc = perta_steps_eval(job, PERTA_FORGET, model->at, &change, &summary, err);
+        rc = perta_steps_eval(job, PERTA_FORGET, asked.at, &asked.change, &summary, err);
     double probability = json_real_value(json_object_get(summary, "probability"));
     json_decref(summary);
     if (!rc)
@@ -164,9 +178,10 @@ static int take_gradients(struct perta_steps_job *job, unsigned k,
                           struct perta_err *err)
 {
     int worst = worst_of(job, k);
-    const struct perta_steps_change change = change_of(job, k, worst, taught);
+    struct asked asked;
     json_t *summary = NULL;
-    int rc = perta_steps_estimate(job, PERTA_FORGET, model->at, &change,
+    asked_under(job, k, worst, model, taught, &asked);
+    int rc = perta_steps_estimate(job, PERTA_FORGET, asked.at, &asked.change,
                                   model->gradients[PERTA_FORGET], NULL, NULL, &summary, err);
     json_decref(summary);
     if (!rc)

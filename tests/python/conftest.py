@@ -75,7 +75,7 @@ NUMBERS = [
     "test_steps::test_rules_stop_the_way",
     "test_steps::test_several_patches_are_those_of_runs_of_their_own",
     "test_steps_lora::test_every_run_gives_the_same_bytes",
-    "test_survive::test_a_retaught_point_is_tune_and_eval_and_its_gradients_are_pytorchs",
+    "test_survive::test_points_are_those_of_other_commands_and_gradients_are_pytorchs",
     "test_survive::test_a_level_is_held_under_every_condition",
 ]
 

@@ -5,9 +5,10 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from conftest import part
-from reference import shuffled
+from reference import random_weight, shuffled
 from test_box import BOX, make_model
 from test_eval import evaluate, write_lines
 from test_resume import contents
@@ -17,7 +18,7 @@ from verbs import stop_at
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SURVIVE = ["--stop-probability", "1e-9", "--survive", "reteach"]
 TAUGHT = (
@@ -53,32 +54,46 @@ def taught(perta, tmp_path, model, lines, k):
     return json.loads(perta(*words.split()).stdout)["probability"], adapter
 
 
-def gradient_signs(tmp_path, model, lines, k, adapter):
-    """Of the model's own weights, at the model with the adapter beside it: minus the mean
-    probability of the rest."""
-    folder = tmp_path / model
-    at = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    theta = dict(at.named_parameters())
-    factors = load_file(tmp_path / adapter / "adapter_model.safetensors")
+def dropped(perta, tmp_path, model, k):
+    """The probability with half of the edit taken back; the model's folder."""
+    folder = tmp_path / f"dropped-{k}"
+    shutil.copytree(tmp_path / model, folder)
+    full, out = tensors_of(tmp_path / "full"), tensors_of(folder)
+    for name, x in full.items():
+        taken_back = random_weight(k, name, tuple(x.shape), np.float32) < 0.5
+        out[name] = torch.where(torch.tensor(taken_back), x, out[name])
+    for path in folder.glob("*.safetensors"):
+        save_file({name: out[name] for name in load_file(path)}, path, {"format": "pt"})
+    words = f"eval --model {folder.name} --data forget.jsonl --compute f32 --json"
+    return json.loads(perta(*words.split()).stdout)["probability"], folder.name
+
+
+def with_adapter(theta, adapter):
+    factors = load_file(adapter / "adapter_model.safetensors")
     with torch.no_grad():
         for name, a in factors.items():
             if ".lora_A." in name:
                 b = factors[name.replace("lora_A", "lora_B")]
                 key = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
                 theta[key] += 2 * b.double() @ a.double()
-    rest = parts(lines["forget"], k)[1]
-    for line in rest:
-        ids = torch.tensor([line["input_ids"]])
-        (-torch.exp(-at(input_ids=ids, labels=ids).loss) / len(rest)).backward()
+
+
+def gradients_of(tmp_path, model, samples, adapter=None, by_probability=True):
+    """Of the model's own weights, at the model with the adapter beside it: of minus the mean
+    probability of the samples, or of their loss."""
+    at = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / model, dtype=torch.float64)
+    theta = dict(at.named_parameters())
+    if adapter:
+        with_adapter(theta, tmp_path / adapter)
+    for sample in samples:
+        ids = torch.tensor([sample["input_ids"]])
+        loss = at(input_ids=ids, labels=ids).loss
+        ((-torch.exp(-loss) if by_probability else loss) / len(samples)).backward()
     return {name: p.grad for name, p in theta.items()}
 
 
-def scales_of(full, tau, model):
-    """How often --step was taken: theta = full - s * tau."""
-    return {k: ((full[k] - model[k]) / tau[k]) for k in full}
-
-
-def test_a_retaught_point_is_tune_and_eval_and_its_gradients_are_pytorchs(perta, tmp_path):
+@pytest.mark.parametrize("condition", ["drop", "reteach"])
+def test_points_are_those_of_other_commands_and_gradients_are_pytorchs(perta, tmp_path, condition):
     """Step by step: the probability bit for bit; a scale moves as the signs say, wherever these are
     certain in float32."""
     lines = make_folders(tmp_path)
@@ -86,17 +101,21 @@ def test_a_retaught_point_is_tune_and_eval_and_its_gradients_are_pytorchs(perta,
     full, tuned, base = (tensors_of(tmp_path / name) for name in ("full", "tuned", "base"))
     paths, models = [], []
     for k in (1, 2, 3):
-        words = [*STEPS, k, *SURVIVE, "--method", "signed", "--patch", f"patch-{k}", "--out", f"out-{k}"]
-        summary = json.loads(perta(*words, check=1).stdout)
+        words = [*STEPS, k, *SURVIVE[:-1], condition, "--method", "signed", "--patch", f"patch-{k}"]
+        summary = json.loads(perta(*words, "--out", f"out-{k}", check=1).stdout)
         paths.append(summary["path"])
         models.append(tensors_of(tmp_path / f"out-{k}"))
     assert paths[0] == paths[2][:2] and paths[1] == paths[2][:3]
     models.insert(0, full)
     for k, model in ((0, "full"), (1, "out-1"), (2, "out-2")):
-        probability, adapter = taught(perta, tmp_path, model, lines, k)
-        assert paths[2][k]["survive"] == {"reteach": probability}
-        g = gradient_signs(tmp_path, model, lines, k, adapter)
-        retain = of_retain(tmp_path, model, lines)
+        if condition == "drop":
+            probability, folder = dropped(perta, tmp_path, model, k)
+            g = gradients_of(tmp_path, folder, lines["forget"])
+        else:
+            probability, adapter = taught(perta, tmp_path, model, lines, k)
+            g = gradients_of(tmp_path, model, parts(lines["forget"], k)[1], adapter)
+        assert paths[2][k]["survive"] == {condition: probability}
+        retain = gradients_of(tmp_path, model, lines["retain"], by_probability=False)
         checked = 0
         for key, x in models[k].items():
             tau = tuned[key] - base[key]
@@ -110,14 +129,6 @@ def test_a_retaught_point_is_tune_and_eval_and_its_gradients_are_pytorchs(perta,
             assert (far == grows)[sure].all(), (k, key)
             checked += sure.sum().item()
         assert checked > 10000
-
-
-def of_retain(tmp_path, model, lines):
-    at = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / model, dtype=torch.float64)
-    for line in lines["retain"]:
-        ids = torch.tensor([line["input_ids"]])
-        (at(input_ids=ids, labels=ids).loss / len(lines["retain"])).backward()
-    return {name: p.grad for name, p in at.named_parameters()}
 
 
 def level_of(perta, *words):
@@ -227,8 +238,8 @@ def test_every_run_gives_the_same_bytes(perta, tmp_path):
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (["--survive", "fp5"], 2, "--survive: fp5; must be one or several of reteach"),
-        (["--survive", "reteach,"], 2, "--survive: ; must be one or several of reteach"),
+        (["--survive", "fp5"], 2, "--survive: fp5; must be one or several of drop, reteach"),
+        (["--survive", "reteach,"], 2, "--survive: ; must be one or several of drop, reteach"),
         (["--survive", "reteach,reteach"], 2, "--survive: reteach is given twice"),
         (["--survive", "reteach", "--stop-probability", "0.5", "--steps", "1,2"], 2, "takes one number of steps"),
         (["--survive", "reteach"], 2, "--survive needs --stop-probability P"),
