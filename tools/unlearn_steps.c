@@ -19,6 +19,9 @@ enum {
     KEY_STOP_FORGET,
     KEY_STOP_PROBABILITY,
     KEY_SURVIVE,
+    KEY_RETEACH_UPDATES,
+    KEY_RETEACH_RATE,
+    KEY_RETEACH_FACTOR,
     KEY_MAX_RETAIN_RISE,
     KEY_MAX_TOKENS,
     KEY_COMPUTE,
@@ -55,9 +58,14 @@ static const struct argp_option options[] = {
      "signed-hold, hold it there",
      2},
     {"survive", KEY_SURVIVE, "CONDITION[,CONDITION...]", 0,
-     "The level has to hold under these conditions, too: reteach, after some of the forget set is "
-     "taught again",
+     "The level has to hold under these conditions, too: drop, with a random half of the edit taken "
+     "back; reteach, after some of the forget set is taught again",
      2},
+    {"reteach-updates", KEY_RETEACH_UPDATES, "N", 0,
+     "--survive reteach: how many updates it is taught for (default 5)", 2},
+    {"reteach-rate", KEY_RETEACH_RATE, "L", 0, "Their learning rate (default 0.01)", 2},
+    {"reteach-factor", KEY_RETEACH_FACTOR, "F", 0,
+     "The mean probability of the other answers is then to be at most F times P (default 2)", 2},
     {"max-retain-rise", KEY_MAX_RETAIN_RISE, "R", 0,
      "Stop before the loss over the retain set has risen by more than R", 2},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
@@ -156,6 +164,18 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SURVIVE:
         parse_survive(state, s, arg);
         return 0;
+    case KEY_RETEACH_UPDATES:
+        s->reteach.updates = cli_count(state, "--reteach-updates", arg);
+        own->tunes_reteach = true;
+        return 0;
+    case KEY_RETEACH_RATE:
+        s->reteach.learning_rate = cli_number(state, "--reteach-rate", arg);
+        own->tunes_reteach = true;
+        return 0;
+    case KEY_RETEACH_FACTOR:
+        s->reteach.factor = cli_number(state, "--reteach-factor", arg);
+        own->tunes_reteach = true;
+        return 0;
     case KEY_MAX_RETAIN_RISE:
         s->max_retain_rise = cli_number(state, "--max-retain-rise", arg);
         return 0;
@@ -177,7 +197,8 @@ void unlearn_steps_init(struct unlearn_steps *own)
     *own = (struct unlearn_steps){.steps = {.rule = {.step = 0.4, .back_off = 0.2, .max_scale = 3},
                                             .stop_forget = INFINITY,
                                             .stop_probability = INFINITY,
-                                            .max_retain_rise = INFINITY}};
+                                            .max_retain_rise = INFINITY,
+                                            .reteach = {5, 0.01, 2}}};
 }
 
 void unlearn_steps_take(struct perta_steps *to, const struct perta_unlearn *from)
@@ -198,6 +219,9 @@ void unlearn_steps_check(struct argp_state *state, struct unlearn_steps *own, bo
     if (!s->n_steps && (own->n_given || is_signed))
         argp_error(state, "--method signed, signed-backoff and signed-hold, --data-forget, "
                           "--data-retain, --box and the options for them need --steps K");
+    if (own->tunes_reteach && !(s->survive & 1u << PERTA_RETAUGHT))
+        argp_error(state, "--reteach-updates, --reteach-rate and --reteach-factor need --survive "
+                          "reteach");
 }
 
 static double real(const json_t *object, const char *key)

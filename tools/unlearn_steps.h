@@ -9,6 +9,7 @@ struct unlearn_steps {
     struct perta_steps steps; /* n_steps is 0 if --steps is not given */
     int n_given;              /* number of options given that need --steps */
     bool has_back_off;
+    bool tunes_reteach; /* an option for --survive reteach is given */
 };
 
 /* A child parser, whose input is the struct unlearn_steps. */

@@ -37,6 +37,13 @@ enum perta_condition {
     PERTA_N_CONDITIONS,
 };
 
+/* How the model is taught again for PERTA_RETAUGHT: updates of AdamW with a constant learning rate. */
+struct perta_reteach {
+    uint64_t updates;
+    double learning_rate;
+    double factor; /* of stop_probability: the limit for the samples that were not taught */
+};
+
 struct perta_steps {
     const char *model, *tuned, *base; /* checkpoints; tuned may be an adapter, as in perta_unlearn;
                                        * tuned and base may both be NULL */
@@ -65,6 +72,7 @@ struct perta_steps {
      * enum perta_condition each; 0: none. The gradient for forgetting is then taken under the worst
      * of them (docs/steps.md). */
     unsigned survive;
+    struct perta_reteach reteach; /* used with PERTA_RETAUGHT */
     double max_retain_rise; /* stop before the retain loss has risen by more; INFINITY: no limit */
     /* Not 0: each step takes the retain set's gradients over at most so many of its samples, batch
      * after batch of shuffled epochs. What decides where the path ends is measured over all. */

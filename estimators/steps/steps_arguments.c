@@ -43,6 +43,20 @@ static int check_stops(const struct perta_steps *s, struct perta_err *err)
                : 0;
 }
 
+static int check_reteach(const struct perta_reteach *r, struct perta_err *err)
+{
+    if (!r->updates || r->updates > PERTA_STEPS_MAX)
+        return perta_fail(err, PERTA_EUSAGE, "--reteach-updates: must be from 1 to %d",
+                          PERTA_STEPS_MAX);
+    if (!(r->learning_rate > 0 && isfinite(r->learning_rate)))
+        return perta_fail(err, PERTA_EUSAGE, "--reteach-rate: %g; must be a finite number above 0",
+                          r->learning_rate);
+    return r->factor >= 1 && isfinite(r->factor)
+               ? 0
+               : perta_fail(err, PERTA_EUSAGE, "--reteach-factor: %g; must be 1 or more",
+                            r->factor);
+}
+
 static int check_survive(const struct perta_steps *s, struct perta_err *err)
 {
     if (!s->survive)
@@ -52,9 +66,9 @@ static int check_survive(const struct perta_steps *s, struct perta_err *err)
     if (!isfinite(s->stop_probability))
         return perta_fail(err, PERTA_EUSAGE,
                           "--survive needs --stop-probability P, the level that has to hold");
-    return s->several
-               ? perta_fail(err, PERTA_EUSAGE, "--survive takes one number of steps: --steps K")
-               : 0;
+    if (s->several)
+        return perta_fail(err, PERTA_EUSAGE, "--survive takes one number of steps: --steps K");
+    return s->survive & 1u << PERTA_RETAUGHT ? check_reteach(&s->reteach, err) : 0;
 }
 
 static int check_box(const struct perta_steps *s, struct perta_err *err)

@@ -8,14 +8,10 @@
 #include "estimators/steps/steps_job.h"
 #include "io/text.h"
 
-/* How a model is taught again: a new LoRA beside it, by AdamW with a constant rate, all samples in
- * each update. */
+/* A model is taught again with a new LoRA beside it, all samples in each update. */
 #define RANK 8
 #define LORA_ALPHA 16.0
-#define LEARNING_RATE 1e-2
-#define UPDATES 5
-#define SHARE 4  /* one of so many samples is taught; the others are asked */
-#define FACTOR 2 /* of the level that the model as it is has to reach */
+#define SHARE 4 /* one of so many samples is taught; the others are asked */
 #define SEED 0
 #define DROP 0.5 /* share of the scales that are taken as 0 */
 
@@ -42,7 +38,8 @@ static double probability_of(const struct perta_steps_job *job, unsigned k, int 
 /* What it may be at most. */
 static double limit_of(const struct perta_steps_job *job, int condition)
 {
-    return job->steps->stop_probability * (condition == PERTA_RETAUGHT ? FACTOR : 1);
+    return job->steps->stop_probability *
+           (condition == PERTA_RETAUGHT ? job->steps->reteach.factor : 1);
 }
 
 static bool holds(const struct perta_steps_job *job, unsigned k, int condition)
@@ -104,9 +101,9 @@ static int teach(struct perta_steps_job *job, unsigned k, const struct perta_ste
                                     .lora_alpha = LORA_ALPHA,
                                     .targets = targets,
                                     .n_targets = 1,
-                                    .learning_rate = LEARNING_RATE,
+                                    .learning_rate = s->reteach.learning_rate,
                                     .scheduler = PERTA_LR_CONSTANT,
-                                    .steps = UPDATES,
+                                    .steps = s->reteach.updates,
                                     .batch_size = pick.size,
                                     .seed = k,
                                     .max_tokens = s->max_tokens,
@@ -240,6 +237,15 @@ void perta_steps_survive_replay(struct perta_steps_point *point, const json_t *r
     point->taught |= json_is_true(json_object_get(record, "taught"));
 }
 
+static json_t *reteach_json(const struct perta_steps_job *job)
+{
+    const struct perta_reteach *r = &job->steps->reteach;
+    return json_pack("{s:I, s:i, s:f, s:I, s:f, s:f, s:i}", "samples",
+                     (json_int_t)pick_of(job, 0, PERTA_PICK_SOME).size, "rank", RANK, "lora_alpha",
+                     LORA_ALPHA, "updates", (json_int_t)r->updates, "learning_rate",
+                     r->learning_rate, "factor", r->factor, "seed", SEED);
+}
+
 json_t *perta_steps_survive_parameters(const struct perta_steps_job *job)
 {
     json_t *list = json_array();
@@ -247,13 +253,11 @@ json_t *perta_steps_survive_parameters(const struct perta_steps_job *job)
         if (is_named(job, c))
             perta_json_append(&list, json_string(perta_condition_name((enum perta_condition)c)));
     json_t *all = json_pack("{s:o}", "conditions", list);
+    if (is_named(job, PERTA_DROPPED))
+        perta_json_set(&all, perta_condition_name(PERTA_DROPPED),
+                       json_pack("{s:f}", "share", DROP));
     if (is_named(job, PERTA_RETAUGHT))
-        perta_json_set(&all, perta_condition_name(PERTA_RETAUGHT),
-                       json_pack("{s:I, s:I, s:f, s:f, s:I, s:i, s:i}", "samples",
-                                 (json_int_t)pick_of(job, 0, PERTA_PICK_SOME).size, "rank",
-                                 (json_int_t)RANK, "lora_alpha", LORA_ALPHA, "learning_rate",
-                                 LEARNING_RATE, "updates", (json_int_t)UPDATES, "factor", FACTOR,
-                                 "seed", SEED));
+        perta_json_set(&all, perta_condition_name(PERTA_RETAUGHT), reteach_json(job));
     return all;
 }
 

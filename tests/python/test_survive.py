@@ -164,8 +164,8 @@ def test_a_level_is_held_under_every_condition(perta, tmp_path):
     recipe = json.loads((tmp_path / "patch/manifest.json").read_text())["recipe"]
     assert recipe["survive"] == {
         "conditions": ["reteach"],
-        "reteach": {"samples": 2, "rank": 8, "lora_alpha": 16.0, "learning_rate": 1e-2, "updates": 5,
-                    "factor": 2, "seed": 0},
+        "reteach": {"samples": 2, "rank": 8, "lora_alpha": 16.0, "updates": 5, "learning_rate": 1e-2,
+                    "factor": 2.0, "seed": 0},
     }  # fmt: skip
     assert recipe["path"] == path
     said = perta(*(word for word in command if word != "--json"), "--force").stdout
@@ -242,6 +242,10 @@ def test_every_run_gives_the_same_bytes(perta, tmp_path):
         (["--survive", "reteach,"], 2, "--survive: ; must be one or several of drop, reteach"),
         (["--survive", "reteach,reteach"], 2, "--survive: reteach is given twice"),
         (["--survive", "reteach", "--stop-probability", "0.5", "--steps", "1,2"], 2, "takes one number of steps"),
+        (["--reteach-updates", "3"], 2, "need --survive reteach"),
+        ([*SURVIVE, "--reteach-updates", "0"], 2, "--reteach-updates: must be from 1 to 1000"),
+        ([*SURVIVE, "--reteach-rate", "0"], 2, "--reteach-rate: 0; must be a finite number above 0"),
+        ([*SURVIVE, "--reteach-factor", "0.5"], 2, "--reteach-factor: 0.5; must be 1 or more"),
         (["--survive", "reteach"], 2, "--survive needs --stop-probability P"),
         (["--survive", "reteach", "--stop-forget", "3"], 2, "--survive needs --stop-probability P"),
         ([*SURVIVE, "--data-forget", "one.jsonl"], 3, "one.jsonl: it has one sample, but --survive reteach"),
