@@ -58,7 +58,8 @@ static const struct argp_option options[] = {
      "signed-hold, hold it there",
      2},
     {"survive", KEY_SURVIVE, "CONDITION[,CONDITION...]", 0,
-     "The level has to hold under these conditions, too: drop, with a random half of the edit taken "
+     "The level has to hold under these conditions, too: nf4, int8, int4, q4_0 or fp8, with weights "
+     "rounded to that format; drop, with a random half of the edit taken "
      "back; reteach, after some of the forget set is taught again",
      2},
     {"reteach-updates", KEY_RETEACH_UPDATES, "N", 0,
@@ -106,7 +107,10 @@ static void parse_survive(struct argp_state *state, struct perta_steps *s, const
                strcmp(text, perta_condition_name((enum perta_condition)c)))
             c++;
         if (c == PERTA_N_CONDITIONS)
-            argp_error(state, "--survive: %s; must be one or several of drop, reteach", text);
+            argp_error(
+                state,
+                "--survive: %s; must be one or several of nf4, int8, int4, q4_0, fp8, drop, reteach",
+                text);
         else if (s->survive & 1u << c)
             argp_error(state, "--survive: %s is given twice", text);
         else

@@ -450,6 +450,8 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
         rc = perta_steps_read_data(job, err);
     if (!rc)
         rc = perta_steps_any(job, err);
+    if (!rc)
+        rc = perta_steps_survive_check(job, err);
     return rc ? rc : check(job, err);
 }
 

@@ -32,7 +32,8 @@ struct perta_step_rule {
  * again, asked for the rest. */
 enum perta_condition {
     PERTA_AS_IT_IS,
-    PERTA_DROPPED,
+    /* below PERTA_N_ROUNDINGS: the formats of enum perta_rounding */
+    PERTA_DROPPED = PERTA_N_ROUNDINGS,
     PERTA_RETAUGHT,
     PERTA_N_CONDITIONS,
 };

@@ -90,14 +90,9 @@ static int read_set(struct perta_steps_job *job, int set, struct keys *keys, str
     job->data[set] = samples.file;
     if (set == PERTA_FORGET)
         job->n_forget = samples.n;
-    if (set == PERTA_FORGET && s->survive & 1u << PERTA_RETAUGHT && samples.n < 2)
-        rc = perta_fail(err, PERTA_EINPUT,
-                        "%s: it has one sample, but --survive reteach teaches some and asks for "
-                        "others",
-                        path);
     if (set == PERTA_RETAIN)
         job->batched = s->retain_batch && s->retain_batch < samples.n;
-    if (!rc && json_array_extend(job->notes, samples.notes))
+    if (json_array_extend(job->notes, samples.notes))
         rc = perta_fail_sys(err, ENOMEM, "%s", path);
     if (!rc)
         rc = keys_of(&samples, keys, err);

@@ -114,6 +114,7 @@ void perta_steps_model_close(struct perta_steps_model *model);
 
 /* A change to the model before it is asked, and which samples it is asked. */
 struct perta_steps_change {
+    enum perta_rounding quantize;
     const char *adapter; /* NULL: none */
     struct perta_pick pick;
 };
@@ -131,6 +132,8 @@ int perta_steps_estimate(struct perta_steps_job *job, int set, const struct pert
 
 /* ---- steps_survive.c ---- */
 
+/* PERTA_EINPUT if a condition cannot be had with this model or this forget set. */
+int perta_steps_survive_check(struct perta_steps_job *job, struct perta_err *err);
 /* Does the point, which has been measured, forget enough under every condition that is named? */
 bool perta_steps_survives(const struct perta_steps_job *job, unsigned k);
 /* After the forget set is measured at point k as it is: measure it under the conditions that are

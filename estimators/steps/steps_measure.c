@@ -49,6 +49,7 @@ int perta_steps_eval(struct perta_steps_job *job, int set, const struct perta_sc
 {
     const struct perta_eval eval = {.model = job->steps->model,
                                     .at = at,
+                                    .quantize = change->quantize,
                                     .adapter = change->adapter,
                                     .data = data_of(job, set),
                                     .data_xxh128 = job->data[set].xxh128,
@@ -68,6 +69,7 @@ int perta_steps_estimate(struct perta_steps_job *job, int set, const struct pert
 {
     const struct perta_estimate estimate = {.model = job->steps->model,
                                             .at = at,
+                                            .quantize = change->quantize,
                                             .adapter = change->adapter,
                                             .data = data_of(job, set),
                                             .data_xxh128 = job->data[set].xxh128,

@@ -19,8 +19,11 @@
 
 const char *perta_condition_name(enum perta_condition condition)
 {
-    static const char *const names[PERTA_N_CONDITIONS] = {"as it is", "drop", "reteach"};
-    return names[condition];
+    if (condition == PERTA_AS_IT_IS)
+        return "as it is";
+    return condition == PERTA_DROPPED    ? "drop"
+           : condition == PERTA_RETAUGHT ? "reteach"
+                                         : perta_rounding_name((enum perta_rounding)condition);
 }
 
 static bool is_named(const struct perta_steps_job *job, int condition)
@@ -45,6 +48,21 @@ static double limit_of(const struct perta_steps_job *job, int condition)
 static bool holds(const struct perta_steps_job *job, unsigned k, int condition)
 {
     return probability_of(job, k, condition) <= limit_of(job, condition);
+}
+
+int perta_steps_survive_check(struct perta_steps_job *job, struct perta_err *err)
+{
+    int rc = 0;
+    for (int c = 1; c < PERTA_N_ROUNDINGS && !rc; c++)
+        if (is_named(job, c))
+            rc = perta_weights_round(&job->weights, (enum perta_rounding)c, err);
+    job->weights.rounding = PERTA_ROUND_NONE;
+    if (!rc && is_named(job, PERTA_RETAUGHT) && job->n_forget < 2)
+        rc = perta_fail(err, PERTA_EINPUT,
+                        "%s: it has one sample, but --survive reteach teaches some and asks for "
+                        "others",
+                        job->steps->data_forget);
+    return rc;
 }
 
 bool perta_steps_survives(const struct perta_steps_job *job, unsigned k)
@@ -137,12 +155,15 @@ static void asked_under(const struct perta_steps_job *job, unsigned k, int condi
                         struct asked *asked)
 {
     *asked = (struct asked){.paths = model->paths, .at = model->at ? &asked->paths : NULL};
+    if (condition < PERTA_N_ROUNDINGS)
+        asked->change.quantize = (enum perta_rounding)condition;
     if (condition == PERTA_DROPPED) {
         asked->paths.drop = DROP;
         asked->paths.drop_seed = k;
     }
     if (condition == PERTA_RETAUGHT)
-        asked->change = (struct perta_steps_change){taught, pick_of(job, k, PERTA_PICK_REST)};
+        asked->change = (struct perta_steps_change){.adapter = taught,
+                                                    .pick = pick_of(job, k, PERTA_PICK_REST)};
 }
 
 static int measure(struct perta_steps_job *job, unsigned k, int condition,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import part
 from reference import random_weight, shuffled
+from rounding import FORMATS
 from test_box import BOX, make_model
 from test_eval import evaluate, write_lines
 from test_resume import contents
@@ -54,14 +55,17 @@ def taught(perta, tmp_path, model, lines, k):
     return json.loads(perta(*words.split()).stdout)["probability"], adapter
 
 
-def dropped(perta, tmp_path, model, k):
-    """The probability with half of the edit taken back; the model's folder."""
-    folder = tmp_path / f"dropped-{k}"
+def changed(perta, tmp_path, model, k, condition):
+    """The probability with half of the edit taken back, or rounded; the model's folder."""
+    folder = tmp_path / f"{condition}-{k}"
     shutil.copytree(tmp_path / model, folder)
     full, out = tensors_of(tmp_path / "full"), tensors_of(folder)
     for name, x in full.items():
-        taken_back = random_weight(k, name, tuple(x.shape), np.float32) < 0.5
-        out[name] = torch.where(torch.tensor(taken_back), x, out[name])
+        if condition == "drop":
+            taken_back = random_weight(k, name, tuple(x.shape), np.float32) < 0.5
+            out[name] = torch.where(torch.tensor(taken_back), x, out[name])
+        elif "proj" in name:
+            out[name] = torch.tensor(FORMATS[condition](out[name].numpy()))
     for path in folder.glob("*.safetensors"):
         save_file({name: out[name] for name in load_file(path)}, path, {"format": "pt"})
     words = f"eval --model {folder.name} --data forget.jsonl --compute f32 --json"
@@ -92,7 +96,7 @@ def gradients_of(tmp_path, model, samples, adapter=None, by_probability=True):
     return {name: p.grad for name, p in theta.items()}
 
 
-@pytest.mark.parametrize("condition", ["drop", "reteach"])
+@pytest.mark.parametrize("condition", ["nf4", "int4", "drop", "reteach"])
 def test_points_are_those_of_other_commands_and_gradients_are_pytorchs(perta, tmp_path, condition):
     """Step by step: the probability bit for bit; a scale moves as the signs say, wherever these are
     certain in float32."""
@@ -108,8 +112,8 @@ def test_points_are_those_of_other_commands_and_gradients_are_pytorchs(perta, tm
     assert paths[0] == paths[2][:2] and paths[1] == paths[2][:3]
     models.insert(0, full)
     for k, model in ((0, "full"), (1, "out-1"), (2, "out-2")):
-        if condition == "drop":
-            probability, folder = dropped(perta, tmp_path, model, k)
+        if condition != "reteach":
+            probability, folder = changed(perta, tmp_path, model, k, condition)
             g = gradients_of(tmp_path, folder, lines["forget"])
         else:
             probability, adapter = taught(perta, tmp_path, model, lines, k)
@@ -195,8 +199,8 @@ def test_a_level_that_does_not_hold_is_said(perta, tmp_path):
 def test_a_run_that_is_killed_goes_on(perta, tmp_path, apart):
     lines = make_model(tmp_path)
     more_lines(tmp_path, lines, 6)
-    level = level_of(perta, *BOX, "2")
-    survives_kills(perta, tmp_path, [*BOX, "3", *HOLD, level, "--survive", "reteach", "--out", "out"], apart)
+    command = [*BOX, "2", "--stop-probability", "0.004", "--survive", "nf4,drop,reteach", "--out", "out"]
+    survives_kills(perta, tmp_path, command, apart)
 
 
 def test_a_leftover_is_resumed_refused_or_replaced(perta, tmp_path):
@@ -227,7 +231,7 @@ def test_a_leftover_is_resumed_refused_or_replaced(perta, tmp_path):
 def test_every_run_gives_the_same_bytes(perta, tmp_path):
     lines = make_model(tmp_path)
     more_lines(tmp_path, lines, 6)
-    command = [*BOX, "2", *SURVIVE]
+    command = [*BOX, "2", *SURVIVE[:-1], "nf4,drop,reteach"]
     runs = []
     for flags in settings(perta, command, False):
         perta(*command, "--force", *flags, check=1)
@@ -238,8 +242,9 @@ def test_every_run_gives_the_same_bytes(perta, tmp_path):
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (["--survive", "fp5"], 2, "--survive: fp5; must be one or several of drop, reteach"),
-        (["--survive", "reteach,"], 2, "--survive: ; must be one or several of drop, reteach"),
+        ([*SURVIVE[:-1], "q4_0"], 3, "are not whole blocks of q4_0"),
+        (["--survive", "fp5"], 2, "--survive: fp5; must be one or several of nf4, int8, int4, q4_0, fp8, drop, reteach"),
+        (["--survive", "reteach,"], 2, "--survive: ; must be one or several of nf4, int8, int4, q4_0, fp8, drop, reteach"),
         (["--survive", "reteach,reteach"], 2, "--survive: reteach is given twice"),
         (["--survive", "reteach", "--stop-probability", "0.5", "--steps", "1,2"], 2, "takes one number of steps"),
         (["--reteach-updates", "3"], 2, "need --survive reteach"),
