@@ -239,7 +239,8 @@ END_TEST
 
 #if HAS_MODEL
 static const struct perta_scaled_paths nowhere = {.tuned = "t", .scale = "s"},
-                                       both = {"t", "b", "s", "x", 1};
+                                       both = {"t", "b", "s", .box = "x", .box_size = 1},
+                                       all_dropped = {"t", "b", "s", .drop = 1};
 
 static struct perta_estimate good_estimate(void)
 {
@@ -260,6 +261,9 @@ START_TEST(estimate)
     BAD(estimate, job.quantize = (enum perta_rounding)6, "--quantize: 6");
     BAD(estimate, job.at = &nowhere, "base (of at) is needed");
     BAD(estimate, job.at = &both, "box (of at), or tuned and base, not both");
+    BAD(estimate, job.at = &all_dropped, "drop (of at): 1; must be at least 0, and below 1");
+    BAD(estimate, job.pick.what = PERTA_PICK_BATCH, "pick: its size must be above 0");
+    BAD(estimate, job.pick.what = (enum perta_picked)4, "pick: 4");
 }
 END_TEST
 
@@ -281,6 +285,8 @@ START_TEST(eval)
     BAD(eval, job.generate = PERTA_GENERATE_MAX + 1, "--generate: at most 1048576");
     BAD(eval, job.at = &nowhere, "base (of at) is needed");
     BAD(eval, (job.at = &nowhere, job.patch = "p"), "--patch or at, not both");
+    BAD(eval, (job.pick.what = PERTA_PICK_SOME, job.pick.size = 1), "pick: only with as_estimate");
+    BAD(eval, (job.pick.what = PERTA_PICK_SOME, job.as_estimate = true), "pick: its size");
 }
 END_TEST
 
@@ -315,6 +321,8 @@ START_TEST(tune)
     BAD(tune, job.seed = UINT64_MAX, "--seed: must be at most");
     BAD(tune, job.compute = (enum perta_compute)4, "--compute: 4");
     BAD(tune, job.quantize = (enum perta_rounding)6, "--quantize: 6");
+    BAD(tune, job.at = &both, "box (of at), or tuned and base, not both");
+    BAD(tune, job.pick.what = PERTA_PICK_REST, "pick: its size must be above 0");
 }
 END_TEST
 
@@ -336,6 +344,7 @@ static struct perta_steps good_steps(void)
 START_TEST(steps)
 {
     const double nan = (double)NAN, infinite = (double)INFINITY;
+    const unsigned nf4 = 1u << PERTA_ROUND_NF4, taught = 1u << PERTA_RETAUGHT;
     COMMON(steps);
     BAD(steps, job.model = NULL, "--model DIR is needed");
     BAD(steps, job.tuned = NULL, "--tuned DIR is needed");
@@ -361,6 +370,17 @@ START_TEST(steps)
     BAD(steps, job.max_retain_rise = nan, "--max-retain-rise: nan");
     BAD(steps, (job.hold = true, job.several = true), "takes one number of steps");
     BAD(steps, (job.hold = true, job.stop_probability = infinite), "needs --stop-probability P");
+    BAD(steps, job.survive = 1u << PERTA_AS_IT_IS, "--survive: there is no such condition");
+    BAD(steps, job.survive = 1u << PERTA_N_CONDITIONS, "--survive: there is no such condition");
+    BAD(steps, (job.survive = nf4, job.stop_probability = infinite), "--survive needs --stop-pro");
+    BAD(steps, (job.survive = nf4, job.several = true), "--survive takes one number of steps");
+    BAD(steps, job.survive = taught, "--reteach-updates: must be from 1 to 1000");
+    BAD(steps, (job.survive = taught, job.reteach.updates = 1),
+        "--reteach-rate: 0; must be a finite");
+    BAD(steps, (job.survive = taught, job.reteach = (struct perta_reteach){1, nan, 1}),
+        "--reteach-rate: nan");
+    BAD(steps, (job.survive = taught, job.reteach = (struct perta_reteach){1, 1, 0.5}),
+        "--reteach-factor: 0.5; must be 1 or more");
     BAD(steps, job.compute = (enum perta_compute)9, "--compute: 9");
     BAD(steps, job.globs.n_include = 1, "--include");
     BAD(steps, (job.several = true, job.retain_batch = 1), "--retain-batch takes one number");

@@ -436,6 +436,25 @@ static int steps_in_a_box(json_t **record)
 {
     return steps_in(NULL, NULL, 0.1, record);
 }
+
+static int steps_that_last(json_t **record)
+{
+    const struct perta_steps s = {.model = "in/model",
+                                  .data_forget = "in/a.jsonl",
+                                  .data_retain = "in/b.jsonl",
+                                  .n_steps = 1,
+                                  .rule = {0.4, 0.2, 3},
+                                  .box = 0.1,
+                                  .stop_forget = (double)INFINITY,
+                                  .stop_probability = 1e-9,
+                                  .survive = 1u << PERTA_ROUND_INT8 | 1u << PERTA_DROPPED |
+                                             1u << PERTA_RETAUGHT,
+                                  .reteach = {1, 0.01, 2},
+                                  .max_retain_rise = (double)INFINITY,
+                                  .compute = PERTA_COMPUTE_F32,
+                                  .patch = "out/patch"};
+    return perta_steps(&s, &run, record, &err);
+}
 #endif
 
 static const struct verb {
@@ -479,6 +498,7 @@ static const struct verb {
     {"unlearn --steps", steps, 307, ANEW},
     {"unlearn --steps, an adapter", steps_of_an_adapter, 307, ANEW},
     {"unlearn --steps --box", steps_in_a_box, 307, ANEW},
+    {"unlearn --steps --survive", steps_that_last, 307, ANEW},
 #endif
 };
 
