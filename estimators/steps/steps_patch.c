@@ -72,6 +72,8 @@ static json_t *recipe_of(const struct perta_steps_job *job, unsigned n_steps, un
     json_t *recipe = perta_steps_parameters(job, n_steps);
     perta_json_set(&recipe, "path", path_json(job, last));
     perta_json_set(&recipe, "chosen", json_integer(k));
+    if (job->steps->survive)
+        perta_json_set(&recipe, "conditions", perta_steps_survive_end(job, k));
     for (int i = 0; i < 2; i++)
         add_data(job, i, &recipe);
     return recipe;

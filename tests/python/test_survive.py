@@ -171,7 +171,7 @@ def test_a_level_is_held_under_every_condition(perta, tmp_path):
         "reteach": {"samples": 2, "rank": 8, "lora_alpha": 16.0, "updates": 5, "learning_rate": 1e-2,
                     "factor": 2.0, "seed": 0},
     }  # fmt: skip
-    assert recipe["path"] == path
+    assert (recipe["path"], recipe["conditions"]) == (path, summary["conditions"])
     said = perta(*(word for word in command if word != "--json"), "--force").stdout
     assert "mean scale      reteach\n" in said and "reteach: probability 0." in said and ": holds\n" in said
     perta("report", "patch", "--html", "patch.html")
