@@ -440,8 +440,8 @@ static int steps_in_a_box(json_t **record)
 static int steps_that_last(json_t **record)
 {
     const struct perta_steps s = {.model = "in/model",
-                                  .data_forget = "in/a.jsonl",
-                                  .data_retain = "in/b.jsonl",
+                                  .data_forget = "in/b.jsonl",
+                                  .data_retain = "in/a.jsonl",
                                   .n_steps = 1,
                                   .rule = {0.4, 0.2, 3},
                                   .box = 0.1,

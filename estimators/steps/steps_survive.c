@@ -73,21 +73,18 @@ bool perta_steps_survives(const struct perta_steps_job *job, unsigned k)
     return true;
 }
 
-/* Is condition a worse than b at a point? */
-static bool is_worse(const struct perta_steps_job *job, unsigned k, int a, int b)
+/* How far a condition is from its limit at a point; above 1: it does not hold. */
+static double excess_of(const struct perta_steps_job *job, unsigned k, int condition)
 {
-    return probability_of(job, k, a) / limit_of(job, a) >
-           probability_of(job, k, b) / limit_of(job, b);
+    return probability_of(job, k, condition) / limit_of(job, condition);
 }
 
-/* The condition under which gradients are taken: of those that are named, the one under which most
- * comes back; as it is if all of them hold. */
+/* The condition that misses its limit most, or comes nearest to it; if several do, the first. */
 static int worst_of(const struct perta_steps_job *job, unsigned k)
 {
     int worst = PERTA_AS_IT_IS;
     for (int c = 0; c < PERTA_N_CONDITIONS; c++)
-        if (is_named(job, c) && !holds(job, k, c) &&
-            (worst == PERTA_AS_IT_IS || is_worse(job, k, c, worst)))
+        if (is_named(job, c) && excess_of(job, k, c) > excess_of(job, k, worst))
             worst = c;
     return worst;
 }
@@ -295,11 +292,8 @@ json_t *perta_steps_survive_point(const struct perta_steps_job *job, unsigned k)
 /* The worst first; the others in their order. */
 json_t *perta_steps_survive_end(const struct perta_steps_job *job, unsigned k)
 {
-    int worst = PERTA_AS_IT_IS;
+    int worst = worst_of(job, k);
     json_t *list = json_array();
-    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
-        if (is_named(job, c) && is_worse(job, k, c, worst))
-            worst = c;
     for (int i = -1; i < PERTA_N_CONDITIONS; i++) {
         int c = i < 0 ? worst : i;
         if ((i == worst) || !(c == PERTA_AS_IT_IS || is_named(job, c)))

@@ -24,6 +24,7 @@ from perta.run_folder import RUN, Layout, digest, files_of, fsync, write_public
 from perta.samples import check_same_tokenizer, encoder_of
 from perta.tokenize import add_text_options, positive
 
+CONDITIONS = ("nf4", "int8", "int4", "q4_0", "fp8", "drop", "reteach")  # docs/steps.md: --survive
 VERSION = 1  # of data/run.json and summary.json
 FILES = ("report.html", "summary.json", "summary.md")
 DATA = ("after.json", "base.json", "before.json", "forget.jsonl", "held-out.jsonl", "retain.jsonl", "run.json")
@@ -32,6 +33,13 @@ SHARE = 0.15  # of what the model knew, for a guess at the target: docs/forget.m
 
 def above_0(text: str) -> str:
     if not 0 < float(text) < float("inf"):
+        raise ValueError
+    return text
+
+
+def conditions(text: str) -> str:
+    names = text.split(",")
+    if not set(names) <= set(CONDITIONS) or len(set(names)) < len(names):
         raise ValueError
     return text
 
@@ -56,6 +64,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     option("--steps", "K", "steps to take (default 16)", type=positive, default=16)
     option("--box", "C", "how far steps go: in C times the root mean square of each matrix (default: found from "
            "the gradients)", type=above_0)  # fmt: skip
+    option("--survive", "LIST", "conditions under which the target has to hold, too: one or several of "
+           + ",".join(CONDITIONS), type=conditions)  # fmt: skip
     option("--holdout", "SHARE", "share of --retain that is held out (default 0.2)", type=share, default=0.2)
     option("--seed", "S", "decides which samples are held out (default 0)", type=int, default=0)
     add_text_options(parser)
@@ -92,6 +102,7 @@ class Forget(LongRun):
         found = {"perta_forget": VERSION, **options, "model": files_of(a.model),
                  "base": files_of(a.base) if a.base else None,
                  "forget": digest(a.forget), "retain": digest(a.retain)}  # fmt: skip
+        found |= {"survive": a.survive} if a.survive else {}
         return found | {"date": (a.date or datetime.datetime.now()).isoformat()}
 
     def read(self, date: str) -> Sets:
@@ -142,7 +153,6 @@ class Forget(LongRun):
     def unlearn(self, sets: Sets, target: float) -> bool:
         """Write patch/. False if the target is not reached."""
         a, patch = self.a, self.folder.partial / "patch"
-        reached = True
         if patch.exists():
             self.progress.end("unlearn", ran=False)
         else:
@@ -151,13 +161,15 @@ class Forget(LongRun):
                      "--data-forget", str(self.folder.data("forget.jsonl")),
                      "--data-retain", str(self.folder.data("retain.jsonl")),
                      "--stop-probability", repr(target), *(["--box", a.box] if a.box else []),
+                     *(["--survive", a.survive] if a.survive else []),
                      "--retain-batch", str(sets.retain_batch()),
                      "--patch", str(patch), "--resume", *self.how()]  # fmt: skip
             self.children.run(words, self.step_progress(), may_be=(0, CHECK), say=self.passed_on)
             self.progress.end("unlearn")
         recipe = json.loads((patch / "manifest.json").read_text(encoding="utf-8"))["recipe"]
-        reached = recipe["path"][recipe["chosen"]]["forget_probability"] <= target
-        return reached
+        return recipe["path"][recipe["chosen"]]["forget_probability"] <= target and all(
+            condition["holds"] for condition in recipe.get("conditions", [])
+        )
 
     def edit(self) -> dict[str, Any]:
         """What the patch changes."""
@@ -167,7 +179,7 @@ class Forget(LongRun):
             "parameters": manifest["counts"]["parameters"], "changed": manifest["counts"]["changed"],
             "steps": self.a.steps, "chosen": manifest["recipe"]["chosen"], "box": manifest["recipe"]["box"],
             "patch_bytes": sum(path.stat().st_size for path in patch.iterdir()),
-        }  # fmt: skip
+        } | ({"conditions": manifest["recipe"]["conditions"]} if self.a.survive else {})  # fmt: skip
 
     # ---- the whole
 
@@ -208,6 +220,7 @@ class Forget(LongRun):
         before = self.ask("before", model, asked)
         target = self.target(sets, before)
         nothing = forget_summary.scores(sets, before)["forget"]["probability"] <= target["probability"]
+        nothing &= not a.survive  # what is not said now may come back under a condition
         reached, after = True, None
         if not nothing:
             reached = self.unlearn(sets, target["probability"])
@@ -236,7 +249,7 @@ class Forget(LongRun):
             "perta_forget": VERSION, "model": str(a.model), "target": target, "reached": reached,
             "nothing_to_forget": after is None, "sets": each,
             "options": {"steps": a.steps, "holdout": a.holdout, "seed": a.seed, "template": a.template,
-                        "max_tokens": a.max_tokens},
+                        "max_tokens": a.max_tokens} | ({"survive": a.survive} if a.survive else {}),
             "edit": self.edit() if after else None, "notes": self.notes,
             "samples": forget_summary.samples_json(sets, before, after),
         }  # fmt: skip

@@ -20,6 +20,7 @@ QUICK = 5.0  # seconds: a measurement that is as quick is repeated, with the fil
 # read, scales (bfloat16) read and written, and scales and the box's signs read with each weight.
 STATE_READ, STATE_WRITTEN = 2 * 4 + 2 + 1 + 2 * 2 * 3, 2 * 4 + 2
 STATE_KEPT = 17  # docs/steps.md: signed-hold with a box
+UPDATES = 5  # docs/steps.md: --reteach-updates
 START = 0.06  # seconds of a pass that are neither reading nor arithmetic
 STATE_RATE = 1e9  # bytes a second, at most: it is synced to the disk
 
@@ -71,7 +72,13 @@ def figures(forget: Any, sets: Sets) -> dict[str, Any]:
     if share < 1:  # the whole set is asked wherever enough is forgotten: half of the points, say
         asked += a.steps / 2 * tokens["retain"]
         evals += a.steps / 2
+    survive = a.survive.split(",") if a.survive else []
+    asked += a.steps * len(survive) * tokens["forget"]
+    evals += a.steps * len(survive)
     gradients = 2 * a.steps  # each reads the model twice, and computes four times as much
+    if "reteach" in survive:  # docs/steps.md: so many updates over a quarter of the forget set
+        gradients += UPDATES * a.steps
+        learned += UPDATES * a.steps * tokens["forget"] / 4
     state_read, state_written = (n * parameters * a.steps for n in (STATE_READ, STATE_WRITTEN))
     seconds = (
         (evals + gradients) * START + (evals + 2 * gradients) * reading

@@ -6,6 +6,7 @@ from typing import Any
 
 from perta.forget_sets import Sets
 
+AS_IT_IS = "as it is"  # the condition that is always there
 NAMES = {
     "forget": "to be forgotten",
     "retain": "to be retained, shown to the method",
@@ -86,8 +87,11 @@ def verdict(summary: dict[str, Any]) -> str:
                 f"{before}, which is not above the target of {number(target['probability'])}. There is no patch.")
     after = number(forget["after"]["probability"])
     if not summary["reached"]:
+        broken = [one for one in summary["edit"].get("conditions", [])[:1] if one["condition"] != AS_IT_IS]
+        more = "".join(f" Under the condition {one['condition']} it is {number(one['probability'])}, and was to be "
+                       f"at most {number(one['limit'])}." for one in broken)  # fmt: skip
         return (f"**Not enough is forgotten.** The target was a probability of {number(target['probability'])}; after "
-                f"{summary['edit']['steps']} steps it is {after} (before: {before}). More `--steps` go further.")
+                f"{summary['edit']['steps']} steps it is {after} (before: {before}).{more} More `--steps` go further.")
     return (f"**The target is reached.** The model gave the answers that are to be forgotten a probability of {before}, "
             f"and now gives them {after}; the target was {number(target['probability'])}.")
 
@@ -103,11 +107,23 @@ def markdown(summary: dict[str, Any], out: str) -> str:
         "`summary.json` has the numbers of every sample.", "",
         f"The target comes from {summary['target']['why']}.", "",
     ]  # fmt: skip
-    lines += edited(summary, model, where) if not summary["nothing_to_forget"] else []
+    if not summary["nothing_to_forget"]:
+        lines += survived(summary["edit"].get("conditions", [])) + edited(summary, model, where)
     lines += ["## What this does not show", "", *(f"- {text}" for text in caveats(summary)), ""]
     if summary["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in summary["notes"]), ""]
     return "\n".join(lines)
+
+
+def survived(conditions: list[dict[str, Any]]) -> list[str]:
+    """What came out under the conditions of --survive."""
+    if not conditions:
+        return []
+    lines = [f"| {one['condition']} | {number(one['probability'])} | {number(one['limit'])} | "
+             f"{'yes' if one['holds'] else '**no**'} |" for one in conditions]  # fmt: skip
+    return ["## Does it last?", "", "The target also had to hold under these conditions, the worst first "
+            "(docs/steps.md says what they are). It is no proof: other ways may bring back more.", "",
+            "| | probability | at most | holds |", "|---|---|---|---|", *lines, ""]  # fmt: skip
 
 
 def edited(summary: dict[str, Any], model: str, where: str) -> list[str]:

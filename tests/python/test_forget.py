@@ -188,6 +188,26 @@ def test_a_target_that_is_not_reached(perta, folder):
     perta("verify", "out/patch")
 
 
+def test_the_target_holds_under_conditions(perta, folder):
+    """--survive is passed on; the summary says what came out, and it decides whether it is reached."""
+    words = [*QUICK[:-1], "0.9", "--survive", "int4,drop", "--compute", "f32", "--json", "--steps", "9"]
+    summary = json.loads(perta(*words).stdout)
+    recipe = json.loads((folder / "out/patch/manifest.json").read_text())["recipe"]
+    found = summary["edit"]["conditions"]
+    assert found == recipe["conditions"] and recipe["survive"]["conditions"] == ["int4", "drop"]
+    assert {one["condition"] for one in found} == {"as it is", "int4", "drop"} and summary["reached"]
+    assert summary["options"]["survive"] == "int4,drop"
+    text = (folder / "out/summary.md").read_text()
+    assert "## Does it last?" in text and text.count("| yes |") == 3
+    never = [*QUICK[:-1], "1e-6", "--survive", "drop", "--steps", "1", "--force"]
+    done = perta(*never, check=1)
+    assert "Under the condition drop it is" in done.stderr + done.stdout
+    assert "| **no** |" in (folder / "out/summary.md").read_text()
+    for words in ("fp5", "int4,int4", ""):
+        assert "--survive" in perta(*QUICK, "--survive", words, check=2).stderr
+    assert "dry run" in perta(*QUICK, "--survive", "reteach", "--dry-run", "--force").stdout
+
+
 def test_nothing_to_forget(perta, folder):
     done = perta(*FORGET, "--target", "0.999", "--json")
     assert "Nothing to forget" in done.stderr and json.loads(done.stdout)["nothing_to_forget"]

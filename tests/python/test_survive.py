@@ -98,27 +98,32 @@ def gradients_of(tmp_path, model, samples, adapter=None, by_probability=True):
 
 @pytest.mark.parametrize("condition", ["nf4", "int4", "drop", "reteach"])
 def test_points_are_those_of_other_commands_and_gradients_are_pytorchs(perta, tmp_path, condition):
-    """Step by step: the probability bit for bit; a scale moves as the signs say, wherever these are
-    certain in float32."""
+    """Step by step: the probability bit for bit; a scale moves as the signs at the worse of the two
+    points say, wherever these are certain in float32."""
     lines = make_folders(tmp_path)
     more_lines(tmp_path, lines)
     full, tuned, base = (tensors_of(tmp_path / name) for name in ("full", "tuned", "base"))
     paths, models = [], []
     for k in (1, 2, 3):
         words = [*STEPS, k, *SURVIVE[:-1], condition, "--method", "signed", "--patch", f"patch-{k}"]
+        words += ["--reteach-factor", "1"] if condition == "reteach" else []
         summary = json.loads(perta(*words, "--out", f"out-{k}", check=1).stdout)
         paths.append(summary["path"])
         models.append(tensors_of(tmp_path / f"out-{k}"))
     assert paths[0] == paths[2][:2] and paths[1] == paths[2][:3]
     models.insert(0, full)
+    worst = set()
     for k, model in ((0, "full"), (1, "out-1"), (2, "out-2")):
         if condition != "reteach":
             probability, folder = changed(perta, tmp_path, model, k, condition)
-            g = gradients_of(tmp_path, folder, lines["forget"])
+            at = (folder, lines["forget"])
         else:
             probability, adapter = taught(perta, tmp_path, model, lines, k)
-            g = gradients_of(tmp_path, model, parts(lines["forget"], k)[1], adapter)
+            at = (model, parts(lines["forget"], k)[1], adapter)
         assert paths[2][k]["survive"] == {condition: probability}
+        worse = probability > paths[2][k]["forget_probability"]
+        worst |= {worse}
+        g = gradients_of(tmp_path, *(at if worse else (model, lines["forget"])))
         retain = gradients_of(tmp_path, model, lines["retain"], by_probability=False)
         checked = 0
         for key, x in models[k].items():
@@ -133,6 +138,7 @@ def test_points_are_those_of_other_commands_and_gradients_are_pytorchs(perta, tm
             assert (far == grows)[sure].all(), (k, key)
             checked += sure.sum().item()
         assert checked > 10000
+    assert True in worst
 
 
 def level_of(perta, *words):
