@@ -344,7 +344,7 @@ static struct perta_steps good_steps(void)
 START_TEST(steps)
 {
     const double nan = (double)NAN, infinite = (double)INFINITY;
-    const unsigned nf4 = 1u << PERTA_ROUND_NF4, taught = 1u << PERTA_RETAUGHT;
+    const unsigned nf4 = 1u << PERTA_AT_NF4, taught = 1u << PERTA_RETAUGHT;
     COMMON(steps);
     BAD(steps, job.model = NULL, "--model DIR is needed");
     BAD(steps, job.tuned = NULL, "--tuned DIR is needed");

@@ -447,7 +447,7 @@ static int steps_that_last(json_t **record)
                                   .box = 0.1,
                                   .stop_forget = (double)INFINITY,
                                   .stop_probability = 1e-9,
-                                  .survive = 1u << PERTA_ROUND_INT8 | 1u << PERTA_DROPPED |
+                                  .survive = 1u << PERTA_AT_INT8 | 1u << PERTA_DROPPED |
                                              1u << PERTA_RETAUGHT,
                                   .reteach = {1, 0.01, 2},
                                   .max_retain_rise = (double)INFINITY,

@@ -27,10 +27,10 @@ static char *name_of(const char *fmt, unsigned step, const char *set)
     return asprintf(&name, fmt, step, set) < 0 ? NULL : name;
 }
 
-char *perta_steps_path(const struct perta_steps_job *job, const char *fmt, unsigned step,
+char *perta_steps_path(const struct perta_steps_job *job, const char *fmt, unsigned k,
                        const char *set)
 {
-    char *name = name_of(fmt, step, set);
+    char *name = name_of(fmt, k, set);
     char *path = name ? perta_publish_path(&job->work, name) : NULL;
     free(name);
     return path;

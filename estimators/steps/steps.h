@@ -32,7 +32,11 @@ struct perta_step_rule {
  * again, asked for the rest. */
 enum perta_condition {
     PERTA_AS_IT_IS,
-    /* below PERTA_N_ROUNDINGS: the formats of enum perta_rounding */
+    PERTA_AT_NF4 = PERTA_ROUND_NF4,
+    PERTA_AT_INT8 = PERTA_ROUND_INT8,
+    PERTA_AT_INT4 = PERTA_ROUND_INT4,
+    PERTA_AT_Q4_0 = PERTA_ROUND_Q4_0,
+    PERTA_AT_FP8 = PERTA_ROUND_FP8,
     PERTA_DROPPED = PERTA_N_ROUNDINGS,
     PERTA_RETAUGHT,
     PERTA_N_CONDITIONS,
