@@ -119,6 +119,29 @@ static void parse_survive(struct argp_state *state, struct perta_steps *s, const
     free(texts);
 }
 
+static error_t parse_conditions(int key, char *arg, struct argp_state *state)
+{
+    struct unlearn_steps *own = state->input;
+    struct perta_steps *s = &own->steps;
+    own->tunes_reteach |= key >= KEY_RETEACH_UPDATES && key <= KEY_RETEACH_FACTOR;
+    switch (key) {
+    case KEY_SURVIVE:
+        parse_survive(state, s, arg);
+        return 0;
+    case KEY_RETEACH_UPDATES:
+        s->reteach.updates = cli_count(state, "--reteach-updates", arg);
+        return 0;
+    case KEY_RETEACH_RATE:
+        s->reteach.learning_rate = cli_number(state, "--reteach-rate", arg);
+        return 0;
+    case KEY_RETEACH_FACTOR:
+        s->reteach.factor = cli_number(state, "--reteach-factor", arg);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct unlearn_steps *own = state->input;
@@ -165,21 +188,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_STOP_PROBABILITY:
         s->stop_probability = cli_number(state, "--stop-probability", arg);
         return 0;
-    case KEY_SURVIVE:
-        parse_survive(state, s, arg);
-        return 0;
-    case KEY_RETEACH_UPDATES:
-        s->reteach.updates = cli_count(state, "--reteach-updates", arg);
-        own->tunes_reteach = true;
-        return 0;
-    case KEY_RETEACH_RATE:
-        s->reteach.learning_rate = cli_number(state, "--reteach-rate", arg);
-        own->tunes_reteach = true;
-        return 0;
-    case KEY_RETEACH_FACTOR:
-        s->reteach.factor = cli_number(state, "--reteach-factor", arg);
-        own->tunes_reteach = true;
-        return 0;
     case KEY_MAX_RETAIN_RISE:
         s->max_retain_rise = cli_number(state, "--max-retain-rise", arg);
         return 0;
@@ -190,7 +198,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         s->compute = cli_compute(state, arg);
         return 0;
     default:
-        return ARGP_ERR_UNKNOWN;
+        return parse_conditions(key, arg, state);
     }
 }
 
