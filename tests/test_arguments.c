@@ -379,8 +379,8 @@ START_TEST(steps)
         "--reteach-rate: 0; must be a finite");
     BAD(steps, (job.survive = taught, job.reteach = (struct perta_reteach){1, nan, 1}),
         "--reteach-rate: nan");
-    BAD(steps, (job.survive = taught, job.reteach = (struct perta_reteach){1, 1, 0.5}),
-        "--reteach-factor: 0.5; must be 1 or more");
+    BAD(steps, (job.survive = taught, job.reteach = (struct perta_reteach){1, 1, 0}),
+        "--reteach-factor: 0; must be a finite");
     BAD(steps, job.compute = (enum perta_compute)9, "--compute: 9");
     BAD(steps, job.globs.n_include = 1, "--include");
     BAD(steps, (job.several = true, job.retain_batch = 1), "--retain-batch takes one number");

@@ -66,7 +66,7 @@ static const struct argp_option options[] = {
      "--survive reteach: how many updates it is taught for (default 5)", 2},
     {"reteach-rate", KEY_RETEACH_RATE, "L", 0, "Their learning rate (default 0.01)", 2},
     {"reteach-factor", KEY_RETEACH_FACTOR, "F", 0,
-     "The mean probability of the other answers is then to be at most F times P (default 2)", 2},
+     "The mean probability of the other answers is then to be at most F times P (default 1)", 2},
     {"max-retain-rise", KEY_MAX_RETAIN_RISE, "R", 0,
      "Stop before the loss over the retain set has risen by more than R", 2},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "Refuse samples of more than N tokens", 2},
@@ -210,7 +210,7 @@ void unlearn_steps_init(struct unlearn_steps *own)
                                             .stop_forget = INFINITY,
                                             .stop_probability = INFINITY,
                                             .max_retain_rise = INFINITY,
-                                            .reteach = {5, 0.01, 2}}};
+                                            .reteach = {5, 0.01, 1}}};
 }
 
 void unlearn_steps_take(struct perta_steps *to, const struct perta_unlearn *from)

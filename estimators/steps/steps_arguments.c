@@ -51,9 +51,9 @@ static int check_reteach(const struct perta_reteach *r, struct perta_err *err)
     if (!(r->learning_rate > 0 && isfinite(r->learning_rate)))
         return perta_fail(err, PERTA_EUSAGE, "--reteach-rate: %g; must be a finite number above 0",
                           r->learning_rate);
-    return r->factor >= 1 && isfinite(r->factor)
+    return r->factor > 0 && isfinite(r->factor)
                ? 0
-               : perta_fail(err, PERTA_EUSAGE, "--reteach-factor: %g; must be 1 or more",
+               : perta_fail(err, PERTA_EUSAGE, "--reteach-factor: %g; must be a finite number above 0",
                             r->factor);
 }
 

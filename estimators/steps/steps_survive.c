@@ -79,6 +79,19 @@ static double excess_of(const struct perta_steps_job *job, unsigned k, int condi
     return probability_of(job, k, condition) / limit_of(job, condition);
 }
 
+/* The condition under which gradients are taken: of those that are named and do not hold, the worst;
+ * the model as it is if all of them hold. Were it among the others, it would be the worst for most
+ * of the way, and its gradients hide what they are to remove. */
+static int gradients_under(const struct perta_steps_job *job, unsigned k)
+{
+    int worst = PERTA_AS_IT_IS;
+    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+        if (is_named(job, c) && !holds(job, k, c) &&
+            (worst == PERTA_AS_IT_IS || excess_of(job, k, c) > excess_of(job, k, worst)))
+            worst = c;
+    return worst;
+}
+
 /* The condition that misses its limit most, or comes nearest to it; if several do, the first. */
 static int worst_of(const struct perta_steps_job *job, unsigned k)
 {
@@ -192,19 +205,19 @@ static int take_gradients(struct perta_steps_job *job, unsigned k,
                           const struct perta_steps_model *model, const char *taught,
                           struct perta_err *err)
 {
-    int worst = worst_of(job, k);
+    int under = gradients_under(job, k);
     struct asked asked;
     json_t *summary = NULL;
-    asked_under(job, k, worst, model, taught, &asked);
+    asked_under(job, k, under, model, taught, &asked);
     int rc = perta_steps_estimate(job, PERTA_FORGET, asked.at, &asked.change,
                                   model->gradients[PERTA_FORGET], NULL, NULL, &summary, err);
     json_decref(summary);
     if (!rc)
         rc = perta_steps_commit(job,
                                 json_pack("{s:I, s:s}", "step", (json_int_t)k, "gradients",
-                                          perta_condition_name((enum perta_condition)worst)),
+                                          perta_condition_name((enum perta_condition)under)),
                                 err);
-    job->points[k].gradients_under = rc ? -1 : worst;
+    job->points[k].gradients_under = rc ? -1 : under;
     return rc;
 }
 
