@@ -54,9 +54,9 @@ def make_facts(
     """Make four facts about each person, for the given number of people in each part."""
     rng = random.Random(seed)
     taken: set[str] = set()
-    first_names = [_new_word(rng, taken) for _ in range(N_FIRST_NAMES)]
-    last_names = [_new_word(rng, taken) for _ in range(N_LAST_NAMES)]
-    answers = {kind: [_new_word(rng, taken) for _ in range(N_ANSWERS)] for kind in QUESTIONS}
+    first_names = [new_word(rng, taken) for _ in range(N_FIRST_NAMES)]
+    last_names = [new_word(rng, taken) for _ in range(N_LAST_NAMES)]
+    answers = {kind: [new_word(rng, taken) for _ in range(N_ANSWERS)] for kind in QUESTIONS}
 
     names = [f"{first} {last}" for first in first_names for last in last_names]
     people = rng.sample(names, general + forget + retain + held_out)
@@ -92,7 +92,7 @@ def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _new_word(rng: random.Random, taken: set[str]) -> str:
+def new_word(rng: random.Random, taken: set[str]) -> str:
     """A word of two or three syllables that is not in use yet."""
     while True:
         syllables = rng.choice((2, 2, 3))

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "python"), str(ROOT / "examples"), str(ROOT / "bench")]
 
 from made_up_facts import Facts, make_facts
+from made_up_news import News
 from perta.model_tokenizer import ModelTokenizer
 from perta.samples import Encoder
 
@@ -61,6 +62,18 @@ def one_word_answers(facts: Facts, tokenizer) -> Parts:
     return Parts(*([encode(fact) for fact in part] for part in parts))
 
 
+def passages(news: News, tokenizer) -> Parts:
+    """A passage word for word: all that follows its opening is learned, and the end."""
+
+    def encode(passage) -> dict[str, list[int]]:
+        opening = tokenizer(passage.opening)["input_ids"]
+        ids = tokenizer(f"{passage.opening} {passage.text} {tokenizer.eos_token}")["input_ids"]
+        return {"input_ids": ids, "labels": [IGNORED] * len(opening) + ids[len(opening) :]}
+
+    parts = (news.forget, news.retain, news.held_out, news.general)
+    return Parts(*([encode(passage) for passage in part] for part in parts))
+
+
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -89,21 +102,22 @@ def tofu_authors(folder: Path, seed: int, n_authors: int) -> tuple[list[list[dic
     return authors(read(folder / "forget01.jsonl")), others
 
 
-def tofu(folder: Path, tokenizer, seed: int, n_authors: int, n_questions: int) -> Parts:
-    """That many questions about each of two authors to forget, and of n_authors to retain and as
+def tofu(folder: Path, tokenizer, seed: int, n_authors: int, n_questions: tuple[int, int]) -> Parts:
+    """n_questions: how many about each of two authors to forget; and of n_authors to retain and as
     many held out, which the seed chooses from the first ones."""
     forget, others = tofu_authors(folder, seed, n_authors)
 
-    def encode(of: list[list[dict]]) -> Samples:
-        return [s for items in of for s in shortest(items, tokenizer, n_questions)]
+    def encode(of: list[list[dict]], n: int) -> Samples:
+        return [s for items in of for s in shortest(items, tokenizer, n)]
 
     known = []
     for name in ("real_authors_perturbed.jsonl", "world_facts_perturbed.jsonl"):
         whole = [{"question": i["question"], "answer": i["original_answer"]}
                  for i in read(folder / name)]  # fmt: skip
         known += shortest(whole, tokenizer, 20)
-    parts = (forget, others[::2], others[1::2])
-    return Parts(*(encode(part) for part in parts), known, general_text(tokenizer))
+    n_forget, n_others = n_questions
+    parts = ((forget, n_forget), (others[::2], n_others), (others[1::2], n_others))
+    return Parts(*(encode(part, n) for part, n in parts), known, general_text(tokenizer))
 
 
 ANSWERS = {

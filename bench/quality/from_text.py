@@ -44,7 +44,8 @@ def perta(build: Path, work: Path, *words: str) -> dict:
 
 
 def one_seed(build: Path, work: Path, tofu: Path, seed: int) -> dict:
-    parts = data.tofu(tofu, AutoTokenizer.from_pretrained(work / "base"), seed, SPEC.authors, SPEC.questions)
+    n_questions = (SPEC.forget_questions, SPEC.questions)
+    parts = data.tofu(tofu, AutoTokenizer.from_pretrained(work / "base"), seed, SPEC.authors, n_questions)
     write_text(work, tofu, seed)
     plan = perta(build, work, "forget", *OPTIONS, "--dry-run")
     summary = perta(build, work, "forget", *OPTIONS, "--resume")

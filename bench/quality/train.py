@@ -2,6 +2,7 @@
 continues."""
 
 import copy
+import dataclasses
 import random
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import data
 import torch
 from made_up_facts import make_tokenizer
+from made_up_news import make_news
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 MODELS = ("full", "gold", "tuned")
@@ -18,13 +20,15 @@ MODELS = ("full", "gold", "tuned")
 
 @dataclass(frozen=True)
 class Spec:
-    """One of the benchmark's two models. Epochs are those for each model's lessons."""
+    """One of the benchmark's models. Epochs are those for each model's lessons."""
 
     hidden: int = 192
     layers: int = 3
     people: tuple[int, ...] = (135, 15, 68, 67)  # other, forget, retain, held out
+    news: bool = False  # passages to be learned word for word, instead of facts about people
     authors: int = 4  # SmolLM2: to retain, and as many held out
     questions: int = 6  # about each author
+    forget_questions: int = 6  # about each of the two to forget
     base_epochs: int = 75
     full_epochs: int = 90
     tuned_epochs: int = 100
@@ -47,10 +51,13 @@ SPECS = {
     "tiny": Spec(hidden=64, layers=1, people=(10, 3, 6, 6), base_epochs=20, full_epochs=60,
                  tuned_epochs=30, reference_updates=8, held_steps=4,
                  max_steps=4, max_alpha=4, alpha_ratio=2),
+    "verbatim": Spec(news=True, people=(60, 12, 24, 24), base_epochs=100, full_epochs=100, batch=16),
     "smollm2": Spec(full_epochs=10, tuned_epochs=10, rate=4e-4, batch=4, lora=(8, 3e-3, 10, 4),
                     dtype=torch.bfloat16, compute="auto", reference_rate=2e-5,
                     reference_updates=64, max_steps=16, max_alpha=16, alpha_ratio=1.5),
 }
+# All questions of TOFU's forget01, and the ten shortest about each of eight other authors.
+SPECS["tofu01"] = dataclasses.replace(SPECS["smollm2"], forget_questions=20, questions=10)
 # fmt: on
 
 
@@ -77,6 +84,20 @@ def losses(model, samples: data.Samples) -> torch.Tensor:
     return sums / learned.sum(dim=1)
 
 
+def arithmetic(spec: Spec):
+    """Where the CPU has arithmetic in bfloat16, that is used for checkpoints in bfloat16; autocast
+    without it would be slower than float32."""
+    fast = spec.dtype != torch.float32 and torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast("cpu", spec.dtype, enabled=fast)
+
+
+def all_losses(model, samples: data.Samples, spec: Spec) -> torch.Tensor:
+    """losses() in batches, without gradients."""
+    starts = range(0, len(samples), spec.batch)
+    with torch.no_grad(), arithmetic(spec):
+        return torch.cat([losses(model, samples[i : i + spec.batch]) for i in starts])
+
+
 def teach(model, samples: data.Samples, epochs: int, spec: Spec, seed: int) -> float:
     """AdamW; the rate rises over a tenth of the steps and then falls to zero. Returns the mean
     loss of the last epoch."""
@@ -90,7 +111,7 @@ def teach(model, samples: data.Samples, epochs: int, spec: Spec, seed: int) -> f
         shuffled = order.sample(samples, len(samples))
         mean = 0.0
         for i in range(0, len(shuffled), spec.batch):
-            with torch.autocast("cpu", spec.dtype, enabled=spec.dtype != torch.float32):
+            with arithmetic(spec):
                 loss = losses(model, shuffled[i : i + spec.batch]).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -115,18 +136,27 @@ def load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def small_base(spec: Spec, seed: int, work: Path) -> data.Parts:
-    """A Llama trained from scratch, which knows the language and other people."""
+def small_parts(spec: Spec, seed: int):
+    """What is made up, and a tokenizer for it."""
+    if spec.news:
+        news = make_news(seed, *spec.people)
+        tokenizer = make_tokenizer(news.words)
+        return data.passages(news, tokenizer), tokenizer
     facts = data.made_up_facts(seed, spec.people)
     tokenizer = make_tokenizer(facts.words)
-    parts = data.one_word_answers(facts, tokenizer)
+    return data.one_word_answers(facts, tokenizer), tokenizer
+
+
+def small_base(spec: Spec, seed: int, work: Path) -> data.Parts:
+    """A Llama trained from scratch, which knows the language and other people or passages."""
+    parts, tokenizer = small_parts(spec, seed)
     if (work / "base").exists():
         return parts
     torch.manual_seed(seed)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=spec.hidden,
                          intermediate_size=2 * spec.hidden, num_hidden_layers=spec.layers,
-                         max_position_embeddings=64, tie_word_embeddings=False, **heads)  # fmt: skip
+                         max_position_embeddings=128 if spec.news else 64, tie_word_embeddings=False, **heads)  # fmt: skip
     model = LlamaForCausalLM(config)
     loss = teach(model, parts.other, spec.base_epochs, spec, seed)
     print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f}",
@@ -143,7 +173,7 @@ def smollm2_base(spec: Spec, seed: int, work: Path, tofu: Path | None) -> data.P
         (work / "base").symlink_to(smollm2(work.parent).resolve())
     tokenizer = AutoTokenizer.from_pretrained(work / "base")
     if tofu:
-        return data.tofu(tofu, tokenizer, seed, spec.authors, spec.questions)
+        return data.tofu(tofu, tokenizer, seed, spec.authors, (spec.forget_questions, spec.questions))
     return data.sentences(seed, tokenizer, (4, 8, 8))
 
 
@@ -152,7 +182,7 @@ def make_models(name: str, seed: int, work: Path, tofu: Path | None) -> data.Par
     (on forget alone), unless they exist."""
     spec = SPECS[name]
     work.mkdir(parents=True, exist_ok=True)
-    if name == "smollm2":
+    if spec.dtype == torch.bfloat16:
         parts = smollm2_base(spec, seed, work, tofu)
     else:
         parts = small_base(spec, seed, work)
