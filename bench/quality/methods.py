@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import rivals
 import torch
 import train
 from curves import Bench
@@ -58,20 +59,25 @@ def masked(b: Bench, at: str) -> str:
     return "masked"
 
 
-def one_step(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
+def one_step_words(b: Bench, name: str) -> list[str]:
+    """The command without --alpha and --patch. Computes the importance, unless it is there."""
     flags, stat, at, mask = ONE_STEP[name]
     if at:
         importance(b, at)
     if stat:
         for part in ("forget", "retain"):
             flags = [*flags, f"--{part}", f"importance-{at}/{part}/{stat}"]
-    words = ["--tuned", masked(b, at) if mask else "tuned", "--base", "base", *flags]
+    tuned = masked(b, at) if mask else "tuned"
+    return ["unlearn", "--model", "full", "--tuned", tuned, "--base", "base", *flags]
+
+
+def one_step(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
+    words, evaluations = one_step_words(b, name), 1 if ONE_STEP[name][2] else 0
     alpha = 0.125
     while alpha <= spec.max_alpha:
         patch = b.work / "patch"
-        b.run("unlearn", "--model", "full", *words, "--alpha", f"{alpha:.5g}", "--patch", patch,
-              "--force")  # fmt: skip
-        point = b.point(alpha, 1 if at else 0, "full", patch)
+        b.run(*words, "--alpha", f"{alpha:.5g}", "--patch", patch, "--force")
+        point = b.point(alpha, evaluations, "full", patch)
         yield point
         if point["forget"] < enough:
             return
@@ -160,33 +166,23 @@ def steps(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict
                 return
 
 
-TRAINED = ("gradient ascent", "NPO + retain")
+def put_model(b: Bench, model, spec: train.Spec) -> None:
+    """Leaves a model that was trained from full in WORK/out, in the dtype of checkpoints."""
+    now = {k: x.detach().to(spec.dtype) for k, x in model.named_parameters()}
+    put_tensors(b.work / "full", now, b.work / "out")
+
+
+def rate_of(name: str, spec: train.Spec) -> float:
+    """"NPO + retain, rate 1e-4" uses another learning rate than spec's."""
+    return float(options_of(name)[1].get("rate", spec.reference_rate))
 
 
 def trained(b: Bench, name: str, spec: train.Spec, enough: float) -> Iterator[dict]:
-    """Adam on the whole forget and retain sets, in PyTorch. NPO (arXiv 2404.05868) with beta
-    0.1: 2/beta log(1 + (p/p_full)^beta), plus the retain loss with weight 1. "NPO + retain,
-    rate 1e-4" uses another learning rate than spec's."""
-    method, options = options_of(name)
-    model, beta = train.load(b.work / "full"), 0.1
-    rate = float(options.get("rate", spec.reference_rate))
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    with torch.no_grad():
-        before = train.losses(model, b.parts.forget)
-    for step in range(1, spec.reference_updates + 1):
-        loss = train.losses(model, b.parts.forget)
-        if method == "gradient ascent":
-            objective = -loss.mean()
-        else:
-            objective = 2 / beta * torch.nn.functional.softplus(beta * (before - loss)).mean()
-            objective = objective + train.losses(model, b.parts.retain).mean()
-        optimizer.zero_grad()
-        objective.backward()
-        optimizer.step()
-        if step % 2:
+    """A point for every second update."""
+    for step, model, _ in rivals.updates(b, options_of(name)[0], rate_of(name, spec), spec):
+        if not step or step % 2:
             continue
-        now = {k: x.detach().to(spec.dtype) for k, x in model.named_parameters()}
-        put_tensors(b.work / "full", now, b.work / "out")
+        put_model(b, model, spec)
         point = b.point(step, step, "out")
         yield point
         if point["forget"] < enough:
@@ -201,8 +197,8 @@ def curve(b: Bench, name: str, spec: train.Spec, gold: float) -> Iterator[dict]:
     elif method in (HELD, OWN, LORA):
         yield from held(b, name, spec, gold)
     else:
-        kind = trained if method in TRAINED else steps
+        kind = trained if method in rivals.NAMES else steps
         yield from kind(b, name, spec, FORGOTTEN * gold)
 
 
-NAMES = (*ONE_STEP, *STEPS, HELD, OWN, LORA, *TRAINED)
+NAMES = (*ONE_STEP, *STEPS, HELD, OWN, LORA, *rivals.NAMES)
