@@ -23,7 +23,13 @@ def asked(part: str, share: bool = False) -> Callable:
 
 
 def measured(key: str) -> Callable:
-    return lambda row, _: row["measures"]["forget"][key] if "measures" in row else None
+    """Answers of one label have neither measure of memorization."""
+
+    def of(row: dict, _: dict) -> float | None:
+        values = row.get("measures", {}).get("forget", {})
+        return None if values.get("exact_memorization") is None else values[key]
+
+    return of
 
 
 def more_than_gold(row: dict, seed: dict) -> float | None:

@@ -1,5 +1,6 @@
 """`make bench-quality` on a model that takes seconds, so that it keeps working."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -38,6 +39,61 @@ def test_curves_are_measured_and_written_down(tmp_path):
         assert repaired[edit][-1]["retain"] != repaired[edit][0]["retain"]
         assert f"| {edit} | 8 | 0.01 | 16 |" in (tmp_path / "tiny-repair.md").read_text()
     assert (tmp_path / "tiny.svg").read_text().rstrip().endswith("</svg>")
+
+
+@sanitized
+def test_what_lasts_is_measured_and_written_down(tmp_path):
+    names = ("tv", "own gradient", "NPO + retain, rate 1e-3", "RMU, rate 0.1")
+    command = [sys.executable, ROOT / "bench/quality/lasting.py", PERTA.parent, tmp_path / "work"]
+    command += ["--model", "tiny", "--seeds", "1", "--draws", "1", "--results", tmp_path]
+    command += ["--methods", ";".join(names), "--only", "edit,teach"]
+    subprocess.run(command, check=True, capture_output=True)
+    written = (tmp_path / "tiny.json").read_bytes()
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "tiny.json").read_bytes() == written  # nothing is done twice
+    seed = json.loads(written)["seeds"]["1"]
+    gold = seed["gold"]["asked"]["forget"]
+    for name in ("tv", "NPO + retain, rate 1e-3"):
+        row = seed["edits"][name]
+        assert row["reached"] and row["asked"]["forget"] <= gold, name
+        assert len(row["taught"]) == 5
+        assert all(of[0]["taught"][-1] > 2 * of[0]["rest"][-1] for of in row["taught"].values())
+    assert "| own gradient | " in (tmp_path / "tiny.md").read_text()
+
+
+def test_reteaching_leaves_the_model_and_the_rest_alone(tmp_path):
+    """The rest is not taught, and the model given stays as it is."""
+    import reteach
+    import torch
+    import train
+
+    torch.set_num_threads(1)
+    spec, parts = train.SPECS["tiny"], train.make_models("tiny", 1, tmp_path, None)
+    taught, rest = reteach.draw_of(parts.forget, 1)
+    assert len(taught) == 3 and len(rest) == 9
+    assert sorted(map(str, taught + rest)) == sorted(map(str, parts.forget))
+    assert reteach.draw_of(parts.forget, 2)[0] != taught
+    model = train.load(tmp_path / "base")
+    for attack in (reteach.Attack(3e-3), reteach.Attack(3e-2, 4)):
+        curves = [reteach.curve(model, parts.forget, attack, 1, spec) for _ in range(2)]
+        assert curves[0] == curves[1]
+        assert curves[0]["taught"][-1] > 3 * curves[0]["rest"][-1]
+
+
+def test_steering_trains_three_weights_at_most(tmp_path):
+    import curves
+    import rivals
+    import torch
+    import train
+
+    torch.set_num_threads(1)
+    spec, parts = train.SPECS["tiny"], train.make_models("tiny", 1, tmp_path, None)
+    bench = curves.Bench(PERTA, tmp_path, parts, "f32")
+    before = dict(train.load(tmp_path / "full").named_parameters())
+    done, model, _ = next(itertools.islice(rivals.updates(bench, rivals.RMU, 1e-2, spec), 2, None))
+    assert done == 2
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"model.layers.0.mlp.down_proj.weight"}
 
 
 def test_perta_and_pytorch_agree(tmp_path):
