@@ -1,6 +1,7 @@
 #!/bin/sh
-# Measure what is forgotten and what is kept, and write bench/results/quality/.
-# Usage: [TOFU=DIR] [QUALITY_SEEDS=1,2,3] [QUALITY_MODELS="small smollm2"] scripts/bench-quality.sh BUILD
+# Measure what is forgotten, what is kept and what lasts, and write bench/results/quality/ and
+# bench/results/quality-lasting/.
+# Usage: [TOFU=DIR] [QUALITY_SEEDS=1,2,3] [QUALITY_MODELS="small smollm2 verbatim tofu01"] scripts/bench-quality.sh BUILD
 # QUALITY_MODELS=tiny takes a minute and checks that everything works.
 set -eu
 cd "$(dirname "$0")/.."
@@ -15,7 +16,13 @@ build=$1
 # PyTorch allocates the same sizes again and again: keep the memory instead of returning it to the
 # system in between.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
-for model in ${QUALITY_MODELS:-small smollm2}; do
-    run run "$model"
-    run repair "$model"
+for model in ${QUALITY_MODELS:-small smollm2 verbatim tofu01}; do
+    case $model in
+    verbatim | tofu01) ;;
+    *)
+        run run "$model"
+        run repair "$model"
+        ;;
+    esac
+    run lasting "$model"
 done

@@ -203,11 +203,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=lambda s: s.split(";"), default=NAMES)
     parser.add_argument("--only", type=lambda s: s.split(","), default=STEPS, help=f"of {','.join(STEPS)}")
     parser.add_argument("--again", type=lambda s: s.split(";"), default=[], help="methods to do anew")
-    parser.add_argument("--draws", type=int, default=3, help="how many quarters are taught")
+    parser.add_argument("--draws", type=int, help="how many quarters are taught (3; large models: 1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     parser.add_argument("--results", type=Path,
                         default=Path(__file__).parents[1] / "results/quality-lasting")  # fmt: skip
-    return parser.parse_args()
+    a = parser.parse_args()
+    a.draws = a.draws or reteach.SIZES[reteach.size_of(train.SPECS[a.model])].draws
+    return a
 
 
 def main() -> None:

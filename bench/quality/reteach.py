@@ -37,18 +37,20 @@ class Attack:
 
 @dataclass(frozen=True)
 class Teaching:
-    """updates: after how many the rest is asked. batch: samples of an update."""
+    """updates: after how many the rest is asked. batch: samples of an update. draws: how many
+    quarters are tried."""
 
     attacks: tuple[Attack, ...]
     updates: tuple[int, ...]
     batch: int
+    draws: int
 
 
 SIZES = {
     "small": Teaching((Attack(3e-4), Attack(1e-3), Attack(3e-3), Attack(1e-2, 4), Attack(3e-3, 16)),
-                      (10, 20, 40), 16),
+                      (10, 20, 40), 16, 3),
     "large": Teaching((Attack(1e-5), Attack(2e-5), Attack(5e-5), Attack(2e-3, 4), Attack(1e-3, 16)),
-                      (4, 8, 16), 5),
+                      (4, 8, 16), 5, 1),
 }  # fmt: skip
 
 
