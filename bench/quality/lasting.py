@@ -14,6 +14,7 @@ import json
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,8 +28,9 @@ import train
 
 FORMATS = ("nf4", "int8", "int4", "q4_0", "fp8")
 MEASURES = ("probability", "exact_memorization", "extraction_strength")
-RATES = {"small": (1e-4, 3e-4, 1e-3), "large": (1e-5, 2e-5, 5e-5)}  # of the rivals
-RMU_RATES = {"small": (3e-3, 1e-2), "large": (1e-3, 3e-3)}
+RATES = {"small": (1e-4, 3e-4, 1e-3), "large": (1e-5, 2e-5, 5e-5)}  # of the rivals, but these:
+OTHER_RATES = {"SimNPO + retain": {"small": (3e-5, 1e-4, 3e-4)},
+               rivals.RMU: {"small": (3e-3, 1e-2), "large": (1e-3, 3e-3)}}  # fmt: skip
 SURVIVE = f"{methods.OWN}, survive nf4,int4,reteach"
 NAMES = ("tv", "grad, base", "fisher, base", *rivals.NAMES, methods.HELD, methods.OWN, SURVIVE)
 STEPS = ("edit", "measure", "teach")
@@ -59,12 +61,10 @@ def by_alpha(b: curves.Bench, name: str, spec: train.Spec, gold: float, patch: P
 
 
 def by_rule(b: curves.Bench, name: str, spec: train.Spec, gold: float, patch: Path) -> dict:
-    tau, cost = methods.task_vector(b, name, spec)
-    steps = methods.options_of(name)[1].get("steps", spec.held_steps)
-    run = b.run(*methods.words_of(b, name, tau), "--steps", steps, "--stop-probability", gold,
-                "--patch", patch)  # fmt: skip
-    return {"reached": run["reached"], "x": run["chosen"],
-            "gradients": cost + methods.gradients(run["path"], gold), "path": run["path"]}  # fmt: skip
+    tau = methods.task_vector(b, name, spec)[0]
+    steps = [] if "steps" in methods.options_of(name)[1] else ["--steps", spec.held_steps]
+    run = b.run(*methods.words_of(b, name, tau), *steps, "--stop-probability", gold, "--patch", patch)
+    return {"reached": run["reached"], "x": run["chosen"], "path": run["path"]}
 
 
 def by_training(b: curves.Bench, name: str, spec: train.Spec, gold: float, to: Path) -> dict:
@@ -119,19 +119,20 @@ def teach(b: curves.Bench, name: str, row: dict, draws: int, spec: train.Spec, d
     have = row.setdefault("taught", {})
     if all(len(have.get(str(a), [])) >= draws for a in reteach.SIZES[reteach.size_of(spec)].attacks):
         return
-    if flags:
-        b.run("apply", "full", flags[1], "--out", "taught", "--force")
-        model = "taught"
-    reteach.curves(train.load(b.work / model), b.parts.forget, draws, spec, have, done)
-    shutil.rmtree(b.work / "taught", ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=b.work) as folder:
+        if flags:
+            b.run("apply", "full", flags[1], "--out", f"{folder}/edited")
+            model = f"{folder}/edited"
+        start = train.load(b.work / model)
+    reteach.curves(start, b.parts.forget, draws, spec, have, done)
 
 
 def rated(name: str, spec: train.Spec) -> list[str]:
     """A rival without a rate is tried at several."""
     if name not in rivals.NAMES:
         return [name]
-    rates = (RMU_RATES if name == rivals.RMU else RATES)[reteach.size_of(spec)]
-    return [f"{name}, rate {rate:g}" for rate in rates]
+    size = reteach.size_of(spec)
+    return [f"{name}, rate {rate:g}" for rate in OTHER_RATES.get(name, {}).get(size, RATES[size])]
 
 
 def best_of(rows: dict[str, dict], names: list[str]) -> str:

@@ -47,23 +47,28 @@ def worst_rounding(row: dict, seed: dict) -> float | None:
     return max(rounded(kind)(row, seed) for kind in row["rounded"]) if "rounded" in row else None
 
 
-def taught(name: str) -> Callable:
-    """The largest multiple, over the numbers of updates, of what gold shows after the same."""
+def taught(name: str, as_it_is: bool = False) -> Callable:
+    """The largest multiple, over the numbers of updates, of what gold shows after the same; as_it_is:
+    or of what gold shows as it is, if that is more."""
 
     def of(row: dict, seed: dict) -> float | None:
         curves, gold = row.get("taught", {}).get(name), seed["gold"].get("taught", {}).get(name)
         if not curves or not gold:
             return None
         n = min(len(curves), len(gold))  # draws
+        least = seed["gold"]["asked"]["forget"] if as_it_is else 0
         pairs = zip(reteach.rest_of(curves[:n]), reteach.rest_of(gold[:n]), strict=True)
-        return max(row_p / gold_p for row_p, gold_p in pairs)
+        return max(row_p / max(gold_p, least) for row_p, gold_p in pairs)
 
     return of
 
 
-def worst_teaching(row: dict, seed: dict) -> float | None:
-    values = [taught(name)(row, seed) for name in row.get("taught", {})]
-    return max((v for v in values if v is not None), default=None)
+def worst_teaching(as_it_is: bool = False) -> Callable:
+    def of(row: dict, seed: dict) -> float | None:
+        values = [taught(name, as_it_is)(row, seed) for name in row.get("taught", {})]
+        return max((v for v in values if v is not None), default=None)
+
+    return of
 
 
 def rest_at_most(row: dict, seed: dict) -> float | None:
@@ -99,9 +104,18 @@ SUMMARY: dict[str, Callable] = {
     "extraction strength": measured("extraction_strength"),
     "above gold's": more_than_gold,
     "worst rounding, × gold's": worst_rounding,
-    "worst re-teaching, × gold's": worst_teaching,
+    "worst re-teaching, × gold's after the same": worst_teaching(),
+    "or gold's as it is": worst_teaching(as_it_is=True),
     "rest at most": rest_at_most,
 }
+
+
+EXPLAINED = [
+    "*above gold's*: extraction strength minus gold's. *worst rounding*, *worst re-teaching*: the largest multiple,",
+    "over formats, and over attacks and numbers of updates (mean over draws). *or gold's as it is*: the same, as a",
+    "multiple of what gold shows before it is taught, if that is more than after: teaching at a high rate lowers all",
+    "probabilities, and a multiple of next to nothing says little. *rest at most*: the probability itself.", "",
+]  # fmt: skip
 
 
 def of_kind(seeds: list[dict], key: str) -> list[str]:
@@ -143,7 +157,7 @@ def text(model: str, results: dict) -> str:
     methods = by_method(seeds)
     lines = [f"# {model}: does it last", "", *(f"    {c}" for c in results["commands"]), "",
              f"Seeds: {', '.join(results['seeds'])}. Mean (least to most) over seeds.", "",
-             *table(methods, SUMMARY), "## Rounded", "", "Forget probability, as a multiple of gold's in the same format.", "",
+             *table(methods, SUMMARY), *EXPLAINED, "## Rounded", "", "Forget probability, as a multiple of gold's in the same format.", "",
              *table(methods, {kind: rounded(kind) for kind in of_kind(seeds, "rounded")}),
              "## Taught a quarter again", "",
              "The rest's probability, as a multiple of gold's after the same; the worst number of updates.", "",
