@@ -31,7 +31,7 @@ MEASURES = ("probability", "exact_memorization", "extraction_strength")
 RATES = {"small": (1e-4, 3e-4, 1e-3), "large": (1e-5, 2e-5, 5e-5)}  # of the rivals, but these:
 OTHER_RATES = {"SimNPO + retain": {"small": (3e-5, 1e-4, 3e-4)},
                rivals.RMU: {"small": (3e-3, 1e-2), "large": (1e-3, 3e-3)}}  # fmt: skip
-SURVIVE = f"{methods.OWN}, survive nf4,int4,reteach"
+SURVIVE = f"{methods.OWN}, survive nf4,int4,reteach, steps 30"
 NAMES = ("tv", "grad, base", "fisher, base", *rivals.NAMES, methods.HELD, methods.OWN, SURVIVE)
 STEPS = ("edit", "measure", "teach")
 
@@ -68,9 +68,11 @@ def by_rule(b: curves.Bench, name: str, spec: train.Spec, gold: float, patch: Pa
 
 
 def by_training(b: curves.Bench, name: str, spec: train.Spec, gold: float, to: Path) -> dict:
-    """The first model of the training that forgets enough, as it is on disk."""
-    done = 0
+    """The first model of the training that forgets enough, as it is on disk; or how little was known
+    at least."""
+    done, least = 0, 1.0
     for done, model, known in rivals.updates(b, methods.options_of(name)[0], methods.rate_of(name, spec), spec):
+        least = min(least, known)
         if known > 1.02 * gold:
             continue
         methods.put_model(b, model, spec)
@@ -78,7 +80,7 @@ def by_training(b: curves.Bench, name: str, spec: train.Spec, gold: float, to: P
             shutil.rmtree(to, ignore_errors=True)
             (b.work / "out").rename(to)
             return {"reached": True, "x": done}
-    return {"reached": False, "x": done}
+    return {"reached": False, "x": done, "least": least}
 
 
 def edit(b: curves.Bench, name: str, spec: train.Spec, gold: float) -> dict:

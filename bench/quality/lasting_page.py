@@ -146,7 +146,7 @@ def tried(seeds: list[dict]) -> list[str]:
     lines = ["| edit | seed | reached | forget | held out | seconds |", "|---" * 6 + "|"]
     for number, seed in enumerate(seeds, 1):
         for name, row in seed.get("edits", {}).items():
-            p = row.get("asked", {})
+            p = row.get("asked", {"forget": row["least"]} if "least" in row else {})
             values = [f"{p[k]:.3f}" if k in p else "" for k in ("forget", "held_out")]
             lines.append(f"| {name} | {number} | {'yes' if row['reached'] else 'no'} | {' | '.join(values)} | {row['seconds']:.0f} |")
     return [*lines, ""]
