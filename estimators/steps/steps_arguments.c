@@ -53,8 +53,8 @@ static int check_reteach(const struct perta_reteach *r, struct perta_err *err)
                           r->learning_rate);
     return r->factor > 0 && isfinite(r->factor)
                ? 0
-               : perta_fail(err, PERTA_EUSAGE, "--reteach-factor: %g; must be a finite number above 0",
-                            r->factor);
+               : perta_fail(err, PERTA_EUSAGE,
+                            "--reteach-factor: %g; must be a finite number above 0", r->factor);
 }
 
 static int check_survive(const struct perta_steps *s, struct perta_err *err)
