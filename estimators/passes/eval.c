@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "estimators/passes/estimate_job.h"
 #include "estimators/passes/generate.h"
@@ -362,6 +363,17 @@ static int check_arguments(const struct perta_eval *e, struct perta_err *err)
     return rc ? rc : perta_scaled_arguments(e->at, err);
 }
 
+/* Two passes read the data twice, which a pipe does not allow. A file that is not there is refused
+ * when it is read. */
+static int check_data(const struct perta_eval *e, struct perta_err *err)
+{
+    struct stat st;
+    if (!e->gradient_norm || stat(e->data, &st) || S_ISREG(st.st_mode))
+        return 0;
+    return perta_fail(err, PERTA_EUSAGE, "--gradient-norm reads the data twice: %s is not a file",
+                      e->data);
+}
+
 int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_t **summary,
                struct perta_err *err)
 {
@@ -369,6 +381,8 @@ int perta_eval(const struct perta_eval *eval, const struct perta_run *run, json_
     int rc = perta_arguments_begin(eval, run, summary, err);
     if (!rc)
         rc = check_arguments(eval, err);
+    if (!rc)
+        rc = check_data(eval, err);
     if (rc)
         return rc;
     /* The forward pass is that of an estimate. */

@@ -1,5 +1,6 @@
 """`perta eval --gradient-norm` compared with open-unlearning's GradNorm attack in PyTorch."""
 
+import json
 import re
 
 import pytest
@@ -93,3 +94,13 @@ def test_a_gradient_that_is_not_finite_is_refused(perta, tmp_path):
     perta(*words)
     stderr = perta(*words, "--gradient-norm", check=3).stderr
     assert "data.jsonl: line 1: the norm of the gradient is not a finite number" in stderr
+
+
+def test_data_from_a_pipe_are_refused(perta, tmp_path):
+    """They cannot be read twice."""
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    words = "eval --model model --data /dev/stdin".split()
+    line = json.dumps({"input_ids": [1, 2, 3]})
+    perta(*words, input=line)
+    assert "reads the data twice: /dev/stdin is not a file" in perta(
+        *words, "--gradient-norm", input=line, check=2).stderr  # fmt: skip

@@ -1,9 +1,9 @@
 """`perta metrics` compared with open-unlearning's formulas, written here as they are there; and what
 it says of files that do not fit."""
 
+import importlib.util
 import json
 import math
-import os
 import sys
 import zlib
 from itertools import product
@@ -252,7 +252,12 @@ def test_from_a_model_to_its_eval_json(perta, tmp_path):
     assert [v["score"] for v in found["mia_zlib"]["forget"]["value_by_index"].values()] == pytest.approx(scores)
     assert found["mia_zlib"]["agg_value"] == auc(scores, scores[1:3])
     assert [row.split()[0] for row in text.splitlines()] == list(found)
-    assert os.stat(tmp_path / "E.json").st_size and not list(tmp_path.glob("*.perta-partial"))
+    assert not list(tmp_path.glob("*.perta-partial"))
+    if importlib.util.find_spec("rouge_score"):
+        said = perta("ask", "model", "--data", "text.jsonl", "--json", "--max-new-tokens", "3", env=PYTHON).stdout
+        (tmp_path / "said.json").write_text(said)
+        whole = perta("metrics", "--forget", "said.json", "f.json", "--json", env=PYTHON).stdout
+        assert json.loads(whole)["forget_Q_A_ROUGE"] == pytest.approx(json.loads(said)["rougeL_recall"])
     (tmp_path / "h.jsonl").write_text(rows[1])
     stderr = perta("metrics", *words.split(), check=3, env=PYTHON).stderr
     assert "h.jsonl: has other lines than the result of perta eval" in stderr
