@@ -153,6 +153,7 @@ class Audit(LongRun):
                        "after": ["--model", str(a.model), "--patch", str(a.patch)]}  # fmt: skip
         if self.other:
             self.models[self.other] = ["--model", str(a.gold or a.base)]
+        self.began: dict[str, Any] = {}  # the identity
         self.sets: dict[str, Lines] = {}
         self.taught: list[int] = []
 
@@ -176,6 +177,13 @@ class Audit(LongRun):
         data = {f"data_{name}": digest(path) for name, path in self.paths().items()}
         return {"perta_audit": VERSION, **self.options(), **models, "patch": digest(patch), **data,
                 "data_key": digest(a.data_key) if a.data_key else None, "statement": a.statement}  # fmt: skip
+
+    def check_unchanged(self) -> None:
+        """In the end: all of what was tested was the same model, patch and data."""
+        now = self.identity()
+        differ = [key for key in now if now[key] != self.began[key]]
+        if differ:
+            raise Problem(f"{', '.join(differ)} changed while it was tested; --force starts over")
 
     def limit(self) -> list[str]:
         return ["--max-tokens", str(self.a.max_tokens)] if self.a.max_tokens else []
@@ -365,13 +373,13 @@ class Audit(LongRun):
         inputs = [("the model", path) for path in (a.model, a.gold, a.base) if path]
         self.folder.check(a.force, a.resume, [*inputs, ("the patch", a.patch)])
         self.check_key()
-        identity = self.identity()
+        self.began = self.identity()
         self.read()
         if a.dry_run:
             from perta.audit_plan import plan
 
             return plan(self)
-        self.folder.begin(identity, a.resume)
+        self.folder.begin(self.began, a.resume)
         return self.resumable(self.in_folder, "answers-after.json")
 
     def in_folder(self) -> int:
@@ -384,6 +392,7 @@ class Audit(LongRun):
             self.say(said(self))
         self.progress = Progress("audit", "none" if a.quiet else a.progress, self.stages())
         found = self.found({part: self.do(part) for part in self.parts()})
+        self.check_unchanged()
         return self.finish(found)
 
     def finish(self, found: dict[str, Any]) -> int:

@@ -335,6 +335,20 @@ def test_an_interrupted_run_goes_on(perta, folder, number, at):
     assert not list(folder.glob("*perta*"))
 
 
+def test_what_changes_during_the_audit_is_refused(perta, folder):
+    words = [*QUICK, "--updates", "100"]
+    run = subprocess.Popen([PERTA, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + HANGS
+    while not (folder / "out.perta-partial/data/answers-after.json").exists():
+        assert run.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    with (folder / "retain.jsonl").open("a") as file:
+        file.write('{"input_ids": [1, 2, 3]}\n')
+    _, stderr = run.communicate(timeout=HANGS)
+    assert run.returncode == 3 and "data_retain changed while it was tested" in stderr
+    assert not (folder / "out").exists()
+
+
 def test_force_replaces_only_what_it_wrote(perta, folder):
     (folder / "out").mkdir()
     (folder / "out/thesis.txt").write_text("the only copy")
