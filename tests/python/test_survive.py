@@ -2,20 +2,25 @@
 that do the same one by one, and gradients beside PyTorch's."""
 
 import json
+import re
 import shutil
 import signal
 
 import numpy as np
 import pytest
-from conftest import part
+from conftest import SANITIZED, part
+from llama import write_llama
 from reference import random_weight, shuffled
 from rounding import FORMATS
 from test_box import BOX, make_model
 from test_eval import evaluate, write_lines
+from test_limits import peak_mib
 from test_resume import contents
 from test_same_bytes import settings
 from test_steps import HOLD, STEPS, make_folders, survives_kills, tensors_of
-from verbs import stop_at
+from test_steps_lora import LORA
+from test_steps_lora import make as make_lora
+from verbs import LLAMA, stop_at
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -281,3 +286,32 @@ def test_where_all_conditions_hold_the_model_as_it_is_decides(perta, tmp_path):
     assert [{**point, "survive": None} for point in summary["path"]] == [{**point, "survive": None} for point in plain]
     assert {path.name: path.read_bytes() for path in tmp_path.glob("patch/*.perta")} == want
     assert [c["holds"] for c in summary["conditions"]] == [False, True]
+
+
+def test_steps_with_an_adapter_are_those_with_the_merged_model(perta, tmp_path):
+    """Where merging rounds nothing; one LoRA is the task vector, another is taught beside it."""
+    make_lora(tmp_path)
+    flags = ["2", *SURVIVE[:-1], "nf4,drop,reteach"]
+    found = []
+    for words in (STEPS, LORA):
+        path = json.loads(perta(*words, *flags, "--force", check=1).stdout)["path"]
+        numbers = [(point["forget_loss"], point["retain_loss"], point["survive"]) for point in path]
+        found.append((numbers, {file.name: file.read_bytes() for file in tmp_path.glob("patch/*.perta")}))
+    assert found[0] == found[1] and found[0][1]
+
+
+@pytest.mark.skipif(SANITIZED, reason="sanitizers take memory too")
+def test_memory_bounds_the_process(perta, tmp_path):
+    """Also while an adapter is trained, with the least that is accepted there."""
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
+    write_llama(tmp_path / "full", LLAMA | wide)
+    for side, first in (("forget", 0), ("retain", 100)):
+        write_lines(tmp_path / f"{side}.jsonl", [{"input_ids": [first + i for i in range(40)]}] * 8)
+    words = [*BOX, "1", *SURVIVE[:-1], "int4,drop,reteach", "--io", "pread", "--threads", "1", "--force"]
+    budget, refusal = "1M", True
+    while refusal:
+        done = perta(*words, "--memory", budget, check=None)
+        refusal = re.search(r"needs (\d+M)", done.stderr)
+        budget = refusal[1] if refusal else budget
+    assert done.returncode == 1
+    assert peak_mib([*words, "--memory", budget], tmp_path, status=1) <= int(budget[:-1])
