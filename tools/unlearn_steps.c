@@ -291,9 +291,13 @@ void unlearn_steps_say(const struct cli *cli, const json_t *summary)
     say_conditions(cli, json_array_get(path, 0), NULL);
     cli_say(cli, "\n");
     json_array_foreach (path, i, point) {
-        cli_say(cli, "%4zu  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f", i,
-                real(point, "forget_loss"), real(point, "forget_probability"),
-                real(point, "retain_loss"), 100 * real(point, "moved"), real(point, "mean_scale"));
+        if (json_object_get(point, "mean_from"))
+            cli_say(cli, "mean");
+        else
+            cli_say(cli, "%4zu", i);
+        cli_say(cli, "  %11.5f  %11.5f  %11.5f  %11.2f%%  %10.4f", real(point, "forget_loss"),
+                real(point, "forget_probability"), real(point, "retain_loss"),
+                100 * real(point, "moved"), real(point, "mean_scale"));
         say_conditions(cli, json_array_get(path, 0), point);
         cli_say(cli, "%s\n", has_patch(summary, i) ? "  <- a patch" : "");
     }

@@ -153,7 +153,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
     json_int_t k = json_integer_value(step);
     if (!step)
         return 0;
-    if (k < 0 || k > (json_int_t)job->steps->n_steps)
+    if (k < 0 || k > (json_int_t)job->steps->n_steps + 1)
         return perta_fail(err, PERTA_EINPUT,
                           "%s: it names a step that this run does not have; --force starts over",
                           job->journal.path);
@@ -185,6 +185,7 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
     }
     p->gradients |= json_is_true(json_object_get(record, "batch"));
     perta_steps_survive_replay(p, record);
+    p->summed |= json_is_true(json_object_get(record, "summed"));
     if (json_object_get(record, "moved")) {
         p->reached = true;
         p->moved = json_real_value(json_object_get(record, "moved"));
@@ -195,14 +196,26 @@ static int replay(void *ctx, json_t *record, struct perta_err *err)
 
 /* ---- rules that end the path ---- */
 
-bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k)
+static bool forgets_as_it_is(const struct perta_steps_job *job, unsigned k)
 {
     const struct perta_steps_point *p = &job->points[k];
     double loss = job->steps->stop_forget, probability = job->steps->stop_probability;
     return (isfinite(loss) || isfinite(probability)) &&
            (!isfinite(loss) || p->loss[PERTA_FORGET] >= loss) &&
-           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability) &&
-           perta_steps_survives(job, k);
+           (!isfinite(probability) || p->probability[PERTA_FORGET] <= probability);
+}
+
+bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k)
+{
+    return forgets_as_it_is(job, k) && perta_steps_survives(job, k, true);
+}
+
+unsigned perta_steps_first(const struct perta_steps_job *job, unsigned k)
+{
+    unsigned first = 0;
+    while (first <= k && !perta_steps_forgets_enough(job, first))
+        first++;
+    return first;
 }
 
 static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
@@ -215,7 +228,7 @@ static bool rises_too_much(const struct perta_steps_job *job, unsigned k)
 static bool ends_at(const struct perta_steps_job *job, unsigned k)
 {
     bool holds = job->steps->hold && k; /* where nothing has moved, there is nothing to give back */
-    return k == job->steps->n_steps || rises_too_much(job, k) ||
+    return k >= job->steps->n_steps || rises_too_much(job, k) ||
            (!holds && perta_steps_forgets_enough(job, k));
 }
 
@@ -270,11 +283,10 @@ static int form_box(struct perta_steps_job *job, struct perta_err *err)
 static struct perta_step_rule rule_at(const struct perta_steps_job *job, unsigned k)
 {
     struct perta_step_rule rule = job->steps->rule;
-    unsigned first = 0; /* the first point that forgets enough; k if there is none yet */
     if (!job->steps->hold)
         return rule;
-    while (first < k && !perta_steps_forgets_enough(job, first))
-        first++;
+    unsigned first = perta_steps_first(job, k);
+    first = first < k ? first : k;
     double share = 1 - (double)(k - first) / (job->steps->n_steps - first);
     rule.step = perta_steps_forgets_enough(job, k) ? 0 : rule.step * share;
     rule.back_off *= share;
@@ -346,6 +358,8 @@ static void tidy(const struct perta_steps_job *job, unsigned k)
         remove_folder(job, PERTA_STEPS_GRADIENTS, k, perta_sets[set]);
     if (job->steps->survive)
         remove_folder(job, PERTA_STEPS_TAUGHT, k, "");
+    if (job->points[k].summed && k)
+        remove_folder(job, PERTA_STEPS_SUM, k - 1, "");
     if (!k)
         return;
     const unsigned old[] = {k - 1, end_of(job, k - 1)};
@@ -355,6 +369,27 @@ static void tidy(const struct perta_steps_job *job, unsigned k)
 }
 
 /* ---- the path ---- */
+
+/* At the end of a path that held the level under conditions: measure the mean. It is the end if it
+ * forgets enough as far as no draw decides; of single points, the one that is chosen was lucky in
+ * its draw. */
+static int end_in_mean(struct perta_steps_job *job, unsigned *chosen, unsigned *last,
+                       struct perta_err *err)
+{
+    unsigned k = job->steps->n_steps + 1;
+    bool made = false;
+    int rc = 0;
+    if (*last == job->steps->n_steps && !rises_too_much(job, *last))
+        rc = perta_steps_mean(job, &made, err);
+    if (rc || !made)
+        return rc;
+    rc = perta_steps_measure(job, k, err);
+    *last = k;
+    if (!rc && forgets_as_it_is(job, k) && perta_steps_survives(job, k, false) &&
+        !rises_too_much(job, k))
+        *chosen = k;
+    return rc;
+}
 
 /* A path that ends where it began. */
 static int note_nothing_to_do(struct perta_steps_job *job, struct perta_err *err)
@@ -380,6 +415,9 @@ static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *l
             break;
         *chosen = end_of(job, k);
         *last = k;
+        rc = perta_steps_sum(job, k, err);
+        if (rc)
+            break;
         if (!k && perta_steps_forgets_enough(job, k))
             rc = note_nothing_to_do(job, err);
         if (rc || ends_at(job, k))
@@ -393,7 +431,7 @@ static int take_steps(struct perta_steps_job *job, unsigned *chosen, unsigned *l
         if (!rc)
             tidy(job, k);
     }
-    return rc;
+    return rc ? rc : end_in_mean(job, chosen, last, err);
 }
 
 /* ---- begin ---- */
@@ -436,10 +474,10 @@ static int prepare(struct perta_steps_job *job, struct perta_err *err)
     size_t len = strlen(s->patch);
     while (len > 1 && s->patch[len - 1] == '/')
         len--;
-    job->points = calloc(s->n_steps + 1, sizeof *job->points);
+    job->points = calloc(s->n_steps + 2, sizeof *job->points);
     if (!job->points || asprintf(&job->work_path, "%.*s.steps", (int)len, s->patch) < 0)
         return perta_fail_sys(err, ENOMEM, "%s", s->patch);
-    for (unsigned k = 0; k <= s->n_steps; k++)
+    for (unsigned k = 0; k <= s->n_steps + 1; k++)
         job->points[k] = point_not_measured();
     int rc = perta_weights_open(&job->weights, s->model, err);
     if (!rc && s->tuned)
@@ -555,7 +593,7 @@ int perta_steps(const struct perta_steps *steps, const struct perta_run *run, js
     perta_checkpoint_close(job.others[0]);
     perta_checkpoint_close(job.others[1]);
     json_decref(job.notes);
-    for (unsigned k = 0; job.points && k <= steps->n_steps; k++)
+    for (unsigned k = 0; job.points && k <= steps->n_steps + 1; k++)
         json_decref(job.points[k].patch);
     free(job.points);
     free(job.work_path);

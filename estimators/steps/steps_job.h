@@ -37,6 +37,7 @@ struct perta_steps_point {
     /* forget probability under each condition that steps->survive names; NAN: not measured yet */
     double under[PERTA_N_CONDITIONS];
     bool taught; /* the adapter for PERTA_RETAUGHT is written */
+    bool summed; /* the sum of the scales up to this point is written */
     /* The forget set's gradients were taken, and are written, under that condition; negative: not
      * yet. Only with steps->survive. */
     int gradients_under;
@@ -55,10 +56,11 @@ struct perta_steps_job {
     struct perta_steps_trial trials[PERTA_STEPS_TRIALS];
     unsigned n_trials;
     struct perta_journal journal;
-    struct perta_publish work;        /* the work folder, with what is kept between steps; never
+    struct perta_publish work; /* the work folder, with what is kept between steps; never
                                        * published */
-    char *work_path;                  /* name of the work folder */
-    struct perta_steps_point *points; /* (n_steps + 1) */
+    char *work_path;           /* name of the work folder */
+    /* (n_steps + 2): the last one is the mean of others (steps_mean.c) */
+    struct perta_steps_point *points;
     struct perta_samples_file data[2];
     uint64_t n_forget; /* samples of the forget set */
     bool batched;      /* the retain set has more samples than retain_batch */
@@ -91,6 +93,8 @@ int perta_steps_check_models(const struct perta_steps_job *job, struct perta_err
 bool perta_steps_forgets_enough(const struct perta_steps_job *job, unsigned k);
 /* Does the step from point k, where the set has been measured, use its gradients? */
 bool perta_steps_uses_gradients(const struct perta_steps_job *job, unsigned k, int set);
+/* The first point up to k that forgets enough; k + 1 if there is none. */
+unsigned perta_steps_first(const struct perta_steps_job *job, unsigned k);
 /* Append record to the journal. Takes the reference; NULL means that making it ran out of
  * memory. */
 int perta_steps_commit(struct perta_steps_job *job, json_t *record, struct perta_err *err);
@@ -134,8 +138,9 @@ int perta_steps_estimate(struct perta_steps_job *job, int set, const struct pert
 
 /* PERTA_EINPUT if a condition cannot be had with this model or this forget set. */
 int perta_steps_survive_check(struct perta_steps_job *job, struct perta_err *err);
-/* Does the point, which has been measured, forget enough under every condition that is named? */
-bool perta_steps_survives(const struct perta_steps_job *job, unsigned k);
+/* Does the point, which has been measured, forget enough under every condition that is named? drawn:
+ * those that are drawn anew at each point, too. */
+bool perta_steps_survives(const struct perta_steps_job *job, unsigned k, bool drawn);
 /* After the forget set is measured at point k as it is: measure it under the conditions that are
  * named; then take the gradients under the worst of them, if the next step uses any. */
 int perta_steps_survive(struct perta_steps_job *job, unsigned k, struct perta_err *err);
@@ -148,6 +153,16 @@ json_t *perta_steps_survive_point(const struct perta_steps_job *job, unsigned k)
 /* perta_steps' "conditions", of point k. */
 json_t *perta_steps_survive_end(const struct perta_steps_job *job, unsigned k);
 #define PERTA_STEPS_TAUGHT "taught-%u%s"
+
+/* ---- steps_mean.c ---- */
+
+/* After point k is measured: add its scales to the sum of those from the first point on that forgot
+ * enough, if there is one. Only with steps->hold and steps->survive. */
+int perta_steps_sum(struct perta_steps_job *job, unsigned k, struct perta_err *err);
+/* Write the mean of what was summed up to point n_steps as the scales of point n_steps + 1. *made:
+ * there was more than one. */
+int perta_steps_mean(struct perta_steps_job *job, bool *made, struct perta_err *err);
+#define PERTA_STEPS_SUM "sum-%u%s"
 
 /* ---- steps_data.c ---- */
 

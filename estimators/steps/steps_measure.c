@@ -99,7 +99,7 @@ enum what {
  * gradients are taken stands in the record. */
 static bool needs_retain_loss(const struct perta_steps_job *job, unsigned k)
 {
-    return !job->batched || !k || k == job->steps->n_steps ||
+    return !job->batched || !k || k >= job->steps->n_steps ||
            isfinite(job->steps->max_retain_rise) || perta_steps_forgets_enough(job, k);
 }
 
@@ -108,7 +108,7 @@ static bool needs_retain_loss(const struct perta_steps_job *job, unsigned k)
 static bool needs_loss_alone(const struct perta_steps_job *job, unsigned k, enum what what)
 {
     bool forms_box = !k && perta_steps_is_own(job->steps);
-    return k == job->steps->n_steps || (what == RETAIN && job->batched) ||
+    return k >= job->steps->n_steps || (what == RETAIN && job->batched) ||
            (what == FORGET && job->steps->survive && !forms_box);
 }
 

@@ -65,9 +65,9 @@ int perta_steps_survive_check(struct perta_steps_job *job, struct perta_err *err
     return rc;
 }
 
-bool perta_steps_survives(const struct perta_steps_job *job, unsigned k)
+bool perta_steps_survives(const struct perta_steps_job *job, unsigned k, bool drawn)
 {
-    for (int c = 0; c < PERTA_N_CONDITIONS; c++)
+    for (int c = 0; c < (drawn ? PERTA_N_CONDITIONS : PERTA_DROPPED); c++)
         if (is_named(job, c) && !holds(job, k, c))
             return false;
     return true;

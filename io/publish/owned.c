@@ -384,9 +384,16 @@ static int judge_leftover(struct look *look, const char *path, const char *name,
 /* Is it a work folder of estimate or of steps? */
 static bool is_work_folder(const char *name)
 {
-    static const char *const work[] = {SCRATCH,  "scales-[0-9]*",   "gradients-[0-9]*",
-                                       "box",    "taught-[0-9]*",   "mean",
-                                       "meansq", "*.perta-partial", "*.perta-replaced"};
+    static const char *const work[] = {SCRATCH,
+                                       "scales-[0-9]*",
+                                       "gradients-[0-9]*",
+                                       "box",
+                                       "taught-[0-9]*",
+                                       "sum-[0-9]*",
+                                       "mean",
+                                       "meansq",
+                                       "*.perta-partial",
+                                       "*.perta-replaced"};
     for (size_t i = 0; i < sizeof work / sizeof *work; i++)
         if (!fnmatch(work[i], name, FNM_PERIOD))
             return true;

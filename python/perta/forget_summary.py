@@ -126,13 +126,19 @@ def survived(conditions: list[dict[str, Any]]) -> list[str]:
             "| | probability | at most | holds |", "|---|---|---|---|", *lines, ""]  # fmt: skip
 
 
+def where_of(edit: dict[str, Any]) -> str:
+    if edit["chosen"] > edit["steps"]:  # docs/steps.md: --survive
+        return f"the mean of the last of {edit['steps']} steps"
+    return f"step {edit['chosen']} of {edit['steps']}"
+
+
 def edited(summary: dict[str, Any], model: str, where: str) -> list[str]:
     edit = summary["edit"]
     share = 100 * edit["changed"] / edit["parameters"] if edit["parameters"] else 0
     return [
         "## What was edited", "",
-        f"{edit['changed']:,} of {edit['parameters']:,} parameters changed ({share:.1f} %), by step {edit['chosen']} of "
-        f"{edit['steps']}. The model itself is unchanged; the difference is in `patch/` "
+        f"{edit['changed']:,} of {edit['parameters']:,} parameters changed ({share:.1f} %), by {where_of(edit)}. "
+        f"The model itself is unchanged; the difference is in `patch/` "
         f"({edit['patch_bytes'] / 1e6:.1f} MB). `report.html` shows where it is.", "",
         "    # the model without what was forgotten, in a new folder; or --in-place",
         f"    perta apply {model} {where}/patch --out forgotten",

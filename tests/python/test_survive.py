@@ -17,7 +17,7 @@ from test_eval import evaluate, write_lines
 from test_limits import peak_mib
 from test_resume import contents
 from test_same_bytes import settings
-from test_steps import HOLD, STEPS, make_folders, survives_kills, tensors_of
+from test_steps import HOLD, STEPS, make_folders, tensors_of
 from test_steps_lora import LORA
 from test_steps_lora import make as make_lora
 from verbs import LLAMA, stop_at
@@ -141,10 +141,10 @@ def test_points_are_those_of_other_commands_and_gradients_are_pytorchs(perta, tm
         assert checked > 10000
 
 
-def level_of(perta, *words):
-    """A level that a later step reaches under both conditions, and none before it; that step."""
-    path = json.loads(perta(*words, *SURVIVE, "--patch", "first", check=1).stdout)["path"]
-    far = [max(point["forget_probability"], point["survive"]["reteach"]) for point in path]
+def level_of(perta, conditions, *words):
+    """A level that a later step reaches under all conditions, and none before it; that step."""
+    path = json.loads(perta(*words, *SURVIVE[:-1], conditions, "--patch", "first", check=1).stdout)["path"]
+    far = [max(point["forget_probability"], *point["survive"].values()) for point in path]
     step = next(k for k in range(2, len(far)) if far[k] < min(far[:k]))
     return str((far[step] + min(far[:step])) / 2), step
 
@@ -152,19 +152,25 @@ def level_of(perta, *words):
 def test_a_level_is_held_under_every_condition(perta, tmp_path):
     lines = make_model(tmp_path)
     more_lines(tmp_path, lines)
-    level, first = level_of(perta, *BOX, "5")
+    level, first = level_of(perta, "reteach", *BOX, "5")
     command = [*BOX, "8", *HOLD, level, "--survive", "reteach"]
-    summary = json.loads(perta(*command).stdout)
+    summary = json.loads(perta(*command, check=None).stdout)
     path, chosen, p = summary["path"], summary["chosen"], float(level)
+    mean = path.pop()
+    assert mean["mean_from"] == first and len(path) == 9
     enough = [
         k for k, at in enumerate(path) if at["forget_probability"] <= p and at["survive"]["reteach"] <= p
     ]
-    assert enough[0] == first and summary["reached"]
-    assert chosen == max(enough, key=lambda k: (-path[k]["retain_loss"], k))
-    end = {
-        "as it is": (path[chosen]["forget_probability"], p, True),
-        "reteach": (path[chosen]["survive"]["reteach"], p, True),
-    }
+    assert enough[0] == first
+    held = [at["mean_scale"] for at in path[first:]]
+    assert mean["mean_scale"] == pytest.approx(sum(held) / len(held), rel=1e-3)
+    path.append(mean)
+    assert chosen == (
+        9 if mean["forget_probability"] <= p else max(enough, key=lambda k: (-path[k]["retain_loss"], k))
+    )
+    found = {"as it is": path[chosen]["forget_probability"], "reteach": path[chosen]["survive"]["reteach"]}
+    end = {name: (probability, p, probability <= p) for name, probability in found.items()}
+    assert summary["reached"] == all(holds for _, _, holds in end.values())
     have = [(c["condition"], (c["probability"], c["limit"], c["holds"])) for c in summary["conditions"]]
     assert have == sorted(end.items(), key=lambda item: -item[1][0] / item[1][1])
     # The patch leads to the model that was measured.
@@ -178,8 +184,8 @@ def test_a_level_is_held_under_every_condition(perta, tmp_path):
                     "factor": 1.0, "seed": 0},
     }  # fmt: skip
     assert (recipe["path"], recipe["conditions"]) == (path, summary["conditions"])
-    said = perta(*(word for word in command if word != "--json"), "--force").stdout
-    assert "mean scale      reteach\n" in said and "reteach: probability 0." in said and ": holds\n" in said
+    said = perta(*(word for word in command if word != "--json"), "--force", check=None).stdout
+    assert "mean scale      reteach\n" in said and "reteach: probability 0." in said and "\nmean  " in said
     perta("report", "patch", "--html", "patch.html")
     perta("inspect", "patch")
 
@@ -201,12 +207,24 @@ def test_a_level_that_does_not_hold_is_said(perta, tmp_path):
     assert (worst["holds"], best["holds"]) == (False, True)
 
 
-@pytest.mark.parametrize("apart", part([2, 3], plain=2, sanitized=1))
+@pytest.mark.parametrize("apart", part([3, 4], plain=2, sanitized=1))
 def test_a_run_that_is_killed_goes_on(perta, tmp_path, apart):
+    """At any commit point, and each time that many later; up to the mean."""
     lines = make_model(tmp_path)
     more_lines(tmp_path, lines, 6)
-    command = [*BOX, "2", "--stop-probability", "0.004", "--survive", "nf4,drop,reteach", "--out", "out"]
-    survives_kills(perta, tmp_path, command, apart)
+    level, first = level_of(perta, "nf4,drop,reteach", *BOX, "4")
+    command = [*BOX, str(first + 2), *HOLD, level, "--survive", "nf4,drop,reteach"]
+    done = perta(*command, check=None)
+    assert "mean_from" in json.loads(done.stdout)["path"][-1]
+    want = contents(tmp_path / "patch")
+    shutil.rmtree(tmp_path / "patch")
+    kills = 0
+    while (status := stop_at(tmp_path, [*command, "--resume"], "commit", apart)[0]) < 0:
+        assert status == -signal.SIGKILL
+        kills += 1
+    assert status == done.returncode and kills > 9
+    assert contents(tmp_path / "patch") == want
+    assert not list(tmp_path.glob("patch*perta-*"))
 
 
 def test_a_leftover_is_resumed_refused_or_replaced(perta, tmp_path):
@@ -237,10 +255,11 @@ def test_a_leftover_is_resumed_refused_or_replaced(perta, tmp_path):
 def test_every_run_gives_the_same_bytes(perta, tmp_path):
     lines = make_model(tmp_path)
     more_lines(tmp_path, lines, 6)
-    command = [*BOX, "2", *SURVIVE[:-1], "nf4,drop,reteach"]
+    level, first = level_of(perta, "nf4,drop,reteach", *BOX, "4")
+    command = [*BOX, str(first + 1), *HOLD, level, "--survive", "nf4,drop,reteach"]
     runs = []
     for flags in settings(perta, command, False):
-        perta(*command, "--force", *flags, check=1)
+        perta(*command, "--force", *flags, check=None)
         runs.append(contents(tmp_path / "patch"))
     assert len(runs) > 1 and all(run == runs[0] for run in runs)
 
