@@ -6,7 +6,7 @@ rounded to fewer bits, and taught a quarter of the forgotten samples again.
 
 Takes the models that run.py makes, and makes them if they are not there. Writes MODEL.json and
 MODEL.md to bench/results/quality-lasting/, part by part; what is there already is not done again.
-`--again "own gradient"` removes a method's rows first. docs/quality.md explains the figures.
+`--again "own gradient"` removes a method's rows first. docs/quality-figures.md explains the figures.
 """
 
 import argparse

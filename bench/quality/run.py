@@ -5,7 +5,7 @@ contents.
 
 Writes MODEL.json, MODEL.md and MODEL.svg to bench/results/quality/, part by part. Models and curves
 that exist already are not made again. Needs examples/requirements.txt and bench/requirements.txt.
-docs/quality.md explains the figures.
+docs/quality-figures.md explains the figures.
 """
 
 import argparse
