@@ -157,8 +157,16 @@ static void say_generated(const struct cli *cli, const json_t *list)
     }
 }
 
+/* "-" if no line has it. */
+static const char *number_if_any(const json_t *summary, const char *key, char text[32])
+{
+    snprintf(text, 32, json_object_get(summary, key) ? "%.6f" : "-", number(summary, key));
+    return text;
+}
+
 static void say(const struct cli *cli, const json_t *summary)
 {
+    char text[32];
     if (cli->run.dry_run) {
         cli_say(cli, "dry run: all checks passed; only headers and data were read\n");
         return;
@@ -171,8 +179,9 @@ static void say(const struct cli *cli, const json_t *summary)
     cli_say(cli, "probability    %.6f\n", number(summary, "probability"));
     cli_say(cli, "exact match    %.6f (of labels: %.6f)\n", number(summary, "exact_match"),
             number(summary, "accuracy"));
-    cli_say(cli, "memorization   %.6f (extraction strength: %.6f)\n",
-            number(summary, "exact_memorization"), number(summary, "extraction_strength"));
+    cli_say(cli, "memorization   %s (extraction strength: %.6f)\n",
+            number_if_any(summary, "exact_memorization", text),
+            number(summary, "extraction_strength"));
     cli_say(cli, "min-k          %.6f (min-k++: %.6f)\n", number(summary, "min_k"),
             number(summary, "min_k_plus_plus"));
     if (json_object_get(summary, "gradient_norm"))

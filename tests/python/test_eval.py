@@ -143,6 +143,15 @@ def test_lines_are_listed_where_they_are_wanted(perta, tmp_path):
             [item[key] for key in ("accuracy", *MEASURES[1:])], abs=1e-3)  # fmt: skip
 
 
+def test_what_no_line_has_is_not_printed_as_0(perta, tmp_path):
+    """Without the last label there is nothing to remember."""
+    make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
+    write_lines(tmp_path / "data.jsonl", [random_line(2), random_line(2)])
+    words = ["eval", "--model", "model", "--data", "data.jsonl"]
+    assert "exact_memorization" not in json.loads(perta(*words, "--json").stdout)
+    assert re.search(r"^memorization +- \(extraction strength: 0\.0+\)$", perta(*words).stdout, re.M)
+
+
 def test_the_last_label_is_left_out_and_extraction_begins_after_the_last_wrong_one(perta, tmp_path):
     model = make_model(tmp_path / "model", "Llama", {"num_hidden_layers": 1})
     lines = []
