@@ -7,6 +7,7 @@
 
 #include "estimators/compute/kernels.h"
 #include "io/file.h"
+#include "io/text.h"
 #include "stream/journal.h"
 
 /* ---- open ---- */
@@ -84,6 +85,23 @@ int perta_adapted_open(struct perta_adapted *adapted, const char *path,
     if (!rc)
         rc = perta_adapter_open(adapted->ck, weights->ck, &adapted->adapter, notes, err);
     return rc ? rc : match(adapted, &weights->llm, factors, err);
+}
+
+void perta_adapted_note_patch(const struct perta_adapted *adapted, const char *patch,
+                              json_t **notes)
+{
+    if (!adapted->ck)
+        return;
+    const struct perta_shard *shard = &adapted->ck->shards[0];
+    const char *text = json_string_value(json_object_get(shard->header->metadata, "perta.tune"));
+    json_t *recipe = text ? json_loads(text, 0, NULL) : NULL;
+    const char *trained = json_string_value(json_object_get(recipe, "patch"));
+    if (trained && (!patch || strcmp(trained, patch)))
+        perta_json_append(
+            notes, perta_text_json("%s: trained on the model that a patch leads to, which is not "
+                                   "given here (SHA-256 of its manifest.json: %s)",
+                                   shard->path, trained));
+    json_decref(recipe);
 }
 
 void perta_adapted_close(struct perta_adapted *adapted)

@@ -21,6 +21,11 @@ struct perta_adapted {
 int perta_adapted_open(struct perta_adapted *adapted, const char *path,
                        const struct perta_weights *weights, struct perta_factors *factors,
                        json_t *notes, struct perta_err *err);
+/* Append a note if tune trained the adapter on the model that a patch leads to, and that patch is not
+ * applied: patch is the SHA-256 of the manifest of the one that is; NULL: none. Without an adapter,
+ * nothing happens. */
+void perta_adapted_note_patch(const struct perta_adapted *adapted, const char *patch,
+                              json_t **notes);
 /* Read A and B of all factors into factors->values. PERTA_EINPUT if a number is not finite. */
 int perta_adapted_load(const struct perta_adapted *adapted, const struct perta_factors *factors,
                        struct perta_backend *be, struct perta_err *err);

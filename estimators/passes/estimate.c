@@ -130,6 +130,8 @@ static int check_outputs(const struct perta_estimate_job *job, struct perta_err 
 static int prepare(struct perta_estimate_job *job, struct perta_err *err)
 {
     int rc = perta_estimate_open(job, err);
+    if (!rc)
+        rc = perta_estimate_apply(job, NULL, NULL, err);
     return rc ? rc : check_outputs(job, err);
 }
 

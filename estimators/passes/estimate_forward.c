@@ -44,6 +44,20 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
     return rc;
 }
 
+int perta_estimate_apply(struct perta_estimate_job *job, const char *path,
+                         struct perta_patched *patched, struct perta_err *err)
+{
+    if (path) {
+        int rc = perta_patched_open(patched, path, job->weights.ck, err);
+        job->source = job->weights.source = &patched->source;
+        if (rc)
+            return rc;
+    }
+    perta_adapted_note_patch(&job->adapted, path ? patched->patch.manifest_digest.sha256 : NULL,
+                             &job->samples.notes);
+    return 0;
+}
+
 void perta_estimate_say_rounded(const struct perta_estimate_job *job, json_t **summary)
 {
     const struct perta_weights *w = &job->weights;

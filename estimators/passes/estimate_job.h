@@ -12,6 +12,7 @@
 #include "estimators/passes/estimate.h"
 #include "estimators/passes/head.h"
 #include "estimators/passes/importance_sink.h"
+#include "estimators/passes/patched.h"
 #include "estimators/passes/scaled.h"
 #include "stream/journal.h"
 #include "stream/memory.h"
@@ -83,6 +84,10 @@ int perta_estimate_plan(struct perta_estimate_job *job, bool bf16, struct perta_
 
 /* Open the model and read the samples, and check both. */
 int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err);
+/* After perta_estimate_open: apply a patch (path; NULL: none) while the model is read, with patched, a
+ * zeroed struct that the caller closes after the job. */
+int perta_estimate_apply(struct perta_estimate_job *job, const char *path,
+                         struct perta_patched *patched, struct perta_err *err);
 /* Add to the summary in which format weights are rounded, and how many. */
 void perta_estimate_say_rounded(const struct perta_estimate_job *job, json_t **summary);
 bool perta_estimate_bf16(const struct perta_estimate_job *job);

@@ -10,7 +10,6 @@
 #include "estimators/passes/generate.h"
 #include "estimators/passes/measures.h"
 #include "estimators/passes/pass_arguments.h"
-#include "estimators/passes/patched.h"
 #include "io/fpenv.h"
 #include "io/text.h"
 
@@ -267,11 +266,7 @@ static int open_job(struct perta_estimate_job *job, const struct perta_eval *eva
                     struct perta_patched *patched, struct perta_err *err)
 {
     int rc = perta_estimate_open(job, err);
-    if (!rc && eval->patch) {
-        rc = perta_patched_open(patched, eval->patch, job->weights.ck, err);
-        job->source = job->weights.source = &patched->source;
-    }
-    return rc;
+    return rc ? rc : perta_estimate_apply(job, eval->patch, patched, err);
 }
 
 /* The norms of the lines' gradients, in a pass of its own over the lines' own answers. xxh128:

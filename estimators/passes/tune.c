@@ -22,20 +22,11 @@ static int check_outputs(const struct perta_tune_job *job, struct perta_err *err
                : perta_publish_check(&t->out, 1, inputs, 4, t->force, err);
 }
 
-static int open_patch(struct perta_tune_job *job, struct perta_err *err)
-{
-    struct perta_estimate_job *pass = &job->pass;
-    if (!job->tune.patch)
-        return 0;
-    pass->source = pass->weights.source = &job->patched.source;
-    return perta_patched_open(&job->patched, job->tune.patch, pass->weights.ck, err);
-}
-
 static int prepare(struct perta_tune_job *job, struct perta_err *err)
 {
     int rc = perta_estimate_open(&job->pass, err);
     if (!rc)
-        rc = open_patch(job, err);
+        rc = perta_estimate_apply(&job->pass, job->tune.patch, &job->patched, err);
     if (!rc)
         rc = perta_tune_count(job, err);
     return rc ? rc : check_outputs(job, err);

@@ -5,7 +5,6 @@
 #define PERTA_ESTIMATORS_PASSES_TUNE_JOB_H
 
 #include "estimators/passes/estimate_job.h"
-#include "estimators/passes/patched.h"
 #include "estimators/passes/tune.h"
 
 struct perta_tune_job {

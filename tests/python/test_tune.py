@@ -461,6 +461,22 @@ def test_a_patched_model_is_trained_as_it_would_be_once_applied(perta, folder):
     assert losses[0] == losses[1]
 
 
+def test_an_adapter_of_a_patched_model_is_not_taken_for_one_of_the_model(perta, folder):
+    make_model(folder / "other", rope_theta=10000.0, initializer_range=0.11)
+    perta(*"diff model other --patch p".split())
+    perta(*"diff model other --one-way --patch q".split())
+    perta(*RUN, "--patch", "p")
+    digest = hashlib.sha256((folder / "p/manifest.json").read_bytes()).hexdigest()
+    says = f"out/adapter_model.safetensors: trained on the model that a patch leads to, which is not given here (SHA-256 of its manifest.json: {digest})"
+    data = ["--model", "model", "--data", "data.jsonl", "--adapter", "out"]
+    for words in (["eval"], ["eval", "--patch", "q"], ["estimate", "--out", "imp"], ["tune", "--out", "again", "--steps", "1"]):
+        run = perta(*words, *data, "--json")
+        assert json.loads(run.stdout)["notes"] == [says] and says in run.stderr
+    assert json.loads(perta("eval", *data, "--patch", "p", "--json").stdout)["notes"] == []
+    perta(*RUN, "--force")
+    assert json.loads(perta("eval", *data, "--json").stdout)["notes"] == []
+
+
 def test_a_patch_that_is_not_the_models_is_refused(perta, folder):
     make_model(folder / "other", rope_theta=10000.0, initializer_range=0.11)
     perta(*"diff other model --patch back".split())
