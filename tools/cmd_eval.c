@@ -125,20 +125,34 @@ static double number(const json_t *summary, const char *key)
     return json_number_value(json_object_get(summary, key));
 }
 
+/* "-" where there is none. */
+static const char *number_if_any(const json_t *of, const char *key, const char *format,
+                                 char text[32])
+{
+    snprintf(text, 32, json_is_number(json_object_get(of, key)) ? format : "-", number(of, key));
+    return text;
+}
+
 static void say_lines(const struct cli *cli, const json_t *list)
 {
     size_t i;
     json_t *item;
+    char text[32];
+    bool norms = json_object_get(json_array_get(list, 0), "gradient_norm");
     if (list)
-        cli_say(cli, "   line  labels        loss  probability  accuracy  extraction"
-                     "   min-k  min-k++\n");
-    json_array_foreach (list, i, item)
-        cli_say(cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f  %10.4f %7.3f  %7.3f%s\n",
-                number(item, "line"), number(item, "labels"), number(item, "loss"),
-                number(item, "probability"), number(item, "accuracy"),
-                number(item, "extraction_strength"), number(item, "min_k"),
-                number(item, "min_k_plus_plus"),
-                json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
+        cli_say(cli,
+                "   line  labels        loss  probability  accuracy  extraction"
+                "   min-k  min-k++%s\n",
+                norms ? "  gradient norm" : "");
+    json_array_foreach (list, i, item) {
+        cli_say(cli, "%7.0f %7.0f %11.6f  %11.6f  %8.4f  %10.4f %7.3f  %7.3f", number(item, "line"),
+                number(item, "labels"), number(item, "loss"), number(item, "probability"),
+                number(item, "accuracy"), number(item, "extraction_strength"),
+                number(item, "min_k"), number(item, "min_k_plus_plus"));
+        if (norms)
+            cli_say(cli, "  %13s", number_if_any(item, "gradient_norm", "%.6g", text));
+        cli_say(cli, "%s\n", json_is_true(json_object_get(item, "exact_match")) ? "  exact" : "");
+    }
 }
 
 static void say_generated(const struct cli *cli, const json_t *list)
@@ -157,13 +171,6 @@ static void say_generated(const struct cli *cli, const json_t *list)
     }
 }
 
-/* "-" if no line has it. */
-static const char *number_if_any(const json_t *summary, const char *key, char text[32])
-{
-    snprintf(text, 32, json_object_get(summary, key) ? "%.6f" : "-", number(summary, key));
-    return text;
-}
-
 static void say(const struct cli *cli, const json_t *summary)
 {
     char text[32];
@@ -180,7 +187,7 @@ static void say(const struct cli *cli, const json_t *summary)
     cli_say(cli, "exact match    %.6f (of labels: %.6f)\n", number(summary, "exact_match"),
             number(summary, "accuracy"));
     cli_say(cli, "memorization   %s (extraction strength: %.6f)\n",
-            number_if_any(summary, "exact_memorization", text),
+            number_if_any(summary, "exact_memorization", "%.6f", text),
             number(summary, "extraction_strength"));
     cli_say(cli, "min-k          %.6f (min-k++: %.6f)\n", number(summary, "min_k"),
             number(summary, "min_k_plus_plus"));

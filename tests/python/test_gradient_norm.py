@@ -36,6 +36,9 @@ def test_norms_are_pytorchs(perta, tmp_path, name):
     known = [value for value in want if value is not None]
     assert [item["gradient_norm"] for item in have["per_sample"] if item["line"] != 2] == pytest.approx(known, rel=1e-5)
     assert have["gradient_norm"] == pytest.approx(sum(known) / 3, rel=1e-5)
+    words = ["eval", "--model", "model", "--data", "data.jsonl", "--compute", "f32", "--gradient-norm", "--per-sample"]
+    rows = [row.split() for row in perta(*words).stdout.splitlines()[1:5]]
+    assert rows[1][8] == "-" and [float(rows[i][8]) for i in (0, 2, 3)] == pytest.approx(known, rel=1e-5)
     without = evaluate(perta, "model", "--compute", "f32")
     for item in [have, *have["per_sample"]]:
         del item["gradient_norm"]
