@@ -26,7 +26,8 @@ static const struct argp_option options[] = {
      "parameters",
      1},
     {"quantize", KEY_QUANTIZE, CLI_ROUNDINGS, 0,
-     "Round the layers' weights to this format and back while they are read: the gradients are those at the rounded weights",
+     "Round the layers' weights to this format and back while they are read: the gradients are "
+     "those at the rounded weights",
      1},
     {"data", KEY_DATA, "FILE", 0, "The samples: JSON lines with \"input_ids\" and \"labels\"", 1},
     {"out", KEY_OUT, "DIR", 0, "Write DIR/mean and DIR/meansq", 1},

@@ -100,8 +100,19 @@ static int take(const json_t *value, const char *path, struct perta_ends *ends,
     return 0;
 }
 
-int perta_ends_read(const struct perta_checkpoint *ck, struct perta_ends *ends, json_t **notes,
-                    struct perta_err *err)
+/* transformers takes any number, too; but such a one ends nothing. */
+static void note_strange(const struct perta_ends *ends, uint32_t vocab, const char *path,
+                         json_t **notes)
+{
+    for (size_t i = 0; i < ends->n; i++)
+        if (ends->ids[i] < 0 || ends->ids[i] >= vocab)
+            perta_json_append(notes, perta_text_json("%s: \"" KEY "\": the vocabulary of %u tokens "
+                                                     "has no %lld, so it ends no answer",
+                                                     path, vocab, (long long)ends->ids[i]));
+}
+
+int perta_ends_read(const struct perta_checkpoint *ck, uint32_t vocab, struct perta_ends *ends,
+                    json_t **notes, struct perta_err *err)
 {
     json_t *config = NULL;
     char *path = NULL;
@@ -113,6 +124,7 @@ int perta_ends_read(const struct perta_checkpoint *ck, struct perta_ends *ends, 
     if (!rc && !ends->n)
         perta_json_append(notes, perta_text_json("%s: no \"" KEY "\", so answers have no end",
                                                  config ? path : ck->config_path));
+    note_strange(ends, vocab, config ? path : ck->config_path, notes);
     if (!rc)
         note_settings(config, path, notes);
     json_decref(config);

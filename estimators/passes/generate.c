@@ -97,7 +97,7 @@ int perta_generation_begin(struct perta_generation *g, struct perta_estimate_job
     uint64_t n = job->samples.n; /* at least the number of prompts */
     const struct perta_llm *llm = &job->weights.llm;
     g->most = most;
-    int rc = perta_ends_read(job->weights.ck, &g->ends, &job->samples.notes, err);
+    int rc = perta_ends_read(job->weights.ck, llm->vocab, &g->ends, &job->samples.notes, err);
     if (rc)
         return rc;
     g->answers = calloc(n, sizeof *g->answers);

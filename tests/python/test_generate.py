@@ -233,6 +233,8 @@ def test_end_tokens_are_found_as_transformers_finds_them(perta, tmp_path):
     assert ends() == ([9, 8], [])
     own.write_text(json.dumps({"repetition_penalty": 1.1, "eos_token_id": 3, "temperature": 0.6, "num_beams": 1}))
     assert ends() == ([3], ['"repetition_penalty" is not applied: every token that is generated is the most probable one'])
+    own.write_text(json.dumps({"eos_token_id": [VOCABULARY - 1, VOCABULARY, -1]}))
+    assert ends()[1] == [f'"eos_token_id": the vocabulary of {VOCABULARY} tokens has no {i}, so it ends no answer' for i in (VOCABULARY, -1)]
     own.write_text(json.dumps({"temperature": 0.6}))
     assert ends() == ([], ['no "eos_token_id", so answers have no end'])
     own.unlink()
