@@ -72,7 +72,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("-q", "--quiet", action="store_true", help="print no notes")
     option("--progress", "HOW", "auto, bar, plain, json or none", default="auto",
            choices=["auto", "bar", "plain", "json", "none"])  # fmt: skip
-    arguments = parser.parse_args(words)
+    # Not parse_args: before Python 3.12 it takes no question after an option.
+    arguments = parser.parse_intermixed_args(words)
     if not arguments.questions and not arguments.data:
         parser.error("no question; give one as an argument, or a file of them with --data")
     return arguments

@@ -80,6 +80,14 @@ def test_answers_are_transformers(ask, made, tmp_path):
     assert all("answer" not in item and "loss" not in item for item in found["per_sample"])
 
 
+def test_questions_may_stand_before_and_after_options(ask, made, tmp_path):
+    one, two, three = (fact.question for fact in made[1][:3])
+    write(tmp_path / "q.jsonl", [{"question": three}])
+    words = ("--max-new-tokens", 2, one, "--data", "q.jsonl", "--json", "--", two)
+    found = json.loads(ask(*words).stdout)["per_sample"]
+    assert [item["question"] for item in found] == [one, two, three]
+
+
 def test_right_answers_are_compared(ask, made, perta, tmp_path):
     """Recall as open-unlearning has it; and the numbers of eval of the data that tokenize makes."""
     folder, facts = made
