@@ -13,8 +13,8 @@ Each set is one or more files, of `perta eval --per-sample --json' and of `perta
 
 import argparse
 import json
-import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Not an integer that no float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_sample(sample: Any) -> None:
@@ -66,9 +67,10 @@ def check_sample(sample: Any) -> None:
             raise ValueError(f'line {sample["line"]}: "{key}" is not a finite number')
 
 
-def read_samples(path: Path) -> dict[int, Sample]:
-    """What a result says of each line."""
-    items = read_object(path).get("per_sample")
+def read_samples(path: Path) -> tuple[dict[int, Sample], str]:
+    """What a result says of each line, and the format that the weights were rounded to."""
+    found = read_object(path)
+    items = found.get("per_sample")
     if not isinstance(items, list) or not items:
         raise Problem(f'{path}: no list "per_sample"; perta eval --per-sample --json writes one')
     try:
@@ -79,12 +81,11 @@ def read_samples(path: Path) -> dict[int, Sample]:
     samples = {item["line"]: item for item in items}
     if len(samples) < len(items):
         raise Problem(f"{path}: a line is there twice")
-    return samples
+    return samples, f"rounded to {found['quantize']}" if found.get("quantize") else "not rounded"
 
 
-def merge(whole: dict[int, Sample], path: Path, first: Path) -> None:
+def merge(whole: dict[int, Sample], more: dict[int, Sample], path: Path, first: Path) -> None:
     """Add what another file says of the same lines."""
-    more = read_samples(path)
     if more.keys() != whole.keys():
         raise Problem(f"{path}: has other lines than {first}: they are not about the same set")
     for line, item in more.items():
@@ -93,10 +94,18 @@ def merge(whole: dict[int, Sample], path: Path, first: Path) -> None:
                 raise Problem(f"{path}: line {line}: {key} is {value}, but {whole[line][key]} in {first}")
 
 
-def read_set(paths: list[Path]) -> list[Sample]:
-    whole = read_samples(paths[0])
-    for path in paths[1:]:
-        merge(whole, path, paths[0])
+def read_set(paths: list[Path], weights: dict[Path, str]) -> list[Sample]:
+    """weights: of what the files of all sets say; those of this one are added."""
+    whole: dict[int, Sample] = {}
+    for path in paths:
+        more, weights[path] = read_samples(path)
+        first = next(iter(weights))
+        if weights[path] != weights[first]:
+            raise Problem(f"{path}: the weights were {weights[path]}, but in {first} {weights[first]}")
+        if whole:
+            merge(whole, more, path, paths[0])
+        else:
+            whole = more
     samples = [whole[line] for line in sorted(whole)]
     for sample in samples:
         if "loss" not in sample:
@@ -187,6 +196,12 @@ def check(a: argparse.Namespace) -> None:
         raise Problem(f"nothing to compute from; give one of {', '.join(f'--{name}' for name in SETS)}", USAGE)
     if a.retain_model and (a.retain_model_forget or a.retain_model_holdout):
         raise Problem(f"--retain-model or {' and '.join(MINE)}, not both", USAGE)
+    alone = [f"--{name}" for name in ("holdout", "retain-model", "retain-model-forget") if getattr(a, name.replace("-", "_"))]
+    if alone and not a.forget:
+        raise Problem(f"{alone[0]}: --forget is needed, too: the two are compared", USAGE)
+    if a.retain_model_holdout and not a.holdout:
+        raise Problem("--retain-model-holdout: --holdout is needed, too", USAGE)
+    check_files(a)
     if a.retain_model_holdout and not a.retain_model_forget:
         raise Problem("--retain-model-holdout: --retain-model-forget is needed, too", USAGE)
     zlib = [a.model, a.data_forget, a.data_holdout]
@@ -198,6 +213,20 @@ def check(a: argparse.Namespace) -> None:
         raise Problem(f"{a.out}: exists; --force replaces it", USAGE)
 
 
+def check_files(a: argparse.Namespace) -> None:
+    """Each is the result about one set and one model."""
+    names = [name.replace("-", "_") for name in (*SETS, *(option[2:] for option in MINE))]
+    paths = [path for name in names for path in getattr(a, name) or [] if path.is_file()]
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise Problem(f"{path}: given twice; each file is about one set of samples", USAGE)
+        seen.add(path.resolve())
+    inputs = [*paths, *filter(None, (a.retain_model, a.data_forget, a.data_holdout))]
+    if a.out and a.out.exists() and (a.out.is_dir() or any(path.exists() and a.out.samefile(path) for path in inputs)):
+        raise Problem(f"{a.out}: would be overwritten, and is {'a folder' if a.out.is_dir() else 'an input'}", USAGE)
+
+
 # ---- the whole
 
 
@@ -206,15 +235,17 @@ def retain_model_logs(a: argparse.Namespace) -> dict[str, Any]:
         return read_logs(a.retain_model)
     if not a.retain_model_forget:
         return {}
-    sets = {"forget": read_set(a.retain_model_forget)}
+    weights: dict[Path, str] = {}
+    sets = {"forget": read_set(a.retain_model_forget, weights)}
     if a.retain_model_holdout:
-        sets["holdout"] = read_set(a.retain_model_holdout)
+        sets["holdout"] = read_set(a.retain_model_holdout, weights)
     return metrics(sets, {}, lambda text: None)
 
 
 def read_sets(a: argparse.Namespace) -> dict[str, list[Sample]]:
     given = {SHORT.get(name, name): getattr(a, name.replace("-", "_")) for name in SETS}
-    sets = {name: read_set(paths) for name, paths in given.items() if paths}
+    weights: dict[Path, str] = {}
+    sets = {name: read_set(paths, weights) for name, paths in given.items() if paths}
     if a.model:
         tokenizer = ModelTokenizer.open(a.model)
         for name, path in (("forget", a.data_forget), ("holdout", a.data_holdout)):

@@ -153,9 +153,9 @@ def test_the_retain_models_file_serves_as_its_results_do(metrics, perta, tmp_pat
 
 
 def test_what_is_missing_is_named(metrics, tmp_path):
-    write(tmp_path / "f.json", [line(i) for i in range(1, 5)])
+    write(tmp_path / "h.json", write(tmp_path / "f.json", [line(i) for i in range(1, 5)]))
     write(tmp_path / "r.json", [line(i, perturbed_loss=[3.0]) for i in range(1, 5)])
-    summary, found = metrics("--forget", "f.json", "--holdout", "f.json", "--retain", "r.json")
+    summary, found = metrics("--forget", "f.json", "--holdout", "h.json", "--retain", "r.json")
     assert summary["mia_loss"] == 0.5 and summary["privleak"] == pytest.approx(0, abs=1e-6)
     notes = "\n".join(summary["notes"])
     assert "0.5, as in open-unlearning" in notes
@@ -169,8 +169,8 @@ def test_what_is_missing_is_named(metrics, tmp_path):
 
 def test_answers_with_a_single_label_are_not_counted(metrics, tmp_path):
     items = [line(1, exact_memorization=None, gradient_norm=None), line(2, exact_memorization=0.25, gradient_norm=1.0)]
-    write(tmp_path / "f.json", items)
-    summary, found = metrics("--forget", "f.json", "--holdout", "f.json")
+    write(tmp_path / "h.json", write(tmp_path / "f.json", items))
+    summary, found = metrics("--forget", "f.json", "--holdout", "h.json")
     assert summary["exact_memorization"] == 0.25
     assert found["exact_memorization"]["value_by_index"]["0"] == {"score": None}
     assert any(note.startswith("mia_gradnorm: left out") and "line 1" in note for note in summary["notes"])
@@ -188,6 +188,7 @@ def test_answers_with_a_single_label_are_not_counted(metrics, tmp_path):
         (lambda o: o["per_sample"][1].update(loss=math.nan), 'line 2: "loss" is not a finite number'),
         (lambda o: o["per_sample"][0].update(perturbed_loss=[]), 'line 1: "perturbed_loss"'),
         (lambda o: o["per_sample"][0].update(min_k="1"), 'line 1: "min_k"'),
+        (lambda o: o["per_sample"][0].update(loss=10**400), 'line 1: "loss" is not a finite number'),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(metrics, tmp_path, change, message):
@@ -211,15 +212,30 @@ def test_files_of_different_sets_are_not_mixed(metrics, tmp_path):
     assert "is it a *_EVAL.json?" in metrics(*words, check=3)
 
 
+def test_rounded_weights_are_another_model(metrics, tmp_path):
+    for name, form in (("a", None), ("b", "nf4"), ("c", None)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"per_sample": [line(1)], "quantize": form}))
+    stderr = metrics("--forget", "a.json", "--retain", "b.json", check=3)
+    assert "b.json: the weights were rounded to nf4, but in a.json not rounded" in stderr
+    metrics("--forget", "a.json", "--retain", "c.json", "--retain-model-forget", "b.json")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         ("", "nothing to compute from"),
         ("--forget a --retain-model b --retain-model-forget c", "not both"),
-        ("--forget a --retain-model-holdout c", "--retain-model-forget is needed"),
+        ("--forget a --holdout b --retain-model-holdout c", "--retain-model-forget is needed"),
         ("--forget a --model m", "needed together"),
         ("--retain a --model m --data-forget d --data-holdout e", "both are needed"),
         ("--forget a --out there", "there: exists; --force replaces it"),
+        ("--holdout h", "--holdout: --forget is needed"),
+        ("--retain a --retain-model b", "--retain-model: --forget is needed"),
+        ("--retain a --retain-model-forget b", "--retain-model-forget: --forget is needed"),
+        ("--forget a --retain-model-forget b --retain-model-holdout c", "--holdout is needed"),
+        ("--forget there --retain there", "there: given twice"),
+        ("--forget there --out there --force", "there: would be overwritten, and is an input"),
+        ("--forget a --out . --force", ".: would be overwritten, and is a folder"),
     ],
 )
 def test_wrong_arguments(perta, tmp_path, words, message):
