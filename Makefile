@@ -7,7 +7,7 @@ all: setup
 	@[ -f $(BUILD)/build.ninja ] || meson setup $(BUILD) >$(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
 	@ninja -C $(BUILD) --quiet
 	@scripts/venv.sh python/requirements.txt || \
-		echo "setup: perta forget, perta metrics and perta tokenize need the packages in python/requirements.txt"
+		echo "setup: perta ask, perta forget, perta metrics and perta tokenize need the packages in python/requirements.txt"
 
 setup:
 	@scripts/setup.sh
