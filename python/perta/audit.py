@@ -123,7 +123,7 @@ class Training:
 
     @property
     def attack(self) -> str:
-        return f"{self.on}, rank {self.rank}, rate {self.rate:g}"
+        return f"{self.on}, rank {self.rank}, rate {self.rate}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Part:
     @property
     def name(self) -> str:
         t = self.training
-        words = [self.whose, self.form, f"{t.on}-r{t.rank}-{t.rate:g}-{t.updates}" if t else ""]
+        words = [self.whose, self.form, f"{t.on}-r{t.rank}-{t.rate}-{t.updates}" if t else ""]
         return "-".join(filter(None, words))
 
 
@@ -291,9 +291,15 @@ class Audit(LongRun):
             self.progress.end(f"train {part.name}", ran=False)
         sets = self.asked() if part.everything else ["forget"]
         answers = self.ask(name, words, "".join(self.sets[one].text() for one in sets))["per_sample"]
-        for path in self.folder.data("").glob(f"adapter-{part.name}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if part.training:
+            self.remove_adapter(part)
         return answers
+
+    def remove_adapter(self, part: Part) -> None:
+        """It contains what was taught. Those of other parts may be half trained, and stay."""
+        name, data = f"adapter-{part.name}", self.folder.data("")
+        for path in (*data.glob(name), *data.glob(f"{name}.*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # ---- what was found
 
@@ -391,9 +397,27 @@ class Audit(LongRun):
 
             self.say(said(self))
         self.progress = Progress("audit", "none" if a.quiet else a.progress, self.stages())
-        found = self.found({part: self.do(part) for part in self.parts()})
+        answers = {}
+        for part in self.parts():
+            answers[part] = self.do(part)
+            if part.whose == "before":
+                self.refuse_unknown(answers)
+        found = self.found(answers)
         self.check_unchanged()
         return self.finish(found)
+
+    def refuse_unknown(self, answers: dict[Part, list[dict[str, Any]]]) -> None:
+        """Problem if the model before the patch passes for one that never knew: then everything
+        would pass."""
+        forget = range(len(self.sets["forget"]))
+        known = {part.whose: mean_probability(found, forget) for part, found in answers.items()}
+        level = known[self.other] if self.other else self.a.target
+        if known["before"] > audit_verdict.bound_of(audit_verdict.KNOWN, level):
+            return
+        self.folder.discard()
+        other = f"{self.a.gold or self.a.base} gives" if self.other else "--target is"
+        raise Problem(f"{self.a.data_forget}: {self.a.model} gives its answers a probability of {known['before']:.3f} before "
+                      f"the patch, and {other} {level:.3f}: nothing can be seen to come back")  # fmt: skip
 
     def finish(self, found: dict[str, Any]) -> int:
         a, partial = self.a, self.folder.partial

@@ -3,7 +3,7 @@ audit"."""
 
 import hashlib
 import json
-from pathlib import PurePath
+import os
 from typing import Any
 
 RESULTS = {"pass": "passedTests", "warn": "warnedTests", "fail": "failedTests"}
@@ -13,7 +13,7 @@ def statement(found: dict[str, Any], written: bytes) -> str:
     """found: audit.json, which was written so. The text is canonical: keys are sorted, and there are
     neither spaces nor times."""
     audit = {"name": "audit.json", "digest": {"sha256": hashlib.sha256(written).hexdigest()}}
-    name = f"{PurePath(found['patch']['path']).name}/manifest.json"
+    name = f"{os.path.basename(os.path.abspath(found['patch']['path']))}/manifest.json"
     patch = {"name": name, "digest": {"sha256": found["patch"]["manifest_sha256"]}}
     checks = found["checks"]
     result = next((word for key, word in (("fail", "FAILED"), ("warn", "WARNED"))

@@ -14,8 +14,11 @@ DID_NOT = "did not come back under what was tried"
 
 
 def check(name: str, criterion: str, value: float | None, bound: float | None, **more: Any) -> dict[str, Any]:
-    """A number that must not be above its bound; None if it, or its bound, was not measured."""
-    judged = value is not None and bound is not None
+    """A number, at most 1, that must not be above its bound; None if it, or its bound, was not
+    measured. A bound that no number can exceed judges nothing."""
+    judged = value is not None and bound is not None and bound < 1
+    if bound is not None and bound >= 1:
+        more["why"] = "its limit is 1 or more: what it is compared with knows nearly all"
     result = ("pass" if value <= bound else "fail") if judged else "not judged"
     return {"name": name, "criterion": criterion, "value": value, "bound": bound, "result": result} | more
 
@@ -69,10 +72,11 @@ class Verdict:
             after, others = attack["after"]["rest"], attack.get(self.other or "", {}).get("rest")
             levels = others or [self.target] * len(after)
             points = zip(after, levels, attack["updates"], strict=True)
-            value, level, updates = max(list(points)[1:], key=lambda p: p[0] - bound_of(RETAUGHT, p[1]))
+            bounds = [(value, bound_of(RETAUGHT, level), level, updates) for value, level, updates in points][1:]
+            value, bound, level, updates = max(bounds, key=lambda p: (p[1] < 1, p[0] - p[1]))
             self.checks.append(check(
                 f"re-taught: {attack['name']}", self.limit(RETAUGHT) + (" after the same" if self.other else ""),
-                value, bound_of(RETAUGHT, level), compared_with=level, updates=updates))  # fmt: skip
+                value, bound, compared_with=level, updates=updates))  # fmt: skip
 
     def kept(self) -> None:
         """What the edit cost is no part of what came back: it is a warning."""
@@ -143,7 +147,7 @@ def tried(found: dict[str, Any]) -> list[str]:
 
 
 def listed(values: list[Any]) -> str:
-    words = [f"{value:g}" for value in values]
+    words = [str(value) for value in values]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 

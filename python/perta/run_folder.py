@@ -74,10 +74,13 @@ def write_private(path: Path, text: str) -> None:
     a name, is written as JSON escapes it."""
     partial = path.with_name(f"{path.name}.new")
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # such as a full disk, which has no name of its own
+        raise OSError(error.errno, error.strerror, str(partial)) from None
     partial.replace(path)
     fsync(path.parent)
 
@@ -172,6 +175,7 @@ class Folder:
 
     def discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+        self.resumed = False
         self.release()
 
     def publish(self) -> None:

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 sys.path += [str(ROOT / "examples"), str(ROOT / "python")]
 from made_up_facts import make_facts, make_tokenizer
 from perta.audit_sets import Lines, measures, taught
+from perta.audit_statement import statement
 from perta.audit_verdict import Verdict, verdict_of
 from tiny_llama import encode, new_model, save_model, teach
 
@@ -250,6 +251,13 @@ def test_the_statement_names_what_was_tested(perta, folder):
     perta(*QUICK, "--statement", "--patch", "to-hidden", "--force", "--target", "0.001", check=2)
 
 
+def test_a_patch_has_its_name_from_wherever_it_is_given(tmp_path, monkeypatch):
+    found = {"patch": {"path": ".", "manifest_sha256": "0" * 64}, "checks": []}
+    (tmp_path / "forgotten").mkdir()
+    monkeypatch.chdir(tmp_path / "forgotten")
+    assert json.loads(statement(found, b""))["subject"][1]["name"] == "forgotten/manifest.json"
+
+
 def test_outside_data_there_is_no_text(perta, folder):
     perta(*QUICK, "--statement")
     out = folder / "out"
@@ -349,6 +357,38 @@ def test_what_changes_during_the_audit_is_refused(perta, folder):
     assert not (folder / "out").exists()
 
 
+NEXT = """
+import sys
+from perta.audit import Audit, parse
+class Next(Audit):
+    def train(self, part, t):
+        print(part.name, *(path.name for path in self.folder.data("").glob("adapter-*")))
+        sys.exit()
+Next(parse(sys.argv[1:]), sys.argv[1:]).run()
+"""
+
+
+def test_a_training_goes_on_where_it_was(perta, folder):
+    """What was taught is removed with its own answers, and not with those of parts before."""
+    words = [*QUICK, "--updates", "1,100"]
+    journal = folder / "out.perta-partial/data/adapter-after-forget-r4-0.001-100.perta-journal"
+    env = os.environ | {"PERTA_COMMIT_SECONDS": "0"}
+    run = subprocess.Popen([PERTA, *words], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + HANGS
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        assert run.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=HANGS) and run.returncode == 130
+    env = os.environ | {"PYTHONPATH": str(ROOT / "python"), "PERTA": str(PERTA)}
+    done = subprocess.run([sys.executable, "-c", NEXT, *words[1:], "--resume"], cwd=folder, env=env, check=True,
+                          capture_output=True, text=True, timeout=HANGS)  # fmt: skip
+    said = done.stdout.splitlines()[-1].split()
+    assert said[0] == "after-forget-r4-0.001-100" and journal.name in said[1:]
+    perta(*words, "--resume")
+    assert not list((folder / "out/data").glob("adapter*"))
+
+
 def test_force_replaces_only_what_it_wrote(perta, folder):
     (folder / "out").mkdir()
     (folder / "out/thesis.txt").write_text("the only copy")
@@ -431,6 +471,22 @@ def test_something_to_compare_with_is_needed(perta, folder):
     assert "at least 16 bytes" in perta(*QUICK, "--data-key", "key", check=3).stderr
 
 
+def test_nothing_comes_back_where_nothing_was(perta, folder):
+    """Such an audit would pass whatever the patch does."""
+    shutil.copytree(folder / "full", folder / "twin")
+    before = sorted(folder.iterdir())
+    without = [word for word in QUICK if word not in ("--gold", "gold")]
+    for words in (["--gold", "twin"], ["--base", "twin"], ["--target", "0.99"]):
+        said = perta(*without, *words, check=3).stderr
+        assert "forget.jsonl: full gives its answers a probability of " in said and "to resume" not in said
+        assert sorted(folder.iterdir()) == before
+
+
+def test_rates_that_are_nearly_equal_are_two(perta, folder):
+    perta(*QUICK, "--rates", "1e-3,1.00000001e-3", "--updates", "2")
+    assert [attack["updates"] for attack in found_in(folder)["retaught"]] == [[0, 2], [0, 2]]
+
+
 def test_one_sample_cannot_be_taught_in_part(perta, folder):
     line = (folder / "forget.jsonl").read_text().splitlines()[0] + "\n"
     (folder / "forget.jsonl").write_text(line * 3)
@@ -477,6 +533,25 @@ def test_means_are_of_the_lines_that_have_a_number():
     }  # fmt: skip
 
 
+def test_a_limit_that_nothing_exceeds_judges_nothing():
+    """Answers of one token always have an extraction strength of 1."""
+    found = numbers(0.1, 0.1, strength=(1.0, 1.0))
+    found["retaught"][0]["gold"]["rest"] = [0.1, 0.7, 0.8]
+    checks = {check["name"]: check for check in Verdict(found).all()}
+    for name in ("extraction strength", "re-taught: x"):
+        assert checks[name]["result"] == "not judged" and "1 or more" in checks[name]["why"]
+    assert checks["as it is"]["result"] == "pass"
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    code = ("import resource, signal, sys; from pathlib import Path; from perta.run_folder import write_private\n"
+            "from perta.command import run; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+            "run('audit', lambda words: write_private(Path('run.json'), 'x' * 11) or 0)")  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT / "python")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (4, "perta audit: run.json.new: File too large\n")
+
+
 def numbers(after, gold, strength=(0.1, 0.1), curve=(0.1, 0.1), kept=1.0):
     one = lambda p, s=0.1: {"probability": p, "extraction_strength": s}
     return {
@@ -502,6 +577,7 @@ def numbers(after, gold, strength=(0.1, 0.1), curve=(0.1, 0.1), kept=1.0):
         (numbers(0.1, 0.1, strength=(0.119, 0.1)), set()),
         (numbers(0.1, 0.1, curve=(0.151, 0.1)), {"re-taught: x"}),
         (numbers(0.1, 0.1, curve=(0.5, 0.4)), set()),
+        (numbers(0.1, 0.1, curve=(0.99, 0.7)), set()),  # nothing is above 1; at 8 updates it is judged
         (numbers(0.1, 0.1, kept=0.5), set()),
     ],
 )
@@ -509,4 +585,5 @@ def test_criteria(found, failed):
     checks = Verdict(found).all()
     assert {check["name"] for check in checks if check["result"] == "fail"} == failed
     assert verdict_of(checks) == ("came back" if failed else "did not come back under what was tried")
+    assert all(check["bound"] < 1 for check in checks if check["result"] == "pass")
     assert checks[-1]["result"] == ("warn" if found["as_it_is"]["after"]["retain"]["probability"] < 0.97 else "pass")
