@@ -197,7 +197,9 @@ class Audit(LongRun):
                  "paraphrased": "to be asked in other words"}  # fmt: skip
         for name, what in nouns.items():
             if name in self.sets:
-                refuse_shared(self.sets["forget"], self.sets[name], what)
+                refuse_shared(self.sets["forget"], self.sets[name], f"to be forgotten and {what}")
+        if "holdout" in self.sets:
+            refuse_shared(self.sets["retain"], self.sets["holdout"], "in --data-retain and held out")
         forget = self.a.data_forget
         checked = [(self.models["after"], path) for path in self.paths().values()]
         checked += [([*self.models["after"], "--quantize", form], forget) for form in self.a.formats]

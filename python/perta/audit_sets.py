@@ -64,12 +64,12 @@ def read_lines(path: Path) -> Lines:
     return found
 
 
-def refuse_shared(forget: Lines, other: Lines, what: str) -> None:
-    """Problem if a sample that is to be forgotten is also in another file."""
-    seen = {forget.key(i): forget.numbers[i] for i in reversed(range(len(forget)))}
+def refuse_shared(lines: Lines, other: Lines, what: str) -> None:
+    """Problem if a sample is in both files. what: the two things that are then said of it."""
+    seen = {lines.key(i): lines.numbers[i] for i in reversed(range(len(lines)))}
     for i in range(len(other)):
         if other.key(i) in seen:
-            raise Problem(f"the same sample is to be forgotten and {what}: {forget.path}: line {seen[other.key(i)]}, "
+            raise Problem(f"the same sample is {what}: {lines.path}: line {seen[other.key(i)]}, "
                           f"and {other.path}: line {other.numbers[i]}")  # fmt: skip
 
 

@@ -464,6 +464,14 @@ def test_wrong_arguments(perta, folder, words):
     assert sorted(folder.iterdir()) == before
 
 
+def test_what_was_shown_is_not_held_out(perta, folder):
+    line = (folder / "retain.jsonl").read_text().splitlines()[4]
+    with (folder / "held_out.jsonl").open("a") as file:
+        file.write(line + "\n")
+    said = perta(*QUICK, "--holdout", "held_out.jsonl", check=3).stderr
+    assert "in --data-retain and held out: retain.jsonl: line 5, and held_out.jsonl: line " in said
+
+
 def test_something_to_compare_with_is_needed(perta, folder):
     words = [word for word in QUICK if word not in ("--gold", "gold")]
     assert "one of --gold, --base and --target is needed" in perta(*words, check=2).stderr
