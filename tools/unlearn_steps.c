@@ -271,11 +271,15 @@ static void say_end(const struct cli *cli, const json_t *summary)
 {
     size_t i;
     json_t *end;
-    json_array_foreach (json_object_get(summary, "conditions"), i, end)
-        cli_say(cli, "%s %s: probability %.5f of at most %g: %s\n", i ? "      " : "worst,",
+    json_array_foreach (json_object_get(summary, "conditions"), i, end) {
+        cli_say(cli, "%s %s: probability %.5f of at most %g: %s", i ? "      " : "worst,",
                 json_string_value(json_object_get(end, "condition")), real(end, "probability"),
                 real(end, "limit"),
                 json_is_true(json_object_get(end, "holds")) ? "holds" : "does not hold");
+        if (json_object_get(end, "taught"))
+            cli_say(cli, " (what was taught: %.5f)", real(end, "taught"));
+        cli_say(cli, "\n");
+    }
 }
 
 void unlearn_steps_say(const struct cli *cli, const json_t *summary)

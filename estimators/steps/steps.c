@@ -462,7 +462,7 @@ static int open_tuned(struct perta_steps_job *job, struct perta_err *err)
 
 static struct perta_steps_point point_not_measured(void)
 {
-    struct perta_steps_point p = {.loss = {NAN, NAN}, .gradients_under = -1};
+    struct perta_steps_point p = {.loss = {NAN, NAN}, .taught = NAN, .gradients_under = -1};
     for (int c = 0; c < PERTA_N_CONDITIONS; c++)
         p.under[c] = NAN;
     return p;

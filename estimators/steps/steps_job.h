@@ -36,7 +36,9 @@ struct perta_steps_point {
     bool reached;   /* its scales are written */
     /* forget probability under each condition that steps->survive names; NAN: not measured yet */
     double under[PERTA_N_CONDITIONS];
-    bool taught; /* the adapter for PERTA_RETAUGHT is written */
+    /* probability of the samples that the adapter for PERTA_RETAUGHT was taught; NAN: it is not
+     * written yet */
+    double taught;
     bool summed; /* the sum of the scales up to this point is written */
     /* The forget set's gradients were taken, and are written, under that condition; negative: not
      * yet. Only with steps->survive. */
@@ -152,6 +154,8 @@ json_t *perta_steps_survive_parameters(const struct perta_steps_job *job);
 json_t *perta_steps_survive_point(const struct perta_steps_job *job, unsigned k);
 /* perta_steps' "conditions", of point k. */
 json_t *perta_steps_survive_end(const struct perta_steps_job *job, unsigned k);
+/* Add a note if the samples that were taught before point k did not learn much. */
+int perta_steps_survive_note(struct perta_steps_job *job, unsigned k, struct perta_err *err);
 #define PERTA_STEPS_TAUGHT "taught-%u%s"
 
 /* ---- steps_mean.c ---- */

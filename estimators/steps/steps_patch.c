@@ -23,6 +23,8 @@ static json_t *path_json(const struct perta_steps_job *job, unsigned last)
                            json_integer((json_int_t)p->samples[PERTA_RETAIN]));
         if (job->steps->survive)
             perta_json_set(&point, "survive", perta_steps_survive_point(job, k));
+        if (!isnan(p->taught))
+            perta_json_set(&point, "taught", json_real(p->taught));
         if (k > job->steps->n_steps)
             perta_json_set(&point, "mean_from",
                            json_integer(perta_steps_first(job, job->steps->n_steps)));
@@ -154,6 +156,8 @@ int perta_steps_finish(struct perta_steps_job *job, unsigned chosen, unsigned la
     bool own = !s->survive && s->listed[chosen]; /* a path of its own ends there */
     int rc = own ? perta_steps_patch(job, chosen, chosen, chosen, err)
                  : perta_steps_patch(job, s->n_steps, chosen, last, err);
+    if (!rc)
+        rc = perta_steps_survive_note(job, chosen, err);
     if (rc)
         return rc;
     json_t *results = json_array();

@@ -13,7 +13,8 @@
 #define LORA_ALPHA 16.0
 #define SHARE 4 /* one of so many samples is taught; the others are asked */
 #define SEED 0
-#define DROP 0.5 /* share of the scales that are taken as 0 */
+#define DROP 0.5    /* share of the scales that are taken as 0 */
+#define LEARNED 0.5 /* from this probability on, samples that are taught count as learned */
 
 /* ---- conditions ---- */
 
@@ -113,8 +114,8 @@ static struct perta_pick pick_of(const struct perta_steps_job *job, unsigned k,
 }
 
 /* Tune an adapter beside the model of point k, with some of the forget set's samples. */
-static int teach(struct perta_steps_job *job, unsigned k, const struct perta_steps_model *model,
-                 const char *out, struct perta_err *err)
+static int tune_some(struct perta_steps_job *job, unsigned k, const struct perta_steps_model *model,
+                     const char *out, struct perta_err *err)
 {
     static const char *const targets[] = {"all-linear"};
     const struct perta_steps *s = job->steps;
@@ -138,17 +139,9 @@ static int teach(struct perta_steps_job *job, unsigned k, const struct perta_ste
                                     .compute = s->compute,
                                     .force = true};
     json_t *summary = NULL;
-    if (job->points[k].taught)
-        return 0;
     int rc = perta_tune(&tune, &job->run, &summary, err);
     json_decref(summary);
-    if (!rc)
-        rc = perta_steps_check_models(job, err);
-    if (!rc)
-        rc = perta_steps_commit(job, json_pack("{s:I, s:b}", "step", (json_int_t)k, "taught", 1),
-                                err);
-    job->points[k].taught = !rc;
-    return rc;
+    return rc ? rc : perta_steps_check_models(job, err);
 }
 
 /* ---- measure ---- */
@@ -176,20 +169,49 @@ static void asked_under(const struct perta_steps_job *job, unsigned k, int condi
                                                     .pick = pick_of(job, k, PERTA_PICK_REST)};
 }
 
+static int ask(struct perta_steps_job *job, const struct asked *asked, double *probability,
+               struct perta_err *err)
+{
+    json_t *summary = NULL;
+    int rc = perta_steps_eval(job, PERTA_FORGET, asked->at, &asked->change, &summary, err);
+    *probability = json_real_value(json_object_get(summary, "probability"));
+    json_decref(summary);
+    return rc;
+}
+
+/* Teach some samples before point k, and ask for them: where they were not learned, it says nothing
+ * that the others are not known. */
+static int teach(struct perta_steps_job *job, unsigned k, const struct perta_steps_model *model,
+                 const char *taught, struct perta_err *err)
+{
+    struct asked asked;
+    double probability = 0;
+    if (!isnan(job->points[k].taught))
+        return 0;
+    asked_under(job, k, PERTA_RETAUGHT, model, taught, &asked);
+    asked.change.pick = pick_of(job, k, PERTA_PICK_SOME);
+    int rc = tune_some(job, k, model, taught, err);
+    if (!rc)
+        rc = ask(job, &asked, &probability, err);
+    if (!rc)
+        rc = perta_steps_commit(
+            job, json_pack("{s:I, s:f}", "step", (json_int_t)k, "taught", probability), err);
+    job->points[k].taught = rc ? (double)NAN : probability;
+    return rc;
+}
+
 static int measure(struct perta_steps_job *job, unsigned k, int condition,
                    const struct perta_steps_model *model, const char *taught, struct perta_err *err)
 {
     double *to = &job->points[k].under[condition];
     struct asked asked;
-    json_t *summary = NULL;
+    double probability = 0;
     if (!isnan(*to))
         return 0;
     asked_under(job, k, condition, model, taught, &asked);
     int rc = condition == PERTA_RETAUGHT ? teach(job, k, model, taught, err) : 0;
     if (!rc)
-        rc = perta_steps_eval(job, PERTA_FORGET, asked.at, &asked.change, &summary, err);
-    double probability = json_real_value(json_object_get(summary, "probability"));
-    json_decref(summary);
+        rc = ask(job, &asked, &probability, err);
     if (!rc)
         rc = perta_steps_commit(job,
                                 json_pack("{s:I, s:s, s:f}", "step", (json_int_t)k, "condition",
@@ -265,7 +287,8 @@ void perta_steps_survive_replay(struct perta_steps_point *point, const json_t *r
         point->under[measured] = json_real_value(json_object_get(record, "under"));
     if (gradients >= 0)
         point->gradients_under = gradients;
-    point->taught |= json_is_true(json_object_get(record, "taught"));
+    if (json_object_get(record, "taught"))
+        point->taught = json_real_value(json_object_get(record, "taught"));
 }
 
 static json_t *reteach_json(const struct perta_steps_job *job)
@@ -311,11 +334,27 @@ json_t *perta_steps_survive_end(const struct perta_steps_job *job, unsigned k)
         int c = i < 0 ? worst : i;
         if ((i == worst) || !(c == PERTA_AS_IT_IS || is_named(job, c)))
             continue;
-        perta_json_append(&list,
-                          json_pack("{s:s, s:o, s:f, s:b}", "condition",
-                                    perta_condition_name((enum perta_condition)c), "probability",
-                                    perta_real_json(probability_of(job, k, c)), "limit",
-                                    limit_of(job, c), "holds", (int)holds(job, k, c)));
+        json_t *end = json_pack("{s:s, s:o, s:f, s:b}", "condition",
+                                perta_condition_name((enum perta_condition)c), "probability",
+                                perta_real_json(probability_of(job, k, c)), "limit",
+                                limit_of(job, c), "holds", (int)holds(job, k, c));
+        if (c == PERTA_RETAUGHT)
+            perta_json_set(&end, "taught", json_real(job->points[k].taught));
+        perta_json_append(&list, end);
     }
     return list;
+}
+
+int perta_steps_survive_note(struct perta_steps_job *job, unsigned k, struct perta_err *err)
+{
+    const struct perta_reteach *r = &job->steps->reteach;
+    double taught = job->points[k].taught;
+    if (isnan(taught) || taught >= LEARNED)
+        return 0;
+    json_t *note =
+        perta_text_json("--survive reteach: after %llu updates at a rate of %g, even the samples "
+                        "that were taught have a probability of only %.3g, so what the others have "
+                        "says little; try another --reteach-rate, or more --reteach-updates",
+                        (unsigned long long)r->updates, r->learning_rate, taught);
+    return json_array_append_new(job->notes, note) ? perta_fail_sys(err, ENOMEM, "notes") : 0;
 }

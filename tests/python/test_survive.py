@@ -60,6 +60,12 @@ def taught(perta, tmp_path, model, lines, k):
     return json.loads(perta(*words.split()).stdout)["probability"], adapter
 
 
+def learned(perta, model, adapter, k):
+    """The probability of what was taught."""
+    words = f"eval --model {model} --adapter {adapter} --data some-{k}.jsonl --compute f32 --json"
+    return json.loads(perta(*words.split()).stdout)["probability"]
+
+
 def changed(perta, tmp_path, model, k, condition):
     """The probability with half of the edit taken back, or rounded; the model's folder."""
     folder = tmp_path / f"{condition}-{k}"
@@ -123,6 +129,7 @@ def test_points_are_those_of_other_commands_and_gradients_are_pytorchs(perta, tm
         else:
             probability, adapter = taught(perta, tmp_path, model, lines, k)
             at = (model, parts(lines["forget"], k)[1], adapter)
+            assert paths[2][k]["taught"] == learned(perta, model, adapter, k)
         assert paths[2][k]["survive"] == {condition: probability}
         g = gradients_of(tmp_path, *at)
         retain = gradients_of(tmp_path, model, lines["retain"], by_probability=False)
@@ -188,6 +195,22 @@ def test_a_level_is_held_under_every_condition(perta, tmp_path):
     assert "mean scale      reteach\n" in said and "reteach: probability 0." in said and "\nmean  " in said
     perta("report", "patch", "--html", "patch.html")
     perta("inspect", "patch")
+
+
+def test_samples_that_are_not_learned_are_said(perta, tmp_path):
+    make_model(tmp_path)
+    write_lines(tmp_path / "forget.jsonl", [{"input_ids": [7 + i] * (9 + i)} for i in range(4)])
+    for shard in (tmp_path / "full").glob("*.safetensors"):  # so that it can be certain of a token
+        tensors = load_file(shard)
+        save_file({n: x * (30 if n == "model.norm.weight" else 1) for n, x in tensors.items()}, shard, {"format": "pt"})
+    words = [*BOX, "2", *SURVIVE]
+    idle = json.loads(perta(*words, "--reteach-rate", "1e-6", check=None).stdout)
+    taught = idle["path"][idle["chosen"]]["taught"]
+    assert taught < 0.5 and taught in [c.get("taught") for c in idle["conditions"]]
+    assert any("have a probability of only" in note and "--reteach-rate" in note for note in idle["notes"])
+    learns = json.loads(perta(*words, "--force", "--reteach-updates", "40", check=None).stdout)
+    assert learns["path"][learns["chosen"]]["taught"] > 0.5
+    assert not any("--reteach-rate" in note for note in learns["notes"])
 
 
 def test_a_level_that_does_not_hold_is_said(perta, tmp_path):
