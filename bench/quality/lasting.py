@@ -109,7 +109,7 @@ def measure(b: curves.Bench, name: str, row: dict) -> None:
     model, flags = how_to_read(b, name, row)
     for part in ("forget", "held_out"):
         run = b.run("eval", "--model", model, *flags, "--data", f"{part}.jsonl", "--compute", b.compute)
-        row.setdefault("measures", {})[part] = {key: run[key] for key in MEASURES}
+        row.setdefault("measures", {})[part] = {key: run.get(key) for key in MEASURES}
     for kind in FORMATS:
         row.setdefault("rounded", {})[kind] = forget_probability(
             b, "--model", model, *flags, "--quantize", kind
