@@ -46,7 +46,7 @@ def test_what_lasts_is_measured_and_written_down(tmp_path):
     names = ("tv", "own gradient", "NPO + retain, rate 1e-3", "RMU, rate 0.1")
     command = [sys.executable, ROOT / "bench/quality/lasting.py", PERTA.parent, tmp_path / "work"]
     command += ["--model", "tiny", "--seeds", "1", "--draws", "1", "--results", tmp_path]
-    command += ["--methods", ";".join(names), "--only", "edit,teach"]
+    command += ["--methods", ";".join(names)]
     subprocess.run(command, check=True, capture_output=True)
     written = (tmp_path / "tiny.json").read_bytes()
     subprocess.run(command, check=True, capture_output=True)
@@ -56,7 +56,9 @@ def test_what_lasts_is_measured_and_written_down(tmp_path):
     for name in ("tv", "NPO + retain, rate 1e-3"):
         row = seed["edits"][name]
         assert row["reached"] and row["asked"]["forget"] <= gold, name
-        assert len(row["taught"]) == 5
+        assert len(row["taught"]) == len(row["rounded"]) == 5
+        assert row["measures"]["forget"]["probability"] == pytest.approx(row["asked"]["forget"])
+        assert row["rounded"]["int8"] == pytest.approx(row["asked"]["forget"], rel=0.1)
         assert all(of[0]["taught"][-1] > 2 * of[0]["rest"][-1] for of in row["taught"].values())
     assert "| own gradient | " in (tmp_path / "tiny.md").read_text()
 
