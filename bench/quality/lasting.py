@@ -32,7 +32,9 @@ RATES = {"small": (1e-4, 3e-4, 1e-3), "large": (1e-5, 2e-5, 5e-5)}  # of the riv
 OTHER_RATES = {"SimNPO + retain": {"small": (3e-5, 1e-4, 3e-4)},
                rivals.RMU: {"small": (3e-3, 1e-2), "large": (1e-3, 3e-3)}}  # fmt: skip
 SURVIVE = f"{methods.OWN}, survive nf4,int4,reteach, steps 30"
-NAMES = ("tv", "grad, base", "fisher, base", *rivals.NAMES, methods.HELD, methods.OWN, SURVIVE)
+FACTOR = "reteach-factor"
+AS_GOLD = f"{methods.OWN}, survive reteach, {FACTOR} gold, steps 24"
+NAMES = ("tv", "grad, base", "fisher, base", *rivals.NAMES, methods.HELD, methods.OWN, SURVIVE, AS_GOLD)
 STEPS = ("edit", "measure", "teach")
 
 
@@ -60,6 +62,13 @@ def by_alpha(b: curves.Bench, name: str, spec: train.Spec, gold: float, patch: P
     return {"reached": True, "x": high}
 
 
+def with_factor(name: str, gold: dict) -> str:
+    """"reteach-factor gold": what is not taught may be known as well as by gold at most, after any
+    attack."""
+    most = max((p for of in gold.get("taught", {}).values() for p in reteach.rest_of(of)), default=0)
+    return name.replace(f"{FACTOR} gold", f"{FACTOR} {most / gold['asked']['forget']:.3g}")
+
+
 def by_rule(b: curves.Bench, name: str, spec: train.Spec, gold: float, patch: Path) -> dict:
     tau = methods.task_vector(b, name, spec)[0]
     steps = [] if "steps" in methods.options_of(name)[1] else ["--steps", spec.held_steps]
@@ -83,9 +92,9 @@ def by_training(b: curves.Bench, name: str, spec: train.Spec, gold: float, to: P
     return {"reached": False, "x": done, "least": least}
 
 
-def edit(b: curves.Bench, name: str, spec: train.Spec, gold: float) -> dict:
+def edit(b: curves.Bench, name: str, spec: train.Spec, of_gold: dict) -> dict:
     """Leaves WORK/edits/NAME: a patch of full, or a model (is_model)."""
-    to, started = b.work / "edits" / name, time.monotonic()
+    to, started, gold = b.work / "edits" / name, time.monotonic(), of_gold["asked"]["forget"]
     to.parent.mkdir(exist_ok=True)
     method = name.split(", ")[0]
     if name in methods.ONE_STEP:
@@ -93,7 +102,7 @@ def edit(b: curves.Bench, name: str, spec: train.Spec, gold: float) -> dict:
     elif method in rivals.NAMES:
         row = by_training(b, name, spec, gold, to) | {"is_model": True}
     else:
-        row = by_rule(b, name, spec, gold, to)
+        row = by_rule(b, with_factor(name, of_gold), spec, gold, to)
     return row | {"seconds": time.monotonic() - started}
 
 
@@ -149,7 +158,7 @@ def forget_all(b: curves.Bench, names: list[str], spec: train.Spec, seed: dict, 
         tried = rated(name, spec)
         for each in tried:
             if each not in rows:
-                row = edit(b, each, spec, seed["gold"]["asked"]["forget"])
+                row = edit(b, each, spec, seed["gold"])
                 if (b.work / "edits" / each).exists():
                     model, flags = how_to_read(b, each, row)
                     row["asked"] = b.ask(model, *flags)
@@ -167,6 +176,8 @@ def one_seed(b: curves.Bench, a: argparse.Namespace, spec: train.Spec, seed: dic
         if name not in seed:
             seed[name] = {"asked": b.ask(name)}
             done()
+    if any(f"{FACTOR} gold" in name for name in a.methods):
+        teach(b, "gold", seed["gold"], a.draws, spec, done)
     if "edit" in a.only:
         seed["chosen"] = list(dict.fromkeys([*seed.get("chosen", []), *forget_all(b, a.methods, spec, seed, done)]))
         done()
