@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PERTA, ROOT
+from conftest import ROOT
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -214,12 +214,17 @@ def test_control_characters_do_not_reach_the_terminal(ask):
     assert "Question: a?[31mb" in ask("a\x1b[31mb").stdout
 
 
-def test_ctrl_c(made):
+def test_ctrl_c(made, tmp_path):
+    """While the command that it runs is at work, which here never ends by itself."""
     folder, facts = made
-    words = [str(PERTA), "ask", str(folder / "model"), *[fact.question for fact in facts], "--max-new-tokens", "100000",
-             "--memory", "2G", "--progress", "json", "--template", "plain"]  # fmt: skip
-    child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    child.stderr.readline()  # it is at work
+    slow = tmp_path / "perta"
+    slow.write_text(f"#!/bin/sh\n: >'{tmp_path}/started'\nexec sleep 1000\n")
+    slow.chmod(0o755)
+    words = [sys.executable, "-m", "perta.ask", str(folder / "model"), facts[0].question, "--template", "plain"]
+    child = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT / "python",
+                             env=os.environ | {"PERTA": str(slow)})  # fmt: skip
+    while not (tmp_path / "started").exists() and child.poll() is None:
+        pass
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=100)
     assert (child.returncode, out) == (130, "") and "perta ask: interrupted" in err
