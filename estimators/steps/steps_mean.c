@@ -89,8 +89,9 @@ static int run_pass(struct perta_steps_job *steps, struct job *job, const char *
                                     .elem_bytes = job->n ? sizeof(uint16_t) : sizeof(float),
                                     .work = job->n ? divide : add,
                                     .commit = job->n ? commit_mean : commit_sum};
+    unsigned n_read = job->n ? IN_SUM + 1 : N_IN; /* means need no scales, but their layout */
     int rc =
-        perta_steps_pass_open(&pass, inputs, N_IN, N_IN, perta_is_tied(steps->weights.ck), err);
+        perta_steps_pass_open(&pass, inputs, N_IN, n_read, perta_is_tied(steps->weights.ck), err);
     if (!rc)
         rc = perta_steps_out_begin(&job->out, pass.scales, job->n ? PERTA_BF16 : PERTA_F32,
                                    perta_steps_scale_metadata(), NULL, NULL, to, err);

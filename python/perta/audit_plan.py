@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from perta.children import duration
-from perta.forget_plan import START, inspected, rates, size
+from perta.forget_plan import START, inspected, rates, size, speed
 from perta.samples import Sample
 
 
@@ -38,12 +38,7 @@ def said(audit: Any) -> str:
 
 def rows(f: dict[str, Any]) -> list[str]:
     """The table."""
-    read, tokens = f["read_bytes_per_second"], f["tokens_per_second"]
-    rates = [f"{size(read)}/s read"] if read else []
-    rates += [f"{tokens:.0f} tokens/s forward"] if tokens else []
-    found = {
-        "time": f"about {duration(f['seconds'])} (half or twice as much is possible)",
-        "measured": ", ".join(rates) or "too quick to measure",
+    found = speed(f) | {
         "asks": f"{f['asked']} times a model, {f['trainings']} of them after a training",
         "trains": f"{f['updates']} updates in all",
         "reads": size(f["read_bytes"]),

@@ -105,14 +105,20 @@ def size(n: float) -> str:
     return ""
 
 
-def rows(f: dict[str, Any]) -> list[str]:
-    """The table."""
+def speed(f: dict[str, Any]) -> dict[str, str]:
+    """The first rows of the table."""
     read, tokens = f["read_bytes_per_second"], f["tokens_per_second"]
     rates = [f"{size(read)}/s read"] if read else []
     rates += [f"{tokens:.0f} tokens/s forward"] if tokens else []
-    found = {
+    return {
         "time": f"about {duration(f['seconds'])} (half or twice as much is possible)",
         "measured": ", ".join(rates) or "too quick to measure",
+    }
+
+
+def rows(f: dict[str, Any]) -> list[str]:
+    """The table."""
+    found = speed(f) | {
         "reads": size(f["read_bytes"]),
         "writes": f"{size(f['written_bytes'])} (gradients and scales of {f['steps']} steps)",
         "arithmetic": f"{f['flop']:.1e} FLOP",
