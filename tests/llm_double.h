@@ -106,8 +106,8 @@ struct model_double {
 static inline double *part_double(const struct model_double *m, uint32_t layer,
                                   enum perta_param param)
 {
-    const struct perta_param_row *row = perta_llm_param(&m->model->llm, param);
-    return row ? m->weights + perta_model_param(m->model, layer, row)->at : NULL;
+    const struct perta_param_row *row = perta_llm_param(&m->model->llm, layer, param);
+    return row ? m->weights + perta_model_param(m->model, perta_site_of(layer), row)->at : NULL;
 }
 
 static inline void project_double(const struct model_double *m, uint32_t layer,
@@ -155,7 +155,7 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
     project_double(m, layer, PERTA_Q, q, norm, T, Q, H);
     project_double(m, layer, PERTA_K, k, norm, T, K, H);
     project_double(m, layer, PERTA_V, v, norm, T, K, H);
-    if (llm->qk_norm) {
+    if (llm->options & PERTA_QK_NORM) {
         rmsnorm_double(q, q, part_double(m, layer, PERTA_NORM_Q), T * llm->n_heads, D, eps);
         rmsnorm_double(k, k, part_double(m, layer, PERTA_NORM_K), T * llm->n_kv_heads, D, eps);
     }
@@ -179,11 +179,11 @@ static inline double cross_entropy_double(const double *logits, size_t V, size_t
     return log(sum) - logits[target];
 }
 
-/* A tensor by its name, which may be NULL; NULL where there is none. */
+/* A tensor by its name, which may be empty; NULL where there is none. */
 static inline const double *named_double(const struct model_double *m, const char *name)
 {
     const struct perta_model *model = m->model;
-    const float *at = name ? perta_model_find(model, model->weights, name) : NULL;
+    const float *at = *name ? perta_model_find(model, model->weights, name) : NULL;
     return at ? m->weights + (at - model->weights) : NULL;
 }
 
@@ -196,11 +196,11 @@ static inline double loss_double(const struct model_double *m, const struct pert
     size_t H = model->llm.hidden, V = model->llm.vocab, n_labels = 0;
     double *x = alloc(T * H * sizeof *x), *row = alloc(H * sizeof *row), loss = 0;
     double *logits = alloc(V * sizeof *logits);
-    const struct perta_family *family = model->llm.family;
-    const double *embedding = named_double(m, family->embedding);
-    const double *head = model->llm.tied ? embedding : named_double(m, family->head);
-    const double *norm = named_double(m, family->final_norm);
-    const double *bias = named_double(m, family->final_norm_bias);
+    const struct perta_llm_names *names = &model->llm.names;
+    const double *embedding = named_double(m, names->embedding);
+    const double *head = model->llm.tied ? embedding : named_double(m, names->head);
+    const double *norm = named_double(m, names->final_norm);
+    const double *bias = named_double(m, names->final_norm_bias);
     for (size_t t = 0; t < T; t++)
         memcpy(x + t * H, embedding + (size_t)s->ids[first + t] * H, H * sizeof *x);
     for (uint32_t l = 0; l < model->llm.n_layers; l++)

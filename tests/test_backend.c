@@ -266,7 +266,7 @@ static void disturb(struct perta_backend *be, struct outputs *o, const struct gr
 {
     const struct perta_runs tiles = {1, (const size_t[]){0, 1}, 0};
     struct perta_array weight = input(be, o, c->weight.f, c->weight.n);
-    const struct perta_linear l = {weight, PERTA_F16, 1100, 8, {0}};
+    const struct perta_linear l = {weight, PERTA_F16, 1100, 8, {0}, false};
     be->ops->linear_forward(be, &l, &tiles, input(be, o, c->x.f, 8), buffer(be, o, 1100 * 4), 1,
                             false);
 }

@@ -104,7 +104,8 @@ static void fail_on_purpose(struct perta_backend *be, struct outputs *o)
 {
     const struct perta_runs tiles = {1, (const size_t[]){0, 1}, 0};
     struct perta_array big = buffer(be, o, 3000 * 1024 * sizeof(float));
-    const struct perta_linear l = {big, PERTA_F16, 1024, 3000, {0}}; /* wider than any should be */
+    const struct perta_linear l = {big,  PERTA_F16, 1024,
+                                   3000, {0},       false}; /* wider than any should be */
     be->ops->linear_forward(be, &l, &tiles, big, buffer(be, o, 1024 * sizeof(float)), 1, false);
 }
 

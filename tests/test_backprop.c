@@ -171,16 +171,17 @@ static float *floats_of(const struct recorder *r, struct perta_array from, size_
     return to;
 }
 
-static int record_linear(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
-                         const struct perta_batch *batch, struct perta_array x,
-                         struct perta_array dy, struct perta_err *e)
+static int record_linear(struct perta_gradient_sink *sink, struct perta_site site,
+                         enum perta_param param, const struct perta_batch *batch,
+                         struct perta_array x, struct perta_array dy, struct perta_err *e)
 {
     struct recorder *r = (struct recorder *)sink;
     size_t out, in;
     (void)e;
-    ck_assert_uint_eq(layer, 0);
+    ck_assert_uint_eq(site.layer, 0);
+    ck_assert_uint_eq(site.expert, 0);
     ck_assert_ptr_null(r->weights[param]);
-    perta_llm_shape(r->llm, perta_llm_param(r->llm, param), &out, &in);
+    perta_llm_shape(r->llm, perta_llm_param(r->llm, 0, param), &out, &in);
     float *xs = floats_of(r, x, batch->n * in), *dys = floats_of(r, dy, batch->n * out);
     float *dw = r->weights[param] = alloc(out * in * sizeof *dw);
     for (size_t o = 0; o < out; o++)
@@ -195,15 +196,17 @@ static int record_linear(struct perta_gradient_sink *sink, uint32_t layer, enum 
     return 0;
 }
 
-static int record_vector(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
-                         size_t sequence, struct perta_array d, struct perta_err *e)
+static int record_vector(struct perta_gradient_sink *sink, struct perta_site site,
+                         enum perta_param param, size_t sequence, struct perta_array d,
+                         struct perta_err *e)
 {
     struct recorder *r = (struct recorder *)sink;
     size_t out, in;
     (void)e;
-    ck_assert_uint_eq(layer, 0);
+    ck_assert_uint_eq(site.layer, 0);
+    ck_assert_uint_eq(site.expert, 0);
     ck_assert_ptr_null(r->vectors[sequence][param]);
-    perta_llm_shape(r->llm, perta_llm_param(r->llm, param), &out, &in);
+    perta_llm_shape(r->llm, perta_llm_param(r->llm, 0, param), &out, &in);
     r->vectors[sequence][param] = floats_of(r, d, in);
     return 0;
 }
@@ -213,11 +216,11 @@ static void are_recorded(struct recorder *r, struct block *c)
 {
     const struct perta_model *m = &c->lab->model;
     for (int i = 0; i < PERTA_N_PARAMS; i++) {
-        const struct perta_param_row *row = perta_llm_param(&m->llm, (enum perta_param)i);
+        const struct perta_param_row *row = perta_llm_param(&m->llm, 0, (enum perta_param)i);
         ck_assert(!row || row->out ? !r->vectors[0][i] && !r->vectors[1][i] : !r->weights[i]);
         if (!row)
             continue;
-        const struct perta_parameter *of = perta_model_param(m, 0, row);
+        const struct perta_parameter *of = perta_model_param(m, perta_site_of(0), row);
         double *at = c->lab->twin.weights + of->at;
         if (row->out)
             is_gradient(of->name, r->weights[i], at, of->out * of->in, 5, blocks_value, c);

@@ -99,10 +99,8 @@ static void begin(bool single, uint64_t free_bytes)
         .sink = perta_importance_sink_functions,
         .llm = &llm,
         .statistic = &statistic,
-        .chunks = &chunks,
+        .all = {&chunks, TOKENS, single},
         .scratch = &scratch,
-        .n_tokens = TOKENS,
-        .single = single,
         .advance = go_on,
         .vectors = vectors,
         .staging = staging,
@@ -118,10 +116,11 @@ static void hand_over(enum perta_param param, size_t first, size_t n)
     const struct perta_batch batch = {.n = n, .first = first};
     struct perta_array x = {operands, 0};
     size_t out, in;
-    perta_llm_shape(&llm, perta_llm_param(&llm, param), &out, &in);
+    perta_llm_shape(&llm, perta_llm_param(&llm, 0, param), &out, &in);
     struct perta_array dy = perta_array_at(x, TOKENS * perta_llm_widest(&llm));
-    ck_assert_ok(sink.sink.linear(&sink.sink, 0, param, &batch, perta_array_at(x, first * in),
-                                  perta_array_at(dy, first * out), &err));
+    ck_assert_ok(sink.sink.linear(&sink.sink, perta_site_of(0), param, &batch,
+                                  perta_array_at(x, first * in), perta_array_at(dy, first * out),
+                                  &err));
 }
 
 /* Sums of the weight that was formed last: its last block of rows. */

@@ -60,6 +60,7 @@ struct perta_linear {
     enum perta_dtype dtype;    /* of weight: F32, BF16 or F16 */
     size_t out, in;
     struct perta_array bias; /* (out); no array: no bias */
+    bool transposed;         /* weight is stored as (in, out) */
 };
 
 /* A LoRA beside a linear layer (Hu et al. 2021): scaling * (b a) is added to its weight (out, in),

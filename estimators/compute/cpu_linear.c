@@ -8,10 +8,13 @@ static size_t rows_at_a_time(const struct perta_cpu *cpu, const struct perta_lin
     return l->dtype == perta_gemm_dtype(cpu->gemm) ? l->out : PERTA_CPU_WEIGHT_ROWS;
 }
 
+/* Rows of the weight (out, in), from row first on. */
 static struct perta_operand_matrix rows_of(const struct perta_linear *l, const uint8_t *weight,
                                            size_t first)
 {
     size_t width = l->dtype == PERTA_F32 ? 4 : 2;
+    if (l->transposed)
+        return (struct perta_operand_matrix){weight + first * width, l->dtype, 1, l->out};
     return (struct perta_operand_matrix){weight + first * l->in * width, l->dtype, l->in, 1};
 }
 

@@ -43,6 +43,12 @@ static const void *weight_of(struct perta_backend *be, const struct perta_linear
 
 /* ---- linear layers ---- */
 
+/* Of element (o, i) of a weight (out, in). */
+static size_t index_of(const struct perta_linear *l, size_t o, size_t i)
+{
+    return l->transposed ? i * l->out + o : o * l->in + i;
+}
+
 void perta_scalar_linear_forward(struct perta_backend *be, const struct perta_linear *l,
                                  const struct perta_runs *tiles, struct perta_array x,
                                  struct perta_array y, size_t n, bool add)
@@ -56,7 +62,8 @@ void perta_scalar_linear_forward(struct perta_backend *be, const struct perta_li
         for (size_t o = 0; o < l->out; o++) {
             double sum = add ? (double)ys[t * l->out + o] : 0;
             for (size_t i = 0; i < l->in; i++)
-                sum += (double)xs[t * l->in + i] * (double)element(weight, l->dtype, o * l->in + i);
+                sum += (double)xs[t * l->in + i] *
+                       (double)element(weight, l->dtype, index_of(l, o, i));
             ys[t * l->out + o] = (float)(sum + (bias ? (double)bias[o] : 0));
         }
 }
@@ -73,8 +80,8 @@ void perta_scalar_linear_backward(struct perta_backend *be, const struct perta_l
         for (size_t i = 0; i < l->in; i++) {
             double sum = add ? (double)dxs[t * l->in + i] : 0;
             for (size_t o = 0; o < l->out; o++)
-                sum +=
-                    (double)dys[t * l->out + o] * (double)element(weight, l->dtype, o * l->in + i);
+                sum += (double)dys[t * l->out + o] *
+                       (double)element(weight, l->dtype, index_of(l, o, i));
             dxs[t * l->in + i] = (float)sum;
         }
 }

@@ -9,7 +9,7 @@ static struct perta_attention attention_of(const struct perta_layer *l,
 {
     return (struct perta_attention){batch->sequences, batch->places,
                                     l->llm->n_heads,  l->llm->n_kv_heads,
-                                    l->llm->head_dim, perta_llm_window(l->llm, l->number)};
+                                    l->llm->head_dim, perta_llm_window(l->llm, l->site.layer)};
 }
 
 /* ---- queries and keys: norm and rotary position ---- */

@@ -27,8 +27,8 @@ static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, si
     a->h = perta_array_take(memory, &at, n * I);
     for (size_t i = 0; i < sizeof shared / sizeof *shared; i++)
         *shared[i] = perta_array_take(memory, &at, n * most(I, Q));
-    a->q_raw = perta_array_take(memory, &at, llm->qk_norm ? n * Q : 0);
-    a->k_raw = perta_array_take(memory, &at, llm->qk_norm ? n * K : 0);
+    a->q_raw = perta_array_take(memory, &at, llm->options & PERTA_QK_NORM ? n * Q : 0);
+    a->k_raw = perta_array_take(memory, &at, llm->options & PERTA_QK_NORM ? n * K : 0);
     a->rstd1 = perta_array_take(memory, &at, n);
     a->rstd2 = perta_array_take(memory, &at, n);
     a->rstd_q = perta_array_take(memory, &at, n * llm->n_heads);
@@ -89,11 +89,11 @@ void perta_acts_lay_out_in(struct perta_acts *acts, const struct perta_llm *llm,
 
 static struct perta_value value_of(const struct perta_layer *l, enum perta_param param)
 {
-    const struct perta_param_row *row = perta_llm_param(l->llm, param);
+    const struct perta_param_row *row = perta_llm_param(l->llm, l->site.layer, param);
     struct perta_value value = {0};
     struct perta_err err = {0};
     if (row && !l->be->rc)
-        perta_backend_fail(l->be, l->from->get(l->from, l->number, row, &value, &err), &err);
+        perta_backend_fail(l->be, l->from->get(l->from, l->site, row, &value, &err), &err);
     return value;
 }
 
@@ -105,8 +105,9 @@ struct perta_array perta_layer_vector(const struct perta_layer *l, enum perta_pa
 static struct perta_linear linear_of(const struct perta_layer *l, enum perta_param weight)
 {
     struct perta_value value = value_of(l, weight);
-    return (struct perta_linear){value.data, value.dtype, value.out, value.in,
-                                 perta_layer_vector(l, weight + 1)};
+    return (struct perta_linear){
+        value.data,      value.dtype, value.out, value.in, perta_layer_vector(l, weight + 1),
+        value.transposed};
 }
 
 void perta_layer_linear_forward(const struct perta_layer *l, const struct perta_batch *batch,
@@ -114,7 +115,7 @@ void perta_layer_linear_forward(const struct perta_layer *l, const struct perta_
                                 bool add)
 {
     struct perta_linear linear = linear_of(l, weight);
-    const struct perta_factor *factor = perta_factors_find(l->factors, l->number, weight);
+    const struct perta_factor *factor = perta_factors_find(l->factors, l->site, weight);
     l->be->ops->linear_forward(l->be, &linear, &batch->tiles, x, y, batch->n, add);
     if (!factor)
         return;
@@ -127,7 +128,7 @@ void perta_layer_linear_backward(const struct perta_layer *l, const struct perta
                                  struct perta_array dx, bool add)
 {
     struct perta_linear linear = linear_of(l, weight);
-    const struct perta_factor *factor = perta_factors_find(l->factors, l->number, weight);
+    const struct perta_factor *factor = perta_factors_find(l->factors, l->site, weight);
     l->be->ops->linear_backward(l->be, &linear, &batch->tiles, dy, dx, batch->n, add);
     if (!factor)
         return;
@@ -142,16 +143,16 @@ void perta_layer_linear_gradient(const struct perta_layer *l, const struct perta
                                  struct perta_array dy, struct perta_array vector)
 {
     const struct perta_runs *s = &batch->sequences;
-    const struct perta_param_row *bias = perta_llm_param(l->llm, weight + 1);
+    const struct perta_param_row *bias = perta_llm_param(l->llm, l->site.layer, weight + 1);
     struct perta_err err = {0};
     if (!l->sink || l->be->rc)
         return;
-    int rc = l->sink->linear(l->sink, l->number, weight, batch, x, dy, &err);
+    int rc = l->sink->linear(l->sink, l->site, weight, batch, x, dy, &err);
     for (size_t i = 0, out, in; bias && l->sink->vector && i < s->n && !rc; i++) {
         perta_llm_shape(l->llm, bias, &out, &in);
         l->be->ops->linear_backward_bias(l->be, vector, dy, s->starts[i] - s->origin,
                                          s->starts[i + 1] - s->origin, in);
-        rc = l->sink->vector(l->sink, l->number, weight + 1, i, vector, &err);
+        rc = l->sink->vector(l->sink, l->site, weight + 1, i, vector, &err);
     }
     perta_backend_fail(l->be, rc, &err);
 }

@@ -110,9 +110,9 @@ static int find(struct perta_cache *c, const struct perta_layer *l, size_t token
                 struct perta_past *past, struct perta_err *err)
 {
     const struct perta_cached *of = &c->of[c->continues[token]];
-    const struct perta_store *kept = &c->kept[l->number];
+    const struct perta_store *kept = &c->kept[l->site.layer];
     struct perta_array room = {c->room, 0};
-    uint32_t from = first_seen(of->n + 1, perta_llm_window(l->llm, l->number));
+    uint32_t from = first_seen(of->n + 1, perta_llm_window(l->llm, l->site.layer));
     uint64_t keys = of->row + from, values = keys + of->most, W = width_of(c);
     size_t n = of->n + 1 - from;
     *past = (struct perta_past){keys, values, n};
@@ -133,7 +133,7 @@ static int attend_some(struct perta_cache *c, const struct perta_layer *l,
                        struct perta_err *err)
 {
     size_t n = 0, row = 0, at = *first * l->llm->n_heads * l->llm->head_dim;
-    uint32_t buffer = c->kept[l->number].buffer;
+    uint32_t buffer = c->kept[l->site.layer].buffer;
     struct perta_past *pasts = c->pasts + *first;
     int rc = 0;
     while (*first + n < batch->n && !rc) {
@@ -159,7 +159,7 @@ static void attend(struct perta_past_tokens *past, const struct perta_layer *l,
     int rc = l->be->rc;
     for (size_t i = 0; i < batch->n && !rc; i++) {
         const struct perta_cached *of = &c->of[c->continues[batch->first + i]];
-        rc = put(c, l->number, of, of->n, 1, perta_array_at(a->k, i * width_of(c)),
+        rc = put(c, l->site.layer, of, of->n, 1, perta_array_at(a->k, i * width_of(c)),
                  perta_array_at(a->v, i * width_of(c)), &err);
     }
     for (size_t first = 0; first < batch->n && !rc;)

@@ -69,8 +69,8 @@ bool perta_config_bool(struct perta_config_reader *r, const char *key)
 static const struct perta_family *find_type(const char *type)
 {
     for (size_t i = 0; type && i < perta_n_families; i++)
-        if (!strcmp(type, perta_families[i].model_type))
-            return &perta_families[i];
+        if (!strcmp(type, perta_families[i]->model_type))
+            return perta_families[i];
     return NULL;
 }
 
@@ -84,9 +84,17 @@ static bool is_named(const struct perta_family *family, const char *name)
 static const struct perta_family *find_architecture(const char *name)
 {
     for (size_t i = 0; name && i < perta_n_families; i++)
-        if (is_named(&perta_families[i], name))
-            return &perta_families[i];
+        if (is_named(perta_families[i], name))
+            return perta_families[i];
     return NULL;
+}
+
+const struct perta_family *perta_config_family(const json_t *config)
+{
+    const json_t *names = json_object_get(config, "architectures");
+    const char *type = json_string_value(json_object_get(config, "model_type"));
+    const struct perta_family *family = find_type(type);
+    return family ? family : find_architecture(json_string_value(json_array_get(names, 0)));
 }
 
 /* What to tell about an unsupported architecture, from its name and its config. */
@@ -142,8 +150,8 @@ static const char *list_families(bool by_type, char buf[512])
                                !i                         ? ""
                                : i + 1 < perta_n_families ? ", "
                                                           : " and ",
-                               by_type ? perta_families[i].model_type
-                                       : perta_families[i].architecture);
+                               by_type ? perta_families[i]->model_type
+                                       : perta_families[i]->architecture);
     return buf;
 }
 
@@ -189,7 +197,7 @@ static const struct perta_family *find_family(struct perta_config_reader *r)
 
 static void set_windowed(struct perta_llm *llm, uint32_t layer)
 {
-    llm->windowed[layer / 64] |= 1ull << layer % 64;
+    llm->layers[layer] |= PERTA_LAYER_WINDOW;
 }
 
 /* Older files say "attention" for full_attention. */
@@ -213,7 +221,7 @@ static void read_layer_types(struct perta_config_reader *r, const json_t *types,
 {
     if (!json_is_array(types))
         perta_config_refuse(r, "layer_types", "is not a list");
-    for (uint32_t l = 0; l < json_array_size(types) && l < PERTA_WINDOW_LAYERS; l++)
+    for (uint32_t l = 0; l < json_array_size(types) && l < llm->n_layers; l++)
         read_layer_type(r, json_string_value(json_array_get(types, l)), l, llm);
     if (json_array_size(types) != llm->n_layers && !r->rc)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
@@ -248,9 +256,6 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
         llm->window = perta_config_count(r, "sliding_window", 4096);
     if (family->windows == PERTA_WINDOWS_NONE)
         llm->window = 0;
-    if (llm->window && llm->n_layers > PERTA_WINDOW_LAYERS)
-        perta_config_refuse(r, "num_hidden_layers",
-                            "is above 1024, which is not supported with windows");
     if (r->rc)
         return;
     if (types && !json_is_null(types)) {
@@ -286,19 +291,32 @@ static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
         llm->pad = (uint32_t)(n < 0 ? n + vocab : n);
 }
 
-static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)
+/* The name of a key in this family's config.json. */
+static const char *key_or(const char *own, const char *usual)
 {
-    const json_t *value = json_object_get(r->config, "hidden_act");
-    const char *act = value ? json_string_value(value) : "silu";
+    return own ? own : usual;
+}
+
+static void check_act(struct perta_config_reader *r, const struct perta_family *family)
+{
+    const char *key = key_or(family->keys.act, "hidden_act");
+    const json_t *value = json_object_get(r->config, key);
+    const char *act = value ? json_string_value(value) : family->act ? family->act : "silu";
     if (r->rc)
         return;
     if (!act)
-        perta_config_refuse(r, "hidden_act", "is not a string; silu is supported");
+        perta_config_refuse(r, key, "is not a string; silu is supported");
     else if (strcmp(act, "silu") && strcmp(act, "swish"))
         r->rc = perta_fail(r->err, PERTA_EINPUT,
-                           "%s: hidden_act \"%s\"; only silu (also called swish) is supported",
-                           r->path, act);
-    else if (llm->n_heads % llm->n_kv_heads)
+                           "%s: %s \"%s\"; only silu (also called swish) is supported", r->path,
+                           key, act);
+}
+
+static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)
+{
+    if (r->rc)
+        return;
+    if (llm->n_heads % llm->n_kv_heads)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: %u attention heads cannot share %u key-value heads", r->path,
                            llm->n_heads, llm->n_kv_heads);
@@ -306,12 +324,77 @@ static void check_sizes(struct perta_config_reader *r, const struct perta_llm *l
         r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: head_dim %u is odd", r->path, llm->head_dim);
 }
 
+static uint32_t read_layers(struct perta_config_reader *r, const struct perta_family *family)
+{
+    const char *key = key_or(family->keys.layers, "num_hidden_layers");
+    uint32_t n = perta_config_count(r, key, 0);
+    if (n > PERTA_MOST_LAYERS)
+        perta_config_refuse(r, key, "is above 1024, which is not supported");
+    return n > PERTA_MOST_LAYERS ? 1 : n;
+}
+
 static uint32_t read_kv_heads(struct perta_config_reader *r, const struct perta_family *family,
+                              uint32_t n_heads)
+{
+    const char *key = key_or(family->keys.kv_heads, "num_key_value_heads");
+    if (!*key)
+        return n_heads;
+    bool missing = !json_object_get(r->config, key);
+    return perta_config_count(r, key, missing && family->n_kv_heads ? family->n_kv_heads : n_heads);
+}
+
+static uint32_t read_head_dim(struct perta_config_reader *r, const struct perta_family *family,
                               const struct perta_llm *llm)
 {
-    bool missing = !json_object_get(r->config, "num_key_value_heads");
-    return perta_config_count(r, "num_key_value_heads",
-                              missing && family->n_kv_heads ? family->n_kv_heads : llm->n_heads);
+    uint32_t head_dim = llm->hidden / llm->n_heads;
+    bool qwen = family->windows == PERTA_WINDOWS_QWEN;
+    if (qwen && json_is_null(json_object_get(r->config, "head_dim")))
+        perta_config_refuse(r, "head_dim", "is null, which is not a number; leave it out");
+    return perta_config_count(r, "head_dim",
+                              family->head_dim ? family->head_dim
+                              : head_dim       ? head_dim
+                                               : 1);
+}
+
+static bool read_tied(struct perta_config_reader *r, const struct perta_family *family)
+{
+    const char *const key = "tie_word_embeddings";
+    return json_object_get(r->config, key) ? perta_config_bool(r, key) : family->tied;
+}
+
+static uint32_t read_options(struct perta_config_reader *r, const struct perta_family *family)
+{
+    uint32_t options = family->options;
+    if (family->reads_attention_bias && perta_config_bool(r, "attention_bias"))
+        options |= PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS;
+    if (family->reads_mlp_bias && perta_config_bool(r, "mlp_bias"))
+        options |= PERTA_MLP_HAS_BIAS;
+    return options;
+}
+
+static void read_sizes(struct perta_config_reader *r, const struct perta_family *family,
+                       struct perta_llm *llm)
+{
+    const struct perta_config_keys *keys = &family->keys;
+    *llm = (struct perta_llm){
+        .family = family,
+        .n_layers = read_layers(r, family),
+        .hidden = perta_config_count(r, key_or(keys->hidden, "hidden_size"), 0),
+        .intermediate = perta_config_count(r, key_or(keys->intermediate, "intermediate_size"), 0),
+        .vocab = perta_config_count(r, "vocab_size", 0),
+        .n_heads = perta_config_count(r, key_or(keys->heads, "num_attention_heads"), 0),
+        .norm_eps = (float)perta_config_number(r, r->config, key_or(keys->norm_eps, "rms_norm_eps"),
+                                               family->norm_eps > 0 ? family->norm_eps : 1e-6),
+        .tied = read_tied(r, family),
+        .options = read_options(r, family),
+        .embedding_multiplier = 1,
+        .residual_multiplier = 1,
+        .logit_multiplier = 1,
+    };
+    llm->n_kv_heads = read_kv_heads(r, family, llm->n_heads);
+    llm->head_dim = llm->value_dim = read_head_dim(r, family, llm);
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        llm->layers[l] = PERTA_LAYER_DENSE;
 }
 
 int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *llm,
@@ -324,32 +407,18 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     const struct perta_family *family = find_family(&r);
     if (!family)
         return r.rc;
-    *llm = (struct perta_llm){
-        .family = family,
-        .n_layers = perta_config_count(&r, "num_hidden_layers", 0),
-        .hidden = perta_config_count(&r, "hidden_size", 0),
-        .intermediate = perta_config_count(&r, "intermediate_size", 0),
-        .vocab = perta_config_count(&r, "vocab_size", 0),
-        .n_heads = perta_config_count(&r, "num_attention_heads", 0),
-        .norm_eps = (float)perta_config_number(&r, config, "rms_norm_eps", 1e-6),
-        .tied = perta_config_bool(&r, "tie_word_embeddings"),
-        .qk_norm = family->qk_norm,
-    };
-    llm->o_bias = family->reads_attention_bias && perta_config_bool(&r, "attention_bias");
-    llm->qkv_bias = llm->o_bias || family->qkv_bias;
-    llm->mlp_bias = family->reads_mlp_bias && perta_config_bool(&r, "mlp_bias");
-    llm->n_kv_heads = read_kv_heads(&r, family, llm);
-    uint32_t head_dim = llm->hidden / llm->n_heads;
-    if (family->windows == PERTA_WINDOWS_QWEN && json_is_null(json_object_get(config, "head_dim")))
-        perta_config_refuse(&r, "head_dim", "is null, which is not a number; leave it out");
-    llm->head_dim = perta_config_count(&r, "head_dim",
-                                       family->qk_norm ? 128
-                                       : head_dim      ? head_dim
-                                                       : 1);
+    r.family = family;
+    read_sizes(&r, family, llm);
     perta_config_rope(&r, family->max_positions, &llm->rope);
     read_windows(&r, family, llm);
     read_pad(&r, llm);
+    check_act(&r, family);
+    if (family->read && !r.rc)
+        family->read(&r, llm);
     check_sizes(&r, llm);
     perta_config_refuse_keys(&r);
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        llm->any_layer |= llm->layers[l];
+    perta_llm_set_names(llm, family->base, "");
     return r.rc;
 }

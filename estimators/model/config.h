@@ -7,9 +7,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "estimators/model/family.h"
 #include "io/err.h"
-
-struct perta_family;
 
 enum perta_rope_kind { PERTA_ROPE_DEFAULT, PERTA_ROPE_LINEAR, PERTA_ROPE_LLAMA3 };
 
@@ -19,23 +18,37 @@ struct perta_rope {
     double low_freq_factor, high_freq_factor, original_positions; /* only LLAMA3 */
 };
 
-#define PERTA_WINDOW_LAYERS 1024 /* the most layers of a model with windows */
+#define PERTA_MOST_LAYERS 1024
 #define PERTA_NO_PAD UINT32_MAX
 
+/* Names of tensors in files. */
+struct perta_llm_names {
+    char layers[64]; /* "model.layers" */
+    char embedding[96], head[96], head_bias[96], final_norm[96], final_norm_bias[96];
+};
+
 struct perta_llm {
-    const struct perta_family *family; /* family.h */
+    const struct perta_family *family;
+    struct perta_llm_names names; /* "" for what the family does not have */
     uint32_t n_layers, hidden, intermediate, vocab;
-    uint32_t n_heads, n_kv_heads, head_dim;
+    uint32_t n_heads, n_kv_heads, head_dim, value_dim;
+    uint32_t options;                   /* enum perta_option */
+    uint32_t layers[PERTA_MOST_LAYERS]; /* the same for each layer */
+    uint32_t any_layer;                 /* of all layers together */
     uint32_t window; /* positions that sliding window attention sees; 0: no layer has a window */
-    uint64_t windowed[PERTA_WINDOW_LAYERS / 64]; /* one bit for each layer: it has the window */
     /* padding token: its row of the embedding gets no gradient from lookups, as with PyTorch's
      * padding_idx; or PERTA_NO_PAD */
     uint32_t pad;
     float norm_eps;
     bool tied; /* the head is the embedding */
-    bool qkv_bias, o_bias, mlp_bias;
-    bool qk_norm; /* Qwen3: RMSNorm of each head's queries and keys */
     struct perta_rope rope;
+
+    /* latent attention */
+    uint32_t q_lora, kv_lora, rotary_dim;
+    /* mixture of experts */
+    uint32_t n_experts, expert_intermediate, shared_intermediate;
+    /* multipliers; 1: none */
+    float embedding_multiplier, residual_multiplier, logit_multiplier;
 };
 
 /* Fill *llm from config (the object in config.json), as transformers reads it. path is for
@@ -53,12 +66,16 @@ PERTA_API json_t *perta_llm_unknown_keys(const json_t *config);
  * transformers' modeling_rope_utils. */
 void perta_rope_frequencies(const struct perta_llm *llm, float *inv_freq);
 
+/* Whether a layer has an option. */
+static inline bool perta_llm_has(const struct perta_llm *llm, uint32_t layer, uint32_t option)
+{
+    return layer < llm->n_layers && (llm->layers[layer] & option);
+}
+
 /* The number of positions that a token sees in a layer, its own included; UINT32_MAX: all. */
 static inline uint32_t perta_llm_window(const struct perta_llm *llm, uint32_t layer)
 {
-    bool has =
-        llm->window && layer < PERTA_WINDOW_LAYERS && llm->windowed[layer / 64] >> layer % 64 & 1;
-    return has ? llm->window : UINT32_MAX;
+    return llm->window && perta_llm_has(llm, layer, PERTA_LAYER_WINDOW) ? llm->window : UINT32_MAX;
 }
 
 #endif

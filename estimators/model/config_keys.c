@@ -295,6 +295,15 @@ static const char *const rope_keys[] = {
 
 #define N(list) (sizeof(list) / sizeof *(list))
 
+/* Whether a family reads the key itself. */
+static bool is_own(const struct perta_family *family, const char *key)
+{
+    for (const char *const *own = family ? family->own_keys : NULL; own && *own; own++)
+        if (!strcmp(*own, key))
+            return true;
+    return false;
+}
+
 /* ---- refused ---- */
 
 static bool is_off(const json_t *value)
@@ -321,7 +330,8 @@ void perta_config_refuse_keys(struct perta_config_reader *r)
     for (size_t i = 0; i < N(changing_keys) && !r->rc; i++) {
         const char *key = changing_keys[i].key;
         const json_t *value = json_object_get(r->config, key);
-        if (!perta_config_has(r->config, key) || is_neutral(value, changing_keys[i].neutral))
+        if (!perta_config_has(r->config, key) || is_own(r->family, key) ||
+            is_neutral(value, changing_keys[i].neutral))
             continue;
         char *text =
             perta_json_text(value, JSON_COMPACT | JSON_ENCODE_ANY | JSON_REAL_PRECISION(15));
@@ -355,8 +365,9 @@ json_t *perta_llm_unknown_keys(const json_t *config)
 {
     json_t *list = json_array(), *value;
     const char *key, *of;
+    const struct perta_family *family = perta_config_family(config);
     json_object_foreach ((json_t *)(uintptr_t)config, key, value)
-        if (!is_known(key))
+        if (!is_known(key) && !is_own(family, key))
             perta_json_append(&list, perta_text_json("%s", key));
     const json_t *rope = perta_config_rope_object(config, &of);
     json_object_foreach ((json_t *)(uintptr_t)rope, key, value)

@@ -9,9 +9,13 @@ struct perta_config_reader {
     const json_t *config;
     const char *path;   /* for messages, as is */
     const char *within; /* the key of the object that is read; NULL: the config itself */
+    const struct perta_family *family; /* once it is known */
     struct perta_err *err;
     int rc;
 };
+
+/* The family that the config names, without any check; NULL if it is none. */
+const struct perta_family *perta_config_family(const json_t *config);
 
 /* Refuse the value of key. */
 void perta_config_refuse(struct perta_config_reader *r, const char *key, const char *what);

@@ -11,14 +11,13 @@ int perta_factors_open(struct perta_factors *f, const struct perta_llm *llm, str
     return f->of && f->numbers ? 0 : perta_fail_sys(err, ENOMEM, "adapter");
 }
 
-void perta_factors_add(struct perta_factors *f, uint32_t layer, const struct perta_param_row *row,
-                       uint64_t r, float scaling)
+void perta_factors_add(struct perta_factors *f, struct perta_site site,
+                       const struct perta_param_row *row, uint64_t r, float scaling)
 {
     const struct perta_array none = {0};
     struct perta_factor *factor = &f->of[f->n++];
     size_t at = f->n_floats;
-    *factor =
-        (struct perta_factor){.layer = layer, .param = row->param, .r = r, .scaling = scaling};
+    *factor = (struct perta_factor){.site = site, .param = row->param, .r = r, .scaling = scaling};
     perta_llm_shape(f->llm, row, &factor->out, &factor->in);
     factor->at = at;
     perta_array_take(none, &at, factor->r * factor->in);
@@ -26,7 +25,7 @@ void perta_factors_add(struct perta_factors *f, uint32_t layer, const struct per
     perta_array_take(none, &at, factor->out * factor->r);
     f->n_floats = at;
     f->r_max = factor->r > f->r_max ? factor->r : f->r_max;
-    f->numbers[(size_t)layer * PERTA_N_PARAMS + row->param] = (uint32_t)f->n;
+    f->numbers[(size_t)site.layer * PERTA_N_PARAMS + row->param] = (uint32_t)f->n;
 }
 
 void perta_factors_release(struct perta_factors *f)
@@ -36,10 +35,10 @@ void perta_factors_release(struct perta_factors *f)
     *f = (struct perta_factors){0};
 }
 
-const struct perta_factor *perta_factors_find(const struct perta_factors *f, uint32_t layer,
+const struct perta_factor *perta_factors_find(const struct perta_factors *f, struct perta_site site,
                                               enum perta_param param)
 {
-    uint32_t number = f && f->numbers ? f->numbers[(size_t)layer * PERTA_N_PARAMS + param] : 0;
+    uint32_t number = f && f->numbers ? f->numbers[(size_t)site.layer * PERTA_N_PARAMS + param] : 0;
     return number ? &f->of[number - 1] : NULL;
 }
 

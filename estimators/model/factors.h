@@ -10,7 +10,7 @@
 /* The factors of one weight. In an array of all factors, A (r, in) is at floats at .. and B (out,
  * r) at floats at_b .. */
 struct perta_factor {
-    uint32_t layer;
+    struct perta_site site;
     enum perta_param param;
     size_t out, in, r;
     float scaling;
@@ -31,14 +31,14 @@ struct perta_factors {
 int perta_factors_open(struct perta_factors *factors, const struct perta_llm *llm,
                        struct perta_err *err);
 /* Add a LoRA to a matrix of a layer; layers and parameters in order. */
-void perta_factors_add(struct perta_factors *factors, uint32_t layer,
+void perta_factors_add(struct perta_factors *factors, struct perta_site site,
                        const struct perta_param_row *row, uint64_t r, float scaling);
 /* A zeroed struct is allowed. */
 void perta_factors_release(struct perta_factors *factors);
 
 /* The LoRA beside a weight, or NULL. factors may be NULL. */
-const struct perta_factor *perta_factors_find(const struct perta_factors *factors, uint32_t layer,
-                                              enum perta_param param);
+const struct perta_factor *perta_factors_find(const struct perta_factors *factors,
+                                              struct perta_site site, enum perta_param param);
 /* For the backend, with A and B in array, which has the layout of values. */
 struct perta_low_rank perta_factor_in(const struct perta_factor *factor, struct perta_array array);
 

@@ -1,6 +1,7 @@
 #include "estimators/model/family.h"
 
 #include <stdio.h>
+#include <string.h>
 
 #include "estimators/model/config.h"
 #include "estimators/model/part.h"
@@ -9,114 +10,114 @@
 #define INNER PERTA_WIDTH_INTERMEDIATE
 #define QUERIES PERTA_WIDTH_QUERIES
 #define KEYS PERTA_WIDTH_KEYS
+#define VALUES PERTA_WIDTH_VALUES
+#define ATTENDED PERTA_WIDTH_ATTENDED
 #define HEAD PERTA_WIDTH_HEAD
 #define VECTOR PERTA_WIDTH_NONE
 
 /* LlamaForCausalLM in transformers, and the models derived from it. */
-static const struct perta_param_row llama[] = {
-    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS},
-    {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_IF_QKV_BIAS},
-    {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS},
-    {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_IF_QKV_BIAS},
-    {PERTA_V, "self_attn.v_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS},
-    {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, KEYS, PERTA_IF_QKV_BIAS},
-    {PERTA_O, "self_attn.o_proj.weight", HIDDEN, QUERIES, PERTA_ALWAYS},
-    {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_IF_O_BIAS},
-    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS},
-    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_IF_MLP_BIAS},
-    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS},
-    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_IF_MLP_BIAS},
-    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS},
-    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_IF_MLP_BIAS},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS},
-    {PERTA_NORM_Q, "self_attn.q_norm.weight", VECTOR, HEAD, PERTA_IF_QK_NORM},
-    {PERTA_NORM_K, "self_attn.k_norm.weight", VECTOR, HEAD, PERTA_IF_QK_NORM},
+const struct perta_param_row perta_llama_params[PERTA_N_LLAMA_PARAMS] = {
+    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false},
+    {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},
+    {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},
+    {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},
+    {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false},
+    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
+    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_Q, "self_attn.q_norm.weight", VECTOR, HEAD, PERTA_QK_NORM, false},
+    {PERTA_NORM_K, "self_attn.k_norm.weight", VECTOR, HEAD, PERTA_QK_NORM, false},
 };
 
-/* Tensors and parts that these families share. */
-#define LLAMA_LINE                                                                       \
-    .layers = "model.layers", .params = llama, .n_params = sizeof llama / sizeof *llama, \
-    .embedding = "model.embed_tokens.weight", .head = "lm_head.weight",                  \
-    .final_norm = "model.norm.weight", .norm = &perta_rmsnorm_part,                      \
-    .attention = &perta_attention_part, .mlp = &perta_gated_mlp_part
+static const struct perta_family llama = {.model_type = "llama",
+                                          .architecture = "LlamaForCausalLM",
+                                          PERTA_LLAMA_LINE,
+                                          .reads_attention_bias = true,
+                                          .reads_mlp_bias = true,
+                                          .max_positions = 2048};
+static const struct perta_family mistral = {.model_type = "mistral",
+                                            .architecture = "MistralForCausalLM",
+                                            PERTA_LLAMA_LINE,
+                                            .n_kv_heads = 8,
+                                            .max_positions = 131072,
+                                            .windows = PERTA_WINDOWS_EVERYWHERE};
+static const struct perta_family qwen2 = {.model_type = "qwen2",
+                                          .architecture = "Qwen2ForCausalLM",
+                                          PERTA_LLAMA_LINE,
+                                          .options = PERTA_QKV_HAS_BIAS,
+                                          .n_kv_heads = 32,
+                                          .max_positions = 32768,
+                                          .windows = PERTA_WINDOWS_QWEN};
+static const struct perta_family qwen3 = {.model_type = "qwen3",
+                                          .architecture = "Qwen3ForCausalLM",
+                                          PERTA_LLAMA_LINE,
+                                          .options = PERTA_QK_NORM,
+                                          .reads_attention_bias = true,
+                                          .n_kv_heads = 32,
+                                          .head_dim = 128,
+                                          .max_positions = 32768,
+                                          .windows = PERTA_WINDOWS_QWEN};
 
-const struct perta_family perta_families[] = {
-    {.model_type = "llama",
-     .architecture = "LlamaForCausalLM",
-     LLAMA_LINE,
-     .reads_attention_bias = true,
-     .reads_mlp_bias = true,
-     .max_positions = 2048},
-    {.model_type = "mistral",
-     .architecture = "MistralForCausalLM",
-     LLAMA_LINE,
-     .n_kv_heads = 8,
-     .max_positions = 131072,
-     .windows = PERTA_WINDOWS_EVERYWHERE},
-    {.model_type = "qwen2",
-     .architecture = "Qwen2ForCausalLM",
-     LLAMA_LINE,
-     .qkv_bias = true,
-     .n_kv_heads = 32,
-     .max_positions = 32768,
-     .windows = PERTA_WINDOWS_QWEN},
-    {.model_type = "qwen3",
-     .architecture = "Qwen3ForCausalLM",
-     LLAMA_LINE,
-     .qk_norm = true,
-     .reads_attention_bias = true,
-     .n_kv_heads = 32,
-     .max_positions = 32768,
-     .windows = PERTA_WINDOWS_QWEN},
-};
+const struct perta_family *const perta_families[] = {&llama, &mistral, &qwen2, &qwen3};
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;
 
 /* ---- rows ---- */
 
-static bool has(const struct perta_llm *llm, enum perta_option option)
+static bool has(const struct perta_llm *llm, uint32_t layer, const struct perta_param_row *row)
 {
-    switch (option) {
-    case PERTA_IF_QKV_BIAS:
-        return llm->qkv_bias;
-    case PERTA_IF_O_BIAS:
-        return llm->o_bias;
-    case PERTA_IF_MLP_BIAS:
-        return llm->mlp_bias;
-    case PERTA_IF_QK_NORM:
-        return llm->qk_norm;
-    case PERTA_ALWAYS:
-        break;
-    }
-    return true;
+    uint32_t of_layer = layer == PERTA_ANY_LAYER    ? llm->any_layer
+                        : layer < PERTA_MOST_LAYERS ? llm->layers[layer]
+                                                    : 0;
+    return !(row->when & ~(llm->options | of_layer));
 }
 
-const struct perta_param_row *perta_llm_param(const struct perta_llm *llm, enum perta_param param)
+const struct perta_param_row *perta_llm_param(const struct perta_llm *llm, uint32_t layer,
+                                              enum perta_param param)
 {
     const struct perta_family *family = llm->family;
     for (size_t i = 0; i < family->n_params; i++)
-        if (family->params[i].param == param)
-            return has(llm, family->params[i].when) ? &family->params[i] : NULL;
+        if (family->params[i].param == param && has(llm, layer, &family->params[i]))
+            return &family->params[i];
     return NULL;
 }
 
 static size_t width_of(const struct perta_llm *llm, enum perta_width width)
 {
-    switch (width) {
-    case PERTA_WIDTH_HIDDEN:
-        return llm->hidden;
-    case PERTA_WIDTH_INTERMEDIATE:
-        return llm->intermediate;
-    case PERTA_WIDTH_QUERIES:
-        return (size_t)llm->n_heads * llm->head_dim;
-    case PERTA_WIDTH_KEYS:
-        return (size_t)llm->n_kv_heads * llm->head_dim;
-    case PERTA_WIDTH_HEAD:
-        return llm->head_dim;
-    case PERTA_WIDTH_NONE:
-        break;
-    }
-    return 0;
+    const size_t queries = (size_t)llm->n_heads * llm->head_dim;
+    const size_t keys = (size_t)llm->n_kv_heads * llm->head_dim;
+    const size_t values = (size_t)llm->n_kv_heads * llm->value_dim;
+    const size_t of[PERTA_N_WIDTHS] = {
+        [PERTA_WIDTH_HIDDEN] = llm->hidden,
+        [PERTA_WIDTH_INTERMEDIATE] = llm->intermediate,
+        [PERTA_WIDTH_GATE_UP] = 2 * (size_t)llm->intermediate,
+        [PERTA_WIDTH_QUERIES] = queries,
+        [PERTA_WIDTH_KEYS] = keys,
+        [PERTA_WIDTH_VALUES] = values,
+        [PERTA_WIDTH_QKV] = queries + keys + values,
+        [PERTA_WIDTH_ATTENDED] = (size_t)llm->n_heads * llm->value_dim,
+        [PERTA_WIDTH_HEAD] = llm->head_dim,
+        [PERTA_WIDTH_HEADS] = llm->n_heads,
+        [PERTA_WIDTH_Q_LORA] = llm->q_lora,
+        [PERTA_WIDTH_KV_LORA] = llm->kv_lora,
+        [PERTA_WIDTH_KV_A] = (size_t)llm->kv_lora + llm->rotary_dim,
+        [PERTA_WIDTH_KV_B] =
+            (size_t)llm->n_heads * (llm->head_dim - llm->rotary_dim + llm->value_dim),
+        [PERTA_WIDTH_EXPERTS] = llm->n_experts,
+        [PERTA_WIDTH_EXPERT] = llm->expert_intermediate,
+        [PERTA_WIDTH_EXPERT_GATE_UP] = 2 * (size_t)llm->expert_intermediate,
+        [PERTA_WIDTH_SHARED] = llm->shared_intermediate,
+        [PERTA_WIDTH_SHARED_GATE_UP] = 2 * (size_t)llm->shared_intermediate,
+        [PERTA_WIDTH_ONE] = 1,
+    };
+    return of[width];
 }
 
 void perta_llm_shape(const struct perta_llm *llm, const struct perta_param_row *row, size_t *out,
@@ -124,6 +125,15 @@ void perta_llm_shape(const struct perta_llm *llm, const struct perta_param_row *
 {
     *out = width_of(llm, row->out);
     *in = width_of(llm, row->in);
+}
+
+void perta_llm_stored(const struct perta_llm *llm, const struct perta_param_row *row, size_t *rows,
+                      size_t *cols)
+{
+    if (row->transposed)
+        perta_llm_shape(llm, row, cols, rows);
+    else
+        perta_llm_shape(llm, row, rows, cols);
 }
 
 size_t perta_llm_widest(const struct perta_llm *llm)
@@ -140,38 +150,99 @@ size_t perta_llm_widest(const struct perta_llm *llm)
 
 /* ---- names ---- */
 
-const char *perta_llm_name(const struct perta_llm *llm, uint32_t layer,
+/* Are all experts in one tensor? */
+static bool is_together(const struct perta_param_row *row)
+{
+    return row->when & PERTA_EXPERTS_TOGETHER;
+}
+
+const char *perta_llm_name(const struct perta_llm *llm, struct perta_site site,
                            const struct perta_param_row *row, char buf[PERTA_NAME_BYTES])
 {
-    snprintf(buf, PERTA_NAME_BYTES, "%s.%u.%s", llm->family->layers, layer, row->name);
+    int n = snprintf(buf, PERTA_NAME_BYTES, "%s.%u.", llm->names.layers, site.layer);
+    const char *number = strstr(row->name, "%u");
+    if (number)
+        snprintf(buf + n, PERTA_NAME_BYTES - (size_t)n, "%.*s%u%s", (int)(number - row->name),
+                 row->name, site.expert - 1, number + 2);
+    else
+        snprintf(buf + n, PERTA_NAME_BYTES - (size_t)n, "%s", row->name);
     return buf;
+}
+
+uint64_t perta_llm_first(const struct perta_llm *llm, struct perta_site site,
+                         const struct perta_param_row *row)
+{
+    size_t out, in;
+    perta_llm_shape(llm, row, &out, &in);
+    return is_together(row) ? (uint64_t)(site.expert - 1) * (out ? out : 1) * in : 0;
+}
+
+/* "base.name"; base may be empty. name NULL: "". */
+static void join(char *to, size_t room, const char *base, const char *name)
+{
+    snprintf(to, room, "%s%s%s", name ? base : "", name && *base ? "." : "", name ? name : "");
+}
+
+void perta_llm_set_names(struct perta_llm *llm, const char *base, const char *head_base)
+{
+    const struct perta_family *family = llm->family;
+    struct perta_llm_names *to = &llm->names;
+    join(to->layers, sizeof to->layers, base, family->layers);
+    join(to->embedding, sizeof to->embedding, base, family->embedding);
+    join(to->final_norm, sizeof to->final_norm, base, family->final_norm);
+    join(to->final_norm_bias, sizeof to->final_norm_bias, base, family->final_norm_bias);
+    join(to->head, sizeof to->head, head_base, family->head);
+    join(to->head_bias, sizeof to->head_bias, head_base, family->head_bias);
+}
+
+/* ---- all tensors ---- */
+
+static int param_of_layer(const struct perta_llm *llm, uint32_t layer,
+                          const struct perta_param_row *row, perta_tensor_fn *tensor, void *ctx,
+                          struct perta_err *err)
+{
+    struct perta_tensor_shape shape = {0};
+    size_t rows, cols;
+    char name[PERTA_NAME_BYTES];
+    bool apart = perta_is_of_expert(row->param) && !is_together(row);
+    int rc = 0;
+    perta_llm_stored(llm, row, &rows, &cols);
+    if (is_together(row))
+        shape.dims[shape.n_dims++] = llm->n_experts;
+    if (rows)
+        shape.dims[shape.n_dims++] = rows;
+    shape.dims[shape.n_dims++] = cols;
+    for (uint32_t e = 0; e < (apart ? llm->n_experts : 1) && !rc; e++)
+        rc = tensor(ctx, perta_llm_name(llm, perta_site_of_expert(layer, e), row, name), &shape,
+                    err);
+    return rc;
 }
 
 static int each_of_layer(const struct perta_llm *llm, uint32_t layer, perta_tensor_fn *tensor,
                          void *ctx, struct perta_err *err)
 {
-    char name[PERTA_NAME_BYTES];
     int rc = 0;
-    for (size_t i = 0; i < llm->family->n_params && !rc; i++) {
-        const struct perta_param_row *row = &llm->family->params[i];
-        size_t out, in;
-        perta_llm_shape(llm, row, &out, &in);
-        if (has(llm, row->when))
-            rc = tensor(ctx, perta_llm_name(llm, layer, row, name), out, in, err);
-    }
+    for (size_t i = 0; i < llm->family->n_params && !rc; i++)
+        if (has(llm, layer, &llm->family->params[i]))
+            rc = param_of_layer(llm, layer, &llm->family->params[i], tensor, ctx, err);
     return rc;
 }
 
 int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *ctx,
                    struct perta_err *err)
 {
-    const struct perta_family *family = llm->family;
-    int rc = tensor(ctx, family->embedding, llm->vocab, llm->hidden, err);
+    const struct perta_llm_names *names = &llm->names;
+    const struct perta_tensor_shape vocabulary = {2, {llm->vocab, llm->hidden, 0}};
+    const struct perta_tensor_shape vector = {1, {llm->hidden, 0, 0}},
+                                    rows = {1, {llm->vocab, 0, 0}};
+    int rc = tensor(ctx, names->embedding, &vocabulary, err);
     for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
         rc = each_of_layer(llm, l, tensor, ctx, err);
-    if (!rc)
-        rc = tensor(ctx, family->final_norm, 0, llm->hidden, err);
-    if (!rc && family->final_norm_bias)
-        rc = tensor(ctx, family->final_norm_bias, 0, llm->hidden, err);
-    return rc || llm->tied ? rc : tensor(ctx, family->head, llm->vocab, llm->hidden, err);
+    if (!rc && *names->final_norm)
+        rc = tensor(ctx, names->final_norm, &vector, err);
+    if (!rc && *names->final_norm_bias)
+        rc = tensor(ctx, names->final_norm_bias, &vector, err);
+    if (!rc && !llm->tied)
+        rc = tensor(ctx, names->head, &vocabulary, err);
+    return rc || !*names->head_bias ? rc : tensor(ctx, names->head_bias, &rows, err);
 }

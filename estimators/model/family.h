@@ -1,9 +1,10 @@
 /* family.h - model families: a table with one row each.
  *
  * A row has the names and shapes of the family's tensors, the parts of its blocks (part.h), and
- * the defaults that transformers uses for keys missing in config.json. Nothing else in estimators/
- * names a tensor of a model. To add a dense family, add a row, and any part that no other family
- * has. */
+ * how its config.json is read: the names and defaults of keys, and a function for what only this
+ * family has. Nothing else in estimators/ names a tensor of a model. To add a family, add a row,
+ * and any part that no other family has. docs/families.md is made from the table
+ * (scripts/families.sh). */
 #ifndef PERTA_ESTIMATORS_MODEL_FAMILY_H
 #define PERTA_ESTIMATORS_MODEL_FAMILY_H
 
@@ -14,32 +15,79 @@
 #include "io/err.h"
 
 struct perta_llm;
+struct perta_config_reader;
 struct perta_norm_part;
 struct perta_attention_part;
 struct perta_mlp_part;
 
 /* The parameters of a layer, by role. The bias of a weight is the next one. */
 enum perta_param {
+    /* attention */
     PERTA_Q,
     PERTA_Q_BIAS,
     PERTA_K,
     PERTA_K_BIAS,
     PERTA_V,
     PERTA_V_BIAS,
+    PERTA_QKV, /* one tensor for all three */
+    PERTA_QKV_BIAS,
+    PERTA_Q_A, /* latent attention: down, then up (PERTA_Q) */
+    PERTA_Q_A_BIAS,
+    PERTA_KV_A,
+    PERTA_KV_A_BIAS,
+    PERTA_KV_B,
+    PERTA_KV_B_BIAS,
     PERTA_O,
     PERTA_O_BIAS,
+    PERTA_SINKS, /* a logit of each head */
+    /* MLP */
     PERTA_GATE,
     PERTA_GATE_BIAS,
     PERTA_UP,
     PERTA_UP_BIAS,
+    PERTA_GATE_UP, /* one tensor for both */
+    PERTA_GATE_UP_BIAS,
     PERTA_DOWN,
     PERTA_DOWN_BIAS,
-    PERTA_NORM_1,
+    /* mixture of experts */
+    PERTA_ROUTER,
+    PERTA_ROUTER_BIAS,
+    PERTA_ROUTER_CORRECTION, /* added to scores when experts are chosen; it has no gradient */
+    PERTA_SHARED_GATE,
+    PERTA_SHARED_GATE_BIAS,
+    PERTA_SHARED_UP,
+    PERTA_SHARED_UP_BIAS,
+    PERTA_SHARED_GATE_UP,
+    PERTA_SHARED_GATE_UP_BIAS,
+    PERTA_SHARED_DOWN,
+    PERTA_SHARED_DOWN_BIAS,
+    PERTA_SHARED_SCORE, /* the shared expert's own gate */
+    PERTA_SHARED_SCORE_BIAS,
+    PERTA_EXPERT_GATE, /* from here to EXPERT_DOWN_BIAS: one for each expert */
+    PERTA_EXPERT_GATE_BIAS,
+    PERTA_EXPERT_UP,
+    PERTA_EXPERT_UP_BIAS,
+    PERTA_EXPERT_GATE_UP,
+    PERTA_EXPERT_GATE_UP_BIAS,
+    PERTA_EXPERT_DOWN,
+    PERTA_EXPERT_DOWN_BIAS,
+    /* norms */
+    PERTA_NORM_1, /* before attention */
     PERTA_NORM_1_BIAS,
-    PERTA_NORM_2,
+    PERTA_NORM_2, /* before the MLP */
     PERTA_NORM_2_BIAS,
     PERTA_NORM_Q,
+    PERTA_NORM_Q_BIAS,
     PERTA_NORM_K,
+    PERTA_NORM_K_BIAS,
+    PERTA_NORM_Q_A,
+    PERTA_NORM_Q_A_BIAS,
+    PERTA_NORM_KV_A,
+    PERTA_NORM_KV_A_BIAS,
+    PERTA_NORM_1_AFTER, /* after attention, before it is added */
+    PERTA_NORM_1_AFTER_BIAS,
+    PERTA_NORM_2_AFTER,
+    PERTA_NORM_2_AFTER_BIAS,
     PERTA_N_PARAMS,
 };
 
@@ -48,72 +96,189 @@ enum perta_width {
     PERTA_WIDTH_NONE, /* first dimension of a vector */
     PERTA_WIDTH_HIDDEN,
     PERTA_WIDTH_INTERMEDIATE,
-    PERTA_WIDTH_QUERIES, /* n_heads * head_dim */
-    PERTA_WIDTH_KEYS,    /* n_kv_heads * head_dim */
-    PERTA_WIDTH_HEAD,    /* head_dim */
+    PERTA_WIDTH_GATE_UP,  /* 2 * intermediate */
+    PERTA_WIDTH_QUERIES,  /* n_heads * head_dim */
+    PERTA_WIDTH_KEYS,     /* n_kv_heads * head_dim */
+    PERTA_WIDTH_VALUES,   /* n_kv_heads * value_dim */
+    PERTA_WIDTH_QKV,      /* queries + keys + values */
+    PERTA_WIDTH_ATTENDED, /* n_heads * value_dim */
+    PERTA_WIDTH_HEAD,     /* head_dim */
+    PERTA_WIDTH_HEADS,    /* n_heads */
+    PERTA_WIDTH_Q_LORA,   /* q_lora_rank */
+    PERTA_WIDTH_KV_LORA,  /* kv_lora_rank */
+    PERTA_WIDTH_KV_A,     /* kv_lora_rank + rotary_dim */
+    PERTA_WIDTH_KV_B,     /* n_heads * (head_dim - rotary_dim + value_dim) */
+    PERTA_WIDTH_EXPERTS,  /* n_experts */
+    PERTA_WIDTH_EXPERT,   /* intermediate size of an expert */
+    PERTA_WIDTH_EXPERT_GATE_UP,
+    PERTA_WIDTH_SHARED, /* intermediate size of the shared expert */
+    PERTA_WIDTH_SHARED_GATE_UP,
+    PERTA_WIDTH_ONE,
+    PERTA_N_WIDTHS,
 };
 
-/* Whether a model has a parameter: always, or if struct perta_llm has this option. */
+/* What a model, or a layer of it, has: bits of perta_llm.options and perta_llm.layers[]. A parameter
+ * is there if all that its row asks for are. */
 enum perta_option {
-    PERTA_ALWAYS,
-    PERTA_IF_QKV_BIAS,
-    PERTA_IF_O_BIAS,
-    PERTA_IF_MLP_BIAS,
-    PERTA_IF_QK_NORM,
+    PERTA_ALWAYS = 0,
+    PERTA_QKV_HAS_BIAS = 1 << 0,
+    PERTA_O_HAS_BIAS = 1 << 1,
+    PERTA_MLP_HAS_BIAS = 1 << 2,
+    PERTA_QK_NORM = 1 << 3,
+    PERTA_Q_LORA = 1 << 4,           /* latent queries */
+    PERTA_Q_PLAIN = 1 << 5,          /* not those */
+    PERTA_EXPERTS_APART = 1 << 6,    /* a tensor for each expert */
+    PERTA_EXPERTS_TOGETHER = 1 << 7, /* all in one tensor of three dimensions */
+    PERTA_HAS_SHARED = 1 << 8,       /* shared expert */
+    PERTA_HAS_CORRECTION = 1 << 9,   /* of the router's scores */
+    PERTA_OWN_1 = 1 << 10,           /* what these mean is the family's affair */
+    PERTA_OWN_2 = 1 << 11,
+    PERTA_OWN_3 = 1 << 12,
+    PERTA_OWN_4 = 1 << 13,
+    /* of a layer */
+    PERTA_LAYER_DENSE = 1 << 20,     /* an MLP */
+    PERTA_LAYER_MIXTURE = 1 << 21,   /* a mixture of experts */
+    PERTA_LAYER_WINDOW = 1 << 22,    /* sliding window attention; rotates with ropes[1] */
+    PERTA_LAYER_CHUNKS = 1 << 23,    /* attention within chunks */
+    PERTA_LAYER_UNROTATED = 1 << 24, /* no rotary positions */
+    PERTA_LAYER_QK_NORM = 1 << 25,
 };
 
 struct perta_param_row {
     enum perta_param param;
-    const char *name;         /* in files, after "model.layers.3." */
+    /* In files, after "model.layers.3."; that of an expert's own tensor has %u for its number. */
+    const char *name;
     enum perta_width out, in; /* a matrix (out, in); out NONE: a vector (in) */
-    enum perta_option when;
+    uint32_t when;            /* enum perta_option */
+    bool transposed;          /* stored as (in, out) */
 };
 
-/* Sliding window attention: never, in every layer, or according to Qwen's use_sliding_window and
- * max_window_layers. */
-enum perta_windows { PERTA_WINDOWS_NONE, PERTA_WINDOWS_EVERYWHERE, PERTA_WINDOWS_QWEN };
+/* Sliding window attention: never; in every layer or those that layer_types says; according to
+ * Qwen's use_sliding_window and max_window_layers; in all of those that layer_types says, which has
+ * a default (the family's read function sets it). */
+enum perta_windows {
+    PERTA_WINDOWS_NONE,
+    PERTA_WINDOWS_EVERYWHERE,
+    PERTA_WINDOWS_QWEN,
+    PERTA_WINDOWS_TYPES
+};
+
+/* Names of keys in config.json that differ between families; NULL: the usual one. */
+struct perta_config_keys {
+    const char *layers;       /* num_hidden_layers */
+    const char *hidden;       /* hidden_size */
+    const char *intermediate; /* intermediate_size */
+    const char *heads;        /* num_attention_heads */
+    const char *kv_heads;     /* num_key_value_heads; "": none, as many as query heads */
+    const char *positions;    /* max_position_embeddings */
+    const char *norm_eps;     /* rms_norm_eps */
+    const char *act;          /* hidden_act */
+};
 
 struct perta_family {
     const char *model_type, *architecture; /* its names in config.json */
 
-    const char *layers;                   /* in files: "model.layers" */
+    const char *base;                     /* in files: "model", which the names below follow */
+    const char *layers;                   /* "layers" */
     const struct perta_param_row *params; /* (n_params) of a layer, in the order of saving */
     size_t n_params;
-    const char *embedding, *head;
-    const char *final_norm, *final_norm_bias; /* bias NULL: none */
+    const char *embedding;
+    const char *head, *head_bias;             /* without base; head_bias NULL: none */
+    const char *final_norm, *final_norm_bias; /* NULL: none */
 
     const struct perta_norm_part *norm;
     const struct perta_attention_part *attention;
     const struct perta_mlp_part *mlp;
 
     /* Defaults for missing keys, and which keys transformers reads for this family (config.c). */
-    bool qkv_bias, qk_norm, reads_attention_bias, reads_mlp_bias;
+    struct perta_config_keys keys;
+    const char *const *own_keys; /* that read() looks at, up to a NULL; NULL: none */
+    uint32_t options;            /* enum perta_option that every model of it has */
+    bool reads_attention_bias, reads_mlp_bias;
+    bool tied;           /* the default of tie_word_embeddings */
     uint32_t n_kv_heads; /* 0: as many as query heads */
+    uint32_t head_dim;   /* 0: hidden / n_heads */
     uint32_t max_positions;
+    double norm_eps;       /* 0: 1e-6 */
+    double rope_theta;     /* 0: 10000 */
+    double partial_rotary; /* part of a head that is rotated; 0: all */
+    const char *act;       /* NULL: silu */
     enum perta_windows windows;
+    /* Read what only this family has; NULL: nothing. Called after the rest. */
+    void (*read)(struct perta_config_reader *r, struct perta_llm *llm);
 };
 
 /* The supported families, in the order in which messages list them. */
-extern const struct perta_family perta_families[];
+extern const struct perta_family *const perta_families[];
 extern const size_t perta_n_families;
 
-/* The row of a parameter; NULL if this model does not have it. */
-const struct perta_param_row *perta_llm_param(const struct perta_llm *llm, enum perta_param param);
-/* The shape of a parameter; *out is 0 for a vector of *in elements. */
+/* Rows that several families share (family.c). */
+#define PERTA_N_LLAMA_PARAMS 18
+extern const struct perta_param_row perta_llama_params[PERTA_N_LLAMA_PARAMS];
+
+/* Tensors and parts of most families. Users include part.h. */
+#define PERTA_LLAMA_NAMES                                                               \
+    .base = "model", .layers = "layers", .embedding = "embed_tokens.weight",            \
+    .head = "lm_head.weight", .final_norm = "norm.weight", .norm = &perta_rmsnorm_part, \
+    .attention = &perta_attention_part, .mlp = &perta_gated_mlp_part
+#define PERTA_LLAMA_LINE \
+    PERTA_LLAMA_NAMES, .params = perta_llama_params, .n_params = PERTA_N_LLAMA_PARAMS
+
+/* Whose parameter it is. */
+struct perta_site {
+    uint32_t layer;
+    uint32_t expert; /* its number plus 1; 0: the layer's own */
+};
+
+static inline struct perta_site perta_site_of(uint32_t layer)
+{
+    return (struct perta_site){layer, 0};
+}
+
+static inline struct perta_site perta_site_of_expert(uint32_t layer, uint32_t number)
+{
+    return (struct perta_site){layer, number + 1};
+}
+
+static inline bool perta_is_of_expert(enum perta_param param)
+{
+    return param >= PERTA_EXPERT_GATE && param <= PERTA_EXPERT_DOWN_BIAS;
+}
+
+#define PERTA_ANY_LAYER UINT32_MAX
+/* The row of a parameter; NULL if this layer (PERTA_ANY_LAYER: no layer) of the model has it. */
+const struct perta_param_row *perta_llm_param(const struct perta_llm *llm, uint32_t layer,
+                                              enum perta_param param);
+/* The shape of a parameter, of one expert if it is an expert's, as products see it; *out is 0 for a
+ * vector of *in elements. */
 void perta_llm_shape(const struct perta_llm *llm, const struct perta_param_row *row, size_t *out,
                      size_t *in);
+/* The same as it is stored: rows 0 for a vector. */
+void perta_llm_stored(const struct perta_llm *llm, const struct perta_param_row *row, size_t *rows,
+                      size_t *cols);
 /* The longest row or column of a layer's parameters. */
 size_t perta_llm_widest(const struct perta_llm *llm);
 
-/* The name of a layer's parameter in files, in buf. */
-#define PERTA_NAME_BYTES 128
-const char *perta_llm_name(const struct perta_llm *llm, uint32_t layer,
+/* The name of a parameter's tensor in files, in buf. */
+#define PERTA_NAME_BYTES 160
+const char *perta_llm_name(const struct perta_llm *llm, struct perta_site site,
                            const struct perta_param_row *row, char buf[PERTA_NAME_BYTES]);
+/* The index of a parameter's first element in its tensor: 0, unless all experts are in one. */
+uint64_t perta_llm_first(const struct perta_llm *llm, struct perta_site site,
+                         const struct perta_param_row *row);
 
-/* Call tensor() for every parameter of a model, in the order in which they are saved, with its name
- * and shape (rows, cols); rows is 0 for a vector. A tied head is the same tensor as the embedding
- * and is not repeated. Stops when tensor() does not return 0, and returns that. */
-typedef int perta_tensor_fn(void *ctx, const char *name, size_t rows, size_t cols,
+/* Set the names of the tensors outside the layers, and of the layers, in *llm, for a model whose
+ * tensors' names begin with base ("model"), and head_base ("") for the head. */
+void perta_llm_set_names(struct perta_llm *llm, const char *base, const char *head_base);
+
+/* A tensor of a model: of 1 to 3 dimensions. */
+struct perta_tensor_shape {
+    size_t n_dims, dims[3];
+};
+/* Call tensor() for every tensor of a model, in the order in which they are saved, with its name
+ * and shape. A tied head is the same tensor as the embedding and is not repeated. Stops when
+ * tensor() does not return 0, and returns that. */
+typedef int perta_tensor_fn(void *ctx, const char *name, const struct perta_tensor_shape *shape,
                             struct perta_err *err);
 int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *ctx,
                    struct perta_err *err);

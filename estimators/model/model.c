@@ -13,17 +13,20 @@
 
 /* ---- parameters ---- */
 
-static int add_parameter(void *ctx, const char *name, size_t rows, size_t cols,
+static int add_parameter(void *ctx, const char *name, const struct perta_tensor_shape *shape,
                          struct perta_err *err)
 {
     struct perta_model *m = ctx;
+    size_t cols = shape->dims[shape->n_dims - 1], rows = 1;
+    for (size_t i = 0; i + 1 < shape->n_dims; i++)
+        rows *= shape->dims[i];
     struct perta_parameter *grown =
         realloc(m->parameters, (m->n_parameters + 1) * sizeof *m->parameters);
     if (!grown)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     m->parameters = grown;
     struct perta_parameter *p = &grown[m->n_parameters];
-    *p = (struct perta_parameter){strdup(name), rows ? rows : 1, cols, !rows, m->n_floats};
+    *p = (struct perta_parameter){strdup(name), rows, cols, shape->n_dims == 1, m->n_floats};
     if (!p->name)
         return perta_fail_sys(err, ENOMEM, "%s", name);
     m->n_parameters++;
@@ -64,21 +67,21 @@ float *perta_model_find(const struct perta_model *m, float *array, const char *n
     return p ? array + p->at : NULL;
 }
 
-const struct perta_parameter *perta_model_param(const struct perta_model *m, uint32_t layer,
+const struct perta_parameter *perta_model_param(const struct perta_model *m, struct perta_site site,
                                                 const struct perta_param_row *row)
 {
     char name[PERTA_NAME_BYTES];
-    return find(m, perta_llm_name(&m->llm, layer, row, name));
+    return find(m, perta_llm_name(&m->llm, site, row, name));
 }
 
-static int get(struct perta_parameters *from, uint32_t layer, const struct perta_param_row *row,
-               struct perta_value *value, struct perta_err *err)
+static int get(struct perta_parameters *from, struct perta_site site,
+               const struct perta_param_row *row, struct perta_value *value, struct perta_err *err)
 {
     const struct perta_model_parameters *of = (struct perta_model_parameters *)(void *)from;
-    const struct perta_parameter *p = perta_model_param(of->model, layer, row);
+    const struct perta_parameter *p = perta_model_param(of->model, site, row);
     (void)err; /* a model has every parameter of its family */
     *value = (struct perta_value){perta_array_at(of->weights, p->at), PERTA_F32,
-                                  p->vector ? 0 : p->out, p->in};
+                                  p->vector ? 0 : p->out, p->in, false};
     return 0;
 }
 

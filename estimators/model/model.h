@@ -46,7 +46,8 @@ PERTA_API int perta_model_save(struct perta_model *model, const char *path,
 /* The floats of the parameter of this name, in array (n_floats); NULL if there is none. */
 float *perta_model_find(const struct perta_model *model, float *array, const char *name);
 /* A parameter of a layer; NULL if the model does not have it. */
-const struct perta_parameter *perta_model_param(const struct perta_model *model, uint32_t layer,
+const struct perta_parameter *perta_model_param(const struct perta_model *model,
+                                                struct perta_site site,
                                                 const struct perta_param_row *row);
 /* weights: the model's, in a backend that shares them. */
 struct perta_model_parameters perta_model_parameters(const struct perta_model *model,

@@ -43,7 +43,7 @@ static void to_sink(const struct perta_layer *l, enum perta_param param, size_t 
 {
     struct perta_err err = {0};
     if (!l->be->rc)
-        perta_backend_fail(l->be, l->sink->vector(l->sink, l->number, param, sequence, d, &err),
+        perta_backend_fail(l->be, l->sink->vector(l->sink, l->site, param, sequence, d, &err),
                            &err);
 }
 

@@ -23,13 +23,14 @@ struct perta_value {
     struct perta_array data; /* (out, in), or a vector (in) of float32 */
     enum perta_dtype dtype;  /* F32, BF16 or F16 */
     size_t out, in;          /* out 0: a vector */
+    bool transposed;         /* a matrix is stored as (in, out) */
 };
 
 /* A source of a layer's parameters: weights.c (a checkpoint that is being read) or model.c (a model
  * in memory). What get() returns is valid until the next layer begins. */
 struct perta_parameters {
-    int (*get)(struct perta_parameters *from, uint32_t layer, const struct perta_param_row *row,
-               struct perta_value *value, struct perta_err *err);
+    int (*get)(struct perta_parameters *from, struct perta_site site,
+               const struct perta_param_row *row, struct perta_value *value, struct perta_err *err);
 };
 
 /* What came before the tokens of a batch, each of which is added to a sequence of its own
@@ -49,7 +50,7 @@ struct perta_layer {
     const struct perta_factors *factors; /* LoRA beside the weights; NULL: none */
     struct perta_past_tokens *past;      /* NULL: a batch is whole sequences */
     const float *inv_freq;               /* (head_dim / 2) */
-    uint32_t number;
+    struct perta_site site;
     bool again; /* a second forward pass, for the backward pass: out is not wanted */
 };
 

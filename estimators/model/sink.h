@@ -23,12 +23,12 @@ struct perta_batch {
 struct perta_gradient_sink {
     /* The operands of a matrix's gradient, which is dy^T x over the rows that the sink chooses: x
      * (batch->n, in), dy (batch->n, out). Both are overwritten after the call. */
-    int (*linear)(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
+    int (*linear)(struct perta_gradient_sink *sink, struct perta_site site, enum perta_param param,
                   const struct perta_batch *batch, struct perta_array x, struct perta_array dy,
                   struct perta_err *err);
     /* One sequence's gradient d of a vector (a norm's weight, a bias). It is overwritten after the
      * call. NULL: these gradients are not wanted. */
-    int (*vector)(struct perta_gradient_sink *sink, uint32_t layer, enum perta_param param,
+    int (*vector)(struct perta_gradient_sink *sink, struct perta_site site, enum perta_param param,
                   size_t sequence, struct perta_array d, struct perta_err *err);
 };
 

@@ -184,27 +184,31 @@ static struct perta_array find(const struct perta_trainer *t, struct perta_array
                                const char *name)
 {
     const struct perta_model *m = t->model;
-    const float *at = name ? perta_model_find(m, m->weights, name) : NULL;
+    const float *at = *name ? perta_model_find(m, m->weights, name) : NULL;
     return at ? perta_array_at(array, (uint64_t)(at - m->weights)) : (struct perta_array){0};
 }
 
 static const char *head_name(const struct perta_llm *llm)
 {
-    return llm->tied ? llm->family->embedding : llm->family->head;
+    return llm->tied ? llm->names.embedding : llm->names.head;
 }
 
 static struct perta_linear head_of(const struct perta_trainer *t)
 {
     const struct perta_llm *llm = &t->model->llm;
-    return (struct perta_linear){
-        find(t, t->parameters.weights, head_name(llm)), PERTA_F32, llm->vocab, llm->hidden, {0}};
+    return (struct perta_linear){find(t, t->parameters.weights, head_name(llm)),
+                                 PERTA_F32,
+                                 llm->vocab,
+                                 llm->hidden,
+                                 {0},
+                                 false};
 }
 
 static struct perta_norm final_norm(const struct perta_trainer *t, struct perta_array array)
 {
     const struct perta_llm *llm = &t->model->llm;
-    return (struct perta_norm){find(t, array, llm->family->final_norm),
-                               find(t, array, llm->family->final_norm_bias), llm->norm_eps};
+    return (struct perta_norm){find(t, array, llm->names.final_norm),
+                               find(t, array, llm->names.final_norm_bias), llm->norm_eps};
 }
 
 static struct perta_layer layer_of(struct perta_trainer *t, uint32_t number,
@@ -215,7 +219,7 @@ static struct perta_layer layer_of(struct perta_trainer *t, uint32_t number,
                                 .from = &t->parameters.parameters,
                                 .sink = sink,
                                 .inv_freq = t->inv_freq,
-                                .number = number};
+                                .site = perta_site_of(number)};
 }
 
 /* From the tokens to the logits of the labels. */
@@ -224,7 +228,7 @@ static void forward(struct perta_trainer *t, const struct perta_batch *batch, si
     const struct perta_llm *llm = &t->model->llm;
     const struct perta_backend_ops *ops = t->be->ops;
     size_t H = llm->hidden;
-    ops->gather(t->be, t->acts[0].x, find(t, t->parameters.weights, llm->family->embedding), t->ids,
+    ops->gather(t->be, t->acts[0].x, find(t, t->parameters.weights, llm->names.embedding), t->ids,
                 batch->n, H);
     for (uint32_t l = 0; l < llm->n_layers; l++) {
         struct perta_layer layer = layer_of(t, l, NULL);
@@ -258,32 +262,32 @@ struct sink {
     struct perta_trainer *trainer;
 };
 
-static const struct perta_parameter *param_of(const struct sink *sink, uint32_t layer,
+static const struct perta_parameter *param_of(const struct sink *sink, struct perta_site site,
                                               enum perta_param param)
 {
     const struct perta_model *m = sink->trainer->model;
-    return perta_model_param(m, layer, perta_llm_param(&m->llm, param));
+    return perta_model_param(m, site, perta_llm_param(&m->llm, site.layer, param));
 }
 
-static int on_linear(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
+static int on_linear(struct perta_gradient_sink *of, struct perta_site site, enum perta_param param,
                      const struct perta_batch *batch, struct perta_array x, struct perta_array dy,
                      struct perta_err *err)
 {
     const struct sink *sink = (const struct sink *)(const void *)of;
     struct perta_trainer *t = sink->trainer;
-    const struct perta_parameter *p = param_of(sink, layer, param);
+    const struct perta_parameter *p = param_of(sink, site, param);
     (void)err;
     t->be->ops->linear_backward_weight(t->be, perta_array_at(t->gradients, p->at), dy, x, batch->n,
                                        p->out, p->in);
     return 0;
 }
 
-static int on_vector(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
+static int on_vector(struct perta_gradient_sink *of, struct perta_site site, enum perta_param param,
                      size_t sequence, struct perta_array d, struct perta_err *err)
 {
     const struct sink *sink = (const struct sink *)(const void *)of;
     struct perta_trainer *t = sink->trainer;
-    const struct perta_parameter *p = param_of(sink, layer, param);
+    const struct perta_parameter *p = param_of(sink, site, param);
     (void)sequence;
     (void)err;
     t->be->ops->add(t->be, perta_array_at(t->gradients, p->at), d, p->in);
@@ -344,7 +348,7 @@ static void embedding_backward(struct perta_trainer *t, size_t n)
     const struct perta_llm *llm = &t->model->llm;
     for (size_t i = 0; i < n; i++)
         t->ids[i] = t->ids[i] == llm->pad ? UINT32_MAX : t->ids[i];
-    t->be->ops->scatter_add(t->be, find(t, t->gradients, llm->family->embedding), t->acts[0].dx,
+    t->be->ops->scatter_add(t->be, find(t, t->gradients, llm->names.embedding), t->acts[0].dx,
                             t->ids, n, llm->hidden);
 }
 

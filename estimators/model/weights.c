@@ -15,35 +15,41 @@ struct checked {
     bool *wanted; /* (n_tensors), in the order of by_name: the architecture has it */
 };
 
-/* rows 0: a vector. */
-static int wrong_shape(const struct perta_weights *w, const struct perta_tensor *t, size_t rows,
-                       size_t cols, struct perta_err *err)
+static bool has_shape(const struct perta_tensor *t, const struct perta_tensor_shape *shape)
 {
-    char shape[128], first[32] = "";
-    perta_shape_print(shape, sizeof shape, t);
-    if (rows)
-        snprintf(first, sizeof first, "%zu, ", rows);
-    return perta_fail(err, PERTA_EINPUT,
-                      "%s: tensor %s has not the shape [%s%zu] that config.json calls for, but %s",
-                      w->ck->path, t->name, first, cols, shape);
+    bool same = t->n_dims == shape->n_dims;
+    for (size_t i = 0; i < shape->n_dims && same; i++)
+        same = t->shape[i] == shape->dims[i];
+    return same;
 }
 
-static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
+static int wrong_shape(const struct perta_weights *w, const struct perta_tensor *t,
+                       const struct perta_tensor_shape *wanted, struct perta_err *err)
+{
+    char shape[128], dims[96] = "";
+    size_t n = 0;
+    perta_shape_print(shape, sizeof shape, t);
+    for (size_t i = 0; i < wanted->n_dims; i++)
+        n += (size_t)snprintf(dims + n, sizeof dims - n, "%s%zu", i ? ", " : "", wanted->dims[i]);
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensor %s has not the shape [%s] that config.json calls for, but %s",
+                      w->ck->path, t->name, dims, shape);
+}
+
+static int check_tensor(void *ctx, const char *name, const struct perta_tensor_shape *shape,
                         struct perta_err *err)
 {
     struct checked *checked = ctx;
     const struct perta_weights *w = checked->weights;
-    if (!strcmp(name, w->llm.family->embedding))
+    if (!strcmp(name, w->llm.names.embedding))
         name = perta_weights_embedding(w);
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     if (!ref)
         return perta_fail(err, PERTA_EINPUT, "%s: no tensor %s, which its config.json calls for",
                           w->ck->path, name);
     const struct perta_tensor *t = ref->tensor;
-    bool fits = rows ? t->n_dims == 2 && t->shape[0] == rows && t->shape[1] == cols
-                     : t->n_dims == 1 && t->shape[0] == cols;
-    if (!fits)
-        return wrong_shape(w, t, rows, cols, err);
+    if (!has_shape(t, shape))
+        return wrong_shape(w, t, shape, err);
     if (t->dtype != PERTA_F32 && t->dtype != PERTA_BF16 && t->dtype != PERTA_F16)
         return perta_fail(err, PERTA_EINPUT, "%s: tensor %s is %s; BF16, F16 or F32 needed",
                           w->ck->path, name, perta_dtype_name(t->dtype));
@@ -53,7 +59,7 @@ static int check_tensor(void *ctx, const char *name, size_t rows, size_t cols,
 
 bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 {
-    if (!strcmp(name, w->llm.family->head))
+    if (!strcmp(name, w->llm.names.head))
         return !strcmp(name, perta_weights_head(w));
     return !perta_is_buffer_name(name);
 }
@@ -109,24 +115,24 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
  * both. */
 const char *perta_weights_embedding(const struct perta_weights *w)
 {
-    const struct perta_family *family = w->llm.family;
-    bool as_head = w->llm.tied && !perta_checkpoint_find(w->ck, family->embedding) &&
-                   perta_checkpoint_find(w->ck, family->head);
-    return as_head ? family->head : family->embedding;
+    const struct perta_llm_names *names = &w->llm.names;
+    bool as_head = w->llm.tied && !perta_checkpoint_find(w->ck, names->embedding) &&
+                   perta_checkpoint_find(w->ck, names->head);
+    return as_head ? names->head : names->embedding;
 }
 
 const char *perta_weights_head(const struct perta_weights *w)
 {
-    return w->llm.tied ? perta_weights_embedding(w) : w->llm.family->head;
+    return w->llm.tied ? perta_weights_embedding(w) : w->llm.names.head;
 }
 
 /* ---- rounding ---- */
 
-/* The parameter of row i of the family's table, if it is a matrix (*out, *in); else NULL. */
-static const struct perta_param_row *matrix_at(const struct perta_llm *llm, size_t i, size_t *out,
-                                               size_t *in)
+/* The parameter of a layer with this role, if it is a matrix (*out, *in); else NULL. */
+static const struct perta_param_row *matrix_of(const struct perta_llm *llm, uint32_t layer,
+                                               int param, size_t *out, size_t *in)
 {
-    const struct perta_param_row *row = perta_llm_param(llm, llm->family->params[i].param);
+    const struct perta_param_row *row = perta_llm_param(llm, layer, (enum perta_param)param);
     if (!row)
         return NULL;
     perta_llm_shape(llm, row, out, in);
@@ -138,25 +144,31 @@ int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
 {
     char name[PERTA_NAME_BYTES];
     w->rounding = rounding;
-    for (size_t i = 0, out, in; rounding && i < w->llm.family->n_params; i++) {
-        const struct perta_param_row *row = matrix_at(&w->llm, i, &out, &in);
-        if (row && !perta_rounding_fits(rounding, in))
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: tensor %s: its rows of %zu elements are not whole blocks of %s "
-                              "(%zu elements); such a tensor is stored in another format",
-                              w->ck->path, perta_llm_name(&w->llm, 0, row, name), in,
-                              perta_rounding_name(rounding), perta_rounding_block(rounding, in));
-    }
+    for (uint32_t l = 0; rounding && l < w->llm.n_layers; l++)
+        for (int p = 0; p < PERTA_N_PARAMS; p++) {
+            size_t out, in;
+            const struct perta_param_row *row = matrix_of(&w->llm, l, p, &out, &in);
+            if (row && !perta_rounding_fits(rounding, in))
+                return perta_fail(
+                    err, PERTA_EINPUT,
+                    "%s: tensor %s: its rows of %zu elements are not whole blocks of %s "
+                    "(%zu elements); such a tensor is stored in another format",
+                    w->ck->path, perta_llm_name(&w->llm, perta_site_of_expert(l, 0), row, name), in,
+                    perta_rounding_name(rounding), perta_rounding_block(rounding, in));
+        }
     return 0;
 }
 
 uint64_t perta_weights_n_rounded(const struct perta_weights *w)
 {
     uint64_t n = 0;
-    for (size_t i = 0, out, in; w->rounding && i < w->llm.family->n_params; i++)
-        if (matrix_at(&w->llm, i, &out, &in))
-            n += (uint64_t)out * in;
-    return n * w->llm.n_layers;
+    size_t out, in;
+    for (uint32_t l = 0; w->rounding && l < w->llm.n_layers; l++)
+        for (int p = 0; p < PERTA_N_PARAMS; p++)
+            if (matrix_of(&w->llm, l, p, &out, &in))
+                n += (uint64_t)out * in *
+                     (perta_is_of_expert((enum perta_param)p) ? w->llm.n_experts : 1);
+    return n;
 }
 
 /* ---- the reader ---- */
@@ -232,13 +244,13 @@ void perta_weights_stop(struct perta_weights *w)
     perta_weights_on_reader(w, close_engine, w, &never);
     perta_reader_close(w->reader);
     w->reader = NULL;
-    w->ahead = false;
+    memset(w->ahead, 0, sizeof w->ahead);
 }
 
 void perta_weights_close(struct perta_weights *w)
 {
     perta_weights_stop(w);
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < PERTA_WEIGHTS_ROOMS; i++)
         if (w->be)
             w->be->ops->free(w->be, w->buffers[i]);
     for (uint32_t i = 0; w->files && i < w->ck->n_shards; i++)

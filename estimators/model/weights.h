@@ -13,10 +13,11 @@
 #include "io/engine.h"
 #include "io/format/checkpoint.h"
 
-/* What is loaded into one room: the parameters of a layer, or some rows of a matrix. */
+/* What is loaded into one room: the parameters of a layer (without its experts'), those of one
+ * expert, or some rows of a matrix. */
 struct perta_span {
-    const char *name; /* the matrix; NULL: a layer */
-    uint32_t layer;
+    const char *name; /* the matrix; NULL: a layer or an expert */
+    struct perta_site site;
     size_t first, n; /* rows of the matrix */
 };
 
@@ -29,6 +30,8 @@ struct perta_loaded {
     int rc;       /* failure of the reader, with err */
     struct perta_err err;
 };
+
+#define PERTA_WEIGHTS_ROOMS 4
 
 struct perta_weights {
     struct perta_parameters parameters; /* first member, of the layer that was begun last */
@@ -45,15 +48,18 @@ struct perta_weights {
     struct perta_engine *engine;
     _Atomic uint64_t read_bytes; /* so far */
     struct perta_backend *be;    /* borrowed, as are the rooms */
-    uint8_t *rooms[2];           /* for spans; if the second is NULL, no span is read ahead */
-    uint32_t buffers[2];         /* the backend's buffers of the rooms */
-    struct perta_loaded loaded[2];
-    unsigned current;            /* index in loaded of the span in use */
-    pthread_mutex_t lock;        /* guards what follows, and what the reader writes to loaded */
-    pthread_cond_t filled;       /* signals that a parameter is there, or that reading failed */
-    unsigned queue[2], n_queued; /* indices in loaded of the spans to be read, in order */
-    bool is_reading;             /* the reader works on the queue */
-    bool ahead;                  /* the other span was queued: it is, or will be, read */
+    /* for spans; if the second of a pair is NULL, no span is read ahead. Experts have a pair of
+     * their own: their layer's other parameters stay where they are */
+    uint8_t *rooms[PERTA_WEIGHTS_ROOMS];
+    uint32_t buffers[PERTA_WEIGHTS_ROOMS]; /* the backend's buffers of the rooms */
+    struct perta_loaded loaded[PERTA_WEIGHTS_ROOMS];
+    unsigned current[2];   /* index in loaded of the span in use: of layers and rows, of experts */
+    bool ahead[2];         /* the other span of the pair was queued: it is, or will be, read */
+    pthread_mutex_t lock;  /* guards what follows, and what the reader writes to loaded */
+    pthread_cond_t filled; /* signals that a parameter is there, or that reading failed */
+    /* indices in loaded of the spans to be read, in order */
+    unsigned queue[PERTA_WEIGHTS_ROOMS], n_queued;
+    bool is_reading; /* the reader works on the queue */
 };
 
 /* Open the checkpoint and its config. Check that every tensor of the architecture is there in its
@@ -69,10 +75,12 @@ int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
 uint64_t perta_weights_n_rounded(const struct perta_weights *w);
 /* Start the reader. */
 int perta_weights_start(struct perta_weights *w, enum perta_io_mode io, struct perta_err *err);
-/* Set the rooms into which spans are read: room_bytes each, block-aligned; the second may be NULL.
- * The rooms and the backend are borrowed until perta_weights_close. */
-int perta_weights_rooms(struct perta_weights *w, struct perta_backend *be, uint8_t *const rooms[2],
-                        uint64_t room_bytes, struct perta_err *err);
+/* Set the rooms into which spans are read, block-aligned: two of room_bytes each, for layers and
+ * rows, and two of expert_bytes each; the second of each pair may be NULL, and the last two are if
+ * expert_bytes is 0. The rooms and the backend are borrowed until perta_weights_close. */
+int perta_weights_rooms(struct perta_weights *w, struct perta_backend *be,
+                        uint8_t *const rooms[PERTA_WEIGHTS_ROOMS], uint64_t room_bytes,
+                        uint64_t expert_bytes, struct perta_err *err);
 /* Fail if a file changed while it was read. */
 int perta_weights_unchanged(const struct perta_weights *w, struct perta_err *err);
 /* Stop the reader: wait for what it is reading, and drop what is queued. Must be called before the
@@ -90,12 +98,14 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 
 /* Bytes of room that are needed to read len_bytes of a tensor. */
 uint64_t perta_weights_room(uint64_t len_bytes);
-/* Bytes of room for any whole layer. */
+/* Bytes of room for any whole layer, without experts; for any expert (0: there are none). */
 uint64_t perta_weights_layer_room(const struct perta_weights *w);
+uint64_t perta_weights_expert_room(const struct perta_weights *w);
 
 /* Begin a span: queue it to be read, unless it was read ahead; then queue next, unless it is NULL
- * or there is no second room. The span before becomes invalid. A layer's parameters are taken
- * through w->parameters, which waits for each of them. */
+ * or there is no second room. The span before in the same pair of rooms becomes invalid. next is of
+ * the same pair. The parameters of a layer, or of an expert, are taken through w->parameters, which
+ * waits for each of them. */
 void perta_weights_begin(struct perta_weights *w, const struct perta_span *span,
                          const struct perta_span *next);
 /* Begin rows of a matrix and wait for them. They are valid until the next span is begun. */
@@ -124,7 +134,7 @@ int perta_weights_on_reader(struct perta_weights *w, int (*job)(void *ctx, struc
                             void *ctx, struct perta_err *err);
 #define PERTA_WEIGHTS_PIECES 16 /* requests in flight */
 /* The function get of struct perta_parameters. */
-int perta_weights_get(struct perta_parameters *from, uint32_t layer,
+int perta_weights_get(struct perta_parameters *from, struct perta_site site,
                       const struct perta_param_row *row, struct perta_value *value,
                       struct perta_err *err);
 /* Wait until the reader is idle. */

@@ -78,40 +78,54 @@ static void align(uint8_t *room, uint64_t len_bytes, enum perta_dtype dtype, con
         *data = memmove(room, *data, len_bytes);
 }
 
+/* Read n elements of a tensor, from element first on; *data points to them in room. */
+static int read_elems(struct perta_weights *w, const struct perta_ref *ref, uint64_t first,
+                      uint64_t n, uint8_t *room, const void **data, struct perta_err *err)
+{
+    const struct perta_tensor *t = ref->tensor;
+    uint64_t width = perta_dtype_unit_bytes(t->dtype);
+    int rc = read_tensor(w, ref, first * width, n * width, room, data, err);
+    if (!rc)
+        align(room, n * width, t->dtype, data);
+    return rc;
+}
+
 /* Read rows of a matrix; *data points to them in room. */
 static int read_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
                      uint8_t *room, const void **data, struct perta_err *err)
 {
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
-    const struct perta_tensor *t = ref->tensor;
-    uint64_t row_bytes = t->shape[1] * perta_dtype_unit_bytes(t->dtype);
-    int rc = read_tensor(w, ref, first * row_bytes, n * row_bytes, room, data, err);
-    if (!rc)
-        align(room, n * row_bytes, t->dtype, data);
-    return rc;
+    uint64_t cols = ref->tensor->shape[1];
+    return read_elems(w, ref, first * cols, n * cols, room, data, err);
 }
 
-static int read_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
-                       float *to, struct perta_err *err)
+/* Read n elements of a tensor, from element first on, as float32, by way of room. */
+static int read_floats(struct perta_weights *w, const struct perta_ref *ref, uint64_t first,
+                       size_t n, uint8_t *room, float *to, struct perta_err *err)
 {
-    const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
-    const struct perta_tensor *t = ref->tensor;
     const void *data;
-    int rc = read_tensor(w, ref, 0, t->len_bytes, room, &data, err);
+    int rc = read_elems(w, ref, first, n, room, &data, err);
     if (!rc)
-        perta_row_kernels()->to_f32(to, data, t->dtype, n);
+        perta_row_kernels()->to_f32(to, data, ref->tensor->dtype, n);
     return rc;
 }
 
 /* ---- a layer ---- */
 
-static uint64_t matrix_room(const struct perta_weights *w, uint32_t layer,
-                            const struct perta_param_row *row)
+static const struct perta_ref *find_param(const struct perta_weights *w, struct perta_site site,
+                                          const struct perta_param_row *row)
 {
     char name[PERTA_NAME_BYTES];
-    const struct perta_ref *ref =
-        perta_checkpoint_find(w->ck, perta_llm_name(&w->llm, layer, row, name));
-    return perta_weights_room(ref->tensor->len_bytes);
+    return perta_checkpoint_find(w->ck, perta_llm_name(&w->llm, site, row, name));
+}
+
+static uint64_t matrix_room(const struct perta_weights *w, struct perta_site site,
+                            const struct perta_param_row *row)
+{
+    size_t out, in;
+    enum perta_dtype dtype = find_param(w, site, row)->tensor->dtype;
+    perta_llm_shape(&w->llm, row, &out, &in);
+    return perta_weights_room((uint64_t)out * in * perta_dtype_unit_bytes(dtype));
 }
 
 /* A vector is kept as float32. */
@@ -120,36 +134,57 @@ static uint64_t vector_room(size_t n)
     return perta_align_up(n * sizeof(float), PERTA_BLOCK_BYTES);
 }
 
-/* The parameter of row i of the table; NULL if the model does not have it. */
-static const struct perta_param_row *param_at(const struct perta_llm *llm, size_t i)
+/* The parameter of a site with this role; NULL if it has none. */
+static const struct perta_param_row *param_at(const struct perta_llm *llm, struct perta_site site,
+                                              int param)
 {
-    return perta_llm_param(llm, llm->family->params[i].param);
+    const struct perta_param_row *row = perta_llm_param(llm, site.layer, (enum perta_param)param);
+    bool of_expert = site.expert != 0;
+    return row && perta_is_of_expert(row->param) == of_expert ? row : NULL;
+}
+
+static uint64_t site_room(const struct perta_weights *w, struct perta_site site)
+{
+    uint64_t room = 0;
+    size_t longest = 0, out, in;
+    for (int p = 0; p < PERTA_N_PARAMS; p++) {
+        const struct perta_param_row *row = param_at(&w->llm, site, p);
+        if (!row)
+            continue;
+        perta_llm_shape(&w->llm, row, &out, &in);
+        room += out ? matrix_room(w, site, row) : vector_room(in);
+        longest = !out && in > longest ? in : longest;
+    }
+    return room + perta_weights_room(longest * sizeof(float)); /* a vector before its conversion */
 }
 
 uint64_t perta_weights_layer_room(const struct perta_weights *w)
 {
     uint64_t most = 0;
-    size_t longest = 0;
     for (uint32_t layer = 0; layer < w->llm.n_layers; layer++) {
-        uint64_t room = 0;
-        for (size_t i = 0, out, in; i < w->llm.family->n_params; i++) {
-            const struct perta_param_row *row = param_at(&w->llm, i);
-            if (!row)
-                continue;
-            perta_llm_shape(&w->llm, row, &out, &in);
-            room += out ? matrix_room(w, layer, row) : vector_room(in);
-            longest = !out && in > longest ? in : longest;
-        }
+        uint64_t room = site_room(w, perta_site_of(layer));
         most = room > most ? room : most;
     }
-    return most + perta_weights_room(longest * sizeof(float)); /* a vector before its conversion */
+    return most;
+}
+
+uint64_t perta_weights_expert_room(const struct perta_weights *w)
+{
+    uint64_t most = 0;
+    for (uint32_t layer = 0; layer < w->llm.n_layers; layer++)
+        for (uint32_t e = 0; e < w->llm.n_experts; e++) {
+            uint64_t room = site_room(w, perta_site_of_expert(layer, e));
+            if (perta_llm_has(&w->llm, layer, PERTA_LAYER_MIXTURE) && room > most)
+                most = room;
+        }
+    return perta_align_up(most, PERTA_BLOCK_BYTES);
 }
 
 /* Round a layer's matrix, which was read to data, to the format in which it is served. */
-static int round_matrix(const struct perta_weights *w, const char *name,
+static int round_matrix(const struct perta_weights *w, const struct perta_ref *ref,
                         const struct perta_value *value, uint8_t *data, struct perta_err *err)
 {
-    const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
+    const char *name = ref->tensor->name;
     size_t bad = perta_round(w->rounding, value->dtype, data, value->out, value->in);
     float x;
     if (bad == value->out * value->in)
@@ -163,26 +198,28 @@ static int round_matrix(const struct perta_weights *w, const char *name,
 }
 
 /* Read a parameter to *at, and move *at past it. */
-static int read_param(struct perta_weights *w, uint32_t layer, const struct perta_param_row *row,
-                      unsigned room, uint8_t **at, struct perta_value *value, struct perta_err *err)
+static int read_param(struct perta_weights *w, struct perta_site site,
+                      const struct perta_param_row *row, unsigned room, uint8_t **at,
+                      struct perta_value *value, struct perta_err *err)
 {
-    char name[PERTA_NAME_BYTES];
+    const struct perta_ref *ref = find_param(w, site, row);
+    uint64_t first = perta_llm_first(&w->llm, site, row);
     const void *data = *at;
     uint8_t *here = *at;
     int rc;
-    perta_llm_name(&w->llm, layer, row, name);
     perta_llm_shape(&w->llm, row, &value->out, &value->in);
+    value->transposed = row->transposed;
     if (value->out) {
-        value->dtype = perta_checkpoint_find(w->ck, name)->tensor->dtype;
-        *at += matrix_room(w, layer, row);
-        rc = read_rows(w, name, 0, value->out, here, &data, err);
+        value->dtype = ref->tensor->dtype;
+        *at += matrix_room(w, site, row);
+        rc = read_elems(w, ref, first, (uint64_t)value->out * value->in, here, &data, err);
         if (!rc && w->rounding)
-            rc = round_matrix(w, name, value, here + ((const uint8_t *)data - here), err);
+            rc = round_matrix(w, ref, value, here + ((const uint8_t *)data - here), err);
     } else {
         value->dtype = PERTA_F32;
         *at += vector_room(value->in);
         /* the unconverted bytes go to the room behind it, which is not filled yet */
-        rc = read_vector(w, name, value->in, *at, (float *)(void *)here, err);
+        rc = read_floats(w, ref, first, value->in, *at, (float *)(void *)here, err);
     }
     value->data =
         (struct perta_array){w->buffers[room], (uint64_t)((const uint8_t *)data - w->rooms[room])};
@@ -202,19 +239,22 @@ static void fill(struct perta_weights *w, struct perta_loaded *l, enum perta_par
     pthread_mutex_unlock(&w->lock);
 }
 
-/* Vectors are read first, because a layer starts with a norm. */
-static void read_layer(struct perta_weights *w, unsigned room)
+/* Vectors are read first, because a layer starts with a norm; matrices in the order of the table,
+ * which is about that in which they are used. */
+static void read_site(struct perta_weights *w, unsigned room)
 {
     struct perta_loaded *l = &w->loaded[room];
+    const struct perta_family *family = w->llm.family;
     uint8_t *at = w->rooms[room];
     int rc = 0;
     for (int matrices = 0; matrices < 2; matrices++)
-        for (size_t i = 0; i < w->llm.family->n_params && !rc; i++) {
+        for (size_t i = 0; i < family->n_params && !rc; i++) {
             struct perta_err err = {0};
-            const struct perta_param_row *row = param_at(&w->llm, i);
-            if (!row || (row->out != PERTA_WIDTH_NONE) != matrices)
+            const struct perta_param_row *row =
+                param_at(&w->llm, l->span.site, family->params[i].param);
+            if (row != &family->params[i] || (row->out != PERTA_WIDTH_NONE) != matrices)
                 continue;
-            rc = read_param(w, l->span.layer, row, room, &at, &l->values[row->param], &err);
+            rc = read_param(w, l->span.site, row, room, &at, &l->values[row->param], &err);
             fill(w, l, row->param, rc, &err);
         }
 }
@@ -230,7 +270,8 @@ static void read_matrix(struct perta_weights *w, unsigned room)
         (struct perta_value){{w->buffers[room], (uint64_t)((const uint8_t *)data - w->rooms[room])},
                              t->dtype,
                              l->span.n,
-                             t->shape[1]};
+                             t->shape[1],
+                             false};
     fill(w, l, 0, rc, &err);
 }
 
@@ -242,13 +283,13 @@ static int read_queue(void *of, struct perta_err *err)
     pthread_mutex_lock(&w->lock);
     while (w->n_queued) {
         unsigned room = w->queue[0];
-        w->queue[0] = w->queue[1];
         w->n_queued--;
+        memmove(w->queue, w->queue + 1, w->n_queued * sizeof *w->queue);
         pthread_mutex_unlock(&w->lock);
         if (w->loaded[room].span.name)
             read_matrix(w, room);
         else
-            read_layer(w, room);
+            read_site(w, room);
         pthread_mutex_lock(&w->lock);
         w->loaded[room].is_busy = false;
         pthread_cond_broadcast(&w->filled);
@@ -260,21 +301,25 @@ static int read_queue(void *of, struct perta_err *err)
 
 /* ---- spans ---- */
 
-int perta_weights_rooms(struct perta_weights *w, struct perta_backend *be, uint8_t *const rooms[2],
-                        uint64_t room_bytes, struct perta_err *err)
+int perta_weights_rooms(struct perta_weights *w, struct perta_backend *be,
+                        uint8_t *const rooms[PERTA_WEIGHTS_ROOMS], uint64_t room_bytes,
+                        uint64_t expert_bytes, struct perta_err *err)
 {
     int rc = 0;
     w->be = be;
-    for (int i = 0; i < 2 && !rc; i++)
+    w->current[1] = 2;
+    for (int i = 0; i < PERTA_WEIGHTS_ROOMS && !rc; i++)
         if ((w->rooms[i] = rooms[i]))
-            rc = be->ops->share(be, rooms[i], room_bytes, &w->buffers[i], err);
+            rc = be->ops->share(be, rooms[i], i < 2 ? room_bytes : expert_bytes, &w->buffers[i],
+                                err);
     return rc;
 }
 
 static bool is_same(const struct perta_span *a, const struct perta_span *b)
 {
     return a->name && b->name ? !strcmp(a->name, b->name) && a->first == b->first && a->n == b->n
-                              : !a->name && !b->name && a->layer == b->layer;
+                              : !a->name && !b->name && a->site.layer == b->site.layer &&
+                                    a->site.expert == b->site.expert;
 }
 
 /* Queue a span for a room, once the reader no longer fills that. */
@@ -295,23 +340,31 @@ static void queue(struct perta_weights *w, unsigned room, const struct perta_spa
     }
 }
 
+/* The pair of rooms that a site's parameters are read into. */
+static unsigned pair_of(struct perta_site site)
+{
+    return site.expert != 0;
+}
+
 void perta_weights_begin(struct perta_weights *w, const struct perta_span *span,
                          const struct perta_span *next)
 {
-    if (w->ahead && is_same(&w->loaded[!w->current].span, span))
-        w->current = !w->current;
+    unsigned pair = span->name ? 0 : pair_of(span->site);
+    unsigned *current = &w->current[pair];
+    if (w->ahead[pair] && is_same(&w->loaded[*current ^ 1].span, span))
+        *current ^= 1;
     else
-        queue(w, w->current, span);
-    w->ahead = next && w->rooms[1];
-    if (w->ahead)
-        queue(w, !w->current, next);
+        queue(w, *current, span);
+    w->ahead[pair] = next && w->rooms[2 * pair + 1];
+    if (w->ahead[pair])
+        queue(w, *current ^ 1, next);
 }
 
-/* Wait for a value of the current span, and make it known to the backend. */
-static int take(struct perta_weights *w, enum perta_param param, struct perta_value *value,
-                struct perta_err *err)
+/* Wait for a value of a pair's current span, and make it known to the backend. */
+static int take(struct perta_weights *w, unsigned pair, enum perta_param param,
+                struct perta_value *value, struct perta_err *err)
 {
-    struct perta_loaded *l = &w->loaded[w->current];
+    struct perta_loaded *l = &w->loaded[w->current[pair]];
     pthread_mutex_lock(&w->lock);
     while (!l->is_there[param] && !l->rc)
         pthread_cond_wait(&w->filled, &w->lock);
@@ -328,13 +381,16 @@ static int take(struct perta_weights *w, enum perta_param param, struct perta_va
     return rc;
 }
 
-int perta_weights_get(struct perta_parameters *from, uint32_t layer,
+int perta_weights_get(struct perta_parameters *from, struct perta_site site,
                       const struct perta_param_row *row, struct perta_value *value,
                       struct perta_err *err)
 {
     struct perta_weights *w = (struct perta_weights *)(void *)from;
-    assert(!w->loaded[w->current].span.name && w->loaded[w->current].span.layer == layer);
-    return take(w, row->param, value, err);
+    unsigned pair = perta_is_of_expert(row->param);
+    const struct perta_span *span = &w->loaded[w->current[pair]].span;
+    assert(!span->name && span->site.layer == site.layer);
+    assert(!pair || span->site.expert == site.expert);
+    return take(w, pair, row->param, value, err);
 }
 
 int perta_weights_matrix(struct perta_weights *w, const struct perta_span *span,
@@ -343,8 +399,8 @@ int perta_weights_matrix(struct perta_weights *w, const struct perta_span *span,
 {
     struct perta_value value;
     perta_weights_begin(w, span, next);
-    int rc = take(w, 0, &value, err);
-    *rows = (struct perta_linear){value.data, value.dtype, value.out, value.in, {0}};
+    int rc = take(w, 0, 0, &value, err);
+    *rows = (struct perta_linear){value.data, value.dtype, value.out, value.in, {0}, false};
     return rc;
 }
 
@@ -375,7 +431,8 @@ int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, 
 static int vector_wanted(void *ctx, struct perta_err *err)
 {
     const struct wanted *a = ctx;
-    return read_vector(a->w, a->name, a->n, a->room, a->to, err);
+    return read_floats(a->w, perta_checkpoint_find(a->w->ck, a->name), 0, a->n, a->room, a->to,
+                       err);
 }
 
 int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,

@@ -14,11 +14,11 @@
 
 /* Where in adapter->changes a layer's weight has its change; NULL: nowhere. */
 static const struct perta_change *change_of(const struct perta_adapted *adapted,
-                                            const struct perta_llm *llm, uint32_t layer,
+                                            const struct perta_llm *llm, struct perta_site site,
                                             const struct perta_param_row *row)
 {
     char name[PERTA_NAME_BYTES];
-    perta_llm_name(llm, layer, row, name);
+    perta_llm_name(llm, site, row, name);
     return perta_adapter_find(adapted->adapter, name);
 }
 
@@ -39,8 +39,9 @@ static int add_factors(const struct perta_adapted *adapted, const struct perta_l
     int rc = 0;
     for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
         for (int p = 0; p < PERTA_N_PARAMS && !rc; p++) {
-            const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)p);
-            const struct perta_change *c = row ? change_of(adapted, llm, l, row) : NULL;
+            const struct perta_param_row *row = perta_llm_param(llm, l, (enum perta_param)p);
+            const struct perta_change *c =
+                row ? change_of(adapted, llm, perta_site_of(l), row) : NULL;
             if (!c)
                 continue;
             used[c - adapted->adapter->changes] = true;
@@ -49,7 +50,7 @@ static int add_factors(const struct perta_adapted *adapted, const struct perta_l
             else if (c->base_layer)
                 rc = refuse(adapted, c->base_layer, "a base of its own", err);
             else
-                perta_factors_add(factors, l, row, c->r, c->scaling);
+                perta_factors_add(factors, perta_site_of(l), row, c->r, c->scaling);
         }
     return rc;
 }
@@ -153,8 +154,8 @@ int perta_adapted_load(const struct perta_adapted *adapted, const struct perta_f
     int rc = perta_shard_open(&adapted->ck->shards[0], false, &file, err);
     for (size_t i = 0; i < factors->n && !rc; i++) {
         const struct perta_factor *f = &factors->of[i];
-        const struct perta_change *c =
-            change_of(adapted, factors->llm, f->layer, perta_llm_param(factors->llm, f->param));
+        const struct perta_change *c = change_of(
+            adapted, factors->llm, f->site, perta_llm_param(factors->llm, f->site.layer, f->param));
         struct perta_low_rank to = perta_factor_in(f, factors->values);
         rc = load_factor(&file, c->a->tensor, be, to.a, err);
         if (!rc)

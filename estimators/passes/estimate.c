@@ -57,9 +57,9 @@ int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_l
     again.again = true;
     for (size_t group = 0; group < job->cut.n_groups && !rc;) {
         struct perta_batch batch = perta_estimate_batch(job, &group);
-        bool kept = perta_estimate_acts(job, layer->number, batch.n, &acts);
+        bool kept = perta_estimate_acts(job, layer->site.layer, batch.n, &acts);
         if (!kept)
-            rc = perta_store_load(&job->x[layer->number], batch.first, batch.n, acts.x, err);
+            rc = perta_store_load(&job->x[layer->site.layer], batch.first, batch.n, acts.x, err);
         if (!rc)
             rc = perta_store_load(&job->dx, batch.first, batch.n, acts.dout, err);
         if (rc)
@@ -204,7 +204,7 @@ static bool goes_on(const struct perta_estimate_job *job)
 static int backward_head(struct perta_estimate_job *job, struct perta_err *err)
 {
     uint32_t n_layers = job->weights.llm.n_layers;
-    const struct perta_span last = {.layer = n_layers - 1};
+    const struct perta_span last = {.site = perta_site_of(n_layers - 1)};
     int rc = open_dx(job, n_layers, &job->dx, err);
     job->dx_layer = n_layers;
     if (!rc)

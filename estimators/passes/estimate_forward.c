@@ -177,9 +177,9 @@ bool perta_estimate_acts(const struct perta_estimate_job *job, uint32_t layer, s
 struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t number,
                                         uint32_t next, struct perta_gradient_sink *sink)
 {
-    const struct perta_span span = {.layer = number};
+    const struct perta_span span = {.site = perta_site_of(number)};
     const struct perta_span following = next < job->weights.llm.n_layers
-                                            ? (struct perta_span){.layer = next}
+                                            ? (struct perta_span){.site = perta_site_of(next)}
                                             : perta_head_first(&job->head);
     perta_weights_begin(&job->weights, &span, next == UINT32_MAX ? NULL : &following);
     return (struct perta_layer){.llm = &job->weights.llm,
@@ -189,7 +189,7 @@ struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t
                                 .factors = &job->factors,
                                 .past = job->adds ? &job->cache->past : NULL,
                                 .inv_freq = job->inv_freq,
-                                .number = number};
+                                .site = perta_site_of(number)};
 }
 
 int perta_estimate_loss(const struct perta_estimate_job *job, uint64_t sample, double *loss,

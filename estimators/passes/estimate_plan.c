@@ -132,10 +132,11 @@ static size_t block_tiles(const struct perta_llm *llm)
 {
     size_t n = perta_tiles(PERTA_VOCABULARY_ROWS, llm->hidden);
     for (int i = 0; i < PERTA_N_PARAMS; i++) {
-        const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)i);
+        const struct perta_param_row *row =
+            perta_llm_param(llm, PERTA_ANY_LAYER, (enum perta_param)i);
         size_t out = 0, in = 0;
         if (row)
-            perta_llm_shape(llm, row, &out, &in);
+            perta_llm_stored(llm, row, &out, &in);
         if (out)
             n = most(n, perta_tiles(perta_statistic_rows(block_floats(llm), out, in), in));
     }
@@ -170,8 +171,8 @@ static uint64_t fixed_bytes(const struct perta_estimate_job *job, bool bf16)
     const struct perta_cpu_needs needs = needs_of(job, job->cut.longest, bf16);
     const struct perta_llm *llm = &job->weights.llm;
     uint64_t heap = job->source ? job->source->heap_bytes : 0;
-    return part_room(job) + source_room(job) + heap + gradient_bytes(job) + means_bytes(job) +
-           perta_head_bytes(&job->samples, job->measured) +
+    return part_room(job) + perta_weights_expert_room(&job->weights) + source_room(job) + heap +
+           gradient_bytes(job) + means_bytes(job) + perta_head_bytes(&job->samples, job->measured) +
            perta_cpu_buffer_bytes(&needs,
                                   perta_head_device_bytes(&job->samples, llm, job->measured)) +
            (job->factors.n ? perta_cpu_buffer_bytes(&needs, factors_bytes(job)) : 0) +
@@ -234,8 +235,9 @@ static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct
     more = (unsigned)least(more, left / 2 / worker_bytes(job, plan->bf16));
     left -= more * worker_bytes(job, plan->bf16);
     plan->n_workers = 1 + more;
-    plan->ahead = part_room(job) <= left / 2;
-    left -= plan->ahead ? part_room(job) : 0;
+    uint64_t rooms = part_room(job) + perta_weights_expert_room(&job->weights);
+    plan->ahead = rooms <= left / 2;
+    left -= plan->ahead ? rooms : 0;
     /* All tokens in one batch if they fit; otherwise, stores get as much as batches. */
     bool whole = batch_bytes(job, job->samples.n_tokens, plan->bf16) <= left + group;
     plan->tokens = tokens_for(job, plan->bf16, group + (whole ? left : left / 2));
@@ -246,17 +248,21 @@ static int plan_memory(struct perta_estimate_job *job, struct plan *plan, struct
 /* ---- taken ---- */
 
 /* Take the host's memory: rooms for weights, the source's room, means. */
-static int take_host(struct perta_estimate_job *job, const struct plan *plan, uint8_t *rooms[2],
-                     float **means, struct perta_err *err)
+static int take_host(struct perta_estimate_job *job, const struct plan *plan,
+                     uint8_t *rooms[PERTA_WEIGHTS_ROOMS], float **means, struct perta_err *err)
 {
     const struct perta_llm *llm = &job->weights.llm;
-    uint64_t parts = part_room(job) * (plan->ahead ? 2 : 1);
+    uint64_t experts = perta_weights_expert_room(&job->weights);
+    uint64_t parts = (part_room(job) + experts) * (plan->ahead ? 2 : 1);
     int rc = perta_pool_take(&job->pool, parts + source_room(job) + means_bytes(job), err);
     if (rc)
         return rc;
     uint8_t *at = job->pool.base;
+    uint8_t *of_experts = at + (plan->ahead ? 2 : 1) * part_room(job);
     rooms[0] = at;
     rooms[1] = plan->ahead ? at + part_room(job) : NULL;
+    rooms[2] = experts ? of_experts : NULL;
+    rooms[3] = experts && plan->ahead ? of_experts + experts : NULL;
     if (job->source)
         job->source->room = at + parts;
     *means = (float *)(void *)(at + parts + source_room(job));
@@ -285,10 +291,8 @@ static void lay_out(struct perta_estimate_job *job, uint64_t n_work, float *mean
         .sink = perta_importance_sink_functions,
         .llm = llm,
         .statistic = &job->statistic,
-        .chunks = &job->chunks,
+        .all = {&job->chunks, job->samples.n_tokens, job->n_batches == 1},
         .scratch = &job->scratch,
-        .n_tokens = job->samples.n_tokens,
-        .single = job->n_batches == 1,
         .advance = perta_estimate_on_part,
         .ctx = job,
         .vectors = perta_array_at(gradients, statistic_bytes(job) / sizeof(float)),
@@ -303,7 +307,7 @@ static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
 {
     const struct perta_cpu_needs needs = needs_of(job, job->batch_tokens, plan->bf16);
     uint64_t n_work = (work_floats(job, job->batch_tokens) + 15) & ~(uint64_t)15;
-    uint8_t *rooms[2];
+    uint8_t *rooms[PERTA_WEIGHTS_ROOMS];
     float *means;
     int rc = take_host(job, plan, rooms, &means, err);
     if (!rc)
@@ -322,7 +326,8 @@ static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
     if (!rc && job->adapted.ck)
         rc = perta_adapted_load(&job->adapted, &job->factors, job->be, err);
     if (!rc)
-        rc = perta_weights_rooms(&job->weights, job->be, rooms, part_room(job), err);
+        rc = perta_weights_rooms(&job->weights, job->be, rooms, part_room(job),
+                                 perta_weights_expert_room(&job->weights), err);
     if (!rc)
         lay_out(job, n_work, means);
     return rc;

@@ -105,13 +105,13 @@ static int take_device(struct perta_head *h, struct perta_err *err)
 static int load_norm(struct perta_head *h, struct perta_err *err)
 {
     const struct perta_llm *llm = &h->weights->llm;
-    const char *const names[] = {llm->family->final_norm, llm->family->final_norm_bias};
+    const char *const names[] = {llm->names.final_norm, llm->names.final_norm_bias};
     struct perta_array *const to[] = {&h->norm.weight, &h->norm.bias};
     float *host = calloc(llm->hidden, sizeof *host);
     int rc = host ? 0 : perta_fail_sys(err, ENOMEM, "labels");
     h->norm.eps = llm->norm_eps;
     for (int i = 0; i < 2 && !rc; i++) {
-        if (!names[i])
+        if (!*names[i])
             continue;
         rc = perta_weights_vector(h->weights, names[i], llm->hidden, h->room, host, err);
         *to[i] = perta_head_norm_vector(h, i);

@@ -188,15 +188,15 @@ static int take_dnormed(const struct perta_head *h, size_t first, size_t n, size
 static int add_norm_vectors(const struct perta_head *h, uint64_t sample, struct perta_array dweight,
                             struct perta_array dbias, size_t H, struct perta_err *err)
 {
-    const struct perta_family *family = h->weights->llm.family;
+    const struct perta_llm_names *names = &h->weights->llm.names;
     struct perta_statistic *s = h->statistic;
     const struct perta_array none = {0};
     bool squares = perta_array_is(s->squares);
-    int rc = perta_statistic_add_vector(s, family->final_norm, sample, dweight, H, s->sums,
+    int rc = perta_statistic_add_vector(s, names->final_norm, sample, dweight, H, s->sums,
                                         s->squares, err);
     if (rc || !perta_array_is(dbias))
         return rc;
-    return perta_statistic_add_vector(s, family->final_norm_bias, sample, dbias, H,
+    return perta_statistic_add_vector(s, names->final_norm_bias, sample, dbias, H,
                                       perta_array_at(s->sums, 2 * H),
                                       squares ? perta_array_at(s->squares, 2 * H) : none, err);
 }
@@ -233,7 +233,7 @@ static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct p
 static int norm_backward(struct perta_head *h, const struct perta_store *x, struct perta_store *dx,
                          struct perta_err *err)
 {
-    const struct perta_family *family = h->weights->llm.family;
+    const struct perta_llm_names *names = &h->weights->llm.names;
     struct perta_statistic *s = h->statistic;
     const struct perta_array none = {0};
     size_t H = x->width;
@@ -243,10 +243,10 @@ static int norm_backward(struct perta_head *h, const struct perta_store *x, stru
     for (uint64_t i = 0; i < h->samples->n && !rc; i++)
         rc = norm_backward_sample(h, i, x, dx, err);
     if (!rc && s)
-        rc = perta_statistic_write(s, family->final_norm, 0, H, s->sums, s->squares, err);
-    if (rc || !s || !family->final_norm_bias)
+        rc = perta_statistic_write(s, names->final_norm, 0, H, s->sums, s->squares, err);
+    if (rc || !s || !*names->final_norm_bias)
         return rc;
-    return perta_statistic_write(s, family->final_norm_bias, 0, H, perta_array_at(s->sums, 2 * H),
+    return perta_statistic_write(s, names->final_norm_bias, 0, H, perta_array_at(s->sums, 2 * H),
                                  s->meansq ? perta_array_at(s->squares, 2 * H) : none, err);
 }
 

@@ -12,14 +12,19 @@
 #include "estimators/passes/statistic.h"
 #include "stream/workers.h"
 
+/* Rows whose gradients are summed. */
+struct perta_sink_rows {
+    const struct perta_chunks *chunks; /* of them */
+    size_t n;
+    bool single; /* they are one batch */
+};
+
 struct perta_importance_sink {
     struct perta_gradient_sink sink; /* first member */
     const struct perta_llm *llm;     /* borrowed, as all that follows */
     struct perta_statistic *statistic;
-    const struct perta_chunks *chunks;                /* of all tokens */
+    struct perta_sink_rows all;                       /* the tokens of all samples */
     struct perta_scratch *scratch;                    /* of the stores */
-    size_t n_tokens;                                  /* of all samples */
-    bool single;                                      /* all tokens are one batch */
     int (*advance)(void *ctx, struct perta_err *err); /* after each weight; not 0: stop */
     void *ctx;
     /* perta_importance_sink_bytes: sums and squares of a layer's vectors */
@@ -30,8 +35,9 @@ struct perta_importance_sink {
     uint64_t staging_floats;
     struct perta_workers *workers; /* read into staging */
 
+    struct perta_sink_rows expert;      /* the tokens that reach the expert that was begun */
     uint64_t n_vectors[PERTA_N_PARAMS]; /* sequences whose gradients came, of this layer */
-    struct perta_store x[PERTA_N_PARAMS], dy[PERTA_N_PARAMS]; /* (tokens, in), (tokens, out) */
+    struct perta_store x[PERTA_N_PARAMS], dy[PERTA_N_PARAMS]; /* (rows, in), (rows, out) */
 };
 
 /* Bytes of the backend's memory for the sums of a layer's vectors. */
@@ -48,6 +54,12 @@ extern const struct perta_gradient_sink perta_importance_sink_functions;
 void perta_importance_sink_begin(struct perta_importance_sink *s);
 int perta_importance_sink_end(struct perta_importance_sink *s, uint32_t layer,
                               struct perta_err *err);
+/* Within a layer: begin an expert, which rows (at least one) reach; the batches that the sink is
+ * then given are of these rows, and each has all samples, in order, also those without a row. */
+void perta_importance_sink_begin_expert(struct perta_importance_sink *s,
+                                        const struct perta_sink_rows *rows);
+int perta_importance_sink_end_expert(struct perta_importance_sink *s, struct perta_site site,
+                                     struct perta_err *err);
 void perta_importance_sink_release(struct perta_importance_sink *s);
 
 #endif

@@ -54,9 +54,9 @@ static json_t *target_modules(const struct perta_tune_job *job)
              p++) {
             const struct perta_factor *f = &job->pass.factors.of[p];
             char name[PERTA_NAME_BYTES];
-            if (f->layer)
+            if (f->site.layer)
                 break;
-            perta_llm_name(llm, 0, perta_llm_param(llm, f->param), name);
+            perta_llm_name(llm, f->site, perta_llm_param(llm, f->site.layer, f->param), name);
             name[strlen(name) - strlen(ENDING)] = '\0';
             perta_json_append(&names, json_string(strrchr(name, '.') + 1));
         }
@@ -118,7 +118,7 @@ static bool name_tensors(const struct perta_tune_job *job, struct tensors *t)
     for (uint64_t i = 0; i < t->n; i++) {
         const struct perta_factor *f = &factors->of[i / 2];
         char name[PERTA_NAME_BYTES];
-        perta_llm_name(llm, f->layer, perta_llm_param(llm, f->param), name);
+        perta_llm_name(llm, f->site, perta_llm_param(llm, f->site.layer, f->param), name);
         name[strlen(name) - strlen(ENDING)] = '\0';
         snprintf(t->names[i], sizeof t->names[i], PREFIX "%s.lora_%c" ENDING, name, "AB"[i % 2]);
         t->shapes[i][0] = i % 2 ? f->out : f->r;

@@ -37,7 +37,7 @@ static size_t module_of(const struct perta_llm *llm, uint32_t layer,
 {
     size_t out, in;
     perta_llm_shape(llm, row, &out, &in);
-    perta_llm_name(llm, layer, row, name);
+    perta_llm_name(llm, perta_site_of(layer), row, name);
     return out ? strlen(name) - strlen(".weight") : 0;
 }
 
@@ -49,7 +49,7 @@ static int check_target(const struct perta_tune_job *job, const char *target, st
     char name[PERTA_NAME_BYTES], all[256] = "";
     for (uint32_t l = 0; l < llm->n_layers; l++)
         for (int p = 0; p < PERTA_N_PARAMS; p++) {
-            const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)p);
+            const struct perta_param_row *row = perta_llm_param(llm, l, (enum perta_param)p);
             size_t len = row ? module_of(llm, l, row, name) : 0;
             if (len && perta_tune_is_target(&one, name, len))
                 return 0;
@@ -76,10 +76,10 @@ static int new_factors(struct perta_tune_job *job, struct perta_err *err)
         rc = perta_factors_open(&job->pass.factors, llm, err);
     for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
         for (int p = 0; p < PERTA_N_PARAMS; p++) {
-            const struct perta_param_row *row = perta_llm_param(llm, (enum perta_param)p);
+            const struct perta_param_row *row = perta_llm_param(llm, l, (enum perta_param)p);
             size_t len = row ? module_of(llm, l, row, name) : 0;
             if (len && perta_tune_is_target(t, name, len))
-                perta_factors_add(&job->pass.factors, l, row, t->rank, scaling);
+                perta_factors_add(&job->pass.factors, perta_site_of(l), row, t->rank, scaling);
         }
     return rc;
 }
@@ -110,7 +110,7 @@ int perta_tune_count(struct perta_tune_job *job, struct perta_err *err)
     int rc = t->adapter ? 0 : new_factors(job, err);
     if (rc)
         return rc;
-    job->lowest = job->pass.factors.of[0].layer;
+    job->lowest = job->pass.factors.of[0].site.layer;
     job->all = job->pass.samples;
     job->pass.samples = (struct perta_samples){0};
     assert(job->all.n && t->batch_size); /* perta_samples_read refuses a file without samples */

@@ -11,13 +11,13 @@ struct sink {
 };
 
 /* Add a batch's gradient of A and B. */
-static int on_linear(struct perta_gradient_sink *of, uint32_t layer, enum perta_param param,
+static int on_linear(struct perta_gradient_sink *of, struct perta_site site, enum perta_param param,
                      const struct perta_batch *batch, struct perta_array x, struct perta_array dy,
                      struct perta_err *err)
 {
     const struct perta_tune_job *job = ((struct sink *)of)->job;
     const struct perta_factors *factors = &job->pass.factors;
-    const struct perta_factor *f = perta_factors_find(factors, layer, param);
+    const struct perta_factor *f = perta_factors_find(factors, site, param);
     struct perta_backend *be = job->pass.be;
     (void)err;
     if (!f)
@@ -92,7 +92,7 @@ static int backward(struct perta_tune_job *job, struct perta_err *err)
     struct perta_estimate_job *pass = &job->pass;
     struct sink sink = {{on_linear, NULL}, job};
     uint32_t n = pass->weights.llm.n_layers;
-    const struct perta_span last = {.layer = n - 1};
+    const struct perta_span last = {.site = perta_site_of(n - 1)};
     int rc = open_store(pass, &pass->dx, err);
     if (!rc)
         rc = perta_head_backward(&pass->head, &pass->x[n], &last, &pass->dx, err);

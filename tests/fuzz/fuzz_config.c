@@ -9,12 +9,15 @@
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 /* Tensors are asked for one by one, until the first that a checkpoint lacks. */
-static int count_tensor(void *ctx, const char *name, size_t rows, size_t cols,
+static int count_tensor(void *ctx, const char *name, const struct perta_tensor_shape *shape,
                         struct perta_err *err)
 {
     unsigned *n = ctx;
-    if (!*name || !cols || rows > (uint64_t)INT32_MAX * INT32_MAX)
+    if (!*name || !shape->n_dims)
         __builtin_trap();
+    for (size_t i = 0; i < shape->n_dims; i++)
+        if (!shape->dims[i] || shape->dims[i] > (uint64_t)INT32_MAX * INT32_MAX)
+            __builtin_trap();
     return ++*n < 100 ? 0 : perta_fail(err, PERTA_EINPUT, "many");
 }
 
@@ -40,7 +43,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         __builtin_trap();
     if (rc)
         return 0;
-    for (uint32_t l = 0; l < llm.n_layers && l < 2 * PERTA_WINDOW_LAYERS; l++)
+    for (uint32_t l = 0; l < llm.n_layers; l++)
         if (!perta_llm_window(&llm, l))
             __builtin_trap();
     unsigned n = 0;
