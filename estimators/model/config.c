@@ -346,10 +346,10 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
                                        family->qk_norm ? 128
                                        : head_dim      ? head_dim
                                                        : 1);
-    perta_config_rope(&r, family->max_positions, &llm->rope);
+    perta_config_rope(&r, &family->rope, family->max_positions, llm->head_dim, llm->ropes);
     read_windows(&r, family, llm);
     read_pad(&r, llm);
     check_sizes(&r, llm);
-    perta_config_refuse_keys(&r);
+    perta_config_refuse_keys(&r, family);
     return r.rc;
 }
