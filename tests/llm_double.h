@@ -22,16 +22,19 @@ static inline void rmsnorm_double(double *y, const double *x, const double *weig
     }
 }
 
-static inline void rope_double(double *x, const struct perta_place *places, const float *inv_freq,
-                               size_t T, size_t n_heads, size_t D)
+static inline void rope_double(double *x, const struct perta_place *places,
+                               const struct perta_rotation *r, size_t T, size_t n_heads, size_t D)
 {
     for (size_t t = 0; t < T; t++)
         for (size_t h = 0; h < n_heads; h++)
-            for (size_t i = 0; i < D / 2; i++) {
-                double *head = x + (t * n_heads + h) * D, a = head[i], b = head[i + D / 2];
-                double angle = (double)places[t].position * (double)inv_freq[i];
-                head[i] = a * cos(angle) - b * sin(angle);
-                head[i + D / 2] = b * cos(angle) + a * sin(angle);
+            for (size_t i = 0; i < r->rotated / 2; i++) {
+                double *head = x + (t * n_heads + h) * D + r->first;
+                double *one = head + (r->interleaved ? 2 * i : i);
+                double *other = head + (r->interleaved ? 2 * i + 1 : i + r->rotated / 2);
+                double angle = (double)places[t].position * (double)r->inv_freq[i];
+                double a = *one, b = *other, factor = (double)r->factor;
+                *one = factor * (a * cos(angle) - b * sin(angle));
+                *other = factor * (b * cos(angle) + a * sin(angle));
             }
 }
 
@@ -93,8 +96,8 @@ static inline void linear_double(double *y, const double *x, const double *weigh
  * family, NULL: Llama's. */
 struct model_double {
     const struct perta_model *model;
-    const float *inv_freq;
-    double *weights; /* (n_floats) */
+    const float *inv_freq; /* tables of llm->ropes */
+    double *weights;       /* (n_floats) */
     /* y (T, H) from x (T, H); bias may be NULL. */
     void (*norm)(double *y, const double *x, const double *weight, const double *bias, size_t T,
                  size_t H, double eps);
@@ -159,8 +162,11 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
         rmsnorm_double(q, q, part_double(m, layer, PERTA_NORM_Q), T * llm->n_heads, D, eps);
         rmsnorm_double(k, k, part_double(m, layer, PERTA_NORM_K), T * llm->n_kv_heads, D, eps);
     }
-    rope_double(q, places, m->inv_freq, T, llm->n_heads, D);
-    rope_double(k, places, m->inv_freq, T, llm->n_kv_heads, D);
+    const struct perta_rope *rope = perta_llm_rope(llm, layer);
+    const struct perta_rotation rotation = {perta_llm_rope_table(llm, layer, m->inv_freq), 0,
+                                            rope->rotated, rope->interleaved, rope->scale};
+    rope_double(q, places, &rotation, T, llm->n_heads, D);
+    rope_double(k, places, &rotation, T, llm->n_kv_heads, D);
     attention_double(att, q, k, v, places, T, llm->n_heads, llm->n_kv_heads, D,
                      perta_llm_window(llm, layer));
     project_double(m, layer, PERTA_O, x, att, T, H, Q);

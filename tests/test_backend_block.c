@@ -101,9 +101,18 @@ END_TEST
 
 static const float inv_freq[ROPE_D / 2] = {1, 0.1f, 0.01f, 0.001f};
 
+/* Whole heads, parts of heads, the end of heads; halves and neighbours; scaled. */
+static const struct perta_rotation rotations[] = {
+    {inv_freq, 0, ROPE_D, false, 1},  {inv_freq, 0, ROPE_D, true, 1},
+    {inv_freq, 0, 4, false, 1},       {inv_freq, 0, 6, true, 1.25f},
+    {inv_freq, 2, 6, false, 0.8125f}, {inv_freq, 4, 4, true, 1},
+    {inv_freq, 3, 2, false, 1},       {inv_freq, 0, ROPE_D, false, 1.1386294f},
+};
+
 struct rope {
     struct pair x, dy;
     struct perta_place places[ROPE_T];
+    const struct perta_rotation *rotation;
 };
 
 static void rope_run(struct perta_backend *be, const void *ctx, struct outputs *o)
@@ -112,8 +121,8 @@ static void rope_run(struct perta_backend *be, const void *ctx, struct outputs *
     struct perta_array y = output(be, o, "y", F32, c->x.f, c->x.n);
     struct perta_array dx = output(be, o, "dx", F32, c->dy.f, c->dy.n);
     begin(be);
-    be->ops->rope_forward(be, y, c->places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
-    be->ops->rope_backward(be, dx, c->places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    be->ops->rope_forward(be, y, c->places, c->rotation, ROPE_T, ROPE_HEADS, ROPE_D);
+    be->ops->rope_backward(be, dx, c->places, c->rotation, ROPE_T, ROPE_HEADS, ROPE_D);
 }
 
 static double rope_value(void *ctx)
@@ -121,14 +130,14 @@ static double rope_value(void *ctx)
     const struct rope *c = ctx;
     double y[ROPE_T * ROPE_HEADS * ROPE_D];
     memcpy(y, c->x.d, sizeof y);
-    rope_double(y, c->places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    rope_double(y, c->places, c->rotation, ROPE_T, ROPE_HEADS, ROPE_D);
     return dot(y, c->dy.d, c->dy.n);
 }
 
 START_TEST(rope)
 {
     const size_t n = ROPE_T * ROPE_HEADS * ROPE_D;
-    struct rope c = {pair(n, 1), pair(n, 2), {{0}}};
+    struct rope c = {pair(n, 1), pair(n, 2), {{0}}, &rotations[_i]};
     struct outputs o[N_BACKENDS];
     double y[ROPE_T * ROPE_HEADS * ROPE_D];
     for (uint32_t t = 0; t < ROPE_T; t++)
@@ -137,7 +146,7 @@ START_TEST(rope)
     same(o, "y");
     same(o, "dx");
     memcpy(y, c.x.d, sizeof y);
-    rope_double(y, c.places, inv_freq, ROPE_T, ROPE_HEADS, ROPE_D);
+    rope_double(y, c.places, c.rotation, ROPE_T, ROPE_HEADS, ROPE_D);
     both_are(o, "y", y);
     both_gradients(o, "dx", false, c.x.d, rope_value, &c);
     drop_all(o);
@@ -396,7 +405,7 @@ int main(void)
     TCase *tests = tcase_create("tests");
     tcase_add_checked_fixture(tests, open_all, close_backends);
     tcase_add_loop_test(tests, rmsnorm, 0, sizeof norm_shapes / sizeof *norm_shapes);
-    tcase_add_test(tests, rope);
+    tcase_add_loop_test(tests, rope, 0, sizeof rotations / sizeof *rotations);
     tcase_add_test(tests, swiglu);
     tcase_add_test(tests, cross_entropy);
     tcase_add_test(tests, cross_entropy_of_what_is_known);

@@ -60,7 +60,7 @@ static void open_lab(struct lab *lab, const char *config)
     ck_assert_ok(perta_samples_read("data.jsonl", &wanted, &lab->samples, &err));
     const struct perta_model_file file = {"config.json", config};
     ck_assert_ok(perta_model_save(&lab->model, "model", &file, 1, false, &err)); /* rounds */
-    perta_rope_frequencies(&llm, lab->inv_freq);
+    perta_llm_rope_tables(&llm, lab->inv_freq);
     lab->twin = (struct model_double){.model = &lab->model,
                                       .inv_freq = lab->inv_freq,
                                       .weights = alloc(lab->model.n_floats * sizeof(double))};

@@ -226,7 +226,7 @@ struct lab {
     struct perta_model model;
     struct perta_samples samples;
     struct model_double twin;
-    float inv_freq[2];
+    float inv_freq[4];
 };
 
 static double loss_of_all(void *ctx)
@@ -240,6 +240,7 @@ static double loss_of_all(void *ctx)
 
 static void open_lab(struct lab *lab, bool tied)
 {
+    const struct perta_rope rope = {.rotated = 4, .scale = 1, .theta = 10000};
     struct perta_llm llm = {.family = &novel,
                             .n_layers = 2,
                             .hidden = 12,
@@ -252,7 +253,7 @@ static void open_lab(struct lab *lab, bool tied)
                             .pad = PERTA_NO_PAD,
                             .norm_eps = 1e-3f,
                             .tied = tied,
-                            .rope = {PERTA_ROPE_DEFAULT, 10000, 1, 0, 0, 0}};
+                            .ropes = {rope, rope}};
     uint64_t seed = 3;
     perta_llm_set_names(&llm, novel.base, "");
     *lab = (struct lab){0};
@@ -264,7 +265,7 @@ static void open_lab(struct lab *lab, bool tied)
         lab->model.weights[i] += uniform(&seed, -0.4, 0.4);
         lab->twin.weights[i] = (double)lab->model.weights[i];
     }
-    perta_rope_frequencies(&llm, lab->inv_freq);
+    perta_llm_rope_tables(&llm, lab->inv_freq);
     put_text("data.jsonl", "{\"input_ids\":[3,1,4,1,5,9,2,6]}\n{\"input_ids\":[22,0,7]}\n");
     const struct perta_samples_wanted wanted = {.vocab = llm.vocab};
     ck_assert_ok(perta_samples_read("data.jsonl", &wanted, &lab->samples, &err));

@@ -108,6 +108,14 @@ struct perta_gradient {
     size_t n_tokens;
 };
 
+/* Rotary positions: which elements of a head are paired, and by which angles pairs are rotated. */
+struct perta_rotation {
+    const float *inv_freq; /* (rotated / 2): a pair's angle is position * inv_freq */
+    size_t first, rotated; /* elements first .. first + rotated of each head; the others stay */
+    bool interleaved;      /* pairs are (2i, 2i + 1) of these; otherwise (i, i + rotated / 2) */
+    float factor;          /* of cos and sin */
+};
+
 struct perta_backend;
 
 struct perta_backend_ops {
@@ -205,15 +213,14 @@ struct perta_backend_ops {
     void (*rmsnorm_backward_weight)(struct perta_backend *be, struct perta_array dweight,
                                     struct perta_array dy, struct perta_array x,
                                     struct perta_array rstd, size_t T, size_t H);
-    /* Rotate x (T, n_heads, D) by the angles position * inv_freq (D / 2), pairing the halves of
-     * each head as transformers does (Su et al. 2021). Positions come from places (T). backward
-     * rotates dx in the opposite direction. */
+    /* Rotate each head of x (T, n_heads, D) as rotation says (Su et al. 2021). Positions come from
+     * places (T). backward rotates dx in the opposite direction. */
     void (*rope_forward)(struct perta_backend *be, struct perta_array x,
-                         const struct perta_place *places, const float *inv_freq, size_t T,
-                         size_t n_heads, size_t D);
+                         const struct perta_place *places, const struct perta_rotation *rotation,
+                         size_t T, size_t n_heads, size_t D);
     void (*rope_backward)(struct perta_backend *be, struct perta_array dx,
-                          const struct perta_place *places, const float *inv_freq, size_t T,
-                          size_t n_heads, size_t D);
+                          const struct perta_place *places, const struct perta_rotation *rotation,
+                          size_t T, size_t n_heads, size_t D);
     void (*attention_forward)(struct perta_backend *be, const struct perta_attention *attention,
                               struct perta_array out, struct perta_array q, struct perta_array k,
                               struct perta_array v);

@@ -113,7 +113,7 @@ void perta_cpu_rmsnorm_backward_weight(struct perta_backend *be, struct perta_ar
 struct rope {
     float *x;
     const struct perta_place *places;
-    const float *inv_freq;
+    const struct perta_rotation *rotation;
     size_t n_heads, D;
     float direction;
 };
@@ -121,16 +121,18 @@ struct rope {
 static void rotate_rows(const void *args, size_t from, size_t to)
 {
     const struct rope *r = args;
-    size_t half = r->D / 2;
+    const struct perta_rotation *how = r->rotation;
+    size_t half = how->rotated / 2;
+    size_t step = how->interleaved ? 2 : 1, other = how->interleaved ? 1 : half;
     for (size_t t = from; t < to; t++)
         for (size_t i = 0; i < half; i++) {
-            float angle = (float)r->places[t].position * r->inv_freq[i];
-            float c = cosf(angle), s = r->direction * sinf(angle);
+            float angle = (float)r->places[t].position * how->inv_freq[i];
+            float c = cosf(angle) * how->factor, s = r->direction * sinf(angle) * how->factor;
             for (size_t h = 0; h < r->n_heads; h++) {
-                float *head = r->x + (t * r->n_heads + h) * r->D;
-                float a = head[i], b = head[i + half];
-                head[i] = a * c - b * s;
-                head[i + half] = b * c + a * s;
+                float *pair = r->x + (t * r->n_heads + h) * r->D + how->first + step * i;
+                float a = pair[0], b = pair[other];
+                pair[0] = a * c - b * s;
+                pair[other] = b * c + a * s;
             }
         }
 }
@@ -146,17 +148,18 @@ static void rotate(struct perta_backend *be, struct perta_array x, const struct 
 }
 
 void perta_cpu_rope_forward(struct perta_backend *be, struct perta_array x,
-                            const struct perta_place *places, const float *inv_freq, size_t T,
-                            size_t n_heads, size_t D)
+                            const struct perta_place *places, const struct perta_rotation *rotation,
+                            size_t T, size_t n_heads, size_t D)
 {
-    rotate(be, x, &(struct rope){NULL, places, inv_freq, n_heads, D, 1}, T);
+    rotate(be, x, &(struct rope){NULL, places, rotation, n_heads, D, 1}, T);
 }
 
 void perta_cpu_rope_backward(struct perta_backend *be, struct perta_array dx,
-                             const struct perta_place *places, const float *inv_freq, size_t T,
-                             size_t n_heads, size_t D)
+                             const struct perta_place *places,
+                             const struct perta_rotation *rotation, size_t T, size_t n_heads,
+                             size_t D)
 {
-    rotate(be, dx, &(struct rope){NULL, places, inv_freq, n_heads, D, -1}, T);
+    rotate(be, dx, &(struct rope){NULL, places, rotation, n_heads, D, -1}, T);
 }
 
 /* ---- SwiGLU ---- */

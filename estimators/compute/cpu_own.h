@@ -89,11 +89,12 @@ void perta_cpu_rmsnorm_backward_weight(struct perta_backend *be, struct perta_ar
                                        struct perta_array dy, struct perta_array x,
                                        struct perta_array rstd, size_t T, size_t H);
 void perta_cpu_rope_forward(struct perta_backend *be, struct perta_array x,
-                            const struct perta_place *places, const float *inv_freq, size_t T,
-                            size_t n_heads, size_t D);
+                            const struct perta_place *places, const struct perta_rotation *rotation,
+                            size_t T, size_t n_heads, size_t D);
 void perta_cpu_rope_backward(struct perta_backend *be, struct perta_array dx,
-                             const struct perta_place *places, const float *inv_freq, size_t T,
-                             size_t n_heads, size_t D);
+                             const struct perta_place *places,
+                             const struct perta_rotation *rotation, size_t T, size_t n_heads,
+                             size_t D);
 void perta_cpu_attention_forward(struct perta_backend *be, const struct perta_attention *attention,
                                  struct perta_array out, struct perta_array q, struct perta_array k,
                                  struct perta_array v);

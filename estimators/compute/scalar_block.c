@@ -63,33 +63,43 @@ void perta_scalar_rmsnorm_backward_weight(struct perta_backend *be, struct perta
 
 /* ---- rotary positions (Su et al. 2021), in float32 as in transformers ---- */
 
+static void rotate_head(const struct perta_rotation *r, float *head, uint32_t position,
+                        float direction)
+{
+    size_t step = r->interleaved ? 2 : 1, other = r->interleaved ? 1 : r->rotated / 2;
+    for (size_t i = 0; i < r->rotated / 2; i++) {
+        float *pair = head + r->first + step * i, a = pair[0], b = pair[other];
+        float angle = (float)position * r->inv_freq[i];
+        float c = cosf(angle) * r->factor, s = direction * sinf(angle) * r->factor;
+        pair[0] = a * c - b * s;
+        pair[other] = b * c + a * s;
+    }
+}
+
 static void rotate(struct perta_backend *be, struct perta_array x, const struct perta_place *places,
-                   const float *inv_freq, size_t T, size_t n_heads, size_t D, float direction)
+                   const struct perta_rotation *rotation, size_t T, size_t n_heads, size_t D,
+                   float direction)
 {
     float *xs = perta_scalar_floats(be, x, T * n_heads * D);
     for (size_t t = 0; !be->rc && t < T; t++)
         for (size_t h = 0; h < n_heads; h++)
-            for (size_t i = 0; i < D / 2; i++) {
-                float *head = xs + (t * n_heads + h) * D, a = head[i], b = head[i + D / 2];
-                float angle = (float)places[t].position * inv_freq[i];
-                float c = cosf(angle), s = direction * sinf(angle);
-                head[i] = a * c - b * s;
-                head[i + D / 2] = b * c + a * s;
-            }
+            rotate_head(rotation, xs + (t * n_heads + h) * D, places[t].position, direction);
 }
 
 void perta_scalar_rope_forward(struct perta_backend *be, struct perta_array x,
-                               const struct perta_place *places, const float *inv_freq, size_t T,
-                               size_t n_heads, size_t D)
+                               const struct perta_place *places,
+                               const struct perta_rotation *rotation, size_t T, size_t n_heads,
+                               size_t D)
 {
-    rotate(be, x, places, inv_freq, T, n_heads, D, 1);
+    rotate(be, x, places, rotation, T, n_heads, D, 1);
 }
 
 void perta_scalar_rope_backward(struct perta_backend *be, struct perta_array dx,
-                                const struct perta_place *places, const float *inv_freq, size_t T,
-                                size_t n_heads, size_t D)
+                                const struct perta_place *places,
+                                const struct perta_rotation *rotation, size_t T, size_t n_heads,
+                                size_t D)
 {
-    rotate(be, dx, places, inv_freq, T, n_heads, D, -1);
+    rotate(be, dx, places, rotation, T, n_heads, D, -1);
 }
 
 /* ---- attention ---- */

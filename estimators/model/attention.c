@@ -14,6 +14,13 @@ static struct perta_attention attention_of(const struct perta_layer *l,
 
 /* ---- queries and keys: norm and rotary position ---- */
 
+struct perta_rotation perta_layer_rotation(const struct perta_layer *l, size_t first)
+{
+    const struct perta_rope *rope = perta_llm_rope(l->llm, l->site.layer);
+    return (struct perta_rotation){l->inv_freq, first, rope->rotated, rope->interleaved,
+                                   rope->scale};
+}
+
 /* Normalise each head of x (n, n_heads, D), then rotate it by its position. raw and rstd are kept
  * for the backward pass. */
 static void place_forward(const struct perta_layer *l, const struct perta_batch *batch,
@@ -26,7 +33,8 @@ static void place_forward(const struct perta_layer *l, const struct perta_batch 
         l->be->ops->copy(l->be, raw, x, n * D);
         l->be->ops->rmsnorm_forward(l->be, x, rstd, raw, norm.weight, n, D, norm.eps);
     }
-    l->be->ops->rope_forward(l->be, x, batch->places, l->inv_freq, batch->n, n_heads, D);
+    const struct perta_rotation rotation = perta_layer_rotation(l, 0);
+    l->be->ops->rope_forward(l->be, x, batch->places, &rotation, batch->n, n_heads, D);
 }
 
 /* Replace d (n, n_heads, D), the gradient of the result, by that of the input. spare: scratch of
@@ -39,7 +47,8 @@ static void place_backward(const struct perta_layer *l, const struct perta_batch
     const struct perta_backend_ops *ops = l->be->ops;
     size_t D = l->llm->head_dim, n = batch->n * n_heads;
     struct perta_norm norm = perta_layer_norm(l, param);
-    ops->rope_backward(l->be, d, batch->places, l->inv_freq, batch->n, n_heads, D);
+    const struct perta_rotation rotation = perta_layer_rotation(l, 0);
+    ops->rope_backward(l->be, d, batch->places, &rotation, batch->n, n_heads, D);
     if (!perta_array_is(norm.weight))
         return;
     perta_layer_norm_gradient(l, batch, param, d, raw, rstd, n_heads, D, vector);

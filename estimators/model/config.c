@@ -409,12 +409,13 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
         return r.rc;
     r.family = family;
     read_sizes(&r, family, llm);
-    perta_config_rope(&r, family->max_positions, &llm->rope);
     read_windows(&r, family, llm);
     read_pad(&r, llm);
     check_act(&r, family);
     if (family->read && !r.rc)
         family->read(&r, llm);
+    perta_config_rope(&r, &family->rope, family->max_positions,
+                      llm->rotary_dim ? llm->rotary_dim : llm->head_dim, llm->ropes);
     check_sizes(&r, llm);
     perta_config_refuse_keys(&r);
     for (uint32_t l = 0; l < llm->n_layers; l++)

@@ -8,15 +8,8 @@
 #include <stdint.h>
 
 #include "estimators/model/family.h"
+#include "estimators/model/rope.h"
 #include "io/err.h"
-
-enum perta_rope_kind { PERTA_ROPE_DEFAULT, PERTA_ROPE_LINEAR, PERTA_ROPE_LLAMA3 };
-
-struct perta_rope {
-    enum perta_rope_kind kind;
-    double theta, factor;
-    double low_freq_factor, high_freq_factor, original_positions; /* only LLAMA3 */
-};
 
 #define PERTA_MOST_LAYERS 1024
 #define PERTA_NO_PAD UINT32_MAX
@@ -41,7 +34,7 @@ struct perta_llm {
     uint32_t pad;
     float norm_eps;
     bool tied; /* the head is the embedding */
-    struct perta_rope rope;
+    struct perta_rope ropes[2]; /* of layers without and with the window */
 
     /* latent attention */
     uint32_t q_lora, kv_lora, rotary_dim;
@@ -62,10 +55,6 @@ PERTA_API int perta_llm_parse(const json_t *config, const char *path, struct per
  * those inside another key as "rope_scaling.NAME". A new list; NULL only when out of memory. */
 PERTA_API json_t *perta_llm_unknown_keys(const json_t *config);
 
-/* Frequencies of the rotary embedding, inv_freq (head_dim / 2): theta^(-2i/head_dim), scaled as in
- * transformers' modeling_rope_utils. */
-void perta_rope_frequencies(const struct perta_llm *llm, float *inv_freq);
-
 /* Whether a layer has an option. */
 static inline bool perta_llm_has(const struct perta_llm *llm, uint32_t layer, uint32_t option)
 {
@@ -76,6 +65,28 @@ static inline bool perta_llm_has(const struct perta_llm *llm, uint32_t layer, ui
 static inline uint32_t perta_llm_window(const struct perta_llm *llm, uint32_t layer)
 {
     return llm->window && perta_llm_has(llm, layer, PERTA_LAYER_WINDOW) ? llm->window : UINT32_MAX;
+}
+
+/* The rotary positions of a layer. */
+static inline const struct perta_rope *perta_llm_rope(const struct perta_llm *llm, uint32_t layer)
+{
+    return &llm->ropes[perta_llm_has(llm, layer, PERTA_LAYER_WINDOW)];
+}
+
+/* The length of sequences up to which the frequencies of both are valid (perta_rope_longest). */
+static inline uint32_t perta_llm_longest(const struct perta_llm *llm)
+{
+    uint32_t full = perta_rope_longest(&llm->ropes[0]), local = perta_rope_longest(&llm->ropes[1]);
+    return full < local ? full : local;
+}
+
+/* Fill tables (2, head_dim / 2) with the frequencies of both llm->ropes. */
+void perta_llm_rope_tables(const struct perta_llm *llm, float *tables);
+/* The row of such tables that a layer uses. */
+static inline const float *perta_llm_rope_table(const struct perta_llm *llm, uint32_t layer,
+                                                const float *tables)
+{
+    return tables + (perta_llm_rope(llm, layer) - llm->ropes) * (llm->head_dim / 2);
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/model/family.h"
 #include "io/text.h"
 
 /* Keys that perta_llm_parse reads, or the reader of checkpoints. */
@@ -278,21 +279,6 @@ static const struct {
     {"vision_config", NULL},
 };
 
-/* In "rope_scaling" or "rope_parameters". */
-static const char *const rope_keys[] = {
-    "factor",
-    "finetuned",
-    "high_freq_factor",
-    "llama_4_scaling_beta",
-    "low_freq_factor",
-    "mrope_section",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "rope_theta",
-    "rope_type",
-    "type",
-};
-
 #define N(list) (sizeof(list) / sizeof *(list))
 
 /* Whether a family reads the key itself. */
@@ -331,6 +317,7 @@ void perta_config_refuse_keys(struct perta_config_reader *r)
         const char *key = changing_keys[i].key;
         const json_t *value = json_object_get(r->config, key);
         if (!perta_config_has(r->config, key) || is_own(r->family, key) ||
+            perta_config_rope_reads(&r->family->rope, key) ||
             is_neutral(value, changing_keys[i].neutral))
             continue;
         char *text =
@@ -364,14 +351,11 @@ static bool is_known(const char *key)
 json_t *perta_llm_unknown_keys(const json_t *config)
 {
     json_t *list = json_array(), *value;
-    const char *key, *of;
+    const char *key;
     const struct perta_family *family = perta_config_family(config);
     json_object_foreach ((json_t *)(uintptr_t)config, key, value)
         if (!is_known(key) && !is_own(family, key))
             perta_json_append(&list, perta_text_json("%s", key));
-    const json_t *rope = perta_config_rope_object(config, &of);
-    json_object_foreach ((json_t *)(uintptr_t)rope, key, value)
-        if (!is_in(key, rope_keys, N(rope_keys)))
-            perta_json_append(&list, perta_text_json("%s.%s", of, key));
+    perta_config_rope_unknown(config, &list);
     return list;
 }

@@ -4,6 +4,8 @@
 
 #include "estimators/model/config.h"
 
+struct perta_rope_family;
+
 /* After a refusal, the rest is read without effect: rc and *err stay. */
 struct perta_config_reader {
     const json_t *config;
@@ -32,13 +34,16 @@ double perta_config_number(struct perta_config_reader *r, const json_t *object, 
 /* true or false; false if the key is missing or null. */
 bool perta_config_bool(struct perta_config_reader *r, const char *key);
 
-/* Options of rotary positions, from the keys from which transformers takes them (config_rope.c).
- * max_positions: default of max_position_embeddings. */
-void perta_config_rope(struct perta_config_reader *r, uint32_t max_positions,
-                       struct perta_rope *to);
-/* The object with the scaling of positions: "rope_scaling", or "rope_parameters" if that is empty
- * or missing; NULL if there is neither. *key is its name. Borrowed. */
-const json_t *perta_config_rope_object(const json_t *config, const char **key);
+/* Options of rotary positions, from the keys from which transformers takes them (config_rope.c): of
+ * layers with full attention, and with sliding attention. max_positions: default of
+ * max_position_embeddings. head_dim: elements of a head that may be rotated. */
+void perta_config_rope(struct perta_config_reader *r, const struct perta_rope_family *family,
+                       uint32_t max_positions, uint32_t head_dim, struct perta_rope to[2]);
+/* Whether a family has this key at the top level for its positions. */
+bool perta_config_rope_reads(const struct perta_rope_family *family, const char *key);
+/* Add to *list the keys of rotary positions that no kind of the name that they give reads, as
+ * "rope_scaling.NAME". */
+void perta_config_rope_unknown(const json_t *config, json_t **list);
 
 /* Refuse keys that would change the forward pass in a way that is not implemented
  * (config_keys.c). */

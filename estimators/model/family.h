@@ -175,6 +175,30 @@ struct perta_config_keys {
     const char *act;          /* hidden_act */
 };
 
+/* Rotary positions: what transformers takes for keys that config.json leaves out, and by which
+ * further names it has them. All zeros: whole heads, theta 10000. */
+struct perta_rope_family {
+    double theta;          /* 0: 10000 */
+    const char *theta_key; /* instead of "rope_theta" at the top level; NULL: that */
+    /* partial_rotary_factor; 0: heads are rotated as a whole, and another factor than 1 is refused
+     */
+    double partial;
+    const char *partial_key;     /* instead of that at the top level; NULL: that */
+    const char *elements_key;    /* number of elements, if there is no such key; NULL: none */
+    const char *parameters;      /* rope_parameters where there are none, as JSON; NULL: {} */
+    uint32_t original_positions; /* 0: max_position_embeddings */
+    bool interleaved;            /* pairs are neighbours in a head */
+    bool mrope;                  /* "mrope" is a kind: several axes, which are equal for text */
+    bool yarn_is_longrope;       /* "su" and "yarn" are names of longrope */
+    bool short_mscale; /* longrope's scale is "short_mscale", and there is no other kind */
+    bool query_scale;  /* "llama_4_scaling_beta" scales queries */
+    /* "rope_parameters" has an object for each type of layer, whose theta is otherwise that at the
+     * top level for full attention, and this for sliding attention. */
+    bool by_layer_type;
+    double local_theta;
+    const char *local_theta_key; /* NULL: not at the top level */
+};
+
 struct perta_family {
     const char *model_type, *architecture; /* its names in config.json */
 
@@ -199,10 +223,9 @@ struct perta_family {
     uint32_t n_kv_heads; /* 0: as many as query heads */
     uint32_t head_dim;   /* 0: hidden / n_heads */
     uint32_t max_positions;
-    double norm_eps;       /* 0: 1e-6 */
-    double rope_theta;     /* 0: 10000 */
-    double partial_rotary; /* part of a head that is rotated; 0: all */
-    const char *act;       /* NULL: silu */
+    double norm_eps; /* 0: 1e-6 */
+    const char *act; /* NULL: silu */
+    struct perta_rope_family rope;
     enum perta_windows windows;
     /* Read what only this family has; NULL: nothing. Called after the rest. */
     void (*read)(struct perta_config_reader *r, struct perta_llm *llm);

@@ -49,7 +49,7 @@ struct perta_layer {
     struct perta_gradient_sink *sink;    /* NULL: gradients of weights are not wanted */
     const struct perta_factors *factors; /* LoRA beside the weights; NULL: none */
     struct perta_past_tokens *past;      /* NULL: a batch is whole sequences */
-    const float *inv_freq;               /* (head_dim / 2) */
+    const float *inv_freq;               /* (rotated / 2), of this layer's rotary positions */
     struct perta_site site;
     bool again; /* a second forward pass, for the backward pass: out is not wanted */
 };
@@ -129,6 +129,8 @@ struct perta_attention_part {
                      const struct perta_acts *acts);
 };
 extern const struct perta_attention_part perta_attention_part;
+/* The rotation of the layer's queries and keys, from element first of a head on. */
+struct perta_rotation perta_layer_rotation(const struct perta_layer *l, size_t first);
 
 struct perta_mlp_part {
     /* acts->out += mlp(acts->n2), unless the layer says that out is not wanted. */

@@ -168,6 +168,20 @@ static int read_positions(const struct perta_line *line, const json_t *object,
     return rc;
 }
 
+/* Tokens that attention_mask hides count too, as in transformers. */
+static int check_positions(const struct perta_line *line, const struct perta_draft *d,
+                           uint32_t limit, struct perta_err *err)
+{
+    for (size_t t = 0; limit && t < d->n; t++)
+        if (d->positions[t] >= limit)
+            return perta_line_fail(line, err,
+                                   "token %zu has position %u, counted from 0: from %u on, the "
+                                   "frequencies of this model's rotary positions (\"dynamic\", "
+                                   "\"longrope\") change with the length, which is not supported",
+                                   t, d->positions[t], limit);
+    return 0;
+}
+
 /* ---- from the draft to a sample ---- */
 
 static int32_t target_of(const struct perta_draft *d, size_t t)
@@ -295,6 +309,8 @@ static int add_sample(struct reading *r, const struct perta_line *line, json_t *
         rc = read_mask(line, object, d, &masked, err);
     if (!rc)
         rc = read_positions(line, object, d, masked, &again, err);
+    if (!rc)
+        rc = check_positions(line, d, r->wanted->positions, err);
     if (!rc)
         rc = perta_keys_check(line, d, object, err);
     if (rc)

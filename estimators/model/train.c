@@ -76,7 +76,7 @@ static int take_device(struct perta_trainer *t, struct perta_err *err)
     lay_out(t, (struct perta_array){t->memory, 0});
     t->parameters = perta_model_parameters(m, (struct perta_array){t->weights, 0});
     ops->uploaded(t->be, t->parameters.weights, weights_bytes);
-    perta_rope_frequencies(&m->llm, t->inv_freq);
+    perta_llm_rope_tables(&m->llm, t->inv_freq);
     return 0;
 }
 
@@ -218,7 +218,8 @@ static struct perta_layer layer_of(struct perta_trainer *t, uint32_t number,
                                 .be = t->be,
                                 .from = &t->parameters.parameters,
                                 .sink = sink,
-                                .inv_freq = t->inv_freq,
+                                .inv_freq =
+                                    perta_llm_rope_table(&t->model->llm, number, t->inv_freq),
                                 .site = perta_site_of(number)};
 }
 

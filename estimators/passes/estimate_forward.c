@@ -30,6 +30,7 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
         return rc;
     const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
                                                 .max_tokens = e->max_tokens,
+                                                .positions = perta_llm_longest(&job->weights.llm),
                                                 .answers = job->answers,
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};
@@ -188,7 +189,8 @@ struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t
                                 .sink = sink,
                                 .factors = &job->factors,
                                 .past = job->adds ? &job->cache->past : NULL,
-                                .inv_freq = job->inv_freq,
+                                .inv_freq =
+                                    perta_llm_rope_table(&job->weights.llm, number, job->inv_freq),
                                 .site = perta_site_of(number)};
 }
 

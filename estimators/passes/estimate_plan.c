@@ -270,7 +270,7 @@ static int take_host(struct perta_estimate_job *job, const struct plan *plan,
     job->x = calloc(llm->n_layers + 1, sizeof *job->x);
     if (!job->inv_freq || !job->x)
         return perta_fail_sys(err, ENOMEM, "estimate");
-    perta_rope_frequencies(llm, job->inv_freq);
+    perta_llm_rope_tables(llm, job->inv_freq);
     return 0;
 }
 

@@ -19,6 +19,21 @@ static uint32_t prompt_of(const struct perta_samples *s, uint64_t sample)
     return (uint32_t)(t + 1 - s->starts[sample]);
 }
 
+/* Are the frequencies of rotary positions valid up to the end of the longest answer? */
+static int check_longest(const struct perta_generation *g, const struct perta_estimate_job *job,
+                         uint64_t sample, uint32_t last, struct perta_err *err)
+{
+    uint64_t end = (uint64_t)last + g->most, longest = perta_llm_longest(&job->weights.llm);
+    if (end <= longest)
+        return 0;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: line %llu: an answer may reach position %llu, counted from 0: from %llu "
+                      "on, the frequencies of this model's rotary positions (\"dynamic\", "
+                      "\"longrope\") change with the length, which is not supported",
+                      job->estimate->data, (unsigned long long)job->samples.lines[sample],
+                      (unsigned long long)end - 1, (unsigned long long)longest);
+}
+
 /* Does every token see all that are before it? */
 static int check_places(const struct perta_estimate_job *job, uint64_t sample,
                         struct perta_err *err)
@@ -46,6 +61,8 @@ static int find_prompts(struct perta_generation *g, const struct perta_estimate_
         rc = check_places(job, i, err);
         uint32_t n = prompt_of(s, i);
         uint64_t last = s->starts[i] + n - 1;
+        if (!rc)
+            rc = check_longest(g, job, i, s->places[last].position, err);
         cached[g->n] = (struct perta_cached){
             .first = s->starts[i], .n = n, .most = n + (uint32_t)(g->most - 1)};
         g->answers[g->n++] =

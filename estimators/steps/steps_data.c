@@ -81,8 +81,11 @@ static int read_set(struct perta_steps_job *job, int set, struct keys *keys, str
 {
     const struct perta_steps *s = job->steps;
     const char *path = set == PERTA_FORGET ? s->data_forget : s->data_retain;
-    const struct perta_samples_wanted wanted = {
-        .vocab = job->weights.llm.vocab, .max_tokens = s->max_tokens, .key_path = s->data_key};
+    const struct perta_llm *llm = &job->weights.llm;
+    const struct perta_samples_wanted wanted = {.vocab = llm->vocab,
+                                                .max_tokens = s->max_tokens,
+                                                .positions = perta_llm_longest(llm),
+                                                .key_path = s->data_key};
     struct perta_samples samples;
     int rc = perta_samples_read(path, &wanted, &samples, err);
     if (rc)

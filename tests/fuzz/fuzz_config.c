@@ -51,8 +51,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (llm.head_dim > 1024)
         return 0;
     float *freq = malloc(llm.head_dim * sizeof *freq);
-    perta_rope_frequencies(&llm, freq);
-    for (uint32_t i = 0; i < llm.head_dim / 2; i++)
+    perta_llm_rope_tables(&llm, freq);
+    for (uint32_t i = 0; i < llm.head_dim / 2 * 2; i++)
         if (isnan(freq[i]))
             __builtin_trap();
     free(freq);

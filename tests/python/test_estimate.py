@@ -232,7 +232,7 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.1."),
         ({"hidden_size": 32}, "has not the shape"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, '"yarn" is not supported'),
+        ({"rope_parameters": {"rope_type": "axial", "factor": 2.0}}, '"axial" is not supported'),
         ({"vocab_size": "many"}, '"vocab_size"'),
         ({"attention_bias": True}, "q_proj.bias"),
     ],
