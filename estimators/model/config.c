@@ -286,19 +286,26 @@ static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
         llm->pad = (uint32_t)(n < 0 ? n + vocab : n);
 }
 
-static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)
+static void read_activation(struct perta_config_reader *r, struct perta_llm *llm)
 {
     const json_t *value = json_object_get(r->config, "hidden_act");
     const char *act = value ? json_string_value(value) : "silu";
+    bool known = perta_activation_named(act, &llm->activation);
     if (r->rc)
         return;
     if (!act)
         perta_config_refuse(r, "hidden_act", "is not a string; silu is supported");
-    else if (strcmp(act, "silu") && strcmp(act, "swish"))
+    else if (!known || llm->activation.kind != PERTA_SILU)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: hidden_act \"%s\"; only silu (also called swish) is supported",
                            r->path, act);
-    else if (llm->n_heads % llm->n_kv_heads)
+}
+
+static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)
+{
+    if (r->rc)
+        return;
+    if (llm->n_heads % llm->n_kv_heads)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: %u attention heads cannot share %u key-value heads", r->path,
                            llm->n_heads, llm->n_kv_heads);
@@ -349,6 +356,7 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     perta_config_rope(&r, family->max_positions, &llm->rope);
     read_windows(&r, family, llm);
     read_pad(&r, llm);
+    read_activation(&r, llm);
     check_sizes(&r, llm);
     perta_config_refuse_keys(&r);
     return r.rc;

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "estimators/compute/activation.h"
 #include "io/err.h"
 
 struct perta_family;
@@ -32,7 +33,8 @@ struct perta_llm {
      * padding_idx; or PERTA_NO_PAD */
     uint32_t pad;
     float norm_eps;
-    bool tied; /* the head is the embedding */
+    struct perta_activation activation; /* of the MLP */
+    bool tied;                          /* the head is the embedding */
     bool qkv_bias, o_bias, mlp_bias;
     bool qk_norm; /* Qwen3: RMSNorm of each head's queries and keys */
     struct perta_rope rope;
