@@ -17,51 +17,6 @@ static void open_all(void)
     open_backends(&needs);
 }
 
-/* ---- rows ---- */
-
-#define ROWS_H 33
-
-static const uint32_t gathered[] = {4, 0, 4, 2}, scattered[] = {4, 0, 3, 2},
-                      added[] = {4, UINT32_MAX, 4, 2};
-
-static void rows_run(struct perta_backend *be, const void *ctx, struct outputs *o)
-{
-    const struct pair *x = ctx;
-    size_t n = x->n;
-    struct perta_array in = input(be, o, x->f, n);
-    struct perta_array zeroed = output(be, o, "zeroed", F32, NULL, n);
-    struct perta_array copied = output(be, o, "copied", F32, NULL, n);
-    struct perta_array sum = output(be, o, "sum", F32, x->f, n);
-    struct perta_array some = output(be, o, "gathered", F32, NULL, 4 * ROWS_H);
-    struct perta_array put = output(be, o, "scattered", F32, NULL, n);
-    struct perta_array add = output(be, o, "added", F32, x->f, n);
-    begin(be);
-    be->ops->zero(be, zeroed, n - 1);
-    be->ops->copy(be, perta_array_at(copied, 1), in, n - 1);
-    be->ops->add(be, sum, in, n);
-    be->ops->gather(be, some, in, gathered, 4, ROWS_H);
-    be->ops->scatter(be, put, in, scattered, 4, ROWS_H);
-    be->ops->scatter_add(be, add, in, added, 4, ROWS_H);
-}
-
-START_TEST(rows_of_arrays)
-{
-    struct pair x = pair(5 * ROWS_H, 1);
-    struct outputs o[N_BACKENDS];
-    run_all(rows_run, &x, o);
-    for (size_t i = 0; i < o[ONE].n; i++)
-        same(o, o[ONE].of[i].name);
-    const double *zeroed = values(&o[ONE], "zeroed"), *some = values(&o[ONE], "gathered");
-    const double *added_to = values(&o[ONE], "added");
-    ck_assert(zeroed[x.n - 2] == 0 && zeroed[x.n - 1] != 0);
-    ck_assert(some[2 * ROWS_H] == x.d[4 * ROWS_H]);
-    ck_assert(added_to[4 * ROWS_H] == (double)(x.f[4 * ROWS_H] + x.f[0] + x.f[2 * ROWS_H]));
-    ck_assert(added_to[0] == x.d[0]);
-    drop_all(o);
-    release(x);
-}
-END_TEST
-
 /* ---- linear layers ---- */
 
 struct linear {
@@ -611,7 +566,6 @@ int main(void)
 {
     TCase *tests = tcase_create("tests");
     tcase_add_checked_fixture(tests, open_all, close_backends);
-    tcase_add_test(tests, rows_of_arrays);
     tcase_add_loop_test(tests, linear, 0, N_LINEARS);
     tcase_add_loop_test(tests, linear_in_bf16, 0, N_LINEARS);
     tcase_add_loop_test(tests, gradient, 0, sizeof gradients / sizeof *gradients);

@@ -1,4 +1,4 @@
-/* The parts of a block and cross-entropy, on both backends: against a forward pass in double
+/* Rotary positions and cross-entropy on both backends: against a forward pass in double
  * (llm_double.h), every backward pass against its finite differences; and the CPU's against the
  * reference's, the same bits where both do the same arithmetic, else within what rounding can do
  * (test_backend.c). */
@@ -9,89 +9,6 @@ static void open_all(void)
 {
     open_backends(&(struct perta_cpu_needs){.widest = 300, .rows = 300, .longest = 300});
 }
-
-/* ---- RMSNorm ---- */
-
-struct norm {
-    size_t T, H;
-    struct pair x, weight, dy, dx, dweight;
-};
-
-#define EPS 1e-2f /* large enough to count */
-
-static void norm_run(struct perta_backend *be, const void *ctx, struct outputs *o)
-{
-    const struct norm *c = ctx;
-    size_t T = c->T, H = c->H;
-    struct perta_array x = input(be, o, c->x.f, T * H), w = input(be, o, c->weight.f, H);
-    struct perta_array dy = input(be, o, c->dy.f, T * H);
-    struct perta_array y = output(be, o, "y", F32, NULL, T * H);
-    struct perta_array rstd = output(be, o, "rstd", F32, NULL, T);
-    struct perta_array dx = output(be, o, "dx", F32, c->dx.f, T * H);
-    struct perta_array dweight = output(be, o, "dweight", F32, c->dweight.f, H);
-    begin(be);
-    be->ops->rmsnorm_forward(be, y, rstd, x, w, T, H, EPS);
-    be->ops->rmsnorm_backward(be, dx, dy, x, rstd, w, T, H);
-    be->ops->rmsnorm_backward_weight(be, dweight, dy, x, rstd, T, H);
-}
-
-static double norm_value(void *ctx)
-{
-    const struct norm *c = ctx;
-    double *y = alloc(c->x.n * sizeof *y);
-    rmsnorm_double(y, c->x.d, c->weight.d, c->T, c->H, (double)EPS);
-    double value = dot(y, c->dy.d, c->dy.n);
-    free(y);
-    return value;
-}
-
-/* Magnitudes of the terms of dx: its own, dy w r, and x r^3 / H times the sum of dy w x. */
-static double *norm_terms(const struct norm *c, const double *rstd)
-{
-    size_t H = c->H;
-    double *terms = alloc(c->T * H * sizeof *terms);
-    for (size_t t = 0; t < c->T; t++) {
-        double sum = 0, r = rstd[t];
-        for (size_t i = t * H; i < (t + 1) * H; i++)
-            sum += fabs(c->dy.d[i] * c->weight.d[i - t * H] * c->x.d[i]);
-        for (size_t i = t * H; i < (t + 1) * H; i++)
-            terms[i] = fabs(c->dx.d[i]) + fabs(c->dy.d[i] * c->weight.d[i - t * H]) * r +
-                       sum * r * r * r * fabs(c->x.d[i]) / (double)H;
-    }
-    return terms;
-}
-
-static const size_t norm_shapes[][2] = {{1, 1}, {1, 33}, {31, 300}, {257, 128}};
-
-/* rstd: the mean, the sum with eps, the root of both (half), the quotient. y: two products more.
- * dx: rstd differs, three times in its third term; that has six roundings besides and the sum two.
- * Each: the reference's. */
-START_TEST(rmsnorm)
-{
-    size_t T = norm_shapes[_i][0], H = norm_shapes[_i][1];
-    struct norm c = {T, H, pair(T * H, 1), pair(H, 2), pair(T * H, 3), pair(T * H, 4), pair(H, 5)};
-    struct outputs o[N_BACKENDS], most;
-    run_all(norm_run, &c, o);
-    run_magnitudes(norm_run, &c, &most);
-    double *terms = norm_terms(&c, values(&o[REFERENCE], "rstd"));
-    within(o, "rstd", 3 + 1, values(&most, "rstd"));
-    within(o, "y", 5 + 1, values(&most, "y"));
-    within(o, "dx", 3 * 4 + 6 + 2 + 1, terms);
-    within(o, "dweight", 4 + 3 + 1, values(&most, "dweight"));
-    double *y = alloc(T * H * sizeof *y);
-    rmsnorm_double(y, c.x.d, c.weight.d, T, H, (double)EPS);
-    both_are(o, "y", y);
-    both_gradients(o, "dx", true, c.x.d, norm_value, &c);
-    both_gradients(o, "dweight", true, c.weight.d, norm_value, &c);
-    free(y);
-    free(terms);
-    drop_all(o);
-    drop(&most);
-    struct pair all[] = {c.x, c.weight, c.dy, c.dx, c.dweight};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        release(all[i]);
-}
-END_TEST
 
 /* ---- rotary positions: the reference is float32 too ---- */
 
@@ -152,68 +69,6 @@ START_TEST(rope)
     drop_all(o);
     release(c.x);
     release(c.dy);
-}
-END_TEST
-
-/* ---- SwiGLU ---- */
-
-struct swiglu {
-    struct pair gate, up, dh;
-};
-
-static void swiglu_run(struct perta_backend *be, const void *ctx, struct outputs *o)
-{
-    const struct swiglu *c = ctx;
-    size_t n = c->dh.n;
-    struct perta_array gate = input(be, o, c->gate.f, n), up = input(be, o, c->up.f, n);
-    struct perta_array h = output(be, o, "h", F32, NULL, n);
-    struct perta_array dup = output(be, o, "dup", F32, NULL, n);
-    struct perta_array dgate = output(be, o, "dgate", F32, c->dh.f, n); /* in place of dh */
-    begin(be);
-    be->ops->swiglu_forward(be, h, gate, up, n);
-    be->ops->swiglu_backward(be, dgate, dup, dgate, gate, up, n);
-}
-
-static double swiglu_value(void *ctx)
-{
-    const struct swiglu *c = ctx;
-    double *h = alloc(c->dh.n * sizeof *h);
-    swiglu_double(h, c->gate.d, c->up.d, c->dh.n);
-    double value = dot(h, c->dh.d, c->dh.n);
-    free(h);
-    return value;
-}
-
-/* An exponential is wrong by 3 (test_kernels.c), so sigmoid by 5, and 1 - sigmoid by 6, not of
- * itself but of 1. */
-START_TEST(swiglu)
-{
-    const size_t n = 70001; /* more pieces than one */
-    struct swiglu c = {pair(n, 1), pair(n, 2), pair(n, 3)};
-    struct outputs o[N_BACKENDS];
-    double *h = alloc(n * sizeof *h), *dgate = alloc(n * sizeof *dgate);
-    double *dup = alloc(n * sizeof *dup);
-    for (size_t i = 0; i < n; i++) {
-        c.gate.d[i] = (double)(c.gate.f[i] *= 20);
-        h[i] = fabs(c.gate.d[i] / (1 + exp(-c.gate.d[i])) * c.up.d[i]);
-        dup[i] = fabs(c.gate.d[i] / (1 + exp(-c.gate.d[i])) * c.dh.d[i]);
-        dgate[i] = fabs(c.dh.d[i] * c.up.d[i]) * (1 + fabs(c.gate.d[i]));
-    }
-    run_all(swiglu_run, &c, o);
-    within(o, "h", 5 + 1 + 1, h);
-    within(o, "dup", 5 + 2 + 1, dup);
-    within(o, "dgate", 16 + 1, dgate);
-    swiglu_double(h, c.gate.d, c.up.d, n);
-    both_are(o, "h", h);
-    both_gradients(o, "dgate", false, c.gate.d, swiglu_value, &c);
-    both_gradients(o, "dup", false, c.up.d, swiglu_value, &c);
-    drop_all(o);
-    double *const mine[] = {h, dup, dgate};
-    struct pair all[] = {c.gate, c.up, c.dh};
-    for (size_t i = 0; i < 3; i++) {
-        free(mine[i]);
-        release(all[i]);
-    }
 }
 END_TEST
 
@@ -404,9 +259,7 @@ int main(void)
 {
     TCase *tests = tcase_create("tests");
     tcase_add_checked_fixture(tests, open_all, close_backends);
-    tcase_add_loop_test(tests, rmsnorm, 0, sizeof norm_shapes / sizeof *norm_shapes);
     tcase_add_loop_test(tests, rope, 0, sizeof rotations / sizeof *rotations);
-    tcase_add_test(tests, swiglu);
     tcase_add_test(tests, cross_entropy);
     tcase_add_test(tests, cross_entropy_of_what_is_known);
     return run_suite("backend_block", tests);

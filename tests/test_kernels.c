@@ -19,7 +19,7 @@ static uint64_t digest(const struct perta_row_kernels *k)
     struct pair a = pair(ROW, 21), b = pair(ROW, 22), c = pair(ROW, 23);
     float y[ROW], z[ROW];
     uint16_t halves[ROW];
-    double sums[ROW] = {0}, numbers[6] = {0};
+    double sums[ROW] = {0}, numbers[10] = {0};
     for (size_t i = 0; i < ROW; i++)
         a.f[i] *= 40;
     numbers[0] = k->dot(a.f, b.f, ROW);
@@ -27,16 +27,16 @@ static uint64_t digest(const struct perta_row_kernels *k)
     numbers[2] = k->exponentials(y, a.f, 40, ROW);
     numbers[3] = k->sum_exponentials(a.f, k->largest(a.f, ROW, -1), ROW);
     k->add_moments(numbers + 4, a.f, 40, ROW);
+    numbers[6] = k->sum(a.f, ROW);
+    numbers[7] = k->sum_deviations(a.f, 0.3, ROW);
+    k->layernorm_sums(numbers + 8, a.f, b.f, c.f, 0.1f, ROW);
     uint64_t sum = mix(mix(0, numbers, sizeof numbers), y, sizeof y);
-    k->add_products(sums, a.f, b.f, 0.3f, ROW);
+    k->add_products(sums, a.f, b.f, 0.1f, 0.3f, ROW);
     k->add(sums, c.f, ROW);
     k->add_squares(sums, a.f, ROW);
     ck_assert(!k->divide(z, sums, 3, ROW));
     sum = mix(sum, z, sizeof z);
-    k->swiglu(y, a.f, b.f, ROW);
-    sum = mix(mix(sum, sums, sizeof sums), y, sizeof y);
-    k->swiglu_backward(y, z, y, a.f, b.f, ROW);
-    sum = mix(mix(sum, y, sizeof y), z, sizeof z);
+    sum = mix(sum, sums, sizeof sums);
     k->softmax_backward(c.f, b.f, 0.1f, ROW);
     k->scaled_exponentials(a.f, 40, 0.7f, ROW);
     sum = mix(mix(sum, b.f, sizeof y), c.f, sizeof y);
@@ -48,6 +48,43 @@ static uint64_t digest(const struct perta_row_kernels *k)
     release(c);
     return sum;
 }
+
+/* The same of an activation's kernels. */
+static uint64_t activation_digest(const struct perta_activation_kernels *all,
+                                  enum perta_activation_kind kind)
+{
+    const struct perta_activation act = {kind, 1.3f, 11};
+    const struct perta_activation_kernels *k = &all[kind];
+    struct pair a = pair(ROW, 24), b = pair(ROW, 25);
+    float y[ROW], z[ROW];
+    for (size_t i = 0; i < ROW; i++)
+        a.f[i] *= 40;
+    k->glu(&act, y, a.f, b.f, ROW);
+    uint64_t sum = mix(0, y, sizeof y);
+    k->glu_backward(&act, y, z, y, a.f, b.f, ROW);
+    sum = mix(mix(sum, y, sizeof y), z, sizeof z);
+    if (k->each) {
+        k->each(y, a.f, ROW);
+        k->each_backward(z, b.f, a.f, ROW);
+        sum = mix(mix(sum, y, sizeof y), z, sizeof z);
+        k->each_backward(b.f, b.f, a.f, ROW);
+        ck_assert(!memcmp(b.f, z, sizeof z)); /* in place */
+    }
+    release(a);
+    release(b);
+    return sum;
+}
+
+START_TEST(every_instruction_set_gives_the_same_activations)
+{
+    enum perta_activation_kind kind = (enum perta_activation_kind)_i;
+    uint64_t want = activation_digest(perta_activation_kernels_v2, kind);
+    if (perta_isa_best() >= PERTA_ISA_V3)
+        ck_assert_uint_eq(activation_digest(perta_activation_kernels_v3, kind), want);
+    if (perta_isa_best() >= PERTA_ISA_V4)
+        ck_assert_uint_eq(activation_digest(perta_activation_kernels_v4, kind), want);
+}
+END_TEST
 
 START_TEST(every_instruction_set_gives_the_same_bits)
 {
@@ -78,6 +115,8 @@ int main(void)
 {
     TCase *tests = tcase_create("tests");
     tcase_add_test(tests, every_instruction_set_gives_the_same_bits);
+    tcase_add_loop_test(tests, every_instruction_set_gives_the_same_activations, PERTA_SILU,
+                        PERTA_CLAMPED_SWIGLU + 1);
     tcase_add_test(tests, exponentials_are_those_of_libm_to_three_units);
     return run_suite("kernels", tests);
 }

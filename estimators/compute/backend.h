@@ -22,6 +22,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "estimators/compute/activation.h"
 #include "estimators/compute/cut.h"
 #include "estimators/compute/place.h"
 #include "io/err.h"
@@ -71,6 +72,16 @@ struct perta_low_rank {
     struct perta_array b; /* (out, r) */
     size_t out, in, r;
     float scaling;
+};
+
+/* A norm's weight and bias, (n_weights, H) float32 each. Row t of what is normalised has their row
+ * t % n_weights: with a weight for each head, the rows are heads. */
+struct perta_norm {
+    struct perta_array weight; /* no array: ones */
+    struct perta_array bias;   /* no array: zeros; RMSNorm has none */
+    float eps;
+    float plus;       /* weight + plus, in float32, is what rows are multiplied by. Gemma: 1 */
+    size_t n_weights; /* from 1 */
 };
 
 /* A token, and the row of the embedding to which its gradient is added. */
@@ -163,6 +174,28 @@ struct perta_backend_ops {
     void (*scatter_add)(struct perta_backend *be, struct perta_array to, struct perta_array from,
                         const uint32_t *index, size_t n, size_t H);
 
+    /* scatter_add of by[i] (host; NULL: 1) times row i. */
+    void (*scatter_add_scaled)(struct perta_backend *be, struct perta_array to,
+                               struct perta_array from, const uint32_t *index, const float *by,
+                               size_t n, size_t H);
+    /* to (n) += by * from (n) */
+    void (*add_scaled)(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                       float by, uint64_t n);
+    /* to (n) = a (n) * b (n); to may be a or b. */
+    void (*multiply)(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                     struct perta_array b, uint64_t n);
+    /* to (n) = a . b for each row of a and b (n, width), summed in float64. */
+    void (*row_dots)(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                     struct perta_array b, size_t n, size_t width);
+    /* Blocks of columns of rows: block b is columns first + b * stride .. + block. split: to
+     * (n, n_blocks * block) = those columns of from (n, width). join: those columns of to
+     * (n, width) = from (n, n_blocks * block); the others stay. */
+    void (*split)(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                  size_t n, size_t width, size_t first, size_t block, size_t stride,
+                  size_t n_blocks);
+    void (*join)(struct perta_backend *be, struct perta_array to, struct perta_array from, size_t n,
+                 size_t width, size_t first, size_t block, size_t stride, size_t n_blocks);
+
     /* ---- linear layers ---- */
 
     /* y (n, out) = x (n, in) weight^T + bias; with add, y +=. tiles: how the n rows are cut. */
@@ -200,19 +233,35 @@ struct perta_backend_ops {
 
     /* ---- the parts of a block ---- */
 
-    /* y (T, H) = x (T, H) * rstd * weight (H); rstd (T) = 1 / sqrt(mean(x^2) + eps)
+    /* y (T, H) = x (T, H) * rstd * (weight + plus); rstd (T) = 1 / sqrt(mean(x^2) + eps)
      * (Zhang & Sennrich 2019). */
-    void (*rmsnorm_forward)(struct perta_backend *be, struct perta_array y, struct perta_array rstd,
-                            struct perta_array x, struct perta_array weight, size_t T, size_t H,
-                            float eps);
+    void (*rmsnorm_forward)(struct perta_backend *be, const struct perta_norm *norm,
+                            struct perta_array y, struct perta_array rstd, struct perta_array x,
+                            size_t T, size_t H);
     /* dx (T, H) += the gradient of x, from dy (T, H). */
-    void (*rmsnorm_backward)(struct perta_backend *be, struct perta_array dx, struct perta_array dy,
-                             struct perta_array x, struct perta_array rstd,
-                             struct perta_array weight, size_t T, size_t H);
-    /* dweight (H) += sum over tokens of dy * x * rstd. */
-    void (*rmsnorm_backward_weight)(struct perta_backend *be, struct perta_array dweight,
-                                    struct perta_array dy, struct perta_array x,
-                                    struct perta_array rstd, size_t T, size_t H);
+    void (*rmsnorm_backward)(struct perta_backend *be, const struct perta_norm *norm,
+                             struct perta_array dx, struct perta_array dy, struct perta_array x,
+                             struct perta_array rstd, size_t T, size_t H);
+    /* dweight (n_weights, H) += sum over its rows of dy * x * rstd. */
+    void (*rmsnorm_backward_weight)(struct perta_backend *be, const struct perta_norm *norm,
+                                    struct perta_array dweight, struct perta_array dy,
+                                    struct perta_array x, struct perta_array rstd, size_t T,
+                                    size_t H);
+    /* y (T, H) = (x (T, H) - mean) * rstd * (weight + plus) + bias; stats (T, 2) = the mean of the
+     * row and 1 / sqrt(its variance + eps) (Ba et al. 2016). */
+    void (*layernorm_forward)(struct perta_backend *be, const struct perta_norm *norm,
+                              struct perta_array y, struct perta_array stats, struct perta_array x,
+                              size_t T, size_t H);
+    /* dx (T, H) += the gradient of x, from dy (T, H). */
+    void (*layernorm_backward)(struct perta_backend *be, const struct perta_norm *norm,
+                               struct perta_array dx, struct perta_array dy, struct perta_array x,
+                               struct perta_array stats, size_t T, size_t H);
+    /* dweight (n_weights, H) += sum over its rows of dy * (x - mean) * rstd, dbias (n_weights, H)
+     * += that of dy. Either may be no array. */
+    void (*layernorm_backward_weight)(struct perta_backend *be, const struct perta_norm *norm,
+                                      struct perta_array dweight, struct perta_array dbias,
+                                      struct perta_array dy, struct perta_array x,
+                                      struct perta_array stats, size_t T, size_t H);
     /* Rotate each head of x (T, n_heads, D) as rotation says (Su et al. 2021). Positions come from
      * places (T). backward rotates dx in the opposite direction. */
     void (*rope_forward)(struct perta_backend *be, struct perta_array x,
@@ -235,13 +284,21 @@ struct perta_backend_ops {
                                    const struct perta_attention_past *attention,
                                    struct perta_array out, struct perta_array q,
                                    struct perta_array kv);
-    /* h (n) = silu(gate) * up. */
-    void (*swiglu_forward)(struct perta_backend *be, struct perta_array h, struct perta_array gate,
-                           struct perta_array up, size_t n);
+    /* h (n) = f(gate) * up (Shazeer 2020), or what activation.h says. */
+    void (*glu_forward)(struct perta_backend *be, const struct perta_activation *act,
+                        struct perta_array h, struct perta_array gate, struct perta_array up,
+                        size_t n);
     /* dgate, dup = the gradients of gate and up, from dh; dgate may be dh. */
-    void (*swiglu_backward)(struct perta_backend *be, struct perta_array dgate,
-                            struct perta_array dup, struct perta_array dh, struct perta_array gate,
-                            struct perta_array up, size_t n);
+    void (*glu_backward)(struct perta_backend *be, const struct perta_activation *act,
+                         struct perta_array dgate, struct perta_array dup, struct perta_array dh,
+                         struct perta_array gate, struct perta_array up, size_t n);
+    /* h (n) = f(x). Not for PERTA_CLAMPED_SWIGLU. */
+    void (*act_forward)(struct perta_backend *be, const struct perta_activation *act,
+                        struct perta_array h, struct perta_array x, size_t n);
+    /* dx = the gradient of x, from dh; dx may be dh. */
+    void (*act_backward)(struct perta_backend *be, const struct perta_activation *act,
+                         struct perta_array dx, struct perta_array dh, struct perta_array x,
+                         size_t n);
 
     /* ---- cross-entropy, a block of the vocabulary at a time ---- */
 

@@ -194,90 +194,6 @@ void perta_cpu_share_out(const struct perta_cpu *cpu, size_t n, size_t elems,
     perta_workers_run(cpu->workers, (n + r.of_piece - 1) / r.of_piece, run_share, &r, &never);
 }
 
-/* ---- rows ---- */
-
-static void zero(struct perta_backend *be, struct perta_array to, uint64_t n)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        memset(perta_cpu_at(cpu, to), 0, n * sizeof(float));
-}
-
-static void copy(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                 uint64_t n)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (cpu)
-        memcpy(perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), n * sizeof(float));
-}
-
-/* Arguments of a row operation. */
-struct rows {
-    float *to;
-    const float *from;
-    const uint32_t *index;
-    size_t H;
-};
-
-static void add_elems(const void *args, size_t first, size_t end)
-{
-    const struct rows *r = args;
-    for (size_t i = first; i < end; i++)
-        r->to[i] += r->from[i];
-}
-
-static void add(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                uint64_t n)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (!cpu)
-        return;
-    const struct rows r = {perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), NULL, 1};
-    perta_cpu_share_out(cpu, n, 1, add_elems, &r);
-}
-
-static void gather_rows(const void *args, size_t first, size_t end)
-{
-    const struct rows *r = args;
-    for (size_t i = first; i < end; i++)
-        memcpy(r->to + i * r->H, r->from + r->index[i] * r->H, r->H * sizeof *r->to);
-}
-
-static void gather(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                   const uint32_t *index, size_t n, size_t H)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (!cpu)
-        return;
-    const struct rows r = {perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), index, H};
-    perta_cpu_share_out(cpu, n, H, gather_rows, &r);
-}
-
-static void scatter(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                    const uint32_t *index, size_t n, size_t H)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (!cpu)
-        return;
-    float *rows = perta_cpu_at(cpu, to);
-    const float *of = perta_cpu_at(cpu, from);
-    for (size_t i = 0; i < n; i++)
-        memcpy(rows + index[i] * H, of + i * H, H * sizeof *rows);
-}
-
-static void scatter_add(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                        const uint32_t *index, size_t n, size_t H)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (!cpu)
-        return;
-    float *rows = perta_cpu_at(cpu, to);
-    const float *of = perta_cpu_at(cpu, from);
-    for (size_t i = 0; i < n; i++)
-        for (size_t k = 0; index[i] != UINT32_MAX && k < H; k++)
-            rows[index[i] * H + k] += of[i * H + k];
-}
-
 /* ---- training ---- */
 
 struct adamw {
@@ -339,12 +255,18 @@ static const struct perta_backend_ops cpu_ops = {
     .put = cpu_put,
     .get = cpu_get,
     .wait = cpu_wait,
-    .zero = zero,
-    .copy = copy,
-    .add = add,
-    .gather = gather,
-    .scatter = scatter,
-    .scatter_add = scatter_add,
+    .zero = perta_cpu_zero,
+    .copy = perta_cpu_copy,
+    .add = perta_cpu_add,
+    .gather = perta_cpu_gather,
+    .scatter = perta_cpu_scatter,
+    .scatter_add = perta_cpu_scatter_add,
+    .scatter_add_scaled = perta_cpu_scatter_add_scaled,
+    .add_scaled = perta_cpu_add_scaled,
+    .multiply = perta_cpu_multiply,
+    .row_dots = perta_cpu_row_dots,
+    .split = perta_cpu_split,
+    .join = perta_cpu_join,
     .linear_forward = perta_cpu_linear_forward,
     .linear_backward = perta_cpu_linear_backward,
     .linear_backward_weight = perta_cpu_linear_backward_weight,
@@ -355,13 +277,18 @@ static const struct perta_backend_ops cpu_ops = {
     .rmsnorm_forward = perta_cpu_rmsnorm_forward,
     .rmsnorm_backward = perta_cpu_rmsnorm_backward,
     .rmsnorm_backward_weight = perta_cpu_rmsnorm_backward_weight,
+    .layernorm_forward = perta_cpu_layernorm_forward,
+    .layernorm_backward = perta_cpu_layernorm_backward,
+    .layernorm_backward_weight = perta_cpu_layernorm_backward_weight,
     .rope_forward = perta_cpu_rope_forward,
     .rope_backward = perta_cpu_rope_backward,
     .attention_forward = perta_cpu_attention_forward,
     .attention_past_forward = perta_cpu_attention_past_forward,
     .attention_backward = perta_cpu_attention_backward,
-    .swiglu_forward = perta_cpu_swiglu_forward,
-    .swiglu_backward = perta_cpu_swiglu_backward,
+    .glu_forward = perta_cpu_glu_forward,
+    .glu_backward = perta_cpu_glu_backward,
+    .act_forward = perta_cpu_act_forward,
+    .act_backward = perta_cpu_act_backward,
     .cross_entropy_forward = perta_cpu_cross_entropy_forward,
     .cross_entropy_backward = perta_cpu_cross_entropy_backward,
     .best_forward = perta_cpu_best_forward,

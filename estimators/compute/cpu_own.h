@@ -45,7 +45,36 @@ void perta_cpu_share_out(const struct perta_cpu *cpu, size_t n, size_t elems,
 /* Floats of a worker's room (perta_gemm_room) that attention needs, for two blocks of scores. */
 size_t perta_cpu_attention_room(size_t longest);
 
-/* ---- operations (backend.h): linear layers, LoRA, gradients ---- */
+/* ---- operations (backend.h): rows ---- */
+
+void perta_cpu_zero(struct perta_backend *be, struct perta_array to, uint64_t n);
+void perta_cpu_copy(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                    uint64_t n);
+void perta_cpu_add(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                   uint64_t n);
+void perta_cpu_gather(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                      const uint32_t *index, size_t n, size_t H);
+void perta_cpu_scatter(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                       const uint32_t *index, size_t n, size_t H);
+void perta_cpu_scatter_add(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                           const uint32_t *index, size_t n, size_t H);
+void perta_cpu_scatter_add_scaled(struct perta_backend *be, struct perta_array to,
+                                  struct perta_array from, const uint32_t *index, const float *by,
+                                  size_t n, size_t H);
+void perta_cpu_add_scaled(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                          float by, uint64_t n);
+void perta_cpu_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                        struct perta_array b, uint64_t n);
+void perta_cpu_row_dots(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                        struct perta_array b, size_t n, size_t width);
+void perta_cpu_split(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                     size_t n, size_t width, size_t first, size_t block, size_t stride,
+                     size_t n_blocks);
+void perta_cpu_join(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                    size_t n, size_t width, size_t first, size_t block, size_t stride,
+                    size_t n_blocks);
+
+/* ---- linear layers, LoRA, gradients ---- */
 
 void perta_cpu_linear_forward(struct perta_backend *be, const struct perta_linear *linear,
                               const struct perta_runs *tiles, struct perta_array x,
@@ -78,16 +107,27 @@ void perta_cpu_mean(struct perta_backend *be, struct perta_array to, struct pert
 
 /* ---- the parts of a block, cross-entropy ---- */
 
-void perta_cpu_rmsnorm_forward(struct perta_backend *be, struct perta_array y,
-                               struct perta_array rstd, struct perta_array x,
-                               struct perta_array weight, size_t T, size_t H, float eps);
-void perta_cpu_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
-                                struct perta_array dy, struct perta_array x,
-                                struct perta_array rstd, struct perta_array weight, size_t T,
-                                size_t H);
-void perta_cpu_rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
-                                       struct perta_array dy, struct perta_array x,
-                                       struct perta_array rstd, size_t T, size_t H);
+void perta_cpu_rmsnorm_forward(struct perta_backend *be, const struct perta_norm *norm,
+                               struct perta_array y, struct perta_array rstd, struct perta_array x,
+                               size_t T, size_t H);
+void perta_cpu_rmsnorm_backward(struct perta_backend *be, const struct perta_norm *norm,
+                                struct perta_array dx, struct perta_array dy, struct perta_array x,
+                                struct perta_array rstd, size_t T, size_t H);
+void perta_cpu_layernorm_forward(struct perta_backend *be, const struct perta_norm *norm,
+                                 struct perta_array y, struct perta_array stats,
+                                 struct perta_array x, size_t T, size_t H);
+void perta_cpu_layernorm_backward(struct perta_backend *be, const struct perta_norm *norm,
+                                  struct perta_array dx, struct perta_array dy,
+                                  struct perta_array x, struct perta_array stats, size_t T,
+                                  size_t H);
+void perta_cpu_rmsnorm_backward_weight(struct perta_backend *be, const struct perta_norm *norm,
+                                       struct perta_array dweight, struct perta_array dy,
+                                       struct perta_array x, struct perta_array rstd, size_t T,
+                                       size_t H);
+void perta_cpu_layernorm_backward_weight(struct perta_backend *be, const struct perta_norm *norm,
+                                         struct perta_array dweight, struct perta_array dbias,
+                                         struct perta_array dy, struct perta_array x,
+                                         struct perta_array stats, size_t T, size_t H);
 void perta_cpu_rope_forward(struct perta_backend *be, struct perta_array x,
                             const struct perta_place *places, const struct perta_rotation *rotation,
                             size_t T, size_t n_heads, size_t D);
@@ -107,11 +147,17 @@ void perta_cpu_attention_past_forward(struct perta_backend *be,
                                       const struct perta_attention_past *attention,
                                       struct perta_array out, struct perta_array q,
                                       struct perta_array kv);
-void perta_cpu_swiglu_forward(struct perta_backend *be, struct perta_array h,
-                              struct perta_array gate, struct perta_array up, size_t n);
-void perta_cpu_swiglu_backward(struct perta_backend *be, struct perta_array dgate,
-                               struct perta_array dup, struct perta_array dh,
-                               struct perta_array gate, struct perta_array up, size_t n);
+void perta_cpu_glu_forward(struct perta_backend *be, const struct perta_activation *act,
+                           struct perta_array h, struct perta_array gate, struct perta_array up,
+                           size_t n);
+void perta_cpu_glu_backward(struct perta_backend *be, const struct perta_activation *act,
+                            struct perta_array dgate, struct perta_array dup, struct perta_array dh,
+                            struct perta_array gate, struct perta_array up, size_t n);
+void perta_cpu_act_forward(struct perta_backend *be, const struct perta_activation *act,
+                           struct perta_array h, struct perta_array x, size_t n);
+void perta_cpu_act_backward(struct perta_backend *be, const struct perta_activation *act,
+                            struct perta_array dx, struct perta_array dh, struct perta_array x,
+                            size_t n);
 void perta_cpu_cross_entropy_forward(struct perta_backend *be, struct perta_array logits,
                                      size_t row, size_t n_rows, size_t n, const int32_t *target,
                                      struct perta_array most, struct perta_array sums,

@@ -8,6 +8,7 @@
 
 #include "estimators/compute/kernels.h"
 
+#include "estimators/compute/exponential.h"
 #include "io/format/convert.h"
 #include "io/isa.h"
 
@@ -82,11 +83,49 @@ static double dot_of_product(const float *a, const float *b, const float *c, siz
     return add_lanes(lanes);
 }
 
+static double sum(const float *x, size_t n)
+{
+    double lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            lanes[l] += (double)x[i + l];
+    for (size_t l = 0; i < n; i++, l++)
+        lanes[l] += (double)x[i];
+    return add_lanes(lanes);
+}
+
+static double sum_deviations(const float *x, double mean, size_t n)
+{
+    double lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            lanes[l] += ((double)x[i + l] - mean) * ((double)x[i + l] - mean);
+    for (size_t l = 0; i < n; i++, l++)
+        lanes[l] += ((double)x[i] - mean) * ((double)x[i] - mean);
+    return add_lanes(lanes);
+}
+
+static void layernorm_sums(double sums[2], const float *w, const float *dy, const float *x,
+                           float mean, size_t n)
+{
+    double first[LANES] = {0}, second[LANES] = {0};
+    for (size_t i = 0; i < n; i += LANES)
+        for (size_t l = 0; l < LANES && i + l < n; l++) {
+            double g = (double)(w[i + l] * dy[i + l]);
+            first[l] += g;
+            second[l] += g * (double)(x[i + l] - mean);
+        }
+    sums[0] = add_lanes(first);
+    sums[1] = add_lanes(second);
+}
+
 static void add_products(double *restrict sums, const float *restrict dy, const float *restrict x,
-                         float rstd, size_t n)
+                         float mean, float rstd, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        sums[i] += (double)dy[i] * (double)(x[i] * rstd);
+        sums[i] += (double)dy[i] * (double)((x[i] - mean) * rstd);
 }
 
 static void add(double *restrict sums, const float *restrict x, size_t n)
@@ -113,26 +152,6 @@ static unsigned divide(float *restrict means, const double *restrict sums, doubl
 
 /* ---- exponentials ---- */
 
-/* e^x as Cephes' expf has it, 2^n e^r with |r| <= ln 2 / 2, within 2 units in the last place.
- * Below -87 it is 0, above 88 it is e^88. NaN stays NaN. */
-static inline float exponential(float x)
-{
-    const float rounder = 0x1.8p23f; /* x + this - this rounds x to an integer */
-    float c = x < -87.0f ? -87.0f : x;
-    c = c > 88.0f ? 88.0f : c;
-    float n = (c * 1.44269504088896341f + rounder) - rounder;
-    float r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    float y = (p * (r * r) + r) + 1.0f;
-    float power = perta_f32_from_bits(perta_f32_bits(n + (rounder + 127.0f)) << 23);
-    return x < -87.0f ? 0.0f : y * power;
-}
-
 static float largest(const float *x, size_t n, float least)
 {
     float lanes[LANES], most = least;
@@ -154,7 +173,7 @@ static float largest(const float *x, size_t n, float least)
 static void exponentials_of(float *restrict y, const float *x, float most, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        y[i] = exponential(x[i] - most);
+        y[i] = perta_exponential(x[i] - most);
 }
 
 static void add_tile(double *lanes, const float *x, size_t n)
@@ -219,30 +238,7 @@ static void softmax_backward(float *restrict dp, const float *restrict p, float 
 static void scaled_exponentials(float *x, float most, float scale, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        x[i] = scale * exponential(x[i] - most);
-}
-
-/* ---- SwiGLU (Shazeer 2020) ---- */
-
-static void swiglu(float *restrict h, const float *restrict gate, const float *restrict up,
-                   size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        h[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
-}
-
-static void swiglu_backward(float *dgate, float *restrict dup, const float *dh,
-                            const float *restrict gate, const float *restrict up, size_t n)
-{
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC ivdep /* dgate is dh itself, or does not overlap it */
-#endif
-    for (size_t i = 0; i < n; i++) {
-        float g = gate[i], d = dh[i];
-        float sigmoid = 1 / (1 + exponential(-g));
-        dgate[i] = d * up[i] * sigmoid * (1 + g * (1 - sigmoid));
-        dup[i] = d * g * sigmoid;
-    }
+        x[i] = scale * perta_exponential(x[i] - most);
 }
 
 const struct perta_row_kernels PERTA_ISA_NAME(perta_row_kernels) = {
@@ -250,6 +246,9 @@ const struct perta_row_kernels PERTA_ISA_NAME(perta_row_kernels) = {
     .to_bf16 = to_bf16,
     .dot = dot,
     .dot_of_product = dot_of_product,
+    .sum = sum,
+    .sum_deviations = sum_deviations,
+    .layernorm_sums = layernorm_sums,
     .add_products = add_products,
     .add = add,
     .add_squares = add_squares,
@@ -260,6 +259,4 @@ const struct perta_row_kernels PERTA_ISA_NAME(perta_row_kernels) = {
     .add_moments = add_moments,
     .softmax_backward = softmax_backward,
     .scaled_exponentials = scaled_exponentials,
-    .swiglu = swiglu,
-    .swiglu_backward = swiglu_backward,
 };

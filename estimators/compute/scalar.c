@@ -136,61 +136,6 @@ static int scalar_wait(struct perta_backend *be, struct perta_err *err)
     return rc;
 }
 
-/* ---- rows ---- */
-
-static void zero(struct perta_backend *be, struct perta_array to, uint64_t n)
-{
-    float *tos = perta_scalar_floats(be, to, n);
-    for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] = 0;
-}
-
-static void copy(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                 uint64_t n)
-{
-    float *tos = perta_scalar_floats(be, to, n), *rows_from = perta_scalar_floats(be, from, n);
-    for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] = rows_from[i];
-}
-
-static void add(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                uint64_t n)
-{
-    float *tos = perta_scalar_floats(be, to, n), *rows_from = perta_scalar_floats(be, from, n);
-    for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] += rows_from[i];
-}
-
-/* Row i of an array. */
-static float *row(struct perta_backend *be, struct perta_array a, size_t i, size_t H)
-{
-    return perta_scalar_floats(be, perta_array_at(a, i * H), H);
-}
-
-static void gather(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                   const uint32_t *index, size_t n, size_t H)
-{
-    for (size_t i = 0; !be->rc && i < n; i++)
-        for (size_t k = 0; k < H; k++)
-            row(be, to, i, H)[k] = row(be, from, index[i], H)[k];
-}
-
-static void scatter(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                    const uint32_t *index, size_t n, size_t H)
-{
-    for (size_t i = 0; !be->rc && i < n; i++)
-        for (size_t k = 0; k < H; k++)
-            row(be, to, index[i], H)[k] = row(be, from, i, H)[k];
-}
-
-static void scatter_add(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                        const uint32_t *index, size_t n, size_t H)
-{
-    for (size_t i = 0; !be->rc && i < n; i++)
-        for (size_t k = 0; index[i] != UINT32_MAX && k < H; k++)
-            row(be, to, index[i], H)[k] += row(be, from, i, H)[k];
-}
-
 /* ---- open, close ---- */
 
 static void scalar_close(struct perta_backend *be)
@@ -213,12 +158,18 @@ static const struct perta_backend_ops scalar_ops = {
     .put = scalar_put,
     .get = scalar_get,
     .wait = scalar_wait,
-    .zero = zero,
-    .copy = copy,
-    .add = add,
-    .gather = gather,
-    .scatter = scatter,
-    .scatter_add = scatter_add,
+    .zero = perta_scalar_zero,
+    .copy = perta_scalar_copy,
+    .add = perta_scalar_add,
+    .gather = perta_scalar_gather,
+    .scatter = perta_scalar_scatter,
+    .scatter_add = perta_scalar_scatter_add,
+    .scatter_add_scaled = perta_scalar_scatter_add_scaled,
+    .add_scaled = perta_scalar_add_scaled,
+    .multiply = perta_scalar_multiply,
+    .row_dots = perta_scalar_row_dots,
+    .split = perta_scalar_split,
+    .join = perta_scalar_join,
     .linear_forward = perta_scalar_linear_forward,
     .linear_backward = perta_scalar_linear_backward,
     .linear_backward_weight = perta_scalar_linear_backward_weight,
@@ -229,13 +180,18 @@ static const struct perta_backend_ops scalar_ops = {
     .rmsnorm_forward = perta_scalar_rmsnorm_forward,
     .rmsnorm_backward = perta_scalar_rmsnorm_backward,
     .rmsnorm_backward_weight = perta_scalar_rmsnorm_backward_weight,
+    .layernorm_forward = perta_scalar_layernorm_forward,
+    .layernorm_backward = perta_scalar_layernorm_backward,
+    .layernorm_backward_weight = perta_scalar_layernorm_backward_weight,
     .rope_forward = perta_scalar_rope_forward,
     .rope_backward = perta_scalar_rope_backward,
     .attention_forward = perta_scalar_attention_forward,
     .attention_past_forward = perta_scalar_attention_past_forward,
     .attention_backward = perta_scalar_attention_backward,
-    .swiglu_forward = perta_scalar_swiglu_forward,
-    .swiglu_backward = perta_scalar_swiglu_backward,
+    .glu_forward = perta_scalar_glu_forward,
+    .glu_backward = perta_scalar_glu_backward,
+    .act_forward = perta_scalar_act_forward,
+    .act_backward = perta_scalar_act_backward,
     .cross_entropy_forward = perta_scalar_cross_entropy_forward,
     .cross_entropy_backward = perta_scalar_cross_entropy_backward,
     .best_forward = perta_scalar_best_forward,

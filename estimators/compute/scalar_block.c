@@ -5,62 +5,6 @@
 
 #include "estimators/compute/scalar_own.h"
 
-/* ---- RMSNorm (Zhang & Sennrich 2019) ---- */
-
-void perta_scalar_rmsnorm_forward(struct perta_backend *be, struct perta_array y,
-                                  struct perta_array rstd, struct perta_array x,
-                                  struct perta_array weight, size_t T, size_t H, float eps)
-{
-    float *ys = perta_scalar_floats(be, y, T * H), *rstds = perta_scalar_floats(be, rstd, T);
-    const float *xs = perta_scalar_floats(be, x, T * H);
-    const float *w = perta_scalar_floats(be, weight, H);
-    for (size_t t = 0; !be->rc && t < T; t++) {
-        const float *row = xs + t * H;
-        double squares = 0;
-        for (size_t i = 0; i < H; i++)
-            squares += (double)row[i] * (double)row[i];
-        double r = 1 / sqrt(squares / (double)H + (double)eps);
-        for (size_t i = 0; i < H; i++)
-            ys[t * H + i] = (float)((double)row[i] * r * (double)w[i]);
-        rstds[t] = (float)r;
-    }
-}
-
-/* y_i = w_i x_i r with r = (mean(x^2) + eps)^(-1/2), so dr/dx_i = -r^3 x_i / H. */
-void perta_scalar_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
-                                   struct perta_array dy, struct perta_array x,
-                                   struct perta_array rstd, struct perta_array weight, size_t T,
-                                   size_t H)
-{
-    float *dxs = perta_scalar_floats(be, dx, T * H);
-    const float *dys = perta_scalar_floats(be, dy, T * H), *xs = perta_scalar_floats(be, x, T * H);
-    const float *rstds = perta_scalar_floats(be, rstd, T), *w = perta_scalar_floats(be, weight, H);
-    for (size_t t = 0; !be->rc && t < T; t++) {
-        const float *row = xs + t * H, *drow = dys + t * H;
-        double r = (double)rstds[t], dr = 0;
-        for (size_t i = 0; i < H; i++)
-            dr += (double)drow[i] * (double)w[i] * (double)row[i];
-        for (size_t i = 0; i < H; i++)
-            dxs[t * H + i] = (float)((double)dxs[t * H + i] + (double)drow[i] * (double)w[i] * r -
-                                     dr * r * r * r * (double)row[i] / (double)H);
-    }
-}
-
-void perta_scalar_rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
-                                          struct perta_array dy, struct perta_array x,
-                                          struct perta_array rstd, size_t T, size_t H)
-{
-    float *dws = perta_scalar_floats(be, dweight, H);
-    const float *dys = perta_scalar_floats(be, dy, T * H), *xs = perta_scalar_floats(be, x, T * H);
-    const float *rstds = perta_scalar_floats(be, rstd, T);
-    for (size_t i = 0; !be->rc && i < H; i++) {
-        double sum = 0;
-        for (size_t t = 0; t < T; t++)
-            sum += (double)dys[t * H + i] * (double)xs[t * H + i] * (double)rstds[t];
-        dws[i] = (float)((double)dws[i] + sum);
-    }
-}
-
 /* ---- rotary positions (Su et al. 2021), in float32 as in transformers ---- */
 
 static void rotate_head(const struct perta_rotation *r, float *head, uint32_t position,
@@ -344,38 +288,6 @@ void perta_scalar_attention_past_forward(struct perta_backend *be,
         if (!be->rc)
             past_forward(a, past, outs + t * ldq, qs + t * ldq, k, v, p);
         free(p);
-    }
-}
-
-/* ---- SwiGLU (Shazeer 2020): silu(x) = x sigmoid(x) ---- */
-
-static double sigmoid(double x)
-{
-    return 1 / (1 + exp(-x));
-}
-
-void perta_scalar_swiglu_forward(struct perta_backend *be, struct perta_array h,
-                                 struct perta_array gate, struct perta_array up, size_t n)
-{
-    float *hs = perta_scalar_floats(be, h, n);
-    const float *gates = perta_scalar_floats(be, gate, n), *ups = perta_scalar_floats(be, up, n);
-    for (size_t i = 0; !be->rc && i < n; i++) {
-        double g = (double)gates[i];
-        hs[i] = (float)(g * sigmoid(g) * (double)ups[i]);
-    }
-}
-
-void perta_scalar_swiglu_backward(struct perta_backend *be, struct perta_array dgate,
-                                  struct perta_array dup, struct perta_array dh,
-                                  struct perta_array gate, struct perta_array up, size_t n)
-{
-    float *dgates = perta_scalar_floats(be, dgate, n), *dups = perta_scalar_floats(be, dup, n);
-    const float *dhs = perta_scalar_floats(be, dh, n), *gates = perta_scalar_floats(be, gate, n);
-    const float *ups = perta_scalar_floats(be, up, n);
-    for (size_t i = 0; !be->rc && i < n; i++) {
-        double d = (double)dhs[i], g = (double)gates[i], s = sigmoid(g);
-        dgates[i] = (float)(d * (double)ups[i] * (s + g * s * (1 - s)));
-        dups[i] = (float)(d * g * s);
     }
 }
 

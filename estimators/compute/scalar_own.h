@@ -9,7 +9,36 @@ float *perta_scalar_floats(struct perta_backend *be, struct perta_array a, uint6
 double *perta_scalar_doubles(struct perta_backend *be, struct perta_array a, uint64_t n);
 void *perta_scalar_bytes(struct perta_backend *be, struct perta_array a, uint64_t len_bytes);
 
-/* ---- operations (backend.h): linear layers, LoRA, gradients, training ---- */
+/* ---- operations (backend.h): rows ---- */
+
+void perta_scalar_zero(struct perta_backend *be, struct perta_array to, uint64_t n);
+void perta_scalar_copy(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                       uint64_t n);
+void perta_scalar_add(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                      uint64_t n);
+void perta_scalar_gather(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                         const uint32_t *index, size_t n, size_t H);
+void perta_scalar_scatter(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                          const uint32_t *index, size_t n, size_t H);
+void perta_scalar_scatter_add(struct perta_backend *be, struct perta_array to,
+                              struct perta_array from, const uint32_t *index, size_t n, size_t H);
+void perta_scalar_scatter_add_scaled(struct perta_backend *be, struct perta_array to,
+                                     struct perta_array from, const uint32_t *index,
+                                     const float *by, size_t n, size_t H);
+void perta_scalar_add_scaled(struct perta_backend *be, struct perta_array to,
+                             struct perta_array from, float by, uint64_t n);
+void perta_scalar_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                           struct perta_array b, uint64_t n);
+void perta_scalar_row_dots(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                           struct perta_array b, size_t n, size_t width);
+void perta_scalar_split(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                        size_t n, size_t width, size_t first, size_t block, size_t stride,
+                        size_t n_blocks);
+void perta_scalar_join(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                       size_t n, size_t width, size_t first, size_t block, size_t stride,
+                       size_t n_blocks);
+
+/* ---- linear layers, LoRA, gradients, training ---- */
 
 void perta_scalar_linear_forward(struct perta_backend *be, const struct perta_linear *linear,
                                  const struct perta_runs *tiles, struct perta_array x,
@@ -44,16 +73,28 @@ void perta_scalar_adamw(struct perta_backend *be, struct perta_array weight,
 
 /* ---- the parts of a block, cross-entropy ---- */
 
-void perta_scalar_rmsnorm_forward(struct perta_backend *be, struct perta_array y,
-                                  struct perta_array rstd, struct perta_array x,
-                                  struct perta_array weight, size_t T, size_t H, float eps);
-void perta_scalar_rmsnorm_backward(struct perta_backend *be, struct perta_array dx,
-                                   struct perta_array dy, struct perta_array x,
-                                   struct perta_array rstd, struct perta_array weight, size_t T,
+void perta_scalar_rmsnorm_forward(struct perta_backend *be, const struct perta_norm *norm,
+                                  struct perta_array y, struct perta_array rstd,
+                                  struct perta_array x, size_t T, size_t H);
+void perta_scalar_rmsnorm_backward(struct perta_backend *be, const struct perta_norm *norm,
+                                   struct perta_array dx, struct perta_array dy,
+                                   struct perta_array x, struct perta_array rstd, size_t T,
                                    size_t H);
-void perta_scalar_rmsnorm_backward_weight(struct perta_backend *be, struct perta_array dweight,
-                                          struct perta_array dy, struct perta_array x,
-                                          struct perta_array rstd, size_t T, size_t H);
+void perta_scalar_rmsnorm_backward_weight(struct perta_backend *be, const struct perta_norm *norm,
+                                          struct perta_array dweight, struct perta_array dy,
+                                          struct perta_array x, struct perta_array rstd, size_t T,
+                                          size_t H);
+void perta_scalar_layernorm_forward(struct perta_backend *be, const struct perta_norm *norm,
+                                    struct perta_array y, struct perta_array stats,
+                                    struct perta_array x, size_t T, size_t H);
+void perta_scalar_layernorm_backward(struct perta_backend *be, const struct perta_norm *norm,
+                                     struct perta_array dx, struct perta_array dy,
+                                     struct perta_array x, struct perta_array stats, size_t T,
+                                     size_t H);
+void perta_scalar_layernorm_backward_weight(struct perta_backend *be, const struct perta_norm *norm,
+                                            struct perta_array dweight, struct perta_array dbias,
+                                            struct perta_array dy, struct perta_array x,
+                                            struct perta_array stats, size_t T, size_t H);
 void perta_scalar_rope_forward(struct perta_backend *be, struct perta_array x,
                                const struct perta_place *places,
                                const struct perta_rotation *rotation, size_t T, size_t n_heads,
@@ -76,11 +117,18 @@ void perta_scalar_attention_past_forward(struct perta_backend *be,
                                          const struct perta_attention_past *attention,
                                          struct perta_array out, struct perta_array q,
                                          struct perta_array kv);
-void perta_scalar_swiglu_forward(struct perta_backend *be, struct perta_array h,
-                                 struct perta_array gate, struct perta_array up, size_t n);
-void perta_scalar_swiglu_backward(struct perta_backend *be, struct perta_array dgate,
-                                  struct perta_array dup, struct perta_array dh,
-                                  struct perta_array gate, struct perta_array up, size_t n);
+void perta_scalar_glu_forward(struct perta_backend *be, const struct perta_activation *act,
+                              struct perta_array h, struct perta_array gate, struct perta_array up,
+                              size_t n);
+void perta_scalar_glu_backward(struct perta_backend *be, const struct perta_activation *act,
+                               struct perta_array dgate, struct perta_array dup,
+                               struct perta_array dh, struct perta_array gate,
+                               struct perta_array up, size_t n);
+void perta_scalar_act_forward(struct perta_backend *be, const struct perta_activation *act,
+                              struct perta_array h, struct perta_array x, size_t n);
+void perta_scalar_act_backward(struct perta_backend *be, const struct perta_activation *act,
+                               struct perta_array dx, struct perta_array dh, struct perta_array x,
+                               size_t n);
 void perta_scalar_cross_entropy_forward(struct perta_backend *be, struct perta_array logits,
                                         size_t row, size_t n_rows, size_t n, const int32_t *target,
                                         struct perta_array most, struct perta_array sums,

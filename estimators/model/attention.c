@@ -31,7 +31,7 @@ static void place_forward(const struct perta_layer *l, const struct perta_batch 
     struct perta_norm norm = perta_layer_norm(l, param);
     if (perta_array_is(norm.weight)) {
         l->be->ops->copy(l->be, raw, x, n * D);
-        l->be->ops->rmsnorm_forward(l->be, x, rstd, raw, norm.weight, n, D, norm.eps);
+        l->llm->family->norm->forward(l->be, &norm, x, rstd, raw, n, D);
     }
     const struct perta_rotation rotation = perta_layer_rotation(l, 0);
     l->be->ops->rope_forward(l->be, x, batch->places, &rotation, batch->n, n_heads, D);
@@ -53,7 +53,7 @@ static void place_backward(const struct perta_layer *l, const struct perta_batch
         return;
     perta_layer_norm_gradient(l, batch, param, d, raw, rstd, n_heads, D, vector);
     ops->zero(l->be, spare, n * D);
-    ops->rmsnorm_backward(l->be, spare, d, raw, rstd, norm.weight, n, D);
+    l->llm->family->norm->backward(l->be, &norm, spare, d, raw, rstd, n, D);
     ops->copy(l->be, d, spare, n * D);
 }
 

@@ -14,6 +14,7 @@ static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, si
     size_t at = 0;
     size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
+    size_t stats = llm->family->norm->stats;
     struct perta_array *const hidden[] = {&a->x, &a->n1, &a->mid, &a->n2};
     struct perta_array *const query[] = {&a->q, &a->att};
     struct perta_array *const key[] = {&a->k, &a->v};
@@ -29,10 +30,10 @@ static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, si
         *shared[i] = perta_array_take(memory, &at, n * most(I, Q));
     a->q_raw = perta_array_take(memory, &at, llm->options & PERTA_QK_NORM ? n * Q : 0);
     a->k_raw = perta_array_take(memory, &at, llm->options & PERTA_QK_NORM ? n * K : 0);
-    a->rstd1 = perta_array_take(memory, &at, n);
-    a->rstd2 = perta_array_take(memory, &at, n);
-    a->rstd_q = perta_array_take(memory, &at, n * llm->n_heads);
-    a->rstd_k = perta_array_take(memory, &at, n * llm->n_kv_heads);
+    a->rstd1 = perta_array_take(memory, &at, n * stats);
+    a->rstd2 = perta_array_take(memory, &at, n * stats);
+    a->rstd_q = perta_array_take(memory, &at, n * llm->n_heads * stats);
+    a->rstd_k = perta_array_take(memory, &at, n * llm->n_kv_heads * stats);
     return at;
 }
 

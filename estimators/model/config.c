@@ -297,16 +297,18 @@ static const char *key_or(const char *own, const char *usual)
     return own ? own : usual;
 }
 
-static void check_act(struct perta_config_reader *r, const struct perta_family *family)
+static void read_activation(struct perta_config_reader *r, const struct perta_family *family,
+                            struct perta_llm *llm)
 {
     const char *key = key_or(family->keys.act, "hidden_act");
     const json_t *value = json_object_get(r->config, key);
     const char *act = value ? json_string_value(value) : family->act ? family->act : "silu";
+    bool known = perta_activation_named(act, &llm->activation);
     if (r->rc)
         return;
     if (!act)
         perta_config_refuse(r, key, "is not a string; silu is supported");
-    else if (strcmp(act, "silu") && strcmp(act, "swish"))
+    else if (!known || llm->activation.kind != PERTA_SILU)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: %s \"%s\"; only silu (also called swish) is supported", r->path,
                            key, act);
@@ -411,7 +413,7 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     read_sizes(&r, family, llm);
     read_windows(&r, family, llm);
     read_pad(&r, llm);
-    check_act(&r, family);
+    read_activation(&r, family, llm);
     if (family->read && !r.rc)
         family->read(&r, llm);
     perta_config_rope(&r, &family->rope, family->max_positions,

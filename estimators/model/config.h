@@ -7,8 +7,10 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "estimators/compute/activation.h"
 #include "estimators/model/family.h"
 #include "estimators/model/rope.h"
+#include "estimators/model/route.h"
 #include "io/err.h"
 
 #define PERTA_MOST_LAYERS 1024
@@ -33,15 +35,28 @@ struct perta_llm {
      * padding_idx; or PERTA_NO_PAD */
     uint32_t pad;
     float norm_eps;
-    bool tied; /* the head is the embedding */
-    struct perta_rope ropes[2]; /* of layers without and with the window */
+    struct perta_activation activation; /* of the MLP */
+    bool tied;                          /* the head is the embedding */
+    struct perta_rope ropes[2];         /* of layers without and with the window */
 
-    /* latent attention */
-    uint32_t q_lora, kv_lora, rotary_dim;
+    /* attention */
+    float attention_scale;   /* of the scores; 0: 1 / sqrt(head_dim) */
+    float attention_softcap; /* 0: none */
+    float clip_qkv; /* queries, keys and values are clamped to -clip_qkv .. clip_qkv; 0: no */
+    uint32_t chunk; /* of layers with PERTA_LAYER_CHUNKS */
+    bool alibi;
+    bool qk_norm_after_rope;
+    uint32_t q_lora, kv_lora, rotary_dim; /* latent attention */
+    /* the block */
+    bool parallel;             /* attention and MLP both start from the block's input */
+    float norm_plus;           /* weights of norms are stored minus this */
+    float residual_multiplier; /* of what attention and MLP add; 1: none */
     /* mixture of experts */
     uint32_t n_experts, expert_intermediate, shared_intermediate;
-    /* multipliers; 1: none */
-    float embedding_multiplier, residual_multiplier, logit_multiplier;
+    struct perta_router router;
+    /* the ends */
+    float embedding_multiplier, logit_multiplier; /* 1: none */
+    float logit_softcap;                          /* 0: none */
 };
 
 /* Fill *llm from config (the object in config.json), as transformers reads it. path is for

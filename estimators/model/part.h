@@ -65,8 +65,8 @@ struct perta_acts {
     struct perta_array h, dgate, dup;  /* (n, I) */
     struct perta_array gate, up;       /* (n, I); in the backward pass, once the MLP no longer needs
                                              them, scratch of attention (n, Q) */
-    struct perta_array rstd1, rstd2;   /* (n) */
-    struct perta_array rstd_q, rstd_k; /* (n, n_heads), (n, n_kv_heads) */
+    struct perta_array rstd1, rstd2;   /* (n, stats of the norm) */
+    struct perta_array rstd_q, rstd_k; /* (n, n_heads, stats), (n, n_kv_heads, stats) */
     struct perta_array vector; /* scratch: the longest vector, or a norm's weight and bias */
 };
 
@@ -88,31 +88,29 @@ void perta_layer_linear_gradient(const struct perta_layer *l, const struct perta
 
 /* ---- norms ---- */
 
-struct perta_norm {
-    struct perta_array weight, bias; /* (H); bias: no array if the norm has none */
-    float eps;
-};
-
 struct perta_norm_part {
-    /* y (T, H) from x (T, H); rstd (T) is kept for the backward pass. */
+    size_t
+        stats; /* numbers of each row that are kept for the backward pass: RMSNorm 1, LayerNorm 2 */
+    /* y (T, H) from x (T, H); rstd (T, stats) is kept for the backward pass. */
     void (*forward)(struct perta_backend *be, const struct perta_norm *norm, struct perta_array y,
                     struct perta_array rstd, struct perta_array x, size_t T, size_t H);
     /* dx (T, H) += the gradient of x, from dy (T, H). */
     void (*backward)(struct perta_backend *be, const struct perta_norm *norm, struct perta_array dx,
                      struct perta_array dy, struct perta_array x, struct perta_array rstd, size_t T,
                      size_t H);
-    /* dweight (H), dbias (H; no array without a bias) += the gradients of the norm's parameters. */
+    /* dweight, dbias (n_weights, H; no array without a bias) += the gradients of the norm's
+     * parameters. */
     void (*backward_weight)(struct perta_backend *be, const struct perta_norm *norm,
                             struct perta_array dweight, struct perta_array dbias,
                             struct perta_array dy, struct perta_array x, struct perta_array rstd,
                             size_t T, size_t H);
 };
-extern const struct perta_norm_part perta_rmsnorm_part;
+extern const struct perta_norm_part perta_rmsnorm_part, perta_layernorm_part;
 
 /* The norm of a layer whose weight is param. */
 struct perta_norm perta_layer_norm(const struct perta_layer *l, enum perta_param param);
 /* Hand that norm's gradients of each sequence to the sink. rows: rows of x and dy for each token.
- * vector: scratch, twice (H). */
+ * vector: scratch, twice (n_weights, H). */
 void perta_layer_norm_gradient(const struct perta_layer *l, const struct perta_batch *batch,
                                enum perta_param param, struct perta_array dy, struct perta_array x,
                                struct perta_array rstd, size_t rows, size_t H,
@@ -140,6 +138,7 @@ struct perta_mlp_part {
     void (*backward)(const struct perta_layer *l, const struct perta_batch *batch,
                      const struct perta_acts *acts);
 };
-extern const struct perta_mlp_part perta_gated_mlp_part;
+/* With a gate, and without: perta_llm.activation says which function they apply. */
+extern const struct perta_mlp_part perta_gated_mlp_part, perta_plain_mlp_part;
 
 #endif

@@ -17,12 +17,13 @@ static size_t lay_out(struct perta_trainer *t, struct perta_array memory)
     size_t n = t->model->n_floats, rows = t->max_labels * llm->hidden, at = 0;
     struct perta_array *const of_model[] = {&t->gradients, &t->first, &t->second};
     struct perta_array *const of_hidden[] = {&t->last, &t->normed, &t->dnormed, &t->dlast};
-    struct perta_array *const of_labels[] = {&t->rstd, &t->most, &t->share, &t->of_label};
+    struct perta_array *const of_labels[] = {&t->most, &t->share, &t->of_label};
     for (size_t i = 0; i < 3; i++)
         *of_model[i] = perta_array_take(memory, &at, n);
     for (size_t i = 0; i < 4; i++)
         *of_hidden[i] = perta_array_take(memory, &at, rows);
-    for (size_t i = 0; i < 4; i++)
+    t->rstd = perta_array_take(memory, &at, t->max_labels * llm->family->norm->stats);
+    for (size_t i = 0; i < 3; i++)
         *of_labels[i] = perta_array_take(memory, &at, t->max_labels);
     t->sums = perta_array_take(memory, &at, 2 * t->max_labels);
     t->device_logits = perta_array_take(memory, &at, t->max_labels * llm->vocab);
@@ -207,8 +208,10 @@ static struct perta_linear head_of(const struct perta_trainer *t)
 static struct perta_norm final_norm(const struct perta_trainer *t, struct perta_array array)
 {
     const struct perta_llm *llm = &t->model->llm;
-    return (struct perta_norm){find(t, array, llm->names.final_norm),
-                               find(t, array, llm->names.final_norm_bias), llm->norm_eps};
+    return (struct perta_norm){.weight = find(t, array, llm->names.final_norm),
+                               .bias = find(t, array, llm->names.final_norm_bias),
+                               .eps = llm->norm_eps,
+                               .n_weights = 1};
 }
 
 static struct perta_layer layer_of(struct perta_trainer *t, uint32_t number,

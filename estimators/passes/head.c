@@ -25,7 +25,9 @@ size_t perta_head_rows(const struct perta_samples *samples, size_t tokens)
 
 size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows)
 {
-    return batch_rows * (5 * (size_t)llm->hidden + PERTA_VOCABULARY_ROWS + 1) + 16;
+    return batch_rows *
+               (5 * (size_t)llm->hidden + PERTA_VOCABULARY_ROWS + llm->family->norm->stats) +
+           16;
 }
 
 struct perta_head_arrays perta_head_work_of(const struct perta_head *h)
@@ -110,6 +112,7 @@ static int load_norm(struct perta_head *h, struct perta_err *err)
     float *host = calloc(llm->hidden, sizeof *host);
     int rc = host ? 0 : perta_fail_sys(err, ENOMEM, "labels");
     h->norm.eps = llm->norm_eps;
+    h->norm.n_weights = 1;
     for (int i = 0; i < 2 && !rc; i++) {
         if (!*names[i])
             continue;

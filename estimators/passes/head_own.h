@@ -10,7 +10,7 @@ struct perta_head_arrays {
     struct perta_array c;       /* (batch rows, H) of float64 */
     struct perta_array a, b, d; /* (batch rows, H) */
     struct perta_array logits;  /* (batch rows, PERTA_VOCABULARY_ROWS) */
-    struct perta_array rstd;    /* (batch rows) */
+    struct perta_array rstd;    /* (batch rows, stats of the norm) */
 };
 
 /* Where they are. */
