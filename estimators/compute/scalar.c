@@ -161,6 +161,21 @@ static void add(struct perta_backend *be, struct perta_array to, struct perta_ar
         tos[i] += rows_from[i];
 }
 
+static void scale(struct perta_backend *be, struct perta_array x, float by, uint64_t n)
+{
+    float *xs = perta_scalar_floats(be, x, n);
+    for (uint64_t i = 0; !be->rc && i < n; i++)
+        xs[i] *= by;
+}
+
+static void scale_rows(struct perta_backend *be, struct perta_array x, const float *by, size_t n,
+                       size_t H)
+{
+    float *xs = perta_scalar_floats(be, x, n * H);
+    for (size_t i = 0; !be->rc && i < n * H; i++)
+        xs[i] *= by[i / H];
+}
+
 /* Row i of an array. */
 static float *row(struct perta_backend *be, struct perta_array a, size_t i, size_t H)
 {
@@ -216,6 +231,8 @@ static const struct perta_backend_ops scalar_ops = {
     .zero = zero,
     .copy = copy,
     .add = add,
+    .scale = scale,
+    .scale_rows = scale_rows,
     .gather = gather,
     .scatter = scatter,
     .scatter_add = scatter_add,
