@@ -261,15 +261,18 @@ static inline void both_are(const struct outputs o[N_BACKENDS], const char *name
 static inline void both_gradients(const struct outputs o[N_BACKENDS], const char *name, bool adds,
                                   double *x, function *f, void *ctx)
 {
+    size_t n = named(&o[ONE], name)->n, every = n / LOOKED_AT + 1;
+    double *want = slopes(x, n, every, f, ctx);
     for (int b = REFERENCE; b <= ONE; b++) {
         const struct output *d = named(&o[b], name);
         const float *after = floats(&o[b], name), *before = (const float *)(const void *)d->before;
         float *difference = alloc(d->n * sizeof *difference);
         for (size_t i = 0; i < d->n; i++)
             difference[i] = after[i] - (adds ? before[i] : 0);
-        is_gradient(name, difference, x, d->n, d->n / LOOKED_AT + 1, f, ctx);
+        has_slopes(name, difference, want, n, every);
         free(difference);
     }
+    free(want);
 }
 
 #endif

@@ -64,20 +64,33 @@ static inline double slope(double *x, function *f, void *ctx)
     return (above - below) / (2 * STEP);
 }
 
-/* Compare the gradient d (n) of f by x (n); every element is checked. */
+/* The gradient of f by x (n), of every so many elements; the caller frees it. */
+static inline double *slopes(double *x, size_t n, size_t every, function *f, void *ctx)
+{
+    double *of = alloc(((n + every - 1) / every) * sizeof *of);
+    for (size_t i = 0; i < n; i += every)
+        of[i / every] = slope(&x[i], f, ctx);
+    return of;
+}
+
+/* Compare d (n) with want, what slopes() gives. */
+static inline void has_slopes(const char *what, const float *d, const double *want, size_t n,
+                              size_t every)
+{
+    float *have = alloc(((n + every - 1) / every) * sizeof *have);
+    for (size_t i = 0; i < n; i += every)
+        have[i / every] = d[i];
+    are_close(what, have, want, (n + every - 1) / every);
+    free(have);
+}
+
+/* Compare the gradient d (n) of f by x (n), every so many elements. */
 static inline void is_gradient(const char *what, const float *d, double *x, size_t n, size_t every,
                                function *f, void *ctx)
 {
-    size_t m = (n + every - 1) / every;
-    double *want = alloc(m * sizeof *want);
-    float *have = alloc(m * sizeof *have);
-    for (size_t i = 0; i < m; i++) {
-        want[i] = slope(&x[i * every], f, ctx);
-        have[i] = d[i * every];
-    }
-    are_close(what, have, want, m);
+    double *want = slopes(x, n, every, f, ctx);
+    has_slopes(what, d, want, n, every);
     free(want);
-    free(have);
 }
 
 static inline double dot(const double *a, const double *b, size_t n)

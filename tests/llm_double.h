@@ -8,6 +8,7 @@
 #include "estimators/model/family.h"
 #include "estimators/model/model.h"
 #include "estimators/model/samples.h"
+#include "io/format/convert.h"
 #include "tests/unit.h"
 
 static inline void rmsnorm_double(double *y, const double *x, const double *weight, size_t T,
@@ -44,36 +45,59 @@ static inline void swiglu_double(double *h, const double *gate, const double *up
         h[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
 }
 
-static inline bool sees_double(const struct perta_place *places, size_t t, size_t j,
-                               uint32_t window)
+static inline bool sees_double(const struct perta_attention *a, const struct perta_place *places,
+                               size_t t, size_t j)
 {
-    return j >= places[t].first && j < places[t].end &&
-           (uint64_t)places[j].at + window > places[t].at;
+    uint32_t hidden = places[0].at; /* that stand before all tokens that are seen */
+    if (j < places[t].first || j >= places[t].end ||
+        (uint64_t)places[j].at + a->window <= places[t].at)
+        return false;
+    return !a->chunk || (places[j].at - hidden) / a->chunk == (places[t].at - hidden) / a->chunk;
 }
 
-/* One sequence. */
+static inline double bf16_double(double x)
+{
+    return (double)perta_f32_from_bf16(perta_bf16_from_f32((float)x));
+}
+
+/* The score of query q and key k, which is the sequence's number j, as transformers computes it,
+ * where the last one that is seen has number last: transformers subtracts nothing, which only
+ * counts if there are sinks, too. */
+static inline double score_double(const struct perta_attention *a, const double *q, const double *k,
+                                  size_t head, size_t j, size_t last)
+{
+    double dot = 0, cap = (double)a->softcap, scale = (double)a->scale;
+    double slope = a->slopes ? (double)a->slopes[head] : 0;
+    for (size_t d = 0; d < a->D; d++)
+        dot += q[d] * k[d];
+    if (a->slopes_bf16) /* not with sinks */
+        return (dot + bf16_double(slope * bf16_double((double)j))) * scale;
+    return (cap > 0 ? cap * tanh(dot * scale / cap) : dot * scale) +
+           slope * ((double)j - (double)last);
+}
+
+/* One sequence, whose places are given; sinks (n_heads), or NULL. */
 static inline void attention_double(double *out, const double *q, const double *k, const double *v,
-                                    const struct perta_place *places, size_t T, size_t n_heads,
-                                    size_t n_kv, size_t D, uint32_t window)
+                                    const double *sinks, const struct perta_attention *a,
+                                    const struct perta_place *places, size_t T)
 {
     double *p = alloc(T * sizeof *p);
-    for (size_t h = 0; h < n_heads; h++)
+    size_t n_kv = a->n_kv_heads, D = a->D, V = a->V;
+    for (size_t h = 0; h < a->n_heads; h++)
         for (size_t t = 0; t < T; t++) {
-            size_t kv = h / (n_heads / n_kv);
-            double sum = 0, *row = out + (t * n_heads + h) * D;
+            size_t kv = h / (a->n_heads / n_kv);
+            double sum = sinks ? exp(sinks[h]) : 0, *row = out + (t * a->n_heads + h) * V;
             for (size_t j = 0; j < T; j++) {
-                double dot = 0;
-                if (!sees_double(places, t, j, window))
-                    continue;
-                for (size_t d = 0; d < D; d++)
-                    dot += q[(t * n_heads + h) * D + d] * k[(j * n_kv + kv) * D + d];
-                sum += p[j] = exp(dot / sqrt((double)D));
+                p[j] = sees_double(a, places, t, j)
+                           ? exp(score_double(a, q + (t * a->n_heads + h) * D,
+                                              k + (j * n_kv + kv) * D, h, j, places[t].end - 1))
+                           : 0;
+                sum += p[j];
             }
-            for (size_t d = 0; d < D; d++) {
+            for (size_t d = 0; d < V; d++) {
                 row[d] = 0;
                 for (size_t j = 0; j < T; j++)
-                    if (sees_double(places, t, j, window))
-                        row[d] += p[j] / sum * v[(j * n_kv + kv) * D + d];
+                    row[d] += p[j] > 0 ? p[j] / sum * v[(j * n_kv + kv) * V + d] : 0;
             }
         }
     free(p);
@@ -167,8 +191,13 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
                                             rope->rotated, rope->interleaved, rope->scale};
     rope_double(q, places, &rotation, T, llm->n_heads, D);
     rope_double(k, places, &rotation, T, llm->n_kv_heads, D);
-    attention_double(att, q, k, v, places, T, llm->n_heads, llm->n_kv_heads, D,
-                     perta_llm_window(llm, layer));
+    const struct perta_attention a = {.n_heads = llm->n_heads,
+                                      .n_kv_heads = llm->n_kv_heads,
+                                      .D = D,
+                                      .V = D,
+                                      .window = perta_llm_window(llm, layer),
+                                      .scale = (float)(1 / sqrt((double)D))};
+    attention_double(att, q, k, v, NULL, &a, places, T);
     project_double(m, layer, PERTA_O, x, att, T, H, Q);
     norm_double(m, norm, x, part_double(m, layer, PERTA_NORM_2),
                 part_double(m, layer, PERTA_NORM_2_BIAS), T, H);

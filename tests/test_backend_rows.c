@@ -11,6 +11,8 @@ static void open_all(void)
 static const uint32_t gathered[] = {4, 0, 4, 2}, scattered[] = {4, 0, 3, 2},
                       added[] = {4, UINT32_MAX, 4, 2};
 
+static const float by_row[] = {2, 0, -0.3f, 1, 1e-30f};
+
 static void rows_run(struct perta_backend *be, const void *ctx, struct outputs *o)
 {
     const struct pair *x = ctx;
@@ -22,7 +24,11 @@ static void rows_run(struct perta_backend *be, const void *ctx, struct outputs *
     struct perta_array some = output(be, o, "gathered", F32, NULL, 4 * ROWS_H);
     struct perta_array put = output(be, o, "scattered", F32, NULL, n);
     struct perta_array add = output(be, o, "added", F32, x->f, n);
+    struct perta_array scaled = output(be, o, "scaled", F32, x->f, n);
+    struct perta_array rows = output(be, o, "scaled rows", F32, x->f, n);
     begin(be);
+    be->ops->scale(be, scaled, 0.7f, n - 1);
+    be->ops->scale_rows(be, rows, by_row, 5, ROWS_H);
     be->ops->zero(be, zeroed, n - 1);
     be->ops->copy(be, perta_array_at(copied, 1), in, n - 1);
     be->ops->add(be, sum, in, n);
@@ -39,11 +45,16 @@ START_TEST(rows_of_arrays)
     for (size_t i = 0; i < o[ONE].n; i++)
         same(o, o[ONE].of[i].name);
     const double *zeroed = values(&o[ONE], "zeroed"), *some = values(&o[ONE], "gathered");
-    const double *added_to = values(&o[ONE], "added");
+    const double *added_to = values(&o[ONE], "added"), *all = values(&o[ONE], "scaled");
+    const double *rows = values(&o[ONE], "scaled rows");
     ck_assert(zeroed[x.n - 2] == 0 && zeroed[x.n - 1] != 0);
     ck_assert(some[2 * ROWS_H] == x.d[4 * ROWS_H]);
     ck_assert(added_to[4 * ROWS_H] == (double)(x.f[4 * ROWS_H] + x.f[0] + x.f[2 * ROWS_H]));
     ck_assert(added_to[0] == x.d[0]);
+    for (size_t i = 0; i < x.n; i++) {
+        ck_assert(all[i] == (double)(x.f[i] * (i < x.n - 1 ? 0.7f : 1)));
+        ck_assert(rows[i] == (double)(x.f[i] * by_row[i / ROWS_H]));
+    }
     drop_all(o);
     release(x);
 }

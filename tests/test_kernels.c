@@ -38,6 +38,10 @@ static uint64_t digest(const struct perta_row_kernels *k)
     sum = mix(sum, z, sizeof z);
     sum = mix(sum, sums, sizeof sums);
     k->softmax_backward(c.f, b.f, 0.1f, ROW);
+    memcpy(y, a.f, sizeof y);
+    k->softcap(y, 7, ROW);
+    k->softcap_backward(z, b.f, 0.3f, ROW);
+    sum = mix(mix(sum, y, sizeof y), z, sizeof z);
     k->scaled_exponentials(a.f, 40, 0.7f, ROW);
     sum = mix(mix(sum, b.f, sizeof y), c.f, sizeof y);
     k->to_bf16(halves, a.f, PERTA_F32, ROW);
@@ -111,6 +115,31 @@ START_TEST(exponentials_are_those_of_libm_to_three_units)
 }
 END_TEST
 
+START_TEST(soft_caps_are_those_of_libm)
+{
+    const struct perta_row_kernels *k = perta_row_kernels();
+    for (float x = -12; x <= 12; x += 0.00037f) {
+        float y = x, d = 2;
+        k->softcap(&y, 1, 1);
+        ck_assert_double_le(fabs((double)y - tanh((double)x)), 3 * 0x1p-24 * fabs((double)y));
+        y = x;
+        k->softcap(&y, 30, 1);
+        ck_assert_double_le(fabs((double)y - 30 * tanh((double)x / 30)),
+                            6 * 0x1p-24 * fabs((double)y));
+        k->softcap_backward(&d, &x, 1, 1);
+        ck_assert_double_le(fabs((double)d / 2 - 1 + pow(tanh((double)x), 2)), 8 * 0x1p-24);
+    }
+    const float ends[] = {-INFINITY, INFINITY, 1e30f, NAN, 0, 1e-30f};
+    float y[6], d[6] = {1, 1, 1, 1, 1, 1};
+    memcpy(y, ends, sizeof y);
+    k->softcap(y, 50, 6);
+    k->softcap_backward(d, ends, 50, 6);
+    ck_assert(y[0] == -50 && y[1] == 50 && y[2] == 50 && isnan(y[3]) && y[4] == 0);
+    ck_assert(y[5] == 1e-30f && d[0] == 0 && d[1] == 0 && d[2] == 0 && isnan(d[3]));
+    ck_assert(d[4] == 1 && d[5] == 1);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("tests");
@@ -118,5 +147,6 @@ int main(void)
     tcase_add_loop_test(tests, every_instruction_set_gives_the_same_activations, PERTA_SILU,
                         PERTA_CLAMPED_SWIGLU + 1);
     tcase_add_test(tests, exponentials_are_those_of_libm_to_three_units);
+    tcase_add_test(tests, soft_caps_are_those_of_libm);
     return run_suite("kernels", tests);
 }

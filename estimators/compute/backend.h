@@ -7,8 +7,8 @@
  *
  * Operations are submitted in order and may run later; their results are valid after get() or
  * perta_backend_wait(). The structs that an operation is given are copied when it is submitted. The
- * host arrays that these point to (starts of runs, places, targets, indices, chunks, tokens) are
- * borrowed until the next get() or wait. Operations return nothing: the backend keeps the first
+ * host arrays that these point to (starts of runs, places, targets, indices, chunks, tokens, slopes,
+ * factors of rows) are borrowed until the next get() or wait. Operations return nothing: the backend keeps the first
  * failure, ignores what is submitted after it, and returns it from perta_backend_wait().
  *
  * Threads: one at a time, except that any thread may call put() and get().
@@ -127,6 +127,49 @@ struct perta_rotation {
     float factor;          /* of cos and sin */
 };
 
+/* Attention within each sequence of a batch: q (n, n_heads, D), k (n, n_kv_heads, D),
+ * v (n, n_kv_heads, V), out (n, n_heads, V); every n_heads / n_kv_heads query heads share a
+ * key-value head. A token sees the tokens that its place says, less those that are window or more
+ * before it and those of earlier chunks. If it sees none, out is 0, as with PyTorch's
+ * scaled_dot_product_attention. The tokens that are seen are in the order of at. */
+struct perta_attention {
+    struct perta_runs sequences;
+    const struct perta_place *places; /* (n) */
+    size_t n_heads, n_kv_heads, D, V;
+    uint32_t window; /* UINT32_MAX: no limit */
+    /* 0: none. Otherwise a sequence is cut into chunks of so many tokens, counted by at from its
+     * first token that is seen, and a token sees those of its own chunk alone (Llama 4) */
+    uint32_t chunk;
+    float scale;   /* score = scale * q k */
+    float softcap; /* 0: none. Otherwise score = softcap * tanh(score / softcap) (Gemma 2) */
+    /* ALiBi (Press et al. 2022), host (n_heads); NULL: none. score += slope * number of the key
+     * among the tokens of its sequence that are seen, less the same of the last key that the token
+     * sees. slopes_bf16: that number and the product are rounded to bfloat16, and the product is
+     * multiplied by scale (Falcon) */
+    const float *slopes;
+    bool slopes_bf16;
+    /* (n_heads); no array: none. One more score of each head, which takes its share of the softmax
+     * and has no value (gpt-oss) */
+    struct perta_array sinks;
+    struct perta_array dsinks; /* (sequences.n, n_heads): set by backward, if there are sinks */
+};
+
+/* What a token that is added to a sequence sees: n keys and values, its own included. */
+struct perta_past {
+    uint64_t keys, values; /* floats of the array before them */
+    size_t first;          /* tokens of the sequence before them, which are not seen */
+    size_t n;
+};
+
+/* Attention of one token of each sequence over that sequence's keys (past.n, n_kv_heads, D) and
+ * values (past.n, n_kv_heads, V), which were computed before: q (n, n_heads, D),
+ * out (n, n_heads, V). */
+struct perta_attention_past {
+    struct perta_attention of;      /* without sequences, places, window, chunk and dsinks */
+    const struct perta_past *pasts; /* (n) */
+    size_t n;
+};
+
 struct perta_backend;
 
 struct perta_backend_ops {
@@ -165,6 +208,11 @@ struct perta_backend_ops {
     /* to (n) += from (n) */
     void (*add)(struct perta_backend *be, struct perta_array to, struct perta_array from,
                 uint64_t n);
+    /* x (n) *= by */
+    void (*scale)(struct perta_backend *be, struct perta_array x, float by, uint64_t n);
+    /* row i of x (n, H) *= by[i] */
+    void (*scale_rows)(struct perta_backend *be, struct perta_array x, const float *by, size_t n,
+                       size_t H);
     /* gather: row i of to (n, H) = row index[i] of from. scatter: row index[i] of to = row i of
      * from (n, H). scatter_add: the same with +=, in the order of i, skipping index UINT32_MAX. */
     void (*gather)(struct perta_backend *be, struct perta_array to, struct perta_array from,
@@ -273,13 +321,14 @@ struct perta_backend_ops {
     void (*attention_forward)(struct perta_backend *be, const struct perta_attention *attention,
                               struct perta_array out, struct perta_array q, struct perta_array k,
                               struct perta_array v);
-    /* Set dq (n, n_heads, D), dk and dv (n, n_kv_heads, D) from dout and the inputs of forward.
-     * of_heads: scratch, two arrays (n, n_heads, D). */
+    /* Set dq (n, n_heads, D), dk (n, n_kv_heads, D), dv (n, n_kv_heads, V) and dsinks from
+     * dout (n, n_heads, V) and the inputs of forward. of_heads: scratch, (n, n_heads, D) and
+     * (n, n_heads, V). */
     void (*attention_backward)(struct perta_backend *be, const struct perta_attention *attention,
                                struct perta_array dq, struct perta_array dk, struct perta_array dv,
                                struct perta_array dout, struct perta_array q, struct perta_array k,
                                struct perta_array v, const struct perta_array of_heads[2]);
-    /* kv: rows of keys and values. */
+    /* kv: keys and values. */
     void (*attention_past_forward)(struct perta_backend *be,
                                    const struct perta_attention_past *attention,
                                    struct perta_array out, struct perta_array q,

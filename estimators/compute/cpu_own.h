@@ -61,6 +61,9 @@ void perta_cpu_scatter_add(struct perta_backend *be, struct perta_array to, stru
 void perta_cpu_scatter_add_scaled(struct perta_backend *be, struct perta_array to,
                                   struct perta_array from, const uint32_t *index, const float *by,
                                   size_t n, size_t H);
+void perta_cpu_scale(struct perta_backend *be, struct perta_array x, float by, uint64_t n);
+void perta_cpu_scale_rows(struct perta_backend *be, struct perta_array x, const float *by, size_t n,
+                          size_t H);
 void perta_cpu_add_scaled(struct perta_backend *be, struct perta_array to, struct perta_array from,
                           float by, uint64_t n);
 void perta_cpu_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,

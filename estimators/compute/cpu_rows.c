@@ -43,6 +43,42 @@ void perta_cpu_add(struct perta_backend *be, struct perta_array to, struct perta
     perta_cpu_share_out(cpu, n, 1, add_elems, &r);
 }
 
+struct factors {
+    float *x;
+    float by;          /* of every row, if rows is NULL */
+    const float *rows; /* one of each */
+    size_t H;
+};
+
+static void scale_some(const void *args, size_t first, size_t end)
+{
+    const struct factors *f = args;
+    for (size_t i = first; i < end; i++) {
+        float by = f->rows ? f->rows[i] : f->by;
+        for (size_t k = 0; k < f->H; k++)
+            f->x[i * f->H + k] *= by;
+    }
+}
+
+void perta_cpu_scale(struct perta_backend *be, struct perta_array x, float by, uint64_t n)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct factors f = {perta_cpu_at(cpu, x), by, NULL, 1};
+    perta_cpu_share_out(cpu, n, 1, scale_some, &f);
+}
+
+void perta_cpu_scale_rows(struct perta_backend *be, struct perta_array x, const float *by, size_t n,
+                          size_t H)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct factors f = {perta_cpu_at(cpu, x), 1, by, H};
+    perta_cpu_share_out(cpu, n, H, scale_some, &f);
+}
+
 static void gather_rows(const void *args, size_t first, size_t end)
 {
     const struct rows *r = args;

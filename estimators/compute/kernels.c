@@ -235,6 +235,35 @@ static void softmax_backward(float *restrict dp, const float *restrict p, float 
         dp[i] = p[i] * (dp[i] - mean);
 }
 
+/* As Cephes' tanhf has it, within 3 units in the last place. NaN stays NaN. */
+static inline float hyperbolic_tangent(float x)
+{
+    float magnitude = x < 0 ? -x : x, s = x * x;
+    float p = -5.70498872745e-3f;
+    p = p * s + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    float near = p * s * x + x;
+    float far = 1 - 2 / (perta_exponential(2 * magnitude) + 1);
+    far = x < 0 ? -far : far;
+    return magnitude < 0.625f ? near : far;
+}
+
+static void softcap(float *x, float cap, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = cap * hyperbolic_tangent(x[i] / cap);
+}
+
+static void softcap_backward(float *restrict d, const float *restrict x, float cap, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float t = hyperbolic_tangent(x[i] / cap);
+        d[i] *= 1 - t * t;
+    }
+}
+
 static void scaled_exponentials(float *x, float most, float scale, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -258,5 +287,7 @@ const struct perta_row_kernels PERTA_ISA_NAME(perta_row_kernels) = {
     .sum_exponentials = sum_exponentials,
     .add_moments = add_moments,
     .softmax_backward = softmax_backward,
+    .softcap = softcap,
+    .softcap_backward = softcap_backward,
     .scaled_exponentials = scaled_exponentials,
 };

@@ -25,6 +25,9 @@ void perta_scalar_scatter_add(struct perta_backend *be, struct perta_array to,
 void perta_scalar_scatter_add_scaled(struct perta_backend *be, struct perta_array to,
                                      struct perta_array from, const uint32_t *index,
                                      const float *by, size_t n, size_t H);
+void perta_scalar_scale(struct perta_backend *be, struct perta_array x, float by, uint64_t n);
+void perta_scalar_scale_rows(struct perta_backend *be, struct perta_array x, const float *by,
+                             size_t n, size_t H);
 void perta_scalar_add_scaled(struct perta_backend *be, struct perta_array to,
                              struct perta_array from, float by, uint64_t n);
 void perta_scalar_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,

@@ -23,6 +23,21 @@ void perta_scalar_add(struct perta_backend *be, struct perta_array to, struct pe
         tos[i] += rows_from[i];
 }
 
+void perta_scalar_scale(struct perta_backend *be, struct perta_array x, float by, uint64_t n)
+{
+    float *xs = perta_scalar_floats(be, x, n);
+    for (uint64_t i = 0; !be->rc && i < n; i++)
+        xs[i] *= by;
+}
+
+void perta_scalar_scale_rows(struct perta_backend *be, struct perta_array x, const float *by,
+                             size_t n, size_t H)
+{
+    float *xs = perta_scalar_floats(be, x, n * H);
+    for (size_t i = 0; !be->rc && i < n * H; i++)
+        xs[i] *= by[i / H];
+}
+
 /* Row i of an array. */
 static float *row(struct perta_backend *be, struct perta_array a, size_t i, size_t H)
 {

@@ -2,14 +2,21 @@
  * head's queries and keys:
  *
  *   mid += O(attention(rope(norm(Q n1)), rope(norm(K n1)), V n1)) */
+#include <math.h>
+
 #include "estimators/model/part.h"
 
-static struct perta_attention attention_of(const struct perta_layer *l,
-                                           const struct perta_batch *batch)
+struct perta_attention perta_layer_attention(const struct perta_layer *l,
+                                             const struct perta_batch *batch)
 {
-    return (struct perta_attention){batch->sequences, batch->places,
-                                    l->llm->n_heads,  l->llm->n_kv_heads,
-                                    l->llm->head_dim, perta_llm_window(l->llm, l->site.layer)};
+    return (struct perta_attention){.sequences = batch->sequences,
+                                    .places = batch->places,
+                                    .n_heads = l->llm->n_heads,
+                                    .n_kv_heads = l->llm->n_kv_heads,
+                                    .D = l->llm->head_dim,
+                                    .V = l->llm->head_dim,
+                                    .window = perta_llm_window(l->llm, l->site.layer),
+                                    .scale = 1.0f / sqrtf((float)l->llm->head_dim)};
 }
 
 /* ---- queries and keys: norm and rotary position ---- */
@@ -63,7 +70,7 @@ static void forward(const struct perta_layer *l, const struct perta_batch *batch
                     const struct perta_acts *a)
 {
     const struct perta_backend_ops *ops = l->be->ops;
-    struct perta_attention attention = attention_of(l, batch);
+    struct perta_attention attention = perta_layer_attention(l, batch);
     perta_layer_linear_forward(l, batch, PERTA_Q, a->n1, a->q, false);
     perta_layer_linear_forward(l, batch, PERTA_K, a->n1, a->k, false);
     perta_layer_linear_forward(l, batch, PERTA_V, a->n1, a->v, false);
@@ -80,7 +87,7 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
                      const struct perta_acts *a)
 {
     const struct perta_backend_ops *ops = l->be->ops;
-    const struct perta_attention attention = attention_of(l, batch);
+    const struct perta_attention attention = perta_layer_attention(l, batch);
     const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP no longer needs them */
     perta_layer_linear_backward(l, batch, PERTA_O, a->dmid, a->datt, false);
     perta_layer_linear_gradient(l, batch, PERTA_O, a->att, a->dmid, a->vector);

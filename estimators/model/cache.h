@@ -7,12 +7,12 @@
 #include "estimators/model/part.h"
 #include "estimators/model/store.h"
 
-/* A sequence. Its keys are rows of a store, from row on; its values as many rows, behind them. */
+/* A sequence. */
 struct perta_cached {
-    uint64_t first; /* of its tokens, in the pass that computes those that are kept first */
-    uint32_t n;     /* tokens that are kept so far */
-    uint32_t most;  /* that can be */
-    uint64_t row;
+    uint64_t first;        /* of its tokens, in the pass that computes those that are kept first */
+    uint32_t n;            /* tokens that are kept so far */
+    uint32_t most;         /* that can be */
+    uint64_t keys, values; /* where its keys (most) and values (most) begin in a store: floats */
 };
 
 struct perta_cache {
@@ -22,8 +22,8 @@ struct perta_cache {
     struct perta_cached *of;       /* (n) sequences, in the order of their first tokens */
     uint64_t n;
     uint32_t longest;         /* the most tokens that a sequence can have */
-    uint64_t n_rows;          /* of all keys and values */
-    struct perta_store *kept; /* (n_layers), each (n_rows, n_kv_heads * head_dim) */
+    uint64_t n_floats;        /* of all keys and values */
+    struct perta_store *kept; /* (n_layers), each (n_floats, 1) */
     uint32_t room;            /* buffer for what is read from a file, of perta_cache_room_bytes */
     struct perta_past *pasts; /* (n), of a batch */
     const uint32_t
@@ -31,7 +31,7 @@ struct perta_cache {
                                   set before each pass that adds tokens */
 };
 
-/* Lay out the rows of sequences: of, an array (n) from malloc that the cache takes over, says first,
+/* Lay out keys and values of sequences: of, an array (n) from malloc that the cache takes over, says first,
  * n and most of each. The caller calls perta_cache_close, also on error. */
 int perta_cache_plan(struct perta_cache *cache, const struct perta_llm *llm,
                      struct perta_cached *of, uint64_t n, struct perta_err *err);

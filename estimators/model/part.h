@@ -118,6 +118,10 @@ void perta_layer_norm_gradient(const struct perta_layer *l, const struct perta_b
 
 /* ---- attention and MLP ---- */
 
+/* A layer's attention over a batch. */
+struct perta_attention perta_layer_attention(const struct perta_layer *l,
+                                             const struct perta_batch *batch);
+
 struct perta_attention_part {
     /* acts->mid += attention(acts->n1). */
     void (*forward)(const struct perta_layer *l, const struct perta_batch *batch,
