@@ -1,0 +1,123 @@
+"""Every family beside transformers: loss, gradients, mean squares, tokens, and the same bytes for
+other budgets and threads. families.py says how, family_configs.py with what."""
+
+import re
+
+import pytest
+from conftest import LONG, PERTA, part
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers", minversion="5.0")
+from families import FAMILIES, make_model, outcome_of, reference, samples
+
+torch.set_num_threads(1)
+
+CASES = [(family, i) for family, hows in FAMILIES.items() for i in range(len(hows))]
+
+
+# Configurations that perta does not take yet; "all" of a family. A test fails when one of these
+# begins to work, so that this list says what is so.
+NOT_YET = {
+    "llama": [3, 6, 7, 8],
+    "mistral": [2],
+    "ministral": [0, 1],
+    "qwen2": [2],
+    "qwen3": [2],
+    "ministral3": "all",
+    "cwm": "all",
+    "seed_oss": "all",
+    "smollm3": "all",
+    "ernie4_5": "all",
+    "helium": "all",
+    "hunyuan_v1_dense": "all",
+    "arcee": "all",
+    "qwen3_moe": "all",
+    "mixtral": "all",
+    "qwen2_moe": "all",
+    "olmoe": "all",
+    "glm4_moe": "all",
+    "minimax_m2": "all",
+    "dots1": "all",
+    "ernie4_5_moe": "all",
+    "hunyuan_v1_moe": "all",
+    "granitemoe": "all",
+    "phimoe": "all",
+    "gemma": "all",
+    "gemma2": "all",
+    "gemma3_text": "all",
+    "olmo2": "all",
+    "olmo3": "all",
+    "flex_olmo": "all",
+    "exaone4": "all",
+    "granite": "all",
+    "olmo": "all",
+    "gemma3": "all",
+    "mistral3": "all",
+    "qwen2_5_vl": "all",
+    "llama4": "all",
+    "llama4_text": "all",
+    "phi3": "all",
+    "glm": "all",
+    "glm4": "all",
+    "gpt_oss": "all",
+    "deepseek_v2": "all",
+    "deepseek_v3": "all",
+    "kimi_k2": "all",
+    "glm4_moe_lite": "all",
+    "phi": "all",
+    "gpt_neox": "all",
+    "starcoder2": "all",
+    "stablelm": "all",
+    "falcon": "all",
+    "cohere": "all",
+    "cohere2": "all",
+    "nemotron": "all",
+    "gpt2": "all",
+    "opt": "all",
+    "bloom": "all",
+}
+
+
+def is_not_yet(family, i):
+    return NOT_YET.get(family) == "all" or i in NOT_YET.get(family, ())
+
+
+@pytest.mark.parametrize("family, i", CASES, ids=[f"{family}-{i}" for family, i in CASES])
+def test_a_family_is_transformers(tmp_path, family, i):
+    how = FAMILIES[family][i]
+    outcome = outcome_of(PERTA, tmp_path / "run", family, how, deep=LONG or i == 0)
+    want = "refused" if is_not_yet(family, i) else "equal"
+    assert outcome.state == want, f"{outcome.why}\n{how}"
+
+
+# Without a gradient: other parts of the model, experts without tokens, what only chooses experts;
+# a key's bias where nothing tells positions apart; routers that give weight 1 to a single expert.
+NOTHING = r"vision|visual|projector|experts\.\d+|e_score_correction_bias|k_proj\.bias"
+ONE_EXPERT = {("mixtral", 2), ("phimoe", 1)}
+
+
+@pytest.mark.parametrize("family", part(FAMILIES, plain=6, sanitized=0))
+def test_every_tensor_matters(tmp_path, family):
+    """Of the references: no path is so weak that an error in it would not be seen."""
+    for i, how in enumerate(FAMILIES[family]):
+        nothing = NOTHING + r"|gate\.weight" * ((family, i) in ONE_EXPERT)
+        model = make_model(tmp_path / "model", family, how)
+        _, mean, _ = reference(model, how, samples(model.config.get_text_config().vocab_size))
+        largest = max(g.norm() for g in mean.values())
+        weak = [n for n, g in mean.items() if g.norm() < 1e-5 * largest and not re.search(nothing, n)]
+        assert not weak, how
+
+
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        ("mistral", {"sliding_window": 6}),
+        ("llama", {"rope_theta": 501.0, "rope_parameters": None}),
+        ("qwen3", {"rms_norm_eps": 1e-4}),
+        ("qwen2", {"pad_token_id": None}),
+    ],
+)
+def test_a_difference_is_seen(tmp_path, family, said):
+    """perta computes another model than the reference: the comparison says so."""
+    how = FAMILIES[family][0] | {"_json": said, "_late": True}
+    assert outcome_of(PERTA, tmp_path / "run", family, how).state == "wrong"
