@@ -166,6 +166,26 @@ def samples(vocabulary, longest=31):
     return made
 
 
+def masked_samples(vocabulary):
+    """Lines with other keys, by the key: padding on both sides and a hole, positions that do not
+    begin at 0, and blocks packed into one sample."""
+    ids = samples(vocabulary)[1]["input_ids"]
+    n = len(ids)
+    nothing = [-100]
+    left = {"input_ids": ids, "labels": nothing * 4 + ids[4:], "attention_mask": [0] * 3 + [1] * (n - 3)}
+    right = {"input_ids": ids, "labels": ids[:-5] + nothing * 5, "attention_mask": [1] * (n - 5) + [0] * 5}
+    hole = {"input_ids": ids, "labels": ids[:9] + nothing * 3 + ids[12:], "attention_mask": [1] * 9 + [0] * 2 + [1] * (n - 11)}
+    later = {"input_ids": ids, "labels": ids, "position_ids": list(range(5, 5 + n))}
+    blocks = [*range(9), *range(4), *range(n - 13)]
+    packed = {"input_ids": ids, "labels": nothing * 3 + ids[3:9] + nothing + ids[10:], "position_ids": blocks}
+    return {
+        "attention_mask on the left": [left],
+        "attention_mask": [right, hole],
+        "position_ids": [later],
+        "position_ids of blocks": [packed],
+    }
+
+
 def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -174,8 +194,8 @@ def write_lines(path, lines):
 
 
 def loss_of(model, line):
-    ids, labels = (torch.tensor([line[key]]) for key in ("input_ids", "labels"))
-    return model(input_ids=ids, labels=labels).loss
+    batch = {key: torch.tensor([values]) for key, values in line.items()}
+    return model(**batch, use_cache=False).loss
 
 
 def on_disk(model, how, tensors):
@@ -289,7 +309,7 @@ def numbers_are_equal(perta, folder, model, how, lines, outcome):
         raise Wrong(f"loss {have['loss']}, not {loss}")
     compare(read(folder / "imp/mean"), mean, outcome, "gradient")
     compare(read(folder / "imp/meansq"), meansq, outcome, "mean square")
-    measured = json.loads(run(perta, folder, *EVAL).stdout)
+    measured = json.loads(run(perta, folder, *EVAL, "--threads", 2).stdout)
     average = sum(item["loss"] for item in measured["per_sample"]) / len(lines)
     if not abs(average - have["loss"]) <= 1e-6 * max(1, abs(have["loss"])):
         raise Wrong(f"eval has loss {average}, estimate {have['loss']}")
@@ -333,6 +353,27 @@ def bytes_are_equal(perta, folder, lines, repeat=600):
         raise Wrong(f"{cut['batches']} batches with {little}, {whole['batches']} with 2G: nothing was compared")
 
 
+def masked_outcome(perta, folder, model, how, key, lines):
+    """Equal, or refused with the key's name; refused, if the model has no such argument."""
+    outcome = Outcome("equal")
+    try:
+        reference(model, how, lines)
+    except TypeError:
+        outcome = Outcome("refused")
+    write_lines(folder / "data.jsonl", lines)
+    first = run(perta, folder, *ESTIMATE, check=False)
+    if first.returncode:
+        said = first.returncode == 3 and key.split()[0] in first.stderr
+        return Outcome("refused" if said else "wrong", first.stderr.strip())
+    if outcome.state == "refused":
+        return Outcome("wrong", f"{key} is not refused")
+    try:
+        numbers_are_equal(perta, folder, model, how, lines, outcome)
+    except Wrong as wrong:
+        outcome.state, outcome.why = "wrong", str(wrong)
+    return outcome
+
+
 def outcome_of(perta, folder, family, how, deep=False):
     """Everything about one configuration; `deep` compares bytes, too, which takes seconds."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -347,8 +388,7 @@ def outcome_of(perta, folder, family, how, deep=False):
         return Outcome(state, first.stderr.strip())
     try:
         numbers_are_equal(perta, folder, model, how, lines, outcome)
-        if how.get("_generate", True):
-            tokens_are_equal(perta, folder, model, lines)
+        tokens_are_equal(perta, folder, model, lines)
         if deep:
             bytes_are_equal(perta, folder, lines)
     except Wrong as wrong:

@@ -11,7 +11,7 @@ _late      True: transformers does not know these files; it loads what it wrote 
 _layout    "fused": experts in three-dimensional tensors, as transformers has them in memory
 _router    "ties": all experts equal; "one": all tokens choose expert 1; "none": no token does
 _extra     other tensors of the file, and their shapes
-_generate  False: kept keys and values are not what another length would have given"""
+_shard     transformers' max_shard_size"""
 
 PAD = 7
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -53,7 +53,7 @@ PARTIAL = rope(partial_rotary_factor=0.5)
 def longrope(half, original=16, **more):
     """Factors for `half` frequencies; samples are both shorter and longer than `original`."""
     factors = {"short_factor": [1.0 + 0.1 * i for i in range(half)], "long_factor": [2.0 + 0.5 * i for i in range(half)]}
-    return rope("longrope", **factors, original_max_position_embeddings=original, **more) | {"_generate": False}
+    return rope("longrope", **factors, original_max_position_embeddings=original, **more)
 
 
 def configs(*changes, base=SIZES):
@@ -74,7 +74,7 @@ LLAMA = configs(
     YARN,
     (LLAMA3, published("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
     rope("linear", factor=3.0),
-    (rope("dynamic", factor=2.0), {"max_position_embeddings": 16, "_generate": False}),
+    (rope("dynamic", factor=2.0), {"max_position_embeddings": 16}),
     (longrope(4), {"max_position_embeddings": 64}),
     rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=0.9),
     {"num_key_value_heads": 4, "num_hidden_layers": 1},
@@ -202,7 +202,7 @@ FAMILIES = {
         (ODD, MOE, {"num_experts": 5, "num_experts_per_tok": 3, "head_dim": 10, "attention_bias": True, "moe_intermediate_size": 17}),
         (THREE, MOE, TIED, {"num_experts": 8, "decoder_sparse_step": 2, "head_dim": 8}),
         (THREE, MOE, {"num_experts": 8, "mlp_only_layers": [1], "norm_topk_prob": True, "head_dim": 8}),
-        MOE | {"num_experts": 8, "num_experts_per_tok": 1, "head_dim": 8},
+        MOE | {"num_experts": 8, "num_experts_per_tok": 1, "head_dim": 8, "_shard": "30KB"},
         MOE | {"num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 8},
         MOE | {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8, "_router": "ties"},
         MOE | {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8, "_router": "one"},

@@ -8,7 +8,7 @@ from conftest import LONG, PERTA, part
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
-from families import FAMILIES, make_model, outcome_of, reference, samples
+from families import FAMILIES, make_model, masked_outcome, masked_samples, outcome_of, reference, samples
 
 torch.set_num_threads(1)
 
@@ -88,6 +88,18 @@ def test_a_family_is_transformers(tmp_path, family, i):
     outcome = outcome_of(PERTA, tmp_path / "run", family, how, deep=LONG or i == 0)
     want = "refused" if is_not_yet(family, i) else "equal"
     assert outcome.state == want, f"{outcome.why}\n{how}"
+
+
+@pytest.mark.parametrize("family", part(FAMILIES, plain=19))
+def test_masks_and_positions(tmp_path, family):
+    """A key of a line means what it means in transformers, or is refused by name."""
+    if is_not_yet(family, 0):
+        pytest.skip("not yet")
+    for how in FAMILIES[family] if LONG else FAMILIES[family][:1]:
+        model = make_model(tmp_path / "model", family, how)
+        for key, lines in masked_samples(model.config.get_text_config().vocab_size).items():
+            outcome = masked_outcome(PERTA, tmp_path, model, how, key, lines)
+            assert outcome.state in ("equal", "refused"), f"{key}: {outcome.why}\n{how}"
 
 
 # Without a gradient: other parts of the model, experts without tokens, what only chooses experts;
