@@ -101,10 +101,18 @@ def kind_of(config):
     raise ValueError(type(config).__name__)
 
 
+def config_of(folder, family, how):
+    if "_file" in how:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(how["_file"]))
+        return transformers.AutoConfig.from_pretrained(folder)
+    said = {key: copy.deepcopy(value) for key, value in how.items() if not key.startswith("_")}
+    return transformers.AutoConfig.for_model(how.get("_type", family), **said)
+
+
 def make_model(folder, family, how):
     """Write the checkpoint; return the model that transformers loads from it."""
-    said = {key: copy.deepcopy(value) for key, value in how.items() if not key.startswith("_")}
-    config = transformers.AutoConfig.for_model(how.get("_type", family), **said)
+    config = config_of(folder, family, how)
     kind = getattr(transformers, how["_class"]) if "_class" in how else kind_of(config)
     torch.manual_seed(0)
     model = kind(config).float()
@@ -131,9 +139,7 @@ def change_files(folder, how):
     """Put other spellings into config.json (None: the key is left out), and tensors that the
     model does not use beside its own."""
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for key, value in how.get("_json", {}).items():
-        config[key] = value
+    config = (how.get("_file") or json.loads(path.read_text())) | how.get("_json", {})
     config = {key: value for key, value in config.items() if key not in how.get("_without", ())}
     path.write_text(json.dumps(config))
     if how.get("_extra") or how.get("_names"):
@@ -401,6 +407,8 @@ def outcome_of(perta, folder, family, how, deep=False):
 
 def described(how):
     """What is not as in SIZES."""
+    if "_name" in how:
+        return how["_name"]
     return ", ".join(f"{key} {value}" for key, value in how.items() if SIZES.get(key, ...) != value)
 
 

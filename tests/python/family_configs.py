@@ -11,10 +11,14 @@ _late      True: transformers does not know these files; it loads what it wrote 
 _layout    "fused": experts in three-dimensional tensors, as transformers has them in memory
 _router    "ties": all experts equal; "one": all tokens choose expert 1; "none": no token does
 _extra     other tensors of the file, and their shapes
-_shard     transformers' max_shard_size"""
+_shard     transformers' max_shard_size
+_file      config.json itself, as `_name` has it, with small sizes"""
+
+from published_configs import CHUNKED, FULL, SLIDING, files
+
+__all__ = ["CHUNKED", "FAMILIES", "FULL", "PAD", "SIZES", "SLIDING"]
 
 PAD = 7
-FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 ENDS = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": None}
 SIZES = ENDS | {
     "vocab_size": 61,
@@ -407,3 +411,6 @@ FAMILIES = {
         base=ENDS | {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     ),
 }  # fmt: skip
+
+for family, hows in FAMILIES.items():
+    hows += files(family)

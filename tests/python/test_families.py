@@ -8,7 +8,15 @@ from conftest import LONG, PERTA, part
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
-from families import FAMILIES, make_model, masked_outcome, masked_samples, outcome_of, reference, samples
+from families import (
+    FAMILIES,
+    make_model,
+    masked_outcome,
+    masked_samples,
+    outcome_of,
+    reference,
+    samples,
+)
 
 torch.set_num_threads(1)
 
