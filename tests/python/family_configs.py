@@ -54,8 +54,8 @@ LLAMA3 = rope(
 PARTIAL = rope(partial_rotary_factor=0.5)
 
 
-def longrope(half, original=16, **more):
-    """Factors for `half` frequencies; samples are both shorter and longer than `original`."""
+def longrope(half, original=32, **more):
+    """Factors for `half` frequencies. Samples longer than `original` have other frequencies."""
     factors = {"short_factor": [1.0 + 0.1 * i for i in range(half)], "long_factor": [2.0 + 0.5 * i for i in range(half)]}
     return rope("longrope", **factors, original_max_position_embeddings=original, **more)
 
@@ -78,11 +78,12 @@ LLAMA = configs(
     YARN,
     (LLAMA3, published("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
     rope("linear", factor=3.0),
-    (rope("dynamic", factor=2.0), {"max_position_embeddings": 16}),
-    (longrope(4), {"max_position_embeddings": 64}),
+    (rope("dynamic", factor=2.0), {"max_position_embeddings": 32}),
+    longrope(4),
     rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=0.9),
     {"num_key_value_heads": 4, "num_hidden_layers": 1},
     {"_extra": {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}},
+    longrope(4, original=16),
 )
 WINDOWS = {"sliding_window": 5, "layer_types": [SLIDING, FULL, SLIDING]} | THREE
 # n_routed_experts and friends of DeepSeek-V3, which GLM and dots1 have, too
@@ -323,7 +324,7 @@ FAMILIES = {
     "phi3": configs(
         rope(),
         (ODD, TIED, rope(), {"sliding_window": 5, "hidden_size": 50}),
-        (longrope(4), {"original_max_position_embeddings": 16}),
+        (longrope(4), {"original_max_position_embeddings": 32}),
         (rope(partial_rotary_factor=0.5), {"num_key_value_heads": 4}),
     ),
     "glm": configs((PARTIAL, {"head_dim": 8}), (ODD, PARTIAL, TIED, {"head_dim": 12, "attention_bias": False})),

@@ -19,7 +19,7 @@ SIZES = {
     "n_ctx": 64,
     "ffn_dim": 40,
     "max_position_embeddings": 64,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 32,
     "sliding_window": 5,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
