@@ -82,8 +82,8 @@ static void scaled_run(struct perta_backend *be, const void *ctx, struct outputs
     be->ops->scatter_add_scaled(be, by_1, a, added, NULL, 4, H);
     be->ops->scatter_add(be, plain, a, added, 4, H);
     be->ops->add_scaled(be, sum, a, 0.3f, n);
-    be->ops->multiply(be, product, a, b, n);
-    be->ops->multiply(be, in_place, in_place, b, n);
+    be->ops->multiply_rows(be, product, a, b, n / H, H);
+    be->ops->multiply_rows(be, in_place, in_place, b, n / H, H);
     be->ops->row_dots(be, dots, a, b, 4, H);
 }
 
@@ -103,7 +103,8 @@ START_TEST(rows_with_factors)
         ck_assert(floats(&o[ONE], "added")[4 * H + k] == first + -1.7f * x[0].f[2 * H + k]);
         ck_assert(floats(&o[ONE], "added")[k] == x[2].f[k]);
         ck_assert(floats(&o[ONE], "sum")[k] == x[2].f[k] + 0.3f * x[0].f[k]);
-        ck_assert(floats(&o[ONE], "product")[k] == x[0].f[k] * x[1].f[k]);
+        ck_assert(floats(&o[ONE], "product")[k] == x[0].f[k] * x[1].f[0]);
+        ck_assert(floats(&o[ONE], "product")[3 * H + k] == x[0].f[3 * H + k] * x[1].f[3]);
     }
     are_same(named(&o[ONE], "by 1"), named(&o[ONE], "plain"));
     are_same(named(&o[ONE], "in place"), named(&o[ONE], "product"));

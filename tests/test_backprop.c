@@ -268,7 +268,8 @@ START_TEST(a_block_of_ragged_sequences)
         be->ops->share(be, lab.model.weights, lab.model.n_floats * sizeof(float), &weights, &err));
     struct perta_model_parameters from =
         perta_model_parameters(&lab.model, (struct perta_array){weights, 0});
-    struct recorder recorder = {.sink = {record_linear, record_vector}, .be = be, .llm = llm};
+    struct recorder recorder = {
+        .sink = {.linear = record_linear, .vector = record_vector}, .be = be, .llm = llm};
     struct perta_layer layer = {.llm = llm,
                                 .be = be,
                                 .from = &from.parameters,

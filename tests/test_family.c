@@ -81,7 +81,6 @@ static const struct perta_family novel = {
     .final_norm_bias = "ln_f.bias",
     .norm = &perta_layernorm_part,
     .attention = &perta_attention_part,
-    .mlp = &perta_plain_mlp_part,
 };
 
 /* ---- its gradients ---- */
@@ -118,6 +117,9 @@ static void open_lab(struct lab *lab, bool tied)
                             .norm_eps = 1e-3f,
                             .activation = {.kind = PERTA_GELU},
                             .tied = tied,
+                            .embedding_multiplier = 1,
+                            .residual_multiplier = 1,
+                            .logit_multiplier = 1,
                             .ropes = {rope, rope}};
     uint64_t seed = 3;
     perta_llm_set_names(&llm, novel.base, "");

@@ -229,9 +229,9 @@ struct perta_backend_ops {
     /* to (n) += by * from (n) */
     void (*add_scaled)(struct perta_backend *be, struct perta_array to, struct perta_array from,
                        float by, uint64_t n);
-    /* to (n) = a (n) * b (n); to may be a or b. */
-    void (*multiply)(struct perta_backend *be, struct perta_array to, struct perta_array a,
-                     struct perta_array b, uint64_t n);
+    /* to (n, H): row i = by[i] * row i of a, with by (n) in the backend's memory. to may be a. */
+    void (*multiply_rows)(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                          struct perta_array by, size_t n, size_t H);
     /* to (n) = a . b for each row of a and b (n, width), summed in float64. */
     void (*row_dots)(struct perta_backend *be, struct perta_array to, struct perta_array a,
                      struct perta_array b, size_t n, size_t width);

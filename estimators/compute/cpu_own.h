@@ -66,8 +66,8 @@ void perta_cpu_scale_rows(struct perta_backend *be, struct perta_array x, const 
                           size_t H);
 void perta_cpu_add_scaled(struct perta_backend *be, struct perta_array to, struct perta_array from,
                           float by, uint64_t n);
-void perta_cpu_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,
-                        struct perta_array b, uint64_t n);
+void perta_cpu_multiply_rows(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                             struct perta_array by, size_t n, size_t H);
 void perta_cpu_row_dots(struct perta_backend *be, struct perta_array to, struct perta_array a,
                         struct perta_array b, size_t n, size_t width);
 void perta_cpu_split(struct perta_backend *be, struct perta_array to, struct perta_array from,

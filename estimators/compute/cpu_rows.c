@@ -180,22 +180,25 @@ void perta_cpu_add_scaled(struct perta_backend *be, struct perta_array to, struc
     perta_cpu_share_out(cpu, n, 1, add_scaled_elems, &s);
 }
 
-static void multiply_elems(const void *args, size_t first, size_t end)
+static void multiply_some(const void *args, size_t first, size_t end)
 {
     const struct scaled *s = args;
     for (size_t i = first; i < end; i++)
-        s->to[i] = s->a[i] * s->b[i];
+        for (size_t k = i * s->width; k < (i + 1) * s->width; k++)
+            s->to[k] = s->a[k] * s->b[i];
 }
 
-void perta_cpu_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,
-                        struct perta_array b, uint64_t n)
+void perta_cpu_multiply_rows(struct perta_backend *be, struct perta_array to, struct perta_array a,
+                             struct perta_array by, size_t n, size_t H)
 {
     struct perta_cpu *cpu = perta_cpu_ready(be);
     if (!cpu)
         return;
-    const struct scaled s = {
-        .to = perta_cpu_at(cpu, to), .a = perta_cpu_at(cpu, a), .b = perta_cpu_at(cpu, b)};
-    perta_cpu_share_out(cpu, n, 1, multiply_elems, &s);
+    const struct scaled s = {.to = perta_cpu_at(cpu, to),
+                             .a = perta_cpu_at(cpu, a),
+                             .b = perta_cpu_at(cpu, by),
+                             .width = H};
+    perta_cpu_share_out(cpu, n, H, multiply_some, &s);
 }
 
 static void dot_rows(const void *args, size_t first, size_t end)

@@ -30,8 +30,8 @@ void perta_scalar_scale_rows(struct perta_backend *be, struct perta_array x, con
                              size_t n, size_t H);
 void perta_scalar_add_scaled(struct perta_backend *be, struct perta_array to,
                              struct perta_array from, float by, uint64_t n);
-void perta_scalar_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,
-                           struct perta_array b, uint64_t n);
+void perta_scalar_multiply_rows(struct perta_backend *be, struct perta_array to,
+                                struct perta_array a, struct perta_array by, size_t n, size_t H);
 void perta_scalar_row_dots(struct perta_backend *be, struct perta_array to, struct perta_array a,
                            struct perta_array b, size_t n, size_t width);
 void perta_scalar_split(struct perta_backend *be, struct perta_array to, struct perta_array from,

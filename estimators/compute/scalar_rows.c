@@ -87,13 +87,13 @@ void perta_scalar_add_scaled(struct perta_backend *be, struct perta_array to,
         tos[i] += by * rows_from[i];
 }
 
-void perta_scalar_multiply(struct perta_backend *be, struct perta_array to, struct perta_array a,
-                           struct perta_array b, uint64_t n)
+void perta_scalar_multiply_rows(struct perta_backend *be, struct perta_array to,
+                                struct perta_array a, struct perta_array by, size_t n, size_t H)
 {
-    float *tos = perta_scalar_floats(be, to, n);
-    const float *as = perta_scalar_floats(be, a, n), *bs = perta_scalar_floats(be, b, n);
-    for (uint64_t i = 0; !be->rc && i < n; i++)
-        tos[i] = as[i] * bs[i];
+    float *tos = perta_scalar_floats(be, to, n * H);
+    const float *as = perta_scalar_floats(be, a, n * H), *factors = perta_scalar_floats(be, by, n);
+    for (size_t i = 0; !be->rc && i < n * H; i++)
+        tos[i] = as[i] * factors[i / H];
 }
 
 void perta_scalar_row_dots(struct perta_backend *be, struct perta_array to, struct perta_array a,

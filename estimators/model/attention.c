@@ -9,14 +9,23 @@
 struct perta_attention perta_layer_attention(const struct perta_layer *l,
                                              const struct perta_batch *batch)
 {
-    return (struct perta_attention){.sequences = batch->sequences,
-                                    .places = batch->places,
-                                    .n_heads = l->llm->n_heads,
-                                    .n_kv_heads = l->llm->n_kv_heads,
-                                    .D = l->llm->head_dim,
-                                    .V = l->llm->head_dim,
-                                    .window = perta_llm_window(l->llm, l->site.layer),
-                                    .scale = 1.0f / sqrtf((float)l->llm->head_dim)};
+    const struct perta_llm *llm = l->llm;
+    bool chunks = perta_llm_has(llm, l->site.layer, PERTA_LAYER_CHUNKS);
+    return (struct perta_attention){
+        .sequences = batch->sequences,
+        .places = batch->places,
+        .n_heads = llm->n_heads,
+        .n_kv_heads = llm->n_kv_heads,
+        .D = llm->head_dim,
+        .V = llm->value_dim,
+        .window = perta_llm_window(llm, l->site.layer),
+        .chunk = chunks ? llm->chunk : 0,
+        .scale =
+            llm->attention_scale > 0 ? llm->attention_scale : 1.0f / sqrtf((float)llm->head_dim),
+        .softcap = llm->attention_softcap,
+        .slopes = llm->alibi ? l->slopes : NULL,
+        .sinks = perta_layer_vector(l, PERTA_SINKS),
+    };
 }
 
 /* ---- queries and keys: norm and rotary position ---- */
@@ -28,20 +37,67 @@ struct perta_rotation perta_layer_rotation(const struct perta_layer *l, size_t f
                                    rope->scale};
 }
 
-/* Normalise each head of x (n, n_heads, D), then rotate it by its position. raw and rstd are kept
- * for the backward pass. */
+static void rotate_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                           struct perta_array x, size_t n_heads)
+{
+    const struct perta_rotation rotation = perta_layer_rotation(l, 0);
+    if (!perta_llm_has(l->llm, l->site.layer, PERTA_LAYER_UNROTATED))
+        l->be->ops->rope_forward(l->be, x, batch->places, &rotation, batch->n, n_heads,
+                                 l->llm->head_dim);
+}
+
+static void rotate_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                            struct perta_array d, size_t n_heads)
+{
+    const struct perta_rotation rotation = perta_layer_rotation(l, 0);
+    if (!perta_llm_has(l->llm, l->site.layer, PERTA_LAYER_UNROTATED))
+        l->be->ops->rope_backward(l->be, d, batch->places, &rotation, batch->n, n_heads,
+                                  l->llm->head_dim);
+}
+
+/* The width of a norm of queries or keys: of a head, or of all of them. 0: there is none. */
+static size_t norm_width(const struct perta_layer *l, enum perta_param param)
+{
+    const struct perta_param_row *row = perta_llm_param(l->llm, l->site.layer, param);
+    size_t out, in = 0;
+    if (row)
+        perta_llm_shape(l->llm, row, &out, &in);
+    return in;
+}
+
+/* Normalise the queries or keys x (n, n_heads, D), and rotate each head by its position, in the
+ * order that the model says. raw and rstd are kept for the backward pass. */
 static void place_forward(const struct perta_layer *l, const struct perta_batch *batch,
                           enum perta_param param, struct perta_array x, struct perta_array raw,
                           struct perta_array rstd, size_t n_heads)
 {
-    size_t D = l->llm->head_dim, n = batch->n * n_heads;
-    struct perta_norm norm = perta_layer_norm(l, param);
-    if (perta_array_is(norm.weight)) {
-        l->be->ops->copy(l->be, raw, x, n * D);
-        l->llm->family->norm->forward(l->be, &norm, x, rstd, raw, n, D);
+    size_t width = n_heads * l->llm->head_dim, H = norm_width(l, param);
+    bool first = l->llm->qk_norm_after_rope;
+    if (first)
+        rotate_forward(l, batch, x, n_heads);
+    if (H) {
+        struct perta_norm norm = perta_layer_norm(l, param);
+        l->be->ops->copy(l->be, raw, x, batch->n * width);
+        l->llm->family->norm->forward(l->be, &norm, x, rstd, raw, batch->n * (width / H), H);
     }
-    const struct perta_rotation rotation = perta_layer_rotation(l, 0);
-    l->be->ops->rope_forward(l->be, x, batch->places, &rotation, batch->n, n_heads, D);
+    if (!first)
+        rotate_forward(l, batch, x, n_heads);
+}
+
+static void norm_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                          enum perta_param param, struct perta_array d, struct perta_array raw,
+                          struct perta_array rstd, size_t width, struct perta_array spare,
+                          struct perta_array vector)
+{
+    const struct perta_backend_ops *ops = l->be->ops;
+    size_t H = norm_width(l, param);
+    if (!H)
+        return;
+    struct perta_norm norm = perta_layer_norm(l, param);
+    perta_layer_norm_gradient(l, batch, param, d, raw, rstd, width / H, H, vector);
+    ops->zero(l->be, spare, batch->n * width);
+    l->llm->family->norm->backward(l->be, &norm, spare, d, raw, rstd, batch->n * (width / H), H);
+    ops->copy(l->be, d, spare, batch->n * width);
 }
 
 /* Replace d (n, n_heads, D), the gradient of the result, by that of the input. spare: scratch of
@@ -51,53 +107,69 @@ static void place_backward(const struct perta_layer *l, const struct perta_batch
                            struct perta_array rstd, size_t n_heads, struct perta_array spare,
                            struct perta_array vector)
 {
-    const struct perta_backend_ops *ops = l->be->ops;
-    size_t D = l->llm->head_dim, n = batch->n * n_heads;
-    struct perta_norm norm = perta_layer_norm(l, param);
-    const struct perta_rotation rotation = perta_layer_rotation(l, 0);
-    ops->rope_backward(l->be, d, batch->places, &rotation, batch->n, n_heads, D);
-    if (!perta_array_is(norm.weight))
-        return;
-    perta_layer_norm_gradient(l, batch, param, d, raw, rstd, n_heads, D, vector);
-    ops->zero(l->be, spare, n * D);
-    l->llm->family->norm->backward(l->be, &norm, spare, d, raw, rstd, n, D);
-    ops->copy(l->be, d, spare, n * D);
+    bool first = l->llm->qk_norm_after_rope;
+    if (!first)
+        rotate_backward(l, batch, d, n_heads);
+    norm_backward(l, batch, param, d, raw, rstd, n_heads * l->llm->head_dim, spare, vector);
+    if (first)
+        rotate_backward(l, batch, d, n_heads);
 }
 
-/* ---- the part ---- */
+/* ---- queries, keys and values in one tensor ---- */
 
-static void forward(const struct perta_layer *l, const struct perta_batch *batch,
-                    const struct perta_acts *a)
+/* Which columns of the fused result are queries (0), keys (1), values (2). */
+struct columns {
+    size_t width, first[3], block[3], stride, n_blocks;
+};
+
+static struct columns columns_of(const struct perta_llm *llm)
 {
-    const struct perta_backend_ops *ops = l->be->ops;
-    struct perta_attention attention = perta_layer_attention(l, batch);
+    size_t n = llm->qkv_by_group ? llm->n_kv_heads : 1;
+    struct columns c = {.block = {llm->n_heads * llm->head_dim / n,
+                                  llm->n_kv_heads * llm->head_dim / n,
+                                  llm->n_kv_heads * llm->value_dim / n},
+                        .n_blocks = n};
+    c.first[1] = c.block[0];
+    c.first[2] = c.block[0] + c.block[1];
+    c.stride = c.first[2] + c.block[2];
+    c.width = n * c.stride;
+    return c;
+}
+
+static void fused_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                          const struct perta_acts *a)
+{
+    const struct columns c = columns_of(l->llm);
+    const struct perta_array to[] = {a->q, a->k, a->v};
+    perta_layer_linear_forward(l, batch, PERTA_QKV, a->n1, a->fused, false);
+    for (int i = 0; i < 3; i++)
+        l->be->ops->split(l->be, to[i], a->fused, batch->n, c.width, c.first[i], c.block[i],
+                          c.stride, c.n_blocks);
+}
+
+static void fused_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                           const struct perta_acts *a)
+{
+    const struct columns c = columns_of(l->llm);
+    const struct perta_array from[] = {a->dq, a->dk, a->dv};
+    for (int i = 0; i < 3; i++)
+        l->be->ops->join(l->be, a->fused, from[i], batch->n, c.width, c.first[i], c.block[i],
+                         c.stride, c.n_blocks);
+    perta_layer_linear_backward(l, batch, PERTA_QKV, a->fused, a->dn, false);
+    perta_layer_linear_gradient(l, batch, PERTA_QKV, a->n1, a->fused, a->vector);
+}
+
+static void apart_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                          const struct perta_acts *a)
+{
     perta_layer_linear_forward(l, batch, PERTA_Q, a->n1, a->q, false);
     perta_layer_linear_forward(l, batch, PERTA_K, a->n1, a->k, false);
     perta_layer_linear_forward(l, batch, PERTA_V, a->n1, a->v, false);
-    place_forward(l, batch, PERTA_NORM_Q, a->q, a->q_raw, a->rstd_q, l->llm->n_heads);
-    place_forward(l, batch, PERTA_NORM_K, a->k, a->k_raw, a->rstd_k, l->llm->n_kv_heads);
-    if (l->past)
-        l->past->attend(l->past, l, batch, a);
-    else
-        ops->attention_forward(l->be, &attention, a->att, a->q, a->k, a->v);
-    perta_layer_linear_forward(l, batch, PERTA_O, a->att, a->mid, true);
 }
 
-static void backward(const struct perta_layer *l, const struct perta_batch *batch,
-                     const struct perta_acts *a)
+static void apart_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                           const struct perta_acts *a)
 {
-    const struct perta_backend_ops *ops = l->be->ops;
-    const struct perta_attention attention = perta_layer_attention(l, batch);
-    const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP no longer needs them */
-    perta_layer_linear_backward(l, batch, PERTA_O, a->dmid, a->datt, false);
-    perta_layer_linear_gradient(l, batch, PERTA_O, a->att, a->dmid, a->vector);
-    ops->attention_backward(l->be, &attention, a->dq, a->dk, a->dv, a->datt, a->q, a->k, a->v,
-                            of_heads);
-    /* datt is scratch from here on */
-    place_backward(l, batch, PERTA_NORM_Q, a->dq, a->q_raw, a->rstd_q, l->llm->n_heads, a->datt,
-                   a->vector);
-    place_backward(l, batch, PERTA_NORM_K, a->dk, a->k_raw, a->rstd_k, l->llm->n_kv_heads, a->datt,
-                   a->vector);
     perta_layer_linear_backward(l, batch, PERTA_Q, a->dq, a->dn, false);
     perta_layer_linear_gradient(l, batch, PERTA_Q, a->n1, a->dq, a->vector);
     perta_layer_linear_backward(l, batch, PERTA_K, a->dk, a->dn, true);
@@ -106,4 +178,67 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
     perta_layer_linear_gradient(l, batch, PERTA_V, a->n1, a->dv, a->vector);
 }
 
-const struct perta_attention_part perta_attention_part = {forward, backward};
+static bool is_fused(const struct perta_layer *l)
+{
+    return perta_llm_param(l->llm, l->site.layer, PERTA_QKV);
+}
+
+/* ---- sinks ---- */
+
+/* Hand the gradients of each sequence, dsinks (sequences, n_heads), to the sink. */
+static void sinks_gradient(const struct perta_layer *l, const struct perta_attention *attention)
+{
+    struct perta_err err = {0};
+    for (size_t i = 0; perta_array_is(attention->sinks) && l->sink && l->sink->vector &&
+                       i < attention->sequences.n && !l->be->rc;
+         i++)
+        perta_backend_fail(
+            l->be,
+            l->sink->vector(l->sink, l->site, PERTA_SINKS, i,
+                            perta_array_at(attention->dsinks, i * attention->n_heads), &err),
+            &err);
+}
+
+/* ---- the part ---- */
+
+static void forward(const struct perta_layer *l, const struct perta_batch *batch,
+                    const struct perta_acts *a, struct perta_array to, bool add)
+{
+    struct perta_attention attention = perta_layer_attention(l, batch);
+    if (is_fused(l))
+        fused_forward(l, batch, a);
+    else
+        apart_forward(l, batch, a);
+    place_forward(l, batch, PERTA_NORM_Q, a->q, a->q_raw, a->rstd_q, l->llm->n_heads);
+    place_forward(l, batch, PERTA_NORM_K, a->k, a->k_raw, a->rstd_k, l->llm->n_kv_heads);
+    if (l->past)
+        l->past->attend(l->past, l, batch, a);
+    else
+        l->be->ops->attention_forward(l->be, &attention, a->att, a->q, a->k, a->v);
+    perta_layer_linear_forward(l, batch, PERTA_O, a->att, to, add);
+}
+
+static void backward(const struct perta_layer *l, const struct perta_batch *batch,
+                     const struct perta_acts *a, struct perta_array dy)
+{
+    struct perta_attention attention = perta_layer_attention(l, batch);
+    const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP no longer needs them */
+    if (perta_array_is(attention.sinks))
+        attention.dsinks = a->dsinks;
+    perta_layer_linear_backward(l, batch, PERTA_O, dy, a->datt, false);
+    perta_layer_linear_gradient(l, batch, PERTA_O, a->att, dy, a->vector);
+    l->be->ops->attention_backward(l->be, &attention, a->dq, a->dk, a->dv, a->datt, a->q, a->k,
+                                   a->v, of_heads);
+    sinks_gradient(l, &attention);
+    /* datt is scratch from here on */
+    place_backward(l, batch, PERTA_NORM_Q, a->dq, a->q_raw, a->rstd_q, l->llm->n_heads, a->datt,
+                   a->vector);
+    place_backward(l, batch, PERTA_NORM_K, a->dk, a->k_raw, a->rstd_k, l->llm->n_kv_heads, a->datt,
+                   a->vector);
+    if (is_fused(l))
+        fused_backward(l, batch, a);
+    else
+        apart_backward(l, batch, a);
+}
+
+const struct perta_attention_part perta_attention_part = {NULL, forward, backward};

@@ -7,56 +7,127 @@ static size_t most(size_t a, size_t b)
     return a > b ? a : b;
 }
 
+/* Is a parameter in some layer? */
+static bool has(const struct perta_llm *llm, enum perta_param param)
+{
+    return perta_llm_param(llm, PERTA_ANY_LAYER, param) != NULL;
+}
+
+/* Is more done to what attention or the MLP gives, in some layer, before it is added? */
+static bool is_detached(const struct perta_llm *llm, enum perta_param after)
+{
+    return has(llm, after) || llm->residual_multiplier != 1;
+}
+
+/* The widths of activations (part.h). */
+struct widths {
+    size_t H, I, Q, A, K, V;
+};
+
+static struct widths widths_of(const struct perta_llm *llm)
+{
+    size_t dense = llm->any_layer & PERTA_LAYER_MIXTURE && !(llm->any_layer & PERTA_LAYER_DENSE)
+                       ? 0
+                       : llm->intermediate;
+    return (struct widths){llm->hidden,
+                           most(dense, llm->shared_intermediate),
+                           (size_t)llm->n_heads * llm->head_dim,
+                           (size_t)llm->n_heads * llm->value_dim,
+                           (size_t)llm->n_kv_heads * llm->head_dim,
+                           (size_t)llm->n_kv_heads * llm->value_dim};
+}
+
+/* Norms of a token's queries or keys (width). */
+static size_t norms_of(const struct perta_llm *llm, enum perta_param norm, size_t width)
+{
+    const struct perta_param_row *row = perta_llm_param(llm, PERTA_ANY_LAYER, norm);
+    size_t out, in = 0;
+    if (row)
+        perta_llm_shape(llm, row, &out, &in);
+    return in ? width / in : 0;
+}
+
+/* An array, and the number of floats that it has for each token. */
+struct part {
+    struct perta_array *array;
+    size_t width;
+};
+
+static size_t lay_out_parts(const struct part *parts, size_t n_parts, size_t n,
+                            struct perta_array memory)
+{
+    size_t at = 0;
+    for (size_t i = 0; i < n_parts; i++)
+        *parts[i].array = perta_array_take(memory, &at, n * parts[i].width);
+    return at;
+}
+
 /* What the backward pass needs of the forward pass. Returns the number of floats. */
 static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, size_t n,
                            struct perta_array memory)
 {
-    size_t at = 0;
-    size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
-    size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
+    const struct widths w = widths_of(llm);
     size_t stats = llm->family->norm->stats;
-    struct perta_array *const hidden[] = {&a->x, &a->n1, &a->mid, &a->n2};
-    struct perta_array *const query[] = {&a->q, &a->att};
-    struct perta_array *const key[] = {&a->k, &a->v};
-    struct perta_array *const shared[] = {&a->gate, &a->up};
-    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
-        *hidden[i] = perta_array_take(memory, &at, n * H);
-    for (size_t i = 0; i < sizeof query / sizeof *query; i++)
-        *query[i] = perta_array_take(memory, &at, n * Q);
-    for (size_t i = 0; i < sizeof key / sizeof *key; i++)
-        *key[i] = perta_array_take(memory, &at, n * K);
-    a->h = perta_array_take(memory, &at, n * I);
-    for (size_t i = 0; i < sizeof shared / sizeof *shared; i++)
-        *shared[i] = perta_array_take(memory, &at, n * most(I, Q));
-    a->q_raw = perta_array_take(memory, &at, llm->options & PERTA_QK_NORM ? n * Q : 0);
-    a->k_raw = perta_array_take(memory, &at, llm->options & PERTA_QK_NORM ? n * K : 0);
-    a->rstd1 = perta_array_take(memory, &at, n * stats);
-    a->rstd2 = perta_array_take(memory, &at, n * stats);
-    a->rstd_q = perta_array_take(memory, &at, n * llm->n_heads * stats);
-    a->rstd_k = perta_array_take(memory, &at, n * llm->n_kv_heads * stats);
-    return at;
+    size_t of_q = norms_of(llm, PERTA_NORM_Q, w.Q), of_k = norms_of(llm, PERTA_NORM_K, w.K);
+    const struct part parts[] = {
+        {&a->x, w.H},
+        {&a->n1, w.H},
+        {&a->mid, w.H},
+        {&a->n2, w.H},
+        {&a->q, w.Q},
+        {&a->att, w.A},
+        {&a->k, w.K},
+        {&a->v, w.V},
+        {&a->h, w.I},
+        {&a->gate, most(w.I, w.Q)},
+        {&a->up, most(w.I, w.A)},
+        {&a->q_raw, of_q ? w.Q : 0},
+        {&a->k_raw, of_k ? w.K : 0},
+        {&a->rstd1, stats},
+        {&a->rstd2, stats},
+        {&a->rstd_q, of_q * stats},
+        {&a->rstd_k, of_k * stats},
+        {&a->branch_1, is_detached(llm, PERTA_NORM_1_AFTER) ? w.H : 0},
+        {&a->branch_2, is_detached(llm, PERTA_NORM_2_AFTER) || llm->n_experts ? w.H : 0},
+        {&a->rstd1_after, has(llm, PERTA_NORM_1_AFTER) ? stats : 0},
+        {&a->rstd2_after, has(llm, PERTA_NORM_2_AFTER) ? stats : 0},
+        {&a->latent,
+         llm->family->attention->latent_width ? llm->family->attention->latent_width(llm) : 0},
+    };
+    return lay_out_parts(parts, sizeof parts / sizeof *parts, n, memory);
 }
 
 /* The other activations: the result, gradients, scratch. */
 static size_t lay_out_rest(struct perta_acts *a, const struct perta_llm *llm, size_t n,
                            struct perta_array memory)
 {
-    size_t at = 0;
-    size_t H = llm->hidden, I = llm->intermediate, D = llm->head_dim;
-    size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
-    struct perta_array *const hidden[] = {&a->out, &a->dout, &a->dmid, &a->dn, &a->dx};
-    struct perta_array *const query[] = {&a->datt, &a->dq};
-    struct perta_array *const key[] = {&a->dk, &a->dv};
-    struct perta_array *const inner[] = {&a->dgate, &a->dup};
-    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
-        *hidden[i] = perta_array_take(memory, &at, n * H);
-    for (size_t i = 0; i < sizeof query / sizeof *query; i++)
-        *query[i] = perta_array_take(memory, &at, n * Q);
-    for (size_t i = 0; i < sizeof key / sizeof *key; i++)
-        *key[i] = perta_array_take(memory, &at, n * K);
-    for (size_t i = 0; i < sizeof inner / sizeof *inner; i++)
-        *inner[i] = perta_array_take(memory, &at, n * I);
-    a->vector = perta_array_take(memory, &at, most(2 * H, perta_llm_widest(llm)));
+    const struct widths w = widths_of(llm);
+    bool detached = is_detached(llm, PERTA_NORM_1_AFTER) || is_detached(llm, PERTA_NORM_2_AFTER);
+    size_t fused = has(llm, PERTA_QKV) ? w.Q + w.K + w.V : 0;
+    if (has(llm, PERTA_GATE_UP) || has(llm, PERTA_SHARED_GATE_UP))
+        fused = most(fused, 2 * w.I);
+    const struct part parts[] = {
+        {&a->out, w.H},
+        {&a->dout, w.H},
+        {&a->dmid, w.H},
+        {&a->dn, w.H},
+        {&a->dx, w.H},
+        {&a->datt, most(w.A, w.Q)},
+        {&a->dq, w.Q},
+        {&a->dk, w.K},
+        {&a->dv, w.V},
+        {&a->dgate, w.I},
+        {&a->dup, w.I},
+        {&a->fused, fused},
+        {&a->dbranch, detached || llm->parallel || llm->n_experts ? w.H : 0},
+        {&a->spare, detached || llm->n_experts ? w.H : 0},
+        {&a->router, llm->n_experts},
+        {&a->score, has(llm, PERTA_SHARED_SCORE)},
+        {&a->dscore, has(llm, PERTA_SHARED_SCORE)},
+        {&a->dsinks, has(llm, PERTA_SINKS) ? llm->n_heads : 0},
+    };
+    size_t at = lay_out_parts(parts, sizeof parts / sizeof *parts, n, memory);
+    a->vector = perta_array_take(memory, &at, most(2 * w.H, perta_llm_widest(llm)));
     return at;
 }
 
@@ -158,39 +229,217 @@ void perta_layer_linear_gradient(const struct perta_layer *l, const struct perta
     perta_backend_fail(l->be, rc, &err);
 }
 
+/* ---- what attention and the MLP give ---- */
+
+/* Is more done to it, in this layer, before it is added? */
+static bool detached(const struct perta_layer *l, enum perta_param after)
+{
+    return perta_layer_has_norm(l, after) || l->llm->residual_multiplier != 1;
+}
+
+/* to += multiplier * norm(branch). y: scratch for what the norm gives. */
+static void add_branch(const struct perta_layer *l, const struct perta_batch *batch,
+                       enum perta_param after, struct perta_array to, struct perta_array branch,
+                       struct perta_array rstd, struct perta_array y)
+{
+    size_t n = batch->n, H = l->llm->hidden;
+    bool normed = perta_layer_has_norm(l, after);
+    if (normed) {
+        struct perta_norm norm = perta_layer_norm(l, after);
+        l->llm->family->norm->forward(l->be, &norm, y, rstd, branch, n, H);
+    }
+    l->be->ops->add_scaled(l->be, to, normed ? y : branch, l->llm->residual_multiplier, n * H);
+}
+
+/* The gradient of branch, from d, that of the sum: in a->dbranch. */
+static void branch_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                            const struct perta_acts *a, enum perta_param after,
+                            struct perta_array d, struct perta_array branch,
+                            struct perta_array rstd)
+{
+    const struct perta_backend_ops *ops = l->be->ops;
+    size_t n = batch->n, H = l->llm->hidden;
+    bool normed = perta_layer_has_norm(l, after);
+    struct perta_array to = normed ? a->spare : a->dbranch;
+    ops->copy(l->be, to, d, n * H);
+    ops->scale(l->be, to, l->llm->residual_multiplier, n * H);
+    if (!normed)
+        return;
+    struct perta_norm norm = perta_layer_norm(l, after);
+    ops->zero(l->be, a->dbranch, n * H);
+    l->llm->family->norm->backward(l->be, &norm, a->dbranch, to, branch, rstd, n, H);
+    perta_layer_norm_gradient(l, batch, after, to, branch, rstd, 1, H, a->vector);
+}
+
 /* ---- the block ---- */
 
-void perta_block_forward(const struct perta_layer *l, const struct perta_batch *batch,
-                         const struct perta_acts *a)
+/* The activations, where what the layer lacks is what it would be made from: without a norm before
+ * attention, n1 is x; without one before the MLP, n2 is mid or, in a parallel block, n1. */
+static struct perta_acts with_aliases(const struct perta_layer *l, const struct perta_acts *a)
 {
+    struct perta_acts own = *a;
+    if (!perta_layer_has_norm(l, PERTA_NORM_1))
+        own.n1 = own.x;
+    if (!perta_layer_has_norm(l, PERTA_NORM_2))
+        own.n2 = l->llm->parallel ? own.n1 : own.mid;
+    return own;
+}
+
+static struct perta_mlp_acts mlp_acts_of(const struct perta_layer *l, const struct perta_acts *a)
+{
+    return (struct perta_mlp_acts){a->n2,    a->dn,  a->gate,  a->up,     a->h,
+                                   a->dgate, a->dup, a->fused, a->vector, l->llm->intermediate};
+}
+
+static bool is_mixture(const struct perta_layer *l)
+{
+    return perta_llm_has(l->llm, l->site.layer, PERTA_LAYER_MIXTURE);
+}
+
+void perta_block_attend(const struct perta_layer *l, const struct perta_batch *batch,
+                        const struct perta_acts *acts)
+{
+    const struct perta_acts own = with_aliases(l, acts), *a = &own;
     const struct perta_family *family = l->llm->family;
     struct perta_backend *be = l->be;
     size_t n = batch->n, H = l->llm->hidden;
-    struct perta_norm norm_1 = perta_layer_norm(l, PERTA_NORM_1);
-    family->norm->forward(be, &norm_1, a->n1, a->rstd1, a->x, n, H);
+    if (perta_layer_has_norm(l, PERTA_NORM_1)) {
+        struct perta_norm norm = perta_layer_norm(l, PERTA_NORM_1);
+        family->norm->forward(be, &norm, a->n1, a->rstd1, a->x, n, H);
+    }
     be->ops->copy(be, a->mid, a->x, n * H);
-    family->attention->forward(l, batch, a);
-    struct perta_norm norm_2 = perta_layer_norm(l, PERTA_NORM_2);
-    family->norm->forward(be, &norm_2, a->n2, a->rstd2, a->mid, n, H);
-    if (!l->again)
-        be->ops->copy(be, a->out, a->mid, n * H);
-    family->mlp->forward(l, batch, a);
+    if (detached(l, PERTA_NORM_1_AFTER)) {
+        family->attention->forward(l, batch, a, a->branch_1, false);
+        add_branch(l, batch, PERTA_NORM_1_AFTER, a->mid, a->branch_1, a->rstd1_after, a->spare);
+    } else {
+        family->attention->forward(l, batch, a, a->mid, true);
+    }
+    if (perta_layer_has_norm(l, PERTA_NORM_2)) {
+        struct perta_norm norm = perta_layer_norm(l, PERTA_NORM_2);
+        struct perta_array from = l->llm->parallel ? a->x : a->mid;
+        family->norm->forward(be, &norm, a->n2, a->rstd2, from, n, H);
+    } else if (is_mixture(l)) {
+        be->ops->copy(be, acts->n2, a->n2, n * H);
+    }
+}
+
+void perta_block_add(const struct perta_layer *l, const struct perta_batch *batch,
+                     const struct perta_acts *a)
+{
+    l->be->ops->copy(l->be, a->out, a->mid, batch->n * l->llm->hidden);
+    add_branch(l, batch, PERTA_NORM_2_AFTER, a->out, a->branch_2, a->rstd2_after, a->spare);
+}
+
+void perta_block_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                         const struct perta_acts *acts)
+{
+    const struct perta_acts own = with_aliases(l, acts), *a = &own;
+    const struct perta_mlp_acts mlp = mlp_acts_of(l, a);
+    perta_block_attend(l, batch, acts);
+    if (detached(l, PERTA_NORM_2_AFTER) &&
+        (!l->again || perta_layer_has_norm(l, PERTA_NORM_2_AFTER))) {
+        perta_mlp_forward(l, batch, &perta_mlp_roles, &mlp, a->branch_2, false);
+        perta_block_add(l, batch, a);
+    } else if (l->again) {
+        perta_mlp_inner(l, batch, &perta_mlp_roles, &mlp);
+    } else {
+        l->be->ops->copy(l->be, a->out, a->mid, batch->n * l->llm->hidden);
+        perta_mlp_forward(l, batch, &perta_mlp_roles, &mlp, a->out, true);
+    }
+}
+
+struct perta_array perta_block_branch_backward(const struct perta_layer *l,
+                                               const struct perta_batch *batch,
+                                               const struct perta_acts *a)
+{
+    if (!detached(l, PERTA_NORM_2_AFTER))
+        return a->dout;
+    branch_backward(l, batch, a, PERTA_NORM_2_AFTER, a->dout, a->branch_2, a->rstd2_after);
+    return a->dbranch;
+}
+
+/* From a->dn, the gradient of n2, to *to, which it is added to: that of mid, or in a parallel block
+ * of x. */
+static void norm_2_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                            const struct perta_acts *a, struct perta_array to)
+{
+    size_t n = batch->n, H = l->llm->hidden;
+    struct perta_array from = l->llm->parallel ? a->x : a->mid;
+    if (!perta_layer_has_norm(l, PERTA_NORM_2)) {
+        l->be->ops->add(l->be, to, a->dn, n * H);
+        return;
+    }
+    struct perta_norm norm = perta_layer_norm(l, PERTA_NORM_2);
+    l->llm->family->norm->backward(l->be, &norm, to, a->dn, from, a->rstd2, n, H);
+    perta_layer_norm_gradient(l, batch, PERTA_NORM_2, a->dn, from, a->rstd2, 1, H, a->vector);
+}
+
+static void attention_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                               const struct perta_acts *a)
+{
+    struct perta_array dy = a->dmid;
+    if (detached(l, PERTA_NORM_1_AFTER)) {
+        branch_backward(l, batch, a, PERTA_NORM_1_AFTER, a->dmid, a->branch_1, a->rstd1_after);
+        dy = a->dbranch;
+    }
+    l->llm->family->attention->backward(l, batch, a, dy);
+}
+
+/* From a->dn, the gradient of n1, to a->dx, which it is added to. */
+static void norm_1_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                            const struct perta_acts *a)
+{
+    size_t n = batch->n, H = l->llm->hidden;
+    if (!perta_layer_has_norm(l, PERTA_NORM_1)) {
+        l->be->ops->add(l->be, a->dx, a->dn, n * H);
+        return;
+    }
+    struct perta_norm norm = perta_layer_norm(l, PERTA_NORM_1);
+    l->llm->family->norm->backward(l->be, &norm, a->dx, a->dn, a->x, a->rstd1, n, H);
+    perta_layer_norm_gradient(l, batch, PERTA_NORM_1, a->dn, a->x, a->rstd1, 1, H, a->vector);
+}
+
+/* A parallel block: x goes to attention, to the MLP and to the sum. */
+static void parallel_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                              const struct perta_acts *a)
+{
+    const struct perta_backend_ops *ops = l->be->ops;
+    size_t n = batch->n * l->llm->hidden;
+    bool own_norm = perta_layer_has_norm(l, PERTA_NORM_2);
+    ops->copy(l->be, a->dmid, a->dout, n);
+    ops->copy(l->be, a->dx, a->dout, n);
+    if (own_norm)
+        norm_2_backward(l, batch, a, a->dx);
+    else
+        ops->copy(l->be, a->dbranch, a->dn, n);
+    attention_backward(l, batch, a);
+    if (!own_norm)
+        ops->add(l->be, a->dn, a->dbranch, n);
+    norm_1_backward(l, batch, a);
+}
+
+void perta_block_attend_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                                 const struct perta_acts *acts)
+{
+    const struct perta_acts own = with_aliases(l, acts), *a = &own;
+    size_t n = batch->n * l->llm->hidden;
+    if (l->llm->parallel) {
+        parallel_backward(l, batch, a);
+        return;
+    }
+    l->be->ops->copy(l->be, a->dmid, a->dout, n);
+    norm_2_backward(l, batch, a, a->dmid);
+    attention_backward(l, batch, a);
+    l->be->ops->copy(l->be, a->dx, a->dmid, n);
+    norm_1_backward(l, batch, a);
 }
 
 void perta_block_backward(const struct perta_layer *l, const struct perta_batch *batch,
-                          const struct perta_acts *a)
+                          const struct perta_acts *acts)
 {
-    const struct perta_family *family = l->llm->family;
-    struct perta_backend *be = l->be;
-    size_t n = batch->n, H = l->llm->hidden;
-    family->mlp->backward(l, batch, a);
-    struct perta_norm norm_2 = perta_layer_norm(l, PERTA_NORM_2);
-    be->ops->copy(be, a->dmid, a->dout, n * H);
-    family->norm->backward(be, &norm_2, a->dmid, a->dn, a->mid, a->rstd2, n, H);
-    perta_layer_norm_gradient(l, batch, PERTA_NORM_2, a->dn, a->mid, a->rstd2, 1, H, a->vector);
-    family->attention->backward(l, batch, a);
-    struct perta_norm norm_1 = perta_layer_norm(l, PERTA_NORM_1);
-    be->ops->copy(be, a->dx, a->dmid, n * H);
-    family->norm->backward(be, &norm_1, a->dx, a->dn, a->x, a->rstd1, n, H);
-    perta_layer_norm_gradient(l, batch, PERTA_NORM_1, a->dn, a->x, a->rstd1, 1, H, a->vector);
+    const struct perta_acts own = with_aliases(l, acts), *a = &own;
+    const struct perta_mlp_acts mlp = mlp_acts_of(l, a);
+    struct perta_array dy = perta_block_branch_backward(l, batch, a);
+    perta_mlp_backward(l, batch, &perta_mlp_roles, &mlp, dy, false);
+    perta_block_attend_backward(l, batch, acts);
 }

@@ -251,8 +251,9 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
     uint32_t first = 0;
     if (size && !json_is_null(size) && !json_is_integer(size))
         perta_config_refuse(r, "sliding_window", "is not a whole number");
-    if (!json_is_null(size) &&
-        (family->windows != PERTA_WINDOWS_QWEN || perta_config_bool(r, "use_sliding_window")))
+    bool switched =
+        family->windows == PERTA_WINDOWS_QWEN || family->windows == PERTA_WINDOWS_SWITCHED;
+    if (!json_is_null(size) && (!switched || perta_config_bool(r, "use_sliding_window")))
         llm->window = perta_config_count(r, "sliding_window", 4096);
     if (family->windows == PERTA_WINDOWS_NONE)
         llm->window = 0;
@@ -366,12 +367,28 @@ static bool read_tied(struct perta_config_reader *r, const struct perta_family *
 
 static uint32_t read_options(struct perta_config_reader *r, const struct perta_family *family)
 {
-    uint32_t options = family->options;
+    uint32_t options = family->options | PERTA_EXPERTS_APART;
     if (family->reads_attention_bias && perta_config_bool(r, "attention_bias"))
         options |= PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS;
     if (family->reads_mlp_bias && perta_config_bool(r, "mlp_bias"))
         options |= PERTA_MLP_HAS_BIAS;
     return options;
+}
+
+uint32_t perta_config_experts(struct perta_config_reader *r, const char *key, uint32_t fallback)
+{
+    const char *const other = "num_local_experts";
+    bool has_key = perta_config_has(r->config, key), has_other = perta_config_has(r->config, other);
+    uint32_t n = perta_config_count(r, has_key || !has_other ? key : other, fallback);
+    if (has_key && has_other && perta_config_count(r, other, 1) != n)
+        perta_config_refuse(r, other, "is another number of experts than another key gives");
+    return n;
+}
+
+void perta_config_mixture(struct perta_llm *llm, uint32_t layer, bool is)
+{
+    llm->layers[layer] &= ~(uint32_t)(PERTA_LAYER_DENSE | PERTA_LAYER_MIXTURE);
+    llm->layers[layer] |= is ? PERTA_LAYER_MIXTURE : PERTA_LAYER_DENSE;
 }
 
 static void read_sizes(struct perta_config_reader *r, const struct perta_family *family,
@@ -399,6 +416,13 @@ static void read_sizes(struct perta_config_reader *r, const struct perta_family 
         llm->layers[l] = PERTA_LAYER_DENSE;
 }
 
+static void check_mixture(struct perta_config_reader *r, const struct perta_llm *llm)
+{
+    struct perta_err why = {0};
+    if (perta_router_check(&llm->router, &why))
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s", r->path, why.msg);
+}
+
 int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *llm,
                     struct perta_err *err)
 {
@@ -411,7 +435,8 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
         return r.rc;
     r.family = family;
     read_sizes(&r, family, llm);
-    read_windows(&r, family, llm);
+    if (family->windows != PERTA_WINDOWS_OWN)
+        read_windows(&r, family, llm);
     read_pad(&r, llm);
     read_activation(&r, family, llm);
     if (family->read && !r.rc)
@@ -422,6 +447,8 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     perta_config_refuse_keys(&r);
     for (uint32_t l = 0; l < llm->n_layers; l++)
         llm->any_layer |= llm->layers[l];
+    if (llm->any_layer & PERTA_LAYER_MIXTURE && !r.rc)
+        check_mixture(&r, llm);
     perta_llm_set_names(llm, family->base, "");
     return r.rc;
 }

@@ -46,7 +46,11 @@ struct perta_llm {
     uint32_t chunk; /* of layers with PERTA_LAYER_CHUNKS */
     bool alibi;
     bool qk_norm_after_rope;
+    /* of one tensor for queries, keys and values: those of a key-value head and its queries are
+     * together; otherwise all queries come first, then all keys, then all values */
+    bool qkv_by_group;
     uint32_t q_lora, kv_lora, rotary_dim; /* latent attention */
+    bool gate_up_interleaved; /* of one tensor for gate and up: row 2i is gate i, row 2i + 1 up i */
     /* the block */
     bool parallel;             /* attention and MLP both start from the block's input */
     float norm_plus;           /* weights of norms are stored minus this */

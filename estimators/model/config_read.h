@@ -34,6 +34,12 @@ double perta_config_number(struct perta_config_reader *r, const json_t *object, 
 /* true or false; false if the key is missing or null. */
 bool perta_config_bool(struct perta_config_reader *r, const char *key);
 
+/* The number of experts: key, or "num_local_experts", which transformers takes for the same in many
+ * families; the two must not contradict each other. */
+uint32_t perta_config_experts(struct perta_config_reader *r, const char *key, uint32_t fallback);
+/* Whether a layer has a mixture of experts instead of an MLP. */
+void perta_config_mixture(struct perta_llm *llm, uint32_t layer, bool is);
+
 /* Options of rotary positions, from the keys from which transformers takes them (config_rope.c): of
  * layers with full attention, and with sliding attention. max_positions: default of
  * max_position_embeddings. head_dim: elements of a head that may be rotated. */

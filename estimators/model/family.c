@@ -66,7 +66,10 @@ static const struct perta_family qwen3 = {.model_type = "qwen3",
                                           .max_positions = 32768,
                                           .windows = PERTA_WINDOWS_QWEN};
 
-const struct perta_family *const perta_families[] = {&llama, &mistral, &qwen2, &qwen3};
+extern const struct perta_family perta_qwen3_moe;
+
+const struct perta_family *const perta_families[] = {&llama, &mistral, &qwen2, &qwen3,
+                                                     &perta_qwen3_moe};
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;
 
 /* ---- rows ---- */

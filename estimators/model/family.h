@@ -18,7 +18,6 @@ struct perta_llm;
 struct perta_config_reader;
 struct perta_norm_part;
 struct perta_attention_part;
-struct perta_mlp_part;
 
 /* The parameters of a layer, by role. The bias of a weight is the next one. */
 enum perta_param {
@@ -153,14 +152,13 @@ struct perta_param_row {
     bool transposed;          /* stored as (in, out) */
 };
 
-/* Sliding window attention: never; in every layer or those that layer_types says; according to
- * Qwen's use_sliding_window and max_window_layers; in all of those that layer_types says, which has
- * a default (the family's read function sets it). */
+/* Sliding window attention. */
 enum perta_windows {
-    PERTA_WINDOWS_NONE,
-    PERTA_WINDOWS_EVERYWHERE,
-    PERTA_WINDOWS_QWEN,
-    PERTA_WINDOWS_TYPES
+    PERTA_WINDOWS_NONE,       /* never */
+    PERTA_WINDOWS_EVERYWHERE, /* in every layer, or those that layer_types says */
+    PERTA_WINDOWS_SWITCHED,   /* in every layer, if use_sliding_window says so */
+    PERTA_WINDOWS_QWEN, /* according to use_sliding_window and max_window_layers or layer_types */
+    PERTA_WINDOWS_OWN,  /* the family's read function sets them */
 };
 
 /* Names of keys in config.json that differ between families; NULL: the usual one. */
@@ -212,7 +210,6 @@ struct perta_family {
 
     const struct perta_norm_part *norm;
     const struct perta_attention_part *attention;
-    const struct perta_mlp_part *mlp;
 
     /* Defaults for missing keys, and which keys transformers reads for this family (config.c). */
     struct perta_config_keys keys;
@@ -243,7 +240,7 @@ extern const struct perta_param_row perta_llama_params[PERTA_N_LLAMA_PARAMS];
 #define PERTA_LLAMA_NAMES                                                               \
     .base = "model", .layers = "layers", .embedding = "embed_tokens.weight",            \
     .head = "lm_head.weight", .final_norm = "norm.weight", .norm = &perta_rmsnorm_part, \
-    .attention = &perta_attention_part, .mlp = &perta_gated_mlp_part
+    .attention = &perta_attention_part
 #define PERTA_LLAMA_LINE \
     PERTA_LLAMA_NAMES, .params = perta_llama_params, .n_params = PERTA_N_LLAMA_PARAMS
 

@@ -59,13 +59,18 @@ const struct perta_norm_part perta_layernorm_part = {2, layernorm_forward, layer
 
 /* ---- a layer's norm ---- */
 
+bool perta_layer_has_norm(const struct perta_layer *l, enum perta_param param)
+{
+    return perta_llm_param(l->llm, l->site.layer, param) != NULL;
+}
+
 struct perta_norm perta_layer_norm(const struct perta_layer *l, enum perta_param param)
 {
-    bool may_have_bias = param == PERTA_NORM_1 || param == PERTA_NORM_2;
     return (struct perta_norm){
         .weight = perta_layer_vector(l, param),
-        .bias = may_have_bias ? perta_layer_vector(l, param + 1) : (struct perta_array){0},
+        .bias = perta_layer_vector(l, param + 1),
         .eps = l->llm->norm_eps,
+        .plus = l->llm->norm_plus,
         .n_weights = 1,
     };
 }

@@ -50,23 +50,36 @@ struct perta_layer {
     const struct perta_factors *factors; /* LoRA beside the weights; NULL: none */
     struct perta_past_tokens *past;      /* NULL: a batch is whole sequences */
     const float *inv_freq;               /* (rotated / 2), of this layer's rotary positions */
+    const float *slopes;                 /* (n_heads), of ALiBi; NULL: none */
     struct perta_site site;
     bool again; /* a second forward pass, for the backward pass: out is not wanted */
 };
 
 /* Activations of a block and their gradients, for n tokens of a batch, in one array of the
- * backend's memory. H: hidden, I: intermediate, Q = n_heads * head_dim, K = n_kv_heads *
- * head_dim. */
+ * backend's memory. H: hidden, I: intermediate (the larger one of the MLP's and the shared
+ * expert's), Q = n_heads * head_dim, A = n_heads * value_dim, K = n_kv_heads * head_dim, V =
+ * n_kv_heads * value_dim. Arrays of what the model does not have are empty. */
 struct perta_acts {
     struct perta_array x, n1, mid, n2, out, dout, dmid, dn, dx; /* (n, H) */
-    struct perta_array q, att, datt, dq;                        /* (n, Q) */
-    struct perta_array k, v, dk, dv;                            /* (n, K) */
-    struct perta_array q_raw, k_raw;   /* (n, Q), (n, K): before the norm of each head */
-    struct perta_array h, dgate, dup;  /* (n, I) */
-    struct perta_array gate, up;       /* (n, I); in the backward pass, once the MLP no longer needs
-                                             them, scratch of attention (n, Q) */
-    struct perta_array rstd1, rstd2;   /* (n, stats of the norm) */
-    struct perta_array rstd_q, rstd_k; /* (n, n_heads, stats), (n, n_kv_heads, stats) */
+    /* (n, H): what attention and MLP give, if more is done to it before it is added; its gradient,
+     * and scratch */
+    struct perta_array branch_1, branch_2, dbranch, spare;
+    struct perta_array q, dq;         /* (n, Q) */
+    struct perta_array att, datt;     /* (n, A); datt: and scratch of attention (n, max(A, Q)) */
+    struct perta_array k, dk;         /* (n, K) */
+    struct perta_array v, dv;         /* (n, V) */
+    struct perta_array q_raw, k_raw;  /* (n, Q), (n, K): before their norms */
+    struct perta_array h, dgate, dup; /* (n, I) */
+    struct perta_array gate, up;      /* (n, I); in the backward pass, once the MLP no longer needs
+                                             them, scratch of attention (n, Q), (n, A) */
+    struct perta_array fused;         /* scratch: the result of a linear that is several in one */
+    struct perta_array latent;        /* of latent attention (mla.c) */
+    struct perta_array rstd1, rstd2;  /* (n, stats of the norm) */
+    struct perta_array rstd1_after, rstd2_after;
+    struct perta_array rstd_q, rstd_k; /* (n, norms of a token, stats) */
+    struct perta_array router;         /* (n, n_experts): logits, or their gradients */
+    struct perta_array score, dscore;  /* (n): logit of the shared expert's own gate */
+    struct perta_array dsinks;         /* (n, n_heads): of each sequence */
     struct perta_array vector; /* scratch: the longest vector, or a norm's weight and bias */
 };
 
@@ -116,33 +129,64 @@ void perta_layer_norm_gradient(const struct perta_layer *l, const struct perta_b
                                struct perta_array rstd, size_t rows, size_t H,
                                struct perta_array vector);
 
-/* ---- attention and MLP ---- */
+/* Whether the layer has that norm. */
+bool perta_layer_has_norm(const struct perta_layer *l, enum perta_param param);
+
+/* ---- attention ---- */
 
 /* A layer's attention over a batch. */
 struct perta_attention perta_layer_attention(const struct perta_layer *l,
                                              const struct perta_batch *batch);
-
-struct perta_attention_part {
-    /* acts->mid += attention(acts->n1). */
-    void (*forward)(const struct perta_layer *l, const struct perta_batch *batch,
-                    const struct perta_acts *acts);
-    /* From acts->dmid to acts->dn, the gradient of n1. Gradients of weights go to the sink. */
-    void (*backward)(const struct perta_layer *l, const struct perta_batch *batch,
-                     const struct perta_acts *acts);
-};
-extern const struct perta_attention_part perta_attention_part;
 /* The rotation of the layer's queries and keys, from element first of a head on. */
 struct perta_rotation perta_layer_rotation(const struct perta_layer *l, size_t first);
 
-struct perta_mlp_part {
-    /* acts->out += mlp(acts->n2), unless the layer says that out is not wanted. */
+struct perta_attention_part {
+    /* Floats of acts->latent for each token; NULL: none. */
+    size_t (*latent_width)(const struct perta_llm *llm);
+    /* to (n, H) = attention(acts->n1); with add, +=. */
     void (*forward)(const struct perta_layer *l, const struct perta_batch *batch,
-                    const struct perta_acts *acts);
-    /* From acts->dout to acts->dn, the gradient of n2. Gradients of weights go to the sink. */
+                    const struct perta_acts *acts, struct perta_array to, bool add);
+    /* From dy (n, H), the gradient of that, to acts->dn, the gradient of n1. Gradients of weights go
+     * to the sink. */
     void (*backward)(const struct perta_layer *l, const struct perta_batch *batch,
-                     const struct perta_acts *acts);
+                     const struct perta_acts *acts, struct perta_array dy);
 };
-/* With a gate, and without: perta_llm.activation says which function they apply. */
-extern const struct perta_mlp_part perta_gated_mlp_part, perta_plain_mlp_part;
+extern const struct perta_attention_part perta_attention_part;
+
+/* ---- MLP ---- */
+
+/* The parameters of an MLP: with a gate, in a tensor of its own or in one with up; or without. */
+struct perta_mlp_roles {
+    enum perta_param gate, up, gate_up, down;
+};
+extern const struct perta_mlp_roles perta_mlp_roles;    /* the layer's own */
+extern const struct perta_mlp_roles perta_shared_roles; /* the shared expert's */
+extern const struct perta_mlp_roles perta_expert_roles; /* an expert's: that of the layer's site */
+
+/* Its activations, for n rows. */
+struct perta_mlp_acts {
+    struct perta_array x, dx;                   /* (n, H) */
+    struct perta_array gate, up, h, dgate, dup; /* (n, width) */
+    struct perta_array fused;                   /* (n, 2 * width): scratch */
+    struct perta_array vector;                  /* scratch: the longest vector */
+    size_t width;
+};
+
+/* acts->h from acts->x. */
+void perta_mlp_inner(const struct perta_layer *l, const struct perta_batch *batch,
+                     const struct perta_mlp_roles *roles, const struct perta_mlp_acts *acts);
+/* From acts->dgate, which holds the gradient of h, to acts->dx, the gradient of x; with add, +=.
+ * Gradients of weights but down go to the sink. */
+void perta_mlp_inner_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                              const struct perta_mlp_roles *roles,
+                              const struct perta_mlp_acts *acts, bool add);
+/* to (n, H) = down(h(x)); with add, +=. */
+void perta_mlp_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                       const struct perta_mlp_roles *roles, const struct perta_mlp_acts *acts,
+                       struct perta_array to, bool add);
+/* From dy (n, H) to acts->dx; with add, +=. Gradients of all weights go to the sink. */
+void perta_mlp_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                        const struct perta_mlp_roles *roles, const struct perta_mlp_acts *acts,
+                        struct perta_array dy, bool add);
 
 #endif

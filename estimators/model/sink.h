@@ -20,6 +20,13 @@ struct perta_batch {
     size_t first;                     /* index of the first token among all tokens of the pass */
 };
 
+/* Rows whose gradients are summed. */
+struct perta_sink_rows {
+    const struct perta_chunks *chunks; /* of them */
+    size_t n;
+    bool single; /* they are one batch */
+};
+
 struct perta_gradient_sink {
     /* The operands of a matrix's gradient, which is dy^T x over the rows that the sink chooses: x
      * (batch->n, in), dy (batch->n, out). Both are overwritten after the call. */
@@ -30,6 +37,13 @@ struct perta_gradient_sink {
      * call. NULL: these gradients are not wanted. */
     int (*vector)(struct perta_gradient_sink *sink, struct perta_site site, enum perta_param param,
                   size_t sequence, struct perta_array d, struct perta_err *err);
+    /* Within a layer: begin an expert, which rows (at least one) reach. The batches that follow are
+     * of these rows, and each has its samples in order, also those without a row. Then end it. NULL:
+     * the sink does not need to know. */
+    int (*begin_expert)(struct perta_gradient_sink *sink, const struct perta_sink_rows *rows,
+                        struct perta_err *err);
+    int (*end_expert)(struct perta_gradient_sink *sink, struct perta_site site,
+                      struct perta_err *err);
 };
 
 #endif

@@ -299,6 +299,47 @@ int perta_store_load(const struct perta_store *store, size_t first, size_t n, st
                        "scratch file", err);
 }
 
+int perta_store_gather(const struct perta_store *store, const uint32_t *index, size_t n,
+                       struct perta_array to, struct perta_err *err)
+{
+    int rc = 0;
+    if (store->buffer)
+        store->be->ops->gather(store->be, to, row_at(store, 0), index, n, store->width);
+    for (size_t i = 0; i < n && !store->buffer && !rc; i++)
+        rc = perta_store_load(store, index[i], 1, perta_array_at(to, i * store->width), err);
+    return rc;
+}
+
+/* room = the rows, room += by * from, the rows = room: the same sums as in memory. */
+static int scatter_add_in_file(struct perta_store *store, const uint32_t *index, const float *by,
+                               size_t n, struct perta_array from, struct perta_array room,
+                               struct perta_err *err)
+{
+    uint32_t zero = 0;
+    int rc = 0;
+    for (size_t i = 0; i < n && !rc; i++) {
+        struct perta_array row = perta_array_at(room, i * store->width);
+        rc = perta_store_load(store, index[i], 1, row, err);
+        store->be->ops->scatter_add_scaled(store->be, row, perta_array_at(from, i * store->width),
+                                           &zero, by ? by + i : NULL, 1, store->width);
+        if (!rc)
+            rc = perta_store_set(store, index[i], 1, row, err);
+    }
+    return rc ? rc : perta_backend_wait(store->be, err); /* zero is borrowed */
+}
+
+int perta_store_scatter_add(struct perta_store *store, const uint32_t *index, const float *by,
+                            size_t n, struct perta_array from, struct perta_array room,
+                            struct perta_err *err)
+{
+    store->saved = false;
+    if (!store->buffer)
+        return scatter_add_in_file(store, index, by, n, from, room, err);
+    store->be->ops->scatter_add_scaled(store->be, row_at(store, 0), from, index, by, n,
+                                       store->width);
+    return 0;
+}
+
 int perta_store_read_cols(const struct perta_store *store, size_t row, size_t col, size_t n_cols,
                           struct perta_array to, struct perta_err *err)
 {

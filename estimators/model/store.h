@@ -65,6 +65,15 @@ int perta_store_rows(const struct perta_store *store, size_t first, size_t n,
 /* Read rows to to (n, width), in the backend's memory. */
 int perta_store_load(const struct perta_store *store, size_t first, size_t n, struct perta_array to,
                      struct perta_err *err);
+/* to (n, width), in the backend's memory: row i = row index[i] of the store. index is borrowed until
+ * the next wait. */
+int perta_store_gather(const struct perta_store *store, const uint32_t *index, size_t n,
+                       struct perta_array to, struct perta_err *err);
+/* Row index[i] of the store += by[i] * row i of from (n, width); by NULL: 1. The rows differ from
+ * each other. index and by are borrowed until the next wait. room (n, width): scratch. */
+int perta_store_scatter_add(struct perta_store *store, const uint32_t *index, const float *by,
+                            size_t n, struct perta_array from, struct perta_array room,
+                            struct perta_err *err);
 /* Read columns col .. col + n_cols of one row. The store must be in a file. On any thread. */
 int perta_store_read_cols(const struct perta_store *store, size_t row, size_t col, size_t n_cols,
                           struct perta_array to, struct perta_err *err);

@@ -361,7 +361,7 @@ int perta_trainer_gradients(struct perta_trainer *t, const struct perta_samples 
 {
     PERTA_FP_SCOPE;
     const struct perta_model *m = t->model;
-    struct sink sink = {{on_linear, on_vector}, t};
+    struct sink sink = {{on_linear, on_vector, NULL, NULL}, t};
     size_t n_labels;
     struct perta_batch batch = pack(t, samples, which, n, &n_labels);
     t->be->ops->zero(t->be, t->gradients, m->n_floats);

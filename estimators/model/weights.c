@@ -79,6 +79,23 @@ static int check_strangers(const struct checked *checked, struct perta_err *err)
     return 0;
 }
 
+/* Experts are in tensors of their own, or all in one. */
+static void choose_names(struct perta_weights *w)
+{
+    struct perta_llm *llm = &w->llm;
+    const uint32_t apart = llm->options;
+    char name[PERTA_NAME_BYTES];
+    llm->options = (apart & ~(uint32_t)PERTA_EXPERTS_APART) | PERTA_EXPERTS_TOGETHER;
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        for (int p = PERTA_EXPERT_GATE; p <= PERTA_EXPERT_DOWN_BIAS; p++) {
+            const struct perta_param_row *row = perta_llm_param(llm, l, (enum perta_param)p);
+            if (row && perta_checkpoint_find(
+                           w->ck, perta_llm_name(llm, perta_site_of_expert(l, 0), row, name)))
+                return;
+        }
+    llm->options = apart;
+}
+
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err)
 {
     *w = (struct perta_weights){.parameters.get = perta_weights_get,
@@ -98,6 +115,8 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     if (rc)
         return rc;
     rc = perta_llm_parse(w->ck->config, w->ck->config_path, &w->llm, err);
+    if (!rc)
+        choose_names(w);
     struct checked checked = {w, calloc(w->ck->n_tensors + 1, sizeof *checked.wanted)};
     if (!rc && !checked.wanted)
         rc = perta_fail_sys(err, ENOMEM, "%s", path);

@@ -54,6 +54,8 @@ int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_l
     struct perta_layer again = *layer;
     struct perta_acts acts;
     int rc = 0;
+    if (perta_llm_has(layer->llm, layer->site.layer, PERTA_LAYER_MIXTURE))
+        return perta_experts_backward(job, layer, next, err);
     again.again = true;
     for (size_t group = 0; group < job->cut.n_groups && !rc;) {
         struct perta_batch batch = perta_estimate_batch(job, &group);

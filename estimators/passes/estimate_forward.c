@@ -133,6 +133,7 @@ void perta_estimate_release(struct perta_estimate_job *job)
         for (uint32_t l = 0; job->kept && l < job->weights.llm.n_layers; l++)
             job->be->ops->free(job->be, job->kept[l]);
     }
+    perta_experts_close(&job->experts);
     perta_factors_release(&job->factors);
     perta_backend_close(job->be);
     perta_workers_close(job->workers);
@@ -224,6 +225,8 @@ int perta_estimate_forward(struct perta_estimate_job *job, uint32_t number,
     struct perta_layer layer = perta_estimate_layer(job, number, number + 1, NULL);
     struct perta_acts acts;
     int rc = 0;
+    if (perta_llm_has(layer.llm, number, PERTA_LAYER_MIXTURE))
+        return perta_experts_forward(job, &layer, from, to, err);
     for (size_t group = 0; group < job->cut.n_groups && !rc;) {
         struct perta_batch batch = perta_estimate_batch(job, &group);
         perta_estimate_acts(job, number, batch.n, &acts);

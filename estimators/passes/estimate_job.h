@@ -10,6 +10,7 @@
 #include "estimators/model/cache.h"
 #include "estimators/passes/adapted.h"
 #include "estimators/passes/estimate.h"
+#include "estimators/passes/experts.h"
 #include "estimators/passes/head.h"
 #include "estimators/passes/importance_sink.h"
 #include "estimators/passes/patched.h"
@@ -53,10 +54,11 @@ struct perta_estimate_job {
     struct perta_array work; /* a batch's activations, or the head's work */
     float *inv_freq;         /* (2, head_dim / 2): tables of llm->ropes */
 
-    size_t *starts;             /* (samples.n + 1): first token of each sample */
-    struct perta_cut cut;       /* of tokens */
-    struct perta_chunks chunks; /* of tokens */
-    size_t batch_tokens;        /* tokens in a batch, at most */
+    size_t *starts;               /* (samples.n + 1): first token of each sample */
+    struct perta_experts experts; /* of a model with mixtures */
+    struct perta_cut cut;         /* of tokens */
+    struct perta_chunks chunks;   /* of tokens */
+    size_t batch_tokens;          /* tokens in a batch, at most */
     size_t n_batches;
     /* (n_layers): buffers in which the forward pass leaves a layer's activations for the backward
      * pass; 0: it does not. Only if all tokens are one batch. NULL: none */

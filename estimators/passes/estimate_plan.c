@@ -100,7 +100,8 @@ static uint64_t work_floats(const struct perta_estimate_job *job, size_t tokens)
     uint64_t staging = has_gradients(job) ? perta_importance_sink_staging(llm, block_floats(llm),
                                                                           job->samples.n_tokens)
                                           : 0;
-    return most(most(perta_acts_floats(llm, tokens) + room_floats(job, tokens), head), staging);
+    uint64_t acts = most(perta_acts_floats(llm, tokens), perta_expert_floats(llm, tokens));
+    return most(most(acts + room_floats(job, tokens), head), staging);
 }
 
 /* Floats of x and dy together, over the longest chunk, for a layer's gradients or the
@@ -176,7 +177,7 @@ static uint64_t fixed_bytes(const struct perta_estimate_job *job, bool bf16)
            perta_cpu_buffer_bytes(&needs,
                                   perta_head_device_bytes(&job->samples, llm, job->measured)) +
            (job->factors.n ? perta_cpu_buffer_bytes(&needs, factors_bytes(job)) : 0) +
-           job->samples.n_tokens * 2 * sizeof(double) +
+           job->samples.n_tokens * 2 * sizeof(double) + perta_experts_bytes(llm, &job->samples) +
            (job->norms ? perta_norms_bytes(job->samples.n) : 0) + job->later_bytes;
 }
 
@@ -184,7 +185,7 @@ static uint64_t batch_bytes(const struct perta_estimate_job *job, size_t tokens,
 {
     const struct perta_cpu_needs needs = needs_of(job, tokens, bf16);
     return perta_cpu_buffer_bytes(&needs, work_floats(job, tokens) * sizeof(float)) +
-           perta_cpu_bytes(&needs);
+           perta_cpu_bytes(&needs) + perta_experts_batch_bytes(&job->weights.llm, tokens);
 }
 
 static uint64_t worker_bytes(const struct perta_estimate_job *job, bool bf16)
@@ -280,7 +281,8 @@ static void lay_out(struct perta_estimate_job *job, uint64_t n_work, float *mean
     const struct perta_array start = {job->memory, 0};
     struct perta_array gradients = perta_array_at(start, n_work);
     job->work = start;
-    job->factors.room = perta_array_at(start, perta_acts_floats(llm, job->batch_tokens));
+    job->factors.room = perta_array_at(start, most(perta_acts_floats(llm, job->batch_tokens),
+                                                   perta_expert_floats(llm, job->batch_tokens)));
     if (!has_gradients(job))
         return;
     job->statistic.be = job->be;
@@ -328,6 +330,9 @@ static int take_memory(struct perta_estimate_job *job, const struct plan *plan,
     if (!rc)
         rc = perta_weights_rooms(&job->weights, job->be, rooms, part_room(job),
                                  perta_weights_expert_room(&job->weights), err);
+    if (!rc)
+        rc = perta_experts_open(&job->experts, &job->weights.llm, &job->samples, job->batch_tokens,
+                                err);
     if (!rc)
         lay_out(job, n_work, means);
     return rc;

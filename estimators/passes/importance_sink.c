@@ -239,8 +239,6 @@ static int on_linear(struct perta_gradient_sink *of, struct perta_site site, enu
     return rc ? rc : keep(s, &s->dy[param], o.rows->n, o.out, batch, o.dy, err);
 }
 
-const struct perta_gradient_sink perta_importance_sink_functions = {on_linear, on_vector};
-
 /* ---- a layer, an expert ---- */
 
 void perta_importance_sink_begin(struct perta_importance_sink *s)
@@ -248,22 +246,6 @@ void perta_importance_sink_begin(struct perta_importance_sink *s)
     struct perta_backend *be = s->statistic->be;
     be->ops->zero(be, s->vectors, 4 * vectors_before(s->llm, PERTA_N_PARAMS));
     memset(s->n_vectors, 0, sizeof s->n_vectors);
-}
-
-void perta_importance_sink_begin_expert(struct perta_importance_sink *s,
-                                        const struct perta_sink_rows *rows)
-{
-    struct perta_backend *be = s->statistic->be;
-    size_t first = vectors_before(s->llm, PERTA_EXPERT_GATE);
-    size_t n = vectors_before(s->llm, PERTA_EXPERT_DOWN_BIAS + 1) - first;
-    s->expert = *rows;
-    if (!n)
-        return;
-    be->ops->zero(be, sums_of(s, PERTA_EXPERT_GATE), 2 * n);
-    if (s->statistic->meansq)
-        be->ops->zero(be, squares_of(s, PERTA_EXPERT_GATE), 2 * n);
-    for (int i = PERTA_EXPERT_GATE; i <= PERTA_EXPERT_DOWN_BIAS; i++)
-        s->n_vectors[i] = 0;
 }
 
 /* What is not trained has no gradient. */
@@ -309,11 +291,33 @@ static int write_site(struct perta_importance_sink *s, struct perta_site site,
     return rc;
 }
 
-int perta_importance_sink_end_expert(struct perta_importance_sink *s, struct perta_site site,
-                                     struct perta_err *err)
+static int on_begin_expert(struct perta_gradient_sink *of, const struct perta_sink_rows *rows,
+                           struct perta_err *err)
 {
-    return write_site(s, site, err);
+    struct perta_importance_sink *s = (struct perta_importance_sink *)of;
+    struct perta_backend *be = s->statistic->be;
+    size_t first = vectors_before(s->llm, PERTA_EXPERT_GATE);
+    size_t n = vectors_before(s->llm, PERTA_EXPERT_DOWN_BIAS + 1) - first;
+    s->expert = *rows;
+    (void)err;
+    if (!n)
+        return 0;
+    be->ops->zero(be, sums_of(s, PERTA_EXPERT_GATE), 2 * n);
+    if (s->statistic->meansq)
+        be->ops->zero(be, squares_of(s, PERTA_EXPERT_GATE), 2 * n);
+    for (int i = PERTA_EXPERT_GATE; i <= PERTA_EXPERT_DOWN_BIAS; i++)
+        s->n_vectors[i] = 0;
+    return 0;
 }
+
+static int on_end_expert(struct perta_gradient_sink *of, struct perta_site site,
+                         struct perta_err *err)
+{
+    return write_site((struct perta_importance_sink *)of, site, err);
+}
+
+const struct perta_gradient_sink perta_importance_sink_functions = {on_linear, on_vector,
+                                                                    on_begin_expert, on_end_expert};
 
 int perta_importance_sink_end(struct perta_importance_sink *s, uint32_t layer,
                               struct perta_err *err)

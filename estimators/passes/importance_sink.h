@@ -12,13 +12,6 @@
 #include "estimators/passes/statistic.h"
 #include "stream/workers.h"
 
-/* Rows whose gradients are summed. */
-struct perta_sink_rows {
-    const struct perta_chunks *chunks; /* of them */
-    size_t n;
-    bool single; /* they are one batch */
-};
-
 struct perta_importance_sink {
     struct perta_gradient_sink sink; /* first member */
     const struct perta_llm *llm;     /* borrowed, as all that follows */
@@ -54,12 +47,6 @@ extern const struct perta_gradient_sink perta_importance_sink_functions;
 void perta_importance_sink_begin(struct perta_importance_sink *s);
 int perta_importance_sink_end(struct perta_importance_sink *s, uint32_t layer,
                               struct perta_err *err);
-/* Within a layer: begin an expert, which rows (at least one) reach; the batches that the sink is
- * then given are of these rows, and each has all samples, in order, also those without a row. */
-void perta_importance_sink_begin_expert(struct perta_importance_sink *s,
-                                        const struct perta_sink_rows *rows);
-int perta_importance_sink_end_expert(struct perta_importance_sink *s, struct perta_site site,
-                                     struct perta_err *err);
 void perta_importance_sink_release(struct perta_importance_sink *s);
 
 #endif

@@ -90,7 +90,7 @@ static int backward_layer(struct perta_tune_job *job, uint32_t number,
 static int backward(struct perta_tune_job *job, struct perta_err *err)
 {
     struct perta_estimate_job *pass = &job->pass;
-    struct sink sink = {{on_linear, NULL}, job};
+    struct sink sink = {{on_linear, NULL, NULL, NULL}, job};
     uint32_t n = pass->weights.llm.n_layers;
     const struct perta_span last = {.site = perta_site_of(n - 1)};
     int rc = open_store(pass, &pass->dx, err);
