@@ -330,9 +330,8 @@ struct perta_backend_ops {
                                struct perta_array v, const struct perta_array of_heads[2]);
     /* kv: keys and values. */
     void (*attention_past_forward)(struct perta_backend *be,
-                                   const struct perta_attention_past *attention,
-                                   struct perta_array out, struct perta_array q,
-                                   struct perta_array kv);
+                                   const struct perta_attention_past *past, struct perta_array out,
+                                   struct perta_array q, struct perta_array kv);
     /* h (n) = f(gate) * up (Shazeer 2020), or what activation.h says. */
     void (*glu_forward)(struct perta_backend *be, const struct perta_activation *act,
                         struct perta_array h, struct perta_array gate, struct perta_array up,

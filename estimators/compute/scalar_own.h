@@ -117,7 +117,7 @@ void perta_scalar_attention_backward(struct perta_backend *be,
                                      struct perta_array k, struct perta_array v,
                                      const struct perta_array of_heads[2]);
 void perta_scalar_attention_past_forward(struct perta_backend *be,
-                                         const struct perta_attention_past *attention,
+                                         const struct perta_attention_past *past,
                                          struct perta_array out, struct perta_array q,
                                          struct perta_array kv);
 void perta_scalar_glu_forward(struct perta_backend *be, const struct perta_activation *act,
