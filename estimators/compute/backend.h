@@ -350,6 +350,11 @@ struct perta_backend_ops {
 
     /* ---- cross-entropy, a block of the vocabulary at a time ---- */
 
+    /* x (n) = cap * tanh(x / cap): a soft cap of logits (Gemma 2). */
+    void (*softcap_forward)(struct perta_backend *be, struct perta_array x, float cap, uint64_t n);
+    /* dx (n) *= 1 - (y / cap)^2, from the gradient of y (n), what forward gave, to that of x. */
+    void (*softcap_backward)(struct perta_backend *be, struct perta_array dx, struct perta_array y,
+                             float cap, uint64_t n);
     /* logits (n, n_rows) of the vocabulary's entries row .. row + n_rows. forward is called for
      * each block in turn and updates the running maximum most (n) and the running sum of
      * exponentials sums (n) float64 (Milakov & Gimelshein 2018), which start as -INFINITY and 0.
