@@ -51,7 +51,7 @@ static const float *slopes_of(size_t n_heads)
 {
     static float slopes[MOST_HEADS];
     for (size_t h = 0; h < n_heads; h++)
-        slopes[h] = (float)(SLOPE_MOST / (1 + 1.1 * (double)h)) * (h == 1 ? -1 : 1);
+        slopes[h] = (float)((h == 1 ? -1.0 : 1.0) * SLOPE_MOST / (1 + 1.1 * (double)h));
     return slopes;
 }
 
@@ -279,7 +279,7 @@ static void compare_attention(const struct attention *c, const struct outputs o[
     struct outputs most, weights;
     double T = longest(c), p = probability_units(c, T), ds = score_units(c, T);
     double M = (double)c->of.V, scale = (double)c->of.scale;
-    double rows = T * (double)(c->of.n_heads / c->of.n_kv_heads); /* that see a key */
+    double rows = T * (double)c->of.n_heads / (double)c->of.n_kv_heads; /* that see a key */
     ones.ones = true;
     run_magnitudes(attention_run, c, &most);
     run_magnitudes(attention_run, &ones, &weights); /* its dv: of a key, the sum of p */

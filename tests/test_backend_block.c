@@ -72,6 +72,62 @@ START_TEST(rope)
 }
 END_TEST
 
+/* ---- soft caps of logits ---- */
+
+#define CAP_N 70001 /* more than a piece of the CPU's */
+#define CAP 3.0f
+
+struct softcap {
+    struct pair x, dy;
+};
+
+static void softcap_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct softcap *c = ctx;
+    struct perta_array y = output(be, o, "y", F32, c->x.f, CAP_N);
+    struct perta_array dx = output(be, o, "dx", F32, c->dy.f, CAP_N);
+    begin(be);
+    be->ops->softcap_forward(be, y, CAP, CAP_N);
+    be->ops->softcap_backward(be, dx, y, CAP, CAP_N);
+}
+
+static double softcap_value(void *ctx)
+{
+    const struct softcap *c = ctx;
+    double sum = 0;
+    for (size_t i = 0; i < CAP_N; i++)
+        sum += c->dy.d[i] * (double)CAP * tanh(c->x.d[i] / (double)CAP);
+    return sum;
+}
+
+/* y: a quotient, the hyperbolic tangent's 3 units, a product; dx: y's square and its own, of terms
+ * up to 1. */
+START_TEST(softcap)
+{
+    struct softcap c = {pair(CAP_N, 1), pair(CAP_N, 2)};
+    struct outputs o[N_BACKENDS];
+    double *want = alloc(CAP_N * sizeof *want), *size = alloc(CAP_N * sizeof *size);
+    for (size_t i = 0; i < CAP_N; i++) {
+        c.x.d[i] = (double)(c.x.f[i] *= 9);
+        want[i] = (double)CAP * tanh(c.x.d[i] / (double)CAP);
+    }
+    run_all(softcap_run, &c, o);
+    for (size_t i = 0; i < CAP_N; i++)
+        size[i] = fabs(want[i]);
+    within(o, "y", 6, size);
+    for (size_t i = 0; i < CAP_N; i++)
+        size[i] = fabs(c.dy.d[i]);
+    within(o, "dx", 2 * 6 + 5, size);
+    both_are(o, "y", want);
+    both_gradients(o, "dx", false, c.x.d, softcap_value, &c);
+    free(want);
+    free(size);
+    drop_all(o);
+    release(c.x);
+    release(c.dy);
+}
+END_TEST
+
 /* ---- cross-entropy, in blocks of the vocabulary ---- */
 
 #define CE_N 31
@@ -260,6 +316,7 @@ int main(void)
     TCase *tests = tcase_create("tests");
     tcase_add_checked_fixture(tests, open_all, close_backends);
     tcase_add_loop_test(tests, rope, 0, sizeof rotations / sizeof *rotations);
+    tcase_add_test(tests, softcap);
     tcase_add_test(tests, cross_entropy);
     tcase_add_test(tests, cross_entropy_of_what_is_known);
     return run_suite("backend_block", tests);

@@ -126,14 +126,16 @@ START_TEST(soft_caps_are_those_of_libm)
         k->softcap(&y, 30, 1);
         ck_assert_double_le(fabs((double)y - 30 * tanh((double)x / 30)),
                             6 * 0x1p-24 * fabs((double)y));
-        k->softcap_backward(&d, &x, 1, 1);
+        y = x;
+        k->softcap(&y, 1, 1);
+        k->softcap_backward(&d, &y, 1, 1);
         ck_assert_double_le(fabs((double)d / 2 - 1 + pow(tanh((double)x), 2)), 8 * 0x1p-24);
     }
     const float ends[] = {-INFINITY, INFINITY, 1e30f, NAN, 0, 1e-30f};
     float y[6], d[6] = {1, 1, 1, 1, 1, 1};
     memcpy(y, ends, sizeof y);
     k->softcap(y, 50, 6);
-    k->softcap_backward(d, ends, 50, 6);
+    k->softcap_backward(d, y, 50, 6);
     ck_assert(y[0] == -50 && y[1] == 50 && y[2] == 50 && isnan(y[3]) && y[4] == 0);
     ck_assert(y[5] == 1e-30f && d[0] == 0 && d[1] == 0 && d[2] == 0 && isnan(d[3]));
     ck_assert(d[4] == 1 && d[5] == 1);

@@ -330,9 +330,8 @@ struct perta_backend_ops {
                                struct perta_array v, const struct perta_array of_heads[2]);
     /* kv: keys and values. */
     void (*attention_past_forward)(struct perta_backend *be,
-                                   const struct perta_attention_past *attention,
-                                   struct perta_array out, struct perta_array q,
-                                   struct perta_array kv);
+                                   const struct perta_attention_past *past, struct perta_array out,
+                                   struct perta_array q, struct perta_array kv);
     /* h (n) = f(gate) * up (Shazeer 2020), or what activation.h says. */
     void (*glu_forward)(struct perta_backend *be, const struct perta_activation *act,
                         struct perta_array h, struct perta_array gate, struct perta_array up,
@@ -351,6 +350,11 @@ struct perta_backend_ops {
 
     /* ---- cross-entropy, a block of the vocabulary at a time ---- */
 
+    /* x (n) = cap * tanh(x / cap): a soft cap of logits (Gemma 2). */
+    void (*softcap_forward)(struct perta_backend *be, struct perta_array x, float cap, uint64_t n);
+    /* dx (n) *= 1 - (y / cap)^2, from the gradient of y (n), what forward gave, to that of x. */
+    void (*softcap_backward)(struct perta_backend *be, struct perta_array dx, struct perta_array y,
+                             float cap, uint64_t n);
     /* logits (n, n_rows) of the vocabulary's entries row .. row + n_rows. forward is called for
      * each block in turn and updates the running maximum most (n) and the running sum of
      * exponentials sums (n) float64 (Milakov & Gimelshein 2018), which start as -INFINITY and 0.

@@ -214,8 +214,8 @@ static void softmax_backward(const struct head *h, const struct tile *t, const f
     }
 }
 
-/* ds: from the gradient of capped scores to that of the scores, which are computed again, into
- * p. */
+/* ds: from the gradient of capped scores, which are computed again, into p, to that of the
+ * scores. */
 static int softcap_backward(const struct head *h, const struct tile *t, float *p, float *ds,
                             struct perta_err *err)
 {
@@ -224,6 +224,7 @@ static int softcap_backward(const struct head *h, const struct tile *t, float *p
     for (size_t r = 0; r < t->n_rows && !rc && h->of->softcap > 0; r++) {
         size_t from, to, row = r * t->n_cols;
         seen(t, r, &from, &to);
+        k->softcap(p + row + from, h->of->softcap, to - from);
         k->softcap_backward(ds + row + from, p + row + from, h->of->softcap, to - from);
     }
     return rc;

@@ -57,6 +57,45 @@ void perta_cpu_rope_backward(struct perta_backend *be, struct perta_array dx,
     rotate(be, dx, &(struct rope){NULL, places, rotation, n_heads, D, -1}, T);
 }
 
+/* ---- soft caps of logits ---- */
+
+struct caps {
+    float *x, cap;
+    const float *y;
+};
+
+static void cap_some(const void *args, size_t from, size_t to)
+{
+    const struct caps *c = args;
+    perta_row_kernels()->softcap(c->x + from, c->cap, to - from);
+}
+
+static void cap_backward_some(const void *args, size_t from, size_t to)
+{
+    const struct caps *c = args;
+    perta_row_kernels()->softcap_backward(c->x + from, c->y + from, c->cap, to - from);
+}
+
+void perta_cpu_softcap_forward(struct perta_backend *be, struct perta_array x, float cap,
+                               uint64_t n)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct caps c = {perta_cpu_at(cpu, x), cap, NULL};
+    perta_cpu_share_out(cpu, n, 1, cap_some, &c);
+}
+
+void perta_cpu_softcap_backward(struct perta_backend *be, struct perta_array dx,
+                                struct perta_array y, float cap, uint64_t n)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct caps c = {perta_cpu_at(cpu, dx), cap, perta_cpu_at(cpu, y)};
+    perta_cpu_share_out(cpu, n, 1, cap_backward_some, &c);
+}
+
 /* ---- cross-entropy ---- */
 
 struct entropy {

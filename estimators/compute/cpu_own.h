@@ -147,7 +147,7 @@ void perta_cpu_attention_backward(struct perta_backend *be, const struct perta_a
                                   struct perta_array q, struct perta_array k, struct perta_array v,
                                   const struct perta_array of_heads[2]);
 void perta_cpu_attention_past_forward(struct perta_backend *be,
-                                      const struct perta_attention_past *attention,
+                                      const struct perta_attention_past *past,
                                       struct perta_array out, struct perta_array q,
                                       struct perta_array kv);
 void perta_cpu_glu_forward(struct perta_backend *be, const struct perta_activation *act,
@@ -161,6 +161,10 @@ void perta_cpu_act_forward(struct perta_backend *be, const struct perta_activati
 void perta_cpu_act_backward(struct perta_backend *be, const struct perta_activation *act,
                             struct perta_array dx, struct perta_array dh, struct perta_array x,
                             size_t n);
+void perta_cpu_softcap_forward(struct perta_backend *be, struct perta_array x, float cap,
+                               uint64_t n);
+void perta_cpu_softcap_backward(struct perta_backend *be, struct perta_array dx,
+                                struct perta_array y, float cap, uint64_t n);
 void perta_cpu_cross_entropy_forward(struct perta_backend *be, struct perta_array logits,
                                      size_t row, size_t n_rows, size_t n, const int32_t *target,
                                      struct perta_array most, struct perta_array sums,

@@ -235,7 +235,7 @@ static void softmax_backward(float *restrict dp, const float *restrict p, float 
         dp[i] = p[i] * (dp[i] - mean);
 }
 
-/* As Cephes' tanhf has it, within 3 units in the last place. NaN stays NaN. */
+/* As Cephes' tanhf has it, within 2 units in the last place. NaN stays NaN. */
 static inline float hyperbolic_tangent(float x)
 {
     float magnitude = x < 0 ? -x : x, s = x * x;
@@ -256,10 +256,10 @@ static void softcap(float *x, float cap, size_t n)
         x[i] = cap * hyperbolic_tangent(x[i] / cap);
 }
 
-static void softcap_backward(float *restrict d, const float *restrict x, float cap, size_t n)
+static void softcap_backward(float *restrict d, const float *restrict y, float cap, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        float t = hyperbolic_tangent(x[i] / cap);
+        float t = y[i] / cap;
         d[i] *= 1 - t * t;
     }
 }

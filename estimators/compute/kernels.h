@@ -44,8 +44,8 @@ struct perta_row_kernels {
     void (*softmax_backward)(float *dp, const float *p, float mean, size_t n);
     /* x = cap * tanh(x / cap). */
     void (*softcap)(float *x, float cap, size_t n);
-    /* d *= 1 - tanh(x / cap)^2. */
-    void (*softcap_backward)(float *d, const float *x, float cap, size_t n);
+    /* d *= 1 - (y / cap)^2; y: what softcap gave. */
+    void (*softcap_backward)(float *d, const float *y, float cap, size_t n);
     /* x = scale * exp(x - most). */
     void (*scaled_exponentials)(float *x, float most, float scale, size_t n);
 };

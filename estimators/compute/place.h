@@ -7,7 +7,7 @@
 
 struct perta_place {
     uint32_t position; /* for the rotary embedding */
-    /* index among all tokens of its line, those that were left out too: windows count by it */
+    /* index among all tokens of its line, those that were left out too: windows and chunks count by it */
     uint32_t at;
     /* it sees the tokens first .. end of its sample; none if these are equal */
     uint32_t first, end;

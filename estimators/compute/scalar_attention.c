@@ -291,25 +291,25 @@ static void past_forward(const struct perta_attention *a, const struct perta_pas
 }
 
 void perta_scalar_attention_past_forward(struct perta_backend *be,
-                                         const struct perta_attention_past *all,
+                                         const struct perta_attention_past *past,
                                          struct perta_array out, struct perta_array q,
                                          struct perta_array kv)
 {
-    const struct perta_attention *a = &all->of;
+    const struct perta_attention *a = &past->of;
     size_t ldq = a->n_heads * a->D, ldk = a->n_kv_heads * a->D, ldv = a->n_kv_heads * a->V;
     size_t ldo = a->n_heads * a->V;
-    float *outs = perta_scalar_floats(be, out, all->n * ldo);
-    const float *qs = perta_scalar_floats(be, q, all->n * ldq);
+    float *outs = perta_scalar_floats(be, out, past->n * ldo);
+    const float *qs = perta_scalar_floats(be, q, past->n * ldq);
     const float *sinks = perta_scalar_floats(be, a->sinks, a->n_heads);
-    for (size_t t = 0; t < all->n && !be->rc; t++) {
-        const struct perta_past *past = &all->pasts[t];
-        const float *k = perta_scalar_floats(be, perta_array_at(kv, past->keys), past->n * ldk);
-        const float *v = perta_scalar_floats(be, perta_array_at(kv, past->values), past->n * ldv);
-        double *p = malloc(past->n * sizeof *p);
+    for (size_t t = 0; t < past->n && !be->rc; t++) {
+        const struct perta_past *of = &past->pasts[t];
+        const float *k = perta_scalar_floats(be, perta_array_at(kv, of->keys), of->n * ldk);
+        const float *v = perta_scalar_floats(be, perta_array_at(kv, of->values), of->n * ldv);
+        double *p = malloc(of->n * sizeof *p);
         if (!p)
             be->rc = perta_fail_sys(&be->err, ENOMEM, "attention");
         if (!be->rc)
-            past_forward(a, past, outs + t * ldo, qs + t * ldq, k, v, sinks, p);
+            past_forward(a, of, outs + t * ldo, qs + t * ldq, k, v, sinks, p);
         free(p);
     }
 }

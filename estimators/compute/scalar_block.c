@@ -1,7 +1,4 @@
-#include <assert.h>
-#include <errno.h>
 #include <math.h>
-#include <stdlib.h>
 
 #include "estimators/compute/scalar_own.h"
 
@@ -44,6 +41,25 @@ void perta_scalar_rope_backward(struct perta_backend *be, struct perta_array dx,
                                 size_t D)
 {
     rotate(be, dx, places, rotation, T, n_heads, D, -1);
+}
+
+/* ---- soft caps of logits ---- */
+
+void perta_scalar_softcap_forward(struct perta_backend *be, struct perta_array x, float cap,
+                                  uint64_t n)
+{
+    float *xs = perta_scalar_floats(be, x, n);
+    for (uint64_t i = 0; !be->rc && i < n; i++)
+        xs[i] = (float)((double)cap * tanh((double)xs[i] / (double)cap));
+}
+
+void perta_scalar_softcap_backward(struct perta_backend *be, struct perta_array dx,
+                                   struct perta_array y, float cap, uint64_t n)
+{
+    float *ds = perta_scalar_floats(be, dx, n);
+    const float *ys = perta_scalar_floats(be, y, n);
+    for (uint64_t i = 0; !be->rc && i < n; i++)
+        ds[i] = (float)((double)ds[i] * (1 - pow((double)ys[i] / (double)cap, 2)));
 }
 
 /* ---- cross-entropy ---- */

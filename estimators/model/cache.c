@@ -19,7 +19,7 @@ static size_t key_width(const struct perta_cache *c)
 
 static size_t value_width(const struct perta_cache *c)
 {
-    return (size_t)c->llm->n_kv_heads * c->llm->head_dim;
+    return (size_t)c->llm->n_kv_heads * c->llm->value_dim;
 }
 
 /* Floats of what is kept of n tokens. */
