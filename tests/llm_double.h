@@ -174,7 +174,6 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
     const struct perta_llm *llm = &m->model->llm;
     size_t H = llm->hidden, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
-    double eps = (double)llm->norm_eps;
     double *memory = alloc(T * (H + 2 * Q + 2 * K) * sizeof *memory);
     double *norm = memory, *q = norm + T * H, *k = q + T * Q, *v = k + T * K, *att = v + T * K;
     norm_double(m, norm, x, part_double(m, layer, PERTA_NORM_1),
@@ -183,8 +182,10 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
     project_double(m, layer, PERTA_K, k, norm, T, K, H);
     project_double(m, layer, PERTA_V, v, norm, T, K, H);
     if (llm->options & PERTA_QK_NORM) {
-        rmsnorm_double(q, q, part_double(m, layer, PERTA_NORM_Q), T * llm->n_heads, D, eps);
-        rmsnorm_double(k, k, part_double(m, layer, PERTA_NORM_K), T * llm->n_kv_heads, D, eps);
+        norm_double(m, q, q, part_double(m, layer, PERTA_NORM_Q),
+                    part_double(m, layer, PERTA_NORM_Q_BIAS), T * llm->n_heads, D);
+        norm_double(m, k, k, part_double(m, layer, PERTA_NORM_K),
+                    part_double(m, layer, PERTA_NORM_K_BIAS), T * llm->n_kv_heads, D);
     }
     const struct perta_rope *rope = perta_llm_rope(llm, layer);
     const struct perta_rotation rotation = {perta_llm_rope_table(llm, layer, m->inv_freq), 0,

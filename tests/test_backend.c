@@ -170,8 +170,8 @@ static const size_t g_lengths[] = {1, 31, 2500, 33, 1024, 1025, 257};
 
 struct gradient {
     bool by_sample, squares, products;
-    bool disturbed; /* an operation stands between those of the two blocks of rows */
-    size_t calls;   /* chunks of each call */
+    enum { NOTHING, LINEAR, NORM } between; /* the operations of the two blocks of rows */
+    size_t calls;                           /* chunks of each call */
     struct perta_chunks chunks;
     size_t n_rows;
     struct pair x, dy, d, weight;
@@ -216,14 +216,19 @@ static void release_gradient(struct gradient *c)
         release(all[i]);
 }
 
-/* Between two operations one that converts a weight, which may take memory where x was kept. */
+/* Between two operations one that converts a weight, or makes one, which may take memory where x
+ * was kept. */
 static void disturb(struct perta_backend *be, struct outputs *o, const struct gradient *c)
 {
     const struct perta_runs tiles = {1, (const size_t[]){0, 1}, 0};
-    struct perta_array weight = input(be, o, c->weight.f, c->weight.n);
+    struct perta_array weight = input(be, o, c->weight.f, c->weight.n), x = input(be, o, c->x.f, 8);
+    struct perta_array y = buffer(be, o, 1100 * 4);
     const struct perta_linear l = {weight, PERTA_F16, 1100, 8, {0}, false};
-    be->ops->linear_forward(be, &l, &tiles, input(be, o, c->x.f, 8), buffer(be, o, 1100 * 4), 1,
-                            false);
+    const struct perta_norm norm = {.weight = weight, .eps = 1, .plus = 1, .n_weights = 1};
+    if (c->between == LINEAR)
+        be->ops->linear_forward(be, &l, &tiles, x, y, 1, false);
+    else
+        be->ops->rmsnorm_forward(be, &norm, y, perta_array_at(y, 8), x, 1, 8);
 }
 
 /* Of the tokens, those of samples that end in chunks first .. end; all with the last where chunks
@@ -285,7 +290,7 @@ static void gradient_run(struct perta_backend *be, const void *ctx, struct outpu
     }
     begin(be);
     gradient_rows(be, c, g[0], d);
-    if (c->disturbed)
+    if (c->between != NOTHING)
         disturb(be, o, c);
     struct gradient without = *c; /* tokens, whose rows are the first block's */
     without.d.n = 0;
@@ -365,7 +370,9 @@ static void compare_gradients(int i, struct perta_cpu_needs all, struct perta_cp
     open_backends(&all);
     run_all(gradient_run, &c, o);
     compare_gradient(&c, o, more);
-    c.disturbed = true;
+    c.between = NORM;
+    split_gradient(&c, o, &all);
+    c.between = LINEAR;
     split_gradient(&c, o, &all);
     c.calls = 2;
     split_gradient(&c, o, &all);

@@ -1,7 +1,7 @@
 /* A family that is not in the table (estimators/model/family.h), added as one would add it: a row
- * with its tensors' names and shapes, LayerNorm with a bias and an MLP without a gate. Nothing in
- * estimators/ knows of it; every gradient is compared with finite differences of a forward pass in
- * double, on both backends. */
+ * with its tensors' names and shapes, LayerNorm, of queries and keys too, and an MLP without a gate.
+ * Nothing in estimators/ knows of it; every gradient is compared with finite differences of a
+ * forward pass in double, on both backends. */
 #include "tests/scratch.h"
 
 #include "estimators/compute/scalar.h"
@@ -24,7 +24,8 @@ static void layernorm_double(double *y, const double *x, const double *weight, c
         for (size_t i = 0; i < H; i++)
             variance += (row[i] - mean) * (row[i] - mean) / (double)H;
         for (size_t i = 0; i < H; i++)
-            y[t * H + i] = (row[i] - mean) / sqrt(variance + eps) * weight[i] + bias[i];
+            y[t * H + i] =
+                (row[i] - mean) / sqrt(variance + eps) * weight[i] + (bias ? bias[i] : 0);
     }
 }
 
@@ -49,8 +50,11 @@ static void mlp_double(const struct model_double *m, uint32_t layer, double *x, 
 #define INNER PERTA_WIDTH_INTERMEDIATE
 #define QUERIES PERTA_WIDTH_QUERIES
 #define KEYS PERTA_WIDTH_KEYS
+#define HEAD PERTA_WIDTH_HEAD
 #define VECTOR PERTA_WIDTH_NONE
 
+/* The norm of keys has no bias: it would move all scores of a query by nearly as much, and its
+ * gradient be mostly rounding. */
 static const struct perta_param_row params[] = {
     {PERTA_NORM_1, "ln_1.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_NORM_1_BIAS, "ln_1.bias", VECTOR, HIDDEN, PERTA_ALWAYS, false},
@@ -58,6 +62,9 @@ static const struct perta_param_row params[] = {
     {PERTA_Q_BIAS, "attn.query.bias", VECTOR, QUERIES, PERTA_ALWAYS, false},
     {PERTA_K, "attn.key.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_V, "attn.value.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_Q, "attn.ln_q.weight", VECTOR, HEAD, PERTA_QK_NORM, false},
+    {PERTA_NORM_Q_BIAS, "attn.ln_q.bias", VECTOR, HEAD, PERTA_QK_NORM, false},
+    {PERTA_NORM_K, "attn.ln_k.weight", VECTOR, HEAD, PERTA_QK_NORM, false},
     {PERTA_O, "attn.out.weight", HIDDEN, QUERIES, PERTA_ALWAYS, false},
     {PERTA_O_BIAS, "attn.out.bias", VECTOR, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_NORM_2, "ln_2.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
@@ -113,6 +120,7 @@ static void open_lab(struct lab *lab, bool tied)
                             .n_kv_heads = 2,
                             .head_dim = 4,
                             .value_dim = 4,
+                            .options = PERTA_QK_NORM,
                             .pad = PERTA_NO_PAD,
                             .norm_eps = 1e-3f,
                             .activation = {.kind = PERTA_GELU},
@@ -162,9 +170,9 @@ START_TEST(a_family_that_is_a_row)
     struct perta_trainer trainer;
     struct perta_backend *scalar;
     open_lab(&lab, _i);
-    /* embedding, 2 layers of 14, the final norm's two, and a head of its own */
-    ck_assert_uint_eq(lab.model.n_parameters, 1 + 2 * 14 + 2 + !_i);
-    ck_assert_str_eq(lab.model.parameters[15].name, "transformer.h.1.ln_1.weight");
+    /* embedding, 2 layers of 17, the final norm's two, and a head of its own */
+    ck_assert_uint_eq(lab.model.n_parameters, 1 + 2 * 17 + 2 + !_i);
+    ck_assert_str_eq(lab.model.parameters[18].name, "transformer.h.1.ln_1.weight");
     ck_assert_ok(perta_trainer_open(&trainer, &lab.model, &lab.samples, 2, 2, &err));
     are_gradients(&lab, &trainer);
     perta_trainer_close(&trainer);

@@ -92,10 +92,10 @@ void perta_layer_norm_gradient(const struct perta_layer *l, const struct perta_b
     const struct perta_runs *s = &batch->sequences;
     const struct perta_norm_part *part = l->llm->family->norm;
     struct perta_norm norm = perta_layer_norm(l, param);
-    bool has_bias = perta_array_is(norm.bias);
+    bool has_weight = perta_array_is(norm.weight), has_bias = perta_array_is(norm.bias);
     size_t width = norm.n_weights * H;
     struct perta_array bias = has_bias ? perta_array_at(vector, width) : (struct perta_array){0};
-    for (size_t i = 0; l->sink && l->sink->vector && i < s->n; i++) {
+    for (size_t i = 0; has_weight && l->sink && l->sink->vector && i < s->n; i++) {
         size_t t = (s->starts[i] - s->origin) * rows;
         size_t n = (s->starts[i + 1] - s->starts[i]) * rows;
         l->be->ops->zero(l->be, vector, has_bias ? 2 * width : width);
