@@ -304,8 +304,8 @@ static void read_query_scale(const struct source *s)
 static void check_sections(const struct source *s)
 {
     const json_t *sections = json_object_get(s->rope, "mrope_section");
-    json_int_t sum = 0;
-    if (!s->family->mrope || !sections)
+    json_int_t sum = sections ? 0 : 16 + 24 + 24; /* if they are missing */
+    if (!s->family->mrope)
         return;
     for (size_t i = 0; i < json_array_size(sections); i++) {
         const json_t *n = json_array_get(sections, i);
@@ -342,9 +342,11 @@ static void read_table(const struct source *s)
     read_rotated(s);
     s->to->theta = theta_of(s);
     read_options(s);
-    if (s->family->short_mscale && s->to->kind != PERTA_ROPE_LONGROPE &&
-        s->to->kind != PERTA_ROPE_DEFAULT)
+    if ((s->family->short_mscale || s->family->yarn_is_longrope) &&
+        s->to->kind != PERTA_ROPE_LONGROPE && s->to->kind != PERTA_ROPE_DEFAULT)
         perta_config_refuse(s->r, "rope_type", "is neither default nor longrope");
+    if (s->to->kind == PERTA_ROPE_DYNAMIC && s->to->rotated == 2)
+        perta_config_refuse(s->r, "rope_type", "cannot be dynamic with a single pair to rotate");
     read_query_scale(s);
     check_sections(s);
     check_frequencies(s);
@@ -431,6 +433,10 @@ static void read_nested(struct source *s, struct perta_rope to[2])
         s->theta = i ? s->family->local_theta : s->family->theta;
         s->to = &to[i];
         r->within = !i && json_object_size(scaling) ? "rope_scaling" : layer_types[i];
+        if (!i && json_object_get(scaling, "type") && !json_object_get(scaling, "rope_type"))
+            perta_config_refuse(r, "type",
+                                "is not seen by transformers at this place, where "
+                                "\"rope_type\" is");
         read_table(s);
         json_decref(rope);
     }
