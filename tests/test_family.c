@@ -105,6 +105,8 @@ static double loss_of_all(void *ctx)
 static void open_lab(struct lab *lab, bool tied)
 {
     const struct perta_rope rope = {.rotated = 4, .scale = 1, .theta = 10000};
+    const struct perta_rope local = {
+        .rotated = 2, .interleaved = true, .scale = 1.25f, .theta = 50};
     struct perta_llm llm = {.family = &novel,
                             .n_layers = 2,
                             .hidden = 12,
@@ -118,7 +120,10 @@ static void open_lab(struct lab *lab, bool tied)
                             .norm_eps = 1e-3f,
                             .activation = {.kind = PERTA_GELU},
                             .tied = tied,
-                            .ropes = {rope, rope}};
+                            .window = 3,
+                            .layers = {0, PERTA_LAYER_WINDOW},
+                            .any_layer = PERTA_LAYER_WINDOW,
+                            .ropes = {rope, local}};
     uint64_t seed = 3;
     perta_llm_set_names(&llm, novel.base, "");
     *lab = (struct lab){0};
