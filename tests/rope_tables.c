@@ -29,6 +29,8 @@ static struct perta_rope_family family_of(const json_t *f)
         .original_positions =
             (uint32_t)json_integer_value(json_object_get(f, "original_positions")),
         .interleaved = is(f, "interleaved"),
+        .interleave_key = text(f, "interleave_key"),
+        .alpha = is(f, "alpha"),
         .mrope = is(f, "mrope"),
         .yarn_is_longrope = is(f, "yarn_is_longrope"),
         .short_mscale = is(f, "short_mscale"),
@@ -47,9 +49,10 @@ static json_t *table(const struct perta_rope *rope)
     for (uint32_t i = 0; i < rope->rotated / 2; i++)
         json_array_append_new(list, json_real((double)inv_freq[i]));
     free(inv_freq);
-    return json_pack("{s:o,s:f,s:f,s:f,s:I}", "inv_freq", list, "scale", (double)rope->scale,
-                     "query_beta", rope->query_beta, "query_positions", rope->query_positions,
-                     "longest", (json_int_t)perta_rope_longest(rope));
+    return json_pack("{s:o,s:b,s:f,s:f,s:f,s:I}", "inv_freq", list, "interleaved",
+                     (int)rope->interleaved, "scale", (double)rope->scale, "query_beta",
+                     rope->query_beta, "query_positions", rope->query_positions, "longest",
+                     (json_int_t)perta_rope_longest(rope));
 }
 
 static json_t *result(const json_t *line)

@@ -188,6 +188,8 @@ struct perta_rope_family {
     const char *parameters;      /* rope_parameters where there are none, as JSON; NULL: {} */
     uint32_t original_positions; /* 0: max_position_embeddings */
     bool interleaved;            /* pairs are neighbours in a head */
+    const char *interleave_key;  /* says so, if it is there; NULL: none */
+    bool alpha;                  /* "dynamic" with "alpha" is a fixed theta */
     bool mrope;                  /* "mrope" is a kind: several axes, which are equal for text */
     bool yarn_is_longrope;       /* "su" and "yarn" are names of longrope, the only scaling */
     bool short_mscale; /* longrope, the only scaling, has "short_mscale" as scale */

@@ -37,6 +37,8 @@ MINISTRAL3 = {
     "original_max_position_embeddings": 16384,
 }
 MINISTRAL3 |= {"mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1}
+APERTUS = {"rope_type": "llama3", "rope_theta": 12e6, "factor": 8.0, "original_max_position_embeddings": 8192}
+APERTUS |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 # What struct perta_rope_family has for each.
 ROWS = {
     "Llama": {},
@@ -62,7 +64,12 @@ ROWS = {
     "Ministral3": {"parameters": json.dumps(MINISTRAL3), "query_scale": True},
     "Phimoe": {"theta": 1e6, "short_mscale": True},
     "Cohere": {"theta": 5e5, "interleaved": True},
-    "DeepseekV3": {"interleaved": True},
+    "Helium": {"theta": 1e5, "interleaved": True},
+    "Ernie4_5": {"theta": 5e5, "interleaved": True},
+    "DeepseekV3": {"interleaved": True, "interleave_key": "rope_interleave"},
+    "Glm4MoeLite": {"interleaved": True, "interleave_key": "rope_interleave"},
+    "HunYuanDenseV1": {"alpha": True},
+    "Apertus": {"theta": 12e6, "parameters": json.dumps(APERTUS)},
     "Qwen2_5_VLText": {"theta": 1e6, "mrope": True},
 }
 
@@ -183,8 +190,9 @@ def one_of(rng, family):
         "num_hidden_layers": 8,
     }
     said["max_position_embeddings"] = rng.choice((32, 64, 131072))
-    if family == "DeepseekV3":
+    if family in ("DeepseekV3", "Glm4MoeLite"):
         said["qk_rope_head_dim"] = D
+        said |= rng.choice(({}, {"rope_interleave": True}, {"rope_interleave": False}))
     elif family not in ("Phi", "Phi3", "GPTNeoX", "StableLm", "Cohere", "Phimoe", "Qwen2_5_VLText"):
         said["head_dim"] = D
     if rng.random() < 0.4:
@@ -215,6 +223,8 @@ def one_of(rng, family):
             "llama_4_scaling_beta": rng.choice((0.1, 0.5)),
             "original_max_position_embeddings": 16,
         }
+    if row.get("alpha") and rng.random() < 0.5:
+        options |= {"alpha": rng.choice((1000.0, 7, 0))}
     if row.get("mrope"):
         options["mrope_section"] = rng.choice(([n - 2, 1, 1], [n // 4, n // 4, n - n // 4 * 2]))
     return said | {rng.choice(("rope_scaling", "rope_parameters")): options}
@@ -254,6 +264,8 @@ def check(family, said, have, sane, counts):
         return
     counts["equal"] += 1
     for table, (inv_freq, scale) in zip(have, want, strict=True):
+        if "interleave_key" in ROWS[family]:
+            assert table["interleaved"] == bool(config.rope_interleave), where
         assert len(table["inv_freq"]) == len(inv_freq), where
         for a, b in zip(table["inv_freq"], inv_freq, strict=True):
             assert abs(a - b) <= 3e-6 * abs(b), f"{a} {b}\n{where}"
