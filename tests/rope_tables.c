@@ -41,6 +41,15 @@ static struct perta_rope_family family_of(const json_t *f)
     };
 }
 
+/* Of positions 0, 7, 14, ... */
+static json_t *query_scales(const struct perta_rope *rope)
+{
+    json_t *list = json_array();
+    for (uint32_t i = 0; rope->query_beta > 0 && i < 50; i++)
+        json_array_append_new(list, json_real((double)perta_rope_query_scale(rope, 7 * i)));
+    return list;
+}
+
 static json_t *table(const struct perta_rope *rope)
 {
     json_t *list = json_array();
@@ -49,10 +58,9 @@ static json_t *table(const struct perta_rope *rope)
     for (uint32_t i = 0; i < rope->rotated / 2; i++)
         json_array_append_new(list, json_real((double)inv_freq[i]));
     free(inv_freq);
-    return json_pack("{s:o,s:b,s:f,s:f,s:f,s:I}", "inv_freq", list, "interleaved",
-                     (int)rope->interleaved, "scale", (double)rope->scale, "query_beta",
-                     rope->query_beta, "query_positions", rope->query_positions, "longest",
-                     (json_int_t)perta_rope_longest(rope));
+    return json_pack("{s:o,s:b,s:f,s:o,s:I}", "inv_freq", list, "interleaved",
+                     (int)rope->interleaved, "scale", (double)rope->scale, "query_scales",
+                     query_scales(rope), "longest", (json_int_t)perta_rope_longest(rope));
 }
 
 static json_t *result(const json_t *line)

@@ -16,6 +16,7 @@ from conftest import LONG, PERTA
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
 
@@ -250,6 +251,14 @@ def broken(rng, said):
 # --- tests
 
 
+def assert_scales(have, options, where):
+    """What queries are multiplied by, at positions 0, 7, 14, ..."""
+    beta, original = options["llama_4_scaling_beta"], options["original_max_position_embeddings"]
+    want = get_llama_4_attn_scale(7 * torch.arange(50)[None], beta, original).flatten().tolist()
+    have = have or [1.0] * 50  # beta 0
+    assert all(abs(a - b) <= 3e-7 * b for a, b in zip(have, want, strict=True)), where
+
+
 def check(family, said, have, sane, counts):
     config, want = reference(family, said)
     where = f"{family} {json.dumps(said)}"
@@ -270,9 +279,7 @@ def check(family, said, have, sane, counts):
         for a, b in zip(table["inv_freq"], inv_freq, strict=True):
             assert abs(a - b) <= 3e-6 * abs(b), f"{a} {b}\n{where}"
         if ROWS[family].get("query_scale"):
-            said_there = config.rope_parameters
-            assert table["query_beta"] == (said_there["llama_4_scaling_beta"] or 0), where
-            assert table["query_positions"] == said_there["original_max_position_embeddings"], where
+            assert_scales(table["query_scales"], config.rope_parameters, where)
         assert abs(table["scale"] - scale) <= 1e-6 * scale, f"{table['scale']} {scale}\n{where}"
 
 
