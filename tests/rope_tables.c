@@ -84,15 +84,14 @@ int main(void)
 {
     char *text = NULL;
     size_t room = 0;
-    while (getline(&text, &room, stdin) > 0) {
+    int rc = 0;
+    while (!rc && getline(&text, &room, stdin) > 0) {
         json_t *line = json_loads(text, 0, NULL), *out = line ? result(line) : NULL;
-        if (!out)
-            return 1;
-        json_dumpf(out, stdout, JSON_REAL_PRECISION(17));
+        rc = !out || json_dumpf(out, stdout, JSON_REAL_PRECISION(17));
         puts("");
         json_decref(out);
         json_decref(line);
     }
     free(text);
-    return 0;
+    return rc;
 }
