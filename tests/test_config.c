@@ -152,6 +152,54 @@ START_TEST(frequencies_are_numbers)
 }
 END_TEST
 
+/* As transformers 5.23 computes them for heads of 8 elements and max_position_embeddings 512. */
+static const struct {
+    const char *scaling;
+    float inv_freq[4], scale;
+} tables[] = {
+    {"\"default\"", {1, 0.100000001f, 0.00999999978f, 0.00100000005f}, 1},
+    {"\"linear\",\"factor\":4", {0.25f, 0.0250000004f, 0.00249999994f, 0.000250000012f}, 1},
+    {"\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,"
+     "\"original_max_position_embeddings\":64,\"rope_theta\":500",
+     {1, 0.0976166278f, 0.00559017016f, 0.00118217699f},
+     1},
+    {"\"dynamic\",\"factor\":3.3,\"rope_theta\":500",
+     {1, 0.21147424f, 0.0447213612f, 0.0094574159f},
+     1},
+    {"\"yarn\",\"factor\":4,\"original_max_position_embeddings\":64,\"beta_fast\":8",
+     {1, 0.0625f, 0.00249999994f, 0.000250000012f},
+     1.13862944f},
+    {"\"yarn\",\"factor\":4,\"original_max_position_embeddings\":64,\"truncate\":false,"
+     "\"mscale\":0.7,\"mscale_all_dim\":1.1",
+     {1, 0.0255952496f, 0.00249999994f, 0.000250000012f},
+     0.951885343f},
+    {"\"longrope\",\"short_factor\":[1,1.5,2,3],\"long_factor\":[2,2,3,4],"
+     "\"original_max_position_embeddings\":64",
+     {1, 0.0666666701f, 0.00499999989f, 0.00033333333f},
+     1.22474492f},
+    {"\"proportional\",\"partial_rotary_factor\":0.5,\"factor\":2", {0.5f, 0.0500000007f, 0, 0}, 1},
+};
+
+START_TEST(frequencies_are_those_of_transformers)
+{
+    struct perta_llm llm;
+    char more[512];
+    float have[4];
+    snprintf(more, sizeof more,
+             ",\"head_dim\":8,\"max_position_embeddings\":512,\"rope_scaling\":{\"rope_type\":%s}",
+             tables[_i].scaling);
+    parse(more, NULL, &llm);
+    ck_assert_uint_eq(llm.ropes[0].rotated, 8);
+    ck_assert_float_eq_tol(llm.ropes[0].scale, tables[_i].scale, 1e-6f);
+    for (int layers = 0; layers < 2; layers++) {
+        perta_rope_frequencies(&llm.ropes[layers], have);
+        for (int i = 0; i < 4; i++)
+            ck_assert_float_eq_tol(have[i], tables[_i].inv_freq[i],
+                                   2e-6f * tables[_i].inv_freq[i] + 1e-30f);
+    }
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("config");
@@ -162,5 +210,7 @@ int main(void)
     tcase_add_test(tests, a_padding_is_a_row_of_the_embedding);
     tcase_add_test(tests, keys_are_known_or_named);
     tcase_add_test(tests, frequencies_are_numbers);
+    tcase_add_loop_test(tests, frequencies_are_those_of_transformers, 0,
+                        sizeof tables / sizeof *tables);
     return run_suite("config", tests);
 }

@@ -111,6 +111,8 @@ static double loss_of_all(void *ctx)
 static void open_lab(struct lab *lab, bool tied)
 {
     const struct perta_rope rope = {.rotated = 4, .scale = 1, .theta = 10000};
+    const struct perta_rope local = {
+        .rotated = 2, .interleaved = true, .scale = 1.25f, .theta = 50};
     struct perta_llm llm = {.family = &novel,
                             .n_layers = 2,
                             .hidden = 12,
@@ -128,7 +130,10 @@ static void open_lab(struct lab *lab, bool tied)
                             .embedding_multiplier = 1,
                             .residual_multiplier = 1,
                             .logit_multiplier = 1,
-                            .ropes = {rope, rope}};
+                            .window = 3,
+                            .layers = {0, PERTA_LAYER_WINDOW},
+                            .any_layer = PERTA_LAYER_WINDOW,
+                            .ropes = {rope, local}};
     uint64_t seed = 3;
     perta_llm_set_names(&llm, novel.base, "");
     *lab = (struct lab){0};

@@ -252,6 +252,21 @@ static void read_longrope(const struct source *s)
     set_scale(s, to->factor <= 1 ? 1 : sqrt(1 + log(to->factor) / log(to->original_positions)));
 }
 
+/* HunYuan's kind that is called dynamic, too: with alpha, theta is another one, for any length. */
+static void read_alpha(const struct source *s)
+{
+    struct perta_rope *to = s->to;
+    double alpha = number_or(s, "alpha", 0), D = to->rotated;
+    if (!(alpha > 0) || s->r->rc)
+        return;
+    to->kind = PERTA_ROPE_DEFAULT;
+    to->theta *= pow(alpha, D / (D - 2));
+    if (!s->family->alpha)
+        perta_config_refuse(s->r, "alpha", "is not supported");
+    else if (!isfinite((float)to->theta))
+        perta_config_refuse(s->r, "alpha", "is too large");
+}
+
 static void read_options(const struct source *s)
 {
     struct perta_rope *to = s->to;
@@ -266,6 +281,10 @@ static void read_options(const struct source *s)
     case PERTA_ROPE_DYNAMIC:
         to->factor = perta_config_number(s->r, s->rope, "factor", 0);
         to->max_positions = perta_config_count(s->r, "max_position_embeddings", s->max_positions);
+        if (to->rotated == 2)
+            perta_config_refuse(s->r, "rope_type",
+                                "cannot be dynamic with a single pair to rotate");
+        read_alpha(s);
         return;
     case PERTA_ROPE_YARN:
         read_yarn(s);
@@ -304,8 +323,8 @@ static void read_query_scale(const struct source *s)
 static void check_sections(const struct source *s)
 {
     const json_t *sections = json_object_get(s->rope, "mrope_section");
-    json_int_t sum = 0;
-    if (!s->family->mrope || !sections)
+    json_int_t sum = sections ? 0 : 16 + 24 + 24; /* if they are missing */
+    if (!s->family->mrope)
         return;
     for (size_t i = 0; i < json_array_size(sections); i++) {
         const json_t *n = json_array_get(sections, i);
@@ -337,13 +356,16 @@ static void check_frequencies(const struct source *s)
 
 static void read_table(const struct source *s)
 {
-    *s->to = (struct perta_rope){.interleaved = s->family->interleaved, .scale = 1};
+    const char *key = s->family->interleave_key;
+    bool interleaved = key && json_object_get(s->r->config, key) ? perta_config_bool(s->r, key)
+                                                                 : s->family->interleaved;
+    *s->to = (struct perta_rope){.interleaved = interleaved, .scale = 1};
     read_kind(s);
     read_rotated(s);
     s->to->theta = theta_of(s);
     read_options(s);
-    if (s->family->short_mscale && s->to->kind != PERTA_ROPE_LONGROPE &&
-        s->to->kind != PERTA_ROPE_DEFAULT)
+    if ((s->family->short_mscale || s->family->yarn_is_longrope) &&
+        s->to->kind != PERTA_ROPE_LONGROPE && s->to->kind != PERTA_ROPE_DEFAULT)
         perta_config_refuse(s->r, "rope_type", "is neither default nor longrope");
     read_query_scale(s);
     check_sections(s);
@@ -431,6 +453,10 @@ static void read_nested(struct source *s, struct perta_rope to[2])
         s->theta = i ? s->family->local_theta : s->family->theta;
         s->to = &to[i];
         r->within = !i && json_object_size(scaling) ? "rope_scaling" : layer_types[i];
+        if (!i && json_object_get(scaling, "type") && !json_object_get(scaling, "rope_type"))
+            perta_config_refuse(r, "type",
+                                "is not seen by transformers at this place, where "
+                                "\"rope_type\" is");
         read_table(s);
         json_decref(rope);
     }
@@ -450,7 +476,8 @@ void perta_config_rope(struct perta_config_reader *r, const struct perta_rope_fa
 
 bool perta_config_rope_reads(const struct perta_rope_family *f, const char *key)
 {
-    const char *const own[] = {f->theta_key, f->local_theta_key, f->partial_key, f->elements_key};
+    const char *const own[] = {f->theta_key, f->local_theta_key, f->partial_key, f->elements_key,
+                               f->interleave_key};
     for (size_t i = 0; i < N(own); i++)
         if (own[i] && !strcmp(own[i], key))
             return true;
@@ -463,6 +490,7 @@ bool perta_config_rope_reads(const struct perta_rope_family *f, const char *key)
 static const struct {
     const char *key, *kinds;
 } known[] = {
+    {"alpha", "dynamic"},
     {"attention_factor", "yarn longrope su"},
     {"beta_fast", "yarn"},
     {"beta_slow", "yarn"},

@@ -186,9 +186,11 @@ struct perta_rope_family {
     const char *parameters;      /* rope_parameters where there are none, as JSON; NULL: {} */
     uint32_t original_positions; /* 0: max_position_embeddings */
     bool interleaved;            /* pairs are neighbours in a head */
+    const char *interleave_key;  /* says so, if it is there; NULL: none */
+    bool alpha;                  /* "dynamic" with "alpha" is a fixed theta */
     bool mrope;                  /* "mrope" is a kind: several axes, which are equal for text */
-    bool yarn_is_longrope;       /* "su" and "yarn" are names of longrope */
-    bool short_mscale; /* longrope's scale is "short_mscale", and there is no other kind */
+    bool yarn_is_longrope;       /* "su" and "yarn" are names of longrope, the only scaling */
+    bool short_mscale; /* longrope, the only scaling, has "short_mscale" as scale */
     bool query_scale;  /* "llama_4_scaling_beta" scales queries */
     /* "rope_parameters" has an object for each type of layer, whose theta is otherwise that at the
      * top level for full attention, and this for sliding attention. */

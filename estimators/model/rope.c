@@ -96,6 +96,14 @@ uint32_t perta_rope_longest(const struct perta_rope *rope)
     return UINT32_MAX;
 }
 
+float perta_rope_query_scale(const struct perta_rope *rope, uint32_t position)
+{
+    if (!(rope->query_beta > 0))
+        return 1;
+    float rounds = floorf((float)position / (float)rope->query_positions);
+    return 1.0f + (float)rope->query_beta * logf(1.0f + rounds);
+}
+
 double perta_rope_mscale(double factor, double mscale)
 {
     return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1;

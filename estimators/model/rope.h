@@ -42,6 +42,8 @@ void perta_rope_frequencies(const struct perta_rope *rope, float *inv_freq);
 /* The length of sequences (the largest position + 1) up to which these frequencies are valid;
  * UINT32_MAX: any. transformers computes longer ones with frequencies that depend on the length. */
 uint32_t perta_rope_longest(const struct perta_rope *rope);
+/* What a query at this position is multiplied by, after its rotation, in float32. */
+float perta_rope_query_scale(const struct perta_rope *rope, uint32_t position);
 /* What yarn multiplies by for a context that is factor times as long: 1 for factor <= 1, otherwise
  * 0.1 mscale log(factor) + 1 (Peng et al. 2023, section 3.4). */
 double perta_rope_mscale(double factor, double mscale);

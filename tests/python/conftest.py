@@ -63,6 +63,7 @@ NUMBERS = [
     "test_generate::test_tokens_are_transformers",
     "test_generate::test_an_adapter_counts",
     "test_generate::test_end_tokens_are_found_as_transformers_finds_them",
+    "test_rope::test_tables_are_those_of_transformers",
     "test_quantize::test_formats_are_numpys_bit_for_bit",
     "test_tune::test_losses_and_adapters_are_pefts",
     "test_tune::test_schedules_decay_and_clipping_are_transformers",

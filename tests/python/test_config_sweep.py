@@ -131,6 +131,7 @@ def outcome(perta, tmp_path, family, config, stored="embedding", dtype=torch.flo
 
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 ROPES = [
     {},
     {"rope_theta": 300.0},
@@ -171,6 +172,22 @@ ROPES = [
     {"rope_parameters": LINEAR | {"full_attention": {"rope_type": "default"}}},
     {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
     {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+    {"rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0, 3.5, 9.0], "long_factor": [2] * 4}},
+    {
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.0] * 4, "factor": 8.0},
+        "original_max_position_embeddings": 32,
+    },
+    {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+    {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}},
+    {"rope_scaling": YARN},
+    {"rope_scaling": YARN | {"attention_factor": 0.7, "beta_fast": 8, "beta_slow": 2.5}, "rope_theta": 500.0},
+    {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.1, "truncate": False}},
+    {"rope_parameters": YARN | {"factor": None}},
+    {"rope_parameters": YARN | {"beta_slow": "1"}},
+    {"rope_parameters": YARN | {"rope_theta": 1.0}},
+    {"rope_scaling": {"type": "dynamic", "factor": 3.3}, "rope_theta": 600.0},
+    {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "proportional"}, "partial_rotary_factor": 0.25},
     {"partial_rotary_factor": 0.5},
     {"partial_rotary_factor": 1.0},
     {"partial_rotary_factor": 1},
