@@ -2,8 +2,8 @@
  * input until its end, in the CPU's own byte order, and writes the results to standard output.
  *
  * A job is a struct job, then bias (n; only with has_bias), then for each row logits (n) and, for a
- * router, dweights (k). A row of a router gives the return value (int32), which (k), weights (k) and
- * dlogits (n); of topk, which (k). */
+ * router, dweights (k). A row of a router gives the return value (int32), which (k), weights (k)
+ * and dlogits (n); of topk, which (k). */
 #include <stdio.h>
 #include <stdlib.h>
 
