@@ -2,8 +2,8 @@
  * input until its end, in the CPU's own byte order, and writes the results to standard output.
  *
  * A job is a struct job, then bias (n; only with has_bias), then for each row logits (n) and, for a
- * router, dweights (k). A row of a router gives the return value (int32), which (k), weights (k) and
- * dlogits (n); of topk, which (k). */
+ * router, the gradient that each expert's weight has if it is chosen (n). A row of a router gives
+ * the return value (int32), which (k), weights (k) and dlogits (n); of topk, which (k). */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -17,7 +17,7 @@ struct job {
 };
 
 static float bias[PERTA_TOPK_MAX], logits[PERTA_TOPK_MAX], dlogits[PERTA_TOPK_MAX];
-static float weights[PERTA_TOPK_MAX], dweights[PERTA_TOPK_MAX];
+static float weights[PERTA_TOPK_MAX], gradients[PERTA_TOPK_MAX], dweights[PERTA_TOPK_MAX];
 static uint32_t which[PERTA_TOPK_MAX];
 
 static void fail(const char *why)
@@ -41,8 +41,10 @@ static void put(const void *from, size_t size, size_t n)
 static void row_of_router(const struct perta_router *r, bool has_bias)
 {
     get(logits, sizeof *logits, r->n_experts);
-    get(dweights, sizeof *dweights, r->k);
+    get(gradients, sizeof *gradients, r->n_experts);
     int32_t rc = perta_route_forward(r, logits, has_bias ? bias : NULL, which, weights);
+    for (size_t i = 0; !rc && i < r->k; i++)
+        dweights[i] = gradients[which[i]];
     if (!rc)
         perta_route_backward(r, logits, which, weights, dweights, dlogits);
     put(&rc, sizeof rc, 1);

@@ -49,16 +49,22 @@ int perta_router_check(const struct perta_router *r, struct perta_err *err)
 
 /* ---- scores ---- */
 
-/* p (n) = softmax of x (n), of which at least one is not minus infinity. Distances from the largest
- * and their exponentials are rounded to float32, as in PyTorch. */
-static void softmax(const float *x, size_t n, double *p)
+/* e (n) = exp(x - the largest of x (n)), of which at least one is not minus infinity; returns their
+ * sum. The difference and e are rounded to float32, as in PyTorch. */
+static double exponentials(const float *x, size_t n, double *e)
 {
     float most = -INFINITY;
     double sum = 0;
     for (size_t i = 0; i < n; i++)
         most = fmaxf(most, x[i]);
     for (size_t i = 0; i < n; i++)
-        sum += p[i] = (double)(float)exp((double)(x[i] - most));
+        sum += e[i] = (double)(float)exp((double)(x[i] - most));
+    return sum;
+}
+
+static void softmax(const float *x, size_t n, double *p)
+{
+    double sum = exponentials(x, n, p);
     for (size_t i = 0; i < n; i++)
         p[i] /= sum;
 }
@@ -82,13 +88,14 @@ static float sigmoid_float(float x)
 /* What experts are chosen by, before the bias (n_experts). */
 static void score(const struct perta_router *r, const float *logits, float *scores)
 {
-    double p[MAX_EXPERTS];
+    double e[MAX_EXPERTS];
+    float by = 0; /* 1 / sum of e: PyTorch multiplies by it */
     if (r->scoring == PERTA_SCORE_SOFTMAX)
-        softmax(logits, r->n_experts, p);
+        by = 1 / (float)exponentials(logits, r->n_experts, e);
     for (size_t i = 0; i < r->n_experts; i++) {
         switch (r->scoring) {
         case PERTA_SCORE_SOFTMAX:
-            scores[i] = (float)p[i];
+            scores[i] = (float)e[i] * by;
             break;
         case PERTA_SCORE_SIGMOID:
             scores[i] = sigmoid_float(logits[i]);

@@ -1,44 +1,48 @@
 /* route.h - a mixture's router: which experts a token goes to, and with what weights.
  *
- * A router is data. Its logits, one for each expert, are the token's state times the router's weight
- * (plus its bias, if it has one). From them follow scores; from these and a bias for the choice, if
- * the model has one, the choice; and from the scores of the chosen, the weights with which their
- * outputs are added up. Logits, scores and what is chosen by are float32 numbers, formed in the order
- * in which transformers forms them, so that what is equal there is equal here: ties are broken as
- * PyTorch breaks them (topk.h). Weights and gradients are computed in float64 and rounded once.
+ * A router is data. Its logits, one for each expert, are the token's state times the router's
+ * weight (plus its bias, if it has one). From them follow scores; from these and a bias for the
+ * choice, if the model has one, the choice; and from the scores of the chosen, the weights with
+ * which their outputs are added up. Logits, scores and what is chosen by are float32 numbers,
+ * formed in the order in which transformers forms them, so that what is equal there is equal here,
+ * and ties are broken as PyTorch breaks them (topk.h). From there on, weights and gradients are
+ * computed in float64 and rounded once.
  *
- * The families' routers, from transformers 5.23 (models/FAMILY/modeling_FAMILY.py). The keys of
- * config.json for n_experts and k are in the first two columns; "norm" is the key that renormalises.
+ * The families' routers, as transformers 5.23 computes them (models/FAMILY/modeling_FAMILY.py).
+ * "if" stands before the key of config.json that decides, with its default. Noise on the router's
+ * input (router_jitter_noise, input_jitter_noise) is only for training.
  *
- *   family                          n_experts            k                    the router
- *   qwen2_moe, qwen3_moe, olmoe,    num_experts          num_experts_per_tok  SOFTMAX; norm_topk_prob
- *     flex_olmo, qwen3_next
- *   mixtral, minimax                num_local_experts    num_experts_per_tok  SOFTMAX; always
- *   hunyuan_v1_moe                  num_experts, moe_topk: each a number or     SOFTMAX; always
- *                                   a list with one for each layer
- *   jamba                           num_experts          num_experts_per_tok  SOFTMAX; never
- *   ernie4_5_moe                    moe_num_experts      moe_k                SOFTMAX; always, with
- *                                     norm_min = moe_norm_min; bias moe_statics.e_score_correction_bias
- *   deepseek_v2                     n_routed_experts     num_experts_per_tok  SOFTMAX; never; scale;
- *                                     topk_method "greedy" or, with GROUP_MAX and MASKED_SCORE,
- *                                     "group_limited_greedy"
- *   deepseek_v3, kimi_k2, dots1,    n_routed_experts     num_experts_per_tok  SIGMOID; norm_topk_prob,
- *     glm4_moe, glm4_moe_lite,        norm_eps 1e-20; bias gate.e_score_correction_bias; GROUP_TOP2,
- *     exaone_moe, solar_open          MASKED_OUT; scale
- *   minimax_m2                      num_local_experts    num_experts_per_tok  SIGMOID; always; bias
- *                                     e_score_correction_bias
- *   lfm2_moe                        num_experts          num_experts_per_tok  SIGMOID; norm_topk_prob,
- *                                     norm_eps 1e-6; bias expert_bias (use_expert_bias); scale
- *   mistral4                        n_routed_experts     num_experts_per_tok  SOFTMAX; norm_topk_prob,
- *                                     norm_eps 1e-20; GROUP_TOP2, MASKED_ZERO; scale
- *   gpt_oss, granitemoe,            num_local_experts    num_experts_per_tok  CHOSEN_SOFTMAX
- *     granitemoeshared
- *   llama4                          num_local_experts    num_experts_per_tok  CHOSEN_SIGMOID;
- *                                     scales_input
- *   phimoe                          num_local_experts    2, whatever the      SPARSEMIXER, jitter =
- *                                     config says                             router_jitter_noise
+ * SOFTMAX
+ *   qwen2_moe, qwen3_moe, qwen3_next, olmoe, flex_olmo
+ *                         renormalised if norm_topk_prob (false; qwen3_next: true)
+ *   mixtral, minimax, hunyuan_v1_moe
+ *                         renormalised
+ *   jamba                 not renormalised
+ *   ernie4_5_moe          renormalised, norm_min = moe_norm_min (1e-12); bias
+ *                         moe_statics.e_score_correction_bias
+ *   deepseek_v2           not renormalised, whatever norm_topk_prob says; scale; GROUP_MAX and
+ *                         MASKED_SCORE if topk_method ("greedy") is "group_limited_greedy"
+ *   mistral4              as deepseek_v3, but without a bias and with MASKED_ZERO
+ * SIGMOID
+ *   deepseek_v3 (Kimi-K2), glm4_moe, glm4_moe_lite, dots1, exaone_moe, solar_open
+ *                         GROUP_TOP2, MASKED_OUT; bias gate.e_score_correction_bias; scale; if
+ *                         norm_topk_prob (true; dots1: false) renormalised with norm_eps 1e-20
+ *   minimax_m2            renormalised; bias e_score_correction_bias
+ *   lfm2_moe              if norm_topk_prob (true) renormalised with norm_eps 1e-6; scale; bias
+ *                         expert_bias if use_expert_bias (true)
+ * CHOSEN_SOFTMAX
+ *   gpt_oss, granitemoe, granitemoeshared
+ * CHOSEN_SIGMOID
+ *   llama4                scales_input
+ * SPARSEMIXER
+ *   phimoe                jitter = router_jitter_noise (0.01); k = 2, whatever the config says
  *
- * scale is routed_scaling_factor; GROUP_TOP2 and GROUP_MAX take n_group and topk_group. */
+ * n_experts is num_experts (qwen, olmoe, flex_olmo, hunyuan, jamba, exaone, lfm2),
+ * num_local_experts (mixtral, minimax, gpt_oss, granite, llama4, phimoe; qwen3_moe as transformers
+ * 5 writes it), n_routed_experts (deepseek, glm4, dots1, solar, mistral4) or moe_num_experts
+ * (ernie). k is num_experts_per_tok, moe_k (ernie) or moe_topk (hunyuan, whose num_experts and
+ * moe_topk may be lists with a number for each layer). scale is routed_scaling_factor; n_groups
+ * and k_groups are n_group and topk_group. */
 #ifndef PERTA_ESTIMATORS_MODEL_ROUTE_H
 #define PERTA_ESTIMATORS_MODEL_ROUTE_H
 
@@ -54,9 +58,10 @@ enum perta_scoring {
     /* Experts are chosen by their logits: */
     PERTA_SCORE_CHOSEN_SOFTMAX, /* softmax of the chosen logits */
     PERTA_SCORE_CHOSEN_SIGMOID, /* sigmoid of each of them */
-    /* SparseMixer-v2 without noise (arXiv 2409.12136, as PhiMoE has it), for k = 2. The first expert
-     * is that of the largest logit; its weight is the softmax over the logits that are within a
-     * relative distance of 2 jitter. The second is found in the same way among the others. */
+    /* SparseMixer-v2 without noise (arXiv 2409.12136, as PhiMoE has it), for k = 2. The first
+     * expert is that of the largest logit; its weight is the softmax over the logits that are
+     * within a relative distance of 2 jitter. The second is found in the same way among the
+     * others. There are no groups, no bias, no scale and nothing is renormalised. */
     PERTA_SCORE_SPARSEMIXER,
 };
 
@@ -100,8 +105,8 @@ int perta_router_check(const struct perta_router *r, struct perta_err *err);
 int perta_route_forward(const struct perta_router *r, const float *logits, const float *bias,
                         uint32_t *which, float *weights);
 
-/* dlogits (n_experts), all of which are set, from dweights (k), for what perta_route_forward made of
- * logits: as PyTorch differentiates transformers' code. The choice has no gradient. */
+/* dlogits (n_experts), all of which are set, from dweights (k), for what perta_route_forward made
+ * of logits: as PyTorch differentiates transformers' code. The choice has no gradient. */
 void perta_route_backward(const struct perta_router *r, const float *logits, const uint32_t *which,
                           const float *weights, const float *dweights, float *dlogits);
 

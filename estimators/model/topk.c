@@ -146,8 +146,8 @@ static void select_nth(struct item *items, size_t n, size_t nth)
     insertion_sort(items, n);
 }
 
-/* Introsort, without its last step: parts of up to SHORT items are in order, not the items within. */
-static void sort_parts(struct item *items, size_t n, unsigned depth) // NOLINT(misc-no-recursion)
+/* Introsort, without its last step: parts of up to SHORT items are in order, not their items. */
+static void sort_parts(struct item *items, size_t n, unsigned depth)
 {
     for (; n > SHORT; depth--) {
         if (depth == 0) {

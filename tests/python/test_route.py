@@ -7,8 +7,10 @@ import subprocess
 
 import numpy as np
 import pytest
-import torch
 from conftest import PERTA
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
 
 ROUTE_OF = PERTA.parent / "tests/route_of"
 JOB = struct.Struct("12I4d")
@@ -28,9 +30,8 @@ def run(job):
 
 def topk(x, k):
     rows, n = x.shape
-    return np.frombuffer(run(JOB.pack(0, rows, n, k, *[0] * 12) + x.tobytes()), np.uint32).reshape(
-        rows, k
-    )
+    got = run(JOB.pack(0, rows, n, k, *[0] * 12) + x.tobytes())
+    return np.frombuffer(got, np.uint32).reshape(rows, k)
 
 
 def with_ties(rng, rows, n):
@@ -79,357 +80,118 @@ def test_ties_where_partitions_are_uneven(n):
 # ---- routers ----
 
 
-def route(
-    logits,
-    bias,
-    dweights,
-    *,
-    k,
-    scoring,
-    grouping=0,
-    masked=0,
-    groups=(0, 0),
-    norm=None,
-    norm_min=0.0,
-    scale=1.0,
-    jitter=0.0,
-):
-    """Return value, which, weights and dlogits, of each row. norm: None, or the norm_eps."""
+def route(logits, bias, gradients, k, scoring, grouping=0, masked=0, groups=(0, 0), norm=None, norm_min=0.0, scale=1.0, jitter=0.0):
+    """Return value, which, weights and dlogits, of each row. gradients are those that the weight of
+    each expert has if it is chosen; norm is the norm_eps, or None."""
     rows, n = logits.shape
-    job = JOB.pack(
-        1,
-        rows,
-        n,
-        k,
-        scoring,
-        grouping,
-        masked,
-        *groups,
-        norm is not None,
-        bias is not None,
-        0,
-        norm or 0.0,
-        norm_min,
-        scale,
-        jitter,
-    )
-    if bias is not None:
-        job += bias.tobytes()
-    row = np.dtype(
-        [
-            ("rc", np.int32),
-            ("which", np.uint32, k),
-            ("weights", np.float32, k),
-            ("dlogits", np.float32, n),
-        ]
-    )
-    return np.frombuffer(run(job + np.concatenate([logits, dweights], -1).tobytes()), row)
+    words = [1, rows, n, k, scoring, grouping, masked, *groups, norm is not None, bias is not None, 0]
+    job = JOB.pack(*words, norm or 0.0, norm_min, scale, jitter)
+    job += b"" if bias is None else bias.tobytes()
+    job += np.concatenate([logits, gradients], -1).tobytes()
+    row = [("rc", "i4"), ("which", "u4", k), ("weights", "f4", k), ("dlogits", "f4", n)]
+    return np.frombuffer(run(job), row)
 
 
-DEEPSEEK = {
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 4,
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-}
-V3 = {
-    "k": 4,
-    "scoring": SIGMOID,
-    "grouping": GROUP_TOP2,
-    "groups": (4, 2),
-    "norm": 1e-20,
-    "scale": 2.5,
-}
+def softmax(k, **more):
+    return {"k": k, "scoring": SOFTMAX, **more}
+
+
+def v3(k=4, groups=(4, 2), **more):
+    router = {"k": k, "scoring": SIGMOID, "grouping": GROUP_TOP2, "groups": groups, "norm": 1e-20, "scale": 2.5}
+    return {**router, **more}
+
+
+def deepseek(n=16, k=4, groups=(4, 2), **more):
+    keys = {"n_routed_experts": n, "num_experts_per_tok": k, "n_group": groups[0], "topk_group": groups[1]}
+    return {**keys, "norm_topk_prob": True, "routed_scaling_factor": 2.5, **more}
+
+
+def local(n, k, **more):
+    return {"num_local_experts": n, "num_experts_per_tok": k, **more}
+
+
+def qwen(n, k, **more):
+    return {"num_experts": n, "num_experts_per_tok": k, **more}
+
+
 BIAS = "e_score_correction_bias"
-LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
-# module, router's class, config, router, the name of its bias. Several of them share code in
-# transformers; each is a file of its own there, and may change on its own.
+LIMITED = {"topk_method": "group_limited_greedy"}
+GROUP_LIMITED = {"grouping": GROUP_MAX, "masked": MASKED_SCORE, "scale": 2.5}
+# Module, router's class, config, router, its bias: a path within it, or an argument of its forward
+# pass. Several of them share code in transformers, but each has a file of its own, which may change.
 ROUTERS = [
-    (
-        "qwen2_moe",
-        "Qwen2MoeTopKRouter",
-        {"num_experts": 60, "num_experts_per_tok": 4, "norm_topk_prob": False},
-        {"k": 4, "scoring": SOFTMAX},
-        None,
-    ),
-    (
-        "qwen3_moe",
-        "Qwen3MoeTopKRouter",
-        {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True},
-        {"k": 8, "scoring": SOFTMAX, "norm": 0},
-        None,
-    ),
-    (
-        "qwen3_moe",
-        "Qwen3MoeTopKRouter",
-        {"num_experts": 7, "num_experts_per_tok": 7, "norm_topk_prob": False},
-        {"k": 7, "scoring": SOFTMAX},
-        None,
-    ),
-    (
-        "qwen3_next",
-        "Qwen3NextTopKRouter",
-        {"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True},
-        {"k": 10, "scoring": SOFTMAX, "norm": 0},
-        None,
-    ),
-    (
-        "olmoe",
-        "OlmoeTopKRouter",
-        {"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
-        {"k": 8, "scoring": SOFTMAX},
-        None,
-    ),
-    (
-        "flex_olmo",
-        "FlexOlmoTopKRouter",
-        {"num_experts": 7, "num_experts_per_tok": 5, "norm_topk_prob": True},
-        {"k": 5, "scoring": SOFTMAX, "norm": 0},
-        None,
-    ),
-    ("mixtral", "MixtralTopKRouter", LOCAL, {"k": 2, "scoring": SOFTMAX, "norm": 0}, None),
-    ("minimax", "MiniMaxTopKRouter", LOCAL, {"k": 2, "scoring": SOFTMAX, "norm": 0}, None),
-    (
-        "hunyuan_v1_moe",
-        "HunYuanMoEV1Gate",
-        {"num_experts": 16, "moe_topk": 3},
-        {"k": 3, "scoring": SOFTMAX, "norm": 0},
-        None,
-    ),
-    (
-        "jamba",
-        "JambaTopKRouter",
-        {"num_experts": 16, "num_experts_per_tok": 2},
-        {"k": 2, "scoring": SOFTMAX},
-        None,
-    ),
-    (
-        "ernie4_5_moe",
-        "Ernie4_5_MoeTopKRouter",
-        {"moe_num_experts": 64, "moe_k": 6, "moe_norm_min": 1e-12},
-        {"k": 6, "scoring": SOFTMAX, "norm": 0, "norm_min": 1e-12},
-        f"moe_statics.{BIAS}",
-    ),
-    (
-        "ernie4_5_moe",
-        "Ernie4_5_MoeTopKRouter",
-        {"moe_num_experts": 12, "moe_k": 3, "moe_norm_min": 0.6},
-        {"k": 3, "scoring": SOFTMAX, "norm": 0, "norm_min": 0.6},
-        f"moe_statics.{BIAS}",
-    ),
-    (
-        "deepseek_v2",
-        "DeepseekV2TopkRouter",
-        {**DEEPSEEK, "topk_method": "greedy"},
-        {"k": 4, "scoring": SOFTMAX, "scale": 2.5},
-        None,
-    ),
-    (
-        "deepseek_v2",
-        "DeepseekV2TopkRouter",
-        {**DEEPSEEK, "topk_method": "group_limited_greedy"},
-        {
-            "k": 4,
-            "scoring": SOFTMAX,
-            "scale": 2.5,
-            "grouping": GROUP_MAX,
-            "groups": (4, 2),
-            "masked": MASKED_SCORE,
-        },
-        None,
-    ),
-    (
-        "deepseek_v2",  # fewer experts in the chosen groups than are chosen
-        "DeepseekV2TopkRouter",
-        {
-            **DEEPSEEK,
-            "topk_method": "group_limited_greedy",
-            "topk_group": 1,
-            "num_experts_per_tok": 6,
-        },
-        {
-            "k": 6,
-            "scoring": SOFTMAX,
-            "scale": 2.5,
-            "grouping": GROUP_MAX,
-            "groups": (4, 1),
-            "masked": MASKED_SCORE,
-        },
-        None,
-    ),
-    ("deepseek_v3", "DeepseekV3TopkRouter", DEEPSEEK, V3, BIAS),
-    (
-        "deepseek_v3",
-        "DeepseekV3TopkRouter",
-        {**DEEPSEEK, "norm_topk_prob": False},
-        {**V3, "norm": None},
-        BIAS,
-    ),
-    (
-        "deepseek_v3",
-        "DeepseekV3TopkRouter",
-        {**DEEPSEEK, "topk_group": 1, "num_experts_per_tok": 6},
-        {**V3, "k": 6, "groups": (4, 1)},
-        BIAS,
-    ),
-    (
-        "deepseek_v3",  # the real one
-        "DeepseekV3TopkRouter",
-        {
-            **DEEPSEEK,
-            "n_routed_experts": 256,
-            "num_experts_per_tok": 8,
-            "n_group": 8,
-            "topk_group": 4,
-        },
-        {**V3, "k": 8, "groups": (8, 4)},
-        BIAS,
-    ),
-    (
-        "deepseek_v3",
-        "DeepseekV3TopkRouter",
-        {
-            **DEEPSEEK,
-            "n_routed_experts": 384,
-            "num_experts_per_tok": 8,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-        {**V3, "k": 8, "groups": (1, 1)},
-        BIAS,
-    ),  # Kimi-K2
-    ("glm4_moe", "Glm4MoeTopkRouter", DEEPSEEK, V3, BIAS),
-    ("glm4_moe_lite", "Glm4MoeLiteTopkRouter", DEEPSEEK, V3, BIAS),
-    ("dots1", "Dots1TopkRouter", DEEPSEEK, V3, BIAS),
-    ("solar_open", "SolarOpenTopkRouter", DEEPSEEK, V3, BIAS),
-    ("exaone_moe", "ExaoneMoeTopkRouter", {**DEEPSEEK, "num_experts": 16}, V3, BIAS),
-    (
-        "mistral4",
-        "Mistral4TopkRouter",
-        DEEPSEEK,
-        {**V3, "scoring": SOFTMAX, "masked": MASKED_ZERO},
-        None,
-    ),
-    (
-        "minimax_m2",
-        "MiniMaxM2TopKRouter",
-        {"num_local_experts": 256, "num_experts_per_tok": 8},
-        {"k": 8, "scoring": SIGMOID, "norm": 0},
-        "argument",
-    ),
-    (
-        "lfm2_moe",
-        "Lfm2MoeTopKRouter",
-        {
-            "num_experts": 32,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": True,
-            "use_expert_bias": True,
-        },
-        {"k": 4, "scoring": SIGMOID, "norm": 1e-6},
-        "argument",
-    ),
-    (
-        "deepseek_v4",
-        "DeepseekV4TopKRouter",
-        {**LOCAL, "routed_scaling_factor": 1.5},
-        {"k": 2, "scoring": SQRT_SOFTPLUS, "norm": 1e-20, "scale": 1.5},
-        BIAS,
-    ),
-    (
-        "gpt_oss",
-        "GptOssTopKRouter",
-        {"num_local_experts": 32, "num_experts_per_tok": 4},
-        {"k": 4, "scoring": CHOSEN_SOFTMAX},
-        None,
-    ),
-    (
-        "granitemoe",
-        "GraniteMoeTopKRouter",
-        {"num_local_experts": 40, "num_experts_per_tok": 8},
-        {"k": 8, "scoring": CHOSEN_SOFTMAX},
-        None,
-    ),
-    (
-        "granitemoeshared",
-        "GraniteMoeSharedTopKRouter",
-        LOCAL,
-        {"k": 2, "scoring": CHOSEN_SOFTMAX},
-        None,
-    ),
-    (
-        "llama4",
-        "Llama4Router",
-        {"num_local_experts": 16, "num_experts_per_tok": 1},
-        {"k": 1, "scoring": CHOSEN_SIGMOID},
-        None,
-    ),
-    (
-        "llama4",
-        "Llama4Router",
-        {"num_local_experts": 5, "num_experts_per_tok": 3},
-        {"k": 3, "scoring": CHOSEN_SIGMOID},
-        None,
-    ),
-    (
-        "phimoe",
-        "PhimoeTopKRouter",
-        {"num_local_experts": 16, "router_jitter_noise": 0.01},
-        {"k": 2, "scoring": SPARSEMIXER, "jitter": 0.01},
-        None,
-    ),
-    (
-        "phimoe",
-        "PhimoeTopKRouter",
-        {"num_local_experts": 6, "router_jitter_noise": 0.2},
-        {"k": 2, "scoring": SPARSEMIXER, "jitter": 0.2},
-        None,
-    ),
+    ("qwen2_moe", "Qwen2MoeTopKRouter", qwen(60, 4, norm_topk_prob=False), softmax(4), None),
+    ("qwen3_moe", "Qwen3MoeTopKRouter", qwen(128, 8, norm_topk_prob=True), softmax(8, norm=0), None),
+    ("qwen3_moe", "Qwen3MoeTopKRouter", qwen(7, 7, norm_topk_prob=False), softmax(7), None),
+    ("qwen3_next", "Qwen3NextTopKRouter", qwen(512, 10), softmax(10, norm=0), None),
+    ("olmoe", "OlmoeTopKRouter", qwen(64, 8, norm_topk_prob=False), softmax(8), None),
+    ("flex_olmo", "FlexOlmoTopKRouter", qwen(7, 5, norm_topk_prob=True), softmax(5, norm=0), None),
+    ("mixtral", "MixtralTopKRouter", local(8, 2), softmax(2, norm=0), None),
+    ("minimax", "MiniMaxTopKRouter", local(8, 2), softmax(2, norm=0), None),
+    ("hunyuan_v1_moe", "HunYuanMoEV1Gate", {"num_experts": 16, "moe_topk": 3}, softmax(3, norm=0), None),
+    ("jamba", "JambaTopKRouter", qwen(16, 2), softmax(2), None),
+    ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter", {"moe_num_experts": 64, "moe_k": 6}, softmax(6, norm=0, norm_min=1e-12), f"moe_statics.{BIAS}"),
+    ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter", {"moe_num_experts": 12, "moe_k": 3, "moe_norm_min": 0.6}, softmax(3, norm=0, norm_min=0.6), f"moe_statics.{BIAS}"),
+    ("deepseek_v2", "DeepseekV2TopkRouter", deepseek(topk_method="greedy"), softmax(4, scale=2.5), None),
+    ("deepseek_v2", "DeepseekV2TopkRouter", deepseek(**LIMITED), softmax(4, groups=(4, 2), **GROUP_LIMITED), None),
+    ("deepseek_v2", "DeepseekV2TopkRouter", deepseek(160, 6, (8, 3), **LIMITED), softmax(6, groups=(8, 3), **GROUP_LIMITED), None),
+    # more experts than the chosen groups have
+    ("deepseek_v2", "DeepseekV2TopkRouter", deepseek(16, 6, (4, 1), **LIMITED), softmax(6, groups=(4, 1), **GROUP_LIMITED), None),
+    ("deepseek_v3", "DeepseekV3TopkRouter", deepseek(16, 6, (4, 1)), v3(6, (4, 1)), BIAS),
+    ("deepseek_v3", "DeepseekV3TopkRouter", deepseek(), v3(), BIAS),
+    ("deepseek_v3", "DeepseekV3TopkRouter", deepseek(norm_topk_prob=False), v3(norm=None), BIAS),
+    ("deepseek_v3", "DeepseekV3TopkRouter", deepseek(256, 8, (8, 4)), v3(8, (8, 4)), BIAS),
+    ("deepseek_v3", "DeepseekV3TopkRouter", deepseek(384, 8, (1, 1)), v3(8, (1, 1)), BIAS),  # Kimi-K2
+    ("glm4_moe", "Glm4MoeTopkRouter", deepseek(), v3(), BIAS),
+    ("glm4_moe_lite", "Glm4MoeLiteTopkRouter", deepseek(), v3(), BIAS),
+    ("dots1", "Dots1TopkRouter", deepseek(), v3(), BIAS),
+    ("solar_open", "SolarOpenTopkRouter", deepseek(), v3(), BIAS),
+    ("exaone_moe", "ExaoneMoeTopkRouter", deepseek(num_experts=16), v3(), BIAS),
+    ("mistral4", "Mistral4TopkRouter", deepseek(), v3(scoring=SOFTMAX, masked=MASKED_ZERO), None),
+    ("minimax_m2", "MiniMaxM2TopKRouter", local(256, 8), {"k": 8, "scoring": SIGMOID, "norm": 0}, "argument"),
+    ("lfm2_moe", "Lfm2MoeTopKRouter", qwen(32, 4), {"k": 4, "scoring": SIGMOID, "norm": 1e-6}, "argument"),
+    ("deepseek_v4", "DeepseekV4TopKRouter", local(8, 2, routed_scaling_factor=1.5), {"k": 2, "scoring": SQRT_SOFTPLUS, "norm": 1e-20, "scale": 1.5}, BIAS),
+    ("gpt_oss", "GptOssTopKRouter", local(32, 4), {"k": 4, "scoring": CHOSEN_SOFTMAX}, None),
+    ("granitemoe", "GraniteMoeTopKRouter", local(40, 8), {"k": 8, "scoring": CHOSEN_SOFTMAX}, None),
+    ("granitemoeshared", "GraniteMoeSharedTopKRouter", local(8, 2), {"k": 2, "scoring": CHOSEN_SOFTMAX}, None),
+    ("llama4", "Llama4Router", local(16, 1), {"k": 1, "scoring": CHOSEN_SIGMOID}, None),
+    ("llama4", "Llama4Router", local(5, 3), {"k": 3, "scoring": CHOSEN_SIGMOID}, None),
+    ("phimoe", "PhimoeTopKRouter", local(16, 2), {"k": 2, "scoring": SPARSEMIXER, "jitter": 0.01}, None),
+    ("phimoe", "PhimoeTopKRouter", local(6, 2, router_jitter_noise=0.2), {"k": 2, "scoring": SPARSEMIXER, "jitter": 0.2}, None),
 ]
 
 
 def config_of(module, keys):
     name = f"transformers.models.{module}.configuration_{module}"
     classes = vars(importlib.import_module(name)).values()
-    kinds = [
-        c
-        for c in classes
-        if isinstance(c, type) and c.__module__ == name and c.__name__.endswith("Config")
-    ]
+    kinds = [c for c in classes if isinstance(c, type) and c.__module__ == name and c.__name__.endswith("Config")]
     kind = next((c for c in kinds if c.__name__.endswith("TextConfig")), kinds[0])
     return kind(**keys)
 
 
-def router_of(module, name, keys, n, bias):
-    """The module, whose weight is the identity, so that logits are what it is given."""
+def router_of(module, name, keys, n, path, bias):
+    """Its weight is the identity, so that logits are what it is given."""
     kind = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), name)
     router = kind(config_of(module, {**keys, "hidden_size": n, "num_attention_heads": 1})).eval()
     with torch.no_grad():
         for weight in router.parameters():
-            weight.copy_(torch.eye(n)) if weight.dim() == 2 and len(weight) == n else weight.zero_()
-        if bias is not None and bias[0] != "argument":
-            owner, _, name = bias[0].rpartition(".")
-            getattr(router.get_submodule(owner), name).copy_(torch.from_numpy(bias[1]))
+            weight.copy_(torch.eye(n) if weight.shape == (n, n) else torch.zeros(weight.shape))
+        if path not in (None, "argument"):
+            owner, _, name = path.rpartition(".")
+            getattr(router.get_submodule(owner), name).copy_(torch.from_numpy(bias))
     return router
 
 
-def transformers_route(router, logits, bias):
-    """which, weights, and the tensor whose gradient is dlogits."""
-    x = torch.from_numpy(logits).requires_grad_()
-    if bias is not None and bias[0] == "argument":
-        _, weights, which = router(x, torch.from_numpy(bias[1]))
-    elif type(router).__name__ == "Llama4Router":
-        scores, _ = router(x)
+def transformers_route(router, x, bias):
+    """which and weights."""
+    if type(router).__name__ == "Llama4Router":  # scores of all experts, 0 for those not chosen
         which = torch.topk(x, router.top_k, -1)[1]
-        weights = scores.gather(-1, which)
-    else:
-        _, weights, which = router(x)
-    return which, weights, x
+        return which, router(x)[0].gather(-1, which)
+    _, weights, which = router(x) if bias is None else router(x, torch.from_numpy(bias))
+    return which, weights
 
 
-KINDS = ["normal", "spread", "far", "few", "equal", "saturated"]
+KINDS = ["normal", "spread", "far", "few", "equal", "saturated", "saturating", "close"]
 
 
 def logits_of(kind, rng, rows, n):
@@ -441,7 +203,14 @@ def logits_of(kind, rng, rows, n):
         "few": rng.integers(-1, 2, (rows, n)),
         "equal": normal[:, :1].repeat(n, 1),
         "saturated": np.where(rng.random((rows, n)) < 0.5, 40 + normal, -30 - normal),
+        "saturating": 16.9 + normal * 0.15,  # many a sigmoid is 1 in float32
+        "close": normal * 3e-9,  # scores are equal in float32
     }[kind].astype(np.float32)
+
+
+def bias_of(kind, rng, n):
+    has_ties = kind in ("few", "equal", "saturating", "close")
+    return (rng.integers(0, 2, n) / 8 if has_ties else rng.standard_normal(n) * 0.1).astype(np.float32)
 
 
 def in_order_of_experts(which, values):
@@ -450,41 +219,23 @@ def in_order_of_experts(which, values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "number", range(len(ROUTERS)), ids=[f"{r[0]}-{i}" for i, r in enumerate(ROUTERS)]
-)
+@pytest.mark.parametrize("number", range(len(ROUTERS)), ids=[f"{r[0]}-{i}" for i, r in enumerate(ROUTERS)])
 def test_routers_are_transformers(number, kind):
-    module, name, keys, expected, bias_name = ROUTERS[number]
+    module, name, keys, described, path = ROUTERS[number]
     rng = np.random.default_rng([number, KINDS.index(kind)])
-    rows, k = 400, expected["k"]
-    n = next(
-        keys[key]
-        for key in ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
-        if key in keys
-    )
-    logits = logits_of(kind, rng, rows, n)
-    bias = None
-    if bias_name:
-        values = (
-            rng.integers(0, 2, n) / 8 if kind in ("few", "equal") else rng.standard_normal(n) * 0.1
-        )
-        bias = (bias_name, values.astype(np.float32))
-    router = router_of(module, name, keys, n, bias)
-    which, weights, x = transformers_route(router, logits, bias)
-    # the gradient by each expert's weight: the order of the chosen may be another
-    of_expert = rng.standard_normal((rows, n)).astype(np.float32)
-    (weights * torch.from_numpy(of_expert).gather(-1, which)).sum().backward()
+    n = next(v for key, v in keys.items() if key.endswith("_experts"))
+    logits, gradients = logits_of(kind, rng, 400, n), rng.standard_normal((400, n)).astype(np.float32)
+    bias = bias_of(kind, rng, n) if path else None
+    router = router_of(module, name, keys, n, path, bias)
+    x = torch.from_numpy(logits).requires_grad_()
+    which, weights = transformers_route(router, x, bias if path == "argument" else None)
+    (weights * torch.from_numpy(gradients).gather(-1, which)).sum().backward()
 
-    got = route(logits, bias and bias[1], np.zeros((rows, k), np.float32), **expected)
+    got = route(logits, bias, gradients, **described)
     assert not got["rc"].any()
-    dweights = np.take_along_axis(of_expert, got["which"].astype(np.int64), -1)
-    again = route(logits, bias and bias[1], dweights, **expected)
-    assert (again["which"] == got["which"]).all() and (again["weights"] == got["weights"]).all()
-    ours, our_weights = in_order_of_experts(again["which"], again["weights"])
+    ours, our_weights = in_order_of_experts(got["which"], got["weights"])
     theirs, their_weights = in_order_of_experts(which.numpy(), weights.detach().numpy())
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(our_weights, their_weights, rtol=1e-6, atol=1e-37)
-    error = np.linalg.norm(again["dlogits"] - x.grad.numpy(), axis=-1) / np.linalg.norm(
-        of_expert, axis=-1
-    )
-    assert error.max() < 1e-6
+    errors = np.linalg.norm(got["dlogits"] - x.grad.numpy(), axis=-1)
+    assert (errors < 1e-6 * np.linalg.norm(gradients, axis=-1)).all()
