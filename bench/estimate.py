@@ -9,7 +9,9 @@ oneDNN.
    for the same shapes, measured directly before and after; bytes of weights read; memory; and what
    this means for 70 billion parameters and 20,000 tokens. Beside the share of the best rate by the
    clock stands the share by CPU time, which other work on the machine disturbs less.
-3. The same model on one thread, on as many as there are CPUs, and on 64: time, memory, and how many
+3. A mixture of experts (Qwen3-MoE's shape: 8 of 128 experts) beside the dense model with as many
+   parameters as a token meets, over --mixed-tokens: time for a token, bytes of weights read, memory.
+4. The model of 2. on one thread, on as many as there are CPUs, and on 64: time, memory, and how many
    pieces of work each worker took; all of them must give the same bytes.
 
 Needs examples/requirements.txt and bench/requirements.txt.
@@ -19,6 +21,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -186,6 +189,40 @@ def against_onednn(build: Path, work: Path, n_tokens: int) -> None:
     print(f"  at the last rate, 70 billion parameters and 20,000 tokens take {hours:.1f} hours")
 
 
+def against_dense(build: Path, work: Path, n_tokens: int) -> None:
+    """The two models by turns, three times; random tokens, so that every expert has some."""
+    n_layers, rng = 4, random.Random(7)
+    sizes = {}
+    for mixture in (True, False):
+        at, shapes = work / f"mixed-{mixture}", models.mixed_of(n_layers, mixture)
+        models.write(at, shapes, ("model",))
+        config = json.dumps(models.config_of_mixed(n_layers, mixture))
+        (at / "model/config.json").write_text(config)
+        sizes[mixture] = 2 * models.n_parameters_of(shapes)
+    lines = [json.dumps({"input_ids": [rng.randrange(8192) for _ in range(512)]}) for _ in range(n_tokens // 512)]
+    (work / "random.jsonl").write_text("".join(line + "\n" for line in lines))
+    print(f"\n{models.CHOSEN} of {models.EXPERTS} experts, {n_layers} layers, {n_tokens} tokens, mean gradients")
+    print("             seconds  CPU seconds  ratio to dense (CPU)  weights read/size  peak MiB")
+    for compute in ("f32", "bf16"):
+        if not onednn(build, 64, compute == "bf16")[0]:
+            continue
+        turns = {True: [], False: []}
+        for mixture in (False, True) * 3:
+            command = [build / "perta", "estimate", "--model", work / f"mixed-{mixture}/model", "--data",
+                       work / "random.jsonl", "--out", work / "importance", "--compute", compute,
+                       "--memory", "1G", "--force", "--json", "--progress", "none"]  # fmt: skip
+            turns[mixture].append(run(command))
+        ratio = statistics.median(
+            a.cpu_seconds / b.cpu_seconds for a, b in zip(turns[True], turns[False], strict=True)
+        )
+        for mixture, name in ((False, "dense"), (True, "mixture")):
+            middle = sorted(turns[mixture], key=lambda r: r.cpu_seconds)[1]
+            read = json.loads(middle.output)["read_bytes"] / sizes[mixture]
+            beside = f"{ratio:22.2f}" if mixture else " " * 22
+            print(f"  {compute:4} {name:8}{middle.seconds:6.1f}{middle.cpu_seconds:13.1f}{beside}"
+                  f"{read:19.2f}{middle.peak_mib:10.0f}", flush=True)  # fmt: skip
+
+
 def digest(folder: Path) -> str:
     data = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.safetensors")))
     return hashlib.sha256(data).hexdigest()
@@ -226,11 +263,16 @@ def main() -> None:
     parser.add_argument("build", type=Path)
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--mixed-tokens", type=int, default=20480)
+    parser.add_argument("--only-mixed", action="store_true", help="only the mixture of experts")
     parser.add_argument("--no-pytorch", action="store_true", help="skip the comparison with PyTorch")
     arguments = parser.parse_args()
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     build, work = arguments.build.resolve(), arguments.workdir.resolve()
     print(cpu_name())
+    against_dense(build, work, arguments.mixed_tokens)
+    if arguments.only_mixed:
+        return
     if not arguments.no_pytorch:
         against_pytorch(build / "perta", work)
     against_onednn(build, work, arguments.tokens)

@@ -47,6 +47,52 @@ def tensors_of(n_layers: int, hidden: int = HIDDEN) -> Shapes:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
 
 
+# A mixture of experts, and the dense model with as many parameters as a token meets in it.
+MIXED_HIDDEN, EXPERT, EXPERTS, CHOSEN = 1024, 384, 128, 8
+
+
+def mixed_of(n_layers: int, mixture: bool) -> Shapes:
+    """Names and shapes like Qwen3-MoE's, or Qwen3's."""
+    hidden, dense = MIXED_HIDDEN, EXPERT * CHOSEN
+    shapes: Shapes = {"model.embed_tokens.weight": (8192, hidden)}
+    for i in range(n_layers):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            layer + "self_attn.q_proj.weight": (hidden, hidden),
+            layer + "self_attn.k_proj.weight": (hidden // 4, hidden),
+            layer + "self_attn.v_proj.weight": (hidden // 4, hidden),
+            layer + "self_attn.o_proj.weight": (hidden, hidden),
+            layer + "self_attn.q_norm.weight": (64,),
+            layer + "self_attn.k_norm.weight": (64,),
+            layer + "input_layernorm.weight": (hidden,),
+            layer + "post_attention_layernorm.weight": (hidden,),
+        }
+        for e in range(EXPERTS if mixture else 1):
+            mlp = layer + (f"mlp.experts.{e}." if mixture else "mlp.")
+            wide = EXPERT if mixture else dense
+            shapes |= {
+                mlp + "gate_proj.weight": (wide, hidden),
+                mlp + "up_proj.weight": (wide, hidden),
+                mlp + "down_proj.weight": (hidden, wide),
+            }
+        if mixture:
+            shapes[layer + "mlp.gate.weight"] = (EXPERTS, hidden)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (8192, hidden)}
+
+
+def config_of_mixed(n_layers: int, mixture: bool) -> dict:
+    name, kind = ("Qwen3MoeForCausalLM", "qwen3_moe") if mixture else ("Qwen3ForCausalLM", "qwen3")
+    config = {
+        "architectures": [name], "model_type": kind, "hidden_size": MIXED_HIDDEN, "vocab_size": 8192,
+        "intermediate_size": EXPERT * CHOSEN, "num_hidden_layers": n_layers, "head_dim": 64,
+        "num_attention_heads": MIXED_HIDDEN // 64, "num_key_value_heads": MIXED_HIDDEN // 256,
+        "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    experts = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "norm_topk_prob": True,
+               "moe_intermediate_size": EXPERT}  # fmt: skip
+    return config | (experts if mixture else {})
+
+
 def n_parameters_of(shapes: Shapes) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
