@@ -175,6 +175,9 @@ static const struct perta_family *find_family(struct perta_config_reader *r)
                            "%s: architecture (none named) is not supported; %s are, or as "
                            "\"model_type\" %s",
                            r->path, supported, list_families(true, types));
+    else if (!family && name && perta_config_missing(name))
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: architecture %s is not supported: it has %s",
+                           r->path, name, perta_config_missing(name));
     else if (!family && by_type && !*why_not(r->config, name))
         r->rc =
             perta_fail(r->err, PERTA_EINPUT,

@@ -19,6 +19,9 @@ struct perta_config_reader {
 /* The family that the config names, without any check; NULL if it is none. */
 const struct perta_family *perta_config_family(const json_t *config);
 
+/* What an architecture needs that is not implemented, if that is known; otherwise NULL. */
+const char *perta_config_missing(const char *architecture);
+
 /* Refuse the value of key. */
 void perta_config_refuse(struct perta_config_reader *r, const char *key, const char *what);
 
