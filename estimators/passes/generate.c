@@ -31,11 +31,11 @@ static int check_longest(const struct perta_generation *g, const struct perta_es
     if (same && end <= longest)
         return 0;
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: line %llu: its answers may reach position %llu, counted from 0: from "
-                      "%llu on, the frequencies of this model's rotary positions change with the "
-                      "length, which is not supported while an answer is generated",
+                      "%s: line %llu: an answer, the given or a generated one, may reach position "
+                      "%llu, counted from 0, from which on the frequencies of this model's rotary "
+                      "positions change with the length; that is not supported while an answer is "
+                      "generated",
                       job->estimate->data, (unsigned long long)job->samples.lines[sample],
-                      (unsigned long long)end - 1,
                       (unsigned long long)(longest < short_end ? longest : short_end));
 }
 

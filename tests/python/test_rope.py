@@ -390,10 +390,10 @@ def test_answers_that_may_become_longer_are_refused(perta, tmp_path):
     write(tmp_path / "data.jsonl", {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]})
     perta(*"eval --model model --data data.jsonl --generate 14".split())
     run = perta(*"eval --model model --data data.jsonl --generate 15".split(), check=3)
-    assert "line 1: its answers may reach position 16," in run.stderr and not run.stdout
+    assert "line 1: an answer, the given or a generated one, may reach position 16," in run.stderr and not run.stdout
     write(tmp_path / "data.jsonl", {"input_ids": [1, 2, 3] + [4] * 20, "labels": [-100] * 3 + [4] * 20})
     assert (
-        "line 1: its answers may" in perta(*"eval --model model --data data.jsonl --generate 2".split(), check=3).stderr
+        "may reach position 16," in perta(*"eval --model model --data data.jsonl --generate 2".split(), check=3).stderr
     )
     prompt = [(7 * i) % 41 for i in range(19)]
     write(tmp_path / "data.jsonl", {"input_ids": [*prompt, 4], "labels": [-100] * 19 + [4]})
