@@ -44,6 +44,7 @@ START_TEST(a_count_is_a_whole_number_of_31_bits)
     parse(",\"num_key_value_heads\":3", "cannot share", &llm);
     parse(",\"head_dim\":2147483648", "head_dim", &llm);
     parse(",\"head_dim\":3", "odd", &llm);
+    parse(",\"head_dim\":1,\"rope_scaling\":{\"type\":\"yarn\",\"factor\":2}", "odd", &llm);
 }
 END_TEST
 

@@ -347,14 +347,12 @@ static void check_frequencies(const struct source *s)
         perta_config_refuse(s->r, "rope_type", "is not supported for heads this large");
         return;
     }
-    for (uint32_t i = 0; i < s->to->rotated; i++) {
-        bool is_long = i >= s->to->rotated / 2;
-        if (i == is_long * (s->to->rotated / 2))
-            perta_rope_frequencies(s->to, is_long, inv_freq);
-        if (!isfinite(inv_freq[i % (s->to->rotated / 2)])) {
-            perta_config_refuse(s->r, "rope_type", "has options whose frequencies are no numbers");
-            return;
-        }
+    for (int is_long = 0; is_long < 2 && !s->r->rc; is_long++) {
+        perta_rope_frequencies(s->to, is_long, inv_freq);
+        for (uint32_t i = 0; i < s->to->rotated / 2; i++)
+            if (!isfinite(inv_freq[i]))
+                perta_config_refuse(s->r, "rope_type",
+                                    "has options whose frequencies are no numbers");
     }
 }
 
