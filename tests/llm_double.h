@@ -32,8 +32,10 @@ static inline void rope_double(double *x, const struct perta_place *places,
                 double *head = x + (t * n_heads + h) * D + r->first;
                 double *one = head + (r->interleaved ? 2 * i : i);
                 double *other = head + (r->interleaved ? 2 * i + 1 : i + r->rotated / 2);
-                double angle = (double)places[t].position * (double)r->inv_freq[i];
-                double a = *one, b = *other, factor = (double)r->factor;
+                const float *inv_freq = places[t].is_long ? r->long_inv_freq : r->inv_freq;
+                double angle = (double)places[t].position * (double)inv_freq[i];
+                double a = *one, b = *other;
+                double factor = (double)(places[t].is_long ? r->long_factor : r->factor);
                 *one = factor * (a * cos(angle) - b * sin(angle));
                 *other = factor * (b * cos(angle) + a * sin(angle));
             }
@@ -187,9 +189,8 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
         norm_double(m, k, k, part_double(m, layer, PERTA_NORM_K),
                     part_double(m, layer, PERTA_NORM_K_BIAS), T * llm->n_kv_heads, D);
     }
-    const struct perta_rope *rope = perta_llm_rope(llm, layer);
-    const struct perta_rotation rotation = {perta_llm_rope_table(llm, layer, m->inv_freq), 0,
-                                            rope->rotated, rope->interleaved, rope->scale};
+    const float *table = perta_llm_rope_table(llm, layer, m->inv_freq);
+    const struct perta_rotation rotation = perta_llm_rotation(llm, layer, table, 0);
     rope_double(q, places, &rotation, T, llm->n_heads, D);
     rope_double(k, places, &rotation, T, llm->n_kv_heads, D);
     const struct perta_attention a = {.n_heads = llm->n_heads,

@@ -50,17 +50,19 @@ static json_t *query_scales(const struct perta_rope *rope)
     return list;
 }
 
-static json_t *table(const struct perta_rope *rope)
+static json_t *table(const struct perta_rope *rope, bool is_long)
 {
     json_t *list = json_array();
     float *inv_freq = calloc(rope->rotated, sizeof *inv_freq);
-    perta_rope_frequencies(rope, inv_freq);
+    perta_rope_frequencies(rope, is_long, inv_freq);
     for (uint32_t i = 0; i < rope->rotated / 2; i++)
         json_array_append_new(list, json_real((double)inv_freq[i]));
     free(inv_freq);
-    return json_pack("{s:o,s:b,s:f,s:o,s:I}", "inv_freq", list, "interleaved",
-                     (int)rope->interleaved, "scale", (double)rope->scale, "query_scales",
-                     query_scales(rope), "longest", (json_int_t)perta_rope_longest(rope));
+    return json_pack("{s:o,s:b,s:f,s:o,s:I,s:I}", "inv_freq", list, "interleaved",
+                     (int)rope->interleaved, "scale",
+                     (double)(is_long ? rope->long_scale : rope->scale), "query_scales",
+                     query_scales(rope), "short", (json_int_t)perta_rope_short(rope), "longest",
+                     (json_int_t)perta_rope_longest(rope));
 }
 
 static json_t *result(const json_t *line)
@@ -77,7 +79,8 @@ static json_t *result(const json_t *line)
                       (uint32_t)json_integer_value(json_object_get(line, "max_positions")),
                       (uint32_t)head_dim, ropes);
     return r.rc ? json_pack("{s:s}", "error", err.msg)
-                : json_pack("[o,o]", table(&ropes[0]), table(&ropes[1]));
+                : json_pack("[o,o,o,o]", table(&ropes[0], false), table(&ropes[1], false),
+                            table(&ropes[0], true), table(&ropes[1], true));
 }
 
 int main(void)

@@ -115,14 +115,14 @@ static void place_tokens(struct perta_place *places, uint32_t T, enum seen seen)
     uint32_t n = 0, n_seen = 0;
     for (uint32_t t = 0; t < T; t++)
         if (seen != HOLES || (t > 1 && t % 5 != 4)) {
-            places[n] = (struct perta_place){t, t, seen == BLOCKS ? t / 30 * 30 : 0, n + 1};
+            places[n] = (struct perta_place){t, t, seen == BLOCKS ? t / 30 * 30 : 0, n + 1, false};
             n++;
         }
     for (uint32_t t = 0; seen == HOLES && t < T; t++) {
         bool hidden = t <= 1 || t % 5 == 4;
         n_seen += !hidden;
         if (hidden)
-            places[n++] = (struct perta_place){t, t, 0, n_seen};
+            places[n++] = (struct perta_place){t, t, 0, n_seen, false};
     }
 }
 

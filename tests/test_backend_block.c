@@ -19,11 +19,16 @@ static void open_all(void)
 static const float inv_freq[ROPE_D / 2] = {1, 0.1f, 0.01f, 0.001f};
 
 /* Whole heads, parts of heads, the end of heads; halves and neighbours; scaled. */
+static const float long_inv_freq[ROPE_D / 2] = {0.5f, 0.05f, 0.02f, 0.003f};
 static const struct perta_rotation rotations[] = {
-    {inv_freq, 0, ROPE_D, false, 1},  {inv_freq, 0, ROPE_D, true, 1},
-    {inv_freq, 0, 4, false, 1},       {inv_freq, 0, 6, true, 1.25f},
-    {inv_freq, 2, 6, false, 0.8125f}, {inv_freq, 4, 4, true, 1},
-    {inv_freq, 3, 2, false, 1},       {inv_freq, 0, ROPE_D, false, 1.1386294f},
+    {inv_freq, 0, ROPE_D, false, 1, long_inv_freq, 1.5f},
+    {inv_freq, 0, ROPE_D, true, 1, long_inv_freq, 1.5f},
+    {inv_freq, 0, 4, false, 1, long_inv_freq, 1.5f},
+    {inv_freq, 0, 6, true, 1.25f, long_inv_freq, 1.5f},
+    {inv_freq, 2, 6, false, 0.8125f, long_inv_freq, 1.5f},
+    {inv_freq, 4, 4, true, 1, long_inv_freq, 1.5f},
+    {inv_freq, 3, 2, false, 1, long_inv_freq, 1.5f},
+    {inv_freq, 0, ROPE_D, false, 1.1386294f, long_inv_freq, 1.5f},
 };
 
 struct rope {
@@ -58,7 +63,7 @@ START_TEST(rope)
     struct outputs o[N_BACKENDS];
     double y[ROPE_T * ROPE_HEADS * ROPE_D];
     for (uint32_t t = 0; t < ROPE_T; t++)
-        c.places[t].position = t * t % 41;
+        c.places[t] = (struct perta_place){.position = t * t % 41, .is_long = t % 3 == 1};
     run_all(rope_run, &c, o);
     same(o, "y");
     same(o, "dx");

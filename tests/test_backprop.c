@@ -250,9 +250,10 @@ START_TEST(a_block_of_ragged_sequences)
     const struct perta_llm *llm = &lab.model.llm;
     const size_t starts[] = {0, 7, 12}, tiles[] = {0, 12};
     /* all before it; and two blocks, of which the second's first token is hidden, and last */
-    const struct perta_place places[] = {{0, 0, 0, 1}, {1, 1, 0, 2}, {2, 2, 0, 3}, {3, 3, 0, 4},
-                                         {4, 4, 0, 5}, {5, 5, 0, 6}, {6, 6, 0, 7}, {0, 0, 0, 1},
-                                         {1, 1, 0, 2}, {7, 3, 2, 3}, {8, 4, 2, 4}, {6, 2, 0, 2}};
+    const struct perta_place places[] = {
+        {0, 0, 0, 1, false}, {1, 1, 0, 2, false}, {2, 2, 0, 3, false}, {3, 3, 0, 4, false},
+        {4, 4, 0, 5, false}, {5, 5, 0, 6, false}, {6, 6, 0, 7, false}, {0, 0, 0, 1, false},
+        {1, 1, 0, 2, false}, {7, 3, 2, 3, false}, {8, 4, 2, 4, false}, {6, 2, 0, 2, false}};
     const struct perta_batch batch = {12, {2, starts, 0}, {1, tiles, 0}, places, 0};
     struct block c = {.lab = &lab,
                       .places = places,

@@ -44,6 +44,7 @@ START_TEST(a_count_is_a_whole_number_of_31_bits)
     parse(",\"num_key_value_heads\":3", "cannot share", &llm);
     parse(",\"head_dim\":2147483648", "head_dim", &llm);
     parse(",\"head_dim\":3", "odd", &llm);
+    parse(",\"head_dim\":1,\"rope_scaling\":{\"type\":\"yarn\",\"factor\":2}", "odd", &llm);
 }
 END_TEST
 
@@ -146,7 +147,7 @@ START_TEST(frequencies_are_numbers)
     parse(",\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,"
           "\"high_freq_factor\":4,\"original_max_position_embeddings\":64}",
           NULL, &llm);
-    perta_rope_frequencies(&llm.ropes[0], freq);
+    perta_rope_frequencies(&llm.ropes[0], false, freq);
     for (int i = 0; i < 8; i++)
         ck_assert_msg(freq[i] > 0 && freq[i] <= 1, "%g", (double)freq[i]);
 }
@@ -192,7 +193,7 @@ START_TEST(frequencies_are_those_of_transformers)
     ck_assert_uint_eq(llm.ropes[0].rotated, 8);
     ck_assert_float_eq_tol(llm.ropes[0].scale, tables[_i].scale, 1e-6f);
     for (int layers = 0; layers < 2; layers++) {
-        perta_rope_frequencies(&llm.ropes[layers], have);
+        perta_rope_frequencies(&llm.ropes[layers], false, have);
         for (int i = 0; i < 4; i++)
             ck_assert_float_eq_tol(have[i], tables[_i].inv_freq[i],
                                    2e-6f * tables[_i].inv_freq[i] + 1e-30f);

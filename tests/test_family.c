@@ -96,7 +96,7 @@ struct lab {
     struct perta_model model;
     struct perta_samples samples;
     struct model_double twin;
-    float inv_freq[4];
+    float inv_freq[8];
 };
 
 static double loss_of_all(void *ctx)

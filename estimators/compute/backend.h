@@ -125,6 +125,9 @@ struct perta_rotation {
     size_t first, rotated; /* elements first .. first + rotated of each head; the others stay */
     bool interleaved;      /* pairs are (2i, 2i + 1) of these; otherwise (i, i + rotated / 2) */
     float factor;          /* of cos and sin */
+    /* the same of tokens whose place is long */
+    const float *long_inv_freq;
+    float long_factor;
 };
 
 /* Attention within each sequence of a batch: q (n, n_heads, D), k (n, n_kv_heads, D),

@@ -21,8 +21,11 @@ static void rotate_rows(const void *args, size_t from, size_t to)
     size_t step = how->interleaved ? 2 : 1, other = how->interleaved ? 1 : half;
     for (size_t t = from; t < to; t++)
         for (size_t i = 0; i < half; i++) {
-            float angle = (float)r->places[t].position * how->inv_freq[i];
-            float c = cosf(angle) * how->factor, s = r->direction * sinf(angle) * how->factor;
+            const struct perta_place *place = r->places + t;
+            const float *inv_freq = place->is_long ? how->long_inv_freq : how->inv_freq;
+            float factor = place->is_long ? how->long_factor : how->factor;
+            float angle = (float)place->position * inv_freq[i];
+            float c = cosf(angle) * factor, s = r->direction * sinf(angle) * factor;
             for (size_t h = 0; h < r->n_heads; h++) {
                 float *pair = r->x + (t * r->n_heads + h) * r->D + how->first + step * i;
                 float a = pair[0], b = pair[other];

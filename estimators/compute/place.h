@@ -11,6 +11,8 @@ struct perta_place {
     uint32_t at;
     /* it sees the tokens first .. end of its sample; none if these are equal */
     uint32_t first, end;
+    /* its line is so long that the rotary positions of some models have other frequencies there */
+    bool is_long;
 };
 
 #endif

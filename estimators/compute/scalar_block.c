@@ -4,14 +4,15 @@
 
 /* ---- rotary positions (Su et al. 2021), in float32 as in transformers ---- */
 
-static void rotate_head(const struct perta_rotation *r, float *head, uint32_t position,
-                        float direction)
+static void rotate_head(const struct perta_rotation *r, float *head,
+                        const struct perta_place *place, float direction)
 {
     size_t step = r->interleaved ? 2 : 1, other = r->interleaved ? 1 : r->rotated / 2;
     for (size_t i = 0; i < r->rotated / 2; i++) {
         float *pair = head + r->first + step * i, a = pair[0], b = pair[other];
-        float angle = (float)position * r->inv_freq[i];
-        float c = cosf(angle) * r->factor, s = direction * sinf(angle) * r->factor;
+        float angle = (float)place->position * (place->is_long ? r->long_inv_freq : r->inv_freq)[i];
+        float factor = place->is_long ? r->long_factor : r->factor;
+        float c = cosf(angle) * factor, s = direction * sinf(angle) * factor;
         pair[0] = a * c - b * s;
         pair[other] = b * c + a * s;
     }
@@ -24,7 +25,7 @@ static void rotate(struct perta_backend *be, struct perta_array x, const struct 
     float *xs = perta_scalar_floats(be, x, T * n_heads * D);
     for (size_t t = 0; !be->rc && t < T; t++)
         for (size_t h = 0; h < n_heads; h++)
-            rotate_head(rotation, xs + (t * n_heads + h) * D, places[t].position, direction);
+            rotate_head(rotation, xs + (t * n_heads + h) * D, places + t, direction);
 }
 
 void perta_scalar_rope_forward(struct perta_backend *be, struct perta_array x,

@@ -32,9 +32,7 @@ struct perta_attention perta_layer_attention(const struct perta_layer *l,
 
 struct perta_rotation perta_layer_rotation(const struct perta_layer *l, size_t first)
 {
-    const struct perta_rope *rope = perta_llm_rope(l->llm, l->site.layer);
-    return (struct perta_rotation){l->inv_freq, first, rope->rotated, rope->interleaved,
-                                   rope->scale};
+    return perta_llm_rotation(l->llm, l->site.layer, l->inv_freq, first);
 }
 
 static void rotate_forward(const struct perta_layer *l, const struct perta_batch *batch,

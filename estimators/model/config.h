@@ -22,6 +22,8 @@ struct perta_llm_names {
     char embedding[96], head[96], head_bias[96], final_norm[96], final_norm_bias[96];
 };
 
+struct perta_rotation;
+
 struct perta_llm {
     const struct perta_family *family;
     struct perta_llm_names names; /* "" for what the family does not have */
@@ -92,16 +94,29 @@ static inline const struct perta_rope *perta_llm_rope(const struct perta_llm *ll
     return &llm->ropes[perta_llm_has(llm, layer, PERTA_LAYER_WINDOW)];
 }
 
-/* The length of sequences up to which the frequencies of both are valid (perta_rope_longest). */
+/* The length of sequences above which they are long, and up to which frequencies are known, of all
+ * layers (perta_rope_short, perta_rope_longest). If layers differ in the first, none may be long. */
+static inline uint32_t perta_llm_short(const struct perta_llm *llm)
+{
+    uint32_t full = perta_rope_short(&llm->ropes[0]), local = perta_rope_short(&llm->ropes[1]);
+    return full < local ? full : local;
+}
 static inline uint32_t perta_llm_longest(const struct perta_llm *llm)
 {
     uint32_t full = perta_rope_longest(&llm->ropes[0]), local = perta_rope_longest(&llm->ropes[1]);
-    return full < local ? full : local;
+    uint32_t least = full < local ? full : local, most = perta_llm_short(llm);
+    bool differ = perta_rope_short(&llm->ropes[0]) != perta_rope_short(&llm->ropes[1]);
+    return differ && most < least ? most : least;
 }
 
-/* Fill tables (2, head_dim / 2) with the frequencies of both llm->ropes. */
+/* Fill tables (4, head_dim / 2) with the frequencies of both llm->ropes, for sequences that are not
+ * long, and for long ones. */
 void perta_llm_rope_tables(const struct perta_llm *llm, float *tables);
-/* The row of such tables that a layer uses. */
+/* What the backend is to rotate in a layer, from element first of a head on. table: the layer's row
+ * of such tables. */
+struct perta_rotation perta_llm_rotation(const struct perta_llm *llm, uint32_t layer,
+                                         const float *table, size_t first);
+/* The row of such tables that a layer uses, for sequences that are not long. */
 static inline const float *perta_llm_rope_table(const struct perta_llm *llm, uint32_t layer,
                                                 const float *tables)
 {

@@ -218,7 +218,7 @@ static void read_yarn(const struct source *s)
                      : perta_rope_mscale(to->factor, 1));
 }
 
-/* A list of a number for each frequency. values may be NULL. */
+/* A list of a number for each frequency. */
 static void read_list(const struct source *s, const char *key, float *values)
 {
     const json_t *list = json_object_get(s->rope, key);
@@ -227,14 +227,13 @@ static void read_list(const struct source *s, const char *key, float *values)
     for (size_t i = 0; is && i < n; i++) {
         const json_t *value = json_array_get(list, i);
         is = json_is_number(value);
-        if (values)
-            values[i] = (float)json_number_value(value);
+        values[i] = (float)json_number_value(value);
     }
     if (!is)
         perta_config_refuse(s->r, key, "is not a list of a number for each pair of a head");
 }
 
-/* Phi-3.5-MoE has a scale of its own for each of the two lists. */
+/* Phi-3.5-MoE has a scale of its own for long sequences instead of the long factors. */
 static void read_longrope(const struct source *s)
 {
     struct perta_rope *to = s->to;
@@ -243,13 +242,15 @@ static void read_longrope(const struct source *s)
                      ? perta_config_number(s->r, s->rope, "factor", 0)
                      : ratio(s);
     read_list(s, "short_factor", to->short_factors);
-    read_list(s, "long_factor", NULL);
+    read_list(s, "long_factor", to->long_factors);
     if (s->family->short_mscale) {
         to->scale = (float)perta_config_number(s->r, s->rope, "short_mscale", 0);
-        perta_config_number(s->r, s->rope, "long_mscale", 0);
+        to->long_scale = (float)perta_config_number(s->r, s->rope, "long_mscale", 0);
+        memcpy(to->long_factors, to->short_factors, sizeof to->long_factors);
         return;
     }
     set_scale(s, to->factor <= 1 ? 1 : sqrt(1 + log(to->factor) / log(to->original_positions)));
+    to->long_scale = to->scale;
 }
 
 /* HunYuan's kind that is called dynamic, too: with alpha, theta is another one, for any length. */
@@ -346,12 +347,13 @@ static void check_frequencies(const struct source *s)
         perta_config_refuse(s->r, "rope_type", "is not supported for heads this large");
         return;
     }
-    perta_rope_frequencies(s->to, inv_freq);
-    for (uint32_t i = 0; i < s->to->rotated / 2; i++)
-        if (!isfinite(inv_freq[i])) {
-            perta_config_refuse(s->r, "rope_type", "has options whose frequencies are no numbers");
-            return;
-        }
+    for (int is_long = 0; is_long < 2 && !s->r->rc; is_long++) {
+        perta_rope_frequencies(s->to, is_long, inv_freq);
+        for (uint32_t i = 0; i < s->to->rotated / 2; i++)
+            if (!isfinite(inv_freq[i]))
+                perta_config_refuse(s->r, "rope_type",
+                                    "has options whose frequencies are no numbers");
+    }
 }
 
 static void read_table(const struct source *s)

@@ -49,7 +49,7 @@ struct perta_layer {
     struct perta_gradient_sink *sink;    /* NULL: gradients of weights are not wanted */
     const struct perta_factors *factors; /* LoRA beside the weights; NULL: none */
     struct perta_past_tokens *past;      /* NULL: a batch is whole sequences */
-    const float *inv_freq;               /* (rotated / 2), of this layer's rotary positions */
+    const float *inv_freq;               /* this layer's row of perta_llm_rope_tables */
     const float *slopes;                 /* (n_heads), of ALiBi; NULL: none */
     struct perta_site site;
     bool again; /* a second forward pass, for the backward pass: out is not wanted */

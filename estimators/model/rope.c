@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "estimators/compute/backend.h"
 #include "estimators/model/config.h"
 
 static const double pi = 3.14159265358979323846;
@@ -60,7 +61,7 @@ static float proportional(const struct perta_rope *r, uint32_t i)
     return i < r->n_moving ? 1.0f / theta_power(r->theta, i, r->rotated) / (float)r->factor : 0;
 }
 
-static float frequency(const struct perta_rope *r, uint32_t i)
+static float frequency(const struct perta_rope *r, uint32_t i, bool is_long)
 {
     switch (r->kind) {
     case PERTA_ROPE_LINEAR:
@@ -72,7 +73,8 @@ static float frequency(const struct perta_rope *r, uint32_t i)
     case PERTA_ROPE_YARN:
         return yarn(r, i);
     case PERTA_ROPE_LONGROPE:
-        return 1.0f / (r->short_factors[i] * theta_power(r->theta, i, r->rotated));
+        return 1.0f / ((is_long ? r->long_factors : r->short_factors)[i] *
+                       theta_power(r->theta, i, r->rotated));
     case PERTA_ROPE_PROPORTIONAL:
         return proportional(r, i);
     case PERTA_ROPE_DEFAULT:
@@ -81,16 +83,19 @@ static float frequency(const struct perta_rope *r, uint32_t i)
     return 1.0f / theta_power(r->theta, i, r->rotated);
 }
 
-void perta_rope_frequencies(const struct perta_rope *rope, float *inv_freq)
+void perta_rope_frequencies(const struct perta_rope *rope, bool is_long, float *inv_freq)
 {
     for (uint32_t i = 0; i < rope->rotated / 2; i++)
-        inv_freq[i] = frequency(rope, i);
+        inv_freq[i] = frequency(rope, i, is_long);
 }
 
 uint32_t perta_rope_longest(const struct perta_rope *rope)
 {
-    if (rope->kind == PERTA_ROPE_DYNAMIC)
-        return rope->max_positions;
+    return rope->kind == PERTA_ROPE_DYNAMIC ? rope->max_positions : UINT32_MAX;
+}
+
+uint32_t perta_rope_short(const struct perta_rope *rope)
+{
     if (rope->kind == PERTA_ROPE_LONGROPE && rope->original_positions < UINT32_MAX)
         return (uint32_t)rope->original_positions;
     return UINT32_MAX;
@@ -111,6 +116,19 @@ double perta_rope_mscale(double factor, double mscale)
 
 void perta_llm_rope_tables(const struct perta_llm *llm, float *tables)
 {
-    for (int i = 0; i < 2; i++)
-        perta_rope_frequencies(&llm->ropes[i], tables + (size_t)i * (llm->head_dim / 2));
+    for (int i = 0; i < 4; i++)
+        perta_rope_frequencies(&llm->ropes[i % 2], i / 2, tables + (size_t)i * (llm->head_dim / 2));
+}
+
+struct perta_rotation perta_llm_rotation(const struct perta_llm *llm, uint32_t layer,
+                                         const float *table, size_t first)
+{
+    const struct perta_rope *rope = perta_llm_rope(llm, layer);
+    return (struct perta_rotation){.inv_freq = table,
+                                   .first = first,
+                                   .rotated = rope->rotated,
+                                   .interleaved = rope->interleaved,
+                                   .factor = rope->scale,
+                                   .long_inv_freq = table + 2 * (size_t)(llm->head_dim / 2),
+                                   .long_factor = rope->long_scale};
 }

@@ -24,23 +24,30 @@ struct perta_rope {
     bool interleaved; /* they are paired (2i, 2i + 1), otherwise (i, i + rotated / 2) */
     float scale;      /* of cos and sin: attention_factor; 1 for most kinds */
     double theta, factor;
-    double original_positions;                   /* of LLAMA3, YARN and LONGROPE */
-    double low_freq_factor, high_freq_factor;    /* LLAMA3 */
-    uint32_t max_positions;                      /* DYNAMIC */
-    double beta_fast, beta_slow;                 /* YARN */
-    bool truncate;                               /* YARN */
-    double mscale_all_dim;                       /* YARN; 0: none */
-    uint32_t n_moving;                           /* PROPORTIONAL: frequencies that are not 0 */
-    float short_factors[PERTA_ROPE_FREQUENCIES]; /* LONGROPE (rotated / 2) */
+    double original_positions;                /* of LLAMA3, YARN and LONGROPE */
+    double low_freq_factor, high_freq_factor; /* LLAMA3 */
+    uint32_t max_positions;                   /* DYNAMIC */
+    double beta_fast, beta_slow;              /* YARN */
+    bool truncate;                            /* YARN */
+    double mscale_all_dim;                    /* YARN; 0: none */
+    uint32_t n_moving;                        /* PROPORTIONAL: frequencies that are not 0 */
+    /* LONGROPE (rotated / 2): of sequences up to original_positions, and of longer ones, whose
+     * scale is long_scale */
+    float short_factors[PERTA_ROPE_FREQUENCIES], long_factors[PERTA_ROPE_FREQUENCIES];
+    float long_scale;
     /* Queries are multiplied by 1 + query_beta * log(1 + floor(position / query_positions)), after
      * their rotation (llama_4_scaling_beta); 0: they are not. */
     double query_beta, query_positions;
 };
 
-/* The frequencies, inv_freq (rotated / 2), for sequences of up to perta_rope_longest() tokens. */
-void perta_rope_frequencies(const struct perta_rope *rope, float *inv_freq);
-/* The length of sequences (the largest position + 1) up to which these frequencies are valid;
- * UINT32_MAX: any. transformers computes longer ones with frequencies that depend on the length. */
+/* The frequencies, inv_freq (rotated / 2), of sequences of up to perta_rope_short() tokens, or of
+ * longer ones. */
+void perta_rope_frequencies(const struct perta_rope *rope, bool is_long, float *inv_freq);
+/* The length of sequences (the largest position + 1) above which they are long; UINT32_MAX: none
+ * is. */
+uint32_t perta_rope_short(const struct perta_rope *rope);
+/* The length up to which frequencies are known; UINT32_MAX: any. Longer sequences have frequencies
+ * in transformers that depend on the length, and on the sequences before. */
 uint32_t perta_rope_longest(const struct perta_rope *rope);
 /* What a query at this position is multiplied by, after its rotation, in float32. */
 float perta_rope_query_scale(const struct perta_rope *rope, uint32_t position);

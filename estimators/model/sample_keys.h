@@ -50,6 +50,7 @@ struct perta_draft {
     int32_t *labels;     /* (n); PERTA_IGNORED: not learned */
     uint32_t *positions; /* (n) */
     uint8_t *seen;       /* (n): attention_mask; 0: hidden */
+    bool is_long;        /* struct perta_place */
     uint8_t *begins;     /* (n): 1 where a block begins; tokens see nothing before their block */
 };
 

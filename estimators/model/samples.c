@@ -169,15 +169,18 @@ static int read_positions(const struct perta_line *line, const json_t *object,
 }
 
 /* Tokens that attention_mask hides count too, as in transformers. */
-static int check_positions(const struct perta_line *line, const struct perta_draft *d,
+static int check_positions(const struct perta_line *line, struct perta_draft *d, uint32_t short_end,
                            uint32_t limit, struct perta_err *err)
 {
+    d->is_long = false;
+    for (size_t t = 0; short_end && t < d->n; t++)
+        d->is_long |= d->positions[t] >= short_end;
     for (size_t t = 0; limit && t < d->n; t++)
         if (d->positions[t] >= limit)
             return perta_line_fail(line, err,
                                    "token %zu has position %u, counted from 0: from %u on, the "
-                                   "frequencies of this model's rotary positions (\"dynamic\", "
-                                   "\"longrope\") change with the length, which is not supported",
+                                   "frequencies of this model's rotary positions change with the "
+                                   "length, which is not supported",
                                    t, d->positions[t], limit);
     return 0;
 }
@@ -219,7 +222,8 @@ static void put_token(struct perta_samples *s, const struct perta_draft *d, size
 {
     s->ids[s->n_tokens] = d->ids[t];
     s->targets[s->n_tokens] = target_of(d, t);
-    s->places[s->n_tokens++] = (struct perta_place){d->positions[t], (uint32_t)t, first, end};
+    s->places[s->n_tokens++] =
+        (struct perta_place){d->positions[t], (uint32_t)t, first, end, d->is_long};
 }
 
 /* First the tokens that are seen, in order; each sees its block up to itself. Then the hidden
@@ -310,7 +314,7 @@ static int add_sample(struct reading *r, const struct perta_line *line, json_t *
     if (!rc)
         rc = read_positions(line, object, d, masked, &again, err);
     if (!rc)
-        rc = check_positions(line, d, r->wanted->positions, err);
+        rc = check_positions(line, d, r->wanted->is_short, r->wanted->positions, err);
     if (!rc)
         rc = perta_keys_check(line, d, object, err);
     if (rc)

@@ -45,7 +45,7 @@ static int take_host(struct perta_trainer *t, const struct perta_samples *sample
     const struct perta_llm *llm = &t->model->llm;
     t->max_tokens = t->max_labels = batch * samples->longest;
     t->acts = calloc(llm->n_layers, sizeof *t->acts);
-    t->inv_freq = calloc(llm->head_dim, sizeof *t->inv_freq);
+    t->inv_freq = calloc(2 * (size_t)llm->head_dim, sizeof *t->inv_freq);
     t->logits = calloc(t->max_labels, llm->vocab * sizeof *t->logits);
     t->labels = calloc(t->max_labels, 3 * sizeof *t->labels);
     t->exponentials = calloc(t->max_labels, sizeof *t->exponentials);

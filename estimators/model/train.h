@@ -23,7 +23,7 @@ struct perta_trainer {
     struct perta_array device_logits;                /* (max_labels, vocabulary) */
 
     /* on the host */
-    float *inv_freq;             /* (2, head_dim / 2): tables of llm->ropes */
+    float *inv_freq;             /* (4, head_dim / 2): perta_llm_rope_tables */
     float *logits;               /* (max_labels, vocabulary): result of perta_trainer_forward */
     float *labels;               /* (3, max_labels): shares, largest logits, logits of the labels */
     double *exponentials;        /* (max_labels) */

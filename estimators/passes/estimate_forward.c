@@ -31,6 +31,7 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
     const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
                                                 .max_tokens = e->max_tokens,
                                                 .positions = perta_llm_longest(&job->weights.llm),
+                                                .is_short = perta_llm_short(&job->weights.llm),
                                                 .answers = job->answers,
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};

@@ -52,7 +52,7 @@ struct perta_estimate_job {
     struct perta_pool pool;  /* rooms for weights, and means to be written */
     uint32_t memory;         /* buffer of the backend, for the following and for gradients */
     struct perta_array work; /* a batch's activations, or the head's work */
-    float *inv_freq;         /* (2, head_dim / 2): tables of llm->ropes */
+    float *inv_freq;         /* (4, head_dim / 2): perta_llm_rope_tables */
 
     size_t *starts;               /* (samples.n + 1): first token of each sample */
     struct perta_experts experts; /* of a model with mixtures */

@@ -267,7 +267,7 @@ static int take_host(struct perta_estimate_job *job, const struct plan *plan,
     if (job->source)
         job->source->room = at + parts;
     *means = (float *)(void *)(at + parts + source_room(job));
-    job->inv_freq = calloc(llm->head_dim, sizeof *job->inv_freq);
+    job->inv_freq = calloc(2 * (size_t)llm->head_dim, sizeof *job->inv_freq);
     job->x = calloc(llm->n_layers + 1, sizeof *job->x);
     if (!job->inv_freq || !job->x)
         return perta_fail_sys(err, ENOMEM, "estimate");

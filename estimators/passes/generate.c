@@ -19,19 +19,24 @@ static uint32_t prompt_of(const struct perta_samples *s, uint64_t sample)
     return (uint32_t)(t + 1 - s->starts[sample]);
 }
 
-/* Are the frequencies of rotary positions valid up to the end of the longest answer? */
+/* Do the prompt and the longest answer have the frequencies of rotary positions with which the
+ * prompt was computed? */
 static int check_longest(const struct perta_generation *g, const struct perta_estimate_job *job,
-                         uint64_t sample, uint32_t last, struct perta_err *err)
+                         uint64_t sample, const struct perta_place *last, struct perta_err *err)
 {
-    uint64_t end = (uint64_t)last + g->most, longest = perta_llm_longest(&job->weights.llm);
-    if (end <= longest)
+    const struct perta_llm *llm = &job->weights.llm;
+    uint64_t end = (uint64_t)last->position + g->most, longest = perta_llm_longest(llm);
+    uint64_t short_end = perta_llm_short(llm);
+    bool same = last->is_long ? last->position >= short_end : end <= short_end;
+    if (same && end <= longest)
         return 0;
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: line %llu: an answer may reach position %llu, counted from 0: from %llu "
-                      "on, the frequencies of this model's rotary positions (\"dynamic\", "
-                      "\"longrope\") change with the length, which is not supported",
+                      "%s: line %llu: an answer, the given or a generated one, may reach position "
+                      "%llu, counted from 0, from which on the frequencies of this model's rotary "
+                      "positions change with the length; that is not supported while an answer is "
+                      "generated",
                       job->estimate->data, (unsigned long long)job->samples.lines[sample],
-                      (unsigned long long)end - 1, (unsigned long long)longest);
+                      (unsigned long long)(longest < short_end ? longest : short_end));
 }
 
 /* Does every token see all that are before it? */
@@ -62,7 +67,7 @@ static int find_prompts(struct perta_generation *g, const struct perta_estimate_
         uint32_t n = prompt_of(s, i);
         uint64_t last = s->starts[i] + n - 1;
         if (!rc)
-            rc = check_longest(g, job, i, s->places[last].position, err);
+            rc = check_longest(g, job, i, s->places + last, err);
         cached[g->n] = (struct perta_cached){
             .first = s->starts[i], .n = n, .most = n + (uint32_t)(g->most - 1)};
         g->answers[g->n++] =
@@ -210,7 +215,9 @@ static void gather(struct perta_generation *g, const struct perta_samples *data)
             continue;
         g->answer[s->n] = i;
         s->ids[s->n] = g->tokens[i * g->most + a->n - 1];
-        s->places[s->n] = (struct perta_place){.position = a->position + a->n - 1};
+        s->places[s->n] =
+            (struct perta_place){.position = a->position + a->n - 1,
+                                 .is_long = data->places[data->starts[a->sample]].is_long};
         s->lines[s->n] = data->lines[a->sample];
         s->n_labels[s->n] = 1; /* any target is a label, so that the head looks at the token */
         s->n++;

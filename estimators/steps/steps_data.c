@@ -85,6 +85,7 @@ static int read_set(struct perta_steps_job *job, int set, struct keys *keys, str
     const struct perta_samples_wanted wanted = {.vocab = llm->vocab,
                                                 .max_tokens = s->max_tokens,
                                                 .positions = perta_llm_longest(llm),
+                                                .is_short = perta_llm_short(llm),
                                                 .key_path = s->data_key};
     struct perta_samples samples;
     int rc = perta_samples_read(path, &wanted, &samples, err);

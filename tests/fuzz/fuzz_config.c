@@ -50,9 +50,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     perta_llm_each(&llm, count_tensor, &n, &err);
     if (llm.head_dim > 1024)
         return 0;
-    float *freq = malloc(llm.head_dim * sizeof *freq);
+    float *freq = malloc(2 * (size_t)llm.head_dim * sizeof *freq);
     perta_llm_rope_tables(&llm, freq);
-    for (uint32_t i = 0; i < llm.head_dim / 2 * 2; i++)
+    for (uint32_t i = 0; i < llm.head_dim / 2 * 4; i++)
         if (isnan(freq[i]))
             __builtin_trap();
     free(freq);

@@ -328,7 +328,13 @@ def numbers_are_equal(perta, folder, model, how, lines, outcome):
 
 def tokens_are_equal(perta, folder, model, lines):
     write_lines(folder / "data.jsonl", lines)
-    said = json.loads(run(perta, folder, *EVAL, "--generate", NEW_TOKENS).stdout)["per_sample"]
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    first = run(perta, folder, *EVAL, "--generate", NEW_TOKENS, check=False)
+    if first.returncode and rope.get("rope_type") == "longrope" and "may reach position" in first.stderr:
+        return  # an answer leads from the short to the long frequencies
+    if first.returncode:
+        raise Wrong(f"eval exits with {first.returncode}: {first.stderr.strip()}")
+    said = json.loads(first.stdout)["per_sample"]
     for line, item in zip(lines, said, strict=True):
         want = continued(model, line)
         if item["generated_ids"] != want:

@@ -26,7 +26,6 @@ CASES = [(family, i) for family, hows in FAMILIES.items() for i in range(len(how
 # Configurations that perta does not take yet; "all" of a family. A test fails when one of these
 # begins to work, so that this list says what is so.
 NOT_YET = {
-    "llama": [11],
     "ministral": [0, 1],
     "ministral3": "all",
     "cwm": "all",

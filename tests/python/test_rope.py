@@ -15,6 +15,7 @@ from conftest import LONG, PERTA
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
@@ -106,7 +107,12 @@ def reference(family, said):
             by_type = (layer_type,) if isinstance(rotary.rope_type, dict) else ()
             name = f"{layer_type}_inv_freq" if by_type else "inv_freq"
             scale = cosines(rotary, 1, *by_type)[0, 0].item()
-            tables.append((getattr(rotary, name).tolist(), scale))
+            short = getattr(rotary, name).tolist()
+            kind = rotary.rope_type[layer_type] if by_type else rotary.rope_type
+            options = config.rope_parameters[layer_type] if by_type else config.rope_parameters
+            length = int(options["original_max_position_embeddings"]) + 1 if kind == "longrope" else 0
+            long = cosines(rotary, length, *by_type)[:9] if 10 < length < 5000 else None
+            tables.append((short, scale, None if long is None else long[:, :: 2 if family == "Cohere" else 1]))
         return config, tables
     except Exception as error:
         return None, repr(error)
@@ -272,7 +278,11 @@ def check(family, said, have, sane, counts):
         assert not sane, f"{want}\n{where}"
         return
     counts["equal"] += 1
-    for table, (inv_freq, scale) in zip(have, want, strict=True):
+    for table, long, (inv_freq, scale, cos) in zip(have[:2], have[2:], want, strict=True):
+        if cos is not None:
+            angles = torch.arange(9)[:, None] * torch.tensor(long["inv_freq"])
+            assert (angles.cos() * long["scale"] - cos[:, : len(inv_freq)]).abs().max() < 1e-5, where
+            counts["long"] += 1
         if "interleave_key" in ROWS[family]:
             assert table["interleaved"] == bool(config.rope_interleave), where
         assert len(table["inv_freq"]) == len(inv_freq), where
@@ -305,11 +315,15 @@ def test_other_values_are_equal_or_refused(family):
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LONGROPE |= {"original_max_position_embeddings": 16}
-LENGTHS = [(DYNAMIC, 24), (LONGROPE, 16), ({"rope_type": "linear", "factor": 2.0}, 2**32 - 1)]
+LENGTHS = [
+    (DYNAMIC, "longest", 24),
+    (LONGROPE, "short", 16),
+    ({"rope_type": "linear", "factor": 2.0}, "short", 2**32 - 1),
+]
 
 
-@pytest.mark.parametrize("scaling, longest", LENGTHS)
-def test_the_length_from_which_on_frequencies_change(scaling, longest):
+@pytest.mark.parametrize("scaling, what, longest", LENGTHS)
+def test_the_length_from_which_on_frequencies_change(scaling, what, longest):
     said = {
         "hidden_size": 32,
         "num_attention_heads": 4,
@@ -318,7 +332,7 @@ def test_the_length_from_which_on_frequencies_change(scaling, longest):
     }
     said["rope_scaling"] = scaling
     (have,) = ask([line_of("Llama", said)])
-    assert [table["longest"] for table in have] == [longest] * 2
+    assert [table[what] for table in have] == [longest] * 4
     rotary = rotary_of(transformers.LlamaConfig(**copy.deepcopy(said)))
     before = rotary.inv_freq.tolist()
     cosines(rotary, min(longest, 1000))
@@ -342,10 +356,10 @@ def write(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("scaling, longest", LENGTHS[:2])
-def test_longer_samples_are_refused_by_line(perta, tmp_path, scaling, longest):
+def test_longer_samples_are_refused_by_line_with_dynamic(perta, tmp_path):
     """Also those that are long only by their position_ids, or by what attention_mask hides."""
-    make_model(tmp_path / "model", scaling)
+    longest = 24
+    make_model(tmp_path / "model", DYNAMIC)
     short = {"input_ids": [1, 2] * (longest // 2)}
     long = [
         {"input_ids": [3] * (longest + 1)},
@@ -371,8 +385,44 @@ def test_longer_samples_are_refused_by_line(perta, tmp_path, scaling, longest):
 
 
 def test_answers_that_may_become_longer_are_refused(perta, tmp_path):
+    """A prompt that is long already may go on."""
     make_model(tmp_path / "model", LONGROPE)
     write(tmp_path / "data.jsonl", {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]})
     perta(*"eval --model model --data data.jsonl --generate 14".split())
     run = perta(*"eval --model model --data data.jsonl --generate 15".split(), check=3)
-    assert "line 1: an answer may reach position 16," in run.stderr and not run.stdout
+    assert "line 1: an answer, the given or a generated one, may reach position 16," in run.stderr and not run.stdout
+    write(tmp_path / "data.jsonl", {"input_ids": [1, 2, 3] + [4] * 20, "labels": [-100] * 3 + [4] * 20})
+    assert (
+        "may reach position 16," in perta(*"eval --model model --data data.jsonl --generate 2".split(), check=3).stderr
+    )
+    prompt = [(7 * i) % 41 for i in range(19)]
+    write(tmp_path / "data.jsonl", {"input_ids": [*prompt, 4], "labels": [-100] * 19 + [4]})
+    run = perta(*"eval --model model --data data.jsonl --generate 12 --per-sample --json --compute f32".split())
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    want = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, 19:].tolist()
+    assert json.dumps(want)[1:-1].replace(" ", "") in run.stdout.replace(" ", ""), run.stdout
+
+
+def test_long_samples_have_the_long_frequencies(perta, tmp_path):
+    """Of long and short lines together: also those that are long only by their position_ids, or by
+    what attention_mask hides."""
+    make_model(tmp_path / "model", LONGROPE)
+    ids = [(5 * i) % 41 for i in range(20)]
+    lines = [
+        {"input_ids": ids[:16]},
+        {"input_ids": ids},
+        {"input_ids": ids[:3], "position_ids": [14, 15, 16]},
+        {"input_ids": ids, "attention_mask": [1] * 7 + [0] * 13, "labels": ids[:7] + [-100] * 13},
+    ]
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    losses = []
+    for line in lines:
+        tensors = {key: torch.tensor([value]) for key, value in line.items()}
+        losses.append(model(**({"labels": tensors["input_ids"]} | tensors)).loss)
+    (sum(losses) / len(losses)).backward()
+    write(tmp_path / "data.jsonl", *lines)
+    words = "estimate --model model --data data.jsonl --out imp --compute f32 --json".split()
+    assert abs(json.loads(perta(*words).stdout)["loss"] - sum(losses).item() / len(losses)) < 1e-5
+    have = load_file(tmp_path / "imp/mean/model.safetensors")
+    for name, p in model.named_parameters():
+        assert (have[name].float() - p.grad).norm() <= 1e-4 * p.grad.norm(), name
