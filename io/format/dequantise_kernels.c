@@ -16,22 +16,11 @@ static inline float from_e4m3(uint8_t code)
 {
     uint32_t mag = code & 0x7f, sign = (uint32_t)(code & 0x80) << 24;
     uint32_t normal = (mag << 20) + (120u << 23);
-    uint32_t small = perta_f32_bits((float)(int32_t)mag * 0x1p-9f);
-    uint32_t bits = mag < 8 ? small : normal;
+    /* Place the fraction of a subnormal after 2^-6, then subtract 2^-6: exact. */
+    float fraction = perta_f32_from_bits((mag << 20) | (121u << 23)) - 0x1p-6f;
+    uint32_t bits = mag < 8 ? perta_f32_bits(fraction) : normal;
     bits = mag == 0x7f ? 0x7fc00000 : bits;
     return perta_f32_from_bits(bits | sign);
-}
-
-/* The usual case: straight to BF16. */
-static uint64_t e4m3_to_bf16(const uint8_t *codes, float scale, size_t n, u16 *to)
-{
-    uint32_t bad = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint16_t x = perta_bf16_from_f32(from_e4m3(codes[i]) * scale);
-        bad += (x & 0x7f80) == 0x7f80;
-        to[i] = x;
-    }
-    return bad;
 }
 
 static void round_to(enum perta_dtype dtype, float *x, size_t n)
@@ -61,13 +50,6 @@ static uint64_t e4m3(const uint8_t *codes, float scale, size_t n, enum perta_dty
                      enum perta_dtype dtype, void *to)
 {
     uint64_t bad = 0;
-    if (dtype == PERTA_BF16 && first == PERTA_F32) {
-        for (size_t at = 0, m; at < n; at += m) { /* a count of 32 bits cannot overflow */
-            m = n - at < 1u << 30 ? n - at : 1u << 30;
-            bad += e4m3_to_bf16(codes + at, scale, m, (u16 *)to + at);
-        }
-        return bad;
-    }
     for (size_t at = 0, m; at < n; at += m) {
         float tile[TILE];
         m = n - at < TILE ? n - at : TILE;
