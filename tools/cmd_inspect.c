@@ -6,6 +6,8 @@
 #include "estimators/model/config.h"
 #include "io/engine.h"
 #include "io/format/checkpoint.h"
+#include "io/format/dequantise.h"
+#include "io/format/quant_config.h"
 #include "io/format/quantised.h"
 #include "io/text.h"
 #include "stream/patch/patch_in.h"
@@ -115,6 +117,27 @@ static void add_config(json_t **result, const struct perta_checkpoint *ck)
         perta_json_set(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));
 }
 
+/* Add in which format its weights are quantised, and how many tensors of it could be dequantised, or
+ * why not. Comes last: it turns ck into the dequantised checkpoint. */
+static void add_quantised(json_t **result, struct perta_checkpoint *ck)
+{
+    const json_t *value;
+    struct perta_dequantise *how = NULL;
+    struct perta_err why = {0};
+    bool is_said = perta_quant_config_key(ck->config, &value);
+    const char *method = json_string_value(json_object_get(is_said ? value : NULL, "quant_method"));
+    int rc = perta_dequantise_open(ck, &how, &why);
+    json_t *quantised = json_pack("{s:s?}", "method", method);
+    if (how)
+        perta_json_set(&quantised, "tensors", json_integer((json_int_t)how->n_coded));
+    else if (rc)
+        perta_json_set(&quantised, "why", perta_text_json("%s", why.msg));
+    if (how || rc)
+        perta_json_set(result, "quantised", json_incref(quantised));
+    json_decref(quantised);
+    perta_dequantise_close(how);
+}
+
 static json_t *choice_json(const char *const *paths, size_t n)
 {
     static const char *const names[] = {"auto", "io_uring", "mmap", "pread"};
@@ -144,6 +167,8 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
     if (args->io)
         perta_json_set(result, "io", paths ? choice_json(paths, ck->n_shards) : NULL);
     free(paths);
+    if (!ck->is_adapter)
+        add_quantised(result, ck);
     perta_checkpoint_close(ck);
     return 0;
 }
@@ -195,6 +220,17 @@ static double real(const json_t *object, const char *key)
     return json_number_value(json_object_get(object, key));
 }
 
+static void say_quantised(const struct cli *cli, const char *path, const json_t *quantised)
+{
+    if (json_object_get(quantised, "tensors"))
+        cli_say(cli,
+                "  quantised: %s, %.0f tensors; `perta dequantize %s --out DIR' writes a model "
+                "that can be edited\n",
+                text(quantised, "method"), real(quantised, "tensors"), path);
+    else if (quantised)
+        cli_say(cli, "  quantised, and perta cannot dequantise it: %s\n", text(quantised, "why"));
+}
+
 static void say_checkpoint(const struct args *args, const json_t *r)
 {
     const struct cli *cli = &args->cli;
@@ -205,6 +241,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     json_t *item;
     if (json_object_get(r, "not_computed"))
         cli_say(cli, "  estimate and eval refuse it: %s\n", text(r, "not_computed"));
+    say_quantised(cli, args->path, json_object_get(r, "quantised"));
     json_object_foreach (json_object_get(r, "config"), key, item) {
         char *value = cli_text(item);
         say_clipped(cli, "  ", key, " ", value ? value : "");

@@ -17,10 +17,14 @@ static int refuse_key(const struct perta_checkpoint *ck, const char *key, const 
                       struct perta_err *err)
 {
     const char *method = json_string_value(json_object_get(value, "quant_method"));
+    struct perta_quant_config known;
+    struct perta_err why = {0};
+    bool can = !perta_quant_config_parse(ck, key, value, &known, &why);
     return perta_fail(err, PERTA_EINPUT,
                       "%s: \"%s\"%s%.100s: the weights are quantised; " WHAT_TO_DO
-                      ", or, where full weights are stored, remove that key",
-                      ck->config_path, key, method ? " " : "", method ? method : "");
+                      "%s, or, where full weights are stored, remove that key",
+                      ck->config_path, key, method ? " " : "", method ? method : "",
+                      can ? " (perta dequantize MODEL --out DIR)" : "");
 }
 
 /* Older tools announce it in a file of their own. */
