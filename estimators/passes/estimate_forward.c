@@ -11,6 +11,18 @@
 
 /* ---- open ---- */
 
+/* Weights that are read from codes are read as they are. */
+static int refuse_quantised(const struct perta_estimate_job *job, const char *flag,
+                            struct perta_err *err)
+{
+    return job->weights.dequantised.how
+               ? perta_fail(err, PERTA_EINPUT,
+                            "%s: the weights are quantised; with %s, dequantise the model to BF16 "
+                            "first (perta dequantize MODEL --out DIR)",
+                            job->weights.ck->config_path, flag)
+               : 0;
+}
+
 int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
 {
     const struct perta_estimate *e = job->estimate;
@@ -20,6 +32,9 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
             "--compute bf16: this CPU cannot, or ONEDNN_MAX_CPU_ISA forbids it; leave it out, or "
             "--compute f32");
     int rc = perta_weights_open(&job->weights, e->model, err);
+    job->source = job->weights.source;
+    if (!rc && e->at)
+        rc = refuse_quantised(job, "--steps", err);
     if (!rc && e->at) {
         rc = perta_scaled_open(&job->scaled, e->at, job->weights.ck, err);
         job->source = job->weights.source = &job->scaled.source;
@@ -49,7 +64,10 @@ int perta_estimate_apply(struct perta_estimate_job *job, const char *path,
                          struct perta_patched *patched, struct perta_err *err)
 {
     if (path) {
-        int rc = perta_patched_open(patched, path, job->weights.ck, err);
+        int rc = refuse_quantised(job, "--patch", err);
+        if (rc)
+            return rc;
+        rc = perta_patched_open(patched, path, job->weights.ck, err);
         job->source = job->weights.source = &patched->source;
         if (rc)
             return rc;

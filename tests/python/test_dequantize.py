@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import needed, part
+from llama import shapes_of
 from reference import folder_bytes
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -561,3 +563,117 @@ def test_wrong_arguments(perta, tmp_path):
     perta("dequantize", "m", "--out", "", check=2)
     assert "nowhere" in perta("dequantize", "nowhere", "--out", "o", check=3).stderr
     assert re.search(r"--memory .*needs \d+M", perta("dequantize", "m", "--out", "o", "--memory", "1M", check=2).stderr)
+
+
+# --- read as it is
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 70,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def put_llama(tmp_path, config=None, dtype="bfloat16"):
+    """A model of FP8 in blocks of 32, "m", and what perta dequantizes it to, "plain"."""
+    rng = np.random.default_rng(12)
+    tensors = {}
+    for name, shape in shapes_of(LLAMA).items():
+        w = torch.from_numpy(rng.standard_normal(shape, "f4"))
+        if "layers" in name and len(shape) == 2:
+            tensors[f"{name}_scale_inv"] = torch.rand(*(-(-n // 32) for n in shape)) * 0.1
+            tensors[name] = w.to(E4M3)
+        else:
+            tensors[name] = (1 + w / 10 if len(shape) == 1 else w / 10).to(DTYPES[dtype])
+    config = config or {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    write(tmp_path / "m", tensors, config, dtype=dtype, **LLAMA)
+    perta_config = json.loads((tmp_path / "m/config.json").read_text()) | LLAMA
+    (tmp_path / "m/config.json").write_text(json.dumps(perta_config))
+    lines = [{"input_ids": rng.integers(0, 70, n).tolist()} for n in (5, 2, 30, 17)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+READERS = {
+    "estimate": "estimate --model {} --data d.jsonl --stat mean,meansq --out {}-out",
+    "eval": "eval --model {} --data d.jsonl --json",
+    "eval as it is served": "eval --model {} --data d.jsonl --quantize int8 --gradient-norm --json",
+    "tune": "tune --model {} --data d.jsonl --steps 3 --target-modules all-linear --out {}-out",
+}
+
+
+def result_of(perta, tmp_path, words, model, *flags):
+    """The tensors that were written, and the summary without what varies."""
+    said = perta(*words.format(model, model).split(), *flags).stdout
+    out = tmp_path / f"{model}-out"
+    files = {str(f.relative_to(out)): f.read_bytes() for f in sorted(out.rglob("*.safetensors"))}
+    shutil.rmtree(out, ignore_errors=True)
+    summary = json.loads(said) if "--json" in words else {}
+    return files, {key: value for key, value in summary.items() if key not in VARYING}
+
+
+VARYING = ("seconds", "read_bytes", "model", "notes")
+
+
+@pytest.mark.parametrize("dtype", part(DTYPES, plain=2, sanitized=1))
+@pytest.mark.parametrize("words", READERS.values(), ids=READERS)
+def test_weights_are_dequantised_as_they_are_read(perta, tmp_path, words, dtype):
+    put_llama(tmp_path, dtype=dtype)
+    perta("dequantize", "m", "--out", "plain")
+    expected = result_of(perta, tmp_path, words, "plain")
+    assert expected[0] or expected[1]
+    assert result_of(perta, tmp_path, words, "m") == expected
+    for flags in part((["--io", "pread"], ["--io", "mmap", "--threads", "1"]), sanitized=1):
+        assert result_of(perta, tmp_path, words, "m", *flags) == expected
+
+
+def test_memory_is_counted(perta, tmp_path):
+    put_llama(tmp_path)
+    perta("dequantize", "m", "--out", "plain")
+    words = READERS["estimate"]
+    least = needed(perta, words.format("m", "m").split())
+    assert result_of(perta, tmp_path, words, "m", "--memory", least) == result_of(perta, tmp_path, words, "plain")
+
+
+def test_what_reads_it_names_numbers_that_are_not_finite(perta, tmp_path):
+    put_llama(tmp_path)
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name].view(torch.uint8)[3, 5] = 0x7F
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    said = perta("eval", "--model", "m", "--data", "d.jsonl", check=3).stderr
+    assert f"m/model.safetensors: tensor {name}, element {3 * 80 + 5}: not a finite number" in said
+
+
+def test_edits_need_the_dequantised_model(perta, tmp_path):
+    put_llama(tmp_path)
+    perta("dequantize", "m", "--out", "plain")
+    perta(*"diff plain plain --patch p".split())
+    (tmp_path / "r.jsonl").write_text('{"input_ids": [7, 8, 9]}')
+    steps = "unlearn --model m --box 0.1 --steps 1 --patch q --data-forget d.jsonl --data-retain r.jsonl"
+    for words in (
+        "eval --model m --data d.jsonl --patch p",
+        "tune --model m --data d.jsonl --steps 1 --patch p --out o",
+        "unlearn --model m --tuned m --base m --method tv --patch q",
+        steps,
+    ):
+        said = perta(*words.split(), check=3).stderr
+        assert "m/config.json: " in said and "(perta dequantize MODEL --out DIR)" in said, said
+    assert not (tmp_path / "q").exists()
+
+
+def test_inspect_says_what_it_is(perta, tmp_path):
+    put_llama(tmp_path)
+    said = perta("inspect", "m").stdout
+    assert "quantised: fp8, 21 tensors; `perta dequantize m --out DIR'" in said and "refuse" not in said
+    assert json.loads(perta("inspect", "m", "--json").stdout)["quantised"] == {"method": "fp8", "tensors": 21}
+    write(tmp_path / "g", fp8_pair(), {"quant_method": "gptq"})
+    quantised = json.loads(perta("inspect", "g", "--json").stdout)["quantised"]
+    assert quantised["method"] == "gptq" and "has quant_method" in quantised["why"]
+    assert "cannot dequantise it" in perta("inspect", "g").stdout
+    perta("dequantize", "m", "--out", "plain")
+    assert "quantised" not in json.loads(perta("inspect", "plain", "--json").stdout)
