@@ -21,6 +21,7 @@ enum fate { STAYS, IS_CODES, IS_SCALE, IS_DROPPED };
 
 struct plan {
     struct perta_checkpoint *ck;
+    uint32_t n_shards;
     struct perta_quant_config config;
     struct perta_dequantise *d;
     uint8_t **fates; /* (n_shards), of each stored tensor */
@@ -313,14 +314,14 @@ static int change_shard(const struct plan *plan, uint32_t s, struct perta_err *e
 static int change_all(const struct plan *plan, struct perta_err *err)
 {
     int rc = 0;
-    for (uint32_t s = 0; s < plan->d->n_shards && !rc; s++)
+    for (uint32_t s = 0; s < plan->n_shards && !rc; s++)
         rc = change_shard(plan, s, err);
     return rc ? rc : perta_checkpoint_sort(plan->ck, err);
 }
 
 static int allocate(struct plan *plan, struct perta_err *err)
 {
-    uint32_t n = plan->ck->n_shards;
+    uint32_t n = plan->n_shards;
     plan->d->shards = calloc(n + 1u, sizeof *plan->d->shards);
     plan->fates = calloc(n + 1u, sizeof *plan->fates);
     bool got = plan->d->shards && plan->fates;
@@ -338,7 +339,7 @@ static int make_plan(struct plan *plan, struct perta_err *err)
 {
     struct perta_checkpoint *ck = plan->ck;
     int rc = allocate(plan, err);
-    for (uint32_t s = 0; s < ck->n_shards && !rc; s++)
+    for (uint32_t s = 0; s < plan->n_shards && !rc; s++)
         for (uint64_t t = 0; t < ck->shards[s].header->n_tensors && !rc; t++) {
             const struct perta_ref ref = {&ck->shards[s].header->tensors[t], s};
             if (is_codes(plan, ref.tensor))
@@ -359,7 +360,7 @@ int perta_dequantise_open(struct perta_checkpoint *ck, struct perta_dequantise *
 {
     const json_t *value;
     const char *key = perta_quant_config_key(ck->config, &value);
-    struct plan plan = {.ck = ck};
+    struct plan plan = {.ck = ck, .n_shards = ck->n_shards};
     *out = NULL;
     if (!key)
         return perta_quantised_refuse(ck, err);
@@ -371,7 +372,7 @@ int perta_dequantise_open(struct perta_checkpoint *ck, struct perta_dequantise *
     rc = make_plan(&plan, err);
     if (!rc)
         rc = perta_quantised_refuse_tensors(ck, err);
-    for (uint32_t s = 0; plan.fates && s < ck->n_shards; s++)
+    for (uint32_t s = 0; plan.fates && s < plan.n_shards; s++)
         free(plan.fates[s]);
     free(plan.fates);
     if (rc)

@@ -180,12 +180,13 @@ int perta_quant_config_parse(const struct perta_checkpoint *ck, const char *key,
 
 /* ---- config.json without it ---- */
 
-/* Remove the text from `from` up to where p is, and go on there. */
-static void cut(char *text, struct perta_plain *p, const char *from)
+/* Remove the text from byte `from` of it up to where p is, and go on there. */
+static void cut(char *text, struct perta_plain *p, size_t from)
 {
-    memmove(text + (from - text), p->at, (size_t)(p->end - p->at));
-    p->end -= p->at - from;
-    p->at = from;
+    size_t n = (size_t)(p->end - p->at);
+    memmove(text + from, p->at, n);
+    p->at = text + from;
+    p->end = p->at + n;
 }
 
 static bool cut_object(char *text, struct perta_plain *p);
@@ -195,8 +196,8 @@ static bool cut_object(char *text, struct perta_plain *p);
  * behind it. *more: there is another member. */
 static bool cut_member(char *text, struct perta_plain *p, const char **comma, bool *more)
 {
-    const char *name, *from = p->at;
-    size_t len;
+    const char *name;
+    size_t len, from = (size_t)(p->at - text);
     if (!perta_plain_raw(p, &name, &len) || !perta_plain_word(p, ":"))
         return false;
     bool gone = perta_plain_is(name, len, keys[0]) || perta_plain_is(name, len, keys[1]);
@@ -207,7 +208,7 @@ static bool cut_member(char *text, struct perta_plain *p, const char **comma, bo
     struct perta_plain behind = *p;
     *more = perta_plain_word(&behind, ",");
     if (gone && !*more && *comma) { /* the last member takes the comma before it along */
-        cut(text, p, *comma);
+        cut(text, p, (size_t)(*comma - text));
         return true;
     }
     if (*more)
