@@ -23,6 +23,16 @@ static int refuse_quantised(const struct perta_estimate_job *job, const char *fl
                : 0;
 }
 
+static void note_quantised(struct perta_estimate_job *job)
+{
+    const struct perta_dequantise *how = job->weights.dequantised.how;
+    if (how)
+        perta_json_append(&job->samples.notes,
+                          perta_text_json("%s: %llu tensors are quantised; they are dequantised "
+                                          "as they are read",
+                                          job->estimate->model, (unsigned long long)how->n_coded));
+}
+
 int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
 {
     const struct perta_estimate *e = job->estimate;
@@ -50,6 +60,7 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};
     rc = perta_samples_read(e->data, &wanted, &job->samples, err);
+    note_quantised(job);
     if (!rc)
         rc = perta_samples_pick(&job->samples, &e->pick, e->data, err);
     if (!rc && e->adapter)

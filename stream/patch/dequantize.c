@@ -30,6 +30,8 @@ struct job {
     struct perta_input model; /* as dequantised */
     struct perta_dequantise *how;
     struct out_shard *shards; /* (n_shards), by number in the model */
+    char *config;             /* text of config.json to be written (config_bytes) */
+    size_t config_bytes;
     struct perta_model_out out;
     struct perta_resume resume; /* counts[0]: pieces */
     struct perta_stream *stream;
@@ -241,15 +243,10 @@ static int write_index(struct job *job, struct perta_err *err)
 
 static int write_config(struct job *job, struct perta_err *err)
 {
-    char *text;
-    size_t len;
-    int rc = perta_quant_config_cut(job->model.ck, &text, &len, err);
-    if (!rc)
-        rc = perta_publish_remove(&job->out.folder, "config.json", err);
-    if (!rc)
-        rc = perta_publish_file(&job->out.folder, "config.json", text, len, err);
-    free(text);
-    return rc;
+    int rc = perta_publish_remove(&job->out.folder, "config.json", err);
+    return rc ? rc
+              : perta_publish_file(&job->out.folder, "config.json", job->config, job->config_bytes,
+                                   err);
 }
 
 /* ---- open, run, close ---- */
@@ -265,6 +262,8 @@ static int open_inputs(struct job *job, const struct perta_run *run, struct pert
                         "%s: its config.json has no \"quantization_config\", and its weights are "
                         "not quantised: there is nothing to dequantise",
                         what->model);
+    if (!rc)
+        rc = perta_quant_config_cut(job->model.ck, &job->config, &job->config_bytes, err);
     if (!rc)
         rc = build_shards(job, err);
     return rc || perta_resume_found(run, what->out)
@@ -394,6 +393,7 @@ static void release(struct job *job)
         free(job->shards[s].header);
     }
     free(job->shards);
+    free(job->config);
     perta_dequantise_close(job->how);
     perta_input_close(&job->model);
     perta_stream_close(job->stream);

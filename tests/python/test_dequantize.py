@@ -12,6 +12,7 @@ from conftest import needed, part
 from llama import shapes_of
 from reference import folder_bytes
 from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -495,6 +496,14 @@ def test_a_dtype_of_no_model_is_refused(perta, tmp_path):
     refuse(perta, tmp_path, 'm/config.json: "dtype" int8; weights are dequantised to bfloat16')
 
 
+def test_a_config_that_cannot_be_cut_is_refused_before_the_work(perta, tmp_path):
+    write(tmp_path / "m", fp8_pair(), FP8)
+    path = tmp_path / "m/config.json"
+    path.write_text(path.read_text().replace("quantization_config", "quantization\\u005fconfig"))
+    refuse(perta, tmp_path, 'm/config.json: "quantization_config" cannot be cut out of it')
+    perta("dequantize", "m", "--out", "o", "--dry-run", check=3)
+
+
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])
 def test_another_tools_file_is_refused(perta, tmp_path, name):
     write(tmp_path / "m", fp8_pair(), FP8)
@@ -616,6 +625,13 @@ def result_of(perta, tmp_path, words, model, *flags):
     return files, {key: value for key, value in summary.items() if key not in VARYING}
 
 
+@pytest.mark.parametrize("words", READERS.values(), ids=READERS)
+def test_a_note_says_so(perta, tmp_path, words):
+    put_llama(tmp_path)
+    result = json.loads(perta(*words.format("m", "m").split(), *([] if "--json" in words else ["--json"])).stdout)
+    assert "m: 21 tensors are quantised; they are dequantised as they are read" in result["notes"]
+
+
 VARYING = ("seconds", "read_bytes", "model", "notes")
 
 
@@ -677,3 +693,42 @@ def test_inspect_says_what_it_is(perta, tmp_path):
     assert "cannot dequantise it" in perta("inspect", "g").stdout
     perta("dequantize", "m", "--out", "plain")
     assert "quantised" not in json.loads(perta("inspect", "plain", "--json").stdout)
+
+
+def test_from_pretrained_gives_the_same(perta, tmp_path):
+    """transformers' own loader, on codes and on what perta writes."""
+    config = GptOssConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=50,
+        num_local_experts=3,
+        layer_types=["sliding_attention", "full_attention"],
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "full")
+    rng = np.random.default_rng(13)
+    tensors = {}
+    for name, t in load_file(tmp_path / "full/model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, n_in, n_out = t.shape
+            shape = (experts, n_out, n_in // 32)
+            tensors[f"{name}_blocks"] = torch.from_numpy(rng.integers(0, 256, (*shape, 16), "u1"))
+            tensors[f"{name}_scales"] = torch.from_numpy(rng.integers(110, 125, shape, "u1"))
+        else:
+            tensors[name] = t
+    write(tmp_path / "m", tensors, None)
+    text = json.loads((tmp_path / "full/config.json").read_text()) | {"quantization_config": MXFP4}
+    (tmp_path / "m/config.json").write_text(json.dumps(text))
+    perta("dequantize", "m", "--out", "o")
+    how = {"dtype": "auto", "output_loading_info": True}
+    codes, _ = GptOssForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=Mxfp4Config(dequantize=True), **how
+    )
+    ours, info = GptOssForCausalLM.from_pretrained(tmp_path / "o", **how)
+    assert not any(info.values()), info
+    same(ours.state_dict(), codes.state_dict())
