@@ -647,6 +647,51 @@ def test_weights_are_dequantised_as_they_are_read(perta, tmp_path, words, dtype)
         assert result_of(perta, tmp_path, words, "m", *flags) == expected
 
 
+QWEN3_MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 12,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+}
+
+
+def put_mixture(tmp_path, together):
+    """Experts in FP8 with blocks of 16: in tensors of their own, or all in one."""
+    put_llama(tmp_path)
+    rng = np.random.default_rng(14)
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    shutil.rmtree(tmp_path / "m")
+    kept = {name: t for name, t in tensors.items() if ".mlp." not in name and ".layers.2." not in name}
+    for layer in ("model.layers.0", "model.layers.1"):
+        kept |= {f"{layer}.self_attn.{k}_norm.weight": torch.ones(12).bfloat16() for k in "qk"}
+        kept[f"{layer}.mlp.gate.weight"] = torch.from_numpy(rng.standard_normal((4, 48), "f4")).bfloat16()
+        experts = [(f"experts.{e}.{p}_proj.weight", (40, 48)) for e in range(4) for p in ("gate", "up")]
+        experts += [(f"experts.{e}.down_proj.weight", (48, 40)) for e in range(4)]
+        if together:
+            experts = [("experts.gate_up_proj", (4, 80, 48)), ("experts.down_proj", (4, 48, 40))]
+        for name, shape in experts:
+            grid = shape[:-2] + tuple(-(-n // 16) for n in shape[-2:])
+            kept[f"{layer}.mlp.{name}"] = torch.from_numpy(rng.standard_normal(shape, "f4")).to(E4M3)
+            kept[f"{layer}.mlp.{name}_scale_inv"] = scales_of(rng, *grid).clamp(max=0.1)
+    write(tmp_path / "m", kept, {"quant_method": "fp8", "weight_block_size": [16, 16]})
+    config = json.loads((tmp_path / "m/config.json").read_text()) | QWEN3_MOE
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+@pytest.mark.parametrize("reader", ["estimate", "eval"])
+def test_experts_are_dequantised_as_they_are_read(perta, tmp_path, reader, together):
+    put_mixture(tmp_path, together)
+    perta("dequantize", "m", "--out", "plain")
+    expected = result_of(perta, tmp_path, READERS[reader], "plain")
+    assert expected[0] or expected[1]
+    assert result_of(perta, tmp_path, READERS[reader], "m") == expected
+
+
 def test_memory_is_counted(perta, tmp_path):
     put_llama(tmp_path)
     perta("dequantize", "m", "--out", "plain")
