@@ -38,6 +38,7 @@
 #include "estimators/steps/steps.h"
 #include "stream/patch/apply.h"
 #include "stream/patch/compose.h"
+#include "stream/patch/dequantize.h"
 #include "stream/patch/diff.h"
 #include "stream/patch/manifest.h"
 

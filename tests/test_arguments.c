@@ -10,6 +10,7 @@
 #include "estimators/steps/steps.h"
 #include "stream/patch/apply.h"
 #include "stream/patch/compose.h"
+#include "stream/patch/dequantize.h"
 #include "stream/patch/diff.h"
 #include "stream/patch/manifest.h"
 #include "tests/scratch.h"
@@ -104,6 +105,20 @@ START_TEST(apply)
     BAD(apply, job.out = "", "--out: a name is needed");
     BAD(apply, job.mode = (enum perta_apply_mode)2, "mode: 2");
     BAD(apply, job = (struct perta_apply){0}, "MODEL and PATCH are needed");
+}
+END_TEST
+
+static struct perta_dequantize good_dequantize(void)
+{
+    return (struct perta_dequantize){.model = "a", .out = "o"};
+}
+
+START_TEST(dequantize)
+{
+    COMMON(dequantize);
+    BAD(dequantize, job.model = NULL, "MODEL is needed");
+    BAD(dequantize, job.out = "", "--out DIR is needed");
+    BAD(dequantize, job = (struct perta_dequantize){0}, "MODEL and --out DIR are needed");
 }
 END_TEST
 
@@ -402,6 +417,7 @@ int main(void)
     tcase_add_test(tests, diff);
     tcase_add_test(tests, apply);
     tcase_add_test(tests, compose);
+    tcase_add_test(tests, dequantize);
     tcase_add_test(tests, accumulate);
     tcase_add_test(tests, manifest_and_verify);
     tcase_add_test(tests, unlearn);

@@ -18,6 +18,7 @@
 #include "io/hash.h"
 #include "stream/patch/apply.h"
 #include "stream/patch/compose.h"
+#include "stream/patch/dequantize.h"
 #include "stream/patch/diff.h"
 #include "stream/patch/manifest.h"
 #include "stream/patch/patch_in.h"
@@ -119,6 +120,18 @@ static void put_checkpoint(const char *folder, enum perta_dtype dtype, uint64_t 
     json_decref(index);
 }
 
+/* FP8, with its scales in another shard. */
+static void put_quantised(void)
+{
+    static const struct put codes[] = {{"a.weight", 9, 5}, {"b.weight", 4, 70}};
+    static const struct put scales[] = {{"a.weight_scale_inv", 3, 5}, {"b.weight_scale_inv", 1, 1}};
+    static const char fp8[] = "{\"quantization_config\": {\"quant_method\": \"fp8\"}, \"a\": {}}";
+    ck_assert_int_eq(mkdir("in/fp8", 0777), 0);
+    put_tensors("in/fp8", "codes.safetensors", codes, 2, PERTA_F8_E4M3, 61);
+    put_tensors("in/fp8", "scales.safetensors", scales, 2, PERTA_F32, 71);
+    put_in("in/fp8", "config.json", fp8, strlen(fp8));
+}
+
 /* Sanitizers retain freed memory, so the process grows. */
 static void give_memory(void)
 {
@@ -185,6 +198,7 @@ static void enter_inputs(void)
     put_checkpoint("in/base", PERTA_BF16, 21);
     put_checkpoint("in/forget", PERTA_F32, 31);
     put_checkpoint("in/retain", PERTA_F32, 41);
+    put_quantised();
     put_in("in/lora", "adapter_config.json", lora, strlen(lora));
     put_tensors("in/lora", "adapter_model.safetensors", adapter, 2, PERTA_F32, 51);
     put_text("in/a.jsonl",
@@ -247,6 +261,12 @@ static int compose(json_t **record)
     const struct perta_compose c = {
         .patches = patches, .n_patches = 2, .model = "in/model", .patch = "out/patch"};
     return perta_compose(&c, &run, record, &err);
+}
+
+static int dequantize(json_t **record)
+{
+    const struct perta_dequantize d = {.model = "in/fp8", .out = "out/model"};
+    return perta_dequantize(&d, &run, record, &err);
 }
 
 static int apply(json_t **record)
@@ -468,6 +488,7 @@ static const struct verb {
     {"unlearn, an adapter", unlearn_adapter, 53, ANEW},
     {"diff", diff, 53, ANEW},
     {"compose", compose, 41, ANEW},
+    {"dequantize", dequantize, 23, ANEW},
     {"apply", apply, 23, ANEW},
     {"revert", revert, 41, ANEW},
     {"apply --in-place", in_place, 5, IN_PLACE},
@@ -483,6 +504,7 @@ static const struct verb {
     {"unlearn --resume", unlearn, 97, GO_ON},
     {"accumulate --resume", accumulate, 41, GO_ON},
     {"apply --resume", apply, 23, GO_ON},
+    {"dequantize --resume", dequantize, 23, GO_ON},
 #if HAS_MODEL
     {"estimate --resume", estimate, 29, GO_ON},
     {"tune --resume", tune, 29, GO_ON},

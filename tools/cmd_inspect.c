@@ -6,7 +6,8 @@
 #include "estimators/model/config.h"
 #include "io/engine.h"
 #include "io/format/checkpoint.h"
-#include "io/format/quantised.h"
+#include "io/format/dequantise.h"
+#include "io/format/quant_config.h"
 #include "io/text.h"
 #include "stream/patch/patch_in.h"
 #include "tools/cli.h"
@@ -99,18 +100,38 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
                      "tensors", tensors);
 }
 
-/* Add whether estimate and eval accept its config.json, and which keys of it they would ignore. */
-static void add_config(json_t **result, const struct perta_checkpoint *ck)
+/* Add in which format its weights are quantised, and how many tensors of it can be dequantised, or
+ * why not. Comes last but for add_config: it turns ck into the dequantised checkpoint. *why is that
+ * reason, if there is one. */
+static void add_quantised(json_t **result, struct perta_checkpoint *ck, struct perta_err *why)
+{
+    const json_t *value;
+    struct perta_dequantise *how = NULL;
+    bool is_said = perta_quant_config_key(ck->config, &value);
+    const char *method = json_string_value(json_object_get(is_said ? value : NULL, "quant_method"));
+    int rc = perta_dequantise_open(ck, &how, why);
+    if (how)
+        perta_json_set(
+            result, "quantised",
+            json_pack("{s:s?, s:I}", "method", method, "tensors", (json_int_t)how->n_coded));
+    else if (rc)
+        perta_json_set(
+            result, "quantised",
+            json_pack("{s:s?, s:o}", "method", method, "why", perta_text_json("%s", why->msg)));
+    perta_dequantise_close(how);
+}
+
+/* Add whether estimate and eval accept its config.json, and which keys of it they would ignore.
+ * why: why its weights cannot be dequantised. */
+static void add_config(json_t **result, const struct perta_checkpoint *ck, struct perta_err *why)
 {
     struct perta_llm llm;
-    struct perta_err why = {0};
     if (ck->config_flaw)
         perta_json_set(result, "not_computed", perta_text_json("%s", ck->config_flaw));
     else if (!ck->config)
         return;
-    else if (perta_quantised_refuse(ck, &why) ||
-             perta_llm_parse(ck->config, ck->config_path, &llm, &why))
-        perta_json_set(result, "not_computed", perta_text_json("%s", why.msg));
+    else if (why->code || perta_llm_parse(ck->config, ck->config_path, &llm, why))
+        perta_json_set(result, "not_computed", perta_text_json("%s", why->msg));
     else
         perta_json_set(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));
 }
@@ -134,10 +155,13 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
     if (rc)
         return rc;
     *result = checkpoint_json(ck);
-    if (ck->is_adapter)
+    if (ck->is_adapter) {
         perta_json_set(result, "config", json_incref(ck->config));
-    else
-        add_config(result, ck);
+    } else {
+        struct perta_err why = {0};
+        add_quantised(result, ck, &why);
+        add_config(result, ck, &why);
+    }
     const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
     for (uint32_t i = 0; paths && i < ck->n_shards; i++)
         paths[i] = ck->shards[i].path;
@@ -195,6 +219,17 @@ static double real(const json_t *object, const char *key)
     return json_number_value(json_object_get(object, key));
 }
 
+static void say_quantised(const struct cli *cli, const char *path, const json_t *quantised)
+{
+    if (json_object_get(quantised, "tensors"))
+        cli_say(cli,
+                "  quantised: %s, %.0f tensors; `perta dequantize %s --out DIR' writes a model "
+                "that can be edited\n",
+                text(quantised, "method"), real(quantised, "tensors"), path);
+    else if (quantised)
+        cli_say(cli, "  quantised, and perta cannot dequantise it: %s\n", text(quantised, "why"));
+}
+
 static void say_checkpoint(const struct args *args, const json_t *r)
 {
     const struct cli *cli = &args->cli;
@@ -205,6 +240,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
     json_t *item;
     if (json_object_get(r, "not_computed"))
         cli_say(cli, "  estimate and eval refuse it: %s\n", text(r, "not_computed"));
+    say_quantised(cli, args->path, json_object_get(r, "quantised"));
     json_object_foreach (json_object_get(r, "config"), key, item) {
         char *value = cli_text(item);
         say_clipped(cli, "  ", key, " ", value ? value : "");

@@ -27,6 +27,7 @@ static const struct verb {
     {"apply", cmd_apply, "write the model that a patch leads to", NEVER},
     {"revert", cmd_revert, "write the model that a patch was made from", NEVER},
     {"compose", cmd_compose, "combine patches made one after another into one", NEVER},
+    {"dequantize", cmd_dequantize, "write a model of FP8 or MXFP4 weights as BF16", NEVER},
     {"manifest", cmd_manifest, "print the digests of a folder, down to the tensor", NEVER},
     {"verify", cmd_verify, "check a folder or a patch against its digests", NEVER},
     {"report", cmd_report, "write a web page about a patch", NEVER},

@@ -6,7 +6,6 @@
 #include <string.h>
 
 #include "io/format/naming.h"
-#include "io/format/quantised.h"
 #include "io/format/tied.h"
 #include "io/format/which.h"
 
@@ -96,6 +95,21 @@ static void choose_names(struct perta_weights *w)
     llm->options = apart;
 }
 
+/* Copies of a tied pair are compared as they are stored. */
+static int check_tied(const struct perta_weights *w, struct perta_err *err)
+{
+    const struct perta_ref *pair[2];
+    bool both =
+        w->dequantised.how && perta_is_tied(w->ck) && perta_tied_pair(w->ck, &pair[0], &pair[1]);
+    for (int i = 0; both && i < 2; i++)
+        if (perta_dequantise_find(w->dequantised.how, w->ck, pair[i])->coding != PERTA_CODING_NONE)
+            return perta_fail(err, PERTA_EINPUT,
+                              "%s: tensors %s and %s are tied, and quantised twice; perta "
+                              "dequantize writes a model that says whether they are the same",
+                              w->ck->path, pair[0]->tensor->name, pair[1]->tensor->name);
+    return perta_tied_check(w->ck, err);
+}
+
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err)
 {
     *w = (struct perta_weights){.parameters.get = perta_weights_get,
@@ -111,9 +125,11 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
                    ? perta_fail(err, PERTA_EINPUT, "%s", w->ck->config_flaw)
                    : perta_fail(err, PERTA_EINPUT,
                                 "%s: no config.json, which says what architecture it is", path);
-    rc = perta_quantised_refuse(w->ck, err);
+    rc = perta_dequantised_open(&w->dequantised, w->ck, err);
     if (rc)
         return rc;
+    if (w->dequantised.how)
+        w->source = &w->dequantised.source;
     rc = perta_llm_parse(w->ck->config, w->ck->config_path, &w->llm, err);
     if (!rc)
         choose_names(w);
@@ -125,9 +141,14 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     if (!rc)
         rc = check_strangers(&checked, err);
     if (!rc)
-        rc = perta_tied_check(w->ck, err);
+        rc = check_tied(w, err);
     free(checked.wanted);
     return rc;
+}
+
+uint64_t perta_weights_stored(const struct perta_weights *w, const struct perta_ref *ref)
+{
+    return perta_dequantised_stored(&w->dequantised, ref);
 }
 
 /* safetensors' save_model may store a tied pair under the head's name; transformers accepts
@@ -275,6 +296,7 @@ void perta_weights_close(struct perta_weights *w)
     for (uint32_t i = 0; w->files && i < w->ck->n_shards; i++)
         perta_file_close(&w->files[i]);
     free(w->files);
+    perta_dequantised_close(&w->dequantised);
     perta_checkpoint_close(w->ck);
     *w = (struct perta_weights){0};
 }

@@ -7,6 +7,7 @@
 
 #include "estimators/compute/round.h"
 #include "estimators/model/config.h"
+#include "estimators/model/dequantised.h"
 #include "estimators/model/part.h"
 #include "estimators/model/reader.h"
 #include "estimators/model/source.h"
@@ -39,9 +40,10 @@ struct perta_weights {
     struct perta_llm llm;
     struct perta_file *files; /* (ck->n_shards) */
     struct perta_io_choice choice;
-    struct perta_source *source;  /* forms the tensors; NULL: they are read from the files.
+    struct perta_dequantised dequantised; /* the source at first, if the weights are quantised */
+    struct perta_source *source;          /* forms the tensors; NULL: they are read from the files.
                                     Borrowed; set before perta_weights_start */
-    enum perta_rounding rounding; /* of the layers' matrices, as they are read */
+    enum perta_rounding rounding;         /* of the layers' matrices, as they are read */
 
     /* own */
     struct perta_reader *reader; /* opens the engine, and reads with it */
@@ -62,7 +64,8 @@ struct perta_weights {
     bool is_reading; /* the reader works on the queue */
 };
 
-/* Open the checkpoint and its config. Check that every tensor of the architecture is there in its
+/* Open the checkpoint and its config. If its weights are quantised, w->ck is the dequantised
+ * checkpoint, and w->source its source. Check that every tensor of the architecture is there in its
  * shape, and that the two copies of a tied pair, if both are stored, are equal. The caller calls
  * perta_weights_close, also on error. */
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err);
@@ -95,6 +98,9 @@ const char *perta_weights_head(const struct perta_weights *w);
 /* Whether a tensor is a parameter of the model. Others (tied copies, buffers in old checkpoints)
  * get no importance. */
 bool perta_weights_is_parameter(const struct perta_weights *w, const char *name);
+
+/* Bytes that a tensor takes in the checkpoint's files. */
+uint64_t perta_weights_stored(const struct perta_weights *w, const struct perta_ref *ref);
 
 /* Bytes of room that are needed to read len_bytes of a tensor. */
 uint64_t perta_weights_room(uint64_t len_bytes);

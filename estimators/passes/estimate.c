@@ -142,10 +142,11 @@ static void count_bytes(struct perta_estimate_job *job, enum perta_stage stage, 
 {
     uint64_t all = 0, embedding = 0;
     for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
-        const struct perta_tensor *t = job->weights.ck->by_name[i].tensor;
-        all += t->len_bytes;
-        if (!strcmp(t->name, perta_weights_embedding(&job->weights)))
-            embedding = t->len_bytes;
+        const struct perta_ref *t = &job->weights.ck->by_name[i];
+        uint64_t bytes = perta_weights_stored(&job->weights, t);
+        all += bytes;
+        if (!strcmp(t->tensor->name, perta_weights_embedding(&job->weights)))
+            embedding = bytes;
     }
     bool tied = job->weights.llm.tied;
     uint64_t n = job->weights.llm.n_layers;

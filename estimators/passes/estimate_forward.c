@@ -11,6 +11,28 @@
 
 /* ---- open ---- */
 
+/* Weights that are read from codes are read as they are. */
+static int refuse_quantised(const struct perta_estimate_job *job, const char *flag,
+                            struct perta_err *err)
+{
+    return job->weights.dequantised.how
+               ? perta_fail(err, PERTA_EINPUT,
+                            "%s: the weights are quantised; with %s, dequantise the model to BF16 "
+                            "first (perta dequantize MODEL --out DIR)",
+                            job->weights.ck->config_path, flag)
+               : 0;
+}
+
+static void note_quantised(struct perta_estimate_job *job)
+{
+    const struct perta_dequantise *how = job->weights.dequantised.how;
+    if (how)
+        perta_json_append(&job->samples.notes,
+                          perta_text_json("%s: %llu tensors are quantised; they are dequantised "
+                                          "as they are read",
+                                          job->estimate->model, (unsigned long long)how->n_coded));
+}
+
 int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
 {
     const struct perta_estimate *e = job->estimate;
@@ -20,6 +42,9 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
             "--compute bf16: this CPU cannot, or ONEDNN_MAX_CPU_ISA forbids it; leave it out, or "
             "--compute f32");
     int rc = perta_weights_open(&job->weights, e->model, err);
+    job->source = job->weights.source;
+    if (!rc && e->at)
+        rc = refuse_quantised(job, "--steps", err);
     if (!rc && e->at) {
         rc = perta_scaled_open(&job->scaled, e->at, job->weights.ck, err);
         job->source = job->weights.source = &job->scaled.source;
@@ -36,6 +61,7 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};
     rc = perta_samples_read(e->data, &wanted, &job->samples, err);
+    note_quantised(job);
     if (!rc)
         rc = perta_samples_pick(&job->samples, &e->pick, e->data, err);
     if (!rc && e->adapter)
@@ -50,7 +76,10 @@ int perta_estimate_apply(struct perta_estimate_job *job, const char *path,
                          struct perta_patched *patched, struct perta_err *err)
 {
     if (path) {
-        int rc = perta_patched_open(patched, path, job->weights.ck, err);
+        int rc = refuse_quantised(job, "--patch", err);
+        if (rc)
+            return rc;
+        rc = perta_patched_open(patched, path, job->weights.ck, err);
         job->source = job->weights.source = &patched->source;
         if (rc)
             return rc;

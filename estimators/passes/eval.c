@@ -220,9 +220,10 @@ static int report(const struct perta_estimate_job *job, const double *norms, boo
 static void count_bytes(struct perta_estimate_job *job)
 {
     for (uint64_t i = 0; i < job->weights.ck->n_tensors; i++) {
-        const struct perta_tensor *t = job->weights.ck->by_name[i].tensor;
-        if (job->weights.llm.tied || strcmp(t->name, perta_weights_embedding(&job->weights)))
-            job->total_bytes += t->len_bytes;
+        const struct perta_ref *t = &job->weights.ck->by_name[i];
+        if (job->weights.llm.tied ||
+            strcmp(t->tensor->name, perta_weights_embedding(&job->weights)))
+            job->total_bytes += perta_weights_stored(&job->weights, t);
     }
 }
 

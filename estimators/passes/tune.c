@@ -42,10 +42,11 @@ static void count_bytes(struct perta_tune_job *job)
     const struct perta_llm *llm = &pass->weights.llm;
     uint64_t all = 0, embedding = 0, n = llm->n_layers;
     for (uint64_t i = 0; i < pass->weights.ck->n_tensors; i++) {
-        const struct perta_tensor *t = pass->weights.ck->by_name[i].tensor;
-        all += t->len_bytes;
-        if (!strcmp(t->name, perta_weights_embedding(&pass->weights)))
-            embedding = t->len_bytes;
+        const struct perta_ref *t = &pass->weights.ck->by_name[i];
+        uint64_t bytes = perta_weights_stored(&pass->weights, t);
+        all += bytes;
+        if (!strcmp(t->tensor->name, perta_weights_embedding(&pass->weights)))
+            embedding = bytes;
     }
     uint64_t layer = (all - (llm->tied ? 1 : 2) * embedding) / n;
     pass->total_bytes =

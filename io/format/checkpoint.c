@@ -323,8 +323,12 @@ static bool is_sorted(const struct perta_ref *refs, uint64_t n)
     return true;
 }
 
-static int sort_by_name(struct perta_checkpoint *ck, struct perta_err *err)
+int perta_checkpoint_sort(struct perta_checkpoint *ck, struct perta_err *err)
 {
+    ck->n_tensors = 0;
+    for (uint32_t s = 0; s < ck->n_shards; s++)
+        ck->n_tensors += ck->shards[s].header->n_tensors;
+    free(ck->by_name);
     ck->by_name = calloc(ck->n_tensors + 1, sizeof *ck->by_name);
     if (!ck->by_name)
         return perta_fail_sys(err, ENOMEM, "%s", ck->path);
@@ -369,7 +373,7 @@ static int open_adapter(struct perta_checkpoint *ck, struct perta_err *err)
                         ck->path);
     if (!rc)
         rc = add_shards(ck, &name, 1, err);
-    return rc ? rc : sort_by_name(ck, err);
+    return rc ? rc : perta_checkpoint_sort(ck, err);
 }
 
 /* ---- any ---- */
@@ -399,7 +403,7 @@ static int open_any(struct perta_checkpoint *ck, struct perta_err *err)
     if (!rc)
         rc = S_ISDIR(st.st_mode) ? open_folder(ck, err) : open_single(ck, err);
     if (!rc)
-        rc = sort_by_name(ck, err);
+        rc = perta_checkpoint_sort(ck, err);
     if (!rc && ck->index)
         rc = check_index(ck, err);
     perta_index_free(ck->index);

@@ -68,6 +68,10 @@ PERTA_API int perta_checkpoint_open_adapter(const char *path, struct perta_check
 PERTA_API const struct perta_ref *perta_checkpoint_find(const struct perta_checkpoint *ck,
                                                         const char *name);
 
+/* Count the tensors of all headers, and sort them by name again: for whoever changes headers.
+ * PERTA_EINPUT if two tensors have the same name. */
+int perta_checkpoint_sort(struct perta_checkpoint *ck, struct perta_err *err);
+
 /* Rename every tensor: remove the first strip characters, which all names share, and prepend add.
  * PERTA_ESYS when out of memory; then nothing has changed. */
 int perta_checkpoint_rename(struct perta_checkpoint *ck, size_t strip, const char *add,

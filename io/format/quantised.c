@@ -6,47 +6,25 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "io/format/quant_config.h"
 #include "io/text.h"
 
 #define WHAT_TO_DO "dequantise the model to BF16 first"
 
 /* ---- what the folder says ---- */
 
-/* Is it neither null nor empty? transformers treats those as absent. */
-static bool says_something(const json_t *value)
-{
-    return value && !json_is_null(value) && !json_is_false(value) &&
-           !(json_is_object(value) && !json_object_size(value)) &&
-           !(json_is_array(value) && !json_array_size(value)) &&
-           !(json_is_string(value) && !json_string_length(value));
-}
-
-/* Find the first key of config, or of an object in it (text_config, ...), that announces quantised
- * weights. */
-static const char *find_key(const json_t *config, const json_t **value)
-{
-    static const char *const keys[] = {"quantization_config", "compression_config"};
-    const char *key;
-    json_t *part;
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        if (says_something(*value = json_object_get(config, keys[i])))
-            return keys[i];
-    json_object_foreach ((json_t *)config, key, part) {
-        const char *found = json_is_object(part) ? find_key(part, value) : NULL;
-        if (found)
-            return found;
-    }
-    return NULL;
-}
-
 static int refuse_key(const struct perta_checkpoint *ck, const char *key, const json_t *value,
                       struct perta_err *err)
 {
     const char *method = json_string_value(json_object_get(value, "quant_method"));
+    struct perta_quant_config known;
+    struct perta_err why = {0};
+    bool can = !perta_quant_config_parse(ck, key, value, &known, &why);
     return perta_fail(err, PERTA_EINPUT,
                       "%s: \"%s\"%s%.100s: the weights are quantised; " WHAT_TO_DO
-                      ", or, where full weights are stored, remove that key",
-                      ck->config_path, key, method ? " " : "", method ? method : "");
+                      "%s, or, where full weights are stored, remove that key",
+                      ck->config_path, key, method ? " " : "", method ? method : "",
+                      can ? " (perta dequantize MODEL --out DIR)" : "");
 }
 
 /* Older tools announce it in a file of their own. */
@@ -236,16 +214,21 @@ static int check_tensor(const struct perta_checkpoint *ck, const struct scales *
     return 0;
 }
 
-int perta_quantised_refuse(const struct perta_checkpoint *ck, struct perta_err *err)
+int perta_quantised_refuse_tensors(const struct perta_checkpoint *ck, struct perta_err *err)
 {
-    const json_t *value;
-    const char *key = find_key(ck->config, &value);
     struct scales scales = {0};
-    int rc = key ? refuse_key(ck, key, value, err) : check_files(ck, err);
+    int rc = check_files(ck, err);
     if (!rc)
         rc = list_scales(&scales, ck, err);
     for (uint64_t i = 0; i < ck->n_tensors && !rc; i++)
         rc = check_tensor(ck, &scales, &ck->by_name[i], err);
     free(scales.of);
     return rc;
+}
+
+int perta_quantised_refuse(const struct perta_checkpoint *ck, struct perta_err *err)
+{
+    const json_t *value;
+    const char *key = perta_quant_config_key(ck->config, &value);
+    return key ? refuse_key(ck, key, value, err) : perta_quantised_refuse_tensors(ck, err);
 }

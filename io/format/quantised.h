@@ -11,5 +11,7 @@
  * integers named as weights are codes, and so are integers or 8-bit floats with scales in their
  * module. Integer buffers (positions, masks, counts) and 8-bit floats without scales are not. */
 PERTA_API int perta_quantised_refuse(const struct perta_checkpoint *ck, struct perta_err *err);
+/* The same whatever config.json says. */
+int perta_quantised_refuse_tensors(const struct perta_checkpoint *ck, struct perta_err *err);
 
 #endif

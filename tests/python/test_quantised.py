@@ -246,9 +246,9 @@ def test_what_computes_with_a_model_refuses_it(perta, tmp_path, command):
     before = folder_bytes(tmp_path)
     assert f"{LINEAR}.weight_scale_inv beside it" in perta(*command, check=3).stderr
     config = json.loads((tmp_path / "model/config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (tmp_path / "model/config.json").write_text(json.dumps(config))
-    assert 'model/config.json: "quantization_config" fp8' in perta(*command, check=3).stderr
+    assert 'model/config.json: "quantization_config" has quant_method "gptq"' in perta(*command, check=3).stderr
     (tmp_path / "model/config.json").write_bytes(before["model/config.json"])
     assert folder_bytes(tmp_path) == before
 

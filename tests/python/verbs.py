@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 
+import ml_dtypes
 import numpy as np
 import xxhash
 from conftest import HANGS, MODEL, PERTA, skip_what_needs_a_model
@@ -24,6 +25,7 @@ VERBS = {
     "apply": "apply model p1 --out out".split(),
     "revert": "revert tuned p1 --out out".split(),
     "compose": "compose p1 p2 --model model --patch out".split(),
+    "dequantize": "dequantize quantised --out out".split(),
     "accumulate": "accumulate forget retain base --stat mean,meansq --out out".split(),
     "estimate": "estimate --model llama --data data.jsonl --stat mean,meansq --out out".split(),
     "tune": "tune --model llama --data data.jsonl --steps 4 --target-modules all-linear --out out".split(),
@@ -43,7 +45,7 @@ if not MODEL:
 # "out", which is a copy of the folder that they work on.
 STREAM = {
     name: VERBS[name]
-    for name in "unlearn unlearn-both diff apply revert compose accumulate".split()
+    for name in "unlearn unlearn-both diff apply revert compose dequantize accumulate".split()
 } | {
     "manifest": "manifest model".split(),
     "verify": "verify p1".split(),
@@ -79,6 +81,17 @@ def tensors(rng, dtype, large):
     return {n: narrow(rng.standard_normal(s, "f4"), np.dtype(dtype)) for n, s in shapes.items()}
 
 
+def write_quantised(folder, rng, large):
+    """FP8 in two shards, with one scale for a row."""
+    rows = {f"layers.{i}": 3 + 20 * i for i in range(12)} | ({"big": 1400} if large else {})
+    F8 = np.dtype(ml_dtypes.float8_e4m3fn)
+    weights = {name: rng.standard_normal((n, 800), "f4").astype(F8) for name, n in rows.items()}
+    scales = {f"{name}_scale": np.full((n, 1), 1 / n, "f4") for name, n in rows.items()}
+    write_folder(folder, weights | scales | {"norm": np.ones(8, BF16)}, shards=2)
+    config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fbgemm_fp8"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def make_inputs(folder, large):
     """All inputs of VERBS."""
     rng = np.random.default_rng(7)
@@ -88,6 +101,7 @@ def make_inputs(folder, large):
         write_folder(
             folder / name, tensors(rng, "f4", large), shards=shards, metadata={"perta.stat": "mean"}
         )
+    write_quantised(folder / "quantised", rng, large)
     run(folder, "diff", "model", "tuned", "--patch", "p1")
     run(folder, "diff", "tuned", "base", "--patch", "p2")
     (folder / "model.json").write_text(run(folder, "manifest", "model").stdout)
