@@ -56,6 +56,37 @@ double perta_config_number(struct perta_config_reader *r, const json_t *object, 
     return x;
 }
 
+uint32_t perta_config_whole(struct perta_config_reader *r, const char *key, uint32_t fallback)
+{
+    const json_t *value = json_object_get(r->config, key);
+    json_int_t n = json_integer_value(value);
+    if (!perta_config_has(r->config, key))
+        return fallback;
+    if (json_is_integer(value) && n >= 0 && n <= INT32_MAX)
+        return (uint32_t)n;
+    perta_config_refuse(r, key, "is not a whole number from 0");
+    return fallback;
+}
+
+bool perta_config_flag(struct perta_config_reader *r, const char *key, bool fallback)
+{
+    return json_object_get(r->config, key) ? perta_config_bool(r, key) : fallback;
+}
+
+void perta_config_only(struct perta_config_reader *r, const char *key, const char *value)
+{
+    char what[128];
+    json_t *only = json_loads(value, JSON_DECODE_ANY, NULL);
+    const json_t *have = json_object_get(r->config, key);
+    bool same = json_is_number(only) ? json_is_number(have) && json_number_value(have) ==
+                                                                   json_number_value(only)
+                                     : json_equal(have, only);
+    json_decref(only);
+    snprintf(what, sizeof what, "is not %s; nothing else is supported", value);
+    if (perta_config_has(r->config, key) && !same)
+        perta_config_refuse(r, key, what);
+}
+
 bool perta_config_bool(struct perta_config_reader *r, const char *key)
 {
     const json_t *value = json_object_get(r->config, key);
@@ -219,9 +250,9 @@ static void read_layer_type(struct perta_config_reader *r, const char *type, uin
                                   : "full_attention and sliding_attention are supported");
 }
 
-static void read_layer_types(struct perta_config_reader *r, const json_t *types,
-                             struct perta_llm *llm)
+void perta_config_layer_types(struct perta_config_reader *r, struct perta_llm *llm)
 {
+    const json_t *types = json_object_get(r->config, "layer_types");
     if (!json_is_array(types))
         perta_config_refuse(r, "layer_types", "is not a list");
     for (uint32_t l = 0; l < json_array_size(types) && l < llm->n_layers; l++)
@@ -232,16 +263,33 @@ static void read_layer_types(struct perta_config_reader *r, const json_t *types,
                            r->path, json_array_size(types), llm->n_layers);
 }
 
-/* The first layer with a window. If the key is missing, transformers uses 28. */
-static uint32_t read_window_first(struct perta_config_reader *r)
+/* max_window_layers; fallback if the key is missing. */
+static uint32_t read_window_layers(struct perta_config_reader *r, uint32_t fallback)
 {
     const json_t *first = json_object_get(r->config, "max_window_layers");
     json_int_t n = json_integer_value(first);
     if (!perta_config_has(r->config, "max_window_layers"))
-        return 28;
+        return fallback;
     if (!json_is_integer(first))
         perta_config_refuse(r, "max_window_layers", "is not a whole number");
     return n < 0 ? 0 : n > INT32_MAX ? INT32_MAX : (uint32_t)n;
+}
+
+/* Without layer_types. Defaults of max_window_layers are transformers'. */
+static void window_layers(struct perta_config_reader *r, const struct perta_family *family,
+                          struct perta_llm *llm)
+{
+    uint32_t first = 0, end = llm->n_layers, step = 1;
+    if (llm->window && family->windows == PERTA_WINDOWS_QWEN)
+        first = read_window_layers(r, 28);
+    if (llm->window && family->windows == PERTA_WINDOWS_UPPER)
+        first = read_window_layers(r, 62);
+    if (llm->window && family->windows == PERTA_WINDOWS_ALTERNATE) {
+        end = read_window_layers(r, 28);
+        step = 2;
+    }
+    for (uint32_t l = first; llm->window && l < llm->n_layers && l < end; l += step)
+        set_windowed(llm, l);
 }
 
 /* If sliding_window is missing, transformers uses 4096; null means no window. For a Mistral with
@@ -251,14 +299,15 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
 {
     const json_t *types = json_object_get(r->config, "layer_types");
     const json_t *size = json_object_get(r->config, "sliding_window");
-    uint32_t first = 0;
     if (size && !json_is_null(size) && !json_is_integer(size))
         perta_config_refuse(r, "sliding_window", "is not a whole number");
-    bool switched =
-        family->windows == PERTA_WINDOWS_QWEN || family->windows == PERTA_WINDOWS_SWITCHED;
+    bool switched = family->windows == PERTA_WINDOWS_QWEN ||
+                    family->windows == PERTA_WINDOWS_SWITCHED ||
+                    family->windows == PERTA_WINDOWS_ALTERNATE;
     if (!json_is_null(size) && (!switched || perta_config_bool(r, "use_sliding_window")))
         llm->window = perta_config_count(r, "sliding_window", 4096);
-    if (family->windows == PERTA_WINDOWS_NONE)
+    if (family->windows == PERTA_WINDOWS_NONE ||
+        (family->windows == PERTA_WINDOWS_ASKED && !size))
         llm->window = 0;
     if (r->rc)
         return;
@@ -269,26 +318,27 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
                                 "is respected by some readers and ignored by "
                                 "others without \"model_type\"; write mistral "
                                 "there");
-        read_layer_types(r, types, llm);
+        if (family->windows == PERTA_WINDOWS_ASKED && llm->window)
+            perta_config_refuse(r, "layer_types", "is ignored here: all layers have the window");
+        perta_config_layer_types(r, llm);
         return;
     }
-    if (family->windows == PERTA_WINDOWS_QWEN && llm->window)
-        first = read_window_first(r);
-    for (uint32_t l = first; llm->window && l < llm->n_layers; l++)
-        set_windowed(llm, l);
+    window_layers(r, family, llm);
 }
 
 /* ---- the rest ---- */
 
 /* The embedding's padding_idx; a negative one counts from the end. */
-static void read_pad(struct perta_config_reader *r, struct perta_llm *llm)
+static void read_pad(struct perta_config_reader *r, const struct perta_family *family,
+                     struct perta_llm *llm)
 {
     const json_t *value = json_object_get(r->config, "pad_token_id");
-    json_int_t n = json_integer_value(value), vocab = llm->vocab;
+    json_int_t n = value ? json_integer_value(value) : (json_int_t)family->pad - 1;
+    json_int_t vocab = llm->vocab;
     llm->pad = PERTA_NO_PAD;
-    if (!perta_config_has(r->config, "pad_token_id"))
+    if (value ? json_is_null(value) : !family->pad)
         return;
-    if (!json_is_integer(value) || n >= vocab || n < -vocab)
+    if ((value && !json_is_integer(value)) || n >= vocab || n < -vocab)
         perta_config_refuse(r, "pad_token_id",
                             "is not a token of the vocabulary (\"vocab_size\"), nor null");
     else
@@ -440,7 +490,7 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
     read_sizes(&r, family, llm);
     if (family->windows != PERTA_WINDOWS_OWN)
         read_windows(&r, family, llm);
-    read_pad(&r, llm);
+    read_pad(&r, family, llm);
     read_activation(&r, family, llm);
     if (family->read && !r.rc)
         family->read(&r, llm);

@@ -34,6 +34,13 @@ uint32_t perta_config_count(struct perta_config_reader *r, const char *key, uint
  * fallback, or an error if that is 0. null is refused. */
 double perta_config_number(struct perta_config_reader *r, const json_t *object, const char *key,
                            double fallback);
+/* A whole number from 0 to 2^31 - 1. If the key is missing or null: fallback. */
+uint32_t perta_config_whole(struct perta_config_reader *r, const char *key, uint32_t fallback);
+/* true or false; false if the key is null, fallback if it is missing. */
+bool perta_config_flag(struct perta_config_reader *r, const char *key, bool fallback);
+/* Refuse another value of key than this one (JSON); missing and null are fine. For keys that
+ * transformers does not read for this family, and which say what the family does anyway. */
+void perta_config_only(struct perta_config_reader *r, const char *key, const char *value);
 /* true or false; false if the key is missing or null. */
 bool perta_config_bool(struct perta_config_reader *r, const char *key);
 
@@ -42,6 +49,9 @@ bool perta_config_bool(struct perta_config_reader *r, const char *key);
 uint32_t perta_config_experts(struct perta_config_reader *r, const char *key, uint32_t fallback);
 /* Whether a layer has a mixture of experts instead of an MLP. */
 void perta_config_mixture(struct perta_llm *llm, uint32_t layer, bool is);
+
+/* Which layers have the window, llm->window, which is read before: "layer_types". */
+void perta_config_layer_types(struct perta_config_reader *r, struct perta_llm *llm);
 
 /* Options of rotary positions, from the keys from which transformers takes them (config_rope.c): of
  * layers with full attention, and with sliding attention. max_positions: default of

@@ -67,9 +67,13 @@ static const struct perta_family qwen3 = {.model_type = "qwen3",
                                           .windows = PERTA_WINDOWS_QWEN};
 
 extern const struct perta_family perta_qwen3_moe;
+extern const struct perta_family perta_phi3, perta_glm, perta_glm4; /* family_fused.c */
+extern const struct perta_family perta_gpt_oss;
 
-const struct perta_family *const perta_families[] = {&llama, &mistral, &qwen2, &qwen3,
-                                                     &perta_qwen3_moe};
+const struct perta_family *const perta_families[] = {
+    &llama,      &mistral,   &qwen2,      &qwen3,         &perta_qwen3_moe,
+    &perta_phi3, &perta_glm, &perta_glm4, &perta_gpt_oss,
+};
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;
 
 /* ---- rows ---- */
@@ -156,7 +160,7 @@ size_t perta_llm_widest(const struct perta_llm *llm)
 /* Are all experts in one tensor? */
 static bool is_together(const struct perta_param_row *row)
 {
-    return row->when & PERTA_EXPERTS_TOGETHER;
+    return perta_is_of_expert(row->param) && !strstr(row->name, "%u");
 }
 
 const char *perta_llm_name(const struct perta_llm *llm, struct perta_site site,
@@ -212,8 +216,8 @@ static int param_of_layer(const struct perta_llm *llm, uint32_t layer,
     perta_llm_stored(llm, row, &rows, &cols);
     if (is_together(row))
         shape.dims[shape.n_dims++] = llm->n_experts;
-    if (rows)
-        shape.dims[shape.n_dims++] = rows;
+    if (rows || row->out == PERTA_WIDTH_ROW)
+        shape.dims[shape.n_dims++] = rows ? rows : 1;
     shape.dims[shape.n_dims++] = cols;
     for (uint32_t e = 0; e < (apart ? llm->n_experts : 1) && !rc; e++)
         rc = tensor(ctx, perta_llm_name(llm, perta_site_of_expert(layer, e), row, name), &shape,

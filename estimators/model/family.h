@@ -113,6 +113,7 @@ enum perta_width {
     PERTA_WIDTH_SHARED, /* intermediate size of the shared expert */
     PERTA_WIDTH_SHARED_GATE_UP,
     PERTA_WIDTH_ONE,
+    PERTA_WIDTH_ROW, /* first dimension of a vector that is stored as (1, in) */
     PERTA_N_WIDTHS,
 };
 
@@ -126,8 +127,10 @@ enum perta_option {
     PERTA_QK_NORM = 1 << 3,
     PERTA_Q_LORA = 1 << 4,           /* latent queries */
     PERTA_Q_PLAIN = 1 << 5,          /* not those */
-    PERTA_EXPERTS_APART = 1 << 6,    /* a tensor for each expert */
-    PERTA_EXPERTS_TOGETHER = 1 << 7, /* all in one tensor of three dimensions */
+    /* Names of published files, which mostly have a tensor for each expert; or those of
+     * transformers 5 in memory, with all experts in one tensor of three dimensions. */
+    PERTA_EXPERTS_APART = 1 << 6,
+    PERTA_EXPERTS_TOGETHER = 1 << 7,
     PERTA_HAS_SHARED = 1 << 8,       /* shared expert */
     PERTA_HAS_CORRECTION = 1 << 9,   /* of the router's scores */
     PERTA_OWN_1 = 1 << 10,           /* what these mean is the family's affair */
@@ -145,7 +148,8 @@ enum perta_option {
 
 struct perta_param_row {
     enum perta_param param;
-    /* In files, after "model.layers.3."; that of an expert's own tensor has %u for its number. */
+    /* In files, after "model.layers.3."; that of an expert's own tensor has %u for its number, that
+     * of a tensor of three dimensions with all experts has none. */
     const char *name;
     enum perta_width out, in; /* a matrix (out, in); out NONE: a vector (in) */
     uint32_t when;            /* enum perta_option */
@@ -158,7 +162,12 @@ enum perta_windows {
     PERTA_WINDOWS_EVERYWHERE, /* in every layer, or those that layer_types says */
     PERTA_WINDOWS_SWITCHED,   /* in every layer, if use_sliding_window says so */
     PERTA_WINDOWS_QWEN, /* according to use_sliding_window and max_window_layers or layer_types */
-    PERTA_WINDOWS_OWN,  /* the family's read function sets them */
+    PERTA_WINDOWS_ASKED, /* in every layer, if sliding_window is there; layer_types is not read */
+    PERTA_WINDOWS_UPPER, /* from max_window_layers on, or those that layer_types says */
+    /* According to use_sliding_window and layer_types, or every other layer, from the first one on,
+     * below max_window_layers. */
+    PERTA_WINDOWS_ALTERNATE,
+    PERTA_WINDOWS_OWN, /* the family's read function sets them */
 };
 
 /* Names of keys in config.json that differ between families; NULL: the usual one. */
@@ -219,6 +228,7 @@ struct perta_family {
     uint32_t options;            /* enum perta_option that every model of it has */
     bool reads_attention_bias, reads_mlp_bias;
     bool tied;           /* the default of tie_word_embeddings */
+    uint32_t pad;        /* the default of pad_token_id, plus 1; 0: none */
     uint32_t n_kv_heads; /* 0: as many as query heads */
     uint32_t head_dim;   /* 0: hidden / n_heads */
     uint32_t max_positions;

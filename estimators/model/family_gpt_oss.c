@@ -1,0 +1,96 @@
+/* GptOss: attention with a sink for each head, in windows in every other layer; a mixture of
+ * experts with biases, whose gates and ups alternate in one tensor and are clamped. */
+#include "estimators/model/config_read.h"
+#include "estimators/model/part.h"
+
+#define HIDDEN PERTA_WIDTH_HIDDEN
+#define QUERIES PERTA_WIDTH_QUERIES
+#define KEYS PERTA_WIDTH_KEYS
+#define VALUES PERTA_WIDTH_VALUES
+#define ATTENDED PERTA_WIDTH_ATTENDED
+#define EXPERT PERTA_WIDTH_EXPERT
+#define GATES_AND_UPS PERTA_WIDTH_EXPERT_GATE_UP
+#define VECTOR PERTA_WIDTH_NONE
+#define TOGETHER PERTA_EXPERTS_TOGETHER
+
+static const struct perta_param_row params[] = {
+    {PERTA_SINKS, "self_attn.sinks", VECTOR, PERTA_WIDTH_HEADS, PERTA_ALWAYS, false},
+    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false},
+    {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},
+    {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},
+    {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},
+    {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false},
+    {PERTA_ROUTER, "mlp.router.weight", PERTA_WIDTH_EXPERTS, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_ROUTER_BIAS, "mlp.router.bias", VECTOR, PERTA_WIDTH_EXPERTS, PERTA_ALWAYS, false},
+    {PERTA_EXPERT_GATE_UP, "mlp.experts.gate_up_proj", GATES_AND_UPS, HIDDEN, TOGETHER, true},
+    {PERTA_EXPERT_GATE_UP_BIAS, "mlp.experts.gate_up_proj_bias", VECTOR, GATES_AND_UPS, TOGETHER,
+     false},
+    {PERTA_EXPERT_DOWN, "mlp.experts.down_proj", HIDDEN, EXPERT, TOGETHER, true},
+    {PERTA_EXPERT_DOWN_BIAS, "mlp.experts.down_proj_bias", VECTOR, HIDDEN, TOGETHER, false},
+    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+};
+
+/* Without layer_types: every other layer, from the first one on. */
+static void read_windows(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    const json_t *size = json_object_get(r->config, "sliding_window");
+    if (!json_is_null(size))
+        llm->window = perta_config_count(r, "sliding_window", 128);
+    if (perta_config_has(r->config, "layer_types"))
+        perta_config_layer_types(r, llm);
+    else if (!llm->window)
+        perta_config_refuse(r, "sliding_window", "is null, but every other layer has a window");
+    for (uint32_t l = 0; l < llm->n_layers && !perta_config_has(r->config, "layer_types"); l += 2)
+        llm->layers[l] |= PERTA_LAYER_WINDOW;
+}
+
+static void read(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_windows(r, llm);
+    if (perta_config_flag(r, "attention_bias", true))
+        llm->options |= PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS;
+    llm->options &= ~(uint32_t)PERTA_EXPERTS_APART;
+    llm->options |= PERTA_EXPERTS_TOGETHER;
+    llm->gate_up_interleaved = true;
+    llm->activation = (struct perta_activation){
+        PERTA_CLAMPED_SWIGLU,
+        (float)perta_config_number(r, r->config, "swiglu_alpha", 1.702),
+        (float)perta_config_number(r, r->config, "swiglu_limit", 7.0),
+    };
+    llm->n_experts = perta_config_experts(r, "num_experts", 128);
+    llm->expert_intermediate = llm->intermediate;
+    llm->router = (struct perta_router){
+        .n_experts = llm->n_experts,
+        .k = perta_config_count(r, "num_experts_per_tok", 4),
+        .scoring = PERTA_SCORE_CHOSEN_SOFTMAX,
+        .scale = 1,
+    };
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        perta_config_mixture(llm, l, true);
+}
+
+static const char *const keys[] = {"num_experts",  "num_local_experts", "num_experts_per_tok",
+                                   "swiglu_alpha", "swiglu_limit",      NULL};
+
+const struct perta_family perta_gpt_oss = {
+    .model_type = "gpt_oss",
+    .architecture = "GptOssForCausalLM",
+    PERTA_LLAMA_NAMES,
+    .params = params,
+    .n_params = sizeof params / sizeof *params,
+    .own_keys = keys,
+    .n_kv_heads = 8,
+    .head_dim = 64,
+    .max_positions = 131072,
+    .norm_eps = 1e-5,
+    .rope = {.theta = 150000,
+             .parameters = "{\"rope_type\": \"yarn\", \"factor\": 32.0, \"beta_fast\": 32.0, "
+                           "\"beta_slow\": 1.0, \"truncate\": false, "
+                           "\"original_max_position_embeddings\": 4096}"},
+    .windows = PERTA_WINDOWS_OWN,
+    .read = read,
+};
