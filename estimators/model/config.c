@@ -78,9 +78,9 @@ void perta_config_only(struct perta_config_reader *r, const char *key, const cha
     char what[128];
     json_t *only = json_loads(value, JSON_DECODE_ANY, NULL);
     const json_t *have = json_object_get(r->config, key);
-    bool same = json_is_number(only) ? json_is_number(have) && json_number_value(have) ==
-                                                                   json_number_value(only)
-                                     : json_equal(have, only);
+    bool same = json_is_number(only)
+                    ? json_is_number(have) && json_number_value(have) == json_number_value(only)
+                    : json_equal(have, only);
     json_decref(only);
     snprintf(what, sizeof what, "is not %s; nothing else is supported", value);
     if (perta_config_has(r->config, key) && !same)
@@ -173,11 +173,11 @@ static const char *choose_architecture(struct perta_config_reader *r,
 }
 
 /* "A, B and C": the names of all families, in buf. */
-static const char *list_families(bool by_type, char buf[512])
+static const char *list_families(bool by_type, char buf[1024])
 {
     size_t at = 0;
-    for (size_t i = 0; i < perta_n_families && at < 512; i++)
-        at += (size_t)snprintf(buf + at, 512 - at, "%s%s",
+    for (size_t i = 0; i < perta_n_families && at < 1024; i++)
+        at += (size_t)snprintf(buf + at, 1024 - at, "%s%s",
                                !i                         ? ""
                                : i + 1 < perta_n_families ? ", "
                                                           : " and ",
@@ -197,7 +197,7 @@ static const struct perta_family *find_family(struct perta_config_reader *r)
     const struct perta_family *by_type = find_type(type);
     const char *name = choose_architecture(r, by_type);
     const struct perta_family *family = name ? find_architecture(name) : by_type;
-    char supported[512], types[512];
+    char supported[1024], types[1024];
     list_families(false, supported);
     if (r->rc)
         return NULL;
@@ -306,8 +306,7 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
                     family->windows == PERTA_WINDOWS_ALTERNATE;
     if (!json_is_null(size) && (!switched || perta_config_bool(r, "use_sliding_window")))
         llm->window = perta_config_count(r, "sliding_window", 4096);
-    if (family->windows == PERTA_WINDOWS_NONE ||
-        (family->windows == PERTA_WINDOWS_ASKED && !size))
+    if (family->windows == PERTA_WINDOWS_NONE || (family->windows == PERTA_WINDOWS_ASKED && !size))
         llm->window = 0;
     if (r->rc)
         return;

@@ -28,6 +28,8 @@ struct perta_llm {
     const struct perta_family *family;
     struct perta_llm_names names; /* "" for what the family does not have */
     uint32_t n_layers, hidden, intermediate, vocab;
+    uint32_t n_extra_layers; /* that files may have after those: they predict further tokens, and
+                                take no part in the loss */
     uint32_t n_heads, n_kv_heads, head_dim, value_dim;
     uint32_t options;                   /* enum perta_option */
     uint32_t layers[PERTA_MOST_LAYERS]; /* the same for each layer */

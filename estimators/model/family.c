@@ -66,14 +66,23 @@ static const struct perta_family qwen3 = {.model_type = "qwen3",
                                           .max_positions = 32768,
                                           .windows = PERTA_WINDOWS_QWEN};
 
-extern const struct perta_family perta_qwen3_moe;
 extern const struct perta_family perta_phi3, perta_glm, perta_glm4; /* family_fused.c */
 extern const struct perta_family perta_gpt_oss;
+/* mixtures of experts */
+extern const struct perta_family perta_qwen2_moe, perta_qwen3_moe, perta_olmoe, perta_flex_olmo;
+extern const struct perta_family perta_mixtral, perta_minimax_m2;
+extern const struct perta_family perta_glm4_moe, perta_dots1, perta_ernie4_5_moe,
+    perta_hunyuan_v1_moe;
 
+/* clang-format off */
 const struct perta_family *const perta_families[] = {
-    &llama,      &mistral,   &qwen2,      &qwen3,         &perta_qwen3_moe,
+    &llama, &mistral, &qwen2, &qwen3,
     &perta_phi3, &perta_glm, &perta_glm4, &perta_gpt_oss,
+    &perta_qwen3_moe, &perta_qwen2_moe, &perta_olmoe, &perta_flex_olmo,
+    &perta_mixtral, &perta_minimax_m2,
+    &perta_glm4_moe, &perta_dots1, &perta_ernie4_5_moe, &perta_hunyuan_v1_moe,
 };
+/* clang-format on */
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;
 
 /* ---- rows ---- */

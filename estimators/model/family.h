@@ -125,15 +125,15 @@ enum perta_option {
     PERTA_O_HAS_BIAS = 1 << 1,
     PERTA_MLP_HAS_BIAS = 1 << 2,
     PERTA_QK_NORM = 1 << 3,
-    PERTA_Q_LORA = 1 << 4,           /* latent queries */
-    PERTA_Q_PLAIN = 1 << 5,          /* not those */
+    PERTA_Q_LORA = 1 << 4,  /* latent queries */
+    PERTA_Q_PLAIN = 1 << 5, /* not those */
     /* Names of published files, which mostly have a tensor for each expert; or those of
      * transformers 5 in memory, with all experts in one tensor of three dimensions. */
     PERTA_EXPERTS_APART = 1 << 6,
     PERTA_EXPERTS_TOGETHER = 1 << 7,
-    PERTA_HAS_SHARED = 1 << 8,       /* shared expert */
-    PERTA_HAS_CORRECTION = 1 << 9,   /* of the router's scores */
-    PERTA_OWN_1 = 1 << 10,           /* what these mean is the family's affair */
+    PERTA_HAS_SHARED = 1 << 8,     /* shared expert */
+    PERTA_HAS_CORRECTION = 1 << 9, /* of the router's scores */
+    PERTA_OWN_1 = 1 << 10,         /* what these mean is the family's affair */
     PERTA_OWN_2 = 1 << 11,
     PERTA_OWN_3 = 1 << 12,
     PERTA_OWN_4 = 1 << 13,
@@ -161,7 +161,7 @@ enum perta_windows {
     PERTA_WINDOWS_NONE,       /* never */
     PERTA_WINDOWS_EVERYWHERE, /* in every layer, or those that layer_types says */
     PERTA_WINDOWS_SWITCHED,   /* in every layer, if use_sliding_window says so */
-    PERTA_WINDOWS_QWEN, /* according to use_sliding_window and max_window_layers or layer_types */
+    PERTA_WINDOWS_QWEN,  /* according to use_sliding_window and max_window_layers or layer_types */
     PERTA_WINDOWS_ASKED, /* in every layer, if sliding_window is there; layer_types is not read */
     PERTA_WINDOWS_UPPER, /* from max_window_layers on, or those that layer_types says */
     /* According to use_sliding_window and layer_types, or every other layer, from the first one on,
@@ -199,8 +199,8 @@ struct perta_rope_family {
     bool alpha;                  /* "dynamic" with "alpha" is a fixed theta */
     bool mrope;                  /* "mrope" is a kind: several axes, which are equal for text */
     bool yarn_is_longrope;       /* "su" and "yarn" are names of longrope, the only scaling */
-    bool short_mscale; /* longrope, the only scaling, has "short_mscale" as scale */
-    bool query_scale;  /* "llama_4_scaling_beta" scales queries */
+    bool short_mscale;           /* longrope, the only scaling, has "short_mscale" as scale */
+    bool query_scale;            /* "llama_4_scaling_beta" scales queries */
     /* "rope_parameters" has an object for each type of layer, whose theta is otherwise that at the
      * top level for full attention, and this for sliding attention. */
     bool by_layer_type;

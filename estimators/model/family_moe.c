@@ -1,73 +1,48 @@
-/* Mixtures of experts whose blocks are otherwise Llama's. */
-#include "estimators/model/config_read.h"
-#include "estimators/model/part.h"
+/* Mixtures of experts with the names of Qwen's tensors; keys of config.json that these and others
+ * share. */
+#include "estimators/model/family_moe.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define HEAD PERTA_WIDTH_HEAD
-#define EXPERTS PERTA_WIDTH_EXPERTS
-#define EXPERT PERTA_WIDTH_EXPERT
-#define VECTOR PERTA_WIDTH_NONE
-#define DENSE PERTA_LAYER_DENSE
-#define MIXTURE PERTA_LAYER_MIXTURE
-#define APART (PERTA_LAYER_MIXTURE | PERTA_EXPERTS_APART)
-#define TOGETHER (PERTA_LAYER_MIXTURE | PERTA_EXPERTS_TOGETHER)
+/* ---- keys ---- */
 
-/* Attention and norms, as in Llama. */
-#define ATTENTION                                                                            \
-    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},              \
-        {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false}, \
-        {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},             \
-        {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},    \
-        {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},           \
-        {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},  \
-        {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},         \
-    {                                                                                        \
-        PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false       \
-    }
-#define NORMS                                                                                \
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},           \
-    {                                                                                        \
-        PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false \
-    }
-#define DENSE_MLP                                                       \
-    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, DENSE, false},  \
-        {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, DENSE, false},  \
-    {                                                                   \
-        PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, DENSE, false \
-    }
-/* Experts in tensors of their own, or all in one. */
-#define EXPERT_MLP(of)                                                                        \
-    {PERTA_EXPERT_GATE, of ".experts.%u.gate_proj.weight", EXPERT, HIDDEN, APART, false},     \
-        {PERTA_EXPERT_UP, of ".experts.%u.up_proj.weight", EXPERT, HIDDEN, APART, false},     \
-        {PERTA_EXPERT_GATE_UP,                                                                \
-         of ".experts.gate_up_proj",                                                          \
-         PERTA_WIDTH_EXPERT_GATE_UP,                                                          \
-         HIDDEN,                                                                              \
-         TOGETHER,                                                                            \
-         false},                                                                              \
-        {PERTA_EXPERT_DOWN, of ".experts.%u.down_proj.weight", HIDDEN, EXPERT, APART, false}, \
-    {                                                                                         \
-        PERTA_EXPERT_DOWN, of ".experts.down_proj", HIDDEN, EXPERT, TOGETHER, false           \
-    }
+void perta_moe_no_aux_loss(struct perta_config_reader *r)
+{
+    const json_t *share = json_object_get(r->config, "router_aux_loss_coef");
+    bool is_nothing = json_is_number(share) && json_number_value(share) == 0;
+    if (perta_config_bool(r, "output_router_logits") && !is_nothing)
+        perta_config_refuse(r, "output_router_logits",
+                            "is true: transformers then adds an auxiliary loss, which is not "
+                            "supported");
+}
 
-static const struct perta_param_row qwen3_moe_params[] = {
-    ATTENTION,
-    DENSE_MLP,
-    {PERTA_ROUTER, "mlp.gate.weight", EXPERTS, HIDDEN, MIXTURE, false},
-    EXPERT_MLP("mlp"),
-    NORMS,
-    {PERTA_NORM_Q, "self_attn.q_norm.weight", VECTOR, HEAD, PERTA_ALWAYS, false},
-    {PERTA_NORM_K, "self_attn.k_norm.weight", VECTOR, HEAD, PERTA_ALWAYS, false},
-};
+void perta_moe_everywhere(struct perta_llm *llm)
+{
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        perta_config_mixture(llm, l, true);
+}
 
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
+void perta_moe_dense_first(struct perta_config_reader *r, struct perta_llm *llm, uint32_t fallback)
+{
+    uint32_t dense = perta_config_whole(r, "first_k_dense_replace", fallback);
+    for (uint32_t l = dense; l < llm->n_layers; l++)
+        perta_config_mixture(llm, l, true);
+}
 
-/* ---- layers ---- */
+void perta_moe_grouped_router(struct perta_config_reader *r, struct perta_llm *llm, uint32_t k,
+                              bool renormalise)
+{
+    llm->router = (struct perta_router){
+        .n_experts = llm->n_experts,
+        .k = perta_config_count(r, "num_experts_per_tok", k),
+        .scoring = PERTA_SCORE_SIGMOID,
+        .grouping = PERTA_GROUP_TOP2,
+        .masked = PERTA_MASKED_OUT,
+        .n_groups = perta_config_count(r, "n_group", 1),
+        .k_groups = perta_config_count(r, "topk_group", 1),
+        .renormalise = perta_config_flag(r, "norm_topk_prob", renormalise),
+        .norm_eps = 1e-20,
+        .scale = perta_config_number(r, r->config, "routed_scaling_factor", 1),
+    };
+}
 
 /* mlp_only_layers and decoder_sparse_step: which layers have experts. */
 static void read_sparse_layers(struct perta_config_reader *r, struct perta_llm *llm)
@@ -84,17 +59,31 @@ static void read_sparse_layers(struct perta_config_reader *r, struct perta_llm *
     }
 }
 
-static void read_qwen3_moe(struct perta_config_reader *r, struct perta_llm *llm)
+/* A softmax over all experts. n_experts and k: defaults of the keys. */
+static void read_softmax_router(struct perta_config_reader *r, struct perta_llm *llm,
+                                uint32_t n_experts, uint32_t k)
 {
-    llm->n_experts = perta_config_experts(r, "num_experts", 128);
-    llm->expert_intermediate = perta_config_count(r, "moe_intermediate_size", 768);
+    perta_moe_no_aux_loss(r);
+    llm->n_experts = perta_config_experts(r, "num_experts", n_experts);
     llm->router = (struct perta_router){
         .n_experts = llm->n_experts,
-        .k = perta_config_count(r, "num_experts_per_tok", 8),
+        .k = perta_config_count(r, "num_experts_per_tok", k),
         .scoring = PERTA_SCORE_SOFTMAX,
         .renormalise = perta_config_bool(r, "norm_topk_prob"),
         .scale = 1,
     };
+}
+
+/* ---- Qwen3 ---- */
+
+static const struct perta_param_row qwen3_moe_params[] = {
+    ATTENTION, DENSE_MLP, ROUTER, EXPERT_MLP, NORMS, HEAD_NORMS(PERTA_ALWAYS),
+};
+
+static void read_qwen3_moe(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_softmax_router(r, llm, 128, 8);
+    llm->expert_intermediate = perta_config_count(r, "moe_intermediate_size", 768);
     read_sparse_layers(r, llm);
 }
 
@@ -114,4 +103,110 @@ const struct perta_family perta_qwen3_moe = {
     .max_positions = 32768,
     .windows = PERTA_WINDOWS_SWITCHED,
     .read = read_qwen3_moe,
+};
+
+/* ---- Qwen2: a shared expert with a gate of its own ---- */
+
+static const struct perta_param_row qwen2_moe_params[] = {
+    ATTENTION,
+    DENSE_MLP,
+    ROUTER,
+    EXPERT_MLP,
+    SHARED_MLP("mlp.shared_expert"),
+    {PERTA_SHARED_SCORE, "mlp.shared_expert_gate.weight", PERTA_WIDTH_ONE, HIDDEN, WITH_SHARED,
+     false},
+    NORMS,
+};
+
+static void read_qwen2_moe(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_softmax_router(r, llm, 60, 4);
+    llm->expert_intermediate = perta_config_count(r, "moe_intermediate_size", 1408);
+    llm->shared_intermediate = perta_config_count(r, "shared_expert_intermediate_size", 5632);
+    if (perta_config_flag(r, "qkv_bias", true))
+        llm->options |= PERTA_QKV_HAS_BIAS;
+    read_sparse_layers(r, llm);
+}
+
+static const char *const qwen2_moe_keys[] = {"num_experts",
+                                             "num_local_experts",
+                                             "num_experts_per_tok",
+                                             "moe_intermediate_size",
+                                             "shared_expert_intermediate_size",
+                                             "norm_topk_prob",
+                                             "mlp_only_layers",
+                                             "decoder_sparse_step",
+                                             "qkv_bias",
+                                             NULL};
+
+const struct perta_family perta_qwen2_moe = {
+    .model_type = "qwen2_moe",
+    .architecture = "Qwen2MoeForCausalLM",
+    PERTA_LLAMA_NAMES,
+    PARAMS(qwen2_moe_params),
+    .own_keys = qwen2_moe_keys,
+    .options = PERTA_HAS_SHARED,
+    .n_kv_heads = 16,
+    .max_positions = 32768,
+    .windows = PERTA_WINDOWS_ALTERNATE,
+    .read = read_qwen2_moe,
+};
+
+/* ---- OLMoE, FlexOlmo: queries and keys are normalised as a whole ---- */
+
+static const struct perta_param_row olmoe_params[] = {
+    ATTENTION, ROUTER, EXPERT_MLP, NORMS, WIDE_NORMS,
+};
+
+static void read_olmoe(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_softmax_router(r, llm, 64, 8);
+    llm->expert_intermediate = llm->intermediate;
+    perta_moe_everywhere(llm);
+}
+
+static const char *const olmoe_keys[] = {"num_experts", "num_local_experts", "num_experts_per_tok",
+                                         "norm_topk_prob", NULL};
+
+const struct perta_family perta_olmoe = {
+    .model_type = "olmoe",
+    .architecture = "OlmoeForCausalLM",
+    PERTA_LLAMA_NAMES,
+    PARAMS(olmoe_params),
+    .own_keys = olmoe_keys,
+    .reads_attention_bias = true,
+    .pad = 1 + 1,
+    .max_positions = 4096,
+    .norm_eps = 1e-5,
+    .read = read_olmoe,
+};
+
+/* Norms come after attention and after the experts. */
+static const struct perta_param_row flex_olmo_params[] = {
+    ATTENTION,
+    ROUTER,
+    EXPERT_MLP,
+    {PERTA_NORM_1_AFTER, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_2_AFTER, "post_feedforward_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    WIDE_NORMS,
+};
+
+static void read_flex_olmo(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_softmax_router(r, llm, 7, 5);
+    llm->expert_intermediate = llm->intermediate;
+    perta_moe_everywhere(llm);
+}
+
+const struct perta_family perta_flex_olmo = {
+    .model_type = "flex_olmo",
+    .architecture = "FlexOlmoForCausalLM",
+    PERTA_LLAMA_NAMES,
+    PARAMS(flex_olmo_params),
+    .own_keys = olmoe_keys,
+    .reads_attention_bias = true,
+    .pad = 100277 + 1,
+    .max_positions = 4096,
+    .rope = {.theta = 500000},
+    .read = read_flex_olmo,
 };

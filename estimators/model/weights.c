@@ -1,5 +1,6 @@
 #include "estimators/model/weights.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -56,11 +57,22 @@ static int check_tensor(void *ctx, const char *name, const struct perta_tensor_s
     return 0;
 }
 
+/* Is it of a layer after the last one that takes part in the loss? */
+static bool is_of_extra_layer(const struct perta_llm *llm, const char *name)
+{
+    size_t n = strlen(llm->names.layers);
+    char *end;
+    if (strncmp(name, llm->names.layers, n) || name[n] != '.' || !isdigit(name[n + 1]))
+        return false;
+    unsigned long long layer = strtoull(name + n + 1, &end, 10);
+    return *end == '.' && layer >= llm->n_layers && layer - llm->n_layers < llm->n_extra_layers;
+}
+
 bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 {
     if (!strcmp(name, w->llm.names.head))
         return !strcmp(name, perta_weights_head(w));
-    return !perta_is_buffer_name(name);
+    return !perta_is_buffer_name(name) && !is_of_extra_layer(&w->llm, name);
 }
 
 /* Refuse tensors that are never read: they have no gradient, and zeros for them would mislead. */
