@@ -1,6 +1,9 @@
 #include "estimators/passes/importance_sink.h"
 
+#include <stdio.h>
 #include <string.h>
+
+#include "estimators/model/config.h"
 
 /* ---- sizes ---- */
 
@@ -55,6 +58,21 @@ static struct perta_array squares_of(const struct perta_importance_sink *s, enum
                                 : (struct perta_array){0};
 }
 
+/* The name by which a parameter's gradient is known to the statistic: that of its tensor. Norms of
+ * gradients are of the tensors that transformers has in memory, where all experts of a layer are in
+ * one for gate and up, and one for down, whatever the files have. */
+static const char *name_of(const struct perta_importance_sink *s, struct perta_site site,
+                           const struct perta_param_row *row, char name[PERTA_NAME_BYTES])
+{
+    static const char *const fused[] = {"gate_up", "gate_up bias", "down", "down bias"};
+    unsigned i = row->param - PERTA_EXPERT_GATE; /* gate, up, gate_up, down; after each its bias */
+    if (!s->statistic->norms || !perta_is_of_expert(row->param))
+        return perta_llm_name(s->llm, site, row, name);
+    snprintf(name, PERTA_NAME_BYTES, "%s.%u experts %s", s->llm->names.layers, site.layer,
+             fused[row->param >= PERTA_EXPERT_DOWN ? 2 + i % 2 : i % 2]);
+    return name;
+}
+
 static int on_vector(struct perta_gradient_sink *of, struct perta_site site, enum perta_param param,
                      size_t sequence, struct perta_array d, struct perta_err *err)
 {
@@ -64,7 +82,7 @@ static int on_vector(struct perta_gradient_sink *of, struct perta_site site, enu
     size_t out, in;
     (void)sequence; /* within its batch; sequences are samples, and come in order */
     perta_llm_shape(s->llm, row, &out, &in);
-    perta_llm_name(s->llm, site, row, name);
+    name_of(s, site, row, name);
     return perta_statistic_add_vector(s->statistic, name, s->n_vectors[param]++, d, in,
                                       sums_of(s, param), squares_of(s, param), err);
 }
@@ -182,7 +200,7 @@ static int write_weight(const struct perta_importance_sink *s, struct perta_site
     char name[PERTA_NAME_BYTES];
     bool all_x = false;
     int rc = 0;
-    perta_llm_name(s->llm, site, row, name);
+    name_of(s, site, row, name);
     for (size_t r = 0; r < o->out && !rc; r += block) {
         size_t rows = o->out - r < block ? o->out - r : block;
         struct perta_gradient g = perta_statistic_gradient(s->statistic, rows, o->in);

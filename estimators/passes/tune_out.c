@@ -41,6 +41,15 @@ json_t *perta_tune_recipe(const struct perta_tune_job *job)
 
 /* ---- adapter_config.json ---- */
 
+/* Append a string, unless the list has it. */
+static void append_once(json_t **list, const char *text)
+{
+    for (size_t i = 0; i < json_array_size(*list); i++)
+        if (!strcmp(json_string_value(json_array_get(*list, i)), text))
+            return;
+    perta_json_append(list, json_string(text));
+}
+
 /* Names of the modules, as they were given; all-linear becomes a list, as PEFT writes it. */
 static json_t *target_modules(const struct perta_tune_job *job)
 {
@@ -54,11 +63,9 @@ static json_t *target_modules(const struct perta_tune_job *job)
              p++) {
             const struct perta_factor *f = &job->pass.factors.of[p];
             char name[PERTA_NAME_BYTES];
-            if (f->site.layer)
-                break;
             perta_llm_name(llm, f->site, perta_llm_param(llm, f->site.layer, f->param), name);
             name[strlen(name) - strlen(ENDING)] = '\0';
-            perta_json_append(&names, json_string(strrchr(name, '.') + 1));
+            append_once(&names, strrchr(name, '.') + 1);
         }
     return names;
 }

@@ -31,14 +31,29 @@ bool perta_tune_is_target(const struct perta_tune *t, const char *module, size_t
     return false;
 }
 
-/* The name of a layer's matrix without ".weight"; returns its length, or 0 for a vector. */
-static size_t module_of(const struct perta_llm *llm, uint32_t layer,
-                        const struct perta_param_row *row, char name[PERTA_NAME_BYTES])
+/* The name of a layer's linear module, which is that of its matrix without ".weight"; returns its
+ * length, or 0 if there is none: for a vector, an expert (in transformers all are parameters of one
+ * module, which is not linear), and for a router, which mostly is not linear there, either. */
+static size_t module_of(const struct perta_llm *llm, uint32_t layer, int param,
+                        char name[PERTA_NAME_BYTES])
 {
+    const struct perta_param_row *row = perta_llm_param(llm, layer, (enum perta_param)param);
     size_t out, in;
+    if (!row || perta_is_of_expert(row->param) || row->param == PERTA_ROUTER)
+        return 0;
     perta_llm_shape(llm, row, &out, &in);
     perta_llm_name(llm, perta_site_of(layer), row, name);
     return out ? strlen(name) - strlen(".weight") : 0;
+}
+
+/* Whether a list of names, separated by ", ", has this one. */
+static bool is_listed(const char *list, const char *name)
+{
+    size_t n = strlen(name);
+    for (const char *at = list; (at = strstr(at, name)); at += n)
+        if ((at == list || at[-1] == ' ') && (!at[n] || at[n] == ','))
+            return true;
+    return false;
 }
 
 /* Every name that was given must fit a module: PEFT would pass over a misspelt one. */
@@ -49,13 +64,13 @@ static int check_target(const struct perta_tune_job *job, const char *target, st
     char name[PERTA_NAME_BYTES], all[256] = "";
     for (uint32_t l = 0; l < llm->n_layers; l++)
         for (int p = 0; p < PERTA_N_PARAMS; p++) {
-            const struct perta_param_row *row = perta_llm_param(llm, l, (enum perta_param)p);
-            size_t len = row ? module_of(llm, l, row, name) : 0;
-            if (len && perta_tune_is_target(&one, name, len))
+            size_t len = module_of(llm, l, p, name), n = strlen(all);
+            if (!len)
+                continue;
+            if (perta_tune_is_target(&one, name, len))
                 return 0;
             name[len] = '\0';
-            size_t n = strlen(all);
-            if (len && !l)
+            if (!is_listed(all, strrchr(name, '.') + 1))
                 snprintf(all + n, sizeof all - n, "%s%s", n ? ", " : "", strrchr(name, '.') + 1);
         }
     return perta_fail(err, PERTA_EUSAGE,
@@ -76,10 +91,10 @@ static int new_factors(struct perta_tune_job *job, struct perta_err *err)
         rc = perta_factors_open(&job->pass.factors, llm, err);
     for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
         for (int p = 0; p < PERTA_N_PARAMS; p++) {
-            const struct perta_param_row *row = perta_llm_param(llm, l, (enum perta_param)p);
-            size_t len = row ? module_of(llm, l, row, name) : 0;
+            size_t len = module_of(llm, l, p, name);
             if (len && perta_tune_is_target(t, name, len))
-                perta_factors_add(&job->pass.factors, perta_site_of(l), row, t->rank, scaling);
+                perta_factors_add(&job->pass.factors, perta_site_of(l),
+                                  perta_llm_param(llm, l, (enum perta_param)p), t->rank, scaling);
         }
     return rc;
 }
