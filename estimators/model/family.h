@@ -199,8 +199,8 @@ struct perta_rope_family {
     bool alpha;                  /* "dynamic" with "alpha" is a fixed theta */
     bool mrope;                  /* "mrope" is a kind: several axes, which are equal for text */
     bool yarn_is_longrope;       /* "su" and "yarn" are names of longrope, the only scaling */
-    bool short_mscale; /* longrope, the only scaling, has "short_mscale" as scale */
-    bool query_scale;  /* "llama_4_scaling_beta" scales queries */
+    bool short_mscale;           /* longrope, the only scaling, has "short_mscale" as scale */
+    bool query_scale;            /* "llama_4_scaling_beta" scales queries */
     /* "rope_parameters" has an object for each type of layer, whose theta is otherwise that at the
      * top level for full attention, and this for sliding attention. */
     bool by_layer_type;
@@ -240,9 +240,12 @@ struct perta_family {
     void (*read)(struct perta_config_reader *r, struct perta_llm *llm);
 };
 
-/* The supported families, in the order in which messages list them. */
+/* The supported families, in the order in which `perta help families' lists them. */
 extern const struct perta_family *const perta_families[];
 extern const size_t perta_n_families;
+/* The architecture of a supported family that is spelled nearly like this one or, if that is NULL,
+ * the model_type: up to two letters differ, or one in a short name. NULL: none is. */
+const char *perta_family_nearest(const char *architecture, const char *model_type);
 
 /* Rows that several families share (family.c). */
 #define PERTA_N_LLAMA_PARAMS 18
