@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "estimators/model/family.h"
 #include "tools/cli.h"
 #include "tools/external.h"
 
@@ -62,9 +63,18 @@ static void usage(FILE *to)
     for (int i = 0; i < N_VERBS; i++)
         fprintf(to, "  %-11s %s%s\n", verbs[i].name, verbs[i].what, lack_of(&verbs[i]));
     external_list(to, is_verb);
-    fprintf(to, "\n`perta VERB --help' explains a verb and its options, with an example.\n"
-                "Exit status: 0 done, 1 a check failed, 2 usage, 3 bad input, 4 system (I/O,\n"
-                "memory), 130 interrupted.\n");
+    fprintf(to,
+            "\n`perta VERB --help' explains a verb and its options, with an example.\n"
+            "`perta help families' lists the models that estimate, eval and tune compute with.\n"
+            "Exit status: 0 done, 1 a check failed, 2 usage, 3 bad input, 4 system (I/O,\n"
+            "memory), 130 interrupted.\n");
+}
+
+/* As `config.json' names them. */
+static void list_families(void)
+{
+    for (size_t i = 0; i < perta_n_families; i++)
+        printf("%-24s %s\n", perta_families[i]->model_type, perta_families[i]->architecture);
 }
 
 /* Open the standard streams that are closed: otherwise the first file that is opened would get the
@@ -93,6 +103,10 @@ int main(int argc, char **argv)
         return verb->run(argc - 1, argv + 1);
     if (!strcmp(name, "--version")) {
         puts("perta " PERTA_VERSION);
+        return 0;
+    }
+    if (argc == 3 && !strcmp(name, "help") && !strcmp(argv[2], "families")) {
+        list_families();
         return 0;
     }
     bool asked = !strcmp(name, "--help") || !strcmp(name, "help");

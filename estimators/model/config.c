@@ -172,17 +172,13 @@ static const char *choose_architecture(struct perta_config_reader *r,
     return json_string_value(json_array_get(names, 0));
 }
 
-/* "A, B and C": the names of all families, in buf. */
-static const char *list_families(bool by_type, char buf[1024])
+/* What is supported, for a refusal of an architecture or, without one, a model_type. NULL: neither
+ * is named. */
+static const char *list_families(const char *architecture, const char *type, char buf[256])
 {
-    size_t at = 0;
-    for (size_t i = 0; i < perta_n_families && at < 1024; i++)
-        at += (size_t)snprintf(buf + at, 1024 - at, "%s%s",
-                               !i                         ? ""
-                               : i + 1 < perta_n_families ? ", "
-                                                          : " and ",
-                               by_type ? perta_families[i]->model_type
-                                       : perta_families[i]->architecture);
+    const char *nearest = architecture || type ? perta_family_nearest(architecture, type) : NULL;
+    snprintf(buf, 256, "`perta help families' lists the %zu that are%s%s", perta_n_families,
+             nearest ? ". The nearest name there is " : "", nearest ? nearest : "");
     return buf;
 }
 
@@ -197,26 +193,24 @@ static const struct perta_family *find_family(struct perta_config_reader *r)
     const struct perta_family *by_type = find_type(type);
     const char *name = choose_architecture(r, by_type);
     const struct perta_family *family = name ? find_architecture(name) : by_type;
-    char supported[1024], types[1024];
-    list_families(false, supported);
+    char supported[256];
+    list_families(name, type, supported);
     if (r->rc)
         return NULL;
     if (!name && !type)
-        r->rc = perta_fail(r->err, PERTA_EINPUT,
-                           "%s: architecture (none named) is not supported; %s are, or as "
-                           "\"model_type\" %s",
-                           r->path, supported, list_families(true, types));
+        r->rc =
+            perta_fail(r->err, PERTA_EINPUT, "%s: architecture (none named) is not supported; %s",
+                       r->path, supported);
     else if (!family && name && perta_config_missing(name))
         r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: architecture %s is not supported: it has %s",
                            r->path, name, perta_config_missing(name));
     else if (!family && by_type && !*why_not(r->config, name))
-        r->rc =
-            perta_fail(r->err, PERTA_EINPUT,
-                       "%s: architecture %s is not supported; %s are. \"model_type\" says %s; if "
-                       "the model is one, write %s under \"architectures\"",
-                       r->path, name, supported, type, by_type->architecture);
+        r->rc = perta_fail(r->err, PERTA_EINPUT,
+                           "%s: architecture %s is not supported; %s. \"model_type\" says %s; if "
+                           "the model is one, write %s under \"architectures\"",
+                           r->path, name, supported, type, by_type->architecture);
     else if (!family)
-        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s %s is not supported; %s are%s", r->path,
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s %s is not supported; %s%s", r->path,
                            name ? "architecture" : "\"model_type\"", name ? name : type, supported,
                            why_not(r->config, name ? name : ""));
     else if (type && by_type != family)

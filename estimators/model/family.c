@@ -1,5 +1,6 @@
 #include "estimators/model/family.h"
 
+#include <ctype.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -84,6 +85,40 @@ const struct perta_family *const perta_families[] = {
 };
 /* clang-format on */
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;
+
+/* ---- spelling ---- */
+
+/* How many letters are added, left out or replaced between two names (Levenshtein), or a larger
+ * number than most. */
+static int distance(const char *a, const char *b, int most)
+{
+    if (!*a || !*b || most < 0)
+        return (int)(strlen(a) + strlen(b));
+    if (tolower((unsigned char)*a) == tolower((unsigned char)*b))
+        return distance(a + 1, b + 1, most);
+    int replaced = distance(a + 1, b + 1, most - 1), added = distance(a, b + 1, most - 1),
+        left_out = distance(a + 1, b, most - 1);
+    int least = added < left_out ? added : left_out;
+    return 1 + (replaced < least ? replaced : least);
+}
+
+const char *perta_family_nearest(const char *architecture, const char *model_type)
+{
+    const char *name = architecture ? architecture : model_type;
+    const int most = strlen(name) > 5 ? 2 : 1;
+    int least = most + 1;
+    const char *nearest = NULL;
+    for (size_t i = 0; i < perta_n_families; i++) {
+        const struct perta_family *family = perta_families[i];
+        const char *other = architecture ? family->architecture : family->model_type;
+        int d = distance(name, other, most);
+        if (d < least) {
+            least = d;
+            nearest = other;
+        }
+    }
+    return nearest;
+}
 
 /* ---- rows ---- */
 

@@ -240,9 +240,12 @@ struct perta_family {
     void (*read)(struct perta_config_reader *r, struct perta_llm *llm);
 };
 
-/* The supported families, in the order in which messages list them. */
+/* The supported families, in the order in which `perta help families' lists them. */
 extern const struct perta_family *const perta_families[];
 extern const size_t perta_n_families;
+/* The architecture of a supported family that is spelled nearly like this one or, if that is NULL,
+ * the model_type: up to two letters differ, or one in a short name. NULL: none is. */
+const char *perta_family_nearest(const char *architecture, const char *model_type);
 
 /* Rows that several families share (family.c). */
 #define PERTA_N_LLAMA_PARAMS 18

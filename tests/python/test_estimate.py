@@ -222,9 +222,9 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; LlamaForCausalLM, "),
-        ({"architectures": None, "model_type": None}, "(none named)"),
-        ({"architectures": None, "model_type": "phi"}, '"model_type" phi is not supported; LlamaForCausalLM, '),
+        ({"architectures": ["Llama5ForCausalLM"]}, "The nearest name there is LlamaForCausalLM. "),
+        ({"architectures": None, "model_type": None}, "(none named) is not supported; `perta help families' lists the "),
+        ({"architectures": None, "model_type": "llama_5"}, "llama_5 is not supported; `perta help families' lists the "),
         ({"architectures": ["MistralForCausalLM"]}, '"model_type" llama is not that of MistralForCausalLM'),
         ({"model_type": "gemma"}, '"model_type" gemma is not that of LlamaForCausalLM'),
         ({"layer_types": ["linear"]}, '"layer_types" 0'),
