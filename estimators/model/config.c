@@ -1,11 +1,15 @@
 #include "estimators/model/config_read.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 
 #include "estimators/model/family.h"
+#include "estimators/model/wrapper.h"
+#include "io/format/naming.h"
 #include "io/text.h"
 
 /* ---- values ---- */
@@ -469,14 +473,15 @@ static void check_mixture(struct perta_config_reader *r, const struct perta_llm 
         r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s", r->path, why.msg);
 }
 
-int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *llm,
-                    struct perta_err *err)
+/* The language model's config. family NULL: the one that it names. */
+static int parse(const json_t *config, const char *path, const struct perta_family *family,
+                 struct perta_llm *llm, struct perta_err *err)
 {
     struct perta_config_reader r = {.config = config, .path = path, .err = err};
     *llm = (struct perta_llm){0};
     if (!json_is_object(config))
         return perta_fail(err, PERTA_EINPUT, "%s: no JSON object", path);
-    const struct perta_family *family = find_family(&r);
+    family = family ? family : find_family(&r);
     if (!family)
         return r.rc;
     r.family = family;
@@ -497,4 +502,49 @@ int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *ll
         check_mixture(&r, llm);
     perta_llm_set_names(llm, family->base, "");
     return r.rc;
+}
+
+/* A language model within another model. */
+static int parse_within(const struct perta_wrapper *wrapper, const json_t *config, const char *path,
+                        struct perta_llm *llm, struct perta_err *err)
+{
+    struct perta_config_reader r = {.config = config, .path = path, .err = err};
+    const json_t *type = json_object_get(config, "model_type");
+    json_t *text = perta_wrapper_text(wrapper, config);
+    const char *text_type = json_string_value(json_object_get(text, "model_type"));
+    char *within = NULL;
+    if (type && (!json_is_string(type) || strcmp(json_string_value(type), wrapper->model_type)))
+        r.rc = perta_fail(err, PERTA_EINPUT, "%s: \"model_type\" is not that of %s (%s)", path,
+                          wrapper->architecture, wrapper->model_type);
+    else if (!text)
+        r.rc = perta_fail(err, PERTA_EINPUT,
+                          "%s: no \"text_config\", which says what its "
+                          "language model is",
+                          path);
+    else if (wrapper->is_fixed && (!text_type || strcmp(text_type, wrapper->text_type)))
+        r.rc = perta_fail(err, PERTA_EINPUT,
+                          "%s: \"text_config\": \"model_type\" is not %s, the text model of %s",
+                          path, wrapper->text_type, wrapper->architecture);
+    else if (asprintf(&within, "%s: in \"text_config\"", path) < 0)
+        r.rc = perta_fail_sys(err, ENOMEM, "%s", path);
+    perta_config_bool(&r, "tie_word_embeddings");
+    if (!r.rc)
+        r.rc = parse(text, json_object_get(config, "text_config") ? within : path, wrapper->text,
+                     llm, err);
+    if (!r.rc && strcmp(llm->family->base, "model"))
+        r.rc = perta_fail(err, PERTA_EINPUT, "%s: a %s within a %s is not supported", path,
+                          llm->family->model_type, wrapper->architecture);
+    llm->wrapper = wrapper;
+    llm->tied = perta_is_tied_by(config);
+    json_decref(text);
+    free(within);
+    return r.rc;
+}
+
+int perta_llm_parse(const json_t *config, const char *path, struct perta_llm *llm,
+                    struct perta_err *err)
+{
+    const struct perta_wrapper *wrapper = perta_wrapper_find(config);
+    return wrapper ? parse_within(wrapper, config, path, llm, err)
+                   : parse(config, path, NULL, llm, err);
 }

@@ -16,6 +16,8 @@
 #define PERTA_MOST_LAYERS 1024
 #define PERTA_NO_PAD UINT32_MAX
 
+struct perta_wrapper;
+
 /* Names of tensors in files. */
 struct perta_llm_names {
     char layers[64]; /* "model.layers" */
@@ -26,7 +28,8 @@ struct perta_rotation;
 
 struct perta_llm {
     const struct perta_family *family;
-    struct perta_llm_names names; /* "" for what the family does not have */
+    const struct perta_wrapper *wrapper; /* the model that it is a part of; NULL: none */
+    struct perta_llm_names names;        /* "" for what the family does not have */
     uint32_t n_layers, hidden, intermediate, vocab;
     uint32_t n_extra_layers; /* that files may have after those: they predict further tokens, and
                                 take no part in the loss */

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "estimators/model/family.h"
+#include "estimators/model/wrapper.h"
 #include "io/text.h"
 
 /* Keys that perta_llm_parse reads, or the reader of checkpoints. */
@@ -348,14 +349,41 @@ static bool is_known(const char *key)
     return is_in(key, read_keys, N(read_keys)) || is_in(key, plain_keys, N(plain_keys));
 }
 
-json_t *perta_llm_unknown_keys(const json_t *config)
+static void add_unknown(const json_t *config, const struct perta_family *family, const char *within,
+                        json_t **list)
 {
-    json_t *list = json_array(), *value;
     const char *key;
-    const struct perta_family *family = perta_config_family(config);
+    json_t *value;
     json_object_foreach ((json_t *)(uintptr_t)config, key, value)
         if (!is_known(key) && !is_own(family, key))
-            perta_json_append(&list, perta_text_json("%s", key));
+            perta_json_append(list, perta_text_json("%s%s", within, key));
+}
+
+/* Beside the text model's config, all known keys are ignored, as by transformers. */
+static void add_unknown_around(const struct perta_wrapper *wrapper, const json_t *config,
+                               json_t **list)
+{
+    json_t *text = perta_wrapper_text(wrapper, config), *value;
+    const char *key;
+    bool is_within = json_object_get(config, "text_config");
+    json_object_foreach ((json_t *)(uintptr_t)config, key, value)
+        if (is_within && !is_known(key) && !perta_wrapper_has_key(key))
+            perta_json_append(list, perta_text_json("%s", key));
+    add_unknown(text, wrapper->text ? wrapper->text : perta_config_family(text),
+                is_within ? "text_config." : "", list);
+    perta_config_rope_unknown(text, list);
+    json_decref(text);
+}
+
+json_t *perta_llm_unknown_keys(const json_t *config)
+{
+    json_t *list = json_array();
+    const struct perta_wrapper *wrapper = perta_wrapper_find(config);
+    if (wrapper) {
+        add_unknown_around(wrapper, config, &list);
+        return list;
+    }
+    add_unknown(config, perta_config_family(config), "", &list);
     perta_config_rope_unknown(config, &list);
     return list;
 }

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "estimators/model/wrapper.h"
 #include "io/format/naming.h"
 #include "io/format/tied.h"
 #include "io/format/which.h"
@@ -72,7 +73,8 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 {
     if (!strcmp(name, w->llm.names.head))
         return !strcmp(name, perta_weights_head(w));
-    return !perta_is_buffer_name(name) && !is_of_extra_layer(&w->llm, name);
+    return !perta_is_buffer_name(name) && !is_of_extra_layer(&w->llm, name) &&
+           !(w->llm.wrapper && perta_wrapper_is_other(name));
 }
 
 /* Refuse tensors that are never read: they have no gradient, and zeros for them would mislead. */
@@ -90,8 +92,27 @@ static int check_strangers(const struct checked *checked, struct perta_err *err)
     return 0;
 }
 
+/* A model around a language model stores a head of its own, or it is the embedding. */
+static int settle_tie(struct perta_weights *w, struct perta_err *err)
+{
+    const struct perta_ref *embedding, *head;
+    bool same = false, by_config = w->llm.tied;
+    if (!w->llm.wrapper)
+        return 0;
+    w->llm.tied = perta_is_tied(w->ck);
+    int rc = 0;
+    if (by_config && !w->llm.tied && perta_tied_pair(w->ck, &embedding, &head))
+        rc = perta_tied_compare(w->ck, embedding, w->ck, head, &same, err);
+    if (rc || !same)
+        return rc;
+    return perta_fail(err, PERTA_EINPUT,
+                      "%s: tensors %s and %s are the same; say under \"tie_word_embeddings\" in "
+                      "its config.json whether they are one",
+                      w->ck->path, embedding->tensor->name, head->tensor->name);
+}
+
 /* Experts are in tensors of their own, or all in one. */
-static void choose_names(struct perta_weights *w)
+static void choose_experts(struct perta_weights *w)
 {
     struct perta_llm *llm = &w->llm;
     const uint32_t apart = llm->options;
@@ -143,8 +164,12 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     if (w->dequantised.how)
         w->source = &w->dequantised.source;
     rc = perta_llm_parse(w->ck->config, w->ck->config_path, &w->llm, err);
+    if (!rc && w->llm.wrapper)
+        perta_wrapper_names(&w->llm, w->ck);
     if (!rc)
-        choose_names(w);
+        choose_experts(w);
+    if (!rc)
+        rc = settle_tie(w, err);
     struct checked checked = {w, calloc(w->ck->n_tensors + 1, sizeof *checked.wanted)};
     if (!rc && !checked.wanted)
         rc = perta_fail_sys(err, ENOMEM, "%s", path);

@@ -109,20 +109,51 @@ static bool is_tied_by_default(const char *type)
 }
 
 /* A classifier, or a model of layers alone, has no head to tie. */
-static bool may_have_head(const struct perta_checkpoint *ck)
+static bool may_have_head(const json_t *config)
 {
     const char *name =
-        json_string_value(json_array_get(json_object_get(ck->config, "architectures"), 0));
+        json_string_value(json_array_get(json_object_get(config, "architectures"), 0));
     return !name || strstr(name, "LM") || strstr(name, "Generation");
+}
+
+static bool is_one_of(const char *type, const char *const *types)
+{
+    while (*types && (!type || strcmp(type, *types)))
+        types++;
+    return *types;
+}
+
+/* Models around a language model: the key in "text_config" alone counts; it counts, too; the
+ * embeddings are tied by default. */
+static const char *const tied_within[] = {"llama4", NULL};
+static const char *const tied_by_either[] = {"llava", "llava_onevision", "qwen2_vl", "qwen2_5_vl",
+                                             NULL};
+static const char *const tied_around[] = {"aya_vision", "internvl", "mistral3", NULL};
+
+bool perta_is_tied_by(const json_t *config)
+{
+    static const char key[] = "tie_word_embeddings";
+    const json_t *tie = json_object_get(config, key);
+    const json_t *within = json_object_get(json_object_get(config, "text_config"), key);
+    const char *type = json_string_value(json_object_get(config, "model_type"));
+    if (is_one_of(type, tied_within))
+        return json_is_true(within);
+    if (json_is_true(within) && is_one_of(type, tied_by_either))
+        return true;
+    if (tie && !json_is_null(tie))
+        return json_is_true(tie);
+    return type && (is_tied_by_default(type) || is_one_of(type, tied_around)) &&
+           may_have_head(config);
 }
 
 bool perta_is_tied(const struct perta_checkpoint *ck)
 {
-    const json_t *tie = json_object_get(ck->config, "tie_word_embeddings");
     const char *type = json_string_value(json_object_get(ck->config, "model_type"));
-    if (tie && !json_is_null(tie))
-        return json_is_true(tie);
-    return type && is_tied_by_default(type) && may_have_head(ck);
+    const json_t *tie = json_object_get(ck->config, "tie_word_embeddings");
+    const struct perta_ref *embedding, *head;
+    bool is_said = tie && !json_is_null(tie);
+    return perta_is_tied_by(ck->config) &&
+           (is_said || !is_one_of(type, tied_around) || !perta_tied_pair(ck, &embedding, &head));
 }
 
 /* ---- buffers ---- */

@@ -31,7 +31,11 @@ bool perta_tied_is_embedding(const char *name);
 bool perta_tied_pair(const struct perta_checkpoint *ck, const struct perta_ref **embedding,
                      const struct perta_ref **head);
 /* "tie_word_embeddings" in config.json, or transformers' default for its "model_type" (Gemma,
- * GPT-2, ...); false if neither is known. */
+ * GPT-2, ...); false if neither is known. For a model around a language model, where transformers
+ * looks: at the top level, in "text_config", or at both. */
+bool perta_is_tied_by(const json_t *config);
+/* The same for a checkpoint's config, except that embeddings are not tied by a default that
+ * speaks against the files: of models around others, many store a head of its own. */
 bool perta_is_tied(const struct perta_checkpoint *ck);
 
 /* Is it a buffer, which a model computes for itself and some checkpoints store (frequencies,

@@ -121,6 +121,7 @@ SIGLIP = {
     "image_size": 28,
     "patch_size": 14,
 }
+CLIP = SIGLIP | {"model_type": "clip_vision_model", "projection_dim": 16}
 DEEPSEEK_V3_YARN = rope(
     "yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0, beta_fast=32, beta_slow=1
 )
@@ -308,6 +309,23 @@ FAMILIES = {
         text({"model_type": "qwen2_5_vl_text"} | rope(mrope_section=[1, 1, 2]), ({"model_type": "qwen2_5_vl_text", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1} | rope(mrope_section=[2, 1, 1]))),
         vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
         image_token_id=60, video_token_id=59, vision_start_token_id=58, vision_end_token_id=57,
+    ),
+    "qwen2_vl": wrapped(
+        text({"model_type": "qwen2_vl_text"} | rope(mrope_section=[1, 1, 2])),
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+        image_token_id=60, video_token_id=59, vision_start_token_id=58, vision_end_token_id=57, tie_word_embeddings=True,
+    ),
+    "llava": wrapped(
+        text({"model_type": "llama"}, (ODD, {"model_type": "mistral", "head_dim": 10, "sliding_window": 5}), ({"model_type": "qwen2"}, TIED)),
+        vision_config=CLIP, image_token_index=60,
+    ),
+    "llava_next": wrapped(text({"model_type": "mistral", "sliding_window": None}), vision_config=CLIP, image_token_index=60),
+    "llava_onevision": wrapped(text(({"model_type": "qwen2"}, TIED)), vision_config=SIGLIP, image_token_index=60, video_token_index=59),
+    "vipllava": wrapped(text({"model_type": "llama"}), vision_config=CLIP, image_token_index=60, vision_feature_layers=[-1]),
+    "internvl": wrapped(
+        text({"model_type": "qwen2"}),
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": [28, 28], "patch_size": [14, 14]},
+        image_token_id=60, tie_word_embeddings=False,
     ),
     "llama4": wrapped(
         text(

@@ -174,13 +174,28 @@ def test_a_tied_pair_that_differs_is_refused(perta, model, tmp_path):
 @pytest.mark.parametrize(
     "said, says",
     [
-        ({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}, "This is a wrapper"),
-        ({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {}}, "This is a wrapper"),
+        ({"architectures": ["PaliGemmaForConditionalGeneration"], "vision_config": {}}, "This is a wrapper"),
+        ({"architectures": ["IdeficsForConditionalGeneration"], "text_config": {}}, "This is a wrapper"),
+        ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {}}, "is not that of LlavaForCond"),
+        ({"architectures": None, "model_type": "llava"}, 'no "text_config"'),
+        ({"architectures": None, "model_type": "llava", "text_config": 1}, 'no "text_config"'),
         (
             {"architectures": ["PeftModelForCausalLM"]},
             '"model_type" says llama; if the model is one, write LlamaForCausalLM under "architectures"',
         ),
-        ({"architectures": None, "model_type": "llava", "text_config": {}}, '"model_type" llava is not supported'),
+        (
+            {"architectures": None, "model_type": "llava", "text_config": {"model_type": "t5"}},
+            'in "text_config": "model_type" t5 is not supported',
+        ),
+        (
+            {"architectures": None, "model_type": "llava", "text_config": {"hidden_act": "tanhshrink"}},
+            'in "text_config": hidden_act "tanhshrink"',
+        ),
+        (
+            {"architectures": None, "model_type": "qwen2_vl", "text_config": {"model_type": "llama"}},
+            "is not qwen2_vl_text, the text model of Qwen2VL",
+        ),
+        ({"architectures": None, "model_type": "qwen2_vl", "head_dim": 6}, '"head_dim" is not "hidden_size" divided'),
         ({"architectures": ["T5ForConditionalGeneration"]}, "an encoder beside its decoder"),
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported: it has state-space layers"),
         ({"architectures": ["Qwen3NextForCausalLM"]}, "it has linear attention (gated delta rule)"),

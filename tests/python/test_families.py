@@ -48,8 +48,6 @@ NOT_YET = {
     "granite": "all",
     "olmo": "all",
     "gemma3": "all",
-    "mistral3": "all",
-    "qwen2_5_vl": "all",
     "llama4": "all",
     "llama4_text": "all",
     "deepseek_v2": "all",
