@@ -220,6 +220,20 @@ const char *perta_llm_name(const struct perta_llm *llm, struct perta_site site,
     return buf;
 }
 
+bool perta_llm_is_matrix(const struct perta_llm *llm, const char *name, size_t n_dims)
+{
+    size_t n = strlen(llm->names.layers);
+    const char *of_layer =
+        strncmp(name, llm->names.layers, n) || name[n] != '.' ? NULL : name + n + 1;
+    of_layer = of_layer ? strchr(of_layer, '.') : NULL;
+    for (size_t i = 0; of_layer && i < llm->family->n_params; i++) {
+        const struct perta_param_row *row = &llm->family->params[i];
+        if (row->out == PERTA_WIDTH_NONE && !strcmp(row->name, of_layer + 1))
+            return false;
+    }
+    return n_dims >= 2;
+}
+
 uint64_t perta_llm_first(const struct perta_llm *llm, struct perta_site site,
                          const struct perta_param_row *row)
 {

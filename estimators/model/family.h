@@ -298,6 +298,10 @@ size_t perta_llm_widest(const struct perta_llm *llm);
 #define PERTA_NAME_BYTES 160
 const char *perta_llm_name(const struct perta_llm *llm, struct perta_site site,
                            const struct perta_param_row *row, char buf[PERTA_NAME_BYTES]);
+/* Whether a tensor of the model is a matrix, or the matrices of all experts, by its name and the
+ * number of its dimensions: all experts' biases, or a norm's weight for each head, have two and are
+ * none. */
+bool perta_llm_is_matrix(const struct perta_llm *llm, const char *name, size_t n_dims);
 /* The index of a parameter's first element in its tensor: 0, unless all experts are in one. */
 uint64_t perta_llm_first(const struct perta_llm *llm, struct perta_site site,
                          const struct perta_param_row *row);

@@ -86,7 +86,8 @@ static bool is_chosen(const struct perta_steps_job *job, const char *name)
     const struct perta_ref *ref = perta_checkpoint_find(job->weights.ck, name);
     return perta_weights_is_parameter(&job->weights, name) &&
            perta_globs_match(&job->steps->globs, name) &&
-           !(perta_steps_is_own(job->steps) && ref->tensor->n_dims != 2) &&
+           (!perta_steps_is_own(job->steps) ||
+            perta_llm_is_matrix(&job->weights.llm, name, ref->tensor->n_dims)) &&
            (!job->adapter || perta_adapter_find(job->adapter, name));
 }
 
