@@ -47,6 +47,23 @@ static size_t norms_of(const struct perta_llm *llm, enum perta_param norm, size_
     return in ? width / in : 0;
 }
 
+static size_t latent_width(const struct perta_llm *llm)
+{
+    const struct perta_attention_part *part = llm->family->attention;
+    return part->latent_width ? part->latent_width(llm) : 0;
+}
+
+/* The width of the result of a linear that is several in one. */
+static size_t fused_width(const struct perta_llm *llm, const struct widths *w)
+{
+    size_t of_keys = (size_t)llm->n_heads * (llm->head_dim - llm->rotary_dim + llm->value_dim);
+    size_t fused = has(llm, PERTA_QKV) ? w->Q + w->K + w->V : 0;
+    if (has(llm, PERTA_KV_B))
+        fused = most(fused, of_keys);
+    return has(llm, PERTA_GATE_UP) || has(llm, PERTA_SHARED_GATE_UP) ? most(fused, 2 * w->I)
+                                                                     : fused;
+}
+
 /* An array, and the number of floats that it has for each token. */
 struct part {
     struct perta_array *array;
@@ -91,8 +108,7 @@ static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, si
         {&a->branch_2, is_detached(llm, PERTA_NORM_2_AFTER) || llm->n_experts ? w.H : 0},
         {&a->rstd1_after, has(llm, PERTA_NORM_1_AFTER) ? stats : 0},
         {&a->rstd2_after, has(llm, PERTA_NORM_2_AFTER) ? stats : 0},
-        {&a->latent,
-         llm->family->attention->latent_width ? llm->family->attention->latent_width(llm) : 0},
+        {&a->latent, latent_width(llm)},
     };
     return lay_out_parts(parts, sizeof parts / sizeof *parts, n, memory);
 }
@@ -103,9 +119,6 @@ static size_t lay_out_rest(struct perta_acts *a, const struct perta_llm *llm, si
 {
     const struct widths w = widths_of(llm);
     bool detached = is_detached(llm, PERTA_NORM_1_AFTER) || is_detached(llm, PERTA_NORM_2_AFTER);
-    size_t fused = has(llm, PERTA_QKV) ? w.Q + w.K + w.V : 0;
-    if (has(llm, PERTA_GATE_UP) || has(llm, PERTA_SHARED_GATE_UP))
-        fused = most(fused, 2 * w.I);
     const struct part parts[] = {
         {&a->out, w.H},
         {&a->dout, w.H},
@@ -118,13 +131,14 @@ static size_t lay_out_rest(struct perta_acts *a, const struct perta_llm *llm, si
         {&a->dv, w.V},
         {&a->dgate, w.I},
         {&a->dup, w.I},
-        {&a->fused, fused},
+        {&a->fused, fused_width(llm, &w)},
         {&a->dbranch, detached || llm->parallel || llm->n_experts ? w.H : 0},
         {&a->spare, detached || llm->n_experts ? w.H : 0},
         {&a->router, llm->n_experts},
         {&a->score, has(llm, PERTA_SHARED_SCORE)},
         {&a->dscore, has(llm, PERTA_SHARED_SCORE)},
         {&a->dsinks, has(llm, PERTA_SINKS) ? llm->n_heads : 0},
+        {&a->dlatent, latent_width(llm)},
     };
     size_t at = lay_out_parts(parts, sizeof parts / sizeof *parts, n, memory);
     a->vector = perta_array_take(memory, &at, most(2 * w.H, perta_llm_widest(llm)));

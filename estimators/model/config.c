@@ -104,7 +104,8 @@ bool perta_config_bool(struct perta_config_reader *r, const char *key)
 static const struct perta_family *find_type(const char *type)
 {
     for (size_t i = 0; type && i < perta_n_families; i++)
-        if (!strcmp(type, perta_families[i]->model_type))
+        if (!strcmp(type, perta_families[i]->model_type) ||
+            (perta_families[i]->other_type && !strcmp(type, perta_families[i]->other_type)))
             return perta_families[i];
     return NULL;
 }
@@ -373,8 +374,10 @@ static void check_sizes(struct perta_config_reader *r, const struct perta_llm *l
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: %u attention heads cannot share %u key-value heads", r->path,
                            llm->n_heads, llm->n_kv_heads);
-    else if (llm->head_dim % 2)
-        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: head_dim %u is odd", r->path, llm->head_dim);
+    else if (llm->rotary_dim ? llm->rotary_dim % 2 : llm->head_dim % 2)
+        r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s %u is odd", r->path,
+                           llm->rotary_dim ? "qk_rope_head_dim" : "head_dim",
+                           llm->rotary_dim ? llm->rotary_dim : llm->head_dim);
 }
 
 static uint32_t read_layers(struct perta_config_reader *r, const struct perta_family *family)
@@ -466,6 +469,15 @@ static void read_sizes(struct perta_config_reader *r, const struct perta_family 
         llm->layers[l] = PERTA_LAYER_DENSE;
 }
 
+/* Latent attention multiplies its scores by the square of yarn's mscale for all dimensions, too. */
+static void scale_latent(struct perta_llm *llm)
+{
+    const struct perta_rope *rope = &llm->ropes[0];
+    double all = rope->mscale_all_dim;
+    double mscale = all > 0 ? perta_rope_mscale(rope->factor, all) : 1;
+    llm->attention_scale = (float)(mscale * mscale / sqrt((double)llm->head_dim));
+}
+
 static void check_mixture(struct perta_config_reader *r, const struct perta_llm *llm)
 {
     struct perta_err why = {0};
@@ -494,6 +506,8 @@ static int parse(const json_t *config, const char *path, const struct perta_fami
         family->read(&r, llm);
     perta_config_rope(&r, &family->rope, family->max_positions,
                       llm->rotary_dim ? llm->rotary_dim : llm->head_dim, llm->ropes);
+    if (llm->kv_lora)
+        scale_latent(llm);
     check_sizes(&r, llm);
     perta_config_refuse_keys(&r);
     for (uint32_t l = 0; l < llm->n_layers; l++)

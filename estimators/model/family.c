@@ -74,6 +74,8 @@ extern const struct perta_family perta_qwen2_moe, perta_qwen3_moe, perta_olmoe, 
 extern const struct perta_family perta_mixtral, perta_minimax_m2;
 extern const struct perta_family perta_glm4_moe, perta_dots1, perta_ernie4_5_moe,
     perta_hunyuan_v1_moe;
+extern const struct perta_family perta_deepseek_v2, perta_deepseek_v3, perta_glm4_moe_lite,
+    perta_youtu; /* family_mla.c */
 
 /* clang-format off */
 const struct perta_family *const perta_families[] = {
@@ -82,6 +84,7 @@ const struct perta_family *const perta_families[] = {
     &perta_qwen3_moe, &perta_qwen2_moe, &perta_olmoe, &perta_flex_olmo,
     &perta_mixtral, &perta_minimax_m2,
     &perta_glm4_moe, &perta_dots1, &perta_ernie4_5_moe, &perta_hunyuan_v1_moe,
+    &perta_deepseek_v2, &perta_deepseek_v3, &perta_glm4_moe_lite, &perta_youtu,
 };
 /* clang-format on */
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;

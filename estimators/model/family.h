@@ -210,6 +210,7 @@ struct perta_rope_family {
 
 struct perta_family {
     const char *model_type, *architecture; /* its names in config.json */
+    const char *other_type;                /* another model_type that means the same; NULL: none */
 
     const char *base;                     /* in files: "model", which the names below follow */
     const char *layers;                   /* "layers" */

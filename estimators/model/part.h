@@ -74,6 +74,7 @@ struct perta_acts {
                                              them, scratch of attention (n, Q), (n, A) */
     struct perta_array fused;         /* scratch: the result of a linear that is several in one */
     struct perta_array latent;        /* of latent attention (mla.c) */
+    struct perta_array dlatent;       /* its gradients, laid out alike */
     struct perta_array rstd1, rstd2;  /* (n, stats of the norm) */
     struct perta_array rstd1_after, rstd2_after;
     struct perta_array rstd_q, rstd_k; /* (n, norms of a token, stats) */
@@ -151,7 +152,7 @@ struct perta_attention_part {
     void (*backward)(const struct perta_layer *l, const struct perta_batch *batch,
                      const struct perta_acts *acts, struct perta_array dy);
 };
-extern const struct perta_attention_part perta_attention_part;
+extern const struct perta_attention_part perta_attention_part, perta_latent_attention_part;
 
 /* ---- MLP ---- */
 
