@@ -73,6 +73,9 @@ extern const struct perta_family perta_qwen2_moe, perta_qwen3_moe, perta_olmoe, 
 extern const struct perta_family perta_mixtral, perta_minimax_m2;
 extern const struct perta_family perta_glm4_moe, perta_dots1, perta_ernie4_5_moe,
     perta_hunyuan_v1_moe;
+/* family_norms.c */
+extern const struct perta_family perta_gemma, perta_gemma2, perta_gemma3, perta_vaultgemma;
+extern const struct perta_family perta_olmo, perta_olmo2, perta_olmo3, perta_exaone4, perta_granite;
 
 /* clang-format off */
 const struct perta_family *const perta_families[] = {
@@ -81,6 +84,8 @@ const struct perta_family *const perta_families[] = {
     &perta_qwen3_moe, &perta_qwen2_moe, &perta_olmoe, &perta_flex_olmo,
     &perta_mixtral, &perta_minimax_m2,
     &perta_glm4_moe, &perta_dots1, &perta_ernie4_5_moe, &perta_hunyuan_v1_moe,
+    &perta_gemma, &perta_gemma2, &perta_gemma3, &perta_vaultgemma,
+    &perta_olmo, &perta_olmo2, &perta_olmo3, &perta_exaone4, &perta_granite,
 };
 /* clang-format on */
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;
