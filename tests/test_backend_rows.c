@@ -60,6 +60,48 @@ START_TEST(rows_of_arrays)
 }
 END_TEST
 
+/* ---- clamped ---- */
+
+#define LIMIT 0.5f
+
+static void clamp_run(struct perta_backend *be, const void *ctx, struct outputs *o)
+{
+    const struct pair *x = ctx;
+    struct perta_array in = input(be, o, x[0].f, x[0].n);
+    struct perta_array clamped = output(be, o, "clamped", F32, x[0].f, x[0].n);
+    struct perta_array dx = output(be, o, "dx", F32, x[1].f, x[1].n);
+    begin(be);
+    be->ops->clamp_forward(be, clamped, LIMIT, x[0].n - 1);
+    be->ops->clamp_backward(be, dx, in, LIMIT, x[0].n - 1);
+}
+
+/* At the limits themselves, the gradient goes on, as in PyTorch. */
+START_TEST(clamped_rows)
+{
+    struct pair x[2] = {pair(5 * ROWS_H, 1), pair(5 * ROWS_H, 2)};
+    struct outputs o[N_BACKENDS];
+    x[0].f[0] = LIMIT;
+    x[0].f[1] = -LIMIT;
+    x[0].f[x[0].n - 1] = 3;
+    run_all(clamp_run, x, o);
+    same(o, "clamped");
+    same(o, "dx");
+    const double *clamped = values(&o[ONE], "clamped"), *dx = values(&o[ONE], "dx");
+    size_t outside = 0;
+    ck_assert(clamped[x[0].n - 1] == 3);
+    for (size_t i = 0; i < x[0].n - 1; i++) {
+        bool inside = fabsf(x[0].f[i]) <= LIMIT;
+        outside += !inside;
+        ck_assert(clamped[i] == (double)(inside ? x[0].f[i] : copysignf(LIMIT, x[0].f[i])));
+        ck_assert(dx[i] == (double)(inside ? x[1].f[i] : 0));
+    }
+    ck_assert(outside > 10 && outside < x[0].n - 10);
+    drop_all(o);
+    release(x[0]);
+    release(x[1]);
+}
+END_TEST
+
 /* ---- with factors ---- */
 
 static const float factors[] = {0.3f, 7, -1.7f, 1e-3f};
@@ -189,6 +231,7 @@ int main(void)
     TCase *tests = tcase_create("tests");
     tcase_add_checked_fixture(tests, open_all, close_backends);
     tcase_add_test(tests, rows_of_arrays);
+    tcase_add_test(tests, clamped_rows);
     tcase_add_loop_test(tests, rows_with_factors, 0, 2);
     tcase_add_loop_test(tests, columns, 0, sizeof cuts / sizeof *cuts);
     return run_suite("backend_rows", tests);

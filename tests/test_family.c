@@ -169,6 +169,36 @@ static void are_gradients(struct lab *lab, struct perta_trainer *trainer)
     free(gradients);
 }
 
+/* The trainer's ends know no multipliers, caps and biases. */
+START_TEST(what_the_trainer_does_not_compute_is_refused)
+{
+    struct lab lab;
+    struct perta_trainer trainer;
+    open_lab(&lab, false);
+    struct perta_llm *llm = &lab.model.llm;
+    const struct perta_llm plain = *llm;
+    for (int i = 0; i < 7; i++) {
+        *llm = plain;
+        llm->embedding_multiplier = i == 0 ? 2 : 1;
+        llm->logit_multiplier = i == 1 ? 0.5f : 1;
+        llm->logit_softcap = i == 2 ? 30 : 0;
+        llm->norm_plus = i == 3 ? 1 : 0;
+        llm->n_experts = i == 4 ? 4 : 0;
+        llm->alibi = i == 5;
+        if (i == 6)
+            strcpy(llm->names.head_bias, "head.bias");
+        ck_assert_int_eq(perta_trainer_open(&trainer, &lab.model, &lab.samples, 2, 1, &err),
+                         PERTA_EINPUT);
+        ck_assert_ptr_nonnull(strstr(err.msg, novel.architecture));
+        err = (struct perta_err){0};
+    }
+    *llm = plain;
+    free(lab.twin.weights);
+    perta_samples_release(&lab.samples);
+    perta_model_release(&lab.model);
+}
+END_TEST
+
 START_TEST(a_family_that_is_a_row)
 {
     struct lab lab;
@@ -197,5 +227,6 @@ int main(void)
     TCase *tests = tcase_create("tests");
     tcase_add_checked_fixture(tests, enter, leave);
     tcase_add_loop_test(tests, a_family_that_is_a_row, 0, 2);
+    tcase_add_test(tests, what_the_trainer_does_not_compute_is_refused);
     return run_suite("family", tests);
 }

@@ -213,6 +213,11 @@ struct perta_backend_ops {
                 uint64_t n);
     /* x (n) *= by */
     void (*scale)(struct perta_backend *be, struct perta_array x, float by, uint64_t n);
+    /* x (n) is clamped to -limit .. limit; NaN stays. backward: dx (n) *= whether x, which is what
+     * forward was given, is within the limits or at one of them. */
+    void (*clamp_forward)(struct perta_backend *be, struct perta_array x, float limit, uint64_t n);
+    void (*clamp_backward)(struct perta_backend *be, struct perta_array dx, struct perta_array x,
+                           float limit, uint64_t n);
     /* row i of x (n, H) *= by[i] */
     void (*scale_rows)(struct perta_backend *be, struct perta_array x, const float *by, size_t n,
                        size_t H);

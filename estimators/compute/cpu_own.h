@@ -62,6 +62,10 @@ void perta_cpu_scatter_add_scaled(struct perta_backend *be, struct perta_array t
                                   struct perta_array from, const uint32_t *index, const float *by,
                                   size_t n, size_t H);
 void perta_cpu_scale(struct perta_backend *be, struct perta_array x, float by, uint64_t n);
+void perta_cpu_clamp_forward(struct perta_backend *be, struct perta_array x, float limit,
+                             uint64_t n);
+void perta_cpu_clamp_backward(struct perta_backend *be, struct perta_array dx, struct perta_array x,
+                              float limit, uint64_t n);
 void perta_cpu_scale_rows(struct perta_backend *be, struct perta_array x, const float *by, size_t n,
                           size_t H);
 void perta_cpu_add_scaled(struct perta_backend *be, struct perta_array to, struct perta_array from,

@@ -69,6 +69,48 @@ void perta_cpu_scale(struct perta_backend *be, struct perta_array x, float by, u
     perta_cpu_share_out(cpu, n, 1, scale_some, &f);
 }
 
+struct clamp {
+    float *x; /* forward: clamped; backward: the gradient */
+    const float *of;
+    float limit;
+};
+
+static void clamp_some(const void *args, size_t first, size_t end)
+{
+    const struct clamp *c = args;
+    for (size_t i = first; i < end; i++) {
+        float x = c->x[i] > c->limit ? c->limit : c->x[i];
+        c->x[i] = x < -c->limit ? -c->limit : x;
+    }
+}
+
+static void clamp_backward_some(const void *args, size_t first, size_t end)
+{
+    const struct clamp *c = args;
+    for (size_t i = first; i < end; i++)
+        c->x[i] = c->of[i] >= -c->limit && c->of[i] <= c->limit ? c->x[i] : 0;
+}
+
+void perta_cpu_clamp_forward(struct perta_backend *be, struct perta_array x, float limit,
+                             uint64_t n)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct clamp c = {perta_cpu_at(cpu, x), NULL, limit};
+    perta_cpu_share_out(cpu, n, 1, clamp_some, &c);
+}
+
+void perta_cpu_clamp_backward(struct perta_backend *be, struct perta_array dx, struct perta_array x,
+                              float limit, uint64_t n)
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    if (!cpu)
+        return;
+    const struct clamp c = {perta_cpu_at(cpu, dx), perta_cpu_at(cpu, x), limit};
+    perta_cpu_share_out(cpu, n, 1, clamp_backward_some, &c);
+}
+
 void perta_cpu_scale_rows(struct perta_backend *be, struct perta_array x, const float *by, size_t n,
                           size_t H)
 {

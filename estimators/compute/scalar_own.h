@@ -26,6 +26,10 @@ void perta_scalar_scatter_add_scaled(struct perta_backend *be, struct perta_arra
                                      struct perta_array from, const uint32_t *index,
                                      const float *by, size_t n, size_t H);
 void perta_scalar_scale(struct perta_backend *be, struct perta_array x, float by, uint64_t n);
+void perta_scalar_clamp_forward(struct perta_backend *be, struct perta_array x, float limit,
+                                uint64_t n);
+void perta_scalar_clamp_backward(struct perta_backend *be, struct perta_array dx,
+                                 struct perta_array x, float limit, uint64_t n);
 void perta_scalar_scale_rows(struct perta_backend *be, struct perta_array x, const float *by,
                              size_t n, size_t H);
 void perta_scalar_add_scaled(struct perta_backend *be, struct perta_array to,

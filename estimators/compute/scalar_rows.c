@@ -30,6 +30,24 @@ void perta_scalar_scale(struct perta_backend *be, struct perta_array x, float by
         xs[i] *= by;
 }
 
+void perta_scalar_clamp_forward(struct perta_backend *be, struct perta_array x, float limit,
+                                uint64_t n)
+{
+    float *xs = perta_scalar_floats(be, x, n);
+    for (uint64_t i = 0; !be->rc && i < n; i++)
+        if (xs[i] > limit || xs[i] < -limit)
+            xs[i] = xs[i] > 0 ? limit : -limit;
+}
+
+void perta_scalar_clamp_backward(struct perta_backend *be, struct perta_array dx,
+                                 struct perta_array x, float limit, uint64_t n)
+{
+    float *ds = perta_scalar_floats(be, dx, n), *xs = perta_scalar_floats(be, x, n);
+    for (uint64_t i = 0; !be->rc && i < n; i++)
+        if (!(xs[i] >= -limit && xs[i] <= limit))
+            ds[i] = 0;
+}
+
 void perta_scalar_scale_rows(struct perta_backend *be, struct perta_array x, const float *by,
                              size_t n, size_t H)
 {

@@ -1,7 +1,7 @@
-/* Attention with rotary positions, grouped heads and, in some families (Qwen3), norms of each
- * head's queries and keys:
+/* Attention with rotary positions, grouped heads and, in some families, norms of queries and keys,
+ * of each head (Qwen3) or over all of them (OLMo 2), and clamped queries, keys and values (OLMo):
  *
- *   mid += O(attention(rope(norm(Q n1)), rope(norm(K n1)), V n1)) */
+ *   mid += O(attention(rope(clamp(norm(Q n1))), rope(clamp(norm(K n1))), clamp(V n1))) */
 #include <math.h>
 
 #include "estimators/model/part.h"
@@ -26,6 +26,25 @@ struct perta_attention perta_layer_attention(const struct perta_layer *l,
         .slopes = llm->alibi ? l->slopes : NULL,
         .sinks = perta_layer_vector(l, PERTA_SINKS),
     };
+}
+
+/* ---- clamped ---- */
+
+/* Clamp x (n, width) to llm->clip_qkv, if that is set; free keeps what it was. */
+static void clamp_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                          struct perta_array x, struct perta_array free, size_t width)
+{
+    if (!(l->llm->clip_qkv > 0))
+        return;
+    l->be->ops->copy(l->be, free, x, batch->n * width);
+    l->be->ops->clamp_forward(l->be, x, l->llm->clip_qkv, batch->n * width);
+}
+
+static void clamp_backward(const struct perta_layer *l, const struct perta_batch *batch,
+                           struct perta_array d, struct perta_array free, size_t width)
+{
+    if (l->llm->clip_qkv > 0)
+        l->be->ops->clamp_backward(l->be, d, free, l->llm->clip_qkv, batch->n * width);
 }
 
 /* ---- queries and keys: norm and rotary position ---- */
@@ -63,12 +82,33 @@ static size_t norm_width(const struct perta_layer *l, enum perta_param param)
     return in;
 }
 
-/* Normalise the queries or keys x (n, n_heads, D), and rotate each head by its position, in the
- * order that the model says. raw and rstd are kept for the backward pass. */
-static void place_forward(const struct perta_layer *l, const struct perta_batch *batch,
-                          enum perta_param param, struct perta_array x, struct perta_array raw,
-                          struct perta_array rstd, size_t n_heads)
+/* Queries (PERTA_NORM_Q) or keys (PERTA_NORM_K), and what is kept for the backward pass. */
+struct heads {
+    enum perta_param norm;
+    struct perta_array x, d; /* (n, n_heads, D): themselves, their gradient */
+    struct perta_array raw, rstd, free;
+    size_t n_heads;
+};
+
+static struct heads queries_of(const struct perta_layer *l, const struct perta_acts *a)
 {
+    return (struct heads){PERTA_NORM_Q, a->q,      a->dq,          a->q_raw,
+                          a->rstd_q,    a->q_free, l->llm->n_heads};
+}
+
+static struct heads keys_of(const struct perta_layer *l, const struct perta_acts *a)
+{
+    return (struct heads){PERTA_NORM_K,      a->k, a->dk, a->k_raw, a->rstd_k, a->k_free,
+                          l->llm->n_kv_heads};
+}
+
+/* Normalise and clamp x, and rotate each head by its position, in the order that the model says. */
+static void place_forward(const struct perta_layer *l, const struct perta_batch *batch,
+                          const struct heads *h)
+{
+    enum perta_param param = h->norm;
+    struct perta_array x = h->x, raw = h->raw, rstd = h->rstd;
+    size_t n_heads = h->n_heads;
     size_t width = n_heads * l->llm->head_dim, H = norm_width(l, param);
     bool first = l->llm->qk_norm_after_rope;
     if (first)
@@ -78,6 +118,7 @@ static void place_forward(const struct perta_layer *l, const struct perta_batch 
         l->be->ops->copy(l->be, raw, x, batch->n * width);
         l->llm->family->norm->forward(l->be, &norm, x, rstd, raw, batch->n * (width / H), H);
     }
+    clamp_forward(l, batch, x, h->free, width);
     if (!first)
         rotate_forward(l, batch, x, n_heads);
 }
@@ -98,19 +139,19 @@ static void norm_backward(const struct perta_layer *l, const struct perta_batch 
     ops->copy(l->be, d, spare, batch->n * width);
 }
 
-/* Replace d (n, n_heads, D), the gradient of the result, by that of the input. spare: scratch of
- * the same size. */
+/* Replace d, the gradient of the result, by that of the input. spare: scratch of the same size. */
 static void place_backward(const struct perta_layer *l, const struct perta_batch *batch,
-                           enum perta_param param, struct perta_array d, struct perta_array raw,
-                           struct perta_array rstd, size_t n_heads, struct perta_array spare,
+                           const struct heads *h, struct perta_array spare,
                            struct perta_array vector)
 {
     bool first = l->llm->qk_norm_after_rope;
+    size_t width = h->n_heads * l->llm->head_dim;
     if (!first)
-        rotate_backward(l, batch, d, n_heads);
-    norm_backward(l, batch, param, d, raw, rstd, n_heads * l->llm->head_dim, spare, vector);
+        rotate_backward(l, batch, h->d, h->n_heads);
+    clamp_backward(l, batch, h->d, h->free, width);
+    norm_backward(l, batch, h->norm, h->d, h->raw, h->rstd, width, spare, vector);
     if (first)
-        rotate_backward(l, batch, d, n_heads);
+        rotate_backward(l, batch, h->d, h->n_heads);
 }
 
 /* ---- queries, keys and values in one tensor ---- */
@@ -199,16 +240,23 @@ static void sinks_gradient(const struct perta_layer *l, const struct perta_atten
 
 /* ---- the part ---- */
 
+static size_t values_width(const struct perta_llm *llm)
+{
+    return (size_t)llm->n_kv_heads * llm->value_dim;
+}
+
 static void forward(const struct perta_layer *l, const struct perta_batch *batch,
                     const struct perta_acts *a, struct perta_array to, bool add)
 {
     struct perta_attention attention = perta_layer_attention(l, batch);
+    const struct heads queries = queries_of(l, a), keys = keys_of(l, a);
     if (is_fused(l))
         fused_forward(l, batch, a);
     else
         apart_forward(l, batch, a);
-    place_forward(l, batch, PERTA_NORM_Q, a->q, a->q_raw, a->rstd_q, l->llm->n_heads);
-    place_forward(l, batch, PERTA_NORM_K, a->k, a->k_raw, a->rstd_k, l->llm->n_kv_heads);
+    place_forward(l, batch, &queries);
+    place_forward(l, batch, &keys);
+    clamp_forward(l, batch, a->v, a->v_free, values_width(l->llm));
     if (l->past)
         l->past->attend(l->past, l, batch, a);
     else
@@ -220,6 +268,7 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
                      const struct perta_acts *a, struct perta_array dy)
 {
     struct perta_attention attention = perta_layer_attention(l, batch);
+    const struct heads queries = queries_of(l, a), keys = keys_of(l, a);
     const struct perta_array of_heads[2] = {a->gate, a->up}; /* the MLP no longer needs them */
     if (perta_array_is(attention.sinks))
         attention.dsinks = a->dsinks;
@@ -229,10 +278,9 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
                                    a->v, of_heads);
     sinks_gradient(l, &attention);
     /* datt is scratch from here on */
-    place_backward(l, batch, PERTA_NORM_Q, a->dq, a->q_raw, a->rstd_q, l->llm->n_heads, a->datt,
-                   a->vector);
-    place_backward(l, batch, PERTA_NORM_K, a->dk, a->k_raw, a->rstd_k, l->llm->n_kv_heads, a->datt,
-                   a->vector);
+    place_backward(l, batch, &queries, a->datt, a->vector);
+    place_backward(l, batch, &keys, a->datt, a->vector);
+    clamp_backward(l, batch, a->dv, a->v_free, values_width(l->llm));
     if (is_fused(l))
         fused_backward(l, batch, a);
     else

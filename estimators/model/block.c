@@ -85,6 +85,7 @@ static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, si
 {
     const struct widths w = widths_of(llm);
     size_t stats = llm->family->norm->stats;
+    bool clamped = llm->clip_qkv > 0;
     size_t of_q = norms_of(llm, PERTA_NORM_Q, w.Q), of_k = norms_of(llm, PERTA_NORM_K, w.K);
     const struct part parts[] = {
         {&a->x, w.H},
@@ -100,6 +101,9 @@ static size_t lay_out_kept(struct perta_acts *a, const struct perta_llm *llm, si
         {&a->up, most(w.I, w.A)},
         {&a->q_raw, of_q ? w.Q : 0},
         {&a->k_raw, of_k ? w.K : 0},
+        {&a->q_free, clamped ? w.Q : 0},
+        {&a->k_free, clamped ? w.K : 0},
+        {&a->v_free, clamped ? w.V : 0},
         {&a->rstd1, stats},
         {&a->rstd2, stats},
         {&a->rstd_q, of_q * stats},

@@ -291,6 +291,21 @@ static void window_layers(struct perta_config_reader *r, const struct perta_fami
         set_windowed(llm, l);
 }
 
+void perta_config_windows(struct perta_config_reader *r, struct perta_llm *llm, uint32_t every)
+{
+    const json_t *size = json_object_get(r->config, "sliding_window");
+    llm->window = json_is_null(size) ? 0 : perta_config_count(r, "sliding_window", 4096);
+    if (perta_config_has(r->config, "layer_types")) {
+        perta_config_layer_types(r, llm);
+        return;
+    }
+    if (!llm->window)
+        perta_config_refuse(r, "sliding_window", "is null, and there are no \"layer_types\"");
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        if ((l + 1) % every)
+            set_windowed(llm, l);
+}
+
 /* If sliding_window is missing, transformers uses 4096; null means no window. For a Mistral with
  * layer_types it uses Ministral, a Mistral that respects them. */
 static void read_windows(struct perta_config_reader *r, const struct perta_family *family,
@@ -359,11 +374,12 @@ static void read_activation(struct perta_config_reader *r, const struct perta_fa
     if (r->rc)
         return;
     if (!act)
-        perta_config_refuse(r, key, "is not a string; silu is supported");
-    else if (!known || llm->activation.kind != PERTA_SILU)
+        perta_config_refuse(r, key, "is not a string, such as \"silu\"");
+    else if (!known)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
-                           "%s: %s \"%s\"; only silu (also called swish) is supported", r->path,
-                           key, act);
+                           "%s: %s \"%s\" is not supported; silu, gelu, relu and others like them "
+                           "are",
+                           r->path, key, act);
 }
 
 static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)

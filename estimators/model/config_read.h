@@ -52,6 +52,9 @@ void perta_config_mixture(struct perta_llm *llm, uint32_t layer, bool is);
 
 /* Which layers have the window, llm->window, which is read before: "layer_types". */
 void perta_config_layer_types(struct perta_config_reader *r, struct perta_llm *llm);
+/* Sliding window attention, of 4096 positions if "sliding_window" is missing, in the layers that
+ * "layer_types" says; without that key, in all but every every-th. */
+void perta_config_windows(struct perta_config_reader *r, struct perta_llm *llm, uint32_t every);
 
 /* Options of rotary positions, from the keys from which transformers takes them (config_rope.c): of
  * layers with full attention, and with sliding attention. max_positions: default of

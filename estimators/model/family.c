@@ -76,6 +76,9 @@ extern const struct perta_family perta_glm4_moe, perta_dots1, perta_ernie4_5_moe
     perta_hunyuan_v1_moe;
 extern const struct perta_family perta_deepseek_v2, perta_deepseek_v3, perta_glm4_moe_lite,
     perta_youtu; /* family_mla.c */
+/* family_norms.c */
+extern const struct perta_family perta_gemma, perta_gemma2, perta_gemma3, perta_vaultgemma;
+extern const struct perta_family perta_olmo, perta_olmo2, perta_olmo3, perta_exaone4, perta_granite;
 
 /* clang-format off */
 const struct perta_family *const perta_families[] = {
@@ -85,6 +88,8 @@ const struct perta_family *const perta_families[] = {
     &perta_mixtral, &perta_minimax_m2,
     &perta_glm4_moe, &perta_dots1, &perta_ernie4_5_moe, &perta_hunyuan_v1_moe,
     &perta_deepseek_v2, &perta_deepseek_v3, &perta_glm4_moe_lite, &perta_youtu,
+    &perta_gemma, &perta_gemma2, &perta_gemma3, &perta_vaultgemma,
+    &perta_olmo, &perta_olmo2, &perta_olmo3, &perta_exaone4, &perta_granite,
 };
 /* clang-format on */
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;

@@ -221,6 +221,7 @@ struct perta_family {
     const char *final_norm, *final_norm_bias; /* NULL: none */
 
     const struct perta_norm_part *norm;
+    bool bare_norms; /* norms before attention and the MLP, and the final one, have no weights */
     const struct perta_attention_part *attention;
 
     /* Defaults for missing keys, and which keys transformers reads for this family (config.c). */

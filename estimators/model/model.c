@@ -137,7 +137,7 @@ static int load_all(struct perta_weights *w, struct perta_model *m, struct perta
                   : perta_fail_sys(err, ENOMEM, "%s", w->ck->path);
     for (size_t p = 0; p < m->n_parameters && !rc; p++) {
         const struct perta_parameter *of = &m->parameters[p];
-        rc = perta_weights_vector(w, of->name, of->out * of->in, room, m->weights + of->at, err);
+        rc = perta_weights_vector(w, of->name, 0, of->out * of->in, room, m->weights + of->at, err);
     }
     perta_weights_close(w); /* before room, into which it reads, is freed */
     free(room);

@@ -61,7 +61,8 @@ const struct perta_norm_part perta_layernorm_part = {2, layernorm_forward, layer
 
 bool perta_layer_has_norm(const struct perta_layer *l, enum perta_param param)
 {
-    return perta_llm_param(l->llm, l->site.layer, param) != NULL;
+    bool bare = l->llm->family->bare_norms && (param == PERTA_NORM_1 || param == PERTA_NORM_2);
+    return bare || perta_llm_param(l->llm, l->site.layer, param);
 }
 
 struct perta_norm perta_layer_norm(const struct perta_layer *l, enum perta_param param)

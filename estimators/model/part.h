@@ -64,6 +64,8 @@ struct perta_acts {
     /* (n, H): what attention and MLP give, if more is done to it before it is added; its gradient,
      * and scratch */
     struct perta_array branch_1, branch_2, dbranch, spare;
+    /* (n, Q), (n, K), (n, V): queries, keys and values before they are clamped */
+    struct perta_array q_free, k_free, v_free;
     struct perta_array q, dq;         /* (n, Q) */
     struct perta_array att, datt;     /* (n, A); datt: and scratch of attention (n, max(A, Q)) */
     struct perta_array k, dk;         /* (n, K) */
@@ -123,8 +125,8 @@ extern const struct perta_norm_part perta_rmsnorm_part, perta_layernorm_part;
 
 /* The norm of a layer whose weight is param. */
 struct perta_norm perta_layer_norm(const struct perta_layer *l, enum perta_param param);
-/* Hand that norm's gradients of each sequence to the sink. rows: rows of x and dy for each token.
- * vector: scratch, twice (n_weights, H). */
+/* Hand that norm's gradients of each sequence, if it has weights, to the sink. rows: rows of x and
+ * dy for each token. vector: scratch, twice (n_weights, H). */
 void perta_layer_norm_gradient(const struct perta_layer *l, const struct perta_batch *batch,
                                enum perta_param param, struct perta_array dy, struct perta_array x,
                                struct perta_array rstd, size_t rows, size_t H,

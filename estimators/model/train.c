@@ -81,12 +81,30 @@ static int take_device(struct perta_trainer *t, struct perta_err *err)
     return 0;
 }
 
+/* Refuse what is not computed here: other ends than a product with the embedding and one with the
+ * head, and layers whose parameters are not simply products and norms. */
+static int check(const struct perta_llm *llm, struct perta_err *err)
+{
+    bool plain_ends = llm->embedding_multiplier == 1 && llm->logit_multiplier == 1 &&
+                      !(llm->logit_softcap > 0) && !*llm->names.head_bias &&
+                      *llm->names.final_norm && !(llm->norm_plus > 0);
+    bool transposed = false;
+    for (size_t i = 0; i < llm->family->n_params; i++)
+        transposed |= llm->family->params[i].transposed;
+    if (plain_ends && !transposed && !llm->n_experts && !llm->alibi)
+        return 0;
+    return perta_fail(err, PERTA_EINPUT, "%s is not trained in memory; estimate computes it",
+                      llm->family->architecture);
+}
+
 int perta_trainer_open_on(struct perta_trainer *t, struct perta_model *model,
                           const struct perta_samples *samples, size_t batch,
                           struct perta_backend *be, struct perta_err *err)
 {
     *t = (struct perta_trainer){.model = model, .be = be};
-    int rc = take_host(t, samples, batch < samples->n ? batch : samples->n, err);
+    int rc = check(&model->llm, err);
+    if (!rc)
+        rc = take_host(t, samples, batch < samples->n ? batch : samples->n, err);
     if (!rc)
         rc = take_device(t, err);
     if (rc)

@@ -35,7 +35,9 @@ struct perta_trainer {
     uint64_t n_steps;
 };
 
-/* Open for batches of at most batch of these samples, on the CPU. */
+/* Open for batches of at most batch of these samples, on the CPU. PERTA_EINPUT for a model that this
+ * does not compute: with experts, ALiBi, weights stored as (in, out), multipliers, soft caps or a
+ * bias of the head, or norms that add to their weights. */
 PERTA_API int perta_trainer_open(struct perta_trainer *trainer, struct perta_model *model,
                                  const struct perta_samples *samples, size_t batch,
                                  unsigned n_threads, struct perta_err *err);

@@ -123,10 +123,10 @@ int perta_weights_matrix(struct perta_weights *w, const struct perta_span *span,
  * room (block-aligned, of perta_weights_room bytes). */
 int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, size_t n,
                        uint8_t *room, const void **data, struct perta_err *err);
-/* For use on the host: a whole small tensor, converted to float32, to (n). room: as above, for its
- * n elements. */
-int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
-                         float *to, struct perta_err *err);
+/* For use on the host: n elements of a tensor from element first on, converted to float32, to (n).
+ * room: as above, for n elements. */
+int perta_weights_vector(struct perta_weights *w, const char *name, size_t first, size_t n,
+                         uint8_t *room, float *to, struct perta_err *err);
 
 /* For sources, which run on the reader: len_bytes of a file from off_bytes on. *data points to them
  * in room. */

@@ -431,13 +431,13 @@ int perta_weights_rows(struct perta_weights *w, const char *name, size_t first, 
 static int vector_wanted(void *ctx, struct perta_err *err)
 {
     const struct wanted *a = ctx;
-    return read_floats(a->w, perta_checkpoint_find(a->w->ck, a->name), 0, a->n, a->room, a->to,
-                       err);
+    return read_floats(a->w, perta_checkpoint_find(a->w->ck, a->name), a->first, a->n, a->room,
+                       a->to, err);
 }
 
-int perta_weights_vector(struct perta_weights *w, const char *name, size_t n, uint8_t *room,
-                         float *to, struct perta_err *err)
+int perta_weights_vector(struct perta_weights *w, const char *name, size_t first, size_t n,
+                         uint8_t *room, float *to, struct perta_err *err)
 {
-    struct wanted a = {w, name, 0, n, room, NULL, to};
+    struct wanted a = {w, name, first, n, room, NULL, to};
     return perta_weights_on_reader(w, vector_wanted, &a, err);
 }

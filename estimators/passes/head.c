@@ -25,22 +25,24 @@ size_t perta_head_rows(const struct perta_samples *samples, size_t tokens)
 
 size_t perta_head_work(const struct perta_llm *llm, size_t batch_rows)
 {
-    return batch_rows *
-               (5 * (size_t)llm->hidden + PERTA_VOCABULARY_ROWS + llm->family->norm->stats) +
-           16;
+    size_t logits = llm->logit_softcap > 0 ? 2 * PERTA_VOCABULARY_ROWS : PERTA_VOCABULARY_ROWS;
+    return batch_rows * (5 * (size_t)llm->hidden + logits + llm->family->norm->stats) + 16;
 }
 
 struct perta_head_arrays perta_head_work_of(const struct perta_head *h)
 {
     size_t n = h->batch_rows * h->weights->llm.hidden;
+    size_t stats = h->batch_rows * h->weights->llm.family->norm->stats;
     struct perta_array logits = perta_array_at(h->work, 5 * n);
+    struct perta_array rstd = perta_array_at(logits, h->batch_rows * PERTA_VOCABULARY_ROWS);
     return (struct perta_head_arrays){
         h->work,
         perta_array_at(h->work, 2 * n),
         perta_array_at(h->work, 3 * n),
         perta_array_at(h->work, 4 * n),
         logits,
-        perta_array_at(logits, h->batch_rows * PERTA_VOCABULARY_ROWS),
+        rstd,
+        perta_array_at(rstd, stats),
     };
 }
 
@@ -58,11 +60,24 @@ static uint64_t label_floats(bool measured)
     return measured ? 11 : 7;
 }
 #define NORM_VECTORS 4
+/* Floats of a block of the gradient of the head's bias. */
+#define BIAS_BLOCK (5 * PERTA_VOCABULARY_ROWS)
+
+static uint64_t aligned(uint64_t n_floats)
+{
+    return (n_floats + 15) & ~(uint64_t)15;
+}
+
+/* Floats before the head's bias. */
+static uint64_t floats_before_bias(uint64_t n_labels, const struct perta_llm *llm, bool measured)
+{
+    return aligned(n_labels * label_floats(measured) + NORM_VECTORS * (uint64_t)llm->hidden);
+}
 
 static uint64_t device_bytes(uint64_t n_labels, const struct perta_llm *llm, bool measured)
 {
-    return (n_labels * label_floats(measured) + NORM_VECTORS * (uint64_t)llm->hidden) *
-           sizeof(float);
+    uint64_t n = floats_before_bias(n_labels, llm, measured);
+    return (*llm->names.head_bias ? n + aligned(llm->vocab) + BIAS_BLOCK : n) * sizeof(float);
 }
 
 uint64_t perta_head_device_bytes(const struct perta_samples *samples, const struct perta_llm *llm,
@@ -76,6 +91,13 @@ struct perta_array perta_head_norm_vector(const struct perta_head *h, int i)
     const struct perta_array start = {h->memory, 0};
     return perta_array_at(start, h->n_labels * label_floats(h->measured) +
                                      (uint64_t)i * h->weights->llm.hidden);
+}
+
+struct perta_head_bias_gradient perta_head_bias_gradient_of(const struct perta_head *h)
+{
+    struct perta_array sums = perta_array_at(h->bias, aligned(h->weights->llm.vocab));
+    return (struct perta_head_bias_gradient){sums, perta_array_at(sums, 2 * PERTA_VOCABULARY_ROWS),
+                                             perta_array_at(sums, 4 * PERTA_VOCABULARY_ROWS)};
 }
 
 /* Floats of the labels' arrays of float64, which come first. */
@@ -103,22 +125,41 @@ static int take_device(struct perta_head *h, struct perta_err *err)
     return rc;
 }
 
-/* Load the final norm's weight and bias. */
-static int load_norm(struct perta_head *h, struct perta_err *err)
+/* Load n elements of a tensor to the backend's memory, by way of host (hidden). */
+static int load_vector(struct perta_head *h, const char *name, size_t n, struct perta_array to,
+                       float *host, struct perta_err *err)
+{
+    size_t most_floats = h->weights->llm.hidden;
+    int rc = 0;
+    for (size_t first = 0, some; first < n && !rc; first += some) {
+        some = n - first < most_floats ? n - first : most_floats;
+        rc = perta_weights_vector(h->weights, name, first, some, h->room, host, err);
+        h->be->ops->put(h->be, perta_array_at(to, first), host, some * sizeof *host);
+    }
+    return rc;
+}
+
+/* Load the final norm's weight and bias, and the head's bias. */
+static int load_vectors(struct perta_head *h, struct perta_err *err)
 {
     const struct perta_llm *llm = &h->weights->llm;
     const char *const names[] = {llm->names.final_norm, llm->names.final_norm_bias};
     struct perta_array *const to[] = {&h->norm.weight, &h->norm.bias};
     float *host = calloc(llm->hidden, sizeof *host);
     int rc = host ? 0 : perta_fail_sys(err, ENOMEM, "labels");
+    const struct perta_array start = {h->memory, 0};
     h->norm.eps = llm->norm_eps;
+    h->norm.plus = llm->norm_plus;
     h->norm.n_weights = 1;
     for (int i = 0; i < 2 && !rc; i++) {
         if (!*names[i])
             continue;
-        rc = perta_weights_vector(h->weights, names[i], llm->hidden, h->room, host, err);
         *to[i] = perta_head_norm_vector(h, i);
-        h->be->ops->put(h->be, *to[i], host, llm->hidden * sizeof *host);
+        rc = load_vector(h, names[i], llm->hidden, *to[i], host, err);
+    }
+    if (*llm->names.head_bias && !rc) {
+        h->bias = perta_array_at(start, floats_before_bias(h->n_labels, llm, h->measured));
+        rc = load_vector(h, llm->names.head_bias, llm->vocab, h->bias, host, err);
     }
     free(host);
     return rc;
@@ -195,7 +236,7 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
     if (!rc)
         rc = take_device(h, err);
     if (!rc)
-        rc = load_norm(h, err);
+        rc = load_vectors(h, err);
     if (!rc)
         rc = perta_store_open(&h->normed, scratch, NULL, h->n_labels, H, err);
     return rc || !backward ? rc
@@ -241,6 +282,12 @@ static uint64_t *sorted_tokens(const struct perta_samples *s)
     return tokens;
 }
 
+static void multiply(float *row, float by, size_t n)
+{
+    for (size_t i = 0; by != 1 && i < n; i++)
+        row[i] *= by;
+}
+
 int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *err)
 {
     const char *name = perta_weights_embedding(h->weights);
@@ -254,8 +301,10 @@ int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *e
         uint64_t id = tokens[i] >> 32;
         if (!i || id != tokens[i - 1] >> 32) {
             rc = perta_weights_rows(h->weights, name, id, 1, h->room, &data, err);
-            if (!rc)
+            if (!rc) {
                 perta_row_kernels()->to_f32(row, data, dtype, H);
+                multiply(row, h->weights->llm.embedding_multiplier, H);
+            }
         }
         if (!rc)
             rc = perta_store_put(x, (uint32_t)tokens[i], 1, row, err);
@@ -318,17 +367,28 @@ int perta_head_load(struct perta_head *h, size_t row, const struct perta_span *n
         following = perta_head_span(h, row + span.n);
         next = &following;
     }
-    return perta_weights_matrix(h->weights, &span, next, block, err);
+    int rc = perta_weights_matrix(h->weights, &span, next, block, err);
+    if (perta_array_is(h->bias))
+        block->bias = perta_array_at(h->bias, row);
+    return rc;
 }
 
 int perta_head_logits(struct perta_head *h, const struct perta_linear *block,
                       const struct perta_cut_batch *batch, const struct perta_head_arrays *w,
                       struct perta_array *x, struct perta_err *err)
 {
+    const struct perta_llm *llm = &h->weights->llm;
+    const struct perta_backend_ops *ops = h->be->ops;
+    size_t n = batch->n * block->out;
     int rc = perta_store_rows(&h->normed, batch->first_row, batch->n, w->a, x, err);
-    if (!rc)
-        h->be->ops->linear_forward(h->be, block, &batch->tiles, *x, w->logits, batch->n, false);
-    return rc;
+    if (rc)
+        return rc;
+    ops->linear_forward(h->be, block, &batch->tiles, *x, w->logits, batch->n, false);
+    if (llm->logit_multiplier != 1)
+        ops->scale(h->be, w->logits, llm->logit_multiplier, n);
+    if (llm->logit_softcap > 0)
+        ops->softcap_forward(h->be, w->logits, llm->logit_softcap, n);
+    return 0;
 }
 
 static double least_loss(const struct perta_head *h)

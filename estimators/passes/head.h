@@ -2,7 +2,11 @@
  * vocabulary is processed in blocks of rows, so logits are never stored whole.
  *
  * The loss of a sample is, as in transformers, the mean over its labels of
- * log(sum over v of exp(logit_v)) - logit_label. */
+ * log(sum over v of exp(logit_v)) - logit_label, with the logits
+ *
+ *   cap(logit_multiplier * (norm(x) head^T + bias)),   cap(z) = logit_softcap * tanh(z / logit_softcap)
+ *
+ * of what perta_llm has of these. Embeddings are multiplied by embedding_multiplier. */
 #ifndef PERTA_ESTIMATORS_PASSES_HEAD_H
 #define PERTA_ESTIMATORS_PASSES_HEAD_H
 
@@ -47,11 +51,12 @@ struct perta_head {
     struct perta_label_arrays {
         struct perta_array share, most, logit, sums, best, best_logit, moments;
     } on_device;          /* the same in the backend's memory */
-    uint32_t memory;      /* buffer of these and of the final norm */
+    uint32_t memory;      /* buffer of these, of the final norm and of the head's bias */
     size_t *starts;       /* (samples->n + 1): labels of each sample */
     struct perta_cut cut; /* labels */
     struct perta_chunks chunks;
     struct perta_norm norm;         /* the final one */
+    struct perta_array bias;        /* (vocab): the head's; no array: none */
     struct perta_token_row *tokens; /* (max_tokens): tokens whose dx are loaded */
     size_t max_tokens;
     struct perta_store normed;  /* (n_labels, H): input of the head */
@@ -89,7 +94,7 @@ int perta_head_forward(struct perta_head *head, const struct perta_store *x,
 /* After perta_head_forward: the loss of one sample. */
 double perta_head_loss(const struct perta_head *head, uint64_t sample);
 /* After perta_head_forward: dx (tokens, H) = the gradient of each sample's loss, weighted. Writes
- * the importance of the final norm and, if it is not tied, of the head. */
+ * the importance of the final norm, of the head's bias and, if it is not tied, of the head. */
 int perta_head_backward(struct perta_head *head, const struct perta_store *x,
                         const struct perta_span *next, struct perta_store *dx,
                         struct perta_err *err);

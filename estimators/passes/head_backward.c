@@ -3,15 +3,23 @@
 
 /* ---- logits ---- */
 
-/* Replace logits by their gradients. */
+/* Replace logits by the gradients of what the head's product and bias give. */
 static void logits_backward(const struct perta_head *h, size_t row, size_t n_rows,
-                            const struct perta_cut_batch *batch, struct perta_array logits)
+                            const struct perta_cut_batch *batch, const struct perta_head_arrays *w)
 {
+    const struct perta_llm *llm = &h->weights->llm;
     const struct perta_label_arrays *l = &h->on_device;
-    size_t first = batch->first_row;
-    h->be->ops->cross_entropy_backward(
-        h->be, logits, row, n_rows, batch->n, h->target + first, perta_array_at(l->most, first),
-        perta_array_at(l->sums, 2 * first), perta_array_at(l->share, first));
+    const struct perta_backend_ops *ops = h->be->ops;
+    size_t first = batch->first_row, n = batch->n * n_rows;
+    if (llm->logit_softcap > 0)
+        ops->copy(h->be, w->capped, w->logits, n);
+    ops->cross_entropy_backward(h->be, w->logits, row, n_rows, batch->n, h->target + first,
+                                perta_array_at(l->most, first), perta_array_at(l->sums, 2 * first),
+                                perta_array_at(l->share, first));
+    if (llm->logit_softcap > 0)
+        ops->softcap_backward(h->be, w->logits, w->capped, llm->logit_softcap, n);
+    if (llm->logit_multiplier != 1)
+        ops->scale(h->be, w->logits, llm->logit_multiplier, n);
 }
 
 /* dnormed += dlogits weight. */
@@ -31,7 +39,55 @@ static int add_to_dnormed(struct perta_head *h, const struct perta_linear *block
     return store->buffer ? 0 : perta_store_set(store, first, n, rows, err);
 }
 
+/* ---- the head's bias ---- */
+
+static bool has_bias_gradient(const struct perta_head *h)
+{
+    return h->statistic && perta_array_is(h->bias);
+}
+
+static void bias_begin(const struct perta_head *h)
+{
+    const struct perta_head_bias_gradient g = perta_head_bias_gradient_of(h);
+    h->be->ops->zero(h->be, g.sums, 2 * PERTA_VOCABULARY_ROWS);
+    h->be->ops->zero(h->be, g.squares, 2 * PERTA_VOCABULARY_ROWS);
+}
+
+/* Add the gradients dlogits (n, n_rows) of a batch's labels, sample by sample. */
+static int bias_add(const struct perta_head *h, const struct perta_cut_batch *batch, size_t n_rows,
+                    struct perta_array dlogits, struct perta_err *err)
+{
+    const struct perta_head_bias_gradient g = perta_head_bias_gradient_of(h);
+    const struct perta_array none = {0};
+    struct perta_statistic *s = h->statistic;
+    int rc = 0;
+    for (uint64_t i = 0; i < batch->n_samples && !rc; i++) {
+        uint64_t sample = batch->first_sample + i;
+        h->be->ops->linear_backward_bias(h->be, g.of_sample, dlogits,
+                                         h->starts[sample] - batch->first_row,
+                                         h->starts[sample + 1] - batch->first_row, n_rows);
+        rc = perta_statistic_add_vector(s, h->weights->llm.names.head_bias, sample, g.of_sample,
+                                        n_rows, g.sums, s->meansq ? g.squares : none, err);
+    }
+    return rc;
+}
+
+static int bias_end(const struct perta_head *h, size_t row, size_t n_rows, struct perta_err *err)
+{
+    const struct perta_head_bias_gradient g = perta_head_bias_gradient_of(h);
+    return perta_statistic_write(h->statistic, h->weights->llm.names.head_bias, row, n_rows, g.sums,
+                                 g.squares, err);
+}
+
 /* ---- gradients of the vocabulary's rows ---- */
+
+/* From the gradients of embedded tokens to those of their rows: d (n, in) of g. */
+static void tokens_backward(const struct perta_head *h, const struct perta_gradient *g)
+{
+    float by = h->weights->llm.embedding_multiplier;
+    if (by != 1 && g->n_tokens)
+        h->be->ops->scale(h->be, g->d, by, g->n_tokens * g->in);
+}
 
 /* Append dx of those tokens of a sample whose ids are in row .. row + n_rows to the *n rows that
  * are in to. */
@@ -81,6 +137,7 @@ static int add_chunks(const struct perta_head *h, struct perta_gradient *g, size
         }
         g->first = first;
         g->end = c;
+        tokens_backward(h, g);
         if (!rc)
             h->be->ops->gradient(h->be, g);
     }
@@ -101,6 +158,7 @@ static int add_tokens(const struct perta_head *h, struct perta_gradient *g,
         rc = perta_backend_wait(h->be, err); /* the operation before may still read tokens */
         for (g->n_tokens = 0; i < h->samples->n && has_room(h, g->n_tokens, i) && !rc; i++)
             rc = take_tokens(h, dx, row, g->rows, i, g->d, &g->n_tokens, err);
+        tokens_backward(h, g);
         if (!rc && g->n_tokens)
             h->be->ops->gradient(h->be, g);
     }
@@ -124,10 +182,10 @@ static int add_batch(const struct perta_head *h, const struct perta_linear *bloc
     return add_chunks(h, &g, first, *chunk, dx, row, err);
 }
 
-/* What labels add to dnormed, if that is asked for, and to the gradient of a block of rows, if that
- * is; with dx, also the tokens of their samples. */
+/* What labels add to dnormed, if that is asked for, and to the gradients of a block of rows and of
+ * its bias, if those are; with dx, also the tokens of their samples. */
 struct label_gradients {
-    bool dnormed, rows;
+    bool dnormed, rows, bias;
     const struct perta_store *dx;
 };
 
@@ -144,9 +202,11 @@ static int add_labels(struct perta_head *h, size_t row, const struct perta_linea
         rc = perta_head_logits(h, block, &batch, &w, &x, err);
         if (rc)
             break;
-        logits_backward(h, row, block->out, &batch, w.logits);
+        logits_backward(h, row, block->out, &batch, &w);
         if (wanted->dnormed)
             rc = add_to_dnormed(h, block, &batch, &w, err);
+        if (!rc && wanted->bias)
+            rc = bias_add(h, &batch, block->out, w.logits, err);
         if (!rc && wanted->rows)
             rc = add_batch(h, block, row, &batch, x, w.logits, wanted->dx, &chunk, err);
         g = batch.end;
@@ -154,16 +214,22 @@ static int add_labels(struct perta_head *h, size_t row, const struct perta_linea
     return rc;
 }
 
-/* dnormed and, unless the rows are the embedding's too or gradients are not wanted, theirs. */
+/* dnormed and, if gradients are wanted, the bias's and, unless they are the embedding's too, the
+ * rows'. */
 static int backward_block(struct perta_head *h, size_t row, const struct perta_linear *block,
                           struct perta_err *err)
 {
     size_t n_floats = block->out * block->in;
     const struct label_gradients wanted = {.dnormed = true,
-                                           .rows = h->statistic && !h->weights->llm.tied};
+                                           .rows = h->statistic && !h->weights->llm.tied,
+                                           .bias = has_bias_gradient(h)};
     if (wanted.rows)
         perta_statistic_begin(h->statistic, n_floats);
+    if (wanted.bias)
+        bias_begin(h);
     int rc = add_labels(h, row, block, &wanted, err);
+    if (!rc && wanted.bias)
+        rc = bias_end(h, row, block->out, err);
     if (!rc && wanted.rows)
         return perta_statistic_end(h->statistic, perta_weights_head(h->weights), row * block->in,
                                    n_floats, err);
@@ -217,7 +283,7 @@ static int norm_backward_sample(struct perta_head *h, uint64_t s, const struct p
     if (perta_array_is(h->norm.bias))
         dbias = perta_head_norm_vector(h, 3);
     perta_head_norm_forward(h, &w, n);
-    if (h->statistic) {
+    if (h->statistic && perta_array_is(h->norm.weight)) {
         ops->zero(h->be, dweight, 2 * H);
         norm->backward_weight(h->be, &h->norm, dweight, dbias, w.d, w.a, w.rstd, n, H);
         if (!rc)
@@ -234,7 +300,7 @@ static int norm_backward(struct perta_head *h, const struct perta_store *x, stru
                          struct perta_err *err)
 {
     const struct perta_llm_names *names = &h->weights->llm.names;
-    struct perta_statistic *s = h->statistic;
+    struct perta_statistic *s = *names->final_norm ? h->statistic : NULL;
     const struct perta_array none = {0};
     size_t H = x->width;
     int rc = 0;

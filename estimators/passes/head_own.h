@@ -11,12 +11,19 @@ struct perta_head_arrays {
     struct perta_array a, b, d; /* (batch rows, H) */
     struct perta_array logits;  /* (batch rows, PERTA_VOCABULARY_ROWS) */
     struct perta_array rstd;    /* (batch rows, stats of the norm) */
+    struct perta_array capped;  /* (batch rows, PERTA_VOCABULARY_ROWS), if logits have a soft cap */
 };
 
 /* Where they are. */
 struct perta_head_arrays perta_head_work_of(const struct perta_head *h);
 /* Vector i of the norm: weight, bias, and the gradients of both. */
 struct perta_array perta_head_norm_vector(const struct perta_head *h, int i);
+/* The gradient of the head's bias, for a block of rows of the head. */
+struct perta_head_bias_gradient {
+    struct perta_array sums, squares; /* (PERTA_VOCABULARY_ROWS) of float64 */
+    struct perta_array of_sample;     /* (PERTA_VOCABULARY_ROWS) */
+};
+struct perta_head_bias_gradient perta_head_bias_gradient_of(const struct perta_head *h);
 /* Gather the rows of x that predict labels first .. first + n in to. */
 int perta_head_gather(const struct perta_head *h, const struct perta_store *x, size_t first,
                       size_t n, struct perta_array to, struct perta_err *err);
@@ -29,7 +36,8 @@ struct perta_span perta_head_span(const struct perta_head *h, size_t row);
  * last one. */
 int perta_head_load(struct perta_head *h, size_t row, const struct perta_span *next,
                     struct perta_linear *block, struct perta_err *err);
-/* Compute w->logits (n, rows of block) of a batch's labels; *x is their rows of normed. */
+/* Compute w->logits (n, rows of block) of a batch's labels, as the loss sees them; *x is their rows
+ * of normed. */
 int perta_head_logits(struct perta_head *h, const struct perta_linear *block,
                       const struct perta_cut_batch *batch, const struct perta_head_arrays *w,
                       struct perta_array *x, struct perta_err *err);

@@ -53,6 +53,16 @@ MODELS = {
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 9}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0},
+    ),
+    "olmo": ("Olmo", {"clip_qkv": 0.4}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "logits_scaling": 0.4, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
+    ),
 }
 IN_BF16 = {n: m for n, m in MODELS.items() if LONG or n in ("llama, wide heads", "qwen3")}
 LENGTHS = (2, 3, 17, 66, 1 + 64, 130)
@@ -228,7 +238,7 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
         ({"architectures": ["MistralForCausalLM"]}, '"model_type" llama is not that of MistralForCausalLM'),
         ({"model_type": "gemma"}, '"model_type" gemma is not that of LlamaForCausalLM'),
         ({"layer_types": ["linear"]}, '"layer_types" 0'),
-        ({"hidden_act": "gelu"}, "only silu"),
+        ({"hidden_act": "mish"}, 'hidden_act "mish" is not supported'),
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.1."),
         ({"hidden_size": 32}, "has not the shape"),

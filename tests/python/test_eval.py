@@ -94,8 +94,9 @@ def write_lines(path, lines):
 
 @pytest.mark.parametrize(
     "name, changes",
-    # the second has tied embeddings; the third, a vocabulary of several blocks
-    [("llama", {}), ("qwen2", {}), ("llama", {"vocab_size": 2500})],
+    # the second has tied embeddings; the third, a vocabulary of several blocks; the fourth, capped
+    # logits
+    [("llama", {}), ("qwen2", {}), ("llama", {"vocab_size": 2500}), ("gemma2", {"vocab_size": 2500})],
 )
 def test_numbers_are_transformers(perta, tmp_path, name, changes):
     family, more = MODELS[name]

@@ -42,6 +42,9 @@ FAMILIES = {
     "mistral": ("Mistral", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 12, "sliding_window": 20, "final_logit_softcapping": 4.0}),
+    "olmo2": ("Olmo2", {"hidden_act": "gelu"}),
+    "granite": ("Granite", {"embedding_multiplier": 3.0, "logits_scaling": 0.4, "residual_multiplier": 0.7}),
 }
 
 
@@ -228,6 +231,9 @@ CONFIGS = {
     "mistral": {"use_rslora": True, "r": 5},
     "qwen2": PATTERNS,
     "qwen3": {"target_modules": ["layers.1.self_attn.q_proj", "down_proj"]},
+    "gemma2": {},
+    "olmo2": PATTERNS,
+    "granite": {"use_rslora": True, "r": 5},
 }
 
 

@@ -1,0 +1,305 @@
+/* Families whose norms are elsewhere than Llama's, or of another kind, and those that multiply or
+ * cap what Llama does not: Gemma, OLMo, EXAONE 4, Granite. */
+#include <math.h>
+#include <string.h>
+
+#include "estimators/model/config_read.h"
+#include "estimators/model/part.h"
+
+#define HIDDEN PERTA_WIDTH_HIDDEN
+#define INNER PERTA_WIDTH_INTERMEDIATE
+#define QUERIES PERTA_WIDTH_QUERIES
+#define KEYS PERTA_WIDTH_KEYS
+#define VALUES PERTA_WIDTH_VALUES
+#define ATTENDED PERTA_WIDTH_ATTENDED
+#define HEAD PERTA_WIDTH_HEAD
+#define VECTOR PERTA_WIDTH_NONE
+
+/* Attention and MLP, as in Llama; the MLP without biases. */
+#define LINEARS                                                                              \
+    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},              \
+        {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false}, \
+        {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},             \
+        {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},    \
+        {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},           \
+        {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},  \
+        {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},         \
+        {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false},    \
+        {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},            \
+        {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},                \
+    {                                                                                        \
+        PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false               \
+    }
+/* A vector that every layer has. */
+#define NORM(param, name, width) {param, name, VECTOR, width, PERTA_ALWAYS, false}
+#define QK_NORMS(q, k)                                \
+    NORM(PERTA_NORM_Q, "self_attn.q_norm.weight", q), \
+        NORM(PERTA_NORM_K, "self_attn.k_norm.weight", k)
+
+static const struct perta_param_row gemma_params[] = {
+    LINEARS,
+    NORM(PERTA_NORM_1, "input_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2, "post_attention_layernorm.weight", HIDDEN),
+};
+
+static const struct perta_param_row gemma2_params[] = {
+    LINEARS,
+    NORM(PERTA_NORM_1, "input_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_1_AFTER, "post_attention_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2, "pre_feedforward_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2_AFTER, "post_feedforward_layernorm.weight", HIDDEN),
+};
+
+static const struct perta_param_row gemma3_params[] = {
+    LINEARS,
+    QK_NORMS(HEAD, HEAD),
+    NORM(PERTA_NORM_1, "input_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_1_AFTER, "post_attention_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2, "pre_feedforward_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2_AFTER, "post_feedforward_layernorm.weight", HIDDEN),
+};
+
+static const struct perta_param_row vaultgemma_params[] = {
+    LINEARS,
+    NORM(PERTA_NORM_1, "input_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2, "pre_feedforward_layernorm.weight", HIDDEN),
+};
+
+static const struct perta_param_row olmo_params[] = {LINEARS};
+
+static const struct perta_param_row olmo2_params[] = {
+    LINEARS,
+    NORM(PERTA_NORM_1_AFTER, "post_attention_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2_AFTER, "post_feedforward_layernorm.weight", HIDDEN),
+    QK_NORMS(QUERIES, KEYS),
+};
+
+static const struct perta_param_row exaone4_params[] = {
+    LINEARS,
+    QK_NORMS(HEAD, HEAD),
+    NORM(PERTA_NORM_1_AFTER, "post_attention_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2_AFTER, "post_feedforward_layernorm.weight", HIDDEN),
+};
+
+#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
+
+/* A number above 0; 0 if the key is null, or if it is missing and there is no fallback. */
+static float optional(struct perta_config_reader *r, const char *key, double fallback)
+{
+    if (!json_object_get(r->config, key))
+        return (float)fallback;
+    return perta_config_has(r->config, key) ? (float)perta_config_number(r, r->config, key, 0) : 0;
+}
+
+/* ---- Gemma ---- */
+
+static const char tanh_gelu[] = "gelu_pytorch_tanh";
+
+/* Refuse an activation under a key that transformers does not look at, unless it is one that the
+ * model has anyway. */
+static void check_activation(struct perta_config_reader *r, const struct perta_llm *llm,
+                             const char *key)
+{
+    struct perta_activation other;
+    const json_t *value = json_object_get(r->config, key);
+    if (!perta_config_has(r->config, key))
+        return;
+    if (!perta_activation_named(json_string_value(value), &other) ||
+        other.kind != llm->activation.kind)
+        perta_config_refuse(r, key, "is another activation than that of the key that counts");
+}
+
+/* What all have. In float32 as transformers has it: for weights in bfloat16, it rounds the
+ * embedding's multiplier to that. */
+static void read_any_gemma(struct perta_llm *llm)
+{
+    llm->norm_plus = 1;
+    llm->embedding_multiplier = (float)sqrt((double)llm->hidden);
+}
+
+/* "gelu" is the older name of its approximation here. hidden_activation is no longer looked at. */
+static void read_gemma(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    const char *other = json_string_value(json_object_get(r->config, "hidden_activation"));
+    read_any_gemma(llm);
+    if (llm->activation.kind == PERTA_GELU)
+        llm->activation.kind = PERTA_GELU_TANH;
+    if (!other || strcmp(other, "gelu"))
+        check_activation(r, llm, "hidden_activation");
+}
+
+static void read_gemma2(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_any_gemma(llm);
+    llm->attention_scale = (float)(1 / sqrt(perta_config_count(r, "query_pre_attn_scalar", 256)));
+    llm->attention_softcap = optional(r, "attn_logit_softcapping", 50);
+    llm->logit_softcap = optional(r, "final_logit_softcapping", 30);
+    check_activation(r, llm, "hidden_act");
+    perta_config_windows(r, llm, 2);
+}
+
+/* transformers passes over attn_logit_softcapping when it computes. */
+static void read_gemma3(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_any_gemma(llm);
+    llm->attention_scale = (float)(1 / sqrt(perta_config_count(r, "query_pre_attn_scalar", 256)));
+    if (perta_config_has(r->config, "attn_logit_softcapping"))
+        perta_config_refuse(r, "attn_logit_softcapping",
+                            "is not null; this architecture has no such cap");
+    llm->logit_softcap = optional(r, "final_logit_softcapping", 0);
+    check_activation(r, llm, "hidden_act");
+    perta_config_windows(r, llm, perta_config_count(r, "sliding_window_pattern", 6));
+}
+
+static const char *const gemma_keys[] = {"hidden_activation", NULL};
+static const char *const gemma2_keys[] = {"attn_logit_softcapping",
+                                          "final_logit_softcapping",
+                                          "hidden_activation",
+                                          "query_pre_attn_scalar",
+                                          "sliding_window_pattern",
+                                          "_sliding_window_pattern",
+                                          NULL};
+
+/* 256: the default of transformers in all of them. */
+#define GEMMA                                                                                 \
+    PERTA_LLAMA_NAMES, .tied = true, .pad = 1, .head_dim = 256, .reads_attention_bias = true, \
+        .act = tanh_gelu
+
+const struct perta_family perta_gemma = {.model_type = "gemma",
+                                         .architecture = "GemmaForCausalLM",
+                                         GEMMA,
+                                         PARAMS(gemma_params),
+                                         .own_keys = gemma_keys,
+                                         .n_kv_heads = 16,
+                                         .max_positions = 8192,
+                                         .read = read_gemma};
+const struct perta_family perta_gemma2 = {.model_type = "gemma2",
+                                          .architecture = "Gemma2ForCausalLM",
+                                          GEMMA,
+                                          PARAMS(gemma2_params),
+                                          .keys.act = "hidden_activation",
+                                          .own_keys = gemma2_keys,
+                                          .n_kv_heads = 4,
+                                          .max_positions = 8192,
+                                          .windows = PERTA_WINDOWS_OWN,
+                                          .read = read_gemma2};
+const struct perta_family perta_gemma3 = {.model_type = "gemma3_text",
+                                          .architecture = "Gemma3ForCausalLM",
+                                          GEMMA,
+                                          PARAMS(gemma3_params),
+                                          .keys.act = "hidden_activation",
+                                          .own_keys = gemma2_keys,
+                                          .n_kv_heads = 4,
+                                          .max_positions = 131072,
+                                          .rope = {.by_layer_type = true,
+                                                   .theta = 1e6,
+                                                   .local_theta = 1e4,
+                                                   .local_theta_key = "rope_local_base_freq"},
+                                          .windows = PERTA_WINDOWS_OWN,
+                                          .read = read_gemma3};
+const struct perta_family perta_vaultgemma = {.model_type = "vaultgemma",
+                                              .architecture = "VaultGemmaForCausalLM",
+                                              GEMMA,
+                                              PARAMS(vaultgemma_params),
+                                              .keys.act = "hidden_activation",
+                                              .own_keys = gemma2_keys,
+                                              .n_kv_heads = 4,
+                                              .max_positions = 8192,
+                                              .windows = PERTA_WINDOWS_OWN,
+                                              .read = read_gemma2};
+
+/* ---- OLMo, EXAONE 4: norms without weights, or after ---- */
+
+static void read_olmo(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    if (perta_config_has(r->config, "rms_norm_eps") && llm->norm_eps != 1e-5f)
+        perta_config_refuse(r, "rms_norm_eps", "is not 1e-5, which this architecture always has");
+    llm->norm_eps = 1e-5f;
+    llm->clip_qkv = optional(r, "clip_qkv", 0);
+}
+
+static void read_olmo3(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    perta_config_windows(r, llm, 4);
+}
+
+/* Beside layers with a window, those without it have no positions. */
+static void read_exaone4(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    bool listed = perta_config_has(r->config, "layer_types");
+    perta_config_windows(r, llm, listed ? 1 : perta_config_count(r, "sliding_window_pattern", 4));
+    for (uint32_t l = 0; llm->window && l < llm->n_layers; l++)
+        if (!(llm->layers[l] & PERTA_LAYER_WINDOW))
+            llm->layers[l] |= PERTA_LAYER_UNROTATED;
+}
+
+static const char *const olmo_keys[] = {"clip_qkv", NULL};
+static const char *const exaone4_keys[] = {"sliding_window_pattern", NULL};
+
+const struct perta_family perta_olmo = {.model_type = "olmo",
+                                        .architecture = "OlmoForCausalLM",
+                                        .base = "model",
+                                        .layers = "layers",
+                                        .embedding = "embed_tokens.weight",
+                                        .head = "lm_head.weight",
+                                        .norm = &perta_layernorm_part,
+                                        .bare_norms = true,
+                                        .attention = &perta_attention_part,
+                                        PARAMS(olmo_params),
+                                        .own_keys = olmo_keys,
+                                        .reads_attention_bias = true,
+                                        .pad = 2,
+                                        .max_positions = 2048,
+                                        .read = read_olmo};
+const struct perta_family perta_olmo2 = {.model_type = "olmo2",
+                                         .architecture = "Olmo2ForCausalLM",
+                                         PERTA_LLAMA_NAMES,
+                                         PARAMS(olmo2_params),
+                                         .reads_attention_bias = true,
+                                         .pad = 2,
+                                         .max_positions = 2048,
+                                         .norm_eps = 1e-5};
+const struct perta_family perta_olmo3 = {
+    .model_type = "olmo3",
+    .architecture = "Olmo3ForCausalLM",
+    PERTA_LLAMA_NAMES,
+    PARAMS(olmo2_params),
+    .reads_attention_bias = true,
+    .pad = 2,
+    .max_positions = 2048,
+    .norm_eps = 1e-5,
+    .rope = {.by_layer_type = true, .theta = 5e5, .local_theta = 5e5},
+    .windows = PERTA_WINDOWS_OWN,
+    .read = read_olmo3};
+const struct perta_family perta_exaone4 = {.model_type = "exaone4",
+                                           .architecture = "Exaone4ForCausalLM",
+                                           PERTA_LLAMA_NAMES,
+                                           PARAMS(exaone4_params),
+                                           .own_keys = exaone4_keys,
+                                           .n_kv_heads = 32,
+                                           .max_positions = 2048,
+                                           .norm_eps = 1e-5,
+                                           .windows = PERTA_WINDOWS_OWN,
+                                           .read = read_exaone4};
+
+/* ---- Granite ---- */
+
+static void read_granite(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    llm->embedding_multiplier = (float)perta_config_number(r, r->config, "embedding_multiplier", 1);
+    llm->residual_multiplier = (float)perta_config_number(r, r->config, "residual_multiplier", 1);
+    llm->attention_scale = (float)perta_config_number(r, r->config, "attention_multiplier", 1);
+    llm->logit_multiplier = (float)(1 / perta_config_number(r, r->config, "logits_scaling", 1));
+}
+
+static const char *const granite_keys[] = {"attention_multiplier", "embedding_multiplier",
+                                           "logits_scaling", "residual_multiplier", NULL};
+
+const struct perta_family perta_granite = {.model_type = "granite",
+                                           .architecture = "GraniteForCausalLM",
+                                           PERTA_LLAMA_LINE,
+                                           .own_keys = granite_keys,
+                                           .reads_attention_bias = true,
+                                           .reads_mlp_bias = true,
+                                           .max_positions = 2048,
+                                           .read = read_granite};
