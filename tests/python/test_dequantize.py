@@ -588,21 +588,20 @@ LLAMA = {
 }
 
 
-def put_llama(tmp_path, config=None, dtype="bfloat16"):
-    """A model of FP8 in blocks of 32, "m", and what perta dequantizes it to, "plain"."""
+def put_llama(tmp_path, dtype="bfloat16", block=32, **sizes):
+    """A model of FP8 in square blocks, "m", and data."""
     rng = np.random.default_rng(12)
-    tensors = {}
-    for name, shape in shapes_of(LLAMA).items():
+    config, tensors = LLAMA | sizes, {}
+    for name, shape in shapes_of(config).items():
         w = torch.from_numpy(rng.standard_normal(shape, "f4"))
         if "layers" in name and len(shape) == 2:
-            tensors[f"{name}_scale_inv"] = torch.rand(*(-(-n // 32) for n in shape)) * 0.1
+            tensors[f"{name}_scale_inv"] = torch.rand(*(-(-n // block) for n in shape)) * 0.1
             tensors[name] = w.to(E4M3)
         else:
             tensors[name] = (1 + w / 10 if len(shape) == 1 else w / 10).to(DTYPES[dtype])
-    config = config or {"quant_method": "fp8", "weight_block_size": [32, 32]}
-    write(tmp_path / "m", tensors, config, dtype=dtype, **LLAMA)
-    perta_config = json.loads((tmp_path / "m/config.json").read_text()) | LLAMA
-    (tmp_path / "m/config.json").write_text(json.dumps(perta_config))
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    write(tmp_path / "m", tensors, None, dtype=dtype)
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"dtype": dtype}))
     lines = [{"input_ids": rng.integers(0, 70, n).tolist()} for n in (5, 2, 30, 17)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
@@ -645,6 +644,16 @@ def test_weights_are_dequantised_as_they_are_read(perta, tmp_path, words, dtype)
     assert result_of(perta, tmp_path, words, "m") == expected
     for flags in part((["--io", "pread"], ["--io", "mmap", "--threads", "1"]), sanitized=1):
         assert result_of(perta, tmp_path, words, "m", *flags) == expected
+
+
+def test_large_tensors_are_dequantised_in_pieces(perta, tmp_path):
+    """More than 2^22 elements, in blocks that divide neither rows nor columns."""
+    put_llama(tmp_path, block=100, hidden_size=512, intermediate_size=8400, num_hidden_layers=1)
+    perta("dequantize", "m", "--out", "plain")
+    expected = result_of(perta, tmp_path, READERS["eval"], "plain")
+    least = needed(perta, READERS["eval"].format("m").split())
+    for flags in (["--memory", least], ["--io", "direct"], ["--io", "mmap"], ["--io", "pread"]):
+        assert result_of(perta, tmp_path, READERS["eval"], "m", *flags) == expected
 
 
 QWEN3_MOE = LLAMA | {
