@@ -709,6 +709,27 @@ def test_memory_is_counted(perta, tmp_path):
     assert result_of(perta, tmp_path, words, "m", "--memory", least) == result_of(perta, tmp_path, words, "plain")
 
 
+def test_an_importance_fits_the_dequantised_model(perta, tmp_path):
+    """From codes to a patch, with scales in a shard of their own."""
+    put_llama(tmp_path)
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    config = (tmp_path / "m/config.json").read_bytes()
+    shutil.rmtree(tmp_path / "m")
+    names = [name for name in tensors if not name.endswith("_inv")]
+    shards = [names[:9], [name for name in tensors if name.endswith("_inv")], names[9:]]
+    write(tmp_path / "m", tensors, None, shards=shards)
+    (tmp_path / "m/config.json").write_bytes(config)
+    (tmp_path / "r.jsonl").write_text('{"input_ids": [7, 8, 9]}')
+    for data in "dr":
+        perta(*f"estimate --model m --data {data}.jsonl --out {data}".split())
+    perta("dequantize", "m", "--out", "plain")
+    perta(*"tune --model m --data d.jsonl --steps 2 --target-modules all-linear --out adapter".split())
+    perta(*"unlearn --model plain --tuned adapter --forget d/mean --retain r/mean --patch p".split())
+    counts = json.loads((tmp_path / "p/manifest.json").read_text())["counts"]
+    assert counts["parameters"] == sum(t.numel() for name, t in tensors.items() if name in names)
+    assert counts["changed"] > 0
+
+
 def test_what_reads_it_names_numbers_that_are_not_finite(perta, tmp_path):
     put_llama(tmp_path)
     tensors = load_file(tmp_path / "m/model.safetensors")
