@@ -770,8 +770,8 @@ def test_inspect_says_what_it_is(perta, tmp_path):
     assert "quantised" not in json.loads(perta("inspect", "plain", "--json").stdout)
 
 
-def test_from_pretrained_gives_the_same(perta, tmp_path):
-    """transformers' own loader, on codes and on what perta writes."""
+def put_gpt_oss(tmp_path):
+    """A GptOss of MXFP4, "m", and data."""
     config = GptOssConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -781,6 +781,7 @@ def test_from_pretrained_gives_the_same(perta, tmp_path):
         head_dim=16,
         vocab_size=50,
         num_local_experts=3,
+        num_experts_per_tok=2,
         layer_types=["sliding_attention", "full_attention"],
         dtype="bfloat16",
     )
@@ -793,12 +794,19 @@ def test_from_pretrained_gives_the_same(perta, tmp_path):
             experts, n_in, n_out = t.shape
             shape = (experts, n_out, n_in // 32)
             tensors[f"{name}_blocks"] = torch.from_numpy(rng.integers(0, 256, (*shape, 16), "u1"))
-            tensors[f"{name}_scales"] = torch.from_numpy(rng.integers(110, 125, shape, "u1"))
+            tensors[f"{name}_scales"] = torch.from_numpy(rng.integers(118, 124, shape, "u1"))
         else:
             tensors[name] = t
     write(tmp_path / "m", tensors, None)
     text = json.loads((tmp_path / "full/config.json").read_text()) | {"quantization_config": MXFP4}
     (tmp_path / "m/config.json").write_text(json.dumps(text))
+    lines = [{"input_ids": rng.integers(0, 50, n).tolist()} for n in (5, 2, 30, 17)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_from_pretrained_gives_the_same(perta, tmp_path):
+    """transformers' own loader, on codes and on what perta writes."""
+    put_gpt_oss(tmp_path)
     perta("dequantize", "m", "--out", "o")
     how = {"dtype": "auto", "output_loading_info": True}
     codes, _ = GptOssForCausalLM.from_pretrained(
@@ -807,3 +815,14 @@ def test_from_pretrained_gives_the_same(perta, tmp_path):
     ours, info = GptOssForCausalLM.from_pretrained(tmp_path / "o", **how)
     assert not any(info.values()), info
     same(ours.state_dict(), codes.state_dict())
+
+
+@pytest.mark.parametrize("reader", ["estimate", "eval"])
+def test_experts_of_mxfp4_are_dequantised_as_they_are_read(perta, tmp_path, reader):
+    put_gpt_oss(tmp_path)
+    perta("dequantize", "m", "--out", "plain")
+    expected = result_of(perta, tmp_path, READERS[reader], "plain")
+    assert expected[0] or expected[1]
+    assert result_of(perta, tmp_path, READERS[reader], "m") == expected
+    least = needed(perta, READERS[reader].format("m", "m").split())
+    assert result_of(perta, tmp_path, READERS[reader], "m", "--memory", least, "--io", "pread") == expected
