@@ -95,7 +95,7 @@ static bool are_normal(const struct strip *s)
     return all;
 }
 
-/* The bits in BF16 of an E2M1 code times 2^(exponent >> 7). */
+/* The bits in BF16 of an E2M1 code times 2^(exponent / 128). */
 static inline uint16_t from_e2m1(uint8_t code, uint16_t exponent)
 {
     uint16_t mag = code & 7, sign = (uint16_t)((code & 8) << 12);
@@ -121,7 +121,7 @@ static void transpose_normal(const struct strip *s, enum perta_dtype dtype)
     uint16_t exponents[ROWS], low[ROWS], high[ROWS];
     for (size_t r = 0; r < s->n; r++) {
         const uint8_t *from = s->codes + r * s->n_blocks * PERTA_MXFP4_BLOCK_BYTES;
-        exponents[r] = (uint16_t)((s->scales[r * s->n_blocks] - 127) << 7);
+        exponents[r] = (uint16_t)((s->scales[r * s->n_blocks] - 127) * 128);
         for (size_t b = 0; b < PERTA_MXFP4_BLOCK_BYTES; b++)
             codes[b][r] = from[b];
     }

@@ -117,6 +117,16 @@ class Forget(LongRun):
         self.say("; ".join(lines) + f"; questions {how}")
         return sets
 
+    def check_numbers(self) -> None:
+        """Steps edit numbers, not codes; the questions before them would be answered, all the same."""
+        try:
+            _, result = self.children.run(["inspect", str(self.a.model)], say=lambda line: None)
+        except Problem:
+            return  # what measures the model says what is wrong with it
+        if "quantised" in result:
+            why = "the weights are quantised; dequantise the model to BF16 first (perta dequantize MODEL --out DIR)"
+            raise Problem(result["quantised"].get("why") or f"{self.a.model}: {why}")
+
     # ---- parts
 
     def target(self, sets: Sets, before: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +197,7 @@ class Forget(LongRun):
         a = self.a
         self.folder.check(a.force, a.resume, [("the model", model) for model in (a.model, a.base) if model])
         identity = self.identity()
+        self.check_numbers()
         if a.dry_run:
             from perta.forget_plan import plan
 

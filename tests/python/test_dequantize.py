@@ -588,21 +588,20 @@ LLAMA = {
 }
 
 
-def put_llama(tmp_path, config=None, dtype="bfloat16"):
-    """A model of FP8 in blocks of 32, "m", and what perta dequantizes it to, "plain"."""
+def put_llama(tmp_path, dtype="bfloat16", block=32, **sizes):
+    """A model of FP8 in square blocks, "m", and data."""
     rng = np.random.default_rng(12)
-    tensors = {}
-    for name, shape in shapes_of(LLAMA).items():
+    config, tensors = LLAMA | sizes, {}
+    for name, shape in shapes_of(config).items():
         w = torch.from_numpy(rng.standard_normal(shape, "f4"))
         if "layers" in name and len(shape) == 2:
-            tensors[f"{name}_scale_inv"] = torch.rand(*(-(-n // 32) for n in shape)) * 0.1
+            tensors[f"{name}_scale_inv"] = torch.rand(*(-(-n // block) for n in shape)) * 0.1
             tensors[name] = w.to(E4M3)
         else:
             tensors[name] = (1 + w / 10 if len(shape) == 1 else w / 10).to(DTYPES[dtype])
-    config = config or {"quant_method": "fp8", "weight_block_size": [32, 32]}
-    write(tmp_path / "m", tensors, config, dtype=dtype, **LLAMA)
-    perta_config = json.loads((tmp_path / "m/config.json").read_text()) | LLAMA
-    (tmp_path / "m/config.json").write_text(json.dumps(perta_config))
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    write(tmp_path / "m", tensors, None, dtype=dtype)
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"dtype": dtype}))
     lines = [{"input_ids": rng.integers(0, 70, n).tolist()} for n in (5, 2, 30, 17)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
@@ -645,6 +644,16 @@ def test_weights_are_dequantised_as_they_are_read(perta, tmp_path, words, dtype)
     assert result_of(perta, tmp_path, words, "m") == expected
     for flags in part((["--io", "pread"], ["--io", "mmap", "--threads", "1"]), sanitized=1):
         assert result_of(perta, tmp_path, words, "m", *flags) == expected
+
+
+def test_large_tensors_are_dequantised_in_pieces(perta, tmp_path):
+    """More than 2^22 elements, in blocks that divide neither rows nor columns."""
+    put_llama(tmp_path, block=100, hidden_size=512, intermediate_size=8400, num_hidden_layers=1)
+    perta("dequantize", "m", "--out", "plain")
+    expected = result_of(perta, tmp_path, READERS["eval"], "plain")
+    least = needed(perta, READERS["eval"].format("m").split())
+    for flags in (["--memory", least], ["--io", "direct"], ["--io", "mmap"], ["--io", "pread"]):
+        assert result_of(perta, tmp_path, READERS["eval"], "m", *flags) == expected
 
 
 QWEN3_MOE = LLAMA | {
@@ -700,6 +709,27 @@ def test_memory_is_counted(perta, tmp_path):
     assert result_of(perta, tmp_path, words, "m", "--memory", least) == result_of(perta, tmp_path, words, "plain")
 
 
+def test_an_importance_fits_the_dequantised_model(perta, tmp_path):
+    """From codes to a patch, with scales in a shard of their own."""
+    put_llama(tmp_path)
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    config = (tmp_path / "m/config.json").read_bytes()
+    shutil.rmtree(tmp_path / "m")
+    names = [name for name in tensors if not name.endswith("_inv")]
+    shards = [names[:9], [name for name in tensors if name.endswith("_inv")], names[9:]]
+    write(tmp_path / "m", tensors, None, shards=shards)
+    (tmp_path / "m/config.json").write_bytes(config)
+    (tmp_path / "r.jsonl").write_text('{"input_ids": [7, 8, 9]}')
+    for data in "dr":
+        perta(*f"estimate --model m --data {data}.jsonl --out {data}".split())
+    perta("dequantize", "m", "--out", "plain")
+    perta(*"tune --model m --data d.jsonl --steps 2 --target-modules all-linear --out adapter".split())
+    perta(*"unlearn --model plain --tuned adapter --forget d/mean --retain r/mean --patch p".split())
+    counts = json.loads((tmp_path / "p/manifest.json").read_text())["counts"]
+    assert counts["parameters"] == sum(t.numel() for name, t in tensors.items() if name in names)
+    assert counts["changed"] > 0
+
+
 def test_what_reads_it_names_numbers_that_are_not_finite(perta, tmp_path):
     put_llama(tmp_path)
     tensors = load_file(tmp_path / "m/model.safetensors")
@@ -740,8 +770,8 @@ def test_inspect_says_what_it_is(perta, tmp_path):
     assert "quantised" not in json.loads(perta("inspect", "plain", "--json").stdout)
 
 
-def test_from_pretrained_gives_the_same(perta, tmp_path):
-    """transformers' own loader, on codes and on what perta writes."""
+def put_gpt_oss(tmp_path):
+    """A GptOss of MXFP4, "m", and data."""
     config = GptOssConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -751,6 +781,7 @@ def test_from_pretrained_gives_the_same(perta, tmp_path):
         head_dim=16,
         vocab_size=50,
         num_local_experts=3,
+        num_experts_per_tok=2,
         layer_types=["sliding_attention", "full_attention"],
         dtype="bfloat16",
     )
@@ -763,12 +794,19 @@ def test_from_pretrained_gives_the_same(perta, tmp_path):
             experts, n_in, n_out = t.shape
             shape = (experts, n_out, n_in // 32)
             tensors[f"{name}_blocks"] = torch.from_numpy(rng.integers(0, 256, (*shape, 16), "u1"))
-            tensors[f"{name}_scales"] = torch.from_numpy(rng.integers(110, 125, shape, "u1"))
+            tensors[f"{name}_scales"] = torch.from_numpy(rng.integers(118, 124, shape, "u1"))
         else:
             tensors[name] = t
     write(tmp_path / "m", tensors, None)
     text = json.loads((tmp_path / "full/config.json").read_text()) | {"quantization_config": MXFP4}
     (tmp_path / "m/config.json").write_text(json.dumps(text))
+    lines = [{"input_ids": rng.integers(0, 50, n).tolist()} for n in (5, 2, 30, 17)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_from_pretrained_gives_the_same(perta, tmp_path):
+    """transformers' own loader, on codes and on what perta writes."""
+    put_gpt_oss(tmp_path)
     perta("dequantize", "m", "--out", "o")
     how = {"dtype": "auto", "output_loading_info": True}
     codes, _ = GptOssForCausalLM.from_pretrained(
@@ -777,3 +815,14 @@ def test_from_pretrained_gives_the_same(perta, tmp_path):
     ours, info = GptOssForCausalLM.from_pretrained(tmp_path / "o", **how)
     assert not any(info.values()), info
     same(ours.state_dict(), codes.state_dict())
+
+
+@pytest.mark.parametrize("reader", ["estimate", "eval"])
+def test_experts_of_mxfp4_are_dequantised_as_they_are_read(perta, tmp_path, reader):
+    put_gpt_oss(tmp_path)
+    perta("dequantize", "m", "--out", "plain")
+    expected = result_of(perta, tmp_path, READERS[reader], "plain")
+    assert expected[0] or expected[1]
+    assert result_of(perta, tmp_path, READERS[reader], "m") == expected
+    least = needed(perta, READERS[reader].format("m", "m").split())
+    assert result_of(perta, tmp_path, READERS[reader], "m", "--memory", least, "--io", "pread") == expected

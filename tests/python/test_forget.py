@@ -17,6 +17,8 @@ from test_resume import contents
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file
+
 sys.path += [str(ROOT / "examples"), str(ROOT / "python")]
 from made_up_facts import make_facts, make_tokenizer
 from perta.command import Problem
@@ -349,6 +351,22 @@ def test_a_kill_at_the_ends_of_a_run(perta, folder):
 # ---- bad input
 
 
+def quantise(folder):
+    """Give the model an FP8 tensor."""
+    path = min((folder / "full").glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(name for name, t in tensors.items() if t.ndim == 2 and "layers" in name)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale"] = torch.ones(())
+    save_file(tensors, path)
+    index = folder / "full/model.safetensors.index.json"
+    if index.exists():
+        text = json.loads(index.read_text())
+        text["weight_map"][f"{name}_scale"] = path.name
+        index.write_text(json.dumps(text))
+    config(folder, quantization_config={"quant_method": "fp8"})
+
+
 def pipe(folder):
     (folder / "forget.jsonl").unlink()
     os.mkfifo(folder / "forget.jsonl")
@@ -369,6 +387,8 @@ def pipe(folder):
         (lambda f: (f / "forget.jsonl").write_text('{"question": "Who?"}\n'), 3, "line 1: question is present without"),
         (lambda f: (f / "full/model.safetensors.index.json").write_text("{"), 3, "perta eval failed"),
         (lambda f: shutil.rmtree(f / "full"), 3, "full: no such folder"),
+        (lambda f: config(f, quantization_config={"quant_method": "gptq"}), 3, 'has quant_method "gptq"'),
+        (quantise, 3, "full: the weights are quantised; dequantise the model to BF16 first (perta dequantize"),
     ],
 )
 def test_bad_input_is_explained_and_nothing_is_left(perta, folder, change, status, says):

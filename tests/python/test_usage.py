@@ -19,7 +19,7 @@ from verbs import LLAMA
 
 os.environ["PERTA_PYTHON"] = sys.executable
 VERBS = (
-    "inspect estimate eval tune accumulate unlearn diff apply revert compose manifest verify report demo"
+    "inspect estimate eval tune accumulate unlearn diff apply revert compose dequantize manifest verify report demo"
 ).split()
 PROGRAMS = ("ask", "forget", "tokenize")  # verbs in Python
 MAN = (ROOT / "docs/perta.1").read_text().replace("\\-", "-").replace("\\e\n", "\\\n")
