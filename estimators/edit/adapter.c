@@ -94,7 +94,9 @@ static int join_parts(const struct perta_checkpoint *ck, struct part *parts, siz
         .b = of[embedding ? KIND_EMBEDDING_B : KIND_B],
         .whole = of[KIND_WHOLE],
         .base_layer = of[KIND_BASE_LAYER],
-        .is_embedding = embedding,
+        .is_swapped = embedding,
+        .n_experts = 1,
+        .n_matrices = 1,
     };
     parts[0].target = NULL; /* now owned by the change */
     const char *name = parts[0].ref->tensor->name;
@@ -173,7 +175,7 @@ static int check_transposed(const struct perta_adapter *adapter,
                                         "clvp"};
     const char *type = json_string_value(json_object_get(model->config, "model_type"));
     for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
-        if (!strcmp(type, types[i]) && !change->is_embedding &&
+        if (!strcmp(type, types[i]) && !change->is_swapped &&
             strncmp(change->target, "lm_head.", 8) && strncmp(change->target, "score.", 6))
             return perta_fail(
                 err, PERTA_EINPUT,
@@ -201,11 +203,11 @@ static int check_lora(const struct perta_adapter *adapter,
                                         &change->scaling, err);
     uint64_t r = change->r, rows = change->rows, width = change->width;
     if (!rc)
-        rc = check_factor(adapter, change, change->a->tensor, r,
-                          change->is_embedding ? rows : width, err);
+        rc = check_factor(adapter, change, change->a->tensor, r, change->is_swapped ? rows : width,
+                          err);
     if (!rc)
-        rc = check_factor(adapter, change, change->b->tensor, change->is_embedding ? width : rows,
-                          r, err);
+        rc = check_factor(adapter, change, change->b->tensor, change->is_swapped ? width : rows, r,
+                          err);
     if (rc || !change->base_layer)
         return rc;
     rc = perta_shapes_agree("--model", tensor, "--tuned", change->base_layer->tensor, err);
@@ -320,6 +322,8 @@ static int find_target(struct perta_adapter *adapter, const struct perta_adapter
                           "%s: tensor %s: %s is %s in --model; BF16, F16, F32 or F64 needed",
                           adapter->ck->shards[0].path, part->tensor->name, ref->tensor->name,
                           perta_dtype_name(ref->tensor->dtype));
+    if (change->rows) /* an expert's: it is known to fit */
+        return 0;
     int rc = check_tied(adapter, model, change, err);
     if (!rc && !change->whole)
         rc = check_transposed(adapter, model, change, err);
@@ -328,11 +332,22 @@ static int find_target(struct perta_adapter *adapter, const struct perta_adapter
     return rc;
 }
 
+static int compare_changes(const void *a, const void *b)
+{
+    return strcmp(((const struct perta_change *)a)->target,
+                  ((const struct perta_change *)b)->target);
+}
+
 static int find_targets(struct perta_adapter *adapter, const struct perta_adapter_config *config,
                         const struct perta_checkpoint *model, struct perta_err *err)
 {
     bool tied = perta_is_tied(model);
-    int rc = 0;
+    int rc = perta_adapter_expand(adapter, config, model, err);
+    qsort(adapter->changes, adapter->n_changes, sizeof *adapter->changes, compare_changes);
+    for (uint64_t i = 1; i < adapter->n_changes && !rc; i++)
+        if (!strcmp(adapter->changes[i - 1].target, adapter->changes[i].target))
+            rc = perta_fail(err, PERTA_EINPUT, "%s: %s is changed twice",
+                            adapter->ck->shards[0].path, adapter->changes[i].target);
     for (uint64_t i = 0; i < adapter->n_changes && !rc; i++)
         rc = find_target(adapter, config, model, tied, &adapter->changes[i], err);
     return rc;
@@ -347,7 +362,8 @@ static void note_targets(const struct perta_adapter *adapter,
     for (uint64_t i = 0; i < adapter->n_changes; i++) {
         const struct perta_change *c = &adapter->changes[i];
         size_t len = strlen(c->target) - (c->whole ? 0 : strlen(".weight"));
-        if (!c->whole && !perta_adapter_config_targets(config, c->target, len) && !n++)
+        if (!c->whole && !perta_adapter_config_targets(config, c->target, len) &&
+            !perta_adapter_config_targets_parameter(config, c->target) && !n++)
             first = c->target;
     }
     if (n)

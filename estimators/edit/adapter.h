@@ -20,11 +20,17 @@ struct perta_change {
     const struct perta_ref *whole;      /* the tuned tensor itself; NULL if a and b are set */
     const struct perta_ref *base_layer; /* PEFT's copy of the tensor that A and B are added to, or
                                          * NULL */
-    bool is_embedding;    /* then A is (r, rows) and B (width, r), instead of A (r, width) and B
-                           * (rows, r) */
-    uint64_t rows, width; /* shape of the model's tensor */
+    bool is_swapped;      /* then A is (r, rows) and B (width, r), instead of A (r, width) and B
+                           * (rows, r): of an embedding, or of experts stored as (in, out) */
+    uint64_t rows, width; /* shape of the model's tensor, or of a matrix of it */
     uint64_t r;
     float scaling;
+    /* Of a LoRA of experts (adapter_experts.c), where A and B hold those of all experts of a layer:
+     * rows e r to (e + 1) r of A are those of expert e, and columns e, n_experts + e, ... of B. */
+    uint64_t n_experts;  /* otherwise 1 */
+    uint64_t expert;     /* that of the tensor's first matrix */
+    uint64_t n_matrices; /* in the tensor: 1, or n_experts */
+    uint64_t b_first;    /* the row of B that is the matrix's first */
 };
 
 struct perta_adapter {
@@ -41,6 +47,12 @@ struct perta_adapter {
  * are not wanted). Errors: PERTA_EINPUT, naming file, key or tensor. */
 int perta_adapter_open(const struct perta_checkpoint *ck, const struct perta_checkpoint *model,
                        struct perta_adapter **out, json_t *notes, struct perta_err *err);
+/* Between adapter.c and adapter_experts.c: replace the changes that PEFT's target_parameters made of
+ * the experts of a layer, whatever their tensors are in model, by one for each of these tensors.
+ * Changes are not sorted afterwards. */
+struct perta_adapter_config;
+int perta_adapter_expand(struct perta_adapter *adapter, const struct perta_adapter_config *config,
+                         const struct perta_checkpoint *model, struct perta_err *err);
 /* Accepts NULL. */
 void perta_adapter_close(struct perta_adapter *adapter);
 

@@ -44,7 +44,6 @@ static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *
         "use_dora",          "use_qalora",   "use_bdlora",        "fan_in_fan_out",
         "lora_bias",         "arrow_config", "layer_replication", "alora_invocation_tokens",
         "monteclora_config", "kasa_config",  "megatron_config",   "trainable_token_indices",
-        "target_parameters",
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         if (is_set(json_object_get(c->json, refused[i])) || is_kind(c, refused[i]))
@@ -76,10 +75,19 @@ static int check_init(const struct perta_adapter_config *c, struct perta_err *er
         err);
 }
 
+/* transformers writes patterns for the parameters of experts that begin with "anything and a dot",
+ * which PEFT's own match begins with, too. */
+static const char *bare_pattern(const char *text)
+{
+    static const char any[] = ".*\\.";
+    return strncmp(text, any, strlen(any)) ? text : text + strlen(any);
+}
+
 /* Is text a module name, in which a dot matches any character, optionally with ^ before it or $
  * after it? No other regular expressions are supported. */
 static bool is_name_pattern(const char *text)
 {
+    text = bare_pattern(text);
     text += *text == '^';
     bool has_text = false;
     for (; *text; text++) {
@@ -97,12 +105,15 @@ static bool is_name_pattern(const char *text)
 /* Matches like PEFT: re.match(rf"(.*\.)?({pattern})$", module), where module has m characters. */
 static bool pattern_matches(const char *pattern, const char *module, size_t m)
 {
-    bool from_start = *pattern == '^';
+    const char *bare = bare_pattern(pattern);
+    bool needs_dot = bare != pattern, from_start = *bare == '^';
     size_t n = 0;
+    pattern = bare;
     pattern += from_start;
     for (const char *p = pattern; *p && *p != '$'; p++)
         n += *p != '\\';
-    if (n > m || (from_start && n < m) || (n < m && module[m - n - 1] != '.'))
+    if (n > m || (needs_dot && n == m) || (from_start && n < m) ||
+        (n < m && module[m - n - 1] != '.'))
         return false;
     for (const char *p = pattern, *q = module + m - n; q < module + m; p++, q++) {
         bool literal = *p == '\\';
@@ -302,6 +313,17 @@ int perta_adapter_config_allows(const struct perta_adapter_config *c, const char
                : 0;
 }
 
+bool perta_adapter_config_targets_parameter(const struct perta_adapter_config *c,
+                                            const char *tensor)
+{
+    static const char *const parts[] = {".experts.", "put_linear.", ".gate.", ".router."};
+    const json_t *parameters = json_object_get(c->json, "target_parameters");
+    bool found = any_name(parameters, tensor, strlen(tensor), is_name_of);
+    for (size_t i = 0; is_set(parameters) && i < sizeof parts / sizeof *parts; i++)
+        found |= strstr(tensor, parts[i]) != NULL;
+    return found;
+}
+
 bool perta_adapter_config_targets(const struct perta_adapter_config *c, const char *module,
                                   size_t len)
 {
@@ -351,6 +373,7 @@ void perta_adapter_config_note(const struct perta_adapter_config *c, json_t *not
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
         "task_type",
         "use_rslora",
         "velora_config",

@@ -33,6 +33,10 @@ int perta_adapter_config_allows(const struct perta_adapter_config *config, const
 /* True if the module is among target_modules, or if target_modules is not a list of names. */
 bool perta_adapter_config_targets(const struct perta_adapter_config *config, const char *module,
                                   size_t len);
+/* True if the tensor is among target_parameters; any tensor of experts or of a router is, if there are
+ * any: those are names of parameters in memory (adapter_experts.c). */
+bool perta_adapter_config_targets_parameter(const struct perta_adapter_config *config,
+                                            const char *tensor);
 /* Is the tensor in a module of that name, or in one whose name ends in it after a dot? */
 bool perta_adapter_is_within(const char *tensor, const char *module);
 /* Append a note for each key that perta does not know: newer versions of PEFT may define keys that

@@ -17,6 +17,8 @@ typedef unsigned long long ull;
 
 struct perta_adapter_worker {
     const struct perta_change *change; /* whose columns are cached; NULL if none */
+    uint64_t expert;                   /* of which expert */
+    const struct perta_file *file;     /* of the last call */
     struct perta_lora lora;
     float *rows, *columns, *tau; /* each has room for the largest */
     uint8_t *stage;              /* (STAGE_BYTES) elements as read from the file */
@@ -40,7 +42,9 @@ static bool count_floats(const struct perta_adapter *adapter, uint64_t floats[3]
         uint64_t n[3];
         if (c->whole || !c->rows || !c->width)
             continue;
-        n[2] = c->rows > PERTA_CHUNK_ELEMS / c->width ? PERTA_CHUNK_ELEMS : c->rows * c->width;
+        uint64_t all = c->n_matrices * c->rows; /* a tensor's elements, of which there are fewer
+                                                 * than 2^63 */
+        n[2] = all > PERTA_CHUNK_ELEMS / c->width ? PERTA_CHUNK_ELEMS : all * c->width;
         if (perta_mul_overflows(rows_max(c), c->r, &n[0]) ||
             perta_mul_overflows(c->width, c->r, &n[1]))
             return false;
@@ -137,30 +141,86 @@ static int read_transposed(const struct perta_file *file, const struct perta_ten
     return rc;
 }
 
-/* Columns (r, width): A, or for an embedding B (width, r) transposed. */
-static int read_columns(struct perta_adapter_worker *w, const struct perta_file *file,
-                        const struct perta_change *c, struct perta_err *err)
+/* to[0], to[to_stride], ... = n elements of a tensor: first, first + stride, ... */
+static int read_spread(const struct perta_file *file, const struct perta_tensor *tensor,
+                       uint64_t first, uint64_t stride, uint64_t n, float *to, uint64_t to_stride,
+                       uint8_t *stage, struct perta_err *err)
 {
-    if (w->change == c)
-        return 0;
-    w->change = NULL;
-    int rc = c->is_embedding ? read_transposed(file, c->b->tensor, 0, c->r, c->width, c->r,
-                                               w->columns, w->stage, err)
-                             : read_floats(file, c->a->tensor, 0, c->r * c->width, w->columns, 1,
-                                           w->stage, err);
-    if (!rc)
-        w->change = c;
+    uint64_t width = perta_dtype_unit_bytes(tensor->dtype);
+    uint64_t most = (STAGE_BYTES / width - 1) / stride + 1;
+    int rc = 0;
+    for (uint64_t done = 0, part; done < n && !rc; done += part) {
+        part = n - done < most ? n - done : most;
+        rc = perta_pread_all(file->fd, stage, ((part - 1) * stride + 1) * width,
+                             tensor->off_bytes + (first + done * stride) * width, file->path, err);
+        for (uint64_t i = 0; i < part && !rc; i++)
+            to[(done + i) * to_stride] = float_at(tensor->dtype, stage, i * stride);
+    }
     return rc;
 }
 
-/* Rows (n, r): rows of B, or for an embedding columns of A (r, rows). */
+/* n rows of B from row first on, each of the r columns of an expert, as to (n, r); with
+ * transposed, as to (r, n). */
+static int read_b(const struct perta_file *file, const struct perta_change *c, uint64_t expert,
+                  uint64_t first, uint64_t n, float *to, bool transposed, uint8_t *stage,
+                  struct perta_err *err)
+{
+    uint64_t E = c->n_experts, r = c->r;
+    int rc = 0;
+    first += c->b_first;
+    if (E == 1 && !transposed)
+        return read_floats(file, c->b->tensor, first * r, n * r, to, 1, stage, err);
+    for (uint64_t i = 0; i < n && !rc; i++)
+        rc = read_spread(file, c->b->tensor, (first + i) * r * E + expert, E, r,
+                         to + (transposed ? i : i * r), transposed ? n : 1, stage, err);
+    return rc;
+}
+
+/* Columns (r, width): A, or if they are swapped B (width, r) transposed. */
+static int read_columns(struct perta_adapter_worker *w, const struct perta_file *file,
+                        const struct perta_change *c, uint64_t expert, struct perta_err *err)
+{
+    if (w->change == c && w->expert == expert)
+        return 0;
+    w->change = NULL;
+    int rc = c->is_swapped ? read_b(file, c, expert, 0, c->width, w->columns, true, w->stage, err)
+                           : read_floats(file, c->a->tensor, expert * c->r * c->width,
+                                         c->r * c->width, w->columns, 1, w->stage, err);
+    if (!rc)
+        w->change = c;
+    w->expert = expert;
+    return rc;
+}
+
+/* Rows (n, r): rows of B, or if they are swapped columns of A (r, rows). */
 static int read_rows(struct perta_adapter_worker *w, const struct perta_file *file,
-                     const struct perta_change *c, uint64_t first, uint64_t n,
+                     const struct perta_change *c, uint64_t expert, uint64_t first, uint64_t n,
                      struct perta_err *err)
 {
-    if (c->is_embedding)
-        return read_transposed(file, c->a->tensor, first, c->rows, c->r, n, w->rows, w->stage, err);
-    return read_floats(file, c->b->tensor, first * c->r, n * c->r, w->rows, 1, w->stage, err);
+    if (c->is_swapped)
+        return read_transposed(file, c->a->tensor, expert * c->r * c->rows + first, c->rows, c->r,
+                               n, w->rows, w->stage, err);
+    return read_b(file, c, expert, first, n, w->rows, false, w->stage, err);
+}
+
+/* n elements, from first_elem on, of a matrix of the tensor. */
+static int matrix_tau(struct perta_adapter_worker *w, const struct perta_file *file,
+                      const struct perta_change *c, uint64_t matrix, uint64_t first_elem,
+                      uint64_t n, float *tau, struct perta_err *err)
+{
+    uint64_t first = first_elem / c->width, last = (first_elem + n - 1) / c->width;
+    w->lora = (struct perta_lora){.rows = w->rows,
+                                  .columns = w->columns,
+                                  .r = c->r,
+                                  .width = c->width,
+                                  .first_row = first,
+                                  .scaling = c->scaling};
+    int rc = read_columns(w, file, c, c->expert + matrix, err);
+    if (!rc)
+        rc = read_rows(w, file, c, c->expert + matrix, first, last - first + 1, err);
+    if (!rc)
+        perta_lora_tau(&w->lora, first_elem, n, tau);
+    return rc;
 }
 
 int perta_adapter_tau(const struct perta_adapter *adapter, const struct perta_file *file,
@@ -168,21 +228,17 @@ int perta_adapter_tau(const struct perta_adapter *adapter, const struct perta_fi
                       uint64_t n, const float **tau, struct perta_err *err)
 {
     struct perta_adapter_worker *w = &adapter->workers[worker];
-    uint64_t first = first_elem / change->width, last = (first_elem + n - 1) / change->width;
-    w->lora = (struct perta_lora){.rows = w->rows,
-                                  .columns = w->columns,
-                                  .r = change->r,
-                                  .width = change->width,
-                                  .first_row = first,
-                                  .scaling = change->scaling};
-    int rc = read_columns(w, file, change, err);
-    if (!rc)
-        rc = read_rows(w, file, change, first, last - first + 1, err);
-    if (rc)
-        return rc;
-    perta_lora_tau(&w->lora, first_elem, n, w->tau);
+    uint64_t of_matrix = change->rows * change->width;
+    int rc = 0;
+    w->file = file;
+    for (uint64_t done = 0, part; done < n && !rc; done += part) {
+        uint64_t at = (first_elem + done) % of_matrix;
+        part = n - done < of_matrix - at ? n - done : of_matrix - at;
+        rc = matrix_tau(w, file, change, (first_elem + done) / of_matrix, at, part, w->tau + done,
+                        err);
+    }
     *tau = w->tau;
-    return 0;
+    return rc;
 }
 
 /* ---- numbers that are not finite ---- */
@@ -202,17 +258,28 @@ int perta_adapter_bad_number(const struct perta_adapter *adapter, unsigned worke
                              const struct perta_change *c, uint64_t elem, bool may_keep,
                              struct perta_err *err)
 {
-    const struct perta_lora *l = &adapter->workers[worker].lora;
-    uint64_t row = elem / c->width, column = elem % c->width;
+    struct perta_adapter_worker *w = &adapter->workers[worker];
+    const struct perta_lora *l = &w->lora;
+    uint64_t matrix = elem / (c->rows * c->width), expert = c->expert + matrix;
+    uint64_t row = elem / c->width % c->rows, column = elem % c->width;
+    if (expert != w->expert) { /* only the last matrix of the chunk is still there */
+        float tau;
+        int rc = matrix_tau(w, w->file, c, matrix, row * c->width + column, 1, &tau, err);
+        if (rc)
+            return rc;
+    }
     for (uint64_t k = 0; k < c->r; k++) {
+        uint64_t of_a = expert * c->r + k, of_b = k * c->n_experts + expert;
         bool bad_row = !isfinite(l->rows[(row - l->first_row) * c->r + k]);
         if (!bad_row && isfinite(l->columns[k * c->width + column]))
             continue;
-        if (c->is_embedding)
-            return bad_row ? bad_element(adapter, c->a, k * c->rows + row, may_keep, err)
-                           : bad_element(adapter, c->b, column * c->r + k, may_keep, err);
-        return bad_row ? bad_element(adapter, c->b, row * c->r + k, may_keep, err)
-                       : bad_element(adapter, c->a, k * c->width + column, may_keep, err);
+        bool is_of_a = bad_row == c->is_swapped;
+        if (is_of_a)
+            return bad_element(adapter, c->a,
+                               c->is_swapped ? of_a * c->rows + row : of_a * c->width + column,
+                               may_keep, err);
+        uint64_t of = c->b_first + (c->is_swapped ? column : row);
+        return bad_element(adapter, c->b, of * c->r * c->n_experts + of_b, may_keep, err);
     }
     return perta_fail(err, PERTA_EINPUT,
                       "%s: tensors %s and %s: their product at element %llu of %s overflows "

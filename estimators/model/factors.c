@@ -3,9 +3,21 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#define EXPERT_PARAMS (PERTA_EXPERT_DOWN_BIAS - PERTA_EXPERT_GATE + 1)
+
+/* The place of a weight in numbers. */
+static size_t place_of(const struct perta_llm *llm, struct perta_site site, enum perta_param param)
+{
+    size_t of_layers = (size_t)llm->n_layers * PERTA_N_PARAMS;
+    size_t expert = (size_t)site.layer * llm->n_experts + site.expert - 1;
+    return perta_is_of_expert(param)
+               ? of_layers + expert * EXPERT_PARAMS + (size_t)(param - PERTA_EXPERT_GATE)
+               : (size_t)site.layer * PERTA_N_PARAMS + param;
+}
+
 int perta_factors_open(struct perta_factors *f, const struct perta_llm *llm, struct perta_err *err)
 {
-    size_t most = (size_t)llm->n_layers * PERTA_N_PARAMS;
+    size_t most = (size_t)llm->n_layers * (PERTA_N_PARAMS + (size_t)llm->n_experts * EXPERT_PARAMS);
     *f = (struct perta_factors){
         .llm = llm, .of = calloc(most, sizeof *f->of), .numbers = calloc(most, sizeof *f->numbers)};
     return f->of && f->numbers ? 0 : perta_fail_sys(err, ENOMEM, "adapter");
@@ -25,7 +37,7 @@ void perta_factors_add(struct perta_factors *f, struct perta_site site,
     perta_array_take(none, &at, factor->out * factor->r);
     f->n_floats = at;
     f->r_max = factor->r > f->r_max ? factor->r : f->r_max;
-    f->numbers[(size_t)site.layer * PERTA_N_PARAMS + row->param] = (uint32_t)f->n;
+    f->numbers[place_of(f->llm, site, row->param)] = (uint32_t)f->n;
 }
 
 void perta_factors_release(struct perta_factors *f)
@@ -38,7 +50,7 @@ void perta_factors_release(struct perta_factors *f)
 const struct perta_factor *perta_factors_find(const struct perta_factors *f, struct perta_site site,
                                               enum perta_param param)
 {
-    uint32_t number = f && f->numbers ? f->numbers[(size_t)site.layer * PERTA_N_PARAMS + param] : 0;
+    uint32_t number = f && f->numbers ? f->numbers[place_of(f->llm, site, param)] : 0;
     return number ? &f->of[number - 1] : NULL;
 }
 

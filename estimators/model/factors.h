@@ -19,9 +19,11 @@ struct perta_factor {
 
 struct perta_factors {
     const struct perta_llm *llm; /* borrowed */
-    struct perta_factor *of;     /* (n), in the order of layers and parameters */
+    struct perta_factor *of;     /* (n), in the order of layers, parameters and experts */
     size_t n, r_max;
-    uint32_t *numbers;         /* (n_layers, PERTA_N_PARAMS): index in of, plus 1; 0: none */
+    /* Index in of, plus 1; 0: none. (n_layers, PERTA_N_PARAMS), then those of experts (n_layers,
+     * n_experts, EXPERT_PARAMS of factors.c) */
+    uint32_t *numbers;
     uint64_t n_floats;         /* in an array of all factors */
     struct perta_array values; /* (n_floats), of the backend's */
     struct perta_array room;   /* scratch of the backend's, (2, rows of a batch, r_max) */
@@ -30,7 +32,7 @@ struct perta_factors {
 /* Make an empty set for this model. The caller releases it with perta_factors_release. */
 int perta_factors_open(struct perta_factors *factors, const struct perta_llm *llm,
                        struct perta_err *err);
-/* Add a LoRA to a matrix of a layer; layers and parameters in order. */
+/* Add a LoRA to a matrix of a layer or an expert, once; layers, parameters, experts in order. */
 void perta_factors_add(struct perta_factors *factors, struct perta_site site,
                        const struct perta_param_row *row, uint64_t r, float scaling);
 /* A zeroed struct is allowed. */

@@ -33,6 +33,23 @@ static int refuse(const struct perta_adapted *adapted, const struct perta_ref *p
                       adapted->ck->shards[0].path, part->tensor->name, why);
 }
 
+/* Add the LoRA of a weight of this site, if the adapter has one. */
+static int add_factor(const struct perta_adapted *adapted, const struct perta_llm *llm,
+                      struct perta_site site, const struct perta_param_row *row,
+                      struct perta_factors *factors, bool *used, struct perta_err *err)
+{
+    const struct perta_change *c = change_of(adapted, llm, site, row);
+    if (!c)
+        return 0;
+    used[c - adapted->adapter->changes] = true;
+    if (c->whole)
+        return refuse(adapted, c->whole, "a whole tensor", err);
+    if (c->base_layer)
+        return refuse(adapted, c->base_layer, "a base of its own", err);
+    perta_factors_add(factors, site, row, c->r, c->scaling);
+    return 0;
+}
+
 static int add_factors(const struct perta_adapted *adapted, const struct perta_llm *llm,
                        struct perta_factors *factors, bool *used, struct perta_err *err)
 {
@@ -40,17 +57,11 @@ static int add_factors(const struct perta_adapted *adapted, const struct perta_l
     for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
         for (int p = 0; p < PERTA_N_PARAMS && !rc; p++) {
             const struct perta_param_row *row = perta_llm_param(llm, l, (enum perta_param)p);
-            const struct perta_change *c =
-                row ? change_of(adapted, llm, perta_site_of(l), row) : NULL;
-            if (!c)
-                continue;
-            used[c - adapted->adapter->changes] = true;
-            if (c->whole)
-                rc = refuse(adapted, c->whole, "a whole tensor", err);
-            else if (c->base_layer)
-                rc = refuse(adapted, c->base_layer, "a base of its own", err);
-            else
-                perta_factors_add(factors, perta_site_of(l), row, c->r, c->scaling);
+            bool of_expert = perta_is_of_expert((enum perta_param)p);
+            for (uint32_t e = 0; row && e < (of_expert ? llm->n_experts : 1) && !rc; e++)
+                rc = add_factor(adapted, llm,
+                                of_expert ? perta_site_of_expert(l, e) : perta_site_of(l), row,
+                                factors, used, err);
         }
     return rc;
 }
@@ -122,28 +133,50 @@ json_t *perta_adapted_json(const struct perta_adapted *adapted)
 
 #define PIECE_FLOATS 8192
 
-/* Read one factor, as float32, to its place in the backend's memory. */
-static int load_factor(const struct perta_file *file, const struct perta_tensor *t,
-                       struct perta_backend *be, struct perta_array to, struct perta_err *err)
+/* Read n elements of a factor: first, first + stride, ..., as float32 to their place in the backend's
+ * memory. */
+static int load_floats(const struct perta_file *file, const struct perta_tensor *t, uint64_t first,
+                       uint64_t stride, uint64_t n, struct perta_backend *be, struct perta_array to,
+                       struct perta_err *err)
 {
-    uint64_t width = perta_dtype_unit_bytes(t->dtype);
+    uint64_t width = perta_dtype_unit_bytes(t->dtype), most = (PIECE_FLOATS - 1) / stride + 1;
     uint8_t bytes[PIECE_FLOATS * sizeof(float)];
     float floats[PIECE_FLOATS];
     int rc = 0;
-    for (uint64_t at = 0, n; at < t->n_elems && !rc; at += n) {
-        n = t->n_elems - at < PIECE_FLOATS ? t->n_elems - at : PIECE_FLOATS;
-        rc =
-            perta_pread_all(file->fd, bytes, n * width, t->off_bytes + at * width, file->path, err);
+    for (uint64_t at = 0, some; at < n && !rc; at += some) {
+        some = n - at < most ? n - at : most;
+        uint64_t from = first + at * stride, span = (some - 1) * stride + 1;
+        rc = perta_pread_all(file->fd, bytes, span * width, t->off_bytes + from * width, file->path,
+                             err);
         if (rc)
             break;
-        perta_row_kernels()->to_f32(floats, bytes, t->dtype, n);
-        for (uint64_t i = 0; i < n && !rc; i++)
+        perta_row_kernels()->to_f32(floats, bytes, t->dtype, span);
+        for (uint64_t i = 0; i < some && !rc; i++) {
+            floats[i] = floats[i * stride];
             if (!isfinite(floats[i]))
                 rc = perta_fail(err, PERTA_EINPUT,
                                 "%s: tensor %s, element %llu: not a finite number", file->path,
-                                t->name, (unsigned long long)(at + i));
-        be->ops->put(be, perta_array_at(to, at), floats, n * sizeof *floats);
+                                t->name, (unsigned long long)(from + i * stride));
+        }
+        be->ops->put(be, perta_array_at(to, at), floats, some * sizeof *floats);
     }
+    return rc;
+}
+
+/* Read A and B of a factor, which may be one expert's among those of all (adapter.h). */
+static int load_factor(const struct perta_file *file, const struct perta_change *c,
+                       const struct perta_factor *f, struct perta_backend *be,
+                       struct perta_low_rank to, struct perta_err *err)
+{
+    uint64_t E = c->n_experts, expert = c->expert;
+    if (c->n_matrices > 1)
+        expert += f->site.expert - 1;
+    int rc = load_floats(file, c->a->tensor, expert * f->r * f->in, 1, f->r * f->in, be, to.a, err);
+    if (!rc && E == 1)
+        rc = load_floats(file, c->b->tensor, c->b_first * f->r, 1, f->out * f->r, be, to.b, err);
+    for (uint64_t row = 0; E > 1 && row < f->out && !rc; row++)
+        rc = load_floats(file, c->b->tensor, (c->b_first + row) * f->r * E + expert, E, f->r, be,
+                         perta_array_at(to.b, row * f->r), err);
     return rc;
 }
 
@@ -157,9 +190,7 @@ int perta_adapted_load(const struct perta_adapted *adapted, const struct perta_f
         const struct perta_change *c = change_of(
             adapted, factors->llm, f->site, perta_llm_param(factors->llm, f->site.layer, f->param));
         struct perta_low_rank to = perta_factor_in(f, factors->values);
-        rc = load_factor(&file, c->a->tensor, be, to.a, err);
-        if (!rc)
-            rc = load_factor(&file, c->b->tensor, be, to.b, err);
+        rc = load_factor(&file, c, f, be, to, err);
     }
     if (!rc)
         rc = perta_file_unchanged(&file, err);

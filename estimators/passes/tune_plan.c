@@ -119,10 +119,23 @@ static void put_initial(struct perta_tune_job *job, const struct perta_factor *f
 
 /* ---- updates ---- */
 
+/* An adapter that is trained further has LoRAs of linear modules alone. */
+static int check_continued(const struct perta_tune_job *job, struct perta_err *err)
+{
+    const struct perta_factors *factors = &job->pass.factors;
+    for (size_t i = 0; i < factors->n; i++)
+        if (factors->of[i].site.expert)
+            return perta_fail(err, PERTA_EINPUT,
+                              "--adapter %s: has LoRAs of a mixture's experts, which are not "
+                              "trained; LoRAs of linear modules are",
+                              job->tune.adapter);
+    return 0;
+}
+
 int perta_tune_count(struct perta_tune_job *job, struct perta_err *err)
 {
     struct perta_tune *t = &job->tune;
-    int rc = t->adapter ? 0 : new_factors(job, err);
+    int rc = t->adapter ? check_continued(job, err) : new_factors(job, err);
     if (rc)
         return rc;
     job->lowest = job->pass.factors.of[0].site.layer;

@@ -553,7 +553,6 @@ CONFIGS = {
     "transposed": (good(fan_in_fan_out=True), "fan_in_fan_out: is set"),
     "layers twice": (good(layer_replication=[[0, 4], [2, 5]]), "layer_replication: is set"),
     "bias of lora": (good(lora_bias=True), "lora_bias: is set"),
-    "parameters": (good(target_parameters=["experts.w"]), "target_parameters: is set"),
     "tokens": (good(trainable_token_indices=[1]), "trainable_token_indices: is set"),
     "pissa": (good(init_lora_weights="pissa_niter_16"), "init_lora_weights: an init"),
     "init is a number": (good(init_lora_weights=3), "init_lora_weights: an init"),

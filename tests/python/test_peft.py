@@ -156,7 +156,7 @@ CASES = {
     "mica": ("llama", {"init_lora_weights": "mica"}, "init_lora_weights"),
     "tokens": ("llama", {"trainable_token_indices": [3, 9]}, "trainable_token_indices"),
     "layers twice": ("llama", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-    "parameters": ("llama", {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}, "target_parameters"),
+    "parameters": ("llama", {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}, None),
     "tied, elsewhere": ("tied", {"target_modules": "all-linear"}, None),
     "tied, embedding": ("tied", {"target_modules": [EMBED]}, REFUSED_TIE),
     "tied, head": ("tied", {"target_modules": [HEAD]}, REFUSED_TIE),
