@@ -309,8 +309,7 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
     if (r->rc)
         return;
     if (types && !json_is_null(types)) {
-        if (family->windows == PERTA_WINDOWS_EVERYWHERE &&
-            !perta_config_has(r->config, "model_type"))
+        if (!strcmp(family->model_type, "mistral") && !perta_config_has(r->config, "model_type"))
             perta_config_refuse(r, "layer_types",
                                 "is respected by some readers and ignored by "
                                 "others without \"model_type\"; write mistral "
@@ -358,11 +357,12 @@ static void read_activation(struct perta_config_reader *r, const struct perta_fa
     if (r->rc)
         return;
     if (!act)
-        perta_config_refuse(r, key, "is not a string; silu is supported");
-    else if (!known || llm->activation.kind != PERTA_SILU)
+        perta_config_refuse(r, key, "is not a string, such as \"silu\"");
+    else if (!known)
         r->rc = perta_fail(r->err, PERTA_EINPUT,
-                           "%s: %s \"%s\"; only silu (also called swish) is supported", r->path,
-                           key, act);
+                           "%s: %s \"%s\" is not supported; silu, gelu, relu and others like them "
+                           "are",
+                           r->path, key, act);
 }
 
 static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)
@@ -401,12 +401,13 @@ static uint32_t read_head_dim(struct perta_config_reader *r, const struct perta_
 {
     uint32_t head_dim = llm->hidden / llm->n_heads;
     bool qwen = family->windows == PERTA_WINDOWS_QWEN;
-    if (qwen && json_is_null(json_object_get(r->config, "head_dim")))
+    bool null = json_is_null(json_object_get(r->config, "head_dim"));
+    if (qwen && null)
         perta_config_refuse(r, "head_dim", "is null, which is not a number; leave it out");
     return perta_config_count(r, "head_dim",
-                              family->head_dim ? family->head_dim
-                              : head_dim       ? head_dim
-                                               : 1);
+                              family->head_dim && !null ? family->head_dim
+                              : head_dim                ? head_dim
+                                                        : 1);
 }
 
 static bool read_tied(struct perta_config_reader *r, const struct perta_family *family)

@@ -228,7 +228,7 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
         ({"architectures": ["MistralForCausalLM"]}, '"model_type" llama is not that of MistralForCausalLM'),
         ({"model_type": "gemma"}, '"model_type" gemma is not that of LlamaForCausalLM'),
         ({"layer_types": ["linear"]}, '"layer_types" 0'),
-        ({"hidden_act": "gelu"}, "only silu"),
+        ({"hidden_act": "mish"}, 'hidden_act "mish" is not supported'),
         ({"num_key_value_heads": 3}, "cannot share"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.1."),
         ({"hidden_size": 32}, "has not the shape"),
