@@ -116,6 +116,12 @@ static bool is_named(const struct perta_family *family, const char *name)
     return !strcasecmp(strncmp(name, "FSDP", 4) ? name : name + 4, family->architecture);
 }
 
+/* Does a config that names the family by its model_type call it so? */
+static bool is_called(const struct perta_family *family, const char *name)
+{
+    return is_named(family, name) || (family->saved_as && !strcmp(name, family->saved_as));
+}
+
 static const struct perta_family *find_architecture(const char *name)
 {
     for (size_t i = 0; name && i < perta_n_families; i++)
@@ -170,7 +176,7 @@ static const char *choose_architecture(struct perta_config_reader *r,
         const char *name = json_string_value(json_array_get(names, i));
         if (!name)
             perta_config_refuse(r, "architectures", "is not a list of names");
-        else if (family && is_named(family, name))
+        else if (family && is_called(family, name))
             return name;
     }
     return json_string_value(json_array_get(names, 0));
@@ -196,7 +202,8 @@ static const struct perta_family *find_family(struct perta_config_reader *r)
         perta_config_refuse(r, "model_type", "is not a string");
     const struct perta_family *by_type = find_type(type);
     const char *name = choose_architecture(r, by_type);
-    const struct perta_family *family = name ? find_architecture(name) : by_type;
+    bool by_both = by_type && name && is_called(by_type, name);
+    const struct perta_family *family = name && !by_both ? find_architecture(name) : by_type;
     char supported[256];
     list_families(name, type, supported);
     if (r->rc)

@@ -129,6 +129,63 @@ const struct perta_family perta_smollm3 = {
     .read = read_smollm3,
 };
 
+/* ---- Llama's class, other defaults ---- */
+
+/* true or false, at one of two keys that mean the same. */
+static bool read_either(struct perta_config_reader *r, const char *key, const char *other)
+{
+    bool is = perta_config_flag(r, key, perta_config_bool(r, other));
+    if (json_object_get(r->config, other) && perta_config_bool(r, other) != is)
+        perta_config_refuse(r, key, "contradicts another key for the same");
+    return is;
+}
+
+/* transformers has biases in attention and the MLP, or in neither. */
+static void read_internlm3(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    bool attention = read_either(r, "qkv_bias", "attention_bias");
+    if (read_either(r, "bias", "mlp_bias") != attention)
+        perta_config_refuse(r, "qkv_bias", "is not \"bias\", which is not supported");
+    if (attention)
+        llm->options |= PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS | PERTA_MLP_HAS_BIAS;
+}
+
+static const char *const internlm3_keys[] = {"qkv_bias", "bias", NULL};
+
+const struct perta_family perta_internlm3 = {
+    .model_type = "internlm3",
+    .architecture = "InternLM3ForCausalLM",
+    .saved_as = "LlamaForCausalLM",
+    PERTA_LLAMA_LINE,
+    .own_keys = internlm3_keys,
+    .pad = 2 + 1,
+    .n_kv_heads = 2,
+    .head_dim = 128,
+    .max_positions = 32768,
+    .norm_eps = 1e-5,
+    .read = read_internlm3,
+};
+
+static void read_iquestcoder(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    (void)llm;
+    perta_config_only(r, "use_sliding_window", "false");
+}
+
+const struct perta_family perta_iquestcoder = {
+    .model_type = "iquestcoder",
+    .architecture = "IQuestCoderForCausalLM",
+    .saved_as = "LlamaForCausalLM",
+    PERTA_LLAMA_LINE,
+    .reads_attention_bias = true,
+    .reads_mlp_bias = true,
+    .n_kv_heads = 8,
+    .head_dim = 128,
+    .max_positions = 131072,
+    .norm_eps = 1e-5,
+    .read = read_iquestcoder,
+};
+
 /* ---- biases ---- */
 
 static void read_seed_oss(struct perta_config_reader *r, struct perta_llm *llm)
@@ -273,4 +330,47 @@ const struct perta_family perta_arcee = {
     .max_positions = 4096,
     .norm_eps = 1e-5,
     .act = "relu2",
+};
+
+/* LayerNorms. */
+static const struct perta_param_row jais2_params[] = {
+    ATTENTION,
+    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
+    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_1_BIAS, "input_layernorm.bias", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_2_BIAS, "post_attention_layernorm.bias", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+};
+
+static void read_jais2(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    if (perta_config_flag(r, "attention_bias", true))
+        llm->options |= PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS;
+    if (perta_config_flag(r, "mlp_bias", true))
+        llm->options |= PERTA_MLP_HAS_BIAS;
+}
+
+static const char *const jais2_keys[] = {"layer_norm_eps", NULL};
+
+const struct perta_family perta_jais2 = {
+    .model_type = "jais2",
+    .architecture = "Jais2ForCausalLM",
+    .base = "model",
+    .layers = "layers",
+    PARAMS(jais2_params),
+    .embedding = "embed_tokens.weight",
+    .head = "lm_head.weight",
+    .final_norm = "norm.weight",
+    .final_norm_bias = "norm.bias",
+    .norm = &perta_layernorm_part,
+    .attention = &perta_attention_part,
+    .keys = {.norm_eps = "layer_norm_eps"},
+    .own_keys = jais2_keys,
+    .max_positions = 8192,
+    .norm_eps = 1e-5,
+    .act = "relu2",
+    .read = read_jais2,
 };
