@@ -154,6 +154,23 @@ static void place_backward(const struct perta_layer *l, const struct perta_batch
         rotate_backward(l, batch, h->d, h->n_heads);
 }
 
+/* Multiply queries, or their gradients, x (n, n_heads, D), by what their positions ask for, which
+ * changes once in many positions. */
+static void scale_queries(const struct perta_layer *l, const struct perta_batch *batch,
+                          struct perta_array x)
+{
+    const struct perta_rope *rope = perta_llm_rope(l->llm, l->site.layer);
+    size_t width = (size_t)l->llm->n_heads * l->llm->head_dim;
+    for (size_t i = 0, end; rope->query_beta > 0 && i < batch->n; i = end) {
+        float by = perta_rope_query_scale(rope, batch->places[i].position);
+        for (end = i + 1; end < batch->n; end++)
+            if (perta_rope_query_scale(rope, batch->places[end].position) != by)
+                break;
+        if (by != 1)
+            l->be->ops->scale(l->be, perta_array_at(x, i * width), by, (end - i) * width);
+    }
+}
+
 /* ---- queries, keys and values in one tensor ---- */
 
 /* Which columns of the fused result are queries (0), keys (1), values (2). */
@@ -257,6 +274,7 @@ static void forward(const struct perta_layer *l, const struct perta_batch *batch
     place_forward(l, batch, &queries);
     place_forward(l, batch, &keys);
     clamp_forward(l, batch, a->v, a->v_free, values_width(l->llm));
+    scale_queries(l, batch, a->q);
     if (l->past)
         l->past->attend(l->past, l, batch, a);
     else
@@ -277,6 +295,7 @@ static void backward(const struct perta_layer *l, const struct perta_batch *batc
     l->be->ops->attention_backward(l->be, &attention, a->dq, a->dk, a->dv, a->datt, a->q, a->k,
                                    a->v, of_heads);
     sinks_gradient(l, &attention);
+    scale_queries(l, batch, a->dq);
     /* datt is scratch from here on */
     place_backward(l, batch, &queries, a->datt, a->vector);
     place_backward(l, batch, &keys, a->datt, a->vector);

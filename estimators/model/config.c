@@ -117,6 +117,12 @@ static bool is_named(const struct perta_family *family, const char *name)
     return !strcasecmp(strncmp(name, "FSDP", 4) ? name : name + 4, family->architecture);
 }
 
+/* Does a config that names the family by its model_type call it so? */
+static bool is_called(const struct perta_family *family, const char *name)
+{
+    return is_named(family, name) || (family->saved_as && !strcmp(name, family->saved_as));
+}
+
 static const struct perta_family *find_architecture(const char *name)
 {
     for (size_t i = 0; name && i < perta_n_families; i++)
@@ -171,7 +177,7 @@ static const char *choose_architecture(struct perta_config_reader *r,
         const char *name = json_string_value(json_array_get(names, i));
         if (!name)
             perta_config_refuse(r, "architectures", "is not a list of names");
-        else if (family && is_named(family, name))
+        else if (family && is_called(family, name))
             return name;
     }
     return json_string_value(json_array_get(names, 0));
@@ -197,7 +203,8 @@ static const struct perta_family *find_family(struct perta_config_reader *r)
         perta_config_refuse(r, "model_type", "is not a string");
     const struct perta_family *by_type = find_type(type);
     const char *name = choose_architecture(r, by_type);
-    const struct perta_family *family = name ? find_architecture(name) : by_type;
+    bool by_both = by_type && name && is_called(by_type, name);
+    const struct perta_family *family = name && !by_both ? find_architecture(name) : by_type;
     char supported[256];
     list_families(name, type, supported);
     if (r->rc)
@@ -325,8 +332,7 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
     if (r->rc)
         return;
     if (types && !json_is_null(types)) {
-        if (family->windows == PERTA_WINDOWS_EVERYWHERE &&
-            !perta_config_has(r->config, "model_type"))
+        if (!strcmp(family->model_type, "mistral") && !perta_config_has(r->config, "model_type"))
             perta_config_refuse(r, "layer_types",
                                 "is respected by some readers and ignored by "
                                 "others without \"model_type\"; write mistral "
@@ -420,12 +426,13 @@ static uint32_t read_head_dim(struct perta_config_reader *r, const struct perta_
 {
     uint32_t head_dim = llm->hidden / llm->n_heads;
     bool qwen = family->windows == PERTA_WINDOWS_QWEN;
-    if (qwen && json_is_null(json_object_get(r->config, "head_dim")))
+    bool null = json_is_null(json_object_get(r->config, "head_dim"));
+    if (qwen && null)
         perta_config_refuse(r, "head_dim", "is null, which is not a number; leave it out");
     return perta_config_count(r, "head_dim",
-                              family->head_dim ? family->head_dim
-                              : head_dim       ? head_dim
-                                               : 1);
+                              family->head_dim && !null ? family->head_dim
+                              : head_dim                ? head_dim
+                                                        : 1);
 }
 
 static bool read_tied(struct perta_config_reader *r, const struct perta_family *family)

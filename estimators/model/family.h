@@ -211,6 +211,9 @@ struct perta_rope_family {
 struct perta_family {
     const char *model_type, *architecture; /* its names in config.json */
     const char *other_type;                /* another model_type that means the same; NULL: none */
+    /* The architecture under which transformers saves it, whose class it has there; NULL: its own
+     * name. */
+    const char *saved_as;
 
     const char *base;                     /* in files: "model", which the names below follow */
     const char *layers;                   /* "layers" */

@@ -26,15 +26,6 @@ CASES = [(family, i) for family, hows in FAMILIES.items() for i in range(len(how
 # Configurations that perta does not take yet; "all" of a family. A test fails when one of these
 # begins to work, so that this list says what is so.
 NOT_YET = {
-    "ministral": [0, 1],
-    "ministral3": "all",
-    "cwm": "all",
-    "seed_oss": "all",
-    "smollm3": "all",
-    "ernie4_5": "all",
-    "helium": "all",
-    "hunyuan_v1_dense": "all",
-    "arcee": "all",
     "olmoe": [1],
     "ernie4_5_moe": [1],
     "granitemoe": "all",
