@@ -447,8 +447,9 @@ static void read_nested(struct source *s, struct perta_rope to[2])
     for (int i = 0; i < 2; i++) {
         json_t *rope = json_object_get(parameters, layer_types[i]);
         rope = json_is_object(rope) ? json_copy(rope) : json_object();
-        if (!rope || (!i && json_is_object(scaling) &&
-                      json_object_update(rope, (json_t *)(uintptr_t)scaling)))
+        if (!i && json_is_object(scaling))
+            perta_json_update(&rope, scaling);
+        if (!rope)
             no_memory(r);
         s->rope = rope;
         s->theta_key = i ? s->family->local_theta_key : "rope_theta";

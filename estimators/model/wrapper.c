@@ -6,6 +6,7 @@
 #include "estimators/model/config.h"
 #include "estimators/model/family.h"
 #include "io/format/naming.h"
+#include "io/text.h"
 
 #define N(list) (sizeof(list) / sizeof *(list))
 
@@ -108,11 +109,8 @@ static json_t *copy_of_top(const json_t *config)
     json_t *text = json_object(), *value;
     const char *key;
     json_object_foreach ((json_t *)(uintptr_t)config, key, value)
-        if (text && !perta_wrapper_has_key(key) && strcmp(key, "model_type") &&
-            json_object_set(text, key, value)) {
-            json_decref(text);
-            text = NULL;
-        }
+        if (!perta_wrapper_has_key(key) && strcmp(key, "model_type"))
+            perta_json_set(&text, key, json_incref(value));
     return text;
 }
 

@@ -6,6 +6,7 @@
 #include "io/file.h"
 #include "io/format/plain.h"
 #include "io/format/python_json.h"
+#include "io/text.h"
 
 #define METHODS "fp8, mxfp8, fbgemm_fp8, mxfp4, and compressed-tensors with format float-quantized"
 
@@ -48,7 +49,7 @@ struct said {
 static int refuse(const struct said *said, const char *what, const json_t *value,
                   struct perta_err *err)
 {
-    char *text = value ? json_dumps(value, JSON_COMPACT | JSON_ENCODE_ANY) : NULL;
+    char *text = value ? perta_json_text(value, JSON_COMPACT | JSON_ENCODE_ANY) : NULL;
     int rc = perta_fail(err, PERTA_EINPUT,
                         "%s: \"%s\" has %s %.100s; perta dequantises " METHODS
                         " (one scale for a tensor, a row or a block)",
