@@ -181,9 +181,9 @@ struct columns {
 static struct columns columns_of(const struct perta_llm *llm)
 {
     size_t n = llm->qkv_by_group ? llm->n_kv_heads : 1;
-    struct columns c = {.block = {llm->n_heads * llm->head_dim / n,
-                                  llm->n_kv_heads * llm->head_dim / n,
-                                  llm->n_kv_heads * llm->value_dim / n},
+    struct columns c = {.block = {(size_t)llm->n_heads * llm->head_dim / n,
+                                  (size_t)llm->n_kv_heads * llm->head_dim / n,
+                                  (size_t)llm->n_kv_heads * llm->value_dim / n},
                         .n_blocks = n};
     c.first[1] = c.block[0];
     c.first[2] = c.block[0] + c.block[1];

@@ -31,48 +31,49 @@ uint64_t perta_experts_batch_bytes(const struct perta_llm *llm, size_t tokens)
     return has_mixture(llm) ? (uint64_t)tokens * llm->n_experts * sizeof(float) : 0;
 }
 
-int perta_experts_open(struct perta_experts *x, const struct perta_llm *llm,
+int perta_experts_open(struct perta_experts *experts, const struct perta_llm *llm,
                        const struct perta_samples *samples, size_t batch_tokens,
                        struct perta_err *err)
 {
     size_t entries = samples->n_tokens * llm->router.k, n = llm->n_experts;
-    *x = (struct perta_experts){0};
+    *experts = (struct perta_experts){0};
     if (!has_mixture(llm))
         return 0;
-    *x = (struct perta_experts){
+    *experts = (struct perta_experts){
         .n_tokens = samples->n_tokens,
-        .which = calloc(entries, sizeof *x->which),
-        .weights = calloc(entries, sizeof *x->weights),
-        .dweights = calloc(entries, sizeof *x->dweights),
-        .logits = calloc(batch_tokens * n, sizeof *x->logits),
-        .correction = calloc(n, sizeof *x->correction),
-        .dlogits = calloc(n, sizeof *x->dlogits),
-        .starts = calloc(n + 1, sizeof *x->starts),
-        .token = calloc(entries, sizeof *x->token),
-        .slot = calloc(entries, sizeof *x->slot),
-        .by = calloc(entries, sizeof *x->by),
-        .samples = calloc(samples->n + 1, sizeof *x->samples),
+        .which = calloc(entries, sizeof *experts->which),
+        .weights = calloc(entries, sizeof *experts->weights),
+        .dweights = calloc(entries, sizeof *experts->dweights),
+        .logits = calloc(batch_tokens * n, sizeof *experts->logits),
+        .correction = calloc(n, sizeof *experts->correction),
+        .dlogits = calloc(n, sizeof *experts->dlogits),
+        .starts = calloc(n + 1, sizeof *experts->starts),
+        .token = calloc(entries, sizeof *experts->token),
+        .slot = calloc(entries, sizeof *experts->slot),
+        .by = calloc(entries, sizeof *experts->by),
+        .samples = calloc(samples->n + 1, sizeof *experts->samples),
     };
-    return x->which && x->weights && x->dweights && x->logits && x->correction && x->dlogits &&
-                   x->starts && x->token && x->slot && x->by && x->samples
+    return experts->which && experts->weights && experts->dweights && experts->logits &&
+                   experts->correction && experts->dlogits && experts->starts && experts->token &&
+                   experts->slot && experts->by && experts->samples
                ? 0
                : perta_fail_sys(err, ENOMEM, "experts of %zu tokens", (size_t)samples->n_tokens);
 }
 
-void perta_experts_close(struct perta_experts *x)
+void perta_experts_close(struct perta_experts *experts)
 {
-    free(x->which);
-    free(x->weights);
-    free(x->dweights);
-    free(x->logits);
-    free(x->correction);
-    free(x->dlogits);
-    free(x->starts);
-    free(x->token);
-    free(x->slot);
-    free(x->by);
-    free(x->samples);
-    *x = (struct perta_experts){0};
+    free(experts->which);
+    free(experts->weights);
+    free(experts->dweights);
+    free(experts->logits);
+    free(experts->correction);
+    free(experts->dlogits);
+    free(experts->starts);
+    free(experts->token);
+    free(experts->slot);
+    free(experts->by);
+    free(experts->samples);
+    *experts = (struct perta_experts){0};
 }
 
 /* ---- the router ---- */
@@ -507,6 +508,7 @@ static int run_backward(struct work *work, struct perta_store *next, struct pert
         rc = run_experts(work, err);
     if (!rc)
         rc = attend_backward(work, next, err);
+    work->dy = NULL;
     perta_store_close(&dy, &job->scratch);
     return rc;
 }
