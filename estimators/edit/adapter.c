@@ -165,27 +165,20 @@ static int check_factor(const struct perta_adapter *adapter, const struct perta_
                       (ull)change->rows, (ull)change->width, (ull)change->r);
 }
 
-/* Conv1D layers (GPT-2 and similar models) store W transposed. PEFT transposes them whatever the
+/* Conv1D layers (GPT-2 and similar models) store W as (in, out). PEFT transposes them whatever the
  * config says, and the shape of a square matrix does not show it. */
-static int check_transposed(const struct perta_adapter *adapter,
-                            const struct perta_checkpoint *model, const struct perta_change *change,
-                            struct perta_err *err)
+static bool is_conv1d(const struct perta_checkpoint *model, const char *target)
 {
     static const char *const types[] = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer",
                                         "clvp"};
     const char *type = json_string_value(json_object_get(model->config, "model_type"));
     for (size_t i = 0; type && i < sizeof types / sizeof *types; i++)
-        if (!strcmp(type, types[i]) && !change->is_swapped &&
-            strncmp(change->target, "lm_head.", 8) && strncmp(change->target, "score.", 6))
-            return perta_fail(
-                err, PERTA_EINPUT,
-                "%s: tensor %s: %s of a %s model is stored transposed (fan_in_fan_out), "
-                "which perta does not support; merge the adapter into its base",
-                adapter->ck->shards[0].path, change->a->tensor->name, change->target, type);
-    return 0;
+        if (!strcmp(type, types[i]))
+            return strncmp(target, "lm_head.", 8) && strncmp(target, "score.", 6);
+    return false;
 }
 
-/* W (rows, width) += scaling * (B A), or scaling * (B A)^T for an embedding. */
+/* W (rows, width) += scaling * (B A), or scaling * (B A)^T if it is transposed. */
 static int check_lora(const struct perta_adapter *adapter,
                       const struct perta_adapter_config *config, struct perta_change *change,
                       const struct perta_tensor *tensor, struct perta_err *err)
@@ -325,8 +318,10 @@ static int find_target(struct perta_adapter *adapter, const struct perta_adapter
     if (change->rows) /* an expert's: it is known to fit */
         return 0;
     int rc = check_tied(adapter, model, change, err);
-    if (!rc && !change->whole)
-        rc = check_transposed(adapter, model, change, err);
+    bool conv1d = !change->is_swapped && is_conv1d(model, change->target);
+    if (!rc && !change->whole && !conv1d)
+        rc = perta_adapter_config_plain(config, err);
+    change->is_swapped |= conv1d;
     if (!rc && !change->whole)
         rc = check_lora(adapter, config, change, ref->tensor, err);
     return rc;

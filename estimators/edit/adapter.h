@@ -21,7 +21,7 @@ struct perta_change {
     const struct perta_ref *base_layer; /* PEFT's copy of the tensor that A and B are added to, or
                                          * NULL */
     bool is_swapped;      /* then A is (r, rows) and B (width, r), instead of A (r, width) and B
-                           * (rows, r): of an embedding, or of experts stored as (in, out) */
+                           * (rows, r): of an embedding, or of a weight stored as (in, out) */
     uint64_t rows, width; /* shape of the model's tensor, or of a matrix of it */
     uint64_t r;
     float scaling;

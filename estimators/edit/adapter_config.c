@@ -37,22 +37,36 @@ static bool is_kind(const struct perta_adapter_config *c, const char *key)
     return found && json_is_object(json_object_get(c->json, key));
 }
 
+#define NOT_SUPPORTED                                                        \
+    "is set, which perta does not support; merge the adapter into its base " \
+    "(merge_and_unload, save_pretrained) and use that model"
+
 /* Refuse settings that change the result in a way that A, B and scaling do not describe. */
 static int refuse_kinds(const struct perta_adapter_config *c, struct perta_err *err)
 {
     static const char *const refused[] = {
-        "use_dora",          "use_qalora",   "use_bdlora",        "fan_in_fan_out",
-        "lora_bias",         "arrow_config", "layer_replication", "alora_invocation_tokens",
-        "monteclora_config", "kasa_config",  "megatron_config",   "trainable_token_indices",
+        "use_dora",
+        "use_qalora",
+        "use_bdlora",
+        "lora_bias",
+        "arrow_config",
+        "layer_replication",
+        "alora_invocation_tokens",
+        "monteclora_config",
+        "kasa_config",
+        "megatron_config",
+        "trainable_token_indices",
     };
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         if (is_set(json_object_get(c->json, refused[i])) || is_kind(c, refused[i]))
-            return refuse_key(
-                c, refused[i],
-                "is set, which perta does not support; merge the adapter into its base "
-                "(merge_and_unload, save_pretrained) and use that model",
-                err);
+            return refuse_key(c, refused[i], NOT_SUPPORTED, err);
     return 0;
+}
+
+int perta_adapter_config_plain(const struct perta_adapter_config *c, struct perta_err *err)
+{
+    const char *const key = "fan_in_fan_out";
+    return is_set(json_object_get(c->json, key)) ? refuse_key(c, key, NOT_SUPPORTED, err) : 0;
 }
 
 /* Some initialisations move part of the base model into A and B. Then scaling * (B A) is not the
@@ -355,6 +369,7 @@ void perta_adapter_config_note(const struct perta_adapter_config *c, json_t *not
         "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
+        "fan_in_fan_out",
         "inference_mode",
         "init_lora_weights",
         "layers_pattern",

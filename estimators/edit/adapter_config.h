@@ -22,6 +22,8 @@ struct perta_adapter_config {
  * A, B and scaling do not describe. */
 int perta_adapter_config_read(struct perta_adapter_config *config,
                               const struct perta_checkpoint *ck, struct perta_err *err);
+/* Refuse "fan_in_fan_out", for a module whose weight is not stored transposed. */
+int perta_adapter_config_plain(const struct perta_adapter_config *config, struct perta_err *err);
 /* Rank and scaling of a module, whose name has len characters. */
 int perta_adapter_config_scale(const struct perta_adapter_config *config, const char *module,
                                size_t len, uint64_t *rank, float *scaling, struct perta_err *err);

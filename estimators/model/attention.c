@@ -5,6 +5,15 @@
 #include <math.h>
 
 #include "estimators/model/part.h"
+#include "io/format/convert.h"
+
+static float scale_of(const struct perta_layer *l)
+{
+    const struct perta_llm *llm = l->llm;
+    float scale =
+        llm->attention_scale > 0 ? llm->attention_scale : 1.0f / sqrtf((float)llm->head_dim);
+    return llm->scale_by_number ? scale / (float)(l->site.layer + 1) : scale;
+}
 
 struct perta_attention perta_layer_attention(const struct perta_layer *l,
                                              const struct perta_batch *batch)
@@ -20,12 +29,33 @@ struct perta_attention perta_layer_attention(const struct perta_layer *l,
         .V = llm->value_dim,
         .window = perta_llm_window(llm, l->site.layer),
         .chunk = chunks ? llm->chunk : 0,
-        .scale =
-            llm->attention_scale > 0 ? llm->attention_scale : 1.0f / sqrtf((float)llm->head_dim),
+        .scale = scale_of(l),
         .softcap = llm->attention_softcap,
         .slopes = llm->alibi ? l->slopes : NULL,
+        .slopes_bf16 = llm->alibi_bf16,
         .sinks = perta_layer_vector(l, PERTA_SINKS),
     };
+}
+
+/* ---- ALiBi ---- */
+
+/* 2^(-8 / n) for a power of 2, n. */
+static float slope_base(uint32_t n)
+{
+    return (float)exp2(-exp2(3 - log2(n)));
+}
+
+void perta_llm_alibi_slopes(const struct perta_llm *llm, float *slopes)
+{
+    uint32_t power = 1;
+    while (power <= llm->n_heads / 2)
+        power *= 2;
+    for (uint32_t i = 0; i < llm->n_heads; i++) {
+        bool extra = i >= power;
+        float slope = powf(slope_base(extra ? 2 * power : power),
+                           (float)(extra ? 2 * (i - power) + 1 : i + 1));
+        slopes[i] = llm->alibi_bf16 ? perta_f32_from_bf16(perta_bf16_from_f32(slope)) : slope;
+    }
 }
 
 /* ---- clamped ---- */
@@ -76,10 +106,7 @@ static void rotate_backward(const struct perta_layer *l, const struct perta_batc
 static size_t norm_width(const struct perta_layer *l, enum perta_param param)
 {
     const struct perta_param_row *row = perta_llm_param(l->llm, l->site.layer, param);
-    size_t out, in = 0;
-    if (row)
-        perta_llm_shape(l->llm, row, &out, &in);
-    return in;
+    return row ? perta_llm_norm_width(l->llm, row) : 0;
 }
 
 /* Queries (PERTA_NORM_Q) or keys (PERTA_NORM_K), and what is kept for the backward pass. */

@@ -41,10 +41,7 @@ static struct widths widths_of(const struct perta_llm *llm)
 static size_t norms_of(const struct perta_llm *llm, enum perta_param norm, size_t width)
 {
     const struct perta_param_row *row = perta_llm_param(llm, PERTA_ANY_LAYER, norm);
-    size_t out, in = 0;
-    if (row)
-        perta_llm_shape(llm, row, &out, &in);
-    return in ? width / in : 0;
+    return row ? width / perta_llm_norm_width(llm, row) : 0;
 }
 
 static size_t latent_width(const struct perta_llm *llm)

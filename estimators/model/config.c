@@ -355,7 +355,7 @@ static void read_pad(struct perta_config_reader *r, const struct perta_family *f
     json_int_t n = value ? json_integer_value(value) : (json_int_t)family->pad - 1;
     json_int_t vocab = llm->vocab;
     llm->pad = PERTA_NO_PAD;
-    if (value ? json_is_null(value) : !family->pad)
+    if (family->no_padding || (value ? json_is_null(value) : !family->pad))
         return;
     if ((value && !json_is_integer(value)) || n >= vocab || n < -vocab)
         perta_config_refuse(r, "pad_token_id",
@@ -374,7 +374,7 @@ static void read_activation(struct perta_config_reader *r, const struct perta_fa
                             struct perta_llm *llm)
 {
     const char *key = key_or(family->keys.act, "hidden_act");
-    const json_t *value = json_object_get(r->config, key);
+    const json_t *value = *key ? json_object_get(r->config, key) : NULL;
     const char *act = value ? json_string_value(value) : family->act ? family->act : "silu";
     bool known = perta_activation_named(act, &llm->activation);
     if (r->rc)
@@ -388,6 +388,15 @@ static void read_activation(struct perta_config_reader *r, const struct perta_fa
                            r->path, key, act);
 }
 
+/* Does any layer have rotary positions? */
+static bool is_rotated(const struct perta_llm *llm)
+{
+    uint32_t l = 0;
+    while (l < llm->n_layers && llm->layers[l] & PERTA_LAYER_UNROTATED)
+        l++;
+    return l < llm->n_layers;
+}
+
 static void check_sizes(struct perta_config_reader *r, const struct perta_llm *llm)
 {
     if (r->rc)
@@ -396,16 +405,47 @@ static void check_sizes(struct perta_config_reader *r, const struct perta_llm *l
         r->rc = perta_fail(r->err, PERTA_EINPUT,
                            "%s: %u attention heads cannot share %u key-value heads", r->path,
                            llm->n_heads, llm->n_kv_heads);
-    else if (llm->rotary_dim ? llm->rotary_dim % 2 : llm->head_dim % 2)
+    else if (is_rotated(llm) && (llm->rotary_dim ? llm->rotary_dim % 2 : llm->head_dim % 2))
         r->rc = perta_fail(r->err, PERTA_EINPUT, "%s: %s %u is odd", r->path,
                            llm->rotary_dim ? "qk_rope_head_dim" : "head_dim",
                            llm->rotary_dim ? llm->rotary_dim : llm->head_dim);
 }
 
+/* A size whose key is the family's own. Many families of transformers take the usual key for it,
+ * too. */
+static uint32_t read_size(struct perta_config_reader *r, const char *own, const char *usual,
+                          uint32_t fallback)
+{
+    const char *key = key_or(own, usual);
+    if (!own)
+        return perta_config_count(r, usual, fallback);
+    if (!perta_config_has(r->config, own) && perta_config_has(r->config, usual))
+        key = usual;
+    uint32_t n = perta_config_count(r, key, fallback);
+    if (perta_config_has(r->config, usual) && perta_config_count(r, usual, 1) != n)
+        perta_config_refuse(r, usual, "is another size than another key gives");
+    return n;
+}
+
+static uint32_t read_intermediate(struct perta_config_reader *r, const struct perta_family *family,
+                                  uint32_t hidden)
+{
+    const char *key = family->keys.intermediate;
+    uint32_t fallback = family->intermediate * hidden;
+    return key && !*key ? fallback : read_size(r, key, "intermediate_size", fallback);
+}
+
+static float read_norm_eps(struct perta_config_reader *r, const struct perta_family *family)
+{
+    const char *key = key_or(family->keys.norm_eps, "rms_norm_eps");
+    double fallback = family->norm_eps > 0 ? family->norm_eps : 1e-6;
+    return (float)(*key ? perta_config_number(r, r->config, key, fallback) : fallback);
+}
+
 static uint32_t read_layers(struct perta_config_reader *r, const struct perta_family *family)
 {
     const char *key = key_or(family->keys.layers, "num_hidden_layers");
-    uint32_t n = perta_config_count(r, key, 0);
+    uint32_t n = read_size(r, family->keys.layers, "num_hidden_layers", 0);
     if (n > PERTA_MOST_LAYERS)
         perta_config_refuse(r, key, "is above 1024, which is not supported");
     return n > PERTA_MOST_LAYERS ? 1 : n;
@@ -474,22 +514,27 @@ static void read_sizes(struct perta_config_reader *r, const struct perta_family 
     *llm = (struct perta_llm){
         .family = family,
         .n_layers = read_layers(r, family),
-        .hidden = perta_config_count(r, key_or(keys->hidden, "hidden_size"), 0),
-        .intermediate = perta_config_count(r, key_or(keys->intermediate, "intermediate_size"), 0),
+        .hidden = read_size(r, keys->hidden, "hidden_size", 0),
         .vocab = perta_config_count(r, "vocab_size", 0),
-        .n_heads = perta_config_count(r, key_or(keys->heads, "num_attention_heads"), 0),
-        .norm_eps = (float)perta_config_number(r, r->config, key_or(keys->norm_eps, "rms_norm_eps"),
-                                               family->norm_eps > 0 ? family->norm_eps : 1e-6),
+        .n_heads = read_size(r, keys->heads, "num_attention_heads", 0),
+        .norm_eps = read_norm_eps(r, family),
         .tied = read_tied(r, family),
         .options = read_options(r, family),
         .embedding_multiplier = 1,
         .residual_multiplier = 1,
         .logit_multiplier = 1,
     };
+    llm->intermediate = read_intermediate(r, family, llm->hidden);
     llm->n_kv_heads = read_kv_heads(r, family, llm->n_heads);
     llm->head_dim = llm->value_dim = read_head_dim(r, family, llm);
     for (uint32_t l = 0; l < llm->n_layers; l++)
         llm->layers[l] = PERTA_LAYER_DENSE;
+}
+
+void perta_config_unrotated(struct perta_llm *llm)
+{
+    for (uint32_t l = 0; l < llm->n_layers; l++)
+        llm->layers[l] |= PERTA_LAYER_UNROTATED;
 }
 
 /* Latent attention multiplies its scores by the square of yarn's mscale for all dimensions, too. */
@@ -527,8 +572,9 @@ static int parse(const json_t *config, const char *path, const struct perta_fami
     read_activation(&r, family, llm);
     if (family->read && !r.rc)
         family->read(&r, llm);
-    perta_config_rope(&r, &family->rope, family->max_positions,
-                      llm->rotary_dim ? llm->rotary_dim : llm->head_dim, llm->ropes);
+    if (is_rotated(llm))
+        perta_config_rope(&r, &family->rope, family->max_positions,
+                          llm->rotary_dim ? llm->rotary_dim : llm->head_dim, llm->ropes);
     if (llm->kv_lora)
         scale_latent(llm);
     check_sizes(&r, llm);

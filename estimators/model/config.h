@@ -22,6 +22,7 @@ struct perta_wrapper;
 struct perta_llm_names {
     char layers[64]; /* "model.layers" */
     char embedding[96], head[96], head_bias[96], final_norm[96], final_norm_bias[96];
+    char positions[96], embedding_norm[96], embedding_norm_bias[96];
 };
 
 struct perta_rotation;
@@ -49,9 +50,11 @@ struct perta_llm {
     /* attention */
     float attention_scale;   /* of the scores; 0: 1 / sqrt(head_dim) */
     float attention_softcap; /* 0: none */
-    float clip_qkv; /* queries, keys and values are clamped to -clip_qkv .. clip_qkv; 0: no */
-    uint32_t chunk; /* of layers with PERTA_LAYER_CHUNKS */
-    bool alibi;
+    float clip_qkv;       /* queries, keys and values are clamped to -clip_qkv .. clip_qkv; 0: no */
+    uint32_t chunk;       /* of layers with PERTA_LAYER_CHUNKS */
+    bool alibi;           /* linear biases instead of rotary positions */
+    bool alibi_bf16;      /* perta_attention.slopes_bf16 */
+    bool scale_by_number; /* scores of layer l are divided by l + 1, too (GPT-2) */
     bool qk_norm_after_rope;
     /* of one tensor for queries, keys and values: those of a key-value head and its queries are
      * together; otherwise all queries come first, then all keys, then all values */
@@ -68,6 +71,9 @@ struct perta_llm {
     /* the ends */
     float embedding_multiplier, logit_multiplier; /* 1: none */
     float logit_softcap;                          /* 0: none */
+    /* Learned positions: position p has row p + position_offset of a table that has rows for
+     * n_positions of them; 0: there is none */
+    uint32_t n_positions, position_offset;
 };
 
 /* Fill *llm from config (the object in config.json), as transformers reads it. path is for
@@ -111,9 +117,22 @@ static inline uint32_t perta_llm_longest(const struct perta_llm *llm)
     uint32_t full = perta_rope_longest(&llm->ropes[0]), local = perta_rope_longest(&llm->ropes[1]);
     uint32_t least = full < local ? full : local, most = perta_llm_short(llm);
     bool differ = perta_rope_short(&llm->ropes[0]) != perta_rope_short(&llm->ropes[1]);
-    return differ && most < least ? most : least;
+    least = differ && most < least ? most : least;
+    return llm->n_positions && llm->n_positions < least ? llm->n_positions : least;
 }
 
+/* Why positions from perta_llm_longest on are refused. */
+static inline const char *perta_llm_beyond(const struct perta_llm *llm)
+{
+    return llm->n_positions ? "the model has no learned positions"
+                            : "the frequencies of this model's rotary positions change with the "
+                              "length, which is not supported";
+}
+
+/* Fill slopes (n_heads) with those of ALiBi, as transformers' build_alibi_tensor computes them: the
+ * geometric sequence of Press et al. 2022, section 3, and for a number of heads that is no power of
+ * 2 every other slope of twice as many. */
+void perta_llm_alibi_slopes(const struct perta_llm *llm, float *slopes);
 /* Fill tables (4, head_dim / 2) with the frequencies of both llm->ropes, for sequences that are not
  * long, and for long ones. */
 void perta_llm_rope_tables(const struct perta_llm *llm, float *tables);

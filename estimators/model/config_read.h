@@ -56,6 +56,9 @@ void perta_config_layer_types(struct perta_config_reader *r, struct perta_llm *l
  * "layer_types" says; without that key, in all but every every-th. */
 void perta_config_windows(struct perta_config_reader *r, struct perta_llm *llm, uint32_t every);
 
+/* No layer has rotary positions. */
+void perta_config_unrotated(struct perta_llm *llm);
+
 /* Options of rotary positions, from the keys from which transformers takes them (config_rope.c): of
  * layers with full attention, and with sliding attention. max_positions: default of
  * max_position_embeddings. head_dim: elements of a head that may be rotated. */

@@ -78,6 +78,10 @@ extern const struct perta_family perta_qwen2_moe, perta_qwen3_moe, perta_olmoe, 
 extern const struct perta_family perta_mixtral, perta_minimax_m2;
 extern const struct perta_family perta_glm4_moe, perta_dots1, perta_ernie4_5_moe,
     perta_hunyuan_v1_moe;
+/* LayerNorm; positions that are learned, or by ALiBi */
+extern const struct perta_family perta_phi, perta_gpt_neox, perta_starcoder2, perta_stablelm,
+    perta_cohere, perta_cohere2, perta_nemotron;
+extern const struct perta_family perta_gpt2, perta_opt, perta_bloom, perta_falcon;
 extern const struct perta_family perta_deepseek_v2, perta_deepseek_v3, perta_glm4_moe_lite,
     perta_youtu; /* family_mla.c */
 /* family_norms.c */
@@ -94,6 +98,9 @@ const struct perta_family *const perta_families[] = {
     &perta_qwen3_moe, &perta_qwen2_moe, &perta_olmoe, &perta_flex_olmo,
     &perta_mixtral, &perta_minimax_m2,
     &perta_glm4_moe, &perta_dots1, &perta_ernie4_5_moe, &perta_hunyuan_v1_moe,
+    &perta_phi, &perta_gpt_neox, &perta_starcoder2, &perta_stablelm,
+    &perta_cohere, &perta_cohere2, &perta_nemotron,
+    &perta_gpt2, &perta_opt, &perta_bloom, &perta_falcon,
     &perta_deepseek_v2, &perta_deepseek_v3, &perta_glm4_moe_lite, &perta_youtu,
     &perta_gemma, &perta_gemma2, &perta_gemma3, &perta_vaultgemma,
     &perta_olmo, &perta_olmo2, &perta_olmo3, &perta_exaone4, &perta_granite,
@@ -182,6 +189,8 @@ static size_t width_of(const struct perta_llm *llm, enum perta_width width)
         [PERTA_WIDTH_SHARED] = llm->shared_intermediate,
         [PERTA_WIDTH_SHARED_GATE_UP] = 2 * (size_t)llm->shared_intermediate,
         [PERTA_WIDTH_ONE] = 1,
+        [PERTA_WIDTH_EACH_QUERY] = queries,
+        [PERTA_WIDTH_EACH_KEY] = keys,
     };
     return of[width];
 }
@@ -200,6 +209,13 @@ void perta_llm_stored(const struct perta_llm *llm, const struct perta_param_row 
         perta_llm_shape(llm, row, cols, rows);
     else
         perta_llm_shape(llm, row, rows, cols);
+}
+
+size_t perta_llm_norm_width(const struct perta_llm *llm, const struct perta_param_row *row)
+{
+    size_t out, in;
+    perta_llm_shape(llm, row, &out, &in);
+    return perta_is_by_head(row) ? llm->head_dim : in;
 }
 
 size_t perta_llm_widest(const struct perta_llm *llm)
@@ -271,6 +287,10 @@ void perta_llm_set_names(struct perta_llm *llm, const char *base, const char *he
     join(to->embedding, sizeof to->embedding, base, family->embedding);
     join(to->final_norm, sizeof to->final_norm, base, family->final_norm);
     join(to->final_norm_bias, sizeof to->final_norm_bias, base, family->final_norm_bias);
+    join(to->positions, sizeof to->positions, base, family->positions);
+    join(to->embedding_norm, sizeof to->embedding_norm, base, family->embedding_norm);
+    join(to->embedding_norm_bias, sizeof to->embedding_norm_bias, base,
+         family->embedding_norm_bias);
     join(to->head, sizeof to->head, head_base, family->head);
     join(to->head_bias, sizeof to->head_bias, head_base, family->head_bias);
 }
@@ -287,6 +307,10 @@ static int param_of_layer(const struct perta_llm *llm, uint32_t layer,
     bool apart = perta_is_of_expert(row->param) && !is_together(row);
     int rc = 0;
     perta_llm_stored(llm, row, &rows, &cols);
+    if (perta_is_by_head(row)) {
+        rows = cols / llm->head_dim;
+        cols = llm->head_dim;
+    }
     if (is_together(row))
         shape.dims[shape.n_dims++] = llm->n_experts;
     if (rows || row->out == PERTA_WIDTH_ROW)
@@ -315,7 +339,15 @@ int perta_llm_each(const struct perta_llm *llm, perta_tensor_fn *tensor, void *c
     const struct perta_tensor_shape vocabulary = {2, {llm->vocab, llm->hidden, 0}};
     const struct perta_tensor_shape vector = {1, {llm->hidden, 0, 0}},
                                     rows = {1, {llm->vocab, 0, 0}};
+    const struct perta_tensor_shape positions = {
+        2, {llm->n_positions + llm->position_offset, llm->hidden, 0}};
     int rc = tensor(ctx, names->embedding, &vocabulary, err);
+    if (!rc && *names->positions)
+        rc = tensor(ctx, names->positions, &positions, err);
+    if (!rc && *names->embedding_norm)
+        rc = tensor(ctx, names->embedding_norm, &vector, err);
+    if (!rc && *names->embedding_norm_bias)
+        rc = tensor(ctx, names->embedding_norm_bias, &vector, err);
     for (uint32_t l = 0; l < llm->n_layers && !rc; l++)
         rc = each_of_layer(llm, l, tensor, ctx, err);
     if (!rc && *names->final_norm)

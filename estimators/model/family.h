@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "estimators/compute/place.h"
 #include "io/err.h"
 
 struct perta_llm;
@@ -114,6 +115,10 @@ enum perta_width {
     PERTA_WIDTH_SHARED_GATE_UP,
     PERTA_WIDTH_ONE,
     PERTA_WIDTH_ROW, /* first dimension of a vector that is stored as (1, in) */
+    /* weights of a norm for each head: vectors that are stored as (heads, head_dim) or, if the name
+     * has %u, as a tensor (head_dim) for each */
+    PERTA_WIDTH_EACH_QUERY, /* n_heads * head_dim */
+    PERTA_WIDTH_EACH_KEY,   /* n_kv_heads * head_dim */
     PERTA_N_WIDTHS,
 };
 
@@ -174,12 +179,12 @@ enum perta_windows {
 struct perta_config_keys {
     const char *layers;       /* num_hidden_layers */
     const char *hidden;       /* hidden_size */
-    const char *intermediate; /* intermediate_size */
+    const char *intermediate; /* intermediate_size; "": none */
     const char *heads;        /* num_attention_heads */
     const char *kv_heads;     /* num_key_value_heads; "": none, as many as query heads */
     const char *positions;    /* max_position_embeddings */
-    const char *norm_eps;     /* rms_norm_eps */
-    const char *act;          /* hidden_act */
+    const char *norm_eps;     /* rms_norm_eps; "": none */
+    const char *act;          /* hidden_act; "": none */
 };
 
 /* Rotary positions: what transformers takes for keys that config.json leaves out, and by which
@@ -220,8 +225,11 @@ struct perta_family {
     const struct perta_param_row *params; /* (n_params) of a layer, in the order of saving */
     size_t n_params;
     const char *embedding;
-    const char *head, *head_bias;             /* without base; head_bias NULL: none */
-    const char *final_norm, *final_norm_bias; /* NULL: none */
+    const char *head, *head_bias;                     /* without base; head_bias NULL: none */
+    const char *final_norm, *final_norm_bias;         /* NULL: none */
+    const char *positions;                            /* table of learned positions; NULL: none */
+    const char *embedding_norm, *embedding_norm_bias; /* after the embedding; NULL: none */
+    const char *other_base; /* which some files have instead of base; NULL: none */
 
     const struct perta_norm_part *norm;
     bool bare_norms; /* norms before attention and the MLP, and the final one, have no weights */
@@ -232,15 +240,18 @@ struct perta_family {
     const char *const *own_keys; /* that read() looks at, up to a NULL; NULL: none */
     uint32_t options;            /* enum perta_option that every model of it has */
     bool reads_attention_bias, reads_mlp_bias;
-    bool tied;           /* the default of tie_word_embeddings */
-    uint32_t pad;        /* the default of pad_token_id, plus 1; 0: none */
-    uint32_t n_kv_heads; /* 0: as many as query heads */
-    uint32_t head_dim;   /* 0: hidden / n_heads */
+    bool tied;             /* the default of tie_word_embeddings */
+    uint32_t pad;          /* the default of pad_token_id, plus 1; 0: none */
+    bool no_padding;       /* pad_token_id is a token like others (no padding_idx) */
+    uint32_t n_kv_heads;   /* 0: as many as query heads */
+    uint32_t intermediate; /* times hidden; 0: no default */
+    uint32_t head_dim;     /* 0: hidden / n_heads */
     uint32_t max_positions;
     double norm_eps; /* 0: 1e-6 */
     const char *act; /* NULL: silu */
     struct perta_rope_family rope;
     enum perta_windows windows;
+    struct perta_position_ids position_ids;
     /* Read what only this family has; NULL: nothing. Called after the rest. */
     void (*read)(struct perta_config_reader *r, struct perta_llm *llm);
 };
@@ -280,6 +291,12 @@ static inline struct perta_site perta_site_of_expert(uint32_t layer, uint32_t nu
     return (struct perta_site){layer, number + 1};
 }
 
+/* Whether it is a norm's, with weights for each head. */
+static inline bool perta_is_by_head(const struct perta_param_row *row)
+{
+    return row->in == PERTA_WIDTH_EACH_QUERY || row->in == PERTA_WIDTH_EACH_KEY;
+}
+
 static inline bool perta_is_of_expert(enum perta_param param)
 {
     return param >= PERTA_EXPERT_GATE && param <= PERTA_EXPERT_DOWN_BIAS;
@@ -296,6 +313,9 @@ void perta_llm_shape(const struct perta_llm *llm, const struct perta_param_row *
 /* The same as it is stored: rows 0 for a vector. */
 void perta_llm_stored(const struct perta_llm *llm, const struct perta_param_row *row, size_t *rows,
                       size_t *cols);
+/* How many elements a norm of queries or keys normalises together: the width of its weights, or of
+ * one head's. */
+size_t perta_llm_norm_width(const struct perta_llm *llm, const struct perta_param_row *row);
 /* The longest row or column of a layer's parameters. */
 size_t perta_llm_widest(const struct perta_llm *llm);
 

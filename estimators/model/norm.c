@@ -67,12 +67,16 @@ bool perta_layer_has_norm(const struct perta_layer *l, enum perta_param param)
 
 struct perta_norm perta_layer_norm(const struct perta_layer *l, enum perta_param param)
 {
+    const struct perta_param_row *row = perta_llm_param(l->llm, l->site.layer, param);
+    size_t out, in = 0;
+    if (row)
+        perta_llm_shape(l->llm, row, &out, &in);
     return (struct perta_norm){
         .weight = perta_layer_vector(l, param),
         .bias = perta_layer_vector(l, param + 1),
         .eps = l->llm->norm_eps,
         .plus = l->llm->norm_plus,
-        .n_weights = 1,
+        .n_weights = row && perta_is_by_head(row) ? in / l->llm->head_dim : 1,
     };
 }
 

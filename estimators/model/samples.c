@@ -146,14 +146,24 @@ static int read_mask(const struct perta_line *line, const json_t *object, struct
     return rc;
 }
 
+static void count_seen(struct perta_draft *d)
+{
+    uint32_t n = 0;
+    for (size_t t = 0; t < d->n; t++)
+        d->positions[t] = d->seen[t] ? n++ : PERTA_POSITION_HIDDEN;
+}
+
 /* As in transformers' masking_utils.find_packed_sequence_indices: a block begins where a position
  * is not the one before plus 1. With attention_mask, all tokens are one block. */
 static int read_positions(const struct perta_line *line, const json_t *object,
-                          struct perta_draft *d, bool masked, bool *again, struct perta_err *err)
+                          const struct perta_position_ids *rule, struct perta_draft *d, bool masked,
+                          bool *again, struct perta_err *err)
 {
     const json_t *positions;
     int rc = find_row(line, object, "position_ids", d->n, &positions, err);
     *again = false;
+    if (!rc && positions && rule->refused)
+        return perta_line_fail(line, err, "\"position_ids\": a model of this family has none");
     for (size_t t = 0; t < d->n && !rc; t++) {
         const json_t *of = json_array_get(positions, t);
         json_int_t value = positions ? json_integer_value(of) : (json_int_t)t;
@@ -162,26 +172,27 @@ static int read_positions(const struct perta_line *line, const json_t *object,
                              "not a position, a whole number from 0", err);
         d->positions[t] = (uint32_t)value;
         bool begins = t && d->positions[t] != d->positions[t - 1] + 1;
-        d->begins[t] = !t || (begins && !masked);
+        d->begins[t] = !t || (begins && !masked && !rule->no_blocks);
         *again |= begins;
     }
+    if (!positions && rule->count_seen)
+        count_seen(d);
     return rc;
 }
 
 /* Tokens that attention_mask hides count too, as in transformers. */
-static int check_positions(const struct perta_line *line, struct perta_draft *d, uint32_t short_end,
-                           uint32_t limit, struct perta_err *err)
+static int check_positions(const struct perta_line *line, struct perta_draft *d,
+                           const struct perta_samples_wanted *wanted, struct perta_err *err)
 {
+    uint32_t limit = wanted->positions;
     d->is_long = false;
-    for (size_t t = 0; short_end && t < d->n; t++)
-        d->is_long |= d->positions[t] >= short_end;
+    for (size_t t = 0; wanted->is_short && t < d->n; t++)
+        d->is_long |= d->positions[t] >= wanted->is_short;
     for (size_t t = 0; limit && t < d->n; t++)
-        if (d->positions[t] >= limit)
+        if (d->positions[t] >= limit && d->positions[t] != PERTA_POSITION_HIDDEN)
             return perta_line_fail(line, err,
-                                   "token %zu has position %u, counted from 0: from %u on, the "
-                                   "frequencies of this model's rotary positions change with the "
-                                   "length, which is not supported",
-                                   t, d->positions[t], limit);
+                                   "token %zu has position %u, counted from 0: from %u on, %s", t,
+                                   d->positions[t], limit, wanted->beyond);
     return 0;
 }
 
@@ -312,9 +323,9 @@ static int add_sample(struct reading *r, const struct perta_line *line, json_t *
     if (!rc)
         rc = read_mask(line, object, d, &masked, err);
     if (!rc)
-        rc = read_positions(line, object, d, masked, &again, err);
+        rc = read_positions(line, object, &r->wanted->position_ids, d, masked, &again, err);
     if (!rc)
-        rc = check_positions(line, d, r->wanted->is_short, r->wanted->positions, err);
+        rc = check_positions(line, d, r->wanted, err);
     if (!rc)
         rc = perta_keys_check(line, d, object, err);
     if (rc)

@@ -49,10 +49,12 @@ struct perta_samples {
 
 /* How to read a file. */
 struct perta_samples_wanted {
-    uint32_t vocab;       /* ids must be below this */
-    uint64_t max_tokens;  /* longer samples are refused; 0: no limit */
-    uint32_t positions;   /* positions from this one on are refused; 0: no limit */
-    uint32_t is_short;    /* lines with a position from this one on are long; 0: none is */
+    uint32_t vocab;      /* ids must be below this */
+    uint64_t max_tokens; /* longer samples are refused; 0: no limit */
+    uint32_t positions;  /* positions from this one on are refused; 0: no limit */
+    const char *beyond;  /* why: "the model has no more" */
+    uint32_t is_short;   /* lines with a position from this one on are long; 0: none is */
+    struct perta_position_ids position_ids;
     bool answers;         /* read other answers, too; otherwise they are skipped */
     const char *key_path; /* file of a key for the HMAC of what is read; NULL: none */
     /* digest of an earlier reading: PERTA_EINPUT if the file differs; NULL: any */

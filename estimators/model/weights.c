@@ -73,7 +73,9 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
 {
     if (!strcmp(name, w->llm.names.head))
         return !strcmp(name, perta_weights_head(w));
-    return !perta_is_buffer_name(name) && !is_of_extra_layer(&w->llm, name) &&
+    const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
+    bool buffer = ref ? perta_is_buffer(ref->tensor) : perta_is_buffer_name(name);
+    return !buffer && !is_of_extra_layer(&w->llm, name) &&
            !(w->llm.wrapper && perta_wrapper_is_other(name));
 }
 
@@ -143,6 +145,28 @@ static int check_tied(const struct perta_weights *w, struct perta_err *err)
     return perta_tied_check(w->ck, err);
 }
 
+static bool has_layers(const struct perta_weights *w)
+{
+    size_t n = strlen(w->llm.names.layers);
+    for (uint64_t i = 0; i < w->ck->n_tensors; i++) {
+        const char *name = w->ck->by_name[i].tensor->name;
+        if (!strncmp(name, w->llm.names.layers, n) && name[n] == '.')
+            return true;
+    }
+    return false;
+}
+
+/* Some files have been saved from the model without its head, and their names have another base. */
+static void choose_base(struct perta_weights *w)
+{
+    const struct perta_family *family = w->llm.family;
+    if (!family->other_base || has_layers(w))
+        return;
+    perta_llm_set_names(&w->llm, family->other_base, "");
+    if (!has_layers(w))
+        perta_llm_set_names(&w->llm, family->base, "");
+}
+
 int perta_weights_open(struct perta_weights *w, const char *path, struct perta_err *err)
 {
     *w = (struct perta_weights){.parameters.get = perta_weights_get,
@@ -166,6 +190,8 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
     rc = perta_llm_parse(w->ck->config, w->ck->config_path, &w->llm, err);
     if (!rc && w->llm.wrapper)
         perta_wrapper_names(&w->llm, w->ck);
+    if (!rc)
+        choose_base(w);
     if (!rc)
         choose_experts(w);
     if (!rc)
@@ -225,6 +251,12 @@ int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
         for (int p = 0; p < PERTA_N_PARAMS; p++) {
             size_t out, in;
             const struct perta_param_row *row = matrix_of(&w->llm, l, p, &out, &in);
+            if (row && row->transposed && !perta_is_of_expert(row->param))
+                return perta_fail(err, PERTA_EINPUT,
+                                  "%s: tensor %s is stored transposed; rounding such tensors is "
+                                  "not supported",
+                                  w->ck->path,
+                                  perta_llm_name(&w->llm, perta_site_of(l), row, name));
             if (row && !perta_rounding_fits(rounding, in))
                 return perta_fail(
                     err, PERTA_EINPUT,

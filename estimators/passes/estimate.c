@@ -79,11 +79,12 @@ int perta_estimate_backward(struct perta_estimate_job *job, const struct perta_l
 }
 
 /* What to read after a layer in the backward pass: the layer before it; after the first layer, the
- * head, if that is tied. */
+ * head, if that is tied and what follows (perta_embed_backward) reads nothing else first. */
 static uint32_t before(const struct perta_estimate_job *job, uint32_t layer)
 {
     const struct perta_llm *llm = &job->weights.llm;
-    return layer ? layer - 1 : llm->tied ? llm->n_layers : UINT32_MAX;
+    bool head = llm->tied && !*llm->names.embedding_norm;
+    return layer ? layer - 1 : head ? llm->n_layers : UINT32_MAX;
 }
 
 static int backward_layer(struct perta_estimate_job *job, uint32_t number, struct perta_err *err)

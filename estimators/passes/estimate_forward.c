@@ -57,6 +57,9 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
                                                 .max_tokens = e->max_tokens,
                                                 .positions = perta_llm_longest(&job->weights.llm),
                                                 .is_short = perta_llm_short(&job->weights.llm),
+                                                .beyond = perta_llm_beyond(&job->weights.llm),
+                                                .position_ids =
+                                                    job->weights.llm.family->position_ids,
                                                 .answers = job->answers,
                                                 .key_path = e->data_key,
                                                 .xxh128 = e->data_xxh128};
@@ -175,6 +178,7 @@ void perta_estimate_release(struct perta_estimate_job *job)
     free(job->kept);
     free(job->x);
     free(job->inv_freq);
+    free(job->slopes);
     free(job->scratch.dir);
     perta_journal_close(&job->journal);
 }
@@ -222,6 +226,7 @@ struct perta_layer perta_estimate_layer(struct perta_estimate_job *job, uint32_t
                                 .past = job->adds ? &job->cache->past : NULL,
                                 .inv_freq =
                                     perta_llm_rope_table(&job->weights.llm, number, job->inv_freq),
+                                .slopes = job->slopes,
                                 .site = perta_site_of(number)};
 }
 

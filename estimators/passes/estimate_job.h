@@ -53,6 +53,7 @@ struct perta_estimate_job {
     uint32_t memory;         /* buffer of the backend, for the following and for gradients */
     struct perta_array work; /* a batch's activations, or the head's work */
     float *inv_freq;         /* (4, head_dim / 2): perta_llm_rope_tables */
+    float *slopes;           /* (n_heads), of ALiBi */
 
     size_t *starts;               /* (samples.n + 1): first token of each sample */
     struct perta_experts experts; /* of a model with mixtures */

@@ -268,10 +268,12 @@ static int take_host(struct perta_estimate_job *job, const struct plan *plan,
         job->source->room = at + parts;
     *means = (float *)(void *)(at + parts + source_room(job));
     job->inv_freq = calloc(2 * (size_t)llm->head_dim, sizeof *job->inv_freq);
+    job->slopes = calloc(llm->n_heads, sizeof *job->slopes);
     job->x = calloc(llm->n_layers + 1, sizeof *job->x);
-    if (!job->inv_freq || !job->x)
+    if (!job->inv_freq || !job->slopes || !job->x)
         return perta_fail_sys(err, ENOMEM, "estimate");
     perta_llm_rope_tables(llm, job->inv_freq);
+    perta_llm_alibi_slopes(llm, job->slopes);
     return 0;
 }
 

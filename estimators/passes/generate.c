@@ -20,7 +20,7 @@ static uint32_t prompt_of(const struct perta_samples *s, uint64_t sample)
 }
 
 /* Do the prompt and the longest answer have the frequencies of rotary positions with which the
- * prompt was computed? */
+ * prompt was computed, and are there learned positions for them? */
 static int check_longest(const struct perta_generation *g, const struct perta_estimate_job *job,
                          uint64_t sample, const struct perta_place *last, struct perta_err *err)
 {
@@ -31,10 +31,14 @@ static int check_longest(const struct perta_generation *g, const struct perta_es
     if (same && end <= longest)
         return 0;
     return perta_fail(err, PERTA_EINPUT,
-                      "%s: line %llu: an answer, the given or a generated one, may reach position "
-                      "%llu, counted from 0, from which on the frequencies of this model's rotary "
-                      "positions change with the length; that is not supported while an answer is "
-                      "generated",
+                      llm->n_positions
+                          ? "%s: line %llu: an answer, the given or a generated one, may reach "
+                            "position %llu, counted from 0, from which on the model has no learned "
+                            "positions"
+                          : "%s: line %llu: an answer, the given or a generated one, may reach "
+                            "position %llu, counted from 0, from which on the frequencies of this "
+                            "model's rotary positions change with the length; that is not "
+                            "supported while an answer is generated",
                       job->estimate->data, (unsigned long long)job->samples.lines[sample],
                       (unsigned long long)(longest < short_end ? longest : short_end));
 }

@@ -53,13 +53,12 @@ uint64_t perta_head_bytes(const struct perta_samples *samples, bool measured)
            samples->n * (8 * sizeof(size_t) + sizeof(struct perta_chunk));
 }
 
-/* Floats for each label; vectors of the final norm: its weight and bias, and a sample's gradients
- * of both. */
+/* Floats for each label; vectors: perta_head_norm_vector. */
 static uint64_t label_floats(bool measured)
 {
     return measured ? 11 : 7;
 }
-#define NORM_VECTORS 4
+#define NORM_VECTORS 6
 /* Floats of a block of the gradient of the head's bias. */
 #define BIAS_BLOCK (5 * PERTA_VOCABULARY_ROWS)
 
@@ -139,22 +138,27 @@ static int load_vector(struct perta_head *h, const char *name, size_t n, struct 
     return rc;
 }
 
-/* Load the final norm's weight and bias, and the head's bias. */
+/* Load the weights and biases of the final norm and of that after the embedding, and the head's
+ * bias. */
 static int load_vectors(struct perta_head *h, struct perta_err *err)
 {
     const struct perta_llm *llm = &h->weights->llm;
-    const char *const names[] = {llm->names.final_norm, llm->names.final_norm_bias};
-    struct perta_array *const to[] = {&h->norm.weight, &h->norm.bias};
+    const char *const names[] = {llm->names.final_norm, llm->names.final_norm_bias,
+                                 llm->names.embedding_norm, llm->names.embedding_norm_bias};
+    struct perta_array *const to[] = {&h->norm.weight, &h->norm.bias, &h->embedding.weight,
+                                      &h->embedding.bias};
+    static const int vectors[] = {0, 1, 4, 5};
     float *host = calloc(llm->hidden, sizeof *host);
     int rc = host ? 0 : perta_fail_sys(err, ENOMEM, "labels");
     const struct perta_array start = {h->memory, 0};
     h->norm.eps = llm->norm_eps;
     h->norm.plus = llm->norm_plus;
     h->norm.n_weights = 1;
-    for (int i = 0; i < 2 && !rc; i++) {
+    h->embedding = h->norm;
+    for (int i = 0; i < 4 && !rc; i++) {
         if (!*names[i])
             continue;
-        *to[i] = perta_head_norm_vector(h, i);
+        *to[i] = perta_head_norm_vector(h, vectors[i]);
         rc = load_vector(h, names[i], llm->hidden, *to[i], host, err);
     }
     if (*llm->names.head_bias && !rc) {
@@ -214,6 +218,7 @@ int perta_head_open(struct perta_head *h, struct perta_scratch *scratch, struct 
 {
     size_t H = h->weights->llm.hidden;
     bool backward = h->statistic || h->backward;
+    h->scratch = scratch;
     for (uint64_t i = 0; i < h->samples->n; i++)
         h->n_labels += h->samples->n_labels[i];
     h->token = calloc(h->n_labels, sizeof *h->token);
@@ -271,14 +276,31 @@ static int by_id(const void *a, const void *b)
     return (*x > *y) - (*x < *y);
 }
 
-/* All tokens as id << 32 | token, sorted, so that rows are read in order and each only once. */
-static uint64_t *sorted_tokens(const struct perta_samples *s)
+size_t perta_head_tables(const struct perta_head *h, struct perta_head_table tables[2])
 {
-    uint64_t *tokens = calloc(s->n_tokens, sizeof *tokens);
-    for (uint64_t t = 0; tokens && t < s->n_tokens; t++)
-        tokens[t] = (uint64_t)s->ids[t] << 32 | t;
+    const struct perta_llm *llm = &h->weights->llm;
+    tables[0] = (struct perta_head_table){perta_weights_embedding(h->weights), llm->vocab, false};
+    tables[1] = (struct perta_head_table){llm->names.positions,
+                                          llm->n_positions + llm->position_offset, true};
+    return llm->n_positions ? 2 : 1;
+}
+
+size_t perta_head_row_of(const struct perta_head *h, const struct perta_head_table *table,
+                         uint64_t token)
+{
+    const struct perta_samples *s = h->samples;
+    return table->positions ? s->places[token].position + h->weights->llm.position_offset
+                            : (size_t)s->ids[token];
+}
+
+/* All tokens as row << 32 | token, sorted, so that rows are read in order and each only once. */
+static uint64_t *sorted_tokens(const struct perta_head *h, const struct perta_head_table *table)
+{
+    uint64_t n = h->samples->n_tokens, *tokens = calloc(n, sizeof *tokens);
+    for (uint64_t t = 0; tokens && t < n; t++)
+        tokens[t] = (uint64_t)perta_head_row_of(h, table, t) << 32 | t;
     if (tokens)
-        qsort(tokens, s->n_tokens, sizeof *tokens, by_id);
+        qsort(tokens, n, sizeof *tokens, by_id);
     return tokens;
 }
 
@@ -288,22 +310,24 @@ static void multiply(float *row, float by, size_t n)
         row[i] *= by;
 }
 
-int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *err)
+/* x (tokens, H) = all tokens' rows of a table. */
+static int take_rows(struct perta_head *h, const struct perta_head_table *table,
+                     struct perta_store *x, struct perta_err *err)
 {
-    const char *name = perta_weights_embedding(h->weights);
-    enum perta_dtype dtype = perta_checkpoint_find(h->weights->ck, name)->tensor->dtype;
+    enum perta_dtype dtype = perta_checkpoint_find(h->weights->ck, table->name)->tensor->dtype;
     size_t H = h->weights->llm.hidden;
-    uint64_t *tokens = sorted_tokens(h->samples);
+    uint64_t *tokens = sorted_tokens(h, table);
     float *row = calloc(H, sizeof *row);
     int rc = tokens && row ? 0 : perta_fail_sys(err, ENOMEM, "tokens");
     for (uint64_t i = 0; i < h->samples->n_tokens && !rc; i++) {
         const void *data;
         uint64_t id = tokens[i] >> 32;
         if (!i || id != tokens[i - 1] >> 32) {
-            rc = perta_weights_rows(h->weights, name, id, 1, h->room, &data, err);
+            rc = perta_weights_rows(h->weights, table->name, id, 1, h->room, &data, err);
             if (!rc) {
                 perta_row_kernels()->to_f32(row, data, dtype, H);
-                multiply(row, h->weights->llm.embedding_multiplier, H);
+                if (!table->positions)
+                    multiply(row, h->weights->llm.embedding_multiplier, H);
             }
         }
         if (!rc)
@@ -312,6 +336,70 @@ int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *e
     free(row);
     free(tokens);
     return rc;
+}
+
+/* Tokens of a batch, from first on. */
+static size_t rows_at(const struct perta_head *h, size_t first)
+{
+    size_t left = h->samples->n_tokens - first;
+    return left < h->batch_rows ? left : h->batch_rows;
+}
+
+/* x (tokens, H) += y. */
+static int add_store(struct perta_head *h, struct perta_store *x, const struct perta_store *y,
+                     struct perta_err *err)
+{
+    struct perta_head_arrays w = perta_head_work_of(h);
+    int rc = 0;
+    for (size_t first = 0, n; first < h->samples->n_tokens && !rc; first += n) {
+        n = rows_at(h, first);
+        rc = perta_store_load(x, first, n, w.a, err);
+        if (!rc)
+            rc = perta_store_load(y, first, n, w.b, err);
+        h->be->ops->add(h->be, w.a, w.b, n * x->width);
+        if (!rc)
+            rc = perta_store_set(x, first, n, w.a, err);
+    }
+    return rc ? rc : perta_backend_wait(h->be, err);
+}
+
+int perta_head_look_up(struct perta_head *h, struct perta_store *x, struct perta_err *err)
+{
+    struct perta_head_table tables[2];
+    struct perta_store positions = {.fd = -1};
+    size_t n = perta_head_tables(h, tables);
+    int rc = take_rows(h, &tables[0], x, err);
+    if (rc || n == 1)
+        return rc;
+    rc = perta_store_open(&positions, h->scratch, NULL, h->samples->n_tokens, x->width, err);
+    if (!rc)
+        rc = take_rows(h, &tables[1], &positions, err);
+    if (!rc)
+        rc = add_store(h, x, &positions, err);
+    perta_store_close(&positions, h->scratch);
+    return rc;
+}
+
+/* x = norm(x), with the norm after the embedding. */
+static int normalise_embedded(struct perta_head *h, struct perta_store *x, struct perta_err *err)
+{
+    const struct perta_norm_part *norm = h->weights->llm.family->norm;
+    struct perta_head_arrays w = perta_head_work_of(h);
+    int rc = 0;
+    for (size_t first = 0, n; first < h->samples->n_tokens && !rc; first += n) {
+        n = rows_at(h, first);
+        rc = perta_store_load(x, first, n, w.a, err);
+        norm->forward(h->be, &h->embedding, w.b, w.rstd, w.a, n, x->width);
+        if (!rc)
+            rc = perta_store_set(x, first, n, w.b, err);
+    }
+    return rc ? rc : perta_backend_wait(h->be, err);
+}
+
+int perta_embed(struct perta_head *h, struct perta_store *x, struct perta_err *err)
+{
+    int rc = perta_head_look_up(h, x, err);
+    return rc || !*h->weights->llm.names.embedding_norm ? rc : normalise_embedded(h, x, err);
 }
 
 /* ---- forward ---- */

@@ -56,6 +56,8 @@ struct perta_head {
     struct perta_cut cut; /* labels */
     struct perta_chunks chunks;
     struct perta_norm norm;         /* the final one */
+    struct perta_norm embedding;    /* that after the embedding, if there is one */
+    struct perta_scratch *scratch;  /* borrowed */
     struct perta_array bias;        /* (vocab): the head's; no array: none */
     struct perta_token_row *tokens; /* (max_tokens): tokens whose dx are loaded */
     size_t max_tokens;
@@ -77,7 +79,8 @@ uint64_t perta_head_device_bytes(const struct perta_samples *samples, const stru
 int perta_head_open(struct perta_head *head, struct perta_scratch *scratch, struct perta_err *err);
 void perta_head_close(struct perta_head *head, struct perta_scratch *scratch);
 
-/* x (tokens, H) = the embeddings of all tokens. */
+/* x (tokens, H) = the embeddings of all tokens: their rows of the embedding, plus those of learned
+ * positions, normalised, if the model has these. */
 int perta_embed(struct perta_head *head, struct perta_store *x, struct perta_err *err);
 /* Means over samples. */
 struct perta_head_means {
@@ -100,8 +103,8 @@ int perta_head_backward(struct perta_head *head, const struct perta_store *x,
                         struct perta_err *err);
 /* The span that a pass over the head reads first. */
 struct perta_span perta_head_first(const struct perta_head *head);
-/* dx: gradients of all tokens' embeddings. Writes the importance of the embedding, which includes
- * the head's if they are tied. */
+/* dx: gradients of what perta_embed gives. Writes the importance of the embedding, which includes
+ * the head's if they are tied, of learned positions and of the norm after both. */
 int perta_embed_backward(struct perta_head *head, const struct perta_store *dx,
                          struct perta_err *err);
 

@@ -14,9 +14,24 @@ struct perta_head_arrays {
     struct perta_array capped;  /* (batch rows, PERTA_VOCABULARY_ROWS), if logits have a soft cap */
 };
 
+/* A table of which each token takes a row: the embedding, or learned positions. */
+struct perta_head_table {
+    const char *name;
+    size_t n_rows;
+    bool positions;
+};
+
+/* The tables that the model has: 1 or 2. */
+size_t perta_head_tables(const struct perta_head *h, struct perta_head_table tables[2]);
+/* The row of a table that a token takes. */
+size_t perta_head_row_of(const struct perta_head *h, const struct perta_head_table *table,
+                         uint64_t token);
+/* x (tokens, H) = the sum of all tokens' rows of the tables. */
+int perta_head_look_up(struct perta_head *h, struct perta_store *x, struct perta_err *err);
 /* Where they are. */
 struct perta_head_arrays perta_head_work_of(const struct perta_head *h);
-/* Vector i of the norm: weight, bias, and the gradients of both. */
+/* Vector i: weight and bias of the final norm, gradients of a norm's weight and bias, weight and bias
+ * of the norm after the embedding. */
 struct perta_array perta_head_norm_vector(const struct perta_head *h, int i);
 /* The gradient of the head's bias, for a block of rows of the head. */
 struct perta_head_bias_gradient {

@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A layer's; the embedding; the head and the final norm, and their biases. */
-#define MOST_TENSORS (PERTA_N_PARAMS + 5)
+/* A layer's; the embedding, learned positions, the head, the norms outside the layers, biases. */
+#define MOST_TENSORS (PERTA_N_PARAMS + 8)
 
 uint64_t perta_norms_bytes(uint64_t n_samples)
 {

@@ -70,19 +70,26 @@ static json_t *target_modules(const struct perta_tune_job *job)
     return names;
 }
 
+/* Are the weights stored as (in, out)? A family has all of them so, or none. */
+static bool is_transposed(const struct perta_tune_job *job)
+{
+    const struct perta_factor *f = job->pass.factors.n ? &job->pass.factors.of[0] : NULL;
+    return f && perta_llm_param(job->pass.factors.llm, f->site.layer, f->param)->transposed;
+}
+
 /* The caller's; NULL only when out of memory. An adapter that was continued keeps its config. */
 static json_t *config_of(const struct perta_tune_job *job)
 {
     const struct perta_tune *t = &job->tune;
     if (t->adapter)
         return json_deep_copy(job->pass.adapted.ck->config);
-    json_t *config =
-        json_pack("{s:s, s:s, s:o, s:I, s:f, s:f, s:s, s:b, s:b, s:b, s:n, s:n, s:{}, s:{}, s:b}",
-                  "peft_type", "LORA", "task_type", "CAUSAL_LM", "base_model_name_or_path",
-                  perta_text_json("%s", t->model), "r", (json_int_t)t->rank, "lora_alpha",
-                  t->lora_alpha, "lora_dropout", 0.0, "bias", "none", "fan_in_fan_out", false,
-                  "use_rslora", false, "inference_mode", true, "modules_to_save", "exclude_modules",
-                  "rank_pattern", "alpha_pattern", "init_lora_weights", true);
+    json_t *config = json_pack(
+        "{s:s, s:s, s:o, s:I, s:f, s:f, s:s, s:b, s:b, s:b, s:n, s:n, s:{}, s:{}, s:b}",
+        "peft_type", "LORA", "task_type", "CAUSAL_LM", "base_model_name_or_path",
+        perta_text_json("%s", t->model), "r", (json_int_t)t->rank, "lora_alpha", t->lora_alpha,
+        "lora_dropout", 0.0, "bias", "none", "fan_in_fan_out", is_transposed(job), "use_rslora",
+        false, "inference_mode", true, "modules_to_save", "exclude_modules", "rank_pattern",
+        "alpha_pattern", "init_lora_weights", true);
     if (t->lora_alpha == floor(t->lora_alpha) && fabs(t->lora_alpha) < 1e15)
         perta_json_set(&config, "lora_alpha", json_integer((json_int_t)t->lora_alpha));
     perta_json_set(&config, "target_modules", target_modules(job));

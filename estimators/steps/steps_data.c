@@ -86,6 +86,8 @@ static int read_set(struct perta_steps_job *job, int set, struct keys *keys, str
                                                 .max_tokens = s->max_tokens,
                                                 .positions = perta_llm_longest(llm),
                                                 .is_short = perta_llm_short(llm),
+                                                .beyond = perta_llm_beyond(llm),
+                                                .position_ids = llm->family->position_ids,
                                                 .key_path = s->data_key};
     struct perta_samples samples;
     int rc = perta_samples_read(path, &wanted, &samples, err);

@@ -125,7 +125,9 @@ def make_model(folder, family, how):
         save_file({n: t.contiguous() for n, t in state.items()}, weights, {"format": "pt"})
     if not how.get("_late"):
         change_files(folder, how)
-    loaded = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    # transformers' Falcon adds ALiBi twice in its eager attention: to the mask, and to the scores
+    attention = "sdpa" if family == "falcon" and config.alibi else "eager"
+    loaded = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     if hasattr(loaded, "set_experts_implementation"):
         loaded.set_experts_implementation("eager")
     for (name, want), (_, have) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):

@@ -34,17 +34,9 @@ NOT_YET = {
     "gemma3": "all",
     "llama4": "all",
     "llama4_text": "all",
-    "phi": "all",
-    "gpt_neox": "all",
-    "starcoder2": "all",
-    "stablelm": "all",
-    "falcon": "all",
-    "cohere": "all",
-    "cohere2": "all",
-    "nemotron": "all",
-    "gpt2": "all",
-    "opt": "all",
-    "bloom": "all",
+    "stablelm": [1, 4],
+    "opt": [1, 3, 6],
+    "bloom": [1],
 }
 
 
@@ -65,7 +57,9 @@ def test_masks_and_positions(tmp_path, family):
     """A key of a line means what it means in transformers, or is refused by name."""
     if is_not_yet(family, 0):
         pytest.skip("not yet")
-    for how in FAMILIES[family] if LONG else FAMILIES[family][:1]:
+    for i, how in enumerate(FAMILIES[family] if LONG else FAMILIES[family][:1]):
+        if is_not_yet(family, i):
+            continue
         model = make_model(tmp_path / "model", family, how)
         for key, lines in masked_samples(model.config.get_text_config().vocab_size).items():
             outcome = masked_outcome(PERTA, tmp_path, model, how, key, lines)
