@@ -41,7 +41,8 @@ static struct widths widths_of(const struct perta_llm *llm)
 static size_t norms_of(const struct perta_llm *llm, enum perta_param norm, size_t width)
 {
     const struct perta_param_row *row = perta_llm_param(llm, PERTA_ANY_LAYER, norm);
-    size_t out, in = 0;
+    bool without_weight = llm->any_layer & PERTA_LAYER_QK_NORM;
+    size_t out, in = without_weight ? llm->head_dim : 0;
     if (row)
         perta_llm_shape(llm, row, &out, &in);
     return in ? width / in : 0;

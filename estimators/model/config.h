@@ -51,6 +51,9 @@ struct perta_llm {
     float attention_softcap; /* 0: none */
     float clip_qkv; /* queries, keys and values are clamped to -clip_qkv .. clip_qkv; 0: no */
     uint32_t chunk; /* of layers with PERTA_LAYER_CHUNKS */
+    /* in layers with PERTA_LAYER_UNROTATED, the query of the token at index i of its line is
+     * multiplied by 1 + query_beta * log(1 + floor((i + 1) / query_floor)); query_beta 0: no */
+    float query_beta, query_floor;
     bool alibi;
     bool qk_norm_after_rope;
     /* of one tensor for queries, keys and values: those of a key-value head and its queries are

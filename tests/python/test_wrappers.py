@@ -183,3 +183,23 @@ def test_keys_at_the_top_are_the_text_models(perta, tmp_path, model):
     have = perta(*"eval --model model --data data.jsonl --json --compute f32".split()).stdout
     assert json.loads(have)["loss"] == json.loads(want)["loss"]
     transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+
+
+def test_inspect_says_in_one_line_what_a_model_is_for(perta, tmp_path, model):
+    model("llava")
+    assert "  can be edited, estimated and tuned\n" in perta("inspect", "model").stdout
+    said = json.loads(perta("inspect", "model", "--json").stdout)
+    assert said["can"] == {"edit": True, "estimate": True, "tune": True} and "not_computed" not in said
+    tensors = tensors_of(tmp_path / "model")
+    save_file(tensors | {"audio_tower.w": torch.ones(2)}, tmp_path / "model/model.safetensors")
+    (line,) = [x for x in perta("inspect", "model").stdout.splitlines() if "can be edited" in x]
+    assert line.startswith("  can be edited; estimate, eval and tune refuse it: model: has tensor audio_tower.w")
+    (tmp_path / "model/config.json").unlink()
+    said = json.loads(perta("inspect", "model", "--json").stdout)
+    assert said["can"] == {"edit": True, "estimate": False, "tune": False}
+    assert "no config.json" in said["not_computed"] and "not_edited" not in said
+    (tmp_path / "codes").mkdir()
+    save_file({"a": torch.ones(2, dtype=torch.int32)}, tmp_path / "codes/model.safetensors")
+    said = json.loads(perta("inspect", "codes", "--json").stdout)
+    assert said["can"]["edit"] is False and "has no tensor of BF16" in said["not_edited"]
+    assert "  edits refuse it: codes: has no tensor of BF16" in perta("inspect", "codes").stdout
