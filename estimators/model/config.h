@@ -56,6 +56,9 @@ struct perta_llm {
     float query_beta, query_floor;
     bool alibi;
     bool qk_norm_after_rope;
+    bool
+        no_blocks; /* lines whose position_ids start again are not supported: they make no blocks, or
+                     * other ones than usual */
     /* of one tensor for queries, keys and values: those of a key-value head and its queries are
      * together; otherwise all queries come first, then all keys, then all values */
     bool qkv_by_group;

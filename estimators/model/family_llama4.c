@@ -130,6 +130,7 @@ static void read(struct perta_config_reader *r, struct perta_llm *llm)
         .scales_input = true,
     };
     llm->qk_norm_after_rope = true;
+    llm->no_blocks = true; /* chunks would count from the block's first token */
     read_mixtures(r, llm);
     read_rotated(r, llm);
     read_chunks(r, llm);
