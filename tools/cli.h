@@ -95,6 +95,9 @@ int cli_status(const struct cli *cli, int rc, const struct perta_err *err);
 
 /* False in a build without matrix products; then no_model.c replaces the verbs that need them. */
 extern const bool cli_has_model;
+/* Whether estimate, eval and tune accept the checkpoint at path, by what they read before its
+ * weights: 0, or the error that they end with. */
+int cli_check_model(const char *path, struct perta_err *err);
 
 int cmd_inspect(int argc, char **argv);
 int cmd_estimate(int argc, char **argv);

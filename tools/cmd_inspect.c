@@ -8,6 +8,7 @@
 #include "io/format/checkpoint.h"
 #include "io/format/dequantise.h"
 #include "io/format/quant_config.h"
+#include "io/format/quantised.h"
 #include "io/text.h"
 #include "stream/patch/patch_in.h"
 #include "tools/cli.h"
@@ -101,15 +102,15 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
 }
 
 /* Add in which format its weights are quantised, and how many tensors of it can be dequantised, or
- * why not. Comes last but for add_config: it turns ck into the dequantised checkpoint. *why is that
- * reason, if there is one. */
-static void add_quantised(json_t **result, struct perta_checkpoint *ck, struct perta_err *why)
+ * why not. Turns ck into the dequantised checkpoint. */
+static void add_quantised(json_t **result, struct perta_checkpoint *ck)
 {
     const json_t *value;
+    struct perta_err why = {0};
     struct perta_dequantise *how = NULL;
     bool is_said = perta_quant_config_key(ck->config, &value);
     const char *method = json_string_value(json_object_get(is_said ? value : NULL, "quant_method"));
-    int rc = perta_dequantise_open(ck, &how, why);
+    int rc = perta_dequantise_open(ck, &how, &why);
     if (how)
         perta_json_set(
             result, "quantised",
@@ -117,21 +118,35 @@ static void add_quantised(json_t **result, struct perta_checkpoint *ck, struct p
     else if (rc)
         perta_json_set(
             result, "quantised",
-            json_pack("{s:s?, s:o}", "method", method, "why", perta_text_json("%s", why->msg)));
+            json_pack("{s:s?, s:o}", "method", method, "why", perta_text_json("%s", why.msg)));
     perta_dequantise_close(how);
 }
 
-/* Add whether estimate and eval accept its config.json, and which keys of it they would ignore.
- * why: why its weights cannot be dequantised. */
-static void add_config(json_t **result, const struct perta_checkpoint *ck, struct perta_err *why)
+/* Why edits refuse its weights; NULL: they do not. */
+static json_t *why_not_edited(const struct perta_checkpoint *ck)
 {
-    struct perta_llm llm;
-    if (ck->config_flaw)
-        perta_json_set(result, "not_computed", perta_text_json("%s", ck->config_flaw));
-    else if (!ck->config)
-        return;
-    else if (why->code || perta_llm_parse(ck->config, ck->config_path, &llm, why))
-        perta_json_set(result, "not_computed", perta_text_json("%s", why->msg));
+    struct perta_err why = {0};
+    if (perta_quantised_refuse(ck, &why))
+        return perta_text_json("%s", why.msg);
+    for (uint64_t i = 0; i < ck->n_tensors; i++)
+        if (perta_dtype_is_editable(ck->by_name[i].tensor->dtype))
+            return NULL;
+    return perta_text_json("%s: has no tensor of BF16, F16, F32 or F64", ck->path);
+}
+
+/* Add whether it can be edited, and whether estimate, eval and tune accept it, which look at
+ * config.json, names and shapes; or why not; and which keys of config.json these would ignore. */
+static void add_uses(json_t **result, const struct perta_checkpoint *ck, json_t *not_edited)
+{
+    struct perta_err why = {0};
+    bool is_computed = !cli_check_model(ck->path, &why);
+    perta_json_set(result, "can",
+                   json_pack("{s:b, s:b, s:b}", "edit", !not_edited, "estimate", is_computed,
+                             "tune", is_computed));
+    if (not_edited)
+        perta_json_set(result, "not_edited", not_edited);
+    if (!is_computed)
+        perta_json_set(result, "not_computed", perta_text_json("%s", why.msg));
     else
         perta_json_set(result, "unknown_config_keys", perta_llm_unknown_keys(ck->config));
 }
@@ -158,9 +173,12 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
     if (ck->is_adapter) {
         perta_json_set(result, "config", json_incref(ck->config));
     } else {
-        struct perta_err why = {0};
-        add_quantised(result, ck, &why);
-        add_config(result, ck, &why);
+        json_t *not_edited = why_not_edited(ck);
+        add_quantised(result, ck);
+        if (!strcmp(json_string_value(json_object_get(*result, "kind")), "checkpoint"))
+            add_uses(result, ck, not_edited);
+        else
+            json_decref(not_edited);
     }
     const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
     for (uint32_t i = 0; paths && i < ck->n_shards; i++)
@@ -230,6 +248,24 @@ static void say_quantised(const struct cli *cli, const char *path, const json_t 
         cli_say(cli, "  quantised, and perta cannot dequantise it: %s\n", text(quantised, "why"));
 }
 
+/* One line. */
+static void say_uses(const struct cli *cli, const json_t *r)
+{
+    const char *not_edited = json_string_value(json_object_get(r, "not_edited"));
+    const char *not_computed = json_string_value(json_object_get(r, "not_computed"));
+    if (!json_object_get(r, "can"))
+        return;
+    if (!not_edited && !not_computed)
+        cli_say(cli, "  can be edited, estimated and tuned\n");
+    else if (!not_edited)
+        cli_say(cli, "  can be edited; estimate, eval and tune refuse it: %s\n", not_computed);
+    else if (!not_computed)
+        cli_say(cli, "  can be estimated and tuned; edits refuse it: %s\n", not_edited);
+    else
+        cli_say(cli, "  edits refuse it: %s; estimate, eval and tune refuse it: %s\n", not_edited,
+                not_computed);
+}
+
 static void say_checkpoint(const struct args *args, const json_t *r)
 {
     const struct cli *cli = &args->cli;
@@ -238,8 +274,7 @@ static void say_checkpoint(const struct args *args, const json_t *r)
             cli_bytes(real(r, "bytes"), a), json_array_size(json_object_get(r, "shards")));
     const char *key;
     json_t *item;
-    if (json_object_get(r, "not_computed"))
-        cli_say(cli, "  estimate and eval refuse it: %s\n", text(r, "not_computed"));
+    say_uses(cli, r);
     say_quantised(cli, args->path, json_object_get(r, "quantised"));
     json_object_foreach (json_object_get(r, "config"), key, item) {
         char *value = cli_text(item);

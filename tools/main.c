@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "estimators/model/family.h"
+#include "estimators/model/wrapper.h"
 #include "tools/cli.h"
 #include "tools/external.h"
 
@@ -75,6 +76,8 @@ static void list_families(void)
 {
     for (size_t i = 0; i < perta_n_families; i++)
         printf("%-24s %s\n", perta_families[i]->model_type, perta_families[i]->architecture);
+    for (size_t i = 0; i < perta_n_wrappers; i++)
+        printf("%-24s %s\n", perta_wrappers[i].model_type, perta_wrappers[i].architecture);
 }
 
 /* Open the standard streams that are closed: otherwise the first file that is opened would get the

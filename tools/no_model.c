@@ -15,6 +15,12 @@ static int say(const char *verb)
     return 2;
 }
 
+int cli_check_model(const char *path, struct perta_err *err)
+{
+    (void)path;
+    return perta_fail(err, PERTA_EUSAGE, MISSING);
+}
+
 int cmd_estimate(int argc, char **argv)
 {
     (void)argc;

@@ -144,6 +144,31 @@ static int read_names(struct perta_adapter *adapter, struct perta_err *err)
     return rc;
 }
 
+/* ---- in the names of the model's files ---- */
+
+/* The name that the adapter's config goes by. */
+static const char *said_of(const struct perta_change *change)
+{
+    return change->said ? change->said : change->target;
+}
+
+/* The names of a model around a language model are those in memory. */
+static int rename_change(const struct perta_checkpoint *model, bool tied,
+                         struct perta_change *change, struct perta_err *err)
+{
+    const struct perta_ref *ref = perta_tied_find(model, change->target, tied)
+                                      ? NULL
+                                      : perta_around_find(model, change->target);
+    char *target = ref ? strdup(ref->tensor->name) : NULL;
+    if (ref && !target)
+        return perta_fail_sys(err, ENOMEM, "%s", model->path);
+    if (!ref)
+        return 0;
+    change->said = change->target;
+    change->target = target;
+    return 0;
+}
+
 /* ---- against the model ---- */
 
 static int check_factor(const struct perta_adapter *adapter, const struct perta_change *change,
@@ -189,11 +214,12 @@ static int check_lora(const struct perta_adapter *adapter,
                           ck->shards[0].path, change->a->tensor->name, tensor->name);
     change->rows = tensor->shape[0];
     change->width = tensor->shape[1];
-    size_t module_len = strlen(change->target) - strlen(".weight");
-    int rc = perta_adapter_config_allows(config, change->target, module_len, err);
+    const char *said = said_of(change);
+    size_t module_len = strlen(said) - strlen(".weight");
+    int rc = perta_adapter_config_allows(config, said, module_len, err);
     if (!rc)
-        rc = perta_adapter_config_scale(config, change->target, module_len, &change->r,
-                                        &change->scaling, err);
+        rc =
+            perta_adapter_config_scale(config, said, module_len, &change->r, &change->scaling, err);
     uint64_t r = change->r, rows = change->rows, width = change->width;
     if (!rc)
         rc = check_factor(adapter, change, change->a->tensor, r, change->is_swapped ? rows : width,
@@ -337,7 +363,11 @@ static int find_targets(struct perta_adapter *adapter, const struct perta_adapte
                         const struct perta_checkpoint *model, struct perta_err *err)
 {
     bool tied = perta_is_tied(model);
-    int rc = perta_adapter_expand(adapter, config, model, err);
+    int rc = 0;
+    for (uint64_t i = 0; i < adapter->n_changes && !rc; i++)
+        rc = rename_change(model, tied, &adapter->changes[i], err);
+    if (!rc)
+        rc = perta_adapter_expand(adapter, config, model, err);
     qsort(adapter->changes, adapter->n_changes, sizeof *adapter->changes, compare_changes);
     for (uint64_t i = 1; i < adapter->n_changes && !rc; i++)
         if (!strcmp(adapter->changes[i - 1].target, adapter->changes[i].target))
@@ -356,10 +386,10 @@ static void note_targets(const struct perta_adapter *adapter,
     uint64_t n = 0;
     for (uint64_t i = 0; i < adapter->n_changes; i++) {
         const struct perta_change *c = &adapter->changes[i];
-        size_t len = strlen(c->target) - (c->whole ? 0 : strlen(".weight"));
-        if (!c->whole && !perta_adapter_config_targets(config, c->target, len) &&
-            !perta_adapter_config_targets_parameter(config, c->target) && !n++)
-            first = c->target;
+        size_t len = strlen(said_of(c)) - (c->whole ? 0 : strlen(".weight"));
+        if (!c->whole && !perta_adapter_config_targets(config, said_of(c), len) &&
+            !perta_adapter_config_targets_parameter(config, said_of(c)) && !n++)
+            first = said_of(c);
     }
     if (n)
         perta_note(
@@ -466,8 +496,10 @@ void perta_adapter_close(struct perta_adapter *adapter)
 {
     if (!adapter)
         return;
-    for (uint64_t i = 0; i < adapter->n_changes; i++)
+    for (uint64_t i = 0; i < adapter->n_changes; i++) {
         free(adapter->changes[i].target);
+        free(adapter->changes[i].said);
+    }
     free(adapter->changes);
     perta_adapter_end(adapter);
     free(adapter);

@@ -16,6 +16,7 @@
 /* What an adapter does to one tensor of the model. */
 struct perta_change {
     char *target;                       /* the name of the tensor */
+    char *said;                         /* its name in the adapter, if that is another; or NULL */
     const struct perta_ref *a, *b;      /* lora_A and lora_B; NULL if whole is set */
     const struct perta_ref *whole;      /* the tuned tensor itself; NULL if a and b are set */
     const struct perta_ref *base_layer; /* PEFT's copy of the tensor that A and B are added to, or

@@ -106,7 +106,9 @@ static void rotate_backward(const struct perta_layer *l, const struct perta_batc
 static size_t norm_width(const struct perta_layer *l, enum perta_param param)
 {
     const struct perta_param_row *row = perta_llm_param(l->llm, l->site.layer, param);
-    return row ? perta_llm_norm_width(l->llm, row) : 0;
+    if (!row)
+        return perta_llm_has(l->llm, l->site.layer, PERTA_LAYER_QK_NORM) ? l->llm->head_dim : 0;
+    return perta_llm_norm_width(l->llm, row);
 }
 
 /* Queries (PERTA_NORM_Q) or keys (PERTA_NORM_K), and what is kept for the backward pass. */
@@ -181,17 +183,27 @@ static void place_backward(const struct perta_layer *l, const struct perta_batch
         rotate_backward(l, batch, h->d, h->n_heads);
 }
 
+/* What the query at a place is multiplied by. */
+static float query_scale(const struct perta_layer *l, const struct perta_place *place)
+{
+    const struct perta_llm *llm = l->llm;
+    if (!(llm->query_beta > 0))
+        return perta_rope_query_scale(perta_llm_rope(llm, l->site.layer), place->position);
+    if (!perta_llm_has(llm, l->site.layer, PERTA_LAYER_UNROTATED))
+        return 1;
+    return log1pf(floorf(((float)place->at + 1.0f) / llm->query_floor)) * llm->query_beta + 1.0f;
+}
+
 /* Multiply queries, or their gradients, x (n, n_heads, D), by what their positions ask for, which
  * changes once in many positions. */
 static void scale_queries(const struct perta_layer *l, const struct perta_batch *batch,
                           struct perta_array x)
 {
-    const struct perta_rope *rope = perta_llm_rope(l->llm, l->site.layer);
     size_t width = (size_t)l->llm->n_heads * l->llm->head_dim;
-    for (size_t i = 0, end; rope->query_beta > 0 && i < batch->n; i = end) {
-        float by = perta_rope_query_scale(rope, batch->places[i].position);
+    for (size_t i = 0, end; i < batch->n; i = end) {
+        float by = query_scale(l, &batch->places[i]);
         for (end = i + 1; end < batch->n; end++)
-            if (perta_rope_query_scale(rope, batch->places[end].position) != by)
+            if (query_scale(l, &batch->places[end]) != by)
                 break;
         if (by != 1)
             l->be->ops->scale(l->be, perta_array_at(x, i * width), by, (end - i) * width);

@@ -41,7 +41,9 @@ static struct widths widths_of(const struct perta_llm *llm)
 static size_t norms_of(const struct perta_llm *llm, enum perta_param norm, size_t width)
 {
     const struct perta_param_row *row = perta_llm_param(llm, PERTA_ANY_LAYER, norm);
-    return row ? width / perta_llm_norm_width(llm, row) : 0;
+    if (!row)
+        return llm->any_layer & PERTA_LAYER_QK_NORM ? width / llm->head_dim : 0;
+    return width / perta_llm_norm_width(llm, row);
 }
 
 static size_t latent_width(const struct perta_llm *llm)

@@ -50,12 +50,18 @@ struct perta_llm {
     /* attention */
     float attention_scale;   /* of the scores; 0: 1 / sqrt(head_dim) */
     float attention_softcap; /* 0: none */
-    float clip_qkv;       /* queries, keys and values are clamped to -clip_qkv .. clip_qkv; 0: no */
-    uint32_t chunk;       /* of layers with PERTA_LAYER_CHUNKS */
+    float clip_qkv; /* queries, keys and values are clamped to -clip_qkv .. clip_qkv; 0: no */
+    uint32_t chunk; /* of layers with PERTA_LAYER_CHUNKS */
+    /* in layers with PERTA_LAYER_UNROTATED, the query of the token at index i of its line is
+     * multiplied by 1 + query_beta * log(1 + floor((i + 1) / query_floor)); query_beta 0: no */
+    float query_beta, query_floor;
     bool alibi;           /* linear biases instead of rotary positions */
     bool alibi_bf16;      /* perta_attention.slopes_bf16 */
     bool scale_by_number; /* scores of layer l are divided by l + 1, too (GPT-2) */
     bool qk_norm_after_rope;
+    bool
+        no_blocks; /* lines whose position_ids start again are not supported: they make no blocks, or
+                     * other ones than usual */
     /* of one tensor for queries, keys and values: those of a key-value head and its queries are
      * together; otherwise all queries come first, then all keys, then all values */
     bool qkv_by_group;

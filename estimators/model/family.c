@@ -72,7 +72,7 @@ extern const struct perta_family perta_smollm3, perta_seed_oss, perta_ernie4_5, 
 extern const struct perta_family perta_hunyuan_v1_dense, perta_arcee, perta_jais2;
 extern const struct perta_family perta_internlm3, perta_iquestcoder;
 extern const struct perta_family perta_phi3, perta_glm, perta_glm4; /* family_fused.c */
-extern const struct perta_family perta_gpt_oss;
+extern const struct perta_family perta_gpt_oss, perta_llama4_text;
 /* mixtures of experts */
 extern const struct perta_family perta_qwen2_moe, perta_qwen3_moe, perta_olmoe, perta_flex_olmo;
 extern const struct perta_family perta_mixtral, perta_minimax_m2;
@@ -94,7 +94,7 @@ const struct perta_family *const perta_families[] = {
     &perta_ministral, &perta_ministral3, &perta_cwm, &perta_smollm3,
     &perta_seed_oss, &perta_ernie4_5, &perta_helium, &perta_hunyuan_v1_dense, &perta_arcee,
     &perta_jais2, &perta_internlm3, &perta_iquestcoder,
-    &perta_phi3, &perta_glm, &perta_glm4, &perta_gpt_oss,
+    &perta_phi3, &perta_glm, &perta_glm4, &perta_gpt_oss, &perta_llama4_text,
     &perta_qwen3_moe, &perta_qwen2_moe, &perta_olmoe, &perta_flex_olmo,
     &perta_mixtral, &perta_minimax_m2,
     &perta_glm4_moe, &perta_dots1, &perta_ernie4_5_moe, &perta_hunyuan_v1_moe,

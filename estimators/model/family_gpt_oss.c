@@ -56,6 +56,7 @@ static void read(struct perta_config_reader *r, struct perta_llm *llm)
     llm->options &= ~(uint32_t)PERTA_EXPERTS_APART;
     llm->options |= PERTA_EXPERTS_TOGETHER;
     llm->gate_up_interleaved = true;
+    llm->no_blocks = true;
     llm->activation = (struct perta_activation){
         PERTA_CLAMPED_SWIGLU,
         (float)perta_config_number(r, r->config, "swiglu_alpha", 1.702),

@@ -5,6 +5,7 @@
 
 static void read_qwen2_vl(struct perta_config_reader *r, struct perta_llm *llm)
 {
+    llm->no_blocks = true;
     if (llm->head_dim != llm->hidden / llm->n_heads)
         perta_config_refuse(r, "head_dim",
                             "is not \"hidden_size\" divided by \"num_attention_heads\"");

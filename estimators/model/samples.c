@@ -330,6 +330,11 @@ static int add_sample(struct reading *r, const struct perta_line *line, json_t *
         rc = perta_keys_check(line, d, object, err);
     if (rc)
         return rc;
+    if (again && !masked && r->wanted->is_whole)
+        return perta_line_fail(
+            line, err,
+            "\"position_ids\" start again, which is not supported for this model; "
+            "give each block a line of its own");
     uint64_t *first = masked ? &r->blocks_under_mask : &r->blocks;
     if (again && !*first)
         *first = line->number;

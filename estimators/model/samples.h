@@ -59,6 +59,7 @@ struct perta_samples_wanted {
     const char *key_path; /* file of a key for the HMAC of what is read; NULL: none */
     /* digest of an earlier reading: PERTA_EINPUT if the file differs; NULL: any */
     const char *xxh128;
+    bool is_whole; /* a line whose position_ids start again is refused */
 };
 
 /* Read the whole file, once. Errors name path and line. The caller releases *out with

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "estimators/compute/kernels.h"
+#include "estimators/model/wrapper.h"
 #include "io/file.h"
 #include "io/text.h"
 #include "stream/journal.h"
@@ -76,7 +77,9 @@ static int match(const struct perta_adapted *adapted, const struct perta_llm *ll
         rc = add_factors(adapted, llm, factors, used, err);
     for (uint64_t i = 0; i < a->n_changes && !rc; i++) {
         const struct perta_change *c = &a->changes[i];
-        if (!used[i])
+        /* of another part than the language model: it changes nothing for text */
+        bool is_other = llm->wrapper && perta_wrapper_is_other(c->target);
+        if (!used[i] && !is_other)
             rc = c->whole ? refuse(adapted, c->whole, "a whole tensor", err)
                           : refuse(adapted, c->a, "a LoRA outside the layers", err);
     }

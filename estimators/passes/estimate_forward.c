@@ -54,6 +54,7 @@ int perta_estimate_open(struct perta_estimate_job *job, struct perta_err *err)
     if (rc)
         return rc;
     const struct perta_samples_wanted wanted = {.vocab = job->weights.llm.vocab,
+                                                .is_whole = job->weights.llm.no_blocks,
                                                 .max_tokens = e->max_tokens,
                                                 .positions = perta_llm_longest(&job->weights.llm),
                                                 .is_short = perta_llm_short(&job->weights.llm),

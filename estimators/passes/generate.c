@@ -74,8 +74,8 @@ static int find_prompts(struct perta_generation *g, const struct perta_estimate_
             rc = check_longest(g, job, i, s->places + last, err);
         cached[g->n] = (struct perta_cached){
             .first = s->starts[i], .n = n, .most = n + (uint32_t)(g->most - 1)};
-        g->answers[g->n++] =
-            (struct perta_answer){.sample = i, .position = s->places[last].position + 1};
+        g->answers[g->n++] = (struct perta_answer){
+            .sample = i, .position = s->places[last].position + 1, .at = s->places[last].at + 1};
     }
     return rc;
 }
@@ -221,6 +221,7 @@ static void gather(struct perta_generation *g, const struct perta_samples *data)
         s->ids[s->n] = g->tokens[i * g->most + a->n - 1];
         s->places[s->n] =
             (struct perta_place){.position = a->position + a->n - 1,
+                                 .at = a->at + a->n - 1,
                                  .is_long = data->places[data->starts[a->sample]].is_long};
         s->lines[s->n] = data->lines[a->sample];
         s->n_labels[s->n] = 1; /* any target is a label, so that the head looks at the token */

@@ -11,6 +11,7 @@
 struct perta_answer {
     uint64_t sample;   /* the line's own */
     uint32_t position; /* of the answer's first token */
+    uint32_t at;       /* the same by its index in the line */
     uint32_t n;        /* tokens so far, without the end token */
     bool ended;        /* by an end token */
 };

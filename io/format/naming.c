@@ -156,6 +156,51 @@ bool perta_is_tied(const struct perta_checkpoint *ck)
            (is_said || !is_one_of(type, tied_around) || !perta_tied_pair(ck, &embedding, &head));
 }
 
+/* ---- models around a language model ---- */
+
+#define N_FRONTS 3
+/* What the names of a part begin with, in the layouts that there are. */
+static const char *const fronts[][N_FRONTS] = {
+    {"model.language_model.", "language_model.model.", "model."},
+    {"lm_head.", "language_model.lm_head.", NULL},
+    {"model.vision_tower.", "vision_tower.", NULL},
+    {"model.vision_model.", "vision_model.", NULL},
+    {"model.visual.", "visual.", NULL},
+    {"model.multi_modal_projector.", "multi_modal_projector.", NULL},
+};
+
+static bool is_around(const json_t *config)
+{
+    return json_is_object(json_object_get(config, "text_config")) ||
+           json_is_object(json_object_get(config, "vision_config"));
+}
+
+/* name begins with front: look for it with the other fronts of that part. */
+static const struct perta_ref *find_with_others(const struct perta_checkpoint *ck,
+                                                const char *const of[N_FRONTS], const char *front,
+                                                const char *name)
+{
+    const struct perta_ref *ref = NULL;
+    for (size_t i = 0; i < N_FRONTS && of[i] && !ref; i++) {
+        char *other = NULL;
+        if (of[i] == front || asprintf(&other, "%s%s", of[i], name + strlen(front)) < 0)
+            continue;
+        ref = perta_checkpoint_find(ck, other);
+        free(other);
+    }
+    return ref;
+}
+
+const struct perta_ref *perta_around_find(const struct perta_checkpoint *ck, const char *name)
+{
+    const struct perta_ref *ref = NULL;
+    for (size_t p = 0; is_around(ck->config) && p < sizeof fronts / sizeof *fronts && !ref; p++)
+        for (size_t i = 0; i < N_FRONTS && fronts[p][i] && !ref; i++)
+            if (!strncmp(name, fronts[p][i], strlen(fronts[p][i])))
+                ref = find_with_others(ck, fronts[p], fronts[p][i], name);
+    return ref;
+}
+
 /* ---- buffers ---- */
 
 bool perta_is_buffer_name(const char *name)

@@ -25,6 +25,10 @@ const char *perta_tied_name(const struct perta_checkpoint *ck, const char *name)
  * head is stored, it stands for both. NULL if it is missing. */
 const struct perta_ref *perta_tied_find(const struct perta_checkpoint *ck, const char *name,
                                         bool tied);
+/* A model around a language model has other names in memory than in its files, and other ones since
+ * transformers 4.52: "model.language_model.X" is "language_model.model.X". The tensor that ck, if
+ * it is such a model, stores under another one of these names than name; NULL if there is none. */
+const struct perta_ref *perta_around_find(const struct perta_checkpoint *ck, const char *name);
 /* Is it the name of an embedding that models tie to their head? */
 bool perta_tied_is_embedding(const char *name);
 /* Are embedding and head both stored, under names of their own? Then *embedding and *head. */

@@ -218,7 +218,7 @@ def test_a_model_that_is_not_supported_is_called_what_it_is(perta, model, said, 
     for words in (ESTIMATE, EVAL):
         message = perta(*words, check=3).stderr
         assert says in message and "model/config.json" in message
-    assert "estimate and eval refuse it: model/config.json" in perta("inspect", "model").stdout
+    assert "can be edited; estimate, eval and tune refuse it: model/config.json" in perta("inspect", "model").stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)

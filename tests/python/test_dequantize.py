@@ -760,7 +760,8 @@ def test_edits_need_the_dequantised_model(perta, tmp_path):
 def test_inspect_says_what_it_is(perta, tmp_path):
     put_llama(tmp_path)
     said = perta("inspect", "m").stdout
-    assert "quantised: fp8, 21 tensors; `perta dequantize m --out DIR'" in said and "refuse" not in said
+    assert "quantised: fp8, 21 tensors; `perta dequantize m --out DIR'" in said
+    assert "can be estimated and tuned; edits refuse it: m/config.json: " in said
     assert json.loads(perta("inspect", "m", "--json").stdout)["quantised"] == {"method": "fp8", "tensors": 21}
     write(tmp_path / "g", fp8_pair(), {"quant_method": "gptq"})
     quantised = json.loads(perta("inspect", "g", "--json").stdout)["quantised"]
