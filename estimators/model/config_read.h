@@ -47,6 +47,9 @@ bool perta_config_bool(struct perta_config_reader *r, const char *key);
 /* The number of experts: key, or "num_local_experts", which transformers takes for the same in many
  * families; the two must not contradict each other. */
 uint32_t perta_config_experts(struct perta_config_reader *r, const char *key, uint32_t fallback);
+/* Granite's multipliers: of the embedding, the residuals, attention's scores and the logits
+ * (family_norms.c). */
+void perta_config_granite(struct perta_config_reader *r, struct perta_llm *llm);
 /* Whether a layer has a mixture of experts instead of an MLP. */
 void perta_config_mixture(struct perta_llm *llm, uint32_t layer, bool is);
 

@@ -75,7 +75,7 @@ extern const struct perta_family perta_phi3, perta_glm, perta_glm4; /* family_fu
 extern const struct perta_family perta_gpt_oss, perta_llama4_text;
 /* mixtures of experts */
 extern const struct perta_family perta_qwen2_moe, perta_qwen3_moe, perta_olmoe, perta_flex_olmo;
-extern const struct perta_family perta_mixtral, perta_minimax_m2;
+extern const struct perta_family perta_mixtral, perta_minimax_m2, perta_phimoe, perta_granitemoe;
 extern const struct perta_family perta_glm4_moe, perta_dots1, perta_ernie4_5_moe,
     perta_hunyuan_v1_moe;
 /* LayerNorm; positions that are learned, or by ALiBi */
@@ -96,7 +96,7 @@ const struct perta_family *const perta_families[] = {
     &perta_jais2, &perta_internlm3, &perta_iquestcoder,
     &perta_phi3, &perta_glm, &perta_glm4, &perta_gpt_oss, &perta_llama4_text,
     &perta_qwen3_moe, &perta_qwen2_moe, &perta_olmoe, &perta_flex_olmo,
-    &perta_mixtral, &perta_minimax_m2,
+    &perta_mixtral, &perta_minimax_m2, &perta_phimoe, &perta_granitemoe,
     &perta_glm4_moe, &perta_dots1, &perta_ernie4_5_moe, &perta_hunyuan_v1_moe,
     &perta_phi, &perta_gpt_neox, &perta_starcoder2, &perta_stablelm,
     &perta_cohere, &perta_cohere2, &perta_nemotron,
@@ -292,7 +292,8 @@ void perta_llm_set_names(struct perta_llm *llm, const char *base, const char *he
     join(to->embedding_norm_bias, sizeof to->embedding_norm_bias, base,
          family->embedding_norm_bias);
     join(to->head, sizeof to->head, head_base, family->head);
-    join(to->head_bias, sizeof to->head_bias, head_base, family->head_bias);
+    bool has_bias = !(llm->options & PERTA_NO_HEAD_BIAS);
+    join(to->head_bias, sizeof to->head_bias, head_base, has_bias ? family->head_bias : NULL);
 }
 
 /* ---- all tensors ---- */

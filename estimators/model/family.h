@@ -142,6 +142,7 @@ enum perta_option {
     PERTA_OWN_2 = 1 << 11,
     PERTA_OWN_3 = 1 << 12,
     PERTA_OWN_4 = 1 << 13,
+    PERTA_NO_HEAD_BIAS = 1 << 14, /* though the family may have one */
     /* of a layer */
     PERTA_LAYER_DENSE = 1 << 20,     /* an MLP */
     PERTA_LAYER_MIXTURE = 1 << 21,   /* a mixture of experts */

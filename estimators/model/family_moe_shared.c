@@ -152,6 +152,8 @@ static void read_ernie4_5_moe(struct perta_config_reader *r, struct perta_llm *l
     };
     if (perta_config_bool(r, "use_bias"))
         llm->options |= PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS | PERTA_MLP_HAS_BIAS;
+    else
+        llm->options |= PERTA_NO_HEAD_BIAS;
     read_ernie_layers(r, llm);
     perta_config_only(r, "moe_gate", "\"topk\"");
     perta_config_only(r, "moe_use_aux_free", "true");
@@ -178,6 +180,7 @@ const struct perta_family perta_ernie4_5_moe = {
     .architecture = "Ernie4_5_MoeForCausalLM",
     PERTA_LLAMA_NAMES,
     PARAMS(ernie4_5_moe_params),
+    .head_bias = "lm_head.bias",
     .own_keys = ernie4_5_moe_keys,
     .tied = true,
     .pad = 0 + 1,

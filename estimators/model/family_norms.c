@@ -284,7 +284,7 @@ const struct perta_family perta_exaone4 = {.model_type = "exaone4",
 
 /* ---- Granite ---- */
 
-static void read_granite(struct perta_config_reader *r, struct perta_llm *llm)
+void perta_config_granite(struct perta_config_reader *r, struct perta_llm *llm)
 {
     llm->embedding_multiplier = (float)perta_config_number(r, r->config, "embedding_multiplier", 1);
     llm->residual_multiplier = (float)perta_config_number(r, r->config, "residual_multiplier", 1);
@@ -302,4 +302,4 @@ const struct perta_family perta_granite = {.model_type = "granite",
                                            .reads_attention_bias = true,
                                            .reads_mlp_bias = true,
                                            .max_positions = 2048,
-                                           .read = read_granite};
+                                           .read = perta_config_granite};
