@@ -102,8 +102,8 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
 
 /* Add in which format its weights are quantised, and how many tensors of it can be dequantised, or
  * why not. Comes last but for add_config: it turns ck into the dequantised checkpoint. *why is that
- * reason, if there is one. */
-static void add_quantised(json_t **result, struct perta_checkpoint *ck, struct perta_err *why)
+ * reason, if there is one; PERTA_ESYS is an error. */
+static int add_quantised(json_t **result, struct perta_checkpoint *ck, struct perta_err *why)
 {
     const json_t *value;
     struct perta_dequantise *how = NULL;
@@ -119,6 +119,7 @@ static void add_quantised(json_t **result, struct perta_checkpoint *ck, struct p
             result, "quantised",
             json_pack("{s:s?, s:o}", "method", method, "why", perta_text_json("%s", why->msg)));
     perta_dequantise_close(how);
+    return rc == PERTA_ESYS ? rc : 0;
 }
 
 /* Add whether estimate and eval accept its config.json, and which keys of it they would ignore.
@@ -159,8 +160,11 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
         perta_json_set(result, "config", json_incref(ck->config));
     } else {
         struct perta_err why = {0};
-        add_quantised(result, ck, &why);
-        add_config(result, ck, &why);
+        rc = add_quantised(result, ck, &why);
+        if (rc)
+            *err = why;
+        else
+            add_config(result, ck, &why);
     }
     const char **paths = calloc(ck->n_shards + 1, sizeof *paths);
     for (uint32_t i = 0; paths && i < ck->n_shards; i++)
@@ -169,7 +173,7 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
         perta_json_set(result, "io", paths ? choice_json(paths, ck->n_shards) : NULL);
     free(paths);
     perta_checkpoint_close(ck);
-    return 0;
+    return rc;
 }
 
 /* The result is the patch's whole manifest. */
