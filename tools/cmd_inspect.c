@@ -102,8 +102,8 @@ static json_t *checkpoint_json(const struct perta_checkpoint *ck)
 }
 
 /* Add in which format its weights are quantised, and how many tensors of it can be dequantised, or
- * why not. Turns ck into the dequantised checkpoint. */
-static void add_quantised(json_t **result, struct perta_checkpoint *ck)
+ * why not. Turns ck into the dequantised checkpoint. PERTA_ESYS is an error. */
+static int add_quantised(json_t **result, struct perta_checkpoint *ck, struct perta_err *err)
 {
     const json_t *value;
     struct perta_err why = {0};
@@ -120,6 +120,9 @@ static void add_quantised(json_t **result, struct perta_checkpoint *ck)
             result, "quantised",
             json_pack("{s:s?, s:o}", "method", method, "why", perta_text_json("%s", why.msg)));
     perta_dequantise_close(how);
+    if (rc == PERTA_ESYS)
+        *err = why;
+    return rc == PERTA_ESYS ? rc : 0;
 }
 
 /* Why edits refuse its weights; NULL: they do not. */
@@ -174,8 +177,8 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
         perta_json_set(result, "config", json_incref(ck->config));
     } else {
         json_t *not_edited = why_not_edited(ck);
-        add_quantised(result, ck);
-        if (!strcmp(json_string_value(json_object_get(*result, "kind")), "checkpoint"))
+        rc = add_quantised(result, ck, err);
+        if (!rc && !strcmp(json_string_value(json_object_get(*result, "kind")), "checkpoint"))
             add_uses(result, ck, not_edited);
         else
             json_decref(not_edited);
@@ -187,7 +190,7 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
         perta_json_set(result, "io", paths ? choice_json(paths, ck->n_shards) : NULL);
     free(paths);
     perta_checkpoint_close(ck);
-    return 0;
+    return rc;
 }
 
 /* The result is the patch's whole manifest. */

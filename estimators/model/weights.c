@@ -94,6 +94,21 @@ static int check_strangers(const struct checked *checked, struct perta_err *err)
     return 0;
 }
 
+/* Embedding and head are compared as they are stored, which tells nothing of codes. */
+static int refuse_codes(const struct perta_weights *w, const struct perta_ref *embedding,
+                        const struct perta_ref *head, struct perta_err *err)
+{
+    const struct perta_dequantise *how = w->dequantised.how;
+    bool are_codes =
+        how && (perta_dequantise_find(how, w->ck, embedding)->coding != PERTA_CODING_NONE ||
+                perta_dequantise_find(how, w->ck, head)->coding != PERTA_CODING_NONE);
+    return are_codes ? perta_fail(err, PERTA_EINPUT,
+                                  "%s: tensors %s and %s are tied, and quantised twice; perta "
+                                  "dequantize writes a model that says whether they are the same",
+                                  w->ck->path, embedding->tensor->name, head->tensor->name)
+                     : 0;
+}
+
 /* A model around a language model stores a head of its own, or it is the embedding. */
 static int settle_tie(struct perta_weights *w, struct perta_err *err)
 {
@@ -103,8 +118,11 @@ static int settle_tie(struct perta_weights *w, struct perta_err *err)
         return 0;
     w->llm.tied = perta_is_tied(w->ck);
     int rc = 0;
-    if (by_config && !w->llm.tied && perta_tied_pair(w->ck, &embedding, &head))
-        rc = perta_tied_compare(w->ck, embedding, w->ck, head, &same, err);
+    if (by_config && !w->llm.tied && perta_tied_pair(w->ck, &embedding, &head)) {
+        rc = refuse_codes(w, embedding, head, err);
+        if (!rc)
+            rc = perta_tied_compare(w->ck, embedding, w->ck, head, &same, err);
+    }
     if (rc || !same)
         return rc;
     return perta_fail(err, PERTA_EINPUT,
@@ -130,19 +148,13 @@ static void choose_experts(struct perta_weights *w)
     llm->options = apart;
 }
 
-/* Copies of a tied pair are compared as they are stored. */
 static int check_tied(const struct perta_weights *w, struct perta_err *err)
 {
-    const struct perta_ref *pair[2];
-    bool both =
-        w->dequantised.how && perta_is_tied(w->ck) && perta_tied_pair(w->ck, &pair[0], &pair[1]);
-    for (int i = 0; both && i < 2; i++)
-        if (perta_dequantise_find(w->dequantised.how, w->ck, pair[i])->coding != PERTA_CODING_NONE)
-            return perta_fail(err, PERTA_EINPUT,
-                              "%s: tensors %s and %s are tied, and quantised twice; perta "
-                              "dequantize writes a model that says whether they are the same",
-                              w->ck->path, pair[0]->tensor->name, pair[1]->tensor->name);
-    return perta_tied_check(w->ck, err);
+    const struct perta_ref *embedding, *head;
+    int rc = perta_is_tied(w->ck) && perta_tied_pair(w->ck, &embedding, &head)
+                 ? refuse_codes(w, embedding, head, err)
+                 : 0;
+    return rc ? rc : perta_tied_check(w->ck, err);
 }
 
 static bool has_layers(const struct perta_weights *w)

@@ -1,5 +1,6 @@
 #include "io/format/quant_config.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,6 +51,8 @@ static int refuse(const struct said *said, const char *what, const json_t *value
                   struct perta_err *err)
 {
     char *text = value ? perta_json_text(value, JSON_COMPACT | JSON_ENCODE_ANY) : NULL;
+    if (value && !text)
+        return perta_fail_sys(err, ENOMEM, "%s", said->ck->config_path);
     int rc = perta_fail(err, PERTA_EINPUT,
                         "%s: \"%s\" has %s %.100s; perta dequantises " METHODS
                         " (one scale for a tensor, a row or a block)",

@@ -730,6 +730,21 @@ def test_an_importance_fits_the_dequantised_model(perta, tmp_path):
     assert counts["changed"] > 0
 
 
+def test_tied_copies_that_are_codes_are_refused(perta, tmp_path):
+    """They are compared as they are stored."""
+    put_llama(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.ones(70, 48).to(E4M3)
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    said = perta("eval", "--model", "m", "--data", "d.jsonl", check=3).stderr
+    assert "m: tensors model.embed_tokens.weight and lm_head.weight are tied, and quantised twice" in said
+    del tensors["lm_head.weight"], tensors["lm_head.weight_scale_inv"]
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    perta("eval", "--model", "m", "--data", "d.jsonl")
+
+
 def test_what_reads_it_names_numbers_that_are_not_finite(perta, tmp_path):
     put_llama(tmp_path)
     tensors = load_file(tmp_path / "m/model.safetensors")
