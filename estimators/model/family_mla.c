@@ -123,8 +123,18 @@ static void read_latent(struct perta_config_reader *r, struct perta_llm *llm,
     refuse_mscale(r);
 }
 
-#define LATENT_KEYS \
-    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"
+/* The number of elements that positions rotate, in transformers, if the key is there. DeepSeek-V2
+ * does not read it. */
+static void check_head_dim(struct perta_config_reader *r, const struct perta_llm *llm)
+{
+    const json_t *head_dim = json_object_get(r->config, "head_dim");
+    if (head_dim && json_integer_value(head_dim) != (json_int_t)llm->rotary_dim)
+        perta_config_refuse(r, "head_dim", "is not \"qk_rope_head_dim\"");
+}
+
+#define LATENT_KEYS                                                                      \
+    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", \
+        "qk_head_dim"
 
 /* ---- experts ---- */
 
@@ -235,6 +245,7 @@ static void read_v3_mixture(struct perta_config_reader *r, struct perta_llm *llm
 static void read_deepseek_v3(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_latent(r, llm, &(struct latent_sizes){1536, 512, 128, 64, 128});
+    check_head_dim(r, llm);
     read_v3_mixture(r, llm, &(struct mixture_sizes){256, 8, 2048, 1, 2.5}, 8, 4);
     read_first_mixture(r, llm, 3);
 }
@@ -279,13 +290,10 @@ static void read_mlp_types(struct perta_config_reader *r, struct perta_llm *llm)
     }
 }
 
-/* head_dim is another name of qk_rope_head_dim here. */
 static void read_glm4_moe_lite(struct perta_config_reader *r, struct perta_llm *llm)
 {
-    const json_t *head_dim = json_object_get(r->config, "head_dim");
     read_latent(r, llm, &(struct latent_sizes){768, 512, 192, 64, 256});
-    if (head_dim && json_integer_value(head_dim) != (json_int_t)llm->rotary_dim)
-        perta_config_refuse(r, "head_dim", "is not \"qk_rope_head_dim\", of which it is a name");
+    check_head_dim(r, llm);
     read_v3_mixture(r, llm, &(struct mixture_sizes){64, 4, 1536, 1, 1.8}, 1, 1);
     read_mlp_types(r, llm);
 }
@@ -310,6 +318,7 @@ const struct perta_family perta_glm4_moe_lite = {
 static void read_youtu(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_latent(r, llm, &(struct latent_sizes){1536, 512, 128, 64, 128});
+    check_head_dim(r, llm);
 }
 
 static const char *const youtu_keys[] = {LATENT_KEYS, "embedding_initializer_range", NULL};
