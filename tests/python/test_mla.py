@@ -60,6 +60,17 @@ def test_adapters_are_pefts(tmp_path, family, i, modules):
     assert loss(tmp_path, "--patch", "patch") == pytest.approx(want, abs=1e-5)
 
 
+def test_all_linear_is_what_peft_finds_again(tmp_path):
+    """Not the shared expert's gate_proj, which PEFT would take for that of the experts."""
+    make(tmp_path, "deepseek_v3", 0)
+    tune(tmp_path, "all-linear", "--out", "lora")
+    said = json.loads((tmp_path / "lora/adapter_config.json").read_text())["target_modules"]
+    assert set(said) == set(LATENT.split(","))
+    words = "tune --model model --data data.jsonl --out other --target-modules gate_proj"
+    refused = run(PERTA, tmp_path, *words.split(), check=False)
+    assert refused.returncode == 2 and "gate_proj: the layers of model have no such" in refused.stderr
+
+
 @pytest.mark.parametrize("family, i, modules", CASES)
 def test_edits(tmp_path, family, i, modules):
     """By importance, and in steps: what was tuned in is edited, everything else stays as it is,
