@@ -376,6 +376,11 @@ FAMILIES = {
         (THREE, MLA, APART, {"pad_token_id": None, "q_lora_rank": None, "attention_bias": True}),
         (ODD, MLA, YARN, {"pad_token_id": None, "rope_interleave": False, "num_attention_heads": 5, "num_key_value_heads": 5, "qk_nope_head_dim": 7}),
     ),
+    "minicpm3": configs(
+        MLA,
+        (THREE, MLA, APART, BIASES, {"q_lora_rank": None, "v_head_dim": None, "scale_emb": 3, "scale_depth": None, "dim_model_base": 20}),
+        (ODD, MLA, longrope(3), {"num_attention_heads": 5, "num_key_value_heads": 5, "qk_nope_head_dim": 7, "scale_depth": 0.7, "dim_model_base": None}),
+    ),
     # --- LayerNorm, parallel blocks, no gate, learned positions, ALiBi
     "phi": configs(
         PARTIAL,
