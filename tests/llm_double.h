@@ -130,6 +130,9 @@ struct model_double {
     /* x (T, H) += what the MLP makes of norm (T, H). */
     void (*mlp)(const struct model_double *m, uint32_t layer, double *x, const double *norm,
                 size_t T);
+    /* x (T, H) += what attention makes of norm (T, H), of one sequence. */
+    void (*attention)(const struct model_double *m, uint32_t layer, double *x, const double *norm,
+                      const struct perta_place *places, size_t T);
 };
 
 static inline double *part_double(const struct model_double *m, uint32_t layer,
@@ -169,17 +172,22 @@ static inline void gated_mlp_double(const struct model_double *m, uint32_t layer
     free(gate);
 }
 
-/* x (T, H) of one sequence becomes what the block makes of it. */
-static inline void block_double(const struct model_double *m, uint32_t layer, double *x,
-                                const struct perta_place *places, size_t T)
+static inline struct perta_rotation rotation_double(const struct model_double *m, uint32_t layer,
+                                                    size_t first)
+{
+    const float *table = perta_llm_rope_table(&m->model->llm, layer, m->inv_freq);
+    return perta_llm_rotation(&m->model->llm, layer, table, first);
+}
+
+static inline void grouped_attention_double(const struct model_double *m, uint32_t layer, double *x,
+                                            const double *norm, const struct perta_place *places,
+                                            size_t T)
 {
     const struct perta_llm *llm = &m->model->llm;
     size_t H = llm->hidden, D = llm->head_dim;
     size_t Q = llm->n_heads * D, K = llm->n_kv_heads * D;
-    double *memory = alloc(T * (H + 2 * Q + 2 * K) * sizeof *memory);
-    double *norm = memory, *q = norm + T * H, *k = q + T * Q, *v = k + T * K, *att = v + T * K;
-    norm_double(m, norm, x, part_double(m, layer, PERTA_NORM_1),
-                part_double(m, layer, PERTA_NORM_1_BIAS), T, H);
+    double *q = alloc(T * 2 * (Q + K) * sizeof *q), *k = q + T * Q, *v = k + T * K,
+           *att = v + T * K;
     project_double(m, layer, PERTA_Q, q, norm, T, Q, H);
     project_double(m, layer, PERTA_K, k, norm, T, K, H);
     project_double(m, layer, PERTA_V, v, norm, T, K, H);
@@ -189,8 +197,7 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
         norm_double(m, k, k, part_double(m, layer, PERTA_NORM_K),
                     part_double(m, layer, PERTA_NORM_K_BIAS), T * llm->n_kv_heads, D);
     }
-    const float *table = perta_llm_rope_table(llm, layer, m->inv_freq);
-    const struct perta_rotation rotation = perta_llm_rotation(llm, layer, table, 0);
+    const struct perta_rotation rotation = rotation_double(m, layer, 0);
     rope_double(q, places, &rotation, T, llm->n_heads, D);
     rope_double(k, places, &rotation, T, llm->n_kv_heads, D);
     const struct perta_attention a = {.n_heads = llm->n_heads,
@@ -201,10 +208,22 @@ static inline void block_double(const struct model_double *m, uint32_t layer, do
                                       .scale = (float)(1 / sqrt((double)D))};
     attention_double(att, q, k, v, NULL, &a, places, T);
     project_double(m, layer, PERTA_O, x, att, T, H, Q);
+    free(q);
+}
+
+/* x (T, H) of one sequence becomes what the block makes of it. */
+static inline void block_double(const struct model_double *m, uint32_t layer, double *x,
+                                const struct perta_place *places, size_t T)
+{
+    size_t H = m->model->llm.hidden;
+    double *norm = alloc(T * H * sizeof *norm);
+    norm_double(m, norm, x, part_double(m, layer, PERTA_NORM_1),
+                part_double(m, layer, PERTA_NORM_1_BIAS), T, H);
+    (m->attention ? m->attention : grouped_attention_double)(m, layer, x, norm, places, T);
     norm_double(m, norm, x, part_double(m, layer, PERTA_NORM_2),
                 part_double(m, layer, PERTA_NORM_2_BIAS), T, H);
     (m->mlp ? m->mlp : gated_mlp_double)(m, layer, x, norm, T);
-    free(memory);
+    free(norm);
 }
 
 /* log(sum of exponentials) - the target's, of one row of logits. */

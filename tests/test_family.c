@@ -138,9 +138,9 @@ static void open_lab(struct lab *lab, bool tied)
     perta_llm_set_names(&llm, novel.base, "");
     *lab = (struct lab){0};
     ck_assert_ok(perta_model_new(&llm, 1, &lab->model, &err));
-    lab->twin = (struct model_double){&lab->model, lab->inv_freq,
-                                      alloc(lab->model.n_floats * sizeof(double)), layernorm_double,
-                                      mlp_double};
+    lab->twin = (struct model_double){
+        &lab->model,      lab->inv_freq, alloc(lab->model.n_floats * sizeof(double)),
+        layernorm_double, mlp_double,    NULL};
     for (size_t i = 0; i < lab->model.n_floats; i++) {
         lab->model.weights[i] += uniform(&seed, -0.4, 0.4);
         lab->twin.weights[i] = (double)lab->model.weights[i];

@@ -83,7 +83,7 @@ extern const struct perta_family perta_phi, perta_gpt_neox, perta_starcoder2, pe
     perta_cohere, perta_cohere2, perta_nemotron;
 extern const struct perta_family perta_gpt2, perta_opt, perta_bloom, perta_falcon;
 extern const struct perta_family perta_deepseek_v2, perta_deepseek_v3, perta_glm4_moe_lite,
-    perta_youtu; /* family_mla.c */
+    perta_youtu, perta_minicpm3; /* family_mla.c */
 /* family_norms.c */
 extern const struct perta_family perta_gemma, perta_gemma2, perta_gemma3, perta_vaultgemma;
 extern const struct perta_family perta_olmo, perta_olmo2, perta_olmo3, perta_exaone4, perta_granite;
@@ -101,7 +101,7 @@ const struct perta_family *const perta_families[] = {
     &perta_phi, &perta_gpt_neox, &perta_starcoder2, &perta_stablelm,
     &perta_cohere, &perta_cohere2, &perta_nemotron,
     &perta_gpt2, &perta_opt, &perta_bloom, &perta_falcon,
-    &perta_deepseek_v2, &perta_deepseek_v3, &perta_glm4_moe_lite, &perta_youtu,
+    &perta_deepseek_v2, &perta_deepseek_v3, &perta_glm4_moe_lite, &perta_youtu, &perta_minicpm3,
     &perta_gemma, &perta_gemma2, &perta_gemma3, &perta_vaultgemma,
     &perta_olmo, &perta_olmo2, &perta_olmo3, &perta_exaone4, &perta_granite,
 };

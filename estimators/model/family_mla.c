@@ -1,8 +1,9 @@
 /* Models with latent attention (mla.c): DeepSeek-V2 and V3 (Kimi-K2 is one), GLM-4.7-Flash,
- * Youtu-LLM. */
+ * Youtu-LLM, MiniCPM3. */
 #include "estimators/model/config_read.h"
 #include "estimators/model/part.h"
 
+#include <math.h>
 #include <string.h>
 
 #define HIDDEN PERTA_WIDTH_HIDDEN
@@ -74,7 +75,7 @@ static const struct perta_param_row params[] = {
 
 /* ---- attention ---- */
 
-/* transformers' defaults. */
+/* transformers' defaults. value 0: hidden / heads, also for null. */
 struct latent_sizes {
     uint32_t q_lora, kv_lora, nope, rotary, value;
 };
@@ -109,13 +110,15 @@ static void read_latent(struct perta_config_reader *r, struct perta_llm *llm,
                         const struct latent_sizes *defaults)
 {
     const json_t *q_lora = json_object_get(r->config, "q_lora_rank");
+    uint32_t width = llm->hidden / llm->n_heads;
     if (!json_is_null(q_lora))
         llm->q_lora = perta_config_count(r, "q_lora_rank", defaults->q_lora);
     llm->options |= llm->q_lora ? PERTA_Q_LORA : PERTA_Q_PLAIN;
     llm->kv_lora = read_count(r, "kv_lora_rank", defaults->kv_lora);
     llm->rotary_dim = read_count(r, "qk_rope_head_dim", defaults->rotary);
     llm->head_dim = read_count(r, "qk_nope_head_dim", defaults->nope) + llm->rotary_dim;
-    llm->value_dim = read_count(r, "v_head_dim", defaults->value);
+    llm->value_dim = defaults->value ? read_count(r, "v_head_dim", defaults->value)
+                                     : perta_config_count(r, "v_head_dim", width ? width : 1);
     if (llm->n_kv_heads != llm->n_heads)
         perta_config_refuse(r, "num_key_value_heads",
                             "is not \"num_attention_heads\": all heads have keys of their own");
@@ -123,8 +126,18 @@ static void read_latent(struct perta_config_reader *r, struct perta_llm *llm,
     refuse_mscale(r);
 }
 
-#define LATENT_KEYS \
-    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"
+/* The number of elements that positions rotate, in transformers, if the key is there. DeepSeek-V2
+ * does not read it. */
+static void check_head_dim(struct perta_config_reader *r, const struct perta_llm *llm)
+{
+    const json_t *head_dim = json_object_get(r->config, "head_dim");
+    if (head_dim && json_integer_value(head_dim) != (json_int_t)llm->rotary_dim)
+        perta_config_refuse(r, "head_dim", "is not \"qk_rope_head_dim\"");
+}
+
+#define LATENT_KEYS                                                                      \
+    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", \
+        "qk_head_dim"
 
 /* ---- experts ---- */
 
@@ -235,6 +248,7 @@ static void read_v3_mixture(struct perta_config_reader *r, struct perta_llm *llm
 static void read_deepseek_v3(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_latent(r, llm, &(struct latent_sizes){1536, 512, 128, 64, 128});
+    check_head_dim(r, llm);
     read_v3_mixture(r, llm, &(struct mixture_sizes){256, 8, 2048, 1, 2.5}, 8, 4);
     read_first_mixture(r, llm, 3);
 }
@@ -279,13 +293,10 @@ static void read_mlp_types(struct perta_config_reader *r, struct perta_llm *llm)
     }
 }
 
-/* head_dim is another name of qk_rope_head_dim here. */
 static void read_glm4_moe_lite(struct perta_config_reader *r, struct perta_llm *llm)
 {
-    const json_t *head_dim = json_object_get(r->config, "head_dim");
     read_latent(r, llm, &(struct latent_sizes){768, 512, 192, 64, 256});
-    if (head_dim && json_integer_value(head_dim) != (json_int_t)llm->rotary_dim)
-        perta_config_refuse(r, "head_dim", "is not \"qk_rope_head_dim\", of which it is a name");
+    check_head_dim(r, llm);
     read_v3_mixture(r, llm, &(struct mixture_sizes){64, 4, 1536, 1, 1.8}, 1, 1);
     read_mlp_types(r, llm);
 }
@@ -310,6 +321,7 @@ const struct perta_family perta_glm4_moe_lite = {
 static void read_youtu(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_latent(r, llm, &(struct latent_sizes){1536, 512, 128, 64, 128});
+    check_head_dim(r, llm);
 }
 
 static const char *const youtu_keys[] = {LATENT_KEYS, "embedding_initializer_range", NULL};
@@ -324,4 +336,42 @@ const struct perta_family perta_youtu = {
     .max_positions = 131072,
     .rope = {.interleaved = true, .interleave_key = "rope_interleave"},
     .read = read_youtu,
+};
+
+/* ---- MiniCPM3 ---- */
+
+/* A number above 0; fallback if the key is missing, neutral if it is null. */
+static double number_or(struct perta_config_reader *r, const char *key, double fallback,
+                        double neutral)
+{
+    return json_is_null(json_object_get(r->config, key))
+               ? neutral
+               : perta_config_number(r, r->config, key, fallback);
+}
+
+/* What attention and MLP add is scaled by depth, logits by the width of the model from which the
+ * options come. */
+static void read_minicpm3(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    double depth = sqrt((double)llm->n_layers), hidden = llm->hidden;
+    read_latent(r, llm, &(struct latent_sizes){768, 256, 64, 32, 0});
+    llm->embedding_multiplier = (float)perta_config_number(r, r->config, "scale_emb", 12);
+    llm->residual_multiplier = (float)(number_or(r, "scale_depth", 1.4, depth) / depth);
+    llm->logit_multiplier = (float)(number_or(r, "dim_model_base", 256, hidden) / hidden);
+}
+
+static const char *const minicpm3_keys[] = {LATENT_KEYS, "scale_emb", "scale_depth",
+                                            "dim_model_base", NULL};
+
+const struct perta_family perta_minicpm3 = {
+    .model_type = "minicpm3",
+    .architecture = "MiniCPM3ForCausalLM",
+    LATENT_LINE,
+    .own_keys = minicpm3_keys,
+    .reads_mlp_bias = true,
+    .tied = true,
+    .n_kv_heads = 40,
+    .max_positions = 32768,
+    .norm_eps = 1e-5,
+    .read = read_minicpm3,
 };

@@ -31,15 +31,39 @@ bool perta_tune_is_target(const struct perta_tune *t, const char *module, size_t
     return false;
 }
 
+static const char *last_part(const char *name)
+{
+    const char *weight = strrchr(name, '.'), *at = weight;
+    while (at && at > name && at[-1] != '.')
+        at--;
+    return at ? at : name;
+}
+
+/* Whether experts have tensors whose names end alike, as mlp.gate_proj and mlp.experts.0.gate_proj.
+ * PEFT takes such a name in an adapter for that of the experts alone, which are one tensor in
+ * transformers 5, and passes over what is trained beside the others. */
+static bool is_taken_for_expert(const struct perta_llm *llm, const struct perta_param_row *row)
+{
+    for (size_t i = 0; i < llm->family->n_params; i++) {
+        const struct perta_param_row *other = &llm->family->params[i];
+        if (perta_is_of_expert(other->param) && strstr(other->name, "%u") &&
+            !strcmp(last_part(other->name), last_part(row->name)))
+            return true;
+    }
+    return false;
+}
+
 /* The name of a layer's linear module, which is that of its matrix without ".weight"; returns its
  * length, or 0 if there is none: for a vector, an expert (in transformers all are parameters of one
- * module, which is not linear), and for a router, which mostly is not linear there, either. */
+ * module, which is not linear), what PEFT takes for one, and for a router, which mostly is not
+ * linear there, either. */
 static size_t module_of(const struct perta_llm *llm, uint32_t layer, int param,
                         char name[PERTA_NAME_BYTES])
 {
     const struct perta_param_row *row = perta_llm_param(llm, layer, (enum perta_param)param);
     size_t out, in;
-    if (!row || perta_is_of_expert(row->param) || row->param == PERTA_ROUTER)
+    if (!row || perta_is_of_expert(row->param) || row->param == PERTA_ROUTER ||
+        is_taken_for_expert(llm, row))
         return 0;
     perta_llm_shape(llm, row, &out, &in);
     perta_llm_name(llm, perta_site_of(layer), row, name);

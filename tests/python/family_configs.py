@@ -370,6 +370,17 @@ FAMILIES = {
         (MLA, GROUPED, DEEPSEEK_V3_YARN, {"_type": "deepseek_v3", "_class": "DeepseekV3ForCausalLM"}, {"_json": {"model_type": "kimi_k2", "rope_theta": 500.0, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}}, "_without": ["rope_parameters"], "_late": True}),
     ),
     "glm4_moe_lite": configs((MLA, GROUPED), (THREE, MLA, GROUPED, GROUPS, {"q_lora_rank": None, "attention_bias": True}), (MLA, GROUPED, NEXTN)),
+    # With a padding token, transformers sets its row of the embedding to 0 whenever it loads one.
+    "youtu": configs(
+        (MLA, {"pad_token_id": None}),
+        (THREE, MLA, APART, {"pad_token_id": None, "q_lora_rank": None, "attention_bias": True}),
+        (ODD, MLA, YARN, {"pad_token_id": None, "rope_interleave": False, "num_attention_heads": 5, "num_key_value_heads": 5, "qk_nope_head_dim": 7}),
+    ),
+    "minicpm3": configs(
+        MLA,
+        (THREE, MLA, APART, BIASES, {"q_lora_rank": None, "v_head_dim": None, "scale_emb": 3, "scale_depth": None, "dim_model_base": 20}),
+        (ODD, MLA, longrope(3), {"num_attention_heads": 5, "num_key_value_heads": 5, "qk_nope_head_dim": 7, "scale_depth": 0.7, "dim_model_base": None}),
+    ),
     # --- LayerNorm, parallel blocks, no gate, learned positions, ALiBi
     "phi": configs(
         PARTIAL,
