@@ -12,7 +12,7 @@
 
 extern const struct perta_family perta_qwen2_vl_text, perta_qwen2_5_vl_text;
 
-static const struct perta_wrapper wrappers[] = {
+const struct perta_wrapper perta_wrappers[] = {
     {"gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", true, false, NULL},
     {"mistral3", "Mistral3ForConditionalGeneration", "mistral", false, false, NULL},
     {"llama4", "Llama4ForConditionalGeneration", "llama4_text", true, false, NULL},
@@ -27,6 +27,7 @@ static const struct perta_wrapper wrappers[] = {
     {"internvl", "InternVLForConditionalGeneration", "qwen2", false, false, NULL},
     {"aya_vision", "AyaVisionForConditionalGeneration", "cohere2", false, false, NULL},
 };
+const size_t perta_n_wrappers = N(perta_wrappers);
 
 /* Keys beside "text_config". */
 static const char *const own_keys[] = {
@@ -88,10 +89,10 @@ const struct perta_wrapper *perta_wrapper_find(const json_t *config)
     const char *type = json_string_value(json_object_get(config, "model_type"));
     const char *name =
         json_string_value(json_array_get(json_object_get(config, "architectures"), 0));
-    for (size_t i = 0; i < N(wrappers); i++)
-        if (name ? !strcmp(name, wrappers[i].architecture)
-                 : type && !strcmp(type, wrappers[i].model_type))
-            return &wrappers[i];
+    for (size_t i = 0; i < N(perta_wrappers); i++)
+        if (name ? !strcmp(name, perta_wrappers[i].architecture)
+                 : type && !strcmp(type, perta_wrappers[i].model_type))
+            return &perta_wrappers[i];
     return NULL;
 }
 

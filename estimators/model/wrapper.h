@@ -6,6 +6,7 @@
 
 #include <jansson.h>
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "io/err.h"
 #include "io/format/checkpoint.h"
@@ -23,6 +24,9 @@ struct perta_wrapper {
      * perta_families. */
     const struct perta_family *text;
 };
+
+extern const struct perta_wrapper perta_wrappers[];
+extern const size_t perta_n_wrappers;
 
 /* The wrapper that config (config.json) names; NULL if it is none. */
 const struct perta_wrapper *perta_wrapper_find(const json_t *config);
