@@ -71,13 +71,22 @@ static void usage(FILE *to)
             "memory), 130 interrupted.\n");
 }
 
-/* As `config.json' names them. */
+static void list_family(const char *model_type, const char *architecture)
+{
+    printf("%-24s %s\n", model_type, architecture);
+}
+
+/* As `config.json' names them; models around a language model come last. */
 static void list_families(void)
 {
-    for (size_t i = 0; i < perta_n_families; i++)
-        printf("%-24s %s\n", perta_families[i]->model_type, perta_families[i]->architecture);
+    for (size_t i = 0; i < perta_n_families; i++) {
+        const struct perta_family *family = perta_families[i];
+        list_family(family->model_type, family->architecture);
+        if (family->other_type)
+            list_family(family->other_type, family->architecture);
+    }
     for (size_t i = 0; i < perta_n_wrappers; i++)
-        printf("%-24s %s\n", perta_wrappers[i].model_type, perta_wrappers[i].architecture);
+        list_family(perta_wrappers[i].model_type, perta_wrappers[i].architecture);
 }
 
 /* Open the standard streams that are closed: otherwise the first file that is opened would get the

@@ -188,7 +188,7 @@ static const char *choose_architecture(struct perta_config_reader *r,
 static const char *list_families(const char *architecture, const char *type, char buf[256])
 {
     const char *nearest = architecture || type ? perta_family_nearest(architecture, type) : NULL;
-    snprintf(buf, 256, "`perta help families' lists the %zu that are%s%s", perta_n_families,
+    snprintf(buf, 256, "`perta help families' lists those that are%s%s",
              nearest ? ". The nearest name there is " : "", nearest ? nearest : "");
     return buf;
 }

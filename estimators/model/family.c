@@ -70,7 +70,7 @@ static const struct perta_family qwen3 = {.model_type = "qwen3",
 extern const struct perta_family perta_ministral, perta_ministral3, perta_cwm; /* family_dense.c */
 extern const struct perta_family perta_smollm3, perta_seed_oss, perta_ernie4_5, perta_helium;
 extern const struct perta_family perta_hunyuan_v1_dense, perta_arcee, perta_jais2;
-extern const struct perta_family perta_internlm3, perta_iquestcoder;
+extern const struct perta_family perta_internlm3, perta_iquestcoder, perta_hyperclovax;
 extern const struct perta_family perta_phi3, perta_glm, perta_glm4; /* family_fused.c */
 extern const struct perta_family perta_gpt_oss, perta_llama4_text;
 /* mixtures of experts */
@@ -93,7 +93,7 @@ const struct perta_family *const perta_families[] = {
     &llama, &mistral, &qwen2, &qwen3,
     &perta_ministral, &perta_ministral3, &perta_cwm, &perta_smollm3,
     &perta_seed_oss, &perta_ernie4_5, &perta_helium, &perta_hunyuan_v1_dense, &perta_arcee,
-    &perta_jais2, &perta_internlm3, &perta_iquestcoder,
+    &perta_jais2, &perta_internlm3, &perta_iquestcoder, &perta_hyperclovax,
     &perta_phi3, &perta_glm, &perta_glm4, &perta_gpt_oss, &perta_llama4_text,
     &perta_qwen3_moe, &perta_qwen2_moe, &perta_olmoe, &perta_flex_olmo,
     &perta_mixtral, &perta_minimax_m2, &perta_phimoe, &perta_granitemoe,

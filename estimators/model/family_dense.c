@@ -1,5 +1,5 @@
-/* Dense families whose blocks are Llama's but for what a layer, queries or the MLP have: windows
- * and rotary positions in some layers, scaled queries, norms after rotation, no gate. */
+/* Dense families whose blocks are Llama's but for what a layer, queries, norms or the MLP have:
+ * windows and rotary positions in some layers, scaled queries, norms after rotation, no gate. */
 #include "estimators/model/config_read.h"
 #include "estimators/model/part.h"
 
@@ -11,6 +11,7 @@
 #define ATTENDED PERTA_WIDTH_ATTENDED
 #define HEAD PERTA_WIDTH_HEAD
 #define VECTOR PERTA_WIDTH_NONE
+#define NORMS_AFTER PERTA_OWN_1
 
 #define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
@@ -373,4 +374,46 @@ const struct perta_family perta_jais2 = {
     .norm_eps = 1e-5,
     .act = "relu2",
     .read = read_jais2,
+};
+
+/* Multipliers as Granite has them, but logits are multiplied, and norms after each part. */
+static const struct perta_param_row hyperclovax_params[] = {
+    ATTENTION,
+    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
+    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    {PERTA_NORM_1_AFTER, "post_norm1.weight", VECTOR, HIDDEN, NORMS_AFTER, false},
+    {PERTA_NORM_2_AFTER, "post_norm2.weight", VECTOR, HIDDEN, NORMS_AFTER, false},
+};
+
+static void read_hyperclovax(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    llm->embedding_multiplier = (float)perta_config_number(r, r->config, "embedding_multiplier", 1);
+    llm->residual_multiplier = (float)perta_config_number(r, r->config, "residual_multiplier", 1);
+    llm->logit_multiplier = (float)perta_config_number(r, r->config, "logits_scaling", 1);
+    if (perta_config_has(r->config, "attention_multiplier"))
+        llm->attention_scale = (float)perta_config_number(r, r->config, "attention_multiplier", 1);
+    if (perta_config_flag(r, "use_post_norm", true))
+        llm->options |= NORMS_AFTER;
+}
+
+static const char *const hyperclovax_keys[] = {"attention_multiplier", "embedding_multiplier",
+                                               "logits_scaling",       "residual_multiplier",
+                                               "use_post_norm",        NULL};
+
+const struct perta_family perta_hyperclovax = {
+    .model_type = "hyperclovax",
+    .architecture = "HyperCLOVAXForCausalLM",
+    PERTA_LLAMA_NAMES,
+    PARAMS(hyperclovax_params),
+    .own_keys = hyperclovax_keys,
+    .reads_attention_bias = true,
+    .reads_mlp_bias = true,
+    .max_positions = 2048,
+    .read = read_hyperclovax,
 };

@@ -26,7 +26,6 @@ const struct perta_wrapper perta_wrappers[] = {
     {"vipllava", "VipLlavaForConditionalGeneration", "llama", false, false, NULL},
     {"internvl", "InternVLForConditionalGeneration", "qwen2", false, false, NULL},
 };
-
 const size_t perta_n_wrappers = N(perta_wrappers);
 
 /* Keys beside "text_config". */

@@ -39,9 +39,9 @@ def listed(perta):
 
 
 def rows_of(text):
-    """The rows of the page, by architecture."""
+    """The rows of the page, by model_type."""
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in re.findall(r"^\| .*", text, re.M)]
-    return {row.architecture: row for row in (Row(*five) for five in cells[1:])}
+    return {row.model_type: row for row in (Row(*five) for five in cells[1:])}
 
 
 def replaced(text, mark, new):
@@ -53,7 +53,7 @@ def replaced(text, mark, new):
 
 def sentence(families):
     """For README.md: the architectures by their short names."""
-    names = [re.sub("(ForCausalLM|ForConditionalGeneration|LMHeadModel)$", "", name) for _, name in families]
+    names = dict.fromkeys(re.sub("(ForCausalLM|LMHeadModel)$", "", name) for _, name in families)
     return f"{len(names)} architectures: {', '.join(names)}.\n"
 
 
@@ -78,7 +78,7 @@ def main(perta, *only):
     old = rows_of(text)
     new = []
     for model_type, architecture in families:
-        known = old.get(architecture, Row(model_type, architecture))
+        known = old.get(model_type, Row(model_type, architecture))
         new.append(measured(perta, model_type, architecture) if not only or model_type in only else known)
     PAGE.write_text(replaced(text, "families", HEAD + "".join(map(str, new))))
     README.write_text(replaced(README.read_text(), "families", sentence(families)))

@@ -190,6 +190,13 @@ FAMILIES = {
         (rope("dynamic", alpha=50.0, factor=1.0), {"head_dim": 8}),
     ),
     "arcee": configs({"head_dim": 8}, (ODD, BIASES, TIED, {"head_dim": 6}), (YARN, {"head_dim": 8})),
+    "internlm3": configs({"head_dim": 8}, (ODD, BIASES, {"head_dim": 10})),
+    "iquestcoder": configs({"head_dim": 8}, (ODD, BIASES, TIED, {"head_dim": 10})),
+    "jais2": configs({"head_dim": 8}, (ODD, TIED, {"head_dim": 10, "attention_bias": False, "mlp_bias": False})),
+    "hyperclovax": configs(
+        GRANITE | {"head_dim": 8, "logits_scaling": 0.6},
+        (ODD, BIASES, TIED, GRANITE, {"hidden_size": 50, "use_post_norm": False, "logits_scaling": 0.4}),
+    ),
     "qwen2": configs(
         {},
         (TIED, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),

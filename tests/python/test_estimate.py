@@ -233,8 +233,8 @@ def test_bad_data_is_named_by_its_line(perta, tmp_path, lines, message):
     "change, message",
     [
         ({"architectures": ["Llama5ForCausalLM"]}, "The nearest name there is LlamaForCausalLM. "),
-        ({"architectures": None, "model_type": None}, "(none named) is not supported; `perta help families' lists the "),
-        ({"architectures": None, "model_type": "llama_5"}, "llama_5 is not supported; `perta help families' lists the "),
+        ({"architectures": None, "model_type": None}, "(none named) is not supported; `perta help families' lists those that are"),
+        ({"architectures": None, "model_type": "llama_5"}, "llama_5 is not supported; `perta help families' lists those that are"),
         ({"architectures": ["MistralForCausalLM"]}, '"model_type" llama is not that of MistralForCausalLM'),
         ({"model_type": "gemma"}, '"model_type" gemma is not that of LlamaForCausalLM'),
         ({"layer_types": ["linear"]}, '"layer_types" 0'),
