@@ -162,11 +162,14 @@ static void read_olmoe(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_softmax_router(r, llm, 64, 8);
     llm->expert_intermediate = llm->intermediate;
+    llm->clip_qkv = perta_config_optional(r, "clip_qkv", 0);
     perta_moe_everywhere(llm);
 }
 
-static const char *const olmoe_keys[] = {"num_experts", "num_local_experts", "num_experts_per_tok",
-                                         "norm_topk_prob", NULL};
+static const char *const olmoe_keys[] = {
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "clip_qkv", NULL};
+static const char *const flex_olmo_keys[] = {"num_experts", "num_local_experts",
+                                             "num_experts_per_tok", "norm_topk_prob", NULL};
 
 const struct perta_family perta_olmoe = {
     .model_type = "olmoe",
@@ -203,7 +206,7 @@ const struct perta_family perta_flex_olmo = {
     .architecture = "FlexOlmoForCausalLM",
     PERTA_LLAMA_NAMES,
     PARAMS(flex_olmo_params),
-    .own_keys = olmoe_keys,
+    .own_keys = flex_olmo_keys,
     .reads_attention_bias = true,
     .pad = 100277 + 1,
     .max_positions = 4096,

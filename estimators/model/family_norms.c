@@ -83,14 +83,6 @@ static const struct perta_param_row exaone4_params[] = {
 
 #define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
-/* A number above 0; 0 if the key is null, or if it is missing and there is no fallback. */
-static float optional(struct perta_config_reader *r, const char *key, double fallback)
-{
-    if (!json_object_get(r->config, key))
-        return (float)fallback;
-    return perta_config_has(r->config, key) ? (float)perta_config_number(r, r->config, key, 0) : 0;
-}
-
 /* ---- Gemma ---- */
 
 static const char tanh_gelu[] = "gelu_pytorch_tanh";
@@ -132,8 +124,8 @@ static void read_gemma2(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_any_gemma(llm);
     llm->attention_scale = (float)(1 / sqrt(perta_config_count(r, "query_pre_attn_scalar", 256)));
-    llm->attention_softcap = optional(r, "attn_logit_softcapping", 50);
-    llm->logit_softcap = optional(r, "final_logit_softcapping", 30);
+    llm->attention_softcap = perta_config_optional(r, "attn_logit_softcapping", 50);
+    llm->logit_softcap = perta_config_optional(r, "final_logit_softcapping", 30);
     check_activation(r, llm, "hidden_act");
     perta_config_windows(r, llm, 2);
 }
@@ -146,7 +138,7 @@ static void read_gemma3(struct perta_config_reader *r, struct perta_llm *llm)
     if (perta_config_has(r->config, "attn_logit_softcapping"))
         perta_config_refuse(r, "attn_logit_softcapping",
                             "is not null; this architecture has no such cap");
-    llm->logit_softcap = optional(r, "final_logit_softcapping", 0);
+    llm->logit_softcap = perta_config_optional(r, "final_logit_softcapping", 0);
     check_activation(r, llm, "hidden_act");
     perta_config_windows(r, llm, perta_config_count(r, "sliding_window_pattern", 6));
 }
@@ -215,7 +207,7 @@ static void read_olmo(struct perta_config_reader *r, struct perta_llm *llm)
     if (perta_config_has(r->config, "rms_norm_eps") && llm->norm_eps != 1e-5f)
         perta_config_refuse(r, "rms_norm_eps", "is not 1e-5, which this architecture always has");
     llm->norm_eps = 1e-5f;
-    llm->clip_qkv = optional(r, "clip_qkv", 0);
+    llm->clip_qkv = perta_config_optional(r, "clip_qkv", 0);
 }
 
 static void read_olmo3(struct perta_config_reader *r, struct perta_llm *llm)

@@ -26,7 +26,6 @@ CASES = [(family, i) for family, hows in FAMILIES.items() for i in range(len(how
 # Configurations that perta does not take yet; "all" of a family. A test fails when one of these
 # begins to work, so that this list says what is so.
 NOT_YET = {
-    "olmoe": [1],
     "ernie4_5_moe": [1],
     "granitemoe": "all",
     "phimoe": "all",
