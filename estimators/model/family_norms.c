@@ -81,6 +81,17 @@ static const struct perta_param_row exaone4_params[] = {
     NORM(PERTA_NORM_2_AFTER, "post_feedforward_layernorm.weight", HIDDEN),
 };
 
+/* Granite with a sink in each head. */
+static const struct perta_param_row granite_swa_params[] = {
+    LINEARS,
+    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
+    NORM(PERTA_NORM_1, "input_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2, "post_attention_layernorm.weight", HIDDEN),
+    NORM(PERTA_SINKS, "self_attn.sinks", PERTA_WIDTH_HEADS),
+};
+
 #define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 /* ---- Gemma ---- */
@@ -295,3 +306,66 @@ const struct perta_family perta_granite = {.model_type = "granite",
                                            .reads_mlp_bias = true,
                                            .max_positions = 2048,
                                            .read = read_granite};
+
+/* The theta of rotary positions, where layers have none of their own. */
+static double theta_of(const struct perta_config_reader *r)
+{
+    const json_t *rope = json_object_get(r->config, "rope_scaling");
+    if (!json_object_size(rope))
+        rope = json_object_get(r->config, "rope_parameters");
+    const json_t *theta = json_object_get(rope, "rope_theta");
+    if (!theta)
+        theta = json_object_get(r->config, "rope_theta");
+    return theta ? json_number_value(theta) : 10000;
+}
+
+/* layer_rope_theta: 0 for a layer without positions. */
+static void read_thetas(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    const json_t *list = json_object_get(r->config, "layer_rope_theta");
+    double theta = theta_of(r);
+    if (!perta_config_has(r->config, "layer_rope_theta"))
+        return;
+    if (json_array_size(list) != llm->n_layers)
+        perta_config_refuse(r, "layer_rope_theta", "is not a list of a number for each layer");
+    for (uint32_t l = 0; l < llm->n_layers && !r->rc; l++) {
+        const json_t *own = json_array_get(list, l);
+        if (json_is_number(own) && json_number_value(own) == 0)
+            llm->layers[l] |= PERTA_LAYER_UNROTATED;
+        else if (!json_is_number(own) || json_number_value(own) != theta)
+            perta_config_refuse(r, "layer_rope_theta",
+                                "has another number than 0 and \"rope_theta\", which is not "
+                                "supported");
+    }
+}
+
+static void read_granite_swa(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    read_granite(r, llm);
+    llm->window = perta_config_count(r, "sliding_window", 128);
+    if (json_is_null(json_object_get(r->config, "sliding_window")))
+        perta_config_refuse(r, "sliding_window", "is null");
+    if (perta_config_has(r->config, "layer_types"))
+        perta_config_layer_types(r, llm);
+    for (uint32_t l = 0; !perta_config_has(r->config, "layer_types") && l < llm->n_layers; l++)
+        llm->layers[l] |= l % 4 ? PERTA_LAYER_WINDOW : 0;
+    read_thetas(r, llm);
+}
+
+static const char *const granite_swa_keys[] = {"attention_multiplier", "embedding_multiplier",
+                                               "logits_scaling",       "residual_multiplier",
+                                               "layer_rope_theta",     NULL};
+
+const struct perta_family perta_granite_swa = {.model_type = "granite_swa",
+                                               .architecture = "GraniteSWAForCausalLM",
+                                               PERTA_LLAMA_NAMES,
+                                               PARAMS(granite_swa_params),
+                                               .own_keys = granite_swa_keys,
+                                               .reads_attention_bias = true,
+                                               .reads_mlp_bias = true,
+                                               .tied = true,
+                                               .n_kv_heads = 4,
+                                               .max_positions = 8192,
+                                               .norm_eps = 1e-5,
+                                               .windows = PERTA_WINDOWS_OWN,
+                                               .read = read_granite_swa};

@@ -311,6 +311,11 @@ FAMILIES = {
         (LLAMA3, {"num_hidden_layers": 4, "sliding_window": 5, "layer_types": [SLIDING, FULL] * 2, "_json": {"sliding_window_pattern": "LG"}}),
     ),
     "granite": configs(GRANITE, (ODD, BIASES, TIED, GRANITE, {"hidden_size": 50}), rope("linear", factor=2.0), (GRANITE, BLOCKS, TIED), bare(*GRANITE)),
+    "granite_swa": configs(
+        (THREE, GRANITE, {"sliding_window": 5}),
+        (ODD, BIASES, GRANITE, rope(theta=700.0), {"hidden_size": 50, "num_hidden_layers": 4, "sliding_window": 4, "layer_types": [SLIDING, FULL] * 2, "layer_rope_theta": [700.0, 0, 0, 700.0], "tie_word_embeddings": False}),
+        (bare(*GRANITE, "num_key_value_heads"), {"num_hidden_layers": 5, "sliding_window": 4, "num_key_value_heads": 4, "_json": {"layer_rope_theta": None}}),
+    ),
     "olmo": configs({}, (ODD, TIED, {"clip_qkv": 0.6, "attention_bias": True, "hidden_size": 50}), (BLOCKS, bare(), {"clip_qkv": 0.4})),
     # --- language models within others, and fused tensors
     "gemma3": wrapped(
