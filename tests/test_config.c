@@ -103,6 +103,57 @@ START_TEST(layer_types_say_it_layer_by_layer)
 }
 END_TEST
 
+#define OF(name) ",\"architectures\":[\"" name "ForCausalLM\"],\"num_key_value_heads\":2"
+
+/* What Gemma, OLMo, EXAONE 4 and Granite have, and the keys that switch it. */
+START_TEST(norms_caps_and_multipliers)
+{
+    struct perta_llm llm;
+    parse(OF("Gemma2"), NULL, &llm);
+    ck_assert(llm.attention_softcap == 50 && llm.logit_softcap == 30 && llm.norm_plus == 1);
+    ck_assert(llm.attention_scale == 1.0f / 16 && llm.embedding_multiplier == 8 && llm.tied);
+    ck_assert(llm.pad == 0 && llm.head_dim == 256 && perta_llm_window(&llm, 0) == 4096);
+    ck_assert(llm.activation.kind == PERTA_GELU_TANH);
+    parse(OF("Gemma2") ",\"attn_logit_softcapping\":null,\"final_logit_softcapping\":2.5", NULL,
+          &llm);
+    ck_assert(llm.attention_softcap == 0 && llm.logit_softcap == 2.5f);
+    parse(OF("Gemma") ",\"hidden_act\":\"gelu\"", NULL, &llm);
+    ck_assert(llm.activation.kind == PERTA_GELU_TANH && llm.logit_softcap == 0);
+    parse(OF("Olmo") ",\"clip_qkv\":8,\"pad_token_id\":null", NULL, &llm);
+    ck_assert(llm.clip_qkv == 8 && llm.norm_eps == 1e-5f && llm.pad == PERTA_NO_PAD);
+    ck_assert_str_eq(llm.names.final_norm, "");
+    parse(OF("Granite") ",\"logits_scaling\":8,\"residual_multiplier\":0.5", NULL, &llm);
+    ck_assert(llm.logit_multiplier == 0.125f && llm.residual_multiplier == 0.5f);
+    ck_assert(llm.attention_scale == 1 && llm.embedding_multiplier == 1);
+    parse(OF("Exaone4"), NULL, &llm);
+    ck_assert(llm.layers[0] & PERTA_LAYER_WINDOW && !(llm.layers[0] & PERTA_LAYER_UNROTATED));
+    parse(OF("Exaone4") ",\"sliding_window_pattern\":1", NULL, &llm);
+    ck_assert(!(llm.layers[0] & PERTA_LAYER_WINDOW) && llm.layers[0] & PERTA_LAYER_UNROTATED);
+}
+END_TEST
+
+START_TEST(what_these_families_do_not_have_is_refused)
+{
+    struct perta_llm llm;
+    parse(OF("Gemma2") ",\"final_logit_softcapping\":-1", "final_logit_softcapping", &llm);
+    parse(OF("Gemma2") ",\"query_pre_attn_scalar\":0", "query_pre_attn_scalar", &llm);
+    parse(OF("Gemma2") ",\"sliding_window\":null", "sliding_window", &llm);
+    parse(OF("Gemma2") ",\"hidden_act\":\"silu\"", "hidden_act", &llm);
+    parse(OF("Gemma2") ",\"use_bidirectional_attention\":true", "use_bidirectional_attention",
+          &llm);
+    parse(OF("Gemma3") ",\"attn_logit_softcapping\":50", "attn_logit_softcapping", &llm);
+    parse(OF("Gemma3") ",\"sliding_window_pattern\":0", "sliding_window_pattern", &llm);
+    parse(OF("Gemma") ",\"hidden_activation\":\"relu\"", "hidden_activation", &llm);
+    parse(OF("Gemma") ",\"final_logit_softcapping\":30", "final_logit_softcapping", &llm);
+    parse(OF("Olmo") ",\"rms_norm_eps\":1e-6", "rms_norm_eps", &llm);
+    parse(OF("Olmo2") ",\"clip_qkv\":8", "clip_qkv", &llm);
+    parse(OF("Exaone4") ",\"sliding_window_pattern\":\"LLLG\"", "sliding_window_pattern", &llm);
+    parse(OF("Exaone4") ",\"logits_scaling\":2", "logits_scaling", &llm);
+    parse(OF("Granite") ",\"logits_scaling\":0", "logits_scaling", &llm);
+    parse(OF("Granite") ",\"final_logit_softcapping\":3", "final_logit_softcapping", &llm);
+}
+END_TEST
+
 START_TEST(a_padding_is_a_row_of_the_embedding)
 {
     struct perta_llm llm;
@@ -208,6 +259,8 @@ int main(void)
     tcase_add_test(tests, a_count_is_a_whole_number_of_31_bits);
     tcase_add_test(tests, a_window_is_where_transformers_has_one);
     tcase_add_test(tests, layer_types_say_it_layer_by_layer);
+    tcase_add_test(tests, norms_caps_and_multipliers);
+    tcase_add_test(tests, what_these_families_do_not_have_is_refused);
     tcase_add_test(tests, a_padding_is_a_row_of_the_embedding);
     tcase_add_test(tests, keys_are_known_or_named);
     tcase_add_test(tests, frequencies_are_numbers);

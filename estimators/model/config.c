@@ -91,6 +91,13 @@ void perta_config_only(struct perta_config_reader *r, const char *key, const cha
         perta_config_refuse(r, key, what);
 }
 
+float perta_config_optional(struct perta_config_reader *r, const char *key, double fallback)
+{
+    if (!json_object_get(r->config, key))
+        return (float)fallback;
+    return perta_config_has(r->config, key) ? (float)perta_config_number(r, r->config, key, 0) : 0;
+}
+
 bool perta_config_bool(struct perta_config_reader *r, const char *key)
 {
     const json_t *value = json_object_get(r->config, key);

@@ -41,6 +41,9 @@ bool perta_config_flag(struct perta_config_reader *r, const char *key, bool fall
 /* Refuse another value of key than this one (JSON); missing and null are fine. For keys that
  * transformers does not read for this family, and which say what the family does anyway. */
 void perta_config_only(struct perta_config_reader *r, const char *key, const char *value);
+/* The same at the top level, for what may be switched off: 0 if the key is null, or if it is missing
+ * and fallback is 0. */
+float perta_config_optional(struct perta_config_reader *r, const char *key, double fallback);
 /* true or false; false if the key is missing or null. */
 bool perta_config_bool(struct perta_config_reader *r, const char *key);
 

@@ -86,7 +86,8 @@ extern const struct perta_family perta_deepseek_v2, perta_deepseek_v3, perta_glm
     perta_youtu, perta_minicpm3; /* family_mla.c */
 /* family_norms.c */
 extern const struct perta_family perta_gemma, perta_gemma2, perta_gemma3, perta_vaultgemma;
-extern const struct perta_family perta_olmo, perta_olmo2, perta_olmo3, perta_exaone4, perta_granite;
+extern const struct perta_family perta_olmo, perta_olmo2, perta_olmo3, perta_exaone4, perta_granite,
+    perta_granite_swa;
 
 /* clang-format off */
 const struct perta_family *const perta_families[] = {
@@ -104,6 +105,7 @@ const struct perta_family *const perta_families[] = {
     &perta_deepseek_v2, &perta_deepseek_v3, &perta_glm4_moe_lite, &perta_youtu, &perta_minicpm3,
     &perta_gemma, &perta_gemma2, &perta_gemma3, &perta_vaultgemma,
     &perta_olmo, &perta_olmo2, &perta_olmo3, &perta_exaone4, &perta_granite,
+    &perta_granite_swa,
 };
 /* clang-format on */
 const size_t perta_n_families = sizeof perta_families / sizeof *perta_families;

@@ -162,8 +162,7 @@ static void read_olmoe(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_softmax_router(r, llm, 64, 8);
     llm->expert_intermediate = llm->intermediate;
-    if (perta_config_has(r->config, "clip_qkv"))
-        llm->clip_qkv = (float)perta_config_number(r, r->config, "clip_qkv", 0);
+    llm->clip_qkv = perta_config_optional(r, "clip_qkv", 0);
     perta_moe_everywhere(llm);
 }
 

@@ -81,15 +81,18 @@ static const struct perta_param_row exaone4_params[] = {
     NORM(PERTA_NORM_2_AFTER, "post_feedforward_layernorm.weight", HIDDEN),
 };
 
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
+/* Granite with a sink in each head. */
+static const struct perta_param_row granite_swa_params[] = {
+    LINEARS,
+    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
+    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
+    NORM(PERTA_NORM_1, "input_layernorm.weight", HIDDEN),
+    NORM(PERTA_NORM_2, "post_attention_layernorm.weight", HIDDEN),
+    NORM(PERTA_SINKS, "self_attn.sinks", PERTA_WIDTH_HEADS),
+};
 
-/* A number above 0; 0 if the key is null, or if it is missing and there is no fallback. */
-static float optional(struct perta_config_reader *r, const char *key, double fallback)
-{
-    if (!json_object_get(r->config, key))
-        return (float)fallback;
-    return perta_config_has(r->config, key) ? (float)perta_config_number(r, r->config, key, 0) : 0;
-}
+#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 /* ---- Gemma ---- */
 
@@ -132,8 +135,8 @@ static void read_gemma2(struct perta_config_reader *r, struct perta_llm *llm)
 {
     read_any_gemma(llm);
     llm->attention_scale = (float)(1 / sqrt(perta_config_count(r, "query_pre_attn_scalar", 256)));
-    llm->attention_softcap = optional(r, "attn_logit_softcapping", 50);
-    llm->logit_softcap = optional(r, "final_logit_softcapping", 30);
+    llm->attention_softcap = perta_config_optional(r, "attn_logit_softcapping", 50);
+    llm->logit_softcap = perta_config_optional(r, "final_logit_softcapping", 30);
     check_activation(r, llm, "hidden_act");
     perta_config_windows(r, llm, 2);
 }
@@ -146,7 +149,7 @@ static void read_gemma3(struct perta_config_reader *r, struct perta_llm *llm)
     if (perta_config_has(r->config, "attn_logit_softcapping"))
         perta_config_refuse(r, "attn_logit_softcapping",
                             "is not null; this architecture has no such cap");
-    llm->logit_softcap = optional(r, "final_logit_softcapping", 0);
+    llm->logit_softcap = perta_config_optional(r, "final_logit_softcapping", 0);
     check_activation(r, llm, "hidden_act");
     perta_config_windows(r, llm, perta_config_count(r, "sliding_window_pattern", 6));
 }
@@ -215,7 +218,7 @@ static void read_olmo(struct perta_config_reader *r, struct perta_llm *llm)
     if (perta_config_has(r->config, "rms_norm_eps") && llm->norm_eps != 1e-5f)
         perta_config_refuse(r, "rms_norm_eps", "is not 1e-5, which this architecture always has");
     llm->norm_eps = 1e-5f;
-    llm->clip_qkv = optional(r, "clip_qkv", 0);
+    llm->clip_qkv = perta_config_optional(r, "clip_qkv", 0);
 }
 
 static void read_olmo3(struct perta_config_reader *r, struct perta_llm *llm)
@@ -303,3 +306,66 @@ const struct perta_family perta_granite = {.model_type = "granite",
                                            .reads_mlp_bias = true,
                                            .max_positions = 2048,
                                            .read = perta_config_granite};
+
+/* The theta of rotary positions, where layers have none of their own. */
+static double theta_of(const struct perta_config_reader *r)
+{
+    const json_t *rope = json_object_get(r->config, "rope_scaling");
+    if (!json_object_size(rope))
+        rope = json_object_get(r->config, "rope_parameters");
+    const json_t *theta = json_object_get(rope, "rope_theta");
+    if (!theta)
+        theta = json_object_get(r->config, "rope_theta");
+    return theta ? json_number_value(theta) : 10000;
+}
+
+/* layer_rope_theta: 0 for a layer without positions. */
+static void read_thetas(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    const json_t *list = json_object_get(r->config, "layer_rope_theta");
+    double theta = theta_of(r);
+    if (!perta_config_has(r->config, "layer_rope_theta"))
+        return;
+    if (json_array_size(list) != llm->n_layers)
+        perta_config_refuse(r, "layer_rope_theta", "is not a list of a number for each layer");
+    for (uint32_t l = 0; l < llm->n_layers && !r->rc; l++) {
+        const json_t *own = json_array_get(list, l);
+        if (json_is_number(own) && json_number_value(own) == 0)
+            llm->layers[l] |= PERTA_LAYER_UNROTATED;
+        else if (!json_is_number(own) || json_number_value(own) != theta)
+            perta_config_refuse(r, "layer_rope_theta",
+                                "has another number than 0 and \"rope_theta\", which is not "
+                                "supported");
+    }
+}
+
+static void read_granite_swa(struct perta_config_reader *r, struct perta_llm *llm)
+{
+    perta_config_granite(r, llm);
+    llm->window = perta_config_count(r, "sliding_window", 128);
+    if (json_is_null(json_object_get(r->config, "sliding_window")))
+        perta_config_refuse(r, "sliding_window", "is null");
+    if (perta_config_has(r->config, "layer_types"))
+        perta_config_layer_types(r, llm);
+    for (uint32_t l = 0; !perta_config_has(r->config, "layer_types") && l < llm->n_layers; l++)
+        llm->layers[l] |= l % 4 ? PERTA_LAYER_WINDOW : 0;
+    read_thetas(r, llm);
+}
+
+static const char *const granite_swa_keys[] = {"attention_multiplier", "embedding_multiplier",
+                                               "logits_scaling",       "residual_multiplier",
+                                               "layer_rope_theta",     NULL};
+
+const struct perta_family perta_granite_swa = {.model_type = "granite_swa",
+                                               .architecture = "GraniteSWAForCausalLM",
+                                               PERTA_LLAMA_NAMES,
+                                               PARAMS(granite_swa_params),
+                                               .own_keys = granite_swa_keys,
+                                               .reads_attention_bias = true,
+                                               .reads_mlp_bias = true,
+                                               .tied = true,
+                                               .n_kv_heads = 4,
+                                               .max_positions = 8192,
+                                               .norm_eps = 1e-5,
+                                               .windows = PERTA_WINDOWS_OWN,
+                                               .read = read_granite_swa};

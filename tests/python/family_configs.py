@@ -112,6 +112,15 @@ GRANITE = {
     "attention_multiplier": 0.2,
 }
 GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20}
+BLOCKS = {"vocab_size": 1100}  # several blocks of the head's rows
+
+
+def bare(*more):
+    """Defaults of transformers, with the keys left out."""
+    keys = "pad_token_id tie_word_embeddings rms_norm_eps rope_parameters attention_bias hidden_act layer_types"
+    return {"_without": [*keys.split(), *more]}
+
+
 SIGLIP = {
     "model_type": "siglip_vision_model",
     "hidden_size": 16,
@@ -278,19 +287,27 @@ FAMILIES = {
         (longrope(4, short_mscale=1.1, long_mscale=1.3), {"num_local_experts": 4, "attention_bias": True, "router_jitter_noise": 0.4}),
     ),
     # --- norms and scalars
-    "gemma": configs({"head_dim": 12}, (ODD, {"head_dim": 10, "attention_bias": True}), {"head_dim": 8, "hidden_act": "gelu"}),
+    "gemma": configs({"head_dim": 12}, (ODD, {"head_dim": 10, "attention_bias": True}), {"head_dim": 8, "hidden_act": "gelu"}, (bare("head_dim", "num_key_value_heads"), {"head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 16})),
     "gemma2": configs(
         (GEMMA, {"sliding_window": 5}),
         (THREE, ODD, GEMMA, {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 4}),
         (GEMMA, {"attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": True}),
+        (GEMMA, BLOCKS, {"sliding_window": 5, "tie_word_embeddings": False, "final_logit_softcapping": 3.0}),
+        (bare("head_dim", "num_key_value_heads", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation"), {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4}),
+    ),
+    "vaultgemma": configs(
+        (GEMMA, {"sliding_window": 5}),
+        (THREE, ODD, GEMMA, {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 4, "tie_word_embeddings": False}),
     ),
     "gemma3_text": configs(
         (WINDOWS, GEMMA),
         (ODD, GEMMA, {"num_hidden_layers": 4, "sliding_window": 4, "layer_types": [SLIDING, SLIDING, FULL, SLIDING], "rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 100.0}, FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0}}}),
         (WINDOWS, GEMMA, {"_json": {"rope_theta": 5000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "_without": ["rope_parameters"]}),
+        (bare("head_dim", "num_key_value_heads", "query_pre_attn_scalar", "final_logit_softcapping", "hidden_activation"), {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4, "num_hidden_layers": 7}),
+        (GEMMA, {"sliding_window": 4, "num_hidden_layers": 4, "final_logit_softcapping": 3.0, "_json": {"sliding_window_pattern": 3}, "_without": ["layer_types"]}),
     ),
-    "olmo2": configs({}, (ODD, TIED, {"attention_bias": True, "hidden_size": 50})),
-    "olmo3": configs(WINDOWS, (ODD, TIED, {"num_hidden_layers": 4, "hidden_size": 50, "sliding_window": 4, "attention_bias": True}), (WINDOWS, YARN)),
+    "olmo2": configs({}, (ODD, TIED, {"attention_bias": True, "hidden_size": 50}), bare()),
+    "olmo3": configs(WINDOWS, (ODD, TIED, {"num_hidden_layers": 4, "hidden_size": 50, "sliding_window": 4, "attention_bias": True}), (WINDOWS, YARN), (bare(), {"sliding_window": 4, "num_hidden_layers": 5})),
     "flex_olmo": configs(
         {"num_experts": 4, "num_experts_per_tok": 2},
         (ODD, TIED, {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True, "hidden_size": 50, "attention_bias": True}),
@@ -300,8 +317,13 @@ FAMILIES = {
         (ODD, TIED, {"sliding_window": None, "head_dim": 10, "layer_types": [FULL] * 2, "_json": {"sliding_window_pattern": None}}),
         (LLAMA3, {"num_hidden_layers": 4, "sliding_window": 5, "layer_types": [SLIDING, FULL] * 2, "_json": {"sliding_window_pattern": "LG"}}),
     ),
-    "granite": configs(GRANITE, (ODD, BIASES, TIED, GRANITE, {"hidden_size": 50}), rope("linear", factor=2.0)),
-    "olmo": configs({}, (ODD, TIED, {"clip_qkv": 0.6, "attention_bias": True, "hidden_size": 50})),
+    "granite": configs(GRANITE, (ODD, BIASES, TIED, GRANITE, {"hidden_size": 50}), rope("linear", factor=2.0), (GRANITE, BLOCKS, TIED), bare(*GRANITE)),
+    "granite_swa": configs(
+        (THREE, GRANITE, {"sliding_window": 5}),
+        (ODD, BIASES, GRANITE, rope(theta=700.0), {"hidden_size": 50, "num_hidden_layers": 4, "sliding_window": 4, "layer_types": [SLIDING, FULL] * 2, "layer_rope_theta": [700.0, 0, 0, 700.0], "tie_word_embeddings": False}),
+        (bare(*GRANITE, "num_key_value_heads"), {"num_hidden_layers": 5, "sliding_window": 4, "num_key_value_heads": 4, "_json": {"layer_rope_theta": None}}),
+    ),
+    "olmo": configs({}, (ODD, TIED, {"clip_qkv": 0.6, "attention_bias": True, "hidden_size": 50}), (BLOCKS, bare(), {"clip_qkv": 0.4})),
     # --- language models within others, and fused tensors
     "gemma3": wrapped(
         [*text((WINDOWS, GEMMA, {"model_type": "gemma3_text"}), (ODD, WINDOWS, GEMMA, {"model_type": "gemma3_text"})), NEWER | text((WINDOWS, GEMMA, {"model_type": "gemma3_text"}))[0]],
