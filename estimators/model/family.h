@@ -149,7 +149,7 @@ enum perta_option {
     PERTA_LAYER_WINDOW = 1 << 22,    /* sliding window attention; rotates with ropes[1] */
     PERTA_LAYER_CHUNKS = 1 << 23,    /* attention within chunks */
     PERTA_LAYER_UNROTATED = 1 << 24, /* no rotary positions */
-    PERTA_LAYER_QK_NORM = 1 << 25, /* norms of queries and keys of a head, without weights */
+    PERTA_LAYER_QK_NORM = 1 << 25,   /* norms of queries and keys of a head, without weights */
 };
 
 struct perta_param_row {
