@@ -473,7 +473,7 @@ int perta_embed_backward(struct perta_head *h, const struct perta_store *dx, str
         rc = perta_store_open(&d, h->scratch, NULL, h->samples->n_tokens, dx->width, err);
     if (normed && !rc)
         rc = embedding_norm_backward(h, dx, &d, err);
-    for (size_t i = 0; i < n && !rc; i++) {
+    for (size_t i = 0; i < 2 && i < n && !rc; i++) {
         const struct token_gradients of = {tables[i], normed ? &d : dx};
         rc = table_backward(h, &of, err);
     }

@@ -110,6 +110,11 @@ def config_of(folder, family, how):
     return transformers.AutoConfig.for_model(how.get("_type", family), **said)
 
 
+def attention_for(config):
+    """transformers' Falcon adds ALiBi twice in its eager attention: to the mask, and to the scores."""
+    return "sdpa" if config.model_type == "falcon" and config.alibi else "eager"
+
+
 def make_model(folder, family, how):
     """Write the checkpoint; return the model that transformers loads from it."""
     config = config_of(folder, family, how)
@@ -125,8 +130,7 @@ def make_model(folder, family, how):
         save_file({n: t.contiguous() for n, t in state.items()}, weights, {"format": "pt"})
     if not how.get("_late"):
         change_files(folder, how)
-    # transformers' Falcon adds ALiBi twice in its eager attention: to the mask, and to the scores
-    attention = "sdpa" if family == "falcon" and config.alibi else "eager"
+    attention = attention_for(config)
     loaded = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     if hasattr(loaded, "set_experts_implementation"):
         loaded.set_experts_implementation("eager")

@@ -22,6 +22,7 @@ from families import (
     ESTIMATE,
     Outcome,
     Wrong,
+    attention_for,
     kind_of,
     make_model,
     numbers_are_equal,
@@ -132,9 +133,9 @@ def changed(config, key, value):
 def loaded(folder):
     """None: transformers refuses the file, or makes up what the checkpoint lacks."""
     try:
-        kind = kind_of(transformers.AutoConfig.from_pretrained(folder))
-        model, info = kind.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model, info = kind_of(config).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention_for(config), output_loading_info=True
         )
         model.set_experts_implementation("eager")
     except Exception:
