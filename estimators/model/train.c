@@ -87,7 +87,8 @@ static int check(const struct perta_llm *llm, struct perta_err *err)
 {
     bool plain_ends = llm->embedding_multiplier == 1 && llm->logit_multiplier == 1 &&
                       !(llm->logit_softcap > 0) && !*llm->names.head_bias &&
-                      *llm->names.final_norm && !(llm->norm_plus > 0);
+                      *llm->names.final_norm && !(llm->norm_plus > 0) && !*llm->names.positions &&
+                      !*llm->names.embedding_norm;
     bool transposed = false;
     for (size_t i = 0; i < llm->family->n_params; i++)
         transposed |= llm->family->params[i].transposed;
