@@ -203,7 +203,7 @@ def test_a_tied_pair_that_differs_is_refused(perta, model, tmp_path):
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "This is an encoder"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "another head than a language model's"),
         ({"architectures": ["LlamaModel"]}, "a model without a head"),
-        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel is not supported; "),
+        ({"architectures": ["XLNetLMHeadModel"], "model_type": "xlnet"}, "XLNetLMHeadModel is not supported; "),
         ({"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.Own"}}, "which is not run"),
         ({"architectures": ["QwenForCausalLM"], "model_type": "llama"}, "architecture QwenForCausalLM is not"),
         ({"architectures": ["MistralForCausalLM"], "model_type": "llama"}, '"model_type" llama is not that of Mistral'),
