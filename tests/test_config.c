@@ -1,6 +1,7 @@
 /* config.json: numbers that make no sense are refused, naming the key. */
 #include "estimators/model/config.h"
 
+#include "io/format/naming.h"
 #include "tests/gradient.h"
 
 static const char base[] = "{\"architectures\":[\"LlamaForCausalLM\"],\"hidden_size\":64,"
@@ -154,6 +155,20 @@ START_TEST(what_these_families_do_not_have_is_refused)
 }
 END_TEST
 
+/* Readers of checkpoints, which know no families, tie the same ones without tie_word_embeddings. */
+START_TEST(a_family_is_tied_for_every_reader)
+{
+    for (size_t i = 0; i < perta_n_families; i++) {
+        const struct perta_family *family = perta_families[i];
+        struct perta_checkpoint ck = {.config =
+                                          json_pack("{s:s,s:[s]}", "model_type", family->model_type,
+                                                    "architectures", family->architecture)};
+        ck_assert_msg(perta_is_tied(&ck) == family->tied, "%s", family->model_type);
+        json_decref(ck.config);
+    }
+}
+END_TEST
+
 START_TEST(a_padding_is_a_row_of_the_embedding)
 {
     struct perta_llm llm;
@@ -261,6 +276,7 @@ int main(void)
     tcase_add_test(tests, layer_types_say_it_layer_by_layer);
     tcase_add_test(tests, norms_caps_and_multipliers);
     tcase_add_test(tests, what_these_families_do_not_have_is_refused);
+    tcase_add_test(tests, a_family_is_tied_for_every_reader);
     tcase_add_test(tests, a_padding_is_a_row_of_the_embedding);
     tcase_add_test(tests, keys_are_known_or_named);
     tcase_add_test(tests, frequencies_are_numbers);

@@ -100,7 +100,7 @@ static bool is_tied_by_default(const char *type)
         "gpt2",     "gpt_bigcode",  "gpt_neo",    "jetmoe",       "lfm2",        "lfm2_moe",
         "mamba",    "minicpm3",     "mpt",        "openai-gpt",   "opt",         "recurrent_gemma",
         "smollm3",  "starcoder2",   "vaultgemma", "xglm",         "youtu",       "zamba",
-        "zamba2",
+        "zamba2",   "granite_swa",
     };
     for (size_t i = 0; i < sizeof types / sizeof *types; i++)
         if (!strcmp(type, types[i]))

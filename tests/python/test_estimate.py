@@ -58,7 +58,7 @@ MODELS = {
         {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 9}
         | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0},
     ),
-    "olmo": ("Olmo", {"clip_qkv": 0.4}),
+    "olmo": ("Olmo", {"clip_qkv": 0.8}),
     "granite": (
         "Granite",
         {"embedding_multiplier": 3.0, "logits_scaling": 0.4, "residual_multiplier": 0.7, "attention_multiplier": 0.2},
