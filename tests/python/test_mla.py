@@ -68,7 +68,46 @@ def test_all_linear_is_what_peft_finds_again(tmp_path):
     assert set(said) == set(LATENT.split(","))
     words = "tune --model model --data data.jsonl --out other --target-modules gate_proj"
     refused = run(PERTA, tmp_path, *words.split(), check=False)
-    assert refused.returncode == 2 and "gate_proj: the layers of model have no such" in refused.stderr
+    assert (
+        refused.returncode == 2 and "gate_proj: the layers of model have no such" in refused.stderr
+    )
+
+
+REFUSED = [
+    ("deepseek_v2", 0, "topk_method", "noaux_tc", "is neither greedy nor group_limited_greedy"),
+    ("deepseek_v2", 0, "scoring_func", "sigmoid", "nothing else is supported"),
+    ("deepseek_v2", 0, "num_key_value_heads", 2, "have keys of their own"),
+    ("deepseek_v2", 0, "num_experts_per_tok", None, "is null"),
+    ("deepseek_v2", 0, "n_shared_experts", None, "is null"),
+    ("deepseek_v2", 0, "moe_layer_freq", 2, "nothing else is supported"),
+    ("deepseek_v2", 0, "qk_rope_head_dim", 5, "5 is odd"),
+    ("deepseek_v3", 0, "topk_method", "greedy", "nothing else is supported"),
+    ("deepseek_v3", 0, "scoring_func", "softmax", "nothing else is supported"),
+    ("deepseek_v3", 0, "head_dim", 8, "is not"),
+    ("deepseek_v3", 0, "q_lora_rank", 0, "is not a whole number from 1"),
+    ("deepseek_v3", 0, "first_k_dense_replace", None, "is null"),
+    (
+        "deepseek_v3",
+        0,
+        "rope_parameters",
+        {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0},
+        "is only supported with yarn",
+    ),
+    ("glm4_moe_lite", 0, "mlp_layer_types", ["dense", "none"], "neither dense nor sparse"),
+    ("glm4_moe_lite", 0, "mlp_layer_types", ["dense"], "is not a list of a kind for each layer"),
+    ("glm4_moe_lite", 0, "head_dim", 4, "is not"),
+]
+
+
+@pytest.mark.parametrize("family, i, key, value, why", REFUSED)
+def test_what_is_not_computed_is_refused(tmp_path, family, i, key, value, why):
+    make(tmp_path, family, i)
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    words = "eval --model model --data data.jsonl"
+    refused = run(PERTA, tmp_path, *words.split(), check=False)
+    named = "mscale_all_dim" if key == "rope_parameters" else key
+    assert refused.returncode == 3 and why in refused.stderr and named in refused.stderr
 
 
 @pytest.mark.parametrize("family, i, modules", CASES)
@@ -90,7 +129,16 @@ def test_edits(tmp_path, family, i, modules):
     for name, words in edits.items():
         made = []
         for threads in (1, 2):
-            run(PERTA, tmp_path, *common.split(), *words.split(), "--out", name, "--threads", threads)
+            run(
+                PERTA,
+                tmp_path,
+                *common.split(),
+                *words.split(),
+                "--out",
+                name,
+                "--threads",
+                threads,
+            )
             made.append((tmp_path / name / path.name).read_bytes())
         assert made[0] == made[1]
         after = load_file(tmp_path / name / path.name)
