@@ -207,7 +207,7 @@ START_TEST(frequencies_are_numbers)
 {
     struct perta_llm llm;
     float freq[8];
-    parse(",\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":4,"
+    parse(",\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":5,"
           "\"high_freq_factor\":4,\"original_max_position_embeddings\":64}",
           "high_freq_factor", &llm);
     parse(",\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,"

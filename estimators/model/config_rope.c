@@ -175,8 +175,8 @@ static void read_llama3(const struct source *s)
     to->low_freq_factor = perta_config_number(s->r, s->rope, "low_freq_factor", 0);
     to->high_freq_factor = perta_config_number(s->r, s->rope, "high_freq_factor", 0);
     to->original_positions = original_positions(s);
-    if (!(to->high_freq_factor > to->low_freq_factor))
-        perta_config_refuse(s->r, "high_freq_factor", "is not above \"low_freq_factor\"");
+    if (to->high_freq_factor < to->low_freq_factor)
+        perta_config_refuse(s->r, "high_freq_factor", "is below \"low_freq_factor\"");
 }
 
 /* The ratio of the lengths, where factor is null. */

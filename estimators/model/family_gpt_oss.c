@@ -1,6 +1,6 @@
 /* GptOss: attention with a sink for each head, in windows in every other layer; a mixture of
  * experts with biases, whose gates and ups alternate in one tensor and are clamped. */
-#include "estimators/model/config_read.h"
+#include "estimators/model/family_moe.h"
 #include "estimators/model/part.h"
 
 #define HIDDEN PERTA_WIDTH_HIDDEN
@@ -70,8 +70,8 @@ static void read(struct perta_config_reader *r, struct perta_llm *llm)
         .scoring = PERTA_SCORE_CHOSEN_SOFTMAX,
         .scale = 1,
     };
-    for (uint32_t l = 0; l < llm->n_layers; l++)
-        perta_config_mixture(llm, l, true);
+    perta_moe_everywhere(llm);
+    perta_moe_no_aux_loss(r);
 }
 
 static const char *const keys[] = {"num_experts",  "num_local_experts", "num_experts_per_tok",

@@ -90,7 +90,7 @@ static void read_chunks(struct perta_config_reader *r, struct perta_llm *llm)
     static const char key[] = "layer_types", size[] = "attention_chunk_size";
     const json_t *types = json_object_get(r->config, key),
                  *chunk = json_object_get(r->config, size);
-    bool has_types = perta_config_has(r->config, key), any = false;
+    bool has_types = perta_config_has(r->config, key);
     if (has_types && (!json_is_array(types) || json_array_size(types) != llm->n_layers))
         perta_config_refuse(r, key, "is not a list with a type for each layer");
     for (uint32_t l = 0; l < llm->n_layers; l++) {
@@ -101,10 +101,13 @@ static void read_chunks(struct perta_config_reader *r, struct perta_llm *llm)
             perta_config_refuse(r, key,
                                 "has another type than full_attention and "
                                 "chunked_attention");
-        llm->layers[l] |= chunks ? PERTA_LAYER_CHUNKS : 0;
-        any |= chunks;
+        if (chunks)
+            llm->layers[l] |= PERTA_LAYER_CHUNKS;
     }
-    if (any && chunk && json_is_null(chunk))
+    bool any = false;
+    for (uint32_t l = 0; l < llm->n_layers && !any; l++)
+        any = perta_llm_has(llm, l, PERTA_LAYER_CHUNKS);
+    if (any && json_is_null(chunk))
         perta_config_refuse(r, size, "is null, but there are layers with chunks");
     llm->chunk = perta_config_count(r, size, 8192);
 }

@@ -24,7 +24,7 @@ static float llama3(const struct perta_rope *r, uint32_t i)
                     (r->high_freq_factor - r->low_freq_factor);
     if (wavelength > low)
         f /= r->factor;
-    else if (wavelength >= high)
+    else if (wavelength >= high && high < low) /* Llama 4 has nothing between the two */
         f = (1 - smooth) * f / r->factor + smooth * f;
     return (float)f;
 }

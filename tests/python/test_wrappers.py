@@ -3,6 +3,7 @@ the names of the model in memory, which are not those of its files."""
 
 import copy
 import json
+import math
 import warnings
 
 import pytest
@@ -203,3 +204,33 @@ def test_inspect_says_in_one_line_what_a_model_is_for(perta, tmp_path, model):
     said = json.loads(perta("inspect", "codes", "--json").stdout)
     assert said["can"]["edit"] is False and "has no tensor of BF16" in said["not_edited"]
     assert "  edits refuse it: codes: has no tensor of BF16" in perta("inspect", "codes").stdout
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma3_text"])
+def test_sizes_that_a_file_leaves_out_are_transformers(perta, tmp_path, kind):
+    """The text model's config says only what is not the default of its class: all tensors of
+    such a model are accepted, in a file without bytes."""
+    whole = transformers.CONFIG_MAPPING[kind]()
+    with torch.device("meta"):
+        shapes = {name: tuple(x.shape) for name, x in transformers.AutoModelForCausalLM.from_config(whole).state_dict().items()}
+    outer = "gemma3" if kind == "gemma3_text" else "llava"
+    (tmp_path / "model").mkdir()
+    config = {"model_type": outer, "text_config": {"model_type": kind}, "tie_word_embeddings": False}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    write_header(tmp_path / "model/model.safetensors", {f"language_model.{name}": shape for name, shape in shapes.items()})
+    said = json.loads(perta("inspect", "model", "--json").stdout)
+    assert said["can"]["estimate"], said["not_computed"]
+
+
+def write_header(path, shapes):
+    """A file of BF16 tensors without their bytes: sparse."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        n = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + n]}
+        at += n
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
