@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
 from families import make_model, outputs, samples, write_lines
 from family_configs import FAMILIES
-from safetensors.torch import load_file
+from rounding import FORMATS
+from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
 
@@ -123,3 +124,38 @@ def test_what_has_no_importance_is_kept(perta, tmp_path, family, i, extra):
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "after"))
     assert all(torch.equal(before[name], after[name]) for name in left_out)
     assert any(not torch.equal(before[name], after[name]) for name in names)
+
+
+# --- rounded
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("family, i", [("qwen2_moe", 0), ("mixtral", 0), ("qwen3_moe", 9)])
+def test_experts_are_rounded_and_routers_are_not(perta, tmp_path, family, i, form):
+    """As in a checkpoint whose matrices were rounded before."""
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+    how = FAMILIES[family][i] | {"intermediate_size": 32}
+    make_model(tmp_path / "model", family, how | {key: n for key, n in sizes.items() if key in how})
+    write_lines(tmp_path / "data.jsonl", samples(61))
+    words = "eval --data data.jsonl --compute f32 --json --model".split()
+    plain = json.loads(perta(*words, "model").stdout)
+    have = json.loads(perta(*words, "model", "--quantize", form).stdout)
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    n = 0
+    for name, x in tensors.items():
+        if x.ndim == 1 or "embed_tokens" in name or "lm_head" in name or "gate.weight" in name:
+            continue
+        for matrix in x if x.ndim == 3 else [x]:
+            matrix[:] = torch.from_numpy(FORMATS[form](matrix.numpy()))
+        n += x.numel()
+    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+    want = json.loads(perta(*words, "model").stdout)
+    assert have["rounded_parameters"] == n
+    assert have["loss"] == want["loss"] != plain["loss"]
+
+
+def test_experts_that_are_stored_transposed_are_not_rounded(perta, tmp_path):
+    make_model(tmp_path / "model", "gpt_oss", FAMILIES["gpt_oss"][0])
+    write_lines(tmp_path / "data.jsonl", samples(61))
+    message = perta(*"eval --model model --data data.jsonl --quantize nf4".split(), check=3).stderr
+    assert "model.layers.0.mlp.experts.gate_up_proj is stored transposed" in message
