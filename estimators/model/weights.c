@@ -58,9 +58,15 @@ static int check_tensor(void *ctx, const char *name, const struct perta_tensor_s
     return 0;
 }
 
-/* Is it of a layer after the last one that takes part in the loss? */
-static bool is_of_extra_layer(const struct perta_llm *llm, const char *name)
+/* Is it of what predicts further tokens: of a layer after the last one that takes part in the loss, or
+ * named so? */
+static bool is_extra(const struct perta_llm *llm, const char *name)
 {
+    const struct perta_family *family = llm->family;
+    size_t of_base = strlen(family->base);
+    if (family->extra && !strncmp(name, family->base, of_base) && name[of_base] == '.' &&
+        !strncmp(name + of_base + 1, family->extra, strlen(family->extra)))
+        return true;
     size_t n = strlen(llm->names.layers);
     char *end;
     if (strncmp(name, llm->names.layers, n) || name[n] != '.' || !isdigit(name[n + 1]))
@@ -75,8 +81,7 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
         return !strcmp(name, perta_weights_head(w));
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     bool buffer = ref ? perta_is_buffer(ref->tensor) : perta_is_buffer_name(name);
-    return !buffer && !is_of_extra_layer(&w->llm, name) &&
-           !(w->llm.wrapper && perta_wrapper_is_other(name));
+    return !buffer && !is_extra(&w->llm, name) && !(w->llm.wrapper && perta_wrapper_is_other(name));
 }
 
 /* Refuse tensors that are never read: they have no gradient, and zeros for them would mislead. */
