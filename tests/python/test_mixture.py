@@ -35,18 +35,23 @@ LARGE = {
 
 def shapes_of(c):
     """Of the tensors of a Qwen3-MoE, without MLPs."""
-    H, I, D = c["hidden_size"], c["moe_intermediate_size"], c["head_dim"]
+    H, inner, D = c["hidden_size"], c["moe_intermediate_size"], c["head_dim"]
     Q, K = D * c["num_attention_heads"], D * c["num_key_value_heads"]
     shapes = {"model.embed_tokens.weight": [c["vocab_size"], H], "model.norm.weight": [H]}
     for layer in range(c["num_hidden_layers"]):
         of = f"model.layers.{layer}."
-        shapes |= {of + f"self_attn.{x}_proj.weight": [n, H] for x, n in (("q", Q), ("k", K), ("v", K))}
-        shapes |= {of + "self_attn.o_proj.weight": [H, Q], of + "mlp.gate.weight": [c["num_experts"], H]}
+        shapes |= {
+            of + f"self_attn.{x}_proj.weight": [n, H] for x, n in (("q", Q), ("k", K), ("v", K))
+        }
+        shapes |= {
+            of + "self_attn.o_proj.weight": [H, Q],
+            of + "mlp.gate.weight": [c["num_experts"], H],
+        }
         shapes |= {of + f"self_attn.{x}_norm.weight": [D] for x in "qk"}
         shapes |= {of + f"{x}_layernorm.weight": [H] for x in ("input", "post_attention")}
         for e in range(c["num_experts"]):
-            shapes |= {of + f"mlp.experts.{e}.{x}_proj.weight": [I, H] for x in ("gate", "up")}
-            shapes[of + f"mlp.experts.{e}.down_proj.weight"] = [H, I]
+            shapes |= {of + f"mlp.experts.{e}.{x}_proj.weight": [inner, H] for x in ("gate", "up")}
+            shapes[of + f"mlp.experts.{e}.down_proj.weight"] = [H, inner]
     return shapes
 
 
@@ -106,7 +111,9 @@ def edit(perta, *flags, check=0):
     return perta(*words, "--forget", "imp/mean", *flags, check=check)
 
 
-@pytest.mark.parametrize("family, i, extra", [("glm4_moe", 3, "model.layers.2."), ("ernie4_5_moe", 2, "mtp_")])
+@pytest.mark.parametrize(
+    "family, i, extra", [("glm4_moe", 3, "model.layers.2."), ("ernie4_5_moe", 2, "mtp_")]
+)
 def test_what_has_no_importance_is_kept(perta, tmp_path, family, i, extra):
     """What predicts further tokens has none; the corrections of routers' scores have zeros."""
     make_model(tmp_path / "model", family, FAMILIES[family][i])
@@ -122,7 +129,9 @@ def test_what_has_no_importance_is_kept(perta, tmp_path, family, i, extra):
     assert "--missing" in edit(perta, check=3).stderr
     edit(perta, "--missing", "keep")
     perta(*"apply model p --out after".split())
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "after"))
+    before, after = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "after")
+    )
     assert all(torch.equal(before[name], after[name]) for name in left_out | corrections)
     assert any(not torch.equal(before[name], after[name]) for name in names)
 
