@@ -9,7 +9,7 @@
 #include "estimators/model/store.h"
 #include "tests/backends.h"
 
-enum { H = 6, I = 5, S = 4, E = 3, T = 7 }; /* the shared expert has S, others I */
+enum { H = 6, INNER = 5, S = 4, E = 3, T = 7 }; /* the shared expert has S, others INNER */
 
 static void open_all(void)
 {
@@ -188,7 +188,7 @@ static void open_lab(const struct variant *v)
                                .residual_multiplier = 1,
                                .gate_up_interleaved = v->interleaved,
                                .n_experts = E,
-                               .expert_intermediate = I,
+                               .expert_intermediate = INNER,
                                .shared_intermediate = S,
                                .router = {.n_experts = E, .scales_input = v->scales_input}},
                        .x = pair(T * H, 1),
@@ -292,7 +292,7 @@ static double silu(double x)
 /* y (H) = down(silu(gate x) * up x), of an MLP of that width. */
 static void mlp(const struct perta_mlp_roles *roles, size_t width, const double *x, double *y)
 {
-    double h[I];
+    double h[INNER];
     bool by_two = lab.llm.gate_up_interleaved, is_fused = lab.values[roles->gate_up].n;
     for (size_t i = 0; i < width; i++) {
         double gate =
@@ -312,7 +312,7 @@ static void expert_double(size_t t, double *y)
     bool first = lab.llm.router.scales_input;
     for (size_t i = 0; i < H; i++)
         x[i] = lab.x.d[t * H + i] * (first ? weight : 1);
-    mlp(&perta_expert_roles, I, x, y);
+    mlp(&perta_expert_roles, INNER, x, y);
     for (size_t i = 0; i < H; i++)
         y[i] *= first ? 1 : weight;
 }

@@ -226,8 +226,11 @@ struct perta_family {
     const struct perta_param_row *params; /* (n_params) of a layer, in the order of saving */
     size_t n_params;
     const char *embedding;
-    const char *head, *head_bias;                     /* without base; head_bias NULL: none */
-    const char *final_norm, *final_norm_bias;         /* NULL: none */
+    const char *head, *head_bias;             /* without base; head_bias NULL: none */
+    const char *final_norm, *final_norm_bias; /* NULL: none */
+    /* How names begin, after base, of tensors that predict further tokens; NULL: there are none.
+     * Whole layers do so elsewhere (perta_llm.n_extra_layers). */
+    const char *extra;
     const char *positions;                            /* table of learned positions; NULL: none */
     const char *embedding_norm, *embedding_norm_bias; /* after the embedding; NULL: none */
     const char *other_base; /* which some files have instead of base; NULL: none */

@@ -181,6 +181,7 @@ const struct perta_family perta_ernie4_5_moe = {
     PERTA_LLAMA_NAMES,
     PARAMS(ernie4_5_moe_params),
     .head_bias = "lm_head.bias",
+    .extra = "mtp_",
     .own_keys = ernie4_5_moe_keys,
     .tied = true,
     .pad = 0 + 1,

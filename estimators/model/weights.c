@@ -58,9 +58,15 @@ static int check_tensor(void *ctx, const char *name, const struct perta_tensor_s
     return 0;
 }
 
-/* Is it of a layer after the last one that takes part in the loss? */
-static bool is_of_extra_layer(const struct perta_llm *llm, const char *name)
+/* Is it of what predicts further tokens: of a layer after the last one that takes part in the loss, or
+ * named so? */
+static bool is_extra(const struct perta_llm *llm, const char *name)
 {
+    const struct perta_family *family = llm->family;
+    size_t of_base = strlen(family->base);
+    if (family->extra && !strncmp(name, family->base, of_base) && name[of_base] == '.' &&
+        !strncmp(name + of_base + 1, family->extra, strlen(family->extra)))
+        return true;
     size_t n = strlen(llm->names.layers);
     char *end;
     if (strncmp(name, llm->names.layers, n) || name[n] != '.' || !isdigit(name[n + 1]))
@@ -75,8 +81,7 @@ bool perta_weights_is_parameter(const struct perta_weights *w, const char *name)
         return !strcmp(name, perta_weights_head(w));
     const struct perta_ref *ref = perta_checkpoint_find(w->ck, name);
     bool buffer = ref ? perta_is_buffer(ref->tensor) : perta_is_buffer_name(name);
-    return !buffer && !is_of_extra_layer(&w->llm, name) &&
-           !(w->llm.wrapper && perta_wrapper_is_other(name));
+    return !buffer && !is_extra(&w->llm, name) && !(w->llm.wrapper && perta_wrapper_is_other(name));
 }
 
 /* Refuse tensors that are never read: they have no gradient, and zeros for them would mislead. */
@@ -243,15 +248,16 @@ const char *perta_weights_head(const struct perta_weights *w)
 
 /* ---- rounding ---- */
 
-/* The parameter of a layer with this role, if it is a matrix (*out, *in); else NULL. */
-static const struct perta_param_row *matrix_of(const struct perta_llm *llm, uint32_t layer,
+/* The parameter of a layer with this role, if it is a matrix (*out, *in) that is rounded; else
+ * NULL. */
+static const struct perta_param_row *matrix_of(const struct perta_weights *w, uint32_t layer,
                                                int param, size_t *out, size_t *in)
 {
-    const struct perta_param_row *row = perta_llm_param(llm, layer, (enum perta_param)param);
-    if (!row)
+    const struct perta_param_row *row = perta_llm_param(&w->llm, layer, (enum perta_param)param);
+    if (!row || !perta_weights_rounds(w, row))
         return NULL;
-    perta_llm_shape(llm, row, out, in);
-    return *out ? row : NULL;
+    perta_llm_shape(&w->llm, row, out, in);
+    return row;
 }
 
 int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
@@ -262,13 +268,13 @@ int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
     for (uint32_t l = 0; rounding && l < w->llm.n_layers; l++)
         for (int p = 0; p < PERTA_N_PARAMS; p++) {
             size_t out, in;
-            const struct perta_param_row *row = matrix_of(&w->llm, l, p, &out, &in);
-            if (row && row->transposed && !perta_is_of_expert(row->param))
+            const struct perta_param_row *row = matrix_of(w, l, p, &out, &in);
+            if (row && row->transposed)
                 return perta_fail(err, PERTA_EINPUT,
                                   "%s: tensor %s is stored transposed; rounding such tensors is "
                                   "not supported",
                                   w->ck->path,
-                                  perta_llm_name(&w->llm, perta_site_of(l), row, name));
+                                  perta_llm_name(&w->llm, perta_site_of_expert(l, 0), row, name));
             if (row && !perta_rounding_fits(rounding, in))
                 return perta_fail(
                     err, PERTA_EINPUT,
@@ -286,7 +292,7 @@ uint64_t perta_weights_n_rounded(const struct perta_weights *w)
     size_t out, in;
     for (uint32_t l = 0; w->rounding && l < w->llm.n_layers; l++)
         for (int p = 0; p < PERTA_N_PARAMS; p++)
-            if (matrix_of(&w->llm, l, p, &out, &in))
+            if (matrix_of(w, l, p, &out, &in))
                 n += (uint64_t)out * in *
                      (perta_is_of_expert((enum perta_param)p) ? w->llm.n_experts : 1);
     return n;

@@ -74,6 +74,14 @@ int perta_weights_open(struct perta_weights *w, const char *path, struct perta_e
  * the format. */
 int perta_weights_round(struct perta_weights *w, enum perta_rounding rounding,
                         struct perta_err *err);
+/* Whether it is rounded: a linear module's matrix. Routers and the gate of a shared expert are left as
+ * they are. */
+static inline bool perta_weights_rounds(const struct perta_weights *w,
+                                        const struct perta_param_row *row)
+{
+    return w->rounding && row->out != PERTA_WIDTH_NONE && row->out != PERTA_WIDTH_ROW &&
+           row->param != PERTA_ROUTER && row->param != PERTA_SHARED_SCORE;
+}
 /* How many parameters are rounded. */
 uint64_t perta_weights_n_rounded(const struct perta_weights *w);
 /* Start the reader. */

@@ -180,8 +180,8 @@ uint64_t perta_weights_expert_room(const struct perta_weights *w)
     return perta_align_up(most, PERTA_BLOCK_BYTES);
 }
 
-/* Round a layer's matrix, which was read to data, to the format in which it is served. */
-static int round_matrix(const struct perta_weights *w, const struct perta_ref *ref,
+/* Round a layer's matrix, which was read to data from element first of its tensor on, to the format in which it is served. */
+static int round_matrix(const struct perta_weights *w, const struct perta_ref *ref, uint64_t first,
                         const struct perta_value *value, uint8_t *data, struct perta_err *err)
 {
     const char *name = ref->tensor->name;
@@ -191,8 +191,8 @@ static int round_matrix(const struct perta_weights *w, const struct perta_ref *r
         return 0;
     perta_row_kernels()->to_f32(&x, data + bad * perta_dtype_unit_bytes(value->dtype), value->dtype,
                                 1);
-    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s, element %zu: not a finite number%s%s",
-                      w->ck->shards[ref->shard].path, name, bad,
+    return perta_fail(err, PERTA_EINPUT, "%s: tensor %s, element %llu: not a finite number%s%s",
+                      w->ck->shards[ref->shard].path, name, (unsigned long long)(first + bad),
                       isfinite(x) ? " once it is rounded to " : "",
                       isfinite(x) ? perta_rounding_name(w->rounding) : "");
 }
@@ -213,8 +213,8 @@ static int read_param(struct perta_weights *w, struct perta_site site,
         value->dtype = ref->tensor->dtype;
         *at += matrix_room(w, site, row);
         rc = read_elems(w, ref, first, (uint64_t)value->out * value->in, here, &data, err);
-        if (!rc && w->rounding)
-            rc = round_matrix(w, ref, value, here + ((const uint8_t *)data - here), err);
+        if (!rc && perta_weights_rounds(w, row))
+            rc = round_matrix(w, ref, first, value, here + ((const uint8_t *)data - here), err);
     } else {
         value->dtype = PERTA_F32;
         *at += vector_room(value->in);

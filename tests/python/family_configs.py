@@ -269,7 +269,7 @@ FAMILIES = {
     "ernie4_5_moe": configs(
         {"moe_intermediate_size": 24, "moe_k": 2, "moe_num_experts": 6, "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1},
         (THREE, APART, {"moe_intermediate_size": 20, "moe_k": 3, "moe_num_experts": 6, "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 2, "moe_layer_interval": 2, "use_bias": True, "head_dim": 10}),
-        {"moe_intermediate_size": 24, "moe_k": 2, "moe_num_experts": 6, "moe_num_shared_experts": 1, "moe_layer_start_index": 0, "moe_layer_end_index": -1},
+        {"moe_intermediate_size": 24, "moe_k": 2, "moe_num_experts": 6, "moe_num_shared_experts": 1, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "_extra": {"model.mtp_emb_norm.0.weight": (32,), "model.mtp_block.0.self_attn.q_proj.weight": (32, 32)}},
     ),
     "hunyuan_v1_moe": configs(
         {"num_experts": 4, "moe_topk": 2, "head_dim": 8},

@@ -34,12 +34,16 @@ def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write_llama(folder: Path, config: dict) -> int:
+    return write_noise(folder, config, shapes_of(config))
+
+
+def write_noise(folder: Path, config: dict, shapes: dict) -> int:
     """Weights in bf16: one mebibyte of noise, repeated. Returns the number of bytes of the
     weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
-    for name, shape in shapes_of(config).items():
+    for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()

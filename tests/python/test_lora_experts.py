@@ -27,7 +27,11 @@ KINDS = {
 TARGETS = {
     "gate_up": {"target_parameters": ["mlp.experts.gate_up_proj"]},
     "down": {"target_parameters": ["mlp.experts.down_proj"]},
-    "both": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 3, "use_rslora": True},
+    "both": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "r": 3,
+        "use_rslora": True,
+    },
     "patterns": {
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         "rank_pattern": {"experts.down_proj": 2},
@@ -55,7 +59,12 @@ def make(tmp_path, kind):
 
 def tune(tmp_path, **config):
     """An adapter all of whose parameters changed; the model with it."""
-    keys = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj"]}
+    keys = {
+        "r": 4,
+        "lora_alpha": 6,
+        "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj", "o_proj"],
+    }
     model = peft.get_peft_model(load(tmp_path / "model"), peft.LoraConfig(**keys | config))
     generator = torch.Generator().manual_seed(2)
     for p in model.parameters():
@@ -71,8 +80,12 @@ def test_the_task_vector_is_pefts(perta, tmp_path, kind, target):
     how, _ = make(tmp_path, kind)
     merged = tune(tmp_path, **TARGETS[target]).merge_and_unload()
     want = on_disk(merged, how, dict(merged.state_dict()))
-    perta(*"unlearn --model model --tuned adapter --method tv --alpha=-1 --patch patch --out after".split())
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "after"))
+    perta(
+        *"unlearn --model model --tuned adapter --method tv --alpha=-1 --patch patch --out after".split()
+    )
+    before, after = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "after")
+    )
     changed = 0
     for name, x in before.items():
         change = want[name] - x if name in want else torch.zeros_like(x)
@@ -152,5 +165,7 @@ def test_a_number_that_is_not_finite_is_named(perta, tmp_path):
 def test_tune_does_not_train_experts(perta, tmp_path):
     make(tmp_path, "qwen3_moe")
     tune(tmp_path, **TARGETS["down"])
-    message = refused(perta, tmp_path, *"tune --model model --adapter adapter --data data.jsonl --out out".split())
+    message = refused(
+        perta, tmp_path, *"tune --model model --adapter adapter --data data.jsonl --out out".split()
+    )
     assert "experts, which are not trained" in message
