@@ -160,10 +160,10 @@ def renamed(how, tensors):
 # --- samples
 
 
-def samples(vocabulary, longest=31):
+def samples(vocabulary, longest=31, seed=1):
     """Of different lengths, the shortest with one token to predict; with the padding token
     inside, and ids from both ends of the vocabulary. Some begin with what is not learned."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for i, n in enumerate((2, 23, 9, longest)):
         ids = torch.randint(0, vocabulary, (n,), generator=generator).tolist()
