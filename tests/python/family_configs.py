@@ -471,5 +471,50 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+# Families that differ from one above in a key, a name or a norm.
+NO_KV = {"num_key_value_heads": ...}
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+QWEN_TOKENS = {"image_token_id": 60, "video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57}
+GPT = ENDS | {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+FAMILIES |= {
+    "internlm3": configs({"head_dim": 8}, (ODD, BIASES, {"head_dim": 10})),
+    "iquestcoder": configs({"head_dim": 8}, (ODD, BIASES, TIED, {"head_dim": 10})),
+    "hyperclovax": configs(GRANITE | {"head_dim": 8, "logits_scaling": 0.6}, (ODD, BIASES, TIED, GRANITE, {"hidden_size": 50, "use_post_norm": False, "logits_scaling": 0.4})),
+    "granitemoeshared": configs(GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 2, "shared_intermediate_size": 20}, GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "granite_swa": configs((WINDOWS, GRANITE), (GRANITE, WINDOWS, {"layer_rope_theta": [0, 100.0, 500.0]})),
+    "solar_open": configs((GROUPED, {"head_dim": 8}), (GROUPED, GROUPS, TIED, {"head_dim": 10})),
+    "exaone_moe": configs(
+        (WINDOWS, MOE, {"num_experts": 8, "head_dim": 8}),
+        (WINDOWS, MOE, {"num_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "num_shared_experts": 2}),
+    ),
+    "youtu": configs(MLA | {"pad_token_id": None}, (MLA, APART, {"pad_token_id": None}, {"q_lora_rank": None, "rope_interleave": False})),
+    "minicpm3": configs(MLA | {"dim_model_base": 20}, (MLA, APART, {"scale_emb": 3.0, "scale_depth": 0.7, "dim_model_base": 16})),
+    "axk1": configs((MLA, GROUPED, GROUPS, {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": ...})),
+    "jais2": configs({"head_dim": 8}, (ODD, TIED, {"head_dim": 10, "attention_bias": False, "mlp_bias": False})),
+    "vaultgemma": configs((GEMMA, {"sliding_window": 5}), (ODD, GEMMA, {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 4})),
+    "qwen2_vl": wrapped(
+        text({"model_type": "qwen2_vl_text"} | rope(mrope_section=[1, 1, 2])),
+        vision_config=QWEN_VISION | {"embed_dim": 16, "hidden_size": 32}, **QWEN_TOKENS,
+    ),
+    "qwen3_vl": wrapped(
+        text({"model_type": "qwen3_vl_text", "head_dim": 8} | rope(mrope_section=[2, 1, 1], mrope_interleaved=True)),
+        vision_config=QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, **QWEN_TOKENS,
+    ),
+    "qwen3_vl_moe": wrapped(
+        text({"model_type": "qwen3_vl_moe_text", "head_dim": 8, "num_local_experts": 6} | MOE | rope(mrope_section=[2, 1, 1], mrope_interleaved=True)),
+        vision_config=QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, **QWEN_TOKENS,
+    ),
+    "gpt_bigcode": configs({}, {"multi_query": False, "n_inner": 50}, base=GPT),
+    "gptj": configs({"rotary_dim": 6}, {"rotary_dim": 4, "n_inner": 50} | TIED, base=GPT),
+    "codegen": configs({"rotary_dim": 6}, base=GPT),
+    "gpt_neo": configs(
+        {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+        base=ENDS | {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64},
+    ),
+    "mpt": configs({}, {"attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.2}}, base=ENDS | {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "persimmon": configs({}, {"qk_layernorm": False} | TIED, base=SIZES | NO_KV),
+    "biogpt": configs({}, base=SIZES | NO_KV),
+}  # fmt: skip
+
 for family, hows in FAMILIES.items():
     hows += files(family)
