@@ -11,7 +11,7 @@
 #define EXPERT PERTA_WIDTH_EXPERT
 #define GATES_AND_UPS PERTA_WIDTH_EXPERT_GATE_UP
 #define VECTOR PERTA_WIDTH_NONE
-#define TOGETHER PERTA_EXPERTS_TOGETHER
+
 
 static const struct perta_param_row params[] = {
     {PERTA_SINKS, "self_attn.sinks", VECTOR, PERTA_WIDTH_HEADS, PERTA_ALWAYS, false},

@@ -27,7 +27,7 @@ SANITIZED = is_sanitized(PERTA)  # sanitizers make it several times slower
 
 
 MODEL = " (not in this build)" not in subprocess.run([PERTA, "--help"], capture_output=True, text=True).stdout
-NEED_MODEL = ["test_ask", "test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_families", "test_family_keys", "test_forget", "test_generate", "test_gradient_norm", "test_quality", "test_quantize", "test_resume", "test_route", "test_steps", "test_steps_lora", "test_survive", "test_torch", "test_tune"]
+NEED_MODEL = ["test_ask", "test_audit", "test_box", "test_config", "test_config_sweep", "test_data", "test_demo", "test_estimate", "test_eval", "test_families", "test_family_keys", "test_family_verbs", "test_forget", "test_generate", "test_gradient_norm", "test_quality", "test_quantize", "test_resume", "test_route", "test_steps", "test_steps_lora", "test_survive", "test_torch", "test_tune"]
 
 
 # Tests that compare numbers run once, in the plain build. Sanitizers run where they can find
@@ -47,6 +47,7 @@ NUMBERS = [
     "test_route",
     "test_families",
     "test_family_keys",
+    "test_family_verbs",
     "test_forget",
     "test_ask",
     "test_tokenize",

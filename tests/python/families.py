@@ -78,9 +78,12 @@ def randomise(model, how):
         tensor.copy_(new)
     routers = [tensor for name, tensor in kept.items() if ROUTER.search(name) and tensor.ndim == 2]
     embedding = model.get_input_embeddings().weight
-    if how.get("_router") == "ties":  # of experts 0, 2 and 3, and of all the others
-        for router in routers:
+    if how.get("_router") == "ties":
+        for router in routers + [t for name, t in kept.items() if name.endswith("e_score_correction_bias")]:
             router.zero_()
+    if how.get("_router") == "twins":
+        for router in routers + [t.view(-1) for name, t in kept.items() if name.endswith("e_score_correction_bias")]:
+            router[1::2] = router[: len(router) - 1 : 2].clone()
     if how.get("_router") == "one":  # expert 1 of all tokens; the others share what is left
         embedding[:, 0] += 4.0
         for router in routers:
@@ -164,10 +167,10 @@ def renamed(how, tensors):
 # --- samples
 
 
-def samples(vocabulary, longest=31):
+def samples(vocabulary, longest=31, seed=1):
     """Of different lengths, the shortest with one token to predict; with the padding token
     inside, and ids from both ends of the vocabulary. Some begin with what is not learned."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for i, n in enumerate((2, 23, 9, longest)):
         ids = torch.randint(0, vocabulary, (n,), generator=generator).tolist()

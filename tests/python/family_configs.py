@@ -9,7 +9,8 @@ _without   keys left out of config.json
 _names     patterns, and what replaces them in the names of tensors
 _late      True: transformers does not know these files; it loads what it wrote itself
 _layout    "fused": experts in three-dimensional tensors, as transformers has them in memory
-_router    "ties": all experts equal; "one": all tokens choose expert 1; "none": no token does
+_router    "ties": all experts are equally good, "twins": each is as good as its neighbour;
+           "one": all tokens choose expert 1, "none": no token does
 _extra     other tensors of the file, and their shapes
 _shard     transformers' max_shard_size
 _file      config.json itself, as `_name` has it, with small sizes"""
@@ -228,6 +229,10 @@ FAMILIES = {
         MOE | {"num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": True, "head_dim": 8},
         MOE | {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8, "_router": "ties"},
         MOE | {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8, "_router": "one"},
+        MOE | {"num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "_router": "twins"},
+        MOE | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 4, "num_hidden_layers": 1, "norm_topk_prob": True, "head_dim": 8, "_router": "twins"},
+        MOE | {"num_experts": 130, "num_experts_per_tok": 2, "moe_intermediate_size": 4, "num_hidden_layers": 1, "norm_topk_prob": True, "head_dim": 8, "_router": "ties"},
+        MOE | {"num_experts": 130, "num_experts_per_tok": 7, "moe_intermediate_size": 4, "num_hidden_layers": 1, "norm_topk_prob": True, "head_dim": 8, "_router": "ties"},
         MOE | {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8, "_router": "none"},
         MOE | {"num_experts": 8, "norm_topk_prob": True, "head_dim": 8, "_layout": "fused"},
         (YARN, MOE, {"num_experts": 8, "head_dim": 8, "use_sliding_window": True, "sliding_window": 5}),
@@ -238,6 +243,7 @@ FAMILIES = {
         (ODD, TIED, {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 10, "sliding_window": 5}),
         {"num_local_experts": 4, "num_experts_per_tok": 1},
         {"num_local_experts": 4, "_router": "ties"},
+        {"num_local_experts": 6, "num_experts_per_tok": 3, "_router": "twins"},
         {"num_local_experts": 4, "_layout": "fused"},
     ),
     "qwen2_moe": configs(
@@ -256,10 +262,13 @@ FAMILIES = {
         (THREE, GROUPED, GROUPS, PARTIAL, {"attention_bias": True, "head_dim": 12, "n_shared_experts": 2}),
         (GROUPED, PARTIAL, TIED, {"norm_topk_prob": False, "first_k_dense_replace": 0, "head_dim": 8}),
         (GROUPED, PARTIAL, {"head_dim": 8}, NEXTN),
+        (GROUPED, GROUPS, PARTIAL, {"head_dim": 8, "_router": "ties"}),
+        (GROUPED, PARTIAL, {"head_dim": 8, "num_experts_per_tok": 3, "_router": "twins"}),
     ),
     "minimax_m2": configs(
         (PARTIAL, {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}),
         (ODD, TIED, {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 12, "rotary_dim": 6}),
+        (PARTIAL, {"num_local_experts": 6, "num_experts_per_tok": 3, "head_dim": 8, "_router": "twins"}),
     ),
     "dots1": configs(
         (GROUPED, {"head_dim": 8}),
@@ -270,6 +279,7 @@ FAMILIES = {
         {"moe_intermediate_size": 24, "moe_k": 2, "moe_num_experts": 6, "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 1},
         (THREE, APART, {"moe_intermediate_size": 20, "moe_k": 3, "moe_num_experts": 6, "moe_num_shared_experts": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 2, "moe_layer_interval": 2, "use_bias": True, "head_dim": 10}),
         {"moe_intermediate_size": 24, "moe_k": 2, "moe_num_experts": 6, "moe_num_shared_experts": 1, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "_extra": {"model.mtp_emb_norm.0.weight": (32,), "model.mtp_block.0.self_attn.q_proj.weight": (32, 32)}},
+        {"moe_intermediate_size": 24, "moe_k": 3, "moe_num_experts": 6, "moe_layer_start_index": 0, "moe_layer_end_index": -1, "_router": "twins"},
     ),
     "hunyuan_v1_moe": configs(
         {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
@@ -284,6 +294,8 @@ FAMILIES = {
     "phimoe": configs(
         {"num_local_experts": 6, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.4},
         {"num_local_experts": 4, "sliding_window": 5},
+        {"num_local_experts": 6, "router_jitter_noise": 0.4, "_router": "twins"},
+        {"num_local_experts": 6, "_router": "ties"},
         (longrope(4, short_mscale=1.1, long_mscale=1.3), {"num_local_experts": 4, "attention_bias": True, "router_jitter_noise": 0.4}),
     ),
     # --- norms and scalars
@@ -387,6 +399,7 @@ FAMILIES = {
         (MLA, MOE, {"n_routed_experts": 6, "n_shared_experts": 2, "first_k_dense_replace": 1}),
         (THREE, MLA, MOE, {"n_routed_experts": 8, "n_shared_experts": 1, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0, "attention_bias": True}),
         (MLA, MOE, DEEPSEEK_V3_YARN, {"n_routed_experts": 6, "n_shared_experts": 1, "norm_topk_prob": True}),
+        (MLA, MOE, {"n_routed_experts": 8, "n_shared_experts": 1, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "_router": "twins"}),
     ),
     "deepseek_v3": configs(
         (MLA, GROUPED, GROUPS, rope()),
@@ -394,6 +407,8 @@ FAMILIES = {
         (MLA, GROUPED, GROUPS, DEEPSEEK_V3_YARN),
         (MLA, GROUPED, GROUPS, rope(), {"rope_interleave": False}, TIED),
         (MLA, GROUPED, GROUPS, rope(), NEXTN),
+        (MLA, GROUPED, GROUPS, rope(), {"_router": "twins"}),
+        (MLA, GROUPED, GROUPS, rope(), {"_router": "ties", "n_routed_experts": 16, "num_experts_per_tok": 5}),
     ),
     "kimi_k2": configs(
         (MLA, GROUPED, DEEPSEEK_V3_YARN, {"_type": "deepseek_v3", "_class": "DeepseekV3ForCausalLM"}, {"_json": {"model_type": "kimi_k2", "rope_theta": 500.0, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}}, "_without": ["rope_parameters"], "_late": True}),
@@ -469,6 +484,43 @@ FAMILIES = {
         {"n_head": 5, "hidden_size": 45, "vocab_size": 97} | APART,
         base=ENDS | {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     ),
+}  # fmt: skip
+
+# Families that differ from one above in a key, a name or a norm.
+NO_KV = {"num_key_value_heads": ...}
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+QWEN_TOKENS = {"image_token_id": 60, "video_token_id": 59, "vision_start_token_id": 58, "vision_end_token_id": 57}
+GPT = ENDS | {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+FAMILIES |= {
+    "granitemoeshared": configs(GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 2, "shared_intermediate_size": 20}, GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "solar_open": configs((GROUPED, {"head_dim": 8}), (GROUPED, GROUPS, TIED, {"head_dim": 10})),
+    "exaone_moe": configs(
+        (WINDOWS, MOE, {"num_experts": 8, "head_dim": 8}),
+        (WINDOWS, MOE, {"num_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "num_shared_experts": 2}),
+    ),
+    "axk1": configs((MLA, GROUPED, GROUPS, {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": ...})),
+    "qwen2_vl": wrapped(
+        text({"model_type": "qwen2_vl_text"} | rope(mrope_section=[1, 1, 2])),
+        vision_config=QWEN_VISION | {"embed_dim": 16, "hidden_size": 32}, **QWEN_TOKENS,
+    ),
+    "qwen3_vl": wrapped(
+        text({"model_type": "qwen3_vl_text", "head_dim": 8} | rope(mrope_section=[2, 1, 1], mrope_interleaved=True)),
+        vision_config=QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, **QWEN_TOKENS,
+    ),
+    "qwen3_vl_moe": wrapped(
+        text({"model_type": "qwen3_vl_moe_text", "head_dim": 8, "num_local_experts": 6} | MOE | rope(mrope_section=[2, 1, 1], mrope_interleaved=True)),
+        vision_config=QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}, **QWEN_TOKENS,
+    ),
+    "gpt_bigcode": configs({}, {"multi_query": False, "n_inner": 50}, base=GPT),
+    "gptj": configs({"rotary_dim": 6}, {"rotary_dim": 4, "n_inner": 50} | TIED, base=GPT),
+    "codegen": configs({"rotary_dim": 6}, base=GPT),
+    "gpt_neo": configs(
+        {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+        base=ENDS | {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64},
+    ),
+    "mpt": configs({}, {"attn_config": {"clip_qkv": 0.6, "softmax_scale": 0.2}}, base=ENDS | {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "persimmon": configs({}, {"qk_layernorm": False} | TIED, base=SIZES | NO_KV),
+    "biogpt": configs({}, base=SIZES | NO_KV),
 }  # fmt: skip
 
 for family, hows in FAMILIES.items():

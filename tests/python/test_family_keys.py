@@ -3,7 +3,7 @@ has its loss and gradients, or refuses the file: no key that changes the model i
 
     python tests/python/test_family_keys.py PERTA [FAMILY...]
 
-tries all keys with all values."""
+tries all keys with all values, on the first two configurations."""
 
 import collections
 import copy
@@ -187,7 +187,7 @@ def test_no_key_is_passed_over(tmp_path, family):
 
 def main(perta, families):
     for family in families or FAMILIES:
-        for i, how in enumerate(FAMILIES[family]):
+        for i, how in enumerate(FAMILIES[family][:2]):
             if how.get("_late"):
                 continue
             with tempfile.TemporaryDirectory() as folder:
