@@ -178,7 +178,8 @@ static int inspect_checkpoint(const struct args *args, json_t **result, struct p
     } else {
         json_t *not_edited = why_not_edited(ck);
         rc = add_quantised(result, ck, err);
-        if (!rc && !strcmp(json_string_value(json_object_get(*result, "kind")), "checkpoint"))
+        const char *kind = json_string_value(json_object_get(*result, "kind"));
+        if (!rc && kind && !strcmp(kind, "checkpoint"))
             add_uses(result, ck, not_edited);
         else
             json_decref(not_edited);

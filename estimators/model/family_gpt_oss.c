@@ -12,7 +12,6 @@
 #define GATES_AND_UPS PERTA_WIDTH_EXPERT_GATE_UP
 #define VECTOR PERTA_WIDTH_NONE
 
-
 static const struct perta_param_row params[] = {
     {PERTA_SINKS, "self_attn.sinks", VECTOR, PERTA_WIDTH_HEADS, PERTA_ALWAYS, false},
     {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},
