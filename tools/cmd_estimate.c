@@ -20,7 +20,7 @@ struct args {
 };
 
 static const struct argp_option options[] = {
-    {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
+    {"model", KEY_MODEL, "DIR", 0, "The model (perta help families)", 1},
     {"adapter", KEY_ADAPTER, "DIR", 0,
      "Use the model with this PEFT LoRA adapter: the gradients are those of the model's own "
      "parameters",

@@ -23,7 +23,7 @@ struct args {
 
 static const struct argp_option options[] = {
     {"dry-run", KEY_DRY_RUN, NULL, 0, "Check everything, but read only headers and data", 2},
-    {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
+    {"model", KEY_MODEL, "DIR", 0, "The model (perta help families)", 1},
     {"patch", KEY_PATCH, "DIR", 0, "Apply this patch while the model is read; nothing is written",
      1},
     {"adapter", KEY_ADAPTER, "DIR", 0, "Use the model with this PEFT LoRA adapter", 1},

@@ -37,7 +37,7 @@ struct args {
 };
 
 static const struct argp_option options[] = {
-    {"model", KEY_MODEL, "DIR", 0, "The model: a Llama, Mistral, Qwen2 or Qwen3 checkpoint", 1},
+    {"model", KEY_MODEL, "DIR", 0, "The model (perta help families)", 1},
     {"quantize", KEY_QUANTIZE, CLI_ROUNDINGS, 0,
      "Round the layers' frozen weights to this format and back while they are read, as QLoRA does",
      1},
