@@ -1,19 +1,10 @@
 /* Dense families whose blocks are Llama's but for what a layer, queries, norms or the MLP have:
  * windows and rotary positions in some layers, scaled queries, norms after rotation, no gate. */
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define HEAD PERTA_WIDTH_HEAD
-#define VECTOR PERTA_WIDTH_NONE
 #define NORMS_AFTER PERTA_OWN_1
-
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 /* ---- windows ---- */
 
@@ -257,18 +248,6 @@ const struct perta_family perta_helium = {
 };
 
 /* ---- other norms, another MLP ---- */
-
-/* clang-format off */
-#define ATTENTION                                                                        \
-    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},          \
-    {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false}, \
-    {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},             \
-    {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},    \
-    {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},           \
-    {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},  \
-    {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},         \
-    {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false}
-/* clang-format on */
 
 static const struct perta_param_row hunyuan_params[] = {
     ATTENTION,

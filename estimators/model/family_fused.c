@@ -1,17 +1,9 @@
 /* Phi-3 and Phi-4, GLM and GLM-4: linears that are several in one tensor. */
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define VECTOR PERTA_WIDTH_NONE
 #define NORMS_AFTER PERTA_OWN_1
-
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 static const struct perta_param_row phi3_params[] = {
     {PERTA_QKV, "self_attn.qkv_proj.weight", PERTA_WIDTH_QKV, HIDDEN, PERTA_ALWAYS, false},

@@ -1,23 +1,14 @@
 /* Models without rotary positions, and Falcon, which has them or none: GPT-2 and OPT with learned
  * positions, Bloom and Falcon with ALiBi. */
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define QKV PERTA_WIDTH_QKV
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define VECTOR PERTA_WIDTH_NONE
 #define ALWAYS PERTA_ALWAYS
 #define QKV_BIAS PERTA_QKV_HAS_BIAS
 #define O_BIAS PERTA_O_HAS_BIAS
 #define MLP_BIAS PERTA_MLP_HAS_BIAS
 #define ALL_BIASES (PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS | PERTA_MLP_HAS_BIAS)
-
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 /* A linear layer in tensors at.weight and at.bias. */
 #define LINEAR(param, at, out, in, biased, transposed)       \

@@ -3,25 +3,11 @@
 #include "estimators/model/family_moe.h"
 #include "estimators/model/part.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define EXPERT PERTA_WIDTH_EXPERT
 #define GATES_AND_UPS PERTA_WIDTH_EXPERT_GATE_UP
-#define VECTOR PERTA_WIDTH_NONE
 
 static const struct perta_param_row params[] = {
     {PERTA_SINKS, "self_attn.sinks", VECTOR, PERTA_WIDTH_HEADS, PERTA_ALWAYS, false},
-    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false},
-    {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},
-    {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},
-    {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},
-    {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false},
+    ATTENTION,
     {PERTA_ROUTER, "mlp.router.weight", PERTA_WIDTH_EXPERTS, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_ROUTER_BIAS, "mlp.router.bias", VECTOR, PERTA_WIDTH_EXPERTS, PERTA_ALWAYS, false},
     {PERTA_EXPERT_GATE_UP, "mlp.experts.gate_up_proj", GATES_AND_UPS, HIDDEN, TOGETHER, true},

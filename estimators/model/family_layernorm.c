@@ -1,25 +1,15 @@
 /* Models with LayerNorm and rotary positions: Phi, GPT-NeoX, StarCoder2, StableLM, Cohere,
  * Nemotron. Most have an MLP without a gate, or attention and MLP beside each other. */
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define QKV PERTA_WIDTH_QKV
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define HEAD PERTA_WIDTH_HEAD
-#define VECTOR PERTA_WIDTH_NONE
 #define ALWAYS PERTA_ALWAYS
 #define QKV_BIAS PERTA_QKV_HAS_BIAS
 #define O_BIAS PERTA_O_HAS_BIAS
 #define MLP_BIAS PERTA_MLP_HAS_BIAS
 #define ALL_BIASES (PERTA_QKV_HAS_BIAS | PERTA_O_HAS_BIAS | PERTA_MLP_HAS_BIAS)
 #define SECOND_NORM PERTA_OWN_1 /* the MLP has a norm of its own */
-
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 /* A linear layer in tensors at.weight and at.bias. */
 #define LINEAR(param, at, out, in, biased)                   \

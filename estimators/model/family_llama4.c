@@ -2,32 +2,17 @@
  * are normalised after the rotation, and layers without, whose queries are scaled by their
  * position; mixtures of experts, with a shared one, whose inputs are scaled. */
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
 #include <string.h>
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define EXPERT PERTA_WIDTH_EXPERT
 #define GATES_AND_UPS PERTA_WIDTH_EXPERT_GATE_UP
-#define SHARED PERTA_WIDTH_SHARED
-#define VECTOR PERTA_WIDTH_NONE
 #define DENSE PERTA_LAYER_DENSE
 #define MIXTURE PERTA_LAYER_MIXTURE
 
 static const struct perta_param_row params[] = {
-    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false},
-    {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},
-    {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},
-    {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},
-    {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false},
+    ATTENTION,
     {PERTA_GATE, "feed_forward.gate_proj.weight", INNER, HIDDEN, DENSE, false},
     {PERTA_UP, "feed_forward.up_proj.weight", INNER, HIDDEN, DENSE, false},
     {PERTA_DOWN, "feed_forward.down_proj.weight", HIDDEN, INNER, DENSE, false},

@@ -1,22 +1,15 @@
 /* Models with latent attention (mla.c): DeepSeek-V2 and V3 (Kimi-K2 is one), GLM-4.7-Flash,
  * Youtu-LLM, MiniCPM3. */
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
 #include <math.h>
 #include <string.h>
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define ATTENDED PERTA_WIDTH_ATTENDED
 #define Q_LORA PERTA_WIDTH_Q_LORA
 #define KV_LORA PERTA_WIDTH_KV_LORA
 #define KV_A PERTA_WIDTH_KV_A
-#define EXPERTS PERTA_WIDTH_EXPERTS
-#define EXPERT PERTA_WIDTH_EXPERT
-#define SHARED PERTA_WIDTH_SHARED
-#define VECTOR PERTA_WIDTH_NONE
 #define ALWAYS PERTA_ALWAYS
 #define DENSE PERTA_LAYER_DENSE
 #define BIASED_DENSE (PERTA_LAYER_DENSE | PERTA_MLP_HAS_BIAS)

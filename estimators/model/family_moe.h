@@ -4,20 +4,10 @@
 #define PERTA_ESTIMATORS_MODEL_FAMILY_MOE_H
 
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define HEAD PERTA_WIDTH_HEAD
-#define EXPERTS PERTA_WIDTH_EXPERTS
-#define EXPERT PERTA_WIDTH_EXPERT
 #define EXPERT_BOTH PERTA_WIDTH_EXPERT_GATE_UP
-#define SHARED PERTA_WIDTH_SHARED
-#define VECTOR PERTA_WIDTH_NONE
 #define DENSE PERTA_LAYER_DENSE
 #define MIXTURE PERTA_LAYER_MIXTURE
 #define WITH_SHARED (PERTA_LAYER_MIXTURE | PERTA_HAS_SHARED)
@@ -26,19 +16,6 @@
 
 /* clang-format off */
 
-/* Attention and norms, as in Llama. */
-#define ATTENTION                                                                          \
-    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},            \
-    {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false},   \
-    {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},               \
-    {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},      \
-    {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},             \
-    {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},    \
-    {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},           \
-    {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false}
-#define NORMS                                                                              \
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},         \
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false}
 /* Of each head's queries and keys, and of all of them together. */
 #define HEAD_NORMS(when)                                                                   \
     {PERTA_NORM_Q, "self_attn.q_norm.weight", VECTOR, HEAD, when, false},                  \
@@ -79,8 +56,6 @@
     FUSED_EXPERTS("mlp")
 
 /* clang-format on */
-
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 /* ---- keys (family_moe.c) ---- */
 

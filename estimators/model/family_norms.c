@@ -4,31 +4,15 @@
 #include <string.h>
 
 #include "estimators/model/config_read.h"
+#include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
-#define HIDDEN PERTA_WIDTH_HIDDEN
-#define INNER PERTA_WIDTH_INTERMEDIATE
-#define QUERIES PERTA_WIDTH_QUERIES
-#define KEYS PERTA_WIDTH_KEYS
-#define VALUES PERTA_WIDTH_VALUES
-#define ATTENDED PERTA_WIDTH_ATTENDED
-#define HEAD PERTA_WIDTH_HEAD
-#define VECTOR PERTA_WIDTH_NONE
-
 /* Attention and MLP, as in Llama; the MLP without biases. */
-#define LINEARS                                                                              \
-    {PERTA_Q, "self_attn.q_proj.weight", QUERIES, HIDDEN, PERTA_ALWAYS, false},              \
-        {PERTA_Q_BIAS, "self_attn.q_proj.bias", VECTOR, QUERIES, PERTA_QKV_HAS_BIAS, false}, \
-        {PERTA_K, "self_attn.k_proj.weight", KEYS, HIDDEN, PERTA_ALWAYS, false},             \
-        {PERTA_K_BIAS, "self_attn.k_proj.bias", VECTOR, KEYS, PERTA_QKV_HAS_BIAS, false},    \
-        {PERTA_V, "self_attn.v_proj.weight", VALUES, HIDDEN, PERTA_ALWAYS, false},           \
-        {PERTA_V_BIAS, "self_attn.v_proj.bias", VECTOR, VALUES, PERTA_QKV_HAS_BIAS, false},  \
-        {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},         \
-        {PERTA_O_BIAS, "self_attn.o_proj.bias", VECTOR, HIDDEN, PERTA_O_HAS_BIAS, false},    \
-        {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},            \
-        {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},                \
-    {                                                                                        \
-        PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false               \
+#define LINEARS                                                                          \
+    ATTENTION, {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false}, \
+        {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},            \
+    {                                                                                    \
+        PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false           \
     }
 /* A vector that every layer has. */
 #define NORM(param, name, width) {param, name, VECTOR, width, PERTA_ALWAYS, false}
@@ -91,8 +75,6 @@ static const struct perta_param_row granite_swa_params[] = {
     NORM(PERTA_NORM_2, "post_attention_layernorm.weight", HIDDEN),
     NORM(PERTA_SINKS, "self_attn.sinks", PERTA_WIDTH_HEADS),
 };
-
-#define PARAMS(rows) .params = rows, .n_params = sizeof rows / sizeof *rows
 
 /* ---- Gemma ---- */
 
