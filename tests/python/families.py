@@ -237,14 +237,15 @@ def reference(model, how, lines):
 
 @torch.no_grad()
 def continued(model, line, n=NEW_TOKENS):
-    """What the model says greedily until an end token, computed anew for each token."""
+    """What the model says greedily until an end token, computed anew for each token; with one more
+    behind it, because PyTorch's product with a single row gives twins among experts other bits."""
     ids = line["input_ids"][: line["labels"].count(-100) or 1]
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     said = []
     for _ in range(n):
-        logits = model(input_ids=torch.tensor([ids + said]), use_cache=False).logits
-        token = logits[0, -1].argmax().item()
+        logits = model(input_ids=torch.tensor([[*ids, *said, 0]]), use_cache=False).logits
+        token = logits[0, -2].argmax().item()
         if token in ends:
             break
         said.append(token)
