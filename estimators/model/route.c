@@ -205,7 +205,7 @@ static void sparsemixer_backward(const struct perta_router *r, const float *logi
 static void chosen_scores(const struct perta_router *r, const float *logits, const float *scores,
                           const uint32_t *which, double *s)
 {
-    float chosen[MAX_EXPERTS];
+    float chosen[MAX_EXPERTS] = {0}; /* compilers do not see that k is at least 1 */
     for (size_t i = 0; i < r->k; i++) {
         chosen[i] = logits[which[i]];
         s[i] = r->scoring == PERTA_SCORE_CHOSEN_SIGMOID ? sigmoid((double)chosen[i])

@@ -245,7 +245,8 @@ static int take_heap(struct perta_tune_job *job, uint64_t n, uint32_t **which,
 }
 
 /* Keep the activations of as many layers as there is memory for, besides what goes to stores: the
- * backward pass then needs no second forward pass of them. */
+ * backward pass then needs no second forward pass of them. A layer with a mixture of experts has
+ * one anyway (experts.h). */
 static int keep(struct perta_estimate_job *pass, uint32_t lowest, struct perta_err *err)
 {
     const struct perta_backend_ops *ops = pass->be->ops;
@@ -263,6 +264,8 @@ static int keep(struct perta_estimate_job *pass, uint32_t lowest, struct perta_e
     for (uint32_t l = llm->n_layers; l-- > lowest && !rc;) {
         if (pass->n_batches > 1 || pass->scratch.free_bytes < stores + each)
             break;
+        if (perta_llm_has(llm, l, PERTA_LAYER_MIXTURE))
+            continue;
         rc = ops->alloc(pass->be, len_bytes, &pass->kept[l], err);
         pass->scratch.free_bytes -= rc ? 0 : each;
     }
