@@ -1,5 +1,6 @@
 #include "estimators/model/weights.h"
 
+#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
@@ -19,6 +20,7 @@ struct checked {
 static bool has_shape(const struct perta_tensor *t, const struct perta_tensor_shape *shape)
 {
     bool same = t->n_dims == shape->n_dims;
+    assert(shape->n_dims <= 3);
     for (size_t i = 0; i < shape->n_dims && same; i++)
         same = t->shape[i] == shape->dims[i];
     return same;
