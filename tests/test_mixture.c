@@ -7,6 +7,7 @@
 #include "estimators/model/block.h"
 #include "estimators/model/mixture.h"
 #include "estimators/model/store.h"
+#include "estimators/passes/experts.h"
 #include "tests/backends.h"
 
 enum { H = 6, INNER = 5, S = 4, E = 3, T = 7 }; /* the shared expert has S, others INNER */
@@ -491,6 +492,20 @@ START_TEST(rows_in_memory_and_in_a_file_are_the_same_bits)
 }
 END_TEST
 
+/* Entries have numbers of 32 bits: one more would be taken for another. */
+START_TEST(more_entries_than_have_numbers_are_refused)
+{
+    const struct perta_llm llm = {
+        .any_layer = PERTA_LAYER_MIXTURE, .n_experts = 16, .router = {.k = 8, .n_experts = 16}};
+    const struct perta_samples samples = {.n = 1, .n_tokens = 1ull << 29};
+    struct perta_experts experts;
+    struct perta_err failed = {0};
+    ck_assert_int_eq(perta_experts_open(&experts, &llm, &samples, 1, &failed), PERTA_EINPUT);
+    ck_assert_ptr_nonnull(strstr(failed.msg, "536870912 tokens"));
+    perta_experts_close(&experts);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tests = tcase_create("tests");
@@ -498,5 +513,6 @@ int main(void)
     tcase_add_loop_test(tests, an_expert_of_every_layout, 0, (int)N(variants));
     tcase_add_loop_test(tests, a_shared_expert_and_the_router, 0, 2);
     tcase_add_loop_test(tests, rows_in_memory_and_in_a_file_are_the_same_bits, 0, 2);
+    tcase_add_test(tests, more_entries_than_have_numbers_are_refused);
     return run_suite("mixture", tests);
 }

@@ -1,5 +1,7 @@
 #include "estimators/model/block.h"
 
+#include <assert.h>
+
 /* ---- memory ---- */
 
 static size_t most(size_t a, size_t b)
@@ -423,6 +425,7 @@ static void parallel_backward(const struct perta_layer *l, const struct perta_ba
     const struct perta_backend_ops *ops = l->be->ops;
     size_t n = batch->n * l->llm->hidden;
     bool own_norm = perta_layer_has_norm(l, PERTA_NORM_2);
+    assert(own_norm || !detached(l, PERTA_NORM_1_AFTER)); /* dbranch is needed for one of them */
     ops->copy(l->be, a->dmid, a->dout, n);
     ops->copy(l->be, a->dx, a->dout, n);
     if (own_norm)

@@ -115,8 +115,7 @@ enum perta_width {
     PERTA_WIDTH_SHARED_GATE_UP,
     PERTA_WIDTH_ONE,
     PERTA_WIDTH_ROW, /* first dimension of a vector that is stored as (1, in) */
-    /* weights of a norm for each head: vectors that are stored as (heads, head_dim) or, if the name
-     * has %u, as a tensor (head_dim) for each */
+    /* weights of a norm for each head: vectors that are stored as (heads, head_dim) */
     PERTA_WIDTH_EACH_QUERY, /* n_heads * head_dim */
     PERTA_WIDTH_EACH_KEY,   /* n_kv_heads * head_dim */
     PERTA_N_WIDTHS,

@@ -39,6 +39,10 @@ int perta_experts_open(struct perta_experts *experts, const struct perta_llm *ll
     *experts = (struct perta_experts){0};
     if (!has_mixture(llm))
         return 0;
+    if (entries > UINT32_MAX)
+        return perta_fail(err, PERTA_EINPUT,
+                          "%llu tokens, each of which goes to %u experts: at most %u in all",
+                          (unsigned long long)samples->n_tokens, llm->router.k, UINT32_MAX);
     *experts = (struct perta_experts){
         .n_tokens = samples->n_tokens,
         .which = calloc(entries, sizeof *experts->which),
