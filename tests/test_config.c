@@ -179,6 +179,16 @@ START_TEST(what_is_no_number_of_a_layer_is_refused)
 }
 END_TEST
 
+/* How many experts there are is then not checked, and no room is made for them. */
+START_TEST(a_model_whose_layers_have_no_mixture_has_no_experts)
+{
+    struct perta_llm llm;
+    parse(OF("Qwen3Moe") ",\"mlp_only_layers\":[0],\"num_experts\":2000000000", NULL, &llm);
+    ck_assert_uint_eq(llm.n_experts, 0);
+    parse(OF("Qwen3Moe") ",\"num_experts\":1025", "1025 experts", &llm);
+}
+END_TEST
+
 /* Bloom's MLP is 4 times as wide, which is not said. */
 START_TEST(a_default_width_that_overflows_is_refused)
 {
@@ -316,6 +326,7 @@ int main(void)
     tcase_add_test(tests, what_these_families_do_not_have_is_refused);
     tcase_add_test(tests, a_mixture_with_a_window_everywhere_has_no_layer_types);
     tcase_add_test(tests, what_is_no_number_of_a_layer_is_refused);
+    tcase_add_test(tests, a_model_whose_layers_have_no_mixture_has_no_experts);
     tcase_add_test(tests, a_default_width_that_overflows_is_refused);
     tcase_add_test(tests, a_family_is_tied_for_every_reader);
     tcase_add_test(tests, a_padding_is_a_row_of_the_embedding);

@@ -593,7 +593,9 @@ static int parse(const json_t *config, const char *path, const struct perta_fami
     perta_config_refuse_keys(&r);
     for (uint32_t l = 0; l < llm->n_layers; l++)
         llm->any_layer |= llm->layers[l];
-    if (llm->any_layer & PERTA_LAYER_MIXTURE && !r.rc)
+    if (!(llm->any_layer & PERTA_LAYER_MIXTURE))
+        llm->n_experts = 0;
+    else if (!r.rc)
         check_mixture(&r, llm);
     perta_llm_set_names(llm, family->base, "");
     return r.rc;
