@@ -155,6 +155,54 @@ START_TEST(what_these_families_do_not_have_is_refused)
 }
 END_TEST
 
+/* transformers passes over the key here: all layers have the window, or none. */
+START_TEST(a_mixture_with_a_window_everywhere_has_no_layer_types)
+{
+    const char *some = OF("Qwen3Moe") ",\"use_sliding_window\":true,\"layer_types\":"
+                                      "[\"sliding_attention\",\"full_attention\"]";
+    struct perta_llm llm;
+    char more[512];
+    snprintf(more, sizeof more, "%s,\"num_hidden_layers\":2", some);
+    parse(more, "layer_types", &llm);
+    parse(OF("Qwen3Moe") ",\"use_sliding_window\":true,\"sliding_window\":7", NULL, &llm);
+    for (uint32_t l = 0; l < llm.n_layers; l++)
+        ck_assert_uint_eq(perta_llm_window(&llm, l), 7);
+}
+END_TEST
+
+START_TEST(what_is_no_number_of_a_layer_is_refused)
+{
+    struct perta_llm llm;
+    parse(OF("Qwen3Moe") ",\"mlp_only_layers\":[0.5]", "mlp_only_layers", &llm);
+    parse(OF("Qwen3Moe") ",\"mlp_only_layers\":[\"1\"]", "mlp_only_layers", &llm);
+    parse(OF("Llama4") ",\"moe_layers\":[null]", "moe_layers", &llm);
+}
+END_TEST
+
+/* How many experts there are is then not checked, and no room is made for them. */
+START_TEST(a_model_whose_layers_have_no_mixture_has_no_experts)
+{
+    struct perta_llm llm;
+    parse(OF("Qwen3Moe") ",\"mlp_only_layers\":[0],\"num_experts\":2000000000", NULL, &llm);
+    ck_assert_uint_eq(llm.n_experts, 0);
+    parse(OF("Qwen3Moe") ",\"num_experts\":1025", "1025 experts", &llm);
+}
+END_TEST
+
+/* Bloom's MLP is 4 times as wide, which is not said. */
+START_TEST(a_default_width_that_overflows_is_refused)
+{
+    static const char text[] = "{\"architectures\":[\"BloomForCausalLM\"],\"n_layer\":1,"
+                               "\"vocab_size\":9,\"n_head\":1,\"n_embed\":1073741824}";
+    json_t *config = json_loads(text, 0, NULL);
+    struct perta_llm llm;
+    struct perta_err err = {0};
+    ck_assert_int_eq(perta_llm_parse(config, "config.json", &llm, &err), PERTA_EINPUT);
+    ck_assert_ptr_nonnull(strstr(err.msg, "n_embed"));
+    json_decref(config);
+}
+END_TEST
+
 /* Readers of checkpoints, which know no families, tie the same ones without tie_word_embeddings. */
 START_TEST(a_family_is_tied_for_every_reader)
 {
@@ -276,6 +324,10 @@ int main(void)
     tcase_add_test(tests, layer_types_say_it_layer_by_layer);
     tcase_add_test(tests, norms_caps_and_multipliers);
     tcase_add_test(tests, what_these_families_do_not_have_is_refused);
+    tcase_add_test(tests, a_mixture_with_a_window_everywhere_has_no_layer_types);
+    tcase_add_test(tests, what_is_no_number_of_a_layer_is_refused);
+    tcase_add_test(tests, a_model_whose_layers_have_no_mixture_has_no_experts);
+    tcase_add_test(tests, a_default_width_that_overflows_is_refused);
     tcase_add_test(tests, a_family_is_tied_for_every_reader);
     tcase_add_test(tests, a_padding_is_a_row_of_the_embedding);
     tcase_add_test(tests, keys_are_known_or_named);

@@ -194,8 +194,8 @@ static int check_rank(const struct fused *f, const struct perta_adapter *adapter
                           adapter->ck->shards[0].path, f->from->a->tensor->name, (ull)f->n,
                           (ull)(n * rank), name, (ull)n, (ull)rank);
     for (uint64_t i = 0; i < f->n_found; i++) {
-        if (f->found[i].n_experts != n ||
-            f->found[i].rows * f->found[i].width != f->found[0].rows * f->found[0].width)
+        if (f->found[i].n_experts != n || f->found[i].rows != f->found[0].rows ||
+            f->found[i].width != f->found[0].width)
             return perta_fail(err, PERTA_EINPUT,
                               "%s: tensor %s: experts of --model have different shapes, or some "
                               "are missing",

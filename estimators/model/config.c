@@ -344,7 +344,9 @@ static void read_windows(struct perta_config_reader *r, const struct perta_famil
                                 "is respected by some readers and ignored by "
                                 "others without \"model_type\"; write mistral "
                                 "there");
-        if (family->windows == PERTA_WINDOWS_ASKED && llm->window)
+        bool all =
+            family->windows == PERTA_WINDOWS_ASKED || family->windows == PERTA_WINDOWS_SWITCHED;
+        if (all && llm->window)
             perta_config_refuse(r, "layer_types", "is ignored here: all layers have the window");
         perta_config_layer_types(r, llm);
         return;
@@ -438,7 +440,10 @@ static uint32_t read_intermediate(struct perta_config_reader *r, const struct pe
                                   uint32_t hidden)
 {
     const char *key = family->keys.intermediate;
-    uint32_t fallback = family->intermediate * hidden;
+    uint64_t usual = (uint64_t)family->intermediate * hidden;
+    uint32_t fallback = usual <= INT32_MAX ? (uint32_t)usual : 1;
+    if (usual > INT32_MAX)
+        perta_config_refuse(r, key_or(family->keys.hidden, "hidden_size"), "is too large");
     return key && !*key ? fallback : read_size(r, key, "intermediate_size", fallback);
 }
 
@@ -588,7 +593,9 @@ static int parse(const json_t *config, const char *path, const struct perta_fami
     perta_config_refuse_keys(&r);
     for (uint32_t l = 0; l < llm->n_layers; l++)
         llm->any_layer |= llm->layers[l];
-    if (llm->any_layer & PERTA_LAYER_MIXTURE && !r.rc)
+    if (!(llm->any_layer & PERTA_LAYER_MIXTURE))
+        llm->n_experts = 0;
+    else if (!r.rc)
         check_mixture(&r, llm);
     perta_llm_set_names(llm, family->base, "");
     return r.rc;

@@ -71,7 +71,7 @@ struct perta_llm {
     bool parallel;             /* attention and MLP both start from the block's input */
     float norm_plus;           /* weights of norms are stored minus this */
     float residual_multiplier; /* of what attention and MLP add; 1: none */
-    /* mixture of experts */
+    /* mixture of experts; n_experts is 0 if no layer has one */
     uint32_t n_experts, expert_intermediate, shared_intermediate;
     struct perta_router router;
     /* the ends */

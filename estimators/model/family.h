@@ -165,7 +165,8 @@ struct perta_param_row {
 enum perta_windows {
     PERTA_WINDOWS_NONE,       /* never */
     PERTA_WINDOWS_EVERYWHERE, /* in every layer, or those that layer_types says */
-    PERTA_WINDOWS_SWITCHED,   /* in every layer, if use_sliding_window says so */
+    /* in every layer, if use_sliding_window says so; layer_types is not read */
+    PERTA_WINDOWS_SWITCHED,
     PERTA_WINDOWS_QWEN,  /* according to use_sliding_window and max_window_layers or layer_types */
     PERTA_WINDOWS_ASKED, /* in every layer, if sliding_window is there; layer_types is not read */
     PERTA_WINDOWS_UPPER, /* from max_window_layers on, or those that layer_types says */

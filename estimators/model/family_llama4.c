@@ -43,7 +43,10 @@ static void read_mixtures(struct perta_config_reader *r, struct perta_llm *llm)
     const json_t *list = json_object_get(r->config, "moe_layers");
     uint32_t step = perta_config_count(r, "interleave_moe_layer_step", 1);
     bool has_list = perta_config_has(r->config, "moe_layers");
-    if (has_list && !json_is_array(list))
+    bool is_list = json_is_array(list);
+    for (size_t i = 0; i < json_array_size(list); i++)
+        is_list &= json_is_integer(json_array_get(list, i));
+    if (has_list && !is_list)
         perta_config_refuse(r, "moe_layers", "is not a list of layers");
     for (uint32_t l = 0; l < llm->n_layers; l++)
         perta_config_mixture(llm, l, has_list ? is_listed(list, l) : !((l + 1) % step));

@@ -49,7 +49,10 @@ static void read_sparse_layers(struct perta_config_reader *r, struct perta_llm *
 {
     const json_t *only = json_object_get(r->config, "mlp_only_layers");
     uint32_t step = perta_config_count(r, "decoder_sparse_step", 1);
-    if (perta_config_has(r->config, "mlp_only_layers") && !json_is_array(only))
+    bool is_list = !perta_config_has(r->config, "mlp_only_layers") || json_is_array(only);
+    for (size_t i = 0; i < json_array_size(only); i++)
+        is_list &= json_is_integer(json_array_get(only, i));
+    if (!is_list)
         perta_config_refuse(r, "mlp_only_layers", "is not a list of layers");
     for (uint32_t l = 0; l < llm->n_layers; l++) {
         bool dense = (l + 1) % step;

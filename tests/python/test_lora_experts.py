@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 torch.set_num_threads(1)
 
+FUSED = next(i for i, how in enumerate(FAMILIES["qwen3_moe"]) if how.get("_layout") == "fused")
 # Experts in tensors of their own, under both names; in three dimensions as in memory, and stored as
 # (in, out). What files call the routers differs as well.
 KINDS = {
     "qwen3_moe": ("qwen3_moe", 0),
-    "three dimensions": ("qwen3_moe", 9),
+    "three dimensions": ("qwen3_moe", FUSED),
     "mixtral": ("mixtral", 0),
     "qwen2_moe": ("qwen2_moe", 0),
     "dense layers": ("ernie4_5_moe", 0),
@@ -147,6 +148,18 @@ def test_another_rank_than_the_configs_is_refused(perta, tmp_path):
     path.write_text(json.dumps(config | {"rank_pattern": {"experts.down_proj": 3}}))
     message = refused(perta, tmp_path, *UNLEARN)
     assert "experts.down_proj has 8 experts, and its rank is 3" in message
+
+
+def test_an_expert_of_another_shape_is_refused(perta, tmp_path):
+    """It has as many elements, but rows that B does not."""
+    make(tmp_path, "mixtral")
+    tune(tmp_path, **TARGETS["down"])
+    path = tmp_path / "model/model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    assert tensors[name].shape[0] != tensors[name].shape[1]
+    save_file(tensors | {name: tensors[name].T.contiguous()}, path, {"format": "pt"})
+    assert "different shapes" in refused(perta, tmp_path, *UNLEARN)
 
 
 def test_a_number_that_is_not_finite_is_named(perta, tmp_path):
