@@ -78,10 +78,17 @@ def test_a_layer_of_four_times_the_memory_runs_under_a_hard_limit(perta, tmp_pat
     (tmp_path / "model/model.safetensors").unlink()
 
 
+def qwen3_moe_with(key, value):
+    """The family, and which of its configurations has that."""
+    found = (i for i, how in enumerate(FAMILIES["qwen3_moe"]) if how.get(key) == value)
+    return "qwen3_moe", next(found)
+
+
+FUSED = qwen3_moe_with("_layout", "fused")
 MIXTURES = {
-    "all tokens on one expert": ("qwen3_moe", 7),
-    "an expert without tokens": ("qwen3_moe", 8),
-    "three dimensions": ("qwen3_moe", 9),
+    "all tokens on one expert": qwen3_moe_with("_router", "one"),
+    "an expert without tokens": qwen3_moe_with("_router", "none"),
+    "three dimensions": FUSED,
     "a shared expert with a gate": ("qwen2_moe", 0),
     "norms after": ("flex_olmo", 0),
     "inputs scaled, dense layers": ("ernie4_5_moe", 0),
@@ -140,7 +147,7 @@ def test_what_has_no_importance_is_kept(perta, tmp_path, family, i, extra):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("family, i", [("qwen2_moe", 0), ("mixtral", 0), ("qwen3_moe", 9)])
+@pytest.mark.parametrize("family, i", [("qwen2_moe", 0), ("mixtral", 0), FUSED])
 def test_experts_are_rounded_and_routers_are_not(perta, tmp_path, family, i, form):
     """As in a checkpoint whose matrices were rounded before."""
     sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
