@@ -124,8 +124,8 @@ static void scaled_run(struct perta_backend *be, const void *ctx, struct outputs
     be->ops->scatter_add_scaled(be, by_1, a, added, NULL, 4, H);
     be->ops->scatter_add(be, plain, a, added, 4, H);
     be->ops->add_scaled(be, sum, a, 0.3f, n);
-    be->ops->multiply_rows(be, product, a, b, n / H, H);
-    be->ops->multiply_rows(be, in_place, in_place, b, n / H, H);
+    be->ops->multiply_rows(be, product, a, b, 4, H);
+    be->ops->multiply_rows(be, in_place, in_place, b, 4, H);
     be->ops->row_dots(be, dots, a, b, 4, H);
 }
 
