@@ -628,6 +628,12 @@ static int parse_within(const struct perta_wrapper *wrapper, const json_t *confi
     if (!r.rc)
         r.rc = parse(text, json_object_get(config, "text_config") ? within : path, wrapper->text,
                      llm, err);
+    if (!r.rc && wrapper->has_own_head &&
+        (llm->logit_softcap > 0 || llm->logit_multiplier != 1 || llm->family->head_bias))
+        r.rc = perta_fail(err, PERTA_EINPUT,
+                          "%s: its logits are scaled, capped or have a bias, which transformers "
+                          "does not do within %s",
+                          within, wrapper->architecture);
     if (!r.rc && strcmp(llm->family->base, "model"))
         r.rc = perta_fail(err, PERTA_EINPUT, "%s: a %s within a %s is not supported", path,
                           llm->family->model_type, wrapper->architecture);

@@ -13,18 +13,19 @@
 extern const struct perta_family perta_qwen2_vl_text, perta_qwen2_5_vl_text;
 
 const struct perta_wrapper perta_wrappers[] = {
-    {"gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", true, false, NULL},
-    {"mistral3", "Mistral3ForConditionalGeneration", "mistral", false, false, NULL},
-    {"llama4", "Llama4ForConditionalGeneration", "llama4_text", true, false, NULL},
-    {"qwen2_vl", "Qwen2VLForConditionalGeneration", "qwen2_vl_text", true, true,
+    {"gemma3", "Gemma3ForConditionalGeneration", "gemma3_text", true, false, true, NULL},
+    {"mistral3", "Mistral3ForConditionalGeneration", "mistral", false, false, true, NULL},
+    {"llama4", "Llama4ForConditionalGeneration", "llama4_text", true, false, false, NULL},
+    {"qwen2_vl", "Qwen2VLForConditionalGeneration", "qwen2_vl_text", true, true, true,
      &perta_qwen2_vl_text},
-    {"qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text", true, true,
+    {"qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl_text", true, true, true,
      &perta_qwen2_5_vl_text},
-    {"llava", "LlavaForConditionalGeneration", "llama", false, false, NULL},
-    {"llava_next", "LlavaNextForConditionalGeneration", "llama", false, false, NULL},
-    {"llava_onevision", "LlavaOnevisionForConditionalGeneration", "qwen2", false, false, NULL},
-    {"vipllava", "VipLlavaForConditionalGeneration", "llama", false, false, NULL},
-    {"internvl", "InternVLForConditionalGeneration", "qwen2", false, false, NULL},
+    {"llava", "LlavaForConditionalGeneration", "llama", false, false, true, NULL},
+    {"llava_next", "LlavaNextForConditionalGeneration", "llama", false, false, true, NULL},
+    {"llava_onevision", "LlavaOnevisionForConditionalGeneration", "qwen2", false, false, true,
+     NULL},
+    {"vipllava", "VipLlavaForConditionalGeneration", "llama", false, false, true, NULL},
+    {"internvl", "InternVLForConditionalGeneration", "qwen2", false, false, true, NULL},
 };
 const size_t perta_n_wrappers = N(perta_wrappers);
 

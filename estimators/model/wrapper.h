@@ -20,6 +20,9 @@ struct perta_wrapper {
     const char *text_type;
     bool is_fixed; /* it can be no other */
     bool is_flat;  /* without "text_config", the text model's keys are at the top level */
+    /* The head is its own, which computes logits and nothing else; otherwise it is the text
+     * model's. */
+    bool has_own_head;
     /* The text model's family, if it is no language model of its own; NULL: one of
      * perta_families. */
     const struct perta_family *text;

@@ -173,6 +173,15 @@ def test_keys_are_those_of_the_text_model(perta, tmp_path, model):
     assert '"alibi" is true' in message
 
 
+@pytest.mark.parametrize("kind, keys", [("gemma3", {"text_final_logit_softcapping": 0.5}), ("llava", {"text_model_type": "granite", "text_logits_scaling": 4.0})])
+def test_what_a_head_within_another_model_lacks_is_refused(perta, tmp_path, model, kind, keys):
+    """The head is that of the model around, which caps and scales nothing."""
+    model(kind)
+    change(tmp_path / "model", **keys)
+    message = perta(*"eval --model model --data data.jsonl".split(), check=3).stderr
+    assert 'in "text_config": its logits are scaled, capped' in message
+
+
 def test_keys_at_the_top_are_the_text_models(perta, tmp_path, model):
     """Published files of Qwen2-VL have no "text_config"."""
     model("qwen2_vl")
