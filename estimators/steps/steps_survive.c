@@ -18,15 +18,6 @@
 
 /* ---- conditions ---- */
 
-const char *perta_condition_name(enum perta_condition condition)
-{
-    if (condition == PERTA_AS_IT_IS)
-        return "as it is";
-    return condition == PERTA_DROPPED    ? "drop"
-           : condition == PERTA_RETAUGHT ? "reteach"
-                                         : perta_rounding_name((enum perta_rounding)condition);
-}
-
 static bool is_named(const struct perta_steps_job *job, int condition)
 {
     return job->steps->survive & 1u << condition;
