@@ -285,18 +285,6 @@ static void split_rows(const void *args, size_t first, size_t end)
         }
 }
 
-void perta_cpu_split(struct perta_backend *be, struct perta_array to, struct perta_array from,
-                     size_t n, size_t width, size_t first, size_t block, size_t stride,
-                     size_t n_blocks)
-{
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (!cpu)
-        return;
-    const struct columns c = {
-        perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), width, first, block, stride, n_blocks};
-    perta_cpu_share_out(cpu, n, n_blocks * block, split_rows, &c);
-}
-
 static void join_rows(const void *args, size_t first, size_t end)
 {
     const struct columns *c = args;
@@ -310,14 +298,32 @@ static void join_rows(const void *args, size_t first, size_t end)
         }
 }
 
+/* Share out n rows to some(). */
+static void run_columns(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                        size_t n, const struct columns *how,
+                        void (*some)(const void *args, size_t first, size_t end))
+{
+    struct perta_cpu *cpu = perta_cpu_ready(be);
+    struct columns c = *how;
+    if (!cpu)
+        return;
+    c.to = perta_cpu_at(cpu, to);
+    c.from = perta_cpu_at(cpu, from);
+    perta_cpu_share_out(cpu, n, c.n_blocks * c.block, some, &c);
+}
+
+void perta_cpu_split(struct perta_backend *be, struct perta_array to, struct perta_array from,
+                     size_t n, size_t width, size_t first, size_t block, size_t stride,
+                     size_t n_blocks)
+{
+    const struct columns how = {NULL, NULL, width, first, block, stride, n_blocks};
+    run_columns(be, to, from, n, &how, split_rows);
+}
+
 void perta_cpu_join(struct perta_backend *be, struct perta_array to, struct perta_array from,
                     size_t n, size_t width, size_t first, size_t block, size_t stride,
                     size_t n_blocks)
 {
-    struct perta_cpu *cpu = perta_cpu_ready(be);
-    if (!cpu)
-        return;
-    const struct columns c = {
-        perta_cpu_at(cpu, to), perta_cpu_at(cpu, from), width, first, block, stride, n_blocks};
-    perta_cpu_share_out(cpu, n, n_blocks * block, join_rows, &c);
+    const struct columns how = {NULL, NULL, width, first, block, stride, n_blocks};
+    run_columns(be, to, from, n, &how, join_rows);
 }

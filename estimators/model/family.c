@@ -11,14 +11,8 @@
 /* LlamaForCausalLM in transformers, and the models derived from it. */
 const struct perta_param_row perta_llama_params[PERTA_N_LLAMA_PARAMS] = {
     ATTENTION,
-    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
-    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    GATED(PERTA_ALWAYS),
+    NORMS,
     {PERTA_NORM_Q, "self_attn.q_norm.weight", VECTOR, HEAD, PERTA_QK_NORM, false},
     {PERTA_NORM_K, "self_attn.k_norm.weight", VECTOR, HEAD, PERTA_QK_NORM, false},
 };

@@ -251,11 +251,8 @@ const struct perta_family perta_helium = {
 
 static const struct perta_param_row hunyuan_params[] = {
     ATTENTION,
-    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    GATED(PERTA_ALWAYS),
+    NORMS,
     {PERTA_NORM_Q, "self_attn.query_layernorm.weight", VECTOR, HEAD, PERTA_ALWAYS, false},
     {PERTA_NORM_K, "self_attn.key_layernorm.weight", VECTOR, HEAD, PERTA_ALWAYS, false},
 };
@@ -292,12 +289,8 @@ const struct perta_family perta_hunyuan_v1_dense = {
 
 static const struct perta_param_row arcee_params[] = {
     ATTENTION,
-    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
-    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    UNGATED(PERTA_ALWAYS),
+    NORMS,
 };
 
 const struct perta_family perta_arcee = {
@@ -315,10 +308,7 @@ const struct perta_family perta_arcee = {
 /* LayerNorms. */
 static const struct perta_param_row jais2_params[] = {
     ATTENTION,
-    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
-    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
+    UNGATED(PERTA_ALWAYS),
     {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_NORM_1_BIAS, "input_layernorm.bias", VECTOR, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
@@ -358,14 +348,8 @@ const struct perta_family perta_jais2 = {
 /* Multipliers as Granite has them, but logits are multiplied, and norms after each part. */
 static const struct perta_param_row hyperclovax_params[] = {
     ATTENTION,
-    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
-    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    GATED(PERTA_ALWAYS),
+    NORMS,
     {PERTA_NORM_1_AFTER, "post_norm1.weight", VECTOR, HIDDEN, NORMS_AFTER, false},
     {PERTA_NORM_2_AFTER, "post_norm2.weight", VECTOR, HIDDEN, NORMS_AFTER, false},
 };

@@ -10,8 +10,7 @@ static const struct perta_param_row phi3_params[] = {
     {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},
     {PERTA_GATE_UP, "mlp.gate_up_proj.weight", PERTA_WIDTH_GATE_UP, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    NORMS,
 };
 
 const struct perta_family perta_phi3 = {
@@ -37,8 +36,7 @@ static const struct perta_param_row glm_params[] = {
     {PERTA_O, "self_attn.o_proj.weight", HIDDEN, ATTENDED, PERTA_ALWAYS, false},
     {PERTA_GATE_UP, "mlp.gate_up_proj.weight", PERTA_WIDTH_GATE_UP, HIDDEN, PERTA_ALWAYS, false},
     {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    NORMS,
     {PERTA_NORM_1_AFTER, "post_self_attn_layernorm.weight", VECTOR, HIDDEN, NORMS_AFTER, false},
     {PERTA_NORM_2_AFTER, "post_mlp_layernorm.weight", VECTOR, HIDDEN, NORMS_AFTER, false},
 };

@@ -15,8 +15,7 @@ static const struct perta_param_row params[] = {
      false},
     {PERTA_EXPERT_DOWN, "mlp.experts.down_proj", HIDDEN, EXPERT, TOGETHER, true},
     {PERTA_EXPERT_DOWN_BIAS, "mlp.experts.down_proj_bias", VECTOR, HIDDEN, TOGETHER, false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    NORMS,
 };
 
 /* Without layer_types: every other layer, from the first one on. */

@@ -25,8 +25,7 @@ static const struct perta_param_row params[] = {
     {PERTA_SHARED_UP, "feed_forward.shared_expert.up_proj.weight", SHARED, HIDDEN, MIXTURE, false},
     {PERTA_SHARED_DOWN, "feed_forward.shared_expert.down_proj.weight", HIDDEN, SHARED, MIXTURE,
      false},
-    {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
-    {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},
+    NORMS,
 };
 
 /* Is layer in the list of numbers of layers? */

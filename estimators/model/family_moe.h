@@ -24,13 +24,7 @@
     {PERTA_NORM_Q, "self_attn.q_norm.weight", VECTOR, QUERIES, PERTA_ALWAYS, false},       \
     {PERTA_NORM_K, "self_attn.k_norm.weight", VECTOR, KEYS, PERTA_ALWAYS, false}
 /* The MLP of a layer without experts. */
-#define DENSE_MLP                                                                          \
-    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, DENSE, false},                     \
-    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, DENSE | PERTA_MLP_HAS_BIAS, false}, \
-    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, DENSE, false},                         \
-    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, DENSE | PERTA_MLP_HAS_BIAS, false}, \
-    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, DENSE, false},                     \
-    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, DENSE | PERTA_MLP_HAS_BIAS, false}
+#define DENSE_MLP GATED(DENSE)
 #define ROUTER {PERTA_ROUTER, "mlp.gate.weight", EXPERTS, HIDDEN, MIXTURE, false}
 #define SHARED_MLP(of)                                                                     \
     {PERTA_SHARED_GATE, of ".gate_proj.weight", SHARED, HIDDEN, WITH_SHARED, false},       \

@@ -7,13 +7,8 @@
 #include "estimators/model/family_rows.h"
 #include "estimators/model/part.h"
 
-/* Attention and MLP, as in Llama; the MLP without biases. */
-#define LINEARS                                                                          \
-    ATTENTION, {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false}, \
-        {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, PERTA_ALWAYS, false},            \
-    {                                                                                    \
-        PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, PERTA_ALWAYS, false           \
-    }
+/* Attention and MLP, as in Llama. */
+#define LINEARS ATTENTION, GATED(PERTA_ALWAYS)
 /* A vector that every layer has. */
 #define NORM(param, name, width) {param, name, VECTOR, width, PERTA_ALWAYS, false}
 #define QK_NORMS(q, k)                                \
@@ -68,9 +63,6 @@ static const struct perta_param_row exaone4_params[] = {
 /* Granite with a sink in each head. */
 static const struct perta_param_row granite_swa_params[] = {
     LINEARS,
-    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, PERTA_MLP_HAS_BIAS, false},
-    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, PERTA_MLP_HAS_BIAS, false},
     NORM(PERTA_NORM_1, "input_layernorm.weight", HIDDEN),
     NORM(PERTA_NORM_2, "post_attention_layernorm.weight", HIDDEN),
     NORM(PERTA_SINKS, "self_attn.sinks", PERTA_WIDTH_HEADS),

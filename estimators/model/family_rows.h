@@ -36,6 +36,17 @@
     {PERTA_NORM_1, "input_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false},         \
     {PERTA_NORM_2, "post_attention_layernorm.weight", VECTOR, HIDDEN, PERTA_ALWAYS, false}
 
+/* Its MLP, and one without a gate. */
+#define GATED(when)                                                                        \
+    {PERTA_GATE, "mlp.gate_proj.weight", INNER, HIDDEN, when, false},                      \
+    {PERTA_GATE_BIAS, "mlp.gate_proj.bias", VECTOR, INNER, (when) | PERTA_MLP_HAS_BIAS, false}, \
+    UNGATED(when)
+#define UNGATED(when)                                                                      \
+    {PERTA_UP, "mlp.up_proj.weight", INNER, HIDDEN, when, false},                          \
+    {PERTA_UP_BIAS, "mlp.up_proj.bias", VECTOR, INNER, (when) | PERTA_MLP_HAS_BIAS, false},  \
+    {PERTA_DOWN, "mlp.down_proj.weight", HIDDEN, INNER, when, false},                      \
+    {PERTA_DOWN_BIAS, "mlp.down_proj.bias", VECTOR, HIDDEN, (when) | PERTA_MLP_HAS_BIAS, false}
+
 /* clang-format on */
 
 #endif

@@ -44,7 +44,6 @@ int perta_experts_open(struct perta_experts *experts, const struct perta_llm *ll
                           "%llu tokens, each of which goes to %u experts: at most %u in all",
                           (unsigned long long)samples->n_tokens, llm->router.k, UINT32_MAX);
     *experts = (struct perta_experts){
-        .n_tokens = samples->n_tokens,
         .which = calloc(entries, sizeof *experts->which),
         .weights = calloc(entries, sizeof *experts->weights),
         .dweights = calloc(entries, sizeof *experts->dweights),
@@ -464,10 +463,11 @@ static int attend_backward(struct work *work, struct perta_store *next, struct p
             rc = perta_store_load(&job->dx, batch.first, batch.n, acts.dout, err);
         if (!rc)
             rc = perta_store_load(work->dx, batch.first, batch.n, acts.dn, err);
-        if (!rc)
+        bool detached = work->dy != &job->dx;
+        if (!rc && detached)
             rc = perta_store_load(work->dy, batch.first, batch.n, acts.dbranch, err);
         if (!rc)
-            perta_shared_backward(l, &batch, &acts, acts.dbranch);
+            perta_shared_backward(l, &batch, &acts, detached ? acts.dbranch : acts.dout);
         if (!rc)
             rc = route_backward(job, l, &batch, &acts, err);
         if (rc)

@@ -14,7 +14,6 @@
 struct perta_estimate_job;
 
 struct perta_experts {
-    size_t n_tokens;             /* as many as there is room for */
     uint32_t *which;             /* (n_tokens, k): the experts of each token */
     float *weights, *dweights;   /* (n_tokens, k), and their gradients */
     float *logits;               /* (tokens of a batch, n_experts): the router's */
